@@ -1,0 +1,44 @@
+"""The errors users meet. Each message says what came, what was expected and what to do.
+
+A command line prints the message as one line and exits with code 2; no traceback reaches a user.
+"""
+
+
+class SeekforgeError(Exception):
+    """Base of every error that is the input's or the environment's fault, not a bug of ours."""
+
+
+class ConfigError(SeekforgeError):
+    """A config file lacks a key, has one of the wrong type, or describes a model we do not do."""
+
+
+class CheckpointError(SeekforgeError):
+    """A checkpoint folder is incomplete, damaged, or does not match its config."""
+
+
+class ShapeError(SeekforgeError):
+    """A tensor has another shape or dtype than the operator's contract says."""
+
+
+class ProgramError(SeekforgeError):
+    """A program folder is damaged, of another version, or cannot be specialised as asked."""
+
+
+class TargetError(SeekforgeError):
+    """A build target is unknown or cannot do what was asked."""
+
+
+class EngineError(SeekforgeError):
+    """An engine folder is damaged, of another version, or does not compute what it should."""
+
+
+class RequestError(SeekforgeError):
+    """A generation request cannot be served: empty prompt, too long, bad sampling parameter."""
+
+
+class OutputError(SeekforgeError):
+    """A result cannot be written: folder not empty, disk full, no permission."""
+
+
+class EnvironmentFault(SeekforgeError):
+    """A package or device that the command needs is missing here."""

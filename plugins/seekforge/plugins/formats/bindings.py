@@ -1,0 +1,367 @@
+"""How each weight input of a program comes from checkpoint tensors: recipes, their evaluation, coverage.
+
+A recipe is a small tree. Leaves name a checkpoint tensor (`take`) or a table computed from the config
+(`computed`); inner nodes slice, reshape, concatenate, stack, dequantise or cast. It is plain data
+(bindings.json), so that any runtime can fill the inputs from memory-mapped shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.dtypes import NUMPY
+
+_BLOCK = 128
+
+
+class TensorSource(Protocol):
+    """Where checkpoint tensors come from. `formats.safetensors.Checkpoint` is one."""
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Return the tensor without copying where possible (float8 and bfloat16 as ml_dtypes)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One node of a recipe tree.
+
+    Attributes:
+        op: take, slice, reshape, transpose, concat, stack, dequantise, cast or computed.
+        shape: shape of the result.
+        dtype: element type of the result (our names, `dtypes.NUMPY`).
+        parts: operands. `dequantise` has two: FP8 weight and f32 scale.
+        tensor: `take`: the checkpoint tensor's name. `computed`: rope_cos or rope_sin.
+        axis, start, stop: of slice; axis also of concat and stack.
+        perm: of transpose.
+        params: of computed: the numbers that the table depends on.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    parts: tuple[Recipe, ...] = ()
+    tensor: str | None = None
+    axis: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    perm: tuple[int, ...] | None = None
+    params: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; fields that are not set are left out."""
+        raw: dict[str, Any] = {"op": self.op, "shape": list(self.shape), "dtype": self.dtype}
+        for key in ("tensor", "axis", "start", "stop"):
+            if getattr(self, key) is not None:
+                raw[key] = getattr(self, key)
+        if self.perm is not None:
+            raw["perm"] = list(self.perm)
+        if self.params:
+            raw["params"] = dict(self.params)
+        if self.parts:
+            raw["parts"] = [part.to_dict() for part in self.parts]
+        return raw
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Recipe:
+        """Rebuild a recipe from bindings.json.
+
+        Raises:
+            ProgramError: a field is missing or malformed.
+        """
+        try:
+            return Recipe(
+                op=raw["op"],
+                shape=tuple(raw["shape"]),
+                dtype=raw["dtype"],
+                parts=tuple(Recipe.from_dict(part) for part in raw.get("parts", ())),
+                tensor=raw.get("tensor"),
+                axis=raw.get("axis"),
+                start=raw.get("start"),
+                stop=raw.get("stop"),
+                perm=tuple(raw["perm"]) if "perm" in raw else None,
+                params=dict(raw.get("params", {})),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ProgramError(
+                f"bindings.json: malformed recipe ({error}); export the program again"
+            ) from None
+
+
+# --- constructors, which compute the shape ------------------------------------------------------------------
+
+
+def take(tensor: str, shape: Iterable[int], dtype: str) -> Recipe:
+    """The checkpoint tensor `tensor` as it is."""
+    return Recipe("take", tuple(shape), dtype, tensor=tensor)
+
+
+def slice_(part: Recipe, axis: int, start: int, stop: int) -> Recipe:
+    """Rows `start` to `stop` of `part` along `axis`."""
+    if not 0 <= start < stop <= part.shape[axis]:
+        raise ProgramError(f"slice {start}:{stop} of axis {axis} of {part.shape} is empty or out of range")
+    shape = (*part.shape[:axis], stop - start, *part.shape[axis + 1 :])
+    return Recipe("slice", shape, part.dtype, (part,), axis=axis, start=start, stop=stop)
+
+
+def reshape(part: Recipe, shape: Iterable[int]) -> Recipe:
+    """`part` seen with another shape of the same size."""
+    shape = tuple(shape)
+    if math.prod(shape) != math.prod(part.shape):
+        raise ProgramError(f"reshape of {part.shape} to {shape} changes the number of elements")
+    return Recipe("reshape", shape, part.dtype, (part,))
+
+
+def transpose(part: Recipe, perm: Iterable[int]) -> Recipe:
+    """`part` with its axes permuted."""
+    perm = tuple(perm)
+    return Recipe("transpose", tuple(part.shape[p] for p in perm), part.dtype, (part,), perm=perm)
+
+
+def concat(parts: Iterable[Recipe], axis: int = 0) -> Recipe:
+    """`parts` one after the other along `axis`."""
+    parts = tuple(parts)
+    first = parts[0]
+    shape = (*first.shape[:axis], sum(p.shape[axis] for p in parts), *first.shape[axis + 1 :])
+    return Recipe("concat", shape, first.dtype, parts, axis=axis)
+
+
+def stack(parts: Iterable[Recipe]) -> Recipe:
+    """`parts` along a new first axis."""
+    parts = tuple(parts)
+    return Recipe("stack", (len(parts), *parts[0].shape), parts[0].dtype, parts, axis=0)
+
+
+def dequantise(weight: Recipe, scale: Recipe, dtype: str) -> Recipe:
+    """`weight` [..., N, K] times its 128×128 block scales [..., ⌈N/128⌉, ⌈K/128⌉], rounded to `dtype`."""
+    return Recipe("dequantise", weight.shape, dtype, (weight, scale))
+
+
+def cast(part: Recipe, dtype: str) -> Recipe:
+    """`part` rounded to `dtype`; `part` itself when it already has it."""
+    if part.dtype == dtype:
+        return part
+    return Recipe("cast", part.shape, dtype, (part,))
+
+
+def rope_table(kind: str, *, num_positions: int, dim: int, rope: Mapping[str, float]) -> Recipe:
+    """The cosine or sine table [num_positions, dim / 2] in f32 (`kind`: rope_cos or rope_sin)."""
+    params = {"num_positions": num_positions, "dim": dim, **rope}
+    return Recipe("computed", (num_positions, dim // 2), "f32", tensor=kind, params=params)
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+
+def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
+    """Compute a recipe.
+
+    A `take`, `slice` or `reshape` is a view of the source (no copy); `concat`, `stack`, `dequantise` and
+    `cast` allocate their result once.
+
+    Returns:
+        Array of `recipe.shape` and `recipe.dtype`.
+    """
+    if recipe.op == "take":
+        assert recipe.tensor is not None
+        return source.tensor(recipe.tensor)
+    if recipe.op == "computed":
+        return _computed(recipe)
+    if recipe.op in ("concat", "stack"):
+        out = np.empty(recipe.shape, NUMPY[recipe.dtype])
+        evaluate_into(recipe, source, out)
+        return out
+    first = evaluate(recipe.parts[0], source)
+    if recipe.op == "slice":
+        assert recipe.axis is not None
+        index = [slice(None)] * first.ndim
+        index[recipe.axis] = slice(recipe.start, recipe.stop)
+        return first[tuple(index)]
+    if recipe.op == "reshape":
+        return first.reshape(recipe.shape)
+    if recipe.op == "transpose":
+        return first.transpose(recipe.perm)
+    if recipe.op == "cast":
+        return first.astype(NUMPY[recipe.dtype])
+    if recipe.op == "dequantise":
+        out = np.empty(recipe.shape, NUMPY[recipe.dtype])
+        dequantise_into(first, evaluate(recipe.parts[1], source), out)
+        return out
+    raise ProgramError(f"bindings.json: unknown recipe op {recipe.op!r}; it was written by a newer version")
+
+
+def evaluate_into(recipe: Recipe, source: TensorSource, out: np.ndarray) -> None:
+    """Compute a recipe into `out`, which has its shape and dtype; parts are written in place."""
+    if recipe.op == "stack":
+        for part, row in zip(recipe.parts, out, strict=True):
+            evaluate_into(part, source, row)
+    elif recipe.op == "concat":
+        assert recipe.axis is not None
+        start = 0
+        for part in recipe.parts:
+            stop = start + part.shape[recipe.axis]
+            index = [slice(None)] * out.ndim
+            index[recipe.axis] = slice(start, stop)
+            evaluate_into(part, source, out[tuple(index)])
+            start = stop
+    elif recipe.op == "transpose":
+        assert recipe.perm is not None
+        evaluate_into(recipe.parts[0], source, out.transpose(np.argsort(recipe.perm)))
+    elif recipe.op == "dequantise":
+        dequantise_into(evaluate(recipe.parts[0], source), evaluate(recipe.parts[1], source), out)
+    else:
+        out[...] = evaluate(recipe, source)
+
+
+def dequantise_into(weight: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+    """Write `weight` [..., N, K] times its 128×128 block scales into `out`, one block row at a time.
+
+    The product is formed in f32 and rounded once to the dtype of `out`. Extra memory: 128 rows.
+    """
+    if weight.ndim > 2:
+        for w, s, o in zip(weight, scale, out, strict=True):
+            dequantise_into(w, s, o)
+        return
+    k = weight.shape[1]
+    for row, block_scale in enumerate(scale):
+        rows = slice(row * _BLOCK, (row + 1) * _BLOCK)
+        along_k = np.repeat(np.asarray(block_scale, np.float32), _BLOCK)[:k]
+        out[rows] = FP8_VALUES[weight[rows].view(np.uint8)] * along_k
+
+
+def _e4m3_values() -> np.ndarray:
+    return np.arange(256, dtype=np.uint8).view(NUMPY["f8e4m3"]).astype(np.float32)
+
+
+#: The value of each e4m3 byte, f32; 0x7F and 0xFF are NaN.
+FP8_VALUES = _e4m3_values()
+
+
+def yarn_inv_freq(params: Mapping[str, float]) -> np.ndarray:
+    """Return the YaRN-scaled inverse frequencies g_i, f32 [dim / 2] (spec §3.2, checked against §13.2)."""
+    dim, theta, factor = int(params["dim"]), params["rope_theta"], params["factor"]
+    original = params["original_max_position_embeddings"]
+
+    def correction(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(correction(params["beta_fast"])), 0)
+    high = min(math.ceil(correction(params["beta_slow"])), dim - 1)
+    width = 0.001 if low == high else high - low
+    half = np.arange(dim // 2, dtype=np.float32)
+    base = (1.0 / np.float32(theta) ** (2 * half / np.float32(dim))).astype(np.float32)
+    ramp = np.clip((half - np.float32(low)) / np.float32(width), 0, 1)
+    return (base / np.float32(factor) * ramp + base * (1 - ramp)).astype(np.float32)
+
+
+def _computed(recipe: Recipe) -> np.ndarray:
+    if recipe.tensor not in ("rope_cos", "rope_sin"):
+        raise ProgramError(f"bindings.json: unknown computed table {recipe.tensor!r}")
+    params = recipe.params
+    magnitude = np.float32(params["magnitude"])
+    positions = np.arange(int(params["num_positions"]), dtype=np.float32)
+    angles = np.outer(positions, yarn_inv_freq(params)).astype(np.float32)
+    table = np.cos(angles) if recipe.tensor == "rope_cos" else np.sin(angles)
+    return table * magnitude
+
+
+# --- coverage -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A part of a checkpoint tensor: a rectangle in some view of it."""
+
+    view: tuple[int, ...]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def size(self) -> int:
+        return math.prod(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    def overlaps(self, other: _Box) -> bool:
+        pairs = zip(self.start, self.stop, other.start, other.stop, strict=True)
+        return all(a < d and c < b for a, b, c, d in pairs)
+
+
+def _leaves(recipe: Recipe) -> Iterator[tuple[str, _Box]]:
+    """Yield (tensor, part of it that is read) for every `take` below `recipe`."""
+    if recipe.op == "take":
+        assert recipe.tensor is not None
+        yield recipe.tensor, _Box(recipe.shape, (0,) * len(recipe.shape), recipe.shape)
+    elif recipe.op == "slice":
+        assert recipe.axis is not None and recipe.start is not None
+        assert recipe.stop is not None
+        part = recipe.parts[0]
+        for tensor, box in _leaves(part):
+            if box.view == part.shape:
+                start, stop = list(box.start), list(box.stop)
+                start[recipe.axis] = max(start[recipe.axis], recipe.start)
+                stop[recipe.axis] = min(stop[recipe.axis], recipe.stop)
+                yield tensor, _Box(box.view, tuple(start), tuple(stop))
+            else:  # such as a scale under a sliced dequantise: read whole, shared by the slices
+                yield tensor, box
+    elif recipe.op == "reshape":
+        for tensor, box in _leaves(recipe.parts[0]):
+            whole = box.size() == math.prod(box.view)
+            if whole and math.prod(box.view) == math.prod(recipe.shape):
+                yield tensor, _Box(recipe.shape, (0,) * len(recipe.shape), recipe.shape)
+            else:
+                yield tensor, box
+    else:
+        for part in recipe.parts:
+            yield from _leaves(part)
+
+
+def tensors_of(recipe: Recipe) -> set[str]:
+    """Return the names of the checkpoint tensors that `recipe` reads."""
+    return {tensor for tensor, _ in _leaves(recipe)}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the recipes of a program read of a checkpoint.
+
+    Attributes:
+        used: elements read, by tensor; a part read twice counts once.
+        shared: tensors of which a part is read by more than one input, and by which inputs.
+    """
+
+    used: dict[str, int]
+    shared: dict[str, list[str]]
+
+
+def coverage(recipes: Mapping[str, Recipe]) -> Coverage:
+    """Account for every checkpoint element that `recipes` (input name -> recipe) read."""
+    boxes: dict[str, dict[_Box, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, recipe in recipes.items():
+        for tensor, box in _leaves(recipe):
+            boxes[tensor][box].append(name)
+    used: dict[str, int] = {}
+    shared: dict[str, list[str]] = {}
+    for tensor, parts in boxes.items():
+        distinct = list(parts)
+        users = sorted({name for names in parts.values() for name in names})
+        clash = any(
+            a.view != b.view or a.overlaps(b) for i, a in enumerate(distinct) for b in distinct[i + 1 :]
+        )
+        if clash:
+            full = math.prod(distinct[0].view)
+            if max(box.size() for box in distinct) < full:
+                raise ProgramError(
+                    f"bindings: {tensor} is read in overlapping parts by {', '.join(users)}; "
+                    "parts must be equal or apart"
+                )
+            used[tensor] = full
+        else:
+            used[tensor] = sum(box.size() for box in distinct)
+        if clash or any(len(set(names)) > 1 for names in parts.values()):
+            shared[tensor] = users
+    return Coverage(used, shared)

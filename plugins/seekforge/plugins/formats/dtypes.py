@@ -1,0 +1,39 @@
+"""One short name per element type, and what NumPy, safetensors and ONNX call it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import ml_dtypes
+import numpy as np
+
+#: our name -> NumPy dtype. float8 and bfloat16 come from ml_dtypes.
+NUMPY: Final[dict[str, np.dtype]] = {
+    "f32": np.dtype(np.float32),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f8e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "i8": np.dtype(np.int8),
+    "i32": np.dtype(np.int32),
+    "i64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+}
+
+#: safetensors header word -> our name. Only what a DeepSeek-V3.2 checkpoint may hold.
+SAFETENSORS: Final[dict[str, str]] = {"F32": "f32", "BF16": "bf16", "F8_E4M3": "f8e4m3"}
+
+#: our name -> onnx.TensorProto.DataType number (numbers are part of the ONNX standard; no onnx import).
+ONNX: Final[dict[str, int]] = {
+    "f32": 1,
+    "i8": 3,
+    "i32": 6,
+    "i64": 7,
+    "bool": 9,
+    "bf16": 16,
+    "f8e4m3": 17,
+}
+FROM_ONNX: Final[dict[int, str]] = {number: name for name, number in ONNX.items()}
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one element of `dtype`."""
+    return NUMPY[dtype].itemsize

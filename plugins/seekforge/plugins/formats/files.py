@@ -1,0 +1,117 @@
+"""Write folders so that nothing half-written is ever seen, and digest the files in them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from seekforge.plugins.errors import OutputError
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def explain_os_error(error: OSError, path: Path) -> OutputError:
+    """Turn an error met while writing `path` into one clear line."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{path}: the disk is full; free space or choose another folder, nothing was kept")
+    reason = error.strerror or str(error)
+    return OutputError(f"{path}: cannot be written ({reason}); choose a folder you may write to")
+
+
+@contextmanager
+def atomic_folder(out: Path, *, force: bool = False, marker: str | None = None) -> Iterator[Path]:
+    """Give a temporary sibling of `out` to fill; rename it to `out` when the block ends well.
+
+    On any error the temporary folder is removed and what stood at `out` is as it was.
+
+    Args:
+        out: the folder to make.
+        force: replace a folder that exists and is not empty.
+        marker: a file that only our own folders hold (such as `program.json`). With `force`, a folder
+            without it is refused: a typing mistake must not delete somebody's home.
+
+    Raises:
+        OutputError: `out` exists and is not empty (without `force`), is a file, or cannot be written.
+    """
+    out = Path(out)
+    if out.is_file():
+        raise OutputError(f"{out}: is a file, expected a folder or a new name")
+    occupied = out.is_dir() and any(out.iterdir())
+    if occupied and not force:
+        raise OutputError(
+            f"{out}: exists and is not empty; choose a new folder, or pass --force to replace it"
+        )
+    if occupied and marker is not None and not (out / marker).exists():
+        raise OutputError(
+            f"{out}: holds files but no {marker}, so --force will not replace it; choose a new folder"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise explain_os_error(error, out) from None
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        _replace_folder(temporary, out)
+    except OSError as error:
+        raise explain_os_error(error, out) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(new: Path, out: Path) -> None:
+    """Rename `new` to `out`; what stood there is put aside first and put back if the rename fails."""
+    if not out.exists():
+        new.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(aside / "old")
+    try:
+        new.rename(out)
+    except OSError:
+        (aside / "old").rename(out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as stable, readable JSON: same value, same bytes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of the whole file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Return a SHA-256 over the file's size and 64 blocks spread over it, first and last included.
+
+    Milliseconds for any size; finds truncation, another file and most rewrites, not one flipped byte.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    starts = {min(i * size // _SAMPLES, max(size - _SAMPLE_BYTES, 0)) for i in range(_SAMPLES)}
+    with path.open("rb") as file:
+        for start in sorted(starts | {max(size - _SAMPLE_BYTES, 0)}):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

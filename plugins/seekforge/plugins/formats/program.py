@@ -1,0 +1,155 @@
+"""program.json and bindings.json: what a canonical program computes, takes and gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.bindings import Recipe
+from seekforge.plugins.formats.files import write_json
+
+#: Raised when a reader of the previous number would misread a program.
+PROGRAM_FORMAT = 1
+
+#: Slots in a cache block. Fixed: the byte layouts of spec §7 and every kernel know it.
+BLOCK_SIZE = 64
+
+Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap"]
+
+
+class Strict(BaseModel):
+    """A frozen record whose unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Strict):
+    """One input or output of a graph. A string in `shape` is a symbolic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    role: Role
+
+
+class GraphIO(Strict):
+    """The face of one ONNX graph.
+
+    Attributes:
+        file: file name beside the JSON.
+        sha256: digest of that file.
+        inputs, outputs: in graph order.
+        aliases: output name -> input name of each cache that is updated in place.
+    """
+
+    file: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliases: dict[str, str]
+
+    def named(self, name: str) -> TensorSpec:
+        """Return the input or output called `name`."""
+        return next(spec for spec in (*self.inputs, *self.outputs) if spec.name == name)
+
+    def with_role(self, role: Role) -> list[TensorSpec]:
+        """Return the inputs of one role, in graph order."""
+        return [spec for spec in self.inputs if spec.role == role]
+
+
+class OpUse(Strict):
+    """How the program uses one operator: all its nodes share version and attributes."""
+
+    version: int
+    attributes: dict[str, float | int | str]
+    num_nodes: int
+
+
+class Program(Strict):
+    """program.json.
+
+    Attributes:
+        layer_range: [a, b): layers of the main model in `model.onnx`.
+        numerics: fields of `formats.numerics.Numerics`.
+        config: the checkpoint's config.json, whole.
+        ops: op name -> use, over all graphs.
+        graphs: "model", and "mtp" when the model has an MTP layer and the range ends at the last layer.
+        unused: checkpoint tensors that no input reads, with the reason.
+        shared: checkpoint tensors that several inputs read, with those inputs ("graph:input").
+        files: tokenizer and chat files carried along, relative to the program folder.
+    """
+
+    format: int
+    seekforge_version: str
+    opset: int
+    layer_range: tuple[int, int]
+    numerics: dict[str, Any]
+    config: dict[str, Any]
+    ops: dict[str, OpUse]
+    graphs: dict[str, GraphIO]
+    unused: dict[str, str]
+    shared: dict[str, list[str]]
+    files: tuple[str, ...]
+
+
+def save_program(folder: Path, program: Program, bindings: dict[str, dict[str, Recipe]]) -> None:
+    """Write program.json and bindings.json (graph name -> input name -> recipe) into `folder`."""
+    raw = {
+        graph: {name: recipe.to_dict() for name, recipe in recipes.items()}
+        for graph, recipes in bindings.items()
+    }
+    text = json.dumps({"format": PROGRAM_FORMAT, "graphs": raw}, ensure_ascii=False, separators=(",", ":"))
+    (folder / "bindings.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "program.json", program.model_dump(mode="json"))
+
+
+def load_program(folder: Path) -> Program:
+    """Read and check program.json.
+
+    Raises:
+        ProgramError: not a program folder, another format version, or malformed.
+    """
+    raw = _read(folder, "program.json")
+    try:
+        return Program.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise ProgramError(
+            f"{folder / 'program.json'}: key {key!r}: {fault['msg']}; export the program again"
+        ) from None
+
+
+def load_bindings(folder: Path) -> dict[str, dict[str, Recipe]]:
+    """Read bindings.json: graph name -> input name -> recipe.
+
+    Raises:
+        ProgramError: as `load_program`.
+    """
+    raw = _read(folder, "bindings.json")
+    return {
+        graph: {name: Recipe.from_dict(recipe) for name, recipe in recipes.items()}
+        for graph, recipes in raw.get("graphs", {}).items()
+    }
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProgramError(
+            f"{path}: cannot be read ({error.strerror}); expected a folder written by 'seekforge export'"
+        ) from None
+    except ValueError as error:
+        raise ProgramError(f"{path}: not valid JSON ({error}); export the program again") from None
+    if not isinstance(raw, dict) or raw.get("format") != PROGRAM_FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise ProgramError(
+            f"{path}: format {found!r}, this seekforge reads format {PROGRAM_FORMAT}; export the program again"
+        )
+    return raw

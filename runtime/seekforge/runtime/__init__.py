@@ -1,0 +1,1 @@
+"""Run a compiled engine: `LLM(engine).generate(prompts, SamplingParams(...))`. No torch, no onnx."""
