@@ -90,9 +90,7 @@ class Recipe:
                 params=dict(raw.get("params", {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ProgramError(
-                f"bindings.json: malformed recipe ({error}); export the program again"
-            ) from None
+            raise ProgramError(f"bindings.json: malformed recipe ({error}); export the program again") from None
 
 
 # --- constructors, which compute the shape ------------------------------------------------------------------
@@ -349,9 +347,7 @@ def coverage(recipes: Mapping[str, Recipe]) -> Coverage:
     for tensor, parts in boxes.items():
         distinct = list(parts)
         users = sorted({name for names in parts.values() for name in names})
-        clash = any(
-            a.view != b.view or a.overlaps(b) for i, a in enumerate(distinct) for b in distinct[i + 1 :]
-        )
+        clash = any(a.view != b.view or a.overlaps(b) for i, a in enumerate(distinct) for b in distinct[i + 1 :])
         if clash:
             full = math.prod(distinct[0].view)
             if max(box.size() for box in distinct) < full:

@@ -46,13 +46,9 @@ def atomic_folder(out: Path, *, force: bool = False, marker: str | None = None) 
         raise OutputError(f"{out}: is a file, expected a folder or a new name")
     occupied = out.is_dir() and any(out.iterdir())
     if occupied and not force:
-        raise OutputError(
-            f"{out}: exists and is not empty; choose a new folder, or pass --force to replace it"
-        )
+        raise OutputError(f"{out}: exists and is not empty; choose a new folder, or pass --force to replace it")
     if occupied and marker is not None and not (out / marker).exists():
-        raise OutputError(
-            f"{out}: holds files but no {marker}, so --force will not replace it; choose a new folder"
-        )
+        raise OutputError(f"{out}: holds files but no {marker}, so --force will not replace it; choose a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))

@@ -130,9 +130,7 @@ class Manifest(Strict):
 def digest_file(folder: Path, relative: str) -> FileDigest:
     """Describe one file of an engine folder."""
     path = folder / relative
-    return FileDigest(
-        path=relative, bytes=path.stat().st_size, sha256=sha256_file(path), sampled=sampled_digest(path)
-    )
+    return FileDigest(path=relative, bytes=path.stat().st_size, sha256=sha256_file(path), sampled=sampled_digest(path))
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
@@ -182,12 +180,8 @@ def verify_files(folder: Path, manifest: Manifest, *, full: bool) -> None:
         except OSError:
             raise EngineError(f"{path}: missing; build the engine again or copy the whole folder") from None
         if size != expected.bytes:
-            raise EngineError(
-                f"{path}: {size} bytes, the manifest says {expected.bytes}; copy it again or build again"
-            )
-        found, wanted = (
-            (sha256_file(path), expected.sha256) if full else (sampled_digest(path), expected.sampled)
-        )
+            raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; copy it again or build again")
+        found, wanted = (sha256_file(path), expected.sha256) if full else (sampled_digest(path), expected.sampled)
         if found != wanted:
             raise EngineError(
                 f"{path}: digest {found[:12]}, the manifest says {wanted[:12]}; the file was changed or damaged, "

@@ -99,9 +99,7 @@ class ModelConfig(_Frozen):
             raise ValueError("indexer_rope_interleave is true, expected false or absent")
         for key in ("index_topk_freq", "index_topk_pattern"):
             if extra.get(key) not in (None, 1):
-                raise ValueError(
-                    f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer"
-                )
+                raise ValueError(f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer")
         for key in (
             "hidden_size",
             "q_lora_rank",
@@ -110,9 +108,7 @@ class ModelConfig(_Frozen):
             "moe_intermediate_size",
         ):
             if getattr(self, key) % FP8_BLOCK:
-                raise ValueError(
-                    f"{key} is {getattr(self, key)}, expected a multiple of {FP8_BLOCK} (FP8 block)"
-                )
+                raise ValueError(f"{key} is {getattr(self, key)}, expected a multiple of {FP8_BLOCK} (FP8 block)")
         if self.num_attention_heads * self.v_head_dim % FP8_BLOCK:
             raise ValueError(
                 f"num_attention_heads * v_head_dim is {self.num_attention_heads * self.v_head_dim}, "
@@ -121,9 +117,7 @@ class ModelConfig(_Frozen):
         if self.index_head_dim != FP8_BLOCK:
             raise ValueError(f"index_head_dim is {self.index_head_dim}, expected 128 (one FP8 block)")
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.index_head_dim:
-            raise ValueError(
-                f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected even and at most index_head_dim"
-            )
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected even and at most index_head_dim")
         if self.n_routed_experts % self.n_group or self.n_routed_experts // self.n_group < 2:
             raise ValueError(
                 f"n_routed_experts is {self.n_routed_experts} over n_group {self.n_group}, "
@@ -155,9 +149,7 @@ class ModelConfig(_Frozen):
             ConfigError: not an object, another model type, a key missing, of the wrong type or value.
         """
         if not isinstance(raw, dict):
-            raise ConfigError(
-                f"{origin}: holds a JSON {type(raw).__name__}, expected an object with model keys"
-            )
+            raise ConfigError(f"{origin}: holds a JSON {type(raw).__name__}, expected an object with model keys")
         demo_keys = {"dim", "n_layers", "n_activated_experts", "inter_dim"} & set(raw)
         if demo_keys and "hidden_size" not in raw:
             raise ConfigError(

@@ -39,9 +39,7 @@ class Numerics:
 #: The official reference numerics (HF demo of V3.2, spec §3.6 "Project rule").
 FP8 = Numerics("fp8", act_quant="ue8m0", kv_fp8=True, hadamard=True, indexer_fp8=True, activations="bf16")
 #: FP32 throughout, weights dequantised: the setting in which `transformers` is an oracle.
-EXACT = Numerics(
-    "exact", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="f32"
-)
+EXACT = Numerics("exact", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="f32")
 
 NUMERICS = {setting.name: setting for setting in (FP8, EXACT)}
 

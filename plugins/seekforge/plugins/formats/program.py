@@ -98,10 +98,7 @@ class Program(Strict):
 
 def save_program(folder: Path, program: Program, bindings: dict[str, dict[str, Recipe]]) -> None:
     """Write program.json and bindings.json (graph name -> input name -> recipe) into `folder`."""
-    raw = {
-        graph: {name: recipe.to_dict() for name, recipe in recipes.items()}
-        for graph, recipes in bindings.items()
-    }
+    raw = {graph: {name: recipe.to_dict() for name, recipe in recipes.items()} for graph, recipes in bindings.items()}
     text = json.dumps({"format": PROGRAM_FORMAT, "graphs": raw}, ensure_ascii=False, separators=(",", ":"))
     (folder / "bindings.json").write_text(text + "\n", encoding="utf-8")
     write_json(folder / "program.json", program.model_dump(mode="json"))
