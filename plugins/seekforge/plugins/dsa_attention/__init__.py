@@ -1,0 +1,1 @@
+"""`DsaAttention`: absorbed multi-query latent attention over the positions the indexer picked."""

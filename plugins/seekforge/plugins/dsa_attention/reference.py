@@ -1,0 +1,53 @@
+"""`DsaAttention` in plain torch: gather the chosen rows, softmax in f32, one block of queries at a time."""
+
+import torch
+from torch import Tensor
+
+from seekforge.plugins.quant import PAGE, unpack_latent
+
+_ROWS = 64  # queries per pass: bounds the gathered [B, _ROWS, TOPK, C + R]
+
+
+def dsa_attention(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    block_table: Tensor,
+    topk_indices: Tensor,
+    scale: float,
+    kv_format: str,
+) -> Tensor:
+    """Return the attention output in the latent space.
+
+    Args:
+        q_latent: [B, Q, H, C]. q_pe: [B, Q, H, R]. f32 or bf16.
+        latent_cache: [NB·64, C + R] f32 or bf16, or [NB, 64, record bytes] int8 for fp8_ds.
+        block_table: [B, MB] int32.
+        topk_indices: [B, Q, TOPK] int32; −1 is no key, wherever it stands.
+
+    Returns:
+        [B, Q, H, C], dtype of `q_latent`; 0 for a query without any key.
+
+    Source: spec §3.5; FP32 softmax as in FlashMLA @9241ae3 (spec §3.4).
+    """
+    latent_dim = q_latent.shape[-1]
+    out = torch.empty_like(q_latent)
+    for start in range(0, q_latent.shape[1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        chosen = topk_indices[:, rows].long()
+        valid = chosen >= 0
+        safe = chosen.clamp_min(0)
+        block = torch.gather(block_table.long(), 1, (safe // PAGE).flatten(1)).view_as(safe)
+        slots = block * PAGE + safe % PAGE
+        if kv_format == "fp8_ds":
+            c, k_pe = unpack_latent(latent_cache.view(-1, latent_cache.shape[-1])[slots], latent_dim)
+        else:
+            c, k_pe = latent_cache[slots].float().split([latent_dim, q_pe.shape[-1]], dim=-1)
+        # rubbish (NaN) in rows that are not chosen must not leak through 0 · NaN
+        c = c.masked_fill(~valid.unsqueeze(-1), 0.0)
+        k_pe = k_pe.masked_fill(~valid.unsqueeze(-1), 0.0)
+        s = q_latent[:, rows].float() @ c.transpose(-1, -2) + q_pe[:, rows].float() @ k_pe.transpose(-1, -2)
+        s = (s * scale).masked_fill(~valid.unsqueeze(2), -torch.inf)
+        p = torch.softmax(s, dim=-1).masked_fill(~valid.any(-1)[..., None, None], 0.0)
+        out[:, rows] = (p @ c).to(out.dtype)
+    return out

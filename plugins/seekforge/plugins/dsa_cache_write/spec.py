@@ -1,0 +1,32 @@
+"""Contract of `DsaCacheWrite` (spec §3.3, §3.6, §7).
+
+Slot −1 (a padded row) is sent to slot 0: block 0 is scrap and never handed out, so a padded row changes no
+byte that anyone reads.
+"""
+
+from seekforge.plugins.spec import Arg, Attr, OpSpec
+
+SPEC = OpSpec(
+    name="DsaCacheWrite",
+    version=1,
+    doc="Write one latent, rotary key and indexer key per token into the paged caches at slot_mapping.",
+    inputs=(
+        Arg("latent_cache", "kv", ("*latent",), "[NB·64, C+R]; fp8_ds: [NB, 64, C + 4·C/128 + 2·R] bytes"),
+        Arg("index_cache", "kv", ("*index",), "[NB·64, D]; fp8_ds: [NB, 64·132] bytes"),
+        Arg("c", "act", ("B", "Q", "C"), "latent after kv_a_layernorm"),
+        Arg("k_pe", "act", ("B", "Q", "R"), "rotary key after RoPE"),
+        Arg("index_k", "act", ("B", "Q", "D"), "indexer key after RoPE and Hadamard"),
+        Arg("slot_mapping", "i64", ("B", "Q"), "block_id · 64 + offset; −1 pads"),
+    ),
+    outputs=(
+        Arg("latent_cache_out", "kv", ("*latent",), "alias of latent_cache"),
+        Arg("index_cache_out", "kv", ("*index",), "alias of index_cache"),
+    ),
+    attrs=(
+        Attr("kv_format", "str", "layout and dtype of the latent cache", ("f32", "bf16", "fp8_ds")),
+        Attr("index_format", "str", "layout and dtype of the indexer cache", ("f32", "bf16", "fp8_ds")),
+        Attr("kv_fp8", "bool", "quantise and dequantise the latent before it is stored"),
+        Attr("indexer_fp8", "bool", "quantise and dequantise the indexer key before it is stored"),
+    ),
+    aliases=(("latent_cache_out", "latent_cache"), ("index_cache_out", "index_cache")),
+)

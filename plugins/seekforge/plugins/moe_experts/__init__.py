@@ -1,0 +1,1 @@
+"""`MoeExperts`: the routed experts' SwiGLU MLPs, combined by weight."""

@@ -1,0 +1,42 @@
+"""`MoeExperts` in plain torch: one expert after the other, its tokens only."""
+
+import torch
+from torch import Tensor
+
+from seekforge.plugins.block_fp8_linear.reference import block_fp8_linear
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) · up for [..., gate | up]; formed in f32 and rounded once (spec §4)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def moe_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    act_quant: str,
+) -> Tensor:
+    """Return the weighted sum of the experts' outputs.
+
+    Args:
+        x: [T, H], f32 or bf16. expert_ids: [T, k] int32. expert_weights: [T, k] f32.
+        w13: [E, 2I, H], w2: [E, H, I], e4m3 or its bytes as int8, with their 128×128 block scales.
+
+    Returns:
+        [T, H] f32. Each expert's output is rounded to the dtype of `x` before it is weighted.
+
+    Source: HF inference/model.py, `MoE.forward`.
+    """
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in expert_ids.unique().tolist():
+        rows, column = torch.nonzero(expert_ids == expert, as_tuple=True)
+        hidden = swiglu(block_fp8_linear(x[rows], w13[expert], w13_scale[expert], act_quant))
+        out = block_fp8_linear(hidden, w2[expert], w2_scale[expert], act_quant)
+        y[rows] += out.float() * expert_weights[rows, column, None]
+    return y

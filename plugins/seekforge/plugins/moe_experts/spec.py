@@ -1,0 +1,20 @@
+"""Contract of `MoeExperts` (spec §4): y = Σ weight · down(silu(gate(x)) · up(x)), FP8 weights in 128×128 blocks."""
+
+from seekforge.plugins.spec import Arg, Attr, OpSpec
+
+SPEC = OpSpec(
+    name="MoeExperts",
+    version=1,
+    doc="Run each token's experts and add their outputs times their weights in f32.",
+    inputs=(
+        Arg("x", "act", ("T", "H"), "tokens"),
+        Arg("expert_ids", "i32", ("T", "TOPK"), "experts of each token, all different"),
+        Arg("expert_weights", "f32", ("T", "TOPK"), "multiply the experts' outputs"),
+        Arg("w13", "fp8", ("E", "I2", "H"), "gate rows, then up rows"),
+        Arg("w13_scale", "f32", ("E", "cdiv(I2, 128)", "cdiv(H, 128)"), "multiplies to recover"),
+        Arg("w2", "fp8", ("E", "H", "I2 // 2"), "down projection"),
+        Arg("w2_scale", "f32", ("E", "cdiv(H, 128)", "cdiv(I2 // 2, 128)"), "multiplies to recover"),
+    ),
+    outputs=(Arg("y", "f32", ("T", "H"), "f32: the shared expert is added before the one rounding"),),
+    attrs=(Attr("act_quant", "str", "as in BlockFp8Linear, for both products", ("ue8m0", "none")),),
+)
