@@ -1,0 +1,133 @@
+"""ONNX operator schemas with shape inference, made from the specs: the checker and `infer_shapes` know our ops.
+
+A process without these schemas reads a program all the same (the checker does not mind unknown domains);
+with them, wrong shapes and attributes are found where they are written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import onnx
+from onnx.defs import OpSchema
+from onnx.shape_inference import InferenceError
+
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.formats import dtypes
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.spec import DOMAIN, DOMAIN_VERSION, TYPE_VARIABLES, Arg, OpSpec
+
+#: Attribute of every node: with it, TensorRT takes a registered plugin and else inlines the function.
+PLUGIN_NAMESPACE: Final = "plugin_namespace"
+
+_TYPE_STRINGS: Final[dict[str, str]] = {
+    "f32": "tensor(float)",
+    "bf16": "tensor(bfloat16)",
+    "f8e4m3": "tensor(float8e4m3fn)",
+    "i8": "tensor(int8)",
+    "i32": "tensor(int32)",
+    "i64": "tensor(int64)",
+}
+_ATTR_TYPES: Final[dict[str, OpSchema.AttrType]] = {
+    "int": OpSchema.AttrType.INT,
+    "bool": OpSchema.AttrType.INT,
+    "float": OpSchema.AttrType.FLOAT,
+    "str": OpSchema.AttrType.STRING,
+}
+_CONVERT: Final = {"int": int, "bool": bool, "float": float, "str": str}
+
+
+def make_schema(spec: OpSpec) -> OpSchema:
+    """Return the ONNX schema of an operator, with type and shape inference."""
+
+    def formal(arg: Arg) -> OpSchema.FormalParameter:
+        type_str = arg.dtype if arg.dtype in TYPE_VARIABLES else _TYPE_STRINGS[arg.dtype]
+        shape = ", ".join(str(dim) for dim in arg.shape)
+        return OpSchema.FormalParameter(arg.name, type_str, f"[{shape}] {arg.doc}")
+
+    used = {arg.dtype for arg in spec.inputs} & TYPE_VARIABLES.keys()
+    schema = OpSchema(
+        spec.name,
+        DOMAIN,
+        DOMAIN_VERSION,
+        spec.doc,
+        inputs=[formal(arg) for arg in spec.inputs],
+        outputs=[formal(arg) for arg in spec.outputs],
+        type_constraints=[(name, [_TYPE_STRINGS[t] for t in TYPE_VARIABLES[name]], name) for name in sorted(used)],
+        attributes=[
+            *(OpSchema.Attribute(attr.name, _ATTR_TYPES[attr.kind], attr.doc) for attr in spec.attrs),
+            OpSchema.Attribute(
+                PLUGIN_NAMESPACE,
+                OpSchema.AttrType.STRING,
+                "TensorRT: prefer a plugin of this namespace",
+                required=False,
+            ),
+        ],
+    )
+    schema.set_type_and_shape_inference_function(lambda context: infer(spec, context))
+    return schema
+
+
+def register_schemas() -> None:
+    """Register the schemas of all operators; once per process is enough, more often does no harm."""
+    for spec in SPECS.values():
+        if not onnx.defs.has(spec.name, domain=DOMAIN):
+            onnx.defs.register_schema(make_schema(spec))
+
+
+def infer(spec: OpSpec, context: Any) -> None:
+    """Set the output types of a node of `spec`; does nothing while the rank of an input is unknown.
+
+    Args:
+        context: `onnx.shape_inference.InferenceContext`.
+
+    Raises:
+        InferenceError: a rank, size, dtype or attribute differs from the contract.
+    """
+    types = [context.get_input_type(i) for i in range(context.get_num_inputs())]
+    if any(not t.HasField("tensor_type") or not t.tensor_type.HasField("shape") for t in types):
+        return
+    attrs = {}
+    for attr in spec.attrs:
+        value = context.get_attribute(attr.name)
+        if value is None:
+            raise InferenceError(f"{spec.name}: attribute {attr.name} is missing")
+        if value.ref_attr_name:
+            return  # inside a function: known only where it is called
+        got = onnx.helper.get_attribute_value(value)
+        attrs[attr.name] = _CONVERT[attr.kind](got.decode() if isinstance(got, bytes) else got)
+    names = {
+        arg.name: dtypes.FROM_ONNX.get(t.tensor_type.elem_type, str(t.tensor_type.elem_type))
+        for arg, t in zip(spec.inputs, types, strict=True)
+    }
+    try:
+        spec.check_attrs(attrs)
+        bound = spec.bind([[_read(dim) for dim in t.tensor_type.shape.dim] for t in types], attrs)
+        results = zip(spec.output_dtypes(names), spec.output_shapes(bound), strict=True)
+    except ShapeError as error:
+        raise InferenceError(str(error)) from None
+    for i, (dtype, shape) in enumerate(results):
+        written = [_write(dim) for dim in shape]
+        context.set_output_type(i, onnx.helper.make_tensor_type_proto(dtypes.ONNX[dtype], written))
+
+
+class _Symbol:
+    """A size that is not a number: a named one (`dim_param`) or an unknown one. Arithmetic on it is unknown."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+
+    def _unknown(self, *_: object) -> _Symbol:
+        return _Symbol()
+
+    __neg__ = __add__ = __radd__ = __mul__ = __rmul__ = __floordiv__ = __rfloordiv__ = _unknown
+
+
+def _read(dim: onnx.TensorShapeProto.Dimension) -> int | _Symbol:
+    if dim.HasField("dim_value"):
+        return dim.dim_value
+    return _Symbol(dim.dim_param or None)
+
+
+def _write(dim: int | _Symbol) -> int | str | None:
+    return dim.name if isinstance(dim, _Symbol) else dim

@@ -1,0 +1,19 @@
+"""The six operators by ONNX op_type. Only contracts: imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from seekforge.plugins.block_fp8_linear.spec import SPEC as _BLOCK_FP8_LINEAR
+from seekforge.plugins.dsa_attention.spec import SPEC as _DSA_ATTENTION
+from seekforge.plugins.dsa_cache_write.spec import SPEC as _DSA_CACHE_WRITE
+from seekforge.plugins.dsa_indexer.spec import SPEC as _DSA_INDEXER
+from seekforge.plugins.moe_experts.spec import SPEC as _MOE_EXPERTS
+from seekforge.plugins.moe_route.spec import SPEC as _MOE_ROUTE
+from seekforge.plugins.spec import OpSpec
+
+#: op_type -> contract, in the order in which a layer uses them.
+SPECS: Final[dict[str, OpSpec]] = {
+    spec.name: spec
+    for spec in (_BLOCK_FP8_LINEAR, _DSA_CACHE_WRITE, _DSA_INDEXER, _DSA_ATTENTION, _MOE_ROUTE, _MOE_EXPERTS)
+}
