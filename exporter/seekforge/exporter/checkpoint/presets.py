@@ -1,0 +1,88 @@
+"""The model presets of `configs/models/*.yaml`: a config.json's keys and how many shards to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.model_config import ModelConfig
+
+#: In the source tree (also of an editable install) first, then where the wheel puts `configs`.
+_FOLDERS = (
+    Path(__file__).resolve().parents[4] / "configs" / "models",
+    Path(__file__).resolve().parents[2] / "configs" / "models",
+)
+
+
+class _PresetFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_shards: int = Field(ge=1)
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model to write.
+
+    Attributes:
+        name: file name without `.yaml`.
+        num_shards: safetensors files to write.
+        config_json: what config.json will hold.
+        config: the same, checked.
+    """
+
+    name: str
+    num_shards: int
+    config_json: dict[str, Any]
+    config: ModelConfig
+
+
+def known_presets() -> tuple[str, ...]:
+    """Return the names `load_preset` knows, sorted."""
+    return tuple(sorted(path.stem for path in _folder().glob("*.yaml")))
+
+
+def load_preset(name: str) -> Preset:
+    """Read and check a preset.
+
+    Raises:
+        ConfigError: there is no such preset, or its file is malformed.
+    """
+    known = known_presets()
+    if name not in known:
+        raise ConfigError(f"preset {name!r} is unknown; known presets: {', '.join(known)}")
+    return read_preset(_folder() / f"{name}.yaml")
+
+
+def read_preset(path: Path) -> Preset:
+    """Read and check one preset file.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or has a missing, unknown or malformed key.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        file = _PresetFile.model_validate(raw)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        expected = ", ".join(_PresetFile.model_fields)
+        raise ConfigError(f"{path}: key {key!r}: {fault['msg']}; expected the keys {expected}") from None
+    return Preset(path.stem, file.num_shards, file.config, ModelConfig.parse(file.config, str(path)))
+
+
+def _folder() -> Path:
+    for folder in _FOLDERS:
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"no presets found in {_FOLDERS[1]}; the installation is incomplete, reinstall seekforge")
