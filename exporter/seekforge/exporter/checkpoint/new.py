@@ -1,0 +1,303 @@
+"""Write a checkpoint folder that is file for file what a DeepSeek-V3.2 download is, with random weights.
+
+Random, but not any: a model with plain Gaussian weights is useless as a test. Its router has no opinion, its
+index scores tie, its block scales are all equal, so that a wrong rank, a wrong tie rule or a transposed scale
+passes unseen. The rules of `_draw` give every one of these something to be wrong about (recipes.md, "Ties").
+Every tensor is drawn from the seed and its own name: same seed, same bytes, whatever the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from seekforge.exporter.checkpoint.presets import Preset, load_preset
+from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, ExpectedTensor, expected_tensors, totals
+from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
+from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.dtypes import NUMPY
+from seekforge.plugins.formats.files import atomic_folder, write_json
+from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig
+from seekforge.plugins.formats.safetensors import INDEX_FILE, ShardWriter
+
+#: Called as progress(bytes written so far, bytes in all).
+Progress = Callable[[int, int], None]
+
+_FP8_MAX = 448.0
+_MIN_AMAX = 1e-4
+#: More would take hours to draw; `--sparse` makes the true structure of any size.
+_MAX_PARAMETERS = 20_000_000_000
+
+_ROUTER_LOGIT_STD = 1.25
+_LOGIT_STD = 3.0
+_NORM_SPREAD = 0.1
+#: Block magnitudes of an FP8 weight are spread over 2^±1.5, so that neighbouring blocks differ in scale.
+_BLOCK_SPREAD_LOG2 = 1.5
+
+
+@dataclass(frozen=True)
+class WrittenCheckpoint:
+    """What `new_checkpoint` wrote.
+
+    Attributes:
+        path: the folder.
+        num_files: files in it, those in `encoding/` included.
+        num_tensors: tensors, scales included.
+        num_parameters: elements, scales not included.
+        num_bytes: bytes of tensor data (`total_size` of the index).
+        disk_bytes: bytes that all files take on disk.
+    """
+
+    path: Path
+    num_files: int
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    disk_bytes: int
+
+
+def new_checkpoint(
+    out: Path,
+    preset: str | Preset,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> WrittenCheckpoint:
+    """Write a checkpoint of a preset with random weights.
+
+    Memory: the largest tensor, three times. `out` appears only when it is complete.
+
+    Args:
+        out: the folder to make.
+        preset: a name of `configs/models`, or a preset itself.
+        seed: the same seed gives the same bytes.
+        force: replace a checkpoint that stands at `out`.
+        progress: told the bytes written so far and in all, after each tensor.
+
+    Raises:
+        ConfigError: the preset is unknown, malformed, or too large to draw.
+        OutputError: `out` is not empty (without `force`), or cannot be written (no permission, disk full).
+    """
+    chosen = load_preset(preset) if isinstance(preset, str) else preset
+    tensors = expected_tensors(chosen.config)
+    size = totals(tensors)
+    if size.num_parameters > _MAX_PARAMETERS:
+        raise ConfigError(
+            f"preset {chosen.name!r} has {size.num_parameters / 1e9:.0f} billion parameters "
+            f"({size.num_bytes / 1e9:.0f} GB); pass --sparse to write its structure without values"
+        )
+    shards = split_into_shards(tensors, chosen.num_shards)
+    with atomic_folder(out, force=force, marker="config.json") as folder:
+        _write_weights(folder, chosen.config, tensors, shards, seed, progress)
+        write_sidecars(folder, chosen, shards)
+        return describe(folder, out, tensors)
+
+
+def describe(folder: Path, out: Path, tensors: dict[str, ExpectedTensor]) -> WrittenCheckpoint:
+    """Measure the finished `folder`, which is about to be called `out`."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    size = totals(tensors)
+    return WrittenCheckpoint(
+        path=out,
+        num_files=len(stats),
+        num_tensors=size.num_tensors,
+        num_parameters=size.num_parameters,
+        num_bytes=size.num_bytes,
+        disk_bytes=sum(stat.st_blocks * 512 for stat in stats),
+    )
+
+
+def split_into_shards(tensors: dict[str, ExpectedTensor], num_shards: int) -> dict[str, list[str]]:
+    """Cut `tensors`, in their order, into shards of about equal size.
+
+    A cut that falls on an FP8 weight is made right after it: its scale opens the next shard, as happens in the
+    released checkpoint.
+
+    Returns:
+        Shard file name -> tensor names.
+    """
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    shards: list[list[str]] = [[]]
+    written = 0
+    for name, tensor in tensors.items():
+        shards[-1].append(name)
+        written += tensor.num_bytes
+        full = written >= total * len(shards) / num_shards
+        if full and len(shards) < num_shards and not name.endswith(SCALE_SUFFIX):
+            shards.append([])
+    shards = [names for names in shards if names]
+    return {f"model-{i:05d}-of-{len(shards):06d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_sidecars(folder: Path, preset: Preset, shards: dict[str, list[str]]) -> None:
+    """Write everything that is not weights: configs, index, tokenizer, chat encoder."""
+    tensors = expected_tensors(preset.config)
+    write_json(folder / "config.json", preset.config_json)
+    write_json(
+        folder / INDEX_FILE,
+        {
+            "metadata": {"total_size": totals(tensors).num_bytes},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        },
+    )
+    write_json(
+        folder / "generation_config.json",
+        {
+            "_from_model_config": True,
+            "bos_token_id": preset.config.bos_token_id,
+            "eos_token_id": preset.config.eos_token_id,
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_p": 0.95,
+            "transformers_version": preset.config_json.get("transformers_version"),
+        },
+    )
+    write_tokenizer(folder, preset.config.vocab_size)
+    (folder / "encoding").mkdir()
+    shutil.copyfile(Path(__file__).with_name("encoding_dsv32.py"), folder / "encoding" / "encoding_dsv32.py")
+
+
+def layouts(
+    tensors: dict[str, ExpectedTensor], shards: dict[str, list[str]]
+) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Return the layout of each shard file, as `formats.safetensors` takes it."""
+    return {
+        file: {name: (tensors[name].dtype, tensors[name].shape) for name in names} for file, names in shards.items()
+    }
+
+
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    tensors: dict[str, ExpectedTensor],
+    shards: dict[str, list[str]],
+    seed: int,
+    progress: Progress | None,
+) -> None:
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    written = 0
+    home = {name: file for file, names in shards.items() for name in names}
+    with ExitStack() as stack:
+        writers = {
+            file: stack.enter_context(ShardWriter(folder / file, layout))
+            for file, layout in layouts(tensors, shards).items()
+        }
+        for name, array in draw_tensors(config, tensors, seed):
+            writers[home[name]].write(name, array)
+            written += array.nbytes
+            if progress is not None:
+                progress(written, total)
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+def draw_tensors(
+    config: ModelConfig, tensors: dict[str, ExpectedTensor], seed: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every tensor of `tensors`, a scale right after its weight; one at a time."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == "f8e4m3":
+            weight, scale = quantise(_draw(config, name, tensor.shape, seed))
+            yield name, weight
+            yield name + SCALE_SUFFIX, scale
+        elif not name.endswith(SCALE_SUFFIX):
+            yield name, _draw(config, name, tensor.shape, seed).astype(NUMPY[tensor.dtype])
+
+
+def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise a weight to e4m3 in 128×128 blocks with power-of-two scales (the rule of spec §5.1, per block).
+
+    Args:
+        weight: [N, K], f32. The last block of an axis may be partial.
+
+    Returns:
+        float8_e4m3fn [N, K] and f32 scales [⌈N/128⌉, ⌈K/128⌉]; real = stored * scale.
+    """
+    n, k = weight.shape
+    rows, columns = -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)
+    amax = np.zeros((rows, columns), np.float32)
+    starts = np.arange(columns) * FP8_BLOCK
+    for row in range(rows):
+        block = np.abs(weight[row * FP8_BLOCK : (row + 1) * FP8_BLOCK]).max(axis=0)
+        amax[row] = np.maximum.reduceat(block, starts)
+    mantissa, exponent = np.frexp(np.maximum(amax, _MIN_AMAX) / np.float32(_FP8_MAX))
+    # frexp gives a mantissa in [0.5, 1): only an exact power of two is one exponent lower
+    scale = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent)).astype(np.float32)
+    stored = np.empty((n, k), NUMPY["f8e4m3"])
+    for row in range(rows):
+        part = slice(row * FP8_BLOCK, (row + 1) * FP8_BLOCK)
+        along_k = np.repeat(scale[row], FP8_BLOCK)[:k]
+        stored[part] = np.clip(weight[part] / along_k, -_FP8_MAX, _FP8_MAX).astype(NUMPY["f8e4m3"])
+    return stored, scale
+
+
+def _draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Draw one tensor in f32. The scales keep activations near one and decisions spread (module head)."""
+    name = _original(config, name)
+    random = np.random.Generator(np.random.PCG64(_entropy(seed, name)))
+    if name.endswith("e_score_correction_bias"):
+        # Near 2 neighbouring BF16 values are 1/64 apart: rounding this F32 bias would change the choice.
+        return random.uniform(2.0, 2.1, shape).astype(np.float32)
+    if name.endswith("k_norm.bias"):
+        return _normal(random, shape, 0.2)
+    if name.endswith(("norm.weight", "layernorm.weight")):
+        return 1 + _normal(random, shape, _NORM_SPREAD)
+    if name == "model.embed_tokens.weight":
+        return _normal(random, shape, 1.0)
+    fan_in = shape[-1] ** -0.5
+    if name == "lm_head.weight":
+        return _normal(random, shape, _LOGIT_STD * fan_in)
+    if name.endswith("mlp.gate.weight"):
+        return _normal(random, shape, _ROUTER_LOGIT_STD * fan_in)
+    if name.endswith(("weights_proj.weight", "eh_proj.weight")):
+        return _normal(random, shape, fan_in)
+    weight = _normal(random, shape, fan_in)
+    _spread_blocks(weight, random)
+    if name.endswith("indexer.wq_b.weight"):
+        # Antipodal head pairs: of each pair exactly one ReLU is open, so that no key scores an exact zero
+        # and rank `index_topk` is never decided among ties. FP8 keeps the negation exact.
+        heads = weight.reshape(-1, config.index_head_dim, shape[1])
+        pairs = heads.shape[0] // 2
+        heads[1 : 2 * pairs : 2] = -heads[0 : 2 * pairs : 2]
+    return weight
+
+
+def _original(config: ModelConfig, name: str) -> str:
+    """Return the main model's name for the MTP layer's copies of embedding and head."""
+    if config.mtp_layer is None:
+        return name
+    prefix = f"model.layers.{config.mtp_layer}."
+    copies = {
+        prefix + "embed_tokens.weight": "model.embed_tokens.weight",
+        prefix + "shared_head.head.weight": "lm_head.weight",
+    }
+    return copies.get(name, name)
+
+
+def _entropy(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
+
+
+def _normal(random: np.random.Generator, shape: tuple[int, ...], std: float) -> np.ndarray:
+    values = random.standard_normal(shape, np.float32)
+    values *= np.float32(std)
+    return values
+
+
+def _spread_blocks(weight: np.ndarray, random: np.random.Generator) -> None:
+    """Scale each 128×128 block by its own factor; the mean square over the factors is one."""
+    rows, columns = -(-weight.shape[0] // FP8_BLOCK), -(-weight.shape[1] // FP8_BLOCK)
+    factor = np.exp2(random.uniform(-_BLOCK_SPREAD_LOG2, _BLOCK_SPREAD_LOG2, (rows, columns)))
+    factor /= np.sqrt(np.mean(factor**2, axis=1, keepdims=True))
+    for row in range(rows):
+        weight[row * FP8_BLOCK : (row + 1) * FP8_BLOCK] *= np.repeat(factor[row].astype(np.float32), FP8_BLOCK)[
+            : weight.shape[1]
+        ]
