@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,11 +34,11 @@ class Recipe:
     """One node of a recipe tree.
 
     Attributes:
-        op: take, slice, reshape, transpose, concat, stack, dequantise, cast or computed.
+        op: take, slice, reshape, transpose, concat, stack, dequantise, cast, bytes or computed.
         shape: shape of the result.
         dtype: element type of the result (our names, `dtypes.NUMPY`).
         parts: operands. `dequantise` has two: FP8 weight and f32 scale.
-        tensor: `take`: the checkpoint tensor's name. `computed`: rope_cos or rope_sin.
+        tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin or hadamard.
         axis, start, stop: of slice; axis also of concat and stack.
         perm: of transpose.
         params: of computed: the numbers that the table depends on.
@@ -149,10 +149,37 @@ def cast(part: Recipe, dtype: str) -> Recipe:
     return Recipe("cast", part.shape, dtype, (part,))
 
 
+def as_bytes(part: Recipe) -> Recipe:
+    """FP8 values as int8 elements of the same bytes, for targets without a float8 type."""
+    return Recipe("bytes", part.shape, "i8", (part,))
+
+
+def retarget(recipe: Recipe, *, activations: str, fp8_dtype: str) -> Recipe:
+    """Return `recipe` for a specialised program: bf16 results become `activations`, FP8 ones `fp8_dtype`.
+
+    A dequantised weight is rounded to `activations` directly, so f32 keeps every bit (design §3).
+    """
+    if recipe.op == "take":
+        if recipe.dtype == "f8e4m3":
+            return recipe if fp8_dtype == "f8e4m3" else as_bytes(recipe)
+        return cast(recipe, activations) if recipe.dtype == "bf16" else recipe
+    if recipe.op == "dequantise":
+        return replace(recipe, dtype=activations if recipe.dtype == "bf16" else recipe.dtype)
+    parts = tuple(retarget(part, activations=activations, fp8_dtype=fp8_dtype) for part in recipe.parts)
+    if recipe.op == "cast":
+        return cast(parts[0], activations) if recipe.dtype == "bf16" else replace(recipe, parts=parts)
+    return replace(recipe, parts=parts, dtype=parts[0].dtype if parts else recipe.dtype)
+
+
 def rope_table(kind: str, *, num_positions: int, dim: int, rope: Mapping[str, float]) -> Recipe:
     """The cosine or sine table [num_positions, dim / 2] in f32 (`kind`: rope_cos or rope_sin)."""
     params = {"num_positions": num_positions, "dim": dim, **rope}
     return Recipe("computed", (num_positions, dim // 2), "f32", tensor=kind, params=params)
+
+
+def hadamard_table(size: int) -> Recipe:
+    """The orthonormal Sylvester Hadamard matrix [size, size] in f32 (spec §3.6)."""
+    return Recipe("computed", (size, size), "f32", tensor="hadamard", params={"size": size})
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -186,6 +213,8 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         return first.reshape(recipe.shape)
     if recipe.op == "transpose":
         return first.transpose(recipe.perm)
+    if recipe.op == "bytes":
+        return np.ascontiguousarray(first).view(np.int8)
     if recipe.op == "cast":
         return first.astype(NUMPY[recipe.dtype])
     if recipe.op == "dequantise":
@@ -259,7 +288,16 @@ def yarn_inv_freq(params: Mapping[str, float]) -> np.ndarray:
     return (base / np.float32(factor) * ramp + base * (1 - ramp)).astype(np.float32)
 
 
+def hadamard(size: int) -> np.ndarray:
+    """Return the Sylvester Hadamard matrix times size^-0.5: H[i, j] = (−1)^popcount(i AND j), f32."""
+    index = np.arange(size, dtype=np.uint32)
+    ones = np.bitwise_count(index[:, None] & index)
+    return (1.0 - 2.0 * (ones % 2)).astype(np.float32) * np.float32(size**-0.5)
+
+
 def _computed(recipe: Recipe) -> np.ndarray:
+    if recipe.tensor == "hadamard":
+        return hadamard(int(recipe.params["size"]))
     if recipe.tensor not in ("rope_cos", "rope_sin"):
         raise ProgramError(f"bindings.json: unknown computed table {recipe.tensor!r}")
     params = recipe.params

@@ -1,0 +1,104 @@
+"""The small parts: norms, FP8 linear, the two RoPE layouts, SwiGLU. Roundings as in spec §3 and §4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seekforge.plugins.block_fp8_linear.op import block_fp8_linear
+from seekforge.plugins.formats.model_config import FP8_BLOCK
+from seekforge.plugins.spec import cdiv
+
+
+def weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised parameter that takes no gradient; filled by `weights.load_weights`."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm with f32 inside; optionally adds a residual first and norms the unrounded sum."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = weight(size, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return w · x / rms(x): [..., size], dtype of `x`."""
+        return F.rms_norm(x.float(), (self.size,), self.weight.float(), self.eps).to(x.dtype)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (norm of x + residual, x + residual), both rounded once to the dtype of `x`.
+
+        The norm sees the unrounded f32 sum (spec §3.1, HF); transformers rounds the sum first.
+        """
+        total = x.float() + residual.float()
+        return F.rms_norm(total, (self.size,), self.weight.float(), self.eps).to(x.dtype), total.to(x.dtype)
+
+
+class Fp8Linear(nn.Module):
+    """y = x · Wᵀ with W in FP8 128×128 blocks (`BlockFp8Linear`)."""
+
+    def __init__(self, in_features: int, out_features: int, act_quant: str) -> None:
+        super().__init__()
+        self.act_quant = act_quant
+        self.weight = weight(out_features, in_features, dtype=torch.float8_e4m3fn)
+        blocks = (cdiv(out_features, FP8_BLOCK), cdiv(in_features, FP8_BLOCK))
+        self.weight_scale = weight(*blocks, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features], dtype of `x`."""
+        return block_fp8_linear(x, self.weight, self.weight_scale, self.act_quant)
+
+
+class LinearF32(nn.Module):
+    """y = f32(x) · f32(W)ᵀ, for the router, the indexer's head weights and the LM head (spec §5.3)."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = weight(out_features, in_features, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out_features] f32."""
+        return x.float() @ self.weight.float().T
+
+
+def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (2i, 2i+1), the layout of the main attention (spec §3.2).
+
+    Args:
+        x: [..., R]. cos, sin: [..., R / 2] f32, broadcastable against x's leading axes.
+
+    Returns:
+        [..., R], dtype of `x`; computed in f32.
+    """
+    u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([u * cos - v * sin, u * sin + v * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rope_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + R/2), the layout of the indexer and only of the indexer (spec §3.2, P1)."""
+    half = x.shape[-1] // 2
+    u, v = x[..., :half].float(), x[..., half:].float()
+    return torch.cat([u * cos - v * sin, u * sin + v * cos], dim=-1).to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) · up of [..., gate | up], formed in f32 and rounded once (spec §4)."""
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :half].float(), gate_up[..., half:].float()
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+class Mlp(nn.Module):
+    """down(silu(gate(x)) · up(x)), gate and up as one product."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, act_quant: str) -> None:
+        super().__init__()
+        self.gate_up_proj = Fp8Linear(hidden_size, 2 * intermediate_size, act_quant)
+        self.down_proj = Fp8Linear(intermediate_size, hidden_size, act_quant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same."""
+        return self.down_proj(swiglu(self.gate_up_proj(x)))

@@ -1,0 +1,72 @@
+"""Mixture of experts: FP32 router, routed experts, and the shared expert that is always on (spec §4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from seekforge.exporter.model.layers import LinearF32, Mlp, weight
+from seekforge.exporter.model.step import Settings
+from seekforge.plugins.formats.model_config import FP8_BLOCK
+from seekforge.plugins.moe_experts.op import moe_experts
+from seekforge.plugins.moe_route.op import moe_route
+
+
+class Gate(LinearF32):
+    """Router logits in f32, and the bias that selects but never weighs."""
+
+    def __init__(self, settings: Settings) -> None:
+        config = settings.config
+        super().__init__(config.hidden_size, config.n_routed_experts, settings.dtype)
+        self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32)
+
+
+class Experts(nn.Module):
+    """Stacked expert weights: w13 [E, gate | up, hidden], w2 [E, hidden, inter]."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        config = settings.config
+        self.act_quant = settings.numerics.act_quant
+        experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        h, i = hidden // FP8_BLOCK, inter // FP8_BLOCK
+        self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.float8_e4m3fn)
+        self.w13_scale = weight(experts, 2 * i, h, dtype=torch.float32)
+        self.w2 = weight(experts, hidden, inter, dtype=torch.float8_e4m3fn)
+        self.w2_scale = weight(experts, h, i, dtype=torch.float32)
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """[T, hidden_size] -> weighted sum of the chosen experts, [T, hidden_size] f32."""
+        return moe_experts(
+            x, expert_ids, expert_weights, self.w13, self.w13_scale, self.w2, self.w2_scale, self.act_quant
+        )
+
+
+class Moe(nn.Module):
+    """Routed experts plus shared expert."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        config = settings.config
+        self.config = config
+        self.gate = Gate(settings)
+        self.experts = Experts(settings)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = Mlp(config.hidden_size, shared, settings.numerics.act_quant)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, Q, hidden_size] -> the same, and expert_ids [B·Q, num_experts_per_tok] int32."""
+        config = self.config
+        tokens = x.flatten(0, 1)
+        expert_ids, expert_weights = moe_route(
+            self.gate(tokens),
+            self.gate.e_score_correction_bias,
+            config.n_group,
+            config.topk_group,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
+        routed = self.experts(tokens, expert_ids, expert_weights)
+        y = (routed + self.shared_experts(tokens).float()).to(x.dtype)
+        return y.view_as(x), expert_ids

@@ -1,0 +1,62 @@
+"""What a step is told beside its tokens, and the settings a model is built with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import Numerics
+from seekforge.plugins.torch_ops import TORCH_DTYPES
+
+AttentionForm = Literal["absorbed", "naive"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model computes.
+
+    Attributes:
+        config: the checkpoint's configuration.
+        numerics: which roundings it makes.
+        activations: dtype of activations and caches; None takes that of `numerics`.
+        form: absorbed (what engines run) or naive attention (spec §3.4); only absorbed can be exported.
+    """
+
+    config: ModelConfig
+    numerics: Numerics
+    activations: Literal["f32", "bf16"] | None = None
+    form: AttentionForm = "absorbed"
+
+    @property
+    def dtype_name(self) -> Literal["f32", "bf16"]:
+        """Activation dtype by our name; also the kv_format of eager caches."""
+        return self.activations or self.numerics.activations
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Activation dtype."""
+        return TORCH_DTYPES[self.dtype_name]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One [B, Q] step: where its tokens stand and which cache slots they own.
+
+    Attributes:
+        positions: [B, Q] int64, absolute; −1 pads.
+        slot_mapping: [B, Q] int64; −1 pads.
+        block_table: [B, MB] int32; unused entries 0.
+        cos, sin: [B, Q, R / 2] f32, looked up once per step.
+        hadamard: [D, D] f32.
+    """
+
+    positions: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    cos: Tensor
+    sin: Tensor
+    hadamard: Tensor
