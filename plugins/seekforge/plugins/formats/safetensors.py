@@ -167,12 +167,11 @@ class Checkpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Unmap the shards. Arrays given out stay valid: a mapping lives until its last view is gone."""
-        for mapping in self._maps.values():
-            try:
-                mapping.close()
-            except BufferError:  # views of it are alive; it is unmapped with them
-                continue
+        """Let go of the shards. Arrays given out stay valid: a mapping lives until its last view is gone.
+
+        mmap.close() is not called: NumPy keeps a reference to the mapping but no export of its buffer, so it
+        would unmap memory under live arrays.
+        """
         self._maps.clear()
 
     def __enter__(self) -> Checkpoint:
