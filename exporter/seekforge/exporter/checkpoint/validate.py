@@ -1,0 +1,225 @@
+"""Is this folder the checkpoint that its config describes (headers), and are its values sane (bytes)?
+
+`check_structure` costs nothing and runs before every export and build. `scan_values` reads everything, at the
+speed of the disk, and is asked for by name; it is where a bit flip or a bad conversion shows (spec §2.6).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors
+from seekforge.plugins.errors import CheckpointError
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.safetensors import Checkpoint
+
+#: Called as progress(bytes scanned so far, bytes in all).
+Progress = Callable[[int, int], None]
+
+_CHUNK_BYTES = 1 << 24
+_NUMBERED = re.compile(r"^model\.layers\.\d+\.|(?<=experts)\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class ScaleFamily:
+    """The block scales of one kind of weight over all layers and experts.
+
+    Attributes:
+        num_tensors: scale tensors seen.
+        num_powers_of_two: how many of them hold powers of two only.
+        smallest, largest: extreme values.
+    """
+
+    num_tensors: int
+    num_powers_of_two: int
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What `scan_values` saw.
+
+    Attributes:
+        num_tensors: tensors read.
+        num_bytes: bytes read.
+        scale_families: family, such as `self_attn.o_proj` or `mlp.experts.up_proj` -> its scales.
+    """
+
+    num_tensors: int
+    num_bytes: int
+    scale_families: dict[str, ScaleFamily]
+
+    @property
+    def all_powers_of_two(self) -> bool:
+        """Whether every scale seen is a power of two (what `scale_fmt: ue8m0` promises)."""
+        return not self.other_families
+
+    @property
+    def other_families(self) -> tuple[str, ...]:
+        """The families with scales that are not powers of two."""
+        return tuple(
+            name for name, family in self.scale_families.items() if family.num_powers_of_two < family.num_tensors
+        )
+
+
+def check_structure(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Check names, shapes and dtypes against the config. Reads headers only.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or has another shape or dtype; the message names the
+            first and says how many more there are.
+    """
+    faults = list(_structure_faults(checkpoint, config))
+    if faults:
+        more = f" (and {len(faults) - 1} more such faults)" if len(faults) > 1 else ""
+        raise CheckpointError(f"{checkpoint.folder}: {faults[0]}{more}")
+
+
+def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    expected = expected_tensors(config)
+    for name, want in expected.items():
+        if name not in checkpoint:
+            if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in checkpoint:
+                yield (
+                    f"FP8 weight {name.removesuffix(SCALE_SUFFIX)!r} has no {name!r}, expected its block scales "
+                    f"{list(want.shape)} {want.dtype}; take the original FP8 checkpoint"
+                )
+            else:
+                yield (
+                    f"tensor {name!r} is missing, expected {list(want.shape)} {want.dtype} by config.json; "
+                    "finish the download, or take the config.json of this checkpoint"
+                )
+            continue
+        found = checkpoint.info(name)
+        if found.shape != want.shape:
+            yield (
+                f"tensor {name!r} has shape {list(found.shape)}, expected {list(want.shape)} by config.json; "
+                "config and weights are of different models"
+            )
+        elif found.dtype != want.dtype:
+            yield (
+                f"tensor {name!r} has dtype {found.dtype}, expected {want.dtype}; "
+                "take the original FP8 checkpoint, not a converted one"
+            )
+    for name in checkpoint.names:
+        if name not in expected:
+            yield (
+                f"tensor {name!r} is left over: config.json describes no such tensor (num_hidden_layers "
+                f"{config.num_hidden_layers}, num_nextn_predict_layers {config.num_nextn_predict_layers}, "
+                f"n_routed_experts {config.n_routed_experts}); config and weights are of different models"
+            )
+
+
+def scan_values(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    names: Iterable[str] | None = None,
+    progress: Progress | None = None,
+) -> ScanReport:
+    """Read values and check them (spec §2.6). Extra memory: some 50 MB.
+
+    Args:
+        checkpoint: passed `check_structure`.
+        config: its config, which says where the MTP layer is.
+        names: tensors to read; all when None. The MTP copies are compared if both are among them.
+        progress: told the bytes read so far and in all.
+
+    Raises:
+        CheckpointError: an FP8 weight holds NaN, a scale is not finite and above 0, a BF16 or F32 tensor is not
+            finite, or the MTP layer's embedding or head differs from the main one. Names the first such tensor.
+    """
+    chosen = checkpoint.names if names is None else tuple(names)
+    total = sum(checkpoint.info(name).num_bytes for name in chosen)
+    done = 0
+    scales: dict[str, ScaleFamily] = {}
+    for name in chosen:
+        array = checkpoint.tensor(name)
+        _check_finite(checkpoint, name, array)
+        if name.endswith(SCALE_SUFFIX):
+            _check_positive(checkpoint, name, array)
+            family = _NUMBERED.sub("", name).removesuffix(".weight" + SCALE_SUFFIX)
+            scales[family] = _add(scales.get(family), array)
+        done += array.nbytes
+        if progress is not None:
+            progress(done, total)
+    _check_copies(checkpoint, config, set(chosen))
+    return ScanReport(len(chosen), total, scales)
+
+
+def _check_finite(checkpoint: Checkpoint, name: str, array: np.ndarray) -> None:
+    """Look for NaN and infinity on the bit patterns, a chunk at a time."""
+    dtype = checkpoint.info(name).dtype
+    # all exponent bits set; e4m3fn has no infinity: only the pattern with all seven low bits set is NaN
+    bits, mask = {
+        "f8e4m3": (np.uint8, 0x7F),
+        "bf16": (np.uint16, 0x7F80),
+        "f32": (np.uint32, 0x7F80_0000),
+    }[dtype]
+    for start, chunk in _chunks(array.reshape(-1).view(bits)):
+        masked = chunk & bits(mask)
+        if masked.size and masked.max() == mask:
+            first = start + int(np.argmax(masked == mask))
+            position = [int(i) for i in np.unravel_index(first, array.shape)]
+            value = float(array.reshape(-1)[first])
+            raise CheckpointError(
+                f"{_place(checkpoint, name)} holds {value} at {position}, expected finite values; "
+                "the file is damaged, download it again"
+            )
+
+
+def _check_positive(checkpoint: Checkpoint, name: str, scale: np.ndarray) -> None:
+    if scale.size and scale.min() <= 0:
+        first = int(np.argmax(scale.reshape(-1) <= 0))
+        position = [int(i) for i in np.unravel_index(first, scale.shape)]
+        raise CheckpointError(
+            f"{_place(checkpoint, name)} holds {float(scale.reshape(-1)[first])} at {position}, expected every scale "
+            "above 0; the file is damaged or was written without values, download it again"
+        )
+
+
+def _check_copies(checkpoint: Checkpoint, config: ModelConfig, chosen: set[str]) -> None:
+    if config.mtp_layer is None:
+        return
+    prefix = f"model.layers.{config.mtp_layer}."
+    for copy, main in (
+        (prefix + "embed_tokens.weight", "model.embed_tokens.weight"),
+        (prefix + "shared_head.head.weight", "lm_head.weight"),
+    ):
+        if not {copy, main} <= chosen:
+            continue
+        first, second = (checkpoint.tensor(name).reshape(-1).view(np.uint16) for name in (copy, main))
+        for start, chunk in _chunks(first):
+            if not np.array_equal(chunk, second[start : start + chunk.size]):
+                raise CheckpointError(
+                    f"{_place(checkpoint, copy)} differs from {main!r}, expected equal bits (the MTP layer shares "
+                    "it); the checkpoint was changed on one side only, download it again"
+                )
+
+
+def _add(family: ScaleFamily | None, scale: np.ndarray) -> ScaleFamily:
+    power_of_two = bool(np.all(np.frexp(scale)[0] == 0.5))
+    smallest, largest = (float(scale.min()), float(scale.max())) if scale.size else (math.inf, 0.0)
+    if family is None:
+        return ScaleFamily(1, int(power_of_two), smallest, largest)
+    return ScaleFamily(
+        num_tensors=family.num_tensors + 1,
+        num_powers_of_two=family.num_powers_of_two + power_of_two,
+        smallest=min(family.smallest, smallest),
+        largest=max(family.largest, largest),
+    )
+
+
+def _chunks(flat: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    step = _CHUNK_BYTES // flat.itemsize
+    for start in range(0, flat.size, step):
+        yield start, flat[start : start + step]
+
+
+def _place(checkpoint: Checkpoint, name: str) -> str:
+    return f"{checkpoint.folder / checkpoint.info(name).shard}: {name!r}"
