@@ -1,0 +1,54 @@
+"""The presets that ship, and what is said about one that does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seekforge.exporter.checkpoint.presets import known_presets, load_preset, read_preset
+from seekforge.exporter.checkpoint.schema import expected_tensors, totals
+from seekforge.plugins.errors import ConfigError
+
+
+def test_the_three_presets_ship() -> None:
+    assert {"full", "small", "tiny"} <= set(known_presets())
+
+
+@pytest.mark.parametrize("name", known_presets())
+def test_every_preset_is_a_valid_config(name: str) -> None:
+    preset = load_preset(name)
+    assert preset.config.model_type == "deepseek_v32"
+    assert preset.config_json.keys() == load_preset("full").config_json.keys()
+
+
+def test_small_is_of_benchmark_size() -> None:
+    assert 150e6 < totals(expected_tensors(load_preset("small").config)).num_parameters < 250e6
+
+
+def test_full_has_the_published_softmax_scale() -> None:
+    assert load_preset("full").config.softmax_scale == pytest.approx(0.1352337788608801, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["huge", "", "../models/tiny", "tiny.yaml"])
+def test_an_unknown_preset_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is unknown; known presets: .*full, small, tiny"):
+        load_preset(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_shards: 0\nconfig: {}", "'num_shards'"),
+        ("num_shards: 1\nconfig: {}\nseed: 3", "'seed'.*expected the keys num_shards, config"),
+        ("num_shards: 1", "'config'"),
+        ("{", "not valid YAML"),
+        ("3", "expected the keys"),
+        ("num_shards: 1\nconfig: {model_type: llama}", "model_type is 'llama'"),
+    ],
+)
+def test_a_malformed_preset_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_preset(tmp_path / "x.yaml")
+    assert "\n" not in str(caught.value)
