@@ -170,7 +170,7 @@ def cdiv(a: Any, b: Any) -> Any:
 
 
 @functools.cache
-def _parse(expression: str) -> ast.expression:
+def _parse(expression: str) -> ast.Expression:
     return ast.parse(expression, mode="eval")  # pyright: ignore[reportReturnType]
 
 
