@@ -1,0 +1,29 @@
+"""What runs an engine's graphs: one module per library, imported when an engine asks for it."""
+
+from __future__ import annotations
+
+import importlib
+
+from seekforge.plugins.errors import EngineError
+from seekforge.runtime.backends.base import Backend, BackendFactory
+
+#: manifest target.backend -> "module:class" of a `BackendFactory`.
+BACKENDS: dict[str, str] = {"onnxruntime": "seekforge.runtime.backends.onnxruntime:OnnxRuntimeBackend"}
+
+
+def backend_factory(name: str) -> BackendFactory:
+    """Import and return the backend called `name`.
+
+    Raises:
+        EngineError: this version has no such backend.
+    """
+    if name not in BACKENDS:
+        raise EngineError(
+            f"the engine needs backend {name!r}, this seekforge runs {', '.join(sorted(BACKENDS))}; "
+            "build the engine for another target or use a seekforge that has this backend"
+        )
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+__all__ = ["BACKENDS", "Backend", "BackendFactory", "backend_factory"]

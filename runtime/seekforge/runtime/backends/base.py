@@ -1,0 +1,83 @@
+"""The face of a backend: it holds the caches and runs one step of one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from seekforge.plugins.formats.manifest import Manifest
+
+#: Graph names of an engine.
+MODEL, MTP = "model", "mtp"
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One rectangle of B sequences by Q tokens (see `batch.pack`).
+
+    Attributes:
+        input_ids: [B, Q], int64.
+        positions: [B, Q], int64; 0 where a row is padded.
+        slot_mapping: [B, Q], int64. slot = block_id * block_size + offset; −1 pads.
+        block_table: [B, MB], int32; 0, the scrap block, fills rows up.
+        logits_index: [N], int64, N ≥ 1: rows of the flattened B·Q whose logits are wanted.
+        hidden_in: [B, Q, H], float32, for the MTP graph; None for the model.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    block_table: np.ndarray
+    logits_index: np.ndarray
+    hidden_in: np.ndarray | None = None
+
+
+class StepOutputs(Protocol):
+    """Results of one step, still where the backend computed them."""
+
+    def fetch(self, name: str) -> np.ndarray:
+        """Return the output `name` on the host. Valid until the next step of the same graph; call it before."""
+        ...
+
+
+class Backend(Protocol):
+    """An opened engine. Not thread-safe: one caller at a time."""
+
+    def allocate_caches(self, num_blocks: int) -> None:
+        """Make zeroed caches of `num_blocks` blocks for every graph; earlier ones are given back."""
+        ...
+
+    def run(self, inputs: StepInputs, *, outputs: Collection[str], graph: str = MODEL) -> StepOutputs:
+        """Run one step and update the caches in place.
+
+        Args:
+            inputs: the step.
+            outputs: names that may be fetched afterwards; others are dropped as early as possible.
+            graph: `MODEL` or `MTP`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back sessions and caches."""
+        ...
+
+
+class BackendFactory(Protocol):
+    """How a backend comes to be: the class of one."""
+
+    def __call__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> Backend:
+        """Open the engine in `folder`.
+
+        Args:
+            folder: engine folder, its files verified.
+            manifest: of that folder.
+            threads: CPU threads for one operator; None lets the library choose.
+
+        Raises:
+            EngineError: a graph cannot be loaded or has another face than the manifest says.
+        """
+        ...
