@@ -1,0 +1,165 @@
+"""Runs engines of target cpu with ONNX Runtime.
+
+A cache is one OrtValue bound as the graph's input and as its output, so ScatterND writes in place; bound to
+another output it would be copied whole at every step. Outputs stay OrtValues until fetched: `logits` of a large
+batch is 33 MB that greedy decoding never looks at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from seekforge.plugins.errors import EngineError
+from seekforge.plugins.formats.dtypes import NUMPY, ONNX
+from seekforge.plugins.formats.manifest import Manifest
+from seekforge.plugins.formats.program import GraphIO, TensorSpec
+from seekforge.runtime.backends.base import MODEL, StepInputs
+
+#: our name -> ONNX Runtime's words for a tensor type.
+_ORT_TYPES = {
+    "f32": "tensor(float)",
+    "bf16": "tensor(bfloat16)",
+    "f8e4m3": "tensor(float8e4m3fn)",
+    "i8": "tensor(int8)",
+    "i32": "tensor(int32)",
+    "i64": "tensor(int64)",
+    "bool": "tensor(bool)",
+}
+_STEP_INPUTS = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index", "hidden_in")
+
+
+class OrtStepOutputs:
+    """Outputs of one step as OrtValues."""
+
+    def __init__(self, values: dict[str, ort.OrtValue]) -> None:
+        self._values = values
+
+    def fetch(self, name: str) -> np.ndarray:
+        """Return one output as an array. It must have been named when the step was run."""
+        return self._values[name].numpy()
+
+
+class _Graph:
+    """One session with its caches."""
+
+    def __init__(self, folder: Path, name: str, face: GraphIO, options: ort.SessionOptions) -> None:
+        self.name = name
+        self._caches: dict[str, ort.OrtValue] = {}
+        self._cache_specs = face.with_role("cache")
+        self._aliases = face.aliases
+        self._step_inputs = tuple(spec.name for spec in face.inputs if spec.name in _STEP_INPUTS)
+        path = folder / face.file
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+            reason = " ".join(str(error).split())
+            raise EngineError(
+                f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}); build the engine again"
+            ) from error
+        _check_face(path, "input", self.session.get_inputs(), face.inputs)
+        _check_face(path, "output", self.session.get_outputs(), face.outputs)
+        self.output_names = tuple(spec.name for spec in face.outputs)
+
+    def allocate_caches(self, num_blocks: int, block_size: int) -> None:
+        self._caches.clear()
+        for spec in self._cache_specs:
+            width = spec.shape[-1]
+            if len(spec.shape) != 2 or not isinstance(width, int):
+                raise EngineError(f"cache {spec.name} has shape {spec.shape}, expected [num_slots, width]; build again")
+            # np.zeros takes pages when they are first written: an unused part of the cache costs no memory.
+            array = np.zeros((num_blocks * block_size, width), _storage(spec.dtype))
+            self._caches[spec.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX[spec.dtype])
+
+    def run(self, inputs: StepInputs, outputs: Collection[str]) -> OrtStepOutputs:
+        assert self._caches or not self._cache_specs, "allocate_caches comes before run"
+        binding = self.session.io_binding()
+        fed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in self._step_inputs}
+        for name, array in fed.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in self._caches.items():
+            binding.bind_ortvalue_input(name, value)
+        # get_outputs() follows the order of binding, which is therefore the graph's.
+        bound = [name for name in self.output_names if name in self._aliases or name in outputs]
+        for name in bound:
+            if name in self._aliases:
+                binding.bind_ortvalue_output(name, self._caches[self._aliases[name]])
+            else:
+                binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        return OrtStepOutputs({n: v for n, v in zip(bound, binding.get_outputs()) if n not in self._aliases})
+
+
+class OnnxRuntimeBackend:
+    """A CPU engine. The MTP graph is loaded when it is first run."""
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
+        """Load the model graph; see `BackendFactory`."""
+        self._folder = folder
+        self._manifest = manifest
+        self._options = ort.SessionOptions()
+        self._options.log_severity_level = 3  # errors: warnings about the graph are for its builder
+        self._options.intra_op_num_threads = threads or _default_threads()
+        self._num_blocks: int | None = None
+        self._graphs = {MODEL: self._open(MODEL)}
+
+    def allocate_caches(self, num_blocks: int) -> None:
+        """Make zeroed caches of `num_blocks` blocks; earlier ones are given back."""
+        self._num_blocks = num_blocks
+        for graph in self._graphs.values():
+            graph.allocate_caches(num_blocks, self._manifest.cache.block_size)
+
+    def run(self, inputs: StepInputs, *, outputs: Collection[str], graph: str = MODEL) -> OrtStepOutputs:
+        """Run one step; see `Backend.run`."""
+        if graph not in self._graphs:
+            opened = self._open(graph)
+            if self._num_blocks is not None:
+                opened.allocate_caches(self._num_blocks, self._manifest.cache.block_size)
+            self._graphs[graph] = opened
+        return self._graphs[graph].run(inputs, outputs)
+
+    def close(self) -> None:
+        """Give back sessions and caches."""
+        self._graphs.clear()
+
+    def _open(self, graph: str) -> _Graph:
+        if graph not in self._manifest.graphs:
+            raise EngineError(
+                f"{self._folder}: has no graph {graph!r}, only {', '.join(self._manifest.graphs)}; "
+                "build it from a program that has one"
+            )
+        return _Graph(self._folder, graph, self._manifest.graphs[graph], self._options)
+
+
+def _default_threads() -> int:
+    """Threads for one operator: the physical cores that this process may use, fewer in a container than there are."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        return len({Path(topology.format(cpu)).read_text() for cpu in allowed})
+    except OSError:
+        return len(allowed)
+
+
+def _storage(dtype: str) -> np.dtype:
+    """The NumPy type that holds `dtype` in memory; ONNX Runtime refuses ml_dtypes arrays but takes their bits."""
+    native = NUMPY[dtype]
+    return native if native.isbuiltin == 1 else np.dtype(f"u{native.itemsize}")
+
+
+def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: tuple[TensorSpec, ...]) -> None:
+    """Compare names and types of a session with the manifest; order is the manifest's for outputs too."""
+    actual = {value.name: value.type for value in found}
+    wanted = {spec.name: _ORT_TYPES.get(spec.dtype, spec.dtype) for spec in expected}
+    for name in wanted.keys() | actual.keys():
+        if actual.get(name) != wanted.get(name):
+            raise EngineError(
+                f"{path}: {kind} {name} is {actual.get(name, 'absent')} in the graph and "
+                f"{wanted.get(name, 'absent')} in the manifest; build the engine again"
+            )

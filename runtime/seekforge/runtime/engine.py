@@ -1,0 +1,147 @@
+"""An engine folder, checked: what it is, what it needs, whether this machine has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+from seekforge.plugins.errors import EngineError, EnvironmentFault
+from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest, verify_files
+from seekforge.runtime.backends import BACKENDS, Backend, BackendFactory, backend_factory
+from seekforge.runtime.kv_cache import blocks_needed
+from seekforge.runtime.tokenizer import Tokenizer
+
+#: What a decoding loop reads of every step.
+_RESULTS = ("top_logits", "top_ids", "logsumexp", "logits")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A checked engine folder; nothing is loaded yet.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it says of itself.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(folder: Path | str, *, verify: bool = False) -> Engine:
+        """Read and check an engine folder.
+
+        Args:
+            folder: written by `seekforge build`.
+            verify: digest every file whole, which finds any changed byte; else sizes and samples are compared,
+                which takes milliseconds at any size.
+
+        Raises:
+            EngineError: not an engine folder, damaged, or made for another version.
+            EnvironmentFault: a library that it needs is not installed.
+        """
+        folder = Path(folder)
+        manifest = load_manifest(folder)
+        _check_paths(folder, manifest)
+        _check_face(folder, manifest)
+        verify_files(folder, manifest, full=verify)
+        _check_versions(folder, manifest.runtime_versions)
+        return Engine(folder, manifest)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The engine's tokenizer, read at first use."""
+        return Tokenizer(self.folder / self.manifest.tokenizer)
+
+    def open_backend(self, *, threads: int | None = None) -> Backend:
+        """Load the compiled graphs.
+
+        Args:
+            threads: CPU threads for one operator; None takes the cores this process may use.
+
+        Raises:
+            EngineError: the backend is unknown here or cannot load the graphs.
+            EnvironmentFault: the backend's library is not installed.
+        """
+        return _factory(self.manifest.target.backend)(self.folder, self.manifest, threads=threads)
+
+    def cache_bytes(self, num_tokens: int, num_sequences: int = 1) -> int:
+        """Return the size of caches for `num_sequences` sequences of `num_tokens` tokens, scrap block included."""
+        blocks = num_sequences * blocks_needed(num_tokens, self.manifest.cache.block_size) + 1
+        return blocks * self.manifest.cache.bytes_per_block
+
+
+def _factory(name: str) -> BackendFactory:
+    try:
+        return backend_factory(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("seekforge"):
+            raise
+        raise EnvironmentFault(
+            f"the engine runs on {name}, but the module {error.name!r} is not installed; "
+            f"{INSTALL.get(name, 'install it')}"
+        ) from None
+
+
+#: backend -> the command that installs its library.
+INSTALL = {
+    "onnxruntime": "pip install 'seekforge[cpu]'",
+    "tensorrt-rtx": "pip install 'seekforge[rtx]'",
+    "tensorrt": "pip install 'seekforge[trt]'",
+}
+
+
+def _check_paths(folder: Path, manifest: Manifest) -> None:
+    """A manifest names files of its own folder, and digests every file that is going to be opened."""
+    digested = {file.path for file in manifest.files}
+    for path in digested:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise EngineError(f"{folder / MANIFEST}: file {path!r} lies outside the engine folder; build it again")
+    opened = [manifest.tokenizer, *(graph.file for graph in manifest.graphs.values())]
+    for path in opened:
+        if path not in digested:
+            raise EngineError(f"{folder / MANIFEST}: {path!r} has no digest under 'files'; build the engine again")
+
+
+def _check_face(folder: Path, manifest: Manifest) -> None:
+    """The engine can be decoded from: a whole model, with the results that a step must give."""
+    where = folder / MANIFEST
+    if manifest.target.backend not in BACKENDS:
+        backend_factory(manifest.target.backend)  # raises, naming what there is
+    if "model" not in manifest.graphs:
+        raise EngineError(f"{where}: graphs are {', '.join(manifest.graphs) or 'none'}, expected 'model'; build again")
+    graph = manifest.graphs["model"]
+    outputs = {spec.name for spec in graph.outputs}
+    missing = [name for name in _RESULTS if name not in outputs]
+    takes_tokens = any(spec.name == "input_ids" for spec in graph.inputs)
+    if missing or not takes_tokens:
+        first, last = manifest.layer_range
+        raise EngineError(
+            f"{folder}: holds layers {first} to {last - 1} only, "
+            f"{'without ' + ', '.join(missing) if missing else 'without input_ids'}; "
+            "text needs an engine of all layers: export without a layer range"
+        )
+    inputs = {spec.name for spec in graph.with_role("cache")}
+    aliased = {target for source, target in graph.aliases.items() if source in outputs}
+    if inputs != aliased:
+        name = sorted(inputs ^ aliased)[0]
+        raise EngineError(f"{where}: cache {name} is not paired with an output under 'aliases'; build the engine again")
+
+
+def _check_versions(folder: Path, wanted: Mapping[str, str]) -> None:
+    for package, version in wanted.items():
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise EnvironmentFault(
+                f"{folder}: needs {package} {version}, which is not installed; pip install '{package}=={version}'"
+            ) from None
+        if version not in (found, found.partition("+")[0]):  # a local build such as 1.32.0+abc is a 1.32.0
+            raise EngineError(
+                f"{folder}: needs {package} {version}, found {found}; "
+                f"pip install '{package}=={version}', or build the engine again here"
+            )
