@@ -1,0 +1,162 @@
+"""`seekforge`: the root of the command line.
+
+Commands are a table of dotted names and help texts, imported when called: `--help` loads nothing heavy, and commands
+of the exporter are reachable without the runtime importing it. Whatever goes wrong with the input or the
+environment is one line on stderr and exit code 2; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any, NamedTuple, NoReturn
+
+import click
+
+from seekforge.plugins.errors import SeekforgeError
+
+
+class _Command(NamedTuple):
+    target: str
+    help: str
+
+
+COMMANDS: dict[str, _Command] = {
+    "new-checkpoint": _Command(
+        "seekforge.exporter.checkpoint.cli:new_checkpoint", "Write a small random checkpoint of the model's structure."
+    ),
+    "export": _Command("seekforge.exporter.rewrite.cli:export", "Turn a checkpoint into one ONNX program."),
+    "build": _Command("seekforge.exporter.build.cli:build", "Turn a program into an engine for a target."),
+    "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
+    "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
+}
+
+#: Top-level module of an optional dependency -> the extra that installs it.
+EXTRAS: dict[str, str] = {
+    "torch": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnx_ir": "export",
+    "safetensors": "export",
+    "onnxruntime": "cpu",
+    "tensorrt_rtx": "rtx",
+    "tensorrt": "trt",
+}
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, COMMANDS, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"commands are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no command {name!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in COMMANDS.items()])
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run and exit: 0 done, 2 an error (one line on stderr), 130 interrupted."""
+        try:
+            code = super().main(
+                args,
+                "seekforge",  # under every name it is started by
+                complete_var,
+                standalone_mode=False,
+                windows_expand_args=windows_expand_args,
+                **extra,
+            )
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            help_hint = f" (see '{context.command_path} --help')" if context is not None else ""
+            _fail(error.format_message() + help_hint)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SeekforgeError as error:
+            _fail(str(error))
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            command = ctx.invoked_subcommand or "this command"
+            _fail(
+                f"{command}: the module {error.name!r} is not installed; pip install 'seekforge[{extra}]' "
+                "('seekforge doctor' shows what else is missing)"
+            )
+        except (KeyboardInterrupt, click.Abort):
+            sys.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # Who read our output is gone. Python flushes stdout once more at exit: let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except MemoryError:
+            _fail("out of memory; use a smaller model, --max-model-len or cache")
+        except OSError as error:
+            if error.errno is None:
+                raise
+            reason = "the disk is full; free space" if error.errno == errno.ENOSPC else error.strerror
+            _fail(f"{error.filename}: {reason}" if error.filename else str(reason))
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(EXIT_ERROR)
+
+
+def version() -> str:
+    """Return the installed version, or a word saying that it runs from a source tree."""
+    try:
+        return metadata.version("seekforge")
+    except metadata.PackageNotFoundError:
+        return "(source tree)"
+
+
+def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"seekforge {version()}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
+def main() -> None:
+    """Compile DeepSeek-V3.2 into an engine and run it: checkpoint, export, build, run."""
+
+
+if __name__ == "__main__":
+    main()

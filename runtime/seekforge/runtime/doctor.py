@@ -1,0 +1,196 @@
+"""`seekforge doctor`: what is installed here, what can be done with it, and the command for what is missing.
+
+Versions come from package metadata: nothing heavy is imported, and a broken installation cannot break this command.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import click
+import yaml
+
+from seekforge.runtime.backends import BACKENDS
+
+_PACKAGES = (
+    "seekforge",
+    "numpy",
+    "tokenizers",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "safetensors",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx",
+    "tensorrt",
+    "triton",
+    "transformers",
+)
+#: backend -> the extra that brings its library.
+_EXTRA_OF_BACKEND = {"onnxruntime": "cpu", "tensorrt-rtx": "rtx", "tensorrt": "trt"}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing that seekforge does.
+
+    Attributes:
+        name: what it is.
+        ready: whether it can be done here.
+        missing: why not; empty when ready.
+        remedy: the command that changes it; empty when ready or when there is none.
+    """
+
+    name: str
+    ready: bool
+    missing: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        versions: package or component -> version, None when absent.
+        gpus: "name, driver, compute capability" of each.
+        capabilities: what can be done.
+    """
+
+    versions: dict[str, str | None]
+    gpus: tuple[str, ...]
+    capabilities: tuple[Capability, ...]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One package that an extra needs. `version` is set where exactly one will do."""
+
+    package: str
+    version: str | None
+
+
+def parse_requirements(lines: list[str]) -> dict[str, list[Requirement]]:
+    """Group the requirement strings of a distribution by extra; "" holds those of the base."""
+    extras: dict[str, list[Requirement]] = {}
+    for line in lines:
+        wanted, _, marker = line.partition(";")
+        match = re.match(r"\s*([A-Za-z0-9._-]+)", wanted)
+        extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", marker)
+        exact = re.search(r"(?<![<>!~])==\s*([^,\s*]+)\s*$", wanted)
+        if match:
+            requirement = Requirement(match.group(1), exact.group(1) if exact else None)
+            extras.setdefault(extra.group(1) if extra else "", []).append(requirement)
+    return extras
+
+
+def capability(
+    name: str, extras: tuple[str, ...], requirements: dict[str, list[Requirement]], version_of: Callable
+) -> Capability:
+    """Judge one capability that needs `extras`."""
+    faults: list[str] = []
+    lacking: list[str] = []
+    for extra in extras:
+        before = len(faults)
+        for requirement in requirements.get(extra, []):
+            found = version_of(requirement.package)
+            if found is None:
+                faults.append(f"{requirement.package} is not installed")
+            elif requirement.version not in (None, found, found.partition("+")[0]):  # 2.13.0+cpu is a 2.13.0
+                faults.append(f"{requirement.package} is {found}, needs {requirement.version}")
+        if len(faults) > before:
+            lacking.append(extra)
+    if not faults:
+        return Capability(name, True)
+    return Capability(name, False, "; ".join(faults), f"pip install 'seekforge[{','.join(lacking)}]'")
+
+
+def examine() -> Report:
+    """Look at this machine."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {package: _version(package) for package in _PACKAGES}
+    gpus = _gpus()
+    versions["NVIDIA driver"] = gpus[0].split(", ")[1] if gpus else None
+    requirements = parse_requirements(metadata.requires("seekforge") or []) if versions["seekforge"] else None
+    if requirements is None:
+        fault = "seekforge runs from a source tree and knows no requirements"
+        capabilities = [Capability("everything", False, fault, "pip install -e '.[export,cpu]'")]
+    else:
+        capabilities = [capability("export a checkpoint", ("export",), requirements, _version)]
+        for target, backend in _targets().items():
+            for verb, extras in (("build for", ("export",)), ("run on", ())):
+                capabilities.append(_target_capability(f"{verb} {target}", backend, extras, requirements))
+    return Report(versions, gpus, tuple(capabilities))
+
+
+def _target_capability(
+    name: str, backend: str, extras: tuple[str, ...], requirements: dict[str, list[Requirement]]
+) -> Capability:
+    if backend not in BACKENDS:
+        return Capability(name, False, f"this version of seekforge has no {backend} backend")
+    return capability(name, (*extras, _EXTRA_OF_BACKEND[backend]), requirements, _version)
+
+
+def _targets() -> dict[str, str]:
+    """Target name -> backend, from the target files in the source tree or in the installed package."""
+    here = Path(__file__).resolve()
+    targets = {"cpu": "onnxruntime"}
+    for root in (here.parents[3], here.parents[1]):
+        folder = root / "configs" / "targets"
+        if folder.is_dir():
+            for path in sorted(folder.glob("*.yaml")):
+                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+                targets[path.stem] = str(data.get("backend", "unknown")) if isinstance(data, dict) else "unknown"
+            break
+    return targets
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> tuple[str, ...]:
+    """Ask nvidia-smi; no answer means no GPU that could be used."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.count(", ") == 2)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Show versions, what can be exported, built and run here, and the command for what is missing."""
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=1))
+        return
+    width = max(map(len, report.versions))
+    for name, found in report.versions.items():
+        click.echo(f"{name:<{width}}  {found or '-'}")
+    for gpu in report.gpus:
+        click.echo(f"{'GPU':<{width}}  {gpu}")
+    click.echo()
+    width = max(len(item.name) for item in report.capabilities)
+    for item in report.capabilities:
+        click.echo(f"{item.name:<{width}}  {'ready' if item.ready else f'no: {item.missing}'}")
+        if item.remedy:
+            click.echo(f"{'':<{width}}  -> {item.remedy}")

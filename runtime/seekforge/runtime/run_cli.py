@@ -1,0 +1,152 @@
+"""`seekforge run`: generate text with an engine, streamed to stdout; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from seekforge.runtime.engine import Engine
+from seekforge.runtime.llm import LLM, RequestMetrics
+from seekforge.runtime.sampling import SamplingParams
+
+
+class _Progress:
+    """Stages on stderr: what happens now and, when it is done, how long it took."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console  # rich takes longer to import than --quiet and --json should wait
+
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+
+    def begin(self, stage: str) -> None:
+        self._started = time.monotonic()
+        if self._console.is_terminal:
+            self._console.print(f"[dim]{stage} …[/dim]", end="\r")
+
+    def done(self, line: str) -> None:
+        self._console.print(f"{line} [dim]({time.monotonic() - self._started:.2f} s)[/dim]")
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue, encoded as it is: nothing is added.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option("--greedy", is_flag=True, help="Take the most likely token each time.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="Default: the checkpoint's.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Default: the checkpoint's.")
+@click.option("--top-k", type=click.IntRange(min=0), help="0 keeps all tokens.  [default: 0]")
+@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end of sequence.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
+@click.option(
+    "--max-model-len", type=click.IntRange(min=1), help="Tokens to make room for. Default: prompt and --max-tokens."
+)
+@click.option("--verify", is_flag=True, help="Digest every byte of the engine first.")
+@click.option("--no-self-check", is_flag=True, help="Do not compare with the results stored in the engine.")
+@click.option("--quiet", is_flag=True, help="Print the text only.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def run(
+    engine: Path,
+    prompt: str,
+    max_tokens: int,
+    greedy: bool,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    ignore_eos: bool,
+    threads: int | None,
+    max_model_len: int | None,
+    verify: bool,
+    no_self_check: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Generate text with ENGINE, a folder written by 'seekforge build'."""
+    if greedy and (temperature, top_p, top_k) != (None, None, None):
+        raise click.UsageError("--greedy leaves nothing to --temperature, --top-p and --top-k; drop one or the other")
+    progress = _Progress(quiet or as_json)
+    loading = time.monotonic()
+
+    progress.begin("checking files")
+    opened = Engine.open(engine, verify=verify)
+    target = opened.manifest.target
+    progress.done(f"engine   {engine}: target {target.name}, {'every byte verified' if verify else 'files sampled'}")
+
+    progress.begin("loading")
+    prompt_ids = opened.tokenizer.encode(prompt)
+    room = max_model_len or min(len(prompt_ids) + max_tokens, opened.manifest.limits.max_model_len)
+    llm = LLM(opened, max_model_len=room, max_batch_size=1, threads=threads, self_check=not no_self_check)
+    with llm:
+        load_s = time.monotonic() - loading
+        cache_mb = llm.num_blocks * opened.manifest.cache.bytes_per_block / 1e6
+        progress.done(f"loaded   room for {llm.max_model_len} tokens, cache {cache_mb:.1f} MB")
+        progress.say(f"check    {_self_check_line(llm, no_self_check)}")
+        params = replace(
+            SamplingParams(temperature=0) if greedy else llm.default_sampling_params,
+            max_tokens=max_tokens,
+            seed=seed,
+            ignore_eos=ignore_eos,
+        )
+        asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        params = replace(params, **{name: value for name, value in asked.items() if value is not None})
+        output = None
+        for delta in llm.stream(prompt_ids, params):
+            output = delta.output
+            if not as_json and delta.text:
+                click.echo(delta.text, nl=False)
+                sys.stdout.flush()
+        assert output is not None
+        completion, metrics = output.outputs[0], output.metrics
+        if as_json:
+            check = llm.self_check
+            result = {
+                "text": completion.text,
+                "token_ids": completion.token_ids,
+                "prompt_token_ids": output.prompt_token_ids,
+                "finish_reason": completion.finish_reason,
+                "self_check": None
+                if check is None
+                else {"largest_difference": check.largest_difference, "tolerance": check.tolerance},
+                "timings": {
+                    "load_s": load_s,
+                    "prefill_tokens": metrics.prefill_tokens,
+                    "prefill_s": metrics.prefill_s,
+                    "decode_tokens": metrics.decode_tokens,
+                    "decode_s": metrics.decode_s,
+                },
+            }
+            click.echo(json.dumps(result, ensure_ascii=False))
+        else:
+            click.echo()
+    progress.say(_speed_line(metrics, completion.finish_reason))
+
+
+def _self_check_line(llm: LLM, switched_off: bool) -> str:
+    if switched_off:
+        return "self-check skipped (--no-self-check)"
+    if llm.self_check is None:
+        return "this engine stores no self-check; its results were not compared with anything"
+    check = llm.self_check
+    return (
+        f"self-check passed: {check.num_values} values, largest difference {check.largest_difference:.2g} "
+        f"of {check.tolerance:.2g} allowed"
+    )
+
+
+def _speed_line(metrics: RequestMetrics, finish_reason: str) -> str:
+    prefill = metrics.prefill_tokens / max(metrics.prefill_s, 1e-9)
+    line = f"speed    prefill {metrics.prefill_tokens} tokens at {prefill:.1f} tok/s"
+    if metrics.decode_tokens:
+        decode = metrics.decode_tokens / max(metrics.decode_s, 1e-9)
+        line += f", decode {metrics.decode_tokens} tokens at {decode:.1f} tok/s"
+    return f"{line}; finish: {finish_reason}"

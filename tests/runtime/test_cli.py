@@ -1,0 +1,165 @@
+"""The command line: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from seekforge.plugins.errors import OutputError
+from seekforge.runtime import cli
+from seekforge.runtime.doctor import Requirement, capability, parse_requirements
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(cli.main, list(args))
+
+
+def one_line(result: Result) -> str:
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    script = (
+        "import sys\nfrom seekforge.runtime.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime', 'tokenizers', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for name in cli.COMMANDS:
+        assert f"  {name} " in done.stdout
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"seekforge {cli.version()}\n"
+
+
+def test_an_unknown_command_suggests_near_ones() -> None:
+    assert "no command 'exprot'; did you mean export?" in one_line(invoke("exprot"))
+    assert "commands are new-checkpoint, export" in one_line(invoke("xyz"))
+
+
+def test_usage_errors_are_one_line() -> None:
+    assert "seekforge run --help" in one_line(invoke("run"))
+    assert "--tempreture" in one_line(invoke("run", "x", "--prompt", "a", "--tempreture", "1"))
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    @click.command()
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: command)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OutputError("out: two\nlines"), "error: out: two lines"),
+        (ModuleNotFoundError("no", name="onnx.helper"), "pip install 'seekforge[export]'"),
+        (ModuleNotFoundError("no", name="onnxruntime"), "pip install 'seekforge[cpu]'"),
+        (OSError(28, "No space left on device", "/out/x"), "error: /out/x: the disk is full"),
+        (PermissionError(13, "Permission denied", "/out/x"), "error: /out/x: Permission denied"),
+    ],
+)
+def test_faults_of_the_environment_are_one_line(monkeypatch, error: Exception, message: str) -> None:
+    fake(monkeypatch, error)
+    assert message in one_line(invoke("export"))
+
+
+def test_interrupt_ends_quietly_with_130(monkeypatch) -> None:
+    fake(monkeypatch, KeyboardInterrupt())
+    result = invoke("export")
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch) -> None:
+    fake(monkeypatch, ModuleNotFoundError("no", name="seekforge.runtime.nothing"))
+    assert isinstance(invoke("export").exception, ModuleNotFoundError)
+
+
+RUN = ("--prompt", "the cat", "--max-tokens", "8", "--greedy", "--ignore-eos")
+
+
+def test_run_streams_text_to_stdout_and_the_rest_to_stderr(toy_engine: Path) -> None:
+    result = invoke("run", str(toy_engine), *RUN)
+    assert result.exit_code == 0, result.output
+    assert "self-check passed: 36 values" in result.stderr
+    assert "decode 7 tokens at" in result.stderr and "finish: length" in result.stderr
+    quiet = invoke("run", str(toy_engine), *RUN, "--quiet")
+    assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
+
+
+def test_run_json(toy_engine: Path) -> None:
+    result = invoke("run", str(toy_engine), *RUN, "--json", "--verify")
+    data = json.loads(result.stdout)
+    assert result.stderr == "" and len(data["token_ids"]) == 8 and data["finish_reason"] == "length"
+    assert data["timings"]["decode_tokens"] == 7 and data["self_check"]["tolerance"] == 1e-3
+    plain = invoke("run", str(toy_engine), *RUN, "--quiet").stdout
+    assert plain == data["text"] + "\n"
+
+
+def test_run_repeats_with_a_seed(toy_engine: Path) -> None:
+    sampled = ("--prompt", "the cat", "--max-tokens", "20", "--ignore-eos", "--temperature", "1.5", "--json")
+    texts = [json.loads(invoke("run", str(toy_engine), *sampled, "--seed", s).stdout)["token_ids"] for s in "112"]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--prompt", ""), "the prompt has no tokens"),
+        (("--prompt", "a", "--greedy", "--top-p", "0.5"), "--greedy leaves nothing to"),
+        (("--prompt", "a", "--max-tokens", "5000"), "= 5001 tokens, more than max_model_len 1024"),
+        (("--prompt", "a", "--max-model-len", "2000"), "max_model_len is 2000, this engine allows 1 to 1024"),
+        (("--prompt", "a", "--max-model-len", "10", "--max-tokens", "10"), "more than max_model_len 10"),
+    ],
+)
+def test_run_refuses_in_one_line(toy_engine: Path, args: tuple[str, ...], message: str) -> None:
+    assert message in one_line(invoke("run", str(toy_engine), "--quiet", *args))
+
+
+def test_run_on_a_damaged_engine(toy_copy: Path) -> None:
+    (toy_copy / "model.onnx").unlink()
+    assert "model.onnx: missing" in one_line(invoke("run", str(toy_copy), "--quiet", *RUN))
+
+
+def test_a_reader_that_leaves_is_no_error(toy_engine: Path) -> None:
+    arguments = f"run {toy_engine} --prompt a --quiet --max-tokens 500 --ignore-eos"
+    command = f"{sys.executable} -m seekforge.runtime.cli {arguments} | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_doctor() -> None:
+    report = json.loads(invoke("doctor", "--json").stdout)
+    assert report["versions"]["onnxruntime"] and "triton" in report["versions"]
+    assert {"name": "run on cpu", "ready": True, "missing": "", "remedy": ""} in report["capabilities"]
+    text = invoke("doctor")
+    assert text.exit_code == 0 and "run on cpu" in text.stdout
+
+
+def test_doctor_names_the_command_for_what_is_missing() -> None:
+    wanted = parse_requirements(
+        [
+            "click<9,>=8.2",
+            'torch==2.13.0; extra == "export"',
+            "onnx-ir==1.1.0; extra == 'export'",
+            "a>=1; extra == 'cpu'",
+        ]
+    )
+    assert wanted["export"] == [Requirement("torch", "2.13.0"), Requirement("onnx-ir", "1.1.0")]
+    installed = {"torch": "2.13.0+cpu", "a": "1.0"}
+    found = capability("export", ("export", "cpu"), wanted, installed.get)
+    assert (found.ready, found.missing) == (False, "onnx-ir is not installed")
+    assert found.remedy == "pip install 'seekforge[export]'"
+    assert capability("run", ("cpu",), wanted, installed.get).ready
+    other = capability("export", ("export",), wanted, {"torch": "2.12.0", "onnx-ir": "1.1.0"}.get)
+    assert other.missing == "torch is 2.12.0, needs 2.13.0"
