@@ -23,17 +23,17 @@ class Indexer(nn.Module):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         config = settings.config
-        self.config, self.hadamard = config, settings.numerics.hadamard
+        self.config = config
         heads, dim = config.index_n_heads, config.index_head_dim
         self.wq_b = Fp8Linear(config.q_lora_rank, heads * dim, settings.numerics.act_quant)
         self.k_norm = KeyNorm(dim)
         self.weights_proj = LinearF32(config.hidden_size, heads, settings.dtype)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
-        """RoPE on the first rope dims, then Hadamard on all."""
+        """RoPE on the first rope dims, then Hadamard on all where the numerics ask for it."""
         rope = self.config.qk_rope_head_dim
         x = torch.cat([rope_half_split(x[..., :rope], cos, sin), x[..., rope:]], dim=-1)
-        return (x.float() @ step.hadamard).to(x.dtype) if self.hadamard else x
+        return x if step.hadamard is None else (x.float() @ step.hadamard).to(x.dtype)
 
     def key(self, raw: Tensor, step: Step) -> Tensor:
         """[B, Q, D] product of `wk` -> normed and rotated key, same shape."""

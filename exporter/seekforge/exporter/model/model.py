@@ -58,7 +58,8 @@ class _StepModule(nn.Module):
         half = config.qk_rope_head_dim // 2
         self.rope_cos = weight(config.max_position_embeddings, half, dtype=torch.float32)
         self.rope_sin = weight(config.max_position_embeddings, half, dtype=torch.float32)
-        self.hadamard = weight(config.index_head_dim, config.index_head_dim, dtype=torch.float32)
+        size = config.index_head_dim
+        self.hadamard = weight(size, size, dtype=torch.float32) if settings.numerics.hadamard else None
         self.layers = nn.ModuleDict({str(i): DecoderLayer(settings, i) for i in layers})
 
     def _step(self, positions: Tensor, slot_mapping: Tensor, block_table: Tensor) -> Step:

@@ -51,7 +51,7 @@ class Step:
         slot_mapping: [B, Q] int64; −1 pads.
         block_table: [B, MB] int32; unused entries 0.
         cos, sin: [B, Q, R / 2] f32, looked up once per step.
-        hadamard: [D, D] f32.
+        hadamard: [D, D] f32, or None when indexer vectors are not rotated by it.
     """
 
     positions: Tensor
@@ -59,4 +59,4 @@ class Step:
     block_table: Tensor
     cos: Tensor
     sin: Tensor
-    hadamard: Tensor
+    hadamard: Tensor | None

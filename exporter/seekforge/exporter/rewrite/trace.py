@@ -26,11 +26,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from seekforge.exporter.model.model import MtpModel, StepModel
 from seekforge.exporter.model.step import Settings
+from seekforge.exporter.model.weights import recipes
 from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.spec import DOMAIN, DOMAIN_VERSION, OpSpec
-from seekforge.plugins.torch_ops import TORCH_DTYPES
 
 #: ONNX opset of every program. Converting between opsets would inline our functions, so it is traced at this.
 OPSET = 23
@@ -57,13 +58,13 @@ class Traced:
 
     Attributes:
         model: ONNX without functions; inputs are tokens, bookkeeping, caches, then weights.
-        weight_names: names of the weight inputs, in order.
+        recipes: weight input -> how it comes from the checkpoint, in input order.
         aliases: cache output -> cache input.
         output_names: all outputs in order.
     """
 
     model: onnx.ModelProto
-    weight_names: tuple[str, ...]
+    recipes: dict[str, Recipe]
     aliases: dict[str, str]
     output_names: tuple[str, ...]
 
@@ -119,14 +120,13 @@ def trace(settings: Settings, layer_range: tuple[int, int] | None, progress: Cal
     register_schemas()
     output_names = [*model.result_names(), *map(cache_output, model.cache_names()), *model.tap_names()]
     converted = _convert(exported, inputs, output_names)
-    weights = _weights_to_inputs(converted, [name for name, _ in model.named_parameters()])
+    named = recipes(model)
+    _weights_to_inputs(converted, list(named))
     progress("optimise")
     optimizer.optimize(converted)
     proto = _finish(converted)
     _check_axes(proto, inputs)
-    return Traced(
-        proto, tuple(weights), {cache_output(name): name for name in model.cache_names()}, tuple(output_names)
-    )
+    return Traced(proto, named, {cache_output(name): name for name in model.cache_names()}, tuple(output_names))
 
 
 def _arguments(inputs: list[_Input], make: Callable[[_Input], Any], num_tokens: int) -> tuple[Any, ...]:
@@ -219,7 +219,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _weights_to_inputs(model: ir.Model, names: list[str]) -> list[str]:
+def _weights_to_inputs(model: ir.Model, names: list[str]) -> None:
     """Turn the initialiser of every parameter into a graph input, in parameter order."""
     graph = model.graph
     missing = [name for name in names if name not in graph.initializers]
@@ -233,7 +233,6 @@ def _weights_to_inputs(model: ir.Model, names: list[str]) -> list[str]:
         constant = value.const_value
         if isinstance(getattr(constant, "raw", None), torch._subclasses.FakeTensor):
             raise ProgramError(f"trace made the constant {name!r} inside the fake mode: it has no value")
-    return names
 
 
 def _finish(model: ir.Model) -> onnx.ModelProto:
@@ -267,8 +266,3 @@ def _check_axes(model: onnx.ModelProto, inputs: list[_Input]) -> None:
     for node in model.graph.node:
         if node.domain not in known or node.op_type.startswith("Sequence"):
             raise ProgramError(f"trace left the operator {node.domain}::{node.op_type}, which no engine reads")
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype of one of our dtype names."""
-    return TORCH_DTYPES[name]

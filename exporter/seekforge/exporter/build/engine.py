@@ -1,0 +1,272 @@
+"""`build --target cpu`: specialise to f32, fold the weights, inline the bodies, prove the result, write a manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import onnx
+from onnx import inliner
+
+from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
+from seekforge.exporter.build.self_check import make_self_check
+from seekforge.exporter.build.targets import TargetConfig
+from seekforge.exporter.checkpoint.validate import check_structure, scan_values
+from seekforge.exporter.rewrite.specialise import specialise
+from seekforge.plugins.errors import ProgramError, TargetError
+from seekforge.plugins.formats.bindings import Recipe, retarget
+from seekforge.plugins.formats.dtypes import FROM_ONNX, itemsize
+from seekforge.plugins.formats.files import atomic_folder, sha256_file
+from seekforge.plugins.formats.manifest import (
+    ENGINE_FORMAT,
+    MANIFEST,
+    Cache,
+    Limits,
+    Manifest,
+    Target,
+    digest_file,
+    save_manifest,
+)
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import (
+    BLOCK_SIZE,
+    GraphIO,
+    Program,
+    TensorSpec,
+    load_bindings,
+    load_program,
+)
+from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.function import attach
+from seekforge.plugins.specialisation import Specialisation
+
+WEIGHTS = "weights.bin"
+#: The tensors that scale with the context an engine accepts.
+_ROPE_TABLES = ("rope_cos", "rope_sin")
+
+
+class Progress(Protocol):
+    """What `build` tells about its work; `exporter.progress.Stages` is one."""
+
+    def __call__(self, stage: str) -> None: ...
+
+    def bytes_bar(self, stage: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` wrote."""
+
+    manifest: Manifest
+    num_nodes: dict[str, int]
+    weight_bytes: int
+
+
+def build(
+    program_folder: Path,
+    out: Path,
+    *,
+    target: TargetConfig,
+    checkpoint_folder: Path,
+    max_model_len: int | None,
+    force: bool,
+    progress: Progress,
+) -> Built:
+    """Build an engine folder.
+
+    Args:
+        program_folder: written by `export`.
+        out: folder to make.
+        target: what to build for.
+        checkpoint_folder: the weights; must have the program's config.
+        max_model_len: longest sequence that the engine accepts; None takes the target's, capped by the model's.
+        force: replace an engine that stands at `out`.
+        progress: told each stage.
+
+    Raises:
+        ProgramError, CheckpointError: program or weights are damaged or do not belong together.
+        TargetError: the target cannot do this, or is not built here.
+        EngineError: the built engine does not compute what PyTorch computes.
+        OutputError: `out` cannot be written.
+    """
+    if target.backend != "onnxruntime":
+        raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
+    progress("read program and checkpoint")
+    program = load_program(program_folder)
+    bindings = load_bindings(program_folder)
+    config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
+    _check_same_config(config, checkpoint_folder)
+    limits = _limits(target, config, max_model_len)
+    how = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
+    with Checkpoint.open(checkpoint_folder) as checkpoint:
+        check_structure(checkpoint, config)
+        with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
+            scan_values(checkpoint, config, progress=bar)
+        with atomic_folder(out, force=force, marker=MANIFEST) as folder:
+            progress("specialise and fold")
+            weights = WeightFile(WEIGHTS)
+            graphs = {
+                name: _fold_graph(program_folder, face, bindings[name], config, how, limits, weights)
+                for name, face in program.graphs.items()
+            }
+            with progress.bytes_bar("dequantise weights") as bar:
+                weights.write(folder, checkpoint, bar)
+            progress("inline, check, write")
+            faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
+            files = _copy_text_files(program, program_folder, folder)
+            progress("self-check against PyTorch")
+            self_check = make_self_check(folder, faces["model"], config, program.numerics, checkpoint, limits)
+            manifest = Manifest(
+                format=ENGINE_FORMAT,
+                seekforge_version=importlib.metadata.version("seekforge"),
+                target=Target(name=target.name, backend=target.backend, sm=target.sm),
+                versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
+                runtime_versions={},
+                program_sha256=sha256_file(program_folder / "program.json"),
+                numerics=program.numerics,
+                layer_range=program.layer_range,
+                graphs=faces,
+                cache=_cache(config, faces),
+                limits=limits,
+                vocab_size=config.vocab_size,
+                num_top_logits=config.num_top_logits,
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+                generation=_generation(program_folder),
+                tokenizer="tokenizer.json",
+                files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
+                self_check=self_check,
+                config=program.config,
+                build={"python": platform.python_version(), "platform": platform.platform(), "activations": "f32"},
+            )
+            save_manifest(folder, manifest)
+    return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
+
+
+def _check_same_config(config: ModelConfig, checkpoint_folder: Path) -> None:
+    found = ModelConfig.load(checkpoint_folder)
+    for key in type(config).model_fields:
+        ours, theirs = getattr(config, key), getattr(found, key)
+        if ours != theirs:
+            raise ProgramError(
+                f"{checkpoint_folder}: {key} is {theirs}, the program was exported for {ours}; "
+                "pass the checkpoint it was exported from, or export again"
+            )
+
+
+def _limits(target: TargetConfig, config: ModelConfig, max_model_len: int | None) -> Limits:
+    """Return the limits of the engine: the asked length, or the target's default capped by the model's."""
+    if max_model_len is None:
+        length = min(target.limits.max_model_len, config.max_position_embeddings)
+    elif 0 < max_model_len <= config.max_position_embeddings:
+        length = max_model_len
+    else:
+        raise TargetError(
+            f"--max-model-len is {max_model_len}, expected 1 to {config.max_position_embeddings} "
+            "(max_position_embeddings of the model)"
+        )
+    return target.limits.model_copy(update={"max_model_len": length})
+
+
+def _fold_graph(
+    program_folder: Path,
+    face: GraphIO,
+    recipes: dict[str, Recipe],
+    config: ModelConfig,
+    how: Specialisation,
+    limits: Limits,
+    weights: WeightFile,
+) -> onnx.ModelProto:
+    """Load, check, specialise and fold one graph; bodies are inlined, so that it holds standard operators only."""
+    path = program_folder / face.file
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read ({error.strerror}); export the program again") from None
+    if found != face.sha256:
+        raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
+    model = specialise(onnx.load(path), how, config)
+    retargeted = {
+        name: retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype) for name, recipe in recipes.items()
+    }
+    constants = fold_weights(model, limit_tables(retargeted, _ROPE_TABLES, limits.max_model_len))
+    weights.attach(model, constants)
+    attach(model, how)
+    inlined = inliner.inline_local_functions(model)
+    # model-local functions are gone, and with them the domain
+    keep = [entry for entry in inlined.opset_import if entry.domain in _domains(inlined.graph)]
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(keep)
+    return inlined
+
+
+def _domains(graph: onnx.GraphProto) -> set[str]:
+    """Domains of all nodes, bodies of Scan and If included, and the standard one."""
+    domains = {""}
+    for node in graph.node:
+        domains.add("" if node.domain == "ai.onnx" else node.domain)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                domains |= _domains(attribute.g)
+    return domains
+
+
+def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> GraphIO:
+    """Write one engine graph beside its weights, check it as a file, and describe its face."""
+    path = folder / canonical.file
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+    roles = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
+
+    def describe(value: onnx.ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+        return TensorSpec(name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=roles[value.name])
+
+    return GraphIO(
+        file=canonical.file,
+        sha256=sha256_file(path),
+        inputs=tuple(describe(value) for value in model.graph.input),
+        outputs=tuple(describe(value) for value in model.graph.output),
+        aliases=canonical.aliases,
+    )
+
+
+def _copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:
+    for name in program.files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(program_folder / name, target)
+        except FileNotFoundError:
+            raise ProgramError(f"{program_folder / name}: missing; export the program again") from None
+    return list(program.files)
+
+
+def _cache(config: ModelConfig, faces: dict[str, GraphIO]) -> Cache:
+    caches = [spec for face in faces.values() for spec in face.with_role("cache")]
+    per_slot = sum(itemsize(spec.dtype) * int(spec.shape[1]) for spec in caches)
+    layers = [int(spec.name.partition(".")[2]) for spec in faces["model"].with_role("cache")]
+    return Cache(
+        block_size=BLOCK_SIZE,
+        layers=tuple(dict.fromkeys(layers)),
+        mtp_layer=config.mtp_layer if "mtp" in faces else None,
+        kv_format="f32",
+        latent_dim=config.latent_dim,
+        index_dim=config.index_head_dim,
+        bytes_per_block=per_slot * BLOCK_SIZE,
+    )
+
+
+def _generation(program_folder: Path) -> dict[str, float]:
+    """Sampling defaults of generation_config.json; the model card's where the file is missing."""
+    path = program_folder / "generation_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"temperature": float(raw.get("temperature", 1.0)), "top_p": float(raw.get("top_p", 0.95))}

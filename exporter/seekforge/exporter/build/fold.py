@@ -1,0 +1,171 @@
+"""Fold weights into a specialised graph: weight inputs become initialisers in one external file.
+
+On a CPU this is where the speed is: FP8 weights are dequantised once, laid out as the product reads them
+([K, N]), and every Cast or Transpose of a weight is done here instead of at each load. Weights that two graphs
+share (embedding, head, tables) are stored once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from seekforge.plugins.block_fp8_linear import function as block_fp8_linear
+from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.bindings import Recipe, TensorSource, dequantise, evaluate_into, transpose
+from seekforge.plugins.formats.dtypes import NUMPY, ONNX
+from seekforge.plugins.moe_experts import function as moe_experts
+from seekforge.plugins.spec import DOMAIN, cdiv
+
+#: Offsets in the weight file are multiples of this, so that it can be mapped.
+_ALIGNMENT = 4096
+
+
+def fold_weights(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Rewrite `model` in place so that it reads constants in place of weight inputs.
+
+    Args:
+        model: specialised graph without functions.
+        weights: weight input -> recipe, already in the dtypes of the specialisation.
+
+    Returns:
+        Constant name -> recipe of the constants that the graph now reads. They are still listed as inputs
+        until `WeightFile.attach` gives them their place in the file.
+
+    Raises:
+        ProgramError: a custom operator reads a weight that no fold knows.
+    """
+    constants = dict(weights)
+    alias: dict[str, str] = {}
+    kept: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        node.input[:] = [alias.get(name, name) for name in node.input]
+        if node.domain == DOMAIN and node.op_type == "BlockFp8Linear":
+            _fold_linear(node, constants)
+        elif node.domain == DOMAIN and node.op_type == "MoeExperts":
+            _fold_experts(node, constants)
+        elif node.op_type == "Cast" and node.input[0] in constants:
+            to = next(a.i for a in node.attribute if a.name == "to")
+            if to == ONNX[constants[node.input[0]].dtype]:
+                alias[node.output[0]] = node.input[0]
+                continue
+        elif node.op_type == "Transpose" and node.input[0] in constants:
+            perm = next(tuple(a.ints) for a in node.attribute if a.name == "perm")
+            name = f"{node.input[0]}.transposed"
+            constants[name] = transpose(constants[node.input[0]], perm)
+            alias[node.output[0]] = name
+            continue
+        kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    read = {name for node in kept for name in node.input}
+    result = {name: recipe for name, recipe in constants.items() if name in read}
+    left = next((name for name, recipe in result.items() if recipe.dtype == "f8e4m3"), None)
+    if left is not None:
+        raise ProgramError(f"fold: the FP8 weight {left} is read by an operator that no fold knows")
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    inputs += [helper.make_tensor_value_info(name, ONNX[r.dtype], r.shape) for name, r in result.items()]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return result
+
+
+def _fold_linear(node: onnx.NodeProto, constants: dict[str, Recipe]) -> None:
+    x, weight, scale = node.input
+    name = f"{weight}.folded"
+    constants[name] = transpose(dequantise(constants[weight], constants[scale], "f32"), (1, 0))
+    node.op_type = block_fp8_linear.FOLDED
+    node.input[:] = [x, name]
+
+
+def _fold_experts(node: onnx.NodeProto, constants: dict[str, Recipe]) -> None:
+    x, ids, weights, w13, w13_scale, w2, w2_scale = node.input
+    folded = []
+    for weight, scale in ((w13, w13_scale), (w2, w2_scale)):
+        name = f"{weight}.folded"
+        constants[name] = transpose(dequantise(constants[weight], constants[scale], "f32"), (0, 2, 1))
+        folded.append(name)
+    node.op_type = moe_experts.FOLDED
+    node.input[:] = [x, ids, weights, *folded]
+
+
+@dataclass
+class WeightFile:
+    """One external-data file that several graphs share: a constant with the same recipe is stored once.
+
+    Attributes:
+        name: file name beside the graphs.
+        offsets: recipe (as JSON) -> offset in the file.
+        num_bytes: size so far.
+    """
+
+    name: str
+    offsets: dict[str, int] = field(default_factory=dict)
+    num_bytes: int = 0
+    _pending: list[tuple[Recipe, int]] = field(default_factory=list)
+
+    def attach(self, model: onnx.ModelProto, constants: Mapping[str, Recipe]) -> None:
+        """Make `constants` initialisers of `model` with their place in this file."""
+        del_names = set(constants)
+        inputs = [value for value in model.graph.input if value.name not in del_names]
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        for name, recipe in constants.items():
+            size = NUMPY[recipe.dtype].itemsize * int(np.prod(recipe.shape, dtype=np.int64))
+            tensor = TensorProto(
+                name=name, data_type=ONNX[recipe.dtype], dims=recipe.shape, data_location=TensorProto.EXTERNAL
+            )
+            place = {"location": self.name, "offset": str(self._place(recipe, size)), "length": str(size)}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=value)
+            model.graph.initializer.append(tensor)
+
+    def _place(self, recipe: Recipe, size: int) -> int:
+        key = json.dumps(recipe.to_dict())
+        if key not in self.offsets:
+            offset = cdiv(self.num_bytes, _ALIGNMENT) * _ALIGNMENT
+            self.offsets[key] = offset
+            self.num_bytes = offset + size
+            self._pending.append((recipe, offset))
+        return self.offsets[key]
+
+    def write(self, folder: Path, source: TensorSource, progress: Callable[[int, int], None]) -> Path:
+        """Evaluate every constant straight into the mapped file; extra memory is one operand at most."""
+        path = folder / self.name
+        with path.open("wb") as file:
+            # allocates the blocks now, so that a full disk is an error here and not a crash in the mapping
+            _reserve(file.fileno(), self.num_bytes)
+        mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.num_bytes,))
+        done = 0
+        for recipe, offset in self._pending:
+            dtype = NUMPY[recipe.dtype]
+            size = dtype.itemsize * int(np.prod(recipe.shape, dtype=np.int64))
+            evaluate_into(recipe, source, mapped[offset : offset + size].view(dtype).reshape(recipe.shape))
+            done += size
+            progress(done, self.num_bytes)
+        mapped.flush()
+        return path
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    import os
+
+    os.posix_fallocate(descriptor, 0, size)
+
+
+def limit_tables(weights: Mapping[str, Recipe], tables: Iterable[str], num_positions: int) -> dict[str, Recipe]:
+    """Return `weights` with the RoPE tables cut to the positions that the engine accepts."""
+    from dataclasses import replace
+
+    result = dict(weights)
+    for name in tables:
+        table = result[name]
+        params = table.params | {"num_positions": num_positions}
+        result[name] = replace(table, shape=(num_positions, table.shape[1]), params=params)
+    return result

@@ -1,0 +1,64 @@
+"""`seekforge export`: checkpoint folder -> canonical ONNX program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from seekforge.exporter.progress import Stages
+from seekforge.exporter.rewrite.export import Exported
+from seekforge.exporter.rewrite.export import export as write_program
+from seekforge.plugins.formats.numerics import NUMERICS
+
+
+@click.command("export")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--numerics",
+    type=click.Choice(sorted(NUMERICS)),
+    default="fp8",
+    show_default=True,
+    help="fp8: the official reference's roundings. exact: no quantisation of activations or caches.",
+)
+@click.option("--force", is_flag=True, help="Replace a program that stands at OUT.")
+@click.option("--quiet", is_flag=True, help="Print nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def export(checkpoint: Path, out: Path, *, numerics: str, force: bool, quiet: bool, as_json: bool) -> None:
+    """Trace the model of CHECKPOINT into a canonical ONNX program in the folder OUT.
+
+    Reads config.json and the headers of the shards, no weight: the full model exports on a laptop.
+    """
+    stages = Stages(quiet=quiet or as_json)
+    exported = write_program(checkpoint, out, numerics=NUMERICS[numerics], force=force, progress=stages)
+    stages.done()
+    if as_json:
+        sys.stdout.write(json.dumps(_summary(exported, out, stages.seconds)) + "\n")
+    elif not quiet:
+        sys.stdout.write(_sentence(exported, out, checkpoint))
+
+
+def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[str, object]:
+    return {
+        "path": str(out),
+        "numerics": exported.program.numerics["name"],
+        "num_nodes": exported.num_nodes,
+        "num_weight_inputs": exported.num_weight_inputs,
+        "num_tensors": exported.num_tensors,
+        "ops": {name: use.num_nodes for name, use in exported.program.ops.items()},
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+    }
+
+
+def _sentence(exported: Exported, out: Path, checkpoint: Path) -> str:
+    nodes = " + ".join(str(count) for count in exported.num_nodes.values())
+    inputs = " + ".join(str(count) for count in exported.num_weight_inputs.values())
+    ops = sum(use.num_nodes for use in exported.program.ops.values())
+    return (
+        f"wrote {out}: {' and '.join(f'{name}.onnx' for name in exported.num_nodes)}, {nodes} nodes ({ops} custom), "
+        f"{inputs} weight inputs cover all {exported.num_tensors:,} tensors\n"
+        f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}\n"
+    )

@@ -1,0 +1,205 @@
+"""`export`: checkpoint folder in, canonical program folder out. Reads headers only, no weight bytes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from seekforge.exporter.checkpoint.validate import check_structure
+from seekforge.exporter.model.step import Settings
+from seekforge.exporter.model.weights import unused_tensors
+from seekforge.exporter.rewrite.trace import OPSET, Traced, trace
+from seekforge.plugins.errors import ConfigError, ProgramError
+from seekforge.plugins.formats.bindings import Recipe, coverage
+from seekforge.plugins.formats.dtypes import FROM_ONNX
+from seekforge.plugins.formats.files import atomic_folder, sha256_file
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import Numerics
+from seekforge.plugins.formats.program import (
+    PROGRAM_FORMAT,
+    GraphIO,
+    OpUse,
+    Program,
+    Role,
+    TensorSpec,
+    save_program,
+)
+from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.function import attach
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.specialisation import CANONICAL
+
+#: Carried along where the checkpoint has them: what text needs.
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_TABLES = ("rope_cos", "rope_sin", "hadamard")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote, for the command line."""
+
+    program: Program
+    num_nodes: dict[str, int]
+    num_weight_inputs: dict[str, int]
+    num_tensors: int
+
+
+def export(
+    checkpoint_folder: Path,
+    out: Path,
+    *,
+    numerics: Numerics,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Exported:
+    """Trace the model of a checkpoint and write its canonical program.
+
+    Args:
+        checkpoint_folder: a DeepSeek-V3.2 checkpoint; only config.json and shard headers are read.
+        out: folder to make: model.onnx, mtp.onnx, program.json, bindings.json, tokenizer files.
+        numerics: which roundings the program makes.
+        force: replace a program that stands at `out`.
+        progress: told each stage.
+
+    Raises:
+        ConfigError, CheckpointError: the checkpoint is not what a `deepseek_v32` model needs.
+        ProgramError: the traced graph misses a promise.
+        OutputError: `out` cannot be written.
+    """
+    progress("read config and headers")
+    config = ModelConfig.load(checkpoint_folder)
+    with Checkpoint.open(checkpoint_folder) as checkpoint:
+        check_structure(checkpoint, config)
+        num_tensors = len(checkpoint.names)
+        sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names}
+    files = [name for name in _TEXT_FILES if (checkpoint_folder / name).is_file()]
+    if "tokenizer.json" not in files:
+        raise ConfigError(
+            f"{checkpoint_folder / 'tokenizer.json'}: missing; a checkpoint folder must hold the tokenizer"
+        )
+    settings = Settings(config, numerics, activations=CANONICAL.activations)
+    layer_range = (0, config.num_hidden_layers)
+    graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
+    if config.mtp_layer is not None:
+        graphs["mtp"] = None
+    with atomic_folder(out, force=force, marker="program.json") as folder:
+        traced = {
+            name: trace(settings, layers, lambda stage, name=name: progress(f"{name}: {stage}"))
+            for name, layers in graphs.items()
+        }
+        bindings = {name: graph.recipes for name, graph in traced.items()}
+        progress("account for every checkpoint element")
+        shared, unused = _account(bindings, sizes, config)
+        progress("attach function bodies, check, write")
+        faces, ops = {}, {}
+        for name, graph in traced.items():
+            attach(graph.model, CANONICAL)
+            faces[name] = _write_graph(graph, folder, f"{name}.onnx")
+            _count_ops(graph.model, ops)
+        for name in files:
+            shutil.copyfile(checkpoint_folder / name, folder / name)
+        encoding = checkpoint_folder / "encoding"
+        if encoding.is_dir():
+            shutil.copytree(encoding, folder / "encoding", ignore=shutil.ignore_patterns("__pycache__"))
+            files += sorted(str(p.relative_to(folder)) for p in (folder / "encoding").rglob("*") if p.is_file())
+        program = Program(
+            format=PROGRAM_FORMAT,
+            seekforge_version=importlib.metadata.version("seekforge"),
+            opset=OPSET,
+            layer_range=layer_range,
+            numerics=numerics.to_dict(),
+            config=config.model_dump(mode="json"),
+            ops=ops,
+            graphs=faces,
+            unused=unused,
+            shared=shared,
+            files=tuple(files),
+        )
+        save_program(folder, program, bindings)
+    return Exported(
+        program=program,
+        num_nodes={name: len(graph.model.graph.node) for name, graph in traced.items()},
+        num_weight_inputs={name: len(graph.recipes) for name, graph in traced.items()},
+        num_tensors=num_tensors,
+    )
+
+
+def _account(
+    bindings: dict[str, dict[str, Recipe]], sizes: dict[str, int], config: ModelConfig
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Check that every checkpoint element is read or deliberately unused; return (shared, unused).
+
+    Raises:
+        ProgramError: elements are left over, or an input reads a tensor that is not there.
+    """
+    read = coverage({f"{graph}:{name}": recipe for graph, named in bindings.items() for name, recipe in named.items()})
+    unused = unused_tensors(config)
+    unknown = sorted(set(read.used) - set(sizes))
+    if unknown:
+        raise ProgramError(f"bindings read {unknown[0]}, which the checkpoint does not have")
+    for name, size in sizes.items():
+        used = read.used.get(name, 0)
+        if name in unused:
+            if used:
+                raise ProgramError(f"bindings read {name}, which is declared unused")
+        elif used != size:
+            raise ProgramError(f"bindings read {used} of {size} elements of {name}; every element must be used")
+    return read.shared, unused
+
+
+def _write_graph(graph: Traced, folder: Path, file: str) -> GraphIO:
+    onnx.checker.check_model(graph.model, full_check=True)
+    path = folder / file
+    path.write_bytes(graph.model.SerializeToString(deterministic=True))
+    inputs = [_tensor_spec(value, set(graph.recipes)) for value in graph.model.graph.input]
+    outputs = [_tensor_spec(value, set()) for value in graph.model.graph.output]
+    return GraphIO(
+        file=file, sha256=sha256_file(path), inputs=tuple(inputs), outputs=tuple(outputs), aliases=graph.aliases
+    )
+
+
+def _tensor_spec(value: onnx.ValueInfoProto, weights: set[str]) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(
+        name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=role_of(value.name, weights)
+    )
+
+
+def role_of(name: str, weights: set[str]) -> Role:
+    """Return what part an input or output plays, from its name."""
+    kind = name.partition(".")[0]
+    if name in _TABLES:
+        return "table"
+    if name in weights:
+        return "weight"
+    if kind in ("latent_cache", "index_cache", "latent_cache_out", "index_cache_out"):
+        return "cache"
+    if kind in ("topk_indices", "expert_ids"):
+        return "tap"
+    if kind in ("positions", "slot_mapping", "block_table", "logits_index"):
+        return "bookkeeping"
+    if kind in ("input_ids", "hidden_in"):
+        return "token"
+    return "result"
+
+
+def _count_ops(model: onnx.ModelProto, ops: dict[str, OpUse]) -> None:
+    """Add the custom nodes of `model` to `ops`."""
+    for node in model.graph.node:
+        spec = SPECS.get(node.op_type)
+        if spec is None:
+            continue
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name != "plugin_namespace"}
+        values = {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
+        before = ops.get(spec.name)
+        if before is not None and before.attributes != values:
+            raise ProgramError(f"{spec.name}: nodes differ in attributes {before.attributes} and {values}")
+        count = 1 if before is None else before.num_nodes + 1
+        ops[spec.name] = OpUse(version=spec.version, attributes=values, num_nodes=count)
