@@ -8,6 +8,7 @@ import pytest
 
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset, read_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors, totals
+from seekforge.exporter.checkpoint.tokenizer import train_tokenizer
 from seekforge.plugins.errors import ConfigError
 
 
@@ -24,6 +25,12 @@ def test_every_preset_is_a_valid_config(name: str) -> None:
 
 def test_small_is_of_benchmark_size() -> None:
     assert 150e6 < totals(expected_tensors(load_preset("small").config)).num_parameters < 250e6
+
+
+@pytest.mark.parametrize("name", ["small", "tiny"])
+def test_nearly_every_id_a_model_can_answer_has_a_token(name: str) -> None:
+    vocab_size = load_preset(name).config.vocab_size
+    assert 0.9 * vocab_size < train_tokenizer(vocab_size).get_vocab_size() < vocab_size
 
 
 def test_full_has_the_published_softmax_scale() -> None:
