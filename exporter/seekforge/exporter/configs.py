@@ -15,7 +15,7 @@ def configs_folder() -> Path:
     here = Path(__file__).resolve()
     # an editable install does not copy data: look in the tree first, then in seekforge/configs of a wheel
     for folder in (here.parents[3] / "configs", here.parents[1] / "configs"):
-        if (folder / "targets").is_dir():
+        if folder.is_dir():
             return folder
     raise ConfigError(f"no configs folder near {here}; reinstall seekforge")
 

@@ -8,8 +8,9 @@ share (embedding, head, tables) are stored once.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,7 @@ class WeightFile:
 
     def attach(self, model: onnx.ModelProto, constants: Mapping[str, Recipe]) -> None:
         """Make `constants` initialisers of `model` with their place in this file."""
-        del_names = set(constants)
-        inputs = [value for value in model.graph.input if value.name not in del_names]
+        inputs = [value for value in model.graph.input if value.name not in constants]
         del model.graph.input[:]
         model.graph.input.extend(inputs)
         for name, recipe in constants.items():
@@ -140,7 +140,7 @@ class WeightFile:
         path = folder / self.name
         with path.open("wb") as file:
             # allocates the blocks now, so that a full disk is an error here and not a crash in the mapping
-            _reserve(file.fileno(), self.num_bytes)
+            os.posix_fallocate(file.fileno(), 0, self.num_bytes)
         mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.num_bytes,))
         done = 0
         for recipe, offset in self._pending:
@@ -153,16 +153,8 @@ class WeightFile:
         return path
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    import os
-
-    os.posix_fallocate(descriptor, 0, size)
-
-
 def limit_tables(weights: Mapping[str, Recipe], tables: Iterable[str], num_positions: int) -> dict[str, Recipe]:
     """Return `weights` with the RoPE tables cut to the positions that the engine accepts."""
-    from dataclasses import replace
-
     result = dict(weights)
     for name in tables:
         table = result[name]

@@ -9,14 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from seekforge.exporter.configs import configs_folder, known
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.model_config import ModelConfig
-
-#: In the source tree (also of an editable install) first, then where the wheel puts `configs`.
-_FOLDERS = (
-    Path(__file__).resolve().parents[4] / "configs" / "models",
-    Path(__file__).resolve().parents[2] / "configs" / "models",
-)
 
 
 class _PresetFile(BaseModel):
@@ -45,7 +40,7 @@ class Preset:
 
 def known_presets() -> tuple[str, ...]:
     """Return the names `load_preset` knows, sorted."""
-    return tuple(sorted(path.stem for path in _folder().glob("*.yaml")))
+    return tuple(known("models"))
 
 
 def load_preset(name: str) -> Preset:
@@ -54,10 +49,9 @@ def load_preset(name: str) -> Preset:
     Raises:
         ConfigError: there is no such preset, or its file is malformed.
     """
-    known = known_presets()
-    if name not in known:
-        raise ConfigError(f"preset {name!r} is unknown; known presets: {', '.join(known)}")
-    return read_preset(_folder() / f"{name}.yaml")
+    if name not in known_presets():
+        raise ConfigError(f"preset {name!r} is unknown; known presets: {', '.join(known_presets())}")
+    return read_preset(configs_folder() / "models" / f"{name}.yaml")
 
 
 def read_preset(path: Path) -> Preset:
@@ -79,10 +73,3 @@ def read_preset(path: Path) -> Preset:
         expected = ", ".join(_PresetFile.model_fields)
         raise ConfigError(f"{path}: key {key!r}: {fault['msg']}; expected the keys {expected}") from None
     return Preset(path.stem, file.num_shards, file.config, ModelConfig.parse(file.config, str(path)))
-
-
-def _folder() -> Path:
-    for folder in _FOLDERS:
-        if folder.is_dir():
-            return folder
-    raise ConfigError(f"no presets found in {_FOLDERS[1]}; the installation is incomplete, reinstall seekforge")

@@ -37,7 +37,6 @@ from seekforge.plugins.specialisation import CANONICAL
 
 #: Carried along where the checkpoint has them: what text needs.
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-_TABLES = ("rope_cos", "rope_sin", "hadamard")
 
 
 @dataclass(frozen=True)
@@ -157,37 +156,43 @@ def _write_graph(graph: Traced, folder: Path, file: str) -> GraphIO:
     onnx.checker.check_model(graph.model, full_check=True)
     path = folder / file
     path.write_bytes(graph.model.SerializeToString(deterministic=True))
-    inputs = [_tensor_spec(value, set(graph.recipes)) for value in graph.model.graph.input]
-    outputs = [_tensor_spec(value, set()) for value in graph.model.graph.output]
+    inputs = [
+        _tensor_spec(value, "weight" if value.name in graph.recipes else "token") for value in graph.model.graph.input
+    ]
+    outputs = [_tensor_spec(value, "result") for value in graph.model.graph.output]
     return GraphIO(
         file=file, sha256=sha256_file(path), inputs=tuple(inputs), outputs=tuple(outputs), aliases=graph.aliases
     )
 
 
-def _tensor_spec(value: onnx.ValueInfoProto, weights: set[str]) -> TensorSpec:
+def _tensor_spec(value: onnx.ValueInfoProto, otherwise: Role) -> TensorSpec:
+    """Describe a graph input or output; its name tells its role, or it has the role `otherwise`."""
     tensor = value.type.tensor_type
-    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
     return TensorSpec(
-        name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=role_of(value.name, weights)
+        name=value.name,
+        dtype=FROM_ONNX[tensor.elem_type],
+        shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
+        role=_ROLES.get(value.name.partition(".")[0], otherwise),
     )
 
 
-def role_of(name: str, weights: set[str]) -> Role:
-    """Return what part an input or output plays, from its name."""
-    kind = name.partition(".")[0]
-    if name in _TABLES:
-        return "table"
-    if name in weights:
-        return "weight"
-    if kind in ("latent_cache", "index_cache", "latent_cache_out", "index_cache_out"):
-        return "cache"
-    if kind in ("topk_indices", "expert_ids"):
-        return "tap"
-    if kind in ("positions", "slot_mapping", "block_table", "logits_index"):
-        return "bookkeeping"
-    if kind in ("input_ids", "hidden_in"):
-        return "token"
-    return "result"
+_ROLES: dict[str, Role] = {
+    "rope_cos": "table",
+    "rope_sin": "table",
+    "hadamard": "table",
+    "latent_cache": "cache",
+    "index_cache": "cache",
+    "latent_cache_out": "cache",
+    "index_cache_out": "cache",
+    "topk_indices": "tap",
+    "expert_ids": "tap",
+    "positions": "bookkeeping",
+    "slot_mapping": "bookkeeping",
+    "block_table": "bookkeeping",
+    "logits_index": "bookkeeping",
+    "input_ids": "token",
+    "hidden_in": "token",
+}
 
 
 def _count_ops(model: onnx.ModelProto, ops: dict[str, OpUse]) -> None:

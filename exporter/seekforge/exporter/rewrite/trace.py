@@ -17,9 +17,8 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import onnxscript
 import torch
-from onnxscript import optimizer
+from onnxscript import optimizer, values
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -167,7 +166,7 @@ def _export(model: StepModel | MtpModel, inputs: list[_Input]) -> torch.export.E
 
 def translation_table() -> dict[Any, Any]:
     """Return torch operator -> function that emits our ONNX node."""
-    opset = onnxscript.values.Opset(DOMAIN, DOMAIN_VERSION)
+    opset = values.Opset(DOMAIN, DOMAIN_VERSION)
 
     def translate(spec: OpSpec) -> Callable[..., Any]:
         emit = getattr(opset, spec.name)
