@@ -1,17 +1,66 @@
-"""Fixtures that more than one part of the tests needs."""
+"""Fixtures that are made once per run: a checkpoint, its programs and its engines, all of the tiny preset."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from seekforge.exporter.build.engine import build
+from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.checkpoint.new import new_checkpoint
+from seekforge.exporter.progress import Stages
+from seekforge.exporter.rewrite.export import export
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import NUMERICS
+from seekforge.plugins.formats.safetensors import Checkpoint
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the preset `tiny` (seed 0). Shared: read it, never write to it."""
+    """A `tiny` checkpoint folder; do not write into it."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     new_checkpoint(folder, "tiny")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_checkpoint: Path) -> ModelConfig:
+    """The configuration of `tiny_checkpoint`."""
+    return ModelConfig.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny_checkpoint: Path) -> Iterator[Checkpoint]:
+    """The tensors of `tiny_checkpoint`, mapped."""
+    with Checkpoint.open(tiny_checkpoint) as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_programs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Numerics name -> canonical program of `tiny_checkpoint`."""
+    root = tmp_path_factory.mktemp("programs")
+    for name, numerics in NUMERICS.items():
+        export(tiny_checkpoint, root / name, numerics=numerics)
+    return {name: root / name for name in NUMERICS}
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(
+    tiny_checkpoint: Path, tiny_programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Numerics name -> CPU engine of `tiny_checkpoint`; do not write into it."""
+    root = tmp_path_factory.mktemp("engines")
+    for name, program in tiny_programs.items():
+        build(
+            program,
+            root / name,
+            target=load_target("cpu"),
+            checkpoint_folder=tiny_checkpoint,
+            max_model_len=None,
+            force=False,
+            progress=Stages(quiet=True),
+        )
+    return {name: root / name for name in tiny_programs}

@@ -39,6 +39,7 @@ from seekforge.plugins.formats.program import (
     BLOCK_SIZE,
     GraphIO,
     Program,
+    Role,
     TensorSpec,
     load_bindings,
     load_program,
@@ -223,7 +224,7 @@ def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> Gr
     path = folder / canonical.file
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
-    roles = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
+    roles: dict[str, Role] = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
 
     def describe(value: onnx.ValueInfoProto) -> TensorSpec:
         tensor = value.type.tensor_type
