@@ -87,6 +87,43 @@ def cases(*ops: str) -> list[Case]:
     return found
 
 
+class Draw:
+    """Seeded random inputs: the same numbers on every machine and in every run."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal f32."""
+        return torch.randn(*shape, generator=self._generator)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform f32 in [low, high)."""
+        return torch.rand(*shape, generator=self._generator) * (high - low) + low
+
+    def integers(self, *shape: int, low: int, high: int) -> Tensor:
+        """Uniform int64 in [low, high)."""
+        return torch.randint(low, high, shape, generator=self._generator)
+
+    def order(self, count: int) -> Tensor:
+        """A permutation of 0 … count − 1, int64."""
+        return torch.randperm(count, generator=self._generator)
+
+    def fp8(self, *shape: int) -> Tensor:
+        """e4m3 weights that use all of the range, subnormals included."""
+        magnitude = torch.exp2(self.uniform(*shape, low=-9.0, high=8.5))
+        return (torch.sign(self.normal(*shape)) * magnitude).to(torch.float8_e4m3fn)
+
+    def weight_scale(self, *shape: int) -> Tensor:
+        """Block scales that are no powers of two and differ by up to 16 from block to block."""
+        return torch.exp2(self.uniform(*shape, low=-12.0, high=-8.0))
+
+    def block_table(self, num_sequences: int, max_blocks: int, num_blocks: int) -> Tensor:
+        """[B, MB] int32: blocks 1 … NB − 1 in shuffled order, none used twice."""
+        used = self.order(num_blocks - 1)[: num_sequences * max_blocks] + 1
+        return used.reshape(num_sequences, max_blocks).to(torch.int32)
+
+
 # --- comparing ------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,44 @@
+"""Test vectors of `DsaCacheWrite`. Rows of block 0 (the first 64 slots) are scrap and not compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seekforge.plugins.testing import Case, Draw
+
+_C, _R, _D = 128, 64, 128
+
+
+def cases() -> list[Case]:
+    """Return the vectors."""
+    draw = Draw(2)
+    found: list[Case] = []
+
+    def add(name: str, slots: Tensor, *, c: Tensor | None = None, num_blocks: int = 5, fp8: bool = True) -> None:
+        b, q = slots.shape
+        c = draw.normal(b, q, _C) if c is None else c
+        inputs = (
+            draw.normal(num_blocks * 64, _C + _R),
+            draw.normal(num_blocks * 64, _D),
+            c,
+            draw.normal(b, q, _R) * 3,
+            draw.normal(b, q, _D) * 20,
+            slots,
+        )
+        attrs = {"kv_format": "f32", "index_format": "f32", "kv_fp8": fp8, "indexer_fp8": fp8}
+        found.append(Case("DsaCacheWrite", f"{name}-{'fp8' if fp8 else 'plain'}", inputs, attrs))
+
+    scattered = (draw.order(4 * 64)[:15] + 64).reshape(3, 5)
+    for fp8 in (True, False):
+        add("one-token", torch.tensor([[200]]), fp8=fp8)
+        add("scattered", scattered, fp8=fp8)
+    ragged = scattered.clone()
+    ragged[0, 1:], ragged[2] = -1, -1
+    add("padded-rows", ragged)
+    add("nothing-but-padding", torch.full((2, 3), -1))
+    add("last-slot-and-first-of-a-block", torch.tensor([[319, 64, 127, 128]]))
+    magnitudes = torch.tensor([0.0, 1e-6, 1e-4, 448.0, 449.0, 3e4]).reshape(1, 6, 1)
+    unit = draw.uniform(1, 6, _C, low=-1.0)
+    add("latent-maxima", torch.arange(64, 70).reshape(1, 6), c=unit / unit.abs().amax(-1, keepdim=True) * magnitudes)
+    return found
