@@ -47,15 +47,22 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
   keys_t = Transpose<perm = [0, 2, 1]>({keys})
   length1 = Shape<start = 1, end = 2>(slots)
   length = Squeeze(length1)
-  k = Min(length1, {text.ints(topk)})
   logical = Range({text.i64(0)}, length, {text.i64(1)})
+""")
+    # ort: as many columns as there are keys, padded after the scan. trt: a K that changes with L inside a scan
+    # does not build, so every row is widened by index_topk columns that nobody sees.
+    ort = how.bodies == "ort"
+    k = "k" if ort else text.ints(topk)
+    if ort:
+        text.add(f"k = Min(length1, {text.ints(topk)})")
+    text.add(f"""
   done, picked = Scan<num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1], body = query_row
     (state, q_row, w_row, position) => (state_out, row) {{
       state_out = Identity(state)
 """)
     q_row = cast(text, "q_row", "q_row_f", to="f32", given=how.activations)
     text.add(f"dots = MatMul({q_row}, keys_t)")
-    if how.bodies == "ort":
+    if ort:
         text.add("open = Relu(dots)")  # keeps NaN in ONNX Runtime
     else:  # a GPU's max(NaN, 0) is 0
         text.add(f"negative = Less(dots, {text.f32(0)})")
@@ -70,18 +77,29 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
       finite = Max(capped, {text.f32(-_MAX)})
       position2 = Unsqueeze(position, {text.ints(1)})
       visible = LessOrEqual(logical, position2)
-      score = Where(visible, finite, {text.f32(-np.inf)})
-      values, where = TopK<axis = -1, largest = 1, sorted = 1>(score, k)
+      narrow = Where(visible, finite, {text.f32(-np.inf)})
+""")
+    score = "narrow"
+    if not ort:
+        score = "widened"
+        text.add(f"widened = Pad(narrow, {text.ints(0, 0, 0, topk)}, {text.f32(-np.inf)})")
+    text.add(f"""
+      values, where = TopK<axis = -1, largest = 1, sorted = 1>({score}, {k})
       hidden = Less(values, {text.f32(-_MAX)})
       found = Where(hidden, {text.i64(_NOWHERE)}, where)
-      ascending, unused = TopK<axis = -1, largest = 0, sorted = 1>(found, k)
+      ascending, unused = TopK<axis = -1, largest = 0, sorted = 1>(found, {k})
       nowhere = GreaterOrEqual(ascending, {text.i64(_NOWHERE)})
       marked = Where(nowhere, {text.i64(-1)}, ascending)
       row = Cast<to = {onnx_type("i32")}>(marked)
   }}>({text.f32(0)}, {q}, w, positions)
+""")
+    if ort:
+        text.add(f"""
   short = Sub({text.ints(topk)}, k)
   pads = Concat<axis = 0>({text.ints(0, 0, 0, 0, 0)}, short)
   padded = Pad(picked, pads, {text.i32(-1)})
   topk_indices = Reshape(padded, {text.ints(0, 0, topk)})
 """)
+    else:
+        text.add("topk_indices = Identity(picked)")
     return text.body_of(SPEC)
