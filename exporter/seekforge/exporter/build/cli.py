@@ -78,14 +78,14 @@ def _summary(built: Built, out: Path, seconds: dict[str, float]) -> dict[str, ob
 def _sentence(built: Built, out: Path) -> str:
     check = built.manifest.self_check
     nodes = " + ".join(str(count) for count in built.num_nodes.values())
-    proof = ""
+    proof = "a part of a model: no self-check, and 'seekforge run' needs a whole one\n"
     if check is not None:
         proof = (
             f"self-check: {len(check.prompt_ids)} tokens, {len(check.rows)} rows equal to PyTorch within "
             f"{check.tolerance:.2g} logits\n"
+            f'next: seekforge run {out} --prompt "Hello" --max-tokens 64 --greedy\n'
         )
     return (
         f"wrote {out}: target {built.manifest.target.name}, {nodes} nodes, "
         f"{built.weight_bytes / 1e6:.1f} MB of f32 weights\n{proof}"
-        f'next: seekforge run {out} --prompt "Hello" --max-tokens 64 --greedy\n'
     )

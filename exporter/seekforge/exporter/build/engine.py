@@ -19,9 +19,10 @@ from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
+from seekforge.exporter.rewrite.layers import truncate
 from seekforge.exporter.rewrite.specialise import specialise
 from seekforge.plugins.errors import ProgramError, TargetError
-from seekforge.plugins.formats.bindings import Recipe, retarget
+from seekforge.plugins.formats.bindings import Recipe, retarget, tensors_of
 from seekforge.plugins.formats.dtypes import FROM_ONNX, itemsize
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
 from seekforge.plugins.formats.manifest import (
@@ -103,13 +104,14 @@ def build(
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
-    _check_same_config(config, checkpoint_folder)
+    found = ModelConfig.load(checkpoint_folder)
+    _check_same_config(config, _as_in_program(found, program), checkpoint_folder)
     limits = _limits(target, config, max_model_len)
     how = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
     with Checkpoint.open(checkpoint_folder) as checkpoint:
-        check_structure(checkpoint, config)
+        check_structure(checkpoint, found)
         with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
-            scan_values(checkpoint, config, progress=bar)
+            scan_values(checkpoint, found, names=_read_tensors(program, bindings), progress=bar)
         with atomic_folder(out, force=force, marker=MANIFEST) as folder:
             progress("specialise and fold")
             weights = WeightFile(WEIGHTS)
@@ -122,8 +124,10 @@ def build(
             progress("inline, check, write")
             faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
             files = _copy_text_files(program, program_folder, folder)
-            progress("self-check against PyTorch")
-            self_check = make_self_check(folder, faces["model"], config, program.numerics, checkpoint, limits)
+            self_check = None
+            if program.gives_logits:
+                progress("self-check against PyTorch")
+                self_check = make_self_check(folder, faces["model"], config, program.numerics, checkpoint, limits)
             manifest = Manifest(
                 format=ENGINE_FORMAT,
                 seekforge_version=importlib.metadata.version("seekforge"),
@@ -151,8 +155,24 @@ def build(
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
 
 
-def _check_same_config(config: ModelConfig, checkpoint_folder: Path) -> None:
-    found = ModelConfig.load(checkpoint_folder)
+def _as_in_program(found: ModelConfig, program: Program) -> ModelConfig:
+    """Return what the checkpoint's config is for the layers of a truncated program; itself for others."""
+    if program.truncated_from is None or found.num_hidden_layers != program.truncated_from:
+        return found  # another model: the comparison names the first key that differs
+    return truncate(found, program.config["num_hidden_layers"])
+
+
+def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]]) -> list[str] | None:
+    """Return the checkpoint tensors of a part of a model, in the order of its inputs; None for a whole model."""
+    if not program.outside:
+        return None
+    names = (
+        name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
+    )
+    return list(dict.fromkeys([*names, *program.unused]))
+
+
+def _check_same_config(config: ModelConfig, found: ModelConfig, checkpoint_folder: Path) -> None:
     for key in type(config).model_fields:
         ours, theirs = getattr(config, key), getattr(found, key)
         if ours != theirs:

@@ -11,6 +11,7 @@ import click
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import Exported
 from seekforge.exporter.rewrite.export import export as write_program
+from seekforge.exporter.rewrite.layers import parse_layers
 from seekforge.plugins.formats.numerics import NUMERICS
 
 
@@ -24,16 +25,38 @@ from seekforge.plugins.formats.numerics import NUMERICS
     show_default=True,
     help="fp8: the official reference's roundings. exact: no quantisation of activations or caches.",
 )
+@click.option("--layers", default=None, metavar="A-B", help="A pipeline stage: layers A to B, both included.")
+@click.option(
+    "--num-layers", type=int, default=None, metavar="N", help="A truncated model: the first N layers, norm and head."
+)
 @click.option("--force", is_flag=True, help="Replace a program that stands at OUT.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-def export(checkpoint: Path, out: Path, *, numerics: str, force: bool, quiet: bool, as_json: bool) -> None:
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    numerics: str,
+    layers: str | None,
+    num_layers: int | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Trace the model of CHECKPOINT into a canonical ONNX program in the folder OUT.
 
     Reads config.json and the headers of the shards, no weight: the full model exports on a laptop.
     """
     stages = Stages(quiet=quiet or as_json)
-    exported = write_program(checkpoint, out, numerics=NUMERICS[numerics], force=force, progress=stages)
+    exported = write_program(
+        checkpoint,
+        out,
+        numerics=NUMERICS[numerics],
+        layer_range=None if layers is None else parse_layers(layers),
+        num_layers=num_layers,
+        force=force,
+        progress=stages,
+    )
     stages.done()
     if as_json:
         sys.stdout.write(json.dumps(_summary(exported, out, stages.seconds)) + "\n")
@@ -47,7 +70,9 @@ def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[s
         "numerics": exported.program.numerics["name"],
         "num_nodes": exported.num_nodes,
         "num_weight_inputs": exported.num_weight_inputs,
+        "layer_range": exported.program.layer_range,
         "num_tensors": exported.num_tensors,
+        "num_outside": exported.num_outside,
         "ops": {name: use.num_nodes for name, use in exported.program.ops.items()},
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
@@ -57,8 +82,10 @@ def _sentence(exported: Exported, out: Path, checkpoint: Path) -> str:
     nodes = " + ".join(str(count) for count in exported.num_nodes.values())
     inputs = " + ".join(str(count) for count in exported.num_weight_inputs.values())
     ops = sum(use.num_nodes for use in exported.program.ops.values())
+    inside = exported.num_tensors - exported.num_outside
+    away = f" of this part ({exported.num_outside:,} lie outside)" if exported.num_outside else ""
     return (
         f"wrote {out}: {' and '.join(f'{name}.onnx' for name in exported.num_nodes)}, {nodes} nodes ({ops} custom), "
-        f"{inputs} weight inputs cover all {exported.num_tensors:,} tensors\n"
+        f"{inputs} weight inputs cover all {inside:,} tensors{away}\n"
         f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}\n"
     )

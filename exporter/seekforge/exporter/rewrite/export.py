@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import onnx
 from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import unused_tensors
+from seekforge.exporter.rewrite.layers import check_range, count_groups, outside, truncate
 from seekforge.exporter.rewrite.trace import OPSET, Traced, trace
 from seekforge.plugins.errors import ConfigError, ProgramError
 from seekforge.plugins.formats.bindings import Recipe, coverage
@@ -47,6 +48,7 @@ class Exported:
     num_nodes: dict[str, int]
     num_weight_inputs: dict[str, int]
     num_tensors: int
+    num_outside: int
 
 
 def export(
@@ -54,6 +56,8 @@ def export(
     out: Path,
     *,
     numerics: Numerics,
+    layer_range: tuple[int, int] | None = None,
+    num_layers: int | None = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
@@ -63,6 +67,8 @@ def export(
         checkpoint_folder: a DeepSeek-V3.2 checkpoint; only config.json and shard headers are read.
         out: folder to make: model.onnx, mtp.onnx, program.json, bindings.json, tokenizer files.
         numerics: which roundings the program makes.
+        layer_range: [a, b), layers of the main model; None takes all. The MTP module goes with the last one.
+        num_layers: export the model's first `num_layers` layers as a whole model, without MTP; None: all.
         force: replace a program that stands at `out`.
         progress: told each stage.
 
@@ -72,9 +78,12 @@ def export(
         OutputError: `out` cannot be written.
     """
     progress("read config and headers")
-    config = ModelConfig.load(checkpoint_folder)
+    whole = ModelConfig.load(checkpoint_folder)
+    config = whole if num_layers is None else truncate(whole, num_layers)
+    layer_range = layer_range or (0, config.num_hidden_layers)
+    check_range(layer_range, config)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
-        check_structure(checkpoint, config)
+        check_structure(checkpoint, whole)
         num_tensors = len(checkpoint.names)
         sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names}
     files = [name for name in _TEXT_FILES if (checkpoint_folder / name).is_file()]
@@ -83,9 +92,8 @@ def export(
             f"{checkpoint_folder / 'tokenizer.json'}: missing; a checkpoint folder must hold the tokenizer"
         )
     settings = Settings(config, numerics, activations=CANONICAL.activations)
-    layer_range = (0, config.num_hidden_layers)
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
-    if config.mtp_layer is not None:
+    if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:
         graphs["mtp"] = None
     with atomic_folder(out, force=force, marker="program.json") as folder:
         traced = {
@@ -94,7 +102,9 @@ def export(
         }
         bindings = {name: graph.recipes for name, graph in traced.items()}
         progress("account for every checkpoint element")
-        shared, unused = _account(bindings, sizes, config)
+        away = outside(sizes, config, layer_range=layer_range, has_mtp="mtp" in graphs)
+        unused = unused_tensors(config) if "mtp" in graphs else {}
+        shared = _account(bindings, sizes, unused, away)
         progress("attach function bodies, check, write")
         faces, ops = {}, {}
         for name, graph in traced.items():
@@ -114,9 +124,11 @@ def export(
             layer_range=layer_range,
             numerics=numerics.to_dict(),
             config=config.model_dump(mode="json"),
+            truncated_from=None if config is whole else whole.num_hidden_layers,
             ops=ops,
             graphs=faces,
             unused=unused,
+            outside=count_groups(away),
             shared=shared,
             files=tuple(files),
         )
@@ -126,30 +138,31 @@ def export(
         num_nodes={name: len(graph.model.graph.node) for name, graph in traced.items()},
         num_weight_inputs={name: len(graph.recipes) for name, graph in traced.items()},
         num_tensors=num_tensors,
+        num_outside=len(away),
     )
 
 
 def _account(
-    bindings: dict[str, dict[str, Recipe]], sizes: dict[str, int], config: ModelConfig
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Check that every checkpoint element is read or deliberately unused; return (shared, unused).
+    bindings: dict[str, dict[str, Recipe]], sizes: dict[str, int], unused: Container[str], away: Container[str]
+) -> dict[str, list[str]]:
+    """Check that every checkpoint element is read, deliberately unused, or outside; return what is shared.
 
     Raises:
         ProgramError: elements are left over, or an input reads a tensor that is not there.
     """
     read = coverage({f"{graph}:{name}": recipe for graph, named in bindings.items() for name, recipe in named.items()})
-    unused = unused_tensors(config)
     unknown = sorted(set(read.used) - set(sizes))
     if unknown:
         raise ProgramError(f"bindings read {unknown[0]}, which the checkpoint does not have")
     for name, size in sizes.items():
         used = read.used.get(name, 0)
-        if name in unused:
+        if name in unused or name in away:
             if used:
-                raise ProgramError(f"bindings read {name}, which is declared unused")
+                reason = "is declared unused" if name in unused else "is outside the layer range"
+                raise ProgramError(f"bindings read {name}, which {reason}")
         elif used != size:
             raise ProgramError(f"bindings read {used} of {size} elements of {name}; every element must be used")
-    return read.shared, unused
+    return read.shared
 
 
 def _write_graph(graph: Traced, folder: Path, file: str) -> GraphIO:
@@ -192,6 +205,8 @@ _ROLES: dict[str, Role] = {
     "logits_index": "bookkeeping",
     "input_ids": "token",
     "hidden_in": "token",
+    "hidden_states": "token",
+    "residual": "token",
 }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from seekforge.exporter.model.model import MtpModel, StepModel
+from seekforge.exporter.model.model import HANDOVER, MtpModel, StepModel
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import recipes
 from seekforge.plugins.errors import ProgramError
@@ -69,7 +69,11 @@ class Traced:
 
 
 def step_inputs(model: StepModel | MtpModel) -> list[_Input]:
-    """Return the inputs of `model` that are not weights, in graph order."""
+    """Return the inputs of `model` that are not weights, in graph order.
+
+    `logits_index` is among them even where no logits are given: the tracer names axes by position and is led
+    astray by a missing argument. `trace` takes it out of the graph.
+    """
     config, dtype = model.settings.config, model.settings.dtype
     tokens = [
         _Input(name, torch.int64, ("B", "Q"))
@@ -81,9 +85,8 @@ def step_inputs(model: StepModel | MtpModel) -> list[_Input]:
         _Input("positions", torch.int64, ("B", "Q")),
         _Input("slot_mapping", torch.int64, ("B", "Q")),
         _Input("block_table", torch.int32, ("B", "MB")),
+        _Input("logits_index", torch.int64, ("N",)),
     ]
-    if "logits" in model.result_names():
-        bookkeeping.append(_Input("logits_index", torch.int64, ("N",)))
     sizes = {"latent_cache": config.latent_dim, "index_cache": config.index_head_dim}
     caches = [
         _Input(f"{kind}.{layer}", dtype, ("NS", size)) for kind, size in sizes.items() for layer in model.layer_numbers
@@ -95,6 +98,12 @@ def cache_output(name: str) -> str:
     """Name of the output that a cache input aliases: `latent_cache.3` -> `latent_cache_out.3`."""
     kind, _, layer = name.partition(".")
     return f"{kind}_out.{layer}"
+
+
+def output_names(model: StepModel | MtpModel) -> list[str]:
+    """Return the names of all graph outputs, in order; what is handed over must not be called like what came in."""
+    results = [f"{name}_out" if name in HANDOVER else name for name in model.result_names()]
+    return [*results, *map(cache_output, model.cache_names()), *model.tap_names()]
 
 
 def trace(settings: Settings, layer_range: tuple[int, int] | None, progress: Callable[[str], None]) -> Traced:
@@ -117,19 +126,21 @@ def trace(settings: Settings, layer_range: tuple[int, int] | None, progress: Cal
         exported = _export(model, inputs)
     progress("convert")
     register_schemas()
-    output_names = [*model.result_names(), *map(cache_output, model.cache_names()), *model.tap_names()]
-    converted = _convert(exported, inputs, output_names)
+    outputs = output_names(model)
+    converted = _convert(exported, inputs, outputs)
+    if "logits" not in model.result_names():
+        inputs = _drop_input(converted, inputs, "logits_index")
     named = recipes(model)
     _weights_to_inputs(converted, list(named))
     progress("optimise")
     optimizer.optimize(converted)
     proto = _finish(converted)
     _check_axes(proto, inputs)
-    return Traced(proto, named, {cache_output(name): name for name in model.cache_names()}, tuple(output_names))
+    return Traced(proto, named, {cache_output(name): name for name in model.cache_names()}, tuple(outputs))
 
 
 def _arguments(inputs: list[_Input], make: Callable[[_Input], Any], num_tokens: int) -> tuple[Any, ...]:
-    """Arrange one value per input as `forward` takes them; None for a missing logits_index."""
+    """Arrange one value per input as `forward` takes them."""
     values = {spec.name: make(spec) for spec in inputs}
     names = list(values)
     tokens = tuple(values[name] for name in names[:num_tokens])
@@ -140,7 +151,7 @@ def _arguments(inputs: list[_Input], make: Callable[[_Input], Any], num_tokens: 
         values["positions"],
         values["slot_mapping"],
         values["block_table"],
-        values.get("logits_index"),
+        values["logits_index"],
         latent,
         index,
     )
@@ -183,7 +194,7 @@ def translation_table() -> dict[Any, Any]:
     return {getattr(namespace, spec.torch_name).default: translate(spec) for spec in SPECS.values()}
 
 
-def _convert(exported: torch.export.ExportedProgram, inputs: list[_Input], output_names: list[str]) -> ir.Model:
+def _convert(exported: torch.export.ExportedProgram, inputs: list[_Input], outputs: list[str]) -> ir.Model:
     axes = [{i: dim for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in inputs]
     by_name = dict(zip((spec.name for spec in inputs), axes, strict=True))
     num_tokens = next(i for i, spec in enumerate(inputs) if spec.name == "positions")
@@ -197,11 +208,19 @@ def _convert(exported: torch.export.ExportedProgram, inputs: list[_Input], outpu
             custom_translation_table=translation_table(),
             dynamic_shapes=dynamic,
             input_names=[spec.name for spec in inputs],
-            output_names=output_names,
+            output_names=outputs,
             verbose=False,
         )
     assert program is not None
     return program.model
+
+
+def _drop_input(model: ir.Model, inputs: list[_Input], name: str) -> list[_Input]:
+    """Remove an input that nothing reads; return `inputs` without it."""
+    value = next(value for value in model.graph.inputs if value.name == name)
+    assert not value.uses(), name
+    model.graph.inputs.remove(value)
+    return [spec for spec in inputs if spec.name != name]
 
 
 @contextlib.contextmanager

@@ -75,10 +75,12 @@ class Program(Strict):
     Attributes:
         layer_range: [a, b): layers of the main model in `model.onnx`.
         numerics: fields of `formats.numerics.Numerics`.
-        config: the checkpoint's config.json, whole.
+        config: the checkpoint's config.json; of a truncated model, as it is for the first layers alone.
+        truncated_from: `num_hidden_layers` of the checkpoint, when the program is its first layers as a whole model.
         ops: op name -> use, over all graphs.
         graphs: "model", and "mtp" when the model has an MTP layer and the range ends at the last layer.
         unused: checkpoint tensors that no input reads, with the reason.
+        outside: what other ranges read: `model.layers.7.*` or a tensor's name -> how many tensors.
         shared: checkpoint tensors that several inputs read, with those inputs ("graph:input").
         files: tokenizer and chat files carried along, relative to the program folder.
     """
@@ -94,6 +96,13 @@ class Program(Strict):
     unused: dict[str, str]
     shared: dict[str, list[str]]
     files: tuple[str, ...]
+    truncated_from: int | None = None
+    outside: dict[str, int] = {}
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether `model.onnx` takes token ids and gives logits: a whole (or truncated) model, not a stage of one."""
+        return self.layer_range == (0, self.config["num_hidden_layers"])
 
 
 def save_program(folder: Path, program: Program, bindings: dict[str, dict[str, Recipe]]) -> None:
