@@ -224,7 +224,7 @@ def run_model(model: onnx.ModelProto, inputs: Mapping[str, Tensor], outputs: Map
         outputs: every output of the model, in its order: name -> contiguous tensor of the right shape and dtype.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
+    options.intra_op_num_threads = 1  # tensors are small, and waiting threads would only disturb other tests
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()

@@ -55,9 +55,9 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     k = "k" if ort else text.ints(topk)
     if ort:
         text.add(f"k = Min(length1, {text.ints(topk)})")
-    text.add(f"""
+    text.add("""
   done, picked = Scan<num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1], body = query_row
-    (state, q_row, w_row, position) => (state_out, row) {{
+    (state, q_row, w_row, position) => (state_out, row) {
       state_out = Identity(state)
 """)
     q_row = cast(text, "q_row", "q_row_f", to="f32", given=how.activations)

@@ -55,6 +55,7 @@ def cases() -> list[Case]:
     add("ragged-unquantised", ragged, fp8=False)
     add("one-token", torch.tensor([[100]]))
     add("three-single-tokens", torch.tensor([[0], [191], [64]]))
+    add("many-rows", torch.arange(140, 188).reshape(2, 24))  # enough to notice one head weight that is 1 % off
     add("around-topk", torch.tensor([[62, 63, 64, 65]]))
     add("topk-of-all-keys", torch.tensor([[190, 191]]), topk=192)
     add("topk-beyond-the-table", torch.tensor([[5, 127]]), max_blocks=2, topk=256)

@@ -1,0 +1,47 @@
+"""Bodies of `BlockFp8Linear` in ONNX Runtime against the reference."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from seekforge.plugins.block_fp8_linear.function import FOLDED, folded_body
+from seekforge.plugins.quant import dequantise_weight
+from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.testing import Case, cases, max_error, run_function
+
+#: f32 sums of up to 384 products in another order.
+TOLERANCE = 2e-6
+
+HOWS = [Specialisation("f32", storage, "f32", bodies) for storage in ("float8", "int8") for bodies in ("ort", "trt")]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=lambda how: f"{how.bodies}-{how.fp8_storage}")
+@pytest.mark.parametrize("case", cases("BlockFp8Linear"), ids=str)
+def test_body_computes_the_reference(case: Case, how: Specialisation) -> None:
+    typed = case.typed(how)
+    (y,), (expected,) = run_function(case.op, typed.inputs, typed.attrs, how), typed.expected()
+    assert max_error(y, expected) < TOLERANCE
+    assert max_error(y * 1.01, expected) > TOLERANCE
+
+
+@pytest.mark.parametrize("case", cases("BlockFp8Linear"), ids=str)
+def test_folded_body_computes_the_reference(case: Case) -> None:
+    x, weight, scale = case.inputs
+    folded = dequantise_weight(weight, scale).T.contiguous().numpy()
+    node = onnx.helper.make_node(FOLDED, ["x", "w"], ["y"], domain="seekforge", **case.attrs)
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, tuple(x.shape))],
+        [value("y", onnx.TensorProto.FLOAT, (*x.shape[:-1], weight.shape[0]))],
+        initializer=[onnx.numpy_helper.from_array(np.ascontiguousarray(folded), "w")],
+    )
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("seekforge", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[folded_body(case.attrs)], ir_version=11)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    assert max_error(y, case.expected()[0]) < TOLERANCE
