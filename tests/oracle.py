@@ -73,3 +73,63 @@ def inject_selection(oracle: Any, topk_indices: Sequence[torch.Tensor]):
     finally:
         for indexer, forward in saved:
             indexer.forward = forward
+
+
+@contextmanager
+def record_selection(oracle: Any):
+    """Yield a list that fills with each layer's chosen keys as the oracle runs: [B, Q, k] int, unsorted."""
+    chosen: list[torch.Tensor] = []
+    saved = [(layer.self_attn.indexer, layer.self_attn.indexer.forward) for layer in oracle.model.layers]
+    for indexer, forward in saved:
+
+        def recording(*args: Any, forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            chosen.append(result)
+            return result
+
+        indexer.forward = recording
+    try:
+        yield chosen
+    finally:
+        for indexer, forward in saved:
+            indexer.forward = forward
+
+
+def write_mtp_oracle(checkpoint: Path, out: Path) -> Path:
+    """Write the MTP layer as a one-layer model: transformers has no MTP for V3.2.
+
+    Fed `eh_proj([enorm(e) | hnorm(h)])` as `inputs_embeds`, it computes what the MTP module does after that.
+    """
+    whole = write_dequantised(checkpoint, out / "whole")
+    config = json.loads((whole / "config.json").read_text())
+    prefix = f"model.layers.{config['num_hidden_layers']}."
+    with safe_open(whole / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+        embed, head = file.get_tensor("model.embed_tokens.weight"), file.get_tensor("lm_head.weight")
+    own = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
+    extra = {name: tensors.pop(prefix + name) for name in own}
+    result = {
+        "model.embed_tokens.weight": embed,
+        "lm_head.weight": head,
+        "model.norm.weight": tensors.pop(prefix + "shared_head.norm.weight"),
+    }
+    del tensors[prefix + "embed_tokens.weight"], tensors[prefix + "shared_head.head.weight"]
+    result |= {name.replace(prefix, "model.layers.0."): tensor for name, tensor in tensors.items()}
+    config |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    folder = out / "mtp"
+    folder.mkdir()
+    save_file(result, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(extra, folder / "combine.st")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def mtp_logits(oracle: Any, combine: dict[str, torch.Tensor], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [B, Q, V] of the composed MTP oracle for next tokens `ids` [B, Q] and main hidden states [B, Q, H]."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + oracle.config.rms_norm_eps) * weight
+
+    embedded = norm(oracle.model.embed_tokens(ids), combine["enorm.weight"])
+    pair = torch.cat([embedded, norm(hidden, combine["hnorm.weight"])], -1)
+    return oracle(inputs_embeds=pair @ combine["eh_proj.weight"].T).logits

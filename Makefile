@@ -1,0 +1,82 @@
+# Two commands, each alone enough on a machine that has only Python (3.11 to 3.13) and make:
+#   make demo    checkpoint -> program -> engine -> parity table -> text
+#   make test    the test suite
+# On Linux plain torch brings gigabytes of CUDA libraries; a CPU build is enough for everything here:
+#   make demo TORCH_INDEX=<URL of a package index with CPU builds of torch>
+# Installed into .venv, exact versions of configs/constraints.txt; downloads and caches stay in .cache.
+
+PYTHON ?=
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := $(CURDIR)/.cache
+CONSTRAINTS := configs/constraints.txt
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint $(CONSTRAINTS)
+
+export PIP_CACHE_DIR := $(CACHE)/pip
+export XDG_CACHE_HOME := $(CACHE)
+export HF_HOME := $(CACHE)/huggingface
+export HF_HUB_OFFLINE := 1
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+export PRE_COMMIT_HOME := $(CACHE)/pre-commit
+export PYTEST_ADDOPTS += -o "cache_dir=$(CACHE)/pytest"
+export RUFF_CACHE_DIR := $(CACHE)/ruff
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
+export TRITON_HOME := $(CACHE)
+
+.PHONY: demo test lint hooks wheel clean help
+
+help:
+	@sed -n 's/^#//; 1,6p' $(firstword $(MAKEFILE_LIST))
+	@echo ' also: make lint, make hooks (pre-commit), make wheel, make clean'
+
+demo: $(VENV)/.demo
+	@$(BIN)/python tests/demo.py demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo --cache-dir "$(CACHE)/import-linter"
+
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean:
+	rm -rf $(VENV) .cache demo dist
+
+# The stamps: a step is done again when what it reads has changed. torch comes first and alone, because its index
+# (TORCH_INDEX) is asked for nothing else.
+$(VENV)/.base: $(CONSTRAINTS)
+	@rm -f $(VENV)/.base $(VENV)/.demo $(VENV)/.dev
+	@set -e; \
+	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+			echo "creating $(VENV) with $$($$python --version)"; \
+			$$python -m venv --clear $(VENV); \
+			break; \
+		fi; \
+	done; \
+	test -x $(BIN)/python || { \
+		echo 'error: no Python 3.11, 3.12 or 3.13 here; make ... PYTHON=/path/to/python3' >&2; exit 2; }
+	@echo 'installing torch'
+	@$(PIP) pip hatchling
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	@echo 'installing seekforge: exporter, CPU engine, and transformers to compare with'
+	@$(PIP) --no-build-isolation --editable '.[export,cpu]' transformers
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml
+	@echo 'installing seekforge with the development tools'
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
