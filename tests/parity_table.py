@@ -131,7 +131,7 @@ def main() -> int:
     if manifest.numerics["name"] != EXACT.name:
         parser.error(f"{arguments.engine}: numerics {manifest.numerics['name']}, expected {EXACT.name}")
     config = ModelConfig.load(arguments.checkpoint)
-    title = f"numerics {EXACT.name}: |difference of logits| / their spread, every row of a prefill"
+    title = f"numerics {EXACT.name}: difference of logits in parts of their spread, all rows"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("compared", no_wrap=True)
     for name in ("tokens", "max", "median", "same\ntop-1", "other\nkeys", "other\nexperts", ""):
