@@ -1,6 +1,7 @@
 """`DsaIndexer` in standard ONNX operators: a Scan over the query rows, all sequences at once.
 
-The keys of the sequences are gathered and transposed once. Per row, memory is [B, Hi, L].
+The keys of the sequences are gathered once. They are the left operand of the product, which ONNX Runtime reads where
+it lies; the right one is packed anew for every row. Memory per row is [B, L, Hi].
 """
 
 import numpy as np
@@ -44,7 +45,6 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
 """)
     keys = cast(text, "stored", "keys", to="f32", given=cache_type)
     text.add(f"""
-  keys_t = Transpose<perm = [0, 2, 1]>({keys})
   length1 = Shape<start = 1, end = 2>(slots)
   length = Squeeze(length1)
   logical = Range({text.i64(0)}, length, {text.i64(1)})
@@ -61,16 +61,17 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
       state_out = Identity(state)
 """)
     q_row = cast(text, "q_row", "q_row_f", to="f32", given=how.activations)
-    text.add(f"dots = MatMul({q_row}, keys_t)")
+    text.add(f"q_columns = Transpose<perm = [0, 2, 1]>({q_row})")
+    text.add(f"dots = MatMul({keys}, q_columns)")
     if ort:
         text.add("open = Relu(dots)")  # keeps NaN in ONNX Runtime
     else:  # a GPU's max(NaN, 0) is 0
         text.add(f"negative = Less(dots, {text.f32(0)})")
         text.add(f"open = Where(negative, {text.f32(0)}, dots)")
     text.add(f"""
-      w_row3 = Unsqueeze(w_row, {text.ints(1)})
-      summed3 = MatMul(w_row3, open)
-      summed = Squeeze(summed3, {text.ints(1)})
+      w_column = Unsqueeze(w_row, {text.ints(2)})
+      summed3 = MatMul(open, w_column)
+      summed = Squeeze(summed3, {text.ints(2)})
       rubbish = IsNaN(summed)
       numbers = Where(rubbish, {text.f32(-_MAX)}, summed)
       capped = Min(numbers, {text.f32(_MAX)})
