@@ -44,7 +44,7 @@ class OrtSession:
 
         Args:
             inputs: token ids and bookkeeping.
-            hidden: `hidden_in` for the MTP graph.
+            hidden: `hidden_in` for the MTP graph; `hidden_states` and `residual` for a range that starts later.
 
         Returns:
             Results and taps by name.
