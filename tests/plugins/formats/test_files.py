@@ -1,0 +1,96 @@
+"""Folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from seekforge.plugins.errors import OutputError
+from seekforge.plugins.formats.files import atomic_folder, sampled_digest, sha256_file
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_the_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with atomic_folder(out) as folder:
+        (folder / "a").write_text("1")
+        assert not out.exists()
+    assert (out / "a").read_text() == "1"
+    assert leftovers(out.parent) == []
+
+
+def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "program.json").write_text("old")
+    with pytest.raises(ValueError, match="stop"), atomic_folder(out, force=True, marker="program.json") as folder:
+        (folder / "program.json").write_text("new")
+        raise ValueError("stop")
+    assert (out / "program.json").read_text() == "old"
+    assert leftovers(tmp_path) == []
+
+
+def test_force_replaces_and_plain_refuses(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "program.json").write_text("old")
+    with pytest.raises(OutputError, match="--force"), atomic_folder(out):
+        pass
+    with atomic_folder(out, force=True, marker="program.json") as folder:
+        (folder / "program.json").write_text("new")
+    assert (out / "program.json").read_text() == "new"
+    assert leftovers(tmp_path) == []
+
+
+def test_force_refuses_a_folder_that_is_not_ours(tmp_path: Path) -> None:
+    out = tmp_path / "home"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"no program\.json"), atomic_folder(out, force=True, marker="program.json"):
+        pass
+    assert (out / "thesis.txt").exists()
+
+
+def test_an_empty_folder_is_fine_and_a_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "empty" / "a").exists()
+    with pytest.raises(OutputError, match="is a file"), atomic_folder(tmp_path / "empty" / "a"):
+        pass
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written")])
+def test_a_write_error_is_one_clear_line(tmp_path: Path, code: int, message: str) -> None:
+    with pytest.raises(OutputError, match=message), atomic_folder(tmp_path / "out"):
+        raise OSError(code, "some reason")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sampled_digest_sees_size_and_a_rewrite(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 20))
+    first = sampled_digest(path)
+    path.write_bytes(bytes((1 << 20) - 1))
+    assert sampled_digest(path) != first
+    path.write_bytes(bytes([1]) * (1 << 20))
+    assert sampled_digest(path) != first
+    # one flipped byte between the samples is what the whole digest is for
+    whole = bytearray(1 << 20)
+    whole[5000] = 1
+    path.write_bytes(bytes(1 << 20))
+    before = sha256_file(path)
+    path.write_bytes(whole)
+    assert sha256_file(path) != before
+
+
+@pytest.mark.parametrize("size", (0, 1, 4096, 4097, 300_000))
+def test_the_sampled_digest_takes_any_size(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    assert sampled_digest(path) == sampled_digest(path)
