@@ -1,0 +1,143 @@
+"""The CPU engine folder: what is in it, what is shared, and what a wrong engine meets."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import seekforge.exporter.build.self_check as self_check
+from seekforge.exporter.build.engine import WEIGHTS, build
+from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.progress import Stages
+from seekforge.plugins.errors import EngineError, ProgramError, TargetError
+from seekforge.plugins.formats.manifest import load_manifest, verify_files
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.safetensors import Checkpoint
+
+
+def build_cpu(program: Path, out: Path, checkpoint: Path, max_model_len: int | None = None) -> None:
+    build(
+        program,
+        out,
+        target=load_target("cpu"),
+        checkpoint_folder=checkpoint,
+        max_model_len=max_model_len,
+        force=False,
+        progress=Stages(quiet=True),
+    )
+
+
+def external(folder: Path, graph: str) -> dict[str, dict[str, str]]:
+    model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
+    return {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data}
+
+
+def test_graphs_hold_standard_operators_and_no_weight_inputs(tiny_engines: dict[str, Path]) -> None:
+    for folder in tiny_engines.values():
+        for graph in ("model", "mtp"):
+            model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
+            assert not model.functions
+            assert {entry.domain for entry in model.opset_import} == {""}
+            assert all(value.name.count(".") <= 1 for value in model.graph.input)
+
+
+def test_embedding_head_and_tables_are_stored_once(tiny_engines: dict[str, Path]) -> None:
+    folder = tiny_engines["fp8"]
+    model, mtp = external(folder, "model"), external(folder, "mtp")
+    for name in ("embed_tokens.weight", "lm_head.weight.transposed", "rope_cos", "rope_sin", "hadamard"):
+        assert model[name] == mtp[name]
+    places = sorted((int(p["offset"]), int(p["length"])) for p in {**mtp, **model}.values())
+    assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(places) if a != b)
+
+
+def test_folded_weights_are_the_dequantised_checkpoint(
+    tiny_engines: dict[str, Path], tiny_source: Checkpoint, tiny_config: ModelConfig
+) -> None:
+    place = external(tiny_engines["exact"], "model")["layers.1.mlp.experts.w2.folded"]
+    inter, hidden = tiny_config.moe_intermediate_size, tiny_config.hidden_size
+    stored = np.memmap(
+        tiny_engines["exact"] / WEIGHTS,
+        np.float32,
+        mode="r",
+        offset=int(place["offset"]),
+        shape=(tiny_config.n_routed_experts, inter, hidden),
+    )
+    name = "model.layers.1.mlp.experts.7.down_proj.weight"
+    scale = tiny_source.tensor(name + "_scale_inv").repeat(128, 0).repeat(128, 1)
+    assert np.array_equal(stored[7], (tiny_source.tensor(name).astype(np.float32) * scale).T)
+
+
+def test_the_manifest_covers_every_file(tiny_engines: dict[str, Path]) -> None:
+    folder = tiny_engines["fp8"]
+    manifest = load_manifest(folder)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {entry.path for entry in manifest.files} == files - {"manifest.json"}
+    verify_files(folder, manifest, full=True)
+    assert manifest.cache.bytes_per_block == 64 * 4 * 5 * (128 + 64 + 128)
+    assert manifest.limits.max_model_len == 131072
+
+
+def test_the_self_check_is_tight_and_says_why(tiny_engines: dict[str, Path]) -> None:
+    exact = load_manifest(tiny_engines["exact"]).self_check
+    assert exact is not None
+    assert len(exact.prompt_ids) == 72  # beyond index_topk
+    assert [len(row.top_ids) for row in exact.rows] == [20, 20, 20]
+    assert exact.tolerance < 1e-3
+    assert "changed by 1e-06" in exact.reason and "PyTorch" in exact.source
+    fp8 = load_manifest(tiny_engines["fp8"]).self_check
+    assert fp8 is not None
+    # a prompt that holds still was found, so that FP8 roundings do not force a wide tolerance
+    assert fp8.tolerance < 0.03
+
+
+def test_an_engine_that_computes_something_else_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    class Bent(self_check.OrtSession):
+        def step(self, inputs: Any, **hidden: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = super().step(inputs, **hidden)
+            outputs["logits"] = outputs["logits"] * np.float32(1.01)
+            return outputs
+
+    monkeypatch.setattr(self_check, "OrtSession", Bent)
+    with pytest.raises(EngineError, match="differs from PyTorch"):
+        build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shorter_context_cuts_the_tables(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint, max_model_len=512)
+    manifest = load_manifest(tmp_path / "engine")
+    assert manifest.limits.max_model_len == 512
+    assert external(tmp_path / "engine", "model")["rope_cos"]["length"] == str(512 * 32 * 4)
+
+
+@pytest.mark.parametrize("length", (0, -1, 163841))
+def test_a_context_beyond_the_model_is_refused(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path, length: int
+) -> None:
+    with pytest.raises(TargetError, match="expected 1 to 163840"):
+        build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint, max_model_len=length)
+
+
+def test_an_edited_program_is_refused(tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    shutil.copytree(tiny_programs["exact"], program)
+    with (program / "model.onnx").open("r+b") as file:
+        file.seek(100)
+        file.write(b"x")
+    with pytest.raises(ProgramError, match=r"model\.onnx: digest"):
+        build_cpu(program, tmp_path / "engine", tiny_checkpoint)
+
+
+def test_unknown_targets_are_answered_with_the_known_ones() -> None:
+    with pytest.raises(TargetError, match=r"unknown target 'cpuu'.*cpu.*did you mean cpu"):
+        load_target("cpuu")
