@@ -60,7 +60,8 @@ class Stages:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console, transient=True) as progress:
+        show = self._console.is_terminal  # elsewhere it would leave an empty line
+        with Progress(*columns, console=self._console, transient=True, disable=not show) as progress:
             task = progress.add_task(stage, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
         self.done()

@@ -103,6 +103,7 @@ def build(
     progress("read program and checkpoint")
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
+    _check_bindings(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     found = ModelConfig.load(checkpoint_folder)
     _check_same_config(config, _as_in_program(found, program), checkpoint_folder)
@@ -170,6 +171,19 @@ def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]]) -> l
         name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
     )
     return list(dict.fromkeys([*names, *program.unused]))
+
+
+def _check_bindings(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
+    """Every weight and table of every graph has a recipe, and there is no other."""
+    for graph, face in program.graphs.items():
+        wanted = {spec.name for role in ("weight", "table") for spec in face.with_role(role)}
+        wrong = sorted(wanted ^ bindings.get(graph, {}).keys())
+        if wrong:
+            fault = "has no recipe" if wrong[0] in wanted else "is no weight of that graph"
+            raise ProgramError(
+                f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {graph!r} {fault} by program.json; "
+                "export the program again"
+            )
 
 
 def _check_same_config(config: ModelConfig, found: ModelConfig, checkpoint_folder: Path) -> None:

@@ -136,10 +136,14 @@ def load_bindings(folder: Path) -> dict[str, dict[str, Recipe]]:
     Raises:
         ProgramError: as `load_program`.
     """
-    raw = _read(folder, "bindings.json")
+    graphs = _read(folder, "bindings.json").get("graphs")
+    if not isinstance(graphs, dict) or not all(isinstance(recipes, dict) for recipes in graphs.values()):
+        raise ProgramError(
+            f"{folder / 'bindings.json'}: 'graphs' is malformed, expected graph -> input -> recipe; "
+            "export the program again"
+        )
     return {
-        graph: {name: Recipe.from_dict(recipe) for name, recipe in recipes.items()}
-        for graph, recipes in raw.get("graphs", {}).items()
+        graph: {name: Recipe.from_dict(recipe) for name, recipe in recipes.items()} for graph, recipes in graphs.items()
     }
 
 
