@@ -63,7 +63,7 @@ def make_self_check(
     longest = min(config.index_topk + 8, _LONGEST, limits.max_model_len)
     best: SelfCheck | None = None
     change = np.inf
-    for length, candidates in ((longest, 2), (16, 6), (6, 12)):
+    for length, candidates in ((longest, 1), (16, 6), (6, 12)):
         if length > longest:
             continue
         found, moved, spread = _most_stable(settings, source, length, candidates)
