@@ -22,7 +22,8 @@ from seekforge.runtime import LLM, SamplingParams
 prompt = [20 + i * 7919 % 2000 for i in range(2048)]
 with LLM(sys.argv[1], max_model_len=2112, self_check=False) as llm:
     output = llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0))[0]
-print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "n": len(output.outputs[0].token_ids)}))
+rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"rss": rss, "n": len(output.outputs[0].token_ids)}))
 """
 
 
