@@ -10,6 +10,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+DIST := dist
 CACHE := $(CURDIR)/.cache
 CONSTRAINTS := configs/constraints.txt
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint $(CONSTRAINTS)
@@ -47,7 +48,7 @@ hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install
 
 wheel: $(VENV)/.dev
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(BIN)/python -m build --wheel --no-isolation --outdir $(DIST) .
 
 clean:
 	rm -rf $(VENV) .cache demo dist

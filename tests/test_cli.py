@@ -170,6 +170,15 @@ def test_the_runtime_imports_no_compiler(tiny_engines: dict[str, Path]) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_a_missing_extra_names_the_command_and_the_remedy(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    # an import of it then fails, as where it is not installed
+    script = "import sys\nsys.modules['onnxscript'] = None\nfrom seekforge.runtime.cli import main\nmain()"
+    arguments = ["export", str(tiny_checkpoint), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: export: the module 'onnxscript' is not installed; pip install 'seekforge[exp")
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 

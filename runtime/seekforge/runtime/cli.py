@@ -49,6 +49,7 @@ EXTRAS: dict[str, str] = {
 }
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+_COMMAND = "seekforge.command"
 
 
 class LazyGroup(click.Group):
@@ -60,6 +61,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        ctx.meta[_COMMAND] = cmd_name  # click sets invoked_subcommand later, after an import that may fail
         module, _, attribute = COMMANDS[cmd_name].target.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
@@ -111,7 +113,7 @@ class LazyGroup(click.Group):
             extra = EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
                 raise
-            command = ctx.invoked_subcommand or "this command"
+            command = ctx.meta.get(_COMMAND, "this command")
             _fail(
                 f"{command}: the module {error.name!r} is not installed; pip install 'seekforge[{extra}]' "
                 "('seekforge doctor' shows what else is missing)"
