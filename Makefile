@@ -68,7 +68,7 @@ $(VENV)/.base: $(CONSTRAINTS)
 	test -x $(BIN)/python || { \
 		echo 'error: no Python 3.11, 3.12 or 3.13 here; make ... PYTHON=/path/to/python3' >&2; exit 2; }
 	@echo 'installing torch'
-	@$(PIP) pip hatchling
+	@$(PIP) pip hatchling setuptools # what builds seekforge and the source-only packages: no build isolation below
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch
 	@touch $@
 
