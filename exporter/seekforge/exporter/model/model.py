@@ -8,6 +8,7 @@ other gives that pair. Pipeline stages, truncated models and layer checks are al
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class DecoderLayer(nn.Module):
 class _StepModule(nn.Module):
     """What both programs share: tables, layers, caches, and results from the last hidden state."""
 
-    def __init__(self, settings: Settings, layers: range) -> None:
+    def __init__(self, settings: Settings, layers: Sequence[int]) -> None:
         super().__init__()
         config = settings.config
         self.settings, self.layer_numbers = settings, layers
@@ -120,11 +121,20 @@ HANDOVER = ("hidden_states", "residual")
 class StepModel(_StepModule):
     """Layers [start, stop) of the main model."""
 
-    def __init__(self, settings: Settings, layer_range: tuple[int, int]) -> None:
+    def __init__(
+        self, settings: Settings, layer_range: tuple[int, int], *, layers: Sequence[int] | None = None
+    ) -> None:
+        """Make the module.
+
+        Args:
+            settings: how it computes.
+            layer_range: [start, stop); decides about embedding, head, inputs and results.
+            layers: the layers of the range that are there, for a trace that stands for all of them; None: all.
+        """
         config = settings.config
         start, stop = layer_range
         assert 0 <= start < stop <= config.num_hidden_layers, layer_range
-        super().__init__(settings, range(start, stop))
+        super().__init__(settings, range(start, stop) if layers is None else layers)
         self.is_first, self.is_last = start == 0, stop == config.num_hidden_layers
         if self.is_first:
             self.embed_tokens = Embedding(settings)

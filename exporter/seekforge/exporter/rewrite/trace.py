@@ -11,7 +11,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from seekforge.exporter.model.model import HANDOVER, MtpModel, StepModel
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import recipes
+from seekforge.exporter.rewrite.names import canonicalise
+from seekforge.exporter.rewrite.stamp import layers_to_trace, stamp
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe
+from seekforge.plugins.formats.dtypes import ONNX
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.spec import DOMAIN, DOMAIN_VERSION, OpSpec
+from seekforge.plugins.torch_ops import DTYPE_NAMES
 
 #: ONNX opset of every program. Converting between opsets would inline our functions, so it is traced at this.
 OPSET = 23
@@ -106,13 +110,20 @@ def output_names(model: StepModel | MtpModel) -> list[str]:
     return [*results, *map(cache_output, model.cache_names()), *model.tap_names()]
 
 
-def trace(settings: Settings, layer_range: tuple[int, int] | None, progress: Callable[[str], None]) -> Traced:
+def trace(
+    settings: Settings,
+    layer_range: tuple[int, int] | None,
+    progress: Callable[[str], None],
+    *,
+    every_layer: bool = False,
+) -> Traced:
     """Trace and convert one program.
 
     Args:
         settings: what to build; the canonical program uses bf16 activations.
         layer_range: layers of the main model, or None for the MTP module.
         progress: told each stage as it starts.
+        every_layer: trace all layers instead of a few of each kind: the same graph, slowly.
 
     Raises:
         ProgramError: the result misses a promise (an axis became static, a foreign operator is left).
@@ -120,23 +131,39 @@ def trace(settings: Settings, layer_range: tuple[int, int] | None, progress: Cal
     progress("trace")
     # tables are parameters too, so no real constant is made inside the mode
     with FakeTensorMode(shape_env=ShapeEnv()):
-        model = StepModel(settings, layer_range) if layer_range else MtpModel(settings)
-        model.eval()
-        inputs = step_inputs(model)
-        exported = _export(model, inputs)
+        whole = (StepModel(settings, layer_range) if layer_range else MtpModel(settings)).eval()
+        layers = tuple(whole.layer_numbers)
+        some = layers if every_layer or not layer_range else layers_to_trace(settings.config, layer_range)
+        part = whole if some == layers else StepModel(settings, layer_range, layers=some).eval()
+        exported = _export(part, step_inputs(part))
     progress("convert")
     register_schemas()
-    outputs = output_names(model)
-    converted = _convert(exported, inputs, outputs)
-    if "logits" not in model.result_names():
-        inputs = _drop_input(converted, inputs, "logits_index")
-    named = recipes(model)
-    _weights_to_inputs(converted, list(named))
+    converted = _convert(exported, step_inputs(part), output_names(part))
+    if "logits" not in whole.result_names():
+        _drop_input(converted, "logits_index")
+    _weights_to_inputs(converted, [name for name, _ in part.named_parameters()])
     progress("optimise")
     optimizer.optimize(converted)
     proto = _finish(converted)
-    _check_axes(proto, inputs)
-    return Traced(proto, named, {cache_output(name): name for name in model.cache_names()}, tuple(outputs))
+    progress("stamp and name")
+    named, outputs = recipes(whole), output_names(whole)
+    if some != layers:
+        inputs = _input_infos(whole, named)
+        proto = stamp(proto, some, layers, inputs=inputs, outputs=outputs)
+    canonicalise(proto, named)
+    _check_promises(proto, step_inputs(whole))
+    return Traced(proto, named, {cache_output(name): name for name in whole.cache_names()}, tuple(outputs))
+
+
+def _input_infos(model: StepModel | MtpModel, named: Mapping[str, Recipe]) -> list[onnx.ValueInfoProto]:
+    """Return the graph inputs of `model`, weights included, in order."""
+    others = [
+        (spec.name, DTYPE_NAMES[spec.dtype], spec.shape)
+        for spec in step_inputs(model)
+        if spec.name != "logits_index" or "logits" in model.result_names()
+    ]
+    weights = [(name, recipe.dtype, recipe.shape) for name, recipe in named.items()]
+    return [onnx.helper.make_tensor_value_info(name, ONNX[dtype], shape) for name, dtype, shape in [*others, *weights]]
 
 
 def _arguments(inputs: list[_Input], make: Callable[[_Input], Any], num_tokens: int) -> tuple[Any, ...]:
@@ -215,12 +242,11 @@ def _convert(exported: torch.export.ExportedProgram, inputs: list[_Input], outpu
     return program.model
 
 
-def _drop_input(model: ir.Model, inputs: list[_Input], name: str) -> list[_Input]:
-    """Remove an input that nothing reads; return `inputs` without it."""
+def _drop_input(model: ir.Model, name: str) -> None:
+    """Remove an input that nothing reads."""
     value = next(value for value in model.graph.inputs if value.name == name)
     assert not value.uses(), name
     model.graph.inputs.remove(value)
-    return [spec for spec in inputs if spec.name != name]
 
 
 @contextlib.contextmanager
@@ -272,10 +298,12 @@ def _finish(model: ir.Model) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
-def _check_axes(model: onnx.ModelProto, inputs: list[_Input]) -> None:
-    """Every declared dynamic axis must still be symbolic, under its own name."""
+def _check_promises(model: onnx.ModelProto, inputs: list[_Input]) -> None:
+    """Every declared dynamic axis must still be symbolic, under its own name, and every operator be known."""
     found = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     for spec in inputs:
+        if spec.name not in found:
+            continue
         for axis, dim in enumerate(spec.shape):
             got = found[spec.name][axis]
             if isinstance(dim, str) and got.dim_param != dim:
