@@ -36,7 +36,7 @@ def tokens(outputs) -> list[list[int]]:
 def check_idle(llm: LLM) -> None:
     llm._scheduler.check()
     assert not llm._live and not llm._scheduler.has_work
-    assert llm._scheduler.pool.num_free == llm._scheduler.pool.num_usable
+    assert llm._scheduler.cache.pool.num_free == llm._scheduler.cache.pool.num_usable
 
 
 def test_batched_is_what_numpy_says(llm: LLM, toy, prompts: list[list[int]]) -> None:

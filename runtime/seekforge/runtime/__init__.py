@@ -9,27 +9,54 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from seekforge.runtime.async_llm import AsyncLLM
     from seekforge.runtime.engine import Engine
-    from seekforge.runtime.llm import LLM, CompletionOutput, Delta, RequestMetrics, RequestOutput
-    from seekforge.runtime.sampling import SamplingParams
+    from seekforge.runtime.llm import LLM, LLMMetrics
+    from seekforge.runtime.outputs import (
+        CompletionOutput,
+        Delta,
+        GenerationError,
+        RequestMetrics,
+        RequestOutput,
+        Usage,
+    )
+    from seekforge.runtime.sampling import Guided, SamplingParams
+    from seekforge.runtime.scheduler import QueueFullError
+    from seekforge.runtime.sequence import TokenLogprobs
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "Delta",
     "Engine",
+    "GenerationError",
+    "Guided",
+    "LLMMetrics",
+    "QueueFullError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "TokenLogprobs",
+    "Usage",
 ]
 
-_MODULES = {"Engine": "engine", "SamplingParams": "sampling"}
+_MODULES = {
+    "LLM": "llm",
+    "LLMMetrics": "llm",
+    "AsyncLLM": "async_llm",
+    "Engine": "engine",
+    "Guided": "sampling",
+    "SamplingParams": "sampling",
+    "QueueFullError": "scheduler",
+    "TokenLogprobs": "sequence",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'llm')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'outputs')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from seekforge.runtime.engine import Engine
-from seekforge.runtime.llm import LLM, RequestMetrics
+from seekforge.runtime.llm import LLM
+from seekforge.runtime.outputs import RequestMetrics
 from seekforge.runtime.sampling import SamplingParams
 
 

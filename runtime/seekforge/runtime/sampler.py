@@ -1,43 +1,34 @@
 """Chooses the next token of each row, exactly as sampling from the whole vocabulary would. numpy only.
 
 A step returns the K largest logits of a row and the logsumexp of all. Tokens are laid out by falling logit (equal
-ones by rising id) and one uniform draw picks from that layout, so the first K decide whenever the draw, and the
+ones by rising id) and one uniform draw picks from that layout, so the first few decide whenever the draw, and the
 edge of the nucleus, fall inside them. The mass of the rest is known exactly at temperature 1 and between bounds at
-others; only if the bounds disagree is the row's full vocabulary fetched. Both ways choose the same token.
+others; only if the bounds disagree is more looked at: first all K, then the row's whole vocabulary. Each way
+chooses the same token.
 
-The draw of token n is a pure function of (seed, n): a request gives the same tokens in any batch, and again
-after it was interrupted.
+The draw of token n is a pure function of (seed, n): a request gives the same tokens in any batch, again after it
+was interrupted, and with speculation or without.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from seekforge.runtime.backends.base import StepOutputs
+from seekforge.runtime.edits import Edit
 from seekforge.runtime.sampling import SamplingParams
 
+#: How many of the K largest are looked at first: enough for most rows, and little work.
+_FIRST_COLUMNS = 32
 #: How many tokens of a whole row are sorted first; eight times as many if they do not decide.
 _FIRST_SORT = 4096
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What one row is to choose.
-
-    Attributes:
-        params: of the request.
-        seed: of the request.
-        index: how many tokens the request has generated before.
-        banned: tokens that must not be chosen; never the whole vocabulary.
-    """
-
-    params: SamplingParams
-    seed: int = 0
-    index: int = 0
-    banned: frozenset[int] = frozenset()
+#: What `choose` gives for a row of which every token is banned.
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -51,82 +42,197 @@ class TopLogits:
         vocab_size: K at most.
     """
 
+    OUTPUTS: ClassVar = ("top_logits", "top_ids", "logsumexp")
+
     logits: np.ndarray
     ids: np.ndarray
     logsumexp: np.ndarray
     vocab_size: int
 
+    @staticmethod
+    def of(results: StepOutputs, vocab_size: int) -> TopLogits:
+        """Fetch those of a step that was asked for `OUTPUTS`."""
+        logits, ids, logsumexp = (results.fetch(name) for name in TopLogits.OUTPUTS)
+        return TopLogits(logits, ids, logsumexp, vocab_size)
+
+    def take(self, rows: np.ndarray) -> TopLogits:
+        """Return some of the rows."""
+        return TopLogits(self.logits[rows], self.ids[rows], self.logsumexp[rows], self.vocab_size)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How each of N rows chooses; made once for a batch and kept while it stays together. All arrays are [N]."""
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seed: np.ndarray
+    all_greedy: bool
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Rules:
+        """Collect the rules of rows with these parameters and seeds."""
+        temperature = np.array([p.temperature for p in params], np.float64)
+        return Rules(
+            temperature,
+            np.array([p.top_k for p in params], np.int64),
+            np.array([p.top_p for p in params], np.float64),
+            np.array([p.min_p for p in params], np.float64),
+            np.array(seeds, np.uint64),
+            not temperature.any(),
+        )
+
+    def take(self, rows: np.ndarray) -> Rules:
+        """Return some of the rows."""
+        temperature = self.temperature[rows]
+        arrays = (self.top_k[rows], self.top_p[rows], self.min_p[rows], self.seed[rows])
+        return Rules(temperature, *arrays, not temperature.any())
+
 
 def needs_full_logits(params: SamplingParams) -> bool:
     """Whether a row may have to look at its whole vocabulary, so that the step must keep it."""
-    return not params.greedy or params.min_tokens > 0
+    return not params.greedy or params.edits_logits or params.logprobs is not None or params.best_of is not None
 
 
-def sample(draws: Sequence[Draw], top: TopLogits, full_logits: Callable[[], np.ndarray]) -> list[int]:
+def choose(
+    rules: Rules,
+    index: np.ndarray,
+    edits: Mapping[int, Edit],
+    top: TopLogits,
+    full_logits: Callable[[], np.ndarray],
+) -> np.ndarray:
     """Choose one token per row.
 
     Args:
-        draws: one per row.
+        rules: of N rows.
+        index: [N], which token of its completion each row chooses.
+        edits: row -> what its logits are changed by first.
         top: of those rows.
         full_logits: gives [N, vocab_size], f32; called at most once, and only if a row needs it.
 
     Returns:
-        Token ids in row order.
+        [N] token ids, int64; `NO_TOKEN` where nothing may be chosen.
     """
-    full: np.ndarray | None = None
-    tokens: list[int] = []
-    for row, draw in enumerate(draws):
-        token = _from_top(draw, top, row)
-        if token is None:
-            full = full_logits() if full is None else full
-            token = _from_full(draw, full[row])
-        tokens.append(token)
+    if rules.all_greedy and not edits:
+        return top.ids[:, 0].astype(np.int64)
+    draws = uniforms(rules.seed, index)
+    tokens = np.full(len(draws), NO_TOKEN, np.int64)
+    count, width = top.ids.shape
+    open_rows = np.arange(count)
+    if edits:
+        plain = np.array([row for row in range(count) if row not in edits], np.int64)
+        edited = np.array(sorted(edits), np.int64)
+        _decide(edited, _edited_layout(edited, edits, rules, top), rules, draws, tokens)
+    else:
+        plain, edited = open_rows, open_rows[:0]
+    for columns in dict.fromkeys((min(_FIRST_COLUMNS, width), width)):
+        if len(plain):
+            _decide(plain, _layout(plain, columns, rules, top), rules, draws, tokens)
+            plain = plain[tokens[plain] == NO_TOKEN]
+    left = [*plain.tolist(), *edited[tokens[edited] == NO_TOKEN].tolist()]
+    every_row = full_logits() if left else top.logits
+    for row in left:
+        full = every_row[row].astype(np.float64)
+        if row in edits:
+            full = edits[row].apply(full, np.arange(len(full)))
+        tokens[row] = _from_full(rules.take(np.array([row])), draws[row : row + 1], full)
     return tokens
 
 
-def uniform(seed: int, index: int) -> float:
-    """Return the draw in [0, 1) for token `index` of a request with `seed`."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=index)).random())
+def uniforms(seed: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return draws in [0, 1): for token `index` of a completion with `seed`, both [N]. A hash (splitmix64), twice."""
+    value = _mix(seed.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    value = _mix(value ^ (index.astype(np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(0x632BE59BD9B4E019)))
+    return (value >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _from_top(draw: Draw, top: TopLogits, row: int) -> int | None:
-    """Choose from the K largest logits; None when they do not decide."""
-    ids = top.ids[row]
-    if draw.params.greedy and not draw.banned:
-        return int(ids[0])
-    logits = top.logits[row].astype(np.float64)
-    kept = ~np.isin(ids, list(draw.banned)) if draw.banned else np.ones(len(ids), bool)
-    if not kept.any():
-        return None
-    if draw.params.greedy:
-        return int(ids[kept.argmax()])
-    low, high = _tail_mass(logits, float(top.logsumexp[row]), top.vocab_size, draw.params.temperature)
-    # A banned token outside the top K is part of the tail, which may then weigh nothing.
-    low = low if kept.sum() == len(ids) - len(draw.banned) else 0.0
-    mass = np.exp((logits[kept] - logits[0]) / draw.params.temperature)
-    if draw.params.top_k:
-        mass = mass[: draw.params.top_k]
-        low, high = (0.0, 0.0) if len(mass) == draw.params.top_k else (0.0, high)
-    picked = _pick(mass, low, high, draw.params.top_p, uniform(draw.seed, draw.index))
-    return None if picked is None else int(ids[kept][picked])
+def _mix(value: np.ndarray) -> np.ndarray:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
-def _from_full(draw: Draw, logits: np.ndarray) -> int:
+@dataclass(frozen=True)
+class _Layout:
+    """The beginning of each row's layout.
+
+    Attributes:
+        ids: [N, C] token ids, in the order in which they are laid out.
+        mass: [N, C], unnormalised probabilities, falling; 0 beyond `known`.
+        known: [N] how many columns are certain to be the first.
+        low, high: [N] bounds of the mass that follows. When both are 0, nothing follows.
+    """
+
+    ids: np.ndarray
+    mass: np.ndarray
+    known: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def _layout(rows: np.ndarray, columns: int, rules: Rules, top: TopLogits) -> _Layout:
+    """Lay out rows whose logits are not changed."""
+    logits = top.logits[rows, :columns].astype(np.float64)
+    power = _power(rules.temperature[rows])
+    low, high = _tail_bounds(logits, top.logsumexp[rows].astype(np.float64), top.vocab_size, power)
+    mass = np.exp((logits - logits[:, :1]) * power[:, None])
+    return _Layout(top.ids[rows, :columns], mass, np.full(len(rows), columns), low, high)
+
+
+def _edited_layout(rows: np.ndarray, edits: Mapping[int, Edit], rules: Rules, top: TopLogits) -> _Layout:
+    """Lay out rows whose logits are changed. A token is certain to be among the first if it still exceeds, after
+    its change, the least of the K largest: no other token can, unless it is raised."""
+    width = top.ids.shape[1]
+    raw = top.logits[rows].astype(np.float64)
+    power = _power(rules.temperature[rows])
+    low, high = _tail_bounds(raw, top.logsumexp[rows].astype(np.float64), top.vocab_size, power)
+    ids, mass, known = np.zeros(raw.shape, np.int64), np.zeros(raw.shape), np.zeros(len(rows), np.int64)
+    outside = top.vocab_size - width
+    for at, row in enumerate(rows.tolist()):
+        edit, row_ids = edits[row], top.ids[row].astype(np.int64)
+        if outside and edit.may_raise_others(row_ids):
+            continue
+        changed = edit.apply(raw[at], row_ids)
+        order = np.lexsort((row_ids, -changed))
+        ids[at] = row_ids[order]
+        least = raw[at, -1] if outside else -np.inf
+        known[at] = np.count_nonzero(changed > least)
+        laid = np.exp((changed[order] - raw[at, 0]) * power[at])
+        beyond = laid[known[at] :].sum()
+        laid[known[at] :] = 0
+        mass[at] = laid
+        lost = min(edit.num_lowered(top.vocab_size), outside) * math.exp((raw[at, -1] - raw[at, 0]) * power[at])
+        low[at], high[at] = max(low[at] - lost, 0.0) + beyond, high[at] + beyond
+    return _Layout(ids, mass, known, low, high)
+
+
+def _decide(rows: np.ndarray, layout: _Layout, rules: Rules, draws: np.ndarray, tokens: np.ndarray) -> None:
+    """Write the tokens of those `rows` that their layout decides."""
+    greedy = rules.temperature[rows] == 0
+    picked = np.where(greedy, np.where(layout.known > 0, 0, -1), _pick(layout, rules.take(rows), draws[rows]))
+    sure = picked >= 0
+    tokens[rows[sure]] = layout.ids[np.flatnonzero(sure), picked[sure]]
+
+
+def _from_full(rules: Rules, draw: np.ndarray, logits: np.ndarray) -> int:
     """Choose from a whole row of logits, sorting no more of it than it takes."""
-    params = draw.params
-    logits = logits.astype(np.float64)
-    logits[list(draw.banned)] = -np.inf
-    if params.greedy:
+    largest = logits.max()
+    if largest == -np.inf:
+        return NO_TOKEN
+    if rules.all_greedy:
         return int(logits.argmax())
-    mass = np.exp((logits - logits.max()) / params.temperature)
-    count = min(params.top_k or len(logits), len(logits))
+    mass = np.exp((logits - largest) / rules.temperature[0])
+    total = mass.sum()
+    count = min(int(rules.top_k[0]) or len(logits), len(logits))
     size = min(_FIRST_SORT, count)
     while True:
         order = _largest(logits, size)
-        rest = max(float(mass.sum() - mass[order].sum()), 0.0) if size < count else 0.0
-        low = 0.0 if params.top_k else rest
-        picked = _pick(mass[order], low, rest, params.top_p, uniform(draw.seed, draw.index))
-        if picked is not None:
+        rest = np.array([max(total - mass[order].sum(), 0.0) if size < len(logits) else 0.0])
+        layout = _Layout(order[None], mass[None, order], np.array([size]), rest, rest)
+        picked = int(_pick(layout, rules, draw)[0])
+        if picked >= 0:
             return int(order[picked])
         size = min(8 * size, count)
 
@@ -140,51 +246,78 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
     return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
-def _pick(mass: np.ndarray, tail_low: float, tail_high: float, top_p: float, draw: float) -> int | None:
-    """Return which element of `mass` the draw falls on, or None if the tail could change that.
+def _pick(layout: _Layout, rules: Rules, draws: np.ndarray) -> np.ndarray:
+    """Return [N] which column each draw falls on, or −1 where the tail could change that.
 
-    Args:
-        mass: unnormalised probabilities, falling.
-        tail_low, tail_high: bounds of the mass that follows. When both are 0, `mass` is all there is.
-        top_p: the nucleus.
-        draw: in [0, 1).
+    Top-k, top-p and min-p each cut the layout to a beginning, top-p after top-k.
     """
-    reach = np.cumsum(mass)
-    complete = tail_high == 0
-    totals = [reach[-1] + tail_low, reach[-1] + tail_high]
-    if top_p < 1:
-        edges = [int(np.searchsorted(reach, top_p * total, side="left")) for total in totals]
-        edges = [min(edge, len(mass) - 1) for edge in edges] if complete else edges
-        if edges[0] != edges[1] or edges[1] >= len(mass):
-            return None
-        reach = reach[: edges[0] + 1]
-        totals = [reach[-1], reach[-1]]
-        complete = True
-    picks = [int(np.searchsorted(reach, draw * total, side="right")) for total in totals]
-    if complete:  # rounding may put a draw next to 1 past the end
-        return min(picks[0], len(reach) - 1)
-    return picks[0] if picks[0] == picks[1] < len(reach) else None
+    mass, known = layout.mass, layout.known.copy()
+    low, high = layout.low.copy(), layout.high.copy()
+    everything = np.arange(len(known))
+    columns = np.arange(mass.shape[1])
+
+    cut = (rules.top_k > 0) & (rules.top_k <= known)
+    known[cut] = rules.top_k[cut]
+    low[rules.top_k > 0] = 0.0
+    high[cut] = 0.0
+    reach = np.cumsum(mass, axis=1)
+    reach = np.minimum(reach, reach[everything, np.maximum(known, 1) - 1][:, None])
+    possible = (known > 0) & (reach[:, -1] > 0)
+
+    nucleus = rules.top_p < 1
+    if nucleus.any():
+        complete = high == 0
+        last = reach[:, -1]
+        edges = [(reach < (rules.top_p * (last + tail))[:, None]).sum(1) for tail in (low, high)]
+        edge = np.where(complete, np.minimum(edges[0], known - 1), edges[0])
+        sure = (complete | (edges[0] == edges[1])) & (edge < known)
+        possible &= sure | ~nucleus
+        cut = nucleus & sure
+        known = np.where(cut, edge + 1, known)
+        low[cut] = high[cut] = 0.0
+    limited = rules.min_p > 0
+    if limited.any():
+        likely = ((mass >= (rules.min_p * mass[:, 0])[:, None]) & (columns < known[:, None])).sum(1)
+        cut = limited & (likely < known)
+        known = np.where(cut, np.maximum(likely, 1), known)
+        low[limited] = 0.0  # of the tail, all or nothing may be likely enough
+        high[cut] = 0.0
+    last = reach[everything, np.maximum(known, 1) - 1]
+    picks = [(reach <= (draws * (last + tail))[:, None]).sum(1) for tail in (low, high)]
+    complete = high == 0  # rounding may put a draw next to 1 past the end
+    pick = np.where(complete, np.minimum(picks[0], known - 1), picks[0])
+    sure = possible & (complete | (picks[0] == picks[1])) & (pick < known)
+    return np.where(sure, pick, -1)
 
 
-def _tail_mass(logits: np.ndarray, logsumexp: float, vocab_size: int, temperature: float) -> tuple[float, float]:
-    """Bound Σ exp((l − l_0) / T) over the tokens outside the top K.
+def _power(temperature: np.ndarray) -> np.ndarray:
+    """Return 1/T; 1 for greedy rows, whose mass nobody looks at."""
+    return 1 / np.where(temperature == 0, 1.0, temperature)
 
-    With r = 1/T, each l is at most the K-th largest, and the sum at T = 1 is exp(logsumexp) − Σ_top exp(l). For
-    n terms of known sum s, none above m, the sum of their r-th powers lies between n·(s/n)^r and s·m^(r−1): in this
-    order for r ≥ 1, in the other for r ≤ 1 (power mean; x^r = x·x^(r−1)). f32 rounding of logsumexp widens s.
+
+def _tail_bounds(
+    logits: np.ndarray, logsumexp: np.ndarray, vocab_size: int, power: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound Σ exp(r · (l − l_0)) over the tokens that are not among `logits`, per row; r = 1/T is `power`.
+
+    Each l is at most the last of `logits`, and the sum at r = 1 is exp(logsumexp) − Σ_known exp(l). For n terms of
+    known sum s, none above m, the sum of their r-th powers lies between n·(s/n)^r and s·m^(r−1): in this order for
+    r ≥ 1, in the other for r ≤ 1 (power mean; x^r = x·x^(r−1)). f32 rounding of logsumexp widens s.
     """
-    count = vocab_size - len(logits)
-    if count <= 0 or logits[-1] == -np.inf:
-        return 0.0, 0.0
-    total = math.exp(logsumexp - logits[0])
-    slack = total * (1e-5 + 5e-7 * abs(logsumexp))
-    rest = total - float(np.exp(logits - logits[0]).sum())
-    power = 1 / temperature
-    log_largest = float(logits[-1] - logits[0])
-    bounds: list[float] = []
-    for known in (max(rest - slack, 0.0), max(rest, 0.0) + slack):
-        equal = count * math.exp(min(power * (math.log(known) - math.log(count)), 700)) if known else 0.0
-        steep = math.exp(min(math.log(known) + (power - 1) * log_largest, 700)) if known else 0.0
-        bounds += [equal, steep]
-    most = count * math.exp(power * log_largest)
-    return min(bounds[:2]), min(max(bounds[2:]), most)
+    count = vocab_size - logits.shape[1]
+    if count <= 0:
+        return np.zeros(len(logits)), np.zeros(len(logits))
+    shifted = logits - logits[:, :1]
+    total = np.exp(logsumexp - logits[:, 0])
+    slack = total * (1e-5 + 5e-7 * np.abs(logsumexp))
+    rest = total - np.exp(shifted).sum(1)
+    log_largest = np.maximum(shifted[:, -1], -1e30)
+    bounds: list[np.ndarray] = []
+    with np.errstate(divide="ignore"):
+        for known in (np.maximum(rest - slack, 0), np.maximum(rest, 0) + slack):
+            log_known = np.log(known)
+            equal = count * np.exp(np.minimum(power * (log_known - math.log(count)), 700))
+            steep = np.exp(np.minimum(log_known + (power - 1) * log_largest, 700))
+            bounds += [np.minimum(equal, steep), np.maximum(equal, steep)]
+    high = np.minimum(bounds[3], count * np.exp(power * log_largest))
+    return np.minimum(bounds[0], high), high

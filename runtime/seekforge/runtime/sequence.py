@@ -1,29 +1,81 @@
-"""One request while it is served: its tokens, how far they are computed, and its blocks."""
+"""One completion while it is generated: its tokens, how far they are computed, and its blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
+import numpy as np
+
+from seekforge.runtime.kv_cache import Table
 from seekforge.runtime.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+#: "new": not yet given to a scheduler.
+State = Literal["new", "waiting", "running", "finished"]
 
 
-@dataclass(eq=False)
-class Sequence:
-    """State of one request. The scheduler owns `num_computed`, `blocks` and `finish_reason`.
+class Grammar(Protocol):
+    """What guided decoding allows next (`guided.Matcher`)."""
+
+    def allowed(self) -> np.ndarray:
+        """Return [vocab_size] bool: the tokens that may come next."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """Take a token that was allowed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model alone: before temperature, penalties, bias and grammar.
 
     Attributes:
-        request_id: unique among living requests.
+        token_id: the token that stands there.
+        logprob: of that token.
+        top: the most likely tokens with theirs, falling; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """State of one completion. The scheduler owns `state`, `num_computed`, `table` and `finish_reason`.
+
+    Attributes:
+        request_id: unique among living sequences.
         prompt_ids: at least one token.
         params: what was asked.
-        seed: of the draws; `params.seed`, or one drawn when that is None.
-        stop_ids: tokens that end the request.
+        seed: of the draws.
+        stop_ids: tokens that end it.
+        priority: lower is served sooner.
+        deadline_s: monotonic time at which it is ended; None is never.
+        on_token: told each generated token; returns whether it completes a stop string.
+        grammar: restricts the next token.
+        bad_words: token sequences that must not appear.
+        speculates: whether tokens are drafted for it.
+        siblings: sequences of the same request, which start when this one's prompt is computed and then share it.
+        table: its cache blocks.
+        order: place in the queue: lower goes first.
         output_ids: tokens generated so far.
+        num_tokens: tokens known, prompt and generated.
         num_computed: positions whose keys are in the cache.
-        blocks: block table.
-        started_s, first_token_s, last_token_s: monotonic times, set by whoever runs the steps.
+        drafts: guesses for the tokens that follow, verified by the next step.
+        last_id: the last known token.
+        counts: how often each token was generated, kept when penalties need it.
+        distinct_prompt_ids: sorted, made when a penalty first needs it.
+        cumulative_logprob: sum over the generated tokens, kept when `logprobs` or `best_of` need it.
+        logprobs, prompt_logprobs: filled when asked for; the prompt's first token has none.
+        taps: name -> pieces (first position, rows), in the order they were computed.
+        num_cached_tokens: positions that the last admission found in the cache.
+        num_preemptions: how often it lost its blocks.
+        error: what went wrong, with finish_reason "error".
+        arrived_s, started_s, first_token_s, last_token_s: monotonic times.
     """
 
     request_id: int
@@ -31,18 +83,41 @@ class Sequence:
     params: SamplingParams
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    deadline_s: float | None = None
+    on_token: Callable[[int], bool] | None = None
+    grammar: Grammar | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    speculates: bool = False
+    siblings: tuple[Sequence, ...] = ()
+    table: Table = field(default_factory=lambda: Table(b""))
+    order: tuple[int, int] = (0, 0)
+    state: State = "new"
     output_ids: list[int] = field(default_factory=list)
+    num_tokens: int = 0
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    last_id: int = 0
+    counts: dict[int, int] | None = None
+    distinct_prompt_ids: np.ndarray | None = None
+    cumulative_logprob: float = 0.0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    taps: dict[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    arrived_s: float | None = None
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens known: prompt and generated."""
-        return len(self.prompt_ids) + len(self.output_ids)
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
+        self.last_id = self.output_ids[-1] if self.output_ids else self.prompt_ids[-1] if self.prompt_ids else 0
+        if self.params.has_penalties and self.counts is None:
+            self.counts = {}
 
     @property
     def num_pending(self) -> int:
@@ -51,22 +126,33 @@ class Sequence:
 
     @property
     def max_num_tokens(self) -> int:
-        """Most tokens this request can reach."""
+        """Most tokens this sequence can reach."""
         return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether positions found in the prefix cache may be skipped: not when something of each is wanted."""
+        return self.params.prompt_logprobs is None and not self.params.taps
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the known tokens at positions [start, stop)."""
         split = len(self.prompt_ids)
-        return [*self.prompt_ids[start:stop], *self.output_ids[max(start - split, 0) : max(stop - split, 0)]]
-
-    def banned_ids(self) -> frozenset[int]:
-        """Tokens that the next draw must not choose."""
-        return self.stop_ids if len(self.output_ids) < self.params.min_tokens else frozenset()
+        if stop <= split:
+            return list(self.prompt_ids[start:stop])
+        return [*self.prompt_ids[start:split], *self.output_ids[max(start - split, 0) : stop - split]]
 
     def append(self, token: int) -> None:
         """Take a generated token and decide whether it is the last."""
         self.output_ids.append(token)
-        if token in self.stop_ids:
+        self.num_tokens += 1
+        self.last_id = token
+        if self.counts is not None:
+            self.counts[token] = self.counts.get(token, 0) + 1
+        if self.grammar is not None:
+            self.grammar.advance(token)
+        completes = self.on_token is not None and self.on_token(token)
+        count = len(self.output_ids)
+        if token in self.stop_ids or completes:
             self.finish_reason = "stop"
-        elif len(self.output_ids) >= self.params.max_tokens:
+        elif count >= self.params.max_tokens:
             self.finish_reason = "length"

@@ -1,0 +1,104 @@
+"""`AsyncLLM`: the same engine for asyncio. A thread runs the steps; requests come and go from the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Self
+
+from seekforge.runtime.engine import Engine
+from seekforge.runtime.llm import LLM, Prompt, raise_if_failed
+from seekforge.runtime.outputs import Delta, RequestOutput
+from seekforge.runtime.sampling import SamplingParams
+
+
+class AsyncLLM:
+    """An `LLM` served from a thread of its own. Use it as an async context manager, or `close` it.
+
+    Cancelling a task that reads from it ends its request at the next step.
+
+    Attributes:
+        llm: the engine; its synchronous methods may be used at the same time.
+
+    Example:
+        >>> async with AsyncLLM("engine/") as llm:
+        ...     async for delta in llm.stream("Once upon a time"):
+        ...         print(delta.text, end="")
+    """
+
+    def __init__(self, engine: Engine | Path | str, *, max_waiting: int | None = 1024, **limits: Any) -> None:
+        """Load an engine.
+
+        Args:
+            engine: an opened engine or its folder.
+            max_waiting: most completions that wait; a request beyond is refused with `QueueFullError`.
+            limits: as for `LLM`.
+        """
+        self.llm = LLM(engine, max_waiting=max_waiting, **limits)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="seekforge-steps", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> RequestOutput:
+        """Answer one prompt; many calls at a time share the engine's steps. Arguments and errors as `LLM.generate`."""
+        output = None
+        async for delta in self.stream(prompt, sampling_params, priority=priority, timeout_s=timeout_s):
+            output = delta.output
+        assert output is not None
+        return output
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Delta]:
+        """Answer one prompt step by step. Arguments and errors as `LLM.stream`."""
+        params = sampling_params or self.llm.default_sampling_params
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Delta] = asyncio.Queue()
+
+        def arrived(delta: Delta) -> None:  # called by the thread that runs the step
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, delta)
+
+        ids = await asyncio.to_thread(self.llm._check, prompt, params)
+        (live,) = self.llm._start([(ids, params)], priority, timeout_s, arrived)
+        try:
+            while True:
+                delta = await queue.get()
+                raise_if_failed(delta)
+                yield delta
+                if delta.output is not None:
+                    return
+        finally:
+            self.llm._drop([live])
+
+    async def close(self) -> None:
+        """End what is on its way, stop the thread and give back the engine's memory."""
+        await asyncio.to_thread(self._close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _close(self) -> None:
+        self._stopping = True
+        self.llm.close()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        self.llm.serve(lambda: self._stopping)

@@ -1,0 +1,42 @@
+"""Log-probabilities of tokens: logit − logsumexp, of the model alone. Vectorised over rows; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from seekforge.runtime.sampler import TopLogits
+from seekforge.runtime.sequence import TokenLogprobs
+
+
+def token_logprobs(
+    tokens: np.ndarray, counts: Sequence[int], top: TopLogits, full_logits: Callable[[], np.ndarray]
+) -> list[TokenLogprobs]:
+    """Return the log-probability of one token per row, and of the most likely ones.
+
+    Args:
+        tokens: [N].
+        counts: how many of the most likely to give, per row.
+        top: of those rows.
+        full_logits: gives [N, vocab_size], f32; called only if a token or a count exceeds the top K.
+    """
+    found = top.ids == tokens[:, None]
+    inside = found.any(1)
+    logits = np.take_along_axis(top.logits, found.argmax(1)[:, None], 1)[:, 0].astype(np.float64)
+    width = top.ids.shape[1]
+    if not inside.all():
+        rows = np.flatnonzero(~inside)
+        logits[rows] = full_logits()[rows, tokens[rows]]
+    values = logits - top.logsumexp
+    out: list[TokenLogprobs] = []
+    for row, (token, value, count) in enumerate(zip(tokens.tolist(), values.tolist(), counts, strict=True)):
+        if count <= width:
+            ids, best = top.ids[row, :count], top.logits[row, :count]
+        else:
+            full = full_logits()[row]
+            ids = np.argsort(-full, kind="stable")[:count]
+            best = full[ids]
+        likely = best.astype(np.float64) - float(top.logsumexp[row])
+        out.append(TokenLogprobs(token, value, tuple(zip(ids.tolist(), likely.tolist()))))
+    return out
