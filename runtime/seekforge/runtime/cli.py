@@ -32,6 +32,8 @@ COMMANDS: dict[str, _Command] = {
     ),
     "export": _Command("seekforge.exporter.rewrite.cli:export", "Turn a checkpoint into one ONNX program."),
     "build": _Command("seekforge.exporter.build.cli:build", "Turn a program into an engine for a target."),
+    "targets": _Command("seekforge.exporter.build.targets_cli:targets", "List the GPUs that engines are built for."),
+    "plan": _Command("seekforge.exporter.plan.cli:plan", "Say which GPUs, and how many, a model needs."),
     "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
     "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
 }

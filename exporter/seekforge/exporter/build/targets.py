@@ -1,44 +1,189 @@
-"""Build targets: data files of `configs/targets/`, checked."""
+"""Build targets: data files of `configs/targets/` or of the user, checked, and changed by `--set a.b=c`."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from seekforge.exporter.configs import known, load_yaml
 from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.manifest import Limits
 from seekforge.plugins.formats.program import Strict
 
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+#: SMs that TensorRT-RTX compiles for, and those of data-centre GPUs that need TensorRT.
+RTX_SMS = (80, 86, 89, 120, 121)
+TENSORRT_SMS = (80, 86, 89, 90, 100, 103, 120, 121)
+#: The first SM with FP8 matrix units.
+FP8_SM = 89
+
+
+class Gpu(Strict):
+    """What the GPU has. Rates are dense, per second; None where the hardware lacks the type."""
+
+    memory_gib: Rate
+    bandwidth_gb_s: Rate
+    bf16_tflops: Rate
+    fp8_tflops: Rate | None
+    fp4_tflops: Rate | None
+
+
+class Profile(Strict):
+    """Shapes that one optimisation profile covers; the limits of an engine cut it.
+
+    Attributes:
+        max_batch_size, max_query_len: largest number of sequences and of new tokens of each.
+        typical_*: what the compiler optimises for.
+    """
+
+    max_batch_size: Positive
+    max_query_len: Positive
+    typical_batch_size: Positive
+    typical_query_len: Positive
+    typical_context: Positive
+
 
 class TargetConfig(Strict):
-    """One target: which backend compiles for it, in which formats, with which default limits."""
+    """One target: which backend compiles for it, in which formats, with which default limits.
+
+    Attributes:
+        precision: of matrix products: f32 on a CPU; fp8 means FP8 products from SM89 on, and FP8 weights with BF16
+            products before.
+        also: other SMs that the same plan shall run on (tensorrt-rtx).
+    """
 
     name: str
+    title: str = ""
     backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     sm: int | None
+    also: tuple[int, ...] = ()
+    gpu: Gpu | None = None
     activations: Literal["f32", "bf16"]
+    precision: Literal["f32", "bf16", "fp8"]
     kv_format: Literal["f32", "bf16", "fp8_ds"]
     limits: Limits
+    profiles: dict[str, Profile] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> TargetConfig:
+        if self.backend == "onnxruntime":
+            if self.sm is not None or self.gpu is not None:
+                raise ValueError("sm and gpu belong to a GPU backend, expected null with onnxruntime")
+            return self
+        if self.sm is None or self.gpu is None or not self.profiles:
+            raise ValueError(f"sm, gpu and profiles are needed with backend {self.backend}")
+        allowed = RTX_SMS if self.backend == "tensorrt-rtx" else TENSORRT_SMS
+        for sm in (self.sm, *self.also):
+            if sm not in allowed:
+                raise ValueError(
+                    f"sm {sm} is not one that {self.backend} compiles for ({', '.join(map(str, allowed))})"
+                )
+        if self.also and self.backend != "tensorrt-rtx":
+            raise ValueError("also is for tensorrt-rtx; a TensorRT plan runs on one SM")
+        if self.activations != "bf16" or self.precision == "f32" or self.kv_format == "f32":
+            raise ValueError(
+                "a GPU target computes in bf16: activations bf16, precision bf16 or fp8, kv_format not f32"
+            )
+        return self
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """All SMs that the plan shall run on, ascending; none on a CPU."""
+        return () if self.sm is None else tuple(sorted({self.sm, *self.also}))
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether every SM multiplies in FP8."""
+        return bool(self.sms) and min(self.sms) >= FP8_SM
+
+    @property
+    def products(self) -> Literal["f32", "bf16", "fp8"]:
+        """The precision in which products of FP8 weights run: fp8 where it was asked and the hardware has it."""
+        return "bf16" if self.precision == "fp8" and not self.has_fp8 else self.precision
 
 
-def load_target(name: str) -> TargetConfig:
-    """Return the target called `name`.
+def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
+    """Return a target.
+
+    Args:
+        name: of a file in configs/targets, or the path of a YAML file.
+        settings: changes such as `limits.max_batch_size=8`, applied in order.
 
     Raises:
-        TargetError: unknown (the message lists the known ones), or its file is malformed.
+        TargetError: unknown (the message lists the known ones), its file is malformed, or a change does not fit.
     """
-    raw = load_yaml("targets", name)
-    if raw is None:
-        names = known("targets")
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise TargetError(f"unknown target {name!r}, expected one of: {', '.join(names)}{hint}")
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TargetError(f"{path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise TargetError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        origin = str(path)
+    else:
+        raw = load_yaml("targets", name)
+        origin = f"configs/targets/{name}.yaml"
+        if raw is None:
+            names = known("targets")
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TargetError(
+                f"unknown target {name!r}, expected one of: {', '.join(names)}, or the path of a .yaml file{hint}"
+            )
+    if not isinstance(raw, dict):
+        raise TargetError(f"{origin}: holds a {type(raw).__name__}, expected keys such as backend and limits")
+    for setting in settings:
+        _apply(raw, setting)
     try:
         return TargetConfig.model_validate(raw)
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise TargetError(f"configs/targets/{name}.yaml: key {key!r}: {fault['msg']}") from None
+        raise TargetError(f"{origin}: {_first_fault(error, raw)}") from None
+
+
+def all_targets() -> list[TargetConfig]:
+    """Return every target of configs/targets, CPU first, then by SM and memory."""
+    found = [load_target(name) for name in known("targets")]
+    return sorted(found, key=lambda t: (t.sm or 0, t.gpu.memory_gib if t.gpu else 0))
+
+
+def _apply(raw: dict[str, Any], setting: str) -> None:
+    """Write `a.b=c` into nested keys; the value is YAML."""
+    path, equals, text = setting.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise TargetError(f"--set {setting!r}: expected KEY=VALUE with dots, such as limits.max_batch_size=8")
+    place: Any = raw
+    for key in keys[:-1]:
+        place = place.get(key) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise TargetError(f"--set {setting!r}: {key!r} is no group of keys; known: {', '.join(raw)}")
+    try:
+        place[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise TargetError(f"--set {setting!r}: {text!r} is not valid YAML") from None
+
+
+def _first_fault(error: ValidationError, raw: Mapping[str, Any]) -> str:
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        fields = _fields_at(fault["loc"][:-1])
+        close = difflib.get_close_matches(str(fault["loc"][-1]), fields, n=1)
+        return f"unknown key {key!r}, known: {', '.join(fields)}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"key {key!r}: {message}" if key else message
+
+
+def _fields_at(path: Sequence[int | str]) -> list[str]:
+    """Return the keys that the schema knows below `path`."""
+    groups: dict[str, type[BaseModel]] = {"gpu": Gpu, "limits": Limits, "profiles": Profile}
+    model = groups.get(str(path[0]), TargetConfig) if path else TargetConfig
+    return list(model.model_fields)
