@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -280,11 +279,6 @@ def pack_arguments(image: Image, values: Mapping[str, int | float], *, scratch: 
         except struct.error as error:
             raise EngineError(f"{image.entry}: {param.name} = {value!r} is no {param.type} ({error})") from None
     return bytes(buffer)
-
-
-def scratch_needed(image: Image, grid: tuple[int, int, int]) -> int:
-    """Return the bytes of hidden global scratch that one launch uses."""
-    return math.prod(grid) * image.num_ctas * image.scratch_bytes
 
 
 # --- occupancy ------------------------------------------------------------------------------------------------

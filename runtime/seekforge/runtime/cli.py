@@ -34,6 +34,9 @@ COMMANDS: dict[str, _Command] = {
     "build": _Command("seekforge.exporter.build.cli:build", "Turn a program into an engine for a target."),
     "targets": _Command("seekforge.exporter.build.targets_cli:targets", "List the GPUs that engines are built for."),
     "plan": _Command("seekforge.exporter.plan.cli:plan", "Say which GPUs, and how many, a model needs."),
+    "kernels": _Command(
+        "seekforge.exporter.build.kernels_cli:kernels", "Compile the operators' GPU kernels ahead of time."
+    ),
     "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
     "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
 }
@@ -46,6 +49,7 @@ EXTRAS: dict[str, str] = {
     "onnx_ir": "export",
     "safetensors": "export",
     "onnxruntime": "cpu",
+    "triton": "kernels",
     "tensorrt_rtx": "rtx",
     "tensorrt": "trt",
 }

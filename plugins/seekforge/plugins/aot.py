@@ -1,0 +1,302 @@
+"""Compile kernels ahead of time: variants -> cubins, descriptors and an index, on any machine, without a GPU.
+
+Work is cut into one process per operator and SM, so that no target sees another's compiler state (kernels.md §C). An
+image is cached under a hash of everything that it is made from: the sources, the variant, the SM and the compiler.
+Triton is imported only inside the worker processes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from seekforge.plugins import kernel_rules
+from seekforge.plugins.errors import EnvironmentFault, TargetError
+from seekforge.plugins.launch import (
+    FORMAT,
+    SHARED_LIMIT,
+    Image,
+    KernelSet,
+    Param,
+    Resources,
+    Scalar,
+    Variant,
+    from_json,
+    occupancy,
+    op_kernels,
+    statics_of,
+    to_json,
+)
+from seekforge.plugins.registry import SPECS
+
+#: The list of descriptors in a folder of kernels: format 1, entries op, sm, digest, file.
+INDEX, INDEX_FORMAT = "index.json", 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """All variants of one operator for one SM: the work of one process."""
+
+    op: str
+    sm: int
+    digest: str
+    statics: Mapping[str, Scalar]
+
+
+def compiler() -> str:
+    """Return the compiler's name and version.
+
+    Raises:
+        EnvironmentFault: it is not installed.
+    """
+    try:
+        return f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentFault(
+            "triton is not installed, and kernels are compiled with it; pip install 'seekforge[kernels]' "
+            "(Linux; no GPU is needed)"
+        ) from None
+
+
+def _sources(op: str) -> bytes:
+    """Return the text that images of `op` depend on: device code, and the choices made in `launch.py`."""
+    root = Path(__file__).parent
+    folder = root / SPECS[op].torch_name
+    return b"\0".join(path.read_bytes() for path in (root / "kernel.py", folder / "kernel.py", folder / "launch.py"))
+
+
+def set_digest(op: str, statics: Mapping[str, Scalar]) -> str:
+    """Return the digest of an operator's kernels: the same for every SM, since one engine may serve several."""
+    spec = SPECS[op]
+    head = json.dumps([FORMAT, op, spec.version, compiler(), dict(statics)], sort_keys=True)
+    return hashlib.sha256(head.encode() + b"\0" + _sources(op)).hexdigest()
+
+
+def tasks(ops: Mapping[str, Mapping[str, Any]], sms: Iterable[int]) -> list[Task]:
+    """Return the work for operators and SMs, the longest first.
+
+    Args:
+        ops: op_type -> its sizes and attributes (at least the static ones).
+        sms: compute capabilities.
+
+    Raises:
+        ShapeError: there are no kernels for the sizes.
+        TargetError: there are none for an SM.
+    """
+    sms = tuple(sms)
+    for sm in sms:
+        if sm not in SHARED_LIMIT:
+            raise TargetError(f"sm {sm}: kernels are compiled for {', '.join(map(str, SHARED_LIMIT))}")
+    found = []
+    for op, bound in ops.items():
+        statics = statics_of(op, bound)
+        digest = set_digest(op, statics)
+        found += [Task(op, sm, digest, statics) for sm in sms]
+    loops = {op: sum(v.main_loop for v in op_kernels(op).variants(statics_of(op, ops[op]), 90)) for op in ops}
+    return sorted(found, key=lambda task: -loops[task.op])
+
+
+def build(
+    work: Sequence[Task],
+    out: Path,
+    *,
+    cache: Path,
+    jobs: int | None = None,
+    progress: Callable[[Task, KernelSet | None], None] = lambda task, done: None,
+) -> list[KernelSet]:
+    """Compile `work` into the folder `out`: `index.json`, a descriptor per operator and SM, cubins beside it.
+
+    Args:
+        out: made if absent; files of other digests are left alone, the index is replaced.
+        cache: folder of images by content hash, shared between builds.
+        jobs: processes at a time; None for one per core.
+        progress: called with a task when it starts (None) and when it is done.
+
+    Raises:
+        TargetError: a kernel does not compile, or compiles to one that could not run. Names it.
+        EnvironmentFault: the compiler is missing.
+    """
+    compiler()
+    cache.mkdir(parents=True, exist_ok=True)
+    jobs = max(1, min(jobs or len(os.sched_getaffinity(0)), len(work)))
+    done: dict[tuple[str, int], KernelSet] = {}
+    context = multiprocessing.get_context("spawn")
+    before = os.environ.pop("TRITON_INTERPRET", None)  # the spawned processes inherit it
+    try:
+        with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+            running = {}
+            for task in work:
+                progress(task, None)
+                running[pool.submit(_compile_task, task, cache)] = task
+            for future in concurrent.futures.as_completed(running):
+                task = running[future]
+                done[task.op, task.sm] = future.result()
+                progress(task, done[task.op, task.sm])
+    finally:
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+    order = list(SPECS)
+    sets = [done[task.op, task.sm] for task in sorted(work, key=lambda task: (order.index(task.op), task.sm))]
+    write(sets, out, cache=cache)
+    return sets
+
+
+def write(sets: Sequence[KernelSet], out: Path, *, cache: Path) -> None:
+    """Write compiled sets and the index that lists them."""
+    entries = []
+    for kernels in sets:
+        folder = out / f"sm{kernels.sm}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for image in kernels.images.values():
+            shutil.copyfile(cache / image.cubin, folder / image.cubin)
+        name = f"{SPECS[kernels.op].torch_name}-{kernels.digest[:12]}.json"
+        _write_atomically(folder / name, to_json(kernels).encode())
+        entry = {"op": kernels.op, "sm": kernels.sm, "digest": kernels.digest, "file": f"sm{kernels.sm}/{name}"}
+        entries.append(entry)
+    entries.sort(key=lambda entry: (entry["op"], entry["sm"], entry["digest"]))
+    text = json.dumps({"format": INDEX_FORMAT, "kernels": entries}, indent=1) + "\n"
+    _write_atomically(out / INDEX, text.encode())
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+# --- in a worker process --------------------------------------------------------------------------------------
+
+
+def _compile_task(task: Task, cache: Path) -> KernelSet:
+    images = {}
+    for variant in op_kernels(task.op).variants(task.statics, task.sm):
+        images[variant.name] = _cached(task, variant, cache)
+    return KernelSet(task.op, SPECS[task.op].version, task.sm, task.digest, task.statics, compiler(), images)
+
+
+def _cached(task: Task, variant: Variant, cache: Path) -> Image:
+    head = json.dumps([FORMAT, compiler(), task.sm, asdict(variant)], sort_keys=True)
+    root = Path(__file__).parent
+    sources = (root / "kernel.py").read_bytes() + (root / SPECS[task.op].torch_name / "kernel.py").read_bytes()
+    key = hashlib.sha256(head.encode() + b"\0" + sources).hexdigest()
+    record = cache / f"{key}.json"
+    if record.is_file():
+        try:
+            image = from_json(record.read_text(encoding="utf-8"), where=str(record)).images[variant.name]
+            if hashlib.sha256((cache / image.cubin).read_bytes()).hexdigest() == image.sha256:
+                return image
+        except Exception:
+            pass
+    image, cubin = compile_variant(task.op, variant, task.sm)
+    _write_atomically(cache / image.cubin, cubin)
+    one = KernelSet(
+        task.op, SPECS[task.op].version, task.sm, task.digest, task.statics, compiler(), {variant.name: image}
+    )
+    _write_atomically(record, to_json(one).encode())
+    return image
+
+
+def compile_variant(op: str, variant: Variant, sm: int) -> tuple[Image, bytes]:
+    """Compile one variant for one SM; call it in a process that serves one SM only.
+
+    Raises:
+        TargetError: it does not compile, or the result could not run.
+    """
+    where = f"{op} {variant.name} sm{sm}"
+    triton = importlib.import_module("triton")
+    backend = importlib.import_module("triton.backends.compiler")
+    source_class = importlib.import_module("triton.compiler").ASTSource
+    function = getattr(importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.kernel"), variant.kernel)
+    aligned = [name for name, kind in variant.types.items() if kind.startswith("*")] + list(variant.aligned)
+    source = source_class(
+        function,
+        signature={name: variant.types.get(name, "constexpr") for name in function.arg_names},
+        constexprs=dict(variant.constants),
+        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TRITON_CACHE_DIR"] = scratch  # ours is the cache; Triton's depends on the process
+        try:
+            made = triton.compile(source, target=backend.GPUTarget("cuda", sm, 32), options=options)
+        except Exception as error:
+            raise TargetError(f"{where}: does not compile: {type(error).__name__}: {error}") from None
+        cubin, ptx, meta = made.asm["cubin"], made.asm["ptx"], made.metadata
+    layout, registers, stack = _inspect(cubin)
+    names = [(name, variant.types[name]) for name in function.arg_names if name in variant.types]
+    names += [("", "*u8"), ("", "*u8")]
+    entry = re.search(r"\.entry\s+\w+\((.*?)\)", ptx, re.S)
+    declared = entry.group(1).count(".param") if entry else -1
+    if not len(layout) == len(names) == declared:
+        raise TargetError(f"{where}: {len(names)} parameters expected, PTX has {declared}, the cubin {len(layout)}")
+    fault = kernel_rules.unrunnable(
+        ptx,
+        sm=sm,
+        shared_bytes=meta.shared,
+        tmem=getattr(meta, "tmem_size", 0) or 0,
+        scratch=meta.global_scratch_size,
+        profile=meta.profile_scratch_size,
+    )
+    if fault:
+        raise TargetError(f"{where}: {fault}")
+    sha256 = hashlib.sha256(cubin).hexdigest()
+    shared = meta.shared
+    image = Image(
+        variant=variant.name,
+        entry=meta.name,
+        cubin=f"{sha256[:32]}.cubin",
+        sha256=sha256,
+        num_warps=meta.num_warps,
+        num_ctas=meta.num_ctas,
+        scratch_bytes=meta.global_scratch_size,
+        scratch_align=meta.global_scratch_align,
+        params=tuple(
+            Param(name, kind, offset, size) for (name, kind), (offset, size) in zip(names, layout, strict=True)
+        ),
+        main_loop=variant.main_loop,
+        resources=Resources(
+            registers, stack, shared,
+            round(occupancy(registers=registers, shared_bytes=shared, num_warps=meta.num_warps, sm=sm), 3),
+        ),
+    )  # fmt: skip
+    return image, cubin
+
+
+def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
+    """Return ([(offset, size) per parameter], registers per thread, stack bytes per thread) from the cubin itself."""
+    triton = importlib.import_module("triton")
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        elf, usage = dump("-elf"), dump("--dump-resource-usage")
+    found = re.findall(r"Ordinal\s*:\s*(0x\w+)\s*Offset\s*:\s*(0x\w+)\s*Size\s*:\s*(0x\w+)", elf)
+    layout = [(off, size) for _, off, size in sorted((int(o, 16), int(a, 16), int(s, 16)) for o, a, s in found)]
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
+        raise TargetError("cuobjdump reports no registers; install the triton of the 'kernels' extra")
+    return layout, int(match.group(1)), int(match.group(2))
+
+
+def default_cache() -> Path:
+    """Return where images are kept between builds: below XDG_CACHE_HOME, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "seekforge" / "kernels"

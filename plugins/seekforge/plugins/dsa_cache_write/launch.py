@@ -1,0 +1,85 @@
+"""Launches of `DsaCacheWrite`: one kernel over blocks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, has_fp8
+from seekforge.plugins.spec import cdiv
+
+STATICS: Final = ("C", "R", "D", "kv_format", "index_format", "kv_fp8", "indexer_fp8")
+LIMITS: Final = (
+    "caches in bf16 or fp8_ds; fp8_ds needs the matching quantisation switch",
+    "kv_lora_rank is 128, 256, 512 or 1024; qk_rope_head_dim a power of two from 16; index_head_dim 128",
+)
+#: Tokens per program.
+ROWS: Final = 4
+
+
+def check(statics: Mapping[str, Any]) -> None:
+    """Refuse what the kernel cannot do."""
+    for name, switch in (("kv_format", "kv_fp8"), ("index_format", "indexer_fp8")):
+        if statics[name] == "f32":
+            raise ShapeError(f"DsaCacheWrite: {name} is f32, kernels write bf16 and fp8_ds; f32 caches are for the CPU")
+        if statics[name] == "fp8_ds" and not statics[switch]:
+            raise ShapeError(f"DsaCacheWrite: {name} fp8_ds needs {switch}; export with --numerics fp8 or use bf16")
+    if statics["C"] not in (128, 256, 512, 1024):
+        raise ShapeError(f"DsaCacheWrite: kv_lora_rank is {statics['C']}, kernels take 128, 256, 512 or 1024")
+    rope = statics["R"]
+    if rope < 16 or rope & (rope - 1):
+        raise ShapeError(f"DsaCacheWrite: qk_rope_head_dim is {rope}, kernels take powers of two from 16")
+    if statics["D"] != 128:
+        raise ShapeError(f"DsaCacheWrite: index_head_dim is {statics['D']}, kernels take 128 (one FP8 block)")
+
+
+def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
+    """Return the one variant."""
+    latent = "*u8" if statics["kv_format"] == "fp8_ds" else "*bf16"
+    index = "*u8" if statics["index_format"] == "fp8_ds" else "*bf16"
+    types = {
+        "latent_ptr": latent,
+        "index_ptr": index,
+        "c_ptr": "*bf16",
+        "k_pe_ptr": "*bf16",
+        "index_k_ptr": "*bf16",
+        "slot_ptr": "*i64",
+        "num_tokens": "i32",
+        "num_slots": "i64",
+    }
+    constants = {
+        "C": statics["C"],
+        "R": statics["R"],
+        "ROWS": ROWS,
+        "KV_BYTES": latent == "*u8",
+        "INDEX_BYTES": index == "*u8",
+        "KV_FP8": statics["kv_fp8"],
+        "INDEX_FP8": statics["indexer_fp8"],
+        "FP8": has_fp8(sm),
+    }
+    return (Variant("write", "cache_write_kernel", types, constants),)
+
+
+def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
+    """None."""
+    return 0
+
+
+def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+    """Return one launch over the tokens."""
+    tokens = bound["B"] * bound["Q"]
+    if tokens == 0:
+        return Plan(())
+    slots = bound["*latent"][0] * (64 if bound["kv_format"] == "fp8_ds" else 1)
+    arguments: dict[str, Buffer | int | float] = {
+        "latent_ptr": Buffer("latent_cache_out"),
+        "index_ptr": Buffer("index_cache_out"),
+        "c_ptr": Buffer("c"),
+        "k_pe_ptr": Buffer("k_pe"),
+        "index_k_ptr": Buffer("index_k"),
+        "slot_ptr": Buffer("slot_mapping"),
+        "num_tokens": tokens,
+        "num_slots": slots,
+    }
+    return Plan((Launch("write", (cdiv(tokens, ROWS), 1, 1), arguments),))

@@ -1,0 +1,40 @@
+"""What the compiler lets pass and a GPU would not run, and which spills are known. Pure text and numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from seekforge.plugins.launch import SHARED_LIMIT, KernelSet
+
+#: Columns of tensor memory on SM100 and SM103; above it Triton writes a kernel that only traps.
+TMEM_COLUMNS: Final = 512
+
+#: (op, variant, SM) -> the reason for which a kernel with a main loop may have a stack, and its most bytes.
+KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {}
+
+
+def unrunnable(ptx: str, *, sm: int, shared_bytes: int, tmem: int, scratch: int, profile: int) -> str:
+    """Return why a compiled kernel could not run, or nothing. Triton reports none of these."""
+    if shared_bytes > SHARED_LIMIT[sm]:
+        return f"{shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}; use smaller tiles"
+    if tmem > TMEM_COLUMNS or re.search(r"^\s*trap;", ptx, re.M):
+        return f"the compiled body only traps (tensor memory {tmem} of {TMEM_COLUMNS} columns); use smaller tiles"
+    if scratch:
+        return f"it asks for {scratch} bytes of global scratch per block, which no launcher gives; use plain pointers"
+    if profile:
+        return "it asks for profile scratch; compile without instrumentation"
+    return ""
+
+
+def unlisted_spills(sets: Iterable[KernelSet]) -> list[str]:
+    """Return a line for each main-loop kernel that has a stack and is not in `KNOWN_SPILLS`, or more than it says."""
+    found = []
+    for kernels in sets:
+        for image in kernels.images.values():
+            most = KNOWN_SPILLS.get((kernels.op, image.variant, kernels.sm), (0, ""))[0]
+            if image.main_loop and image.resources.stack_bytes > most:
+                stack = image.resources.stack_bytes
+                found.append(f"{kernels.op} {image.variant} sm{kernels.sm}: {stack} bytes of stack, {most} known")
+    return found

@@ -1,0 +1,63 @@
+"""The sizes and attributes that a model fixes for each operator: what its kernels are compiled for."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from seekforge.plugins.formats.model_config import ModelConfig
+
+#: Cache format of GPU targets unless asked otherwise.
+DEFAULT_FORMAT: Final = "fp8_ds"
+
+
+def operators(config: ModelConfig, *, kv_format: str = DEFAULT_FORMAT) -> dict[str, dict[str, Any]]:
+    """Return op_type -> the static sizes and attributes of a model, under the symbols of the specs.
+
+    Args:
+        config: of the model.
+        kv_format: of both caches; numerics are those of the official reference (FP8 on).
+    """
+    found: dict[str, dict[str, Any]] = {
+        "BlockFp8Linear": {"act_quant": "ue8m0"},
+        "DsaCacheWrite": {
+            "C": config.kv_lora_rank,
+            "R": config.qk_rope_head_dim,
+            "D": config.index_head_dim,
+            "kv_format": kv_format,
+            "index_format": kv_format,
+            "kv_fp8": True,
+            "indexer_fp8": True,
+        },
+        "DsaIndexer": {
+            "Hi": config.index_n_heads,
+            "D": config.index_head_dim,
+            "index_topk": config.index_topk,
+            "indexer_fp8": True,
+            "index_format": kv_format,
+        },
+        "DsaAttention": {
+            "H": config.num_attention_heads,
+            "C": config.kv_lora_rank,
+            "R": config.qk_rope_head_dim,
+            "kv_format": kv_format,
+        },
+        "MoeRoute": {
+            "E": config.n_routed_experts,
+            "n_group": config.n_group,
+            "topk_group": config.topk_group,
+            "top_k": config.num_experts_per_tok,
+            "norm": config.norm_topk_prob,
+        },
+        "MoeExperts": {
+            "E": config.n_routed_experts,
+            "TOPK": config.num_experts_per_tok,
+            "H": config.hidden_size,
+            "I2": 2 * config.moe_intermediate_size,
+            "act_quant": "ue8m0",
+        },
+    }
+    return {op: found[op] for op in WITH_KERNELS}
+
+
+#: Operators that have kernels, in the order of the registry.
+WITH_KERNELS: Final[tuple[str, ...]] = ("DsaCacheWrite",)
