@@ -1,8 +1,9 @@
 """How each weight input of a program comes from checkpoint tensors: recipes, their evaluation, coverage.
 
 A recipe is a small tree. Leaves name a checkpoint tensor (`take`) or a table computed from the config
-(`computed`); inner nodes slice, reshape, concatenate, stack, dequantise or cast. It is plain data
-(bindings.json), so that any runtime can fill the inputs from memory-mapped shards.
+(`computed`); inner nodes slice, reshape, concatenate, stack, dequantise, cast, or split among ranks. It is plain
+data (bindings.json), so that any runtime can fill the inputs straight from the shards. One file serves all ranks:
+`for_rank` turns each split into the slice of one rank.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -29,17 +30,48 @@ class TensorSource(Protocol):
         ...
 
 
+#: Which ranks a tensor is split among: all, those that share an expert, or the groups of experts.
+Over = Literal["all", "tp", "ep"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks share a model: `tp` · `ep`; rank = ep_rank · tp + tp_rank.
+
+    Attention, dense MLPs and shared experts are split among all ranks. Routed experts are dealt out to `ep` groups,
+    and each expert is split among the `tp` ranks of its group.
+    """
+
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def count(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.ep
+
+    def size(self, over: Over) -> int:
+        """Return into how many parts a split over `over` goes."""
+        return {"all": self.count, "tp": self.tp, "ep": self.ep}[over]
+
+    def index(self, over: Over, rank: int) -> int:
+        """Return which of those parts `rank` has."""
+        return {"all": rank, "tp": rank % self.tp, "ep": rank // self.tp}[over]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One node of a recipe tree.
 
     Attributes:
-        op: take, slice, reshape, transpose, concat, stack, dequantise, cast, bytes or computed.
+        op: take, slice, reshape, transpose, concat, stack, dequantise, cast, bytes, split or computed.
         shape: shape of the result.
         dtype: element type of the result (our names, `dtypes.NUMPY`).
         parts: operands. `dequantise` has two: FP8 weight and f32 scale.
-        tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin or hadamard.
-        axis, start, stop: of slice; axis also of concat and stack.
+        tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard or
+            expert_map.
+        axis, start, stop: of slice; axis also of concat, stack and split.
+        over: of split: who shares `parts[0]`; each rank has an equal part along `axis`.
         perm: of transpose.
         params: of computed: the numbers that the table depends on.
     """
@@ -53,12 +85,13 @@ class Recipe:
     start: int | None = None
     stop: int | None = None
     perm: tuple[int, ...] | None = None
+    over: Over | None = None
     params: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; fields that are not set are left out."""
         raw: dict[str, Any] = {"op": self.op, "shape": list(self.shape), "dtype": self.dtype}
-        for key in ("tensor", "axis", "start", "stop"):
+        for key in ("tensor", "axis", "start", "stop", "over"):
             if getattr(self, key) is not None:
                 raw[key] = getattr(self, key)
         if self.perm is not None:
@@ -87,6 +120,7 @@ class Recipe:
                 start=raw.get("start"),
                 stop=raw.get("stop"),
                 perm=tuple(raw["perm"]) if "perm" in raw else None,
+                over=raw.get("over"),
                 params=dict(raw.get("params", {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -171,6 +205,51 @@ def retarget(recipe: Recipe, *, activations: str, fp8_dtype: str) -> Recipe:
     return replace(recipe, parts=parts, dtype=parts[0].dtype if parts else recipe.dtype)
 
 
+def split(part: Recipe, axis: int, over: Over, ranks: Ranks) -> Recipe:
+    """An equal part of `part` along `axis` for each rank of `over`; `part` itself when there is one.
+
+    Raises:
+        ProgramError: the axis does not divide.
+    """
+    count = ranks.size(over)
+    if count == 1:
+        return part
+    if part.shape[axis] % count:
+        raise ProgramError(f"axis {axis} of {part.shape} does not divide into {count} equal parts")
+    shape = (*part.shape[:axis], part.shape[axis] // count, *part.shape[axis + 1 :])
+    return Recipe("split", shape, part.dtype, (part,), axis=axis, over=over)
+
+
+def for_rank(recipe: Recipe, ranks: Ranks, rank: int) -> Recipe:
+    """Return what one rank reads: every split becomes that rank's slice.
+
+    Raises:
+        ProgramError: there is no such rank.
+    """
+    if not 0 <= rank < ranks.count:
+        raise ProgramError(f"rank {rank}: expected 0 to {ranks.count - 1} of tp {ranks.tp} x ep {ranks.ep}")
+    if ranks.count == 1:
+        return recipe
+    if recipe.tensor == "expert_map":
+        return replace(recipe, params=recipe.params | {"ep_rank": ranks.index("ep", rank)})
+    if not recipe.parts:
+        return recipe
+    if recipe.op == "split":
+        assert recipe.axis is not None and recipe.over is not None
+        whole, index = recipe.parts[0], ranks.index(recipe.over, rank)
+        start = index * recipe.shape[recipe.axis]
+        if whole.op == "stack" and recipe.axis == 0:  # name only the parts that are read
+            return stack(for_rank(part, ranks, rank) for part in whole.parts[start : start + recipe.shape[0]])
+        return slice_(for_rank(whole, ranks, rank), recipe.axis, start, start + recipe.shape[recipe.axis])
+    return replace(recipe, parts=tuple(for_rank(part, ranks, rank) for part in recipe.parts))
+
+
+def expert_map(num_experts: int, ranks: Ranks) -> Recipe:
+    """The table [num_experts] i32 from an expert's number to its place on this rank, −1 where it is elsewhere."""
+    params: dict[str, float] = {"num_experts": num_experts, "ep": ranks.ep}
+    return Recipe("computed", (num_experts,), "i32", tensor="expert_map", params=params)
+
+
 def rope_table(kind: str, *, num_positions: int, dim: int, rope: Mapping[str, float]) -> Recipe:
     """The cosine or sine table [num_positions, dim / 2] in f32 (`kind`: rope_cos or rope_sin)."""
     params = {"num_positions": num_positions, "dim": dim, **rope}
@@ -221,6 +300,8 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         out = np.empty(recipe.shape, NUMPY[recipe.dtype])
         dequantise_into(first, evaluate(recipe.parts[1], source), out)
         return out
+    if recipe.op == "split":
+        raise ProgramError("bindings: this recipe is shared by several ranks; apply for_rank first")
     raise ProgramError(f"bindings.json: unknown recipe op {recipe.op!r}; it was written by a newer version")
 
 
@@ -296,16 +377,27 @@ def hadamard(size: int) -> np.ndarray:
 
 
 def _computed(recipe: Recipe) -> np.ndarray:
+    params = recipe.params
     if recipe.tensor == "hadamard":
-        return hadamard(int(recipe.params["size"]))
+        return hadamard(int(params["size"]))
+    if recipe.tensor == "expert_map":
+        if "ep_rank" not in params:
+            raise ProgramError("bindings: expert_map is of no rank yet; apply for_rank first")
+        per_rank = int(params["num_experts"]) // int(params["ep"])
+        local = np.arange(int(params["num_experts"]), dtype=np.int32) - np.int32(params["ep_rank"] * per_rank)
+        return np.where((local >= 0) & (local < per_rank), local, np.int32(-1))
     if recipe.tensor not in ("rope_cos", "rope_sin"):
         raise ProgramError(f"bindings.json: unknown computed table {recipe.tensor!r}")
+    return rope_rows(recipe, 0, recipe.shape[0])
+
+
+def rope_rows(recipe: Recipe, start: int, stop: int) -> np.ndarray:
+    """Return the rows of positions [start, stop) of a cosine or sine table."""
     params = recipe.params
-    magnitude = np.float32(params["magnitude"])
-    positions = np.arange(int(params["num_positions"]), dtype=np.float32)
+    positions = np.arange(start, stop, dtype=np.float32)
     angles = np.outer(positions, yarn_inv_freq(params)).astype(np.float32)
     table = np.cos(angles) if recipe.tensor == "rope_cos" else np.sin(angles)
-    return table * magnitude
+    return table * np.float32(params["magnitude"])
 
 
 # --- coverage -----------------------------------------------------------------------------------------------
@@ -375,7 +467,10 @@ class Coverage:
 
 
 def coverage(recipes: Mapping[str, Recipe]) -> Coverage:
-    """Account for every checkpoint element that `recipes` (input name -> recipe) read."""
+    """Account for every checkpoint element that `recipes` (input name -> recipe) read.
+
+    A split counts with all its ranks: together they read the whole of it, each element once.
+    """
     boxes: dict[str, dict[_Box, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, recipe in recipes.items():
         for tensor, box in _leaves(recipe):
