@@ -39,6 +39,11 @@ def has_fp8(sm: int) -> bool:
     return sm >= 89
 
 
+def next_power_of_two(value: int) -> int:
+    """Return the smallest power of two that is at least `value`."""
+    return 1 << max(0, value - 1).bit_length()
+
+
 def is_datacentre(sm: int) -> bool:
     """Return whether `sm` has wgmma or tcgen05 and some 227 KiB of shared memory per block."""
     return sm in (90, 100, 103)

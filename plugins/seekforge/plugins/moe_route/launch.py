@@ -1,0 +1,80 @@
+"""Launches of `MoeRoute`: one kernel over blocks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, next_power_of_two
+from seekforge.plugins.spec import cdiv
+
+STATICS: Final = ("E", "n_group", "topk_group", "top_k", "norm")
+LIMITS: Final = (
+    "n_routed_experts a power of two from 16 to 1024; n_group a power of two, with two experts or more in each",
+    "num_experts_per_tok from 1 to 16, and no more than the experts of topk_group groups",
+)
+#: Tokens per program.
+ROWS: Final = 4
+MAX_EXPERTS, MAX_TOP_K = 1024, 16
+
+
+def check(statics: Mapping[str, Any]) -> None:
+    """Refuse what the kernel cannot do."""
+    experts, groups, top_k = statics["E"], statics["n_group"], statics["top_k"]
+    if not 16 <= experts <= MAX_EXPERTS or experts & (experts - 1):
+        raise ShapeError(
+            f"MoeRoute: n_routed_experts is {experts}, the kernel takes powers of two from 16 to {MAX_EXPERTS}"
+        )
+    if groups & (groups - 1) or groups > experts // 2:
+        raise ShapeError(f"MoeRoute: n_group is {groups}, the kernel takes powers of two up to {experts // 2}")
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise ShapeError(f"MoeRoute: num_experts_per_tok is {top_k}, the kernel takes 1 to {MAX_TOP_K}")
+    if not 1 <= statics["topk_group"] <= groups or top_k > statics["topk_group"] * (experts // groups):
+        raise ShapeError(
+            f"MoeRoute: num_experts_per_tok is {top_k}, topk_group {statics['topk_group']} of {groups} groups of "
+            f"{experts // groups} experts has fewer"
+        )
+
+
+def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
+    """Return the one variant."""
+    types = {
+        "logits_ptr": "*fp32",
+        "bias_ptr": "*fp32",
+        "ids_ptr": "*i32",
+        "weights_ptr": "*fp32",
+        "num_tokens": "i32",
+        "scale": "fp32",
+    }
+    constants = {
+        "E": statics["E"],
+        "GROUPS": statics["n_group"],
+        "TOPK_GROUPS": statics["topk_group"],
+        "TOP_K": statics["top_k"],
+        "K_PAD": next_power_of_two(statics["top_k"]),
+        "NORM": statics["norm"],
+        "ROWS": ROWS,
+    }
+    return (Variant("route", "route_kernel", types, constants),)
+
+
+def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
+    """None."""
+    return 0
+
+
+def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+    """Return one launch over the tokens."""
+    tokens = bound["T"]
+    if tokens == 0:
+        return Plan(())
+    arguments: dict[str, Buffer | int | float] = {
+        "logits_ptr": Buffer("logits"),
+        "bias_ptr": Buffer("bias"),
+        "ids_ptr": Buffer("expert_ids"),
+        "weights_ptr": Buffer("expert_weights"),
+        "num_tokens": tokens,
+        "scale": bound["scale"],
+    }
+    return Plan((Launch("route", (cdiv(tokens, ROWS), 1, 1), arguments),))
