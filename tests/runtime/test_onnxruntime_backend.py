@@ -37,7 +37,7 @@ def test_a_step_reads_what_earlier_steps_wrote(backend, toy) -> None:
 
 
 def test_caches_are_written_in_place(backend) -> None:
-    caches = backend._graphs["model"]._caches
+    caches = backend._graphs["model"].caches
     before = {name: value.data_ptr() for name, value in caches.items()}
     backend.run(step([5, 6], [1]), outputs={"hidden"})
     assert {name: value.data_ptr() for name, value in caches.items()} == before
@@ -49,7 +49,7 @@ def test_padding_touches_scrap_only(backend) -> None:
     inputs = step([5, 6], [1])
     inputs.slot_mapping[0, 1] = -1
     backend.run(inputs, outputs=())
-    rows = np.flatnonzero(backend._graphs["model"]._caches["latent_cache.0"].numpy().any(axis=1))
+    rows = np.flatnonzero(backend._graphs["model"].caches["latent_cache.0"].numpy().any(axis=1))
     assert set(rows) - set(range(64)) == {64}
 
 
@@ -71,7 +71,7 @@ def test_the_mtp_graph_has_its_own_caches(backend, toy) -> None:
     hidden = np.ones((1, 2, 16), np.float32)
     found = backend.run(step([5, 6], [1], hidden=hidden), outputs={"logits"}, graph=MTP).fetch("logits")
     np.testing.assert_allclose(found[0], toy.logits([5, 6]) + toy.head.sum(0), atol=1e-4)
-    assert not backend._graphs["model"]._caches["latent_cache.0"].numpy().any()
+    assert not backend._graphs["model"].caches["latent_cache.0"].numpy().any()
 
 
 def test_an_absent_graph_is_named(backend) -> None:

@@ -59,7 +59,6 @@ class Core:
         tap_names: dict[str, tuple[str, ...]] | None = None,
         speculator: Speculator | None = None,
         switch: SpeculationSwitch | None = None,
-        token_by_token: bool = False,
     ) -> None:
         """Put the parts together.
 
@@ -70,7 +69,6 @@ class Core:
             tap_names: kind of tap -> names of the model's outputs.
             speculator: drafts tokens; None generates one at a time.
             switch: turns drafting off where it does not pay; None leaves it on.
-            token_by_token: run each token in a step of its own, so that nothing depends on what else is there.
         """
         self.backend = backend
         self.scheduler = scheduler
@@ -78,7 +76,6 @@ class Core:
         self.tap_names = tap_names or {}
         self.speculator = speculator
         self.switch = switch
-        self.token_by_token = token_by_token
         self.on_step: Callable[[StepMetrics], None] | None = None
         self._packer = Packer(scheduler.block_size, scheduler.max_batch_size)
         self._rules_of: tuple[tuple[int, ...], Rules, list[int]] = ((), Rules.of((), ()), [])

@@ -25,6 +25,7 @@ import numpy as np
 
 from seekforge.plugins.errors import EngineError, RequestError
 from seekforge.plugins.formats.manifest import Manifest
+from seekforge.runtime.backends.deterministic import DeterministicBackend
 from seekforge.runtime.chat import ChatEncoder
 from seekforge.runtime.core import Core, StepMetrics
 from seekforge.runtime.engine import Engine
@@ -141,7 +142,8 @@ class LLM:
             prefix_caching: share what is computed between requests that begin alike. Completions of one
                 request share their prompt always.
             max_waiting: most completions that wait; more are refused. None sets no bound.
-            deterministic: a request gives the same bytes in any company, at the cost of running token by token.
+            deterministic: a request gives the same tokens and log-probabilities, bit for bit, alone or in any batch,
+                from the prefix cache or anew, chunked or whole, with drafts or without; twice the work. CPU only.
             threads: CPU threads for one operator; None takes the cores this process may use.
             self_check: compare with the results stored in the engine before serving.
             on_step: told each iteration, by the thread that ran it.
@@ -176,6 +178,12 @@ class LLM:
         self._tokenizer = self.engine.tokenizer
         self._prefix_caching = prefix_caching
         backend = self.engine.open_backend(threads=threads)
+        if deterministic:
+            if manifest.target.backend != "onnxruntime":
+                raise EngineError(
+                    f"deterministic works on onnxruntime, this engine runs on {manifest.target.backend}; leave it out"
+                )
+            backend = DeterministicBackend(backend)
         self.self_check: SelfCheckResult | None = None
         if self_check and manifest.self_check is not None:
             self.self_check = run_self_check(backend, manifest.self_check, block_size)
@@ -202,7 +210,6 @@ class LLM:
             tap_names={kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS},
             speculator=speculator,
             switch=SpeculationSwitch() if speculation_off_switch and speculator is not None else None,
-            token_by_token=deterministic,
         )
         self._core.on_step = self._count
         self._on_step = on_step

@@ -44,6 +44,7 @@ from seekforge.plugins.formats.program import (
     TensorSpec,
     load_bindings,
     load_program,
+    save_bindings,
 )
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.function import attach
@@ -124,7 +125,8 @@ def build(
                 weights.write(folder, checkpoint, bar)
             progress("inline, check, write")
             faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
-            files = _copy_text_files(program, program_folder, folder)
+            files = [*_copy_text_files(program, program_folder, folder), "bindings.json"]
+            save_bindings(folder, dict(zip(graphs, weights.attached, strict=True)))
             self_check = None
             if program.gives_logits:
                 progress("self-check against PyTorch")

@@ -104,15 +104,18 @@ class WeightFile:
         name: file name beside the graphs.
         offsets: recipe (as JSON) -> offset in the file.
         num_bytes: size so far.
+        attached: constants of each graph, in the order in which graphs were attached.
     """
 
     name: str
     offsets: dict[str, int] = field(default_factory=dict)
     num_bytes: int = 0
+    attached: list[Mapping[str, Recipe]] = field(default_factory=list)
     _pending: list[tuple[Recipe, int]] = field(default_factory=list)
 
     def attach(self, model: onnx.ModelProto, constants: Mapping[str, Recipe]) -> None:
         """Make `constants` initialisers of `model` with their place in this file."""
+        self.attached.append(constants)
         inputs = [value for value in model.graph.input if value.name not in constants]
         del model.graph.input[:]
         model.graph.input.extend(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,10 +108,15 @@ class Program(Strict):
 
 def save_program(folder: Path, program: Program, bindings: dict[str, dict[str, Recipe]]) -> None:
     """Write program.json and bindings.json (graph name -> input name -> recipe) into `folder`."""
+    save_bindings(folder, bindings)
+    write_json(folder / "program.json", program.model_dump(mode="json"))
+
+
+def save_bindings(folder: Path, bindings: Mapping[str, Mapping[str, Recipe]]) -> None:
+    """Write bindings.json: graph name -> input name -> recipe; of a CPU engine, the constants folded into each graph."""
     raw = {graph: {name: recipe.to_dict() for name, recipe in recipes.items()} for graph, recipes in bindings.items()}
     text = json.dumps({"format": PROGRAM_FORMAT, "graphs": raw}, ensure_ascii=False, separators=(",", ":"))
     (folder / "bindings.json").write_text(text + "\n", encoding="utf-8")
-    write_json(folder / "program.json", program.model_dump(mode="json"))
 
 
 def load_program(folder: Path) -> Program:

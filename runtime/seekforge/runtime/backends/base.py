@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,8 @@ from seekforge.plugins.formats.manifest import Manifest
 
 #: Graph names of an engine.
 MODEL, MTP = "model", "mtp"
+#: Outputs with one row per entry of `logits_index`; others have one per token.
+ROW_RESULTS = ("top_logits", "top_ids", "logsumexp", "logits")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,17 @@ class Backend(Protocol):
             inputs: the step.
             outputs: names that may be fetched afterwards; others are dropped as early as possible.
             graph: `MODEL` or `MTP`.
+        """
+        ...
+
+    def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Swap weights; caches stay as they are. Called between steps.
+
+        Args:
+            tensors: checkpoint tensor name -> new value.
+
+        Raises:
+            EngineError: see `LLM.update_weights`; nothing is changed.
         """
         ...
 

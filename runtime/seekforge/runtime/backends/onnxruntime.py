@@ -7,18 +7,21 @@ batch is 33 MB that greedy decoding never looks at.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from seekforge.plugins.errors import EngineError
+from seekforge.plugins.formats.bindings import evaluate_into
 from seekforge.plugins.formats.dtypes import NUMPY, ONNX
 from seekforge.plugins.formats.manifest import Manifest
-from seekforge.plugins.formats.program import GraphIO, TensorSpec
+from seekforge.plugins.formats.program import GraphIO, TensorSpec, load_bindings
 from seekforge.runtime.backends.base import MODEL, StepInputs
+from seekforge.runtime.weights import GivenTensors, changed_constants
 
 #: our name -> ONNX Runtime's words for a tensor type.
 _ORT_TYPES = {
@@ -47,13 +50,20 @@ class OrtStepOutputs:
 class _Graph:
     """One session with its caches."""
 
-    def __init__(self, folder: Path, name: str, face: GraphIO, options: ort.SessionOptions) -> None:
+    def __init__(
+        self, folder: Path, name: str, face: GraphIO, threads: int, weights: Mapping[str, ort.OrtValue]
+    ) -> None:
         self.name = name
-        self._caches: dict[str, ort.OrtValue] = {}
+        self.caches: dict[str, ort.OrtValue] = {}
         self._cache_specs = face.with_role("cache")
         self._aliases = face.aliases
         self._step_inputs = tuple(spec.name for spec in face.inputs if spec.name in _STEP_INPUTS)
         path = folder / face.file
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors: warnings about the graph are for its builder
+        options.intra_op_num_threads = threads
+        if weights:  # in place of those in the file, before anything is folded or packed
+            options.add_external_initializers(list(weights), list(weights.values()))
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
@@ -66,28 +76,28 @@ class _Graph:
         self.output_names = tuple(spec.name for spec in face.outputs)
 
     def allocate_caches(self, num_blocks: int, block_size: int) -> None:
-        self._caches.clear()
+        self.caches.clear()
         for spec in self._cache_specs:
             width = spec.shape[-1]
             if len(spec.shape) != 2 or not isinstance(width, int):
                 raise EngineError(f"cache {spec.name} has shape {spec.shape}, expected [num_slots, width]; build again")
             # np.zeros takes pages when they are first written: an unused part of the cache costs no memory.
             array = np.zeros((num_blocks * block_size, width), _storage(spec.dtype))
-            self._caches[spec.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX[spec.dtype])
+            self.caches[spec.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX[spec.dtype])
 
     def run(self, inputs: StepInputs, outputs: Collection[str]) -> OrtStepOutputs:
-        assert self._caches or not self._cache_specs, "allocate_caches comes before run"
+        assert self.caches or not self._cache_specs, "allocate_caches comes before run"
         binding = self.session.io_binding()
         fed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in self._step_inputs}
         for name, array in fed.items():
             binding.bind_cpu_input(name, array)
-        for name, value in self._caches.items():
+        for name, value in self.caches.items():
             binding.bind_ortvalue_input(name, value)
         # get_outputs() follows the order of binding, which is therefore the graph's.
         bound = [name for name in self.output_names if name in self._aliases or name in outputs]
         for name in bound:
             if name in self._aliases:
-                binding.bind_ortvalue_output(name, self._caches[self._aliases[name]])
+                binding.bind_ortvalue_output(name, self.caches[self._aliases[name]])
             else:
                 binding.bind_output(name)
         self.session.run_with_iobinding(binding)
@@ -101,9 +111,8 @@ class OnnxRuntimeBackend:
         """Load the model graph; see `BackendFactory`."""
         self._folder = folder
         self._manifest = manifest
-        self._options = ort.SessionOptions()
-        self._options.log_severity_level = 3  # errors: warnings about the graph are for its builder
-        self._options.intra_op_num_threads = threads or _default_threads()
+        self._threads = threads or _default_threads()
+        self._new_weights: dict[str, dict[str, ort.OrtValue]] = {name: {} for name in manifest.graphs}
         self._num_blocks: int | None = None
         self._graphs = {MODEL: self._open(MODEL)}
 
@@ -122,6 +131,35 @@ class OnnxRuntimeBackend:
             self._graphs[graph] = opened
         return self._graphs[graph].run(inputs, outputs)
 
+    def cache(self, name: str) -> np.ndarray:
+        """Return a copy of one layer's cache, such as `latent_cache.3`; for parity checks."""
+        return next(graph.caches[name] for graph in self._graphs.values() if name in graph.caches).numpy().copy()
+
+    def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Evaluate the recipes that read `tensors` and open the graphs anew with the results; see `Backend`."""
+        if "bindings.json" not in {file.path for file in self._manifest.files}:
+            raise EngineError(f"{self._folder}: has no bindings.json, so its weights stay; build the engine again")
+        changed = changed_constants(load_bindings(self._folder), tensors)
+        made: dict[str, ort.OrtValue] = {}  # graphs share constants
+        weights = {name: dict(values) for name, values in self._new_weights.items()}
+        for graph, recipes in changed.items():
+            for name, recipe in recipes.items():
+                key = json.dumps(recipe.to_dict())
+                if key not in made:
+                    value = np.empty(recipe.shape, NUMPY[recipe.dtype])
+                    evaluate_into(recipe, GivenTensors(tensors), value)
+                    made[key] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(value, ONNX[recipe.dtype])
+                weights[graph][name] = made[key]
+        before, self._new_weights = self._new_weights, weights
+        try:
+            opened = {name: self._open(name) for name in self._graphs if changed.get(name)}
+        except BaseException:
+            self._new_weights = before
+            raise
+        for name, graph in opened.items():
+            graph.caches = self._graphs[name].caches
+        self._graphs.update(opened)
+
     def close(self) -> None:
         """Give back sessions and caches."""
         self._graphs.clear()
@@ -132,7 +170,7 @@ class OnnxRuntimeBackend:
                 f"{self._folder}: has no graph {graph!r}, only {', '.join(self._manifest.graphs)}; "
                 "build it from a program that has one"
             )
-        return _Graph(self._folder, graph, self._manifest.graphs[graph], self._options)
+        return _Graph(self._folder, graph, self._manifest.graphs[graph], self._threads, self._new_weights[graph])
 
 
 def _default_threads() -> int:
