@@ -77,7 +77,7 @@ def build(
     if as_json:
         sys.stdout.write(json.dumps({"path": str(out), "seconds": round(seconds, 3), "kernels": records(sets)}) + "\n")
     elif not quiet:
-        console = Console(width=None if sys.stdout.isatty() else 120)
+        console = Console(width=None if sys.stdout.isatty() else 200)
         console.print(table(sets))
         count = sum(len(one.images) for one in sets)
         spills = unlisted_spills(sets)

@@ -1,0 +1,98 @@
+"""FP8 block linear: y = x · Wᵀ with one f32 promotion per 128 along K (spec §5.2).
+
+x is quantised first (`quantise_kernel`, shared), so a row is quantised once however many weight tiles read it. One
+GEMM serves two shapes. Few tokens (`SWAP`): weight rows are the M side of the product, since FP8 tensor cores of SM90
+and SM100 need M >= 64, and K is cut into splits so that the weight, which bounds the time, is streamed by every SM; a
+second launch adds the splits in order and rounds once. Many tokens: square tiles, rows in groups of 8 for L2.
+Each 128 block starts from a zero accumulator: that is the promotion; the tensor core's own sum is less exact.
+"""
+
+import triton
+import triton.language as tl
+
+from seekforge.plugins.kernel import dot_bf16, quantise_kernel, to_bf16, widen
+
+__all__ = ["combine_splits_kernel", "linear_kernel", "quantise_kernel"]
+
+
+@triton.jit
+def linear_kernel(
+    a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, y_ptr, num_rows, N, K, splits,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """One tile of y, or of one split of it.
+
+    a [T, K] e4m3 with scales [T, K/128], or bf16 (not QUANT); w [N, K]; y bf16 [T, N] or f32 [splits, T, N] (PARTIAL).
+    BLOCK_N divides 128: a tile has one weight scale per block.
+    """
+    split = tl.program_id(1)
+    tiles_t = tl.cdiv(num_rows, BLOCK_T)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    band = pid // (GROUP * tiles_n)
+    first = band * GROUP
+    width = tl.minimum(tiles_t - first, GROUP)
+    tile_t = first + (pid % (GROUP * tiles_n)) % width
+    tile_n = (pid % (GROUP * tiles_n)) // width
+
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, 128)
+    t_ok, n_ok = t < num_rows, n < N
+    # rows past the end read row 0 and are not stored: no mask in the loop, so loads stay vectors
+    a_at = a_ptr + tl.where(t_ok, t, 0).to(tl.int64)[:, None] * K + k[None, :]
+    w_at = w_ptr + tl.where(n_ok, n, 0).to(tl.int64)[:, None] * K + k[None, :]
+    blocks = K // 128
+    a_scale_at = a_scale_ptr + tl.where(t_ok, t, 0).to(tl.int64) * blocks
+    w_scale_at = w_scale_ptr + (tile_n * BLOCK_N // 128).to(tl.int64) * blocks
+
+    per_split = tl.cdiv(blocks, splits)
+    start = split * per_split
+    end = tl.minimum(start + per_split, blocks)
+    if SWAP:
+        acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for block in range(start, end):
+        a = tl.load(a_at + block * 128)
+        w = tl.load(w_at + block * 128)
+        scale = tl.load(w_scale_at + block)
+        if SWAP:
+            part = _product(w, tl.trans(a), QUANT, FP8)
+        else:
+            part = _product(a, tl.trans(w), QUANT, FP8)
+        if QUANT:
+            row_scale = tl.load(a_scale_at + block) * scale
+            if SWAP:
+                acc += part * row_scale[None, :]
+            else:
+                acc += part * row_scale[:, None]
+        else:
+            acc += part * scale
+    if SWAP:
+        acc = tl.trans(acc)
+    at = t.to(tl.int64)[:, None] * N + n[None, :]
+    mask = t_ok[:, None] & n_ok[None, :]
+    if PARTIAL:
+        tl.store(y_ptr + split.to(tl.int64) * num_rows * N + at, acc, mask=mask)
+    else:
+        tl.store(y_ptr + at, to_bf16(acc), mask=mask)
+
+
+@triton.jit
+def _product(a, b, QUANT: tl.constexpr, FP8: tl.constexpr):
+    if QUANT and FP8:
+        return tl.dot(a, b)
+    return dot_bf16(widen(a, FP8), widen(b, FP8))
+
+
+@triton.jit
+def combine_splits_kernel(part_ptr, y_ptr, num_elements, splits, BLOCK: tl.constexpr):
+    """f32 [splits, T·N] -> bf16 [T·N]: splits added in order, rounded once."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_elements
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(part_ptr + split * num_elements + at, mask=mask, other=0.0)
+    tl.store(y_ptr + at, to_bf16(total), mask=mask)

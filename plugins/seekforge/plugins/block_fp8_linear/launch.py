@@ -1,0 +1,192 @@
+"""Launches of `BlockFp8Linear`: quantise, multiply, and add splits. The tile is a function of shape and SM alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre
+from seekforge.plugins.spec import cdiv
+
+STATICS: Final = ("act_quant",)
+LIMITS: Final = ("in features a multiple of 128; out features any number below 2^31",)
+
+#: Most rows of a call that is bound by its weight: tokens are the narrow side and K is split.
+SMALL_ROWS: Final = 64
+#: Thread blocks that a split call aims at (two per SM of an H100), and most splits.
+SPLIT_BLOCKS, MAX_SPLITS = 264, 16
+#: Rows per program of the quantiser, elements per program of the sum over splits.
+QUANTISE_ROWS, COMBINE_BLOCK = 8, 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one product is cut.
+
+    Attributes:
+        block_t: tokens per tile.
+        block_n: out features per tile.
+        swap: whether out features are the M side.
+        splits: parts of K.
+        num_warps: per program.
+        num_stages: of the load pipeline.
+    """
+
+    block_t: int
+    block_n: int
+    swap: bool
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        """Name of the variant."""
+        side = "swap" if self.swap else "tile"
+        return f"{side}-{self.block_t}x{self.block_n}" + ("-split" if self.splits > 1 else "")
+
+
+def choose_splits(n: int, k: int) -> int:
+    """Return how many parts K is cut into when few rows are multiplied: a function of the weight alone."""
+    wanted = cdiv(SPLIT_BLOCKS, cdiv(n, 128))
+    return max(1, min(wanted, MAX_SPLITS, k // 128))
+
+
+def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
+    """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`."""
+    if rows <= SMALL_ROWS:
+        block_t = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        return _small(block_t, choose_splits(n, k), sm)
+    return _large(sm)
+
+
+def _small(block_t: int, splits: int, sm: int) -> Tile:
+    # the accumulator [128, 64] fills the registers of four warps; SM100 copies it out of tensor memory besides
+    num_warps = 8 if block_t == 64 or (block_t == 32 and sm in (100, 103)) else 4
+    return Tile(block_t, 128, True, splits, num_warps, 4 if is_datacentre(sm) else 3)
+
+
+def _large(sm: int) -> Tile:
+    if is_datacentre(sm):
+        return Tile(128, 128, False, 1, 8, 3)
+    # 99 KiB of shared memory, mma.sync
+    return Tile(64, 128, False, 1, 4 if has_fp8(sm) else 8, 3)
+
+
+def check(statics: Mapping[str, Any]) -> None:
+    """Refuse what the kernels cannot do."""
+    if statics["act_quant"] not in ("ue8m0", "none"):
+        raise ShapeError(f"BlockFp8Linear: act_quant is {statics['act_quant']}, kernels take ue8m0 and none")
+
+
+def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
+    """Return the quantiser, every tile, and the sums over splits."""
+    quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
+    code = "*fp8e4nv" if fp8 else "*u8"
+    found = []
+    if quant:
+        found.append(quantiser(sm))
+    tiles = [_small(block_t, splits, sm) for block_t in (16, 32, 64) for splits in (1, 2)] + [_large(sm)]
+    for tile in tiles:
+        types = {
+            "a_ptr": code if quant else "*bf16",
+            "a_scale_ptr": "*fp32",
+            "w_ptr": code,
+            "w_scale_ptr": "*fp32",
+            "y_ptr": "*fp32" if tile.splits > 1 else "*bf16",
+            "num_rows": "i32",
+            "N": "i32",
+            "K": "i32",
+            "splits": "i32",
+        }
+        constants = {
+            "BLOCK_T": tile.block_t,
+            "BLOCK_N": tile.block_n,
+            "GROUP": 8,
+            "SWAP": tile.swap,
+            "QUANT": quant,
+            "FP8": fp8,
+            "PARTIAL": tile.splits > 1,
+        }
+        found.append(
+            Variant(
+                tile.name, "linear_kernel", types, constants, aligned=("K",),
+                num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
+            )
+        )  # fmt: skip
+    types = {"part_ptr": "*fp32", "y_ptr": "*bf16", "num_elements": "i64", "splits": "i32"}
+    found.append(Variant("combine", "combine_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
+    return tuple(found)
+
+
+def quantiser(sm: int) -> Variant:
+    """Return the activation quantiser, which the experts use too."""
+    types = {"x_ptr": "*bf16", "q_ptr": "*u8", "scale_ptr": "*fp32", "num_rows": "i32", "K": "i32"}
+    return Variant("quantise", "quantise_kernel", types, {"ROWS": QUANTISE_ROWS, "FP8": has_fp8(sm)}, aligned=("K",))
+
+
+def quantise(x: Buffer, rows: int, k: int, workspace: Workspace) -> tuple[Launch, Buffer, Buffer]:
+    """Return the launch that quantises x [rows, k], and where bytes and scales go."""
+    q, scale = workspace.take(rows * k), workspace.take(4 * rows * (k // 128))
+    arguments: dict[str, Buffer | int | float] = {
+        "x_ptr": x,
+        "q_ptr": q,
+        "scale_ptr": scale,
+        "num_rows": rows,
+        "K": k,
+    }
+    return Launch("quantise", (cdiv(rows, QUANTISE_ROWS), k // 128, 1), arguments), q, scale
+
+
+def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
+    """Return scratch for quantised rows, and for the splits of a small call."""
+    rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
+    workspace = Workspace()
+    if bound["act_quant"] == "ue8m0":
+        quantise(Buffer("x"), rows, k, workspace)
+    splits = choose_splits(n, k)
+    if splits > 1:
+        workspace.take(4 * splits * min(rows, SMALL_ROWS) * n)
+    return workspace.size
+
+
+def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+    """Return one to three launches."""
+    rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
+    if k % 128:
+        raise ShapeError(f"BlockFp8Linear: {k} in features, kernels take multiples of 128 (one FP8 block)")
+    if rows == 0 or n == 0:
+        return Plan(())
+    workspace = Workspace()
+    launches = []
+    a, a_scale = Buffer("x"), Buffer("weight_scale")  # without quantisation the scales of x are not read
+    if bound["act_quant"] == "ue8m0":
+        launch, a, a_scale = quantise(a, rows, k, workspace)
+        launches.append(launch)
+    tile = choose_tile(rows, n, k, sm)
+    parts = workspace.take(4 * tile.splits * rows * n) if tile.splits > 1 else None
+    arguments: dict[str, Buffer | int | float] = {
+        "a_ptr": a,
+        "a_scale_ptr": a_scale,
+        "w_ptr": Buffer("weight"),
+        "w_scale_ptr": Buffer("weight_scale"),
+        "y_ptr": parts or Buffer("y"),
+        "num_rows": rows,
+        "N": n,
+        "K": k,
+        "splits": tile.splits,
+    }
+    grid = (cdiv(rows, tile.block_t) * cdiv(n, tile.block_n), tile.splits, 1)
+    launches.append(Launch(tile.name, grid, arguments))
+    if parts is not None:
+        sums: dict[str, Buffer | int | float] = {
+            "part_ptr": parts,
+            "y_ptr": Buffer("y"),
+            "num_elements": rows * n,
+            "splits": tile.splits,
+        }
+        launches.append(Launch("combine", (cdiv(rows * n, COMBINE_BLOCK), 1, 1), sums))
+    return Plan(tuple(launches), workspace.size)

@@ -1,0 +1,119 @@
+"""The FP8 linear's kernels under Triton's interpreter, against the reference and the f64 product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import gpu_cases
+from torch import Tensor
+
+from seekforge.plugins.block_fp8_linear import launch
+from seekforge.plugins.block_fp8_linear.reference import block_fp8_linear
+from seekforge.plugins.interpret import interpret
+from seekforge.plugins.quant import dequantise_weight, fake_quantise
+from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
+
+#: Against the dequantised product, both rounded to bf16 (kernels.md §E). A bent scale (1 %) is at 5e-5.
+TOLERANCE = 1e-6
+
+
+def run(x: Tensor, weight: Tensor, scale: Tensor, *, quant: str = "ue8m0", sm: int = 90) -> Tensor:
+    return interpret("BlockFp8Linear", (x, weight, scale), {"act_quant": quant}, sm=sm)[0]
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """Within the tolerance, and no element further than two steps of bf16 of the largest."""
+    if not calc_diff(actual.float(), expected.float()) <= TOLERANCE:
+        return False
+    worst = (actual.float() - expected.float()).abs().max()
+    return bool(worst <= 2**-7 * expected.float().abs().max())
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("case", gpu_cases("BlockFp8Linear"), ids=str)
+def test_equals_the_reference(case: Case, sm: int) -> None:
+    (got,) = interpret(case.op, case.inputs, case.attrs, sm=sm)
+    (want,) = case.expected()
+    assert close(got, want)
+    x, weight, scale = case.inputs
+    assert not close(got, block_fp8_linear(x, weight, scale * 1.01, case.attrs["act_quant"]))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 128, 130])
+def test_row_counts_around_every_tile(rows: int) -> None:
+    draw = Draw(rows)
+    x, weight, scale = draw.normal(rows, 256).bfloat16(), draw.fp8(192, 256), draw.weight_scale(2, 2)
+    assert close(run(x, weight, scale), block_fp8_linear(x, weight, scale, "ue8m0"))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 8, 16])
+def test_splits_agree_within_a_step_of_bf16(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Draw(splits)
+    x, weight, scale = draw.normal(3, 2048).bfloat16(), draw.fp8(128, 2048), draw.weight_scale(1, 16)
+    monkeypatch.setattr(launch, "choose_splits", lambda n, k: splits)
+    got = run(x, weight, scale)
+    want = (fake_quantise(x).double() @ dequantise_weight(weight, scale).double().T).bfloat16()
+    step = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
+    near_zero = want.float().abs() < 1e-3 * want.float().abs().max()
+    assert (step[~near_zero] <= 1).all()
+
+
+def test_one_huge_scale_among_small_ones() -> None:
+    draw = Draw(7)
+    x, weight, scale = draw.normal(4, 384).bfloat16(), draw.fp8(256, 384), draw.weight_scale(2, 3)
+    scale[1, 1] = 3e4
+    got, want = run(x, weight, scale), block_fp8_linear(x, weight, scale, "ue8m0")
+    assert close(got[:, :128], want[:, :128]) and close(got[:, 128:], want[:, 128:])
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100, 120])
+def test_int8_typed_bytes_are_the_same_weights(sm: int) -> None:
+    draw = Draw(8)
+    x, weight, scale = draw.normal(5, 128).bfloat16(), draw.fp8(128, 128), draw.weight_scale(1, 1)
+    assert equal_bits(run(x, weight.view(torch.int8), scale, sm=sm), run(x, weight, scale, sm=sm))
+
+
+def test_rows_do_not_depend_on_their_neighbours() -> None:
+    draw = Draw(9)
+    x, weight, scale = draw.normal(16, 256).bfloat16(), draw.fp8(128, 256), draw.weight_scale(1, 2)
+    all_rows, order = run(x, weight, scale), draw.order(16)
+    assert equal_bits(run(x[order], weight, scale), all_rows[order])
+    assert equal_bits(run(x[3:4], weight, scale), all_rows[3:4])
+    assert equal_bits(run(x, weight, scale), all_rows)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    n=st.integers(1, 260),
+    blocks=st.integers(1, 3),
+    quant=st.sampled_from(["ue8m0", "none"]),
+    sm=st.sampled_from([80, 90, 120]),
+)
+def test_any_shape(rows: int, n: int, blocks: int, quant: str, sm: int) -> None:
+    draw = Draw(rows * n)
+    x, weight = draw.normal(rows, 128 * blocks).bfloat16(), draw.fp8(n, 128 * blocks)
+    scale = draw.weight_scale(-(-n // 128), blocks)
+    assert close(run(x, weight, scale, quant=quant, sm=sm), block_fp8_linear(x, weight, scale, quant))
+
+
+def test_the_quantiser_is_exact_to_the_bit() -> None:
+    """Through an identity weight: every value of the quantised rows comes out as it is."""
+    case = next(c for c in gpu_cases("BlockFp8Linear") if c.name == "ties-ue8m0")
+    x = case.inputs[0]
+    eye = torch.eye(128).repeat(1, x.shape[-1] // 128)
+    for block in range(x.shape[-1] // 128):
+        scale = torch.zeros(1, x.shape[-1] // 128)
+        scale[0, block] = 1.0
+        got = run(x, eye.to(torch.float8_e4m3fn), scale)
+        assert torch.equal(got, fake_quantise(x)[:, block * 128 : block * 128 + 128])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "k"), [(576, 7168), (7168, 2048), (2112, 7168)])
+def test_real_widths(n: int, k: int) -> None:
+    draw = Draw(10)
+    x, weight, scale = draw.normal(17, k).bfloat16(), draw.fp8(n, k), draw.weight_scale(-(-n // 128), k // 128)
+    assert close(run(x, weight, scale), block_fp8_linear(x, weight, scale, "ue8m0"))

@@ -1,0 +1,64 @@
+"""Tiles, splits and launch plans of the FP8 linear: pure functions of shape and SM."""
+
+from __future__ import annotations
+
+import pytest
+
+from seekforge.plugins.block_fp8_linear.launch import Tile, choose_splits, choose_tile, plan, variants, workspace_bytes
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import SMS, check_plan
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "splits"),
+    [
+        (2112, 7168, 16),
+        (24576, 1536, 2),
+        (8192, 1536, 5),
+        (7168, 16384, 5),
+        (4096, 7168, 9),
+        (36864, 7168, 1),
+        (576, 7168, 16),
+        (128, 128, 1),
+        (128, 384, 3),
+    ],
+)
+def test_splits_follow_the_weight_alone(n: int, k: int, splits: int) -> None:
+    assert choose_splits(n, k) == splits
+    assert {choose_tile(rows, n, k, 90).splits for rows in (1, 16, 64)} == {splits}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sm", "tile"),
+    [
+        (1, 90, Tile(16, 128, True, 16, 4, 4)),
+        (17, 90, Tile(32, 128, True, 16, 4, 4)),
+        (17, 100, Tile(32, 128, True, 16, 8, 4)),
+        (33, 120, Tile(64, 128, True, 16, 8, 3)),
+        (65, 90, Tile(128, 128, False, 1, 8, 3)),
+        (8192, 80, Tile(64, 128, False, 1, 8, 3)),
+        (8192, 121, Tile(64, 128, False, 1, 4, 3)),
+    ],
+)
+def test_tiles(rows: int, sm: int, tile: Tile) -> None:
+    assert choose_tile(rows, 2112, 7168, sm) == tile
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("rows", [1, 16, 64, 65, 8192])
+@pytest.mark.parametrize("quant", ["ue8m0", "none"])
+def test_plans_name_compiled_variants_and_fit_their_workspace(rows: int, sm: int, quant: str) -> None:
+    for n, k in ((576, 7168), (7168, 16384), (64, 128), (36864, 7168)):
+        bound = {"*lead": (rows,), "N": n, "K": k, "act_quant": quant}
+        found = plan(bound, sm)
+        check_plan(found, variants({"act_quant": quant}, sm))
+        most = workspace_bytes(bound | {"*lead": (8192,)}, sm)
+        assert found.workspace_bytes <= workspace_bytes(bound, sm) <= most
+        assert len(found.launches) == (quant == "ue8m0") + 1 + (rows <= 64 and choose_splits(n, k) > 1)
+
+
+def test_empty_and_wrong_shapes() -> None:
+    bound = {"*lead": (0, 5), "N": 128, "K": 128, "act_quant": "ue8m0"}
+    assert plan(bound, 90).launches == ()
+    with pytest.raises(ShapeError, match="100 in features, kernels take multiples of 128"):
+        plan(bound | {"K": 100}, 90)
