@@ -25,6 +25,7 @@ from seekforge.exporter.progress import Stages
     help="The checkpoint that the program was exported from: its weights go into the engine.",
 )
 @click.option("--max-model-len", type=int, default=None, help="Longest sequence, prompt and answer together.")
+@click.option("--taps", is_flag=True, help="Let the engine show the tensors inside each layer, for 'parity'.")
 @click.option("--force", is_flag=True, help="Replace an engine that stands at OUT.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
@@ -35,6 +36,7 @@ def build(
     target: str,
     checkpoint: Path,
     max_model_len: int | None,
+    taps: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -53,6 +55,7 @@ def build(
         max_model_len=max_model_len,
         force=force,
         progress=stages,
+        taps=taps,
     )
     stages.done()
     if as_json:

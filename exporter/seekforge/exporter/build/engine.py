@@ -19,6 +19,7 @@ from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
+from seekforge.exporter.parity.taps import expose, name_taps
 from seekforge.exporter.rewrite.layers import truncate
 from seekforge.exporter.rewrite.specialise import specialise
 from seekforge.plugins.errors import ProgramError, TargetError
@@ -81,6 +82,7 @@ def build(
     max_model_len: int | None,
     force: bool,
     progress: Progress,
+    taps: bool = False,
 ) -> Built:
     """Build an engine folder.
 
@@ -92,6 +94,7 @@ def build(
         max_model_len: longest sequence that the engine accepts; None takes the target's, capped by the model's.
         force: replace an engine that stands at `out`.
         progress: told each stage.
+        taps: the graphs also give the tensors inside each layer, for `parity`.
 
     Raises:
         ProgramError, CheckpointError: program or weights are damaged or do not belong together.
@@ -118,7 +121,7 @@ def build(
             progress("specialise and fold")
             weights = WeightFile(WEIGHTS)
             graphs = {
-                name: _fold_graph(program_folder, face, bindings[name], config, how, limits, weights)
+                name: _fold_graph(program_folder, face, bindings[name], config, how, limits, weights, taps)
                 for name, face in program.graphs.items()
             }
             with progress.bytes_bar("dequantise weights") as bar:
@@ -152,7 +155,12 @@ def build(
                 files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
                 self_check=self_check,
                 config=program.config,
-                build={"python": platform.python_version(), "platform": platform.platform(), "activations": "f32"},
+                build={
+                    "python": platform.python_version(),
+                    "platform": platform.platform(),
+                    "activations": "f32",
+                    "taps": taps,
+                },
             )
             save_manifest(folder, manifest)
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
@@ -220,6 +228,7 @@ def _fold_graph(
     how: Specialisation,
     limits: Limits,
     weights: WeightFile,
+    taps: bool,
 ) -> onnx.ModelProto:
     """Load, check, specialise and fold one graph; bodies are inlined, so that it holds standard operators only."""
     path = program_folder / face.file
@@ -230,6 +239,9 @@ def _fold_graph(
     if found != face.sha256:
         raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
     model = specialise(onnx.load(path), how, config)
+    names = name_taps(model)
+    if taps:
+        expose(model, names)
     retargeted = {
         name: retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype) for name, recipe in recipes.items()
     }
@@ -265,7 +277,9 @@ def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> Gr
     def describe(value: onnx.ValueInfoProto) -> TensorSpec:
         tensor = value.type.tensor_type
         shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-        return TensorSpec(name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=roles[value.name])
+        return TensorSpec(
+            name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=roles.get(value.name, "tap")
+        )
 
     return GraphIO(
         file=canonical.file,

@@ -1,0 +1,298 @@
+"""Taps: the tensors inside a layer that a parity check looks at, found in a graph by its structure.
+
+`build` gives each of them a name of its own (`attn_out.3`), which costs nothing and changes nothing. An engine built
+with `--taps` also gives them as outputs; of an engine for the CPU built without, `tapped_copy` makes such an engine
+beside it: the same graph and the same weights with more outputs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from seekforge.plugins.errors import EngineError, ProgramError
+from seekforge.plugins.formats.dtypes import ONNX
+from seekforge.plugins.formats.manifest import Manifest, digest_file, load_manifest, save_manifest
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import GraphIO, TensorSpec
+from seekforge.plugins.spec import DOMAIN
+
+#: What one layer hands to the next; the last layer's pair goes to the final norm under the number behind it.
+HANDOVER = ("hidden_states", "residual")
+ATTENTION = (
+    "attn_norm",
+    "qkv_a",
+    "q_a_norm",
+    "q_b",
+    "q_pe",
+    "q_latent",
+    "kv_latent",
+    "k_pe",
+    "index_k_norm",
+    "index_k",
+    "wq_b",
+    "index_q",
+    "index_w",
+    "o_latent",
+    "o",
+    "attn_out",
+    "mlp_norm",
+)
+DENSE = ("gate_up", "act")
+MOE = ("router_logits", "expert_weights", "routed", "shared_gate_up", "shared_act", "shared")
+#: Points of [B, Q, heads, width]; those of `MOE`, and `mlp_norm` before it, are [B·Q, width]; others [B, Q, width].
+_PER_HEAD = ("q_pe", "q_latent", "index_q", "o_latent")
+#: Taps that every engine gives.
+SELECTIONS = ("topk_indices", "expert_ids")
+
+_WEIGHT = re.compile(r"layers\.(\d+)\.(.+)\.weight")
+#: BlockFp8Linear by its weight: (tap of its input, tap of its output).
+_LINEARS = {
+    "self_attn.qkv_a_proj": ("attn_norm", "qkv_a"),
+    "self_attn.q_b_proj": ("q_a_norm", "q_b"),
+    "self_attn.indexer.wq_b": (None, "wq_b"),
+    "self_attn.o_proj": ("o", "attn_out"),
+    "mlp.gate_up_proj": ("mlp_norm", "gate_up"),
+    "mlp.down_proj": ("act", None),
+    "mlp.shared_experts.gate_up_proj": ("mlp_norm", "shared_gate_up"),
+    "mlp.shared_experts.down_proj": ("shared_act", "shared"),
+}
+#: Other operators: (their taps by input place, by output place).
+_NODES: dict[str, tuple[dict[int, str], dict[int, str]]] = {
+    "DsaCacheWrite": ({2: "kv_latent", 3: "k_pe", 4: "index_k"}, {}),
+    "DsaIndexer": ({0: "index_q", 1: "index_w"}, {}),
+    "DsaAttention": ({0: "q_latent", 1: "q_pe"}, {0: "o_latent"}),
+    "MoeRoute": ({0: "router_logits"}, {1: "expert_weights"}),
+    "MoeExperts": ({}, {0: "routed"}),
+}
+
+
+def layer_points(config: ModelConfig, layer: int) -> tuple[str, ...]:
+    """Return the tap points of a layer in the order of data, without its selections."""
+    return (*HANDOVER, *ATTENTION, *(MOE if config.is_moe_layer(layer) else DENSE))
+
+
+def point_width(config: ModelConfig, point: str) -> int:
+    """Return how many values a point has per token, for estimates of memory."""
+    heads, latent, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    index_heads, dim, hidden = config.index_n_heads, config.index_head_dim, config.hidden_size
+    shared = config.n_shared_experts * config.moe_intermediate_size
+    widths = {
+        "qkv_a": config.q_lora_rank + dim + latent + rope,
+        "q_a_norm": config.q_lora_rank,
+        "q_b": heads * config.qk_head_dim,
+        "q_pe": heads * rope,
+        "q_latent": heads * latent,
+        "kv_latent": latent,
+        "k_pe": rope,
+        "index_k_norm": dim,
+        "index_k": dim,
+        "wq_b": index_heads * dim,
+        "index_q": index_heads * dim,
+        "index_w": index_heads,
+        "o_latent": heads * latent,
+        "o": heads * config.v_head_dim,
+        "gate_up": 2 * config.intermediate_size,
+        "act": config.intermediate_size,
+        "router_logits": config.n_routed_experts,
+        "expert_weights": config.num_experts_per_tok,
+        "shared_gate_up": 2 * shared,
+        "shared_act": shared,
+    }
+    return widths.get(point, hidden)
+
+
+def name_taps(model: onnx.ModelProto) -> list[str]:
+    """Give every tap point of a specialised graph its name, in place; return the names in the order of data.
+
+    Call it while custom operators and weight inputs are still there. Graph inputs and outputs keep their names.
+
+    Raises:
+        ProgramError: a layer lacks a point (its structure is not known here).
+    """
+    graph = model.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    fixed = {value.name for value in (*graph.input, *graph.output)}
+    found: dict[str, str] = {}  # value -> tap
+    norms: dict[str, onnx.NodeProto] = {}
+    casts = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Cast"}
+
+    def note(value: str, point: str, layer: int) -> None:
+        if value not in fixed:
+            found.setdefault(value, f"{point}.{layer}")
+
+    def layer_of(node: onnx.NodeProto) -> int:
+        """The layer of a node that reads no weight, by the cache or selection that it touches."""
+        for name in (*node.input, *node.output):
+            kind, _, number = name.rpartition(".")
+            if number.isdigit() and (kind.endswith(("_cache", "_cache_out")) or kind in SELECTIONS):
+                return int(number)
+            match = re.match(r"layers\.(\d+)\.", name)
+            if match:
+                return int(match[1])
+        raise ProgramError(f"taps: {node.op_type} {node.name!r} belongs to no layer")
+
+    for node in graph.node:
+        weights = [producer[name].input[0] if _is_cast(producer.get(name)) else name for name in node.input[1:2]]
+        weight = weights[0] if weights else ""
+        match = _WEIGHT.fullmatch(weight)
+        if node.domain == DOMAIN and node.op_type in _NODES:
+            layer = layer_of(node)
+            inputs, outputs = _NODES[node.op_type]
+            for place, point in inputs.items():
+                note(node.input[place], point, layer)
+            for place, point in outputs.items():
+                note(node.output[place], point, layer)
+        elif node.domain == DOMAIN and match and match[2] in _LINEARS:
+            before, after = _LINEARS[match[2]]
+            if before:
+                note(node.input[0], before, int(match[1]))
+            if after:
+                note(node.output[0], after, int(match[1]))
+        elif node.op_type == "LayerNormalization" and match:
+            note(casts.get(node.output[0], node.output[0]), "index_k_norm", int(match[1]))
+        elif node.op_type == "RMSNormalization" and weight.endswith(("input_layernorm.weight", "norm.weight")):
+            norms[weight] = node
+    layers = sorted(
+        {int(m[1]) for m in (re.match(r"latent_cache\.(\d+)$", v.name) for v in graph.input) if m is not None}
+    )
+    for layer in [*layers, layers[-1] + 1]:
+        node = norms.get(f"layers.{layer}.input_layernorm.weight" if layer in layers else "norm.weight")
+        if node is None:
+            continue
+        total = producer.get(node.input[0])
+        pair = [node.input[0]]
+        if total is not None and total.op_type == "Add":
+            pair = list(total.input)
+        for point, value in zip(HANDOVER, pair):
+            node = producer.get(value)
+            note(node.input[0] if node is not None and _is_cast(node) else value, point, layer)
+    _rename(graph, found)
+    names = list(found.values())
+    for layer in layers:
+        missing = {"attn_out", "index_q", "o_latent"} - {name.partition(".")[0] for name in names if _at(name, layer)}
+        if missing:
+            raise ProgramError(f"taps: layer {layer} shows no {sorted(missing)[0]}; its graph has another structure")
+    return names
+
+
+def _at(name: str, layer: int) -> bool:
+    return name.rpartition(".")[2] == str(layer)
+
+
+def _is_cast(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type == "Cast"
+
+
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in graph.value_info:
+        value.name = names.get(value.name, value.name)
+
+
+#: A name that `name_taps` gives.
+_TAP = re.compile(rf"(?:{'|'.join((*HANDOVER, *ATTENTION, *DENSE, *MOE))})\.\d+")
+
+
+def taps_in(model: onnx.ModelProto) -> list[str]:
+    """Return the tap points that a graph has, by name, in the order of its nodes, but for those that are outputs."""
+    given = {value.name for value in model.graph.output}
+    values = (name for node in model.graph.node for name in node.output)
+    return [name for name in values if _TAP.fullmatch(name) and name not in given]
+
+
+def expose(model: onnx.ModelProto, names: Collection[str]) -> None:
+    """Make tap points outputs of the graph, in place. All are f32 in a graph for ONNX Runtime."""
+    known = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    moe = {name.rpartition(".")[2] for name in names if name.startswith("router_logits.")}
+    for name in names:
+        point, _, layer = name.rpartition(".")
+        flat = point in MOE or (point == "mlp_norm" and layer in moe)
+        axes = ("T",) if flat else ("B", "Q")
+        widths = [f"{name}:{axis}" for axis in range(2 if point in _PER_HEAD else 1)]
+        kind = known.get(name) or TensorProto.FLOAT
+        model.graph.output.append(helper.make_tensor_value_info(name, kind, [*axes, *widths]))
+
+
+def tap_specs(model: onnx.ModelProto, names: Collection[str]) -> tuple[TensorSpec, ...]:
+    """Describe exposed taps for a manifest."""
+    words = {number: word for word, number in ONNX.items()}
+    specs = []
+    for value in model.graph.output:
+        if value.name in names:
+            tensor = value.type.tensor_type
+            shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+            specs.append(TensorSpec(name=value.name, dtype=words[tensor.elem_type], shape=shape, role="tap"))
+    return tuple(specs)
+
+
+def available_taps(engine: Path) -> list[str]:
+    """Return the taps that an engine gives or could give, of all its graphs.
+
+    Raises:
+        EngineError: not an engine folder.
+    """
+    manifest = load_manifest(engine)
+    result = []
+    for face in manifest.graphs.values():
+        result += [spec.name for spec in face.outputs if spec.role == "tap" and _TAP.fullmatch(spec.name)]
+        if manifest.target.backend == "onnxruntime":
+            result += taps_in(onnx.load(engine / face.file, load_external_data=False))
+    return result
+
+
+def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
+    """Write an engine for the CPU that also gives `names`, beside its weights, which are linked and not copied.
+
+    Args:
+        engine: an engine of target cpu.
+        out: folder to make.
+        names: taps to add; those that it gives already, or that are not there, are left as they are.
+
+    Raises:
+        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
+    """
+    manifest = load_manifest(engine)
+    if manifest.target.backend != "onnxruntime":
+        raise EngineError(
+            f"{engine}: an engine of the {manifest.target.backend} backend shows no inner tensors; "
+            "build it with --taps to see inside layers"
+        )
+    out.mkdir(parents=True)
+    graphs: dict[str, GraphIO] = {}
+    changed = {face.file for face in manifest.graphs.values()}
+    for file in manifest.files:
+        if file.path not in changed:
+            _link(engine / file.path, out / file.path)
+    for name, face in manifest.graphs.items():
+        model = onnx.load(engine / face.file, load_external_data=False)
+        added = [tap for tap in taps_in(model) if tap in names]
+        expose(model, added)
+        (out / face.file).write_bytes(model.SerializeToString())
+        digest = digest_file(out, face.file)
+        outputs = (*face.outputs, *tap_specs(model, added))
+        graphs[name] = face.model_copy(update={"outputs": outputs, "sha256": digest.sha256})
+    files = tuple(digest_file(out, f.path) if f.path in changed else f for f in manifest.files)
+    tapped: Manifest = manifest.model_copy(update={"graphs": graphs, "files": files})
+    save_manifest(out, tapped)
+    return out
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:
+        if target.suffix == ".bin":
+            target.symlink_to(source)  # another disk: gigabytes are not worth a copy
+        else:
+            shutil.copyfile(source, target)
