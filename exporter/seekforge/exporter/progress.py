@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class Stages:
@@ -64,4 +73,17 @@ class Stages:
         with Progress(*columns, console=self._console, transient=True, disable=not show) as progress:
             task = progress.add_task(stage, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
+        self.done()
+
+    @contextmanager
+    def steps_bar(self, stage: str) -> Iterator[Callable[[float], None]]:
+        """A bar for work without bytes; call what it yields with the fraction done."""
+        self(stage)
+        if self._status is not None:
+            self._status.stop()
+        columns = (TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        show = self._console.is_terminal
+        with Progress(*columns, console=self._console, transient=True, disable=not show) as progress:
+            task = progress.add_task(stage, total=1.0)
+            yield lambda fraction: progress.update(task, completed=fraction)
         self.done()

@@ -15,6 +15,8 @@ from seekforge.plugins.formats.model_config import ModelConfig
 #: How an operator runs: as a plugin, or as standard operators in its place.
 Face = Literal["plugin", "inlined"]
 
+#: The operators of a layer, in the order in which it uses them.
+OPS: Final = ("BlockFp8Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MoeRoute", "MoeExperts")
 #: The first SM that multiplies in FP8.
 FP8_SM: Final = 89
 

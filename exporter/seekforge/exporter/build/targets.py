@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,6 +108,24 @@ class TargetConfig(Strict):
         """The precision in which products of FP8 weights run: fp8 where it was asked and the hardware has it."""
         return "bf16" if self.precision == "fp8" and not self.has_fp8 else self.precision
 
+    def changed(self, settings: Sequence[str]) -> TargetConfig:
+        """Return the target with changes such as `limits.max_batch_size=8`.
+
+        Raises:
+            TargetError: a change does not fit.
+        """
+        raw = self.model_dump(mode="json")
+        for setting in settings:
+            _apply(raw, setting)
+        return _validated(raw, f"target {self.name}")
+
+
+def _validated(raw: dict[str, Any], origin: str) -> TargetConfig:
+    try:
+        return TargetConfig.model_validate(raw)
+    except ValidationError as error:
+        raise TargetError(f"{origin}: {_first_fault(error)}") from None
+
 
 def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
     """Return a target.
@@ -142,10 +160,7 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
         raise TargetError(f"{origin}: holds a {type(raw).__name__}, expected keys such as backend and limits")
     for setting in settings:
         _apply(raw, setting)
-    try:
-        return TargetConfig.model_validate(raw)
-    except ValidationError as error:
-        raise TargetError(f"{origin}: {_first_fault(error, raw)}") from None
+    return _validated(raw, origin)
 
 
 def all_targets() -> list[TargetConfig]:
@@ -171,7 +186,7 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
         raise TargetError(f"--set {setting!r}: {text!r} is not valid YAML") from None
 
 
-def _first_fault(error: ValidationError, raw: Mapping[str, Any]) -> str:
+def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
     message = str(fault["msg"]).removeprefix("Value error, ")

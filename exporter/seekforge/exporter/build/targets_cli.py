@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
-from seekforge.plugins.contracts import LIMITS, support
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.contracts import LIMITS, OPS, support
 
 
 @click.command("targets")
@@ -39,7 +38,7 @@ def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
 
 
 def _ops(target: TargetConfig) -> dict[str, str]:
-    return {op: support(op, target.sm) for op in SPECS}
+    return {op: support(op, target.sm) for op in OPS}
 
 
 def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -57,7 +56,7 @@ def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[s
         for target in found
     ]
     header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "products", "cache"]
-    ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in SPECS]
+    ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in OPS]
     limits = [[limit.op, " and ".join(limit.faces), limit.key, limit.expected] for limit in LIMITS]
     return [
         ("Targets (rates: dense TFLOPS)", [*header, "batch × context, tokens per step"], hardware),

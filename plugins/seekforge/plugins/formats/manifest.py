@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.files import sampled_digest, sha256_file, write_json
@@ -18,11 +19,15 @@ MANIFEST = "manifest.json"
 
 
 class Target(Strict):
-    """What the engine was built for. `sm` is the CUDA compute capability (90 for H100), None on a CPU."""
+    """What the engine was built for. `sm` is the CUDA compute capability (90 for H100), None on a CPU.
+
+    `sms`: all of them, where one plan serves several.
+    """
 
     name: str
     backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     sm: int | None = None
+    sms: tuple[int, ...] = ()
 
 
 class Cache(Strict):
@@ -88,6 +93,90 @@ class SelfCheck(Strict):
     source: str
 
 
+class WeightSource(Strict):
+    """Where a GPU engine's weights come from: `bindings.json` of the engine says how.
+
+    Attributes:
+        path: the checkpoint folder at build, a hint; None when none was given.
+        index_digest: `Checkpoint.index_digest()`; weights of another structure are refused.
+    """
+
+    path: str | None
+    index_digest: str | None
+
+
+class PluginUse(Strict):
+    """How an operator runs inside the plan as a plugin.
+
+    Attributes:
+        version: of the operator's contract.
+        products: precision of its matrix products, fp8 or bf16.
+        kernel_digest: of the kernels that it was built with; empty: there were none, and it cannot run.
+        num_layers: over all graphs.
+    """
+
+    version: int
+    products: str
+    kernel_digest: str
+    num_layers: int
+
+
+class Share(Strict):
+    """Matrix products of one kind.
+
+    Attributes:
+        what: operator, or what the weight is.
+        face: plugin, inlined or native.
+        precision: fp8, bf16 or f32: what is multiplied.
+        share: of all matrix-product FLOPs of one token.
+    """
+
+    what: str
+    face: Literal["plugin", "inlined", "native"]
+    precision: str
+    share: float
+
+
+class Audit(Strict):
+    """What a build really made.
+
+    Attributes:
+        asked: the precision that was asked for.
+        got: in words: fp8, bf16, or that FP8 weights are multiplied in BF16.
+        context: keys that a token sees in the shares below.
+        products: shares of the matrix-product FLOPs of one decoded token, largest first.
+        layers: graph -> kind of TensorRT layer -> count, before fusion.
+        plugins: op_type -> plugin layers.
+        inlined: op_type -> nodes whose body was inlined.
+        weight_input_bytes: of all weight and table inputs.
+        plan_bytes: graph -> size of the plan.
+        device_bytes: expected use of one GPU: weights, cache (one sequence of the longest context), scratch,
+            activations, reserve, total and what is usable.
+        oversize: more is expected than there is; such an engine does not load.
+        build_seconds, build_cpu_seconds: graph -> of parsing and compiling.
+        build_peak_bytes: graph -> largest resident memory of the compiling process.
+    """
+
+    asked: str
+    got: str
+    context: int
+    products: tuple[Share, ...]
+    layers: dict[str, dict[str, int]]
+    plugins: dict[str, int]
+    inlined: dict[str, int]
+    weight_input_bytes: int
+    plan_bytes: dict[str, int]
+    device_bytes: dict[str, int]
+    oversize: bool
+    build_seconds: dict[str, float]
+    build_cpu_seconds: dict[str, float]
+    build_peak_bytes: dict[str, int]
+
+    def share(self, precision: str) -> float:
+        """Return the share of matrix-product FLOPs in one precision."""
+        return sum(one.share for one in self.products if one.precision == precision)
+
+
 class Manifest(Strict):
     """manifest.json.
 
@@ -102,6 +191,11 @@ class Manifest(Strict):
         tokenizer: path of tokenizer.json in the engine folder.
         config: the checkpoint's config.json.
         build: Python, platform and options, for people.
+        weights: where the weights come from, when the engine holds none.
+        plugins: op_type -> plugin, on a GPU.
+        profiles: name -> graph -> input -> smallest, typical and largest shape, in the order of the plan's profiles.
+        audit: what a GPU build really made.
+        digest: of everything above; empty in engines that carry none.
     """
 
     format: int
@@ -125,6 +219,23 @@ class Manifest(Strict):
     self_check: SelfCheck | None
     config: dict[str, Any]
     build: dict[str, Any]
+    weights: WeightSource | None = None
+    plugins: dict[str, PluginUse] = Field(default_factory=dict)
+    profiles: dict[str, dict[str, dict[str, tuple[tuple[int, ...], ...]]]] = Field(default_factory=dict)
+    audit: Audit | None = None
+    digest: str = ""
+
+
+def manifest_digest(raw: dict[str, Any]) -> str:
+    """Return the SHA-256, in hex, over a decoded manifest without its own digest."""
+    kept = {key: value for key, value in raw.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """Return the manifest with its digest: an edit of any field is found at load."""
+    raw = json.loads(json.dumps(manifest.model_dump(mode="json")))
+    return manifest.model_copy(update={"digest": manifest_digest(raw)})
 
 
 def digest_file(folder: Path, relative: str) -> FileDigest:
@@ -160,11 +271,19 @@ def load_manifest(folder: Path) -> Manifest:
             "build the engine again with 'seekforge build'"
         )
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in fault["loc"])
         raise EngineError(f"{path}: key {key!r}: {fault['msg']}; build the engine again") from None
+    if manifest.digest:
+        found = manifest_digest(raw)
+        if found != manifest.digest:
+            raise EngineError(
+                f"{path}: digest {found[:12]}, it says {manifest.digest[:12]}: the manifest was edited; "
+                "copy it again or build the engine again"
+            )
+    return manifest
 
 
 def verify_files(folder: Path, manifest: Manifest, *, full: bool) -> None:

@@ -1,0 +1,51 @@
+"""What every kind of engine carries along from its program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.bindings import Recipe
+from seekforge.plugins.formats.program import Program
+
+
+def check_bindings(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
+    """Every weight and table of every graph has a recipe, and there is no other.
+
+    Raises:
+        ProgramError: naming the first that is wrong.
+    """
+    for graph, face in program.graphs.items():
+        wanted = {spec.name for role in ("weight", "table") for spec in face.with_role(role)}
+        wrong = sorted(wanted ^ bindings.get(graph, {}).keys())
+        if wrong:
+            fault = "has no recipe" if wrong[0] in wanted else "is no weight of that graph"
+            raise ProgramError(
+                f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {graph!r} {fault} by program.json; "
+                "export the program again"
+            )
+
+
+def copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:
+    """Copy tokenizer and chat files into an engine folder and return their names.
+
+    Raises:
+        ProgramError: one is missing.
+    """
+    for name in program.files:
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(program_folder / name, place)
+        except FileNotFoundError:
+            raise ProgramError(f"{program_folder / name}: missing; export the program again") from None
+    return list(program.files)
+
+
+def generation_defaults(program_folder: Path) -> dict[str, float]:
+    """Sampling defaults of generation_config.json; the model card's where the file is missing."""
+    path = program_folder / "generation_config.json"
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"temperature": float(raw.get("temperature", 1.0)), "top_p": float(raw.get("top_p", 0.95))}

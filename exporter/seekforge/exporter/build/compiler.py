@@ -1,0 +1,168 @@
+"""Compile one graph in a process of its own, with progress, a log, and errors that name the place in the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seekforge.exporter.build.explain import explain
+from seekforge.plugins import errors
+from seekforge.plugins.errors import EngineError, SeekforgeError
+from seekforge.plugins.tensorrt.library import Flavour
+
+#: Input name -> smallest, typical and largest shape.
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the compiler is told beside the graph.
+
+    Attributes:
+        workspace_bytes: most scratch memory of one layer; None: the library's default.
+        optimization_level: the library's; None: its default.
+        timing_cache: file of measured tactics to read and write (TensorRT alone).
+    """
+
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made. `layers` and `products` are counted before fusion."""
+
+    layers: dict[str, int]
+    products: dict[str, int]
+    plugins: dict[str, int]
+    plan_bytes: int
+    parse_seconds: float
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    version: str
+
+
+@dataclass
+class Phases:
+    """Turns nested phases with steps into one fraction that never falls. Pure.
+
+    The first phase without a parent is the whole; a phase inside another counts as a part of one of its steps.
+    """
+
+    fraction: float = 0.0
+    _open: list[tuple[str, int, int]] = field(default_factory=list)  # name, steps, steps done
+
+    def update(self, event: Mapping[str, Any]) -> float:
+        """Take one event of the worker and return the fraction done."""
+        name = event.get("name")
+        match event["event"]:
+            case "phase":
+                self._open.append((str(name), max(int(event["steps"]), 1), 0))
+            case "step":
+                self._open = [
+                    (n, steps, max(done, int(event["step"]) + 1) if n == name else done)
+                    for n, steps, done in self._open
+                ]
+            case "finish":
+                while self._open and any(n == name for n, *_ in self._open):
+                    if self._open.pop()[0] == name:
+                        break
+        scale, total = 1.0, 0.0
+        for _, steps, done in self._open:
+            total += scale * min(done / steps, 1.0)
+            scale /= steps
+        self.fraction = max(self.fraction, min(total, 1.0))
+        return self.fraction
+
+
+def compile_graph(
+    *,
+    flavour: Flavour,
+    model: bytes,
+    plan: Path,
+    plugins: Mapping[str, int],
+    sms: Sequence[int],
+    profiles: Sequence[Shapes],
+    options: Options,
+    log: Path,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> Compiled:
+    """Compile an ONNX model into the file `plan`.
+
+    Args:
+        flavour: which library.
+        model: serialised ONNX.
+        plan: file to write.
+        plugins: op_type -> how many plugin layers there must be; others are an error.
+        sms: SMs that the plan shall run on (TensorRT-RTX).
+        profiles: shapes of each optimisation profile.
+        options: see `Options`.
+        log: file that everything the library says is appended to.
+        progress: told the fraction of compiling that is done.
+
+    Raises:
+        EngineError: the library refused or crashed; the message names the place in the model and the log.
+        EnvironmentFault: the library is missing or needs a GPU.
+    """
+    with tempfile.TemporaryDirectory(prefix=".compile.", dir=plan.parent) as folder:
+        source = Path(folder, "graph.onnx")
+        source.write_bytes(model)
+        request = Path(folder, "request.json")
+        request.write_text(
+            json.dumps(
+                {
+                    "flavour": flavour,
+                    "model": str(source),
+                    "plan": str(plan),
+                    "plugins": dict(plugins),
+                    "sms": list(sms),
+                    "profiles": [dict(shapes) for shapes in profiles],
+                    "workspace_bytes": options.workspace_bytes,
+                    "optimization_level": options.optimization_level,
+                    "timing_cache": None if options.timing_cache is None else str(options.timing_cache),
+                }
+            ),
+            encoding="utf-8",
+        )
+        return _run([sys.executable, "-m", "seekforge.exporter.build.worker", str(request)], log, progress)
+
+
+def _run(command: list[str], log: Path, progress: Callable[[float], None]) -> Compiled:
+    phases = Phases()
+    last: dict[str, Any] = {}
+    stage = "start"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # also from a source tree
+    with log.open("a", encoding="utf-8") as errors_to:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors_to, text=True, env=environment)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                last = json.loads(line)
+                if last["event"] == "stage":
+                    stage = last["name"]
+                elif last["event"] in ("phase", "step", "finish"):
+                    progress(phases.update(last))
+        except BaseException:  # also when interrupted: no compiler is left behind
+            process.kill()
+            process.wait()
+            raise
+        code = process.wait()
+    if last.get("event") == "done":
+        return Compiled(**{key: value for key, value in last.items() if key != "event"})
+    if last.get("event") == "failed":
+        kind = getattr(errors, last["kind"], EngineError)
+        assert issubclass(kind, SeekforgeError)
+        if kind is not EngineError:
+            raise kind(last["messages"][0])
+        raise EngineError(f"{explain(last['messages'])} (log: {log})")
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    raise EngineError(f"the compiler crashed ({how}) in stage {stage!r}; its last words are in {log}")

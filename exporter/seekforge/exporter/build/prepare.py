@@ -1,0 +1,105 @@
+"""A canonical graph made ready for TensorRT: specialised, custom nodes left for plugins or inlined."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper, inliner
+
+from seekforge.exporter.rewrite.specialise import specialise
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.function import attach
+from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.spec import DOMAIN
+from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.tensorrt.plugin import KERNEL_DIGEST, OP_VERSION, PRODUCTS
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph that TensorRT can parse.
+
+    Attributes:
+        model: without functions; custom nodes are plugins.
+        operators: the specialised graph before anything was inlined, for the audit.
+        plugins: op_type -> nodes left for plugins.
+        inlined: op_type -> nodes inlined.
+    """
+
+    model: onnx.ModelProto
+    operators: onnx.ModelProto
+    plugins: dict[str, int]
+    inlined: dict[str, int]
+
+
+def prepare(
+    model: onnx.ModelProto,
+    how: Specialisation,
+    config: ModelConfig,
+    *,
+    plugins: Collection[str],
+    products: str,
+    digests: dict[str, str],
+) -> Prepared:
+    """Specialise a canonical graph and decide the face of every custom node.
+
+    Args:
+        model: canonical graph.
+        how: dtypes of the target; `bodies` must be `trt`.
+        config: of the model.
+        plugins: op_types that become plugins; the others are inlined.
+        products: fp8 or bf16, the precision in which plugins multiply.
+        digests: op_type -> digest of its kernels for the plugins, where there are kernels.
+
+    Raises:
+        ProgramError: an operator that is to be inlined has no body for `how`.
+    """
+    specialised = specialise(model, how, config)
+    counts = Counter(node.op_type for node in specialised.graph.node if node.domain == DOMAIN)
+    operators = onnx.ModelProto()
+    operators.CopyFrom(specialised)
+    inlined = {op: count for op, count in counts.items() if op not in plugins}
+    if inlined:
+        specialised = _inline(specialised, how, inlined)
+    for node in specialised.graph.node:
+        if node.domain == DOMAIN:
+            _describe(node, products, digests.get(node.op_type, ""))
+    return Prepared(specialised, operators, {op: n for op, n in counts.items() if op in plugins}, inlined)
+
+
+def _inline(model: onnx.ModelProto, how: Specialisation, ops: Collection[str]) -> onnx.ModelProto:
+    """Replace the nodes of `ops` by their bodies."""
+    kept: list[onnx.NodeProto] = []
+    for node in model.graph.node:  # hide the others: they may have no body at all
+        if node.domain == DOMAIN and node.op_type not in ops:
+            node.domain = _HIDDEN
+            kept.append(node)
+    attach(model, how)
+    result = inliner.inline_local_functions(model)
+    for node in result.graph.node:
+        if node.domain == _HIDDEN:
+            node.domain = DOMAIN
+    for entry in list(result.opset_import):
+        if entry.domain == DOMAIN and not kept:
+            result.opset_import.remove(entry)
+    return result
+
+
+_HIDDEN = "seekforge.plugin"
+
+
+def _describe(node: onnx.NodeProto, products: str, digest: str) -> None:
+    """Write on the node what the plugin needs beside the operator's attributes."""
+    extra = {
+        PLUGIN_NAMESPACE: DOMAIN,
+        PRODUCTS: products,
+        KERNEL_DIGEST: digest,
+        OP_VERSION: SPECS[node.op_type].version,
+    }
+    kept = [attribute for attribute in node.attribute if attribute.name not in extra]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *(helper.make_attribute(name, value) for name, value in extra.items())])

@@ -1,0 +1,216 @@
+"""The process that compiles one graph: a crash of the compiler ends this process, not the build.
+
+Started by `compiler.compile_graph` with the path of a request (JSON). Writes the plan, and one JSON object per line to
+its standard output: progress, then a result or errors. Imports neither torch nor onnx, so that its memory
+is the compiler's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from seekforge.plugins.errors import EnvironmentFault, SeekforgeError
+from seekforge.plugins.tensorrt.library import load
+from seekforge.plugins.tensorrt.plugin import register
+
+#: Seconds between two reports of progress.
+_INTERVAL_S = 0.1
+
+
+class Reporter:
+    """Writes events to the descriptor that was standard output; whatever else is printed goes to the log."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Write one event."""
+        self._out.write(json.dumps({"event": event, **fields}) + "\n")
+        self._out.flush()
+
+
+def main(path: str) -> int:
+    """Compile what the request at `path` asks for."""
+    reporter = Reporter()
+    request = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        result = compile_request(request, reporter)
+    except SeekforgeError as error:
+        reporter.send("failed", messages=[str(error)], kind=type(error).__name__)
+        return 1
+    except CompileError as error:
+        reporter.send("failed", messages=error.messages, kind="EngineError")
+        return 1
+    reporter.send("done", **result)
+    return 0
+
+
+class CompileError(Exception):
+    """TensorRT refused; its messages."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__("; ".join(messages))
+        self.messages = messages
+
+
+def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+    """Parse, check what became of the operators, compile, write the plan.
+
+    Raises:
+        CompileError: the parser or the builder refused.
+        EnvironmentFault: the library is missing, or finds no GPU where it needs one.
+    """
+    trt = load(request["flavour"])
+    logger = _logger(trt)
+    registration = register(trt)
+    started = time.perf_counter()
+    builder = _builder(trt, logger, request)
+    network = builder.create_network(_network_flags(trt, request["flavour"]))
+    parser = trt.OnnxParser(network, logger)
+    reporter.send("stage", name="parse")
+    if not parser.parse(Path(request["model"]).read_bytes()):
+        raise CompileError(_parser_messages(parser, registration.failures) or logger.errors)
+    layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+    parsed = time.perf_counter()
+    expected = request["plugins"]
+    made = {op: count for op, count in registration.made.items() if count}
+    if layers["PLUGIN_V3"] != sum(expected.values()) or made != {op: n for op, n in expected.items() if n}:
+        raise CompileError(
+            [f"{layers['PLUGIN_V3']} plugin layers of {made}, expected {expected}: an operator was not taken as plugin"]
+        )
+    reporter.send("stage", name="compile")
+    config = _config(trt, builder, network, request, _monitor(trt, reporter))
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise CompileError([*registration.failures, *logger.errors] or ["the builder gave no plan and no reason"])
+    Path(request["plan"]).write_bytes(plan)
+    if request.get("timing_cache"):
+        cache = config.get_timing_cache()
+        Path(request["timing_cache"]).write_bytes(cache.serialize())
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "layers": dict(layers),
+        "products": _products(network),
+        "plugins": made,
+        "plan_bytes": plan.nbytes,
+        "parse_seconds": parsed - started,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * 1024,
+        "version": trt.__version__,
+    }
+
+
+def _builder(trt: Any, logger: Any, request: dict[str, Any]) -> Any:
+    try:
+        builder = trt.Builder(logger)
+    except Exception as error:  # the binding raises whatever pybind makes of a null pointer
+        builder, reason = None, str(error)
+    else:
+        reason = "; ".join(logger.errors)
+    if builder is None:
+        sms = " and ".join(f"sm{sm}" for sm in request["sms"])
+        where = f"; build on a machine with a GPU of {sms}" if request["flavour"] == "tensorrt" else ""
+        raise EnvironmentFault(f"{request['flavour']} cannot start here ({' '.join(reason.split())}){where}")
+    return builder
+
+
+def _network_flags(trt: Any, flavour: str) -> int:
+    """Strong typing is all there is from TensorRT 11 on, and in TensorRT-RTX; before, it must be asked for."""
+    if flavour == "tensorrt" and int(trt.__version__.partition(".")[0]) < 11:
+        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return 0
+
+
+def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any], monitor: Any) -> Any:
+    config = builder.create_builder_config()
+    if request["flavour"] == "tensorrt-rtx":
+        config.num_compute_capabilities = len(request["sms"])
+        for i, sm in enumerate(request["sms"]):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), i)
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    config.progress_monitor = monitor
+    if request.get("workspace_bytes"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
+    if request.get("optimization_level") is not None:
+        config.builder_optimization_level = request["optimization_level"]
+    if request.get("timing_cache"):
+        path = Path(request["timing_cache"])
+        config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
+    for shapes in request["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, (smallest, typical, largest) in shapes.items():
+            profile.set_shape(name, smallest, typical, largest)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _products(network: Any) -> dict[str, int]:
+    """Count native matrix products by the type that they multiply."""
+    found: Counter[str] = Counter()
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type.name == "MATRIX_MULTIPLY":
+            found[layer.get_input(0).dtype.name] += 1
+    return dict(found)
+
+
+def _parser_messages(parser: Any, failures: list[str]) -> list[str]:
+    messages = []
+    for i in range(parser.num_errors):
+        error = parser.get_error(i)
+        messages.append(f"{error.node_name()}: {failures[-1] if failures else error.desc()}")
+    return messages
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Everything to the log, errors also kept."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            if severity <= trt.ILogger.Severity.INFO:
+                print(f"[{severity.name}] {message}", file=sys.stderr)
+
+    return Logger()
+
+
+def _monitor(trt: Any, reporter: Reporter) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Turns nested phases into events, not more often than people can see."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            reporter.send("phase", name=phase_name, parent=parent_phase, steps=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self.last >= _INTERVAL_S:
+                self.last = now
+                reporter.send("step", name=phase_name, step=step)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            reporter.send("finish", name=phase_name)
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

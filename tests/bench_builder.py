@@ -1,0 +1,83 @@
+"""How long builds take and how much memory: a table of one row per program, target and set of profiles.
+
+    python tests/bench_builder.py CHECKPOINT [--num-layers N] [--targets rtx4090,rtx5090] [--json]
+
+CHECKPOINT may be sparse ('seekforge new-checkpoint --preset full --sparse'): only its headers are read. Each build runs
+with every operator as a plugin, with the target's profiles and with decode shapes alone. CPU seconds are those of the
+compiling process, which other work on the machine does not change; peak memory is that process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from seekforge.exporter.build.gpu_engine import Choices, build_gpu, check, open_inputs
+from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.progress import Stages
+from seekforge.exporter.rewrite.export import export
+from seekforge.plugins.formats.numerics import NUMERICS
+
+
+def measure(checkpoint: Path, program: Path, targets: list[str]) -> list[dict[str, object]]:
+    """Build `program` for each target; returns one row per build."""
+    inputs = open_inputs(program, checkpoint)
+    rows = []
+    for name in targets:
+        whole = load_target(name)
+        alone = whole.model_copy(update={"profiles": {"decode": whole.profiles["decode"]}})
+        for label, target in (("decode and prefill", whole), ("decode", alone)):
+            choices = Choices(plugins="all", allow_oversize=True)
+            planned = replace(check(inputs, whole, choices), target=target)
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder, "engine")
+                manifest = build_gpu(inputs, planned, out, choices=choices, force=False, progress=Stages(quiet=True))
+            audit = manifest.audit
+            assert audit is not None
+            for graph in audit.plan_bytes:
+                rows.append(
+                    {
+                        "target": name,
+                        "profiles": label,
+                        "graph": graph,
+                        "layers": sum(audit.layers[graph].values()),
+                        "plugin layers": audit.layers[graph]["PLUGIN_V3"],
+                        "seconds": round(audit.build_seconds[graph], 1),
+                        "CPU seconds": round(audit.build_cpu_seconds[graph], 1),
+                        "peak GiB": round(audit.build_peak_bytes[graph] / (1 << 30), 2),
+                        "plan MB": round(audit.plan_bytes[graph] / 1e6, 1),
+                    }
+                )
+                print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stderr)
+    return rows
+
+
+def main() -> int:
+    """Parse arguments, export once, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--program", type=Path, help="an exported program of it; else it is exported")
+    parser.add_argument("--num-layers", type=int, default=None, help="of a truncated model")
+    parser.add_argument("--targets", default="rtx4090,rtx5090")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        program = arguments.program or Path(folder, "program")
+        if arguments.program is None:
+            export(arguments.checkpoint, program, numerics=NUMERICS["fp8"], num_layers=arguments.num_layers)
+        rows = measure(arguments.checkpoint, program, arguments.targets.split(","))
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(map(str, row.values())) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

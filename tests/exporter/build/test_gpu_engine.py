@@ -1,0 +1,404 @@
+"""GPU engines of the tiny model, built by TensorRT-RTX without a GPU, and what is refused before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from seekforge.exporter.build import audit, compiler, gpu_engine
+from seekforge.exporter.build.cli import build as build_command
+from seekforge.exporter.build.cli import parse_size
+from seekforge.exporter.build.compiler import Options, Phases, compile_graph
+from seekforge.exporter.build.explain import explain, place
+from seekforge.exporter.build.gpu_engine import Choices, Inputs, Planned, build_gpu, check, open_inputs
+from seekforge.exporter.build.prepare import prepare
+from seekforge.exporter.build.profiles import axis_bounds, pool_blocks
+from seekforge.exporter.build.targets import TargetConfig, load_target
+from seekforge.exporter.progress import Stages
+from seekforge.plugins.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
+from seekforge.plugins.formats.loading import check_loadable
+from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest, verify_files
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import load_bindings, load_program
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+QUIET = Stages(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
+    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """The first MoE layer alone."""
+    from seekforge.exporter.rewrite.export import export
+    from seekforge.plugins.formats.numerics import NUMERICS
+
+    folder = tmp_path_factory.mktemp("one") / "layer"
+    export(tiny_checkpoint, folder, numerics=NUMERICS["fp8"], layer_range=(1, 2))
+    return open_inputs(folder, tiny_checkpoint)
+
+
+def build(inputs: Inputs, target: TargetConfig, out: Path, choices: Choices | None = None) -> Manifest:
+    choices = choices or Choices()
+    return build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=QUIET)
+
+
+# --- builds -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
+def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Path) -> None:
+    manifest = build(inputs, load_target(name), tmp_path / "engine")
+    uses = inputs.program.ops
+    assert manifest.audit is not None
+    assert manifest.audit.plugins == {op: use.num_nodes for op, use in uses.items()}
+    assert manifest.audit.inlined == {}
+    for graph, layers in manifest.audit.layers.items():
+        assert layers["PLUGIN_V3"] > 0, graph
+        assert "LOOP_OUTPUT" not in layers and "CONDITION" not in layers, "a body was inlined"
+    assert sum(layers["PLUGIN_V3"] for layers in manifest.audit.layers.values()) == sum(
+        use.num_nodes for use in uses.values()
+    )
+    fp8 = [one for one in manifest.audit.products if one.what in audit.FP8_OPS]
+    assert {one.precision for one in fp8} == {"fp8"}
+    assert sum(one.share for one in manifest.audit.products) == pytest.approx(1.0, abs=1e-4)
+    again = load_manifest(tmp_path / "engine")
+    assert again == manifest
+    verify_files(tmp_path / "engine", again, full=True)
+    assert not list(tmp_path.glob(".engine.*")), "nothing is left beside the engine"
+    sm = manifest.target.sm
+    assert sm is not None
+    with pytest.raises(EngineError, match="built without compiled kernels"):
+        check_loadable(tmp_path / "engine", again, sm=sm, versions=again.runtime_versions)
+    recipes = load_bindings(tmp_path / "engine")
+    for graph, face in manifest.graphs.items():
+        wanted = {spec.name: spec.dtype for role in ("weight", "table") for spec in face.with_role(role)}
+        assert {key: recipe.dtype for key, recipe in recipes[graph].items()} == wanted
+    assert manifest.graphs["model"].named("latent_cache.0").dtype == "i8"
+
+
+def test_one_plan_for_ampere_carries_fp8_as_bytes(one_layer: Inputs, tmp_path: Path) -> None:
+    target = load_target("rtx4090", ["sm=80", "also=[86, 89]"])
+    manifest = build(one_layer, target, tmp_path / "engine")
+    assert manifest.target.sms == (80, 86, 89)
+    assert manifest.audit is not None
+    assert manifest.audit.got == "FP8 weights, BF16 products"
+    assert {use.products for use in manifest.plugins.values()} == {"bf16"}
+    assert "f8e4m3" not in {spec.dtype for spec in manifest.graphs["model"].inputs}
+
+
+def test_functions_are_inlined_where_plugins_are_not_wanted(one_layer: Inputs, tmp_path: Path) -> None:
+    target = load_target("rtx4090", ["precision=bf16", "kv_format=bf16"])
+    manifest = build(one_layer, target, tmp_path / "engine", Choices(plugins="none"))
+    assert manifest.audit is not None
+    assert "PLUGIN_V3" not in manifest.audit.layers["model"]
+    assert manifest.audit.inlined == {op: use.num_nodes for op, use in one_layer.program.ops.items()}
+    assert manifest.plugins == {}
+
+
+def test_finished_plans_of_an_interrupted_build_are_used(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fake(*, plan: Path, plugins: dict[str, int], **rest: object) -> compiler.Compiled:
+        calls.append(plan.name)
+        if len(calls) == 2:
+            raise EngineError("the power went out")
+        plan.write_bytes(b"plan of " + plan.name.encode())
+        return compiler.Compiled({}, {}, dict(plugins), plan.stat().st_size, 0.0, 0.0, 0.0, 0, "1.7.1")
+
+    monkeypatch.setattr(gpu_engine, "compile_graph", fake)
+    with pytest.raises(EngineError, match="power"):
+        build(inputs, load_target("rtx4090"), tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+    manifest = build(inputs, load_target("rtx4090"), tmp_path / "engine")
+    assert calls == ["model.plan", "mtp.plan", "mtp.plan"]
+    assert (tmp_path / "engine" / "model.plan").read_bytes() == b"plan of model.plan"
+    verify_files(tmp_path / "engine", manifest, full=True)
+    assert not list(tmp_path.glob(".engine.*"))
+
+
+def test_a_failing_node_is_named_by_its_place(one_layer: Inputs, tmp_path: Path) -> None:
+    planned = check(one_layer, load_target("rtx4090"), Choices())
+    canonical = onnx.load(one_layer.folder / "model.onnx")
+    for value in canonical.graph.input:
+        if value.name == "layers.1.self_attn.o_proj.weight":
+            value.type.tensor_type.shape.dim[1].dim_value = 128
+    ready = prepare(canonical, planned.how, one_layer.config, plugins=planned.plugins, products="fp8", digests={})
+    with pytest.raises(EngineError, match=r"^layer 1, .*BlockFp8Linear.*weight.*log: .*build\.log"):
+        compile_graph(
+            flavour="tensorrt-rtx",
+            model=ready.model.SerializeToString(),
+            plan=tmp_path / "x.plan",
+            plugins=ready.plugins,
+            sms=[89],
+            profiles=[],
+            options=Options(),
+            log=tmp_path / "build.log",
+        )
+    assert (tmp_path / "build.log").stat().st_size > 0
+
+
+def test_an_operator_that_was_not_taken_as_plugin_is_an_error(one_layer: Inputs, tmp_path: Path) -> None:
+    planned = check(one_layer, load_target("rtx4090"), Choices())
+    ready = prepare(
+        onnx.load(one_layer.folder / "model.onnx"),
+        planned.how,
+        one_layer.config,
+        plugins=planned.plugins,
+        products="fp8",
+        digests={},
+    )
+    with pytest.raises(EngineError, match=r"expected .*'MoeRoute': 2"):
+        compile_graph(
+            flavour="tensorrt-rtx",
+            model=ready.model.SerializeToString(),
+            plan=tmp_path / "x.plan",
+            plugins=ready.plugins | {"MoeRoute": 2},
+            sms=[89],
+            profiles=[],
+            options=Options(),
+            log=tmp_path / "build.log",
+        )
+
+
+def test_a_crash_of_the_compiler_is_an_error_of_ours(tmp_path: Path) -> None:
+    import sys
+
+    script = 'import os, sys; print(\'{"event": "stage", "name": "compile"}\', flush=True); os.abort()'
+    with pytest.raises(EngineError, match=r"crashed \(signal 6\) in stage 'compile'"):
+        compiler._run([sys.executable, "-c", script], tmp_path / "log", lambda fraction: None)
+
+
+def test_tensorrt_says_where_to_build(one_layer: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"tensorrt is not installed.*on the machine with the GPU"):
+        build(one_layer, load_target("h200"), tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- refusals before work -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "choices", "message"),
+    [
+        ((), Choices(plugins="none"), "--precision fp8 needs BlockFp8Linear and MoeExperts as plugin"),
+        (("precision=bf16",), Choices(plugins="none"), "fp8_ds is read and written by plugins only"),
+        (("limits.max_model_len=1000000",), Choices(), "the model ends at 163840"),
+        (("limits.max_model_len=0",), Choices(), "--max-model-len is 0, expected at least 1"),
+        (("limits.max_batch_size=4096",), Choices(), "expected at least --max-batch-size 4096"),
+        (("gpu.memory_gib=2.05",), Choices(), r"needs 2\.\d GiB.*pass --max-model-len \d+ at most"),
+        (("gpu.memory_gib=1",), Choices(), "of it .* of weights; not one layer fits"),
+    ],
+)
+def test_refusals(inputs: Inputs, settings: tuple[str, ...], choices: Choices, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        check(inputs, load_target("rtx4090", settings), choices)
+
+
+def test_the_number_that_would_work_works(inputs: Inputs) -> None:
+    small = ["gpu.memory_gib=2.05"]
+    with pytest.raises(TargetError) as caught:
+        check(inputs, load_target("rtx4090", small), Choices())
+    fits = str(caught.value).partition("--max-model-len ")[2].partition(" ")[0]
+    planned = check(inputs, load_target("rtx4090", [*small, f"limits.max_model_len={fits}"]), Choices())
+    assert not planned.oversize
+
+
+def test_oversize_is_built_only_when_asked(inputs: Inputs) -> None:
+    planned = check(inputs, load_target("rtx4090", ["gpu.memory_gib=1"]), Choices(allow_oversize=True))
+    assert planned.oversize
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((), "--precision fp8 multiplies quantised activations.*export with --numerics fp8"),
+        (("precision=bf16",), "--kv-cache-dtype fp8_ds stores FP8.*export with --numerics fp8"),
+    ],
+)
+def test_the_program_must_carry_what_is_asked(
+    tiny_programs: dict[str, Path], settings: tuple[str, ...], message: str
+) -> None:
+    exact = open_inputs(tiny_programs["exact"], None)
+    with pytest.raises(TargetError, match=message):
+        check(exact, load_target("rtx4090", settings), Choices())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index_topk": 4096}, "DsaIndexer as a plugin takes index_topk at most 2048, the model has 4096"),
+        ({"num_experts_per_tok": 22}, "MoeRoute as a plugin takes num_experts_per_tok at most 16, the model has 22"),
+        ({"n_routed_experts": 1024}, "MoeRoute as a plugin takes n_routed_experts at most 512"),
+        ({"qk_rope_head_dim": 40}, "DsaAttention as a plugin takes qk_rope_head_dim a multiple of 16"),
+    ],
+)
+def test_an_operator_refuses_sizes_it_cannot_do(inputs: Inputs, change: dict[str, int], message: str) -> None:
+    bent = dataclasses.replace(inputs, config=inputs.config.model_copy(update=change))
+    with pytest.raises(TargetError, match=message):
+        check(bent, load_target("rtx4090"), Choices(plugins="all"))
+
+
+def test_auto_inlines_what_has_no_plugin(inputs: Inputs) -> None:
+    bent = dataclasses.replace(inputs, config=inputs.config.model_copy(update={"n_routed_experts": 1024}))
+    planned = check(bent, load_target("rtx4090"), Choices())
+    assert planned.inlined == ("MoeRoute",)
+
+
+def test_a_checkpoint_of_another_model_is_refused(inputs: Inputs, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    raw = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(raw | {"index_topk": 8}))
+    with pytest.raises(ProgramError, match="index_topk is 8, the program was exported for"):
+        open_inputs(inputs.folder, other)
+
+
+def test_less_than_was_asked_fails() -> None:
+    found = [
+        Share(what="BlockFp8Linear", face="inlined", precision="bf16", share=0.6),
+        Share(what="MoeExperts", face="plugin", precision="fp8", share=0.4),
+    ]
+    with pytest.raises(EngineError, match=r"BlockFp8Linear \(inlined\) multiply in bf16: 60%"):
+        audit.require_precision(found, "--precision fp8", "fp8")
+    audit.require_precision(found, "--precision bf16", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "cpu"], "pass --checkpoint"),
+        (["--target", "cpu", "--precision", "fp8"], "--precision is for GPU targets"),
+        (["--target", "cpu", "--sm", "89"], "--sm is for GPU targets"),
+        (["--target", "cpu", "--max-batch-size", "3"], "--max-batch-size is for GPU targets"),
+        (["--target", "rtx4090", "--timing-cache", "x"], "--timing-cache is for tensorrt"),
+        (["--target", "rtx4090", "--workspace", "big"], "expected bytes such as 512M"),
+        (["--target", "rtx4090", "--sm", "90"], "sm 90 is not one that tensorrt-rtx compiles for"),
+    ],
+)
+def test_options_that_a_target_does_not_know(
+    tiny_programs: dict[str, Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(build_command, [str(tiny_programs["fp8"]), str(tmp_path / "x"), *arguments])
+    assert isinstance(result.exception, SeekforgeError)
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_it_would_build_and_builds_nothing(tiny_programs: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [str(tiny_programs["fp8"]), str(tmp_path / "x"), "--target", "rtx5090", "--dry-run", "--json"]
+    result = CliRunner().invoke(build_command, arguments)
+    said = json.loads(result.stdout)
+    assert said["plugins"].keys() == set(load_program(tiny_programs["fp8"]).ops)
+    assert said["sms"] == [120]
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- pure parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "expected"), [("4096", 4096), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1k", 1024)])
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "layers.3.self_attn.o_proj/BlockFp8Linear",
+            "layer 3, the output projection of the attention (operator BlockFp8Linear)",
+        ),
+        ("layers.12/Mul_4", "layer 12 (operator Mul)"),
+        ("lm_head/MatMul", "the head (operator MatMul)"),
+        ("(Unnamed Layer* 8) [Constant]", None),
+    ],
+)
+def test_places(name: str, expected: str | None) -> None:
+    assert place(name) == expected
+
+
+def test_the_first_place_and_the_first_message_are_told() -> None:
+    said = explain(["Internal  error", "in node layers.7.mlp.gate/MoeRoute_3: bad"])
+    assert said == "layer 7, the router (operator MoeRoute): Internal error"
+    assert explain(["no place here"]) == "no place here"
+
+
+def test_progress_never_falls() -> None:
+    phases = Phases()
+    events = [
+        ("phase", "all", 2), ("phase", "part", 4), ("step", "part", 1), ("finish", "part", 0), ("step", "all", 0),
+        ("phase", "part", 4), ("step", "part", 3), ("finish", "part", 0), ("step", "all", 1), ("finish", "all", 0),
+    ]  # fmt: skip
+    seen = [phases.update({"event": e, "name": n, "steps": k, "step": k}) for e, n, k in events]
+    assert seen == sorted(seen)
+    assert seen[2] == pytest.approx(0.25)
+    assert seen[-1] == 1.0
+
+
+def test_profiles_keep_the_limits(inputs: Inputs) -> None:
+    target = load_target("rtx4090", ["limits.max_batch_size=3", "limits.max_model_len=100"])
+    face = inputs.program.graphs["model"]
+    blocks = pool_blocks(face, target.limits, 10 << 30, 64 * 2560)
+    assert blocks == 3 * 2 + 1, "full sequences need no more"
+    decode = axis_bounds(target.profiles["decode"], target.limits, pool_blocks=blocks)
+    assert decode["B"] == (1, 3, 3)
+    assert decode["Q"] == (1, 1, 5)
+    assert decode["MB"] == (1, 2, 2)
+    assert decode["NS"] == (64, 7 * 64, 7 * 64)
+    prefill = axis_bounds(target.profiles["prefill"], target.limits, pool_blocks=blocks)
+    assert prefill["Q"][2] == 100
+    for bounds in (*decode.values(), *prefill.values()):
+        assert list(bounds) == sorted(bounds)
+
+
+def test_a_pool_is_no_larger_than_a_tensor_can_count(inputs: Inputs) -> None:
+    target = load_target("rtx4090", ["limits.max_batch_size=2048", "limits.max_num_batched_tokens=2048"])
+    face = inputs.program.graphs["model"]
+    blocks = pool_blocks(face, target.limits, 1 << 50, 1)
+    widest = max(int(spec.shape[1]) for spec in face.with_role("cache"))
+    assert blocks * 64 * widest < 2**31
+
+
+@pytest.fixture(scope="module")
+def planned(inputs: Inputs) -> Planned:
+    return check(inputs, load_target("rtx4090"), Choices())
+
+
+def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: Planned) -> None:
+    """The FLOPs of the graph's products are those of the formulas, over main model and MTP module."""
+    from seekforge.plugins.formats.sizing import attention_flops, layer_matrices, linear_flops
+
+    config: ModelConfig = inputs.config
+    total = 0.0
+    for name in inputs.program.graphs:
+        ready = prepare(
+            onnx.load(inputs.folder / f"{name}.onnx"),
+            planned.how,
+            config,
+            plugins=planned.plugins,
+            products="fp8",
+            digests={},
+        )
+        weights = [spec.name for spec in inputs.program.graphs[name].with_role("weight")]
+        found = audit.products(
+            ready.operators, config, weights=weights, plugins=planned.plugins, precision="fp8", context=4096
+        )
+        total += sum(one.flops for one in found)
+    expected = linear_flops(config).total + attention_flops(config, 4096).total
+    assert config.mtp_layer is not None
+    expected += linear_flops(config, layer_matrices(config, config.mtp_layer)).total
+    expected += attention_flops(config, 4096, num_layers=1).total + 2.0 * config.vocab_size * config.hidden_size
+    assert total == pytest.approx(expected, rel=1e-6)
