@@ -286,6 +286,7 @@ def test_less_than_was_asked_fails() -> None:
         (["--target", "rtx4090", "--timing-cache", "x"], "--timing-cache is for tensorrt"),
         (["--target", "rtx4090", "--workspace", "big"], "expected bytes such as 512M"),
         (["--target", "rtx4090", "--sm", "90"], "sm 90 is not one that tensorrt-rtx compiles for"),
+        (["--target", "rtx4090", "--taps"], "--taps is for target cpu"),
     ],
 )
 def test_options_that_a_target_does_not_know(

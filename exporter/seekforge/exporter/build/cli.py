@@ -3,28 +3,72 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
+from rich.table import Table
 
-from seekforge.exporter.build.engine import Built
-from seekforge.exporter.build.engine import build as write_engine
-from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.build.targets import TargetConfig, load_target
 from seekforge.exporter.progress import Stages
+from seekforge.plugins.errors import TargetError
+
+if TYPE_CHECKING:
+    from seekforge.exporter.build.engine import Built
+    from seekforge.exporter.build.gpu_engine import Choices, Inputs, Planned
+    from seekforge.plugins.formats.manifest import Manifest
+
+_GIB = 1 << 30
+#: Options that only a GPU build knows: name -> value when it was not given.
+_GPU_OPTIONS = {
+    "precision": None,
+    "kv_cache_dtype": None,
+    "sms": (),
+    "plugins": None,
+    "workspace": None,
+    "timing_cache": None,
+    "builder_optimization_level": None,
+    "allow_oversize": False,
+    "dry_run": False,
+}
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @click.command("build")
 @click.argument("program", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="A name of configs/targets, such as cpu.")
+@click.option("--target", required=True, help="A name of 'seekforge targets', or the path of a YAML file.")
+@click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change a key of the target.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    required=True,
-    help="The checkpoint that the program was exported from: its weights go into the engine.",
+    default=None,
+    help="What the program was exported from. cpu: its weights go into the engine; GPU: remembered, not read.",
 )
+@click.option("--max-batch-size", type=int, default=None, help="Most sequences of a step.")
 @click.option("--max-model-len", type=int, default=None, help="Longest sequence, prompt and answer together.")
+@click.option("--max-num-batched-tokens", type=int, default=None, help="Most tokens of a step.")
+@click.option("--precision", type=click.Choice(["fp8", "bf16"]), default=None, help="GPU: of products of FP8 weights.")
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(["fp8_ds", "bf16"]), default=None, help="GPU: format of the caches."
+)
+@click.option("--sm", "sms", type=int, multiple=True, help="tensorrt-rtx: another SM that the plan shall run on.")
+@click.option(
+    "--plugins",
+    type=click.Choice(["auto", "all", "none"]),
+    default=None,
+    help="GPU: operators as plugins: all, none (inlined), or auto: all that the model's sizes allow.  [default: auto]",
+)
+@click.option("--workspace", default=None, metavar="SIZE", help="GPU: most scratch memory of one layer, such as 512M.")
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path), default=None, help="tensorrt: file of measured tactics."
+)
+@click.option("--builder-optimization-level", type=click.IntRange(0, 5), default=None, help="GPU: the library's.")
+@click.option("--allow-oversize", is_flag=True, help="GPU: build what does not fit; it is marked and does not load.")
+@click.option("--dry-run", is_flag=True, help="GPU: check everything, say what would be built, build nothing.")
 @click.option("--taps", is_flag=True, help="Let the engine show the tensors inside each layer, for 'parity'.")
 @click.option("--force", is_flag=True, help="Replace an engine that stands at OUT.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
@@ -34,23 +78,65 @@ def build(
     out: Path,
     *,
     target: str,
+    settings: tuple[str, ...],
+    checkpoint: Path | None,
+    max_batch_size: int | None,
+    max_model_len: int | None,
+    max_num_batched_tokens: int | None,
+    taps: bool,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+    **gpu: Any,
+) -> None:
+    """Build an engine for one target from the program folder PROGRAM into the folder OUT.
+
+    A CPU engine is compared with the PyTorch model before it is written, and holds its weights. A GPU engine takes
+    its weights from the checkpoint when it runs, so a program of any size builds anywhere.
+    """
+    config = load_target(target, settings)
+    stages = Stages(quiet=quiet or as_json)
+    if config.backend == "onnxruntime":
+        for option, value in (
+            *gpu.items(),
+            ("max_batch_size", max_batch_size),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+        ):
+            if value != _GPU_OPTIONS.get(option):
+                name = "sm" if option == "sms" else option.replace("_", "-")
+                raise TargetError(f"--{name} is for GPU targets, target {config.name} does not know it")
+        if checkpoint is None:
+            raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
+        _build_cpu(program, out, config, checkpoint, max_model_len, taps, force, quiet, as_json, stages)
+        return
+    if taps:
+        raise TargetError(f"--taps is for target cpu; {config.backend} engines show their taps as debug tensors")
+    limits = {
+        "max_batch_size": max_batch_size,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    _build_gpu(program, out, config, checkpoint, limits, gpu, force, quiet, as_json, stages)
+
+
+def _build_cpu(
+    program: Path,
+    out: Path,
+    target: TargetConfig,
     checkpoint: Path,
     max_model_len: int | None,
     taps: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
+    stages: Stages,
 ) -> None:
-    """Build an engine for one target from the program folder PROGRAM into the folder OUT.
+    from seekforge.exporter.build.engine import build as write_engine  # brings torch, which GPU builds do without
 
-    The engine is compared with the PyTorch model before it is written; the results are stored in it, and a
-    runtime repeats the comparison when it loads.
-    """
-    stages = Stages(quiet=quiet or as_json)
     built = write_engine(
         program,
         out,
-        target=load_target(target),
+        target=target,
         checkpoint_folder=checkpoint,
         max_model_len=max_model_len,
         force=force,
@@ -62,6 +148,147 @@ def build(
         sys.stdout.write(json.dumps(_summary(built, out, stages.seconds)) + "\n")
     elif not quiet:
         sys.stdout.write(_sentence(built, out))
+
+
+def _build_gpu(
+    program: Path,
+    out: Path,
+    target: TargetConfig,
+    checkpoint: Path | None,
+    limits: dict[str, int | None],
+    gpu: dict[str, Any],
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+    stages: Stages,
+) -> None:
+    from seekforge.exporter.build.compiler import Options
+    from seekforge.exporter.build.gpu_engine import Choices, build_gpu, check, open_inputs
+
+    target = with_options(target, limits, gpu)
+    if gpu["timing_cache"] is not None and target.backend == "tensorrt-rtx":
+        raise TargetError("--timing-cache is for tensorrt; tensorrt-rtx measures on the GPU that runs the engine")
+    choices = Choices(
+        plugins=gpu["plugins"] or "auto",
+        allow_oversize=gpu["allow_oversize"],
+        compiler=Options(
+            workspace_bytes=None if gpu["workspace"] is None else parse_size(gpu["workspace"]),
+            optimization_level=gpu["builder_optimization_level"],
+            timing_cache=gpu["timing_cache"],
+        ),
+    )
+    stages("read program and check")
+    inputs = open_inputs(program, checkpoint)
+    planned = check(inputs, target, choices)
+    if gpu["dry_run"]:
+        stages.done()
+        sys.stdout.write(_dry_run(inputs, planned, choices, out, as_json))
+        return
+    manifest = build_gpu(inputs, planned, out, choices=choices, force=force, progress=stages)
+    stages.done()
+    if as_json:
+        sys.stdout.write(json.dumps(_gpu_summary(manifest, out, stages.seconds)) + "\n")
+    elif not quiet:
+        _print_audit(manifest, out)
+
+
+def with_options(target: TargetConfig, limits: dict[str, int | None], gpu: dict[str, Any]) -> TargetConfig:
+    """Return the target as the command line changes it, checked again.
+
+    Raises:
+        TargetError: the result is no valid target.
+    """
+    settings = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
+    if gpu["precision"] is not None:
+        settings.append(f"precision={gpu['precision']}")
+    if gpu["kv_cache_dtype"] is not None:
+        settings.append(f"kv_format={gpu['kv_cache_dtype']}")
+    if gpu["sms"]:
+        settings.append(f"also={[*target.also, *gpu['sms']]}")
+    return target.changed(settings)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from `1073741824`, `512M` or `2GiB`.
+
+    Raises:
+        TargetError: not such a size.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*([KMG]?)(?:I?B)?\s*", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise TargetError(f"--workspace {text!r}: expected bytes such as 512M or 2G")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def _dry_run(inputs: Inputs, planned: Planned, choices: Choices, out: Path, as_json: bool) -> str:
+    ops = {op: use.num_nodes for op, use in inputs.program.ops.items()}
+    target = planned.target
+    facts = {
+        "path": str(out),
+        "target": target.name,
+        "sms": target.sms,
+        "backend": target.backend,
+        "products": target.products,
+        "kv_cache_dtype": target.kv_format,
+        "fp8_storage": planned.how.fp8_storage,
+        "plugins": {op: ops[op] for op in planned.plugins},
+        "inlined": {op: ops[op] for op in planned.inlined},
+        "limits": planned.limits.model_dump(),
+        "device_bytes": planned.device_bytes,
+        "oversize": planned.oversize,
+        "profiles": list(target.profiles),
+    }
+    if as_json:
+        return json.dumps(facts) + "\n"
+    total, usable = (planned.device_bytes[key] / _GIB for key in ("total", "usable"))
+    plugins = ", ".join(f"{ops[op]} {op}" for op in planned.plugins) or "none"
+    inlined = ", ".join(f"{ops[op]} {op}" for op in planned.inlined) or "none"
+    return (
+        f"would build {out} for {target.name} ({', '.join(f'sm{sm}' for sm in target.sms)}, {target.backend})\n"
+        f"products {target.products}, caches {target.kv_format}, FP8 weights as {planned.how.fp8_storage}\n"
+        f"plugins: {plugins}\ninlined: {inlined}\n"
+        f"expected memory {total:.1f} GiB of {usable:.1f} GiB{' (oversize)' if planned.oversize else ''}\n"
+    )
+
+
+def _gpu_summary(manifest: Manifest, out: Path, seconds: dict[str, float]) -> dict[str, object]:
+    assert manifest.audit is not None
+    return {
+        "path": str(out),
+        "target": manifest.target.name,
+        "sms": manifest.target.sms,
+        "numerics": manifest.numerics["name"],
+        "limits": manifest.limits.model_dump(),
+        "self_check": None,
+        "audit": manifest.audit.model_dump(mode="json"),
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+    }
+
+
+def _print_audit(manifest: Manifest, out: Path) -> None:
+    audit = manifest.audit
+    assert audit is not None
+    target = manifest.target
+    console = Console(highlight=False, width=None if Console().is_terminal else 110)
+    table = Table(title=f"matrix products of one token at {audit.context} keys: {audit.got}", title_justify="left")
+    for name in ("what", "as", "precision", "share"):
+        table.add_column(name, justify="right" if name == "share" else "left")
+    for one in audit.products:
+        table.add_row(one.what, one.face, one.precision, f"{one.share:.2%}")
+    console.print(table)
+    plugins = ", ".join(f"{count} {op}" for op, count in audit.plugins.items()) or "none"
+    inlined = ", ".join(f"{count} {op}" for op, count in audit.inlined.items()) or "none"
+    plans = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in audit.plan_bytes.items())
+    total, usable, scratch = (audit.device_bytes[key] / _GIB for key in ("total", "usable", "scratch"))
+    console.print(
+        f"wrote {out}: {target.name} ({', '.join(f'sm{sm}' for sm in target.sms)}), plans: {plans}\n"
+        f"plugins: {plugins}\ninlined: {inlined}\n"
+        f"weight inputs {audit.weight_input_bytes / _GIB:.2f} GiB, scratch {scratch:.2f} GiB, expected memory "
+        f"{total:.1f} of {usable:.1f} GiB{': OVERSIZE, this engine does not load' if audit.oversize else ''}\n"
+        "self-check: none yet ('parity' writes it where the GPU is)"
+    )
+    if any(not use.kernel_digest for use in manifest.plugins.values()):
+        console.print("kernels: none compiled yet, the plugins cannot run until the engine is built with them")
 
 
 def _summary(built: Built, out: Path, seconds: dict[str, float]) -> dict[str, object]:

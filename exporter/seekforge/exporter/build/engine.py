@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Protocol
 import onnx
 from onnx import inliner
 
+from seekforge.exporter.build.common import check_bindings, copy_text_files, generation_defaults
 from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import TargetConfig
@@ -107,7 +106,7 @@ def build(
     progress("read program and checkpoint")
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
-    _check_bindings(program, bindings, program_folder)
+    check_bindings(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     found = ModelConfig.load(checkpoint_folder)
     _check_same_config(config, _as_in_program(found, program), checkpoint_folder)
@@ -128,7 +127,7 @@ def build(
                 weights.write(folder, checkpoint, bar)
             progress("inline, check, write")
             faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
-            files = [*_copy_text_files(program, program_folder, folder), "bindings.json"]
+            files = [*copy_text_files(program, program_folder, folder), "bindings.json"]
             save_bindings(folder, dict(zip(graphs, weights.attached, strict=True)))
             self_check = None
             if program.gives_logits:
@@ -150,7 +149,7 @@ def build(
                 num_top_logits=config.num_top_logits,
                 bos_token_id=config.bos_token_id,
                 eos_token_id=config.eos_token_id,
-                generation=_generation(program_folder),
+                generation=generation_defaults(program_folder),
                 tokenizer="tokenizer.json",
                 files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
                 self_check=self_check,
@@ -181,19 +180,6 @@ def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]]) -> l
         name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
     )
     return list(dict.fromkeys([*names, *program.unused]))
-
-
-def _check_bindings(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
-    """Every weight and table of every graph has a recipe, and there is no other."""
-    for graph, face in program.graphs.items():
-        wanted = {spec.name for role in ("weight", "table") for spec in face.with_role(role)}
-        wrong = sorted(wanted ^ bindings.get(graph, {}).keys())
-        if wrong:
-            fault = "has no recipe" if wrong[0] in wanted else "is no weight of that graph"
-            raise ProgramError(
-                f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {graph!r} {fault} by program.json; "
-                "export the program again"
-            )
 
 
 def _check_same_config(config: ModelConfig, found: ModelConfig, checkpoint_folder: Path) -> None:
@@ -290,17 +276,6 @@ def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> Gr
     )
 
 
-def _copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:
-    for name in program.files:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(program_folder / name, target)
-        except FileNotFoundError:
-            raise ProgramError(f"{program_folder / name}: missing; export the program again") from None
-    return list(program.files)
-
-
 def _cache(config: ModelConfig, faces: dict[str, GraphIO]) -> Cache:
     caches = [spec for face in faces.values() for spec in face.with_role("cache")]
     per_slot = sum(itemsize(spec.dtype) * int(spec.shape[1]) for spec in caches)
@@ -314,10 +289,3 @@ def _cache(config: ModelConfig, faces: dict[str, GraphIO]) -> Cache:
         index_dim=config.index_head_dim,
         bytes_per_block=per_slot * BLOCK_SIZE,
     )
-
-
-def _generation(program_folder: Path) -> dict[str, float]:
-    """Sampling defaults of generation_config.json; the model card's where the file is missing."""
-    path = program_folder / "generation_config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {"temperature": float(raw.get("temperature", 1.0)), "top_p": float(raw.get("top_p", 0.95))}
