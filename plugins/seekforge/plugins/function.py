@@ -17,6 +17,7 @@ import seekforge.plugins.dsa_cache_write.function as dsa_cache_write
 import seekforge.plugins.dsa_indexer.function as dsa_indexer
 import seekforge.plugins.moe_experts.function as moe_experts
 import seekforge.plugins.moe_route.function as moe_route
+import seekforge.plugins.sum_ranks.function as sum_ranks
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.function_text import Attrs
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
@@ -34,6 +35,7 @@ BODIES: Final[dict[str, Body]] = {
     "DsaAttention": dsa_attention.body,
     "MoeRoute": moe_route.body,
     "MoeExperts": moe_experts.body,
+    "SumRanks": sum_ranks.body,
 }
 #: op_type of the CPU build's folded forms -> what makes its body.
 FOLDED_BODIES: Final[dict[str, Callable[[Attrs], onnx.FunctionProto]]] = {

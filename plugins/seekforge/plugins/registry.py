@@ -1,4 +1,4 @@
-"""The six operators by ONNX op_type. Only contracts: imports neither torch nor onnx."""
+"""The operators by ONNX op_type. Only contracts: imports neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from seekforge.plugins.dsa_indexer.spec import SPEC as _DSA_INDEXER
 from seekforge.plugins.moe_experts.spec import SPEC as _MOE_EXPERTS
 from seekforge.plugins.moe_route.spec import SPEC as _MOE_ROUTE
 from seekforge.plugins.spec import OpSpec
+from seekforge.plugins.sum_ranks.spec import SPEC as _SUM_RANKS
 
-#: op_type -> contract, in the order in which a layer uses them.
+#: op_type -> contract, in the order in which a layer uses them; the collective last.
 SPECS: Final[dict[str, OpSpec]] = {
     spec.name: spec
-    for spec in (_BLOCK_FP8_LINEAR, _DSA_CACHE_WRITE, _DSA_INDEXER, _DSA_ATTENTION, _MOE_ROUTE, _MOE_EXPERTS)
+    for spec in (
+        _BLOCK_FP8_LINEAR,
+        _DSA_CACHE_WRITE,
+        _DSA_INDEXER,
+        _DSA_ATTENTION,
+        _MOE_ROUTE,
+        _MOE_EXPERTS,
+        _SUM_RANKS,
+    )
 }

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seekforge.exporter.model.layers import Fp8Linear, LinearF32, RmsNorm, rope_half_split, rope_interleaved, weight
+from seekforge.exporter.model.layers import (
+    Fp8Linear,
+    LinearF32,
+    RmsNorm,
+    SumRanks,
+    rope_half_split,
+    rope_interleaved,
+    weight,
+)
 from seekforge.exporter.model.step import Settings, Step
 from seekforge.plugins.dsa_attention.op import dsa_attention
 from seekforge.plugins.dsa_cache_write.op import dsa_cache_write
@@ -69,7 +77,7 @@ class Attention(nn.Module):
         super().__init__()
         config, numerics = settings.config, settings.numerics
         self.settings, self.config = settings, config
-        heads = config.num_attention_heads
+        self.heads = heads = config.num_attention_heads // settings.ranks.count
         self.splits = [config.q_lora_rank, config.index_head_dim, config.kv_lora_rank, config.qk_rope_head_dim]
         self.qkv_a_proj = Fp8Linear(config.hidden_size, sum(self.splits), numerics.act_quant)
         self.q_a_layernorm = RmsNorm(config.q_lora_rank, config.rms_norm_eps, settings.dtype)
@@ -79,6 +87,7 @@ class Attention(nn.Module):
         self.w_uv = weight(heads, config.v_head_dim, config.kv_lora_rank, dtype=settings.dtype)
         self.o_proj = Fp8Linear(heads * config.v_head_dim, config.hidden_size, numerics.act_quant)
         self.indexer = Indexer(settings)
+        self.sum_ranks = SumRanks(settings.ranks.count)
 
     def forward(
         self, x: Tensor, step: Step, latent_cache: Tensor, index_cache: Tensor
@@ -96,7 +105,7 @@ class Attention(nn.Module):
         kv_format = self.settings.dtype_name
         q_raw, index_raw, c_raw, k_pe = self.qkv_a_proj(x).split(self.splits, dim=-1)
         qr = self.q_a_layernorm(q_raw)
-        q = self.q_b_proj(qr).unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        q = self.q_b_proj(qr).unflatten(-1, (self.heads, config.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_pe = rope_interleaved(q_pe, step.cos.unsqueeze(2), step.sin.unsqueeze(2))
         latent_cache, index_cache = dsa_cache_write(
@@ -129,7 +138,7 @@ class Attention(nn.Module):
                 q_latent, q_pe, latent_cache, step.block_table, topk_indices, config.softmax_scale, kv_format
             )
             o = (o_latent.transpose(1, 2) @ self.w_uv.transpose(1, 2)).transpose(1, 2)
-        return self.o_proj(o.flatten(2)), latent_cache, index_cache, topk_indices
+        return self.sum_ranks(self.o_proj(o.flatten(2))), latent_cache, index_cache, topk_indices
 
     def _naive(self, q_nope: Tensor, q_pe: Tensor, latent_cache: Tensor, step: Step, topk: Tensor) -> Tensor:
         """Multi-head form with expanded keys and values and a mask (spec §3.4): [B, Q, h, v_head_dim]."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from seekforge.plugins.block_fp8_linear.op import block_fp8_linear
 from seekforge.plugins.formats.model_config import FP8_BLOCK
 from seekforge.plugins.spec import cdiv
+from seekforge.plugins.sum_ranks.op import sum_ranks
 
 
 def weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -89,6 +90,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     half = gate_up.shape[-1] // 2
     gate, up = gate_up[..., :half].float(), gate_up[..., half:].float()
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+class SumRanks(nn.Module):
+    """Sum over the ranks that share the model (`SumRanks`); nothing for one rank."""
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__()
+        self.num_ranks = num_ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same."""
+        return x if self.num_ranks == 1 else sum_ranks(x, self.num_ranks)
 
 
 class Mlp(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seekforge.exporter.model.attention import Attention
-from seekforge.exporter.model.layers import LinearF32, Mlp, RmsNorm, weight
+from seekforge.exporter.model.layers import LinearF32, Mlp, RmsNorm, SumRanks, weight
 from seekforge.exporter.model.moe import Moe
 from seekforge.exporter.model.step import Settings, Step
 
@@ -29,8 +29,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         self.self_attn = Attention(settings)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-        dense = Mlp(config.hidden_size, config.intermediate_size, settings.numerics.act_quant)
+        ranks = settings.ranks.count
+        dense = Mlp(config.hidden_size, config.intermediate_size // ranks, settings.numerics.act_quant)
         self.mlp = Moe(settings) if config.is_moe_layer(layer) else dense
+        self.sum_ranks = SumRanks(ranks)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, step: Step, latent_cache: Tensor, index_cache: Tensor
@@ -43,9 +45,9 @@ class DecoderLayer(nn.Module):
         x, latent_cache, index_cache, topk_indices = self.self_attn(a, step, latent_cache, index_cache)
         a, residual = self.post_attention_layernorm.add(x, residual)
         if isinstance(self.mlp, Moe):
-            x, expert_ids = self.mlp(a)
+            x, expert_ids = self.mlp(a, step.expert_map)
         else:
-            x, expert_ids = self.mlp(a), None
+            x, expert_ids = self.sum_ranks(self.mlp(a)), None
         return x, residual, latent_cache, index_cache, topk_indices, expert_ids
 
 
@@ -61,12 +63,14 @@ class _StepModule(nn.Module):
         self.rope_sin = weight(config.max_position_embeddings, half, dtype=torch.float32)
         size = config.index_head_dim
         self.hadamard = weight(size, size, dtype=torch.float32) if settings.numerics.hadamard else None
+        is_dealt = settings.ranks.ep > 1 and any(config.is_moe_layer(i) for i in layers)
+        self.expert_map = weight(config.n_routed_experts, dtype=torch.int32) if is_dealt else None
         self.layers = nn.ModuleDict({str(i): DecoderLayer(settings, i) for i in layers})
 
     def _step(self, positions: Tensor, slot_mapping: Tensor, block_table: Tensor) -> Step:
         row = positions.clamp_min(0)  # a padded row has position −1
         cos, sin = F.embedding(row, self.rope_cos), F.embedding(row, self.rope_sin)
-        return Step(positions, slot_mapping, block_table, cos, sin, self.hadamard)
+        return Step(positions, slot_mapping, block_table, cos, sin, self.hadamard, self.expert_map)
 
     def _run_layers(
         self, x: Tensor, residual: Tensor | None, step: Step, latent: list[Tensor], index: list[Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seekforge.exporter.model.layers import LinearF32, Mlp, weight
+from seekforge.exporter.model.layers import LinearF32, Mlp, SumRanks, weight
 from seekforge.exporter.model.step import Settings
 from seekforge.plugins.formats.model_config import FP8_BLOCK
 from seekforge.plugins.moe_experts.op import moe_experts
@@ -28,7 +28,9 @@ class Experts(nn.Module):
         super().__init__()
         config = settings.config
         self.act_quant = settings.numerics.act_quant
-        experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        ranks = settings.ranks
+        experts, hidden = config.n_routed_experts // ranks.ep, config.hidden_size
+        inter = config.moe_intermediate_size // ranks.tp
         h, i = hidden // FP8_BLOCK, inter // FP8_BLOCK
         self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.float8_e4m3fn)
         self.w13_scale = weight(experts, 2 * i, h, dtype=torch.float32)
@@ -51,11 +53,15 @@ class Moe(nn.Module):
         self.config = config
         self.gate = Gate(settings)
         self.experts = Experts(settings)
-        shared = config.n_shared_experts * config.moe_intermediate_size
+        shared = config.n_shared_experts * config.moe_intermediate_size // settings.ranks.count
         self.shared_experts = Mlp(config.hidden_size, shared, settings.numerics.act_quant)
+        self.sum_ranks = SumRanks(settings.ranks.count)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, Q, hidden_size] -> the same, and expert_ids [B·Q, num_experts_per_tok] int32."""
+    def forward(self, x: Tensor, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, Q, hidden_size] -> the same, and expert_ids [B·Q, num_experts_per_tok] int32.
+
+        With an `expert_map`, only the experts of this rank are run; the others' parts come with the sum over ranks.
+        """
         config = self.config
         tokens = x.flatten(0, 1)
         expert_ids, expert_weights = moe_route(
@@ -67,6 +73,7 @@ class Moe(nn.Module):
             config.norm_topk_prob,
             config.routed_scaling_factor,
         )
-        routed = self.experts(tokens, expert_ids, expert_weights)
-        y = (routed + self.shared_experts(tokens).float()).to(x.dtype)
+        here = expert_ids if expert_map is None else expert_map[expert_ids.long()]
+        routed = self.experts(tokens, here, expert_weights)
+        y = self.sum_ranks(routed + self.shared_experts(tokens).float()).to(x.dtype)
         return y.view_as(x), expert_ids

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from seekforge.plugins.formats.bindings import Ranks
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import Numerics
 from seekforge.plugins.torch_ops import TORCH_DTYPES
@@ -23,6 +24,7 @@ class Settings:
         config: the checkpoint's configuration.
         numerics: which roundings it makes.
         activations: dtype of activations and caches; None takes that of `numerics`.
+        ranks: how many ranks share the model; parameters and graph are those of one of them.
         form: absorbed (what engines run) or naive attention (spec §3.4); only absorbed can be exported.
     """
 
@@ -30,6 +32,7 @@ class Settings:
     numerics: Numerics
     activations: Literal["f32", "bf16"] | None = None
     form: AttentionForm = "absorbed"
+    ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
 
     @property
     def dtype_name(self) -> Literal["f32", "bf16"]:
@@ -52,6 +55,7 @@ class Step:
         block_table: [B, MB] int32; unused entries 0.
         cos, sin: [B, Q, R / 2] f32, looked up once per step.
         hadamard: [D, D] f32, or None when indexer vectors are not rotated by it.
+        expert_map: [n_routed_experts] int32, expert -> its place on this rank or −1; None when all are here.
     """
 
     positions: Tensor
@@ -60,3 +64,4 @@ class Step:
     cos: Tensor
     sin: Tensor
     hadamard: Tensor | None
+    expert_map: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -11,22 +12,28 @@ import torch
 from seekforge.exporter.model.model import MtpModel, StepModel
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import (
+    Over,
+    Ranks,
     Recipe,
     TensorSource,
     cast,
     concat,
     dequantise,
     evaluate,
+    expert_map,
     hadamard_table,
     reshape,
     rope_table,
     slice_,
+    split,
     stack,
     take,
 )
 from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig, RopeScaling
 from seekforge.plugins.spec import cdiv
 from seekforge.plugins.torch_ops import DTYPE_NAMES
+
+_ONE = Ranks()
 
 #: Why the MTP layer's own embedding and head are not read.
 _COPY = "physical copy of {}; checked equal when weights are read, stored once"
@@ -38,14 +45,14 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
     Raises:
         ProgramError: a parameter has no recipe, or one of another shape (a bug of ours, found at export).
     """
-    config, dtype = model.settings.config, model.settings.dtype_name
-    table = _tables(config)
+    config, dtype, ranks = model.settings.config, model.settings.dtype_name, model.settings.ranks
+    table = _tables(config) | {"expert_map": expert_map(config.n_routed_experts, ranks)}
     if isinstance(model, MtpModel):
         table |= _mtp(config, model.layer_numbers[0], dtype)
     else:
         table |= _ends(config, dtype)
     for layer in model.layer_numbers:
-        table |= _layer(config, layer, dtype)
+        table |= _layer(config, layer, dtype, ranks)
     result = {}
     for name, parameter in model.named_parameters():
         recipe = table.get(name)
@@ -120,19 +127,22 @@ def _bf16(name: str, shape: tuple[int, ...], dtype: str) -> Recipe:
     return cast(take(name, shape, "bf16"), dtype)
 
 
-def _fp8(name: str, n: int, k: int) -> tuple[Recipe, Recipe]:
-    """An FP8 matrix and its block scales."""
-    scale = (cdiv(n, FP8_BLOCK), cdiv(k, FP8_BLOCK))
-    return take(f"{name}.weight", (n, k), "f8e4m3"), take(f"{name}.weight_scale_inv", scale, "f32")
+def _fp8(name: str, n: int, k: int, *, ranks: Ranks = _ONE, over: Over = "all", axis: int = 0) -> tuple[Recipe, Recipe]:
+    """An FP8 matrix and its block scales; a rank's part of them along `axis`."""
+    weight = take(f"{name}.weight", (n, k), "f8e4m3")
+    scale = take(f"{name}.weight_scale_inv", (cdiv(n, FP8_BLOCK), cdiv(k, FP8_BLOCK)), "f32")
+    return split(weight, axis, over, ranks), split(scale, axis, over, ranks)
 
 
-def _linear(target: str, *sources: tuple[str, int], k: int) -> dict[str, Recipe]:
+def _linear(target: str, *sources: tuple[str, int], k: int, ranks: Ranks = _ONE, axis: int = 0) -> dict[str, Recipe]:
     """Recipes of one `Fp8Linear` from one or more checkpoint matrices stacked by rows.
 
-    Every matrix but the last must have a multiple of 128 rows, so that each starts on a block.
+    Every matrix but the last must have a multiple of 128 rows, so that each starts on a block. With several `ranks`,
+    each has an equal part of every matrix, by rows (axis 0) or by columns (axis 1), in whole blocks.
     """
     assert all(n % FP8_BLOCK == 0 for _, n in sources[:-1]), sources
-    weights, scales = zip(*(_fp8(name, n, k) for name, n in sources), strict=True)
+    pairs = [_fp8(name, n, k, ranks=ranks, over="all", axis=axis) for name, n in sources]
+    weights, scales = zip(*pairs, strict=True)
     single = len(sources) == 1
     return {
         f"{target}.weight": weights[0] if single else concat(weights),
@@ -159,16 +169,17 @@ def _mtp(config: ModelConfig, layer: int, dtype: str) -> dict[str, Recipe]:
     }
 
 
-def _layer(config: ModelConfig, layer: int, dtype: str) -> dict[str, Recipe]:
+def _layer(config: ModelConfig, layer: int, dtype: str, ranks: Ranks) -> dict[str, Recipe]:
     source, target, hidden = f"model.layers.{layer}.", f"layers.{layer}.", config.hidden_size
     result = {
         target + name: _bf16(source + name, (hidden,), dtype)
         for name in ("input_layernorm.weight", "post_attention_layernorm.weight")
     }
-    return result | _attention(config, source, target, dtype) | _mlp(config, layer, source, target, dtype)
+    attention = _attention(config, source, target, dtype, ranks)
+    return result | attention | _mlp(config, layer, source, target, dtype, ranks)
 
 
-def _attention(config: ModelConfig, source: str, target: str, dtype: str) -> dict[str, Recipe]:
+def _attention(config: ModelConfig, source: str, target: str, dtype: str, ranks: Ranks) -> dict[str, Recipe]:
     source, target = source + "self_attn.", target + "self_attn."
     hidden, heads, index_dim = config.hidden_size, config.num_attention_heads, config.index_head_dim
     nope, value, latent = config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
@@ -184,10 +195,12 @@ def _attention(config: ModelConfig, source: str, target: str, dtype: str) -> dic
         ),
         target + "q_a_layernorm.weight": _bf16(source + "q_a_layernorm.weight", (config.q_lora_rank,), dtype),
         target + "kv_a_layernorm.weight": _bf16(source + "kv_a_layernorm.weight", (latent,), dtype),
-        **_linear(target + "q_b_proj", (source + "q_b_proj", heads * config.qk_head_dim), k=config.q_lora_rank),
-        target + "w_uk": slice_(per_head, 1, 0, nope),
-        target + "w_uv": slice_(per_head, 1, nope, nope + value),
-        **_linear(target + "o_proj", (source + "o_proj", hidden), k=heads * value),
+        **_linear(
+            target + "q_b_proj", (source + "q_b_proj", heads * config.qk_head_dim), k=config.q_lora_rank, ranks=ranks
+        ),
+        target + "w_uk": split(slice_(per_head, 1, 0, nope), 0, "all", ranks),
+        target + "w_uv": split(slice_(per_head, 1, nope, nope + value), 0, "all", ranks),
+        **_linear(target + "o_proj", (source + "o_proj", hidden), k=heads * value, ranks=ranks, axis=1),
         **_linear(
             target + "indexer.wq_b",
             (source + "indexer.wq_b", config.index_n_heads * index_dim),
@@ -201,28 +214,35 @@ def _attention(config: ModelConfig, source: str, target: str, dtype: str) -> dic
     }
 
 
-def _mlp(config: ModelConfig, layer: int, source: str, target: str, dtype: str) -> dict[str, Recipe]:
+def _mlp(config: ModelConfig, layer: int, source: str, target: str, dtype: str, ranks: Ranks) -> dict[str, Recipe]:
     source, target, hidden = source + "mlp.", target + "mlp.", config.hidden_size
 
     def swiglu(source: str, target: str, inter: int) -> dict[str, Recipe]:
         gate_up = ((source + "gate_proj", inter), (source + "up_proj", inter))
-        return _linear(target + "gate_up_proj", *gate_up, k=hidden) | _linear(
-            target + "down_proj", (source + "down_proj", hidden), k=inter
+        return _linear(target + "gate_up_proj", *gate_up, k=hidden, ranks=ranks) | _linear(
+            target + "down_proj", (source + "down_proj", hidden), k=inter, ranks=ranks, axis=1
         )
 
     if not config.is_moe_layer(layer):
         return swiglu(source, target, config.intermediate_size)
     inter, experts = config.moe_intermediate_size, config.n_routed_experts
-    gates = [_fp8(f"{source}experts.{e}.gate_proj", inter, hidden) for e in range(experts)]
-    ups = [_fp8(f"{source}experts.{e}.up_proj", inter, hidden) for e in range(experts)]
-    downs = [_fp8(f"{source}experts.{e}.down_proj", hidden, inter) for e in range(experts)]
+
+    def each(name: str, n: int, k: int, axis: int) -> list[tuple[Recipe, Recipe]]:
+        names = (f"{source}experts.{e}.{name}" for e in range(experts))
+        return [_fp8(expert, n, k, ranks=ranks, over="tp", axis=axis) for expert in names]
+
+    def deal(parts: Iterable[Recipe]) -> Recipe:
+        return split(stack(parts), 0, "ep", ranks)
+
+    gates, ups = (each(name, inter, hidden, 0) for name in ("gate_proj", "up_proj"))
+    downs = each("down_proj", hidden, inter, 1)
     pairs = list(zip(gates, ups, strict=True))
     return {
         target + "gate.weight": _bf16(source + "gate.weight", (experts, hidden), dtype),
         target + "gate.e_score_correction_bias": take(source + "gate.e_score_correction_bias", (experts,), "f32"),
-        target + "experts.w13": stack(concat([gate[0], up[0]]) for gate, up in pairs),
-        target + "experts.w13_scale": stack(concat([gate[1], up[1]]) for gate, up in pairs),
-        target + "experts.w2": stack(down[0] for down in downs),
-        target + "experts.w2_scale": stack(down[1] for down in downs),
+        target + "experts.w13": deal(concat([gate[0], up[0]]) for gate, up in pairs),
+        target + "experts.w13_scale": deal(concat([gate[1], up[1]]) for gate, up in pairs),
+        target + "experts.w2": deal(down[0] for down in downs),
+        target + "experts.w2_scale": deal(down[1] for down in downs),
         **swiglu(source + "shared_experts.", target + "shared_experts.", config.n_shared_experts * inter),
     }

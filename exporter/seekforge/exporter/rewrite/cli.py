@@ -8,15 +8,18 @@ from pathlib import Path
 
 import click
 
+from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import Exported
 from seekforge.exporter.rewrite.export import export as write_program
 from seekforge.exporter.rewrite.layers import parse_layers
+from seekforge.plugins.formats.bindings import Ranks
 from seekforge.plugins.formats.numerics import NUMERICS
 
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
+@click.option("--revision", default=None, help="Of a hub repository: branch, tag or commit.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--numerics",
@@ -29,31 +32,43 @@ from seekforge.plugins.formats.numerics import NUMERICS
 @click.option(
     "--num-layers", type=int, default=None, metavar="N", help="A truncated model: the first N layers, norm and head."
 )
+@click.option("--tp", type=int, default=1, show_default=True, help="Ranks that share each expert.")
+@click.option("--ep", type=int, default=1, show_default=True, help="Groups of ranks that share out the experts.")
 @click.option("--force", is_flag=True, help="Replace a program that stands at OUT.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def export(
-    checkpoint: Path,
+    checkpoint: str,
     out: Path,
     *,
+    revision: str | None,
     numerics: str,
     layers: str | None,
     num_layers: int | None,
+    tp: int,
+    ep: int,
     force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Trace the model of CHECKPOINT into a canonical ONNX program in the folder OUT.
 
+    CHECKPOINT is a folder, or the id of a Hugging Face repository such as deepseek-ai/DeepSeek-V3.2.
+
     Reads config.json and the headers of the shards, no weight: the full model exports on a laptop.
+
+    With --tp and --ep the program is that of each of tp x ep ranks: attention, dense MLPs and shared experts are split
+    among all of them, routed experts are dealt out to ep groups and split among the tp ranks of a group.
     """
     stages = Stages(quiet=quiet or as_json)
+    folder = resolve(checkpoint, revision=revision)
     exported = write_program(
-        checkpoint,
+        folder,
         out,
         numerics=NUMERICS[numerics],
         layer_range=None if layers is None else parse_layers(layers),
         num_layers=num_layers,
+        ranks=Ranks(tp, ep),
         force=force,
         progress=stages,
     )
@@ -61,7 +76,7 @@ def export(
     if as_json:
         sys.stdout.write(json.dumps(_summary(exported, out, stages.seconds)) + "\n")
     elif not quiet:
-        sys.stdout.write(_sentence(exported, out, checkpoint))
+        sys.stdout.write(_sentence(exported, out, folder))
 
 
 def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[str, object]:
@@ -70,6 +85,8 @@ def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[s
         "numerics": exported.program.numerics["name"],
         "num_nodes": exported.num_nodes,
         "num_weight_inputs": exported.num_weight_inputs,
+        "tp": exported.program.tp,
+        "ep": exported.program.ep,
         "layer_range": exported.program.layer_range,
         "num_tensors": exported.num_tensors,
         "num_outside": exported.num_outside,
@@ -84,8 +101,12 @@ def _sentence(exported: Exported, out: Path, checkpoint: Path) -> str:
     ops = sum(use.num_nodes for use in exported.program.ops.values())
     inside = exported.num_tensors - exported.num_outside
     away = f" of this part ({exported.num_outside:,} lie outside)" if exported.num_outside else ""
+    count = exported.program.tp * exported.program.ep
+    following = f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}\n"
+    if count > 1:
+        following = f"the program is that of each of {count} ranks; see what each loads: seekforge inspect {out}\n"
     return (
         f"wrote {out}: {' and '.join(f'{name}.onnx' for name in exported.num_nodes)}, {nodes} nodes ({ops} custom), "
         f"{inputs} weight inputs cover all {inside:,} tensors{away}\n"
-        f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}\n"
+        f"{following}"
     )

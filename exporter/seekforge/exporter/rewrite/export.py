@@ -15,9 +15,10 @@ from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import unused_tensors
 from seekforge.exporter.rewrite.layers import check_range, count_groups, outside, truncate
+from seekforge.exporter.rewrite.ranks import check_ranks
 from seekforge.exporter.rewrite.trace import OPSET, Traced, trace
 from seekforge.plugins.errors import ConfigError, ProgramError
-from seekforge.plugins.formats.bindings import Recipe, coverage
+from seekforge.plugins.formats.bindings import Ranks, Recipe, coverage
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
 from seekforge.plugins.formats.model_config import ModelConfig
@@ -36,6 +37,7 @@ from seekforge.plugins.function import attach
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.specialisation import CANONICAL
 
+_ONE_RANK = Ranks()
 #: Carried along where the checkpoint has them: what text needs.
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -58,6 +60,7 @@ def export(
     numerics: Numerics,
     layer_range: tuple[int, int] | None = None,
     num_layers: int | None = None,
+    ranks: Ranks = _ONE_RANK,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
@@ -69,6 +72,7 @@ def export(
         numerics: which roundings the program makes.
         layer_range: [a, b), layers of the main model; None takes all. The MTP module goes with the last one.
         num_layers: export the model's first `num_layers` layers as a whole model, without MTP; None: all.
+        ranks: how many ranks share the model; the program is that of each of them.
         force: replace a program that stands at `out`.
         progress: told each stage.
 
@@ -82,6 +86,7 @@ def export(
     config = whole if num_layers is None else truncate(whole, num_layers)
     layer_range = layer_range or (0, config.num_hidden_layers)
     check_range(layer_range, config)
+    check_ranks(config, ranks)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         check_structure(checkpoint, whole)
         num_tensors = len(checkpoint.names)
@@ -91,7 +96,7 @@ def export(
         raise ConfigError(
             f"{checkpoint_folder / 'tokenizer.json'}: missing; a checkpoint folder must hold the tokenizer"
         )
-    settings = Settings(config, numerics, activations=CANONICAL.activations)
+    settings = Settings(config, numerics, activations=CANONICAL.activations, ranks=ranks)
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
     if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:
         graphs["mtp"] = None
@@ -129,6 +134,8 @@ def export(
             graphs=faces,
             unused=unused,
             outside=count_groups(away),
+            tp=ranks.tp,
+            ep=ranks.ep,
             shared=shared,
             files=tuple(files),
         )
@@ -193,6 +200,7 @@ _ROLES: dict[str, Role] = {
     "rope_cos": "table",
     "rope_sin": "table",
     "hadamard": "table",
+    "expert_map": "table",
     "latent_cache": "cache",
     "index_cache": "cache",
     "latent_cache_out": "cache",

@@ -134,7 +134,9 @@ def trace(
         whole = (StepModel(settings, layer_range) if layer_range else MtpModel(settings)).eval()
         layers = tuple(whole.layer_numbers)
         some = layers if every_layer or not layer_range else layers_to_trace(settings.config, layer_range)
-        part = whole if some == layers else StepModel(settings, layer_range, layers=some).eval()
+        part = whole
+        if layer_range and some != layers:
+            part = StepModel(settings, layer_range, layers=some).eval()
         exported = _export(part, step_inputs(part))
     progress("convert")
     register_schemas()

@@ -82,6 +82,7 @@ class Program(Strict):
         graphs: "model", and "mtp" when the model has an MTP layer and the range ends at the last layer.
         unused: checkpoint tensors that no input reads, with the reason.
         outside: what other ranges read: `model.layers.7.*` or a tensor's name -> how many tensors.
+        tp, ep: how many ranks share the model (`bindings.Ranks`); the graphs are those of each rank.
         shared: checkpoint tensors that several inputs read, with those inputs ("graph:input").
         files: tokenizer and chat files carried along, relative to the program folder.
     """
@@ -99,6 +100,8 @@ class Program(Strict):
     files: tuple[str, ...]
     truncated_from: int | None = None
     outside: dict[str, int] = {}
+    tp: int = 1
+    ep: int = 1
 
     @property
     def gives_logits(self) -> bool:

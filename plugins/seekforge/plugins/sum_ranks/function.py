@@ -1,0 +1,14 @@
+"""`SumRanks` in standard ONNX operators: the identity."""
+
+import onnx
+
+from seekforge.plugins.function_text import Attrs, Text
+from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.sum_ranks.spec import SPEC
+
+
+def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+    """Return y = x: a graph of one rank computes that rank's part."""
+    text = Text()
+    text.add("y = Identity(x)")
+    return text.body_of(SPEC)
