@@ -37,6 +37,9 @@ COMMANDS: dict[str, _Command] = {
     "kernels": _Command(
         "seekforge.exporter.build.kernels_cli:kernels", "Compile the operators' GPU kernels ahead of time."
     ),
+    "inspect": _Command(
+        "seekforge.exporter.inspect.cli:inspect", "Show what a checkpoint, a program or an engine is."
+    ),
     "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
     "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
 }

@@ -1,0 +1,140 @@
+"""`seekforge inspect`: what a checkpoint, a program or an engine is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import onnx
+from rich.console import Console
+from rich.table import Table
+
+from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.inspect.describe import describe, kind_of
+from seekforge.exporter.inspect.draw import Format, draw, groups
+from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.program import load_program
+
+
+@click.command("inspect")
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@click.option(
+    "--graph",
+    type=click.Choice(["dot", "mermaid"]),
+    default=None,
+    help="Print a program's graph instead: one box per operator, equal layers once.",
+)
+@click.option("--mtp", is_flag=True, help="With --graph: the MTP module instead of the main model.")
+def inspect(path: str, *, as_json: bool, graph: Format | None, mtp: bool) -> None:
+    """Show what PATH is: a checkpoint (folder or Hugging Face repository id), a program or an engine."""
+    folder = resolve(path)
+    if graph is not None:
+        sys.stdout.write(_drawing(folder, graph, "mtp" if mtp else "model"))
+        return
+    about = describe(folder)
+    if as_json:
+        sys.stdout.write(json.dumps(about) + "\n")
+    else:
+        show(about, Console(highlight=False))
+
+
+def _drawing(path: Path, how: Format, name: str) -> str:
+    if kind_of(path) != "program":
+        raise ProgramError(f"{path}: is a {kind_of(path)}, --graph draws programs; pass a folder that 'export' wrote")
+    program = load_program(path)
+    if name not in program.graphs:
+        raise ProgramError(f"{path}: has no {name} graph, only {', '.join(program.graphs)}")
+    face = program.graphs[name]
+    weights = {spec.name for spec in face.inputs if spec.role in ("weight", "table")}
+    return draw(groups(onnx.load(path / face.file), weights), how)
+
+
+def show(about: dict[str, Any], console: Console) -> None:
+    """Print what `describe` found as a few tables."""
+    model, counts = about["model"], about["parameters"]
+    console.print(f"[bold]{about['kind']}[/] {about['path']}")
+    console.print(
+        f"{model['model_type']}: {model['num_hidden_layers']} layers ({model['num_dense_layers']} dense), "
+        f"{model['n_routed_experts']} experts of which {model['num_experts_per_tok']} are used, hidden "
+        f"{model['hidden_size']}, {'with' if model['has_mtp'] else 'without'} MTP"
+    )
+    console.print(
+        f"parameters: {counts['stored']:,} stored, {counts['main']:,} in the main model, {counts['active']:,} active "
+        f"per token, {counts['mtp']:,} of MTP"
+    )
+    if about["kind"] == "checkpoint":
+        _show_checkpoint(about, console)
+        return
+    first, stop = about["layers"]
+    console.print(f"layers {first}-{stop - 1}, numerics {about['numerics']}, seekforge {about['seekforge_version']}")
+    if about["kind"] == "engine":
+        target, limits = about["target"], about["limits"]
+        console.print(
+            f"target {target['name']} ({target['backend']}), up to {limits['max_model_len']:,} tokens, "
+            f"{_size(about['num_bytes'])} in {len(about['files'])} files"
+        )
+        check = about["self_check"]
+        proof = "none" if check is None else f"{check['num_tokens']} tokens within {check['tolerance']:.2g} logits"
+        console.print(f"self-check: {proof}")
+    else:
+        ranks = about["ranks"]
+        if ranks["tp"] * ranks["ep"] > 1:
+            console.print(
+                f"of each of {ranks['tp'] * ranks['ep']} ranks (tp {ranks['tp']} x ep {ranks['ep']}), which read "
+                f"{_size(min(ranks['bytes_read']))} to {_size(max(ranks['bytes_read']))} of the checkpoint each"
+            )
+        if about["outside"]:
+            console.print(f"{sum(about['outside'].values()):,} tensors of the checkpoint lie outside these layers")
+    for name, graph in about["graphs"].items():
+        _show_graph(name, graph, console)
+
+
+def _show_checkpoint(about: dict[str, Any], console: Console) -> None:
+    console.print(f"{about['num_tensors']:,} tensors, {_size(about['num_bytes'])} in {about['num_shards']} shards")
+    table = Table("dtype", "tensors", "elements", "bytes", box=None)
+    for dtype, entry in about["dtypes"].items():
+        table.add_row(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", _size(entry["bytes"]))
+    console.print(table)
+    table = Table("family", "bytes", box=None)
+    for family, size in about["bytes_by_family"].items():
+        table.add_row(family, _size(size))
+    console.print(table)
+
+
+def _show_graph(name: str, graph: dict[str, Any], console: Console) -> None:
+    size = "missing" if graph["file_bytes"] is None else _size(graph["file_bytes"])
+    console.print(f"\n[bold]{name}[/]: {graph['file']}, {size}")
+    if graph["num_weight_inputs"]:
+        kinds = ", ".join(f"{_size(n)} {dtype}" for dtype, n in graph["weight_bytes_by_dtype"].items())
+        console.print(f"{graph['num_weight_inputs']:,} weight inputs, {_size(graph['weight_bytes'])}: {kinds}")
+    if graph["op_counts"]:
+        custom = {op.removeprefix("seekforge."): n for op, n in graph["op_counts"].items() if "." in op}
+        total = sum(graph["op_counts"].values())
+        console.print(f"{total:,} nodes; custom: {', '.join(f'{n} {op}' for op, n in custom.items()) or 'none'}")
+    table = Table("", "name", "dtype", "shape", box=None)
+    for kind in ("inputs", "outputs"):
+        for (prefix, dtype, shape), names in _collapsed(graph[kind]).items():
+            label = prefix if len(names) == 1 else f"{prefix}.{{{names[0]}..{names[-1]}}}"
+            table.add_row(kind[:-1], label, dtype, shape)
+    console.print(table)
+
+
+def _collapsed(specs: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[str]]:
+    """Group what differs in its layer's number only."""
+    result: dict[tuple[str, str, str], list[str]] = {}
+    for spec in specs:
+        prefix, _, layer = spec["name"].rpartition(".")
+        key = (prefix if layer.isdigit() else spec["name"], spec["dtype"], str(spec["shape"]).replace("'", ""))
+        result.setdefault(key, []).append(layer)
+    return result
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,228 @@
+"""Describe a folder as plain JSON values: what it is, how large, of what parts. Reads headers, never weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors
+from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.bindings import Ranks, Recipe, for_rank
+from seekforge.plugins.formats.dtypes import itemsize
+from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import GraphIO, Program, load_bindings, load_program
+from seekforge.plugins.formats.safetensors import Checkpoint
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
+
+
+def kind_of(path: Path) -> str:
+    """Return `engine`, `program` or `checkpoint`.
+
+    Raises:
+        ProgramError: the folder is none of them.
+    """
+    for name, kind in ((MANIFEST, "engine"), ("program.json", "program"), ("config.json", "checkpoint")):
+        if (path / name).is_file():
+            return kind
+    raise ProgramError(
+        f"{path}: is no checkpoint (config.json), program (program.json) or engine ({MANIFEST}); "
+        "pass a folder that one of the commands wrote, or a downloaded model"
+    )
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what `seekforge inspect` shows.
+
+    Raises:
+        SeekforgeError: the folder is none that we know, or damaged.
+    """
+    kind = kind_of(path)
+    about = {"checkpoint": _checkpoint, "program": _program, "engine": _engine}[kind](path)
+    return {"kind": kind, "path": str(path), **about}
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Count parameters as spec §9.1 does.
+
+    Returns:
+        stored (with the MTP copies of embedding and head), main, active (per token of the main model, embedding and
+        head included), active_without_embedding, and mtp (its own, copies not counted).
+    """
+    sizes = {name: t.num_elements for name, t in expected_tensors(config).items() if not name.endswith(SCALE_SUFFIX)}
+    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
+    mtp = sum(size for name, size in sizes.items() if name.startswith(mtp_prefix))
+    main = sum(sizes.values()) - mtp
+    table = config.vocab_size * config.hidden_size
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    num_moe = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+    idle = num_moe * (config.n_routed_experts - config.num_experts_per_tok) * expert
+    return {
+        "stored": main + mtp,
+        "main": main,
+        "active": main - idle,
+        "active_without_embedding": main - idle - table,
+        "mtp": mtp - 2 * table if mtp else 0,
+    }
+
+
+def _model(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_dense_layers": config.first_k_dense_replace,
+        "has_mtp": config.mtp_layer is not None,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "n_routed_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "index_topk": config.index_topk,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    config = ModelConfig.load(path)
+    families: dict[str, int] = defaultdict(int)
+    layers: dict[str, int] = defaultdict(int)
+    dtypes: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0})
+    with Checkpoint.open(path) as checkpoint:
+        for name in checkpoint.names:
+            info = checkpoint.info(name)
+            layer = _LAYER.match(name)
+            families[family_of(name)] += info.num_bytes
+            layers[layer[1] if layer else family_of(name)] += info.num_bytes
+            entry = dtypes[info.dtype]
+            entry["tensors"] += 1
+            entry["elements"] += math.prod(info.shape)
+            entry["bytes"] += info.num_bytes
+        about = {
+            "num_tensors": len(checkpoint.names),
+            "num_bytes": sum(families.values()),
+            "num_shards": len(checkpoint.shards),
+            "digest": checkpoint.index_digest(),
+        }
+    return {
+        "model": _model(config),
+        "parameters": parameters(config),
+        **about,
+        "dtypes": dict(dtypes),
+        "bytes_by_family": dict(sorted(families.items(), key=lambda item: -item[1])),
+        "bytes_by_layer": dict(layers),
+    }
+
+
+def family_of(name: str) -> str:
+    """Return a tensor's kind: `model.layers.7.mlp.experts.3.up_proj.weight_scale_inv` -> `mlp.experts.up_proj`."""
+    short = _EXPERT.sub("", _LAYER.sub("", name))
+    return short.removesuffix(SCALE_SUFFIX).removesuffix(".weight").removeprefix("model.")
+
+
+def _program(path: Path) -> dict[str, Any]:
+    program = load_program(path)
+    bindings = load_bindings(path)
+    config = ModelConfig.parse(program.config, str(path / "program.json"))
+    return {
+        "model": _model(config),
+        "parameters": parameters(config),
+        "seekforge_version": program.seekforge_version,
+        "opset": program.opset,
+        "numerics": program.numerics["name"],
+        "layers": list(program.layer_range),
+        "ranks": _ranks(program, bindings),
+        "ops": {name: use.model_dump(mode="json") for name, use in program.ops.items()},
+        "graphs": {name: _graph(path, face, bindings.get(name, {})) for name, face in program.graphs.items()},
+        "unused": program.unused,
+        "num_shared": len(program.shared),
+        "outside": program.outside,
+        "digest": {name: face.sha256 for name, face in program.graphs.items()},
+    }
+
+
+def _ranks(program: Program, bindings: dict[str, dict[str, Recipe]]) -> dict[str, Any]:
+    """Return how many ranks there are and the checkpoint bytes that each reads; computed tables count nothing."""
+    ranks = Ranks(program.tp, program.ep)
+    listed = [recipe for named in bindings.values() for recipe in named.values()]
+    # embedding and head are inputs of both graphs, read once
+    whole = {recipe.tensor: recipe for recipe in listed if recipe.op == "take"}
+    recipes = [*whole.values(), *(recipe for recipe in listed if recipe.op != "take")]
+    reads = [sum(bytes_read(for_rank(recipe, ranks, rank)) for recipe in recipes) for rank in range(ranks.count)]
+    return {"tp": ranks.tp, "ep": ranks.ep, "bytes_read": reads}
+
+
+def bytes_read(recipe: Recipe) -> int:
+    """Return the bytes of the checkpoint that a recipe of one rank selects (both operands of a dequantised one)."""
+    if recipe.op == "slice":
+        whole = recipe.parts[0]
+        return bytes_read(whole) * math.prod(recipe.shape) // math.prod(whole.shape)
+    if recipe.op == "take":
+        return math.prod(recipe.shape) * itemsize(recipe.dtype)
+    return sum(map(bytes_read, recipe.parts))
+
+
+def _graph(path: Path, face: GraphIO, bindings: dict[str, Recipe]) -> dict[str, Any]:
+    weights = [spec for spec in face.inputs if spec.role in ("weight", "table")]
+    by_dtype: dict[str, int] = defaultdict(int)
+    for spec in weights:
+        by_dtype[spec.dtype] += itemsize(spec.dtype) * math.prod(int(dim) for dim in spec.shape)
+    return {
+        "file": face.file,
+        "file_bytes": (path / face.file).stat().st_size if (path / face.file).is_file() else None,
+        "op_counts": _op_counts(path / face.file),
+        "num_weight_inputs": len(weights),
+        "weight_bytes": sum(by_dtype.values()),
+        "weight_bytes_by_dtype": dict(by_dtype),
+        "binding_ops": dict(Counter(op for recipe in bindings.values() for op in _ops(recipe)).most_common()),
+        "inputs": [spec.model_dump(mode="json") for spec in face.inputs if spec.role not in ("weight", "table")],
+        "outputs": [spec.model_dump(mode="json") for spec in face.outputs],
+    }
+
+
+def _ops(recipe: Recipe) -> Iterable[str]:
+    yield recipe.op
+    for part in recipe.parts:
+        yield from _ops(part)
+
+
+def _op_counts(path: Path) -> dict[str, int] | None:
+    """Count nodes by operator, custom ones as `seekforge.Name`; None for a file that is no ONNX graph."""
+    if path.suffix != ".onnx":
+        return None
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # whatever protobuf says of a file that is not one
+        raise ProgramError(f"{path}: is no ONNX file ({type(error).__name__}); export or build again") from None
+    counted = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
+    return dict(counted.most_common())
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    manifest: Manifest = load_manifest(path)
+    config = ModelConfig.parse(manifest.config, str(path / MANIFEST))
+    check = manifest.self_check
+    return {
+        "model": _model(config),
+        "parameters": parameters(config),
+        "seekforge_version": manifest.seekforge_version,
+        "target": manifest.target.model_dump(mode="json"),
+        "versions": manifest.versions,
+        "numerics": manifest.numerics["name"],
+        "layers": list(manifest.layer_range),
+        "limits": manifest.limits.model_dump(mode="json"),
+        "cache": manifest.cache.model_dump(mode="json"),
+        "files": {file.path: file.bytes for file in manifest.files},
+        "num_bytes": sum(file.bytes for file in manifest.files),
+        "graphs": {name: _graph(path, face, {}) for name, face in manifest.graphs.items()},
+        "self_check": None
+        if check is None
+        else {"num_tokens": len(check.prompt_ids), "num_rows": len(check.rows), "tolerance": check.tolerance},
+    }
