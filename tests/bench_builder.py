@@ -1,6 +1,8 @@
 """How long builds take and how much memory: a table of one row per program, target and set of profiles.
 
-    python tests/bench_builder.py CHECKPOINT [--num-layers N] [--targets rtx4090,rtx5090] [--json]
+    python tests/bench_builder.py CHECKPOINT [--num-layers N | --layers A-B] [--targets rtx4090,sm120] [--json]
+
+A target may be an SM of TensorRT-RTX (sm80, sm86, sm89, sm120, sm121): then it is rtx4090 with that SM.
 
 CHECKPOINT may be sparse ('seekforge new-checkpoint --preset full --sparse'): only its headers are read. Each build runs
 with every operator as a plugin, with the target's profiles and with decode shapes alone. CPU seconds are those of the
@@ -20,17 +22,19 @@ from seekforge.exporter.build.gpu_engine import Choices, build_gpu, check, open_
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export
+from seekforge.exporter.rewrite.layers import parse_layers
 from seekforge.plugins.formats.numerics import NUMERICS
 
 
-def measure(checkpoint: Path, program: Path, targets: list[str]) -> list[dict[str, object]]:
-    """Build `program` for each target; returns one row per build."""
+def measure(checkpoint: Path, program: Path, targets: list[str], *, decode_only: bool) -> list[dict[str, object]]:
+    """Build `program` for each target; returns one row per build and graph."""
     inputs = open_inputs(program, checkpoint)
     rows = []
     for name in targets:
-        whole = load_target(name)
+        whole = load_target("rtx4090", [f"sm={name[2:]}"]) if name.startswith("sm") else load_target(name)
         alone = whole.model_copy(update={"profiles": {"decode": whole.profiles["decode"]}})
-        for label, target in (("decode and prefill", whole), ("decode", alone)):
+        variants = {"decode": alone} if decode_only else {"decode and prefill": whole, "decode": alone}
+        for label, target in variants.items():
             choices = Choices(plugins="all", allow_oversize=True)
             planned = replace(check(inputs, whole, choices), target=target)
             with tempfile.TemporaryDirectory() as folder:
@@ -62,14 +66,23 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--program", type=Path, help="an exported program of it; else it is exported")
     parser.add_argument("--num-layers", type=int, default=None, help="of a truncated model")
+    parser.add_argument("--layers", default=None, help="a stage, as in 'seekforge export'")
+    parser.add_argument("--decode-only", action="store_true", help="leave out the builds with both profiles")
     parser.add_argument("--targets", default="rtx4090,rtx5090")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = arguments.program or Path(folder, "program")
         if arguments.program is None:
-            export(arguments.checkpoint, program, numerics=NUMERICS["fp8"], num_layers=arguments.num_layers)
-        rows = measure(arguments.checkpoint, program, arguments.targets.split(","))
+            export(
+                arguments.checkpoint,
+                program,
+                numerics=NUMERICS["fp8"],
+                num_layers=arguments.num_layers,
+                layer_range=None if arguments.layers is None else parse_layers(arguments.layers),
+            )
+        targets = arguments.targets.split(",")
+        rows = measure(arguments.checkpoint, program, targets, decode_only=arguments.decode_only)
     if arguments.json:
         print(json.dumps(rows, indent=1))
     else:
