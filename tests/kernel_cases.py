@@ -61,10 +61,11 @@ def _attention(case: Case, kv_format: str) -> Case | None:
 def _indexer(case: Case, kv_format: str) -> Case | None:
     q, w, cache, table, positions = case.inputs
     if kv_format == "fp8_ds":
-        packed = packed_index(cache.nan_to_num(0.0, 0.0, 0.0))
         bad = ~cache.isfinite().all(-1)
-        packed[:, : 64 * 128].view(-1, 128)[bad.view(-1)] = -1
-        cache = packed
+        cache = packed_index(cache.nan_to_num(0.0, 0.0, 0.0))
+        values, scales = cache.split([64 * 128, 64 * 4], dim=1)
+        values = values.reshape(-1, 128).masked_fill(bad.unsqueeze(-1), -1)  # NaN in every value
+        cache = torch.cat([values.view(-1, 64 * 128), scales], dim=1)
     return dataclasses.replace(
         case, inputs=(q, w, cache, table, positions), attrs=case.attrs | {"index_format": kv_format}
     )

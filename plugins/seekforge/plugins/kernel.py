@@ -43,6 +43,14 @@ def to_e4m3(x, FP8: tl.constexpr):
 
 
 @triton.jit
+def _byte_value(x):
+    """Return a finite e4m3 byte as f32: the value times 2^-8 as f16 is two shifts away, subnormals included."""
+    u = x.to(tl.uint16)
+    half = ((u & 0x80) << 8) | ((u & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
 def from_e4m3(x, FP8: tl.constexpr):
     """Return e4m3 values as f32: `x` is float8, or u8 bytes where there is no such type. 0x7F and 0xFF are NaN."""
     if FP8:
@@ -50,9 +58,7 @@ def from_e4m3(x, FP8: tl.constexpr):
         if INTERPRET:  # it reads the NaN byte as 480
             value = tl.where(tl.abs(value) > 448.0, float("nan"), value)
     else:
-        u = x.to(tl.int32)
-        half = (((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
-        value = tl.where((u & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+        value = tl.where((x & 0x7F) == 0x7F, float("nan"), _byte_value(x))
     return value
 
 
@@ -86,10 +92,7 @@ def widen(x, FP8: tl.constexpr):
     if x.dtype == tl.bfloat16:
         return x
     if x.dtype == tl.uint8:
-        # value · 2^-8 as f16 is a shift away; e4m3 fits in bf16 exactly. No NaN: weights and our own bytes have none.
-        u = x.to(tl.int32)
-        half = (((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
-        return (half.to(tl.float32) * 256.0).to(tl.bfloat16)
+        return _byte_value(x).to(tl.bfloat16)  # no NaN: weights and our own bytes have none
     return x.to(tl.float32).to(tl.bfloat16)
 
 

@@ -11,9 +11,16 @@ from seekforge.plugins.launch import SHARED_LIMIT, KernelSet
 #: Columns of tensor memory on SM100 and SM103; above it Triton writes a kernel that only traps.
 TMEM_COLUMNS: Final = 512
 
+_NARROW = "bytes are widened by hand; smaller tiles spill more"
+_WIDE = "64 heads, which wgmma and tcgen05 need, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
 #: (op, variant, SM) -> the reason for which a kernel with a main loop may have a stack, and its most bytes.
 KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {
     ("BlockFp8Linear", "swap-16x128", 80): (8, "two registers at 128; the tile is bound by streaming the weight"),
+    ("DsaAttention", "part", 80): (24, _NARROW),
+    ("DsaAttention", "attend", 80): (24, _NARROW),
+    ("DsaAttention", "attend-expanded", 90): (168, _WIDE),
+    ("DsaAttention", "attend-expanded", 100): (8, _WIDE),
+    ("DsaAttention", "attend-expanded", 103): (8, _WIDE),
 }
 
 

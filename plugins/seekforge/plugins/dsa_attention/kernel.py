@@ -1,0 +1,150 @@
+"""Sparse MLA: one latent key and value per chosen position, shared by all heads (spec §3.5).
+
+One program: one query row x BLOCK_H heads x one split of its chosen positions. A position goes through the block table
+to a slot, whose record (656 bytes for V3.2) is read as e4m3, scales and bf16, widened to a bf16 tile, and serves as
+key and as value. Softmax in base 2, f32; the product with the values has bf16 weights and f32 sums. -1 anywhere, and
+whatever lies outside the pool, is no key: such rows are loaded as 0, so what lies in unused slots never enters.
+Decode is bound by latency and by the widening of bytes, so positions are split over programs and a second launch
+combines them; long prompts first expand each sequence's cache to bf16 once (`expand_kernel`), since thousands of rows
+share it.
+"""
+
+import triton
+import triton.language as tl
+
+from seekforge.plugins.kernel import dot_bf16, from_e4m3, to_bf16
+
+
+@triton.jit
+def _latents(record, column, valid, C: tl.constexpr, FP8: tl.constexpr):
+    """Return bf16 [rows, C] of fp8_ds records at addresses `record` [rows]; 0 where not valid."""
+    TILES: tl.constexpr = C // 128
+    ROWS: tl.constexpr = record.shape[0]
+    at = record[:, None] + column[None, :]
+    if FP8:
+        code = tl.load(at.to(tl.pointer_type(tl.float8e4nv)), mask=valid[:, None], other=0.0)
+    else:
+        code = tl.load(at, mask=valid[:, None], other=0)
+    scales = (record + C).to(tl.pointer_type(tl.float32))
+    scale = tl.load(scales[:, None] + tl.arange(0, TILES)[None, :], mask=valid[:, None], other=0.0)
+    value = tl.reshape(from_e4m3(code, FP8), [ROWS, TILES, 128]) * scale[:, :, None]
+    return to_bf16(tl.reshape(value, [ROWS, C]))
+
+
+@triton.jit
+def _slots(index, table_ptr, num_slots, num_blocks, LINEAR: tl.constexpr):
+    """Return (slot i64, valid) of logical positions."""
+    if LINEAR:
+        slot = index.to(tl.int64)
+        valid = (index >= 0) & (slot < num_slots)
+    else:
+        valid = (index >= 0) & (index // 64 < num_blocks)
+        index = tl.where(valid, index, 0)
+        block = tl.load(table_ptr + index // 64, mask=valid, other=0).to(tl.int64)
+        slot = block * 64 + index % 64
+        valid = valid & (slot >= 0) & (slot < num_slots)
+    return tl.where(valid, slot, 0), valid
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, q_pe_ptr, cache_ptr, table_ptr, topk_ptr, out_ptr, lse_ptr,
+    num_slots, num_blocks, TOPK, first_row, rows_per_sequence, splits, scale_log2,
+    H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    BYTES: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr, LINEAR: tl.constexpr,
+):  # fmt: skip
+    """q bf16 [rows, H, C], q_pe [rows, H, R], topk i32 [rows, TOPK] -> out.
+
+    out: bf16 [rows, H, C]; PARTIAL: f32 [rows, splits, H, C] and lse (base 2) [rows, splits, H].
+    """
+    row = tl.program_id(0).to(tl.int64) + first_row
+    split = tl.program_id(2)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h_ok = h < H
+    column = tl.arange(0, C)
+    rope = tl.arange(0, R)
+    q = tl.load(q_ptr + (row * H + h)[:, None] * C + column[None, :], mask=h_ok[:, None], other=0.0)
+    q_pe = tl.load(q_pe_ptr + (row * H + h)[:, None] * R + rope[None, :], mask=h_ok[:, None], other=0.0)
+    table = table_ptr + row // rows_per_sequence * num_blocks
+
+    m = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, C], tl.float32)
+    steps = tl.cdiv(TOPK, BLOCK_N)
+    per_split = tl.cdiv(steps, splits)
+    start = split * per_split
+    for step in range(start, tl.minimum(start + per_split, steps)):
+        at = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        index = tl.load(topk_ptr + row * TOPK + at, mask=at < TOPK, other=-1)
+        slot, valid = _slots(index, table, num_slots, num_blocks, LINEAR)
+        if BYTES:
+            record = cache_ptr + slot * (C + C // 32 + 2 * R)
+            k = _latents(record, column, valid, C, FP8)
+            ropes = (record + C + C // 32).to(tl.pointer_type(tl.bfloat16))
+        else:
+            record = cache_ptr + slot * (C + R)
+            k = tl.load(record[:, None] + column[None, :], mask=valid[:, None], other=0.0)
+            ropes = record + C
+        k_pe = tl.load(ropes[:, None] + rope[None, :], mask=valid[:, None], other=0.0)
+        s = dot_bf16(q, tl.trans(k))
+        s = dot_bf16(q_pe, tl.trans(k_pe), s) * scale_log2
+        s = tl.where(valid[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - base[:, None])
+        alpha = tl.exp2(m - base)
+        total = total * alpha + tl.sum(p, 1)
+        acc = dot_bf16(to_bf16(p), k, acc * alpha[:, None])
+        m = m_new
+    any_key = total != 0.0  # also true for NaN, which must stay visible
+    acc = tl.where(any_key[:, None], acc / tl.where(any_key, total, 1.0)[:, None], 0.0)
+    if PARTIAL:
+        part = (row * splits + split) * H + h
+        tl.store(out_ptr + part[:, None] * C + column[None, :], acc, mask=h_ok[:, None])
+        tl.store(
+            lse_ptr + part, tl.where(any_key, m + tl.log2(tl.where(any_key, total, 1.0)), float("-inf")), mask=h_ok
+        )
+    else:
+        tl.store(out_ptr + (row * H + h)[:, None] * C + column[None, :], to_bf16(acc), mask=h_ok[:, None])
+
+
+@triton.jit
+def combine_kernel(part_ptr, lse_ptr, out_ptr, splits, H: tl.constexpr, C: tl.constexpr):
+    """Add the splits of one row and head in order, each with its share of the softmax; no key anywhere gives 0."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    column = tl.arange(0, C)
+    m = float("-inf")
+    for split in range(splits):
+        m = tl.maximum(m, tl.load(lse_ptr + (row * splits + split) * H + h))
+    base = tl.where(m == float("-inf"), 0.0, m)
+    total = 0.0
+    acc = tl.zeros([C], tl.float32)
+    for split in range(splits):
+        part = (row * splits + split) * H + h
+        share = tl.exp2(tl.load(lse_ptr + part) - base)
+        total += share
+        acc += share * tl.load(part_ptr + part * C + column)
+    acc = tl.where(total != 0.0, acc / tl.where(total != 0.0, total, 1.0), 0.0)
+    tl.store(out_ptr + (row * H + h) * C + column, to_bf16(acc))
+
+
+@triton.jit
+def expand_kernel(
+    cache_ptr, table_ptr, out_ptr, num_slots, num_blocks, sequence,
+    C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """fp8_ds records of one sequence of the batch -> bf16 [num_blocks·64, C + R] in logical order. Bound by memory."""
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    table = table_ptr + sequence.to(tl.int64) * num_blocks
+    slot, valid = _slots(position, table, num_slots, num_blocks, False)
+    column = tl.arange(0, C)
+    rope = tl.arange(0, R)
+    record = cache_ptr + slot * (C + C // 32 + 2 * R)
+    ropes = (record + C + C // 32).to(tl.pointer_type(tl.bfloat16))
+    out = out_ptr + position.to(tl.int64) * (C + R)
+    inside = position < num_blocks * 64
+    latents = _latents(record, column, valid, C, FP8)
+    tl.store(out[:, None] + column[None, :], latents, mask=inside[:, None])
+    k_pe = tl.load(ropes[:, None] + rope[None, :], mask=valid[:, None], other=0.0)
+    tl.store(out[:, None] + C + rope[None, :], k_pe, mask=inside[:, None])

@@ -1,0 +1,213 @@
+"""Launches of `DsaAttention`: attend and combine for few rows, expand and attend for long prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre
+from seekforge.plugins.spec import cdiv
+
+STATICS: Final = ("H", "C", "R", "kv_format")
+LIMITS: Final = (
+    "caches in bf16 or fp8_ds; any number of heads and any index_topk",
+    "kv_lora_rank 128, 256 or 512; qk_rope_head_dim 16, 32 or 64",
+)
+
+#: Most parts that the positions of a row are cut into, and most parts of all rows together: what the workspace holds.
+MAX_SPLITS, MAX_PARTS = 8, 128
+#: Query rows per sequence from which its cache is expanded to bf16 once.
+EXPAND_ROWS: Final = 256
+_EXPAND_POSITIONS: Final = 4
+_LOG2_E: Final = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Heads and positions per step, and how the program runs."""
+
+    block_h: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(heads: int, sm: int, *, from_bytes: bool) -> Tile:
+    """Return the tile; a function of the head count, the SM and whether keys are widened from bytes."""
+    if heads <= 16:
+        return Tile(16, 16 if sm in (120, 121) else 32, 4, 1)
+    if is_datacentre(sm) and not from_bytes:
+        return Tile(64, 32, 8, 2)  # wgmma and tcgen05 need 64 rows
+    # widening bytes takes the registers that 64 heads would need
+    return Tile(32, 32, 8, 1 if from_bytes else 2)
+
+
+def choose_splits(rows: int, topk: int, block_n: int) -> int:
+    """Return the parts that each row's positions are cut into: all of them fill the GPU and fit the workspace."""
+    return max(1, min(MAX_SPLITS, MAX_PARTS // rows, cdiv(topk, block_n)))
+
+
+def check(statics: Mapping[str, Any]) -> None:
+    """Refuse what the kernels cannot do."""
+    if statics["kv_format"] == "f32":
+        raise ShapeError("DsaAttention: kv_format is f32, kernels read bf16 and fp8_ds; f32 caches are for the CPU")
+    if statics["C"] not in (128, 256, 512):
+        raise ShapeError(f"DsaAttention: kv_lora_rank is {statics['C']}, kernels take 128, 256 or 512")
+    if statics["R"] not in (16, 32, 64):
+        raise ShapeError(f"DsaAttention: qk_rope_head_dim is {statics['R']}, kernels take 16, 32 or 64")
+
+
+def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
+    """Return attend (whole and split), combine, and for bytes expand and attend on what was expanded."""
+    from_bytes = statics["kv_format"] == "fp8_ds"
+    sizes = {name: statics[name] for name in ("H", "C", "R")}
+
+    def attend(name: str, *, bytes_: bool, partial: bool, linear: bool) -> Variant:
+        tile = choose_tile(statics["H"], sm, from_bytes=bytes_)
+        types = {
+            "q_ptr": "*bf16",
+            "q_pe_ptr": "*bf16",
+            "cache_ptr": "*u8" if bytes_ else "*bf16",
+            "table_ptr": "*i32",
+            "topk_ptr": "*i32",
+            "out_ptr": "*fp32" if partial else "*bf16",
+            "lse_ptr": "*fp32",
+            "num_slots": "i64",
+            "num_blocks": "i32",
+            "TOPK": "i32",
+            "first_row": "i32",
+            "rows_per_sequence": "i32",
+            "splits": "i32",
+            "scale_log2": "fp32",
+        }
+        constants = sizes | {
+            "BLOCK_H": tile.block_h,
+            "BLOCK_N": tile.block_n,
+            "BYTES": bytes_,
+            "FP8": has_fp8(sm),
+            "PARTIAL": partial,
+            "LINEAR": linear,
+        }
+        return Variant(
+            name, "attend_kernel", types, constants,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
+        )  # fmt: skip
+
+    found = [
+        attend(name, bytes_=from_bytes, partial=p, linear=False) for name, p in (("attend", False), ("part", True))
+    ]
+    types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32"}
+    found.append(Variant("combine", "combine_kernel", types, {"H": statics["H"], "C": statics["C"]}))
+    if from_bytes:
+        types = {
+            "cache_ptr": "*u8",
+            "table_ptr": "*i32",
+            "out_ptr": "*bf16",
+            "num_slots": "i64",
+            "num_blocks": "i32",
+            "sequence": "i32",
+        }
+        constants = {"C": statics["C"], "R": statics["R"], "ROWS": _EXPAND_POSITIONS, "FP8": has_fp8(sm)}
+        found.append(Variant("expand", "expand_kernel", types, constants))
+        found.append(attend("attend-expanded", bytes_=False, partial=False, linear=True))
+    return tuple(found)
+
+
+def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
+    """Return scratch for the parts of few rows, and for one expanded sequence."""
+    return max(_parts(bound, min(bound["B"] * bound["Q"] * MAX_SPLITS, MAX_PARTS)).size, _expanded(bound).size)
+
+
+def _parts(bound: Mapping[str, Any], parts: int) -> Workspace:
+    workspace = Workspace()
+    workspace.take(4 * parts * bound["H"] * bound["C"])
+    workspace.take(4 * parts * bound["H"])
+    return workspace
+
+
+def _expanded(bound: Mapping[str, Any]) -> Workspace:
+    workspace = Workspace()
+    if bound["kv_format"] == "fp8_ds" and bound["Q"] >= EXPAND_ROWS:
+        workspace.take(2 * bound["MB"] * 64 * (bound["C"] + bound["R"]))
+    return workspace
+
+
+def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+    """Return the launches: one or two for all rows, or two per sequence of a long prompt."""
+    b, q, heads, c = (bound[name] for name in ("B", "Q", "H", "C"))
+    rows, topk = b * q, bound["TOPK"]
+    if rows == 0 or heads == 0:
+        return Plan(())
+    from_bytes = bound["kv_format"] == "fp8_ds"
+    slots = bound["*latent"][0] * (64 if from_bytes else 1)
+    common: dict[str, Buffer | int | float] = {
+        "cache_ptr": Buffer("latent_cache"),
+        "table_ptr": Buffer("block_table"),
+        "num_slots": slots,
+        "num_blocks": bound["MB"],
+        "TOPK": topk,
+        "first_row": 0,
+        "rows_per_sequence": q,
+        "scale_log2": bound["scale"] * _LOG2_E,
+    }
+    blocks_h = cdiv(heads, choose_tile(heads, sm, from_bytes=from_bytes).block_h)
+    if from_bytes and q >= EXPAND_ROWS:
+        return _prompt_plan(bound, common, slots=slots, sm=sm)
+    splits = choose_splits(rows, topk, choose_tile(heads, sm, from_bytes=from_bytes).block_n)
+    part, lse = Buffer("o_latent"), Buffer("o_latent")  # lse is not written by the whole variant
+    workspace = Workspace()
+    if splits > 1:
+        part, lse = workspace.take(4 * rows * splits * heads * c), workspace.take(4 * rows * splits * heads)
+    rest: dict[str, Buffer | int | float] = {
+        "q_ptr": Buffer("q_latent"),
+        "q_pe_ptr": Buffer("q_pe"),
+        "topk_ptr": Buffer("topk_indices"),
+        "out_ptr": part,
+        "lse_ptr": lse,
+        "splits": splits,
+    }
+    launches = [Launch("part" if splits > 1 else "attend", (rows, blocks_h, splits), common | rest)]
+    if splits > 1:
+        arguments: dict[str, Buffer | int | float] = {
+            "part_ptr": part,
+            "lse_ptr": lse,
+            "out_ptr": Buffer("o_latent"),
+            "splits": splits,
+        }
+        launches.append(Launch("combine", (rows, heads, 1), arguments))
+    return Plan(tuple(launches), workspace.size)
+
+
+def _prompt_plan(bound: Mapping[str, Any], common: Mapping[str, Buffer | int | float], *, slots: int, sm: int) -> Plan:
+    b, q, heads, c, r = (bound[name] for name in ("B", "Q", "H", "C", "R"))
+    num_blocks = bound["MB"]
+    workspace = Workspace()
+    expanded = workspace.take(2 * num_blocks * 64 * (c + r))
+    tile = choose_tile(heads, sm, from_bytes=False)
+    launches = []
+    for i in range(b):
+        arguments: dict[str, Buffer | int | float] = {
+            "cache_ptr": common["cache_ptr"],
+            "table_ptr": common["table_ptr"],
+            "out_ptr": expanded,
+            "num_slots": slots,
+            "num_blocks": num_blocks,
+            "sequence": i,
+        }
+        launches.append(Launch("expand", (cdiv(num_blocks * 64, _EXPAND_POSITIONS), 1, 1), arguments))
+        rest: dict[str, Buffer | int | float] = {
+            "q_ptr": Buffer("q_latent"),
+            "q_pe_ptr": Buffer("q_pe"),
+            "cache_ptr": expanded,
+            "topk_ptr": Buffer("topk_indices"),
+            "out_ptr": Buffer("o_latent"),
+            "lse_ptr": Buffer("o_latent"),
+            "num_slots": num_blocks * 64,
+            "first_row": q * i,
+            "splits": 1,
+        }
+        grid = (q, cdiv(heads, tile.block_h), 1)
+        launches.append(Launch("attend-expanded", grid, dict(common) | rest))
+    return Plan(tuple(launches), workspace.size)

@@ -1,0 +1,45 @@
+"""Tiles, splits and launch plans of sparse attention."""
+
+from __future__ import annotations
+
+import pytest
+
+from seekforge.plugins.dsa_attention.launch import choose_splits, plan, variants, workspace_bytes
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import SMS, check_plan, statics_of
+
+V32 = {"H": 128, "C": 512, "R": 64, "kv_format": "fp8_ds"}
+BOUND = V32 | {"MB": 2048, "TOPK": 2048, "scale": 0.135, "*latent": (70_000, 64, 656)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "topk", "splits"),
+    [(1, 2048, 8), (1, 64, 2), (16, 2048, 8), (17, 2048, 7), (64, 2048, 2), (65, 2048, 1), (70_000, 2048, 1)],
+)
+def test_splits_fill_the_gpu_within_the_workspace(rows: int, topk: int, splits: int) -> None:
+    assert choose_splits(rows, topk, 32) == splits
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("kv_format", ["bf16", "fp8_ds"])
+@pytest.mark.parametrize(("b", "q"), [(1, 1), (321, 1), (74, 3), (4, 255), (2, 256), (1, 8192), (1, 70_000)])
+def test_plans_name_compiled_variants_and_fit_their_workspace(b: int, q: int, kv_format: str, sm: int) -> None:
+    bound = BOUND | {"B": b, "Q": q, "kv_format": kv_format}
+    found = plan(bound, sm)
+    check_plan(found, variants(V32 | {"kv_format": kv_format}, sm))
+    assert found.workspace_bytes <= workspace_bytes(bound, sm)
+
+
+def test_a_small_batch_fits_the_workspace_of_a_large_one() -> None:
+    most = workspace_bytes(BOUND | {"B": 256, "Q": 2048}, 90)
+    assert all(plan(BOUND | {"B": b, "Q": 1}, 90).workspace_bytes <= most for b in range(1, 257))
+
+
+def test_nothing_to_do() -> None:
+    assert plan(BOUND | {"B": 0, "Q": 1}, 90).launches == ()
+
+
+@pytest.mark.parametrize(("changed", "fault"), [({"C": 96}, "kv_lora_rank is 96"), ({"R": 48}, "rope_head_dim is 48")])
+def test_refusals_are_sentences(changed: dict, fault: str) -> None:
+    with pytest.raises(ShapeError, match=fault):
+        statics_of("DsaAttention", V32 | changed)
