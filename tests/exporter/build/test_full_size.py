@@ -1,0 +1,65 @@
+"""Plugin engines at the widths of DeepSeek-V3.2, without a GPU: a layer for every SM of TensorRT-RTX, and the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seekforge.exporter.build.gpu_engine import Choices, build_gpu, check, open_inputs
+from seekforge.exporter.build.targets import RTX_SMS, load_target
+from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
+from seekforge.exporter.progress import Stages
+from seekforge.exporter.rewrite.export import export
+from seekforge.plugins.formats.numerics import NUMERICS
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+pytestmark = pytest.mark.slow
+
+CHOICES = Choices(plugins="all", allow_oversize=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full") / "checkpoint"
+    new_sparse_checkpoint(folder, "full")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moe_layer(checkpoint: Path) -> Path:
+    folder = checkpoint.parent / "layer"
+    export(checkpoint, folder, numerics=NUMERICS["fp8"], layer_range=(3, 4))
+    return folder
+
+
+@pytest.mark.parametrize("sm", RTX_SMS)
+def test_one_layer_at_real_width(checkpoint: Path, moe_layer: Path, sm: int, tmp_path: Path) -> None:
+    inputs = open_inputs(moe_layer, checkpoint)
+    planned = check(inputs, load_target("rtx4090", [f"sm={sm}"]), CHOICES)
+    manifest = build_gpu(
+        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+    )
+    assert manifest.audit is not None
+    assert manifest.audit.layers["model"]["PLUGIN_V3"] == sum(use.num_nodes for use in inputs.program.ops.values())
+    assert manifest.audit.got == ("fp8" if sm >= 89 else "FP8 weights, BF16 products")
+    assert manifest.audit.plan_bytes["model"] < 64 << 20, "a plan holds no weights"
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
+def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
+    program = checkpoint.parent / "program"
+    if not program.exists():
+        export(checkpoint, program, numerics=NUMERICS["fp8"])
+    inputs = open_inputs(program, checkpoint)
+    planned = check(inputs, load_target(name), CHOICES)
+    manifest = build_gpu(
+        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+    )
+    audit = manifest.audit
+    assert audit is not None and audit.oversize and audit.inlined == {}
+    # per layer 6 linears, a cache write, an indexer, an attention; per MoE layer a router and experts
+    assert audit.layers["model"]["PLUGIN_V3"] == 61 * (6 + 3) + 58 * 2
+    assert audit.layers["mtp"]["PLUGIN_V3"] == 11
+    assert audit.share("fp8") > 0.6
+    assert audit.build_peak_bytes["model"] < 3 << 30
