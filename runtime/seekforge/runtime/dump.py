@@ -1,0 +1,127 @@
+"""Run a plan of a parity check on an engine and write down what it computes. No torch, no onnx.
+
+This is the engine's side of `seekforge parity`, in the runtime's own process and through the backend that serves:
+what is compared is what users get. Each step is written before the next one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from seekforge.plugins.errors import EngineError, RequestError
+from seekforge.plugins.formats.dump import Case, DumpWriter, Plan, PlanStep, Side, lay_out
+from seekforge.plugins.formats.manifest import Manifest
+from seekforge.runtime.backends.base import StepInputs, StepOutputs
+
+#: Results that are kept of every step; the first feeds an MTP step.
+_RESULTS = ("hidden", "logits")
+
+
+class CacheBackend(Protocol):
+    """The part of a backend that a dump needs: `Backend`, and a look at the caches."""
+
+    def allocate_caches(self, num_blocks: int) -> None: ...
+
+    def run(self, inputs: StepInputs, *, outputs: Collection[str], graph: str = "model") -> StepOutputs: ...
+
+    def cache(self, name: str) -> np.ndarray: ...
+
+
+def engine_side(manifest: Manifest, name: str) -> Side:
+    """Describe an engine as the maker of a dump."""
+    packages = {"onnxruntime": ("onnxruntime",), "tensorrt-rtx": ("tensorrt-rtx",), "tensorrt": ("tensorrt",)}
+    versions = {package: metadata.version(package) for package in packages[manifest.target.backend]}
+    return Side(
+        kind="engine",
+        name=name,
+        numerics=manifest.numerics,
+        activations=manifest.build.get("activations", "bf16"),
+        layers=manifest.layer_range,
+        config=manifest.config,
+        versions=versions,
+    )
+
+
+def write_dump(
+    backend: CacheBackend,
+    manifest: Manifest,
+    plan: Plan,
+    out: Path,
+    *,
+    name: str,
+    taps: Collection[str] | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> None:
+    """Run every step of `plan` and store results, taps and, after each case, the caches.
+
+    Args:
+        backend: the opened engine.
+        manifest: of the engine.
+        plan: what to run.
+        out: an empty folder.
+        name: what the report calls this side.
+        taps: names of tap outputs to keep; None keeps all that the engine gives.
+        progress: told each case.
+
+    Raises:
+        RequestError: a case is longer than the engine accepts.
+        EngineError: the plan needs a graph that the engine does not have.
+    """
+    limit = manifest.limits.max_model_len
+    longest = max(case.context for case in plan.cases)
+    if longest > limit:
+        raise RequestError(f"a case has {longest} tokens, the engine accepts {limit}; ask for shorter --contexts")
+    writer = DumpWriter(out, engine_side(manifest, name), plan)
+    current: Case | None = None
+    hidden = np.zeros(0)
+    for number, case, step in plan.steps():
+        if case is not current:
+            progress(case.name)
+            backend.allocate_caches(case.num_blocks)
+            current = case
+        if step.graph not in manifest.graphs:
+            raise EngineError(f"case {case.name!r} runs the graph {step.graph!r}, which the engine does not have")
+        results = _run(backend, manifest, case, step, hidden, taps)
+        hidden = results["hidden"] if step.graph == "model" else hidden
+        if step is case.steps[-1]:
+            graphs = {step.graph for step in case.steps}
+            results |= {
+                f"cache_{kind}": value for g in sorted(graphs) for kind, value in _caches(backend, manifest, g).items()
+            }
+        writer.write(number, results)
+    writer.close()
+
+
+def _run(
+    backend: CacheBackend,
+    manifest: Manifest,
+    case: Case,
+    step: PlanStep,
+    hidden: np.ndarray,
+    taps: Collection[str] | None,
+) -> dict[str, np.ndarray]:
+    face = manifest.graphs[step.graph]
+    found = [spec.name for spec in face.outputs if spec.role == "tap"]
+    wanted = [*_RESULTS, *(tap for tap in found if taps is None or tap in taps)]
+    arrays = lay_out(case, step)
+    inputs = StepInputs(
+        input_ids=arrays.input_ids,
+        positions=arrays.positions,
+        slot_mapping=arrays.slot_mapping,
+        block_table=arrays.block_table,
+        logits_index=arrays.logits_index,
+        hidden_in=hidden if step.graph == "mtp" else None,
+    )
+    outputs = backend.run(inputs, outputs=wanted, graph=step.graph)
+    return {name: np.array(outputs.fetch(name)) for name in wanted}
+
+
+def _caches(backend: CacheBackend, manifest: Manifest, graph: str) -> dict[str, np.ndarray]:
+    """Return `latent.3` and `index.3` of every layer of a graph, whole: [NB·64, width]."""
+    names = [spec.name for spec in manifest.graphs[graph].with_role("cache")]
+    return {name.replace("_cache", ""): np.array(backend.cache(name)) for name in names}
