@@ -104,6 +104,14 @@ def test_functions_are_inlined_where_plugins_are_not_wanted(one_layer: Inputs, t
     assert "PLUGIN_V3" not in manifest.audit.layers["model"]
     assert manifest.audit.inlined == {op: use.num_nodes for op, use in one_layer.program.ops.items()}
     assert manifest.plugins == {}
+    inlined = {one.what: one.precision for one in manifest.audit.products if one.face == "inlined"}
+    assert inlined == {
+        "BlockFp8Linear": "bf16",
+        "MoeExperts": "bf16",
+        "DsaAttention": "f32",
+        "DsaIndexer": "f32",
+    }
+    assert manifest.audit.native_products["model"].keys() == {"BF16", "FLOAT"}
 
 
 def test_finished_plans_of_an_interrupted_build_are_used(

@@ -76,9 +76,12 @@ def products(
             found.append(Product(node.op_type, face, precision if face == "plugin" else "bf16", work))
         elif node.domain == DOMAIN and node.op_type == "DsaAttention":
             core = attention_flops(config, context, num_layers=1).bf16
-            found.append(Product(node.op_type, face, "bf16", core))
+            found.append(Product(node.op_type, face, "bf16" if face == "plugin" else "f32", core))
         elif node.domain == DOMAIN and node.op_type == "DsaIndexer":
-            scored = precision if face == "plugin" and _flag(node, "indexer_fp8") else "bf16"
+            if face == "inlined":
+                scored = "f32"  # the bodies of indexer and attention compute in f32, as the reference does
+            else:
+                scored = precision if _flag(node, "indexer_fp8") else "bf16"
             found.append(Product(node.op_type, face, scored, indexer_flops(config, context)))
         elif node.op_type == "MatMul":
             name = next((name for name in node.input if name in source), None)

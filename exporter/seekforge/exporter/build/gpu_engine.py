@@ -515,6 +515,7 @@ def _audit(
         context=context,
         products=audit.shares(found),
         layers={name: one.layers for name, one in compiled.items()},
+        native_products={name: one.products for name, one in compiled.items()},
         plugins=dict(sum((Counter(one.plugins) for one in compiled.values()), Counter())),
         inlined=dict(sum((Counter(one.inlined) for one in prepared.values()), Counter())),
         weight_input_bytes=planned.device_bytes["weights"],

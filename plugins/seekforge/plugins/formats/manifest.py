@@ -146,6 +146,7 @@ class Audit(Strict):
         context: keys that a token sees in the shares below.
         products: shares of the matrix-product FLOPs of one decoded token, largest first.
         layers: graph -> kind of TensorRT layer -> count, before fusion.
+        native_products: graph -> type that is multiplied -> TensorRT's own matrix layers, before fusion.
         plugins: op_type -> plugin layers.
         inlined: op_type -> nodes whose body was inlined.
         weight_input_bytes: of all weight and table inputs.
@@ -162,6 +163,7 @@ class Audit(Strict):
     context: int
     products: tuple[Share, ...]
     layers: dict[str, dict[str, int]]
+    native_products: dict[str, dict[str, int]] = Field(default_factory=dict)
     plugins: dict[str, int]
     inlined: dict[str, int]
     weight_input_bytes: int
