@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from seekforge.exporter.build.engine import build
 from seekforge.exporter.build.targets import load_target
@@ -21,12 +23,30 @@ from seekforge.plugins.formats.safetensors import Checkpoint
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder `name`, made by the first test process that asks for it and shared by all."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / f"shared-{name}"
+    with FileLock(root / f"{name}.lock"):
+        if not folder.is_dir():
+            half = root / f"half-{name}"
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            make(half)
+            half.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `tiny` checkpoint folder; do not write into it."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return made_once(tmp_path_factory, "checkpoint", lambda root: _write_checkpoint(root / "tiny")) / "tiny"
+
+
+def _write_checkpoint(folder: Path) -> None:
     new_checkpoint(folder, "tiny")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +65,12 @@ def tiny_source(tiny_checkpoint: Path) -> Iterator[Checkpoint]:
 @pytest.fixture(scope="session")
 def tiny_programs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Numerics name -> canonical program of `tiny_checkpoint`."""
-    root = tmp_path_factory.mktemp("programs")
-    for name, numerics in NUMERICS.items():
-        export(tiny_checkpoint, root / name, numerics=numerics)
+
+    def make(root: Path) -> None:
+        for name, numerics in NUMERICS.items():
+            export(tiny_checkpoint, root / name, numerics=numerics)
+
+    root = made_once(tmp_path_factory, "programs", make)
     return {name: root / name for name in NUMERICS}
 
 
@@ -56,15 +79,18 @@ def tiny_engines(
     tiny_checkpoint: Path, tiny_programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Numerics name -> CPU engine of `tiny_checkpoint`; do not write into it."""
-    root = tmp_path_factory.mktemp("engines")
-    for name, program in tiny_programs.items():
-        build(
-            program,
-            root / name,
-            target=load_target("cpu"),
-            checkpoint_folder=tiny_checkpoint,
-            max_model_len=None,
-            force=False,
-            progress=Stages(quiet=True),
-        )
+
+    def make(root: Path) -> None:
+        for name, program in tiny_programs.items():
+            build(
+                program,
+                root / name,
+                target=load_target("cpu"),
+                checkpoint_folder=tiny_checkpoint,
+                max_model_len=None,
+                force=False,
+                progress=Stages(quiet=True),
+            )
+
+    root = made_once(tmp_path_factory, "engines", make)
     return {name: root / name for name in tiny_programs}
