@@ -106,6 +106,53 @@ def test_run_json(toy_engine: Path) -> None:
     assert plain == data["text"] + "\n"
 
 
+def test_run_gives_several_completions_logprobs_and_drafts(toy_engine: Path) -> None:
+    args = ("--prompt", "the cat", "--max-tokens", "6", "--ignore-eos", "--seed", "1", "--n", "2", "--logprobs", "3")
+    data = json.loads(invoke("run", str(toy_engine), *args, "--json", "--num-speculative-tokens", "2").stdout)
+    assert len(data["completions"]) == 2 and data["completions"][0]["text"] == data["text"]
+    assert [len(entry["top"]) for entry in data["completions"][1]["logprobs"]] == [3] * 6
+    line = invoke("run", str(toy_engine), *RUN, "--num-speculative-tokens", "1").stderr
+    assert "drafts   accepted by position: " in line
+
+
+def test_run_batch_resumes(toy_engine: Path, tmp_path: Path) -> None:
+    requests, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"prompt": "the cat", "id": "a"},
+        {"prompt": [5, 6], "max_tokens": 3, "n": 2},
+        {"prompt": "x", "stop": ["e"]},
+    ]
+    requests.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    command = ("run", str(toy_engine), "--batch", str(requests), "--output", str(results), *RUN[2:])
+    first = invoke(*command)
+    assert first.exit_code == 0 and first.stdout == "" and "3 of 3 done" in first.stderr
+    whole = {line["id"]: line for line in map(json.loads, results.read_text().splitlines())}
+    assert set(whole) == {"a", 2, 3} and [len(c["token_ids"]) for c in whole[2]["completions"]] == [3, 3]
+    assert whole["a"]["completions"][0]["text"] + "\n" == invoke("run", str(toy_engine), *RUN, "--quiet").stdout
+    kept = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(kept[0] + kept[1][:10])  # as an interruption leaves it
+    again = invoke(*command)
+    assert "2 requests to run, 1 have a result" in again.stderr
+    assert {line["id"]: line for line in map(json.loads, results.read_text().splitlines())} == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: Expecting"),
+        ('{"prompt": 3}', 'expected an object with a "prompt"'),
+        ('{"prompt": "a", "temprature": 1}', "unknown key 'temprature'"),
+        ('{"prompt": "a", "top_p": 2}', "top_p is 2"),
+        ('{"prompt": "a", "max_tokens": 5000}', "more than max_model_len"),
+    ],
+)
+def test_run_batch_refuses_a_bad_line_before_any_is_run(toy_engine: Path, tmp_path: Path, line: str, message) -> None:
+    (tmp_path / "in").write_text(line + "\n")
+    out = tmp_path / "out"
+    result = invoke("run", str(toy_engine), "--quiet", "--batch", str(tmp_path / "in"), "--output", str(out))
+    assert message in one_line(result) and not out.exists()
+
+
 def test_run_repeats_with_a_seed(toy_engine: Path) -> None:
     sampled = ("--prompt", "the cat", "--max-tokens", "20", "--ignore-eos", "--temperature", "1.5", "--json")
     texts = [json.loads(invoke("run", str(toy_engine), *sampled, "--seed", s).stdout)["token_ids"] for s in "112"]
@@ -117,6 +164,9 @@ def test_run_repeats_with_a_seed(toy_engine: Path) -> None:
     [
         (("--prompt", ""), "the prompt has no tokens"),
         (("--prompt", "a", "--greedy", "--top-p", "0.5"), "--greedy leaves nothing to"),
+        ((), "either --prompt or --batch"),
+        (("--prompt", "a", "--n", "2"), "--n above 1 needs --json or --batch"),
+        (("--prompt", "a", "--logprobs", "2"), "--logprobs needs --json or --batch"),
         (("--prompt", "a", "--max-tokens", "5000"), "= 5001 tokens, more than max_model_len 1024"),
         (("--prompt", "a", "--max-model-len", "2000"), "max_model_len is 2000, this engine allows 1 to 1024"),
         (("--prompt", "a", "--max-model-len", "10", "--max-tokens", "10"), "more than max_model_len 10"),

@@ -31,7 +31,7 @@ def sample(draws: list[Draw], top: TopLogits, full) -> list[int]:
     """Call `choose` with rows that are written one by one."""
     rules = Rules.of([d.params for d in draws], [d.seed for d in draws])
     edits = {i: d.edit or Edit(banned=d.banned) for i, d in enumerate(draws) if d.edit or d.banned}
-    return choose(rules, np.array([d.index for d in draws]), edits, top, full).tolist()
+    return choose(rules, np.array([d.index for d in draws]), edits, top, lambda rows: full()[rows]).tolist()
 
 
 def top_of(logits: np.ndarray, k: int) -> TopLogits:

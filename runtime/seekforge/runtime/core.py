@@ -188,10 +188,10 @@ class Core:
             faults = _prompt_faults(group, packed, top.logsumexp)
         full: list[np.ndarray] = []
 
-        def full_logits() -> np.ndarray:
+        def full_logits(rows: np.ndarray) -> np.ndarray:
             if not full:
                 full.append(results.fetch("logits"))
-            return full[0]
+            return full[0][rows]
 
         for index, span in packed.prompt_spans.items():
             if index not in faults:
@@ -218,10 +218,10 @@ class Core:
             sequences = [rows[at].sequence for at in alive]
             edits, broken = _edits(sequences, alive, editing)
             drawn = np.array([len(s.output_ids) for s in sequences]) if not part.all_greedy else places
-            tokens = choose(part, drawn, edits, some, lambda places=places: full_logits()[places])
+            tokens = choose(part, drawn, edits, some, lambda some, places=places: full_logits(places[some]))
             for fault_at, fault in broken.items():
                 faults[packed.sampling[alive[fault_at]]] = fault
-            self._logprobs(sequences, tokens, some, lambda places=places: full_logits()[places])
+            self._logprobs(sequences, tokens, some, lambda some, places=places: full_logits(places[some]))
             going: list[int] = []
             for at, sequence, token in zip(alive, sequences, tokens.tolist()):
                 if token == NO_TOKEN:
@@ -254,7 +254,11 @@ class Core:
         return self._rules_of[1], self._rules_of[2]
 
     def _logprobs(
-        self, sequences: Rows[Sequence], tokens: np.ndarray, top: TopLogits, full_logits: Callable[[], np.ndarray]
+        self,
+        sequences: Rows[Sequence],
+        tokens: np.ndarray,
+        top: TopLogits,
+        full_logits: Callable[[np.ndarray], np.ndarray],
     ) -> None:
         """Keep the log-probabilities of the tokens about to be appended, for those that want them."""
         wanting = [
@@ -266,21 +270,23 @@ class Core:
             return
         at = np.array(wanting)
         counts = [sequences[i].params.logprobs or 0 for i in wanting]
-        found = token_logprobs(tokens[at], counts, top.take(at), lambda: full_logits()[at])
+        found = token_logprobs(tokens[at], counts, top.take(at), lambda rows: full_logits(at[rows]))
         for i, entry in zip(wanting, found, strict=True):
             sequences[i].cumulative_logprob += entry.logprob
             if sequences[i].params.logprobs is not None:
                 sequences[i].logprobs.append(entry)
 
     def _prompt_logprobs(
-        self, row: Row, places: np.ndarray, top: TopLogits, full_logits: Callable[[], np.ndarray]
+        self, row: Row, places: np.ndarray, top: TopLogits, full_logits: Callable[[np.ndarray], np.ndarray]
     ) -> None:
         sequence, count = row.sequence, len(places)
         if not sequence.prompt_logprobs:
             sequence.prompt_logprobs.append(None)
         tokens = np.array(sequence.prompt_ids[row.start + 1 : row.start + 1 + count], np.int64)
         asked = [sequence.params.prompt_logprobs or 0] * count
-        sequence.prompt_logprobs += token_logprobs(tokens, asked, top.take(places), lambda: full_logits()[places])
+        sequence.prompt_logprobs += token_logprobs(
+            tokens, asked, top.take(places), lambda rows: full_logits(places[rows])
+        )
 
     def _judge(self, group: tuple[Row, ...], is_decode: bool, model_s: float, draft_s: float) -> None:
         """Let the switch see a decode step; it may end the drafting."""

@@ -62,14 +62,18 @@ class Edit:
             logits[~self.allowed[ids]] = -np.inf
         return logits
 
-    def num_lowered(self, vocab_size: int) -> int:
-        """Return a bound on how many tokens this makes less likely."""
+    def num_lowered_others(self, ids: np.ndarray) -> int | None:
+        """Return a bound on how many tokens that are not among `ids` become less likely; None is no bound."""
         if self.allowed is not None:
-            return vocab_size
-        lowered = len(self.banned)
-        lowered += len(self.seen) if self.seen is not None and self.repetition > 1 else 0
-        lowered += len(self.generated) if self.generated is not None else 0
-        return lowered + sum(1 for value in (self.bias or {}).values() if value < 0)
+            return None
+        lowered: list[np.ndarray] = [np.array(sorted(self.banned), np.int64)]
+        if self.seen is not None and self.repetition > 1:
+            lowered.append(self.seen)
+        if self.generated is not None:
+            lowered.append(self.generated)
+        if self.bias:
+            lowered.append(np.array(sorted(token for token, value in self.bias.items() if value < 0), np.int64))
+        return sum(len(tokens) - len(_find(ids, tokens)[0]) for tokens in lowered)
 
     def may_raise_others(self, ids: np.ndarray) -> bool:
         """Whether this may make a token more likely that is not among `ids`."""

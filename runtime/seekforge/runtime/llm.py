@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -302,6 +302,42 @@ class LLM:
         self._scheduler.check_queue(params.num_sequences)
         return self._stream(ids, params, priority, timeout_s)
 
+    def as_completed(
+        self, requests: Iterable[tuple[Prompt, SamplingParams]], *, ahead: int | None = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Answer any number of requests, and give each result when it is there.
+
+        Args:
+            requests: prompt and parameters; read as the engine gets to them.
+            ahead: how many are read before the first of them is done; None takes four times `max_batch_size`.
+
+        Returns:
+            (number of the request, its output), in the order in which they end. A failed one has a completion with
+            `finish_reason` "error".
+
+        Raises:
+            RequestError: a request cannot be served; those on their way are ended.
+        """
+        most = ahead or 4 * self.max_batch_size
+        source = enumerate(requests)
+        lives: dict[int, _Live] = {}
+        try:
+            while True:
+                while len(lives) < most and (entry := next(source, None)) is not None:
+                    number, (prompt, params) = entry
+                    (lives[number],) = self._start([(self._check(prompt, params), params)], 0, None)
+                if not lives:
+                    return
+                self._advance(lambda: any(live.output is not None for live in lives.values()))
+                ended = [number for number, live in lives.items() if live.output is not None]
+                for number in ended:
+                    live = lives.pop(number)
+                    self._drop([live])
+                    assert live.output is not None
+                    yield number, live.output
+        finally:
+            self._drop(list(lives.values()))
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -347,6 +383,14 @@ class LLM:
             self._core.backend.update_weights(tensors)
             self._weights_version += 1
             self._scheduler.restart(self._root)
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Refuse a request that cannot be served, and do nothing else.
+
+        Raises:
+            RequestError: it cannot.
+        """
+        self._check(prompt, params)
 
     def metrics(self) -> LLMMetrics:
         """Return the counters."""

@@ -11,7 +11,7 @@ from seekforge.runtime.sequence import TokenLogprobs
 
 
 def token_logprobs(
-    tokens: np.ndarray, counts: Sequence[int], top: TopLogits, full_logits: Callable[[], np.ndarray]
+    tokens: np.ndarray, counts: Sequence[int], top: TopLogits, full_logits: Callable[[np.ndarray], np.ndarray]
 ) -> list[TokenLogprobs]:
     """Return the log-probability of one token per row, and of the most likely ones.
 
@@ -19,7 +19,7 @@ def token_logprobs(
         tokens: [N].
         counts: how many of the most likely to give, per row.
         top: of those rows.
-        full_logits: gives [N, vocab_size], f32; called only if a token or a count exceeds the top K.
+        full_logits: gives whole rows, [M, vocab_size] f32, for [M] rows; called where the top K do not reach.
     """
     found = top.ids == tokens[:, None]
     inside = found.any(1)
@@ -27,14 +27,14 @@ def token_logprobs(
     width = top.ids.shape[1]
     if not inside.all():
         rows = np.flatnonzero(~inside)
-        logits[rows] = full_logits()[rows, tokens[rows]]
+        logits[rows] = full_logits(rows)[np.arange(len(rows)), tokens[rows]]
     values = logits - top.logsumexp
     out: list[TokenLogprobs] = []
     for row, (token, value, count) in enumerate(zip(tokens.tolist(), values.tolist(), counts, strict=True)):
         if count <= width:
             ids, best = top.ids[row, :count], top.logits[row, :count]
         else:
-            full = full_logits()[row]
+            full = full_logits(np.array([row]))[0]
             ids = np.argsort(-full, kind="stable")[:count]
             best = full[ids]
         likely = best.astype(np.float64) - float(top.logsumexp[row])

@@ -7,12 +7,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
+from seekforge.runtime.batch_file import completion_json, run_batch
 from seekforge.runtime.engine import Engine
-from seekforge.runtime.llm import LLM
-from seekforge.runtime.outputs import RequestMetrics
+from seekforge.runtime.llm import LLM, LLMMetrics
+from seekforge.runtime.outputs import RequestMetrics, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
 
 
@@ -39,14 +41,30 @@ class _Progress:
 
 @click.command()
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="Text to continue, encoded as it is: nothing is added.")
+@click.option("--prompt", help="Text to continue, encoded as it is: nothing is added.")
+@click.option(
+    "--batch", type=click.Path(path_type=Path), help="JSONL file of requests (see below), instead of --prompt."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="JSONL file of results; what it holds is not run again."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token each time.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Default: the checkpoint's.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Default: the checkpoint's.")
 @click.option("--top-k", type=click.IntRange(min=0), help="0 keeps all tokens.  [default: 0]")
+@click.option("--n", "num", type=click.IntRange(min=1), default=1, show_default=True, help="Completions of the prompt.")
+@click.option("--logprobs", type=click.IntRange(min=0), help="Log-probabilities of so many likely tokens; with --json.")
+@click.option("--stop", multiple=True, help="End before this text. May be given several times.")
 @click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end of sequence.")
+@click.option(
+    "--num-speculative-tokens",
+    type=click.IntRange(0, 5),
+    default=0,
+    show_default=True,
+    help="Tokens to draft per step.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
 @click.option(
     "--max-model-len", type=click.IntRange(min=1), help="Tokens to make room for. Default: prompt and --max-tokens."
@@ -57,14 +75,20 @@ class _Progress:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(
     engine: Path,
-    prompt: str,
+    prompt: str | None,
+    batch: Path | None,
+    output: Path | None,
     max_tokens: int,
     greedy: bool,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    num: int,
+    logprobs: int | None,
+    stop: tuple[str, ...],
     seed: int | None,
     ignore_eos: bool,
+    num_speculative_tokens: int,
     threads: int | None,
     max_model_len: int | None,
     verify: bool,
@@ -72,9 +96,25 @@ def run(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Generate text with ENGINE, a folder written by 'seekforge build'."""
+    """Generate text with ENGINE, a folder written by 'seekforge build'.
+
+    A line of a --batch file is an object with "prompt" (text or token ids) and, if it likes, "id" and any sampling
+    parameter ("max_tokens", "temperature", "stop", ...), which goes before the options given here. Results are
+    written to --output as they end, one object a line, with the "id" (else the line number). Run the same command
+    again after an interruption: requests that have a result are left out.
+    """
     if greedy and (temperature, top_p, top_k) != (None, None, None):
         raise click.UsageError("--greedy leaves nothing to --temperature, --top-p and --top-k; drop one or the other")
+    if (prompt is None) == (batch is None):
+        raise click.UsageError("give either --prompt or --batch")
+    if (batch is None) != (output is None):
+        raise click.UsageError("--batch and --output belong together")
+    if batch is not None and as_json:
+        raise click.UsageError("--batch writes JSON to --output; drop --json")
+    if logprobs is not None and not (as_json or batch is not None):
+        raise click.UsageError("--logprobs needs --json or --batch, which have room for them")
+    if num > 1 and not (as_json or batch is not None):
+        raise click.UsageError("--n above 1 needs --json or --batch, since completions are not streamed side by side")
     progress = _Progress(quiet or as_json)
     loading = time.monotonic()
 
@@ -84,9 +124,17 @@ def run(
     progress.done(f"engine   {engine}: target {target.name}, {'every byte verified' if verify else 'files sampled'}")
 
     progress.begin("loading")
-    prompt_ids = opened.tokenizer.encode(prompt)
+    prompt_ids = opened.tokenizer.encode(prompt) if prompt is not None else []
     room = max_model_len or min(len(prompt_ids) + max_tokens, opened.manifest.limits.max_model_len)
-    llm = LLM(opened, max_model_len=room, max_batch_size=1, threads=threads, self_check=not no_self_check)
+    options = {} if batch is not None and max_model_len is None else {"max_model_len": room}
+    llm = LLM(
+        opened,
+        max_batch_size=min(num, opened.manifest.limits.max_batch_size) if batch is None else None,
+        num_speculative_tokens=num_speculative_tokens,
+        threads=threads,
+        self_check=not no_self_check,
+        **options,
+    )
     with llm:
         load_s = time.monotonic() - loading
         cache_mb = llm.num_blocks * opened.manifest.cache.bytes_per_block / 1e6
@@ -97,39 +145,60 @@ def run(
             max_tokens=max_tokens,
             seed=seed,
             ignore_eos=ignore_eos,
+            n=num,
+            logprobs=logprobs,
+            stop=stop,
         )
         asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         params = replace(params, **{name: value for name, value in asked.items() if value is not None})
-        output = None
-        for delta in llm.stream(prompt_ids, params):
-            output = delta.output
-            if not as_json and delta.text:
-                click.echo(delta.text, nl=False)
-                sys.stdout.flush()
-        assert output is not None
-        completion, metrics = output.outputs[0], output.metrics
+        if batch is not None and output is not None:
+            run_batch(llm, batch, output, params, progress.say)
+            return
+        result = _run_one(llm, prompt_ids, params, echo=not as_json)
         if as_json:
-            check = llm.self_check
-            result = {
-                "text": completion.text,
-                "token_ids": completion.token_ids,
-                "prompt_token_ids": output.prompt_token_ids,
-                "finish_reason": completion.finish_reason,
-                "self_check": None
-                if check is None
-                else {"largest_difference": check.largest_difference, "tolerance": check.tolerance},
-                "timings": {
-                    "load_s": load_s,
-                    "prefill_tokens": metrics.prefill_tokens,
-                    "prefill_s": metrics.prefill_s,
-                    "decode_tokens": metrics.decode_tokens,
-                    "decode_s": metrics.decode_s,
-                },
-            }
-            click.echo(json.dumps(result, ensure_ascii=False))
+            click.echo(json.dumps(_as_json(llm, result, load_s), ensure_ascii=False))
         else:
             click.echo()
-    progress.say(_speed_line(metrics, completion.finish_reason))
+    progress.say(_speed_line(result.metrics, result.outputs[0].finish_reason))
+    if num_speculative_tokens:
+        progress.say(_drafts_line(llm.metrics()))
+
+
+def _run_one(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, echo: bool) -> RequestOutput:
+    output = None
+    for delta in llm.stream(prompt_ids, params):
+        output = delta.output
+        if echo and delta.text:
+            click.echo(delta.text, nl=False)
+            sys.stdout.flush()
+    assert output is not None
+    return output
+
+
+def _as_json(llm: LLM, output: RequestOutput, load_s: float) -> dict[str, Any]:
+    first, metrics, check = output.outputs[0], output.metrics, llm.self_check
+    return {
+        "text": first.text,
+        "token_ids": first.token_ids,
+        "prompt_token_ids": output.prompt_token_ids,
+        "finish_reason": first.finish_reason,
+        "completions": [completion_json(completion) for completion in output.outputs],
+        "self_check": None
+        if check is None
+        else {"largest_difference": check.largest_difference, "tolerance": check.tolerance},
+        "timings": {
+            "load_s": load_s,
+            "prefill_tokens": metrics.prefill_tokens,
+            "prefill_s": metrics.prefill_s,
+            "decode_tokens": metrics.decode_tokens,
+            "decode_s": metrics.decode_s,
+        },
+    }
+
+
+def _drafts_line(metrics: LLMMetrics) -> str:
+    rates = [f"{a / p:.0%}" for p, a in zip(metrics.drafts_proposed, metrics.drafts_accepted) if p]
+    return f"drafts   accepted by position: {', '.join(rates) or 'none proposed'}"
 
 
 def _self_check_line(llm: LLM, switched_off: bool) -> str:

@@ -101,7 +101,7 @@ def choose(
     index: np.ndarray,
     edits: Mapping[int, Edit],
     top: TopLogits,
-    full_logits: Callable[[], np.ndarray],
+    full_logits: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """Choose one token per row.
 
@@ -110,7 +110,7 @@ def choose(
         index: [N], which token of its completion each row chooses.
         edits: row -> what its logits are changed by first.
         top: of those rows.
-        full_logits: gives [N, vocab_size], f32; called at most once, and only if a row needs it.
+        full_logits: gives whole rows, [M, vocab_size] f32, for [M] rows; called at most once, for those that need it.
 
     Returns:
         [N] token ids, int64; `NO_TOKEN` where nothing may be chosen.
@@ -131,10 +131,9 @@ def choose(
         if len(plain):
             _decide(plain, _layout(plain, columns, rules, top), rules, draws, tokens)
             plain = plain[tokens[plain] == NO_TOKEN]
-    left = [*plain.tolist(), *edited[tokens[edited] == NO_TOKEN].tolist()]
-    every_row = full_logits() if left else top.logits
-    for row in left:
-        full = every_row[row].astype(np.float64)
+    left = np.array([*plain.tolist(), *edited[tokens[edited] == NO_TOKEN].tolist()], np.int64)
+    for row, logits in zip(left.tolist(), full_logits(left) if len(left) else ()):
+        full = logits.astype(np.float64)
         if row in edits:
             full = edits[row].apply(full, np.arange(len(full)))
         tokens[row] = _from_full(rules.take(np.array([row])), draws[row : row + 1], full)
@@ -174,11 +173,13 @@ class _Layout:
 
 def _layout(rows: np.ndarray, columns: int, rules: Rules, top: TopLogits) -> _Layout:
     """Lay out rows whose logits are not changed."""
-    logits = top.logits[rows, :columns].astype(np.float64)
+    part = top if len(rows) == len(top.ids) else top.take(rows)
+    logits = part.logits[:, :columns].astype(np.float64)
     power = _power(rules.temperature[rows])
-    low, high = _tail_bounds(logits, top.logsumexp[rows].astype(np.float64), top.vocab_size, power)
     mass = np.exp((logits - logits[:, :1]) * power[:, None])
-    return _Layout(top.ids[rows, :columns], mass, np.full(len(rows), columns), low, high)
+    logsumexp = part.logsumexp.astype(np.float64)
+    low, high = _tail_bounds(logits, logsumexp, top.vocab_size, power, mass if (power == 1).all() else None)
+    return _Layout(part.ids[:, :columns], mass, np.full(len(rows), columns), low, high)
 
 
 def _edited_layout(rows: np.ndarray, edits: Mapping[int, Edit], rules: Rules, top: TopLogits) -> _Layout:
@@ -203,15 +204,20 @@ def _edited_layout(rows: np.ndarray, edits: Mapping[int, Edit], rules: Rules, to
         beyond = laid[known[at] :].sum()
         laid[known[at] :] = 0
         mass[at] = laid
-        lost = min(edit.num_lowered(top.vocab_size), outside) * math.exp((raw[at, -1] - raw[at, 0]) * power[at])
+        lowered = edit.num_lowered_others(row_ids)
+        lowered = outside if lowered is None else min(lowered, outside)
+        lost = lowered * math.exp((raw[at, -1] - raw[at, 0]) * power[at])
         low[at], high[at] = max(low[at] - lost, 0.0) + beyond, high[at] + beyond
     return _Layout(ids, mass, known, low, high)
 
 
 def _decide(rows: np.ndarray, layout: _Layout, rules: Rules, draws: np.ndarray, tokens: np.ndarray) -> None:
     """Write the tokens of those `rows` that their layout decides."""
+    whole = len(rows) == len(draws)
+    picked = _pick(layout, rules if whole else rules.take(rows), draws if whole else draws[rows])
     greedy = rules.temperature[rows] == 0
-    picked = np.where(greedy, np.where(layout.known > 0, 0, -1), _pick(layout, rules.take(rows), draws[rows]))
+    if greedy.any():
+        picked = np.where(greedy, np.where(layout.known > 0, 0, -1), picked)
     sure = picked >= 0
     tokens[rows[sure]] = layout.ids[np.flatnonzero(sure), picked[sure]]
 
@@ -251,43 +257,45 @@ def _pick(layout: _Layout, rules: Rules, draws: np.ndarray) -> np.ndarray:
 
     Top-k, top-p and min-p each cut the layout to a beginning, top-p after top-k.
     """
-    mass, known = layout.mass, layout.known.copy()
-    low, high = layout.low.copy(), layout.high.copy()
+    mass, known = layout.mass, layout.known
+    low, high = layout.low, layout.high
     everything = np.arange(len(known))
-    columns = np.arange(mass.shape[1])
-
-    cut = (rules.top_k > 0) & (rules.top_k <= known)
-    known[cut] = rules.top_k[cut]
-    low[rules.top_k > 0] = 0.0
-    high[cut] = 0.0
+    if rules.top_k.any():
+        cut = (rules.top_k > 0) & (rules.top_k <= known)
+        known = np.where(cut, rules.top_k, known)
+        low = np.where(rules.top_k > 0, 0.0, low)
+        high = np.where(cut, 0.0, high)
     reach = np.cumsum(mass, axis=1)
-    reach = np.minimum(reach, reach[everything, np.maximum(known, 1) - 1][:, None])
-    possible = (known > 0) & (reach[:, -1] > 0)
-
-    nucleus = rules.top_p < 1
-    if nucleus.any():
-        complete = high == 0
-        last = reach[:, -1]
-        edges = [(reach < (rules.top_p * (last + tail))[:, None]).sum(1) for tail in (low, high)]
-        edge = np.where(complete, np.minimum(edges[0], known - 1), edges[0])
-        sure = (complete | (edges[0] == edges[1])) & (edge < known)
-        possible &= sure | ~nucleus
-        cut = nucleus & sure
-        known = np.where(cut, edge + 1, known)
-        low[cut] = high[cut] = 0.0
-    limited = rules.min_p > 0
-    if limited.any():
-        likely = ((mass >= (rules.min_p * mass[:, 0])[:, None]) & (columns < known[:, None])).sum(1)
-        cut = limited & (likely < known)
-        known = np.where(cut, np.maximum(likely, 1), known)
-        low[limited] = 0.0  # of the tail, all or nothing may be likely enough
-        high[cut] = 0.0
     last = reach[everything, np.maximum(known, 1) - 1]
-    picks = [(reach <= (draws * (last + tail))[:, None]).sum(1) for tail in (low, high)]
-    complete = high == 0  # rounding may put a draw next to 1 past the end
-    pick = np.where(complete, np.minimum(picks[0], known - 1), picks[0])
-    sure = possible & (complete | (picks[0] == picks[1])) & (pick < known)
-    return np.where(sure, pick, -1)
+    if (known < mass.shape[1]).any():
+        reach = np.minimum(reach, last[:, None])
+    complete = high == 0
+    nucleus = rules.top_p < 1
+    has_nucleus, limited = bool(nucleus.any()), rules.min_p > 0
+    likely = None
+    if limited.any():
+        inside = np.arange(mass.shape[1]) < known[:, None]
+        likely = np.maximum(((mass >= (rules.min_p * mass[:, 0])[:, None]) & inside).sum(1), 1)
+    # What is kept, and so what is picked, only grows with the tail: if both bounds pick the same, so does the truth.
+    picks: list[np.ndarray] = []
+    for is_low, tail in ((True, low), (False, high)):
+        kept, rest, sure = known, tail, (known > 0) & (last > 0)
+        if has_nucleus:
+            edge = (reach < (rules.top_p * (last + tail))[:, None]).sum(1)
+            edge = np.where(complete, np.minimum(edge, known - 1), edge)
+            sure = sure & ~(nucleus & (edge >= known))
+            kept = np.where(nucleus, np.minimum(edge + 1, known), known)
+            rest = np.where(nucleus, 0.0, tail)
+        if likely is not None:
+            cut = limited & (likely < kept)
+            kept = np.where(cut, likely, kept)
+            # of the tail, all or nothing may be likely enough
+            rest = np.where(cut | (limited if is_low else False), 0.0, rest)
+        total = reach[everything, np.maximum(kept, 1) - 1] + rest
+        pick = (reach <= (draws * total)[:, None]).sum(1)
+        pick = np.where(rest == 0, np.minimum(pick, kept - 1), pick)  # rounding may put a draw next to 1 past the end
+        picks.append(np.where(sure & (pick < known), pick, -1))
+    return np.where(picks[0] == picks[1], picks[0], -1)
 
 
 def _power(temperature: np.ndarray) -> np.ndarray:
@@ -296,13 +304,14 @@ def _power(temperature: np.ndarray) -> np.ndarray:
 
 
 def _tail_bounds(
-    logits: np.ndarray, logsumexp: np.ndarray, vocab_size: int, power: np.ndarray
+    logits: np.ndarray, logsumexp: np.ndarray, vocab_size: int, power: np.ndarray, mass: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bound Σ exp(r · (l − l_0)) over the tokens that are not among `logits`, per row; r = 1/T is `power`.
 
     Each l is at most the last of `logits`, and the sum at r = 1 is exp(logsumexp) − Σ_known exp(l). For n terms of
     known sum s, none above m, the sum of their r-th powers lies between n·(s/n)^r and s·m^(r−1): in this order for
-    r ≥ 1, in the other for r ≤ 1 (power mean; x^r = x·x^(r−1)). f32 rounding of logsumexp widens s.
+    r ≥ 1, in the other for r ≤ 1 (power mean; x^r = x·x^(r−1)). f32 rounding of logsumexp widens s. `mass` is given
+    where every r is 1: the terms of the known tokens; the bounds are then s itself.
     """
     count = vocab_size - logits.shape[1]
     if count <= 0:
@@ -310,7 +319,10 @@ def _tail_bounds(
     shifted = logits - logits[:, :1]
     total = np.exp(logsumexp - logits[:, 0])
     slack = total * (1e-5 + 5e-7 * np.abs(logsumexp))
-    rest = total - np.exp(shifted).sum(1)
+    rest = total - (np.exp(shifted) if mass is None else mass).sum(1)
+    if mass is not None:
+        high = np.minimum(np.maximum(rest, 0) + slack, count * np.exp(shifted[:, -1]))
+        return np.minimum(np.maximum(rest - slack, 0), high), high
     log_largest = np.maximum(shifted[:, -1], -1e30)
     bounds: list[np.ndarray] = []
     with np.errstate(divide="ignore"):

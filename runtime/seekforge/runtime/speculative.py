@@ -98,7 +98,7 @@ class Speculator:
             top = TopLogits.of(results, self.vocab_size)
             drawn = np.array([len(sequences[i].output_ids) + depth for i in alive])
             # An MTP row that is not finite, or not decided by its top logits, ends its drafts: nothing depends on them.
-            tokens = choose(rules.take(alive), drawn, {}, top, lambda top=top: _only_top(top))
+            tokens = choose(rules.take(alive), drawn, {}, top, lambda rows, top=top: _only_top(top.take(rows)))
             good = np.isfinite(top.logsumexp)
             for i, token, finite in zip(alive.tolist(), tokens.tolist(), good.tolist()):
                 if finite:

@@ -18,6 +18,8 @@ from seekforge.runtime.kv_cache import SCRAP_BLOCK
 
 _PRIME = 1_000_003
 _START = 7
+#: Logit of the tokens that are not among the largest.
+_TAIL = -16.0
 
 
 class NullStepOutputs:
@@ -121,6 +123,22 @@ class NullBackend:
         assert (hashes[1:] == (hashes[:-1] * 31 + tokens + 1) % _PRIME).all(), "an MTP entry is of another sequence"
 
 
+class _FixedStepOutputs(NullStepOutputs):
+    """Whole rows are made when they are fetched."""
+
+    def __init__(self, values: dict[str, np.ndarray], vocab_size: int) -> None:
+        super().__init__(values)
+        self._vocab_size = vocab_size
+
+    def fetch(self, name: str) -> np.ndarray:
+        """Return one output."""
+        if name != "logits":
+            return self._values[name]
+        rows = np.full((len(self._values["top_ids"]), self._vocab_size), _TAIL, np.float32)
+        np.put_along_axis(rows, self._values["top_ids"].astype(np.int64), self._values["top_logits"], axis=1)
+        return rows
+
+
 class FixedBackend:
     """Gives the same results at every step, made once per number of rows."""
 
@@ -142,7 +160,7 @@ class FixedBackend:
         values = self._made[count]
         if "hidden" in outputs:
             values = values | {"hidden": np.zeros((*inputs.input_ids.shape, self.hidden_size), np.float32)}
-        return NullStepOutputs(values)
+        return _FixedStepOutputs(values, self.vocab_size)
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """There are none."""
@@ -152,13 +170,13 @@ class FixedBackend:
 
     def _make(self, count: int) -> dict[str, np.ndarray]:
         logits = np.sort(self._rng.standard_normal((count, self.num_top_logits)).astype(np.float32) * 3)[:, ::-1]
-        ids = np.stack([self._rng.permutation(self.vocab_size - 2)[: self.num_top_logits] + 2 for _ in range(count)])
-        logsumexp = np.log(np.exp(logits.astype(np.float64)).sum(1) + 1e-3).astype(np.float32)
+        ids = self._rng.integers(2, self.vocab_size - self.num_top_logits, (count, 1)) + np.arange(self.num_top_logits)
+        tail = (self.vocab_size - self.num_top_logits) * np.exp(_TAIL)
+        logsumexp = np.log(np.exp(logits.astype(np.float64)).sum(1) + tail).astype(np.float32)
         return {
             "top_logits": np.ascontiguousarray(logits),
             "top_ids": ids.astype(np.int32),
             "logsumexp": logsumexp,
-            "logits": self._rng.standard_normal((count, self.vocab_size)).astype(np.float32),
         }
 
 
