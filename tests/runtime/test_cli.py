@@ -188,6 +188,26 @@ def test_a_reader_that_leaves_is_no_error(toy_engine: Path) -> None:
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
+def test_bench_measures_and_draws(toy_engine: Path, tmp_path: Path) -> None:
+    chart = tmp_path / "chart.png"
+    args = ("--concurrency", "1,3", "--context", "8,130", "--tokens", "5", "--host-batch", "1,4", "--threads", "1")
+    result = invoke("bench", str(toy_engine), *args, "--json", "--chart", str(chart), "--num-speculative-tokens", "2")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert [(p["context"], p["concurrency"]) for p in data["points"]] == [(8, 1), (8, 3), (130, 1), (130, 3)]
+    for point in data["points"]:
+        assert point["prefill_tok_s"] > 0 and point["decode_tok_s"] > 0 and len(point["acceptance"]) == 2
+        assert point["first_token_ms"]["p50"] <= point["first_token_ms"]["p99"]
+        assert (point["hit_rate"] > 0.9) == (point["context"] == 130)
+    assert set(data["host_step_ms"]) == {"greedy", "sampled"}
+    raw = chart.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(raw[16:20]) == 640 and int.from_bytes(raw[20:24]) == 800
+    table = invoke("bench", str(toy_engine), *args)
+    assert table.stdout.count("\n") == 1 + 4 + 2
+    assert "--concurrency goes to 9" in one_line(invoke("bench", str(toy_engine), "--concurrency", "9"))
+    assert "expected whole numbers" in one_line(invoke("bench", str(toy_engine), "--context", "a"))
+
+
 def test_doctor() -> None:
     report = json.loads(invoke("doctor", "--json").stdout)
     assert report["versions"]["onnxruntime"] and "triton" in report["versions"]

@@ -41,6 +41,7 @@ COMMANDS: dict[str, _Command] = {
         "seekforge.exporter.inspect.cli:inspect", "Show what a checkpoint, a program or an engine is."
     ),
     "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
+    "bench": _Command("seekforge.runtime.bench_cli:bench", "Measure an engine: throughput, latency, what the host costs."),
     "dump": _Command("seekforge.runtime.dump_cli:dump", "Write what an engine computes, to compare elsewhere."),
     "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
 }

@@ -126,14 +126,13 @@ def run(
     progress.begin("loading")
     prompt_ids = opened.tokenizer.encode(prompt) if prompt is not None else []
     room = max_model_len or min(len(prompt_ids) + max_tokens, opened.manifest.limits.max_model_len)
-    options = {} if batch is not None and max_model_len is None else {"max_model_len": room}
     llm = LLM(
         opened,
         max_batch_size=min(num, opened.manifest.limits.max_batch_size) if batch is None else None,
         num_speculative_tokens=num_speculative_tokens,
         threads=threads,
         self_check=not no_self_check,
-        **options,
+        max_model_len=room if batch is None else max_model_len,
     )
     with llm:
         load_s = time.monotonic() - loading
