@@ -19,7 +19,8 @@ from seekforge.plugins.launch import WORKSPACE, Buffer, check_plan, op_kernels, 
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.torch_ops import DTYPE_NAMES, TORCH_DTYPES
 
-_POINTERS: Final[dict[str, torch.dtype]] = {
+#: Triton pointer type -> dtype of the elements.
+POINTERS: Final[dict[str, torch.dtype]] = {
     "*bf16": torch.bfloat16,
     "*fp32": torch.float32,
     "*fp8e4nv": torch.float8_e4m3fn,
@@ -72,7 +73,7 @@ def interpret(op: str, inputs: Sequence[Tensor], attrs: Mapping[str, Any], *, sm
     for launch in plan.launches:
         variant = by_name[launch.variant]
         arguments = {
-            name: _bytes(tensors[value.name])[value.offset :].view(_POINTERS[variant.types[name]])
+            name: _bytes(tensors[value.name])[value.offset :].view(POINTERS[variant.types[name]])
             if isinstance(value, Buffer)
             else value
             for name, value in launch.arguments.items()

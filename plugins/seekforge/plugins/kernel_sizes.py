@@ -60,4 +60,11 @@ def operators(config: ModelConfig, *, kv_format: str = DEFAULT_FORMAT) -> dict[s
 
 
 #: Operators that have kernels, in the order of the registry.
-WITH_KERNELS: Final[tuple[str, ...]] = ("BlockFp8Linear", "DsaCacheWrite", "DsaAttention", "MoeRoute")
+WITH_KERNELS: Final[tuple[str, ...]] = (
+    "BlockFp8Linear",
+    "DsaCacheWrite",
+    "DsaIndexer",
+    "DsaAttention",
+    "MoeRoute",
+    "MoeExperts",
+)

@@ -1,0 +1,148 @@
+"""Launches of `DsaIndexer`: scores and selection, in slices of rows so that the scores stay bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8
+from seekforge.plugins.spec import cdiv
+
+STATICS: Final = ("Hi", "D", "indexer_fp8", "index_format")
+LIMITS: Final = (
+    "caches in bf16 or fp8_ds (which needs indexer_fp8); any index_topk",
+    "index_n_heads 16, 32 or 64; index_head_dim 128",
+)
+
+#: Bytes of scores that one slice of rows may have; one row alone may have more.
+SCORE_BYTES: Final = 256 << 20
+#: Scores that one step of the selection reads.
+SELECT_BLOCK: Final = 2048
+
+
+def rows_per_program(queries: int, sm: int) -> int:
+    """Return how many query rows of a sequence share a tile of keys: one in decode, four in prefill."""
+    # on SM80 four rows of bf16 queries beside keys that are widened by hand do not fit the registers
+    return 1 if queries == 1 else 2 if queries <= 8 or not has_fp8(sm) else 4
+
+
+def pages_per_program(rows: int, num_blocks: int) -> int:
+    """Return the pages that a program scores: few while there are few rows, so that all SMs have work."""
+    return 4 if rows * num_blocks < 4096 else 16
+
+
+def check(statics: Mapping[str, Any]) -> None:
+    """Refuse what the kernels cannot do."""
+    if statics["index_format"] == "f32":
+        raise ShapeError("DsaIndexer: index_format is f32, kernels read bf16 and fp8_ds; f32 caches are for the CPU")
+    if statics["index_format"] == "fp8_ds" and not statics["indexer_fp8"]:
+        raise ShapeError("DsaIndexer: index_format fp8_ds needs indexer_fp8; export with --numerics fp8 or use bf16")
+    if statics["Hi"] not in (16, 32, 64):
+        raise ShapeError(f"DsaIndexer: index_n_heads is {statics['Hi']}, kernels take 16, 32 or 64")
+    if statics["D"] != 128:
+        raise ShapeError(f"DsaIndexer: index_head_dim is {statics['D']}, kernels take 128 (one FP8 block)")
+
+
+def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
+    """Return scores for one, two and four rows per program, and the selection."""
+    from_bytes = statics["index_format"] == "fp8_ds"
+    types = {
+        "q_ptr": "*bf16",
+        "w_ptr": "*fp32",
+        "cache_ptr": "*u8" if from_bytes else "*bf16",
+        "table_ptr": "*i32",
+        "position_ptr": "*i64",
+        "score_ptr": "*fp32",
+        "num_slots": "i64",
+        "num_blocks": "i32",
+        "rows_per_sequence": "i32",
+        "first_row": "i32",
+        "last_row": "i32",
+        "pages": "i32",
+        "TOPK": "i32",
+    }
+    found = []
+    for rows in (1, 2, 4) if has_fp8(sm) else (1, 2):
+        constants = {
+            "HEADS": statics["Hi"],
+            "ROWS": rows,
+            "BYTES": from_bytes,
+            "QUANT": statics["indexer_fp8"],
+            "FP8": has_fp8(sm),
+        }
+        found.append(
+            Variant(
+                f"scores-{rows}", "scores_kernel", types, constants,
+                num_warps=4 if rows * statics["Hi"] <= 64 else 8, num_stages=3, main_loop=True,
+            )
+        )  # fmt: skip
+    types = {
+        "score_ptr": "*fp32",
+        "position_ptr": "*i64",
+        "out_ptr": "*i32",
+        "length_limit": "i32",
+        "first_row": "i32",
+        "TOPK": "i32",
+    }
+    found.append(Variant("select", "select_kernel", types, {"BLOCK": SELECT_BLOCK}, ("length_limit",), num_warps=8))
+    return tuple(found)
+
+
+def _slice_rows(rows: int, length: int) -> int:
+    return min(rows, max(1, SCORE_BYTES // (4 * length)))
+
+
+def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
+    """Return scratch for the scores of one slice."""
+    rows, length = bound["B"] * bound["Q"], bound["MB"] * 64
+    workspace = Workspace()
+    workspace.take(min(4 * rows * length, max(SCORE_BYTES, 4 * length)))
+    return workspace.size
+
+
+def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+    """Return two launches per slice of rows; one when no row can see more keys than it takes."""
+    b, q, num_blocks, topk = bound["B"], bound["Q"], bound["MB"], bound["index_topk"]
+    rows, length = b * q, bound["MB"] * 64
+    if rows == 0 or topk == 0:
+        return Plan(())
+    workspace = Workspace()
+    group = rows_per_program(q, sm)
+    pages = pages_per_program(rows, num_blocks)
+    per_slice = _slice_rows(rows, length)
+    scores = workspace.take(4 * per_slice * length) if length > topk else Buffer("topk_indices")
+    slots = bound["*index"][0] * (64 if bound["index_format"] == "fp8_ds" else 1)
+    launches = []
+    for first in range(0, rows, per_slice):
+        last = min(rows, first + per_slice)
+        if length > topk:  # else every row takes all that it sees
+            groups = cdiv(q, group)
+            touched = (last - 1) // q - first // q + 1
+            arguments: dict[str, Buffer | int | float] = {
+                "q_ptr": Buffer("q"),
+                "w_ptr": Buffer("w"),
+                "cache_ptr": Buffer("index_cache"),
+                "table_ptr": Buffer("block_table"),
+                "position_ptr": Buffer("positions"),
+                "score_ptr": scores,
+                "num_slots": slots,
+                "num_blocks": num_blocks,
+                "rows_per_sequence": q,
+                "first_row": first,
+                "last_row": last,
+                "pages": pages,
+                "TOPK": topk,
+            }
+            grid = (touched * groups, cdiv(num_blocks, pages), 1)
+            launches.append(Launch(f"scores-{group}", grid, arguments))
+        chosen: dict[str, Buffer | int | float] = {
+            "score_ptr": scores,
+            "position_ptr": Buffer("positions"),
+            "out_ptr": Buffer("topk_indices"),
+            "length_limit": length,
+            "first_row": first,
+            "TOPK": topk,
+        }
+        launches.append(Launch("select", (last - first, 1, 1), chosen))
+    return Plan(tuple(launches), workspace.size)
