@@ -13,6 +13,7 @@ TMEM_COLUMNS: Final = 512
 
 _NARROW = "bytes are widened by hand; smaller tiles spill more"
 _WIDE = "64 heads, which wgmma and tcgen05 need, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
+_TWO = "gate and up keep two [128, 128] sums; 64 rows have no stack but read the weights twice as often"
 #: (op, variant, SM) -> the reason for which a kernel with a main loop may have a stack, and its most bytes.
 KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {
     ("BlockFp8Linear", "swap-16x128", 80): (8, "two registers at 128; the tile is bound by streaming the weight"),
@@ -21,6 +22,10 @@ KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {
     ("DsaAttention", "attend-expanded", 90): (168, _WIDE),
     ("DsaAttention", "attend-expanded", 100): (8, _WIDE),
     ("DsaAttention", "attend-expanded", 103): (8, _WIDE),
+    ("MoeExperts", "up-64", 80): (88, _NARROW),
+    ("MoeExperts", "up-128", 90): (64, _TWO),
+    ("MoeExperts", "up-128", 100): (136, _TWO),
+    ("MoeExperts", "up-128", 103): (136, _TWO),
 }
 
 

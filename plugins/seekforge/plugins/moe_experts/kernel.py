@@ -1,0 +1,183 @@
+"""Routed experts: group assignments on the device, two grouped FP8 products, and an ordered sum (spec §4).
+
+An assignment is one (token, slot). `group_kernel` sorts them by expert, stably, by counting: no host synchronisation,
+and grids depend on the number of tokens alone; tiles past the end find expert -1 and stop. `up_kernel` multiplies a
+token's quantised row with 128 gate and the matching 128 up columns, and since these are one scale block, forms
+SwiGLU and requantises in its epilogue. `down_kernel` gives each assignment's bf16 row; `combine_kernel` adds a
+token's rows in slot order in f32, so the result does not depend on what else is in the batch. Bound by reading the
+weights of the experts that are hit: row tiles of one expert are neighbours. Few rows per expert (`SWAP`): weight rows
+are the M side. An id outside [0, E) is no assignment: it sorts nowhere and adds nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from seekforge.plugins.kernel import dot_bf16, quantise_kernel, round_bf16, to_bf16, to_e4m3, ue8m0, widen
+
+__all__ = ["combine_kernel", "down_kernel", "group_kernel", "quantise_kernel", "up_kernel"]
+
+
+@triton.jit
+def group_kernel(
+    ids_ptr, order_ptr, place_ptr, tile_ptr, num_assignments, max_tiles,
+    E: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """ids i32 [A] -> order [A] (sorted row -> assignment), place [A] (its inverse, -1), tiles [3, max_tiles].
+
+    A tile is (expert or -1, first sorted row, end of the expert's rows). One program: the counts stay in registers.
+    """
+    bins = tl.arange(0, BINS)
+    lane = tl.arange(0, CHUNK)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, num_assignments, CHUNK):
+        at = start + lane
+        expert = tl.load(ids_ptr + at, mask=at < num_assignments, other=-1)
+        ok = (expert >= 0) & (expert < E)
+        counts += tl.histogram(tl.where(ok, expert, 0), BINS, mask=ok)
+    ends = tl.cumsum(counts, 0)
+    starts = ends - counts
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    tile_ends = tl.cumsum(tiles, 0)
+    num_tiles = tl.sum(tiles, 0)
+    for start in range(0, max_tiles, CHUNK):
+        tile = start + lane
+        expert = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
+        mine = bins[None, :] == expert[:, None]
+        first = tl.sum(tl.where(mine, (starts - (tile_ends - tiles) * BLOCK_M)[None, :], 0), 1) + tile * BLOCK_M
+        end = tl.sum(tl.where(mine, ends[None, :], 0), 1)
+        inside = tile < max_tiles
+        tl.store(tile_ptr + tile, tl.where(tile < num_tiles, expert, -1), mask=inside)
+        tl.store(tile_ptr + max_tiles + tile, first, mask=inside)
+        tl.store(tile_ptr + 2 * max_tiles + tile, end, mask=inside)
+    for start in range(0, num_assignments, CHUNK):
+        at = start + lane
+        expert = tl.load(ids_ptr + at, mask=at < num_assignments, other=-1)
+        ok = (expert >= 0) & (expert < E)
+        earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
+        mine = (bins[None, :] == expert[:, None]) & ok[:, None]
+        place = tl.sum(tl.where(mine, starts[None, :], 0), 1) + tl.sum(earlier.to(tl.int32), 1)
+        tl.store(place_ptr + at, tl.where(ok, place, -1), mask=at < num_assignments)
+        tl.store(order_ptr + place, at, mask=ok)
+        starts += tl.sum(mine.to(tl.int32), 0)
+
+
+@triton.jit
+def _product(rows, weight, acc_scale, SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr):
+    """One 128 block of rows [M, 128] · weight [128, 128]ᵀ, scaled; transposed when SWAP. acc_scale: [M] or a scalar."""
+    if QUANT and FP8:
+        if SWAP:
+            part = tl.dot(weight, tl.trans(rows))
+        else:
+            part = tl.dot(rows, tl.trans(weight))
+    else:
+        if SWAP:
+            part = dot_bf16(widen(weight, FP8), tl.trans(widen(rows, FP8)))
+        else:
+            part = dot_bf16(widen(rows, FP8), tl.trans(widen(weight, FP8)))
+    if QUANT:
+        if SWAP:
+            part = part * acc_scale[None, :]
+        else:
+            part = part * acc_scale[:, None]
+    else:
+        part = part * acc_scale
+    return part
+
+
+@triton.jit
+def up_kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, h_ptr, h_scale_ptr, order_ptr, tile_ptr, max_tiles,
+    H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
+    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """x [T, H] (e4m3 and scales, or bf16), w [E, 2I, H] -> h [A, I] in sorted order, e4m3 and scales, or bf16."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_ptr + tile)
+    if expert >= 0:
+        row = tl.load(tile_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
+        ok = row < tl.load(tile_ptr + 2 * max_tiles + tile)
+        token = (tl.load(order_ptr + row, mask=ok, other=0) // TOPK).to(tl.int64)
+        n = tl.program_id(1) * 128 + tl.arange(0, 128)
+        k = tl.arange(0, 128)
+        x_at = x_ptr + token[:, None] * H + k[None, :]
+        gate_at = w_ptr + expert.to(tl.int64) * (2 * INNER * H) + n[:, None] * H + k[None, :]
+        up_at = gate_at + INNER * H
+        x_scale_at = x_scale_ptr + token * (H // 128)
+        gate_scale_at = w_scale_ptr + (expert * (2 * INNER // 128) + tl.program_id(1)) * (H // 128)
+        up_scale_at = gate_scale_at + (INNER // 128) * (H // 128)
+        if SWAP:
+            gate = tl.zeros([128, BLOCK_M], tl.float32)
+            up = tl.zeros([128, BLOCK_M], tl.float32)
+        else:
+            gate = tl.zeros([BLOCK_M, 128], tl.float32)
+            up = tl.zeros([BLOCK_M, 128], tl.float32)
+        for block in range(H // 128):
+            x = tl.load(x_at + block * 128)
+            gate_scale = tl.load(gate_scale_at + block)
+            up_scale = tl.load(up_scale_at + block)
+            if QUANT:
+                x_scale = tl.load(x_scale_at + block)
+                gate_scale = x_scale * gate_scale
+                up_scale = x_scale * up_scale
+            gate += _product(x, tl.load(gate_at + block * 128), gate_scale, SWAP, QUANT, FP8)
+            up += _product(x, tl.load(up_at + block * 128), up_scale, SWAP, QUANT, FP8)
+        if SWAP:
+            gate = tl.trans(gate)
+            up = tl.trans(up)
+        gate = round_bf16(gate)
+        h = round_bf16(gate / (1.0 + tl.exp(-gate)) * round_bf16(up))
+        at = row[:, None].to(tl.int64) * INNER + n[None, :]
+        if QUANT:
+            scale, inverse = ue8m0(tl.max(tl.abs(h), 1))
+            tl.store(h_ptr + at, to_e4m3(h * inverse[:, None], FP8), mask=ok[:, None])
+            tl.store(h_scale_ptr + row.to(tl.int64) * (INNER // 128) + tl.program_id(1), scale, mask=ok)
+        else:
+            tl.store(h_ptr + at, to_bf16(h), mask=ok[:, None])
+
+
+@triton.jit
+def down_kernel(
+    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tile_ptr, max_tiles,
+    H: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr,
+    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """h [A, I] in sorted order, w [E, H, I] -> out bf16 [A, H] in sorted order."""
+    tile = tl.program_id(0)
+    expert = tl.load(tile_ptr + tile)
+    if expert >= 0:
+        row = tl.load(tile_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
+        ok = row < tl.load(tile_ptr + 2 * max_tiles + tile)
+        safe = tl.where(ok, row, 0).to(tl.int64)  # sorted row 0 exists: there is a tile
+        n = tl.program_id(1) * 128 + tl.arange(0, 128)
+        k = tl.arange(0, 128)
+        h_at = h_ptr + safe[:, None] * INNER + k[None, :]
+        w_at = w_ptr + expert.to(tl.int64) * (H * INNER) + n[:, None] * INNER + k[None, :]
+        h_scale_at = h_scale_ptr + safe * (INNER // 128)
+        w_scale_at = w_scale_ptr + (expert * (H // 128) + tl.program_id(1)) * (INNER // 128)
+        if SWAP:
+            acc = tl.zeros([128, BLOCK_M], tl.float32)
+        else:
+            acc = tl.zeros([BLOCK_M, 128], tl.float32)
+        for block in range(INNER // 128):
+            scale = tl.load(w_scale_at + block)
+            if QUANT:
+                scale = tl.load(h_scale_at + block) * scale
+            acc += _product(tl.load(h_at + block * 128), tl.load(w_at + block * 128), scale, SWAP, QUANT, FP8)
+        if SWAP:
+            acc = tl.trans(acc)
+        tl.store(out_ptr + row[:, None].to(tl.int64) * H + n[None, :], to_bf16(acc), mask=ok[:, None])
+
+
+@triton.jit
+def combine_kernel(out_ptr, place_ptr, weight_ptr, y_ptr, H: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr):
+    """y f32 [T, H] = sum over slots, in order, of weight · out[place]; slots without an expert are left out."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < H
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in range(TOPK):
+        place = tl.load(place_ptr + token * TOPK + slot).to(tl.int64)
+        if place >= 0:
+            weight = tl.load(weight_ptr + token * TOPK + slot)
+            total += tl.load(out_ptr + place * H + column, mask=inside, other=0.0).to(tl.float32) * weight
+    tl.store(y_ptr + token * H + column, total, mask=inside)

@@ -1,0 +1,221 @@
+"""Launches of `MoeExperts`: group, quantise, up, down, combine; in slices of tokens so that scratch stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from seekforge.plugins.block_fp8_linear.launch import quantise, quantiser
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import (
+    Buffer,
+    Launch,
+    Plan,
+    Variant,
+    Workspace,
+    has_fp8,
+    is_datacentre,
+    next_power_of_two,
+)
+from seekforge.plugins.spec import cdiv
+
+STATICS: Final = ("E", "TOPK", "H", "I2", "act_quant")
+LIMITS: Final = (
+    "hidden_size and moe_intermediate_size multiples of 128",
+    "n_routed_experts up to 1024; num_experts_per_tok up to 16",
+)
+
+#: Tokens of one slice.
+SLICE_TOKENS: Final = 2048
+MAX_EXPERTS, MAX_TOP_K = 1024, 16
+#: Assignments that the grouping looks at together, columns of one program of the sum.
+CHUNK, COMBINE_BLOCK = 64, 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the grouped products are cut.
+
+    Attributes:
+        block_m: sorted rows per tile; a tile has rows of one expert.
+        swap: whether weight rows are the M side.
+        num_warps: per program.
+        num_stages: of the load pipeline.
+    """
+
+    block_m: int
+    swap: bool
+    num_warps: int
+    num_stages: int
+
+
+def tiles(sm: int) -> dict[int, Tile]:
+    """Return the tiles of an SM by rows."""
+    found = {16: Tile(16, True, 8, 3), 64: Tile(64, False, 8, 3)}
+    if is_datacentre(sm):
+        found[128] = Tile(128, False, 8, 3)
+    return found
+
+
+def choose_tile(assignments: int, experts: int, sm: int) -> Tile:
+    """Return the tile for a mean number of rows per expert."""
+    mean = assignments / experts
+    wanted = 16 if mean <= 8 else 64 if mean <= 48 else 128
+    known = tiles(sm)
+    return known[min(wanted, max(known))]
+
+
+def check(statics: Mapping[str, Any]) -> None:
+    """Refuse what the kernels cannot do."""
+    for key, width in (("hidden_size", statics["H"]), ("moe_intermediate_size", statics["I2"] // 2)):
+        if width % 128:
+            raise ShapeError(f"MoeExperts: {key} is {width}, kernels take multiples of 128 (one FP8 block)")
+    if statics["E"] > MAX_EXPERTS:
+        raise ShapeError(f"MoeExperts: n_routed_experts is {statics['E']}, kernels take up to {MAX_EXPERTS}")
+    if not 1 <= statics["TOPK"] <= MAX_TOP_K:
+        raise ShapeError(f"MoeExperts: num_experts_per_tok is {statics['TOPK']}, kernels take 1 to {MAX_TOP_K}")
+
+
+def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
+    """Return the quantiser, and grouping and both products for every tile."""
+    quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
+    code = "*fp8e4nv" if fp8 else "*u8"
+    rows = code if quant else "*bf16"
+    sizes = {"H": statics["H"], "INNER": statics["I2"] // 2}
+    found = [quantiser(sm)] if quant else []
+    for tile in tiles(sm).values():
+        flags = {"BLOCK_M": tile.block_m, "SWAP": tile.swap, "QUANT": quant, "FP8": fp8}
+        types = {"ids_ptr": "*i32", "order_ptr": "*i32", "place_ptr": "*i32", "tile_ptr": "*i32"}
+        types |= {"num_assignments": "i32", "max_tiles": "i32"}
+        constants = {
+            "E": statics["E"],
+            "BINS": next_power_of_two(statics["E"]),
+            "BLOCK_M": tile.block_m,
+            "CHUNK": CHUNK,
+        }
+        found.append(Variant(f"group-{tile.block_m}", "group_kernel", types, constants, num_warps=8))
+        types = {
+            "x_ptr": rows,
+            "x_scale_ptr": "*fp32",
+            "w_ptr": code,
+            "w_scale_ptr": "*fp32",
+            "h_ptr": "*u8" if quant else "*bf16",
+            "h_scale_ptr": "*fp32",
+            "order_ptr": "*i32",
+            "tile_ptr": "*i32",
+            "max_tiles": "i32",
+        }
+        loop: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "main_loop": True}
+        constants = sizes | {"TOPK": statics["TOPK"]} | flags
+        found.append(Variant(f"up-{tile.block_m}", "up_kernel", types, constants, **loop))
+        types = {
+            "h_ptr": rows,
+            "h_scale_ptr": "*fp32",
+            "w_ptr": code,
+            "w_scale_ptr": "*fp32",
+            "out_ptr": "*bf16",
+            "tile_ptr": "*i32",
+            "max_tiles": "i32",
+        }
+        found.append(Variant(f"down-{tile.block_m}", "down_kernel", types, sizes | flags, **loop))
+    types = {"out_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "y_ptr": "*fp32"}
+    constants = {"H": statics["H"], "TOPK": statics["TOPK"], "BLOCK": COMBINE_BLOCK}
+    found.append(Variant("combine", "combine_kernel", types, constants))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    order: Buffer
+    place: Buffer
+    tiles: Buffer
+    h: Buffer
+    h_scale: Buffer
+    out: Buffer
+
+
+def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Scratch:
+    assignments, inner = tokens * bound["TOPK"], bound["I2"] // 2
+    most_tiles = cdiv(assignments, 16) + min(bound["E"], assignments)
+    quant = bound["act_quant"] == "ue8m0"
+    return _Scratch(
+        order=workspace.take(4 * assignments),
+        place=workspace.take(4 * assignments),
+        tiles=workspace.take(3 * 4 * most_tiles),
+        h=workspace.take(assignments * inner * (1 if quant else 2)),
+        h_scale=workspace.take(4 * assignments * (inner // 128)),
+        out=workspace.take(2 * assignments * bound["H"]),
+    )
+
+
+def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
+    """Return the scratch of one slice: it grows with the tokens up to `SLICE_TOKENS`."""
+    tokens = min(bound["T"], SLICE_TOKENS)
+    workspace = Workspace()
+    _scratch(bound, tokens, workspace)
+    if bound["act_quant"] == "ue8m0":
+        quantise(Buffer("x"), tokens, bound["H"], workspace)
+    return workspace.size
+
+
+def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+    """Return four or five launches per slice of tokens."""
+    launches: list[Launch] = []
+    size = 0
+    for first in range(0, bound["T"], SLICE_TOKENS):
+        workspace = Workspace()
+        launches += _slice_plan(bound, first, min(SLICE_TOKENS, bound["T"] - first), sm, workspace)
+        size = max(size, workspace.size)
+    return Plan(tuple(launches), size)
+
+
+def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, workspace: Workspace) -> list[Launch]:
+    hidden, inner, top_k, experts = bound["H"], bound["I2"] // 2, bound["TOPK"], bound["E"]
+    assignments = tokens * top_k
+    tile = choose_tile(assignments, experts, sm)
+    max_tiles = cdiv(assignments, tile.block_m) + min(experts, assignments)
+    scratch = _scratch(bound, tokens, workspace)
+    grouping: dict[str, Buffer | int | float] = {
+        "ids_ptr": Buffer("expert_ids", 4 * first * top_k),
+        "order_ptr": scratch.order,
+        "place_ptr": scratch.place,
+        "tile_ptr": scratch.tiles,
+        "num_assignments": assignments,
+        "max_tiles": max_tiles,
+    }
+    launches = [Launch(f"group-{tile.block_m}", (1, 1, 1), grouping)]
+    x, x_scale = Buffer("x", 2 * first * hidden), Buffer("w13_scale")  # unquantised rows have no scales to read
+    if bound["act_quant"] == "ue8m0":
+        launch, x, x_scale = quantise(x, tokens, hidden, workspace)
+        launches.append(launch)
+    up: dict[str, Buffer | int | float] = {
+        "x_ptr": x,
+        "x_scale_ptr": x_scale,
+        "w_ptr": Buffer("w13"),
+        "w_scale_ptr": Buffer("w13_scale"),
+        "h_ptr": scratch.h,
+        "h_scale_ptr": scratch.h_scale,
+        "order_ptr": scratch.order,
+        "tile_ptr": scratch.tiles,
+        "max_tiles": max_tiles,
+    }
+    launches.append(Launch(f"up-{tile.block_m}", (max_tiles, inner // 128, 1), up))
+    down: dict[str, Buffer | int | float] = {
+        "h_ptr": scratch.h,
+        "h_scale_ptr": scratch.h_scale,
+        "w_ptr": Buffer("w2"),
+        "w_scale_ptr": Buffer("w2_scale"),
+        "out_ptr": scratch.out,
+        "tile_ptr": scratch.tiles,
+        "max_tiles": max_tiles,
+    }
+    launches.append(Launch(f"down-{tile.block_m}", (max_tiles, hidden // 128, 1), down))
+    combine: dict[str, Buffer | int | float] = {
+        "out_ptr": scratch.out,
+        "place_ptr": scratch.place,
+        "weight_ptr": Buffer("expert_weights", 4 * first * top_k),
+        "y_ptr": Buffer("y", 4 * first * hidden),
+    }
+    launches.append(Launch("combine", (tokens, cdiv(hidden, COMBINE_BLOCK), 1), combine))
+    return launches

@@ -1,0 +1,156 @@
+"""The experts' kernels under Triton's interpreter, against the reference; the final sum bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import gpu_cases
+from torch import Tensor
+
+from seekforge.plugins.interpret import interpret
+from seekforge.plugins.moe_experts import launch
+from seekforge.plugins.moe_experts.kernel import combine_kernel, group_kernel
+from seekforge.plugins.moe_experts.reference import moe_experts
+from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
+
+#: Against the FP8 reference (kernels.md §E).
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+def run(case: Case, *, sm: int = 90) -> Tensor:
+    return interpret(case.op, case.inputs, case.attrs, sm=sm)[0]
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("case", gpu_cases("MoeExperts"), ids=str)
+def test_equals_the_reference(case: Case, sm: int) -> None:
+    if sm == 80 and not case.name.startswith(("random", "zero-and-large")):
+        pytest.skip("SM80 differs in how bytes are read, which these show")
+    got, (want,) = run(case, sm=sm), case.expected()
+    assert calc_diff(got, want) <= TOLERANCE
+    assert calc_diff(got * 1.01, want) > TOLERANCE
+
+
+@pytest.mark.parametrize("index", [2, 4, 6])
+def test_bent_weights_and_scales_are_noticed(index: int) -> None:
+    case = next(c for c in gpu_cases("MoeExperts") if c.name == "one-token-ue8m0")
+    inputs = list(case.inputs)
+    inputs[index] = inputs[index] * 1.01
+    assert calc_diff(run(case), moe_experts(*inputs, **case.attrs)) > TOLERANCE  # pyright: ignore[reportArgumentType]
+
+
+def random_case(tokens: int, top_k: int, *, experts: int = 6, seed: int = 0, hidden: int = 128) -> Case:
+    draw = Draw(seed)
+    ids = torch.stack([draw.order(experts)[:top_k] for _ in range(tokens)]).int()
+    inputs = (
+        draw.normal(tokens, hidden).bfloat16(),
+        ids,
+        draw.uniform(tokens, top_k, low=-0.5, high=1.0),
+        draw.fp8(experts, 256, hidden),
+        draw.weight_scale(experts, 2, hidden // 128),
+        draw.fp8(experts, hidden, 128),
+        draw.weight_scale(experts, hidden // 128, 1),
+    )
+    return Case("MoeExperts", "random", inputs, {"act_quant": "ue8m0"})
+
+
+@pytest.mark.parametrize(("block_m", "sm"), [(16, 90), (64, 90), (128, 90), (64, 120)])
+def test_every_tile(block_m: int, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(9, 3, seed=block_m)
+    monkeypatch.setattr(launch, "choose_tile", lambda assignments, experts, sm: launch.tiles(sm)[block_m])
+    assert calc_diff(run(case, sm=sm), case.expected()[0]) <= TOLERANCE
+
+
+def test_ids_that_are_no_expert_add_nothing() -> None:
+    case = random_case(4, 3, seed=1)
+    ids = case.inputs[1]
+    ids[0, 1], ids[2], ids[3, 0] = -1, torch.tensor([-1, 6, 2**31 - 1]), -(2**31)
+    outside = (ids < 0) | (ids >= 6)
+    inputs = list(case.inputs)
+    inputs[1], inputs[2] = ids.masked_fill(outside, 0), inputs[2].masked_fill(outside, 0.0)
+    got = run(case)
+    assert calc_diff(got, moe_experts(*inputs, **case.attrs)) <= TOLERANCE  # pyright: ignore[reportArgumentType]
+    assert (got[2] == 0).all()
+
+
+def test_an_expert_twice_in_a_row_counts_twice() -> None:
+    case = random_case(2, 2, seed=2)
+    case.inputs[1][0] = 3
+    got = run(case)
+    x, _, weights, *rest = case.inputs
+    one = moe_experts(x[:1], torch.tensor([[3]], dtype=torch.int32), weights[:1].sum(1, keepdim=True), *rest, "ue8m0")
+    assert calc_diff(got[:1], one) <= TOLERANCE
+
+
+def test_slices_of_tokens_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(9, 2, seed=3)
+    whole = run(case)
+    monkeypatch.setattr(launch, "SLICE_TOKENS", 4)
+    assert equal_bits(run(case), whole)
+
+
+def test_rows_do_not_depend_on_the_batch() -> None:
+    case = random_case(6, 2, seed=4)
+    got = run(case)
+    x, ids, weights, *rest = case.inputs
+    order = Draw(5).order(6)
+    again = interpret(case.op, (x[order], ids[order], weights[order], *rest), case.attrs, sm=90)[0]
+    assert equal_bits(again, got[order])
+    assert equal_bits(run(case), got)
+
+
+def test_the_sum_is_in_slot_order_to_the_bit() -> None:
+    draw = Draw(6)
+    out, place = draw.normal(7, 128).bfloat16(), torch.tensor([[3, 0, 6], [1, -1, 2]], dtype=torch.int32)
+    weights, y = draw.normal(2, 3), torch.full((2, 128), torch.nan)
+    combine_kernel[(2, 1, 1)](out, place, weights, y, H=128, TOPK=3, BLOCK=1024)
+    want = torch.zeros(2, 128)
+    for t in range(2):
+        for j in range(3):
+            if place[t, j] >= 0:
+                want[t] += out[int(place[t, j])].float() * weights[t, j]
+    assert equal_bits(y, want)
+
+
+def group(ids: list[int], experts: int, block_m: int) -> tuple[list[int], list[int], list[list[int]]]:
+    count = len(ids)
+    max_tiles = -(-count // block_m) + min(experts, count)
+    order, place = torch.full((count,), -9, dtype=torch.int32), torch.full((count,), -9, dtype=torch.int32)
+    found = torch.full((3, max_tiles), -9, dtype=torch.int32)
+    bins = 1 << (experts - 1).bit_length()
+    group_kernel[(1, 1, 1)](
+        torch.tensor(ids, dtype=torch.int32), order, place, found, count, max_tiles,
+        E=experts, BINS=bins, BLOCK_M=block_m, CHUNK=16,
+    )  # fmt: skip
+    return order.tolist(), place.tolist(), found.T.tolist()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_grouping_is_a_stable_sort_with_tiles_of_one_expert(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(1, 9))
+    block_m = data.draw(st.sampled_from([4, 16]))
+    ids = data.draw(st.lists(st.integers(-2, experts), min_size=1, max_size=50))
+    order, place, found = group(ids, experts, block_m)
+    valid = [i for i, e in enumerate(ids) if 0 <= e < experts]
+    want = sorted(valid, key=lambda i: ids[i])
+    assert order[: len(want)] == want
+    assert place == [want.index(i) if i in valid else -1 for i in range(len(ids))]
+    rows = []
+    for expert, first, end in found:
+        if expert >= 0:
+            mine = list(range(first, min(first + block_m, end)))
+            assert mine and all(ids[want[row]] == expert for row in mine)
+            rows += mine
+    assert rows == list(range(len(want)))
+
+
+@settings(max_examples=6, deadline=None)
+@given(tokens=st.integers(1, 20), top_k=st.integers(1, 4), sm=st.sampled_from([80, 90, 120]))
+def test_any_shape(tokens: int, top_k: int, sm: int) -> None:
+    case = random_case(tokens, top_k, seed=tokens)
+    assert calc_diff(run(case, sm=sm), case.expected()[0]) <= TOLERANCE

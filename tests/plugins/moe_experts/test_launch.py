@@ -1,0 +1,49 @@
+"""Tiles, slices and launch plans of the experts."""
+
+from __future__ import annotations
+
+import pytest
+
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import SMS, check_plan, statics_of
+from seekforge.plugins.moe_experts.launch import choose_tile, plan, variants, workspace_bytes
+
+V32 = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "act_quant": "ue8m0"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sm", "block_m"),
+    [(1, 90, 16), (256, 90, 16), (257, 90, 64), (1536, 90, 64), (1537, 90, 128), (8192, 120, 64), (8192, 80, 64)],
+)
+def test_tiles_follow_the_rows_per_expert(tokens: int, sm: int, block_m: int) -> None:
+    assert choose_tile(8 * tokens, 256, sm).block_m == block_m
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("quant", ["ue8m0", "none"])
+@pytest.mark.parametrize("tokens", [1, 256, 257, 2048, 2049, 8192])
+def test_plans_name_compiled_variants_and_fit_their_workspace(tokens: int, quant: str, sm: int) -> None:
+    bound = V32 | {"T": tokens, "act_quant": quant}
+    found = plan(bound, sm)
+    check_plan(found, variants(V32 | {"act_quant": quant}, sm))
+    most = workspace_bytes(bound | {"T": 8192}, sm)
+    assert found.workspace_bytes <= workspace_bytes(bound, sm) <= most < 310e6
+    assert len(found.launches) == -(-tokens // 2048) * (5 if quant == "ue8m0" else 4)
+
+
+def test_no_tokens_no_launch() -> None:
+    assert plan(V32 | {"T": 0}, 90).launches == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"I2": 2 * 1400}, "moe_intermediate_size is 1400, kernels take multiples of 128"),
+        ({"H": 7000}, "hidden_size is 7000"),
+        ({"TOPK": 22}, "num_experts_per_tok is 22"),
+        ({"E": 2048}, "n_routed_experts is 2048"),
+    ],
+)
+def test_refusals_are_sentences(changed: dict, fault: str) -> None:
+    with pytest.raises(ShapeError, match=fault):
+        statics_of("MoeExperts", V32 | changed)
