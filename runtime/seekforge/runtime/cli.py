@@ -42,6 +42,9 @@ COMMANDS: dict[str, _Command] = {
     ),
     "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
     "bench": _Command("seekforge.runtime.bench_cli:bench", "Measure an engine: throughput, latency, what the host costs."),
+    "parity": _Command(
+        "seekforge.exporter.parity.cli:parity", "Prove an engine against PyTorch, or find where it differs."
+    ),
     "dump": _Command("seekforge.runtime.dump_cli:dump", "Write what an engine computes, to compare elsewhere."),
     "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from seekforge.exporter.build.ort_session import OrtSession
 from seekforge.exporter.model.session import make_step
@@ -23,6 +24,7 @@ from seekforge.exporter.parity.taps import (
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.manifest import load_manifest, save_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.runtime import cli
 
 LENGTH = 90
 
@@ -51,6 +53,19 @@ def test_taps_change_no_bit(tiny_engines: dict[str, Path], tmp_path: Path, numer
     assert len(shown) > len(plain) + 40
     for name, value in plain.items():
         assert np.array_equal(value, shown[name]), name
+
+
+def test_an_engine_built_with_taps_gives_the_same_bits(
+    tiny_engines: dict[str, Path], tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "engine"
+    arguments = ["build", tiny_programs["fp8"], out, "--target", "cpu", "--checkpoint", tiny_checkpoint]
+    result = CliRunner().invoke(cli.main, [str(arg) for arg in [*arguments, "--taps", "--quiet"]])
+    assert result.exit_code == 0, result.output
+    plain, shown = results(tiny_engines["fp8"]), results(out)
+    assert "attn_out.3 0" in shown and "attn_out.3 0" not in plain
+    assert all(np.array_equal(value, shown[name]) for name, value in plain.items())
+    assert set(available_taps(out)) == set(available_taps(tiny_engines["fp8"]))
 
 
 def test_every_point_of_every_layer_is_there(tiny_engines: dict[str, Path], tiny_config: ModelConfig) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from seekforge.exporter.build.ort_session import OrtSession
 from seekforge.exporter.model.session import TorchSession, make_step
 from seekforge.exporter.model.step import Settings
+from seekforge.exporter.parity.verdict import GATE, PERTURBATION
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.bindings import TensorSource
 from seekforge.plugins.formats.manifest import Limits, SelfCheck, SelfCheckRow
@@ -28,13 +29,11 @@ from seekforge.plugins.spec import cdiv
 
 #: Stored logits per row.
 _TOP = 20
-#: Relative change of the embeddings in a trial: ten times what f32 sums in another order do.
-_PERTURBATION = 1e-6
 _TRIALS = 3  # the first is unperturbed
 #: A prompt whose logits move less than this, in parts of their spread, is taken at once.
 _STILL = 1e-3
 #: The tolerance: this many times the measured change, and at least this part of the spread.
-_FACTOR, _FLOOR = 8.0, 1e-4
+_FACTOR, _FLOOR = 8.0, GATE
 #: Longest prompt, unless `index_topk` asks for less. Longer would cross it in larger models, at a price.
 _LONGEST = 136
 
@@ -92,7 +91,7 @@ def _most_stable(
     noise[::_TRIALS] = 0
 
     def perturb(module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
-        return embedded * (1 + _PERTURBATION * noise)
+        return embedded * (1 + PERTURBATION * noise)
 
     hook = session.model.embed_tokens.register_forward_hook(perturb)  # pyright: ignore
     step = make_step(rows, [0] * len(rows), tables)
@@ -124,7 +123,7 @@ def _most_stable(
         tolerance=max(_FACTOR * change, _FLOOR * spread),
         reason=(
             f"{_FACTOR:g} x the change ({change:.2e}) of these values when embeddings are changed by "
-            f"{_PERTURBATION:g}, at least {_FLOOR:g} of the logits' spread ({spread:.2f})"
+            f"{PERTURBATION:g}, at least {_FLOOR:g} of the logits' spread ({spread:.2f})"
         ),
         source=f"PyTorch {torch.__version__}, numerics {settings.numerics.name}, f32 activations",
     )

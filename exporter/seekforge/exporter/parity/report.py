@@ -1,0 +1,271 @@
+"""A finished check as plain JSON values, and as tables in a terminal. The page is made from the JSON (`page`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from seekforge.exporter.parity.compare import CaseComparison, Choices, LayerComparison
+from seekforge.exporter.parity.local import OpRecord
+from seekforge.exporter.parity.metrics import Difference, Flip
+from seekforge.exporter.parity.run import Result
+
+REPORT_FORMAT = 1
+#: Columns of a heat map and points of a curve over positions: longer texts are binned by their largest value.
+_BINS = 200
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Return the report as JSON values; numbers that are not finite become strings."""
+    comparison = result.comparison
+    report = {
+        "format": REPORT_FORMAT,
+        "passed": result.passed,
+        "judged": _side(result.judged),
+        "reference": _side(result.reference),
+        "model": {
+            key: result.reference.config[key]
+            for key in ("num_hidden_layers", "hidden_size", "index_topk", "n_routed_experts", "num_experts_per_tok")
+        },
+        "num_engine_runs": result.num_engine_runs,
+        "notes": result.notes,
+        "gates": [dataclasses.asdict(gate) for gate in result.gates],
+        "finding": None if result.finding is None else dataclasses.asdict(result.finding),
+        "cases": [_case(case) for case in comparison.cases],
+        "layers": [_layer(layer, result.records) for layer in comparison.layers],
+        "operations": [_operation(record) for record in result.records],
+        "sensitivity": [{"layer": layer, "kl": value} for layer, value in result.sensitivity.items()],
+    }
+    return _finite(report)
+
+
+def _side(side: Any) -> dict[str, Any]:
+    return {
+        "kind": side.kind,
+        "name": side.name,
+        "numerics": side.numerics.get("name", "?"),
+        "activations": side.activations,
+        "layers": list(side.layers),
+        "versions": side.versions,
+    }
+
+
+def _difference(value: Difference | None) -> dict[str, float] | None:
+    if value is None:
+        return None
+    return {
+        "max_abs": value.max_abs,
+        "max_relative": value.max_relative,
+        "rms_relative": value.rms_relative,
+        "cosine_difference": value.cosine_difference,
+        "calc_diff": value.calc_diff,
+    }
+
+
+def _flips(flips: list[Flip]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(flip) for flip in flips[:50]]
+
+
+def _choices(choices: Choices | None) -> dict[str, Any] | None:
+    if choices is None:
+        return None
+    return {
+        "rows": choices.rows,
+        "rows_other": choices.other,
+        "overlap": choices.overlap / choices.rows if choices.rows else 1.0,
+        "tolerance": choices.tolerance,
+        "kinds": choices.kinds,
+        "noise_rows": choices.noise_rows,
+        "flips": _flips(choices.flips),
+        "curve": _curve(choices),
+    }
+
+
+def _curve(choices: Choices) -> list[dict[str, float]]:
+    contexts = sorted(choices.curve)
+    result = []
+    for part in np.array_split(np.array(contexts), max(1, min(len(contexts), 60))):
+        if len(part):
+            total = sum(choices.curve[int(c)][0] for c in part)
+            count = sum(choices.curve[int(c)][1] for c in part)
+            result.append({"context": int(part[-1]), "overlap": total / count, "rows": count})
+    return result
+
+
+def _layer(layer: LayerComparison, records: list[OpRecord]) -> dict[str, Any]:
+    own = [r for r in records if r.layer == layer.layer and r.graph == layer.graph and not r.num_choices]
+    own = [r for r in own if not r.module.endswith("cache)")]
+    worst = max(own, key=lambda r: r.error, default=None)
+    return {
+        "layer": layer.layer,
+        "graph": layer.graph,
+        "points": {point: _difference(value) for point, value in layer.points.items()},
+        "caches": {kind: _difference(value) for kind, value in layer.caches.items()},
+        "stream": _difference(layer.stream),
+        "noise": _difference(layer.noise),
+        "worst_operation": None if worst is None else {"module": worst.module, "error": worst.error},
+        "keys": _choices(layer.keys),
+        "experts": _choices(layer.experts),
+    }
+
+
+def _operation(record: OpRecord) -> dict[str, Any]:
+    raw = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "flips"}
+    return raw | {
+        "tensors": list(record.tensors[:12]),
+        "num_tensors": len(record.tensors),
+        "flips": _flips(record.flips),
+    }
+
+
+def _case(case: CaseComparison) -> dict[str, Any]:
+    known = np.isfinite(case.nll) & np.isfinite(case.nll_reference)
+    perplexity = {}
+    if known.any():
+        ours, theirs = float(np.exp(case.nll[known].mean())), float(np.exp(case.nll_reference[known].mean()))
+        perplexity = {"perplexity": ours, "perplexity_reference": theirs, "perplexity_difference": ours - theirs}
+    numbers = {}
+    if len(case.error):
+        numbers = {
+            "error_median": float(np.median(case.error)),
+            "error_max": float(case.error.max()),
+            "kl_mean": float(case.kl.mean()),
+            "kl_max": float(case.kl.max()),
+            "top1": float(case.top1.mean()),
+            "top10": float(case.top10.mean()),
+        }
+    bins = np.array_split(np.arange(len(case.rows)), min(_BINS, len(case.rows)))
+    where = [case.rows[int(part[0])] for part in bins]
+    columns = np.array([case.heat[:, part].max(-1) for part in bins]).T if case.heat.size else np.zeros((0, len(bins)))
+    at = np.full(len(case.rows), np.nan)
+    at[case.logit_rows] = case.error
+    noise = np.full(len(case.rows), np.nan)
+    if len(case.noise_error):
+        noise[case.logit_rows] = case.noise_error
+
+    def binned(values: np.ndarray) -> list[float | None]:
+        return [float(np.nanmax(values[p])) if not np.isnan(values[p]).all() else None for p in bins]
+
+    return {
+        "name": case.name,
+        "mode": case.mode,
+        "context": case.context,
+        "graph": case.graph,
+        "rows": len(case.rows),
+        "rows_flipped": int(case.flipped.sum()),
+        **numbers,
+        **perplexity,
+        "positions": [{"sequence": s, "position": p} for s, p in where],
+        "error": binned(at),
+        "noise": binned(noise),
+        "heat_layers": case.heat_layers,
+        "heat": columns.tolist(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+# --- terminal -----------------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> str:
+    """Show a number shortly."""
+    if value is None:
+        return "—"
+    if isinstance(value, str):
+        return value
+    return "0" if value == 0 else f"{value:.1e}" if abs(value) < 1e-2 or abs(value) >= 1e4 else f"{value:.3g}"
+
+
+def print_terminal(console: Console, report: dict[str, Any]) -> None:
+    """Print the report as tables: verdict last, so that it is what one sees."""
+    judged, reference = report["judged"], report["reference"]
+    console.print(
+        f"[bold]{escape(judged['name'])}[/] ({judged['kind']}, {judged['numerics']}, {judged['activations']}) against "
+        f"[bold]{escape(reference['name'])}[/] ({reference['kind']}, {reference['numerics']}, "
+        f"{reference['activations']})"
+    )
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="layers")
+    for name in ("layer", "stream error", "of PyTorch itself", "worst operation", "keys", "experts"):
+        table.add_column(name, justify="left" if name == "worst operation" else "right")
+    for layer in report["layers"]:
+        worst = layer["worst_operation"]
+        table.add_row(
+            f"{layer['layer']}{' (MTP)' if layer['graph'] == 'mtp' else ''}",
+            number(layer["stream"] and layer["stream"]["rms_relative"]),
+            number(layer["noise"] and layer["noise"]["rms_relative"]),
+            "—" if worst is None else f"{number(worst['error'])} {worst['module']}",
+            _choice_text(layer["keys"]),
+            _choice_text(layer["experts"]),
+        )
+    console.print(table)
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="cases")
+    for name in ("case", "rows", "logits, median", "largest", "KL", "top-1", "top-10", "perplexity"):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for case in report["cases"]:
+        if "kl_mean" not in case:
+            continue
+        change = case.get("perplexity_difference")
+        table.add_row(
+            f"{case['name']}{' (MTP)' if case['graph'] == 'mtp' else ''}",
+            str(case["rows"]),
+            number(case["error_median"]),
+            number(case["error_max"]),
+            number(case["kl_mean"]),
+            f"{case['top1']:.1%}",
+            f"{case['top10']:.1%}",
+            "—" if change is None else f"{case['perplexity']:.1f} ({change:+.2g})",
+        )
+    console.print(table)
+    if report["sensitivity"]:
+        table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="what each layer costs alone")
+        table.add_column("layer", justify="right")
+        table.add_column("KL", justify="right")
+        for row in sorted(report["sensitivity"], key=lambda row: -float(row["kl"])):
+            table.add_row(str(row["layer"]), number(row["kl"]))
+        console.print(table)
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="gates")
+    for name in ("", "gate", "found", "allowed", "reason"):
+        table.add_column(name)
+    for gate in report["gates"]:
+        mark = "[dim]·[/]" if not gate["gated"] else "[green]pass[/]" if gate["passed"] else "[red]FAIL[/]"
+        table.add_row(mark, gate["name"], gate["value"], gate["allowed"], f"[dim]{escape(gate['reason'])}[/]")
+    console.print(table)
+    for note in report["notes"]:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    finding = report["finding"]
+    if finding is not None:
+        console.print(f"[bold red]first divergence[/] layer {finding['layer']}: [bold]{escape(finding['module'])}[/]")
+        console.print(f"  {escape(finding['text'])}")
+        if finding["tensors"]:
+            console.print(f"  checkpoint: {escape(', '.join(finding['tensors'][:6]))}")
+        if finding["others"]:
+            console.print(f"  [dim]{finding['others']} more operations are off by themselves; --json lists them[/]")
+    console.print("[bold green]passed[/]" if report["passed"] else "[bold red]failed[/]")
+
+
+def _choice_text(choices: dict[str, Any] | None) -> str:
+    if choices is None:
+        return "—"
+    if not choices["rows_other"]:
+        return "same"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in choices["kinds"].items() if count)
+    return f"{choices['rows_other']} rows ({kinds})"

@@ -1,0 +1,334 @@
+"""Faults that users meet, each planted in an engine, and what the check says about it (issue 7, R14 to R16).
+
+And what must not be called a fault: two correct engines that sum in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from parity_faults import build_engine, edited_checkpoint, scaled, small_model, split_products
+
+from seekforge.exporter.model import attention
+from seekforge.exporter.model.layers import rope_interleaved
+from seekforge.exporter.model.model import StepModel
+from seekforge.exporter.model.step import Settings
+from seekforge.exporter.parity.local import LocalJudge
+from seekforge.exporter.parity.reference import Reference
+from seekforge.exporter.parity.run import EngineSide, Result, check_engine
+from seekforge.exporter.parity.taps import available_taps, tapped_copy
+from seekforge.exporter.parity.verdict import first_divergence
+from seekforge.exporter.rewrite import trace as tracing
+from seekforge.exporter.rewrite.export import export
+from seekforge.plugins.formats.dump import Dump, make_plan
+from seekforge.plugins.formats.manifest import load_manifest
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import EXACT, FP8, NUMERICS
+from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.runtime.dump import write_dump
+from seekforge.runtime.engine import Engine
+
+MAX_THREADS = 1
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """Small tensors: more threads only disturb others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(MAX_THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+def plan_of(config: ModelConfig, contexts: tuple[int, ...], *modes: Any) -> Any:
+    return make_plan(
+        contexts=contexts, vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=False, modes=modes
+    )
+
+
+def check(engine: Path, checkpoint: Path, work: Path, plan: Any, **options: Any) -> Result:
+    """Compare an engine with PyTorch on the weights of `checkpoint`."""
+    work.mkdir(parents=True, exist_ok=True)
+    side = EngineSide(engine, work, threads=MAX_THREADS)
+    config = ModelConfig.load(checkpoint)
+    settings = Settings(config, NUMERICS[side.manifest.numerics["name"]], "f32")
+    with Checkpoint.open(checkpoint) as source:
+        return check_engine(
+            side, plan, settings=settings, source=source, work=work, checkpoint_name="checkpoint", **options
+        )
+
+
+def gate(result: Result, name: str) -> bool:
+    return next(gate.passed for gate in result.gates if gate.name == name)
+
+
+# --- one weight of layer 5 of 8 is off by 1 % (R15) ------------------------------------------------------------
+
+O_PROJ = "model.layers.5.self_attn.o_proj.weight_scale_inv"
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An 8-layer model: its checkpoint, and an engine of a copy in which o_proj of layer 5 is 1 % too large."""
+    root = tmp_path_factory.mktemp("eight")
+    checkpoint = small_model(root / "checkpoint", num_hidden_layers=8, num_nextn_predict_layers=0)
+    export(checkpoint, root / "program", numerics=EXACT)
+    broken = edited_checkpoint(checkpoint, root / "broken", {O_PROJ: scaled(1.01)})
+    engine = build_engine(root / "program", broken, root / "engine")
+    return {"checkpoint": checkpoint, "broken": broken, "engine": engine, "program": root / "program"}
+
+
+def test_a_weight_off_by_one_percent_is_traced_to_its_layer_and_module(eight: dict[str, Path], tmp_path: Path) -> None:
+    config = ModelConfig.load(eight["checkpoint"])
+    result = check(eight["engine"], eight["checkpoint"], tmp_path / "w", plan_of(config, (40,), "whole"))
+    assert not result.passed and not gate(result, "operations")
+    finding = result.finding
+    assert finding is not None and finding.layer == 5 and finding.module == "self_attn.o_proj"
+    assert O_PROJ in finding.tensors and finding.others == 0  # what follows from it is not blamed
+    error = next(r.error for r in result.records if r.failed)
+    assert 0.005 < error < 0.1  # 1 % of the largest values
+    # yet the next token hardly changes: nobody would have seen it in the text
+    assert gate(result, "top-1")
+
+
+def test_it_is_found_in_log_layers_runs_when_taps_do_not_fit(eight: dict[str, Path], tmp_path: Path) -> None:
+    config = ModelConfig.load(eight["checkpoint"])
+    result = check(
+        eight["engine"], eight["checkpoint"], tmp_path / "w", plan_of(config, (24,), "whole"), max_dump_bytes=0
+    )
+    finding = result.finding
+    assert finding is not None and (finding.layer, finding.module) == (5, "self_attn.o_proj")
+    assert result.num_engine_runs <= 1 + (1 + math.log2(8)) + 1
+    assert any("bisection" in note for note in result.notes)
+    layers = {record.layer for record in result.records}
+    assert layers == {5}, "the inside of one layer only was looked at"
+
+
+@pytest.fixture(scope="module")
+def shown(eight: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    """What the engine of the broken copy computes; compared with that copy it is right."""
+    root = tmp_path_factory.mktemp("shown")
+    engine = EngineSide(eight["engine"], root, threads=MAX_THREADS)
+    config = ModelConfig.load(eight["checkpoint"])
+    taps = [tap for tap in engine.taps if tap.endswith((".5", ".6"))]
+    return engine.dump(plan_of(config, (80,), "whole"), root / "dump", taps)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "index", "module"),
+    [
+        ("input_layernorm.weight", (7,), "input_layernorm"),
+        ("self_attn.q_a_proj.weight_scale_inv", (0, 1), "self_attn.q_a_proj"),
+        ("self_attn.indexer.wk.weight_scale_inv", (0, 3), "self_attn.indexer.wk"),
+        ("self_attn.kv_a_proj_with_mqa.weight_scale_inv", (1, 0), "self_attn.kv_a_proj_with_mqa"),
+        ("self_attn.q_a_layernorm.weight", (9,), "self_attn.q_a_layernorm"),
+        ("self_attn.q_b_proj.weight_scale_inv", (3, 1), "self_attn.q_b_proj"),
+        ("self_attn.kv_b_proj.weight_scale_inv", (0, 0), "self_attn.kv_b_proj (keys)"),
+        ("self_attn.kv_a_layernorm.weight", (100,), "self_attn.kv_a_layernorm"),
+        ("self_attn.indexer.k_norm.bias", (5,), "self_attn.indexer.k_norm"),
+        ("self_attn.indexer.wq_b.weight_scale_inv", (15, 0), "self_attn.indexer.wq_b"),
+        ("self_attn.indexer.weights_proj.weight", (3, 17), "self_attn.indexer.weights_proj"),
+        ("post_attention_layernorm.weight", (500,), "post_attention_layernorm"),
+        ("mlp.gate.weight", (11, 200), "mlp.gate"),
+        ("mlp.experts.3.down_proj.weight_scale_inv", (2, 0), "mlp.experts"),
+        ("mlp.shared_experts.up_proj.weight_scale_inv", (0, 2), "mlp.shared_experts.up_proj"),
+        ("mlp.shared_experts.down_proj.weight_scale_inv", (3, 0), "mlp.shared_experts.down_proj"),
+    ],
+)
+def test_one_value_of_any_tensor_is_traced_to_its_module(
+    eight: dict[str, Path], shown: Dump, tmp_path: Path, tensor: str, index: tuple[int, ...], module: str
+) -> None:
+    """One element of a bf16 or f32 tensor, one scale of an FP8 block: 1 % on PyTorch's side, the engine is right."""
+    name = f"model.layers.5.{tensor}"
+    checkpoint = edited_checkpoint(eight["broken"], tmp_path / "edited", {name: scaled(1.01, *index)})
+    judge = LocalJudge(shown, EXACT, "f32")
+    with Checkpoint.open(checkpoint) as source:
+        settings = Settings(ModelConfig.load(checkpoint), EXACT, "f32")
+        Reference(settings, source, shown.plan, subject=shown, judge=judge).run((5, 6))
+    finding = first_divergence(judge.finish())
+    assert finding is not None and (finding.layer, finding.module) == (5, module), finding
+    assert name in finding.tensors
+    # kv_b_proj holds keys and values in one block of scales at these sizes: both of its halves are off
+    assert finding.others == (1 if "kv_b_proj" in tensor else 0), finding
+
+
+def test_the_right_checkpoint_has_no_finding(eight: dict[str, Path], shown: Dump) -> None:
+    judge = LocalJudge(shown, EXACT, "f32")
+    with Checkpoint.open(eight["broken"]) as source:
+        settings = Settings(ModelConfig.load(eight["broken"]), EXACT, "f32")
+        Reference(settings, source, shown.plan, subject=shown, judge=judge).run((5, 6))
+    records = judge.finish()
+    assert first_divergence(records) is None and len(records) > 25
+
+
+@pytest.mark.slow
+def test_fp8_engines_are_traced_as_strictly(eight: dict[str, Path], tmp_path: Path) -> None:
+    """With e4m3 roundings whole runs drift apart by themselves; operations given the same inputs do not."""
+    block = {O_PROJ: scaled(1.01, 2, 3)}
+    broken = edited_checkpoint(eight["checkpoint"], tmp_path / "broken", block)
+    export(eight["checkpoint"], tmp_path / "program", numerics=FP8)
+    engine = build_engine(tmp_path / "program", broken, tmp_path / "engine")
+    config = ModelConfig.load(eight["checkpoint"])
+    result = check(engine, eight["checkpoint"], tmp_path / "w", plan_of(config, (100,), "whole", "decode"))
+    finding = result.finding
+    assert finding is not None and (finding.layer, finding.module, finding.others) == (5, "self_attn.o_proj", 0)
+    assert gate(result, "logits"), "the whole model alone would not have shown it"
+
+
+# --- the indexer's RoPE layout swapped in one layer (R16) ------------------------------------------------------
+
+
+def test_a_swapped_rope_layout_is_named_as_the_indexer_of_its_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = small_model(tmp_path / "checkpoint", num_hidden_layers=3, num_nextn_predict_layers=0)
+    bent_layer, plain_init = 1, StepModel.__init__
+
+    def bent_rotate(self: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Any) -> torch.Tensor:
+        rope = self.config.qk_rope_head_dim
+        return torch.cat([rope_interleaved(x[..., :rope], cos, sin), x[..., rope:]], dim=-1)
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain_init(self, *args, **kwargs)
+        if str(bent_layer) in self.layers:
+            indexer = self.layers[str(bent_layer)].self_attn.indexer
+            indexer._rotate = bent_rotate.__get__(indexer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepModel, "__init__", init)
+        patch.setattr(tracing, "layers_to_trace", lambda config, layer_range: tuple(range(*layer_range)))
+        # the engine is right by its own model: the self-check at build compares it with the bent one
+        export(checkpoint, tmp_path / "program", numerics=EXACT)
+        engine = build_engine(tmp_path / "program", checkpoint, tmp_path / "engine")
+    assert attention.rope_half_split is not rope_interleaved
+    config = ModelConfig.load(checkpoint)
+
+    def first(result: Result) -> tuple[int, str]:
+        assert result.finding is not None and not result.passed
+        return result.finding.layer, result.finding.module
+
+    # up to index_topk every key is chosen: no logit tells, and yet the indexer is named
+    short = check(engine, checkpoint, tmp_path / "short", plan_of(config, (config.index_topk,), "whole"))
+    assert gate(short, "logits") and gate(short, "KL") and not gate(short, "operations")
+    assert first(short) == (bent_layer, "self_attn.indexer (rotation of keys)")
+    long = check(engine, checkpoint, tmp_path / "long", plan_of(config, (140,), "whole"))
+    assert not gate(long, "rows that chose otherwise")
+    error, topk = long.comparison.cases[0].error, config.index_topk
+    assert error[:topk].max() < 1e-4 and np.median(error[topk:]) > 1e-3
+    assert first(long) == (bent_layer, "self_attn.indexer (rotation of keys)")
+    failed = {(record.layer, record.module) for record in long.records if record.failed}
+    assert failed == {
+        (bent_layer, "self_attn.indexer (rotation of keys)"),
+        (bent_layer, "self_attn.indexer (rotation of queries)"),
+    }
+    # the layers before choose the same keys, this one other ones, with gaps far beyond noise
+    keys = {layer.layer: layer.keys for layer in long.comparison.layers}
+    assert keys[0].other == 0 and keys[bent_layer].other > 0.8 * (140 - config.index_topk)
+    assert keys[bent_layer].kinds["wrong"] > 100 and keys[bent_layer].overlap < 0.9 * keys[bent_layer].rows
+
+
+# --- a router bias in BF16 ------------------------------------------------------------------------------------
+
+
+def test_a_router_bias_in_bf16_shows_as_expert_flips_with_their_gaps(
+    tiny_checkpoint: Path, tiny_programs: dict[str, Path], tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    layer = 2
+    name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+    rounded = edited_checkpoint(
+        tiny_checkpoint, tmp_path / "rounded", {name: lambda bias: bias.astype(ml_dtypes.bfloat16).astype(np.float32)}
+    )
+    engine = build_engine(tiny_programs["exact"], rounded, tmp_path / "engine")
+    result = check(engine, tiny_checkpoint, tmp_path / "w", plan_of(tiny_config, (1200,), "whole"))
+    assert not result.passed and not gate(result, "choices") and gate(result, "operations")
+    finding = result.finding
+    assert finding is not None and (finding.layer, finding.module) == (layer, "mlp.gate (selection)")
+    assert finding.tensors == (name,) and "gap" in finding.text
+    record = next(r for r in result.records if r.failed)
+    with Checkpoint.open(tiny_checkpoint) as source, Checkpoint.open(rounded) as other:
+        moved = float(np.abs(source.tensor(name) - other.tensor(name)).max())
+    assert record.num_flips["wrong"] >= 2 and record.num_flips["tie"] == 0
+    # a flip needs a gap no wider than what the rounding moved: of two experts, or of two groups of two each
+    assert all(0 < flip.gap <= 4 * moved for flip in record.flips)
+    experts = result.comparison.layers[layer].experts
+    assert experts is not None and experts.other >= 1 and experts.kinds["wrong"] >= 2
+
+
+# --- a damaged cache block ------------------------------------------------------------------------------------
+
+
+class DamagingBackend:
+    """Overwrites one block of one cache before a given run, as a stray write would."""
+
+    def __init__(self, backend: Any, cache: str, block: int, before_run: int) -> None:
+        self._backend, self._cache, self._block, self._left = backend, cache, block, before_run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._left == 0:
+            value = self._backend._graphs["model"].caches[self._cache]
+            changed = value.numpy().copy()
+            changed[self._block * 64 : (self._block + 1) * 64] += 0.5
+            value.update_inplace(changed)
+        self._left -= 1
+        return self._backend.run(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("numerics", "kind"), [("exact", "latent"), ("fp8", "latent"), ("exact", "index")])
+def test_a_damaged_cache_block_shows_at_its_position(
+    tiny_checkpoint: Path,
+    tiny_engines: dict[str, Path],
+    tiny_config: ModelConfig,
+    tmp_path: Path,
+    numerics: str,
+    kind: str,
+) -> None:
+    layer = 1
+    engine = Engine.open(tapped_copy(tiny_engines[numerics], tmp_path / "e", available_taps(tiny_engines[numerics])))
+    plan = plan_of(tiny_config, (170,), "decode")
+    case = plan.cases[0]
+    block = case.tables[0][1]  # holds positions 64-127
+    backend = engine.open_backend(threads=MAX_THREADS)
+    (tmp_path / "dump").mkdir()
+    damaging = DamagingBackend(backend, f"{kind}_cache.{layer}", block, before_run=4)
+    write_dump(damaging, engine.manifest, plan, tmp_path / "dump", name="engine")  # pyright: ignore
+    dump = Dump.open(tmp_path / "dump")
+    judge = LocalJudge(dump, NUMERICS[numerics], "f32")
+    with Checkpoint.open(tiny_checkpoint) as source:
+        settings = Settings(tiny_config, NUMERICS[numerics], "f32")
+        Reference(settings, source, plan, subject=dump, judge=judge).run()
+    records = judge.finish()
+    finding = first_divergence(records)
+    assert finding is not None and (finding.layer, finding.module) == (layer, f"self_attn ({kind} cache)"), finding
+    assert f"block {block}: positions 64-127 of sequence 0 (64 tokens)" in finding.text
+    failed = {(record.layer, record.module) for record in records if record.failed}
+    reader = "self_attn (sparse attention)" if kind == "latent" else "self_attn.indexer (selection)"
+    assert failed <= {(layer, f"self_attn ({kind} cache)"), (layer, reader)}
+
+
+# --- two correct engines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numerics", ("exact", "fp8"))
+def test_a_correct_engine_that_sums_in_another_order_passes(
+    tiny_checkpoint: Path, tiny_engines: dict[str, Path], tiny_config: ModelConfig, tmp_path: Path, numerics: str
+) -> None:
+    other = split_products(tiny_engines[numerics], tmp_path / "other")
+    plan = plan_of(tiny_config, (20, 90), "whole", "chunked")
+    result = check(other, tiny_checkpoint, tmp_path / "w", plan)
+    assert result.passed, [gate for gate in result.gates if not gate.passed]
+    assert result.finding is None and load_manifest(other).numerics["name"] == numerics
+    # and it does sum in another order than the first
+    work = tmp_path / "first"
+    work.mkdir()
+    first = EngineSide(tiny_engines[numerics], work, threads=MAX_THREADS).dump(plan, work / "dump", [])
+    same = Dump.open(tmp_path / "w" / "judged")
+    assert not np.array_equal(first.tensor(0, "logits"), same.tensor(0, "logits"))

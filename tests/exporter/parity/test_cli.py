@@ -1,0 +1,256 @@
+"""`seekforge parity` as people call it: verdicts as exit codes, reports, dumps carried elsewhere, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from parity_faults import edited_checkpoint, scaled, split_products
+
+from seekforge.plugins.formats.dump import Dump
+from seekforge.runtime import cli
+
+FEW = ("--contexts", "70", "--modes", "whole,mtp", "--threads", "1")
+NORM = "model.layers.2.post_attention_layernorm.weight"
+
+
+def invoke(*args: str | Path) -> Result:
+    """Run the command line in this process; an exception that is no exit is a bug and is raised."""
+    result = CliRunner().invoke(cli.main, ["parity", *(str(arg) for arg in args)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refuse(*args: str | Path) -> str:
+    result = invoke(*args, "--quiet")
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+class Page(HTMLParser):
+    """Counts elements and notes every address that a page would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: dict[str, int] = {}
+        self.fetched: list[str] = []
+        self.values: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action"):
+                self.fetched.append(value or "")
+            elif name == "data-v":
+                self.values.append(value or "")
+
+
+@pytest.fixture(scope="module")
+def saved(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """One check of the right fp8 engine, with everything kept."""
+    root = tmp_path_factory.mktemp("parity")
+    args = (tiny_engines["fp8"], "--checkpoint", tiny_checkpoint, *FEW, "--save", root / "dumps")
+    result = invoke(*args, "--html", root / "report.html", "--json")
+    return {"result": result, "root": root, "report": json.loads(result.stdout)}
+
+
+def test_a_right_engine_passes_and_says_why(saved: dict[str, Any]) -> None:
+    result, report = saved["result"], saved["report"]
+    assert result.exit_code == 0 and report["passed"] and report["finding"] is None, result.output
+    assert {gate["name"] for gate in report["gates"]} >= {"operations", "choices", "caches", "logits", "KL", "top-1"}
+    assert all(gate["reason"] for gate in report["gates"])
+    assert len(report["operations"]) > 100 and report["num_engine_runs"] == 1
+    points = report["layers"][1]["points"]
+    assert set(points["attn_out"]) == {"max_abs", "max_relative", "rms_relative", "cosine_difference", "calc_diff"}
+    case = report["cases"][0]
+    assert case["perplexity_reference"] > 1 and len(case["heat"]) == 4 and len(case["heat"][0]) == 70
+
+
+def test_the_page_stands_alone_and_has_numbers_behind_every_point(saved: dict[str, Any]) -> None:
+    text = (saved["root"] / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.fetched == [] and "http" not in text and "@import" not in text
+    assert page.tags["svg"] >= 3 and page.tags["table"] >= 4 and page.tags["meta"] >= 2
+    assert 'name="viewport"' in text and len(text) < 3_000_000
+    assert page.tags["circle"] <= len(page.values) and all(page.values)
+    assert any(value.startswith("layer 3, sequence 0, position") for value in page.values)
+
+
+def test_dumps_are_compared_elsewhere(saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    dumps = saved["root"] / "dumps"
+    moved = shutil.copytree(dumps, tmp_path / "other machine")
+    both = invoke("--from-dump", moved / "judged", "--from-dump", moved / "reference", "--json")
+    report = json.loads(both.stdout)
+    assert both.exit_code == 0 and report["operations"] == []  # there are no weights here
+    assert report["cases"][0]["kl_mean"] == saved["report"]["cases"][0]["kl_mean"]
+    assert report["layers"][0]["noise"] is not None  # noise lies beside the reference
+    judged = invoke("--from-dump", moved / "judged", "--checkpoint", tiny_checkpoint, "--json")
+    assert judged.exit_code == 0 and len(json.loads(judged.stdout)["operations"]) > 100
+
+
+def test_a_fault_fails_with_1_and_is_named_in_the_terminal(
+    saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    wrong = edited_checkpoint(tiny_checkpoint, tmp_path / "wrong", {NORM: scaled(1.05, 3)})
+    judged = saved["root"] / "dumps" / "judged"
+    page = tmp_path / "report.html"
+    result = invoke("--from-dump", judged, "--checkpoint", wrong, "--html", page)
+    assert result.exit_code == 1
+    assert "first divergence layer 2: post_attention_layernorm" in result.stdout and NORM in result.stdout
+    assert result.stdout.rstrip().splitlines()[-2] == "failed"
+    assert NORM in page.read_text(encoding="utf-8")
+    quiet = invoke("--from-dump", judged, "--checkpoint", wrong, "--quiet")
+    assert quiet.exit_code == 1 and quiet.output == ""
+
+
+def test_the_torch_side_alone_is_written_for_later(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "torch"
+    args = (
+        "--checkpoint",
+        tiny_checkpoint,
+        "--save",
+        out,
+        "--numerics",
+        "exact",
+        "--contexts",
+        "5",
+        "--modes",
+        "whole",
+    )
+    assert invoke(*args, "--quiet").exit_code == 0
+    dump = Dump.open(out / "reference")
+    assert dump.side.kind == "torch" and dump.side.numerics["name"] == "exact" and dump.has(0, "attn_out.3", "logits")
+    assert (out / "plan.json").is_file() and Dump.open(out / "noise").has(0, "logits")
+    assert "pass --force" in refuse(*args)
+
+
+def test_one_range_of_layers_from_what_the_engine_had(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
+    args = (tiny_engines["exact"], "--checkpoint", tiny_checkpoint, "--contexts", "20", "--modes", "whole")
+    result = invoke(*args, "--layers", "1-2", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and [layer["layer"] for layer in report["layers"]] == [1, 2]
+    assert {record["layer"] for record in report["operations"]} == {1, 2}
+    assert report["layers"][1]["stream"]["max_relative"] < 1e-4
+
+
+def test_two_engines_and_the_weights_that_judge_both(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Correct engines in FP8 differ for good once a rounding flips; both are right, operation by operation."""
+    other = split_products(tiny_engines["fp8"], tmp_path / "other")
+    args = (tiny_engines["fp8"], "--against", other, "--contexts", "60", "--modes", "whole", "--threads", "1")
+    result = invoke(*args, "--checkpoint", tiny_checkpoint, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["passed"], report["gates"]
+    assert report["reference"]["name"] == "other" and report["num_engine_runs"] == 2
+    assert report["layers"][3]["stream"]["max_abs"] > 0
+
+
+def test_numerics_that_differ_are_shown_as_a_cost(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
+    args = (tiny_engines["fp8"], "--checkpoint", tiny_checkpoint, "--contexts", "30", "--modes", "whole")
+    result = invoke(*args, "--numerics", "exact", "--sensitivity", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["finding"] is None
+    gated = {gate["name"] for gate in report["gates"] if gate["gated"]}
+    assert gated == {"finite"}
+    costs = [row["kl"] for row in report["sensitivity"]]
+    assert [row["layer"] for row in report["sensitivity"]] == [0, 1, 2, 3] and all(cost > 0 for cost in costs)
+    whole = report["cases"][0]["kl_mean"]
+    assert max(costs) < 4 * whole  # one layer costs no more than all, but for luck
+    strict = invoke(*args, "--numerics", "exact", "--max-kl", "1e-9", "--quiet")
+    assert strict.exit_code == 1
+    # the cache's rounding alone; on a model of random weights luck makes it no smaller than all of FP8 together
+    cache = json.loads(invoke(*args, "--without", "kv_fp8", "--json").stdout)
+    assert cache["reference"]["numerics"] == "fp8 without kv_fp8"
+    assert 0 < cache["cases"][0]["kl_mean"] < 4 * whole and cache["passed"]
+
+
+@pytest.mark.slow
+def test_transformers_is_a_side(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
+    pytest.importorskip("transformers")
+    args = (tiny_engines["exact"], "--checkpoint", tiny_checkpoint, "--against", "transformers")
+    result = invoke(*args, "--contexts", "16,90", "--modes", "whole", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0, report["gates"]
+    assert report["reference"]["kind"] == "transformers"
+    assert report["layers"][3]["stream"]["max_relative"] < 1e-4
+    assert report["layers"][3]["keys"]["rows"] == 26 and report["layers"][3]["keys"]["rows_other"] == 0
+    assert "whole prompts only" in refuse(*args)
+
+
+def test_prompts_are_encoded_with_the_engines_tokenizer(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts").write_text("Hello there\n\nA second prompt.\n", encoding="utf-8")
+    args = (tiny_engines["exact"], "--checkpoint", tiny_checkpoint, "--prompts", tmp_path / "prompts")
+    report = json.loads(invoke(*args, "--modes", "whole", "--json").stdout)
+    assert [case["name"] for case in report["cases"]] == ["whole prompt 0", "whole prompt 1"]
+    (tmp_path / "prompts").write_text("\n", encoding="utf-8")
+    assert "holds no prompt" in refuse(*args)
+    assert "drop --contexts" in refuse(*args, "--contexts", "5")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("{engine}",), "needs --checkpoint"),
+        (("/nowhere", "--checkpoint", "{checkpoint}"), "cannot be read"),
+        (("{engine}", "--checkpoint", "/nowhere"), "cannot be read"),
+        (("{engine}", "--checkpoint", "{checkpoint}", "--contexts", "a"), "--contexts is 'a'"),
+        (("{engine}", "--checkpoint", "{checkpoint}", "--contexts", "999999"), "the engine accepts"),
+        (("{engine}", "--checkpoint", "{checkpoint}", "--modes", "all"), "--modes has 'all'"),
+        (("{engine}", "--checkpoint", "{checkpoint}", "--layers", "2-9"), "within 0-3"),
+        (("{engine}", "--checkpoint", "{checkpoint}", "--without", "x"), "--without x: expected some of"),
+        (("{engine}", "--checkpoint", "{checkpoint}", "--sensitivity", "--contexts", "4", "--modes", "whole"),
+         "computes exactly"),
+        (("{engine}", "--against", "/nowhere"), "cannot be read"),
+        ((), "nothing to compare"),
+        (("--from-dump", "/nowhere"), "expected a folder written by"),
+        (("--from-dump", "{dump}"), "needs --checkpoint, or a second"),
+        (("{engine}", "--from-dump", "{dump}"), "takes one or two dumps and no ENGINE"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    saved: dict[str, Any], tiny_engines: dict[str, Path], tiny_checkpoint: Path, args: tuple[str, ...], words: str
+) -> None:
+    places = {
+        "engine": tiny_engines["exact"],
+        "checkpoint": tiny_checkpoint,
+        "dump": saved["root"] / "dumps" / "judged",
+    }
+    assert words in refuse(*(arg.format(**places) for arg in args))
+
+
+def test_dumps_of_other_steps_are_refused(saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "torch"
+    invoke("--checkpoint", tiny_checkpoint, "--save", out, "--contexts", "5", "--modes", "whole", "--quiet")
+    judged = saved["root"] / "dumps" / "judged"
+    assert "ran different steps" in refuse("--from-dump", judged, "--from-dump", out / "reference")
+
+
+def test_damaged_results_do_not_pass(saved: dict[str, Any], tmp_path: Path) -> None:
+    copy = shutil.copytree(saved["root"] / "dumps", tmp_path / "copy")
+    dump = Dump.open(copy / "judged")
+    file = copy / "judged" / dump._tensors[0]["logits"].file
+    value = np.array(dump.tensor(0, "logits"))
+    value[3] = np.nan
+    whole = bytearray(file.read_bytes())
+    raw = np.array(dump.tensor(0, "logits")).tobytes()
+    at = whole.find(raw)
+    whole[at : at + len(raw)] = value.tobytes()
+    file.unlink()
+    file.write_bytes(whole)
+    result = invoke("--from-dump", copy / "judged", "--from-dump", copy / "reference", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and not next(g["passed"] for g in report["gates"] if g["name"] == "finite")

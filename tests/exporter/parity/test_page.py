@@ -1,0 +1,141 @@
+"""The HTML page: right for odd reports, and what a browser shows of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from parity_faults import build_engine, edited_checkpoint, scaled
+
+from seekforge.exporter.parity.page import _chart, _colour, render
+from seekforge.exporter.parity.report import _finite, number
+from seekforge.runtime import cli
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    side = {"name": "<b>x</b>", "kind": "engine", "numerics": "fp8", "activations": "f32", "layers": [0, 1]}
+    side["versions"] = {"onnxruntime": "1"}
+    return {
+        "format": 1,
+        "passed": False,
+        "judged": side,
+        "reference": side | {"name": "y"},
+        "model": {"num_hidden_layers": 1, "index_topk": 64},
+        "num_engine_runs": 1,
+        "notes": ["a & b"],
+        "gates": [],
+        "finding": None,
+        "cases": [],
+        "layers": [],
+        "operations": [],
+        "sensitivity": [],
+    }
+
+
+def test_names_are_escaped_and_a_bare_report_renders(report: dict[str, Any]) -> None:
+    page = render(report)
+    assert "<b>x</b>" not in page and "&lt;b&gt;x" in page and "a &amp; b" in page
+    assert "nothing to show" in page and "Operations were not judged" in page
+
+
+def test_what_is_not_finite_becomes_words_and_no_point() -> None:
+    value = _finite({"a": [float("nan"), np.float32(1.5), -np.inf], 3: (np.int64(2),)})
+    assert json.loads(json.dumps(value)) == {"a": ["NaN", 1.5, "-inf"], "3": [2]}
+    chart = _chart({"s": [(0, "NaN", "bad"), (1, 2.0, "good")]}, x_label="x", y_label="y", log=True)  # pyright: ignore
+    assert "good" in chart and "bad" not in chart
+
+
+@pytest.mark.parametrize("values", ([0.0], [0.0, 0.0], [1e-12, 1e3], [1.0]))
+@pytest.mark.parametrize("log", (True, False))
+def test_charts_keep_all_points_inside(values: list[float], log: bool) -> None:
+    chart = _chart({"s": [(i, value, str(value)) for i, value in enumerate(values)]}, x_label="x", y_label="y", log=log)
+    assert chart.count("<circle") == len(values) and "nan" not in chart
+    for part in chart.split('cy="')[1:]:
+        assert 0 <= float(part.partition('"')[0]) <= 300
+
+
+def test_colours_go_from_noise_to_error() -> None:
+    assert _colour(0) == _colour(1e-9) == "#18305c" and _colour(1.0) == _colour(50.0) == "#cd302a"
+    assert len({_colour(10.0**e) for e in range(-8, 1)}) == 9 and _colour("inf") == "#000"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "—"), (0, "0"), (0.5, "0.5"), (1e-7, "1.0e-07"), (123456.0, "1.2e+05"), ("inf", "inf")]
+)
+def test_numbers_are_short(value: Any, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1000, 1400)], ids=("phone", "desktop"))
+def test_a_browser_shows_it_without_a_sideways_scroll(
+    tiny_checkpoint: Path, tiny_programs: dict[str, Path], tmp_path: Path, width: int, height: int
+) -> None:
+    """A screenshot of a report with a fault in it: charts have their colours, and nothing is wider than the screen."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (Debian: apt-get install chromium)")
+    page = faulty_report(tiny_checkpoint, tiny_programs["exact"], tmp_path)
+    # a phone is narrower than a window may be: the page is shown in a frame of that width, which says how wide it is
+    probe = page.read_text(encoding="utf-8").replace(
+        "</body>",
+        "<script>parent.postMessage([document.documentElement.scrollWidth,document.querySelectorAll('svg').length],'*')"
+        "</script></body>",
+    )
+    (tmp_path / "probe.html").write_text(probe, encoding="utf-8")
+    frame = f'<iframe src="probe.html" style="border:0;width:{width}px;height:{height}px"></iframe>'
+    listener = "<script>onmessage=e=>{document.title='measured '+e.data.join(' ')}</script>"
+    (tmp_path / "frame.html").write_text(f'<!doctype html><body style="margin:0">{listener}{frame}', encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'user'}"]
+    flags += ["--allow-file-access-from-files", "--virtual-time-budget=4000"]
+    address = (tmp_path / "frame.html").as_uri()
+    done = subprocess.run([browser, *flags, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    assert "<title>measured " in done.stdout, done.stderr[-2000:]
+    found = done.stdout.partition("<title>measured ")[2].partition("<")[0].split()
+    assert int(found[0]) <= width and int(found[1]) >= 4
+    shot = tmp_path / "shot.png"
+    subprocess.run(
+        [browser, *flags, f"--screenshot={shot}", f"--window-size={max(width, 500)},{height}", address],
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    size, compressed = picture(shot)
+    assert size == (max(width, 500), height)
+    assert compressed > 20_000, "an empty page compresses to less"
+
+
+def faulty_report(checkpoint: Path, program: Path, folder: Path) -> Path:
+    """The report of an engine in which one scale of layer 2 is 1 % too large."""
+    name = "model.layers.2.mlp.shared_experts.down_proj.weight_scale_inv"
+    broken = edited_checkpoint(checkpoint, folder / "broken", {name: scaled(1.01, 1, 0)})
+    engine = build_engine(program, broken, folder / "tiny-engine")
+    page = folder / "report.html"
+    args = ["parity", engine, "--checkpoint", checkpoint, "--contexts", "150", "--modes", "whole,chunked"]
+    result = CliRunner().invoke(cli.main, [str(arg) for arg in [*args, "--html", page, "--quiet"]])
+    assert result.exit_code == 1 and name in page.read_text(encoding="utf-8")
+    return page
+
+
+def picture(path: Path) -> tuple[tuple[int, int], int]:
+    """Size of a PNG and bytes of its compressed picture."""
+    raw = path.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    at, compressed, size = 8, 0, (0, 0)
+    while at < len(raw):
+        length, kind = int.from_bytes(raw[at : at + 4], "big"), raw[at + 4 : at + 8]
+        if kind == b"IHDR":
+            size = (int.from_bytes(raw[at + 8 : at + 12], "big"), int.from_bytes(raw[at + 12 : at + 16], "big"))
+        elif kind == b"IDAT":
+            compressed += length
+        at += 12 + length
+    return size, compressed

@@ -1,0 +1,120 @@
+"""Ways to break an engine or a checkpoint a little, and to make a correct one that sums in another order."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from seekforge.exporter.build.engine import build
+from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.checkpoint.new import new_checkpoint
+from seekforge.exporter.checkpoint.presets import Preset, load_preset
+from seekforge.exporter.parity.taps import tapped_copy
+from seekforge.exporter.progress import Stages
+from seekforge.plugins.formats.manifest import digest_file, load_manifest, save_manifest
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.safetensors import Checkpoint, write_shard
+
+Edit = Callable[[np.ndarray], np.ndarray]
+
+
+def small_model(folder: Path, **changes: object) -> Path:
+    """Write a checkpoint of the tiny preset with other values in its config."""
+    tiny = load_preset("tiny")
+    raw = tiny.config_json | changes
+    return new_checkpoint(folder, Preset("small", 2, raw, ModelConfig.parse(raw, "test"))).path
+
+
+def edited_checkpoint(checkpoint: Path, out: Path, edits: Mapping[str, Edit]) -> Path:
+    """Copy a checkpoint by links and rewrite the shards that hold the named tensors."""
+    shutil.copytree(checkpoint, out, copy_function=os.link)
+    with Checkpoint.open(checkpoint) as source:
+        shards = {source.info(name).shard for name in edits}
+        for shard in shards:
+            tensors = {}
+            for name in source.names:
+                if source.info(name).shard == shard:
+                    value = source.tensor(name)
+                    tensors[name] = edits[name](np.array(value)) if name in edits else value
+            (out / shard).unlink()
+            write_shard(out / shard, tensors)
+    return out
+
+
+def scaled(factor: float, *index: int) -> Edit:
+    """Multiply a tensor, or one element of it."""
+
+    def edit(value: np.ndarray) -> np.ndarray:
+        changed = value.astype(np.float32)
+        if index:
+            changed[index] *= factor
+        else:
+            changed *= factor
+        return changed.astype(value.dtype)
+
+    return edit
+
+
+def build_engine(program: Path, checkpoint: Path, out: Path) -> Path:
+    """Build for the CPU, quietly."""
+    build(
+        program,
+        out,
+        target=load_target("cpu"),
+        checkpoint_folder=checkpoint,
+        max_model_len=None,
+        force=False,
+        progress=Stages(quiet=True),
+    )
+    return out
+
+
+def split_products(engine: Path, out: Path) -> Path:
+    """Copy an engine whose every product with a weight matrix is the sum of two halves of K: another order of sums."""
+    tapped_copy(engine, out, [])
+    manifest = load_manifest(out)
+    graphs = dict(manifest.graphs)
+    for name, face in manifest.graphs.items():
+        path = out / face.file
+        model = onnx.load(path, load_external_data=False)
+        assert _split(model.graph) >= 8
+        path.write_bytes(model.SerializeToString())
+        graphs[name] = face.model_copy(update={"sha256": digest_file(out, face.file).sha256})
+    changed = {face.file for face in manifest.graphs.values()}
+    files = tuple(digest_file(out, f.path) if f.path in changed else f for f in manifest.files)
+    save_manifest(out, manifest.model_copy(update={"graphs": graphs, "files": files}))
+    return out
+
+
+def _split(graph: onnx.GraphProto) -> int:
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for label, values in (("zero", [0]), ("end", [1 << 40]), ("last", [-1]), ("first", [0])):
+        graph.initializer.append(helper.make_tensor(f"split.{label}", onnx.TensorProto.INT64, [1], values))
+    halves: set[int] = set()
+    nodes, count = [], 0
+    for node in graph.node:
+        if node.op_type != "MatMul" or len(sizes.get(node.input[1], ())) != 2:
+            nodes.append(node)
+            continue
+        count += 1
+        half = sizes[node.input[1]][0] // 2
+        if half not in halves:
+            graph.initializer.append(helper.make_tensor(f"split.{half}", onnx.TensorProto.INT64, [1], [half]))
+            halves.add(half)
+        parts = []
+        for side, (start, stop) in enumerate((("split.zero", f"split.{half}"), (f"split.{half}", "split.end"))):
+            base = f"{node.output[0]}.split{side}"
+            nodes.append(helper.make_node("Slice", [node.input[0], start, stop, "split.last"], [f"{base}.x"]))
+            nodes.append(helper.make_node("Slice", [node.input[1], start, stop, "split.first"], [f"{base}.w"]))
+            nodes.append(helper.make_node("MatMul", [f"{base}.x", f"{base}.w"], [base]))
+            parts.append(base)
+        nodes.append(helper.make_node("Add", parts, [node.output[0]]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return count
