@@ -19,6 +19,8 @@ def naive(case: Case) -> Tensor:
     y = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(x.shape[0]):
         for expert, weight in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
+            if expert < 0:  # of another rank
+                continue
             up = dequantise_weight(w13[expert], w13_scale[expert]).double()
             gate, value = (up @ quant(x[token]).double()).chunk(2)
             hidden = quant((gate / (1 + torch.exp(-gate)) * value).float()).double()

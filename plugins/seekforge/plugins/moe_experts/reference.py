@@ -25,7 +25,8 @@ def moe_experts(
     """Return the weighted sum of the experts' outputs.
 
     Args:
-        x: [T, H], f32 or bf16. expert_ids: [T, k] int32. expert_weights: [T, k] f32.
+        x: [T, H], f32 or bf16. expert_ids: [T, k] int32; −1 is an expert of another rank and adds nothing.
+        expert_weights: [T, k] f32.
         w13: [E, 2I, H], w2: [E, H, I], e4m3 or its bytes as int8, with their 128×128 block scales.
 
     Returns:
@@ -34,7 +35,7 @@ def moe_experts(
     Source: HF inference/model.py, `MoE.forward`.
     """
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in expert_ids.unique().tolist():
+    for expert in expert_ids[expert_ids >= 0].unique().tolist():
         rows, column = torch.nonzero(expert_ids == expert, as_tuple=True)
         hidden = swiglu(block_fp8_linear(x[rows], w13[expert], w13_scale[expert], act_quant))
         out = block_fp8_linear(hidden, w2[expert], w2_scale[expert], act_quant)

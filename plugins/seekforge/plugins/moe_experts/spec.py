@@ -8,7 +8,12 @@ SPEC = OpSpec(
     doc="Run each token's experts and add their outputs times their weights in f32.",
     inputs=(
         Arg("x", "act", ("T", "H"), "tokens"),
-        Arg("expert_ids", "i32", ("T", "TOPK"), "experts of each token, all different"),
+        Arg(
+            "expert_ids",
+            "i32",
+            ("T", "TOPK"),
+            "all different; −1 (of another rank) adds nothing",
+        ),
         Arg("expert_weights", "f32", ("T", "TOPK"), "multiply the experts' outputs"),
         Arg("w13", "fp8", ("E", "I2", "H"), "gate rows, then up rows"),
         Arg("w13_scale", "f32", ("E", "cdiv(I2, 128)", "cdiv(H, 128)"), "multiplies to recover"),

@@ -47,4 +47,6 @@ def cases() -> list[Case]:
     x = draw.normal(3, _H)
     x[1], x[2] = 0.0, x[2] * 1e3
     add("zero-and-large-tokens", random_ids(3, 2), x=x)
+    # expert parallelism: −1 marks an expert of another rank, and the last token has none here
+    add("experts-of-other-ranks", torch.tensor([[-1, 0], [3, -1], [2, 5], [-1, -1]]))
     return found
