@@ -16,8 +16,10 @@ from seekforge.exporter.build.engine import WEIGHTS, build
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.progress import Stages
 from seekforge.plugins.errors import EngineError, ProgramError, TargetError
+from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.manifest import load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
 
 
@@ -135,6 +137,17 @@ def test_an_edited_program_is_refused(tiny_programs: dict[str, Path], tiny_check
         file.seek(100)
         file.write(b"x")
     with pytest.raises(ProgramError, match=r"model\.onnx: digest"):
+        build_cpu(program, tmp_path / "engine", tiny_checkpoint)
+
+
+def test_a_program_that_is_shared_among_ranks_is_refused(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    shutil.copytree(tiny_programs["exact"], program)
+    document = load_program(program)
+    write_json(program / "program.json", document.model_copy(update={"tp": 2, "ep": 2}).model_dump(mode="json"))
+    with pytest.raises(ProgramError, match="shared among 4 ranks"):
         build_cpu(program, tmp_path / "engine", tiny_checkpoint)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seekforge.exporter.build.targets import TargetConfig, load_target
+from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.progress import Stages
 from seekforge.plugins.errors import TargetError
 
@@ -44,8 +45,8 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change a key of the target.")
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
     default=None,
+    metavar="FOLDER|REPO",
     help="What the program was exported from. cpu: its weights go into the engine; GPU: remembered, not read.",
 )
 @click.option("--max-batch-size", type=int, default=None, help="Most sequences of a step.")
@@ -79,7 +80,7 @@ def build(
     *,
     target: str,
     settings: tuple[str, ...],
-    checkpoint: Path | None,
+    checkpoint: str | None,
     max_batch_size: int | None,
     max_model_len: int | None,
     max_num_batched_tokens: int | None,
@@ -95,6 +96,7 @@ def build(
     its weights from the checkpoint when it runs, so a program of any size builds anywhere.
     """
     config = load_target(target, settings)
+    folder = None if checkpoint is None else resolve(checkpoint)
     stages = Stages(quiet=quiet or as_json)
     if config.backend == "onnxruntime":
         for option, value in (
@@ -105,9 +107,9 @@ def build(
             if value != _GPU_OPTIONS.get(option):
                 name = "sm" if option == "sms" else option.replace("_", "-")
                 raise TargetError(f"--{name} is for GPU targets, target {config.name} does not know it")
-        if checkpoint is None:
+        if folder is None:
             raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
-        _build_cpu(program, out, config, checkpoint, max_model_len, taps, force, quiet, as_json, stages)
+        _build_cpu(program, out, config, folder, max_model_len, taps, force, quiet, as_json, stages)
         return
     if taps:
         raise TargetError(f"--taps is for target cpu; {config.backend} engines show their taps as debug tensors")
@@ -116,7 +118,7 @@ def build(
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    _build_gpu(program, out, config, checkpoint, limits, gpu, force, quiet, as_json, stages)
+    _build_gpu(program, out, config, folder, limits, gpu, force, quiet, as_json, stages)
 
 
 def _build_cpu(

@@ -11,12 +11,17 @@ from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.program import Program
 
 
-def check_bindings(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
-    """Every weight and table of every graph has a recipe, and there is no other.
+def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
+    """The program is for one rank, and every weight and table of every graph has a recipe, and no other.
 
     Raises:
-        ProgramError: naming the first that is wrong.
+        ProgramError: it is shared among ranks, or naming the first recipe that is wrong.
     """
+    if program.tp * program.ep > 1:
+        raise ProgramError(
+            f"{folder}: is shared among {program.tp * program.ep} ranks (--tp {program.tp} --ep {program.ep}), and "
+            "engines of several ranks are not built yet; export it without --tp and --ep"
+        )
     for graph, face in program.graphs.items():
         wanted = {spec.name for role in ("weight", "table") for spec in face.with_role(role)}
         wrong = sorted(wanted ^ bindings.get(graph, {}).keys())

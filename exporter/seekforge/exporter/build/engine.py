@@ -13,7 +13,7 @@ from typing import Protocol
 import onnx
 from onnx import inliner
 
-from seekforge.exporter.build.common import check_bindings, copy_text_files, generation_defaults
+from seekforge.exporter.build.common import check_program, copy_text_files, generation_defaults
 from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import TargetConfig
@@ -106,7 +106,7 @@ def build(
     progress("read program and checkpoint")
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
-    check_bindings(program, bindings, program_folder)
+    check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     found = ModelConfig.load(checkpoint_folder)
     _check_same_config(config, _as_in_program(found, program), checkpoint_folder)

@@ -24,7 +24,7 @@ import onnx
 import yaml
 
 from seekforge.exporter.build import audit
-from seekforge.exporter.build.common import check_bindings, copy_text_files, generation_defaults
+from seekforge.exporter.build.common import check_program, copy_text_files, generation_defaults
 from seekforge.exporter.build.compiler import Compiled, Options, compile_graph
 from seekforge.exporter.build.prepare import Prepared, prepare
 from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, shapes
@@ -149,7 +149,7 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     """
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
-    check_bindings(program, bindings, program_folder)
+    check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     if checkpoint_folder is None:
         return Inputs(program_folder, program, bindings, config, WeightSource(path=None, index_digest=None))
