@@ -26,11 +26,11 @@ export RUFF_CACHE_DIR := $(CACHE)/ruff
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TRITON_HOME := $(CACHE)
 
-.PHONY: demo test lint hooks wheel clean help
+.PHONY: demo test lint hooks wheel gpu-check clean help
 
 help:
 	@sed -n 's/^#//; 1,6p' $(firstword $(MAKEFILE_LIST))
-	@echo ' also: make lint, make hooks (pre-commit), make wheel, make clean'
+	@echo ' also: make lint, make hooks (pre-commit), make wheel, make gpu-check, make clean'
 
 demo: $(VENV)/.demo
 	@$(BIN)/python tests/demo.py demo
@@ -49,6 +49,19 @@ hooks: $(VENV)/.dev
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --no-isolation --outdir $(DIST) .
+
+# On a machine with a GPU: compile every kernel for it, compare and time them all, then the tiny ones under
+# compute-sanitizer where that is installed.
+SM ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+GPU_CHECK := $(BIN)/python tests/gpu_check.py
+
+gpu-check: $(VENV)/.gpu
+	@test -n "$(SM)" || { echo 'error: no GPU here (nvidia-smi lists none); make gpu-check SM=90' >&2; exit 2; }
+	$(GPU_CHECK) compile $(CACHE)/gpu-kernels --sm $(SM)
+	$(GPU_CHECK) run $(CACHE)/gpu-kernels
+	@if command -v compute-sanitizer >/dev/null; then \
+		compute-sanitizer --error-exitcode 1 $(GPU_CHECK) run $(CACHE)/gpu-kernels --only tiny; \
+	else echo 'compute-sanitizer is not installed: skipped'; fi
 
 clean:
 	rm -rf $(VENV) .cache demo dist
@@ -80,4 +93,9 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	@echo 'installing seekforge with the development tools'
 	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.dev
+	@echo 'installing what launches kernels'
+	@$(PIP) --no-build-isolation --editable '.[dev,gpu]'
 	@touch $@
