@@ -56,17 +56,20 @@ class Engine:
         """The engine's tokenizer, read at first use."""
         return Tokenizer(self.folder / self.manifest.tokenizer)
 
-    def open_backend(self, *, threads: int | None = None) -> Backend:
+    def open_backend(self, *, threads: int | None = None, checkpoint: Path | None = None) -> Backend:
         """Load the compiled graphs.
 
         Args:
             threads: CPU threads for one operator; None takes the cores this process may use.
+            checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
 
         Raises:
             EngineError: the backend is unknown here or cannot load the graphs.
             EnvironmentFault: the backend's library is not installed.
         """
-        return _factory(self.manifest.target.backend)(self.folder, self.manifest, threads=threads)
+        return _factory(self.manifest.target.backend)(
+            self.folder, self.manifest, threads=threads, checkpoint=checkpoint
+        )
 
     def cache_bytes(self, num_tokens: int, num_sequences: int = 1) -> int:
         """Return the size of caches for `num_sequences` sequences of `num_tokens` tokens, scrap block included."""

@@ -124,6 +124,7 @@ class LLM:
         max_waiting: int | None = None,
         deterministic: bool = False,
         threads: int | None = None,
+        checkpoint: Path | str | None = None,
         self_check: bool = True,
         on_step: Callable[[StepMetrics], None] | None = None,
     ) -> None:
@@ -145,6 +146,8 @@ class LLM:
             deterministic: a request gives the same tokens and log-probabilities, bit for bit, alone or in any batch,
                 from the prefix cache or anew, chunked or whole, with drafts or without; twice the work. CPU only.
             threads: CPU threads for one operator; None takes the cores this process may use.
+            checkpoint: where the weights are, of an engine that holds none (a GPU's); None takes where they were at
+                build.
             self_check: compare with the results stored in the engine before serving.
             on_step: told each iteration, by the thread that ran it.
 
@@ -177,7 +180,7 @@ class LLM:
         )
         self._tokenizer = self.engine.tokenizer
         self._prefix_caching = prefix_caching
-        backend = self.engine.open_backend(threads=threads)
+        backend = self.engine.open_backend(threads=threads, checkpoint=None if checkpoint is None else Path(checkpoint))
         if deterministic:
             if manifest.target.backend != "onnxruntime":
                 raise EngineError(

@@ -8,7 +8,11 @@ from seekforge.plugins.errors import EngineError
 from seekforge.runtime.backends.base import Backend, BackendFactory
 
 #: manifest target.backend -> "module:class" of a `BackendFactory`.
-BACKENDS: dict[str, str] = {"onnxruntime": "seekforge.runtime.backends.onnxruntime:OnnxRuntimeBackend"}
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "seekforge.runtime.backends.onnxruntime:OnnxRuntimeBackend",
+    "tensorrt": "seekforge.runtime.backends.tensorrt:TensorRtBackend",
+    "tensorrt-rtx": "seekforge.runtime.backends.tensorrt:TensorRtBackend",
+}
 
 
 def backend_factory(name: str) -> BackendFactory:

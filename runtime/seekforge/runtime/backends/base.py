@@ -82,13 +82,16 @@ class Backend(Protocol):
 class BackendFactory(Protocol):
     """How a backend comes to be: the class of one."""
 
-    def __call__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> Backend:
+    def __call__(
+        self, folder: Path, manifest: Manifest, *, threads: int | None = None, checkpoint: Path | None = None
+    ) -> Backend:
         """Open the engine in `folder`.
 
         Args:
             folder: engine folder, its files verified.
             manifest: of that folder.
             threads: CPU threads for one operator; None lets the library choose.
+            checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
 
         Raises:
             EngineError: a graph cannot be loaded or has another face than the manifest says.

@@ -107,8 +107,10 @@ class _Graph:
 class OnnxRuntimeBackend:
     """A CPU engine. The MTP graph is loaded when it is first run."""
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
-        """Load the model graph; see `BackendFactory`."""
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, threads: int | None = None, checkpoint: Path | None = None
+    ) -> None:
+        """Load the model graph; see `BackendFactory`. The weights are in the engine: `checkpoint` is not read."""
         self._folder = folder
         self._manifest = manifest
         self._threads = threads or _default_threads()
