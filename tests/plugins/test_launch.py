@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from kernel_cases import fake_kernels
 
-from seekforge.plugins.device import OpLauncher
+from seekforge.plugins.device import KernelFolder, OpLauncher
 from seekforge.plugins.errors import EngineError, ShapeError
 from seekforge.plugins.launch import (
     Buffer,
@@ -150,3 +151,26 @@ def test_workspace_parts_are_aligned() -> None:
 )
 def test_occupancy(registers: int, shared: int, warps: int, sm: int, share: float) -> None:
     assert occupancy(registers=registers, shared_bytes=shared, num_warps=warps, sm=sm) == pytest.approx(share)
+
+
+def test_an_engine_folder_gives_launchers_by_digest(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels" / "sm80"
+    folder.mkdir(parents=True)
+    (folder / "a.cubin").write_bytes(b"code")
+    sha256 = hashlib.sha256(b"code").hexdigest()
+    attrs = {"act_quant": "ue8m0"}
+    entries = []
+    for one in (fake_kernels("DsaCacheWrite", STATICS, 80), fake_kernels("BlockFp8Linear", attrs, 80)):
+        images = {name: replace(image, cubin="a.cubin", sha256=sha256) for name, image in one.images.items()}
+        (folder / f"{one.op}.json").write_text(to_json(replace(one, images=images)))
+        entries.append({"op": one.op, "sm": 80, "digest": one.digest, "file": f"sm80/{one.op}.json"})
+    (tmp_path / "kernels" / "index.json").write_text(json.dumps({"format": 1, "kernels": entries}))
+    kernels = fake_kernels("DsaCacheWrite", STATICS, 80)
+    for sm in (80, 86):
+        source = KernelFolder(tmp_path, sm, Recorder())
+        found = source.launcher(kernels.op, attrs=ATTRS, products="bf16", digest=kernels.digest)
+        assert found.kernels.digest == kernels.digest
+        with pytest.raises(EngineError, match="built for fp8 products, kernels of sm80 have bf16"):
+            source.launcher("BlockFp8Linear", attrs=attrs, products="fp8", digest=kernels.digest)
+    with pytest.raises(EngineError, match="no kernels for sm90"):
+        KernelFolder(tmp_path, 90, Recorder()).launcher(kernels.op, attrs=ATTRS, products="fp8", digest=kernels.digest)

@@ -21,17 +21,21 @@ from seekforge.plugins.launch import (
     KernelSet,
     Plan,
     argument_code,
+    has_fp8,
     op_kernels,
     read_cubin,
     read_kernels,
     resolve,
 )
 from seekforge.plugins.registry import SPECS
+from seekforge.plugins.tensorrt.launch import Descriptors
 
 #: Shapes whose plans are remembered per launcher; a server sees few.
 _PLANS: Final = 512
 #: Dynamic shared memory that a kernel may use without asking.
 _SHARED_DEFAULT: Final = 48 * 1024
+#: Operators whose products have FP8 weights, and so another precision where a GPU has no FP8.
+_FP8_WEIGHTS: Final = ("BlockFp8Linear", "MoeExperts")
 _NUMPY: Final[dict[str, Any]] = {
     "b": np.int8, "i": np.int32, "q": np.int64, "I": np.uint32, "Q": np.uint64, "f": np.float32,
 }  # fmt: skip
@@ -183,3 +187,29 @@ class OpLauncher:
             values = resolve(launch.arguments, addresses)
             row = [values[param.name] if param.name else 0 for param in image.params]
             self._driver.launch(self._loaded[launch.variant], image, launch.grid, row, stream)
+
+
+class KernelFolder:
+    """Gives the launchers of an engine folder to plugins, for one GPU: a `LauncherSource`.
+
+    Args:
+        engine: the engine folder; kernels lie in `kernels/`.
+        sm: compute capability of the GPU. 86 runs the kernels of 80.
+        driver: loads and launches.
+    """
+
+    def __init__(self, engine: Path, sm: int, driver: Driver) -> None:
+        self._descriptors, self._driver = Descriptors(engine, 80 if sm == 86 else sm), driver
+
+    def launcher(self, op: str, *, attrs: Mapping[str, Any], products: str, digest: str) -> OpLauncher:
+        """Return the kernels of `op` with this digest, loaded.
+
+        Raises:
+            EngineError: there are none, they are damaged, were compiled for other attributes, or multiply otherwise
+                than the engine was built for.
+        """
+        found = OpLauncher.open(self._descriptors.find(op, digest), attrs, self._driver)
+        ours = "fp8" if has_fp8(found.kernels.sm) else "bf16"
+        if op in _FP8_WEIGHTS and products not in ("", ours):
+            raise EngineError(f"{op}: built for {products} products, kernels of sm{found.kernels.sm} have {ours}")
+        return found
