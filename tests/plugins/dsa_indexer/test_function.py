@@ -24,3 +24,19 @@ def test_body_picks_what_the_reference_picks(case: Case, how: Specialisation) ->
     assert torch.equal(real, real.int().sort(dim=-1, descending=True).values.bool()), "−1 comes last"
     filled = got.long().masked_fill(~real, 2**40)
     assert torch.equal(filled, filled.sort(-1).values), "positions ascend"
+
+
+@pytest.mark.parametrize("blocks", (1, 2))
+def test_short_tables_are_answered_without_reading_a_key(blocks: int) -> None:
+    """With at most index_topk slots in the tables everything visible is picked, whatever the keys hold."""
+    how = Specialisation("f32", "float8", "f32", "ort")
+    attrs = {"index_topk": 64, "indexer_fp8": False, "index_format": "f32"}
+    draw = torch.Generator().manual_seed(0)
+    q, w = torch.randn(1, 1, 2, 128, generator=draw), torch.randn(1, 1, 2, generator=draw)
+    cache = torch.randn(3 * 64, 128, generator=draw)
+    table = torch.tensor([[2, 1][:blocks]], dtype=torch.int32)
+    position = torch.tensor([[40]])
+    (got,) = run_function("DsaIndexer", (q, w, cache, table, position), attrs, how)
+    (blind,) = run_function("DsaIndexer", (q, w, cache[:0], table, position), attrs, how) if blocks == 1 else (got,)
+    assert torch.equal(got, blind)
+    assert got[0, 0].tolist() == [*range(41), *[-1] * 23]

@@ -1,5 +1,7 @@
 """`DsaIndexer` in standard ONNX operators: a Scan over the query rows, all sequences at once.
 
+In ONNX Runtime a step whose block tables hold no more than `index_topk` keys skips it: all that is visible is picked.
+
 The keys of the sequences are gathered once. They are the left operand of the product, which ONNX Runtime reads where
 it lies; the right one is packed anew for every row. Memory per row is [B, L, Hi].
 """
@@ -32,32 +34,60 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
         )
     topk = int(attrs["index_topk"])
     text = Text()
-    q = "q"
-    if attrs["indexer_fp8"]:
-        q = fake_quantise(text, q, "q_", dtype=how.activations, bodies=how.bodies)
     text.add(f"""
   blocks = Cast<to = {onnx_type("i64")}>(block_table)
   firsts = Mul(blocks, {text.i64(_PAGE)})
   firsts3 = Unsqueeze(firsts, {text.ints(2)})
   slots3 = Add(firsts3, {text.table(np.arange(_PAGE, dtype=np.int64))})
   slots = Reshape(slots3, {text.ints(0, -1)})
-  stored = Gather<axis = 0>(index_cache, slots)
-""")
-    keys = cast(text, "stored", "keys", to="f32", given=cache_type)
-    text.add(f"""
   length1 = Shape<start = 1, end = 2>(slots)
   length = Squeeze(length1)
   logical = Range({text.i64(0)}, length, {text.i64(1)})
 """)
-    # ort: as many columns as there are keys, padded after the scan. trt: a K that changes with L inside a scan
-    # does not build, so every row is widened by index_topk columns that nobody sees.
+    if how.bodies == "trt":
+        # a K that changes with L inside a scan does not build, so every row is widened by index_topk columns
+        # that nobody sees
+        _add_scan(text, attrs, how, "picked", k=text.ints(topk))
+        text.add("topk_indices = Identity(picked)")
+        return text.body_of(SPEC)
+    # While no sequence can hold more than index_topk keys, every visible key is picked and no score is needed:
+    # the keys are not even gathered. Otherwise as many columns as there are keys; both are padded at the end.
+    text.add(f"""
+  is_short1 = LessOrEqual(length1, {text.ints(topk)})
+  is_short = Squeeze(is_short1)
+  picked = If (is_short) <
+    then_branch = everything () => (seen) {{
+      positions3 = Unsqueeze(positions, {text.ints(2)})
+      is_seen = LessOrEqual(logical, positions3)
+      seen64 = Where(is_seen, logical, {text.i64(-1)})
+      seen = Cast<to = {onnx_type("i32")}>(seen64)
+    }},
+    else_branch = best () => (chosen) {{
+""")
+    text.add(f"k = Min(length1, {text.ints(topk)})")  # of a table known to be short, the dead branch must type too
+    _add_scan(text, attrs, how, "chosen", k="k")
+    text.add(f"""
+    }}>
+  columns1 = Shape<start = 2, end = 3>(picked)
+  short = Sub({text.ints(topk)}, columns1)
+  pads = Concat<axis = 0>({text.ints(0, 0, 0, 0, 0)}, short)
+  padded = Pad(picked, pads, {text.i32(-1)})
+  topk_indices = Reshape(padded, {text.ints(0, 0, topk)})
+""")
+    return text.body_of(SPEC)
+
+
+def _add_scan(text: Text, attrs: Attrs, how: Specialisation, out: str, *, k: str) -> None:
+    """Score the keys of every query row and write the ascending positions of the `k` best to `out`."""
     ort = how.bodies == "ort"
-    k = "k" if ort else text.ints(topk)
-    if ort:
-        text.add(f"k = Min(length1, {text.ints(topk)})")
-    text.add("""
-  done, picked = Scan<num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1], body = query_row
-    (state, q_row, w_row, position) => (state_out, row) {
+    q = "q"
+    if attrs["indexer_fp8"]:
+        q = fake_quantise(text, q, "q_", dtype=how.activations, bodies=how.bodies)
+    text.add("stored = Gather<axis = 0>(index_cache, slots)")
+    keys = cast(text, "stored", "keys", to="f32", given=str(attrs["index_format"]))
+    text.add(f"""
+  done, {out} = Scan<num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1], body = query_row
+    (state, q_row, w_row, position) => (state_out, row) {{
       state_out = Identity(state)
 """)
     q_row = cast(text, "q_row", "q_row_f", to="f32", given=how.activations)
@@ -83,7 +113,8 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     score = "narrow"
     if not ort:
         score = "widened"
-        text.add(f"widened = Pad(narrow, {text.ints(0, 0, 0, topk)}, {text.f32(-np.inf)})")
+        widening = text.ints(0, 0, 0, int(attrs["index_topk"]))
+        text.add(f"widened = Pad(narrow, {widening}, {text.f32(-np.inf)})")
     text.add(f"""
       values, where = TopK<axis = -1, largest = 1, sorted = 1>({score}, {k})
       hidden = Less(values, {text.f32(-_MAX)})
@@ -94,13 +125,3 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
       row = Cast<to = {onnx_type("i32")}>(marked)
   }}>({text.f32(0)}, {q}, w, positions)
 """)
-    if ort:
-        text.add(f"""
-  short = Sub({text.ints(topk)}, k)
-  pads = Concat<axis = 0>({text.ints(0, 0, 0, 0, 0)}, short)
-  padded = Pad(picked, pads, {text.i32(-1)})
-  topk_indices = Reshape(padded, {text.ints(0, 0, topk)})
-""")
-    else:
-        text.add("topk_indices = Identity(picked)")
-    return text.body_of(SPEC)
