@@ -37,11 +37,11 @@ COMMANDS: dict[str, _Command] = {
     "kernels": _Command(
         "seekforge.exporter.build.kernels_cli:kernels", "Compile the operators' GPU kernels ahead of time."
     ),
-    "inspect": _Command(
-        "seekforge.exporter.inspect.cli:inspect", "Show what a checkpoint, a program or an engine is."
-    ),
+    "inspect": _Command("seekforge.exporter.inspect.cli:inspect", "Show what a checkpoint, a program or an engine is."),
     "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
-    "bench": _Command("seekforge.runtime.bench_cli:bench", "Measure an engine: throughput, latency, what the host costs."),
+    "bench": _Command(
+        "seekforge.runtime.bench_cli:bench", "Measure an engine: throughput, latency, what the host costs."
+    ),
     "parity": _Command(
         "seekforge.exporter.parity.cli:parity", "Prove an engine against PyTorch, or find where it differs."
     ),
@@ -58,6 +58,7 @@ EXTRAS: dict[str, str] = {
     "safetensors": "export",
     "onnxruntime": "cpu",
     "triton": "kernels",
+    "llguidance": "guided",
     "tensorrt_rtx": "rtx",
     "tensorrt": "trt",
 }

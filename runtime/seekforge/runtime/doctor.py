@@ -34,6 +34,7 @@ _PACKAGES = (
     "tensorrt-rtx",
     "tensorrt",
     "triton",
+    "llguidance",
     "transformers",
 )
 #: backend -> the extra that brings its library.
