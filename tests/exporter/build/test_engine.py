@@ -113,6 +113,21 @@ def test_an_engine_that_computes_something_else_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_engine_that_is_wrong_beyond_index_topk_only_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    class BentLate(self_check.OrtSession):
+        def step(self, inputs: Any, **hidden: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = super().step(inputs, **hidden)
+            if inputs.input_ids.shape[1] > 64:
+                outputs["logits"][-1] += np.float32(0.1)
+            return outputs
+
+    monkeypatch.setattr(self_check, "OrtSession", BentLate)
+    with pytest.raises(EngineError, match="at position 71"):
+        build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint)
+
+
 def test_a_shorter_context_cuts_the_tables(
     tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -4,9 +4,9 @@ Selection of keys and experts, and FP8 rounding, are discrete: another order of 
 logits then move by far more than f32 noise. So the tolerance is measured, not guessed: each candidate prompt is
 also run with its embeddings changed by parts in a million, and a prompt whose results hold still is preferred.
 
-In deep FP8 models the engine may flip a rounding that these trials did not. So prompts that hold still are compared
-one after the other, and the first on which the engine agrees is stored: a correct engine agrees on some of the short
-ones, an engine with a fault on none.
+In deep FP8 models the engine may flip a rounding that these trials did not. So there, prompts that hold still are
+compared one after the other, and the first on which the engine agrees is stored: a correct engine agrees on some of
+the short ones, an engine with a fault on none. Without FP8 rounding the first such prompt decides.
 """
 
 from __future__ import annotations
@@ -70,9 +70,12 @@ def make_self_check(
         if length > longest:
             continue
         found = _candidates(settings, source, length, count)
-        for candidate in found:
-            if candidate.holds_still and _difference(candidate.check, session) is None:
+        for candidate in filter(lambda candidate: candidate.holds_still, found):
+            fault = _difference(candidate.check, session)
+            if fault is None:
                 return candidate.check
+            if settings.numerics.act_quant == "none":
+                raise EngineError(fault)  # nothing is rounded to FP8: no other prompt can excuse this one
         tried += found
     # none holds still, or the engine disagrees on all that do: the stillest decides
     best = min(tried, key=lambda candidate: candidate.change).check

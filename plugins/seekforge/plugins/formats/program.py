@@ -116,7 +116,7 @@ def save_program(folder: Path, program: Program, bindings: dict[str, dict[str, R
 
 
 def save_bindings(folder: Path, bindings: Mapping[str, Mapping[str, Recipe]]) -> None:
-    """Write bindings.json: graph name -> input name -> recipe; of a CPU engine, the constants folded into each graph."""
+    """Write bindings.json: graph name -> input name -> recipe. In a CPU engine: of the constants of each graph."""
     raw = {graph: {name: recipe.to_dict() for name, recipe in recipes.items()} for graph, recipes in bindings.items()}
     text = json.dumps({"format": PROGRAM_FORMAT, "graphs": raw}, ensure_ascii=False, separators=(",", ":"))
     (folder / "bindings.json").write_text(text + "\n", encoding="utf-8")
