@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from seekforge.plugins.errors import OutputError
 from seekforge.runtime import cli
-from seekforge.runtime.doctor import Requirement, capability, parse_requirements
+from seekforge.runtime.doctor import Requirement, capability, parse_requirements, target_capabilities
 
 
 def invoke(*args: str) -> Result:
@@ -233,3 +233,14 @@ def test_doctor_names_the_command_for_what_is_missing() -> None:
     assert capability("run", ("cpu",), wanted, installed.get).ready
     other = capability("export", ("export",), wanted, {"torch": "2.12.0", "onnx-ir": "1.1.0"}.get)
     assert other.missing == "torch is 2.12.0, needs 2.13.0"
+
+
+def test_doctor_promises_no_gpu_run_that_would_be_refused() -> None:
+    wanted = parse_requirements(['a>=1; extra == "export"', 'b>=1; extra == "rtx"', 'c>=1; extra == "trt"'])
+    installed = {"a": "1", "b": "1", "c": "1"}.get
+    build, run = target_capabilities("rtx4090", "tensorrt-rtx", wanted, installed, has_gpu=False)
+    assert build.ready and not run.ready and "no compiled kernels" in run.missing
+    build, _ = target_capabilities("h100", "tensorrt", wanted, installed, has_gpu=False)
+    assert not build.ready and "no NVIDIA GPU here" in build.missing
+    assert target_capabilities("h100", "tensorrt", wanted, installed, has_gpu=True)[0].ready
+    assert not any(c.ready for c in target_capabilities("x", "unheard-of", wanted, installed, has_gpu=True))

@@ -40,6 +40,9 @@ _PACKAGES = (
 #: backend -> the extra that brings its library.
 _EXTRA_OF_BACKEND = {"onnxruntime": "cpu", "tensorrt-rtx": "rtx", "tensorrt": "trt"}
 
+#: Why no GPU engine runs yet.
+_NO_KERNELS = "GPU engines of this version hold no compiled kernels yet and refuse to load"
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -129,17 +132,33 @@ def examine() -> Report:
     else:
         capabilities = [capability("export a checkpoint", ("export",), requirements, _version)]
         for target, backend in _targets().items():
-            for verb, extras in (("build for", ("export",)), ("run on", ())):
-                capabilities.append(_target_capability(f"{verb} {target}", backend, extras, requirements))
+            capabilities += target_capabilities(target, backend, requirements, _version, has_gpu=bool(gpus))
     return Report(versions, gpus, tuple(capabilities))
 
 
-def _target_capability(
-    name: str, backend: str, extras: tuple[str, ...], requirements: dict[str, list[Requirement]]
-) -> Capability:
+def target_capabilities(
+    target: str, backend: str, requirements: dict[str, list[Requirement]], version_of: Callable, *, has_gpu: bool
+) -> list[Capability]:
+    """Judge building for one target and running on it.
+
+    Args:
+        target: its name.
+        backend: of its file.
+        requirements: of this distribution, by extra.
+        version_of: package -> installed version or None.
+        has_gpu: whether a GPU answers here.
+    """
+    build, run = f"build for {target}", f"run on {target}"
     if backend not in BACKENDS:
-        return Capability(name, False, f"this version of seekforge has no {backend} backend")
-    return capability(name, (*extras, _EXTRA_OF_BACKEND[backend]), requirements, _version)
+        fault = f"this version of seekforge has no {backend} backend"
+        return [Capability(build, False, fault), Capability(run, False, fault)]
+    extra = _EXTRA_OF_BACKEND[backend]
+    building = capability(build, ("export", extra), requirements, version_of)
+    if backend == "onnxruntime":
+        return [building, capability(run, (extra,), requirements, version_of)]
+    if backend == "tensorrt" and building.ready and not has_gpu:
+        building = Capability(build, False, "no NVIDIA GPU here; TensorRT builds on the GPU that the engine is for")
+    return [building, Capability(run, False, _NO_KERNELS)]
 
 
 def _targets() -> dict[str, str]:
