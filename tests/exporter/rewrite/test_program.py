@@ -76,7 +76,12 @@ def test_nodes_carry_their_namespace_and_share_one_function(
 ) -> None:
     model = onnx.load(program / f"{graph}.onnx")
     custom = [node for node in model.graph.node if node.domain == "seekforge"]
-    assert {node.op_type for node in custom} == set(SPECS) == {function.name for function in model.functions}
+    # a program of one rank has no collective
+    assert (
+        {node.op_type for node in custom}
+        == set(SPECS) - {"SumRanks"}
+        == {function.name for function in model.functions}
+    )
     for node in custom:
         assert any(a.name == "plugin_namespace" and a.s == b"seekforge" for a in node.attribute), node.name
     layers = tiny_config.num_hidden_layers if graph == "model" else 1

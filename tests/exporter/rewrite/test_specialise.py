@@ -85,5 +85,5 @@ def test_what_is_no_program_is_refused(tiny_config: ModelConfig) -> None:
         specialise(empty, CPU, tiny_config)
 
 
-def test_every_operator_is_used(canonical: onnx.ModelProto) -> None:
-    assert {node.op_type for node in canonical.graph.node if node.domain} == set(SPECS)
+def test_every_operator_but_the_collective_is_used_by_one_rank(canonical: onnx.ModelProto) -> None:
+    assert {node.op_type for node in canonical.graph.node if node.domain} == set(SPECS) - {"SumRanks"}
