@@ -1,6 +1,6 @@
 """Measure what docs/full-size.md states: the full export, and the loader against a plain copy.
 
-    python benchmarks/full_size.py [--folder DIR] [--gigabytes N] [--threads N] [--json]
+    python tests/bench_full_size.py [--folder DIR] [--gigabytes N] [--threads N] [--json]
 
 Needs no weights and no GPU: the export reads a sparse checkpoint of true size; the loader reads layers of true width
 (`--gigabytes` of them, made with random valid values under DIR, some space for which is needed twice: on disk and in
