@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from seekforge.plugins.errors import EngineError, EnvironmentFault
+from seekforge.plugins.formats.loading import check_kernels
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest, verify_files
 from seekforge.runtime.backends import BACKENDS, Backend, BackendFactory, backend_factory
 from seekforge.runtime.kv_cache import blocks_needed
@@ -64,9 +65,10 @@ class Engine:
             checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
 
         Raises:
-            EngineError: the backend is unknown here or cannot load the graphs.
+            EngineError: the backend is unknown here or cannot load the graphs, or its plugins have no kernels.
             EnvironmentFault: the backend's library is not installed.
         """
+        check_kernels(self.folder, self.manifest)
         return _factory(self.manifest.target.backend)(
             self.folder, self.manifest, threads=threads, checkpoint=checkpoint
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from seekforge.plugins.errors import CheckpointError, EngineError
-from seekforge.plugins.formats.loading import check_loadable, check_weights
+from seekforge.plugins.formats.loading import check_kernels, check_loadable, check_weights
 from seekforge.plugins.formats.manifest import (
     Audit,
     Cache,
@@ -157,6 +157,13 @@ def test_an_engine_without_kernels(engine: Manifest, tmp_path: Path) -> None:
     plugins = {"MoeRoute": engine.plugins["MoeRoute"].model_copy(update={"kernel_digest": ""})}
     with pytest.raises(EngineError, match="built without compiled kernels"):
         check_loadable(tmp_path, changed(engine, plugins=plugins), sm=89, versions=HERE)
+
+
+def test_an_engine_without_kernels_is_refused_where_no_gpu_is(engine: Manifest, tmp_path: Path) -> None:
+    check_kernels(tmp_path, engine)
+    bare = {op: use.model_copy(update={"kernel_digest": ""}) for op, use in engine.plugins.items()}
+    with pytest.raises(EngineError, match="built without compiled kernels"):
+        check_kernels(tmp_path, changed(engine, plugins=bare))
 
 
 def test_an_oversize_engine(engine: Manifest, tmp_path: Path) -> None:

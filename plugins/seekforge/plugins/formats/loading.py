@@ -78,6 +78,20 @@ def check_loadable(folder: Path, manifest: Manifest, *, sm: int, versions: Mappi
                 raise EngineError(f"{folder}: plugins.{op}.kernel_digest: {error}: {again}") from None
 
 
+def check_kernels(folder: Path, manifest: Manifest) -> None:
+    """Refuse an engine whose plugins were built without compiled kernels; needs no GPU to know.
+
+    Raises:
+        EngineError: naming the first such operator.
+    """
+    bare = [op for op, use in manifest.plugins.items() if use.num_layers and not use.kernel_digest]
+    if bare:
+        raise EngineError(
+            f"{folder}: plugins.{bare[0]}: was built without compiled kernels, so none of its plugins can run; this "
+            "version builds such engines to be looked at ('seekforge inspect'), run one of target cpu"
+        )
+
+
 def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoint: Path) -> None:
     """Refuse weights of another structure than those that the engine was built for.
 
