@@ -6,8 +6,6 @@ speed of the disk, and is asked for by name; it is where a bit flip or a bad con
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,28 +15,12 @@ from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors
 from seekforge.plugins.errors import CheckpointError
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.scan import Family, Findings
 
 #: Called as progress(bytes scanned so far, bytes in all).
 Progress = Callable[[int, int], None]
 
 _CHUNK_BYTES = 1 << 24
-_NUMBERED = re.compile(r"^model\.layers\.\d+\.|(?<=experts)\.\d+(?=\.)")
-
-
-@dataclass(frozen=True)
-class ScaleFamily:
-    """The block scales of one kind of weight over all layers and experts.
-
-    Attributes:
-        num_tensors: scale tensors seen.
-        num_powers_of_two: how many of them hold powers of two only.
-        smallest, largest: extreme values.
-    """
-
-    num_tensors: int
-    num_powers_of_two: int
-    smallest: float
-    largest: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +35,7 @@ class ScanReport:
 
     num_tensors: int
     num_bytes: int
-    scale_families: dict[str, ScaleFamily]
+    scale_families: dict[str, Family]
 
     @property
     def all_powers_of_two(self) -> bool:
@@ -137,19 +119,18 @@ def scan_values(
     chosen = checkpoint.names if names is None else tuple(names)
     total = sum(checkpoint.info(name).num_bytes for name in chosen)
     done = 0
-    scales: dict[str, ScaleFamily] = {}
+    found = Findings()
     for name in chosen:
         array = checkpoint.tensor(name)
         _check_finite(checkpoint, name, array)
         if name.endswith(SCALE_SUFFIX):
             _check_positive(checkpoint, name, array)
-            family = _NUMBERED.sub("", name).removesuffix(".weight" + SCALE_SUFFIX)
-            scales[family] = _add(scales.get(family), array)
+            found.add(name, array)
         done += array.nbytes
         if progress is not None:
             progress(done, total)
     _check_copies(checkpoint, config, set(chosen))
-    return ScanReport(len(chosen), total, scales)
+    return ScanReport(len(chosen), total, found.families())
 
 
 def _check_finite(checkpoint: Checkpoint, name: str, array: np.ndarray) -> None:
@@ -200,19 +181,6 @@ def _check_copies(checkpoint: Checkpoint, config: ModelConfig, chosen: set[str])
                     f"{_place(checkpoint, copy)} differs from {main!r}, expected equal bits (the MTP layer shares "
                     "it); the checkpoint was changed on one side only, download it again"
                 )
-
-
-def _add(family: ScaleFamily | None, scale: np.ndarray) -> ScaleFamily:
-    power_of_two = bool(np.all(np.frexp(scale)[0] == 0.5))
-    smallest, largest = (float(scale.min()), float(scale.max())) if scale.size else (math.inf, 0.0)
-    if family is None:
-        return ScaleFamily(1, int(power_of_two), smallest, largest)
-    return ScaleFamily(
-        num_tensors=family.num_tensors + 1,
-        num_powers_of_two=family.num_powers_of_two + power_of_two,
-        smallest=min(family.smallest, smallest),
-        largest=max(family.largest, largest),
-    )
 
 
 def _chunks(flat: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
