@@ -2,6 +2,9 @@
 
 This is the engine's side of `seekforge parity`, in the runtime's own process and through the backend that serves:
 what is compared is what users get. Each step is written before the next one runs.
+
+A part of a model (a stage, or an engine that a check has cut between layers) computes nothing of what goes into it:
+that comes from another side's dump.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from typing import Protocol
 import numpy as np
 
 from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.dump import Case, DumpWriter, Plan, PlanStep, Side, lay_out
+from seekforge.plugins.formats.dump import Case, Dump, DumpWriter, Plan, PlanStep, Side, lay_out
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.runtime.backends.base import StepInputs, StepOutputs
 
 #: Results that are kept of every step; the first feeds an MTP step.
 _RESULTS = ("hidden", "logits")
+#: What one layer hands to the next. A stage takes them by these names; an engine that was cut takes those of each
+#: layer as `hidden_states_in.3`; a stage gives them with `_out`.
+_HANDOVER = ("hidden_states", "residual")
 
 
 class CacheBackend(Protocol):
@@ -55,6 +61,7 @@ def write_dump(
     *,
     name: str,
     taps: Collection[str] | None = None,
+    given: Dump | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
     """Run every step of `plan` and store results, taps and, after each case, the caches.
@@ -66,11 +73,14 @@ def write_dump(
         out: an empty folder.
         name: what the report calls this side.
         taps: names of tap outputs to keep; None keeps all that the engine gives.
+        given: another side's dump of the same plan: what goes into a part of a model, and into MTP steps.
         progress: told each case.
 
     Raises:
         RequestError: a case is longer than the engine accepts.
-        EngineError: the plan needs a graph that the engine does not have.
+        ConfigError: `given` does not have what goes into this part.
+        EngineError: the plan needs a graph that the engine does not have, or the engine is a part of a model and
+            nothing is given.
     """
     limit = manifest.limits.max_model_len
     longest = max(case.context for case in plan.cases)
@@ -86,8 +96,11 @@ def write_dump(
             current = case
         if step.graph not in manifest.graphs:
             raise EngineError(f"case {case.name!r} runs the graph {step.graph!r}, which the engine does not have")
-        results = _run(backend, manifest, case, step, hidden, taps)
-        hidden = results["hidden"] if step.graph == "model" else hidden
+        if given is not None and step.graph == "mtp":
+            hidden = given.tensor(number - 1, "hidden")
+        results = _run(backend, manifest, case, step, hidden, taps, _inputs_of(manifest, step.graph, given, number))
+        if step.graph == "model" and "hidden" in results:
+            hidden = results["hidden"]
         if step is case.steps[-1]:
             graphs = {step.graph for step in case.steps}
             results |= {
@@ -97,6 +110,24 @@ def write_dump(
     writer.close()
 
 
+def _inputs_of(manifest: Manifest, graph: str, given: Dump | None, number: int) -> dict[str, tuple[str, np.ndarray]]:
+    """Return what a step takes of another side: input -> (name in dumps, value)."""
+    names: dict[str, str] = {}
+    for spec in manifest.graphs[graph].inputs:
+        kind, _, layer = spec.name.partition(".")
+        if spec.name in _HANDOVER:
+            names[spec.name] = f"{spec.name}.{manifest.layer_range[0]}"
+        elif kind.removesuffix("_in") in _HANDOVER:
+            names[spec.name] = f"{kind.removesuffix('_in')}.{layer}"
+    if names and given is None:
+        raise EngineError(
+            f"the engine holds layers {manifest.layer_range[0]} to {manifest.layer_range[1] - 1} only: pass --given, a "
+            "dump that shows what goes into them"
+        )
+    assert given is not None or not names
+    return {name: (kept, given.tensor(number, kept)) for name, kept in names.items()}  # pyright: ignore
+
+
 def _run(
     backend: CacheBackend,
     manifest: Manifest,
@@ -104,10 +135,15 @@ def _run(
     step: PlanStep,
     hidden: np.ndarray,
     taps: Collection[str] | None,
+    given: dict[str, tuple[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
     face = manifest.graphs[step.graph]
-    found = [spec.name for spec in face.outputs if spec.role == "tap"]
-    wanted = [*_RESULTS, *(tap for tap in found if taps is None or tap in taps)]
+    names = {spec.name: spec.name for spec in face.outputs if spec.name in _RESULTS}  # output -> name in the dump
+    names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in _HANDOVER}
+    names = {name: kept for name, kept in names.items() if any(spec.name == name for spec in face.outputs)}
+    names |= {
+        spec.name: spec.name for spec in face.outputs if spec.role == "tap" and (taps is None or spec.name in taps)
+    }
     arrays = lay_out(case, step)
     inputs = StepInputs(
         input_ids=arrays.input_ids,
@@ -116,9 +152,12 @@ def _run(
         block_table=arrays.block_table,
         logits_index=arrays.logits_index,
         hidden_in=hidden if step.graph == "mtp" else None,
+        given={name: value for name, (_, value) in given.items()},
     )
-    outputs = backend.run(inputs, outputs=wanted, graph=step.graph)
-    return {name: np.array(outputs.fetch(name)) for name in wanted}
+    outputs = backend.run(inputs, outputs=list(names), graph=step.graph)
+    found = {kept: np.array(outputs.fetch(name)) for name, kept in names.items()}
+    # of a stage, what went in is part of what it shows
+    return {kept: value for name, (kept, value) in given.items() if name in _HANDOVER} | found
 
 
 def _caches(backend: CacheBackend, manifest: Manifest, graph: str) -> dict[str, np.ndarray]:

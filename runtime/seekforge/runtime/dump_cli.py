@@ -9,7 +9,7 @@ import click
 from pydantic import ValidationError
 
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import MODES, Plan, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.dump import MODES, Dump, Plan, make_plan, parse_contexts, parse_modes
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.runtime.dump import write_dump
@@ -24,6 +24,7 @@ from seekforge.runtime.engine import Engine
 @click.option("--modes", default=",".join(MODES), show_default=True, help="How prompts are cut into steps.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random prompts.")
 @click.option("--taps", help="Tap outputs to keep, separated by commas. Default: all that the engine gives.")
+@click.option("--given", type=click.Path(path_type=Path), help="Dump with what goes into ENGINE, a part of a model.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
 @click.option("--name", help="What reports call this side. Default: the folder's name.")
 @click.option("--force", is_flag=True, help="Replace a dump that stands at OUT.")
@@ -37,6 +38,7 @@ def dump(
     modes: str,
     seed: int,
     taps: str | None,
+    given: Path | None,
     threads: int | None,
     name: str | None,
     force: bool,
@@ -48,7 +50,13 @@ def dump(
     --taps gives the inside of every layer too.
     """
     opened = Engine.open(engine)
-    plan = _read(plan_file) if plan_file else _random_plan(opened.manifest, contexts, modes, seed)
+    inputs = None if given is None else Dump.open(given)
+    if plan_file is not None:
+        plan = _read(plan_file)
+    else:
+        plan = inputs.plan if inputs is not None else _random_plan(opened.manifest, contexts, modes, seed)
+    if inputs is not None and inputs.plan != plan:
+        raise ConfigError(f"{given}: ran other steps than the plan has; leave out --plan to run the steps of --given")
 
     def say(case: str) -> None:
         if not quiet:
@@ -66,6 +74,7 @@ def dump(
                 folder,
                 name=name or engine.resolve().name,
                 taps=None if taps is None else set(taps.split(",")),
+                given=inputs,
                 progress=say,
             )
     finally:

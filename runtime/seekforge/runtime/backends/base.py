@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,7 @@ class StepInputs:
         block_table: [B, MB], int32; 0, the scrap block, fills rows up.
         logits_index: [N], int64, N ≥ 1: rows of the flattened B·Q whose logits are wanted.
         hidden_in: [B, Q, H], float32, for the MTP graph; None for the model.
+        given: other inputs by name: what a stage of a model takes from the stage before it, [B, Q, H], float32.
     """
 
     input_ids: np.ndarray
@@ -36,6 +37,11 @@ class StepInputs:
     block_table: np.ndarray
     logits_index: np.ndarray
     hidden_in: np.ndarray | None = None
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def array(self, name: str) -> np.ndarray:
+        """Return the input called `name`."""
+        return self.given[name] if name in self.given else getattr(self, name)
 
 
 class StepOutputs(Protocol):

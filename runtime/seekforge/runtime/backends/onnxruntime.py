@@ -33,7 +33,6 @@ _ORT_TYPES = {
     "i64": "tensor(int64)",
     "bool": "tensor(bool)",
 }
-_STEP_INPUTS = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index", "hidden_in")
 
 
 class OrtStepOutputs:
@@ -57,7 +56,7 @@ class _Graph:
         self.caches: dict[str, ort.OrtValue] = {}
         self._cache_specs = face.with_role("cache")
         self._aliases = face.aliases
-        self._step_inputs = tuple(spec.name for spec in face.inputs if spec.name in _STEP_INPUTS)
+        self._step_inputs = tuple(spec.name for spec in face.inputs if spec.role != "cache")
         path = folder / face.file
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors: warnings about the graph are for its builder
@@ -88,7 +87,7 @@ class _Graph:
     def run(self, inputs: StepInputs, outputs: Collection[str]) -> OrtStepOutputs:
         assert self.caches or not self._cache_specs, "allocate_caches comes before run"
         binding = self.session.io_binding()
-        fed = {name: np.ascontiguousarray(getattr(inputs, name)) for name in self._step_inputs}
+        fed = {name: np.ascontiguousarray(inputs.array(name)) for name in self._step_inputs}
         for name, array in fed.items():
             binding.bind_cpu_input(name, array)
         for name, value in self.caches.items():

@@ -135,6 +135,7 @@ def padded(inputs: StepInputs, *, max_batch_size: int, max_blocks: int) -> StepI
         np.pad(inputs.block_table, ((0, more), (0, wider))),
         np.pad(inputs.logits_index, (0, longer)),
         None if inputs.hidden_in is None else np.pad(inputs.hidden_in, (*down, (0, 0))),
+        {name: np.pad(value, (*down, (0, 0))) for name, value in inputs.given.items()},
     )
 
 
@@ -212,7 +213,7 @@ class _Graph:
         shapes: dict[str, tuple[int, ...]] = {}
         for spec in self.face.inputs:
             if spec.name in self.buffers:
-                moved |= self._reserve(spec, getattr(inputs, spec.name).shape)
+                moved |= self._reserve(spec, inputs.array(spec.name).shape)
         for spec in self.face.outputs:
             if spec.name in self.buffers:
                 shapes[spec.name] = tuple(_size(dim, sizes) for dim in spec.shape)
@@ -222,12 +223,12 @@ class _Graph:
     def set_shapes(self, inputs: StepInputs) -> None:
         for spec in self.face.inputs:
             if spec.name in self.buffers:
-                self.plan.set_shape(spec.name, getattr(inputs, spec.name).shape)
+                self.plan.set_shape(spec.name, inputs.array(spec.name).shape)
 
     def upload(self, inputs: StepInputs) -> None:
         for spec in self.face.inputs:
             if spec.name in self.buffers:
-                array = np.ascontiguousarray(getattr(inputs, spec.name), NUMPY[spec.dtype])
+                array = np.ascontiguousarray(inputs.array(spec.name), NUMPY[spec.dtype])
                 self.device.upload(self.buffers[spec.name].address, array)
 
     def _reserve(self, spec: TensorSpec, shape: tuple[int, ...]) -> bool:
