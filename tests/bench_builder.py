@@ -18,7 +18,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from seekforge.exporter.build.gpu_engine import Choices, build_gpu, check, open_inputs
+from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
+from seekforge.exporter.build.gpu_engine import build_gpu
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export

@@ -199,7 +199,7 @@ class KernelFolder:
     """
 
     def __init__(self, engine: Path, sm: int, driver: Driver) -> None:
-        self._descriptors, self._driver = Descriptors(engine, 80 if sm == 86 else sm), driver
+        self._descriptors, self._driver = Descriptors(engine, sm), driver
 
     def launcher(self, op: str, *, attrs: Mapping[str, Any], products: str, digest: str) -> OpLauncher:
         """Return the kernels of `op` with this digest, loaded.

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import FP8
 
 #: Cache format of GPU targets unless asked otherwise.
 DEFAULT_FORMAT: Final = "fp8_ds"
+_FP8: Final = FP8.to_dict()
 
 
-def operators(config: ModelConfig, *, kv_format: str = DEFAULT_FORMAT) -> dict[str, dict[str, Any]]:
+def operators(
+    config: ModelConfig, *, kv_format: str = DEFAULT_FORMAT, numerics: Mapping[str, Any] = _FP8
+) -> dict[str, dict[str, Any]]:
     """Return op_type -> the static sizes and attributes of a model, under the symbols of the specs.
 
     Args:
         config: of the model.
-        kv_format: of both caches; numerics are those of the official reference (FP8 on).
+        kv_format: of both caches.
+        numerics: fields of `formats.numerics.Numerics`; by default those of the official reference.
     """
+    act_quant, kv_fp8, indexer_fp8 = (numerics[name] for name in ("act_quant", "kv_fp8", "indexer_fp8"))
     found: dict[str, dict[str, Any]] = {
-        "BlockFp8Linear": {"act_quant": "ue8m0"},
+        "BlockFp8Linear": {"act_quant": act_quant},
         "DsaCacheWrite": {
             "C": config.kv_lora_rank,
             "R": config.qk_rope_head_dim,
             "D": config.index_head_dim,
             "kv_format": kv_format,
             "index_format": kv_format,
-            "kv_fp8": True,
-            "indexer_fp8": True,
+            "kv_fp8": kv_fp8,
+            "indexer_fp8": indexer_fp8,
         },
         "DsaIndexer": {
             "Hi": config.index_n_heads,
             "D": config.index_head_dim,
             "index_topk": config.index_topk,
-            "indexer_fp8": True,
+            "indexer_fp8": indexer_fp8,
             "index_format": kv_format,
         },
         "DsaAttention": {
@@ -53,7 +60,7 @@ def operators(config: ModelConfig, *, kv_format: str = DEFAULT_FORMAT) -> dict[s
             "TOPK": config.num_experts_per_tok,
             "H": config.hidden_size,
             "I2": 2 * config.moe_intermediate_size,
-            "act_quant": "ue8m0",
+            "act_quant": act_quant,
         },
     }
     return {op: found[op] for op in WITH_KERNELS}

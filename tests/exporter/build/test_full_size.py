@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from seekforge.exporter.build.gpu_engine import Choices, build_gpu, check, open_inputs
+from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
+from seekforge.exporter.build.gpu_engine import build_gpu
 from seekforge.exporter.build.targets import RTX_SMS, load_target
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.progress import Stages

@@ -16,7 +16,8 @@ from seekforge.exporter.build.cli import build as build_command
 from seekforge.exporter.build.cli import parse_size
 from seekforge.exporter.build.compiler import Options, Phases, compile_graph
 from seekforge.exporter.build.explain import explain, place
-from seekforge.exporter.build.gpu_engine import Choices, Inputs, Planned, build_gpu, check, open_inputs
+from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, check, open_inputs
+from seekforge.exporter.build.gpu_engine import build_gpu
 from seekforge.exporter.build.prepare import prepare
 from seekforge.exporter.build.profiles import axis_bounds, pool_blocks
 from seekforge.exporter.build.targets import TargetConfig, load_target
@@ -49,7 +50,7 @@ def one_layer(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def build(inputs: Inputs, target: TargetConfig, out: Path, choices: Choices | None = None) -> Manifest:
-    choices = choices or Choices()
+    choices = choices or Choices(kernels=False)
     return build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=QUIET)
 
 

@@ -19,7 +19,7 @@ from seekforge.plugins.errors import TargetError
 
 if TYPE_CHECKING:
     from seekforge.exporter.build.engine import Built
-    from seekforge.exporter.build.gpu_engine import Choices, Inputs, Planned
+    from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned
     from seekforge.plugins.formats.manifest import Manifest
 
 _GIB = 1 << 30
@@ -32,6 +32,8 @@ _GPU_OPTIONS = {
     "workspace": None,
     "timing_cache": None,
     "builder_optimization_level": None,
+    "layers_per_engine": None,
+    "kernels": True,
     "allow_oversize": False,
     "dry_run": False,
 }
@@ -68,6 +70,17 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     "--timing-cache", type=click.Path(path_type=Path), default=None, help="tensorrt: file of measured tactics."
 )
 @click.option("--builder-optimization-level", type=click.IntRange(0, 5), default=None, help="GPU: the library's.")
+@click.option(
+    "--layers-per-engine",
+    type=click.IntRange(min=1),
+    default=None,
+    help="GPU: most layers of one plan.  [default: all]",
+)
+@click.option(
+    "--kernels/--no-kernels",
+    default=True,
+    help="GPU: compile the plugins' kernels; an engine without can be looked at, not run.  [default: kernels]",
+)
 @click.option("--allow-oversize", is_flag=True, help="GPU: build what does not fit; it is marked and does not load.")
 @click.option("--dry-run", is_flag=True, help="GPU: check everything, say what would be built, build nothing.")
 @click.option("--taps", is_flag=True, help="Let the engine show the tensors inside each layer, for 'parity'.")
@@ -105,7 +118,7 @@ def build(
             ("max_num_batched_tokens", max_num_batched_tokens),
         ):
             if value != _GPU_OPTIONS.get(option):
-                name = "sm" if option == "sms" else option.replace("_", "-")
+                name = {"sms": "sm", "kernels": "no-kernels"}.get(option, option.replace("_", "-"))
                 raise TargetError(f"--{name} is for GPU targets, target {config.name} does not know it")
         if folder is None:
             raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
@@ -165,7 +178,8 @@ def _build_gpu(
     stages: Stages,
 ) -> None:
     from seekforge.exporter.build.compiler import Options
-    from seekforge.exporter.build.gpu_engine import Choices, build_gpu, check, open_inputs
+    from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
+    from seekforge.exporter.build.gpu_engine import build_gpu
 
     target = with_options(target, limits, gpu)
     if gpu["timing_cache"] is not None and target.backend == "tensorrt-rtx":
@@ -173,6 +187,8 @@ def _build_gpu(
     choices = Choices(
         plugins=gpu["plugins"] or "auto",
         allow_oversize=gpu["allow_oversize"],
+        kernels=gpu["kernels"],
+        layers_per_engine=gpu["layers_per_engine"],
         compiler=Options(
             workspace_bytes=None if gpu["workspace"] is None else parse_size(gpu["workspace"]),
             optimization_level=gpu["builder_optimization_level"],
@@ -289,8 +305,10 @@ def _print_audit(manifest: Manifest, out: Path) -> None:
         f"{total:.1f} of {usable:.1f} GiB{': OVERSIZE, this engine does not load' if audit.oversize else ''}\n"
         "self-check: none yet ('parity' writes it where the GPU is)"
     )
-    if any(not use.kernel_digest for use in manifest.plugins.values()):
-        console.print("kernels: none compiled yet, the plugins cannot run until the engine is built with them")
+    if manifest.plugins and not audit.kernels:
+        console.print("kernels: none (--no-kernels), this engine does not load")
+    elif audit.kernels:
+        console.print(f"kernels: {', '.join(f'{count} of {op}' for op, count in audit.kernels.items())}")
 
 
 def _summary(built: Built, out: Path, seconds: dict[str, float]) -> dict[str, object]:

@@ -145,17 +145,18 @@ class Audit(Strict):
         got: in words: fp8, bf16, or that FP8 weights are multiplied in BF16.
         context: keys that a token sees in the shares below.
         products: shares of the matrix-product FLOPs of one decoded token, largest first.
-        layers: graph -> kind of TensorRT layer -> count, before fusion.
-        native_products: graph -> type that is multiplied -> TensorRT's own matrix layers, before fusion.
+        layers: plan -> kind of TensorRT layer -> count, before fusion. A plan is a graph, or `graph.A-B` of its layers.
+        native_products: plan -> type that is multiplied -> TensorRT's own matrix layers, before fusion.
         plugins: op_type -> plugin layers.
+        kernels: op_type -> compiled kernels in the engine, over all its SMs.
         inlined: op_type -> nodes whose body was inlined.
         weight_input_bytes: of all weight and table inputs.
-        plan_bytes: graph -> size of the plan.
+        plan_bytes: plan -> size.
         device_bytes: expected use of one GPU: weights, cache (one sequence of the longest context), scratch,
             activations, reserve, total and what is usable.
         oversize: more is expected than there is; such an engine does not load.
-        build_seconds, build_cpu_seconds: graph -> of parsing and compiling.
-        build_peak_bytes: graph -> largest resident memory of the compiling process.
+        build_seconds, build_cpu_seconds: plan -> of parsing and compiling.
+        build_peak_bytes: plan -> largest resident memory of the compiling process.
     """
 
     asked: str
@@ -165,6 +166,7 @@ class Audit(Strict):
     layers: dict[str, dict[str, int]]
     native_products: dict[str, dict[str, int]] = Field(default_factory=dict)
     plugins: dict[str, int]
+    kernels: dict[str, int] = Field(default_factory=dict)
     inlined: dict[str, int]
     weight_input_bytes: int
     plan_bytes: dict[str, int]
@@ -188,6 +190,8 @@ class Manifest(Strict):
             tied to its version); empty where the format is portable.
         program_sha256: digest of the program.json it was built from.
         graphs: "model" and perhaps "mtp"; `file` is relative to the engine folder.
+        stages: graph -> its plans in the order in which a step runs them, where it was cut into several; `file` of
+            the whole graph is then the first. `handover_out.N` of one is `handover.N` of a later one.
         vocab_size, num_top_logits, eos_token_id, bos_token_id: what decoding needs of the model.
         generation: defaults of the checkpoint's generation_config.json (temperature, top_p).
         tokenizer: path of tokenizer.json in the engine folder.
@@ -209,6 +213,7 @@ class Manifest(Strict):
     numerics: dict[str, Any]
     layer_range: tuple[int, int]
     graphs: dict[str, GraphIO]
+    stages: dict[str, tuple[GraphIO, ...]] = Field(default_factory=dict)
     cache: Cache
     limits: Limits
     vocab_size: int
@@ -226,6 +231,10 @@ class Manifest(Strict):
     profiles: dict[str, dict[str, dict[str, tuple[tuple[int, ...], ...]]]] = Field(default_factory=dict)
     audit: Audit | None = None
     digest: str = ""
+
+    def plans(self, graph: str) -> tuple[GraphIO, ...]:
+        """Return what a step of `graph` runs, in order."""
+        return self.stages.get(graph, (self.graphs[graph],))
 
 
 def manifest_digest(raw: dict[str, Any]) -> str:

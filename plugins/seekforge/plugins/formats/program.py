@@ -19,7 +19,8 @@ PROGRAM_FORMAT = 1
 #: Slots in a cache block. Fixed: the byte layouts of spec §7 and every kernel know it.
 BLOCK_SIZE = 64
 
-Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap"]
+#: `handover`: what one plan of an engine gives to a later one (see `Manifest.stages`).
+Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "handover"]
 
 
 class Strict(BaseModel):

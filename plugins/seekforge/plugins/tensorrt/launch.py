@@ -58,6 +58,11 @@ class LauncherSource(Protocol):
         ...
 
 
+def kernel_sm(sm: int) -> int:
+    """Return the SM whose kernels a GPU runs: its own, but sm86 those of sm80, which use no more than it has."""
+    return 80 if sm == 86 else sm
+
+
 class Descriptors:
     """The launch descriptors of an engine folder for one SM.
 
@@ -70,7 +75,7 @@ class Descriptors:
     """
 
     def __init__(self, folder: Path, sm: int) -> None:
-        self.folder, self.sm = folder / KERNELS, sm
+        self.folder, self.sm = folder / KERNELS, kernel_sm(sm)
         self._entries = read_index(self.folder)
 
     def find(self, op: str, digest: str) -> Path:
@@ -82,7 +87,7 @@ class Descriptors:
         if digest == NO_KERNELS:
             raise EngineError(
                 f"{op}: the engine was built without compiled kernels, so it cannot run on sm{self.sm}; "
-                "build it again with a seekforge that has kernels for this GPU"
+                "build it again without --no-kernels"
             )
         of_op = [entry for entry in self._entries if entry["op"] == op]
         for entry in of_op:

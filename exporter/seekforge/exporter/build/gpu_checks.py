@@ -1,0 +1,266 @@
+"""What a GPU build checks before any work: program, checkpoint, precision, limits, operators and memory.
+
+Everything that cannot work is refused here with one sentence that names what would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from seekforge.exporter.build import audit
+from seekforge.exporter.build.common import check_program
+from seekforge.exporter.build.compiler import Options
+from seekforge.exporter.build.targets import TargetConfig
+from seekforge.exporter.checkpoint.validate import check_structure
+from seekforge.exporter.rewrite.layers import truncate
+from seekforge.plugins.contracts import refusals
+from seekforge.plugins.errors import ProgramError, TargetError
+from seekforge.plugins.formats.bindings import Recipe
+from seekforge.plugins.formats.dtypes import itemsize
+from seekforge.plugins.formats.manifest import Limits, WeightSource
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import BLOCK_SIZE, Program, load_bindings, load_program
+from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.sizing import (
+    GIB,
+    Layout,
+    Workload,
+    activation_bytes,
+    cache_bytes_per_token,
+    reserve_bytes,
+    scratch_bytes,
+    usable_bytes,
+)
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.spec import cdiv
+from seekforge.plugins.specialisation import Specialisation
+
+#: Operators that know the cache's byte layout, which standard operators cannot read.
+_CACHE_OPS = ("DsaCacheWrite", "DsaIndexer", "DsaAttention")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user may choose beside the target.
+
+    Attributes:
+        plugins: all operators, none (inlined everywhere), or auto: those whose limits the model keeps.
+        allow_oversize: build although it will not fit; such an engine is marked and does not load.
+        kernels: compile the kernels of the plugins into the engine; without, it can be looked at but not run.
+        layers_per_engine: most layers of one plan; None: one plan for all.
+        compiler: passed on.
+    """
+
+    plugins: Literal["auto", "all", "none"] = "auto"
+    allow_oversize: bool = False
+    kernels: bool = True
+    layers_per_engine: int | None = None
+    compiler: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be built: the result of all checks, before any work.
+
+    Attributes:
+        plugins: op_types that become plugins.
+        how: dtypes of the specialisation.
+        limits: of the engine.
+        device_bytes: expected use of one GPU.
+        oversize: more is expected than there is.
+        pool_blocks: graph -> most cache blocks.
+    """
+
+    target: TargetConfig
+    plugins: tuple[str, ...]
+    inlined: tuple[str, ...]
+    how: Specialisation
+    limits: Limits
+    device_bytes: dict[str, int]
+    oversize: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A program and, if given, its checkpoint; checked."""
+
+    folder: Path
+    program: Program
+    bindings: dict[str, dict[str, Recipe]]
+    config: ModelConfig
+    weights: WeightSource
+
+
+def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
+    """Read and check a program and the headers of its checkpoint; no weight bytes.
+
+    Raises:
+        ProgramError, CheckpointError, ConfigError: damaged, or they do not belong together.
+    """
+    program = load_program(program_folder)
+    bindings = load_bindings(program_folder)
+    check_program(program, bindings, program_folder)
+    config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
+    if checkpoint_folder is None:
+        return Inputs(program_folder, program, bindings, config, WeightSource(path=None, index_digest=None))
+    found = whole = ModelConfig.load(checkpoint_folder)
+    if program.truncated_from is not None and whole.num_hidden_layers == program.truncated_from:
+        found = truncate(whole, config.num_hidden_layers)
+    for key in type(config).model_fields:
+        ours, theirs = getattr(config, key), getattr(found, key)
+        if ours != theirs:
+            raise ProgramError(
+                f"{checkpoint_folder}: {key} is {theirs}, the program was exported for {ours}; "
+                "pass the checkpoint it was exported from, or export again"
+            )
+    with Checkpoint.open(checkpoint_folder) as checkpoint:
+        check_structure(checkpoint, whole)
+        weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=checkpoint.index_digest())
+    return Inputs(program_folder, program, bindings, config, weights)
+
+
+# --- checks before work -----------------------------------------------------------------------------------------
+
+
+def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
+    """Decide what will be built, or refuse with one sentence that names what would work.
+
+    Raises:
+        TargetError: precision, cache format, limits, operators or memory do not go together.
+    """
+    program, config = inputs.program, inputs.config
+    limits = _check_limits(target.limits, config)
+    _check_numerics(target, program)
+    ops = tuple(op for op in SPECS if op in program.ops)
+    plugins = _choose_plugins(target, config, ops, choices)
+    inlined = tuple(op for op in ops if op not in plugins)
+    broken = refusals(config, plugins=plugins, ops=ops)
+    if broken:
+        hint = "; --plugins auto inlines what has no plugin" if choices.plugins == "all" else ""
+        raise TargetError(f"target {target.name}: {broken[0]}{hint}")
+    products = target.products
+    if products == "fp8" and any(op in inlined for op in audit.FP8_OPS):
+        names = " and ".join(op for op in audit.FP8_OPS if op in inlined)
+        raise TargetError(
+            f"--precision fp8 needs {names} as plugin on sm{target.sm}, inlined it multiplies in BF16; "
+            "pass --plugins all, or --precision bf16"
+        )
+    if target.kv_format == "fp8_ds" and any(op in inlined for op in _CACHE_OPS):
+        names = ", ".join(op for op in _CACHE_OPS if op in inlined)
+        raise TargetError(
+            f"--kv-cache-dtype fp8_ds is read and written by plugins only, and {names} would be inlined; "
+            "pass --plugins all, or --kv-cache-dtype bf16"
+        )
+    storage = "float8" if target.has_fp8 and "MoeExperts" not in inlined else "int8"
+    how = Specialisation("bf16", storage, target.kv_format, "trt")
+    device = expected_bytes(inputs, target, limits)
+    oversize = device["total"] > device["usable"]
+    if oversize and not choices.allow_oversize:
+        raise TargetError(_what_would_fit(inputs, target, limits, device))
+    return Planned(target, plugins, inlined, how, limits, device, oversize)
+
+
+def _check_limits(limits: Limits, config: ModelConfig) -> Limits:
+    for name, value in limits.model_dump().items():
+        if value < 1:
+            raise TargetError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    if limits.max_model_len > config.max_position_embeddings:
+        raise TargetError(
+            f"--max-model-len is {limits.max_model_len}, the model ends at {config.max_position_embeddings} "
+            "(max_position_embeddings)"
+        )
+    if limits.max_num_batched_tokens < limits.max_batch_size:
+        raise TargetError(
+            f"--max-num-batched-tokens is {limits.max_num_batched_tokens}, expected at least --max-batch-size "
+            f"{limits.max_batch_size}: a decode step has one token of each sequence"
+        )
+    return limits
+
+
+def _check_numerics(target: TargetConfig, program: Program) -> None:
+    """The program must carry the roundings that the options ask for."""
+    numerics = program.numerics
+    if target.precision == "fp8" and numerics["act_quant"] != "ue8m0":
+        raise TargetError(
+            f"--precision fp8 multiplies quantised activations, and the program has numerics {numerics['name']!r} "
+            "without them; export with --numerics fp8, or pass --precision bf16"
+        )
+    if target.kv_format == "fp8_ds" and not (numerics["kv_fp8"] and numerics["indexer_fp8"]):
+        raise TargetError(
+            f"--kv-cache-dtype fp8_ds stores FP8, and the program has numerics {numerics['name']!r} without that "
+            "rounding; export with --numerics fp8, or pass --kv-cache-dtype bf16"
+        )
+
+
+def _choose_plugins(
+    target: TargetConfig, config: ModelConfig, ops: tuple[str, ...], choices: Choices
+) -> tuple[str, ...]:
+    match choices.plugins:
+        case "all":
+            return ops
+        case "none":
+            return ()
+        case _:
+            return tuple(op for op in ops if not refusals(config, plugins=[op], ops=[op]))
+
+
+def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits) -> dict[str, int]:
+    """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has."""
+    assert target.gpu is not None
+    config = inputs.config
+    work = Workload(limits.max_model_len, 1, limits.max_num_batched_tokens)
+    found = {
+        "weights": weight_input_bytes(inputs.program),
+        "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
+        "scratch": scratch_bytes(config, Layout(), work, target.kv_format),
+        "activations": activation_bytes(config, Layout(), replace(work, batch=limits.max_batch_size)),
+        "reserve": reserve_bytes(Layout()),
+    }
+    return found | {"total": sum(found.values()), "usable": usable_bytes(target.gpu.memory_gib)}
+
+
+def weight_input_bytes(program: Program) -> int:
+    """Bytes of all weight and table inputs; what two graphs share is held once."""
+    sizes: dict[str, int] = {}
+    for face in program.graphs.values():
+        for spec in face.inputs:
+            if spec.role in ("weight", "table"):
+                sizes[spec.name] = itemsize(spec.dtype) * math.prod(int(size) for size in spec.shape)
+    return sum(sizes.values())
+
+
+def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
+    """Bytes of one cache block over all layers of all graphs."""
+    layers = sum(len(face.with_role("cache")) // 2 for face in program.graphs.values())
+    return BLOCK_SIZE * cache_bytes_per_token(config, kv_format, num_layers=layers)  # pyright: ignore[reportArgumentType]
+
+
+def _what_would_fit(inputs: Inputs, target: TargetConfig, limits: Limits, device: Mapping[str, int]) -> str:
+    """Say by how much it does not fit, and the largest number that would."""
+    needs = f"needs {device['total'] / GIB:.1f} GiB, {target.name} has {device['usable'] / GIB:.1f} GiB usable"
+    low, high = 0, limits.max_model_len // BLOCK_SIZE
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = limits.model_copy(update={"max_model_len": middle * BLOCK_SIZE})
+        sizes = expected_bytes(inputs, target, tried)
+        low, high = (middle, high) if sizes["total"] <= sizes["usable"] else (low, middle - 1)
+    allow = "or pass --allow-oversize to build what will not load"
+    if low:
+        return f"the engine {needs}; pass --max-model-len {low * BLOCK_SIZE} at most, {allow}"
+    start, stop = inputs.program.layer_range
+    other = device["total"] - device["weights"] - device["cache"]
+    per_layer = (device["weights"] + device["cache"]) / (stop - start)
+    count = int(max(device["usable"] - other, 0) / per_layer)
+    remedy = (
+        f"about {count} of its {stop - start} layers fit: export stages with --layers"
+        if count
+        else "not one layer fits"
+    )
+    return (
+        f"the engine {needs}, of it {device['weights'] / GIB:.1f} GiB of weights; {remedy} "
+        f"('seekforge plan' says how many GPUs hold it all), {allow}"
+    )

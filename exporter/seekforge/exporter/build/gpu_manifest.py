@@ -1,0 +1,198 @@
+"""What a GPU build says of the engine that it made: its audit and its manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import yaml
+
+from seekforge.exporter.build import audit
+from seekforge.exporter.build.common import copy_text_files, generation_defaults
+from seekforge.exporter.build.compiler import Compiled
+from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_bytes
+from seekforge.exporter.build.gpu_kernels import count_images, kernel_files
+from seekforge.exporter.build.prepare import Prepared
+from seekforge.plugins.formats.bindings import Recipe, retarget
+from seekforge.plugins.formats.files import sha256_file
+from seekforge.plugins.formats.manifest import (
+    ENGINE_FORMAT,
+    Audit,
+    Cache,
+    Manifest,
+    PluginUse,
+    Target,
+    digest_file,
+)
+from seekforge.plugins.formats.program import BLOCK_SIZE, PROGRAM_FORMAT, GraphIO
+from seekforge.plugins.launch import KernelSet
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.tensorrt.library import MODULES
+
+BINDINGS, CONFIG = "bindings.json", "target.yaml"
+#: Keys that a token sees in the audit, unless the engine's limit is lower.
+_AUDIT_CONTEXT = 8192
+
+
+@dataclass
+class Made:
+    """What a build has made so far.
+
+    Attributes:
+        kernels: compiled for the plugins.
+        prepared, compiled: plan -> graph and result; a plan is a graph, or `graph.A-B` of its layers.
+        faces: graph -> face of the whole graph.
+        stages: graph -> faces of its plans, where there are several.
+        profiles: profile -> plan -> input -> smallest, typical and largest shape.
+    """
+
+    kernels: list[KernelSet] = field(default_factory=list)
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+    compiled: dict[str, Compiled] = field(default_factory=dict)
+    faces: dict[str, GraphIO] = field(default_factory=dict)
+    stages: dict[str, tuple[GraphIO, ...]] = field(default_factory=dict)
+    profiles: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+
+def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
+    """Return what the compiled plans really are."""
+    target = planned.target
+    context = min(_AUDIT_CONTEXT, planned.limits.max_model_len)
+    weights = {spec.name for face in inputs.program.graphs.values() for spec in face.with_role("weight")}
+    compiled = made.compiled
+    found = [
+        product
+        for graph in made.prepared.values()
+        for product in audit.products(
+            graph.operators,
+            inputs.config,
+            weights=weights,
+            plugins=planned.plugins,
+            precision=target.products,
+            context=context,
+        )
+    ]
+    got = "FP8 weights, BF16 products" if target.precision == "fp8" and target.products == "bf16" else target.products
+    return Audit(
+        asked=target.precision,
+        got=got,
+        context=context,
+        products=audit.shares(found),
+        layers={name: one.layers for name, one in compiled.items()},
+        native_products={name: one.products for name, one in compiled.items()},
+        plugins=dict(sum((Counter(one.plugins) for one in compiled.values()), Counter())),
+        kernels=count_images(made.kernels),
+        inlined=dict(sum((Counter(one.inlined) for one in made.prepared.values()), Counter())),
+        weight_input_bytes=planned.device_bytes["weights"],
+        plan_bytes={name: one.plan_bytes for name, one in compiled.items()},
+        device_bytes=planned.device_bytes,
+        oversize=planned.oversize,
+        build_seconds={name: round(one.seconds, 3) for name, one in compiled.items()},
+        build_cpu_seconds={name: round(one.cpu_seconds, 3) for name, one in compiled.items()},
+        build_peak_bytes={name: one.peak_bytes for name, one in compiled.items()},
+    )
+
+
+def make_manifest(
+    inputs: Inputs,
+    planned: Planned,
+    choices: Choices,
+    folder: Path,
+    made: Made,
+    found: Audit,
+    digests: Mapping[str, str],
+) -> Manifest:
+    """Write the files beside the plans into `folder` and return the manifest that lists all.
+
+    Args:
+        inputs, planned, choices: what was asked.
+        folder: of the engine, with plans and kernels.
+        made: what was compiled.
+        found: its audit.
+        digests: op_type -> digest of the kernels.
+    """
+    target, program, config, faces = planned.target, inputs.program, inputs.config, made.faces
+    assert target.backend != "onnxruntime"
+    _, distribution, _ = MODULES[target.backend]
+    version = next(iter(made.compiled.values())).version
+    files = copy_text_files(program, inputs.folder, folder)
+    (folder / BINDINGS).write_text(_bindings_text(inputs.bindings, planned.how), encoding="utf-8")
+    effective = target.model_dump(mode="json") | {"limits": planned.limits.model_dump()}
+    (folder / CONFIG).write_text(yaml.safe_dump(effective, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    plans = [stage for name, face in faces.items() for stage in made.stages.get(name, (face,))]
+    files += [BINDINGS, CONFIG, *(face.file for face in plans), *kernel_files(folder, made.kernels)]
+    generation = generation_defaults(inputs.folder)
+    cache_layers = [int(s.name.partition(".")[2]) for s in faces["model"].with_role("cache")]
+    return Manifest(
+        format=ENGINE_FORMAT,
+        seekforge_version=importlib.metadata.version("seekforge"),
+        target=Target(name=target.name, backend=target.backend, sm=target.sm, sms=target.sms),
+        versions={"onnx": onnx.__version__, distribution: version},
+        runtime_versions={distribution: version},
+        program_sha256=sha256_file(inputs.folder / "program.json"),
+        numerics=program.numerics,
+        layer_range=program.layer_range,
+        graphs=faces,
+        stages=made.stages,
+        cache=Cache(
+            block_size=BLOCK_SIZE,
+            layers=tuple(dict.fromkeys(cache_layers)),
+            mtp_layer=config.mtp_layer if "mtp" in faces else None,
+            kv_format=target.kv_format,
+            latent_dim=config.latent_dim,
+            index_dim=config.index_head_dim,
+            bytes_per_block=block_bytes(program, config, target.kv_format),
+        ),
+        limits=planned.limits,
+        vocab_size=config.vocab_size,
+        num_top_logits=config.num_top_logits,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        generation=generation,
+        tokenizer="tokenizer.json",
+        files=tuple(digest_file(folder, name) for name in files),
+        self_check=None,
+        config=program.config,
+        build={
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "activations": "bf16",
+            "fp8_storage": planned.how.fp8_storage,
+            "plugins": choices.plugins,
+            **({} if not made.kernels else {"kernel_compiler": made.kernels[0].compiler}),
+            **({} if choices.layers_per_engine is None else {"layers_per_engine": choices.layers_per_engine}),
+            "compiler": {key: str(v) for key, v in asdict(choices.compiler).items() if v is not None},
+        },
+        weights=inputs.weights,
+        plugins={
+            op: PluginUse(
+                version=SPECS[op].version,
+                products=target.products,
+                kernel_digest=digests[op],
+                num_layers=found.plugins.get(op, 0),
+            )
+            for op in planned.plugins
+        },
+        profiles=made.profiles,
+        audit=found,
+    )
+
+
+def _bindings_text(bindings: dict[str, dict[str, Recipe]], how: Specialisation) -> str:
+    """bindings.json of the engine: the program's recipes in the dtypes of the engine."""
+    graphs = {
+        graph: {
+            name: retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype).to_dict()
+            for name, recipe in recipes.items()
+        }
+        for graph, recipes in bindings.items()
+    }
+    return json.dumps({"format": PROGRAM_FORMAT, "graphs": graphs}, ensure_ascii=False, separators=(",", ":")) + "\n"
