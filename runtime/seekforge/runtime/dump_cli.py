@@ -49,7 +49,7 @@ def dump(
     OUT is compared with another side by 'seekforge parity --from-dump OUT --from-dump OTHER'. An engine built with
     --taps gives the inside of every layer too.
     """
-    opened = Engine.open(engine)
+    opened = Engine.open(engine, part=True)
     inputs = None if given is None else Dump.open(given)
     if plan_file is not None:
         plan = _read(plan_file)

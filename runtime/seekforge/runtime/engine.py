@@ -32,13 +32,14 @@ class Engine:
     manifest: Manifest
 
     @staticmethod
-    def open(folder: Path | str, *, verify: bool = False) -> Engine:
+    def open(folder: Path | str, *, verify: bool = False, part: bool = False) -> Engine:
         """Read and check an engine folder.
 
         Args:
             folder: written by `seekforge build`.
             verify: digest every file whole, which finds any changed byte; else sizes and samples are compared,
                 which takes milliseconds at any size.
+            part: some layers of a model will do: nothing is decoded, a parity check looks at them.
 
         Raises:
             EngineError: not an engine folder, damaged, or made for another version.
@@ -47,7 +48,7 @@ class Engine:
         folder = Path(folder)
         manifest = load_manifest(folder)
         _check_paths(folder, manifest)
-        _check_face(folder, manifest)
+        _check_face(folder, manifest, part)
         verify_files(folder, manifest, full=verify)
         _check_versions(folder, manifest.runtime_versions)
         return Engine(folder, manifest)
@@ -112,8 +113,8 @@ def _check_paths(folder: Path, manifest: Manifest) -> None:
             raise EngineError(f"{folder / MANIFEST}: {path!r} has no digest under 'files'; build the engine again")
 
 
-def _check_face(folder: Path, manifest: Manifest) -> None:
-    """The engine can be decoded from: a whole model, with the results that a step must give."""
+def _check_face(folder: Path, manifest: Manifest, part: bool) -> None:
+    """The engine can be decoded from, unless a part will do: a whole model, with the results a step must give."""
     where = folder / MANIFEST
     if manifest.target.backend not in BACKENDS:
         backend_factory(manifest.target.backend)  # raises, naming what there is
@@ -123,7 +124,7 @@ def _check_face(folder: Path, manifest: Manifest) -> None:
     outputs = {spec.name for spec in graph.outputs}
     missing = [name for name in _RESULTS if name not in outputs]
     takes_tokens = any(spec.name == "input_ids" for spec in graph.inputs)
-    if missing or not takes_tokens:
+    if (missing or not takes_tokens) and not part:
         first, last = manifest.layer_range
         raise EngineError(
             f"{folder}: holds layers {first} to {last - 1} only, "

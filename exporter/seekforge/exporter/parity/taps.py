@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import onnx
@@ -260,6 +260,34 @@ def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
     Raises:
         EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
     """
+
+    def edit(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
+        added = [tap for tap in taps_in(model) if tap in names]
+        expose(model, added)
+        return face.model_copy(update={"outputs": (*face.outputs, *tap_specs(model, added))})
+
+    engine_copy(engine, out, edit)
+    return out
+
+
+def engine_copy(
+    engine: Path,
+    out: Path,
+    edit: Callable[[str, onnx.ModelProto, GraphIO], GraphIO],
+    *,
+    graphs: Collection[str] | None = None,
+) -> Manifest:
+    """Write an engine for the CPU with other graphs beside the same weights, which are linked and not copied.
+
+    Args:
+        engine: an engine of target cpu.
+        out: folder to make.
+        edit: (graph's name, model to change in place, its face) -> its new face.
+        graphs: which graphs to take; None: all.
+
+    Raises:
+        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
+    """
     manifest = load_manifest(engine)
     if manifest.target.backend != "onnxruntime":
         raise EngineError(
@@ -267,23 +295,27 @@ def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
             "build it with --taps to see inside layers"
         )
     out.mkdir(parents=True)
-    graphs: dict[str, GraphIO] = {}
+    faces: dict[str, GraphIO] = {}
     changed = {face.file for face in manifest.graphs.values()}
     for file in manifest.files:
         if file.path not in changed:
             _link(engine / file.path, out / file.path)
     for name, face in manifest.graphs.items():
+        if graphs is not None and name not in graphs:
+            continue
         model = onnx.load(engine / face.file, load_external_data=False)
-        added = [tap for tap in taps_in(model) if tap in names]
-        expose(model, added)
+        edited = edit(name, model, face)
         (out / face.file).write_bytes(model.SerializeToString())
-        digest = digest_file(out, face.file)
-        outputs = (*face.outputs, *tap_specs(model, added))
-        graphs[name] = face.model_copy(update={"outputs": outputs, "sha256": digest.sha256})
-    files = tuple(digest_file(out, f.path) if f.path in changed else f for f in manifest.files)
-    tapped: Manifest = manifest.model_copy(update={"graphs": graphs, "files": files})
-    save_manifest(out, tapped)
-    return out
+        faces[name] = edited.model_copy(update={"sha256": digest_file(out, face.file).sha256})
+    written = {face.file for face in faces.values()}
+    files = tuple(
+        digest_file(out, file.path) if file.path in written else file
+        for file in manifest.files
+        if file.path in written or file.path not in changed
+    )
+    copy: Manifest = manifest.model_copy(update={"graphs": faces, "files": files, "digest": ""})
+    save_manifest(out, copy)
+    return copy
 
 
 def _link(source: Path, target: Path) -> None:
