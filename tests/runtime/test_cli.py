@@ -236,10 +236,15 @@ def test_doctor_names_the_command_for_what_is_missing() -> None:
 
 
 def test_doctor_promises_no_gpu_run_that_would_be_refused() -> None:
-    wanted = parse_requirements(['a>=1; extra == "export"', 'b>=1; extra == "rtx"', 'c>=1; extra == "trt"'])
-    installed = {"a": "1", "b": "1", "c": "1"}.get
+    lines = ["a>=1; extra == 'export'", "b>=1; extra == 'rtx'", "c>=1; extra == 'trt'", "k>=1; extra == 'kernels'"]
+    wanted = parse_requirements([*lines, "seekforge[gpu]; extra == 'rtx'", "d>=1; extra == 'gpu'"])
+    assert wanted["rtx"] == [Requirement("b", None), Requirement("d", None)]
+    installed = {"a": "1", "b": "1", "c": "1", "d": "1", "k": "1"}.get
     build, run = target_capabilities("rtx4090", "tensorrt-rtx", wanted, installed, has_gpu=False)
-    assert build.ready and not run.ready and "no compiled kernels" in run.missing
+    assert build.ready and not run.ready and run.missing == "no NVIDIA GPU here"
+    assert target_capabilities("rtx4090", "tensorrt-rtx", wanted, installed, has_gpu=True)[1].ready
+    build, run = target_capabilities("rtx4090", "tensorrt-rtx", wanted, {"a": "1", "b": "1"}.get, has_gpu=True)
+    assert build.remedy == "pip install 'seekforge[rtx,kernels]'" and run.remedy == "pip install 'seekforge[rtx]'"
     build, _ = target_capabilities("h100", "tensorrt", wanted, installed, has_gpu=False)
     assert not build.ready and "no NVIDIA GPU here" in build.missing
     assert target_capabilities("h100", "tensorrt", wanted, installed, has_gpu=True)[0].ready

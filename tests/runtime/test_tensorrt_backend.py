@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,16 +17,18 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from seekforge.plugins.errors import EngineError
+from seekforge.plugins.errors import CheckpointError, EngineError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.files import write_json
+from seekforge.plugins.formats.loader import LoadProgress
 from seekforge.plugins.formats.manifest import digest_file, load_manifest
-from seekforge.plugins.formats.program import save_bindings
+from seekforge.plugins.formats.program import load_bindings, save_bindings
 from seekforge.plugins.formats.safetensors import Checkpoint, write_shard
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.backends import tensorrt
 from seekforge.runtime.backends.base import StepInputs
-from seekforge.runtime.backends.tensorrt import next_power_of_two, padded
+from seekforge.runtime.backends.device_graph import halves, next_power_of_two, padded
+from seekforge.runtime.backends.device_weights import DeviceWeights
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
@@ -40,6 +44,9 @@ class FakePlan:
 
     def names(self) -> list[str]:
         return [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
+
+    def use_profile(self, number: int) -> None:
+        self.device.profiles.append(number)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         self.shapes[name] = shape
@@ -73,6 +80,9 @@ class FakeDevice:
         self.next = 4096
         self.graphs: list[list] = []
         self.recording: list | None = None
+        self.profiles: list[int] = []
+        self.under_way: list[tuple[int, np.ndarray]] = []
+        self.staged: list[np.ndarray] = []
         self.enqueues = self.launches = self.uploaded_bytes = 0
         self.closed = False
 
@@ -95,6 +105,21 @@ class FakeDevice:
         self.uploaded_bytes += array.nbytes
         self.memory[address][: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
+    def staging(self, num_bytes: int) -> np.ndarray:
+        self.staged.append(np.full(num_bytes, 0xCD, np.uint8))
+        return self.staged[-1]
+
+    def upload_staged(self, address: int, array: np.ndarray) -> None:
+        self.under_way.append((address, array))  # copied as late as CUDA may
+
+    def synchronize(self) -> None:
+        for address, array in self.under_way:
+            block = max(start for start in self.memory if start <= address)
+            self.uploaded_bytes += array.nbytes
+            into = self.memory[block][address - block :][: array.nbytes]
+            into[...] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.under_way.clear()
+
     def download(self, array: np.ndarray, address: int) -> None:
         array[...] = self.view(address, array.shape, array.dtype)
 
@@ -113,7 +138,11 @@ class FakeDevice:
         for call in self.graphs[graph]:
             call()
 
+    def forget(self, graph: int) -> None:
+        self.graphs[graph] = []
+
     def close(self) -> None:
+        assert not any(self.graphs), "every captured graph is given back"
         self.closed = True
 
 
@@ -160,6 +189,52 @@ def gpu_engine(toy_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return engine, checkpoint
 
 
+def changed(engine: Path, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """Return a copy of an engine with another manifest."""
+    shutil.copytree(engine, folder)
+    raw = json.loads((folder / "manifest.json").read_text())
+    edit(raw)
+    write_json(folder / "manifest.json", raw)
+    return folder
+
+
+def in_two_plans(engine: Path, folder: Path) -> Path:
+    """Return the engine with its model cut into two plans, where the mixed values are handed on."""
+
+    def edit(raw: dict[str, Any]) -> None:
+        model = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx"))
+        handed = {"name": "handover.0", "dtype": "f32", "shape": ["B", "Q", 16], "role": "handover"}
+        face = raw["graphs"]["model"]
+        stages = []
+        for number in (0, 1):
+            outputs = [one for one in face["outputs"] if one["name"].endswith(".0") == (number == 0)]
+            names = [one["name"] for one in outputs]
+            if number == 0:
+                part = onnx.utils.Extractor(model).extract_model([i.name for i in model.graph.input], [*names, "mixed"])
+            else:
+                part = onnx.utils.Extractor(model).extract_model(["mixed", "logits_index", "head"], names)
+            rename = {"mixed": "handover_out.0" if number == 0 else "handover.0"}
+            for node in part.graph.node:
+                node.input[:] = [rename.get(name, name) for name in node.input]
+                node.output[:] = [rename.get(name, name) for name in node.output]
+            for value in (*part.graph.input, *part.graph.output):
+                value.name = rename.get(value.name, value.name)
+            read = {name for node in part.graph.node for name in node.input}
+            for value in [value for value in part.graph.input if value.name not in read]:
+                part.graph.input.remove(value)
+            file = f"model.{number}.onnx"
+            onnx.save(part, folder / file)
+            inputs = [one for one in (*face["inputs"], handed) if one["name"] in {v.name for v in part.graph.input}]
+            outputs += [handed | {"name": "handover_out.0"}] if number == 0 else []
+            aliases = face["aliases"] if number == 0 else {}
+            stages.append({"file": file, "sha256": "", "inputs": inputs, "outputs": outputs, "aliases": aliases})
+            raw["files"].append(digest_file(folder, file).model_dump(mode="json"))
+        raw["stages"] = {"model": stages}
+        face["file"] = stages[0]["file"]
+
+    return changed(engine, folder, edit)
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     device = FakeDevice()
@@ -194,11 +269,116 @@ def test_weights_are_streamed_once_and_shared_by_the_graphs(gpu_engine, device: 
         assert list(first) == toy.greedy([5, 6, 7], 10)
 
 
+def test_a_model_in_several_plans_gives_the_same(gpu_engine, device: FakeDevice, toy, tmp_path: Path) -> None:
+    prompts = [list(range(3, 3 + length)) for length in (1, 70, 130)]
+    options = {"num_speculative_tokens": 2, "speculation_off_switch": False}
+    with LLM(in_two_plans(gpu_engine[0], tmp_path / "engine"), num_blocks=40, **options) as llm:
+        assert llm.self_check is not None
+        outputs = llm.generate(prompts, GREEDY)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [toy.greedy(p, 10) for p in prompts]
+        assert device.launches > 0, "both plans are in one captured graph"
+    assert not device.memory
+
+
+def _profiles(raw: dict[str, Any]) -> None:
+    """Decode: 8 rows of 3 tokens; prefill: 2 rows of 512. At most 40 cache blocks."""
+
+    def shapes(batch: int, width: int) -> dict[str, list[list[int]]]:
+        rows = batch * width
+        found = {name: [[1, 1], [1, 1], [batch, width]] for name in ("input_ids", "positions", "slot_mapping")}
+        found |= {"block_table": [[1, 1], [1, 4], [batch, 16]], "logits_index": [[1], [1], [rows]]}
+        return found | {f"latent_cache.{layer}": [[64, 16], [64, 16], [40 * 64, 16]] for layer in (0, 1)}
+
+    sizes = {"decode": (8, 3), "prefill": (2, 512)}
+    raw["profiles"] = {name: {plan: shapes(*size) for plan in ("model", "mtp")} for name, size in sizes.items()}
+    for face in raw["graphs"].values():
+        for spec in face["inputs"]:
+            if spec["role"] == "cache":
+                spec["shape"][0] = "NS"
+
+
+def test_steps_take_the_profile_that_holds_them(gpu_engine, device: FakeDevice, toy, tmp_path: Path) -> None:
+    """Five prompts at once are more rows than the prefill profile takes: such a step is run in parts."""
+    engine = changed(gpu_engine[0], tmp_path / "engine", _profiles)
+    prompts = [list(range(3, 3 + length)) for length in (40, 42, 44, 41, 43)]
+    with LLM(engine, num_blocks=40, num_speculative_tokens=2, speculation_off_switch=False) as llm:
+        device.profiles.clear()
+        outputs = llm.generate(
+            prompts, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, prompt_logprobs=1)
+        )
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [toy.greedy(p, 10) for p in prompts]
+        assert {0, 1} == set(device.profiles)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            logits = toy.logits(prompt[:7])
+            expected = logits[prompt[7]] - np.log(np.exp(logits).sum())
+            assert output.prompt_logprobs is not None
+            (found,) = [one for one in output.prompt_logprobs if one is not None and one.token_id == prompt[7]]
+            assert found.logprob == pytest.approx(expected, abs=1e-4)
+        with pytest.raises(EngineError, match=r"a step of 513 tokens .* is beyond every profile"):
+            llm._core.backend.run(
+                StepInputs(
+                    np.zeros((1, 513), np.int64),
+                    np.zeros((1, 513), np.int64),
+                    np.full((1, 513), -1, np.int64),
+                    np.zeros((1, 9), np.int32),
+                    np.zeros(1, np.int64),
+                ),
+                outputs=["logits"],
+            )
+    assert device.closed and not device.memory
+    with pytest.raises(EngineError, match="41 cache blocks were asked for, the engine was built for at most 40"):
+        LLM(engine, num_blocks=41)
+
+
+def test_halves_of_a_step_hold_all_of_it() -> None:
+    rng = np.random.default_rng(3)
+    whole = StepInputs(
+        rng.integers(0, 9, (5, 3)),
+        rng.integers(0, 9, (5, 3)),
+        rng.integers(0, 9, (5, 3)),
+        rng.integers(0, 9, (5, 2)).astype(np.int32),
+        np.array([14, 0, 7, 2]),
+        rng.standard_normal((5, 3, 4)).astype(np.float32),
+    )
+    tokens = whole.input_ids.reshape(-1)
+    seen = np.full(4, -1)
+    rows = 0
+    for part, wanted in halves(whole):
+        seen[wanted] = part.input_ids.reshape(-1)[part.logits_index[: len(wanted)]]
+        assert part.hidden_in is not None and whole.hidden_in is not None
+        assert (part.hidden_in == whole.hidden_in[rows : rows + len(part.hidden_in)]).all()
+        rows += len(part.input_ids)
+    assert rows == 5 and (seen == tokens[whole.logits_index]).all()
+    upper = halves(replace(whole, logits_index=np.array([14])))[0]
+    assert len(upper[1]) == 0 and list(upper[0].logits_index) == [0], "a step always asks for a row"
+
+
+def test_weights_larger_than_a_buffer_go_in_slices(gpu_engine, device: FakeDevice, toy) -> None:
+    checkpoint = Checkpoint.open(gpu_engine[1])
+    recipes = load_bindings(gpu_engine[0])
+    told: list[LoadProgress] = []
+    weights = DeviceWeights(
+        gpu_engine[0], recipes, device, lambda: checkpoint, progress=told.append, staging_bytes=1000
+    )
+    places = weights.load("model", ["embedding", "head"])
+    assert (device.view(places["embedding"], toy.embedding.shape, np.float32) == toy.embedding).all()
+    assert (device.view(places["head"], toy.head.shape, np.float32) == toy.head).all()
+    assert len(device.staged) == 2, "two buffers whatever the size"
+    assert max(len(one) for one in device.staged) < 4096
+    assert told[-1].done_bytes == told[-1].total_bytes == toy.embedding.nbytes + toy.head.nbytes
+    assert [one.done_bytes for one in told] == sorted(one.done_bytes for one in told)
+    assert weights.load("mtp", ["embedding"]) == {"embedding": places["embedding"]}
+    with pytest.raises(EngineError, match="says nothing of rope_cos of graph model"):
+        weights.load("model", ["rope_cos"])
+    weights.close()
+    assert not device.memory
+
+
 def test_another_checkpoint_is_refused(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:
     write_shard(tmp_path / "model.safetensors", {"head.weight": np.zeros((16, 320), np.float32)})
     index = {"weight_map": {"head.weight": "model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(EngineError, match="is not the checkpoint that"):
+    with pytest.raises(CheckpointError, match=r"the engine .* was built for"):
         LLM(gpu_engine[0], num_blocks=9, checkpoint=tmp_path)
 
 

@@ -40,9 +40,6 @@ _PACKAGES = (
 #: backend -> the extra that brings its library.
 _EXTRA_OF_BACKEND = {"onnxruntime": "cpu", "tensorrt-rtx": "rtx", "tensorrt": "trt"}
 
-#: Why no GPU engine runs yet.
-_NO_KERNELS = "GPU engines of this version hold no compiled kernels yet and refuse to load"
-
 
 @dataclass(frozen=True)
 class Capability:
@@ -85,17 +82,32 @@ class Requirement:
 
 
 def parse_requirements(lines: list[str]) -> dict[str, list[Requirement]]:
-    """Group the requirement strings of a distribution by extra; "" holds those of the base."""
+    """Group the requirement strings of a distribution by extra; "" holds those of the base.
+
+    An extra that names others of the same distribution (`seekforge[gpu]`) has their requirements too.
+    """
     extras: dict[str, list[Requirement]] = {}
+    within: dict[str, list[str]] = {}
     for line in lines:
         wanted, _, marker = line.partition(";")
         match = re.match(r"\s*([A-Za-z0-9._-]+)", wanted)
         extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", marker)
         exact = re.search(r"(?<![<>!~])==\s*([^,\s*]+)\s*$", wanted)
-        if match:
+        name = extra.group(1) if extra else ""
+        nested = re.match(r"\s*seekforge\s*\[([^\]]*)\]", wanted)
+        if nested:
+            within.setdefault(name, []).extend(part.strip() for part in nested.group(1).split(","))
+        elif match:
             requirement = Requirement(match.group(1), exact.group(1) if exact else None)
-            extras.setdefault(extra.group(1) if extra else "", []).append(requirement)
-    return extras
+            extras.setdefault(name, []).append(requirement)
+    return {name: _all_of(name, extras, within) for name in dict.fromkeys([*extras, *within])}
+
+
+def _all_of(name: str, extras: dict[str, list[Requirement]], within: dict[str, list[str]]) -> list[Requirement]:
+    found = list(extras.get(name, []))
+    for other in within.get(name, []):
+        found += [one for one in _all_of(other, extras, within) if one not in found]
+    return found
 
 
 def capability(
@@ -153,12 +165,15 @@ def target_capabilities(
         fault = f"this version of seekforge has no {backend} backend"
         return [Capability(build, False, fault), Capability(run, False, fault)]
     extra = _EXTRA_OF_BACKEND[backend]
-    building = capability(build, ("export", extra), requirements, version_of)
+    running = capability(run, (extra,), requirements, version_of)
     if backend == "onnxruntime":
-        return [building, capability(run, (extra,), requirements, version_of)]
-    if backend == "tensorrt" and building.ready and not has_gpu:
-        building = Capability(build, False, "no NVIDIA GPU here; TensorRT builds on the GPU that the engine is for")
-    return [building, Capability(run, False, _NO_KERNELS)]
+        return [capability(build, ("export", extra), requirements, version_of), running]
+    building = capability(build, ("export", extra, "kernels"), requirements, version_of)
+    if not has_gpu:
+        if backend == "tensorrt" and building.ready:
+            building = Capability(build, False, "no NVIDIA GPU here; TensorRT builds on the GPU that the engine is for")
+        running = Capability(run, False, "no NVIDIA GPU here")
+    return [building, running]
 
 
 def _targets() -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -22,11 +24,15 @@ from seekforge.exporter.build.prepare import prepare
 from seekforge.exporter.build.profiles import axis_bounds, pool_blocks
 from seekforge.exporter.build.targets import TargetConfig, load_target
 from seekforge.exporter.progress import Stages
+from seekforge.plugins.device import KernelFolder, OpLauncher
 from seekforge.plugins.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
-from seekforge.plugins.formats.loading import check_loadable
+from seekforge.plugins.formats.loading import check_kernels, check_loadable
 from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import load_bindings, load_program
+from seekforge.plugins.launch import Image
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.tensorrt.launch import Descriptors
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -86,6 +92,89 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
         wanted = {spec.name: spec.dtype for role in ("weight", "table") for spec in face.with_role(role)}
         assert {key: recipe.dtype for key, recipe in recipes[graph].items()} == wanted
     assert manifest.graphs["model"].named("latent_cache.0").dtype == "i8"
+
+
+class Recorder:
+    """A driver that counts."""
+
+    loaded = 0
+
+    def load(self, image: Image, cubin: bytes) -> str:
+        self.loaded += 1
+        assert hashlib.sha256(cubin).hexdigest() == image.sha256
+        return image.entry
+
+    def launch(self, *arguments: object) -> None:
+        raise AssertionError("nothing is launched")
+
+
+def _attrs(inputs: Inputs, op: str) -> dict[str, object]:
+    """Attributes of an operator as the engine's nodes have them."""
+    found = {attr.name: inputs.program.ops[op].attributes[attr.name] for attr in SPECS[op].attrs}
+    return found | {name: "fp8_ds" for name in ("kv_format", "index_format") if name in found}
+
+
+def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_path: Path) -> None:
+    """Built without a GPU for a GPU, the engine folder has all that a plugin asks for on that GPU, and only there."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    engine = tmp_path / "engine"
+    manifest = build(one_layer, load_target("rtx4090"), engine, Choices())
+    check_kernels(engine, manifest)
+    check_loadable(engine, manifest, sm=89, versions=manifest.runtime_versions)
+    verify_files(engine, manifest, full=True)
+    assert manifest.audit is not None and manifest.audit.kernels.keys() == manifest.plugins.keys()
+    cubins = sorted(path.name for path in engine.rglob("*.cubin"))
+    assert len(cubins) == len(set(cubins)) <= sum(manifest.audit.kernels.values())
+    assert set(cubins) < {Path(file.path).name for file in manifest.files}, "every cubin has a digest"
+    assert manifest.build["kernel_compiler"] == f"triton {triton.__version__}"
+    driver = Recorder()
+    source = KernelFolder(engine, 89, driver)
+    for op, use in manifest.plugins.items():
+        launcher = source.launcher(op, attrs=_attrs(one_layer, op), products="fp8", digest=use.kernel_digest)
+        assert launcher.kernels.sm == 89
+    assert driver.loaded == sum(manifest.audit.kernels.values())
+    with pytest.raises(EngineError, match="no kernels for sm120"):
+        KernelFolder(engine, 120, driver).launcher(
+            "MoeRoute", attrs={}, products="", digest=manifest.plugins["MoeRoute"].kernel_digest
+        )
+    with pytest.raises(EngineError, match=r"\.cubin: (missing|not what was compiled)"):
+        (engine / "kernels" / "sm89" / cubins[0]).write_bytes(b"flipped")
+        for op, use in manifest.plugins.items():
+            OpLauncher.open(Descriptors(engine, 89).find(op, use.kernel_digest), _attrs(one_layer, op), driver)
+    with pytest.raises(EngineError, match=rf"{cubins[0]}: 7 bytes, the manifest says"):
+        verify_files(engine, manifest, full=False)
+
+
+def test_without_the_compiler_of_kernels_a_build_says_so_before_it_works(
+    one_layer: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(EnvironmentFault, match=r"triton is not installed.*--no-kernels"):
+        build(one_layer, load_target("rtx4090"), tmp_path / "engine", Choices())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_in_several_plans(inputs: Inputs, tmp_path: Path) -> None:
+    choices = Choices(kernels=False, layers_per_engine=3)
+    manifest = build(inputs, load_target("rtx4090"), tmp_path / "engine", choices)
+    stages = manifest.stages["model"]
+    assert [stage.file for stage in stages] == ["model.0-1.plan", "model.2-3.plan"], "as even as can be"
+    assert manifest.graphs["model"].file == "model.0-1.plan" and "mtp" not in manifest.stages
+    whole = inputs.program.graphs["model"]
+    assert [spec.name for spec in manifest.graphs["model"].inputs] == [spec.name for spec in whole.inputs]
+    assert [spec.name for spec in manifest.graphs["model"].outputs] == [spec.name for spec in whole.outputs]
+    gives = {spec.name for spec in stages[0].outputs if spec.role == "handover"}
+    takes = {spec.name for spec in stages[1].inputs if spec.role == "handover"}
+    assert gives == {"handover_out.0", "handover_out.1"} and takes == {"handover.0", "handover.1"}
+    assert manifest.audit is not None
+    assert manifest.audit.plugins == {op: use.num_nodes for op, use in inputs.program.ops.items()}
+    assert manifest.audit.plan_bytes.keys() == {"model.0-1", "model.2-3", "mtp"}
+    assert manifest.profiles["decode"].keys() == {"model.0-1", "model.2-3", "mtp"}
+    assert {"model.0-1.plan", "model.2-3.plan"} < {file.path for file in manifest.files}
+    verify_files(tmp_path / "engine", manifest, full=True)
 
 
 def test_one_plan_for_ampere_carries_fp8_as_bytes(one_layer: Inputs, tmp_path: Path) -> None:

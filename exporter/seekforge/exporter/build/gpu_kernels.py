@@ -8,6 +8,7 @@ from pathlib import Path
 
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.plugins import aot
+from seekforge.plugins.errors import EnvironmentFault
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import Program
 from seekforge.plugins.kernel_sizes import operators
@@ -28,6 +29,10 @@ def kernel_tasks(
         EnvironmentFault: the compiler is not installed.
     """
     sizes = operators(config, kv_format=target.kv_format, numerics=program.numerics)
+    try:
+        aot.compiler()
+    except EnvironmentFault as error:
+        raise EnvironmentFault(f"{error}; or pass --no-kernels for an engine that can be looked at, not run") from None
     return aot.tasks({op: sizes[op] for op in plugins}, dict.fromkeys(kernel_sm(sm) for sm in target.sms))
 
 

@@ -87,8 +87,8 @@ def check_kernels(folder: Path, manifest: Manifest) -> None:
     bare = [op for op, use in manifest.plugins.items() if use.num_layers and not use.kernel_digest]
     if bare:
         raise EngineError(
-            f"{folder}: plugins.{bare[0]}: was built without compiled kernels, so none of its plugins can run; this "
-            "version builds such engines to be looked at ('seekforge inspect'), run one of target cpu"
+            f"{folder}: plugins.{bare[0]}.kernel_digest: empty, it was built with --no-kernels to be looked at; "
+            f"build it with kernels: {rebuild_command(folder, manifest)}"
         )
 
 

@@ -236,6 +236,18 @@ class Manifest(Strict):
         """Return what a step of `graph` runs, in order."""
         return self.stages.get(graph, (self.graphs[graph],))
 
+    def max_cache_blocks(self) -> int | None:
+        """Return the most cache blocks that every profile of every plan takes; None where any number will do."""
+        caches = {spec.name: spec.shape for face in self.graphs.values() for spec in face.with_role("cache")}
+        found = [
+            bounds[2][0] // (self.cache.block_size if caches[name][0] == "NS" else 1)
+            for plans in self.profiles.values()
+            for shapes in plans.values()
+            for name, bounds in shapes.items()
+            if name in caches
+        ]
+        return min(found, default=None)
+
 
 def manifest_digest(raw: dict[str, Any]) -> str:
     """Return the SHA-256, in hex, over a decoded manifest without its own digest."""

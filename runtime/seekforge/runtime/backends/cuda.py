@@ -1,110 +1,180 @@
 """The device of `backends/tensorrt.py` on a real GPU: CUDA memory, one stream, TensorRT contexts. No decisions here.
 
-Nothing of this file runs without a GPU, so it holds device calls only.
+Nothing of this file runs without a GPU, so it holds device calls only; tests drive it with libraries that record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from seekforge.plugins.device import CudaDriver, KernelFolder
 from seekforge.plugins.errors import EngineError, EnvironmentFault
+from seekforge.plugins.formats.loading import check_loadable
 from seekforge.plugins.formats.manifest import Manifest
-from seekforge.plugins.tensorrt.launch import LauncherSource
 from seekforge.plugins.tensorrt.library import Flavour, load
 from seekforge.plugins.tensorrt.plugin import register
 
-#: Compiled kernels that TensorRT-RTX keeps between starts, in the engine folder.
-_RUNTIME_CACHE = "runtime.cache"
+#: Ending of the file beside a plan in which TensorRT-RTX keeps between starts what it compiled.
+_RUNTIME_CACHE = ".runtime-cache"
+#: Values of CUDA's enumerations that are passed as plain numbers.
+_NON_BLOCKING, _OUT_OF_MEMORY, _HOST_ALLOC_DEFAULT = 1, 2, 0
+
+
+class _Context:
+    """One execution context, and which addresses and shapes it was told."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
 
 class TrtPlan:
-    """A deserialised engine with one execution context."""
+    """A deserialised engine with one execution context per optimisation profile; they share their scratch memory."""
 
     def __init__(self, device: CudaDevice, path: Path) -> None:
-        self._stream = device.stream
-        self._path = path
+        self._device, self._path = device, path
         runtime = device.trt.Runtime(device.trt.Logger(device.trt.Logger.ERROR))
         self._runtime = runtime  # must outlive the engine
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise EngineError(f"{path}: TensorRT {device.trt.__version__} cannot load it; build the engine again here")
-        self._cache: Any = None
-        if device.flavour == "tensorrt-rtx":
-            config = self._engine.create_runtime_config()
-            self._cache = config.create_runtime_cache()
-            stored = path.parent / _RUNTIME_CACHE
-            if stored.is_file():
-                self._cache.deserialize(stored.read_bytes())
-            config.set_runtime_cache(self._cache)
-            self._context = self._engine.create_execution_context(config)
-        else:
-            self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise MemoryError
+            fault = device.registration.failures[-1:] or [f"TensorRT {device.trt.__version__} cannot load it"]
+            raise EngineError(f"{path}: {fault[0]}; build the engine again here")
+        self._cache = self._runtime_cache()
+        profiles = range(self._engine.num_optimization_profiles)
+        self._scratch_bytes = max(self._engine.get_device_memory_size_for_profile_v2(number) for number in profiles)
+        self._scratch = device.allocate(max(self._scratch_bytes, 1))
+        self._contexts: dict[int, _Context] = {}
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._profile = 0
 
     def names(self) -> list[str]:
         """Names of all inputs and outputs."""
         return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
 
+    def use_profile(self, number: int) -> None:
+        """Choose the profile of the next step."""
+        self._profile = number
+
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Set the shape of an input."""
-        if not self._context.set_input_shape(name, shape):
-            raise EngineError(f"{self._path}: shape {shape} of {name} is outside what the engine was built for")
+        self._shapes[name] = shape
 
     def set_address(self, name: str, address: int) -> None:
         """Say where an input or output lies."""
-        self._context.set_tensor_address(name, address)
+        self._addresses[name] = address
 
     def enqueue(self) -> None:
         """Start the step."""
-        if not self._context.execute_async_v3(self._stream):
-            raise EngineError(f"{self._path}: TensorRT refused a step; see its log")
+        one = self._contexts.get(self._profile)
+        if one is None:
+            one = self._contexts[self._profile] = self._open(self._profile)
+        if one.addresses != self._addresses:
+            for name, address in self._addresses.items():
+                if one.addresses.get(name) != address:
+                    one.context.set_tensor_address(name, address)
+            one.addresses = dict(self._addresses)
+        if one.shapes != self._shapes:
+            for name, shape in self._shapes.items():
+                if one.shapes.get(name) != shape and not one.context.set_input_shape(name, shape):
+                    raise EngineError(f"{self._path}: shape {shape} of {name} is outside what the engine was built for")
+            one.shapes = dict(self._shapes)
+        if not one.context.execute_async_v3(self._device.stream):
+            fault = self._device.registration.failures[-1:] or ["TensorRT refused a step"]
+            raise EngineError(f"{self._path}: {fault[0]}")
 
-    def save_runtime_cache(self) -> None:
+    def close(self) -> None:
         """Keep what TensorRT-RTX compiled, so that the next start is quick; a read-only folder stays as it is."""
         if self._cache is not None:
-            try:
-                (self._path.parent / _RUNTIME_CACHE).write_bytes(bytes(self._cache.serialize()))
-            except OSError:
-                return
+            stored = self._path.with_suffix(_RUNTIME_CACHE)
+            with contextlib.suppress(OSError):
+                unfinished = stored.with_name(f"{stored.name}.{os.getpid()}")
+                unfinished.write_bytes(bytes(self._cache.serialize()))
+                unfinished.replace(stored)
+        self._contexts.clear()
+        self._device.free(self._scratch)
+
+    def _open(self, profile: int) -> _Context:
+        strategy = self._device.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._cache is not None:
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.set_runtime_cache(self._cache)
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise MemoryError(f"{self._path}: no memory for an execution context")
+        if not context.set_optimization_profile_async(profile, self._device.stream):
+            raise EngineError(f"{self._path}: has no optimisation profile {profile}; build the engine again")
+        context.set_device_memory(self._scratch, self._scratch_bytes)
+        return _Context(context)
+
+    def _runtime_cache(self) -> Any:
+        """Return what TensorRT-RTX compiles for this GPU, read back from the last start; None with TensorRT."""
+        if self._device.flavour != "tensorrt-rtx":
+            return None
+        cache = self._engine.create_runtime_config().create_runtime_cache()
+        stored = self._path.with_suffix(_RUNTIME_CACHE)
+        if stored.is_file():
+            cache.deserialize(stored.read_bytes())
+        return cache
 
 
 class CudaDevice:
-    """The first GPU. See `tensorrt.Device`."""
+    """The first GPU. See `device.Device`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, source: LauncherSource | None = None) -> None:
-        """Load TensorRT, register the plugins and make a stream.
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Check that the engine can run on this GPU, register its plugins with their kernels, and make a stream.
 
         Args:
             folder, manifest: the engine.
-            source: gives the kernels of its plugins.
 
         Raises:
-            EnvironmentFault: TensorRT, its GPU or the CUDA bindings are missing.
+            EngineError: the engine is for another GPU or other versions, or its kernels are missing.
+            EnvironmentFault: TensorRT, a GPU or the CUDA bindings are missing.
         """
         self.flavour: Flavour = "tensorrt-rtx" if manifest.target.backend == "tensorrt-rtx" else "tensorrt"
-        self.trt = load(self.flavour)
         try:
             from cuda.bindings import runtime as cudart  # pyright: ignore[reportAttributeAccessIssue]
         except ImportError:
             raise EnvironmentFault("cuda-bindings is not installed; pip install 'seekforge[gpu]'") from None
         self._cuda: Any = cudart
-        register(self.trt, source)
-        self.stream = int(self._call(cudart.cudaStreamCreateWithFlags, 1))  # 1: not blocking
         self._graphs: dict[int, Any] = {}
+        self._next_graph = 1
         self._plans: list[TrtPlan] = []
+        self._pinned: list[int] = []
+        sm = self._open_gpu()
+        check_loadable(folder, manifest, sm=sm, versions=_versions(manifest.runtime_versions))
+        self.trt = load(self.flavour)
+        source = KernelFolder(folder, sm, CudaDriver()) if manifest.plugins else None
+        self.registration = register(self.trt, source)
+        self.stream = int(self._call(cudart.cudaStreamCreateWithFlags, _NON_BLOCKING))
+
+    def _open_gpu(self) -> int:
+        """Make the first GPU's context current and return its compute capability, 89 for an L40S."""
+        error, count = self._cuda.cudaGetDeviceCount()
+        if int(error) or not count:
+            raise EnvironmentFault("no NVIDIA GPU answers here; run this engine on the machine with its GPU")
+        self._call(self._cuda.cudaSetDevice, 0)
+        self._call(self._cuda.cudaFree, 0)  # the first call that needs a context makes it
+        attribute = self._cuda.cudaDeviceAttr
+        major = self._call(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMajor, 0)
+        minor = self._call(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMinor, 0)
+        return 10 * int(major) + int(minor)
 
     def allocate(self, num_bytes: int) -> int:
         """Return the address of new memory."""
-        error, address = self._cuda.cudaMalloc(num_bytes)
-        if int(error) == 2:  # cudaErrorMemoryAllocation
-            raise MemoryError(f"{num_bytes:,} bytes of GPU memory are not free")
-        self._check(error)
-        return int(address)
+        return self._allocated(self._cuda.cudaMalloc(num_bytes), num_bytes, "GPU")
 
     def free(self, address: int) -> None:
         """Give memory back."""
@@ -114,8 +184,19 @@ class CudaDevice:
         """Fill with zero bytes."""
         self._call(self._cuda.cudaMemsetAsync, address, 0, num_bytes, self.stream)
 
+    def staging(self, num_bytes: int) -> np.ndarray:
+        """Return page-locked host memory, uint8[num_bytes]; it lives as long as the device."""
+        made = self._cuda.cudaHostAlloc(num_bytes, _HOST_ALLOC_DEFAULT)
+        address = self._allocated(made, num_bytes, "page-locked host")
+        self._pinned.append(address)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
+
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy from pageable host memory, which CUDA has read when the call returns."""
+        self.upload_staged(address, array)
+
+    def upload_staged(self, address: int, array: np.ndarray) -> None:
+        """Start a copy from memory of `staging`; it must not change before `synchronize`."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call(self._cuda.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, kind, self.stream)
 
@@ -123,6 +204,10 @@ class CudaDevice:
         """Copy to the host and wait."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call(self._cuda.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, self.stream)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for everything that was started."""
         self._call(self._cuda.cudaStreamSynchronize, self.stream)
 
     def open_plan(self, path: Path) -> TrtPlan:
@@ -137,11 +222,13 @@ class CudaDevice:
         self._call(self._cuda.cudaStreamBeginCapture, self.stream, mode)
         try:
             work()
-        finally:
-            graph = self._call(self._cuda.cudaStreamEndCapture, self.stream)
+        except BaseException:
+            self._cuda.cudaStreamEndCapture(self.stream)  # ends the capture; what went wrong is raised, not this
+            raise
+        graph = self._call(self._cuda.cudaStreamEndCapture, self.stream)
         recorded = self._call(self._cuda.cudaGraphInstantiate, graph, 0)
         self._call(self._cuda.cudaGraphDestroy, graph)
-        number = len(self._graphs) + 1
+        number, self._next_graph = self._next_graph, self._next_graph + 1
         self._graphs[number] = recorded
         return number
 
@@ -149,16 +236,30 @@ class CudaDevice:
         """Start a recorded graph."""
         self._call(self._cuda.cudaGraphLaunch, self._graphs[graph], self.stream)
 
+    def forget(self, graph: int) -> None:
+        """Give back a recorded graph."""
+        self._call(self._cuda.cudaGraphExecDestroy, self._graphs.pop(graph))
+
     def close(self) -> None:
-        """Give back the stream and the graphs."""
-        self._call(self._cuda.cudaStreamSynchronize, self.stream)
+        """Give back plans, graphs, page-locked memory and the stream."""
+        self.synchronize()
+        for graph in list(self._graphs):
+            self.forget(graph)
         for plan in self._plans:
-            plan.save_runtime_cache()
-        for recorded in self._graphs.values():
-            self._call(self._cuda.cudaGraphExecDestroy, recorded)
-        self._graphs.clear()
+            plan.close()
         self._plans.clear()
+        for address in self._pinned:
+            self._call(self._cuda.cudaFreeHost, address)
+        self._pinned.clear()
         self._call(self._cuda.cudaStreamDestroy, self.stream)
+
+    def _allocated(self, result: tuple[Any, Any], num_bytes: int, kind: str) -> int:
+        error, address = result
+        if int(error) == _OUT_OF_MEMORY:
+            self._cuda.cudaGetLastError()  # this error is not sticky, but it is remembered
+            raise MemoryError(f"{num_bytes:,} bytes of {kind} memory are not free")
+        self._check(error)
+        return int(address)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         error, *values = function(*arguments)
@@ -169,3 +270,14 @@ class CudaDevice:
         if int(error):
             _, text = self._cuda.cudaGetErrorString(error)
             raise EngineError(f"CUDA: {text.decode() if isinstance(text, bytes) else text}; the GPU step failed")
+
+
+def _versions(packages: Mapping[str, str]) -> dict[str, str]:
+    """Return package -> installed version; those that are not installed are left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,101 @@
+"""What a GPU backend needs of a device: memory, one stream, and plans that run on it. `cuda.py` has the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Plan(Protocol):
+    """One deserialised engine with its execution context."""
+
+    def names(self) -> list[str]:
+        """Names of all inputs and outputs."""
+        ...
+
+    def use_profile(self, number: int) -> None:
+        """Choose the optimisation profile of the next enqueue; shapes and addresses stay as they are."""
+        ...
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Set the shape of an input for the next enqueue."""
+        ...
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where an input or output lies."""
+        ...
+
+    def enqueue(self) -> None:
+        """Start the step on the device's stream.
+
+        Raises:
+            EngineError: TensorRT refuses it.
+        """
+        ...
+
+
+class Device(Protocol):
+    """Device memory and one stream, on which everything happens in order."""
+
+    def allocate(self, num_bytes: int) -> int:
+        """Return the address of new memory.
+
+        Raises:
+            MemoryError: there is not enough.
+        """
+        ...
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+        ...
+
+    def zero(self, address: int, num_bytes: int) -> None:
+        """Fill with zero bytes."""
+        ...
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Copy from the host; `array` may change afterwards."""
+        ...
+
+    def staging(self, num_bytes: int) -> np.ndarray:
+        """Return host memory, uint8[num_bytes], from which copies run beside other work."""
+        ...
+
+    def upload_staged(self, address: int, array: np.ndarray) -> None:
+        """Start a copy from memory of `staging`, which must not change before `synchronize`."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for everything that was started."""
+        ...
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        """Copy to the host and wait for it."""
+        ...
+
+    def open_plan(self, path: Path) -> Plan:
+        """Load a compiled engine.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+        ...
+
+    def capture(self, work: Callable[[], None]) -> int:
+        """Record what `work` starts as a graph, without running it."""
+        ...
+
+    def launch(self, graph: int) -> None:
+        """Start a recorded graph."""
+        ...
+
+    def forget(self, graph: int) -> None:
+        """Give back a recorded graph."""
+        ...
+
+    def close(self) -> None:
+        """Give back the stream and what is recorded."""
+        ...
