@@ -50,17 +50,21 @@ hooks: $(VENV)/.dev
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --no-isolation --outdir $(DIST) .
 
-# On a machine with a GPU: compile every kernel for it, compare and time them all, then the tiny ones under
-# compute-sanitizer where that is installed.
+# On a machine with a GPU: compile every kernel for it, compare all operators, walk whole programs (needs torch with CUDA:
+# the default index has it on Linux), time the real shapes into gpu-report/, then the tiny cases under compute-sanitizer
+# where that is installed.
 SM ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 GPU_CHECK := $(BIN)/python tests/gpu_check.py
+GPU_FOLDER := $(CACHE)/gpu-check
 
 gpu-check: $(VENV)/.gpu
 	@test -n "$(SM)" || { echo 'error: no GPU here (nvidia-smi lists none); make gpu-check SM=90' >&2; exit 2; }
-	$(GPU_CHECK) compile $(CACHE)/gpu-kernels --sm $(SM)
-	$(GPU_CHECK) run $(CACHE)/gpu-kernels
+	$(GPU_CHECK) compile $(GPU_FOLDER) --sm $(SM)
+	$(GPU_CHECK) run $(GPU_FOLDER) --only tiny
+	$(GPU_CHECK) walk $(GPU_FOLDER)
+	$(GPU_CHECK) run $(GPU_FOLDER) --only real --report gpu-report
 	@if command -v compute-sanitizer >/dev/null; then \
-		compute-sanitizer --error-exitcode 1 $(GPU_CHECK) run $(CACHE)/gpu-kernels --only tiny; \
+		compute-sanitizer --error-exitcode 1 $(GPU_CHECK) run $(GPU_FOLDER) --only tiny; \
 	else echo 'compute-sanitizer is not installed: skipped'; fi
 
 clean:

@@ -1,126 +1,46 @@
-"""The compiled kernels on a GPU: right, then how fast. `make gpu-check`; needs a CUDA driver, cuda-core, CPU torch.
+"""The compiled kernels on a GPU: right, then a whole program, then how fast. `make gpu-check` runs all of it.
 
-    python tests/gpu_check.py compile FOLDER --sm 90     on any machine with triton: the kernels of every case below
-    python tests/gpu_check.py run FOLDER                 on the GPU: no triton; compares, times, prints a table
+    python tests/gpu_check.py compile FOLDER --sm 90     on any machine with triton: kernels and programs of all below
+    python tests/gpu_check.py run FOLDER --only tiny     every operator's vectors, compared with the reference
+    python tests/gpu_check.py walk FOLDER                whole steps through plugins, eager and as a CUDA graph
+    python tests/gpu_check.py run FOLDER --only real     DeepSeek-V3.2's shapes: compared, timed, the benchmark table
 
-Cases are the operators' vectors (tiny) and the shapes of DeepSeek-V3.2 (real). Each goes through the very
-`OpLauncher.enqueue` that a plugin calls: launch descriptors, argument packing, workspace. Outputs and workspace
-are poisoned first. Exit code 1 when a result is wrong. Tiny cases are small enough for compute-sanitizer.
+`run` needs a CUDA driver, cuda-core and torch (with a CPU build no product is measured as a roof); `walk` needs torch
+with CUDA. Neither needs triton or TensorRT. Each operator call goes through the very `OpLauncher.enqueue` that a plugin
+calls: launch descriptors, argument packing, workspace. Outputs and workspace are poisoned first. Exit code 1 when a
+result is wrong. Tiny cases are small enough for compute-sanitizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any
 
 import torch
-from kernel_cases import ATTRS, gpu_cases, packed_index, packed_latents
+from gpu_cases import Real, judged_part, real_cases, tiny_cases
+from gpu_device import CudaDevice, Device
+from gpu_judge import judge
+from gpu_table import Result, Roof, line, markdown, measure_copy, measure_products, timed, write_report
+from gpu_walk import MODELS, prepare_model, walk_models
+from gpu_work import work_of
 from torch import Tensor
 
 from seekforge.plugins import aot
-from seekforge.plugins.device import CudaDriver, Driver, OpLauncher
-from seekforge.plugins.dsa_indexer.reference import index_scores
+from seekforge.plugins.device import OpLauncher
 from seekforge.plugins.errors import EnvironmentFault, SeekforgeError
-from seekforge.plugins.kernel_sizes import WITH_KERNELS
+from seekforge.plugins.interpret import POISON
 from seekforge.plugins.launch import KernelSet, read_cubin, read_kernels, statics_of
-from seekforge.plugins.quant import fake_quantise
-from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits, same_selection
+from seekforge.plugins.tensorrt.launch import kernel_sm
+from seekforge.plugins.testing import Case
 from seekforge.plugins.torch_ops import DTYPE_NAMES, TORCH_DTYPES
 
-#: calc_diff that a product of FP8 blocks may have: tensor cores add less exactly than f32 (spec §5.2).
-PRODUCT_TOLERANCE: Final = 1e-5
-POISON: Final = 0xFF
-
-
-class Device(Protocol):
-    """Memory, a stream and a clock beside the driver that launches."""
-
-    name: str
-    sm: int
-    driver: Driver
-    stream: int
-
-    def allocate(self, num_bytes: int) -> int: ...
-    def free(self, address: int) -> None: ...
-    def upload(self, address: int, data: Tensor) -> None: ...
-    def download(self, address: int, data: Tensor) -> None: ...
-    def seconds(self, call: Callable[[], None], repeats: int) -> float: ...
-
-
-class CudaDevice:
-    """Device 0, over cuda-bindings."""
-
-    def __init__(self) -> None:
-        self.driver = CudaDriver()
-        self._cuda: Any = self.driver._driver
-        self._do("cuInit", 0)
-        device = self._do("cuDeviceGet", 0)
-        self._do("cuCtxSetCurrent", self._do("cuDevicePrimaryCtxRetain", device))
-        attribute = self._cuda.CUdevice_attribute
-        major = self._do("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-        minor = self._do("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-        self.sm = 10 * major + minor
-        self.name = self._do("cuDeviceGetName", 100, device).partition(b"\0")[0].decode()
-        self._stream = self._do("cuStreamCreate", 0)
-        self.stream = int(self._stream)
-
-    def _do(self, name: str, *args: Any) -> Any:
-        try:
-            result = getattr(self._cuda, name)(*args)
-        except RuntimeError as error:  # no libcuda
-            raise EnvironmentFault(f"no CUDA driver here ({error}); run this on a machine with a GPU") from None
-        if result[0] != self._cuda.CUresult.CUDA_SUCCESS:
-            raise EnvironmentFault(f"{name}: {result[0].name}")
-        return result[1] if len(result) > 1 else None
-
-    def allocate(self, num_bytes: int) -> int:
-        return int(self._do("cuMemAlloc", max(num_bytes, 256)))
-
-    def free(self, address: int) -> None:
-        self._do("cuMemFree", address)
-
-    def upload(self, address: int, data: Tensor) -> None:
-        if data.numel():
-            self._do("cuMemcpyHtoD", address, data.data_ptr(), data.numel() * data.element_size())
-
-    def download(self, address: int, data: Tensor) -> None:
-        self._do("cuStreamSynchronize", self._stream)
-        if data.numel():
-            self._do("cuMemcpyDtoH", data.data_ptr(), address, data.numel() * data.element_size())
-
-    def seconds(self, call: Callable[[], None], repeats: int) -> float:
-        """Time `repeats` calls in one CUDA graph, where launches cost what they do in an engine."""
-        call()
-        self._do("cuStreamBeginCapture", self._stream, self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
-        for _ in range(repeats):
-            call()
-        graph = self._do("cuGraphInstantiate", self._do("cuStreamEndCapture", self._stream), 0)
-        start, end = self._do("cuEventCreate", 0), self._do("cuEventCreate", 0)
-        self._do("cuGraphLaunch", graph, self._stream)
-        self._do("cuEventRecord", start, self._stream)
-        self._do("cuGraphLaunch", graph, self._stream)
-        self._do("cuEventRecord", end, self._stream)
-        self._do("cuEventSynchronize", end)
-        return self._do("cuEventElapsedTime", start, end) / 1e3 / repeats
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one case gave."""
-
-    case: str
-    right: bool
-    error: str
-    microseconds: float | None = None
-    launches: int = 0
-    gigabytes_per_s: float | None = None
-    teraflops: float | None = None
+#: Folder of the operators' kernels, and of the programs to walk, in that of `compile`.
+OPERATORS, PROGRAMS = "operators", "programs"
 
 
 def run_case(device: Device, kernels: KernelSet, cubins: dict[str, bytes], case: Case) -> tuple[Tensor, ...]:
@@ -174,167 +94,6 @@ class _Call:
             self.device.free(address)
 
 
-# --- right or wrong -------------------------------------------------------------------------------------------
-
-
-def judge(case: Case, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[bool, str]:
-    """Return whether results are right, and the error in words."""
-    if case.op == "DsaCacheWrite":
-        first = 1 if got[0].dtype == torch.int8 else 64
-        same = all(equal_bits(a[first:], b[first:]) for a, b in zip(got, want, strict=True))
-        return same, "bytes equal" if same else "bytes differ"
-    if case.op == "MoeRoute":
-        worst = float(((got[1] - want[1]).abs() / want[1].abs().clamp_min(1e-20)).max()) if got[1].numel() else 0.0
-        return torch.equal(got[0], want[0]) and worst < 1e-5, f"ids equal, weights {worst:.1e}"
-    if case.op == "DsaIndexer":
-        q, w, cache, table, positions = case.inputs
-        attrs = case.attrs
-        scores = index_scores(q, w, cache, table, positions, attrs["indexer_fp8"], attrs["index_format"])
-        same = same_selection(got[0], want[0], scores, 1e-5)
-        return same, "same selection" if same else "another selection"
-    x, y = got[0].double(), want[0].double()
-    finite = y.isfinite()
-    diff = calc_diff(x[finite], y[finite]) if torch.equal(finite, x.isfinite()) else math.inf
-    limit = 5e-6 if case.op == "DsaAttention" else PRODUCT_TOLERANCE
-    return diff <= limit, f"diff {diff:.1e} of {limit:.0e}"
-
-
-# --- cases ----------------------------------------------------------------------------------------------------
-
-
-def tiny_cases() -> list[Case]:
-    """Return the vectors of every operator with kernels, in the types of a GPU target."""
-    found = []
-    for op in WITH_KERNELS:
-        for case in gpu_cases(op):
-            change = ATTRS.get(op, lambda one, kv_format: one)
-            formats = ("fp8_ds", "bf16") if op in ATTRS else ("",)
-            found += [one for kv_format in formats if (one := change(case, kv_format)) is not None]
-    return [case for case in found if _has_kernels(case)]
-
-
-def _has_kernels(case: Case) -> bool:
-    try:
-        statics_of(case.op, case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs))
-    except SeekforgeError:
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class Real:
-    """A case at real size: what it moves and computes at least. `make` draws it when its turn comes."""
-
-    op: str
-    name: str
-    statics: dict[str, Any]
-    make: Callable[[], Case]
-    num_bytes: float
-    flops: float = 0.0
-
-
-def _linear(rows: int, n: int, k: int) -> Real:
-    def make() -> Case:
-        draw = Draw(rows)
-        x, scale = draw.normal(rows, k).bfloat16(), draw.weight_scale(-(-n // 128), k // 128)
-        return Case("BlockFp8Linear", "real", (x, draw.fp8(n, k), scale), {"act_quant": "ue8m0"})
-
-    moved = n * k + 2 * rows * (n + k)
-    return Real("BlockFp8Linear", f"T={rows} {n}x{k}", {"act_quant": "ue8m0"}, make, moved, 2 * rows * n * k)
-
-
-def _attention(b: int, q: int, heads: int = 128) -> Real:
-    statics = {"H": heads, "C": 512, "R": 64, "kv_format": "fp8_ds"}
-
-    def make() -> Case:
-        draw, blocks = Draw(b), 64
-        table = draw.block_table(b, blocks, b * blocks + 1)
-        rows = (b * blocks + 1) * 64
-        latents = torch.cat([fake_quantise(draw.normal(rows, 512)), draw.normal(rows, 64)], 1)
-        picked = torch.stack([draw.order(blocks * 64)[:2048].sort().values for _ in range(b * q)]).int()
-        inputs = (
-            draw.normal(b, q, heads, 512).bfloat16(),
-            draw.normal(b, q, heads, 64).bfloat16(),
-            packed_latents(latents, 512),
-            table,
-            picked.view(b, q, 2048),
-        )
-        return Case("DsaAttention", "real", inputs, {"scale": 0.1352337788608801, "kv_format": "fp8_ds"})
-
-    moved = b * q * (2048 * 660 + 2 * heads * 1088)
-    return Real("DsaAttention", f"B={b} Q={q}", statics, make, moved, 2.0 * b * q * heads * 2048 * 1088)
-
-
-def _indexer(b: int, length: int) -> Real:
-    statics = {"Hi": 64, "D": 128, "indexer_fp8": True, "index_format": "fp8_ds"}
-
-    def make() -> Case:
-        draw, blocks = Draw(b), length // 64
-        table = draw.block_table(b, blocks, b * blocks + 1)
-        cache = packed_index(draw.normal((b * blocks + 1) * 64, 128))
-        positions = torch.full((b, 1), length - 1)
-        inputs = (draw.normal(b, 1, 64, 128).bfloat16(), draw.normal(b, 1, 64) * 0.01, cache, table, positions)
-        attrs = {"index_topk": 2048, "indexer_fp8": True, "index_format": "fp8_ds"}
-        return Case("DsaIndexer", "real", inputs, attrs)
-
-    return Real("DsaIndexer", f"B={b} L={length}", statics, make, b * length * 136, 2.0 * b * length * 64 * 128)
-
-
-def _experts(tokens: int) -> Real:
-    statics = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "act_quant": "ue8m0"}
-
-    def make() -> Case:
-        draw = Draw(tokens)
-        ids = torch.stack([draw.order(256)[:8] for _ in range(tokens)]).int()
-        w13, w2 = draw.fp8(4096, 7168).repeat(256, 1, 1), draw.fp8(7168, 2048).repeat(256, 1, 1)
-        scales = draw.weight_scale(256, 32, 56), draw.weight_scale(256, 56, 16)  # experts differ by their scales
-        inputs = (draw.normal(tokens, 7168).bfloat16(), ids, draw.uniform(tokens, 8), w13, scales[0], w2, scales[1])
-        return Case("MoeExperts", "real", inputs, {"act_quant": "ue8m0"})
-
-    hit = 256 * (1 - (1 - 8 / 256) ** tokens)
-    return Real("MoeExperts", f"T={tokens}", statics, make, hit * 3 * 2048 * 7168, 6.0 * 8 * tokens * 2048 * 7168)
-
-
-def _route(tokens: int) -> Real:
-    statics: dict[str, Any] = {"E": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "norm": True}
-
-    attrs = {name: statics[name] for name in ("n_group", "topk_group", "top_k", "norm")} | {"scale": 2.5}
-
-    def make() -> Case:
-        draw = Draw(tokens)
-        return Case("MoeRoute", "real", (draw.normal(tokens, 256), draw.normal(256) * 0.05), attrs)
-
-    return Real("MoeRoute", f"T={tokens}", statics, make, tokens * 1088)
-
-
-def _write(tokens: int) -> Real:
-    statics: dict[str, Any] = {"C": 512, "R": 64, "D": 128, "kv_format": "fp8_ds", "index_format": "fp8_ds"}
-    statics |= {"kv_fp8": True, "indexer_fp8": True}
-    attrs = {name: statics[name] for name in ("kv_format", "index_format", "kv_fp8", "indexer_fp8")}
-
-    def make() -> Case:
-        draw, blocks = Draw(tokens), tokens // 64 + 2
-        caches = torch.zeros(blocks, 64, 656, dtype=torch.int8), torch.zeros(blocks, 8448, dtype=torch.int8)
-        rows = [draw.normal(1, tokens, width).bfloat16() for width in (512, 64, 128)]
-        slots = draw.order((blocks - 1) * 64)[:tokens].view(1, tokens) + 64
-        return Case("DsaCacheWrite", "real", (*caches, *rows, slots), attrs)
-
-    return Real("DsaCacheWrite", f"T={tokens}", statics, make, tokens * 2196)
-
-
-def real_cases() -> list[Real]:
-    """Return the shapes of kernels.md §A that have a published anchor or a clear floor."""
-    found = [_linear(t, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384)) for t in (1, 32, 2048)]
-    found += [_write(t) for t in (1, 8192)] + [_route(t) for t in (1, 8192)]
-    found += [_indexer(1, 32768), _indexer(32, 32768), _indexer(1, 131072)]
-    found += [_attention(1, 1), _attention(64, 1), _attention(1, 512)]
-    found += [_experts(t) for t in (1, 32, 256)]
-    return [one for one in found if one.op in WITH_KERNELS]
-
-
-# --- commands -------------------------------------------------------------------------------------------------
-
-
 def needed(cases: Iterable[Case], real: Iterable[Real]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return every set of kernels that cases need: digest -> (op, statics)."""
     found = {}
@@ -348,17 +107,26 @@ def needed(cases: Iterable[Case], real: Iterable[Real]) -> dict[str, tuple[str, 
 
 
 def compile_all(out: Path, sms: list[int], *, jobs: int | None) -> None:
-    """Compile the kernels of all cases, with one index."""
+    """Compile the kernels of all cases, with one index, and make the programs that are walked."""
+    kept = [kernel_sm(sm) for sm in sms]
     work = []
     for op, statics in needed(tiny_cases(), real_cases()).values():
-        work += aot.tasks({op: statics}, sms)
+        work += aot.tasks({op: statics}, kept)
     sys.stderr.write(f"compiling {len(work)} sets of kernels\n")
-    aot.build(work, out, cache=aot.default_cache(), jobs=jobs)
+    aot.build(work, out / OPERATORS, cache=aot.default_cache(), jobs=jobs)
+    for name in MODELS:
+        sys.stderr.write(f"making the {name} program\n")
+        prepare_model(out / PROGRAMS / name, name, kept, jobs=jobs)
 
 
 def load(folder: Path, sm: int) -> dict[tuple[str, str], tuple[KernelSet, dict[str, bytes]]]:
     """Return the kernels of one SM: (op, statics as JSON) -> descriptor and cubins."""
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    try:
+        index = json.loads((folder / aot.INDEX).read_text(encoding="utf-8"))
+    except OSError:
+        raise EnvironmentFault(
+            f"{folder / aot.INDEX}: missing; gpu_check.py compile {folder.parent} --sm {sm}"
+        ) from None
     found = {}
     for entry in index["kernels"]:
         if entry["sm"] == sm:
@@ -367,28 +135,30 @@ def load(folder: Path, sm: int) -> dict[tuple[str, str], tuple[KernelSet, dict[s
             cubins = {name: read_cubin(path, image) for name, image in kernels.images.items()}
             found[kernels.op, json.dumps(dict(kernels.statics), sort_keys=True)] = (kernels, cubins)
     if not found:
-        raise EnvironmentFault(f"{folder} has no kernels for sm{sm}; compile them: gpu_check.py compile --sm {sm}")
+        raise EnvironmentFault(f"{folder} has no kernels for sm{sm}; gpu_check.py compile {folder.parent} --sm {sm}")
     return found
 
 
-def run_all(device: Device, folder: Path, *, tiny: bool, real: bool, repeats: int) -> list[Result]:
-    """Run every case on a device; prints each line as it comes."""
-    sets = load(folder, 80 if device.sm == 86 else device.sm)
+def run_all(device: Device, folder: Path, roof: Roof | None, *, tiny: bool, real: bool, repeats: int) -> list[Result]:
+    """Run cases on a device; prints each line as it comes.
+
+    Args:
+        roof: what the device reaches at best; None leaves real cases untimed.
+    """
+    sets = load(folder, kernel_sm(device.sm))
     results = []
 
     def one(case: Case, label: str, work: Real | None) -> None:
         statics = statics_of(case.op, case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs))
         kernels, cubins = sets[case.op, json.dumps(statics, sort_keys=True)]
         call = _Call(device, kernels, cubins, case)
-        got = call.results()
-        right, error = judge(case, got, case.expected())
-        seconds = device.seconds(call.enqueue, repeats) if work is not None else None
-        launches = len(call.launcher.plan(call.shapes).launches)
+        part, got = judged_part(case, call.results()) if work is not None else (case, call.results())
+        right, error = judge(part, got, part.expected())
+        result = Result(label, right, error, len(call.launcher.plan(call.shapes).launches))
+        if work is not None and roof is not None:
+            result = dataclasses.replace(result, target=work.target, anchor=work.anchor)
+            result = Result(**timed(result, work_of(case), device.seconds(call.enqueue, repeats), roof))
         call.free()
-        rates: tuple[float | None, float | None] = (None, None)
-        if work is not None and seconds:
-            rates = work.num_bytes / seconds / 1e9, work.flops / seconds / 1e12
-        result = Result(label, right, error, None if seconds is None else seconds * 1e6, launches, *rates)
         results.append(result)
         print(line(result), flush=True)
 
@@ -397,17 +167,24 @@ def run_all(device: Device, folder: Path, *, tiny: bool, real: bool, repeats: in
             one(case, str(case), None)
     if real:
         for work in real_cases():
-            one(work.make(), f"{work.op} {work.name}", work)
+            one(work.make(), str(work), work)
     return results
 
 
-def line(result: Result) -> str:
-    """Return one row of the table."""
-    text = f"{'ok   ' if result.right else 'WRONG'} {result.case:48} {result.error:24} {result.launches} launches"
-    if result.microseconds is not None:
-        text += f" {result.microseconds:9.1f} us {result.gigabytes_per_s or 0:7.0f} GB/s"
-        text += f" {result.teraflops or 0:7.1f} TFLOPS"
-    return text
+def _run(found: argparse.Namespace) -> int:
+    device = CudaDevice()
+    head = f"{device.name}, sm{device.sm}, torch {torch.__version__}"
+    print(head)
+    tiny, real = found.only != "real", found.only != "tiny"
+    roof = Roof(measure_copy(device), measure_products(device.sm)) if real else None
+    results = run_all(device, found.folder / OPERATORS, roof, tiny=tiny, real=real, repeats=found.repeats)
+    if roof is not None:
+        print(markdown(results, roof, head))
+    if found.report is not None and roof is not None:
+        write_report(found.report, results, roof, head)
+    wrong = [result.case for result in results if not result.right]
+    print(f"{len(results) - len(wrong)} of {len(results)} right" + (f"; wrong: {', '.join(wrong)}" if wrong else ""))
+    return min(len(wrong), 1)
 
 
 def main() -> int:
@@ -421,21 +198,21 @@ def main() -> int:
     run.add_argument("folder", type=Path)
     run.add_argument("--only", choices=["tiny", "real"], default=None)
     run.add_argument("--repeats", type=int, default=20)
+    run.add_argument("--report", type=Path, default=None, help="folder for gpu-report.json and gpu-report.md")
+    walk = commands.add_parser("walk")
+    walk.add_argument("folder", type=Path)
+    walk.add_argument("--model", choices=list(MODELS), action="append", default=None)
     found = parser.parse_args()
     try:
         if found.command == "compile":
             compile_all(found.folder, [int(sm) for sm in found.sm.split(",")], jobs=found.jobs)
             return 0
-        device = CudaDevice()
-        print(f"{device.name}, sm{device.sm}")
-        tiny, real = found.only != "real", found.only != "tiny"
-        results = run_all(device, found.folder, tiny=tiny, real=real, repeats=found.repeats)
+        if found.command == "walk":
+            return walk_models(found.folder / PROGRAMS, found.model or list(MODELS))
+        return _run(found)
     except SeekforgeError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    wrong = [result.case for result in results if not result.right]
-    print(f"{len(results) - len(wrong)} of {len(results)} right" + (f"; wrong: {', '.join(wrong)}" if wrong else ""))
-    return min(len(wrong), 1)
 
 
 if __name__ == "__main__":
