@@ -31,6 +31,7 @@ from seekforge.plugins.formats.manifest import (
     SelfCheckRow,
     Target,
     digest_file,
+    manifest_digest,
     save_manifest,
 )
 from seekforge.plugins.formats.program import GraphIO, TensorSpec
@@ -260,7 +261,7 @@ def edit_manifest(toy_copy: Path) -> Callable[[Callable[[dict[str, Any]], object
         path = toy_copy / "manifest.json"
         raw = json.loads(path.read_text(encoding="utf-8"))
         change(raw)
-        write_json(path, raw)
+        write_json(path, raw | {"digest": manifest_digest(raw)})
         return toy_copy
 
     return edit

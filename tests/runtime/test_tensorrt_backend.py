@@ -21,7 +21,7 @@ from seekforge.plugins.errors import CheckpointError, EngineError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.loader import LoadProgress
-from seekforge.plugins.formats.manifest import digest_file, load_manifest
+from seekforge.plugins.formats.manifest import digest_file, load_manifest, manifest_digest
 from seekforge.plugins.formats.program import load_bindings, save_bindings
 from seekforge.plugins.formats.safetensors import Checkpoint, write_shard
 from seekforge.runtime import LLM, SamplingParams
@@ -184,7 +184,7 @@ def gpu_engine(toy_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     raw["runtime_versions"] = {}
     files = ["model.onnx", "mtp.onnx", "tokenizer.json", "bindings.json"]
     raw["files"] = [digest_file(engine, name).model_dump(mode="json") for name in files]
-    write_json(engine / "manifest.json", raw)
+    write_json(engine / "manifest.json", raw | {"digest": manifest_digest(raw)})
     assert load_manifest(engine).weights is not None
     return engine, checkpoint
 
@@ -194,7 +194,7 @@ def changed(engine: Path, folder: Path, edit: Callable[[dict[str, Any]], None]) 
     shutil.copytree(engine, folder)
     raw = json.loads((folder / "manifest.json").read_text())
     edit(raw)
-    write_json(folder / "manifest.json", raw)
+    write_json(folder / "manifest.json", raw | {"digest": manifest_digest(raw)})
     return folder
 
 

@@ -21,8 +21,9 @@ from seekforge.exporter.build.explain import explain, place
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, check, open_inputs
 from seekforge.exporter.build.gpu_engine import build_gpu
 from seekforge.exporter.build.prepare import prepare
-from seekforge.exporter.build.profiles import axis_bounds, pool_blocks
+from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, spanning
 from seekforge.exporter.build.targets import TargetConfig, load_target
+from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.progress import Stages
 from seekforge.plugins.device import KernelFolder, OpLauncher
 from seekforge.plugins.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
@@ -133,6 +134,10 @@ def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_pat
         launcher = source.launcher(op, attrs=_attrs(one_layer, op), products="fp8", digest=use.kernel_digest)
         assert launcher.kernels.sm == 89
     assert driver.loaded == sum(manifest.audit.kernels.values())
+    about = json.loads(CliRunner().invoke(inspect_command, [str(engine), "--json"]).output)
+    assert about["audit"]["kernels"] == manifest.audit.kernels and about["digest"] == manifest.digest
+    page = CliRunner().invoke(inspect_command, [str(engine)], env={"COLUMNS": "200"}).output
+    assert "matrix products of one token" in page and "kernels: 9 BlockFp8Linear" in page and "fp8" in page
     with pytest.raises(EngineError, match="no kernels for sm120"):
         KernelFolder(engine, 120, driver).launcher(
             "MoeRoute", attrs={}, products="", digest=manifest.plugins["MoeRoute"].kernel_digest
@@ -501,3 +506,17 @@ def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: Planned) -
     expected += linear_flops(config, layer_matrices(config, config.mtp_layer)).total
     expected += attention_flops(config, 4096, num_layers=1).total + 2.0 * config.vocab_size * config.hidden_size
     assert total == pytest.approx(expected, rel=1e-6)
+
+
+def test_profiles_span_whatever_limits_are_asked() -> None:
+    """A larger limit than a target's profiles would be a step that no profile takes."""
+    target = load_target("rtx4090")
+    asked = target.limits.model_copy(update={"max_batch_size": 48, "max_num_batched_tokens": 8192})
+    found = spanning(target.profiles, asked)
+    assert (found["decode"].max_batch_size, found["decode"].max_query_len) == (48, 6)
+    assert (found["prefill"].max_batch_size, found["prefill"].max_query_len) == (2, 8192)
+    assert axis_bounds(found["decode"], asked, pool_blocks=99)["B"][2] == 48
+    assert axis_bounds(found["prefill"], asked, pool_blocks=99)["Q"][2] == 8192
+    assert spanning(target.profiles, target.limits) == target.profiles
+    short = asked.model_copy(update={"max_model_len": 512})
+    assert axis_bounds(spanning(target.profiles, short)["prefill"], short, pool_blocks=99)["Q"][2] == 512

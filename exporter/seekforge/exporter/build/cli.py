@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from seekforge.exporter.build.targets import TargetConfig, load_target
 from seekforge.exporter.checkpoint.source import resolve
@@ -177,6 +176,7 @@ def _build_gpu(
     as_json: bool,
     stages: Stages,
 ) -> None:
+    from seekforge.exporter.build.audit_page import show_audit
     from seekforge.exporter.build.compiler import Options
     from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
     from seekforge.exporter.build.gpu_engine import build_gpu
@@ -207,7 +207,10 @@ def _build_gpu(
     if as_json:
         sys.stdout.write(json.dumps(_gpu_summary(manifest, out, stages.seconds)) + "\n")
     elif not quiet:
-        _print_audit(manifest, out)
+        console = Console(highlight=False, width=None if Console().is_terminal else 110)
+        console.print(f"wrote {out}: {manifest.target.name}")
+        show_audit(manifest, console)
+        console.print("self-check: none yet ('parity' writes it where the GPU is)")
 
 
 def with_options(target: TargetConfig, limits: dict[str, int | None], gpu: dict[str, Any]) -> TargetConfig:
@@ -281,34 +284,6 @@ def _gpu_summary(manifest: Manifest, out: Path, seconds: dict[str, float]) -> di
         "audit": manifest.audit.model_dump(mode="json"),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
-
-
-def _print_audit(manifest: Manifest, out: Path) -> None:
-    audit = manifest.audit
-    assert audit is not None
-    target = manifest.target
-    console = Console(highlight=False, width=None if Console().is_terminal else 110)
-    table = Table(title=f"matrix products of one token at {audit.context} keys: {audit.got}", title_justify="left")
-    for name in ("what", "as", "precision", "share"):
-        table.add_column(name, justify="right" if name == "share" else "left")
-    for one in audit.products:
-        table.add_row(one.what, one.face, one.precision, f"{one.share:.2%}")
-    console.print(table)
-    plugins = ", ".join(f"{count} {op}" for op, count in audit.plugins.items()) or "none"
-    inlined = ", ".join(f"{count} {op}" for op, count in audit.inlined.items()) or "none"
-    plans = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in audit.plan_bytes.items())
-    total, usable, scratch = (audit.device_bytes[key] / _GIB for key in ("total", "usable", "scratch"))
-    console.print(
-        f"wrote {out}: {target.name} ({', '.join(f'sm{sm}' for sm in target.sms)}), plans: {plans}\n"
-        f"plugins: {plugins}\ninlined: {inlined}\n"
-        f"weight inputs {audit.weight_input_bytes / _GIB:.2f} GiB, scratch {scratch:.2f} GiB, expected memory "
-        f"{total:.1f} of {usable:.1f} GiB{': OVERSIZE, this engine does not load' if audit.oversize else ''}\n"
-        "self-check: none yet ('parity' writes it where the GPU is)"
-    )
-    if manifest.plugins and not audit.kernels:
-        console.print("kernels: none (--no-kernels), this engine does not load")
-    elif audit.kernels:
-        console.print(f"kernels: {', '.join(f'{count} of {op}' for op, count in audit.kernels.items())}")
 
 
 def _summary(built: Built, out: Path, seconds: dict[str, float]) -> dict[str, object]:

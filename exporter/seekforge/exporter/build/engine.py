@@ -161,7 +161,7 @@ def build(
                     "taps": taps,
                 },
             )
-            save_manifest(folder, manifest)
+            manifest = save_manifest(folder, manifest)
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
 
 

@@ -25,13 +25,13 @@ from seekforge.exporter.build.gpu_kernels import compile_kernels, digests_of, ke
 from seekforge.exporter.build.gpu_manifest import Made, make_audit, make_manifest
 from seekforge.exporter.build.parts import Parts
 from seekforge.exporter.build.prepare import Prepared, prepare
-from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, shapes
+from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, shapes, spanning
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.stages import HANDOVER, cut, stage_ranges
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
-from seekforge.plugins.formats.manifest import MANIFEST, Manifest, save_manifest, sealed
+from seekforge.plugins.formats.manifest import MANIFEST, Manifest, save_manifest
 from seekforge.plugins.formats.program import GraphIO, Role, TensorSpec
 from seekforge.plugins.tensorrt.launch import NO_KERNELS
 from seekforge.plugins.tensorrt.library import MODULES
@@ -74,8 +74,7 @@ def build_gpu(
         progress("audit, write")
         found = make_audit(inputs, planned, made)
         audit.require_precision(found.products, f"--precision {target.precision}", target.products)
-        manifest = sealed(make_manifest(inputs, planned, choices, folder, made, found, digests))
-        save_manifest(folder, manifest)
+        manifest = save_manifest(folder, make_manifest(inputs, planned, choices, folder, made, found, digests))
     parts.drop()
     lost_log.unlink(missing_ok=True)
     return manifest
@@ -134,7 +133,7 @@ def _compile_plans(
         )
         face = describe(ready.model, canonical, f"{plan}.plan")
         blocks = pool_blocks(face, planned.limits, budget, block_bytes(program, config, target.kv_format))
-        for label, profile in target.profiles.items():
+        for label, profile in spanning(target.profiles, planned.limits).items():
             bounds = axis_bounds(profile, planned.limits, pool_blocks=blocks)
             made.profiles[label][plan] = shapes(face, bounds)
         path = folder / face.file

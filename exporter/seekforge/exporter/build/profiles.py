@@ -14,6 +14,23 @@ Bounds = tuple[int, int, int]
 _MOST_ELEMENTS = 2**31 - 1
 
 
+def spanning(profiles: Mapping[str, Profile], limits: Limits) -> dict[str, Profile]:
+    """Return the profiles, widened so that together they span the limits.
+
+    The one of most sequences then takes `max_batch_size`, the one of most new tokens `max_num_batched_tokens`.
+    """
+    widest = max(profiles, key=lambda name: profiles[name].max_batch_size)
+    longest = max(profiles, key=lambda name: profiles[name].max_query_len)
+    found = dict(profiles)
+    for name, key, needed in (
+        (widest, "max_batch_size", limits.max_batch_size),
+        (longest, "max_query_len", min(limits.max_num_batched_tokens, limits.max_model_len)),
+    ):
+        if getattr(found[name], key) < needed:
+            found[name] = found[name].model_copy(update={key: needed})
+    return found
+
+
 def axis_bounds(profile: Profile, limits: Limits, *, pool_blocks: int, hands_over: bool = False) -> dict[str, Bounds]:
     """Return symbolic axis -> smallest, typical and largest size.
 

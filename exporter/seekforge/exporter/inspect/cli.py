@@ -12,10 +12,12 @@ import onnx
 from rich.console import Console
 from rich.table import Table
 
+from seekforge.exporter.build.audit_page import show_audit
 from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.inspect.describe import describe, kind_of
 from seekforge.exporter.inspect.draw import Format, draw, groups
 from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.manifest import load_manifest
 from seekforge.plugins.formats.program import load_program
 
 
@@ -80,6 +82,7 @@ def show(about: dict[str, Any], console: Console) -> None:
         check = about["self_check"]
         proof = "none" if check is None else f"{check['num_tokens']} tokens within {check['tolerance']:.2g} logits"
         console.print(f"self-check: {proof}")
+        show_audit(load_manifest(Path(about["path"])), console)
     else:
         ranks = about["ranks"]
         if ranks["tp"] * ranks["ep"] > 1:
@@ -91,6 +94,9 @@ def show(about: dict[str, Any], console: Console) -> None:
             console.print(f"{sum(about['outside'].values()):,} tensors of the checkpoint lie outside these layers")
     for name, graph in about["graphs"].items():
         _show_graph(name, graph, console)
+        stages = about.get("stages", {}).get(name, [])
+        if stages:
+            console.print(f"a step runs {len(stages)} plans: {', '.join(stages)}")
 
 
 def _show_checkpoint(about: dict[str, Any], console: Console) -> None:

@@ -222,6 +222,12 @@ def _engine(path: Path) -> dict[str, Any]:
         "files": {file.path: file.bytes for file in manifest.files},
         "num_bytes": sum(file.bytes for file in manifest.files),
         "graphs": {name: _graph(path, face, {}) for name, face in manifest.graphs.items()},
+        "stages": {name: [stage.file for stage in stages] for name, stages in manifest.stages.items()},
+        "plugins": {op: use.model_dump(mode="json") for op, use in manifest.plugins.items()},
+        "audit": None if manifest.audit is None else manifest.audit.model_dump(mode="json"),
+        "weights": None if manifest.weights is None else manifest.weights.model_dump(mode="json"),
+        "build": manifest.build,
+        "digest": manifest.digest,
         "self_check": None
         if check is None
         else {"num_tokens": len(check.prompt_ids), "num_rows": len(check.rows), "tolerance": check.tolerance},

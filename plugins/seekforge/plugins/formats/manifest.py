@@ -201,7 +201,7 @@ class Manifest(Strict):
         plugins: op_type -> plugin, on a GPU.
         profiles: name -> graph -> input -> smallest, typical and largest shape, in the order of the plan's profiles.
         audit: what a GPU build really made.
-        digest: of everything above; empty in engines that carry none.
+        digest: of everything above.
     """
 
     format: int
@@ -255,21 +255,18 @@ def manifest_digest(raw: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def sealed(manifest: Manifest) -> Manifest:
-    """Return the manifest with its digest: an edit of any field is found at load."""
-    raw = json.loads(json.dumps(manifest.model_dump(mode="json")))
-    return manifest.model_copy(update={"digest": manifest_digest(raw)})
-
-
 def digest_file(folder: Path, relative: str) -> FileDigest:
     """Describe one file of an engine folder."""
     path = folder / relative
     return FileDigest(path=relative, bytes=path.stat().st_size, sha256=sha256_file(path), sampled=sampled_digest(path))
 
 
-def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json into `folder`."""
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write manifest.json into `folder` with its digest, so that an edit of any field is found at load; return it."""
+    raw = json.loads(json.dumps(manifest.model_dump(mode="json")))
+    sealed = manifest.model_copy(update={"digest": manifest_digest(raw)})
+    write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
+    return sealed
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -299,13 +296,12 @@ def load_manifest(folder: Path) -> Manifest:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in fault["loc"])
         raise EngineError(f"{path}: key {key!r}: {fault['msg']}; build the engine again") from None
-    if manifest.digest:
-        found = manifest_digest(raw)
-        if found != manifest.digest:
-            raise EngineError(
-                f"{path}: digest {found[:12]}, it says {manifest.digest[:12]}: the manifest was edited; "
-                "copy it again or build the engine again"
-            )
+    digest = manifest_digest(raw)
+    if digest != manifest.digest:
+        raise EngineError(
+            f"{path}: digest {digest[:12]}, it says {manifest.digest[:12] or 'nothing'}: the manifest was edited; "
+            "copy it again or build the engine again"
+        )
     return manifest
 
 

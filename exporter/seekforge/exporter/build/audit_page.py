@@ -1,0 +1,51 @@
+"""The audit of a GPU engine as a terminal page: what `build` prints when it is done, and `inspect` at any time."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from seekforge.plugins.formats.manifest import Audit, Manifest
+
+_GIB = 1 << 30
+
+
+def show_audit(manifest: Manifest, console: Console) -> None:
+    """Print the shares of the matrix products and what the engine is made of; nothing for an engine without audit."""
+    audit = manifest.audit
+    if audit is None:
+        return
+    console.print(_shares(audit))
+    sms = ", ".join(f"sm{sm}" for sm in manifest.target.sms)
+    plans = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in audit.plan_bytes.items())
+    console.print(f"plans for {sms}: {plans}")
+    console.print(f"plugins: {_counts(audit.plugins)}")
+    console.print(f"inlined: {_counts(audit.inlined)}")
+    if manifest.plugins:
+        without = "none (--no-kernels), this engine does not load"
+        console.print(f"kernels: {_counts(audit.kernels) if audit.kernels else without}")
+    size = audit.device_bytes
+    total, usable, scratch = (size[key] / _GIB for key in ("total", "usable", "scratch"))
+    console.print(
+        f"weight inputs {audit.weight_input_bytes / _GIB:.2f} GiB, scratch {scratch:.2f} GiB, expected memory "
+        f"{total:.1f} of {usable:.1f} GiB{': OVERSIZE, this engine does not load' if audit.oversize else ''}"
+    )
+    source = manifest.weights
+    if source is not None:
+        where = "no checkpoint was named at build; pass --checkpoint to run" if source.path is None else source.path
+        console.print(f"weights: {where}")
+
+
+def _shares(audit: Audit) -> Table:
+    asked = "" if audit.got == audit.asked else f" (asked: {audit.asked})"
+    title = f"matrix products of one token at {audit.context} keys: {audit.got}{asked}"
+    table = Table(title=title, title_justify="left")
+    for name in ("what", "as", "precision", "share"):
+        table.add_column(name, justify="right" if name == "share" else "left")
+    for one in audit.products:
+        table.add_row(one.what, one.face, one.precision, f"{one.share:.2%}")
+    return table
+
+
+def _counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{count} {op}" for op, count in found.items()) or "none"
