@@ -201,7 +201,7 @@ def test_bench_measures_and_draws(toy_engine: Path, tmp_path: Path) -> None:
         assert (point["hit_rate"] > 0.9) == (point["context"] == 130)
     assert set(data["host_step_ms"]) == {"greedy", "sampled"}
     raw = chart.read_bytes()
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(raw[16:20]) == 640 and int.from_bytes(raw[20:24]) == 800
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(raw[20:24]) > int.from_bytes(raw[16:20]), "two charts"
     table = invoke("bench", str(toy_engine), *args)
     assert table.stdout.count("\n") == 1 + 4 + 2
     assert "--concurrency goes to 9" in one_line(invoke("bench", str(toy_engine), "--concurrency", "9"))

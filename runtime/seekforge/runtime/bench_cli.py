@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
+from seekforge.plugins.charts import Line, Panel, check_chart, write_charts
 from seekforge.runtime.bench import Point, host_overhead_ms, measure
-from seekforge.runtime.chart import line_charts
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.sampling import SamplingParams
 
@@ -47,7 +47,9 @@ class _Numbers(click.ParamType):
     "--host-batch", type=_Numbers(), default="1,64,256", show_default=True, help="Batches for the host's cost."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
-@click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), help="PNG file to write.")
+@click.option(
+    "--chart", type=click.Path(path_type=Path, dir_okay=False), help="Draw what was measured: .png or .svg."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     engine: Path,
@@ -61,6 +63,8 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure ENGINE: throughput and latency over concurrency and context, cache hits, drafts, the host's own cost."""
+    if chart is not None:
+        check_chart(chart)
     opened = Engine.open(engine)
     limits = opened.manifest.limits
     if max(concurrency) > limits.max_batch_size:
@@ -81,7 +85,7 @@ def bench(
     sampling = {"greedy": SamplingParams(temperature=0), "sampled": SamplingParams(temperature=1, top_p=0.95)}
     host = {n: {b: host_overhead_ms(opened, b, params) for b in host_batch} for n, params in sampling.items()}
     if chart is not None:
-        line_charts(chart, [_series("decode tok/s", points, "decode"), _series("prefill tok/s", points, "prefill")])
+        write_charts(chart, [_panel("decode", points), _panel("prefill", points)])
     if as_json:
         target = opened.manifest.target.name
         click.echo(json.dumps({"target": target, "points": [asdict(p) for p in points], "host_step_ms": host}))
@@ -89,12 +93,13 @@ def bench(
     _print_table(points, host)
 
 
-def _series(title: str, points: list[Point], kind: str) -> tuple[str, str, dict[str, list[tuple[float, float]]]]:
+def _panel(kind: str, points: list[Point]) -> Panel:
     series: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         value = point.decode_tok_s if kind == "decode" else point.prefill_tok_s
         series.setdefault(f"context {point.context}", []).append((point.concurrency, value))
-    return title, "requests at a time", series
+    lines = tuple(Line(name, tuple(values)) for name, values in series.items())
+    return Panel(f"{kind} throughput", "requests at a time", "tokens/s", lines)
 
 
 def _print_table(points: list[Point], host: dict[str, dict[int, float]]) -> None:

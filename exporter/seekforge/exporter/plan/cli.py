@@ -15,8 +15,8 @@ from rich.table import Table
 from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
 from seekforge.exporter.configs import known, load_yaml
 from seekforge.exporter.plan.answer import GPU_COUNTS, Answer, Question, answer, best, fewest
-from seekforge.exporter.plan.chart import Line, line_chart, tokens
-from seekforge.plugins.errors import ConfigError, OutputError, TargetError
+from seekforge.plugins.charts import Line, Panel, check_chart, tokens, write_charts
+from seekforge.plugins.errors import ConfigError, TargetError
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.sizing import (
     GIB,
@@ -50,7 +50,9 @@ _CONTEXTS = "1K,8K,32K,63K,125K,160K"
     "--kv-cache-dtype", type=click.Choice(["fp8_ds", "bf16"]), default="fp8_ds", show_default=True, help="Of the cache."
 )
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")
-@click.option("--chart", type=click.Path(path_type=Path), default=None, help="Write memory over context as SVG.")
+@click.option(
+    "--chart", type=click.Path(path_type=Path), default=None, help="Draw memory over context: .png or .svg."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     model: str,
@@ -72,6 +74,8 @@ def plan(
 
     MODEL is a checkpoint folder, a config.json, or a name of configs/models, such as full.
     """
+    if chart is not None:
+        check_chart(chart)
     config = read_config(model)
     contexts = [parse_tokens(part, config) for part in context.split(",") if part.strip()]
     targets = [load_target(name) for name in names] or [target for target in all_targets() if target.gpu is not None]
@@ -265,8 +269,6 @@ def _write_chart(
     num_gpus: int | None,
 ) -> None:
     """Memory of one GPU over context: a line per target, at its number of GPUs for the longest context."""
-    if path.suffix != ".svg":
-        raise OutputError(f"{path}: charts are written as SVG; name a file that ends in .svg")
     longest = config.max_position_embeddings
     marks = [2**power for power in range(10, longest.bit_length()) if 2**power < longest] + [longest]
     lines, limits = [], {}
@@ -296,4 +298,5 @@ def _write_chart(
     if not lines:
         raise TargetError(f"nothing to draw: no number of GPUs up to {GPU_COUNTS[-1]} holds {longest} tokens")
     title = f"{Path(model).name}: memory per GPU, weights {question.precision.upper()}, batch {batch}"
-    path.write_text(line_chart(title, "GiB on the fullest GPU", lines, list(limits.items())), encoding="utf-8")
+    panel = Panel(title, "context (tokens)", "GiB on the fullest GPU", tuple(lines), tuple(limits.items()))
+    write_charts(path, [panel])
