@@ -2,36 +2,93 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from seekforge.plugins.errors import RequestError
 from seekforge.runtime import sampler
-from seekforge.runtime.edits import Edit
-from seekforge.runtime.sampler import NO_TOKEN, Rules, TopLogits, choose, needs_full_logits, uniforms
-from seekforge.runtime.sampling import SamplingParams
+from seekforge.runtime.edits import EditedRows, EditTables
+from seekforge.runtime.layout import Rules
+from seekforge.runtime.sampler import NO_TOKEN, FullLogits, TopLogits, choose, needs_full_logits
+from seekforge.runtime.sampling import Guided, SamplingParams
+from seekforge.runtime.sequence import Sequence
 
 VOCAB = 500
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """A grammar that never changes."""
+
+    mask: np.ndarray = field(compare=False)
+
+    def allowed(self) -> np.ndarray:
+        return self.mask
+
+    def advance(self, token: int) -> None:
+        assert self.mask[token]
+
+
+@dataclass(frozen=True)
 class Draw:
-    """What one row is to choose."""
+    """What one row is to choose, after what."""
 
     params: SamplingParams
     seed: int = 0
     index: int = 0
-    banned: frozenset[int] = frozenset()
-    edit: Edit | None = None
+    prompt: tuple[int, ...] = (0,)
+    output: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    allowed: np.ndarray | None = None
+
+    def sequence(self, number: int) -> Sequence:
+        grammar = None if self.allowed is None else Allowed(self.allowed)
+        one = Sequence(
+            number, self.prompt, self.params, stop_ids=self.stop_ids, bad_words=self.bad_words, grammar=grammar
+        )
+        one.output_ids.extend(self.output)
+        one.num_tokens += len(self.output)
+        one.last_id = self.output[-1] if self.output else one.last_id
+        one.state = "running"
+        return one
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """What becomes of the logits of the whole vocabulary, token by token and the plain way."""
+        params, out = self.params, logits.astype(np.float64)
+        for token in {*self.prompt, *self.output, *params.logit_bias}:
+            count = self.output.count(token)
+            if params.repetition_penalty != 1 and (count or token in self.prompt):
+                out[token] *= 1 / params.repetition_penalty if out[token] > 0 else params.repetition_penalty
+            out[token] -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
+            out[token] += params.logit_bias.get(token, 0.0)
+        for word in self.bad_words:
+            if len(word) == 1 or self.output[1 - len(word) :] == word[:-1]:
+                out[word[-1]] = -np.inf
+        if len(self.output) < params.min_tokens:
+            out[list(self.stop_ids)] = -np.inf
+        if self.allowed is not None:
+            out[~self.allowed] = -np.inf
+        return out
+
+
+def banning(params: SamplingParams, *tokens: int) -> tuple[SamplingParams, tuple[tuple[int, ...], ...]]:
+    """Parameters and bad words that ban these tokens."""
+    return replace(params, bad_words=["banned"]), tuple((token,) for token in tokens)
 
 
 def sample(draws: list[Draw], top: TopLogits, full) -> list[int]:
     """Call `choose` with rows that are written one by one."""
+    sequences = [draw.sequence(number) for number, draw in enumerate(draws)]
+    edits = None
+    if any(draw.params.edits_logits for draw in draws):
+        edits, broken = EditedRows(EditTables(len(draws), top.vocab_size), sequences).next(range(len(draws)))
+        assert not broken
     rules = Rules.of([d.params for d in draws], [d.seed for d in draws])
-    edits = {i: d.edit or Edit(banned=d.banned) for i, d in enumerate(draws) if d.edit or d.banned}
-    return choose(rules, np.array([d.index for d in draws]), edits, top, lambda rows: full()[rows]).tolist()
+    rows = FullLogits(full, np.arange(len(draws)))
+    return choose(rules, np.array([d.index for d in draws]), edits, top, rows).tolist()
 
 
 def top_of(logits: np.ndarray, k: int) -> TopLogits:
@@ -62,6 +119,10 @@ def exact_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarra
     return out
 
 
+#: Of seeds 0, 7, 2^64 − 1 at tokens 0, 3, 9.
+DRAWS = [0.06477138672626537, 0.45472896245420213, 0.29020853094653465]
+
+
 class Never:
     def __call__(self) -> np.ndarray:
         raise AssertionError("the full logits were fetched although the top K decide")
@@ -76,9 +137,9 @@ def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
 def test_greedy_without_banned_tokens() -> None:
     logits = logits_rows(1, 2.0)
     best = np.argsort(-logits[0], kind="stable")
-    draw = Draw(SamplingParams(temperature=0), banned=frozenset(best[:3].tolist()))
+    params, words = banning(SamplingParams(temperature=0), *best[:8].tolist())
+    draw, everything = Draw(params, bad_words=words[:3]), Draw(params, bad_words=words)
     assert sample([draw], top_of(logits, 8), Never()) == [best[3]]
-    everything = Draw(SamplingParams(temperature=0), banned=frozenset(best[:8].tolist()))
     assert sample([everything], top_of(logits, 8), lambda: logits) == [best[8]]
 
 
@@ -103,8 +164,9 @@ CASES = [
 @pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 6.0])
 def test_the_top_k_choose_what_the_whole_vocabulary_would(params: SamplingParams, spread: float) -> None:
     logits = logits_rows(40, spread, seed=3)
-    banned = [frozenset[int](), frozenset({1, 2}), frozenset({int(logits[2].argmax())})]
-    draws = [Draw(params, seed=11, index=i, banned=banned[i % 3]) for i in range(40)]
+    banned = [(), (1, 2), (int(logits[2].argmax()),)]
+    given = [banning(params, *banned[i % 3]) if i % 3 else (params, ()) for i in range(40)]
+    draws = [Draw(one, seed=11, index=i, bad_words=words) for i, (one, words) in enumerate(given)]
     whole = sample(draws, top_of(logits, VOCAB), Never())
     for k in (16, 64):
         assert sample(draws, top_of(logits, k), lambda: logits) == whole
@@ -149,23 +211,34 @@ def test_distribution(params: SamplingParams) -> None:
 def test_a_partly_sorted_row_gives_what_a_sorted_one_does(monkeypatch, first_sort: int) -> None:
     logits = np.round(logits_rows(60, 1.0, seed=6) * 4) / 4  # many ties, also where the sorted part ends
     for params in CASES:
-        draws = [Draw(params, seed=3, index=i, banned=frozenset({i})) for i in range(60)]
+        given = [banning(params, i) for i in range(60)]
+        draws = [Draw(one, seed=3, index=i, bad_words=words) for i, (one, words) in enumerate(given)]
         monkeypatch.setattr(sampler, "_FIRST_SORT", VOCAB)
         whole = sample(draws, top_of(logits, 2), lambda: logits)
         monkeypatch.setattr(sampler, "_FIRST_SORT", first_sort)
         assert sample(draws, top_of(logits, 2), lambda: logits) == whole
 
 
+def uniforms(seeds: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return Rules.of([SamplingParams()] * len(seeds), seeds.tolist()).draws(index)
+
+
 def test_draws_depend_on_seed_and_index_only_and_are_even() -> None:
-    seeds = np.repeat(np.arange(200, dtype=np.uint64), 200)
-    draws = uniforms(seeds, np.tile(np.arange(200), 200))
-    assert (draws == uniforms(seeds, np.tile(np.arange(200), 200))).all()
+    seeds, index = np.repeat(np.arange(200), 200), np.tile(np.arange(200), 200)
+    draws = uniforms(seeds, index)
+    assert (draws == uniforms(seeds, index)).all()
+    assert uniforms(seeds[999:1001], index[999:1001]).tolist() == draws[999:1001].tolist()
     assert len(set(draws.tolist())) == 40_000 and draws.min() >= 0 and draws.max() < 1
     for values in (draws, draws[::200], draws[:200]):  # all, over seeds, over the tokens of one seed
         counts = np.bincount((values * 10).astype(int), minlength=10)
         expected = len(values) / 10
         assert ((counts - expected) ** 2 / expected).sum() < 9 + 6 * np.sqrt(18)
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.02
+
+
+def test_draws_stay_what_they_were() -> None:
+    """Whoever stored a seed gets the same text from the next version."""
+    assert uniforms(np.array([0, 7, 2**64 - 1], np.uint64), np.array([0, 3, 9])).tolist() == DRAWS
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
@@ -220,18 +293,33 @@ def test_bad_parameters_are_refused_by_name(field: str, value: object) -> None:
         SamplingParams(**{field: value})
 
 
-def random_edit(rng: np.random.Generator) -> Edit:
+def random_draw(rng: np.random.Generator, params: SamplingParams, index: int) -> Draw:
     """Any mix of changes."""
-    seen = np.unique(rng.integers(0, VOCAB, rng.integers(1, 40)))
-    generated = np.unique(rng.integers(0, VOCAB, rng.integers(1, 20)))
-    return Edit(
-        repetition=float(rng.choice([1.0, 1.3, 0.8])),
-        seen=seen if rng.random() < 0.6 else None,
-        generated=generated,
-        penalty=rng.integers(1, 4, len(generated)) * rng.choice([0.5, -0.5, 0.0]) + rng.choice([0.7, 0.0]),
-        bias={int(t): float(v) for t, v in zip(rng.integers(0, VOCAB, 5), rng.choice([-4.0, 3.0, -100.0], 5))},
-        banned=frozenset(rng.integers(0, VOCAB, 8).tolist()),
-        allowed=rng.random(VOCAB) < 0.3 if rng.random() < 0.4 else None,
+
+    def some(high: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, VOCAB, rng.integers(0, high)).tolist())
+
+    output, guided = some(20), rng.random() < 0.3
+    params = replace(
+        params,
+        max_tokens=100,
+        repetition_penalty=float(rng.choice([1.0, 1.3, 0.8])),
+        frequency_penalty=float(rng.choice([0.5, -0.5, 0.0])),
+        presence_penalty=float(rng.choice([0.7, -0.2, 0.0])),
+        logit_bias={t: float(rng.choice([-4.0, 3.0, 8.0, -100.0])) for t in some(6)},
+        bad_words=["banned"],
+        min_tokens=0 if guided else int(rng.choice([0, 10])),
+        guided=Guided(regex=".") if guided else None,
+    )
+    return Draw(
+        params,
+        5,
+        index,
+        some(40) or (1,),
+        output,
+        (*((t,) for t in some(5)), (output[-1] if output else 3, int(rng.integers(VOCAB))), (9, 9, 9)),
+        frozenset(some(4)),
+        rng.random(VOCAB) < 0.3 if guided else None,
     )
 
 
@@ -240,30 +328,53 @@ def random_edit(rng: np.random.Generator) -> Edit:
 def test_edited_rows_choose_what_the_whole_edited_vocabulary_would(params: SamplingParams, spread: float) -> None:
     rng = np.random.default_rng(7)
     logits = logits_rows(60, spread, seed=3)
-    draws = [Draw(params, seed=5, index=i, edit=random_edit(rng) if i % 4 else None) for i in range(60)]
-    edited = logits.astype(np.float64)
-    for i, draw in enumerate(draws):
-        if draw.edit is not None:
-            edited[i] = draw.edit.apply(edited[i], np.arange(VOCAB))
+    draws = [random_draw(rng, params, i) if i % 4 else Draw(params, 5, i) for i in range(60)]
+    edited = np.stack([draw.apply(row) for draw, row in zip(draws, logits, strict=True)])
     plain = [Draw(params, seed=5, index=i) for i in range(60)]
     whole = sample(plain, top_of(edited, VOCAB), Never())
-    for k in (16, 64, VOCAB):
+    for k in (16, 64, 200, VOCAB):
         assert sample(draws, top_of(logits, k), lambda: logits) == whole
 
 
 def test_an_edit_that_only_lowers_needs_no_full_row_where_the_top_decide() -> None:
     logits = logits_rows(50, 6.0, seed=4)
-    lower = Edit(penalty=np.full(3, 1.0), generated=np.array([3, 99, 412]), banned=frozenset({7}))
-    draws = [Draw(SamplingParams(temperature=0.8, top_p=0.9), seed=2, index=i, edit=lower) for i in range(50)]
+    params, words = banning(SamplingParams(temperature=0.8, top_p=0.9, presence_penalty=1.0), 7)
+    draws = [Draw(params, 2, i, output=(3, 99, 412), bad_words=words) for i in range(50)]
     sample(draws, top_of(logits, 256), Never())
 
 
+def test_a_favoured_token_is_looked_up_by_itself() -> None:
+    """A bias may make any token the likeliest. Its logit is fetched, and no row is sorted."""
+    logits = logits_rows(50, 6.0, seed=4)
+    last = np.argsort(logits, axis=1)[:, 0].tolist()
+    params = [replace(SamplingParams(temperature=0.8, top_p=0.9), logit_bias={t: 60.0}) for t in last]
+    draws = [Draw(p, 2, i) for i, p in enumerate(params)]
+    whole = [Draw(replace(p, logit_bias={}), 2, i) for i, p in enumerate(params)]
+    edited = np.stack([draw.apply(row) for draw, row in zip(draws, logits, strict=True)])
+
+    class OnlyValues(FullLogits):
+        def rows(self, rows: np.ndarray) -> np.ndarray:
+            raise AssertionError("a whole row was looked at")
+
+    sequences = [draw.sequence(number) for number, draw in enumerate(draws)]
+    edits, _ = EditedRows(EditTables(50, VOCAB), sequences).next(range(50))
+    tokens = choose(
+        Rules.of(params, [2] * 50),
+        np.arange(50),
+        edits,
+        top_of(logits, 256),
+        OnlyValues(lambda: logits, np.arange(50)),
+    )
+    assert tokens.tolist() == sample(whole, top_of(edited, VOCAB), Never())
+    assert np.mean(tokens == last) > 0.5
+
+
 def test_no_token_is_chosen_where_none_may_be() -> None:
-    nothing = Edit(allowed=np.zeros(VOCAB, bool))
+    nothing = np.zeros(VOCAB, bool)
     logits = logits_rows(2, 1.0)
     for temperature in (0, 1.0):
         params = SamplingParams(temperature=temperature)
-        draws = [Draw(params, edit=nothing), Draw(params)]
+        draws = [Draw(replace(params, guided=Guided(regex=".")), allowed=nothing), Draw(params)]
         found = sample(draws, top_of(logits, 16), lambda: logits)
         assert found[0] == NO_TOKEN != found[1]
 
@@ -291,15 +402,49 @@ def test_numbers_are_those_of_transformers() -> None:
     for processor in processors:
         scores = processor(history, scores)
     wanted = torch.softmax(scores.double(), -1)[0].numpy()
-    params = SamplingParams(temperature=0.7, top_k=60, top_p=0.9, min_p=0.02)
-    edit = Edit(repetition=1.3, seen=np.unique(ids), bias=bias, banned=frozenset({11, 12}))
-    changed = edit.apply(logits[0].astype(np.float64), np.arange(VOCAB)).astype(np.float32)
+    params, words = banning(SamplingParams(temperature=0.7, top_k=60, top_p=0.9, min_p=0.02), 11, 12)
+    params = replace(params, repetition_penalty=1.3, logit_bias=bias)
+    draw = Draw(params, 1, prompt=tuple(ids[:20].tolist()), output=tuple(ids[20:].tolist()), bad_words=words)
+    changed = draw.apply(logits[0]).astype(np.float32)
     np.testing.assert_allclose(exact_probabilities(changed, params), wanted, atol=1e-6)
     count = 4000
-    draws = [Draw(params, seed=1, index=i, edit=edit) for i in range(count)]
+    draws = [replace(draw, index=i) for i in range(count)]
     repeated = np.repeat(logits, count, axis=0)
     found = np.bincount(sample(draws, top_of(repeated, 256), lambda: repeated), minlength=VOCAB)
     assert not found[wanted == 0].any()
     often = wanted * count >= 5
     chi = (((found - wanted * count) ** 2)[often] / (wanted * count)[often]).sum()
     assert chi < often.sum() + 6 * np.sqrt(2 * often.sum())
+
+
+def test_tokens_are_counted_as_they_come_and_leave_nothing_behind() -> None:
+    """Places change hands, sequences gain several tokens at once, and come back after others had their place."""
+    rng = np.random.default_rng(3)
+    tables = EditTables(3, VOCAB)
+    sequences = [random_draw(rng, SamplingParams(), i).sequence(i) for i in range(12)]
+    for sequence in sequences:
+        sequence.state = "waiting"
+    for _ in range(200):
+        chosen = rng.choice(12, 3, replace=False)
+        for number, sequence in enumerate(sequences):
+            sequence.state = "running" if number in chosen else "waiting"
+        together = [sequences[i] for i in chosen]
+        rows = EditedRows(tables, together)
+        for _ in range(rng.integers(1, 3)):
+            for sequence in together:
+                for token in rng.integers(0, 30, rng.integers(0, 4)).tolist():
+                    sequence.output_ids.append(token)
+                    sequence.last_id = token
+            edits, _ = rows.next(range(3))
+            logits = rng.standard_normal((3, VOCAB))
+            found = edits.apply(logits, np.tile(np.arange(VOCAB), (3, 1)))
+            for row, sequence in enumerate(together):
+                draw = Draw(
+                    sequence.params,
+                    prompt=sequence.prompt_ids,
+                    output=tuple(sequence.output_ids),
+                    bad_words=sequence.bad_words,
+                    stop_ids=sequence.stop_ids,
+                    allowed=None if sequence.grammar is None else sequence.grammar.allowed(),
+                )
+                np.testing.assert_allclose(found[row], draw.apply(logits[row]), rtol=1e-12)

@@ -9,6 +9,7 @@ import numpy as np
 
 from seekforge.runtime.backends.base import StepInputs
 from seekforge.runtime.kv_cache import SCRAP_BLOCK, blocks_needed
+from seekforge.runtime.places import Places
 from seekforge.runtime.scheduler import Row
 from seekforge.runtime.sequence import Sequence
 
@@ -39,10 +40,8 @@ class Packer:
     def __init__(self, block_size: int, max_batch_size: int) -> None:
         self.block_size = block_size
         self._tables = np.full((max_batch_size, 16), SCRAP_BLOCK, np.int32)
-        self._holders: list[Sequence | None] = [None] * max_batch_size
         self._versions = [-1] * max_batch_size
-        self._place_of: dict[int, int] = {}
-        self._vacant = list(range(max_batch_size))
+        self._places = Places(max_batch_size)
 
     def pack(self, rows: Rows[Row]) -> Packed:
         """Lay out `rows` as one rectangle [B, Q], Q the longest row.
@@ -89,13 +88,14 @@ class Packer:
         """Return where each sequence's block table stands, up to date."""
         places: list[int] = []
         for sequence in sequences:
-            place = self._place_of.get(sequence.request_id)
+            place = self._places.find(sequence)
             if place is None:
-                place = self._settle(sequence)
+                place, _ = self._places.settle(sequence)
+                self._versions[place] = -1
             if self._versions[place] != sequence.table.version:
                 blocks = sequence.table.blocks
                 if len(blocks) > self._tables.shape[1]:
-                    wide = np.full((len(self._holders), 2 * len(blocks)), SCRAP_BLOCK, np.int32)
+                    wide = np.full((len(self._versions), 2 * len(blocks)), SCRAP_BLOCK, np.int32)
                     wide[:, : self._tables.shape[1]] = self._tables
                     self._tables = wide
                 self._tables[place, : len(blocks)] = blocks
@@ -103,20 +103,6 @@ class Packer:
                 self._versions[place] = sequence.table.version
             places.append(place)
         return np.array(places)
-
-    def _settle(self, sequence: Sequence) -> int:
-        """Give a sequence a place; those that no longer run lose theirs when none is vacant."""
-        if not self._vacant:
-            for place, holder in enumerate(self._holders):
-                if holder is not None and holder.state != "running":
-                    del self._place_of[holder.request_id]
-                    self._holders[place] = None
-                    self._vacant.append(place)
-        place = self._vacant.pop()
-        self._holders[place] = sequence
-        self._versions[place] = -1
-        self._place_of[sequence.request_id] = place
-        return place
 
 
 def _column(rows: Rows[Row]) -> tuple[np.ndarray, np.ndarray, None]:

@@ -1,129 +1,296 @@
-"""What a request changes of its logits before it chooses: penalties, bias, bans, grammar. numpy only.
+"""What requests change of their logits before they choose: penalties, bias, bans, grammar. numpy only.
 
-An edit can be applied to a whole row or to some of its tokens. For the second use it says how many tokens it may lower
-(those outside the known ones then weigh less than they seem) and which it may raise (those must be known).
+How often a token was generated, and what a request adds to it, stands in tables with a row per running request and a
+column per token: a step looks up the tokens it cares about, for all requests at once, and counts one token more. A
+table is made when a request first needs it, and takes memory only where something was written.
+
+For a row of which only the likeliest tokens are known, changes also say how many of the others they lower (those
+weigh less than it seems), and which they raise (those must be known).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from seekforge.runtime.places import Places
 from seekforge.runtime.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """Changes of one row's logits, applied in this order.
+@dataclass(frozen=True)
+class Edits:
+    """The changes of N rows, in this order: repetition, frequency and presence penalty, bias, bans, grammar.
 
     Attributes:
-        repetition: factor for tokens of `seen`.
-        seen: sorted ids of prompt and output; empty without a repetition penalty.
-        generated: sorted ids of the output, with `penalty` to subtract from each.
-        penalty: frequency_penalty · count + presence_penalty.
-        bias: id -> what is added.
-        banned: ids that cannot be chosen.
-        allowed: [vocab_size] bool: all others cannot be chosen.
+        places: [N], each row's place in the tables; 0, where nothing is written, for rows without changes.
+        repetition, frequency, presence: [N], f64.
+        counts: [P, V], i32: how often a token was generated; None: no row is penalised.
+        in_prompt: [P, V], bool; None: no row is penalised.
+        bias: [P, V], f64, added; −inf bans. None: no row has any.
+        num_lowered: [N], at most so many tokens become less likely, by other means than a grammar.
+        num_raised: [N], so many tokens are of those that penalties may make more likely.
+        favoured: [N, X], tokens that a bias makes more likely; −1 fills up. None: there are none.
+        banned_rows, banned_ids: [M], further tokens that cannot be chosen now.
+        allowed: row -> [V] bool: its other tokens cannot be chosen.
     """
 
-    repetition: float = 1.0
-    seen: np.ndarray | None = None
-    generated: np.ndarray | None = None
-    penalty: np.ndarray | None = None
-    bias: Mapping[int, float] | None = None
-    banned: frozenset[int] = frozenset()
-    allowed: np.ndarray | None = None
+    places: np.ndarray
+    repetition: np.ndarray
+    frequency: np.ndarray
+    presence: np.ndarray
+    counts: np.ndarray | None
+    in_prompt: np.ndarray | None
+    bias: np.ndarray | None
+    num_lowered: np.ndarray
+    num_raised: np.ndarray
+    favoured: np.ndarray | None
+    banned_rows: np.ndarray
+    banned_ids: np.ndarray
+    allowed: dict[int, np.ndarray]
+
+    def take(self, rows: np.ndarray) -> Edits:
+        """Return some of the rows."""
+        at = np.full(len(self.places), -1)
+        at[rows] = np.arange(len(rows))
+        banned_rows = at[self.banned_rows]
+        names = ("places", "repetition", "frequency", "presence", "num_lowered", "num_raised")
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in names},
+            favoured=None if self.favoured is None else self.favoured[rows],
+            banned_rows=banned_rows[banned_rows >= 0],
+            banned_ids=self.banned_ids[banned_rows >= 0],
+            allowed={int(at[row]): mask for row, mask in self.allowed.items() if at[row] >= 0},
+        )
 
     def apply(self, logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Return the changed logits of the tokens `ids`.
+        """Return the changed logits of the tokens `ids` of each row.
 
         Args:
-            logits: [M], f64.
-            ids: [M]; each token once.
+            logits: [N, C], f64.
+            ids: [N, C]; of −1, which is no token, the result means nothing.
         """
-        logits = logits.copy()
-        if self.seen is not None:
-            hit, _ = _find(ids, self.seen)
-            values = logits[hit]
-            logits[hit] = np.where(values > 0, values / self.repetition, values * self.repetition)
-        if self.generated is not None and self.penalty is not None:
-            hit, at = _find(ids, self.generated)
-            logits[hit] -= self.penalty[at]
-        if self.bias:
-            biased = np.array(sorted(self.bias), np.int64)
-            hit, at = _find(ids, biased)
-            logits[hit] += np.array([self.bias[token] for token in biased.tolist()])[at]
-        if self.banned:
-            hit, _ = _find(ids, np.array(sorted(self.banned), np.int64))
-            logits[hit] = -np.inf
-        if self.allowed is not None:
-            logits[~self.allowed[ids]] = -np.inf
-        return logits
+        places = self.places[:, None]
+        out = logits.copy()
+        if self.counts is not None and self.in_prompt is not None:
+            count = self.counts[places, ids]
+            generated = count > 0
+            if (self.repetition != 1).any():
+                seen = generated | self.in_prompt[places, ids]
+                factor = self.repetition[:, None]
+                out = np.where(seen, np.where(out > 0, out / factor, out * factor), out)
+            out -= self.frequency[:, None] * count + self.presence[:, None] * generated
+        if self.bias is not None:
+            out += self.bias[places, ids]
+        if len(self.banned_rows):
+            pair, column = np.nonzero(ids[self.banned_rows] == self.banned_ids[:, None])
+            out[self.banned_rows[pair], column] = -np.inf
+        for row, mask in self.allowed.items():
+            out[row, ~mask[ids[row]]] = -np.inf
+        return out
 
-    def num_lowered_others(self, ids: np.ndarray) -> int | None:
-        """Return a bound on how many tokens that are not among `ids` become less likely; None is no bound."""
-        if self.allowed is not None:
-            return None
-        lowered: list[np.ndarray] = [np.array(sorted(self.banned), np.int64)]
-        if self.seen is not None and self.repetition > 1:
-            lowered.append(self.seen)
-        if self.generated is not None:
-            lowered.append(self.generated)
-        if self.bias:
-            lowered.append(np.array(sorted(token for token, value in self.bias.items() if value < 0), np.int64))
-        return sum(len(tokens) - len(_find(ids, tokens)[0]) for tokens in lowered)
+    def num_lowered_others(self, num_lowered: np.ndarray, num_others: int) -> np.ndarray:
+        """Return [N] how many of the `num_others` tokens that are not known become less likely, at most.
 
-    def may_raise_others(self, ids: np.ndarray) -> bool:
-        """Whether this may make a token more likely that is not among `ids`."""
-        raised: list[np.ndarray] = []
-        if self.seen is not None and self.repetition < 1:
-            raised.append(self.seen)
-        if self.generated is not None and self.penalty is not None:
-            raised.append(self.generated[self.penalty < 0])
-        if self.bias:
-            raised.append(np.array([token for token, value in self.bias.items() if value > 0], np.int64))
-        return any(len(tokens) and not np.isin(tokens, ids).all() for tokens in raised)
+        Args:
+            num_lowered: [N], how many of the known do.
+            num_others: tokens that are not known.
+        """
+        lowered = np.minimum(self.num_lowered - num_lowered, num_others)
+        for row in self.allowed:
+            lowered[row] = num_others
+        return lowered
+
+    def may_raise_others(self, ids: np.ndarray) -> np.ndarray:
+        """Return [N] whether a penalty may make a token more likely that is not among the known `ids`, [N, C]."""
+        if self.counts is None or self.in_prompt is None or not self.num_raised.any():
+            return np.zeros(len(ids), bool)
+        places = self.places[:, None]
+        generated = self.counts[places, ids] > 0
+        seen = generated | self.in_prompt[places, ids]
+        by_repetition, by_others = raises(self.repetition, self.frequency, self.presence)
+        return self.num_raised > by_repetition * seen.sum(1) + by_others * generated.sum(1)
 
 
-def _find(ids: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which `ids` are in the sorted `among` (indices into ids) and where they stand there."""
-    if not len(among):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    at = np.minimum(np.searchsorted(among, ids), len(among) - 1)
-    hit = np.flatnonzero(among[at] == ids)
-    return hit, at[hit]
+def raises(repetition: np.ndarray, frequency: np.ndarray, presence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether penalties may raise tokens that were seen, and tokens that were generated, each [N]."""
+    return repetition < 1, (frequency < 0) | (presence < 0)
 
 
-def edit_for(sequence: Sequence) -> Edit | None:
-    """Return what the next token's logits of `sequence` are changed by; None when nothing is."""
-    params = sequence.params
-    if not params.edits_logits:
-        return None
-    seen = generated = penalty = None
-    if sequence.counts is not None:
-        if params.repetition_penalty != 1:
-            if sequence.distinct_prompt_ids is None:
-                sequence.distinct_prompt_ids = np.unique(np.array(sequence.prompt_ids, np.int64))
-            seen = np.union1d(sequence.distinct_prompt_ids, np.fromiter(sequence.counts, np.int64))
-        if sequence.counts and (params.presence_penalty or params.frequency_penalty):
-            generated = np.array(sorted(sequence.counts), np.int64)
-            counted = np.array([sequence.counts[token] for token in generated.tolist()], np.float64)
-            penalty = params.frequency_penalty * counted + params.presence_penalty
-    banned = set(sequence.stop_ids) if len(sequence.output_ids) < params.min_tokens else set()
-    banned |= _banned_by(sequence.bad_words, sequence.output_ids)
-    allowed = sequence.grammar.allowed() if sequence.grammar is not None else None
-    return Edit(
-        params.repetition_penalty, seen, generated, penalty, params.logit_bias or None, frozenset(banned), allowed
-    )
+class EditTables:
+    """The tables of the running requests that change their logits.
+
+    Attributes:
+        version: counts up when a place gets another holder.
+        counts, in_prompt, bias: as in `Edits`; row 0 stays empty.
+        num_generated, num_seen: [P], different tokens that were generated, and that were generated or in the prompt.
+    """
+
+    def __init__(self, max_batch_size: int, vocab_size: int) -> None:
+        """Make none yet."""
+        self._shape = (max_batch_size + 1, vocab_size)
+        self._places = Places(max_batch_size)
+        self.counts: np.ndarray | None = None
+        self.in_prompt: np.ndarray | None = None
+        self.bias: np.ndarray | None = None
+        self._num_counted = [0] * self._shape[0]
+        self.version = 0
+        self.num_generated = np.zeros(self._shape[0], np.int64)
+        self.num_seen = np.zeros(self._shape[0], np.int64)
+
+    def place(self, sequence: Sequence) -> int:
+        """Return the place of a running sequence; what does not change about it is written when it gets one."""
+        found = self._places.find(sequence)
+        if found is not None:
+            return found + 1
+        found, before = self._places.settle(sequence)
+        place = found + 1
+        self.version += 1
+        if before is not None:
+            self._erase(place, before)
+        self._num_counted[place] = self.num_generated[place] = self.num_seen[place] = 0
+        params, bans = sequence.params, always_banned(sequence)
+        if params.has_penalties:
+            if self.counts is None or self.in_prompt is None:
+                self.counts, self.in_prompt = np.zeros(self._shape, np.int32), np.zeros(self._shape, bool)
+            if params.repetition_penalty != 1:
+                self.in_prompt[place, list(sequence.prompt_ids)] = True
+                self.num_seen[place] = len(set(sequence.prompt_ids))
+        if params.logit_bias or bans:
+            if self.bias is None:
+                self.bias = np.zeros(self._shape)
+            self.bias[place, list(params.logit_bias)] = list(params.logit_bias.values())
+            self.bias[place, bans] = -np.inf
+        return place
+
+    def count(self, sequences: Rows[Sequence], places: Rows[int]) -> None:
+        """Count the tokens that these sequences have gained since they were counted last."""
+        at: list[int] = []
+        tokens: list[int] = []
+        for sequence, place in zip(sequences, places, strict=True):
+            total, known = len(sequence.output_ids), self._num_counted[place]
+            if total == known + 1:
+                at.append(place)
+                tokens.append(sequence.last_id)
+            elif total > known:  # drafts came true, or the sequence was computed anew
+                for token in sequence.output_ids[known:]:
+                    self._count([place], [token])
+            self._num_counted[place] = total
+        if at:
+            self._count(at, tokens)
+
+    def _count(self, places: list[int], tokens: list[int]) -> None:
+        """Count one token in each of some places, all different."""
+        assert self.counts is not None and self.in_prompt is not None
+        at = np.array(places), np.array(tokens)
+        new = self.counts[at] == 0
+        self.counts[at] += 1
+        self.num_generated[at[0]] += new
+        self.num_seen[at[0]] += new & ~self.in_prompt[at]
+
+    def _erase(self, place: int, sequence: Sequence) -> None:
+        """Take back what a sequence wrote, and touch nothing else."""
+        if self.counts is not None and self.in_prompt is not None:
+            self.counts[place, sequence.output_ids] = 0
+            self.in_prompt[place, list(sequence.prompt_ids)] = False
+        if self.bias is not None:
+            self.bias[place, list(sequence.params.logit_bias)] = 0
+            self.bias[place, always_banned(sequence)] = 0
 
 
-def _banned_by(bad_words: tuple[tuple[int, ...], ...], output_ids: list[int]) -> set[int]:
-    """Return the tokens that would complete one of `bad_words`."""
-    banned: set[int] = set()
-    for word in bad_words:
-        start = len(word) - 1
-        if start == 0 or (len(output_ids) >= start and tuple(output_ids[-start:]) == word[:-1]):
-            banned.add(word[-1])
-    return banned
+class EditedRows:
+    """Rows of which some change their logits, as long as they stay together."""
+
+    def __init__(self, tables: EditTables, sequences: Rows[Sequence]) -> None:
+        """Give each a place in the tables and collect what stays the same from step to step."""
+        self._tables, self._sequences = tables, sequences
+        params = [sequence.params for sequence in sequences]
+        self._places = np.array([tables.place(s) if s.params.edits_logits else 0 for s in sequences])
+        self._penalised = [row for row, p in enumerate(params) if p.has_penalties]
+        self._penalised_places = self._places[self._penalised].tolist()
+        self._biased = any(p.logit_bias for p in params) or any(always_banned(s) for s in sequences)
+        self._guided = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
+        self._banning = [row for row, s in enumerate(sequences) if s.params.min_tokens or s.bad_words]
+        self._repetition = np.array([p.repetition_penalty for p in params], np.float64)
+        self._frequency = np.array([p.frequency_penalty for p in params], np.float64)
+        self._presence = np.array([p.presence_penalty for p in params], np.float64)
+        self._unlikely = np.array(
+            [len(always_banned(s)) + sum(v < 0 for v in s.params.logit_bias.values()) for s in sequences]
+        )
+        favoured = [[token for token, value in p.logit_bias.items() if value > 0] for p in params]
+        width = max(map(len, favoured))
+        self._favoured = np.array([ids + [-1] * (width - len(ids)) for ids in favoured]) if width else None
+
+    def next(self, alive: Rows[int]) -> tuple[Edits, dict[int, str]]:
+        """Return what the next logits of some rows are changed by.
+
+        Args:
+            alive: which rows.
+
+        Returns:
+            The changes, and of rows whose grammar failed the reason, by their index in `alive`.
+        """
+        tables = self._tables
+        if self._penalised:
+            tables.count([self._sequences[row] for row in self._penalised], self._penalised_places)
+        banned_rows: list[int] = []
+        banned_ids: list[int] = []
+        for row in self._banning:
+            ids = now_banned(self._sequences[row])
+            banned_rows += [row] * len(ids)
+            banned_ids += ids
+        seen, generated = tables.num_seen[self._places], tables.num_generated[self._places]
+        by_repetition, by_others = raises(self._repetition, self._frequency, self._presence)
+        lowered = (self._repetition > 1) * seen + ((self._frequency > 0) | (self._presence > 0)) * generated
+        edits = Edits(
+            self._places,
+            self._repetition,
+            self._frequency,
+            self._presence,
+            tables.counts if self._penalised else None,
+            tables.in_prompt if self._penalised else None,
+            tables.bias if self._biased else None,
+            lowered + self._unlikely + np.bincount(banned_rows, minlength=len(seen)),
+            by_repetition * seen + by_others * generated,
+            self._favoured,
+            np.array(banned_rows, np.int64),
+            np.array(banned_ids, np.int64),
+            {},
+        )
+        if len(alive) < len(self._sequences):
+            edits = edits.take(np.array(alive))
+        broken: dict[int, str] = {}
+        if self._guided:
+            guided = set(self._guided)
+            for index, row in enumerate(alive):
+                grammar = self._sequences[row].grammar
+                if row in guided and grammar is not None:
+                    try:
+                        edits.allowed[index] = grammar.allowed()
+                    except Exception as error:
+                        broken[index] = reason(error)
+        return edits, broken
+
+
+def always_banned(sequence: Sequence) -> list[int]:
+    """Return the tokens that are bad words by themselves."""
+    return [word[0] for word in sequence.bad_words if len(word) == 1]
+
+
+def now_banned(sequence: Sequence) -> list[int]:
+    """Return the tokens that would complete a bad word of several tokens now, and stop tokens that come too early."""
+    output = sequence.output_ids
+    early = list(sequence.stop_ids) if len(output) < sequence.params.min_tokens else []
+    return early + [
+        word[-1]
+        for word in sequence.bad_words
+        if len(word) > 1 and len(output) >= len(word) - 1 and tuple(output[1 - len(word) :]) == word[:-1]
+    ]
+
+
+def reason(error: Exception) -> str:
+    """Return one line on what went wrong."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -67,8 +67,6 @@ class Sequence:
         num_computed: positions whose keys are in the cache.
         drafts: guesses for the tokens that follow, verified by the next step.
         last_id: the last known token.
-        counts: how often each token was generated, kept when penalties need it.
-        distinct_prompt_ids: sorted, made when a penalty first needs it.
         cumulative_logprob: sum over the generated tokens, kept when `logprobs` or `best_of` need it.
         logprobs, prompt_logprobs: filled when asked for; the prompt's first token has none.
         taps: name -> pieces (first position, rows), in the order they were computed.
@@ -98,8 +96,6 @@ class Sequence:
     num_computed: int = 0
     drafts: list[int] = field(default_factory=list)
     last_id: int = 0
-    counts: dict[int, int] | None = None
-    distinct_prompt_ids: np.ndarray | None = None
     cumulative_logprob: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -116,8 +112,6 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
         self.last_id = self.output_ids[-1] if self.output_ids else self.prompt_ids[-1] if self.prompt_ids else 0
-        if self.params.has_penalties and self.counts is None:
-            self.counts = {}
 
     @property
     def num_pending(self) -> int:
@@ -146,8 +140,6 @@ class Sequence:
         self.output_ids.append(token)
         self.num_tokens += 1
         self.last_id = token
-        if self.counts is not None:
-            self.counts[token] = self.counts.get(token, 0) + 1
         if self.grammar is not None:
             self.grammar.advance(token)
         completes = self.on_token is not None and self.on_token(token)

@@ -8,6 +8,7 @@ given seed: the exactness of rejection sampling needs no argument, and like dist
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from seekforge.runtime.backends.base import MTP, Backend, StepInputs
 from seekforge.runtime.batch import PAD_SLOT, Packed
-from seekforge.runtime.sampler import Rules, TopLogits, choose
+from seekforge.runtime.layout import Rules
+from seekforge.runtime.sampler import FullLogits, TopLogits, choose
 from seekforge.runtime.scheduler import Row
 from seekforge.runtime.sequence import Sequence
 
@@ -98,7 +100,8 @@ class Speculator:
             top = TopLogits.of(results, self.vocab_size)
             drawn = np.array([len(sequences[i].output_ids) + depth for i in alive])
             # An MTP row that is not finite, or not decided by its top logits, ends its drafts: nothing depends on them.
-            tokens = choose(rules.take(alive), drawn, {}, top, lambda rows, top=top: _only_top(top.take(rows)))
+            full = FullLogits(functools.partial(_only_top, top), np.arange(len(alive)))
+            tokens = choose(rules.take(alive), drawn, None, top, full)
             good = np.isfinite(top.logsumexp)
             for i, token, finite in zip(alive.tolist(), tokens.tolist(), good.tolist()):
                 if finite:

@@ -123,22 +123,6 @@ class NullBackend:
         assert (hashes[1:] == (hashes[:-1] * 31 + tokens + 1) % _PRIME).all(), "an MTP entry is of another sequence"
 
 
-class _FixedStepOutputs(NullStepOutputs):
-    """Whole rows are made when they are fetched."""
-
-    def __init__(self, values: dict[str, np.ndarray], vocab_size: int) -> None:
-        super().__init__(values)
-        self._vocab_size = vocab_size
-
-    def fetch(self, name: str) -> np.ndarray:
-        """Return one output."""
-        if name != "logits":
-            return self._values[name]
-        rows = np.full((len(self._values["top_ids"]), self._vocab_size), _TAIL, np.float32)
-        np.put_along_axis(rows, self._values["top_ids"].astype(np.int64), self._values["top_logits"], axis=1)
-        return rows
-
-
 class FixedBackend:
     """Gives the same results at every step, made once per number of rows."""
 
@@ -158,9 +142,12 @@ class FixedBackend:
         if count not in self._made:
             self._made[count] = self._make(count)
         values = self._made[count]
+        if "logits" in outputs and "logits" not in values:
+            values["logits"] = np.full((count, self.vocab_size), _TAIL, np.float32)
+            np.put_along_axis(values["logits"], values["top_ids"].astype(np.int64), values["top_logits"], axis=1)
         if "hidden" in outputs:
             values = values | {"hidden": np.zeros((*inputs.input_ids.shape, self.hidden_size), np.float32)}
-        return _FixedStepOutputs(values, self.vocab_size)
+        return NullStepOutputs(values)
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """There are none."""
