@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seekforge.exporter.model.layers import (
-    Fp8Linear,
     LinearF32,
     RmsNorm,
     SumRanks,
+    fp8_linear,
     rope_half_split,
     rope_interleaved,
     weight,
@@ -33,7 +33,7 @@ class Indexer(nn.Module):
         config = settings.config
         self.config = config
         heads, dim = config.index_n_heads, config.index_head_dim
-        self.wq_b = Fp8Linear(config.q_lora_rank, heads * dim, settings.numerics.act_quant)
+        self.wq_b = fp8_linear(settings, "wq_b", config.q_lora_rank, heads * dim)
         self.k_norm = KeyNorm(dim)
         self.weights_proj = LinearF32(config.hidden_size, heads, settings.dtype)
 
@@ -75,17 +75,17 @@ class Attention(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        config, numerics = settings.config, settings.numerics
+        config = settings.config
         self.settings, self.config = settings, config
         self.heads = heads = config.num_attention_heads // settings.ranks.count
         self.splits = [config.q_lora_rank, config.index_head_dim, config.kv_lora_rank, config.qk_rope_head_dim]
-        self.qkv_a_proj = Fp8Linear(config.hidden_size, sum(self.splits), numerics.act_quant)
+        self.qkv_a_proj = fp8_linear(settings, "qkv_a_proj", config.hidden_size, sum(self.splits))
         self.q_a_layernorm = RmsNorm(config.q_lora_rank, config.rms_norm_eps, settings.dtype)
-        self.q_b_proj = Fp8Linear(config.q_lora_rank, heads * config.qk_head_dim, numerics.act_quant)
+        self.q_b_proj = fp8_linear(settings, "q_b_proj", config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_layernorm = RmsNorm(config.kv_lora_rank, config.rms_norm_eps, settings.dtype)
         self.w_uk = weight(heads, config.qk_nope_head_dim, config.kv_lora_rank, dtype=settings.dtype)
         self.w_uv = weight(heads, config.v_head_dim, config.kv_lora_rank, dtype=settings.dtype)
-        self.o_proj = Fp8Linear(heads * config.v_head_dim, config.hidden_size, numerics.act_quant)
+        self.o_proj = fp8_linear(settings, "o_proj", heads * config.v_head_dim, config.hidden_size)
         self.indexer = Indexer(settings)
         self.sum_ranks = SumRanks(settings.ranks.count)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seekforge.exporter.model.attention import Attention
-from seekforge.exporter.model.layers import LinearF32, Mlp, RmsNorm, SumRanks, weight
+from seekforge.exporter.model.layers import CodedLinear, LinearF32, Mlp, RmsNorm, SumRanks, linear_f32, weight
 from seekforge.exporter.model.moe import Moe
 from seekforge.exporter.model.step import Settings, Step
 
@@ -30,7 +30,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(settings)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         ranks = settings.ranks.count
-        dense = Mlp(config.hidden_size, config.intermediate_size // ranks, settings.numerics.act_quant)
+        dense = Mlp(settings, config.intermediate_size // ranks)
         self.mlp = Moe(settings) if config.is_moe_layer(layer) else dense
         self.sum_ranks = SumRanks(ranks)
 
@@ -88,7 +88,7 @@ class _StepModule(nn.Module):
         assert residual is not None
         return x, residual, tuple(caches), (*topk, *experts)
 
-    def _results(self, hidden: Tensor, head: LinearF32, logits_index: Tensor) -> tuple[Tensor, ...]:
+    def _results(self, hidden: Tensor, head: LinearF32 | CodedLinear, logits_index: Tensor) -> tuple[Tensor, ...]:
         """Return top_logits, top_ids, logsumexp, logits of the rows `logits_index` of [B·Q, H]."""
         logits = head(hidden.flatten(0, 1).index_select(0, logits_index))
         # topk, not a stable sort: it exports as one TopK, whose tie rule in ONNX Runtime is the lowest id
@@ -144,7 +144,7 @@ class StepModel(_StepModule):
             self.embed_tokens = Embedding(settings)
         if self.is_last:
             self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-            self.lm_head = LinearF32(config.hidden_size, config.vocab_size, settings.dtype)
+            self.lm_head = linear_f32(settings, "lm_head", config.hidden_size, config.vocab_size)
 
     def token_names(self) -> tuple[str, ...]:
         """Names of the inputs that carry the tokens."""
@@ -212,7 +212,7 @@ class MtpModel(_StepModule):
         self.hnorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         self.eh_proj = weight(config.hidden_size, 2 * config.hidden_size, dtype=settings.dtype)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-        self.lm_head = LinearF32(config.hidden_size, config.vocab_size, settings.dtype)
+        self.lm_head = linear_f32(settings, "lm_head", config.hidden_size, config.vocab_size)
 
     def token_names(self) -> tuple[str, ...]:
         """Names of the inputs that carry the tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seekforge.exporter.model.layers import LinearF32, Mlp, SumRanks, weight
+from seekforge.exporter.model.layers import LinearF32, Mlp, SumRanks, coded_product, swiglu, weight
 from seekforge.exporter.model.step import Settings
 from seekforge.plugins.formats.model_config import FP8_BLOCK
 from seekforge.plugins.moe_experts.op import moe_experts
@@ -44,6 +44,29 @@ class Experts(nn.Module):
         )
 
 
+class CodedExperts(nn.Module):
+    """The same with weights in codes of 8 or 4 bits (see `CodedLinear`), for one rank."""
+
+    def __init__(self, settings: Settings, block_size: int) -> None:
+        super().__init__()
+        config, self.block_size = settings.config, block_size
+        experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.int8)
+        self.w13_scale = weight(experts, 2 * inter, hidden // block_size, dtype=torch.float32)
+        self.w2 = weight(experts, hidden, inter, dtype=torch.int8)
+        self.w2_scale = weight(experts, hidden, inter // block_size, dtype=torch.float32)
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """[T, hidden_size] -> weighted sum of the chosen experts, [T, hidden_size] f32."""
+        y = torch.zeros_like(x, dtype=torch.float32)
+        for e in expert_ids.unique().tolist():
+            rows, column = torch.nonzero(expert_ids == e, as_tuple=True)
+            hidden = swiglu(coded_product(x[rows], self.w13[e], self.w13_scale[e], self.block_size))
+            out = coded_product(hidden, self.w2[e], self.w2_scale[e], self.block_size)
+            y[rows] += out.float() * expert_weights[rows, column, None]
+        return y
+
+
 class Moe(nn.Module):
     """Routed experts plus shared expert."""
 
@@ -52,9 +75,11 @@ class Moe(nn.Module):
         config = settings.config
         self.config = config
         self.gate = Gate(settings)
-        self.experts = Experts(settings)
+        how = settings.quantisation
+        coded = how is not None and how.is_coded("experts")
+        self.experts = CodedExperts(settings, how.block_size) if how is not None and coded else Experts(settings)
         shared = config.n_shared_experts * config.moe_intermediate_size // settings.ranks.count
-        self.shared_experts = Mlp(config.hidden_size, shared, settings.numerics.act_quant)
+        self.shared_experts = Mlp(settings, shared)
         self.sum_ranks = SumRanks(settings.ranks.count)
 
     def forward(self, x: Tensor, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from seekforge.plugins.formats.bindings import Ranks
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import Numerics
+from seekforge.plugins.formats.quantised import Quantisation
 from seekforge.plugins.torch_ops import TORCH_DTYPES
 
 AttentionForm = Literal["absorbed", "naive"]
@@ -25,6 +26,7 @@ class Settings:
         numerics: which roundings it makes.
         activations: dtype of activations and caches; None takes that of `numerics`.
         ranks: how many ranks share the model; parameters and graph are those of one of them.
+        quantisation: which weights are codes, as in an int8 or int4 engine; None: none.
         form: absorbed (what engines run) or naive attention (spec §3.4); only absorbed can be exported.
     """
 
@@ -33,6 +35,7 @@ class Settings:
     activations: Literal["f32", "bf16"] | None = None
     form: AttentionForm = "absorbed"
     ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
+    quantisation: Quantisation | None = None
 
     @property
     def dtype_name(self) -> Literal["f32", "bf16"]:

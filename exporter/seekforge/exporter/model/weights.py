@@ -30,6 +30,7 @@ from seekforge.plugins.formats.bindings import (
     take,
 )
 from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig, RopeScaling
+from seekforge.plugins.formats.quantised import quantised_recipes
 from seekforge.plugins.spec import cdiv
 from seekforge.plugins.torch_ops import DTYPE_NAMES
 
@@ -53,6 +54,8 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
         table |= _ends(config, dtype)
     for layer in model.layer_numbers:
         table |= _layer(config, layer, dtype, ranks)
+    if model.settings.quantisation is not None:
+        table = quantised_recipes(table, model.settings.quantisation)
     result = {}
     for name, parameter in model.named_parameters():
         recipe = table.get(name)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.codes import evaluate_codes
 from seekforge.plugins.formats.dtypes import NUMPY
 
 _BLOCK = 128
@@ -64,7 +65,8 @@ class Recipe:
     """One node of a recipe tree.
 
     Attributes:
-        op: take, slice, reshape, transpose, concat, stack, dequantise, cast, bytes, split or computed.
+        op: take, slice, reshape, transpose, concat, stack, dequantise, cast, bytes, split or computed; codes,
+            code_scales or packed (`formats.quantised`).
         shape: shape of the result.
         dtype: element type of the result (our names, `dtypes.NUMPY`).
         parts: operands. `dequantise` has two: FP8 weight and f32 scale.
@@ -73,7 +75,7 @@ class Recipe:
         axis, start, stop: of slice; axis also of concat, stack and split.
         over: of split: who shares `parts[0]`; each rank has an equal part along `axis`.
         perm: of transpose.
-        params: of computed: the numbers that the table depends on.
+        params: of computed: the numbers that the table depends on; of codes: bits and block_size.
     """
 
     op: str
@@ -300,6 +302,8 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         out = np.empty(recipe.shape, NUMPY[recipe.dtype])
         dequantise_into(first, evaluate(recipe.parts[1], source), out)
         return out
+    if recipe.op in ("codes", "code_scales", "packed"):
+        return evaluate_codes(recipe.op, recipe.params, first)
     if recipe.op == "split":
         raise ProgramError("bindings: this recipe is shared by several ranks; apply for_rank first")
     raise ProgramError(f"bindings.json: unknown recipe op {recipe.op!r}; it was written by a newer version")

@@ -13,6 +13,7 @@ NUMPY: Final[dict[str, np.dtype]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "f8e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
     "i32": np.dtype(np.int32),
     "i64": np.dtype(np.int64),
     "bool": np.dtype(np.bool_),
@@ -24,6 +25,7 @@ SAFETENSORS: Final[dict[str, str]] = {"F32": "f32", "BF16": "bf16", "F8_E4M3": "
 #: our name -> onnx.TensorProto.DataType number (numbers are part of the ONNX standard; no onnx import).
 ONNX: Final[dict[str, int]] = {
     "f32": 1,
+    "u8": 2,
     "i8": 3,
     "i32": 6,
     "i64": 7,

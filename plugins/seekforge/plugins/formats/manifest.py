@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.files import sampled_digest, sha256_file, write_json
 from seekforge.plugins.formats.program import GraphIO, Strict
+from seekforge.plugins.formats.quantised import Quantisation
 
 #: Raised when an older runtime would misread an engine.
 ENGINE_FORMAT = 1
@@ -230,6 +231,7 @@ class Manifest(Strict):
     plugins: dict[str, PluginUse] = Field(default_factory=dict)
     profiles: dict[str, dict[str, dict[str, tuple[tuple[int, ...], ...]]]] = Field(default_factory=dict)
     audit: Audit | None = None
+    quantisation: Quantisation | None = None
     digest: str = ""
 
     def plans(self, graph: str) -> tuple[GraphIO, ...]:
