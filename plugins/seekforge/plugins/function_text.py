@@ -7,7 +7,8 @@ function, subgraphs included; the fragments below take a prefix for theirs. What
 * `trt` bodies hold no float8 but as input of a blocked DequantizeLinear; no NonZero, no reduction in a scatter,
   and Scan has at least one loop-carried state.
 * No intermediate result is larger than one expert, one layer's input, or one query row of every sequence
-  (the indexer also keeps the sequences' keys).
+  (the indexer also keeps the sequences' keys). `ort` bodies work on blocks of query rows (`query_blocks`), which
+  are as long as a budget allows and one row where a context is long.
 """
 
 from __future__ import annotations
@@ -277,3 +278,46 @@ def swiglu(text: Text, gate_up: str, p: str, *, dtype: str) -> str:
   {p}y = Mul({p}silu, {p}up)
 """)
     return cast(text, f"{p}y", f"{p}yb", to=dtype, given="f32")
+
+
+def query_blocks(text: Text, most: str, tensors: Mapping[str, int]) -> None:
+    """Write [B, Q, ...] tensors as blocks of query rows, [B, blocks, rows, values], for a Scan over axis 1.
+
+    Also written: `rows1`, `query_count1` ([1] int64: rows of a block, Q), for `join_blocks`. A last block that is not
+    full is padded.
+
+    Args:
+        most: name of [1] int64, most rows of a block.
+        tensors: name -> constant to pad with; the blocks of `x` are called `x_blocks`. The first one tells Q.
+    """
+    first = next(iter(tensors))
+    text.add(f"""
+  query_count1 = Shape<start = 1, end = 2>({first})
+  rows1 = Min(query_count1, {most})
+  rounded = Add(query_count1, rows1)
+  less_one = Sub(rounded, {text.ints(1)})
+  block_count1 = Div(less_one, rows1)
+  padded_count1 = Mul(block_count1, rows1)
+  missing1 = Sub(padded_count1, query_count1)
+  block_pads = Concat<axis = 0>({text.ints(0, 0, 0, 0)}, missing1, {text.ints(0)})
+  block_shape = Concat<axis = 0>({text.ints(0)}, block_count1, rows1, {text.ints(-1)})
+""")
+    for name, filler in tensors.items():
+        text.add(f"""
+  {name}_flat = Reshape({name}, {text.ints(0, 0, -1)})
+  {name}_padded = Pad({name}_flat, block_pads, {filler})
+  {name}_blocks = Reshape({name}_padded, block_shape)
+""")
+
+
+def join_blocks(text: Text, blocks: str, tail: str, out: str) -> None:
+    """Write `blocks` [B, blocks, rows, ...] as `out` [B, Q, *tail], without what `query_blocks` padded.
+
+    Args:
+        tail: name of a 1-D int64 tensor: the trailing dimensions.
+    """
+    text.add(f"""
+  {out}_shape = Concat<axis = 0>({text.ints(0, -1)}, {tail})
+  {out}_long = Reshape({blocks}, {out}_shape)
+  {out} = Slice({out}_long, {text.ints(0)}, query_count1, {text.ints(1)})
+""")

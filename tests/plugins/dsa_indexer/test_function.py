@@ -5,7 +5,7 @@ import torch
 
 from seekforge.plugins.dsa_indexer.reference import index_scores
 from seekforge.plugins.specialisation import Specialisation
-from seekforge.plugins.testing import Case, cases, run_function, same_selection
+from seekforge.plugins.testing import Case, Draw, cases, run_function, same_selection
 
 HOWS = [Specialisation("f32", "float8", kv, bodies) for kv in ("f32", "bf16") for bodies in ("ort", "trt")]
 
@@ -40,3 +40,19 @@ def test_short_tables_are_answered_without_reading_a_key(blocks: int) -> None:
     (blind,) = run_function("DsaIndexer", (q, w, cache[:0], table, position), attrs, how) if blocks == 1 else (got,)
     assert torch.equal(got, blind)
     assert got[0, 0].tolist() == [*range(41), *[-1] * 23]
+
+
+def test_long_prompts_go_in_blocks() -> None:
+    """Blocks of rows that see few keys, that see many, and one that is part full, of two sequences."""
+    how = Specialisation("f32", "float8", "f32", "ort")
+    attrs = {"index_topk": 64, "indexer_fp8": False, "index_format": "f32"}
+    draw = Draw(5)
+    q, w = draw.normal(2, 150, 4, 128), draw.normal(2, 150, 4)
+    cache, table = draw.normal(10 * 64, 128), draw.block_table(2, 4, 10)
+    positions = torch.stack([torch.arange(150), torch.arange(100, 250)])
+    inputs = (q, w, cache, table, positions)
+    (got,) = run_function("DsaIndexer", inputs, attrs, how)
+    (want,) = Case("DsaIndexer", "long", inputs, attrs).expected()
+    assert same_selection(got, want, index_scores(*inputs, False, "f32"), 1e-6)
+    seen = positions.clamp(max=63) + 1
+    assert torch.equal((got >= 0).sum(-1), seen)
