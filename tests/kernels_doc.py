@@ -33,7 +33,8 @@ def contracts() -> str:
     """Return the table of what kernels take."""
     rows = ["| operator | kernels take |", "|---|---|"]
     for op in WITH_KERNELS:
-        rows.append(f"| `{op}` | {'; '.join(op_kernels(op).LIMITS)} |")
+        module = op_kernels(op)
+        rows.append(f"| `{op}` | {'; '.join([*map(str, module.RULES), *module.NOTES])} |")
     rows += ["", "| SM | FP8 weights | products |", "|---|---|---|"]
     for sm in SMS:
         products = "FP8, f32 promotion per 128" if has_fp8(sm) else "BF16, after widening bytes"

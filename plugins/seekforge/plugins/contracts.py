@@ -1,83 +1,115 @@
 """What each operator can do on which hardware: refused with a sentence before any work, and listed for the docs.
 
-Limits of the plugin are those that the kernels are cut for; limits of the inlined form are TensorRT's. Only plain
-values are compared, so that export, build and documentation read one table.
+The plugin's limits are those of its kernels, read from the `launch` modules; the inlined form's are TensorRT's, kept here.
+Only plain values are compared, so export, build and documentation read one table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.formats.bindings import Ranks
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.kernel_sizes import WITH_KERNELS, operators
+from seekforge.plugins.launch import has_fp8, op_kernels
 
 #: How an operator runs: as a plugin, or as standard operators in its place.
 Face = Literal["plugin", "inlined"]
 
 #: The operators of a layer, in the order in which it uses them.
-OPS: Final = ("BlockFp8Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MoeRoute", "MoeExperts")
-#: The first SM that multiplies in FP8.
-FP8_SM: Final = 89
+OPS: Final = WITH_KERNELS
+#: Operators whose products have FP8 weights, and those that read or write cache bytes.
+_FP8_OPS, _CACHE_OPS = ("BlockFp8Linear", "MoeExperts"), ("DsaCacheWrite", "DsaIndexer", "DsaAttention")
+#: (op, key) -> most that TensorRT takes of the operator's inlined form, and what limits it.
+_INLINED_MOST: Final[dict[tuple[str, str], tuple[int, str]]] = {
+    ("DsaIndexer", "index_topk"): (3840, "TensorRT's TopK takes"),
+}
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A condition on the model's config.
+    """One line of the table of limits.
 
     Attributes:
         op: ONNX op_type.
         faces: where it holds.
-        key: key of config.json.
-        accepts: whether a value is fine.
+        key: of config.json, or in words.
         expected: in words.
     """
 
     op: str
     faces: tuple[Face, ...]
     key: str
-    accepts: Callable[[int], bool]
     expected: str
 
 
-def _at_most(limit: int) -> tuple[Callable[[int], bool], str]:
-    return (lambda value: value <= limit), f"at most {limit}"
+def limits() -> list[Limit]:
+    """Return all limits, the operators in the order of a layer."""
+    found = []
+    for op in OPS:
+        found += [Limit(op, ("plugin",), rule.key, rule.expected) for rule in op_kernels(op).RULES]
+        for (inlined, key), (most, _) in _INLINED_MOST.items():
+            if inlined == op:
+                found.append(Limit(op, ("inlined",), key, f"at most {most}"))
+    return found
 
 
-def _multiple(factor: int) -> tuple[Callable[[int], bool], str]:
-    return (lambda value: value % factor == 0), f"a multiple of {factor}"
+def plugin_fault(op: str, sizes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return why an operator has no kernels for these sizes (`kernel_sizes.operators`), or nothing."""
+    if op not in sizes:
+        return f"{op}: there are no kernels for it"
+    module = op_kernels(op)
+    try:
+        module.check({name: sizes[op][name] for name in module.STATICS})
+    except ShapeError as error:
+        return str(error)
+    return ""
 
 
-LIMITS: Final[tuple[Limit, ...]] = (
-    Limit("BlockFp8Linear", ("plugin", "inlined"), "hidden_size", *_multiple(128)),
-    Limit("DsaCacheWrite", ("plugin",), "kv_lora_rank", *_multiple(128)),
-    Limit("DsaIndexer", ("plugin",), "index_topk", *_at_most(2048)),
-    Limit("DsaIndexer", ("inlined",), "index_topk", *_at_most(3840)),  # TensorRT's TopK
-    Limit("DsaIndexer", ("plugin",), "index_n_heads", *_multiple(16)),
-    Limit("DsaAttention", ("plugin",), "kv_lora_rank", *_multiple(128)),
-    Limit("DsaAttention", ("plugin",), "qk_rope_head_dim", *_multiple(16)),
-    Limit("MoeRoute", ("plugin",), "n_routed_experts", *_at_most(512)),
-    Limit("MoeRoute", ("plugin",), "num_experts_per_tok", *_at_most(16)),
-    Limit("MoeExperts", ("plugin",), "num_experts_per_tok", *_at_most(16)),
-    Limit("MoeExperts", ("plugin", "inlined"), "moe_intermediate_size", *_multiple(128)),
-)
+def inlined_fault(op: str, config: ModelConfig) -> str:
+    """Return why TensorRT cannot build an operator's inlined form, or nothing."""
+    for (inlined, key), (most, what) in _INLINED_MOST.items():
+        value = getattr(config, key)
+        if inlined == op and value > most:
+            return f"{op}: {key} is {value}, {what} at most {most} where it is inlined"
+    return ""
 
 
 def refusals(config: ModelConfig, *, plugins: Collection[str], ops: Collection[str]) -> list[str]:
-    """Return one sentence for every limit that a model breaks; none: it can be built.
+    """Return one sentence for every operator that a model asks too much of; none: it can be built.
 
     Args:
         config: of the model.
         plugins: op_types that run as plugins; the other `ops` are inlined.
         ops: op_types of the program.
     """
+    sizes = operators(config)
+    faults = [plugin_fault(op, sizes) if op in plugins else inlined_fault(op, config) for op in ops]
+    return [fault for fault in faults if fault]
+
+
+def export_warnings(config: ModelConfig, *, ops: Collection[str], ranks: Ranks) -> list[str]:
+    """Return one sentence for every operator of a program that has no kernels for the model.
+
+    An export does not know its target. What no target computes is refused with the config; what is said here is what
+    GPU targets will refuse or do without plugins, so that nobody learns of it only when an engine is built.
+    """
+    sizes = operators(config, ranks=ranks)
     found = []
-    for limit in LIMITS:
-        face: Face = "plugin" if limit.op in plugins else "inlined"
-        value = getattr(config, limit.key)
-        if limit.op in ops and face in limit.faces and not limit.accepts(value):
-            form = "as a plugin" if face == "plugin" else "inlined"
-            found.append(f"{limit.op} {form} takes {limit.key} {limit.expected}, the model has {value}")
+    for op in ops:
+        fault = plugin_fault(op, sizes) if op in sizes else ""
+        if not fault:
+            continue
+        if inlined_fault(op, config):
+            found.append(
+                f"{fault}, and it cannot be inlined either ({inlined_fault(op, config)}): no GPU target builds it"
+            )
+            continue
+        needs = "--precision bf16" if op in _FP8_OPS else "--kv-cache-dtype bf16" if op in _CACHE_OPS else ""
+        found.append(f"{fault}: GPU targets inline it" + (f", which needs {needs}" if needs else ""))
     return found
 
 
@@ -85,7 +117,7 @@ def support(op: str, sm: int | None) -> str:
     """Say in a few words how an operator runs on an SM; None is a CPU."""
     if sm is None:
         return "f32, inlined"
-    if op not in ("BlockFp8Linear", "MoeExperts"):
+    if op not in _FP8_OPS:
         return "plugin or inlined (f32)" if op in ("DsaIndexer", "DsaAttention") else "plugin or inlined"
-    products = "FP8 products" if sm >= FP8_SM else "FP8 weights, BF16 products"
+    products = "FP8 products" if has_fp8(sm) else "FP8 weights, BF16 products"
     return f"plugin: {products}; inlined: BF16 products"

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from seekforge.plugins.formats.bindings import Ranks
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import FP8
 
 #: Cache format of GPU targets unless asked otherwise.
 DEFAULT_FORMAT: Final = "fp8_ds"
 _FP8: Final = FP8.to_dict()
+_ONE_RANK: Final = Ranks()
 
 
 def operators(
-    config: ModelConfig, *, kv_format: str = DEFAULT_FORMAT, numerics: Mapping[str, Any] = _FP8
+    config: ModelConfig,
+    *,
+    kv_format: str = DEFAULT_FORMAT,
+    numerics: Mapping[str, Any] = _FP8,
+    ranks: Ranks = _ONE_RANK,
 ) -> dict[str, dict[str, Any]]:
     """Return op_type -> the static sizes and attributes of a model, under the symbols of the specs.
 
@@ -22,6 +28,7 @@ def operators(
         config: of the model.
         kv_format: of both caches.
         numerics: fields of `formats.numerics.Numerics`; by default those of the official reference.
+        ranks: that share the model; sizes are those of one of them.
     """
     act_quant, kv_fp8, indexer_fp8 = (numerics[name] for name in ("act_quant", "kv_fp8", "indexer_fp8"))
     found: dict[str, dict[str, Any]] = {
@@ -43,7 +50,7 @@ def operators(
             "index_format": kv_format,
         },
         "DsaAttention": {
-            "H": config.num_attention_heads,
+            "H": config.num_attention_heads // ranks.count,
             "C": config.kv_lora_rank,
             "R": config.qk_rope_head_dim,
             "kv_format": kv_format,
@@ -56,10 +63,10 @@ def operators(
             "norm": config.norm_topk_prob,
         },
         "MoeExperts": {
-            "E": config.n_routed_experts,
+            "E": config.n_routed_experts // ranks.ep,
             "TOPK": config.num_experts_per_tok,
             "H": config.hidden_size,
-            "I2": 2 * config.moe_intermediate_size,
+            "I2": 2 * config.moe_intermediate_size // ranks.tp,
             "act_quant": act_quant,
         },
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from seekforge.plugins.errors import EngineError, ShapeError
+from seekforge.plugins.kernel_contract import Rule
 from seekforge.plugins.registry import SPECS
 
 #: Version of the descriptor file.
@@ -199,8 +200,10 @@ class OpKernels(Protocol):
 
     #: Names in `bound` that are fixed at compile time.
     STATICS: tuple[str, ...]
-    #: What the kernels can do, a sentence each: generated into the docs.
-    LIMITS: tuple[str, ...]
+    #: Conditions on single sizes.
+    RULES: tuple[Rule, ...]
+    #: What else the kernels take or need, a sentence each. Rules and notes are generated into the docs.
+    NOTES: tuple[str, ...]
 
     def check(self, statics: Mapping[str, Any]) -> None:
         """Raise `ShapeError` with a sentence when there are no kernels for these statics."""

@@ -60,5 +60,5 @@ def test_plans_name_compiled_variants_and_fit_their_workspace(rows: int, sm: int
 def test_empty_and_wrong_shapes() -> None:
     bound = {"*lead": (0, 5), "N": 128, "K": 128, "act_quant": "ue8m0"}
     assert plan(bound, 90).launches == ()
-    with pytest.raises(ShapeError, match="100 in features, kernels take multiples of 128"):
+    with pytest.raises(ShapeError, match="in features is 100, kernels take a multiple of 128"):
         plan(bound | {"K": 100}, 90)

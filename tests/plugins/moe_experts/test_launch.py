@@ -38,7 +38,7 @@ def test_no_tokens_no_launch() -> None:
 @pytest.mark.parametrize(
     ("changed", "fault"),
     [
-        ({"I2": 2 * 1400}, "moe_intermediate_size is 1400, kernels take multiples of 128"),
+        ({"I2": 2 * 1400}, "moe_intermediate_size is 1400, kernels take a multiple of 128"),
         ({"H": 7000}, "hidden_size is 7000"),
         ({"TOPK": 22}, "num_experts_per_tok is 22"),
         ({"E": 2048}, "n_routed_experts is 2048"),

@@ -24,7 +24,7 @@ def test_no_tokens_no_launch() -> None:
 @pytest.mark.parametrize(
     ("changed", "fault"),
     [
-        ({"top_k": 22}, "num_experts_per_tok is 22, the kernel takes 1 to 16"),
+        ({"top_k": 22}, "num_experts_per_tok is 22, kernels take 1 to 16"),
         ({"E": 160}, "n_routed_experts is 160"),
         ({"E": 2048}, "n_routed_experts is 2048"),
         ({"n_group": 3}, "n_group is 3"),

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
-from seekforge.plugins.contracts import LIMITS, OPS, support
+from seekforge.plugins.contracts import OPS, limits, support
 
 
 @click.command("targets")
@@ -57,11 +57,11 @@ def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[s
     ]
     header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "products", "cache"]
     ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in OPS]
-    limits = [[limit.op, " and ".join(limit.faces), limit.key, limit.expected] for limit in LIMITS]
+    listed = [[limit.op, " and ".join(limit.faces), limit.key, limit.expected] for limit in limits()]
     return [
         ("Targets (rates: dense TFLOPS)", [*header, "batch × context, tokens per step"], hardware),
         ("Operators", ["operator", *_classes(found)], ops),
-        ("Limits", ["operator", "form", "key of config.json", "expected"], limits),
+        ("Limits", ["operator", "form", "key of config.json", "expected"], listed),
     ]
 
 

@@ -73,6 +73,8 @@ def export(
         progress=stages,
     )
     stages.done()
+    for warning in exported.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
     if as_json:
         sys.stdout.write(json.dumps(_summary(exported, out, stages.seconds)) + "\n")
     elif not quiet:
@@ -90,6 +92,7 @@ def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[s
         "layer_range": exported.program.layer_range,
         "num_tensors": exported.num_tensors,
         "num_outside": exported.num_outside,
+        "warnings": exported.warnings,
         "ops": {name: use.num_nodes for name, use in exported.program.ops.items()},
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }

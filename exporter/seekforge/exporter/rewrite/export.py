@@ -17,6 +17,7 @@ from seekforge.exporter.model.weights import unused_tensors
 from seekforge.exporter.rewrite.layers import check_range, count_groups, outside, truncate
 from seekforge.exporter.rewrite.ranks import check_ranks
 from seekforge.exporter.rewrite.trace import OPSET, Traced, trace
+from seekforge.plugins.contracts import export_warnings
 from seekforge.plugins.errors import ConfigError, ProgramError
 from seekforge.plugins.formats.bindings import Ranks, Recipe, coverage
 from seekforge.plugins.formats.dtypes import FROM_ONNX
@@ -44,13 +45,17 @@ _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.jso
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote, for the command line."""
+    """What `export` wrote, for the command line.
+
+    `warnings`: a sentence for each operator whose kernels do not take the model's sizes.
+    """
 
     program: Program
     num_nodes: dict[str, int]
     num_weight_inputs: dict[str, int]
     num_tensors: int
     num_outside: int
+    warnings: tuple[str, ...]
 
 
 def export(
@@ -146,6 +151,7 @@ def export(
         num_weight_inputs={name: len(graph.recipes) for name, graph in traced.items()},
         num_tensors=num_tensors,
         num_outside=len(away),
+        warnings=tuple(export_warnings(config, ops=[op for op in SPECS if op in ops], ranks=ranks)),
     )
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.kernel_contract import check_rules, multiple, rule
 from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("act_quant",)
-LIMITS: Final = ("in features a multiple of 128; out features any number below 2^31",)
+RULES: Final = (rule("in features", "K", multiple(128, "one FP8 block")),)
+NOTES: Final = ("out features any number below 2^31",)
 
 #: Most rows of a call that is bound by its weight: tokens are the narrow side and K is split.
 SMALL_ROWS: Final = 64
@@ -156,8 +158,7 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
 def plan(bound: Mapping[str, Any], sm: int) -> Plan:
     """Return one to three launches."""
     rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
-    if k % 128:
-        raise ShapeError(f"BlockFp8Linear: {k} in features, kernels take multiples of 128 (one FP8 block)")
+    check_rules("BlockFp8Linear", RULES, bound)
     if rows == 0 or n == 0:
         return Plan(())
     workspace = Workspace()

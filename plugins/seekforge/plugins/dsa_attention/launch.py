@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.kernel_contract import check_rules, one_of, rule
 from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
-LIMITS: Final = (
-    "caches in bf16 or fp8_ds; any number of heads and any index_topk",
-    "kv_lora_rank 128, 256 or 512; qk_rope_head_dim 16, 32 or 64",
+RULES: Final = (
+    rule("kv_lora_rank", "C", one_of(128, 256, 512)),
+    rule("qk_rope_head_dim", "R", one_of(16, 32, 64)),
 )
+NOTES: Final = ("caches in bf16 or fp8_ds", "any number of heads and any index_topk")
 
 #: Most parts that the positions of a row are cut into, and most parts of all rows together: what the workspace holds.
 MAX_SPLITS, MAX_PARTS = 8, 128
@@ -53,10 +55,7 @@ def check(statics: Mapping[str, Any]) -> None:
     """Refuse what the kernels cannot do."""
     if statics["kv_format"] == "f32":
         raise ShapeError("DsaAttention: kv_format is f32, kernels read bf16 and fp8_ds; f32 caches are for the CPU")
-    if statics["C"] not in (128, 256, 512):
-        raise ShapeError(f"DsaAttention: kv_lora_rank is {statics['C']}, kernels take 128, 256 or 512")
-    if statics["R"] not in (16, 32, 64):
-        raise ShapeError(f"DsaAttention: qk_rope_head_dim is {statics['R']}, kernels take 16, 32 or 64")
+    check_rules("DsaAttention", RULES, statics)
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.kernel_contract import check_rules, exactly, one_of, power_of_two, rule
 from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, has_fp8
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("C", "R", "D", "kv_format", "index_format", "kv_fp8", "indexer_fp8")
-LIMITS: Final = (
-    "caches in bf16 or fp8_ds; fp8_ds needs the matching quantisation switch",
-    "kv_lora_rank is 128, 256, 512 or 1024; qk_rope_head_dim a power of two from 16; index_head_dim 128",
+RULES: Final = (
+    rule("kv_lora_rank", "C", one_of(128, 256, 512, 1024)),
+    rule("qk_rope_head_dim", "R", power_of_two(16, 128)),
+    rule("index_head_dim", "D", exactly(128, "one FP8 block")),
 )
+NOTES: Final = ("caches in bf16 or fp8_ds; fp8_ds needs the matching quantisation switch",)
 #: Tokens per program.
 ROWS: Final = 4
 
@@ -25,13 +28,7 @@ def check(statics: Mapping[str, Any]) -> None:
             raise ShapeError(f"DsaCacheWrite: {name} is f32, kernels write bf16 and fp8_ds; f32 caches are for the CPU")
         if statics[name] == "fp8_ds" and not statics[switch]:
             raise ShapeError(f"DsaCacheWrite: {name} fp8_ds needs {switch}; export with --numerics fp8 or use bf16")
-    if statics["C"] not in (128, 256, 512, 1024):
-        raise ShapeError(f"DsaCacheWrite: kv_lora_rank is {statics['C']}, kernels take 128, 256, 512 or 1024")
-    rope = statics["R"]
-    if rope < 16 or rope & (rope - 1):
-        raise ShapeError(f"DsaCacheWrite: qk_rope_head_dim is {rope}, kernels take powers of two from 16")
-    if statics["D"] != 128:
-        raise ShapeError(f"DsaCacheWrite: index_head_dim is {statics['D']}, kernels take 128 (one FP8 block)")
+    check_rules("DsaCacheWrite", RULES, statics)
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.kernel_contract import check_rules, exactly, one_of, rule
 from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("Hi", "D", "indexer_fp8", "index_format")
-LIMITS: Final = (
-    "caches in bf16 or fp8_ds (which needs indexer_fp8); any index_topk",
-    "index_n_heads 16, 32 or 64; index_head_dim 128",
+RULES: Final = (
+    rule("index_n_heads", "Hi", one_of(16, 32, 64)),
+    rule("index_head_dim", "D", exactly(128, "one FP8 block")),
 )
+NOTES: Final = ("caches in bf16 or fp8_ds (which needs indexer_fp8); any index_topk",)
 
 #: Bytes of scores that one slice of rows may have; one row alone may have more.
 SCORE_BYTES: Final = 256 << 20
@@ -38,10 +40,7 @@ def check(statics: Mapping[str, Any]) -> None:
         raise ShapeError("DsaIndexer: index_format is f32, kernels read bf16 and fp8_ds; f32 caches are for the CPU")
     if statics["index_format"] == "fp8_ds" and not statics["indexer_fp8"]:
         raise ShapeError("DsaIndexer: index_format fp8_ds needs indexer_fp8; export with --numerics fp8 or use bf16")
-    if statics["Hi"] not in (16, 32, 64):
-        raise ShapeError(f"DsaIndexer: index_n_heads is {statics['Hi']}, kernels take 16, 32 or 64")
-    if statics["D"] != 128:
-        raise ShapeError(f"DsaIndexer: index_head_dim is {statics['D']}, kernels take 128 (one FP8 block)")
+    check_rules("DsaIndexer", RULES, statics)
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:

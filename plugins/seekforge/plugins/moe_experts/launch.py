@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.plugins.block_fp8_linear.launch import quantise, quantiser
-from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.kernel_contract import between, check_rules, multiple, rule
 from seekforge.plugins.launch import (
     Buffer,
     Launch,
@@ -21,14 +21,16 @@ from seekforge.plugins.launch import (
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("E", "TOPK", "H", "I2", "act_quant")
-LIMITS: Final = (
-    "hidden_size and moe_intermediate_size multiples of 128",
-    "n_routed_experts up to 1024; num_experts_per_tok up to 16",
+RULES: Final = (
+    rule("hidden_size", "H", multiple(128, "one FP8 block")),
+    rule("moe_intermediate_size", "I2", multiple(128, "one FP8 block"), factor=2),
+    rule("n_routed_experts", "E", between(1, 1024)),
+    rule("num_experts_per_tok", "TOPK", between(1, 16)),
 )
+NOTES: Final = ()
 
 #: Tokens of one slice.
 SLICE_TOKENS: Final = 2048
-MAX_EXPERTS, MAX_TOP_K = 1024, 16
 #: Assignments that the grouping looks at together, columns of one program of the sum.
 CHUNK, COMBINE_BLOCK = 64, 1024
 
@@ -68,13 +70,7 @@ def choose_tile(assignments: int, experts: int, sm: int) -> Tile:
 
 def check(statics: Mapping[str, Any]) -> None:
     """Refuse what the kernels cannot do."""
-    for key, width in (("hidden_size", statics["H"]), ("moe_intermediate_size", statics["I2"] // 2)):
-        if width % 128:
-            raise ShapeError(f"MoeExperts: {key} is {width}, kernels take multiples of 128 (one FP8 block)")
-    if statics["E"] > MAX_EXPERTS:
-        raise ShapeError(f"MoeExperts: n_routed_experts is {statics['E']}, kernels take up to {MAX_EXPERTS}")
-    if not 1 <= statics["TOPK"] <= MAX_TOP_K:
-        raise ShapeError(f"MoeExperts: num_experts_per_tok is {statics['TOPK']}, kernels take 1 to {MAX_TOP_K}")
+    check_rules("MoeExperts", RULES, statics)
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:

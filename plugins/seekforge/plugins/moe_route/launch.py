@@ -6,30 +6,29 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.kernel_contract import between, check_rules, power_of_two, rule
 from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, next_power_of_two
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("E", "n_group", "topk_group", "top_k", "norm")
-LIMITS: Final = (
-    "n_routed_experts a power of two from 16 to 1024; n_group a power of two, with two experts or more in each",
-    "num_experts_per_tok from 1 to 16, and no more than the experts of topk_group groups",
+RULES: Final = (
+    rule("n_routed_experts", "E", power_of_two(16, 1024)),
+    rule("n_group", "n_group", power_of_two(1, 512)),
+    rule("num_experts_per_tok", "top_k", between(1, 16)),
 )
+NOTES: Final = ("two experts or more in each group; topk_group groups hold at least num_experts_per_tok",)
 #: Tokens per program.
 ROWS: Final = 4
-MAX_EXPERTS, MAX_TOP_K = 1024, 16
 
 
 def check(statics: Mapping[str, Any]) -> None:
     """Refuse what the kernel cannot do."""
     experts, groups, top_k = statics["E"], statics["n_group"], statics["top_k"]
-    if not 16 <= experts <= MAX_EXPERTS or experts & (experts - 1):
+    check_rules("MoeRoute", RULES, statics)
+    if groups > experts // 2:
         raise ShapeError(
-            f"MoeRoute: n_routed_experts is {experts}, the kernel takes powers of two from 16 to {MAX_EXPERTS}"
+            f"MoeRoute: n_group is {groups}, kernels take up to {experts // 2} groups of {experts} experts"
         )
-    if groups & (groups - 1) or groups > experts // 2:
-        raise ShapeError(f"MoeRoute: n_group is {groups}, the kernel takes powers of two up to {experts // 2}")
-    if not 1 <= top_k <= MAX_TOP_K:
-        raise ShapeError(f"MoeRoute: num_experts_per_tok is {top_k}, the kernel takes 1 to {MAX_TOP_K}")
     if not 1 <= statics["topk_group"] <= groups or top_k > statics["topk_group"] * (experts // groups):
         raise ShapeError(
             f"MoeRoute: num_experts_per_tok is {top_k}, topk_group {statics['topk_group']} of {groups} groups of "
