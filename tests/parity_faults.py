@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from seekforge.exporter.build.engine import build
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.parity.taps import tapped_copy
+from seekforge.exporter.parity.taps import engine_copy
 from seekforge.exporter.progress import Stages
-from seekforge.plugins.formats.manifest import digest_file, load_manifest, save_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import GraphIO
 from seekforge.plugins.formats.safetensors import Checkpoint, write_shard
 
 Edit = Callable[[np.ndarray], np.ndarray]
@@ -75,20 +75,30 @@ def build_engine(program: Path, checkpoint: Path, out: Path) -> Path:
     return out
 
 
+def bent_engine(engine: Path, out: Path, factors: Mapping[str, np.ndarray]) -> Path:
+    """Copy an engine in which what a layer has at a tap point is multiplied by [width], as a broken kernel might."""
+
+    def bend(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
+        for tap, factor in factors.items() if name == "model" else ():
+            node = next(node for node in model.graph.node if tap in node.output)
+            node.output[:] = [f"{tap}.right" if value == tap else value for value in node.output]
+            model.graph.initializer.append(numpy_helper.from_array(factor, f"{tap}.factor"))
+            place = list(model.graph.node).index(node) + 1
+            model.graph.node.insert(place, helper.make_node("Mul", [f"{tap}.right", f"{tap}.factor"], [tap]))
+        return face
+
+    engine_copy(engine, out, bend)
+    return out
+
+
 def split_products(engine: Path, out: Path) -> Path:
     """Copy an engine whose every product with a weight matrix is the sum of two halves of K: another order of sums."""
-    tapped_copy(engine, out, [])
-    manifest = load_manifest(out)
-    graphs = dict(manifest.graphs)
-    for name, face in manifest.graphs.items():
-        path = out / face.file
-        model = onnx.load(path, load_external_data=False)
+
+    def split(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
         assert _split(model.graph) >= 8
-        path.write_bytes(model.SerializeToString())
-        graphs[name] = face.model_copy(update={"sha256": digest_file(out, face.file).sha256})
-    changed = {face.file for face in manifest.graphs.values()}
-    files = tuple(digest_file(out, f.path) if f.path in changed else f for f in manifest.files)
-    save_manifest(out, manifest.model_copy(update={"graphs": graphs, "files": files}))
+        return face
+
+    engine_copy(engine, out, split)
     return out
 
 

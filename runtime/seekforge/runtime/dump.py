@@ -87,6 +87,7 @@ def write_dump(
     if longest > limit:
         raise RequestError(f"a case has {longest} tokens, the engine accepts {limit}; ask for shorter --contexts")
     writer = DumpWriter(out, engine_side(manifest, name), plan)
+    part = manifest.layer_range[1] < int(manifest.config["num_hidden_layers"])  # has no MTP module
     current: Case | None = None
     hidden = np.zeros(0)
     for number, case, step in plan.steps():
@@ -95,14 +96,16 @@ def write_dump(
             backend.allocate_caches(case.num_blocks)
             current = case
         if step.graph not in manifest.graphs:
+            if part and step.graph == "mtp":
+                continue
             raise EngineError(f"case {case.name!r} runs the graph {step.graph!r}, which the engine does not have")
         if given is not None and step.graph == "mtp":
             hidden = given.tensor(number - 1, "hidden")
         results = _run(backend, manifest, case, step, hidden, taps, _inputs_of(manifest, step.graph, given, number))
         if step.graph == "model" and "hidden" in results:
             hidden = results["hidden"]
-        if step is case.steps[-1]:
-            graphs = {step.graph for step in case.steps}
+        if step is [step for step in case.steps if step.graph in manifest.graphs][-1]:
+            graphs = {step.graph for step in case.steps} & manifest.graphs.keys()
             results |= {
                 f"cache_{kind}": value for g in sorted(graphs) for kind, value in _caches(backend, manifest, g).items()
             }

@@ -13,17 +13,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from parity_faults import build_engine, edited_checkpoint, scaled, small_model, split_products
+from parity_faults import bent_engine, build_engine, edited_checkpoint, scaled, small_model, split_products
 
 from seekforge.exporter.model import attention
 from seekforge.exporter.model.layers import rope_interleaved
 from seekforge.exporter.model.model import StepModel
 from seekforge.exporter.model.step import Settings
+from seekforge.exporter.parity.engine_side import EngineSide
 from seekforge.exporter.parity.local import LocalJudge
 from seekforge.exporter.parity.reference import Reference
-from seekforge.exporter.parity.run import EngineSide, Result, check_engine
+from seekforge.exporter.parity.run import Result, check_engine
 from seekforge.exporter.parity.taps import available_taps, tapped_copy
 from seekforge.exporter.parity.verdict import first_divergence
+from seekforge.exporter.parity.walks import Walker
 from seekforge.exporter.rewrite import trace as tracing
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.formats.dump import Dump, make_plan
@@ -59,9 +61,7 @@ def check(engine: Path, checkpoint: Path, work: Path, plan: Any, **options: Any)
     config = ModelConfig.load(checkpoint)
     settings = Settings(config, NUMERICS[side.manifest.numerics["name"]], "f32")
     with Checkpoint.open(checkpoint) as source:
-        return check_engine(
-            side, plan, settings=settings, source=source, work=work, checkpoint_name="checkpoint", **options
-        )
+        return check_engine(side, Walker(settings, source, "checkpoint"), plan, work=work, **options)
 
 
 def gate(result: Result, name: str) -> bool:
@@ -93,6 +93,10 @@ def test_a_weight_off_by_one_percent_is_traced_to_its_layer_and_module(eight: di
     assert O_PROJ in finding.tensors and finding.others == 0  # what follows from it is not blamed
     error = next(r.error for r in result.records if r.failed)
     assert 0.005 < error < 0.1  # 1 % of the largest values
+    # the engine's layers on PyTorch's inputs say the same: layer 5 alone, from o_proj's output on
+    assert not gate(result, "the engine's layers")
+    assert [(one.layer, one.point) for one in result.fed if one.bad] == [(5, "attn_out")]
+    assert len(result.fed) == 9 and result.num_engine_runs == 3
     # yet the next token hardly changes: nobody would have seen it in the text
     assert gate(result, "top-1")
 
@@ -104,10 +108,18 @@ def test_it_is_found_in_log_layers_runs_when_taps_do_not_fit(eight: dict[str, Pa
     )
     finding = result.finding
     assert finding is not None and (finding.layer, finding.module) == (5, "self_attn.o_proj")
-    assert result.num_engine_runs <= 1 + (1 + math.log2(8)) + 1
+    # one whole run, the probes, the inside of layer 5 on its own inputs, and on PyTorch's
+    assert result.num_engine_runs <= 1 + (1 + math.log2(8)) + 1 + 1
     assert any("bisection" in note for note in result.notes)
     layers = {record.layer for record in result.records}
     assert layers == {5}, "the inside of one layer only was looked at"
+    assert [(one.layer, one.bad, one.point) for one in result.fed] == [(5, True, "attn_out")]
+    held = sorted(path.name for path in (tmp_path / "w").iterdir())
+    assert held == ["judged", "noise", "plan.json", "reference"]
+    reference = Dump.open(tmp_path / "w" / "reference")
+    assert reference.names(0) == ["hidden_states.8", "residual.8", "hidden", "logits"], (
+        "nothing of inner layers is kept"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +191,47 @@ def test_fp8_engines_are_traced_as_strictly(eight: dict[str, Path], tmp_path: Pa
     finding = result.finding
     assert finding is not None and (finding.layer, finding.module, finding.others) == (5, "self_attn.o_proj", 0)
     assert gate(result, "logits"), "the whole model alone would not have shown it"
+
+
+# --- the engine's layers on PyTorch's inputs -------------------------------------------------------------------
+
+
+def test_layers_behind_one_that_gives_nan_are_judged_all_the_same(eight: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing behind NaN can be judged on the engine's own values; on PyTorch's, a second fault is found."""
+    damage = {"mlp_norm.2": np.ones(512, np.float32), "mlp_norm.6": np.ones(512, np.float32)}
+    damage["mlp_norm.2"][3], damage["mlp_norm.6"][7] = np.nan, 1.05
+    engine = bent_engine(eight["engine"], tmp_path / "engine", damage)
+    config = ModelConfig.load(eight["checkpoint"])
+    result = check(engine, eight["broken"], tmp_path / "w", plan_of(config, (24,), "whole"))
+    finding = result.finding
+    assert finding is not None and (finding.layer, finding.module) == (2, "post_attention_layernorm")
+    assert not gate(result, "finite")
+    assert {one.layer for one in result.fed if one.bad} == {2, 6}
+    failed = {record.layer for record in result.records if record.failed}
+    assert failed >= {2, 3, 4, 5, 6, 7}, "on the engine's own values everything behind it is off"
+
+
+def test_a_cut_engine_gives_the_bits_of_the_whole_one(
+    tiny_engines: dict[str, Path], tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    """Fed with what the engine itself had, every layer gives what it gave, whichever layers are cut out."""
+    engine = EngineSide(tiny_engines["fp8"], tmp_path, threads=MAX_THREADS)
+    plan = make_plan(
+        contexts=(80,), vocab_size=tiny_config.vocab_size, index_topk=tiny_config.index_topk, has_mtp=True,
+        modes=("chunked", "mtp"),
+    )  # fmt: skip
+    own = engine.dump(plan, tmp_path / "own", engine.taps)
+    for layers, num_mtp in (((0, 4), 4), ((1, 3), 0), ((3, 4), 4)):
+        taps = [f"o_latent.{layer}" for layer in range(*layers)]
+        found = engine.dump_fed(own, tmp_path / "fed", layers, taps)
+        assert found.side.layers == layers
+        names = [(step, name) for step in range(len(found.cases)) for name in found.names(step)]
+        # caches are shown at a case's last step, and layers before the last run no MTP steps
+        shared = [one for one in names if own.has(*one)]
+        assert len(shared) >= len(names) - 4 and all(np.array_equal(found.tensor(*o), own.tensor(*o)) for o in shared)
+        assert {name for _, name in names} >= {*taps, f"residual.{layers[1]}", f"cache_latent.{layers[0]}"}
+        mtp = [n for n, (_, step) in enumerate(found.cases) if step.graph == "mtp" and found.has(n, "logits")]
+        assert len(mtp) == num_mtp
 
 
 # --- the indexer's RoPE layout swapped in one layer (R16) ------------------------------------------------------

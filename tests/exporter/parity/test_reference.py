@@ -14,7 +14,7 @@ from seekforge.exporter.model.step import Settings
 from seekforge.exporter.parity import reference as walking
 from seekforge.exporter.parity.ops import LayerModule
 from seekforge.exporter.parity.reference import Reference, Stream
-from seekforge.exporter.parity.run import torch_side, without
+from seekforge.exporter.parity.walks import torch_side, without
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.dump import Dump, DumpWriter, make_plan
 from seekforge.plugins.formats.model_config import ModelConfig

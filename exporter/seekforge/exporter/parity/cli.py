@@ -17,21 +17,12 @@ from tokenizers import Tokenizer
 
 from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.exporter.model.step import Settings
+from seekforge.exporter.parity.engine_side import EngineSide
 from seekforge.exporter.parity.local import OpRecord
 from seekforge.exporter.parity.page import render
 from seekforge.exporter.parity.report import print_terminal, to_json
-from seekforge.exporter.parity.run import (
-    EngineSide,
-    Noise,
-    Result,
-    check_engine,
-    conclude,
-    judge_dump,
-    judge_only,
-    sensitivity,
-    without,
-    write_reference,
-)
+from seekforge.exporter.parity.run import Noise, Result, check_engine, conclude
+from seekforge.exporter.parity.walks import Walker, sensitivity, without
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncate
 from seekforge.plugins.errors import ConfigError
@@ -242,20 +233,18 @@ def _from_engine(engine: Path, asked: _Options, work: Path, stages: Callable[[st
     if asked.against == "torch":
         folder = _need_checkpoint(asked, "--against torch")
         with _source(folder, config) as source:
+            walker = Walker(settings, source, folder.resolve().name, stages)
             result = check_engine(
                 side,
+                walker,
                 plan,
-                settings=settings,
-                source=source,
                 work=work,
-                checkpoint_name=folder.resolve().name,
                 layers=_range(asked, config),
                 max_dump_bytes=int(asked.max_dump_gb * 1e9),
                 max_kl=asked.max_kl,
-                progress=stages,
             )
             if asked.sensitivity:
-                result.sensitivity = _sensitivity(plan, settings, manifest.numerics, source, work, asked, stages)
+                result.sensitivity = _sensitivity(walker, plan, manifest.numerics, work, asked)
         return result
     if asked.layers is not None or asked.sensitivity or asked.numerics or asked.without:
         raise click.UsageError("--layers, --sensitivity, --numerics and --without need --against torch")
@@ -300,9 +289,9 @@ def _two_engines(
             walk = work / "walk"
             walk.mkdir()
             name = asked.checkpoint.resolve().name
-            records = judge_dump(dumps[0], settings=settings, source=source, work=walk, name=name, progress=stages)
+            records = Walker(settings, source, name, stages).judge_dump(dumps[0], walk)
             theirs = Settings(settings.config, numerics[1], dumps[1].side.activations)  # pyright: ignore
-            records += judge_only(dumps[1], settings=theirs, source=source, progress=stages)
+            records += Walker(theirs, source, name, stages).judge_only(dumps[1])
             noise = (Dump.open(walk / "noise"), Dump.open(walk / "reference"))
     stages("compare")
     same = numerics[0] == numerics[1]
@@ -323,7 +312,7 @@ def _from_dumps(folders: Sequence[Path], asked: _Options, work: Path, stages: Ca
     if asked.checkpoint is not None:
         with _source(asked.checkpoint, config) as source:
             name = asked.checkpoint.resolve().name
-            records = judge_dump(judged, settings=settings, source=source, work=work, name=name, progress=stages)
+            records = Walker(settings, source, name, stages).judge_dump(judged, work)
         noise = Dump.open(work / "noise")
     if len(folders) == 2:
         reference = Dump.open(folders[1])
@@ -363,31 +352,17 @@ def _reference_only(asked: _Options, save: Path | None, work: Path, stages: Call
     numerics = without(NUMERICS[asked.numerics or "fp8"], asked.without)
     settings = Settings(config, numerics, "f32")
     with _source(folder, config) as source:
-        write_reference(settings, source, plan, work, folder.resolve().name, stages)
+        Walker(settings, source, folder.resolve().name, stages).run(plan, work)
 
 
 def _sensitivity(
-    plan: Plan,
-    settings: Settings,
-    engine_numerics: dict[str, object],
-    source: Checkpoint,
-    work: Path,
-    asked: _Options,
-    stages: Callable[[str], None],
+    walker: Walker, plan: Plan, engine_numerics: dict[str, object], work: Path, asked: _Options
 ) -> dict[int, float]:
     """Each layer alone in the engine's numerics, the others as in the reference (exact, where both are the same)."""
-    other = numerics_from_dict(engine_numerics)
+    settings, other = walker.settings, numerics_from_dict(engine_numerics)
     base = settings.numerics if settings.numerics != other else EXACT
     if base == other:
         raise ConfigError("--sensitivity: the engine computes exactly, no layer costs anything")
-    config = settings.config
-    start, stop = _range(asked, config) or (0, config.num_hidden_layers)
-    return sensitivity(
-        plan,
-        base=Settings(config, base, settings.activations),
-        other=other,
-        source=source,
-        work=work,
-        layers=range(start, stop),
-        progress=stages,
-    )
+    start, stop = _range(asked, settings.config) or (0, settings.config.num_hidden_layers)
+    exact = Walker(Settings(settings.config, base, settings.activations), walker.source, walker.name, walker.progress)
+    return sensitivity(exact, plan, other=other, work=work, layers=range(start, stop))

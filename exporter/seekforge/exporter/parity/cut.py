@@ -58,7 +58,9 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
             return face.model_copy(update={"outputs": (*face.outputs, *tap_specs(model, added))})
         cuts = [layer for layer in range(start, stop + last) if layer > 0]
         _cut(model.graph, cuts, hidden, engine)
-        wanted = {f"{point}.{layer + 1}" for layer in range(start, stop) for point in HANDOVER} | set(taps)
+        inside = {tap for tap in taps if int(tap.rpartition(".")[2]) in range(start, stop)}
+        wanted = {f"{point}.{layer + 1}" for layer in range(start, stop) for point in HANDOVER}
+        wanted |= {tap for tap in inside if not tap.startswith(HANDOVER)}  # what goes in is given
         added = [tap for tap in taps_in(model) if tap in wanted]
         expose(model, added)
         kinds = (*SELECTIONS, "latent_cache_out", "index_cache_out")

@@ -8,7 +8,7 @@ every operation is also given the engine's own inputs and compared with what the
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,8 +27,10 @@ from seekforge.plugins.formats.bindings import TensorSource, evaluate, tensors_o
 from seekforge.plugins.formats.dump import Dump, DumpWriter, Plan, StepArrays, lay_out
 from seekforge.plugins.formats.numerics import Numerics
 
-#: What a free run keeps of each layer besides its handover when it is only there to measure noise.
-_NOISE_POINTS = (*HANDOVER, *SELECTIONS, "index_q", "index_w", "index_k", "biased_scores")
+#: Relative change that measures noise: ten times what f32 sums in another order do; in bf16 activations one rounding.
+PERTURBATION, PERTURBATION_BF16 = 1e-6, 2**-9
+#: What a free run keeps of each layer when it is only there to measure noise.
+NOISE_POINTS = (*HANDOVER, *SELECTIONS, "index_q", "index_w", "index_k", "biased_scores")
 
 #: Called with (layer, step number, operation, its inputs, what PyTorch gives, what the engine gave, state).
 Judge = Callable[["Judged"], None]
@@ -55,14 +57,18 @@ class Stream:
     Attributes:
         writer: of its dump.
         perturbation: relative change of the embeddings.
-        points: what to keep; None keeps all.
+        points: what to keep; None keeps all. layers: of which layers; None: of all.
         numerics: layer -> other numerics there, to see what one layer costs.
+        beside: a run whose inputs each layer takes, changed by `perturbation`: what one layer makes of noise, while
+            noise from the embeddings on grows from layer to layer. It keeps what comes out of each layer.
     """
 
     writer: DumpWriter
     perturbation: float = 0.0
     points: Sequence[str] | None = None
     numerics: Mapping[int, Numerics] = field(default_factory=dict)
+    layers: Collection[int] | None = None
+    beside: Stream | None = None
     carried: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
@@ -71,14 +77,15 @@ class Stream:
         kept = {
             name: value.float().numpy() if value.is_floating_point() else value.numpy()
             for name, value in values.items()
-            if self.points is None or name.rpartition(".")[0] in self.points or name in ("hidden", "logits")
+            if self._keeps(name)
         }
         self.writer.write(step, kept)
 
-
-def noise_stream(writer: DumpWriter, perturbation: float) -> Stream:
-    """Return a free run that measures noise: perturbed, and it keeps no more than that needs."""
-    return Stream(writer, perturbation, _NOISE_POINTS)
+    def _keeps(self, name: str) -> bool:
+        point, _, layer = name.rpartition(".")
+        if not point:
+            return True  # hidden, logits
+        return (self.points is None or point in self.points) and (self.layers is None or int(layer) in self.layers)
 
 
 class Reference:
@@ -107,6 +114,8 @@ class Reference:
     ) -> None:
         self.settings, self.config, self.source, self.plan = settings, settings.config, source, plan
         self.streams, self.subject, self.judge, self.progress = streams, subject, judge, progress
+        self._cases = {number: case for number, case, _ in plan.steps()}
+        self._graphs = {number: step.graph for number, _, step in plan.steps()}
         self._arrays = {number: lay_out(case, step) for number, case, step in plan.steps()}
         self._steps = {number: self._make_step(arrays) for number, arrays in self._arrays.items()}
         #: The last step of each graph in each case: there the caches are looked at.
@@ -134,7 +143,8 @@ class Reference:
             for stream in self.streams:
                 for number in numbers["model"]:
                     values = stream.carried.pop(number)
-                    stream.keep(number, {f"{name}.{stop}": value for name, value in values.items()})
+                    if stream.beside is None:
+                        stream.keep(number, {f"{name}.{stop}": value for name, value in values.items()})
         else:
             self.progress("PyTorch head")
             self._head(stop, numbers["model"], mtp=False)
@@ -153,34 +163,43 @@ class Reference:
 
     def _layer(self, layer: int, numbers: Sequence[int]) -> None:
         module = LayerModule(self.settings, layer, self.source)
-        case_of = {number: case for number, case, _ in self.plan.steps()}
+        self._nudge(numbers)
         for stream in self.streams:
             own = stream.numerics.get(layer)
             if own is not None:
                 module = LayerModule(replace(self.settings, numerics=own), layer, self.source)
             elif module.settings is not self.settings:
                 module = LayerModule(self.settings, layer, self.source)
-            current, state = None, None
-            for number in numbers:
-                case = case_of[number]
-                if case is not current:
-                    state, current = module.new_state(case.num_blocks), case
-                assert state is not None
-                state.step = self._steps[number]
+            for state, number in self._states(module, numbers):
                 self._free(stream, module, state, number)
         if self.subject is not None and self.judge is not None and self.judged_layers(layer):
             if module.settings is not self.settings:
                 module = LayerModule(self.settings, layer, self.source)
-            current, state = None, None
-            for number in numbers:
-                case = case_of[number]
-                if case is not current:
-                    state, current = module.new_state(case.num_blocks), case
-                assert state is not None
-                state.step = self._steps[number]
+            for state, number in self._states(module, numbers):
                 self._judge_layer(module, state, number)
         del module
         gc.collect()
+
+    def _states(self, module: LayerModule, numbers: Iterable[int]) -> Iterator[tuple[LayerState, int]]:
+        """Yield steps in order, each with the caches of its case, which are zero when a case begins."""
+        state, case = None, None
+        for number in numbers:
+            if state is None or self._cases[number] is not case:
+                case = self._cases[number]
+                state = module.new_state(case.num_blocks)
+            state.step = self._steps[number]
+            yield state, number
+
+    def _nudge(self, numbers: Iterable[int]) -> None:
+        """Give streams that run beside another what that one has now, changed a little. The MTP module is one piece."""
+        for stream in self.streams:
+            for number in numbers:
+                if stream.beside is None or self._graphs[number] == "mtp":
+                    continue
+                values = enumerate(stream.beside.carried[number].items())
+                stream.carried[number] = {
+                    name: self._perturb(value, stream, 2 * number + i) for i, (name, value) in values
+                }
 
     def _free(self, stream: Stream, module: LayerModule, state: LayerState, number: int) -> None:
         layer = module.layer
@@ -195,6 +214,9 @@ class Reference:
             assert isinstance(moe, Moe)
             values["biased_scores"] = torch.sigmoid(values["router_logits"]) + moe.gate.e_score_correction_bias
         stream.carried[number] = {NEXT[name]: values.pop(name) for name in NEXT}
+        if stream.beside is not None:
+            stream.keep(number, {f"{name}.{layer + 1}": value for name, value in stream.carried[number].items()})
+            return
         named = {f"{name}.{layer}": value for name, value in values.items()}
         if number in self.last_steps and stream.points is None:
             named |= {f"cache_latent.{layer}": state.latent, f"cache_index.{layer}": state.index}
@@ -326,7 +348,10 @@ class Reference:
         for number in numbers:
             ids = torch.from_numpy(self._arrays[number].input_ids)
             for stream in self.streams:
-                stream.carried[number] = {"hidden_states": combine(ids, stream.hidden[number - 1])}
+                hidden = stream.hidden[number - 1]
+                if stream.beside is not None:
+                    hidden = self._perturb(stream.beside.hidden[number - 1], stream, number)
+                stream.carried[number] = {"hidden_states": combine(ids, hidden)}
             if self.judge is not None and self.subject is not None:
                 theirs = self._subject_values(number, layer)
                 if "hidden_states" in theirs and self.subject.has(number - 1, "hidden"):
@@ -350,6 +375,7 @@ class Reference:
             Op("norm", "final norm", HANDOVER, "hidden", lambda v: norm.add(v["hidden_states"], v["residual"])[0],
                norm_names),
         ]  # fmt: skip
+        self._nudge(numbers)
         for number in numbers:
             rows = torch.from_numpy(self._arrays[number].logits_index)
 
@@ -363,6 +389,7 @@ class Reference:
                 for op in both:
                     values[op.output] = op.run(values)
                 stream.hidden[number] = values["hidden"]
+                named = named if stream.beside is None else {}
                 stream.keep(number, named | {name: values[name] for name in ("hidden", "logits")})
             if self.judge is not None and self.subject is not None:
                 theirs = {

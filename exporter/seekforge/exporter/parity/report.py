@@ -39,8 +39,9 @@ def to_json(result: Result) -> dict[str, Any]:
         "gates": [dataclasses.asdict(gate) for gate in result.gates],
         "finding": None if result.finding is None else dataclasses.asdict(result.finding),
         "cases": [_case(case) for case in comparison.cases],
-        "layers": [_layer(layer, result.records) for layer in comparison.layers],
+        "layers": [_layer(layer, result) for layer in comparison.layers],
         "operations": [_operation(record) for record in result.records],
+        "layers_on_reference_inputs": [dataclasses.asdict(one) for one in result.fed],
         "sensitivity": [{"layer": layer, "kl": value} for layer, value in result.sensitivity.items()],
     }
     return _finite(report)
@@ -99,8 +100,9 @@ def _curve(choices: Choices) -> list[dict[str, float]]:
     return result
 
 
-def _layer(layer: LayerComparison, records: list[OpRecord]) -> dict[str, Any]:
-    own = [r for r in records if r.layer == layer.layer and r.graph == layer.graph and not r.num_choices]
+def _layer(layer: LayerComparison, result: Result) -> dict[str, Any]:
+    fed = next((one.error for one in result.fed if (one.layer, one.graph) == (layer.layer, layer.graph)), None)
+    own = [r for r in result.records if r.layer == layer.layer and r.graph == layer.graph and not r.num_choices]
     own = [r for r in own if not r.module.endswith("cache)")]
     worst = max(own, key=lambda r: r.error, default=None)
     return {
@@ -113,6 +115,7 @@ def _layer(layer: LayerComparison, records: list[OpRecord]) -> dict[str, Any]:
         "worst_operation": None if worst is None else {"module": worst.module, "error": worst.error},
         "keys": _choices(layer.keys),
         "experts": _choices(layer.experts),
+        "on_reference_inputs": fed,
     }
 
 
@@ -204,7 +207,7 @@ def print_terminal(console: Console, report: dict[str, Any]) -> None:
         f"{reference['activations']})"
     )
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="layers")
-    for name in ("layer", "stream error", "of PyTorch itself", "worst operation", "keys", "experts"):
+    for name in ("layer", "stream error", "of PyTorch itself", "on its inputs", "worst operation", "keys", "experts"):
         table.add_column(name, justify="left" if name == "worst operation" else "right")
     for layer in report["layers"]:
         worst = layer["worst_operation"]
@@ -212,6 +215,7 @@ def print_terminal(console: Console, report: dict[str, Any]) -> None:
             f"{layer['layer']}{' (MTP)' if layer['graph'] == 'mtp' else ''}",
             number(layer["stream"] and layer["stream"]["rms_relative"]),
             number(layer["noise"] and layer["noise"]["rms_relative"]),
+            number(layer["on_reference_inputs"]),
             "—" if worst is None else f"{number(worst['error'])} {worst['module']}",
             _choice_text(layer["keys"]),
             _choice_text(layer["experts"]),

@@ -102,6 +102,9 @@ def point_width(config: ModelConfig, point: str) -> int:
         "act": config.intermediate_size,
         "router_logits": config.n_routed_experts,
         "expert_weights": config.num_experts_per_tok,
+        "biased_scores": config.n_routed_experts,
+        "topk_indices": config.index_topk,
+        "expert_ids": config.num_experts_per_tok,
         "shared_gate_up": 2 * shared,
         "shared_act": shared,
     }

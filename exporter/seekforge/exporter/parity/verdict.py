@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from seekforge.exporter.parity.compare import Comparison
+from seekforge.exporter.parity.fed import FedLayer
 from seekforge.exporter.parity.local import OpRecord
+from seekforge.exporter.parity.localise import SEGMENT_FACTOR, SEGMENT_FLOOR
+from seekforge.exporter.parity.reference import PERTURBATION
 
 #: Largest difference of FP32 logits in parts of their spread; also added to measured noise. Measured: 4e-6 between
 #: ONNX Runtime and torch over all modes and contexts of the tests.
 GATE = 1e-4
-#: Relative change of the embeddings that measures noise: ten times what f32 sums in another order do.
-PERTURBATION = 1e-6
 #: The engine must lie within this many times PyTorch's distance from itself.
 NOISE_FACTOR = 1.5
 QUANTILES = (0.5, 0.9, 0.99)
@@ -51,6 +52,7 @@ class Finding:
 def judge(
     comparison: Comparison,
     records: Sequence[OpRecord],
+    fed: Sequence[FedLayer] = (),
     *,
     same_numerics: bool,
     exact: bool,
@@ -61,6 +63,7 @@ def judge(
     Args:
         comparison: of the two dumps.
         records: operations judged by their own inputs; empty where no side shows them.
+        fed: layers of the engine on PyTorch's inputs; empty where it cannot be cut.
         same_numerics: both sides make the same roundings. If not, numbers are shown and only what is asked for or
             is plainly broken is gated: the difference is what the other numerics cost.
         exact: numerics without quantisation: then every row must agree.
@@ -79,6 +82,8 @@ def judge(
         gates.append(_operations("choices", choices, same_numerics))
     if caches:
         gates.append(_operations("caches", caches, same_numerics))
+    if fed:
+        gates.append(_fed(fed))
     if any(len(case.error) for case in comparison.cases):
         gates += _logits(comparison, same_numerics=same_numerics, exact=exact, max_kl=max_kl)
     if any(layer.keys.rows or layer.experts for layer in comparison.layers):
@@ -91,6 +96,17 @@ def _operations(name: str, records: Sequence[OpRecord], gated: bool) -> Gate:
     worst = max(records, key=lambda record: record.error / (record.gate or 1.0))
     value = f"{len(failed)} of {len(records)} off" if failed else f"{len(records)} right, worst {worst.error:.1e}"
     return Gate(name, not failed or not gated, value, "0 off", worst.reason, gated)
+
+
+def _fed(fed: Sequence[FedLayer]) -> Gate:
+    failed = [one for one in fed if one.bad]
+    worst = max(fed, key=lambda one: one.error / one.allowed)
+    value = f"{len(failed)} of {len(fed)} off" if failed else f"{len(fed)} right"
+    reason = (
+        f"each given PyTorch's inputs; most rows within {SEGMENT_FACTOR:g} x what PyTorch's layer makes of inputs that "
+        f"changed by rounding noise ({PERTURBATION:g} in f32), and {SEGMENT_FLOOR:g}"
+    )
+    return Gate("the engine's layers", not failed, f"{value}, worst {worst.error:.1e}", f"{worst.allowed:.1e}", reason)
 
 
 def _all(comparison: Comparison, get: Callable) -> np.ndarray:
@@ -122,7 +138,8 @@ def _logits(comparison: Comparison, *, same_numerics: bool, exact: bool, max_kl:
         reason = (
             f"quantiles {names} of the error in parts of the spread; allowed: {NOISE_FACTOR:g} x the next quantile "
             f"({'/'.join(f'{q:.0%}' for q in _NEXT_QUANTILES)}) of PyTorch against itself with embeddings changed by "
-            "1e-6, since an e4m3 rounding that flips moves a row for good, and on few texts luck decides how early"
+            "rounding noise (1e-6 in f32), since an e4m3 rounding that flips moves a row for good, and on few texts "
+            "luck decides how early"
         )
         allowed_text = " / ".join(f"{value:.1e}" for value in bound)
         gates.append(Gate("logits", bool((found <= bound).all()), text, allowed_text, reason))
@@ -166,14 +183,19 @@ def _flipped(comparison: Comparison, same_numerics: bool) -> Gate:
     )
 
 
-def first_divergence(records: Sequence[OpRecord]) -> Finding | None:
+def first_divergence(records: Sequence[OpRecord], fed: Sequence[FedLayer] = ()) -> Finding | None:
     """Name the first operation at fault. Each was judged by its own inputs, so nothing upstream is blamed on it.
 
-    A damaged cache block shows in what reads it; then the cache is named.
+    A damaged cache block shows in what reads it; then the cache is named. Where every operation is right on the
+    engine's inputs, a layer of the engine that is wrong on PyTorch's is named.
     """
     failed = [record for record in records if record.failed]
+    other = {(one.graph, one.layer): one for one in fed}
     if not failed:
-        return None
+        bad = next((one for one in fed if one.bad), None)
+        if bad is None:
+            return None
+        return Finding(bad.layer, bad.point or "the whole layer", _fed_text(bad), (), 0)
     first = failed[0]
     for record in failed:
         reads = "(selection)" in first.module or "attention)" in first.module
@@ -199,4 +221,12 @@ def first_divergence(records: Sequence[OpRecord]) -> Finding | None:
         )
         if first.detail:
             text += f"; {first.detail}"
+    if (first.graph, first.layer) in other:
+        text += f". {_fed_text(other[first.graph, first.layer])}"
     return Finding(first.layer, first.module, text, first.tensors, len(failed) - 1)
+
+
+def _fed_text(one: FedLayer) -> str:
+    """Say what a layer of the engine does with PyTorch's inputs."""
+    text = f"On PyTorch's inputs the engine's layer differs by {one.error:.1e} in most rows, allowed {one.allowed:.1e}"
+    return f"{text}; {one.detail}" if one.detail else text

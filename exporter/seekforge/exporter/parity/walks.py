@@ -1,0 +1,160 @@
+"""Walks of the PyTorch side: which runs one pass over the weights makes, and what each of them keeps."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from seekforge.exporter.model.step import Settings
+from seekforge.exporter.parity.compare import compare
+from seekforge.exporter.parity.local import LocalJudge, OpRecord
+from seekforge.exporter.parity.reference import NOISE_POINTS, PERTURBATION, PERTURBATION_BF16, Reference, Stream
+from seekforge.exporter.parity.taps import HANDOVER
+from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.bindings import TensorSource
+from seekforge.plugins.formats.dump import Dump, DumpWriter, Plan, Side
+from seekforge.plugins.formats.numerics import Numerics, numerics_from_dict
+
+Say = Callable[[str], None]
+#: What a pass writes: the model; the same from embeddings changed a little; each layer from inputs changed a little.
+REFERENCE, NOISE, NUDGED = "reference", "noise", "nudged"
+
+
+def torch_side(settings: Settings, name: str, layers: tuple[int, int]) -> Side:
+    """Describe the PyTorch model as the maker of a dump."""
+    return Side(
+        kind="torch",
+        name=name,
+        numerics=settings.numerics.to_dict(),
+        activations=settings.dtype_name,
+        layers=layers,
+        config=settings.config.model_dump(mode="json"),
+        versions={"torch": importlib.metadata.version("torch")},
+    )
+
+
+class Walker:
+    """Runs PyTorch for one check.
+
+    Args:
+        settings: numerics and activations.
+        source: the checkpoint.
+        name: what reports call this side.
+        progress: told each layer.
+    """
+
+    def __init__(self, settings: Settings, source: TensorSource, name: str, progress: Say = lambda stage: None) -> None:
+        self.settings, self.source, self.name, self.progress = settings, source, name, progress
+
+    def run(
+        self,
+        plan: Plan,
+        work: Path,
+        *,
+        layers: tuple[int, int] | None = None,
+        subject: Dump | None = None,
+        inside: bool = False,
+        kinds: Collection[str] = (REFERENCE, NOISE),
+        points: Sequence[str] | None = None,
+        kept_layers: Collection[int] | None = None,
+    ) -> list[OpRecord]:
+        """Make one pass over the weights; dumps go to `work`/reference and so on.
+
+        Args:
+            plan: the steps.
+            work: folder of the dumps.
+            layers: [a, b); None: the whole model.
+            subject: an engine's dump: what goes into layer a, if that is not 0, and what is judged.
+            inside: judge the operations that `subject` shows, each by its own inputs.
+            kinds: which runs to make.
+            points: what the reference keeps of each layer; None: all.
+            kept_layers: of which layers it and the noise keep that; None: of all.
+
+        Returns:
+            Records of the operations; empty if not `inside`.
+        """
+        side = torch_side(self.settings, self.name, layers or (0, self.settings.config.num_hidden_layers))
+        change = PERTURBATION_BF16 if self.settings.dtype_name == "bf16" else PERTURBATION
+        streams: dict[str, Stream] = {}
+        for kind in kinds:
+            shutil.rmtree(work / kind, ignore_errors=True)
+            (work / kind).mkdir(parents=True)
+            writer = DumpWriter(work / kind, side, plan)
+            if kind == REFERENCE:
+                streams[kind] = Stream(writer, points=points, layers=kept_layers)
+            elif kind == NOISE:
+                few = NOISE_POINTS if points is None else points
+                streams[kind] = Stream(writer, change, few, layers=kept_layers)
+            else:
+                streams[kind] = Stream(writer, change, HANDOVER, beside=streams[REFERENCE])
+        local = None
+        if inside:
+            assert subject is not None
+            local = LocalJudge(subject, self.settings.numerics, self.settings.dtype_name)
+        Reference(
+            self.settings,
+            self.source,
+            plan,
+            streams=list(streams.values()),
+            subject=subject,
+            judge=local,
+            progress=self.progress,
+        ).run(layers)
+        for stream in streams.values():
+            stream.writer.close()
+        return [] if local is None else local.finish()
+
+    def judge_only(self, judged: Dump, layers: tuple[int, int] | None = None) -> list[OpRecord]:
+        """Judge the operations that a dump shows by their own inputs; no model is run."""
+        return self.run(judged.plan, judged.folder, layers=layers, subject=judged, inside=True, kinds=())
+
+    def judge_dump(self, judged: Dump, work: Path) -> list[OpRecord]:
+        """Judge the operations that a dump shows, and write PyTorch's own dumps into `work`."""
+        whole = (0, self.settings.config.num_hidden_layers)
+        layers = None if judged.side.layers == whole else judged.side.layers
+        return self.run(judged.plan, work, layers=layers, subject=judged, inside=True)
+
+
+def sensitivity(walker: Walker, plan: Plan, *, other: Numerics, work: Path, layers: Sequence[int]) -> dict[int, float]:
+    """Return layer -> mean KL of the next token when that layer alone computes in `other` numerics.
+
+    One pass over the weights: each layer has a run of its own beside the base run. Memory grows with the number
+    of layers by their hidden states.
+    """
+    base = walker.settings
+    side = torch_side(base, "sensitivity", (0, base.config.num_hidden_layers))
+    streams = []
+    for name, numerics in [("base", {}), *((f"{layer}", {layer: other}) for layer in layers)]:
+        folder = work / "sensitivity" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        streams.append(Stream(DumpWriter(folder, side, plan), 0.0, (), numerics))
+    Reference(base, walker.source, plan, streams=streams, progress=walker.progress).run()
+    for stream in streams:
+        stream.writer.close()
+    result = {}
+    reference = Dump.open(work / "sensitivity" / "base")
+    for layer in layers:
+        cases = compare(Dump.open(work / "sensitivity" / str(layer)), reference).cases
+        rows = sum(len(case.kl) for case in cases)
+        result[layer] = float(sum(case.kl.sum() for case in cases)) / max(1, rows)
+    shutil.rmtree(work / "sensitivity")
+    return result
+
+
+def without(numerics: Numerics, names: Sequence[str]) -> Numerics:
+    """Return numerics with some roundings switched off.
+
+    Raises:
+        ConfigError: a name is no rounding.
+    """
+    off = {"act_quant": "none", "kv_fp8": False, "hadamard": False, "indexer_fp8": False}
+    unknown = [name for name in names if name not in off]
+    if unknown:
+        raise ConfigError(f"--without {unknown[0]}: expected some of {', '.join(off)}")
+    if not names:
+        return numerics
+    values = numerics.to_dict() | {name: off[name] for name in names}
+    return numerics_from_dict(values | {"name": f"{numerics.name} without {', '.join(names)}"})
