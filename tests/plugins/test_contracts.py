@@ -88,7 +88,8 @@ def test_the_inlined_indexer_is_refused_above_what_tensorrt_selects() -> None:
 def test_an_export_says_what_gpu_targets_will_do_without_kernels() -> None:
     assert export_warnings(changed(num_experts_per_tok=22), ops=OPS, ranks=Ranks()) == [
         "MoeRoute: num_experts_per_tok is 22, kernels take 1 to 16: GPU targets inline it",
-        "MoeExperts: num_experts_per_tok is 22, kernels take 1 to 16: GPU targets inline it, which needs --precision bf16",
+        "MoeExperts: num_experts_per_tok is 22, kernels take 1 to 16: GPU targets inline it, "
+        "which needs --precision bf16",
     ]
     (both,) = export_warnings(changed(index_n_heads=8, index_topk=5000), ops=OPS, ranks=Ranks())
     assert both.endswith(

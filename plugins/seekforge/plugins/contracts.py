@@ -1,7 +1,7 @@
 """What each operator can do on which hardware: refused with a sentence before any work, and listed for the docs.
 
-The plugin's limits are those of its kernels, read from the `launch` modules; the inlined form's are TensorRT's, kept here.
-Only plain values are compared, so export, build and documentation read one table.
+The plugin's limits are those of its kernels, read from the `launch` modules; the inlined form's are TensorRT's and kept
+here. Only plain values are compared, so export, build and documentation read one table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which sizes an operator's kernels take, as data: one list per `launch` module, checked, and generated into the docs."""
+"""Which sizes an operator's kernels take, as data: a list per `launch` module, checked, and generated into the docs."""
 
 from __future__ import annotations
 

@@ -26,9 +26,7 @@ def check(statics: Mapping[str, Any]) -> None:
     experts, groups, top_k = statics["E"], statics["n_group"], statics["top_k"]
     check_rules("MoeRoute", RULES, statics)
     if groups > experts // 2:
-        raise ShapeError(
-            f"MoeRoute: n_group is {groups}, kernels take up to {experts // 2} groups of {experts} experts"
-        )
+        raise ShapeError(f"MoeRoute: n_group is {groups}, {experts} experts make at most {experts // 2}")
     if not 1 <= statics["topk_group"] <= groups or top_k > statics["topk_group"] * (experts // groups):
         raise ShapeError(
             f"MoeRoute: num_experts_per_tok is {top_k}, topk_group {statics['topk_group']} of {groups} groups of "
