@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
 
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.dump import MODES, Dump, Plan, make_plan, parse_contexts, parse_modes
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.manifest import Manifest
+from seekforge.plugins.formats.records import RecordError
 from seekforge.runtime.dump import write_dump
 from seekforge.runtime.engine import Engine
 
@@ -88,10 +88,8 @@ def _read(path: Path) -> Plan:
         return Plan.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise ConfigError(f"{path}: key {key!r}: {fault['msg']}; let 'seekforge parity' write the plan") from None
+    except RecordError as error:
+        raise ConfigError(f"{path}: {error}; let 'seekforge parity' write the plan") from None
 
 
 def _random_plan(manifest: Manifest, contexts: str, modes: str, seed: int) -> Plan:

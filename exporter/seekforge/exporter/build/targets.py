@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from seekforge.exporter.configs import known, load_yaml
 from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.manifest import Limits
-from seekforge.plugins.formats.program import Strict
+from seekforge.plugins.formats.records import RecordError, UnknownKeyError
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -23,6 +23,12 @@ RTX_SMS = (80, 86, 89, 120, 121)
 TENSORRT_SMS = (80, 86, 89, 90, 100, 103, 120, 121)
 #: The first SM with FP8 matrix units.
 FP8_SM = 89
+
+
+class Strict(BaseModel):
+    """A frozen model whose unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Gpu(Strict):
@@ -68,7 +74,7 @@ class TargetConfig(Strict):
     activations: Literal["f32", "bf16"]
     precision: Literal["f32", "bf16", "fp8"]
     kv_format: Literal["f32", "bf16", "fp8_ds"]
-    limits: Limits
+    limits: Annotated[Limits, BeforeValidator(Limits.model_validate)]
     profiles: dict[str, Profile] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -188,17 +194,20 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
 
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        fields = _fields_at(fault["loc"][:-1])
-        close = difflib.get_close_matches(str(fault["loc"][-1]), fields, n=1)
+    path, message = tuple(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")
+    inner = fault.get("ctx", {}).get("error")
+    if isinstance(inner, RecordError):  # of the limits, which are a record of the manifest
+        path, message = (*path, *inner.path), inner.problem
+    key = ".".join(map(str, path))
+    if fault["type"] == "extra_forbidden" or isinstance(inner, UnknownKeyError):
+        fields = _fields_at(path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), fields, n=1)
         return f"unknown key {key!r}, known: {', '.join(fields)}" + (f"; did you mean {close[0]}?" if close else "")
     return f"key {key!r}: {message}" if key else message
 
 
 def _fields_at(path: Sequence[int | str]) -> list[str]:
     """Return the keys that the schema knows below `path`."""
-    groups: dict[str, type[BaseModel]] = {"gpu": Gpu, "limits": Limits, "profiles": Profile}
+    groups: dict[str, type[Strict | Limits]] = {"gpu": Gpu, "limits": Limits, "profiles": Profile}
     model = groups.get(str(path[0]), TargetConfig) if path else TargetConfig
     return list(model.model_fields)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
 
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.files import write_json
-from seekforge.plugins.formats.program import BLOCK_SIZE, Strict
+from seekforge.plugins.formats.program import BLOCK_SIZE
+from seekforge.plugins.formats.records import Record, RecordError
 
 DUMP_FORMAT = 1
 INDEX = "dump.json"
@@ -36,7 +36,7 @@ _WORDS = {dtype: word for word, dtype in _TYPES.items()}
 # --- the plan -----------------------------------------------------------------------------------------------
 
 
-class PlanStep(Strict):
+class PlanStep(Record):
     """One rectangular step.
 
     Attributes:
@@ -53,7 +53,7 @@ class PlanStep(Strict):
     logits_index: tuple[int, ...]
 
 
-class Case(Strict):
+class Case(Record):
     """Steps that share caches. `tables`: the blocks of each sequence, in shuffled order; block 0 is scrap."""
 
     name: str
@@ -64,7 +64,7 @@ class Case(Strict):
     steps: tuple[PlanStep, ...]
 
 
-class Plan(Strict):
+class Plan(Record):
     """What every side runs."""
 
     cases: tuple[Case, ...]
@@ -259,7 +259,7 @@ def _step(
 # --- the dump -----------------------------------------------------------------------------------------------
 
 
-class Side(Strict):
+class Side(Record):
     """Who made a dump.
 
     Attributes:
@@ -281,13 +281,13 @@ class Side(Strict):
     versions: dict[str, str]
 
 
-class _Tensor(Strict):
+class _Tensor(Record):
     file: str
     dtype: str
     shape: tuple[int, ...]
 
 
-class _Index(Strict):
+class _Index(Record):
     format: int
     side: Side
     plan: Plan
@@ -355,10 +355,8 @@ class Dump:
                 f"{path}: cannot be read ({error.strerror}); expected a folder written by 'seekforge parity --save' "
                 "or 'seekforge dump'"
             ) from None
-        except ValidationError as error:
-            fault = error.errors()[0]
-            key = ".".join(str(part) for part in fault["loc"])
-            raise ConfigError(f"{path}: key {key!r}: {fault['msg']}; make the dump again") from None
+        except RecordError as error:
+            raise ConfigError(f"{path}: {error}; make the dump again") from None
         except ValueError as error:
             raise ConfigError(f"{path}: not valid JSON ({error}); make the dump again") from None
         if len(index.tensors) != sum(1 for _ in index.plan.steps()):

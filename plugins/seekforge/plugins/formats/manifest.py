@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
-
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.files import sampled_digest, sha256_file, write_json
-from seekforge.plugins.formats.program import GraphIO, Strict
+from seekforge.plugins.formats.program import GraphIO
 from seekforge.plugins.formats.quantised import Quantisation
+from seekforge.plugins.formats.records import Record, RecordError
 
 #: Raised when an older runtime would misread an engine.
 ENGINE_FORMAT = 1
 MANIFEST = "manifest.json"
 
 
-class Target(Strict):
+class Target(Record):
     """What the engine was built for. `sm` is the CUDA compute capability (90 for H100), None on a CPU.
 
     `sms`: all of them, where one plan serves several.
@@ -31,7 +31,7 @@ class Target(Strict):
     sms: tuple[int, ...] = ()
 
 
-class Cache(Strict):
+class Cache(Record):
     """The paged caches. Each layer in `layers` has `latent_cache.{i}` and `index_cache.{i}`.
 
     Attributes:
@@ -50,7 +50,7 @@ class Cache(Strict):
     bytes_per_block: int
 
 
-class Limits(Strict):
+class Limits(Record):
     """What one engine accepts. `max_model_len` counts prompt and generated tokens of one sequence."""
 
     max_model_len: int
@@ -58,7 +58,7 @@ class Limits(Strict):
     max_num_batched_tokens: int
 
 
-class FileDigest(Strict):
+class FileDigest(Record):
     """One file. `sha256` covers it whole, `sampled` its size and 64 blocks (`files.sampled_digest`)."""
 
     path: str
@@ -67,7 +67,7 @@ class FileDigest(Strict):
     sampled: str
 
 
-class SelfCheckRow(Strict):
+class SelfCheckRow(Record):
     """What the engine must give after `position` of the prompt."""
 
     position: int
@@ -76,7 +76,7 @@ class SelfCheckRow(Strict):
     logsumexp: float
 
 
-class SelfCheck(Strict):
+class SelfCheck(Record):
     """Stored results that a loaded engine must reproduce before it serves.
 
     Attributes:
@@ -94,7 +94,7 @@ class SelfCheck(Strict):
     source: str
 
 
-class WeightSource(Strict):
+class WeightSource(Record):
     """Where a GPU engine's weights come from: `bindings.json` of the engine says how.
 
     Attributes:
@@ -106,7 +106,7 @@ class WeightSource(Strict):
     index_digest: str | None
 
 
-class PluginUse(Strict):
+class PluginUse(Record):
     """How an operator runs inside the plan as a plugin.
 
     Attributes:
@@ -122,7 +122,7 @@ class PluginUse(Strict):
     num_layers: int
 
 
-class Share(Strict):
+class Share(Record):
     """Matrix products of one kind.
 
     Attributes:
@@ -138,7 +138,7 @@ class Share(Strict):
     share: float
 
 
-class Audit(Strict):
+class Audit(Record):
     """What a build really made.
 
     Attributes:
@@ -165,9 +165,9 @@ class Audit(Strict):
     context: int
     products: tuple[Share, ...]
     layers: dict[str, dict[str, int]]
-    native_products: dict[str, dict[str, int]] = Field(default_factory=dict)
+    native_products: dict[str, dict[str, int]] = field(default_factory=dict)
     plugins: dict[str, int]
-    kernels: dict[str, int] = Field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
     inlined: dict[str, int]
     weight_input_bytes: int
     plan_bytes: dict[str, int]
@@ -182,7 +182,7 @@ class Audit(Strict):
         return sum(one.share for one in self.products if one.precision == precision)
 
 
-class Manifest(Strict):
+class Manifest(Record):
     """manifest.json.
 
     Attributes:
@@ -214,7 +214,7 @@ class Manifest(Strict):
     numerics: dict[str, Any]
     layer_range: tuple[int, int]
     graphs: dict[str, GraphIO]
-    stages: dict[str, tuple[GraphIO, ...]] = Field(default_factory=dict)
+    stages: dict[str, tuple[GraphIO, ...]] = field(default_factory=dict)
     cache: Cache
     limits: Limits
     vocab_size: int
@@ -228,8 +228,8 @@ class Manifest(Strict):
     config: dict[str, Any]
     build: dict[str, Any]
     weights: WeightSource | None = None
-    plugins: dict[str, PluginUse] = Field(default_factory=dict)
-    profiles: dict[str, dict[str, dict[str, tuple[tuple[int, ...], ...]]]] = Field(default_factory=dict)
+    plugins: dict[str, PluginUse] = field(default_factory=dict)
+    profiles: dict[str, dict[str, dict[str, tuple[tuple[int, ...], ...]]]] = field(default_factory=dict)
     audit: Audit | None = None
     quantisation: Quantisation | None = None
     digest: str = ""
@@ -294,10 +294,8 @@ def load_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = Manifest.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise EngineError(f"{path}: key {key!r}: {fault['msg']}; build the engine again") from None
+    except RecordError as error:
+        raise EngineError(f"{path}: {error}; build the engine again") from None
     digest = manifest_digest(raw)
     if digest != manifest.digest:
         raise EngineError(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.files import write_json
+from seekforge.plugins.formats.records import Record, RecordError
 
 #: Raised when a reader of the previous number would misread a program.
 PROGRAM_FORMAT = 1
@@ -23,13 +23,7 @@ BLOCK_SIZE = 64
 Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "handover"]
 
 
-class Strict(BaseModel):
-    """A frozen record whose unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TensorSpec(Strict):
+class TensorSpec(Record):
     """One input or output of a graph. A string in `shape` is a symbolic axis."""
 
     name: str
@@ -38,7 +32,7 @@ class TensorSpec(Strict):
     role: Role
 
 
-class GraphIO(Strict):
+class GraphIO(Record):
     """The face of one ONNX graph.
 
     Attributes:
@@ -63,7 +57,7 @@ class GraphIO(Strict):
         return [spec for spec in self.inputs if spec.role == role]
 
 
-class OpUse(Strict):
+class OpUse(Record):
     """How the program uses one operator: all its nodes share version and attributes."""
 
     version: int
@@ -71,7 +65,7 @@ class OpUse(Strict):
     num_nodes: int
 
 
-class Program(Strict):
+class Program(Record):
     """program.json.
 
     Attributes:
@@ -100,7 +94,7 @@ class Program(Strict):
     shared: dict[str, list[str]]
     files: tuple[str, ...]
     truncated_from: int | None = None
-    outside: dict[str, int] = {}
+    outside: dict[str, int] = field(default_factory=dict)
     tp: int = 1
     ep: int = 1
 
@@ -132,12 +126,8 @@ def load_program(folder: Path) -> Program:
     raw = _read(folder, "program.json")
     try:
         return Program.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise ProgramError(
-            f"{folder / 'program.json'}: key {key!r}: {fault['msg']}; export the program again"
-        ) from None
+    except RecordError as error:
+        raise ProgramError(f"{folder / 'program.json'}: {error}; export the program again") from None
 
 
 def load_bindings(folder: Path) -> dict[str, dict[str, Recipe]]:

@@ -11,13 +11,13 @@ from typing import Final, Literal
 
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe, cast, dequantise, stack
-from seekforge.plugins.formats.program import Strict
+from seekforge.plugins.formats.records import Record
 
 Format = Literal["f32", "int8", "int4"]
 BITS: Final[dict[str, int]] = {"int8": 8, "int4": 4}
 
 
-class Quantisation(Strict):
+class Quantisation(Record):
     """How an engine stores its weights.
 
     Attributes:
