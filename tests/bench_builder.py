@@ -1,12 +1,13 @@
-"""How long builds take and how much memory: a table of one row per program, target and set of profiles.
+"""Engines that TensorRT-RTX builds without a GPU: a row per program, form and SM. Layers, seconds, memory, plan size.
 
-    python tests/bench_builder.py CHECKPOINT [--num-layers N | --layers A-B] [--targets rtx4090,sm120] [--json]
+    python tests/bench_builder.py                               # the table of docs/targets.md: everything, all SMs
+    python tests/bench_builder.py --programs layer --forms plugins --sms 89,120 --profiles both --json
 
-A target may be an SM of TensorRT-RTX (sm80, sm86, sm89, sm120, sm121): then it is rtx4090 with that SM.
-
-CHECKPOINT may be sparse ('seekforge new-checkpoint --preset full --sparse'): only its headers are read. Each build runs
-with every operator as a plugin, with the target's profiles and with decode shapes alone. CPU seconds are those of the
-compiling process, which other work on the machine does not change; peak memory is that process's.
+Programs are made here, from checkpoints without weights: `tiny` (4 layers and MTP), `layer` (one MoE layer of
+DeepSeek-V3.2), `full` (all 61 layers and MTP). Forms: `plugins` (every operator a plugin, fp8_ds caches, FP8 products)
+and `inlined` (none: bf16 caches, BF16 products). The full program is inlined only for --programs full --forms inlined.
+CPU seconds are those of the compiling process, which other work on the machine does not change; peak memory is that
+process's. A build that is refused or fails is a row with the reason. Kernels are compiled elsewhere and not counted.
 """
 
 from __future__ import annotations
@@ -15,81 +16,155 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Final
 
-from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
+from seekforge.exporter.build.gpu_checks import Choices, Inputs, check, open_inputs
 from seekforge.exporter.build.gpu_engine import build_gpu
-from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.build.targets import RTX_SMS, TargetConfig, load_target
+from seekforge.exporter.checkpoint.new import new_checkpoint
+from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export
-from seekforge.exporter.rewrite.layers import parse_layers
+from seekforge.plugins.errors import SeekforgeError
 from seekforge.plugins.formats.numerics import NUMERICS
 
+#: name -> preset, and layers of the program (None: all of them).
+PROGRAMS: Final[dict[str, tuple[str, tuple[int, int] | None]]] = {
+    "tiny": ("tiny", None),
+    "layer": ("full", (3, 4)),
+    "full": ("full", None),
+}
+#: name -> settings of the target.
+FORMS: Final[dict[str, tuple[str, ...]]] = {"plugins": (), "inlined": ("precision=bf16", "kv_format=bf16")}
+PROFILES: Final = ("decode", "both")
 
-def measure(checkpoint: Path, program: Path, targets: list[str], *, decode_only: bool) -> list[dict[str, object]]:
-    """Build `program` for each target; returns one row per build and graph."""
-    inputs = open_inputs(program, checkpoint)
-    rows = []
-    for name in targets:
-        whole = load_target("rtx4090", [f"sm={name[2:]}"]) if name.startswith("sm") else load_target(name)
-        alone = whole.model_copy(update={"profiles": {"decode": whole.profiles["decode"]}})
-        variants = {"decode": alone} if decode_only else {"decode and prefill": whole, "decode": alone}
-        for label, target in variants.items():
-            choices = Choices(plugins="all", allow_oversize=True)
-            planned = replace(check(inputs, whole, choices), target=target)
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder, "engine")
-                manifest = build_gpu(inputs, planned, out, choices=choices, force=False, progress=Stages(quiet=True))
-            audit = manifest.audit
-            assert audit is not None
-            for graph in audit.plan_bytes:
-                rows.append(
-                    {
-                        "target": name,
-                        "profiles": label,
-                        "graph": graph,
-                        "layers": sum(audit.layers[graph].values()),
-                        "plugin layers": audit.layers[graph]["PLUGIN_V3"],
-                        "seconds": round(audit.build_seconds[graph], 1),
-                        "CPU seconds": round(audit.build_cpu_seconds[graph], 1),
-                        "peak GiB": round(audit.build_peak_bytes[graph] / (1 << 30), 2),
-                        "plan MB": round(audit.plan_bytes[graph] / 1e6, 1),
-                    }
-                )
-                print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stderr)
-    return rows
+
+@dataclass(frozen=True)
+class Row:
+    """One graph of one engine.
+
+    Attributes:
+        program, form, sm, profiles: what was built. graph: of the program, model or mtp.
+        layers, plugin_layers: of TensorRT's network. seconds, cpu_seconds: of the compiler. peak_gib: its memory.
+        plan_mb: size of the plan. fault: why there is none; the numbers are then 0.
+    """
+
+    program: str
+    form: str
+    sm: int
+    profiles: str
+    graph: str
+    layers: int = 0
+    plugin_layers: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_gib: float = 0.0
+    plan_mb: float = 0.0
+    fault: str = ""
+
+
+def make_program(name: str, root: Path) -> Inputs:
+    """Write a checkpoint (once per preset) and export a program of it."""
+    preset, layers = PROGRAMS[name]
+    checkpoint = root / f"{preset}-checkpoint"
+    if not checkpoint.is_dir():
+        (new_checkpoint if preset == "tiny" else new_sparse_checkpoint)(checkpoint, preset)
+    folder = root / f"{name}-program"
+    if not folder.is_dir():
+        export(checkpoint, folder, numerics=NUMERICS["fp8"], layer_range=layers)
+    return open_inputs(folder, checkpoint)
+
+
+def target_of(form: str, sm: int, profiles: str) -> TargetConfig:
+    """Return the target of a build: rtx4090 with another SM."""
+    target = load_target("rtx4090", [f"sm={sm}", *FORMS[form]])
+    if profiles == "decode":
+        return target.model_copy(update={"profiles": {"decode": target.profiles["decode"]}})
+    return target
+
+
+def measure(inputs: Inputs, program: str, form: str, sm: int, profiles: str) -> list[Row]:
+    """Build one engine; returns a row per graph, or one with the reason why there is none."""
+    target = target_of(form, sm, profiles)
+    choices = Choices(plugins="all" if form == "plugins" else "none", allow_oversize=True, kernels=False)
+    try:
+        planned = replace(check(inputs, target, choices), target=target)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "engine")
+            manifest = build_gpu(inputs, planned, out, choices=choices, force=False, progress=Stages(quiet=True))
+    except SeekforgeError as error:
+        return [Row(program, form, sm, profiles, "model", fault=str(error))]
+    audit = manifest.audit
+    assert audit is not None
+    return [
+        Row(
+            program,
+            form,
+            sm,
+            profiles,
+            graph,
+            layers=sum(audit.layers[graph].values()),
+            plugin_layers=audit.layers[graph].get("PLUGIN_V3", 0),
+            seconds=round(audit.build_seconds[graph], 1),
+            cpu_seconds=round(audit.build_cpu_seconds[graph], 1),
+            peak_gib=round(audit.build_peak_bytes[graph] / (1 << 30), 2),
+            plan_mb=round(audit.plan_bytes[graph] / 1e6, 1),
+        )
+        for graph in audit.plan_bytes
+    ]
+
+
+def wanted(programs: Sequence[str], forms: Sequence[str], sms: Sequence[int]) -> list[tuple[str, str, int]]:
+    """Return (program, form, SM) in order; the full program is inlined only where nothing else is asked for."""
+    alone = list(forms) == ["inlined"] and list(programs) == ["full"]
+    return [
+        (program, form, sm)
+        for program in programs
+        for form in forms
+        for sm in sms
+        if alone or (program, form) != ("full", "inlined")
+    ]
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Return the table."""
+    header = ["program", "form", "SM", "profiles", "TensorRT layers", "plugin layers", "seconds", "CPU seconds"]
+    lines = [[*header, "peak GiB", "plan MB"], ["---"] * (len(header) + 2)]
+    for row in rows:
+        name = row.program if row.graph == "model" else f"{row.program}, {row.graph}"
+        head = [name, row.form, str(row.sm), row.profiles]
+        if row.fault:
+            lines.append([*head, f"not built: {row.fault}", *["–"] * 5])
+            continue
+        numbers = [f"{row.layers:,}", f"{row.plugin_layers:,}", f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}"]
+        lines.append([*head, *numbers, f"{row.peak_gib:.2f}", f"{row.plan_mb:.1f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main() -> int:
-    """Parse arguments, export once, measure, print."""
+    """Parse arguments, export, measure, print each row as it comes, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--program", type=Path, help="an exported program of it; else it is exported")
-    parser.add_argument("--num-layers", type=int, default=None, help="of a truncated model")
-    parser.add_argument("--layers", default=None, help="a stage, as in 'seekforge export'")
-    parser.add_argument("--decode-only", action="store_true", help="leave out the builds with both profiles")
-    parser.add_argument("--targets", default="rtx4090,rtx5090")
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="of tiny, layer, full")
+    parser.add_argument("--forms", default=",".join(FORMS), help="of plugins, inlined")
+    parser.add_argument("--sms", default=",".join(map(str, RTX_SMS)))
+    parser.add_argument("--profiles", choices=PROFILES, default="decode", help="decode alone, or decode and prefill")
+    parser.add_argument("--folder", type=Path, help="keep checkpoints and programs here, and use those that are there")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        program = arguments.program or Path(folder, "program")
-        if arguments.program is None:
-            export(
-                arguments.checkpoint,
-                program,
-                numerics=NUMERICS["fp8"],
-                num_layers=arguments.num_layers,
-                layer_range=None if arguments.layers is None else parse_layers(arguments.layers),
-            )
-        targets = arguments.targets.split(",")
-        rows = measure(arguments.checkpoint, program, targets, decode_only=arguments.decode_only)
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-        for row in rows:
-            print("| " + " | ".join(map(str, row.values())) + " |")
+    found = parser.parse_args()
+    programs, forms = found.programs.split(","), found.forms.split(",")
+    unknown = [name for name in (*programs, *forms) if name not in PROGRAMS and name not in FORMS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is neither a program ({', '.join(PROGRAMS)}) nor a form ({', '.join(FORMS)})")
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = found.folder or Path(temporary)
+        for program, form, sm in wanted(programs, forms, [int(sm) for sm in found.sms.split(",")]):
+            rows += measure(make_program(program, root), program, form, sm, found.profiles)
+            print(rows[-1], file=sys.stderr, flush=True)
+    sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n" if found.json else markdown(rows))
     return 0
 
 
