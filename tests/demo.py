@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 #: Of the interpreter that runs this, so that nothing has to be on the PATH.
 BIN = Path(sys.executable).parent
 
@@ -28,7 +27,9 @@ def main() -> None:
     exact, exact_engine = out / "program-exact", out / "engine-exact"
     seekforge("export", checkpoint, exact, "--numerics", "exact", "--force")
     seekforge("build", exact, exact_engine, "--target", "cpu", "--checkpoint", checkpoint, "--force")
-    run([sys.executable, str(HERE / "parity_table.py")], "python tests/parity_table.py", checkpoint, exact_engine)
+    check = ("parity", exact_engine, "--checkpoint", checkpoint, "--contexts", "10,65,200", "--brief")
+    seekforge(*check, "--modes", "whole,decode")
+    seekforge(*check, "--modes", "whole", "--against", "transformers")
     say("5. Run: text streams as it is made. The weights are random, and so is the text.")
     seekforge("run", out / "engine", "--prompt", "Hello", "--max-tokens", "64", "--greedy")
     say(f"Done in {time.monotonic() - started:.0f} s. It is all in {out}/; try: seekforge --help")
@@ -40,15 +41,10 @@ def say(text: str) -> None:
 
 
 def seekforge(*arguments: str | Path) -> None:
-    """Show a seekforge command and run it."""
-    run([str(BIN / "seekforge")], "seekforge", *arguments)
-
-
-def run(command: list[str], shown: str, *arguments: str | Path) -> None:
-    """Show a command and run it; end with its exit code if it fails."""
+    """Show a seekforge command and run it; end with its exit code if it fails."""
     words = [str(argument) for argument in arguments]
-    print(f"$ {shown} {shlex.join(words)}", flush=True)
-    done = subprocess.run([*command, *words], check=False)
+    print(f"$ seekforge {shlex.join(words)}", flush=True)
+    done = subprocess.run([str(BIN / "seekforge"), *words], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -114,6 +114,15 @@ def test_a_fault_fails_with_1_and_is_named_in_the_terminal(
     assert quiet.exit_code == 1 and quiet.output == ""
 
 
+def test_the_brief_report_is_the_cases_and_the_verdict(saved: dict[str, Any]) -> None:
+    dumps = saved["root"] / "dumps"
+    result = invoke("--from-dump", dumps / "judged", "--from-dump", dumps / "reference", "--brief")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and lines[-1].strip() == "passed" and len(lines) < 16, result.stdout
+    assert "perplexity" in result.stdout and "whole 70" in result.stdout and "worst operation" not in result.stdout
+    assert lines[-2].startswith("gates: finite, logits, KL, top-1")
+
+
 def test_the_torch_side_alone_is_written_for_later(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "torch"
     args = (

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from parity_faults import build_engine, edited_checkpoint, scaled
 
 from seekforge.exporter.parity.page import _chart, _colour, render
-from seekforge.exporter.parity.report import _finite, number
+from seekforge.exporter.parity.report import _finite
+from seekforge.exporter.parity.terminal import number
 from seekforge.runtime import cli
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -20,8 +20,9 @@ from seekforge.exporter.model.step import Settings
 from seekforge.exporter.parity.engine_side import EngineSide
 from seekforge.exporter.parity.local import OpRecord
 from seekforge.exporter.parity.page import render
-from seekforge.exporter.parity.report import print_terminal, to_json
+from seekforge.exporter.parity.report import to_json
 from seekforge.exporter.parity.run import Noise, Result, check_engine, conclude
+from seekforge.exporter.parity.terminal import print_terminal
 from seekforge.exporter.parity.walks import Walker, sensitivity, without
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncate
@@ -77,6 +78,7 @@ class _Options:
 @click.option("--save", type=click.Path(path_type=Path), help="Keep the dumps of both sides in this folder.")
 @click.option("--force", is_flag=True, help="Replace what an earlier check wrote at --save.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one HTML page.")
+@click.option("--brief", is_flag=True, help="Print the cases and the verdict alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random prompts.")
@@ -88,6 +90,7 @@ def parity(
     force: bool,
     html: Path | None,
     as_json: bool,
+    brief: bool,
     quiet: bool,
     threads: int | None,
     **options: object,
@@ -119,7 +122,7 @@ def parity(
         sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
     elif not quiet:
         width = None if sys.stdout.isatty() else 140
-        print_terminal(Console(highlight=False, width=width), report)
+        print_terminal(Console(highlight=False, width=width), report, brief=brief)
         if html is not None:
             click.echo(f"report: {html}")
     if not result.passed:

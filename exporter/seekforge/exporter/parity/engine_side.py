@@ -32,19 +32,34 @@ class EngineSide:
         self.opens = self.manifest.target.backend == "onnxruntime"
         self.num_runs = 0
 
-    def dump(self, plan: Plan, out: Path, taps: Collection[str], *, selections: bool = True) -> Dump:
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        """The layers [a, b) of an engine that is a stage; None of a whole model."""
+        layers = self.manifest.layer_range
+        return None if layers == (0, int(self.manifest.config["num_hidden_layers"])) else layers
+
+    def dump(
+        self, plan: Plan, out: Path, taps: Collection[str], *, selections: bool = True, given: Dump | None = None
+    ) -> Dump:
         """Run a plan and keep `taps` beside results, caches and, if asked for, selections.
+
+        Args:
+            plan: the steps.
+            out: folder to make.
+            taps: names of taps.
+            selections: whether to keep which keys and experts were chosen.
+            given: what goes into a stage.
 
         Raises:
             EngineError: the runtime refused, with its own words.
         """
-        given = {spec.name for face in self.manifest.graphs.values() for spec in face.outputs}
-        kept = [*taps, *(name for name in given if selections and name.startswith(_SELECTIONS))]
-        if set(taps) <= given:
-            return self._run(self.folder, plan, out, kept)
+        outputs = {spec.name for face in self.manifest.graphs.values() for spec in face.outputs}
+        kept = [*taps, *(name for name in outputs if selections and name.startswith(_SELECTIONS))]
+        if set(taps) <= outputs:
+            return self._run(self.folder, plan, out, kept, given)
         copy = self._copy()
         try:
-            return self._run(tapped_copy(self.folder, copy, taps), plan, out, kept)
+            return self._run(tapped_copy(self.folder, copy, taps), plan, out, kept, given)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -56,14 +71,14 @@ class EngineSide:
         """
         copy = self._copy()
         try:
-            return self._run(cut_copy(self.folder, copy, layers, taps), given.plan, out, None, given.folder)
+            return self._run(cut_copy(self.folder, copy, layers, taps), given.plan, out, None, given)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
     def _copy(self) -> Path:
         return self.work / f"copy-{self.num_runs}"
 
-    def _run(self, engine: Path, plan: Plan, out: Path, taps: Sequence[str] | None, given: Path | None = None) -> Dump:
+    def _run(self, engine: Path, plan: Plan, out: Path, taps: Sequence[str] | None, given: Dump | None = None) -> Dump:
         self.num_runs += 1
         plan_file = self.work / "plan.json"
         plan_file.write_text(plan.model_dump_json(), encoding="utf-8")
@@ -72,7 +87,7 @@ class EngineSide:
         if taps is not None:
             command += ["--taps", ",".join(taps)]
         if given is not None:
-            command += ["--given", str(given)]
+            command += ["--given", str(given.folder)]
         if self.threads:
             command += ["--threads", str(self.threads)]
         done = subprocess.run(command, capture_output=True, text=True)

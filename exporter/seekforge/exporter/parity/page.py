@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from seekforge.exporter.parity.report import number
+from seekforge.exporter.parity.terminal import number
 
 _COLOURS = ("#2f6fde", "#d9822b", "#2e9e6b", "#b455c9", "#c0392b", "#5f7d8c", "#8a6d3b", "#17a2b8")
 _WIDTH, _HEIGHT = 640, 300

@@ -1,4 +1,4 @@
-"""A finished check as plain JSON values, and as tables in a terminal. The page is made from the JSON (`page`)."""
+"""A finished check as plain JSON values; the terminal's tables (`terminal`) and the page (`page`) are made of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import math
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from seekforge.exporter.parity.compare import CaseComparison, Choices, LayerComparison
 from seekforge.exporter.parity.local import OpRecord
@@ -184,92 +180,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "inf" if value > 0 else "-inf"
     return value
-
-
-# --- terminal -----------------------------------------------------------------------------------------------
-
-
-def number(value: Any) -> str:
-    """Show a number shortly."""
-    if value is None:
-        return "—"
-    if isinstance(value, str):
-        return value
-    return "0" if value == 0 else f"{value:.1e}" if abs(value) < 1e-2 or abs(value) >= 1e4 else f"{value:.3g}"
-
-
-def print_terminal(console: Console, report: dict[str, Any]) -> None:
-    """Print the report as tables: verdict last, so that it is what one sees."""
-    judged, reference = report["judged"], report["reference"]
-    console.print(
-        f"[bold]{escape(judged['name'])}[/] ({judged['kind']}, {judged['numerics']}, {judged['activations']}) against "
-        f"[bold]{escape(reference['name'])}[/] ({reference['kind']}, {reference['numerics']}, "
-        f"{reference['activations']})"
-    )
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="layers")
-    for name in ("layer", "stream error", "of PyTorch itself", "on its inputs", "worst operation", "keys", "experts"):
-        table.add_column(name, justify="left" if name == "worst operation" else "right")
-    for layer in report["layers"]:
-        worst = layer["worst_operation"]
-        table.add_row(
-            f"{layer['layer']}{' (MTP)' if layer['graph'] == 'mtp' else ''}",
-            number(layer["stream"] and layer["stream"]["rms_relative"]),
-            number(layer["noise"] and layer["noise"]["rms_relative"]),
-            number(layer["on_reference_inputs"]),
-            "—" if worst is None else f"{number(worst['error'])} {worst['module']}",
-            _choice_text(layer["keys"]),
-            _choice_text(layer["experts"]),
-        )
-    console.print(table)
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="cases")
-    for name in ("case", "rows", "logits, median", "largest", "KL", "top-1", "top-10", "perplexity"):
-        table.add_column(name, justify="left" if name == "case" else "right")
-    for case in report["cases"]:
-        if "kl_mean" not in case:
-            continue
-        change = case.get("perplexity_difference")
-        table.add_row(
-            f"{case['name']}{' (MTP)' if case['graph'] == 'mtp' else ''}",
-            str(case["rows"]),
-            number(case["error_median"]),
-            number(case["error_max"]),
-            number(case["kl_mean"]),
-            f"{case['top1']:.1%}",
-            f"{case['top10']:.1%}",
-            "—" if change is None else f"{case['perplexity']:.1f} ({change:+.2g})",
-        )
-    console.print(table)
-    if report["sensitivity"]:
-        table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="what each layer costs alone")
-        table.add_column("layer", justify="right")
-        table.add_column("KL", justify="right")
-        for row in sorted(report["sensitivity"], key=lambda row: -float(row["kl"])):
-            table.add_row(str(row["layer"]), number(row["kl"]))
-        console.print(table)
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="gates")
-    for name in ("", "gate", "found", "allowed", "reason"):
-        table.add_column(name)
-    for gate in report["gates"]:
-        mark = "[dim]·[/]" if not gate["gated"] else "[green]pass[/]" if gate["passed"] else "[red]FAIL[/]"
-        table.add_row(mark, gate["name"], gate["value"], gate["allowed"], f"[dim]{escape(gate['reason'])}[/]")
-    console.print(table)
-    for note in report["notes"]:
-        console.print(f"[yellow]note[/] {escape(note)}")
-    finding = report["finding"]
-    if finding is not None:
-        console.print(f"[bold red]first divergence[/] layer {finding['layer']}: [bold]{escape(finding['module'])}[/]")
-        console.print(f"  {escape(finding['text'])}")
-        if finding["tensors"]:
-            console.print(f"  checkpoint: {escape(', '.join(finding['tensors'][:6]))}")
-        if finding["others"]:
-            console.print(f"  [dim]{finding['others']} more operations are off by themselves; --json lists them[/]")
-    console.print("[bold green]passed[/]" if report["passed"] else "[bold red]failed[/]")
-
-
-def _choice_text(choices: dict[str, Any] | None) -> str:
-    if choices is None:
-        return "—"
-    if not choices["rows_other"]:
-        return "same"
-    kinds = ", ".join(f"{count} {kind}" for kind, count in choices["kinds"].items() if count)
-    return f"{choices['rows_other']} rows ({kinds})"

@@ -16,6 +16,7 @@ from seekforge.exporter.parity.reference import NOISE_POINTS
 from seekforge.exporter.parity.taps import HANDOVER, layer_points, point_width
 from seekforge.exporter.parity.verdict import Finding, Gate, first_divergence, judge
 from seekforge.exporter.parity.walks import NOISE, NUDGED, REFERENCE, Walker
+from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.dump import Dump, Plan, Side
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import numerics_from_dict
@@ -88,6 +89,12 @@ def check_engine(
         ConfigError, EngineError: see `Reference`, `EngineSide`.
     """
     config, progress = walker.settings.config, walker.progress
+    given = None
+    if engine.layers is not None:
+        layers = layers or engine.layers
+        if layers != engine.layers:
+            raise ConfigError(f"--layers: the engine is a stage of layers {_words(engine.layers)}; leave it out")
+        given = _before(walker, plan, layers[0], work / "given")
     shown = layers or (0, config.num_hidden_layers)
     numbers = [*range(*shown), *([config.mtp_layer] if layers is None and config.mtp_layer is not None else [])]
     wanted = [tap for tap in engine.taps if _layer(tap) in {*numbers, shown[1], config.num_hidden_layers + 1}]
@@ -105,9 +112,9 @@ def check_engine(
             "(--max-dump-gb): the first bad layer was searched by bisection, and only its inside was looked at"
         )
     progress(f"engine {engine.folder.name}")
-    judged = engine.dump(plan, work / "judged", wanted, selections=narrow)
+    judged = engine.dump(plan, work / "judged", wanted, selections=narrow, given=given)
     same = numerics_from_dict(judged.side.numerics) == walker.settings.numerics
-    feed = fits and same and engine.opens and shown[0] == 0
+    feed = fits and same and engine.opens and given is None and shown[0] == 0
     records = walker.run(
         plan,
         work,
@@ -123,7 +130,7 @@ def check_engine(
     if feed:
         fed = _feed(engine, walker, reference, shown, work)
     elif not fits and engine.taps:
-        records, fed = _bisect(engine, walker, plan, work, shown, notes)
+        records, fed = _bisect(engine, walker, plan, work, shown, notes, given)
     if same and not fed and engine.taps and not engine.opens:
         notes.append("the engine is compiled: PyTorch ran on its inputs, its layers could not be run on PyTorch's")
     progress("compare")
@@ -167,6 +174,19 @@ def _layer(tap: str) -> int:
     return int(tap.rpartition(".")[2])
 
 
+def _words(layers: tuple[int, int]) -> str:
+    return f"{layers[0]}-{layers[1] - 1}"
+
+
+def _before(walker: Walker, plan: Plan, layer: int, work: Path) -> Dump | None:
+    """Run PyTorch up to a layer, and return the dump of what goes into that."""
+    if layer == 0:
+        return None
+    work.mkdir(exist_ok=True)
+    walker.run(plan, work, layers=(0, layer), kinds=(REFERENCE,), points=HANDOVER, kept_layers=(layer,))
+    return Dump.open(work / REFERENCE)
+
+
 def _feed(engine: EngineSide, walker: Walker, reference: Dump, layers: tuple[int, int], work: Path) -> list[FedLayer]:
     """Run all layers of the engine on PyTorch's inputs, and look into the first that differs."""
     walker.progress("the engine's layers on PyTorch's inputs")
@@ -185,7 +205,13 @@ def _feed(engine: EngineSide, walker: Walker, reference: Dump, layers: tuple[int
 
 
 def _bisect(
-    engine: EngineSide, walker: Walker, plan: Plan, work: Path, shown: tuple[int, int], notes: list[str]
+    engine: EngineSide,
+    walker: Walker,
+    plan: Plan,
+    work: Path,
+    shown: tuple[int, int],
+    notes: list[str],
+    stage_input: Dump | None,
 ) -> tuple[list[OpRecord], list[FedLayer]]:
     """Find the first bad layer, then judge its inside in both directions."""
     probe = work / "probe"
@@ -194,7 +220,7 @@ def _bisect(
         walker.progress(f"layers {start}-{stop - 1} from the engine's own input")
         taps = [f"{point}.{layer}" for layer in (start, stop) for point in HANDOVER]
         taps = [tap for tap in taps if tap in engine.taps]
-        found = engine.dump(plan, probe / "judged", taps, selections=False)
+        found = engine.dump(plan, probe / "judged", taps, selections=False, given=stage_input)
         walker.run(plan, probe, layers=(start, stop), subject=found, points=HANDOVER, kept_layers=(stop,))
         return segment_is_bad(found, Dump.open(probe / REFERENCE), Dump.open(probe / NOISE), stop)
 
@@ -206,17 +232,15 @@ def _bisect(
         walker.progress(f"inside of layer {layer}")
         taps = [tap for tap in engine.taps if _layer(tap) == layer]
         taps += [tap for tap in engine.taps if _layer(tap) == layer + 1 and tap.startswith(HANDOVER)]
-        found = engine.dump(plan, probe / "judged", taps)
+        found = engine.dump(plan, probe / "judged", taps, given=stage_input)
         records = walker.judge_only(found, (layer, layer + 1))
         notes.append(f"layer {layer} was found in {engine.num_runs} runs of the engine")
         fed: list[FedLayer] = []
-        if engine.opens and shown[0] == 0:
+        if engine.opens and stage_input is None and shown[0] == 0:
             walker.progress(f"layer {layer} on PyTorch's input")
             given = Dump.open(work / REFERENCE)
             if layer > 0 and not given.has(0, *(f"{point}.{layer}" for point in HANDOVER)):
-                before = (0, layer)
-                walker.run(plan, probe, layers=before, kinds=(REFERENCE,), points=HANDOVER, kept_layers=(layer,))
-                given = Dump.open(probe / REFERENCE)
+                given = _before(walker, plan, layer, probe) or given
             fed = [look_inside(engine, walker, given, layer, work / "fed")]
         return records, fed
     finally:
