@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 
 from seekforge.plugins.errors import CheckpointError, EngineError
@@ -29,6 +30,7 @@ from seekforge.runtime.backends import tensorrt
 from seekforge.runtime.backends.base import StepInputs
 from seekforge.runtime.backends.device_graph import halves, next_power_of_two, padded
 from seekforge.runtime.backends.device_weights import DeviceWeights
+from seekforge.runtime.cli import main
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
@@ -380,6 +382,23 @@ def test_another_checkpoint_is_refused(gpu_engine, device: FakeDevice, tmp_path:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"the engine .* was built for"):
         LLM(gpu_engine[0], num_blocks=9, checkpoint=tmp_path)
+
+
+def test_run_takes_weights_from_another_place(
+    gpu_engine, toy_engine: Path, device: FakeDevice, toy, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(gpu_engine[1], moved)
+    engine = changed(gpu_engine[0], tmp_path / "engine", lambda raw: raw["weights"].update(path="/gone"))
+    args = ["run", str(engine), "--prompt", "the cat", "--greedy", "--max-tokens", "4", "--json"]
+    lost = CliRunner().invoke(main, args)
+    assert lost.exit_code == 2 and "/gone" in lost.stderr
+    found = CliRunner().invoke(main, [*args, "--checkpoint", str(moved)])
+    assert found.exit_code == 0, found.output
+    said = json.loads(found.stdout)
+    assert said["token_ids"] == toy.greedy(said["prompt_token_ids"], 4)
+    own = CliRunner().invoke(main, ["run", str(toy_engine), *args[2:], "--checkpoint", str(moved)])
+    assert own.exit_code == 2 and "--checkpoint is for engines without weights" in own.stderr
 
 
 def test_no_gpu_memory_is_one_line(gpu_engine, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,11 @@ class _Progress:
     show_default=True,
     help="Tokens to draft per step.",
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="GPU engines: where the weights are. Default: where they were at build.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
 @click.option(
     "--max-model-len", type=click.IntRange(min=1), help="Tokens to make room for. Default: prompt and --max-tokens."
@@ -89,6 +94,7 @@ def run(
     seed: int | None,
     ignore_eos: bool,
     num_speculative_tokens: int,
+    checkpoint: Path | None,
     threads: int | None,
     max_model_len: int | None,
     verify: bool,
@@ -121,6 +127,8 @@ def run(
     progress.begin("checking files")
     opened = Engine.open(engine, verify=verify)
     target = opened.manifest.target
+    if checkpoint is not None and opened.manifest.weights is None:
+        raise click.UsageError(f"--checkpoint is for engines without weights; {engine} ({target.name}) has its own")
     progress.done(f"engine   {engine}: target {target.name}, {'every byte verified' if verify else 'files sampled'}")
 
     progress.begin("loading")
@@ -130,6 +138,7 @@ def run(
         opened,
         max_batch_size=min(num, opened.manifest.limits.max_batch_size) if batch is None else None,
         num_speculative_tokens=num_speculative_tokens,
+        checkpoint=checkpoint,
         threads=threads,
         self_check=not no_self_check,
         max_model_len=room if batch is None else max_model_len,
