@@ -41,7 +41,7 @@ class Faulty:
 def llm(toy_engine: Path):
     with LLM(toy_engine, threads=1, num_blocks=40) as llm:
         yield llm
-        assert not llm._live and llm._scheduler.cache.pool.num_free == llm._scheduler.cache.pool.num_usable
+        assert not llm._turns.live and llm._scheduler.cache.pool.num_free == llm._scheduler.cache.pool.num_usable
         llm._scheduler.check()
 
 
@@ -103,7 +103,7 @@ def test_a_stream_raises_in_place_of_its_last_delta(llm: LLM) -> None:
 def test_a_listener_that_raises_fails_its_request(llm: LLM) -> None:
     stream = llm.stream([5, 6, 7], GREEDY)
     next(stream)
-    live = next(iter(llm._live.values()))
+    live = next(iter(llm._turns.live.values()))
 
     def broken(token: int) -> bool:
         raise ValueError("listener")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +33,7 @@ def tokens(outputs) -> list[list[int]]:
 
 def check_idle(llm: LLM) -> None:
     llm._scheduler.check()
-    assert not llm._live and not llm._scheduler.has_work
+    assert not llm._turns.live and not llm._scheduler.has_work
     assert llm._scheduler.cache.pool.num_free == llm._scheduler.cache.pool.num_usable
 
 
@@ -136,10 +134,10 @@ def test_defaults_come_from_the_checkpoint(llm: LLM) -> None:
     ],
 )
 def test_one_bad_prompt_stops_all_before_any_work(llm: LLM, prompt, message: str) -> None:
-    requests = llm._num_requests
+    requests = llm._intake.num_requests
     with pytest.raises(RequestError, match=message):
         llm.generate(["fine", prompt], GREEDY)
-    assert llm._num_requests == requests
+    assert llm._intake.num_requests == requests
     with pytest.raises(RequestError, match="stop_token_ids entry 320"):
         llm.stream("fine", replace(GREEDY, stop_token_ids=[320]))
     check_idle(llm)
@@ -191,17 +189,3 @@ def test_a_failed_self_check_names_row_id_and_values(edit_manifest) -> None:
 def test_an_engine_without_self_check_loads(edit_manifest) -> None:
     with LLM(edit_manifest(lambda m: m.update(self_check=None)), num_blocks=9) as llm:
         assert llm.self_check is None
-
-
-def test_the_runtime_runs_without_torch_and_onnx(toy_engine: Path) -> None:
-    script = f"""
-import sys
-import seekforge.runtime
-assert "numpy" not in sys.modules, "importing the package alone must load nothing"
-from seekforge.runtime import LLM, SamplingParams
-with LLM({str(toy_engine)!r}, threads=1, num_blocks=9) as llm:
-    llm.generate("the cat", SamplingParams(max_tokens=3))
-print([name for name in ("torch", "triton", "onnx", "transformers", "onnxscript") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

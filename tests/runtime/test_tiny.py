@@ -45,7 +45,7 @@ def ids_of(outputs) -> list[list[int]]:
 
 def check_idle(llm: LLM) -> None:
     llm._scheduler.check()
-    assert not llm._live and not llm._scheduler.has_work
+    assert not llm._turns.live and not llm._scheduler.has_work
     assert llm._scheduler.cache.pool.num_free == llm._scheduler.cache.pool.num_usable
 
 

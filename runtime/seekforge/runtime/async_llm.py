@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from seekforge.runtime.engine import Engine
-from seekforge.runtime.llm import LLM, Prompt, raise_if_failed
+from seekforge.runtime.intake import Prompt
+from seekforge.runtime.live import raise_if_failed
+from seekforge.runtime.llm import LLM
 from seekforge.runtime.outputs import Delta, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
 
@@ -73,7 +75,7 @@ class AsyncLLM:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, delta)
 
-        ids = await asyncio.to_thread(self.llm._check, prompt, params)
+        ids = await asyncio.to_thread(self.llm._intake.check, prompt, params)
         (live,) = self.llm._start([(ids, params)], priority, timeout_s, arrived)
         try:
             while True:
@@ -83,7 +85,7 @@ class AsyncLLM:
                 if delta.output is not None:
                     return
         finally:
-            self.llm._drop([live])
+            self.llm._turns.drop([live])
 
     async def close(self) -> None:
         """End what is on its way, stop the thread and give back the engine's memory."""
@@ -101,4 +103,4 @@ class AsyncLLM:
         self._thread.join()
 
     def _serve(self) -> None:
-        self.llm.serve(lambda: self._stopping)
+        self.llm._turns.serve(lambda: self._stopping)

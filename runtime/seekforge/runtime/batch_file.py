@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.plugins.errors import OutputError, RequestError
-from seekforge.runtime.llm import LLM, Prompt
+from seekforge.runtime.intake import Prompt
+from seekforge.runtime.llm import LLM
 from seekforge.runtime.outputs import CompletionOutput
 from seekforge.runtime.sampling import Guided, SamplingParams
 

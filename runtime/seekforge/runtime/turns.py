@@ -1,0 +1,149 @@
+"""Many threads, one engine: who runs the next step, and how requests come in and go out meanwhile.
+
+One of the threads that wait for tokens runs the next step, for the requests of all. While a step runs nobody else
+touches the scheduler: what is asked of it then lies in an inbox until the step ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from seekforge.plugins.errors import EngineError
+from seekforge.runtime.core import Core
+from seekforge.runtime.live import Live
+from seekforge.runtime.sequence import FinishReason, Sequence
+
+
+class Turns:
+    """Runs the steps of a core, for requests that any thread may enter.
+
+    Attributes:
+        live: request id of a sequence -> its request.
+        closed: nothing enters any more.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self.live: dict[int, Live] = {}
+        self.closed = False
+        self._core, self._scheduler = core, core.scheduler
+        # Guards what follows, and the scheduler while no step is run.
+        self._turn = threading.Condition()
+        self._stepping = False
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._num_entering = 0
+
+    def enter(self, count: int, make: Callable[[], list[Live]]) -> list[Live]:
+        """Put requests into the queue, all or none.
+
+        Args:
+            count: their sequences.
+            make: makes the requests, once it is known that they fit.
+
+        Raises:
+            QueueFullError: they do not.
+            EngineError: closed.
+        """
+        with self._turn:
+            if self.closed:
+                raise EngineError("this LLM is closed; open another one")
+            self._scheduler.check_queue(count + self._num_entering)
+            lives = make()
+            self._num_entering += count
+            self._post([lambda live=live: self._enter(live) for live in lives])
+        return lives
+
+    def drop(self, lives: list[Live]) -> None:
+        """End requests; those that are done are merely forgotten."""
+        with self._turn:
+            self._post([lambda live=live: self._end(live) for live in lives])
+
+    def advance(self, done: Callable[[], bool]) -> None:
+        """Run steps, or wait while another thread runs them, until `done`."""
+        with self._turn:
+            while not done():
+                if self.closed:
+                    raise EngineError("this LLM was closed while requests were on their way")
+                if self._stepping:
+                    self._turn.wait()
+                else:
+                    self._step()
+
+    def serve(self, stopped: Callable[[], bool]) -> None:
+        """Run steps while there is work, and wait for it, until `stopped` or closed: for a thread of its own."""
+        with self._turn:
+            while not stopped() and not self.closed:
+                if self._stepping or not (self._inbox or self._scheduler.has_work):
+                    self._turn.wait()
+                    continue
+                try:
+                    self._step()
+                except Exception as error:  # a bug of ours: whoever waits must learn of it
+                    self.end_all("error", f"{type(error).__name__}: {error}")
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """A context in which no step runs and none begins."""
+        with self._turn:
+            while self._stepping:
+                self._turn.wait()
+            self._empty_inbox()
+            try:
+                yield
+            finally:
+                self._turn.notify_all()
+
+    def end_all(self, reason: FinishReason, error: str | None) -> None:
+        """End every request, between steps."""
+        for live in set(self.live.values()):
+            for sequence in live.sequences:
+                self._scheduler.abort(sequence, reason, error)
+                live.deliver(sequence)
+        self.live.clear()
+        self._turn.notify_all()
+
+    def _post(self, changes: list[Callable[[], None]]) -> None:
+        self._inbox.extend(changes)
+        if not self._stepping:
+            self._empty_inbox()
+        self._turn.notify_all()
+
+    def _empty_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _enter(self, live: Live) -> None:
+        self._num_entering -= len(live.sequences)
+        for sequence in live.sequences:
+            self.live[sequence.request_id] = live
+        self._scheduler.add(live.sequences[0])
+
+    def _end(self, live: Live) -> None:
+        for sequence in live.sequences:
+            self._scheduler.abort(sequence)
+            self.live.pop(sequence.request_id, None)
+
+    def _step(self) -> None:
+        """Run one iteration, with the turn held at begin and end, and hand what is new to its requests."""
+        self._empty_inbox()
+        if not self._scheduler.has_work:
+            return
+        self._stepping = True
+        touched: list[Sequence] = []
+        self._turn.release()
+        try:
+            touched = self._core.step()
+        except BaseException:
+            touched = [s for live in set(self.live.values()) for s in live.sequences if s.state == "finished"]
+            raise
+        finally:
+            self._turn.acquire()
+            self._stepping = False
+            for sequence in touched:
+                live = self.live.get(sequence.request_id)
+                if live is not None:
+                    live.deliver(sequence)
+            self._empty_inbox()
+            self._turn.notify_all()
