@@ -23,11 +23,13 @@ from seekforge.plugins.formats.program import load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
 
 
-def build_cpu(program: Path, out: Path, checkpoint: Path, max_model_len: int | None = None) -> None:
+def build_cpu(
+    program: Path, out: Path, checkpoint: Path, max_model_len: int | None = None, precision: str = "f32"
+) -> None:
     build(
         program,
         out,
-        target=load_target("cpu"),
+        target=load_target("cpu", [f"precision={precision}"]),
         checkpoint_folder=checkpoint,
         max_model_len=max_model_len,
         force=False,

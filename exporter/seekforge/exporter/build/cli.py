@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _GIB = 1 << 30
 #: Options that only a GPU build knows: name -> value when it was not given.
 _GPU_OPTIONS = {
-    "precision": None,
     "kv_cache_dtype": None,
     "sms": (),
     "plugins": None,
@@ -53,7 +52,12 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 @click.option("--max-batch-size", type=int, default=None, help="Most sequences of a step.")
 @click.option("--max-model-len", type=int, default=None, help="Longest sequence, prompt and answer together.")
 @click.option("--max-num-batched-tokens", type=int, default=None, help="Most tokens of a step.")
-@click.option("--precision", type=click.Choice(["fp8", "bf16"]), default=None, help="GPU: of products of FP8 weights.")
+@click.option(
+    "--precision",
+    type=click.Choice(["f32", "int8", "int4", "bf16", "fp8"]),
+    default=None,
+    help="cpu: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8.",
+)
 @click.option(
     "--kv-cache-dtype", type=click.Choice(["fp8_ds", "bf16"]), default=None, help="GPU: format of the caches."
 )
@@ -111,6 +115,9 @@ def build(
     folder = None if checkpoint is None else resolve(checkpoint)
     stages = Stages(quiet=quiet or as_json)
     if config.backend == "onnxruntime":
+        precision = gpu.pop("precision")
+        if precision is not None:
+            config = config.changed([f"precision={precision}"])
         for option, value in (
             *gpu.items(),
             ("max_batch_size", max_batch_size),
@@ -123,14 +130,14 @@ def build(
             raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
         _build_cpu(program, out, config, folder, max_model_len, taps, force, quiet, as_json, stages)
         return
-    if taps:
-        raise TargetError(f"--taps is for target cpu; {config.backend} engines show their taps as debug tensors")
+    if taps and gpu["layers_per_engine"] is not None:
+        raise TargetError("--taps shows the layers of one plan; leave out --layers-per-engine")
     limits = {
         "max_batch_size": max_batch_size,
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    _build_gpu(program, out, config, folder, limits, gpu, force, quiet, as_json, stages)
+    _build_gpu(program, out, config, folder, limits, gpu | {"taps": taps}, force, quiet, as_json, stages)
 
 
 def _build_cpu(
@@ -189,6 +196,7 @@ def _build_gpu(
         allow_oversize=gpu["allow_oversize"],
         kernels=gpu["kernels"],
         layers_per_engine=gpu["layers_per_engine"],
+        taps=gpu["taps"],
         compiler=Options(
             workspace_bytes=None if gpu["workspace"] is None else parse_size(gpu["workspace"]),
             optimization_level=gpu["builder_optimization_level"],
@@ -293,6 +301,7 @@ def _summary(built: Built, out: Path, seconds: dict[str, float]) -> dict[str, ob
         "target": built.manifest.target.name,
         "numerics": built.manifest.numerics["name"],
         "num_nodes": built.num_nodes,
+        "precision": built.manifest.build["precision"],
         "weight_bytes": built.weight_bytes,
         "max_model_len": built.manifest.limits.max_model_len,
         "self_check": None if check is None else {"tolerance": check.tolerance, "reason": check.reason},
@@ -312,5 +321,5 @@ def _sentence(built: Built, out: Path) -> str:
         )
     return (
         f"wrote {out}: target {built.manifest.target.name}, {nodes} nodes, "
-        f"{built.weight_bytes / 1e6:.1f} MB of f32 weights\n{proof}"
+        f"{built.weight_bytes / 1e6:.1f} MB of {built.manifest.build['precision']} weights\n{proof}"
     )

@@ -1,4 +1,5 @@
-"""`build --target cpu`: specialise to f32, fold the weights, inline the bodies, prove the result, write a manifest."""
+"""`build --target cpu`: specialise to f32, fold or quantise the weights, inline the bodies, prove the result, write a
+manifest."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from onnx import inliner
 
 from seekforge.exporter.build.common import check_program, copy_text_files, generation_defaults
 from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
+from seekforge.exporter.build.quantise import choose
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
@@ -46,6 +48,7 @@ from seekforge.plugins.formats.program import (
     load_program,
     save_bindings,
 )
+from seekforge.plugins.formats.quantised import Quantisation
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.function import attach
 from seekforge.plugins.specialisation import Specialisation
@@ -112,6 +115,7 @@ def build(
     _check_same_config(config, _as_in_program(found, program), checkpoint_folder)
     limits = _limits(target, config, max_model_len)
     how = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
+    coded = None if target.precision == "f32" else choose(target.precision)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         check_structure(checkpoint, found)
         with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
@@ -120,10 +124,10 @@ def build(
             progress("specialise and fold")
             weights = WeightFile(WEIGHTS)
             graphs = {
-                name: _fold_graph(program_folder, face, bindings[name], config, how, limits, weights, taps)
+                name: _fold_graph(program_folder, face, bindings[name], config, how, coded, limits, weights, taps)
                 for name, face in program.graphs.items()
             }
-            with progress.bytes_bar("dequantise weights") as bar:
+            with progress.bytes_bar("dequantise weights" if coded is None else f"{target.precision} weights") as bar:
                 weights.write(folder, checkpoint, bar)
             progress("inline, check, write")
             faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
@@ -132,7 +136,9 @@ def build(
             self_check = None
             if program.gives_logits:
                 progress("self-check against PyTorch")
-                self_check = make_self_check(folder, faces["model"], config, program.numerics, checkpoint, limits)
+                self_check = make_self_check(
+                    folder, faces["model"], config, program.numerics, checkpoint, limits, coded
+                )
             manifest = Manifest(
                 format=ENGINE_FORMAT,
                 seekforge_version=importlib.metadata.version("seekforge"),
@@ -158,8 +164,10 @@ def build(
                     "python": platform.python_version(),
                     "platform": platform.platform(),
                     "activations": "f32",
+                    "precision": target.precision,
                     "taps": taps,
                 },
+                quantisation=coded,
             )
             manifest = save_manifest(folder, manifest)
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
@@ -212,11 +220,13 @@ def _fold_graph(
     recipes: dict[str, Recipe],
     config: ModelConfig,
     how: Specialisation,
+    coded: Quantisation | None,
     limits: Limits,
     weights: WeightFile,
     taps: bool,
 ) -> onnx.ModelProto:
-    """Load, check, specialise and fold one graph; bodies are inlined, so that it holds standard operators only."""
+    """Load, check, specialise and fold one graph; bodies are inlined, so that it holds operators of ONNX and
+    ONNX Runtime only."""
     path = program_folder / face.file
     try:
         found = sha256_file(path)
@@ -231,7 +241,8 @@ def _fold_graph(
     retargeted = {
         name: retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype) for name, recipe in recipes.items()
     }
-    constants = fold_weights(model, limit_tables(retargeted, _ROPE_TABLES, limits.max_model_len))
+    tables = limit_tables(retargeted, _ROPE_TABLES, limits.max_model_len)
+    constants = fold_weights(model, tables, coded, top_k=config.num_experts_per_tok)
     weights.attach(model, constants)
     attach(model, how)
     inlined = inliner.inline_local_functions(model)

@@ -1,8 +1,8 @@
 """Fold weights into a specialised graph: weight inputs become initialisers in one external file.
 
 On a CPU this is where the speed is: FP8 weights are dequantised once, laid out as the product reads them
-([K, N]), and every Cast or Transpose of a weight is done here instead of at each load. Weights that two graphs
-share (embedding, head, tables) are stored once.
+([K, N]), or turned into int8 or int4 codes (`quantise`), and every Cast or Transpose of a weight is done here instead
+of at each load. Weights that two graphs share (embedding, head, tables) are stored once.
 """
 
 from __future__ import annotations
@@ -12,28 +12,37 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from seekforge.exporter.build.quantise import MS_DOMAIN, quantise_experts, quantise_linear
 from seekforge.plugins.block_fp8_linear import function as block_fp8_linear
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe, TensorSource, dequantise, evaluate_into, transpose
 from seekforge.plugins.formats.dtypes import NUMPY, ONNX
+from seekforge.plugins.formats.quantised import Quantisation
 from seekforge.plugins.moe_experts import function as moe_experts
 from seekforge.plugins.spec import DOMAIN, cdiv
 
 #: Offsets in the weight file are multiples of this, so that it can be mapped.
 _ALIGNMENT = 4096
+#: Bytes written at a time where a file cannot be allocated.
+_ZEROS = 1 << 22
 
 
-def fold_weights(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> dict[str, Recipe]:
+def fold_weights(
+    model: onnx.ModelProto, weights: Mapping[str, Recipe], how: Quantisation | None = None, *, top_k: int = 0
+) -> dict[str, Recipe]:
     """Rewrite `model` in place so that it reads constants in place of weight inputs.
 
     Args:
         model: specialised graph without functions.
         weights: weight input -> recipe, already in the dtypes of the specialisation.
+        how: which weights become codes; None: none.
+        top_k: experts of a token, where experts become codes.
 
     Returns:
         Constant name -> recipe of the constants that the graph now reads. They are still listed as inputs
@@ -44,13 +53,21 @@ def fold_weights(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> dict[
     """
     constants = dict(weights)
     alias: dict[str, str] = {}
+    transposed: dict[str, str] = {}
     kept: list[onnx.NodeProto] = []
     for node in model.graph.node:
         node.input[:] = [alias.get(name, name) for name in node.input]
         if node.domain == DOMAIN and node.op_type == "BlockFp8Linear":
-            _fold_linear(node, constants)
+            _fold_linear(node, constants, how)
         elif node.domain == DOMAIN and node.op_type == "MoeExperts":
+            if how is not None and how.bits(node.input[3]):
+                kept += quantise_experts(node, top_k, how, constants)
+                continue
             _fold_experts(node, constants)
+        elif how is not None and node.op_type == "MatMul" and node.input[1] in transposed:
+            name = transposed[node.input[1]]
+            if how.bits(name):
+                quantise_linear(node, constants[name], name, how, constants)
         elif node.op_type == "Cast" and node.input[0] in constants:
             to = next(a.i for a in node.attribute if a.name == "to")
             if to == ONNX[constants[node.input[0]].dtype]:
@@ -59,12 +76,15 @@ def fold_weights(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> dict[
         elif node.op_type == "Transpose" and node.input[0] in constants:
             perm = next(tuple(a.ints) for a in node.attribute if a.name == "perm")
             name = f"{node.input[0]}.transposed"
+            transposed[name] = node.input[0]
             constants[name] = transpose(constants[node.input[0]], perm)
             alias[node.output[0]] = name
             continue
         kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(kept)
+    if any(node.domain == MS_DOMAIN for node in kept):
+        model.opset_import.append(helper.make_opsetid(MS_DOMAIN, 1))
     read = {name for node in kept for name in node.input}
     result = {name: recipe for name, recipe in constants.items() if name in read}
     left = next((name for name, recipe in result.items() if recipe.dtype == "f8e4m3"), None)
@@ -77,8 +97,11 @@ def fold_weights(model: onnx.ModelProto, weights: Mapping[str, Recipe]) -> dict[
     return result
 
 
-def _fold_linear(node: onnx.NodeProto, constants: dict[str, Recipe]) -> None:
+def _fold_linear(node: onnx.NodeProto, constants: dict[str, Recipe], how: Quantisation | None) -> None:
     x, weight, scale = node.input
+    if how is not None and how.bits(weight):
+        quantise_linear(node, dequantise(constants[weight], constants[scale], "f32"), weight, how, constants)
+        return
     name = f"{weight}.folded"
     constants[name] = transpose(dequantise(constants[weight], constants[scale], "f32"), (1, 0))
     node.op_type = block_fp8_linear.FOLDED
@@ -142,8 +165,7 @@ class WeightFile:
         """Evaluate every constant straight into the mapped file; extra memory is one operand at most."""
         path = folder / self.name
         with path.open("wb") as file:
-            # allocates the blocks now, so that a full disk is an error here and not a crash in the mapping
-            os.posix_fallocate(file.fileno(), 0, self.num_bytes)
+            _allocate(file, self.num_bytes)
         mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.num_bytes,))
         done = 0
         for recipe, offset in self._pending:
@@ -154,6 +176,18 @@ class WeightFile:
             progress(done, self.num_bytes)
         mapped.flush()
         return path
+
+
+def _allocate(file: BinaryIO, num_bytes: int) -> None:
+    """Make an empty file `num_bytes` long with its blocks allocated now: a full disk is an error here, not a crash in a
+    mapping of the file. Systems without `posix_fallocate` get the blocks by writing zeros."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return
+    zeros = bytes(_ZEROS)
+    for start in range(0, num_bytes, _ZEROS):
+        file.write(zeros[: num_bytes - start])
+    file.flush()
 
 
 def limit_tables(weights: Mapping[str, Recipe], tables: Iterable[str], num_positions: int) -> dict[str, Recipe]:

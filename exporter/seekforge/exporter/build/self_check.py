@@ -7,6 +7,10 @@ also run with its embeddings changed by parts in a million, and a prompt whose r
 In deep FP8 models the engine may flip a rounding that these trials did not. So there, prompts that hold still are
 compared one after the other, and the first on which the engine agrees is stored: a correct engine agrees on some of
 the short ones, an engine with a fault on none. Without FP8 rounding the first such prompt decides.
+
+Products with int8 and int4 weights round their inputs in so many places that hardly any prompt holds still. There the
+longest prompt is compared within the tolerance measured on it, and of many single tokens, of which a correct engine
+gives most to the last digits, one must agree tightly; the stillest that does is stored.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from seekforge.plugins.formats.manifest import Limits, SelfCheck, SelfCheckRow
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import numerics_from_dict
 from seekforge.plugins.formats.program import BLOCK_SIZE, GraphIO
+from seekforge.plugins.formats.quantised import Quantisation
 from seekforge.plugins.spec import cdiv
 
 #: Stored logits per row.
@@ -38,6 +43,8 @@ _TRIALS = 3  # the first is unperturbed
 _STILL = 1e-3
 #: The tolerance: this many times the measured change, and at least this part of the spread.
 _FACTOR, _FLOOR = 8.0, GATE
+#: Single tokens that are tried with int8 and int4 weights.
+_TOKENS = 64
 #: Longest prompt, unless `index_topk` asks for less. Longer would cross it in larger models, at a price.
 _LONGEST = 136
 
@@ -49,6 +56,7 @@ def make_self_check(
     numerics: dict[str, Any],
     source: TensorSource,
     limits: Limits,
+    quantisation: Quantisation | None = None,
 ) -> SelfCheck:
     """Run the PyTorch model and the new engine on one prompt, compare them, and return what to store.
 
@@ -58,13 +66,17 @@ def make_self_check(
         config, numerics: of the program.
         source: the checkpoint.
         limits: of the engine.
+        quantisation: of its weights. PyTorch then computes with the same codes and rounds the same inputs to int8, so
+            that the tolerance is about the engine, not about what quantisation costs.
 
     Raises:
         EngineError: the engine's results differ by more than the tolerance.
     """
-    settings = Settings(config, numerics_from_dict(numerics), "f32")
+    settings = Settings(config, numerics_from_dict(numerics), "f32", quantisation=quantisation)
     longest = min(config.index_topk + 8, _LONGEST, limits.max_model_len)
     session = OrtSession(folder, face, (cdiv(longest, BLOCK_SIZE) + 1) * BLOCK_SIZE)
+    if quantisation is not None:
+        return _coded_check(settings, source, session, longest)
     tried: list[_Candidate] = []
     for length, count in ((longest, 1), (16, 6), (6, 12)):
         if length > longest:
@@ -83,6 +95,21 @@ def make_self_check(
     if fault is not None:
         raise EngineError(fault)
     return best
+
+
+def _coded_check(settings: Settings, source: TensorSource, session: OrtSession, longest: int) -> SelfCheck:
+    """Prove an engine with int8 or int4 weights; see the head of this file."""
+    (long,) = _candidates(settings, source, longest, 1)
+    fault = _difference(long.check, session)
+    if fault is None:
+        tokens = _candidates(settings, source, 1, _TOKENS)
+        for candidate in tokens:
+            tight = candidate.check.model_copy(update={"tolerance": _FLOOR * candidate.spread})
+            fault = _difference(tight, session)
+            if fault is None:
+                return candidate.check
+    assert fault is not None
+    raise EngineError(fault)
 
 
 @dataclass(frozen=True)
@@ -147,7 +174,8 @@ def _candidates(settings: Settings, source: TensorSource, length: int, candidate
                 f"{_FACTOR:g} x the change ({change:.2e}) of these values when embeddings are changed by "
                 f"{PERTURBATION:g}, at least {_FLOOR:g} of the logits' spread ({spread:.2f})"
             ),
-            source=f"PyTorch {torch.__version__}, numerics {settings.numerics.name}, f32 activations",
+            source=f"PyTorch {torch.__version__}, numerics {settings.numerics.name}, f32 activations"
+            + (f", the engine's {settings.quantisation.precision} weights" if settings.quantisation else ""),
         )
         result.append(_Candidate(check, change, spread))
     return result

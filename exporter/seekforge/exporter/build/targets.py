@@ -18,6 +18,10 @@ from seekforge.plugins.formats.records import RecordError, UnknownKeyError
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 
+Precision = Literal["f32", "int8", "int4", "bf16", "fp8"]
+#: Those of a CPU; the others are of GPUs.
+CPU_PRECISIONS = ("f32", "int8", "int4")
+
 #: SMs that TensorRT-RTX compiles for, and those of data-centre GPUs that need TensorRT.
 RTX_SMS = (80, 86, 89, 120, 121)
 TENSORRT_SMS = (80, 86, 89, 90, 100, 103, 120, 121)
@@ -60,8 +64,8 @@ class TargetConfig(Strict):
     """One target: which backend compiles for it, in which formats, with which default limits.
 
     Attributes:
-        precision: of matrix products: f32 on a CPU; fp8 means FP8 products from SM89 on, and FP8 weights with BF16
-            products before.
+        precision: of matrix products: f32 on a CPU, or f32 with int8 or int4 weights; fp8 means FP8 products from SM89
+            on, and FP8 weights with BF16 products before.
         also: other SMs that the same plan shall run on (tensorrt-rtx).
     """
 
@@ -72,7 +76,7 @@ class TargetConfig(Strict):
     also: tuple[int, ...] = ()
     gpu: Gpu | None = None
     activations: Literal["f32", "bf16"]
-    precision: Literal["f32", "bf16", "fp8"]
+    precision: Precision
     kv_format: Literal["f32", "bf16", "fp8_ds"]
     limits: Annotated[Limits, BeforeValidator(Limits.model_validate)]
     profiles: dict[str, Profile] = Field(default_factory=dict)
@@ -82,6 +86,8 @@ class TargetConfig(Strict):
         if self.backend == "onnxruntime":
             if self.sm is not None or self.gpu is not None:
                 raise ValueError("sm and gpu belong to a GPU backend, expected null with onnxruntime")
+            if self.precision not in CPU_PRECISIONS:
+                raise ValueError(f"precision {self.precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
             return self
         if self.sm is None or self.gpu is None or not self.profiles:
             raise ValueError(f"sm, gpu and profiles are needed with backend {self.backend}")
@@ -93,7 +99,7 @@ class TargetConfig(Strict):
                 )
         if self.also and self.backend != "tensorrt-rtx":
             raise ValueError("also is for tensorrt-rtx; a TensorRT plan runs on one SM")
-        if self.activations != "bf16" or self.precision == "f32" or self.kv_format == "f32":
+        if self.activations != "bf16" or self.precision in CPU_PRECISIONS or self.kv_format == "f32":
             raise ValueError(
                 "a GPU target computes in bf16: activations bf16, precision bf16 or fp8, kv_format not f32"
             )
@@ -110,7 +116,7 @@ class TargetConfig(Strict):
         return bool(self.sms) and min(self.sms) >= FP8_SM
 
     @property
-    def products(self) -> Literal["f32", "bf16", "fp8"]:
+    def products(self) -> Precision:
         """The precision in which products of FP8 weights run: fp8 where it was asked and the hardware has it."""
         return "bf16" if self.precision == "fp8" and not self.has_fp8 else self.precision
 

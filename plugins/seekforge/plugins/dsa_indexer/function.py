@@ -88,8 +88,8 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
 def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
     """Write `chosen`: ascending positions of the `k` best keys of every row, `k` at most as many as there are keys.
 
-    Every row chooses `k` places. Those that it does not see are later than all that it sees, so they come last in
-    ascending order, and become −1.
+    A row alone multiplies the keys where they lie; a block of rows packs them once. Every row chooses `k` places. Those
+    that it does not see are later than all that it sees, so they come last in ascending order, and become −1.
     """
     q = "q"
     if attrs["indexer_fp8"]:
@@ -98,7 +98,6 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
     text.add("stored = Gather<axis = 0>(index_cache, slots)")
     keys = cast(text, "stored", "keys", to="f32", given=str(attrs["index_format"]))
     text.add(f"""
-      keys_t = Transpose<perm = [0, 2, 1]>({keys})
       dim = Shape<start = 2, end = 3>({keys})
       fitting = Div({text.ints(_MOST_SCORES)}, length1)
       some_rows = Max(fitting, {text.ints(1)})
@@ -106,6 +105,8 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
 """)
     query_blocks(text, "most_rows", {q: text.f32(0), "w": text.f32(0), "positions": text.i64(-1)})
     text.add(f"""
+      alone1 = Equal(rows1, {text.ints(1)})
+      alone = Squeeze(alone1)
       q_rows_shape = Concat<axis = 0>({text.ints(0, -1)}, dim)
       dots_shape = Concat<axis = 0>({text.ints(0)}, rows1, {text.ints(-1)}, length1)
       k_scalar = Squeeze(k)
@@ -123,12 +124,24 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
             }},
             else_branch = best_visible () => (best_columns) {{
               q_rows = Reshape(q_block, q_rows_shape)
-              dots = MatMul(q_rows, keys_t)
-              open = Relu(dots)
-              open4 = Reshape(open, dots_shape)
-              w_rows = Unsqueeze(w_block, {text.ints(2)})
-              summed4 = MatMul(w_rows, open4)
-              summed = Squeeze(summed4, {text.ints(2)})
+              summed = If (alone) <
+                then_branch = one_row () => (summed_one) {{
+                  q_columns = Transpose<perm = [0, 2, 1]>(q_rows)
+                  dots_one = MatMul({keys}, q_columns)
+                  open_one = Relu(dots_one)
+                  w_column = Transpose<perm = [0, 2, 1]>(w_block)
+                  summed_column = MatMul(open_one, w_column)
+                  summed_one = Transpose<perm = [0, 2, 1]>(summed_column)
+                }},
+                else_branch = rows () => (summed_rows) {{
+                  keys_t = Transpose<perm = [0, 2, 1]>({keys})
+                  dots = MatMul(q_rows, keys_t)
+                  open = Relu(dots)
+                  open4 = Reshape(open, dots_shape)
+                  w_rows = Unsqueeze(w_block, {text.ints(2)})
+                  summed4 = MatMul(w_rows, open4)
+                  summed_rows = Squeeze(summed4, {text.ints(2)})
+                }}>
               rubbish = IsNaN(summed)
               numbers = Where(rubbish, {text.f32(-_MAX)}, summed)
               finite = Clip(numbers, {text.f32(-_MAX)}, {text.f32(_MAX)})

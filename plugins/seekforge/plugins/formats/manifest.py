@@ -202,6 +202,7 @@ class Manifest(Record):
         plugins: op_type -> plugin, on a GPU.
         profiles: name -> graph -> input -> smallest, typical and largest shape, in the order of the plan's profiles.
         audit: what a GPU build really made.
+        quantisation: which weights of a CPU engine are int8 or int4; None: all are f32.
         digest: of everything above.
     """
 
