@@ -35,6 +35,10 @@ from seekforge.runtime.cli import main
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
 
+#: Values that a fake plan shows as debug tensors, where its graph gives them.
+DEBUG = ("mixed",)
+
+
 class FakePlan:
     """Reads its inputs from fake memory by address and shape, runs the graph, and writes its outputs there."""
 
@@ -43,9 +47,15 @@ class FakePlan:
         self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.watched: tuple[list[str], Callable[[str, np.ndarray], None]] = ([], lambda name, value: None)
 
     def names(self) -> list[str]:
-        return [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
+        names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
+        return [name for name in names if name not in DEBUG]
+
+    def watch(self, names, seen: Callable[[str, np.ndarray], None]) -> None:
+        assert set(names) <= set(DEBUG)
+        self.watched = (list(names), seen)
 
     def use_profile(self, number: int) -> None:
         self.device.profiles.append(number)
@@ -71,6 +81,10 @@ class FakePlan:
         }
         names = [value.name for value in self.session.get_outputs()]
         for name, value in zip(names, self.session.run(names, feeds), strict=True):
+            if name in DEBUG:  # no address: it is handed over while the step runs
+                if name in self.watched[0]:
+                    self.watched[1](name, value)
+                continue
             self.device.view(addresses[name], value.shape, value.dtype)[...] = value
 
 
@@ -330,6 +344,44 @@ def test_steps_take_the_profile_that_holds_them(gpu_engine, device: FakeDevice, 
     assert device.closed and not device.memory
     with pytest.raises(EngineError, match="41 cache blocks were asked for, the engine was built for at most 40"):
         LLM(engine, num_blocks=41)
+
+
+def test_debug_tensors_are_shown_when_asked_for_and_change_nothing(
+    gpu_engine, device: FakeDevice, tmp_path: Path
+) -> None:
+    """Of an engine built with --taps: they are no outputs, and steps that show them are neither padded nor captured."""
+
+    def edit(raw: dict[str, Any]) -> None:
+        path = tmp_path / "engine" / "model.onnx"
+        model = onnx.load(path)
+        model.graph.output.append(onnx.helper.make_tensor_value_info("mixed", 1, ["B", "Q", 16]))
+        onnx.save(model, path)
+        raw["files"] = [f | digest_file(path.parent, f["path"]).model_dump(mode="json") for f in raw["files"]]
+        spec = {"name": "mixed", "dtype": "f32", "shape": ["B", "Q", "mixed:16"], "role": "debug"}
+        raw["graphs"]["model"]["outputs"].append(spec)
+
+    engine = changed(gpu_engine[0], tmp_path / "engine", edit)
+    manifest = load_manifest(engine)
+    found: dict[bool, list[np.ndarray]] = {}
+    for taps in (False, True):
+        backend = tensorrt.TensorRtBackend(engine, manifest)
+        backend.allocate_caches(4)
+        found[taps] = []
+        for start, length in ((0, 20), *((20 + i, 1) for i in range(4))):
+            where = np.broadcast_to(np.arange(start, start + length), (3, length))
+            ids = np.random.default_rng(start).integers(3, 30, (3, length))
+            rows = np.arange(3)[:, None]
+            slots = where + 64 * (1 + rows)
+            step = StepInputs(ids, where, slots, (1 + rows).astype(np.int32), np.arange(3) * length)
+            outputs = backend.run(step, outputs=["logits", *(["mixed"] if taps else [])])
+            found[taps].append(outputs.fetch("logits"))
+            if taps:
+                assert outputs.fetch("mixed").shape == (3, length, 16) and outputs.fetch("mixed").any()
+        names = [spec.name for spec in manifest.graphs["model"].with_role("cache")]
+        found[taps] += [backend.cache(name)[64:] for name in names]  # block 0 is scrap
+        assert device.launches == 3, "captured the second time it comes, and never while watched"
+        backend.close()
+    assert len(found[True]) > 5 and all(np.array_equal(a, b) for a, b in zip(found[False], found[True], strict=True))
 
 
 def test_halves_of_a_step_hold_all_of_it() -> None:

@@ -145,7 +145,9 @@ def _run(
     names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in _HANDOVER}
     names = {name: kept for name, kept in names.items() if any(spec.name == name for spec in face.outputs)}
     names |= {
-        spec.name: spec.name for spec in face.outputs if spec.role == "tap" and (taps is None or spec.name in taps)
+        spec.name: spec.name
+        for spec in face.outputs
+        if spec.role in ("tap", "debug") and (taps is None or spec.name in taps)
     }
     arrays = lay_out(case, step)
     inputs = StepInputs(
@@ -164,6 +166,6 @@ def _run(
 
 
 def _caches(backend: CacheBackend, manifest: Manifest, graph: str) -> dict[str, np.ndarray]:
-    """Return `latent.3` and `index.3` of every layer of a graph, whole: [NB·64, width]."""
-    names = [spec.name for spec in manifest.graphs[graph].with_role("cache")]
+    """Return `latent.3` and `index.3` of every layer of a graph, whole: [NB·64, width]; not those that are bytes."""
+    names = [spec.name for spec in manifest.graphs[graph].with_role("cache") if spec.dtype in ("f32", "bf16")]
     return {name.replace("_cache", ""): np.array(backend.cache(name)) for name in names}

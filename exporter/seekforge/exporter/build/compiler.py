@@ -38,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made. `layers` and `products` are counted before fusion."""
+    """What the compiler made. `layers` and `products` are counted before fusion; `taps`: debug tensor -> its type."""
 
     layers: dict[str, int]
     products: dict[str, int]
@@ -49,6 +49,7 @@ class Compiled:
     cpu_seconds: float
     peak_bytes: int
     version: str
+    taps: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -95,6 +96,7 @@ def compile_graph(
     options: Options,
     log: Path,
     progress: Callable[[float], None] = lambda fraction: None,
+    taps: Sequence[str] = (),
 ) -> Compiled:
     """Compile an ONNX model into the file `plan`.
 
@@ -108,6 +110,7 @@ def compile_graph(
         options: see `Options`.
         log: file that everything the library says is appended to.
         progress: told the fraction of compiling that is done.
+        taps: tensors that become debug tensors of the plan: they cost nothing until a runtime asks for them.
 
     Raises:
         EngineError: the library refused or crashed; the message names the place in the model and the log.
@@ -124,6 +127,7 @@ def compile_graph(
                     "model": str(source),
                     "plan": str(plan),
                     "plugins": dict(plugins),
+                    "taps": list(taps),
                     "sms": list(sms),
                     "profiles": [dict(shapes) for shapes in profiles],
                     "workspace_bytes": options.workspace_bytes,

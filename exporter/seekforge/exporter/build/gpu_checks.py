@@ -52,6 +52,7 @@ class Choices:
         allow_oversize: build although it will not fit; such an engine is marked and does not load.
         kernels: compile the kernels of the plugins into the engine; without, it can be looked at but not run.
         layers_per_engine: most layers of one plan; None: one plan for all.
+        taps: the tensors inside each layer are debug tensors of the plan, for `parity`.
         compiler: passed on.
     """
 
@@ -59,6 +60,7 @@ class Choices:
     allow_oversize: bool = False
     kernels: bool = True
     layers_per_engine: int | None = None
+    taps: bool = False
     compiler: Options = field(default_factory=Options)
 
 

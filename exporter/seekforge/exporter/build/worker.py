@@ -86,6 +86,7 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
         raise CompileError(
             [f"{layers['PLUGIN_V3']} plugin layers of {made}, expected {expected}: an operator was not taken as plugin"]
         )
+    taps = _mark_debug(network, request["taps"])
     reporter.send("stage", name="compile")
     config = _config(trt, builder, network, request, _monitor(trt, reporter))
     plan = builder.build_serialized_network(network, config)
@@ -106,7 +107,27 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_bytes": used.ru_maxrss * 1024,
         "version": trt.__version__,
+        "taps": taps,
     }
+
+
+def _mark_debug(network: Any, names: list[str]) -> dict[str, str]:
+    """Make tensors of the network debug tensors; return name -> type.
+
+    Raises:
+        CompileError: the network has no such tensor, or refuses.
+    """
+    wanted, found = set(names), {}
+    for i in range(network.num_layers if wanted else 0):
+        layer = network.get_layer(i)
+        for place in range(layer.num_outputs):
+            tensor = layer.get_output(place)
+            if tensor.name in wanted and tensor.name not in found and network.mark_debug(tensor):
+                found[tensor.name] = tensor.dtype.name
+    missing = sorted(wanted - found.keys())
+    if missing:
+        raise CompileError([f"tap {missing[0]} and {len(missing) - 1} more cannot be debug tensors"])
+    return {name: found[name] for name in names}
 
 
 def _builder(trt: Any, logger: Any, request: dict[str, Any]) -> Any:

@@ -215,14 +215,17 @@ def taps_in(model: onnx.ModelProto) -> list[str]:
 def expose(model: onnx.ModelProto, names: Collection[str]) -> None:
     """Make tap points outputs of the graph, in place. All are f32 in a graph for ONNX Runtime."""
     known = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
-    moe = {name.rpartition(".")[2] for name in names if name.startswith("router_logits.")}
     for name in names:
-        point, _, layer = name.rpartition(".")
-        flat = point in MOE or (point == "mlp_norm" and layer in moe)
-        axes = ("T",) if flat else ("B", "Q")
-        widths = [f"{name}:{axis}" for axis in range(2 if point in _PER_HEAD else 1)]
         kind = known.get(name) or TensorProto.FLOAT
-        model.graph.output.append(helper.make_tensor_value_info(name, kind, [*axes, *widths]))
+        model.graph.output.append(helper.make_tensor_value_info(name, kind, tap_shape(name, names)))
+
+
+def tap_shape(name: str, names: Collection[str]) -> tuple[str, ...]:
+    """Return the symbolic shape of a tap; `names`: the taps that are shown, which tell MoE layers."""
+    point, _, layer = name.rpartition(".")
+    flat = point in MOE or (point == "mlp_norm" and f"router_logits.{layer}" in names)
+    widths = [f"{name}:{axis}" for axis in range(2 if point in _PER_HEAD else 1)]
+    return (*(("T",) if flat else ("B", "Q")), *widths)
 
 
 def tap_specs(model: onnx.ModelProto, names: Collection[str]) -> tuple[TensorSpec, ...]:
@@ -246,7 +249,7 @@ def available_taps(engine: Path) -> list[str]:
     manifest = load_manifest(engine)
     result = []
     for face in manifest.graphs.values():
-        result += [spec.name for spec in face.outputs if spec.role == "tap" and _TAP.fullmatch(spec.name)]
+        result += [spec.name for spec in face.outputs if spec.role in ("tap", "debug") and _TAP.fullmatch(spec.name)]
         if manifest.target.backend == "onnxruntime":
             result += taps_in(onnx.load(engine / face.file, load_external_data=False))
     return result

@@ -20,7 +20,7 @@ PROGRAM_FORMAT = 1
 BLOCK_SIZE = 64
 
 #: `handover`: what one plan of an engine gives to a later one (see `Manifest.stages`).
-Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "handover"]
+Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "handover"]
 
 
 class TensorSpec(Record):

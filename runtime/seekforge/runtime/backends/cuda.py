@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from seekforge.plugins.device import CudaDriver, KernelFolder
 from seekforge.plugins.errors import EngineError, EnvironmentFault
+from seekforge.plugins.formats.dtypes import NUMPY
 from seekforge.plugins.formats.loading import check_loadable
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.tensorrt.library import Flavour, load
@@ -35,6 +36,26 @@ class _Context:
         self.context = context
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.watched: frozenset[str] = frozenset()
+        self.listener: Any = None  # the context does not keep it
+
+
+def _listener(device: CudaDevice, seen: Callable[[str, np.ndarray], None]) -> Any:
+    """Return TensorRT's listener of debug tensors, which copies each to the host."""
+    trt = device.trt
+
+    class Listener(trt.IDebugListener):
+        def process_debug_tensor(self, addr: Any, location: Any, type: Any, shape: Any, name: str, stream: int) -> bool:
+            word = {"FLOAT": "f32", "BF16": "bf16", "INT32": "i32", "INT64": "i64"}[type.name]
+            value = np.empty(tuple(shape), NUMPY[word])
+            if location == trt.TensorLocation.DEVICE:
+                device.download(value, int(addr))
+            else:
+                ctypes.memmove(value.ctypes.data, int(addr), value.nbytes)
+            seen(name, value.astype(np.float32) if word == "bf16" else value)
+            return True
+
+    return Listener()
 
 
 class TrtPlan:
@@ -56,6 +77,8 @@ class TrtPlan:
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._profile = 0
+        self._watched: frozenset[str] = frozenset()
+        self._seen: Callable[[str, np.ndarray], None] = lambda name, value: None
 
     def names(self) -> list[str]:
         """Names of all inputs and outputs."""
@@ -73,6 +96,10 @@ class TrtPlan:
         """Say where an input or output lies."""
         self._addresses[name] = address
 
+    def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
+        """Have TensorRT hand these debug tensors to `seen` in the steps to come."""
+        self._watched, self._seen = frozenset(names), seen
+
     def enqueue(self) -> None:
         """Start the step."""
         one = self._contexts.get(self._profile)
@@ -88,9 +115,21 @@ class TrtPlan:
                 if one.shapes.get(name) != shape and not one.context.set_input_shape(name, shape):
                     raise EngineError(f"{self._path}: shape {shape} of {name} is outside what the engine was built for")
             one.shapes = dict(self._shapes)
+        if one.watched != self._watched:
+            self._listen(one)
         if not one.context.execute_async_v3(self._device.stream):
             fault = self._device.registration.failures[-1:] or ["TensorRT refused a step"]
             raise EngineError(f"{self._path}: {fault[0]}")
+
+    def _listen(self, one: _Context) -> None:
+        """Turn debug tensors of a context on and off."""
+        if one.listener is None:
+            one.listener = _listener(self._device, lambda name, value: self._seen(name, value))
+            one.context.set_debug_listener(one.listener)
+        for name in one.watched ^ self._watched:
+            if not one.context.set_tensor_debug_state(name, name in self._watched):
+                raise EngineError(f"{self._path}: has no debug tensor {name}; build the engine again with --taps")
+        one.watched = self._watched
 
     def close(self) -> None:
         """Keep what TensorRT-RTX compiled, so that the next start is quick; a read-only folder stays as it is."""

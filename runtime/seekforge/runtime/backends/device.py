@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,13 @@ class Plan(Protocol):
 
     def set_address(self, name: str, address: int) -> None:
         """Say where an input or output lies."""
+        ...
+
+    def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
+        """Call `seen` with each of these debug tensors in the steps to come, on the host (bf16 as f32); others rest.
+
+        A watched step cannot be captured.
+        """
         ...
 
     def enqueue(self) -> None:

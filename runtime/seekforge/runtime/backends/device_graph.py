@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -207,6 +207,13 @@ class DeviceGraph:
         for plan, _ in self._plans:
             plan.enqueue()
 
+    def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
+        """Have `seen` called with these debug tensors in the steps to come, and with no other."""
+        for plan, one in self._plans:
+            debug = [spec.name for spec in one.outputs if spec.role == "debug"]
+            if debug:
+                plan.watch([name for name in debug if name in names], seen)
+
     def _reserve(self, plan: Plan, spec: TensorSpec, shape: tuple[int, ...]) -> bool:
         buffer = self.buffers[_place(spec)]
         buffer.reserve(max(math.prod(shape), 1) * itemsize(spec.dtype))
@@ -230,7 +237,7 @@ def fits(shape: tuple[int, ...], bound: Bound) -> bool:
 
 def _open(folder: Path, face: GraphIO, device: Device) -> Plan:
     plan = device.open_plan(folder / face.file)
-    wanted = {spec.name for spec in (*face.inputs, *face.outputs)}
+    wanted = {spec.name for spec in (*face.inputs, *face.outputs) if spec.role != "debug"}
     found = set(plan.names())
     if wanted != found:
         odd = sorted(wanted ^ found)[0]

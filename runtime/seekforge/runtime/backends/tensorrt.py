@@ -22,7 +22,7 @@ from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.loader import LoadProgress
 from seekforge.plugins.formats.loading import check_weights
 from seekforge.plugins.formats.manifest import Manifest
-from seekforge.plugins.formats.program import load_bindings
+from seekforge.plugins.formats.program import GraphIO, load_bindings
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, StepInputs, StepOutputs
 from seekforge.runtime.backends.device import Device
@@ -136,6 +136,9 @@ class TensorRtBackend:
         if graph not in self._graphs:
             self._graphs[graph] = self._open(graph)
         one = self._graphs[graph]
+        debug = {spec.name for spec in one.face.outputs if spec.role == "debug"}.intersection(outputs)
+        if debug:
+            return self._run_watched(one, inputs, outputs, debug)
         shape = (*inputs.input_ids.shape, len(inputs.logits_index))
         small = inputs.input_ids.shape[1] <= _CAPTURED_WIDTH
         ready = inputs
@@ -153,6 +156,38 @@ class TensorRtBackend:
         bucket = (graph, *ready.input_ids.shape, ready.block_table.shape[1], len(ready.logits_index))
         self._start(one, ready, profile, bucket if small else None)
         return TensorRtStepOutputs(self.device, self._places(one, shapes, shape, outputs))
+
+    def cache(self, name: str) -> np.ndarray:
+        """Return a copy of one layer's cache, such as `latent_cache.3`; for parity checks. bf16 becomes f32."""
+        address, shape = self._caches[name]
+        dtype = NUMPY[next(f.named(name).dtype for f in self.manifest.graphs.values() if name in _names(f))]
+        return TensorRtStepOutputs(self.device, {name: (address, shape, dtype)}).fetch(name)
+
+    def _run_watched(
+        self, one: DeviceGraph, inputs: StepInputs, outputs: Collection[str], debug: Collection[str]
+    ) -> HostStepOutputs:
+        """Run a step whose debug tensors are wanted: as it is, without padding and captured graph."""
+        profile = one.profile_of(inputs)
+        if profile is None:
+            return self._run_halves(inputs, outputs, one.name)
+        found: dict[str, np.ndarray] = {}
+        moved, shapes = one.place(inputs)
+        if moved:
+            self._forget_captured()
+        one.upload(inputs)
+        one.watch(debug, found.__setitem__)
+        try:
+            self._start(one, inputs, profile, None)
+            self.device.synchronize()
+        finally:
+            one.watch((), found.__setitem__)
+        missing = sorted(set(debug) - found.keys())
+        if missing:
+            raise EngineError(f"{self.folder}: TensorRT did not show {missing[0]}; build the engine again with --taps")
+        real = (*inputs.input_ids.shape, len(inputs.logits_index))
+        kept = [name for name in outputs if name not in debug]
+        device = TensorRtStepOutputs(self.device, self._places(one, shapes, real, kept))
+        return HostStepOutputs(found | {name: device.fetch(name) for name in kept})
 
     def _run_halves(self, inputs: StepInputs, outputs: Collection[str], graph: str) -> HostStepOutputs:
         rows, width = inputs.input_ids.shape
@@ -271,3 +306,7 @@ def _open_gpu(folder: Path, manifest: Manifest) -> Device:
     from seekforge.runtime.backends.cuda import CudaDevice  # needs a driver and TensorRT
 
     return CudaDevice(folder, manifest)
+
+
+def _names(face: GraphIO) -> set[str]:
+    return {spec.name for spec in face.inputs}
