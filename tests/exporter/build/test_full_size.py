@@ -17,7 +17,7 @@ from seekforge.plugins.formats.numerics import NUMERICS
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytestmark = pytest.mark.slow
 
-CHOICES = Choices(plugins="all", allow_oversize=True)
+CHOICES = Choices(plugins="all", allow_oversize=True, kernels=False)
 
 
 @pytest.fixture(scope="module")

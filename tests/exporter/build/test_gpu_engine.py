@@ -7,6 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -20,6 +23,7 @@ from seekforge.exporter.build.compiler import Options, Phases, compile_graph
 from seekforge.exporter.build.explain import explain, place
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, check, open_inputs
 from seekforge.exporter.build.gpu_engine import build_gpu
+from seekforge.exporter.build.parts import Parts
 from seekforge.exporter.build.prepare import prepare
 from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, spanning
 from seekforge.exporter.build.targets import TargetConfig, load_target
@@ -212,24 +216,56 @@ def test_functions_are_inlined_where_plugins_are_not_wanted(one_layer: Inputs, t
 def test_finished_plans_of_an_interrupted_build_are_used(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[str] = []
+    finished = threading.Event()
 
-    def fake(*, plan: Path, plugins: dict[str, int], **rest: object) -> compiler.Compiled:
+    def fake(*, plan: Path, plugins: dict[str, int], log: Path, **rest: object) -> compiler.Compiled:
         calls.append(plan.name)
-        if len(calls) == 2:
-            raise EngineError("the power went out")
+        log.write_text(f"about {plan.name}\n")
+        if plan.name == "mtp.plan" and calls.count(plan.name) == 1:
+            finished.wait(30)
+            raise EngineError(f"the power went out (log: {log})")
         plan.write_bytes(b"plan of " + plan.name.encode())
         return compiler.Compiled({}, {}, dict(plugins), plan.stat().st_size, 0.0, 0.0, 0.0, 0, "1.7.1")
 
+    keep = Parts.keep
+    monkeypatch.setattr(Parts, "keep", lambda *arguments: (keep(*arguments), finished.set()))
     monkeypatch.setattr(gpu_engine, "compile_graph", fake)
-    with pytest.raises(EngineError, match="power"):
+    with pytest.raises(EngineError, match=r"power went out \(log: .*/engine\.build\.log\)"):
         build(inputs, load_target("rtx4090"), tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+    assert (tmp_path / "engine.build.log").read_text() == "about model.plan\nabout mtp.plan\n", "in order, one file"
     manifest = build(inputs, load_target("rtx4090"), tmp_path / "engine")
-    assert calls == ["model.plan", "mtp.plan", "mtp.plan"]
+    assert sorted(calls) == ["model.plan", "mtp.plan", "mtp.plan"]
     assert (tmp_path / "engine" / "model.plan").read_bytes() == b"plan of model.plan"
     verify_files(tmp_path / "engine", manifest, full=True)
-    assert not list(tmp_path.glob(".engine.*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine"], "nothing is left beside the engine"
+
+
+def test_when_a_plan_fails_the_others_are_stopped(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, stopped = threading.Event(), []
+
+    def fake(*, plan: Path, progress: Callable[[float], None], **rest: object) -> compiler.Compiled:
+        if plan.name == "mtp.plan":
+            failed.set()
+            raise EngineError("no")
+        failed.wait(30)
+        try:
+            for _ in range(3000):
+                progress(0.5)
+                time.sleep(0.01)
+        except EngineError as error:
+            stopped.append(str(error))
+            raise
+        raise AssertionError("it was not stopped")
+
+    monkeypatch.setattr(gpu_engine, "compile_graph", fake)
+    monkeypatch.setattr(gpu_engine, "_cores", lambda: 2)
+    with pytest.raises(EngineError, match=r"^no$"):
+        build(inputs, load_target("rtx4090"), tmp_path / "engine")
+    assert stopped == ["stopped, because another plan failed"]
 
 
 def test_a_failing_node_is_named_by_its_place(one_layer: Inputs, tmp_path: Path) -> None:

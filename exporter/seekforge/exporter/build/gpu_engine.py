@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +27,11 @@ from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_
 from seekforge.exporter.build.gpu_kernels import compile_kernels, digests_of, kernel_tasks
 from seekforge.exporter.build.gpu_manifest import Made, make_audit, make_manifest
 from seekforge.exporter.build.parts import Parts
-from seekforge.exporter.build.prepare import Prepared, prepare
+from seekforge.exporter.build.prepare import Prepared, debug_specs, prepare
 from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, shapes, spanning
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.stages import HANDOVER, cut, stage_ranges
-from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.errors import EngineError, ProgramError
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, save_manifest
@@ -67,10 +70,17 @@ def build_gpu(
     with atomic_folder(out, force=force, marker=MANIFEST) as folder, _log_kept(folder / LOG, lost_log):
         if tasks:
             made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
+        jobs = []
         for name, canonical in program.graphs.items():
             progress(f"{name}: specialise")
             whole = _read_graph(inputs.folder, canonical)
-            _compile_plans(name, whole, canonical, inputs, planned, choices, digests, folder, parts, made, progress)
+            jobs += _jobs(name, whole, canonical, inputs, planned, choices, digests)
+        _compile(jobs, target, choices, folder, parts, made, progress)
+        for name, canonical in program.graphs.items():
+            faces = [job.face for job in jobs if job.graph == name]
+            made.faces[name] = faces[0] if len(faces) == 1 else _joined(canonical, faces)
+            if len(faces) > 1:
+                made.stages[name] = tuple(faces)
         progress("audit, write")
         found = make_audit(inputs, planned, made)
         audit.require_precision(found.products, f"--precision {target.precision}", target.products)
@@ -82,12 +92,14 @@ def build_gpu(
 
 @contextmanager
 def _log_kept(log: Path, elsewhere: Path) -> Iterator[None]:
-    """When a build fails its folder goes; what the compiler said is copied out of it first."""
+    """When a build fails its folder goes: what the compiler said is copied out of it, and errors name the copy."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if log.is_file() and log.stat().st_size:
             shutil.copyfile(log, elsewhere)
+            if isinstance(error, EngineError) and str(log) in str(error):
+                raise EngineError(str(error).replace(str(log), str(elsewhere))) from None
         raise
 
 
@@ -103,7 +115,26 @@ def _read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
     return onnx.load_from_string(raw)
 
 
-def _compile_plans(
+@dataclass
+class Job:
+    """One plan to compile.
+
+    Attributes:
+        graph: that it belongs to.
+        plan: its name.
+        ready: what is compiled.
+        face: of the plan; the digest is filled in when it is compiled.
+        shapes: profile -> input -> smallest, typical and largest shape.
+    """
+
+    graph: str
+    plan: str
+    ready: Prepared
+    face: GraphIO
+    shapes: dict[str, dict[str, Any]]
+
+
+def _jobs(
     name: str,
     whole: onnx.ModelProto,
     canonical: GraphIO,
@@ -111,17 +142,14 @@ def _compile_plans(
     planned: Planned,
     choices: Choices,
     digests: dict[str, str],
-    folder: Path,
-    parts: Parts,
-    made: Made,
-    progress: Progress,
-) -> None:
-    """Compile one graph, as one plan or as several, and note what was made."""
+) -> list[Job]:
+    """Return what must be compiled for one graph: one plan, or one for every range of layers."""
     target, program, config = planned.target, inputs.program, inputs.config
     budget = planned.device_bytes["usable"] - sum(
         planned.device_bytes[key] for key in ("weights", "scratch", "activations", "reserve")
     )
-    faces = []
+    per_block = block_bytes(program, config, target.kv_format)
+    jobs = []
     for plan, graph in _plans(name, whole, program.layer_range, choices.layers_per_engine):
         ready = prepare(
             graph,
@@ -130,21 +158,16 @@ def _compile_plans(
             plugins=planned.plugins,
             products=target.products,
             digests=digests,
+            taps=choices.taps,
         )
         face = describe(ready.model, canonical, f"{plan}.plan")
-        blocks = pool_blocks(face, planned.limits, budget, block_bytes(program, config, target.kv_format))
-        for label, profile in spanning(target.profiles, planned.limits).items():
-            bounds = axis_bounds(profile, planned.limits, pool_blocks=blocks)
-            made.profiles[label][plan] = shapes(face, bounds)
-        path = folder / face.file
-        made.compiled[plan] = _compile(plan, ready, path, target, made.profiles, choices, folder / LOG, parts, progress)
-        made.prepared[plan] = ready
-        faces.append(face.model_copy(update={"sha256": sha256_file(path)}))
-    if len(faces) == 1:
-        made.faces[name] = faces[0]
-    else:
-        made.stages[name] = tuple(faces)
-        made.faces[name] = _joined(canonical, faces)
+        blocks = pool_blocks(face, planned.limits, budget, per_block)
+        bounds = {
+            label: shapes(face, axis_bounds(profile, planned.limits, pool_blocks=blocks))
+            for label, profile in spanning(target.profiles, planned.limits).items()
+        }
+        jobs.append(Job(name, plan, ready, face, bounds))
+    return jobs
 
 
 def _plans(
@@ -193,36 +216,93 @@ def _joined(canonical: GraphIO, stages: list[GraphIO]) -> GraphIO:
 
 
 def _compile(
-    name: str,
-    ready: Prepared,
-    plan: Path,
+    jobs: list[Job],
     target: TargetConfig,
-    profiles: Mapping[str, Mapping[str, Any]],
     choices: Choices,
-    log: Path,
+    folder: Path,
     parts: Parts,
+    made: Made,
     progress: Progress,
+) -> None:
+    """Compile all plans, as many at a time as there are cores, and note what was made.
+
+    TensorRT measures on the GPU while it compiles, so there it is one after the other.
+    """
+    at_a_time = min(len(jobs), _cores()) if target.backend == "tensorrt-rtx" else 1
+    stop = threading.Event()
+    done = dict.fromkeys((job.plan for job in jobs), 0.0)
+    stage = f"{', '.join(done)}: compile for {' and '.join(f'sm{sm}' for sm in target.sms)}"
+    with progress.steps_bar(stage) as bar, ThreadPoolExecutor(at_a_time, "compile") as pool:
+
+        def run(job: Job) -> Compiled:
+            def tell(fraction: float) -> None:
+                if stop.is_set():
+                    raise EngineError("stopped, because another plan failed")
+                done[job.plan] = fraction
+                bar(sum(done.values()) / len(done))
+
+            return _compile_one(job, target, choices, folder, parts, tell)
+
+        running = {job.plan: pool.submit(run, job) for job in jobs}
+        try:
+            for future in as_completed(running.values()):
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            _join_logs(folder, [job.plan for job in jobs])
+    for job in jobs:
+        made.compiled[job.plan], made.prepared[job.plan] = running[job.plan].result(), job.ready
+        outputs = (*job.face.outputs, *debug_specs(made.compiled[job.plan].taps))
+        job.face = job.face.model_copy(update={"sha256": sha256_file(folder / job.face.file), "outputs": outputs})
+        for label, bounds in job.shapes.items():
+            made.profiles[label][job.plan] = bounds
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _join_logs(folder: Path, plans: list[str]) -> None:
+    """Put what the compiler said of each plan into one file, in the order of the plans."""
+    with (folder / LOG).open("ab") as whole:
+        for plan in plans:
+            part = folder / f"{plan}.{LOG}"
+            if part.is_file():
+                whole.write(part.read_bytes())
+                part.unlink()
+
+
+def _compile_one(
+    job: Job, target: TargetConfig, choices: Choices, folder: Path, parts: Parts, tell: Callable[[float], None]
 ) -> Compiled:
     assert target.backend != "onnxruntime"
-    model = ready.model.SerializeToString(deterministic=True)
-    shapes_of = [dict(graphs[name]) for graphs in profiles.values()]
+    model = job.ready.model.SerializeToString(deterministic=True)
+    shapes_of = list(job.shapes.values())
     key = _key(model, target, shapes_of, choices)
+    plan = folder / job.face.file
     known = parts.take(key, plan)
     if known is not None:
-        progress(f"{name}: plan of the interrupted build")
+        tell(1.0)
         return known
-    with progress.steps_bar(f"{name}: compile for {' and '.join(f'sm{sm}' for sm in target.sms)}") as bar:
+    log = folder / f"{job.plan}.{LOG}"
+    try:
         compiled = compile_graph(
             flavour=target.backend,
             model=model,
             plan=plan,
-            plugins=ready.plugins,
+            plugins=job.ready.plugins,
+            taps=job.ready.taps,
             sms=target.sms,
             profiles=shapes_of,
             options=choices.compiler,
             log=log,
-            progress=bar,
+            progress=tell,
         )
+    except EngineError as error:
+        raise EngineError(str(error).replace(str(log), str(folder / LOG))) from None
     parts.keep(key, plan, compiled)
     return compiled
 
