@@ -273,8 +273,11 @@ def test_an_engine_of_a_gpu_generates_what_numpy_says(gpu_engine, device: FakeDe
 
 
 def test_weights_are_streamed_once_and_shared_by_the_graphs(gpu_engine, device: FakeDevice, toy) -> None:
-    with LLM(gpu_engine[0], num_blocks=9, self_check=False) as llm:
+    told: list[tuple[int, int]] = []
+    seen = lambda load: told.append((load.done_bytes, load.total_bytes))  # noqa: E731
+    with LLM(gpu_engine[0], num_blocks=9, self_check=False, on_load=seen) as llm:
         before = device.uploaded_bytes
+        assert told[-1] == (before, before), "progress ends when all is loaded"
         assert before == toy.embedding.nbytes + toy.head.nbytes
         llm._core.backend._open("mtp")
         assert device.uploaded_bytes == before

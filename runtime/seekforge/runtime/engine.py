@@ -12,6 +12,7 @@ from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.formats.loading import check_kernels
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest, verify_files
 from seekforge.runtime.backends import BACKENDS, Backend, BackendFactory, backend_factory
+from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.kv_cache import blocks_needed
 from seekforge.runtime.tokenizer import Tokenizer
 
@@ -58,12 +59,15 @@ class Engine:
         """The engine's tokenizer, read at first use."""
         return Tokenizer(self.folder / self.manifest.tokenizer)
 
-    def open_backend(self, *, threads: int | None = None, checkpoint: Path | None = None) -> Backend:
+    def open_backend(
+        self, *, threads: int | None = None, checkpoint: Path | None = None, progress: OnLoad | None = None
+    ) -> Backend:
         """Load the compiled graphs.
 
         Args:
             threads: CPU threads for one operator; None takes the cores this process may use.
             checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
+            progress: told while weights are read from a checkpoint.
 
         Raises:
             EngineError: the backend is unknown here or cannot load the graphs, or its plugins have no kernels.
@@ -71,7 +75,7 @@ class Engine:
         """
         check_kernels(self.folder, self.manifest)
         return _factory(self.manifest.target.backend)(
-            self.folder, self.manifest, threads=threads, checkpoint=checkpoint
+            self.folder, self.manifest, threads=threads, checkpoint=checkpoint, progress=progress
         )
 
     def cache_bytes(self, num_tokens: int, num_sequences: int = 1) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from seekforge.plugins.errors import EngineError, RequestError
 from seekforge.plugins.formats.manifest import Manifest
+from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
 from seekforge.runtime.cache_size import decide_num_blocks, free_memory
 from seekforge.runtime.chat import ChatEncoder
@@ -100,6 +101,7 @@ class LLM:
         checkpoint: Path | str | None = None,
         self_check: bool = True,
         on_step: Callable[[StepMetrics], None] | None = None,
+        on_load: OnLoad | None = None,
     ) -> None:
         """Load an engine.
 
@@ -123,6 +125,7 @@ class LLM:
                 build.
             self_check: compare with the results stored in the engine before serving.
             on_step: told each iteration, by the thread that ran it.
+            on_load: told while weights are read from a checkpoint.
 
         Raises:
             EngineError: the engine is damaged, fails its self-check, or cannot do what is asked.
@@ -158,7 +161,8 @@ class LLM:
         self.default_sampling_params = SamplingParams(
             temperature=manifest.generation.get("temperature", 1.0), top_p=manifest.generation.get("top_p", 1.0)
         )
-        backend = self.engine.open_backend(threads=threads, checkpoint=None if checkpoint is None else Path(checkpoint))
+        place = None if checkpoint is None else Path(checkpoint)
+        backend = self.engine.open_backend(threads=threads, checkpoint=place, progress=on_load)
         if deterministic:
             if manifest.target.backend != "onnxruntime":
                 raise EngineError(

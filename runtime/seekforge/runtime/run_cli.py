@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from seekforge.runtime.backends.base import LoadProgress
 from seekforge.runtime.batch_file import completion_json, run_batch
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.llm import LLM, LLMMetrics
@@ -31,6 +32,13 @@ class _Progress:
         self._started = time.monotonic()
         if self._console.is_terminal:
             self._console.print(f"[dim]{stage} …[/dim]", end="\r")
+
+    def loading(self, load: LoadProgress) -> None:
+        """Show how much of the weights is loaded, in place."""
+        if self._console.is_terminal:
+            share = load.done_bytes / (load.total_bytes or 1)
+            line = f"weights  {load.done_bytes / 1e9:.1f} of {load.total_bytes / 1e9:.1f} GB ({share:.0%})"
+            self._console.print(f"[dim]{line}[/dim]", end="\r")
 
     def done(self, line: str) -> None:
         self._console.print(f"{line} [dim]({time.monotonic() - self._started:.2f} s)[/dim]")
@@ -139,6 +147,7 @@ def run(
         max_batch_size=min(num, opened.manifest.limits.max_batch_size) if batch is None else None,
         num_speculative_tokens=num_speculative_tokens,
         checkpoint=checkpoint,
+        on_load=progress.loading,
         threads=threads,
         self_check=not no_self_check,
         max_model_len=room if batch is None else max_model_len,

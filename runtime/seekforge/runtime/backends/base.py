@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -85,11 +85,35 @@ class Backend(Protocol):
         ...
 
 
+class LoadProgress(Protocol):
+    """How far a load of weights is; see `formats.loader.LoadProgress`."""
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are in place."""
+        ...
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all."""
+        ...
+
+
+#: Told while weights are loaded.
+OnLoad = Callable[[LoadProgress], None]
+
+
 class BackendFactory(Protocol):
     """How a backend comes to be: the class of one."""
 
     def __call__(
-        self, folder: Path, manifest: Manifest, *, threads: int | None = None, checkpoint: Path | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        checkpoint: Path | None = None,
+        progress: OnLoad | None = None,
     ) -> Backend:
         """Open the engine in `folder`.
 
@@ -98,6 +122,7 @@ class BackendFactory(Protocol):
             manifest: of that folder.
             threads: CPU threads for one operator; None lets the library choose.
             checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
+            progress: told while weights are read from a checkpoint.
 
         Raises:
             EngineError: a graph cannot be loaded or has another face than the manifest says.

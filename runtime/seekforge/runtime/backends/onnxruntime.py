@@ -20,7 +20,7 @@ from seekforge.plugins.formats.bindings import evaluate_into
 from seekforge.plugins.formats.dtypes import NUMPY, ONNX
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.formats.program import GraphIO, TensorSpec, load_bindings
-from seekforge.runtime.backends.base import MODEL, StepInputs
+from seekforge.runtime.backends.base import MODEL, OnLoad, StepInputs
 from seekforge.runtime.weights import GivenTensors, changed_constants
 
 #: our name -> ONNX Runtime's words for a tensor type.
@@ -107,9 +107,15 @@ class OnnxRuntimeBackend:
     """A CPU engine. The MTP graph is loaded when it is first run."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, threads: int | None = None, checkpoint: Path | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        checkpoint: Path | None = None,
+        progress: OnLoad | None = None,
     ) -> None:
-        """Load the model graph; see `BackendFactory`. The weights are in the engine: `checkpoint` is not read."""
+        """Load the model graph; see `BackendFactory`. The weights are in the engine, not in a checkpoint."""
         self._folder = folder
         self._manifest = manifest
         self._threads = threads or _default_threads()

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
-from seekforge.plugins.formats.loader import LoadProgress
 from seekforge.plugins.formats.loading import check_weights
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.formats.program import GraphIO, load_bindings
 from seekforge.plugins.formats.safetensors import Checkpoint
-from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, StepInputs, StepOutputs
+from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, OnLoad, StepInputs, StepOutputs
 from seekforge.runtime.backends.device import Device
 from seekforge.runtime.backends.device_graph import DeviceGraph, halves, padded
 from seekforge.runtime.backends.device_weights import DeviceWeights
@@ -77,7 +76,7 @@ class TensorRtBackend:
         *,
         threads: int | None = None,
         checkpoint: Path | None = None,
-        progress: Callable[[LoadProgress], None] | None = None,
+        progress: OnLoad | None = None,
         device: Device | None = None,
     ) -> None:
         """Load the model's plan and its weights.
