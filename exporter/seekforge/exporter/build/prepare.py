@@ -16,6 +16,7 @@ from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.spec import DOMAIN
 from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.sum_ranks.collective import to_collectives
 from seekforge.plugins.tensorrt.plugin import KERNEL_DIGEST, OP_VERSION, PRODUCTS
 
 
@@ -28,12 +29,14 @@ class Prepared:
         operators: the specialised graph before anything was inlined, for the audit.
         plugins: op_type -> nodes left for plugins.
         inlined: op_type -> nodes inlined.
+        collectives: sums over ranks, which neither a plugin nor a body does.
     """
 
     model: onnx.ModelProto
     operators: onnx.ModelProto
     plugins: dict[str, int]
     inlined: dict[str, int]
+    collectives: int = 0
 
 
 def prepare(
@@ -59,6 +62,7 @@ def prepare(
         ProgramError: an operator that is to be inlined has no body for `how`.
     """
     specialised = specialise(model, how, config)
+    collectives = to_collectives(specialised)
     counts = Counter(node.op_type for node in specialised.graph.node if node.domain == DOMAIN)
     operators = onnx.ModelProto()
     operators.CopyFrom(specialised)
@@ -68,7 +72,7 @@ def prepare(
     for node in specialised.graph.node:
         if node.domain == DOMAIN:
             _describe(node, products, digests.get(node.op_type, ""))
-    return Prepared(specialised, operators, {op: n for op, n in counts.items() if op in plugins}, inlined)
+    return Prepared(specialised, operators, {op: n for op, n in counts.items() if op in plugins}, inlined, collectives)
 
 
 def _inline(model: onnx.ModelProto, how: Specialisation, ops: Collection[str]) -> onnx.ModelProto:
