@@ -200,15 +200,20 @@ class KernelFolder:
 
     def __init__(self, engine: Path, sm: int, driver: Driver) -> None:
         self._descriptors, self._driver = Descriptors(engine, sm), driver
+        self._launchers: dict[tuple[str, str, tuple[tuple[str, Any], ...]], OpLauncher] = {}
 
     def launcher(self, op: str, *, attrs: Mapping[str, Any], products: str, digest: str) -> OpLauncher:
-        """Return the kernels of `op` with this digest, loaded.
+        """Return the kernels of `op` with this digest, loaded: once, however many layers use them.
 
         Raises:
             EngineError: there are none, they are damaged, were compiled for other attributes, or multiply otherwise
                 than the engine was built for.
         """
-        found = OpLauncher.open(self._descriptors.find(op, digest), attrs, self._driver)
+        key = (op, digest, tuple(sorted(attrs.items())))
+        found = self._launchers.get(key)
+        if found is None:
+            found = OpLauncher.open(self._descriptors.find(op, digest), attrs, self._driver)
+            self._launchers[key] = found
         ours = "fp8" if has_fp8(found.kernels.sm) else "bf16"
         if op in _FP8_WEIGHTS and products not in ("", ours):
             raise EngineError(f"{op}: built for {products} products, kernels of sm{found.kernels.sm} have {ours}")

@@ -137,6 +137,8 @@ def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_pat
     for op, use in manifest.plugins.items():
         launcher = source.launcher(op, attrs=_attrs(one_layer, op), products="fp8", digest=use.kernel_digest)
         assert launcher.kernels.sm == 89
+        again = source.launcher(op, attrs=_attrs(one_layer, op), products="fp8", digest=use.kernel_digest)
+        assert again is launcher, "the kernels of an operator are loaded once, not once per layer"
     assert driver.loaded == sum(manifest.audit.kernels.values())
     about = json.loads(CliRunner().invoke(inspect_command, [str(engine), "--json"]).output)
     assert about["audit"]["kernels"] == manifest.audit.kernels and about["digest"] == manifest.digest
