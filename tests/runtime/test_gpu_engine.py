@@ -1,0 +1,162 @@
+"""An engine on a real GPU answers as PyTorch does; what judges it is tried here on engines that are known to be right.
+
+The device test builds the tiny model for the GPU that is there, with the kernels of its plugins, and loads it through
+`LLM`. It is skipped, and says why, where there is no GPU or no target that its library compiles for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
+from seekforge.exporter.build.gpu_engine import build_gpu
+from seekforge.exporter.build.targets import TargetConfig, all_targets
+from seekforge.exporter.model.session import TorchSession
+from seekforge.exporter.model.step import Settings
+from seekforge.exporter.progress import Stages
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import NUMERICS
+from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.runtime import LLM, Engine, SamplingParams
+
+#: Gives the logits after each of some token ids, [len, vocab_size].
+Oracle = Callable[[Sequence[int]], np.ndarray]
+
+_spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("test_tensorrt_backend.py"))
+assert _spec is not None and _spec.loader is not None
+_fake = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_fake)
+gpu_engine, device = _fake.gpu_engine, _fake.device  # fixtures: an engine of a GPU that does not exist, and that GPU
+
+
+def judge(engine: Engine | Path, oracle: Oracle, vocab_size: int, *, drafts: int, tolerance: float) -> int:
+    """Generate greedily and hold every token against the oracle, given the tokens before it.
+
+    A token must be the oracle's where that leads by more than `tolerance`, and within `tolerance` of it elsewhere.
+    Prompts end below, at and above a block's border, and run together and again from the prefix cache.
+
+    Returns:
+        How many tokens the oracle decides.
+    """
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, vocab_size, length).tolist() for length in (1, 17, 63, 64, 65, 90)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    decided = 0
+    with LLM(engine, num_blocks=40, num_speculative_tokens=drafts, speculation_off_switch=False) as llm:
+        for _ in range(2):
+            for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+                tokens = output.outputs[0].token_ids
+                assert len(tokens) == params.max_tokens
+                rows = oracle([*prompt, *tokens])[len(prompt) - 1 : -1]
+                for place, (token, row) in enumerate(zip(tokens, rows, strict=True)):
+                    second, best = np.sort(row)[-2:]
+                    if best - second > tolerance:
+                        assert token == row.argmax(), f"token {place} after a prompt of {len(prompt)}"
+                        decided += 1
+                    assert row[token] >= best - tolerance, f"token {place} after a prompt of {len(prompt)}"
+        assert llm._scheduler.cache.pool.num_free == llm._scheduler.cache.pool.num_usable
+    return decided
+
+
+def pytorch(checkpoint: Path) -> tuple[Oracle, int, float]:
+    """Return PyTorch's FP8 model with bf16 activations, its vocabulary, and what bf16 activations alone change."""
+    config = ModelConfig.load(checkpoint)
+
+    def logits(ids: Sequence[int], activations) -> np.ndarray:
+        with Checkpoint.open(checkpoint) as source:
+            session = TorchSession(Settings(config, NUMERICS["fp8"], activations), source, num_blocks=4)
+            return session.prefill(list(ids))["logits"].double().numpy()
+
+    ids = np.random.default_rng(1).integers(2, config.vocab_size, 80).tolist()
+    noise = float(np.abs(logits(ids, "bf16") - logits(ids, "f32")).max())
+    return lambda ids: logits(ids, "bf16"), config.vocab_size, 2 * noise
+
+
+def target_for(sm: int, backend: str) -> TargetConfig | None:
+    """Return a target that `backend` compiles for a GPU of this compute capability."""
+    return next((one for one in all_targets() if one.backend == backend and sm in one.sms), None)
+
+
+def gpu_sm() -> int:
+    """Return the compute capability of the first GPU, or skip the test."""
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        (status,) = driver.cuInit(0)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no CUDA driver ({error})")
+    if status != driver.CUresult.CUDA_SUCCESS or driver.cuDeviceGetCount()[1] == 0:
+        pytest.skip(f"no GPU ({status.name})")
+    kind = driver.CUdevice_attribute
+    major, minor = (
+        driver.cuDeviceGetAttribute(one, 0)[1]
+        for one in (
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return 10 * major + minor
+
+
+@pytest.mark.parametrize(
+    ("sm", "backend", "name"),
+    [
+        (90, "tensorrt", "h100"),
+        (80, "tensorrt", "a100-80g"),
+        (89, "tensorrt-rtx", "rtx4090"),
+        (120, "tensorrt-rtx", "rtx5090"),
+        (90, "tensorrt-rtx", None),
+        (75, "tensorrt", None),
+    ],
+)
+def test_a_gpu_gets_a_target_that_its_library_compiles_for(sm: int, backend: str, name: str | None) -> None:
+    found = target_for(sm, backend)
+    assert (found.sms if found else None) == (next(t.sms for t in all_targets() if t.name == name) if name else None)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_judge_passes_a_right_engine_and_fails_a_wrong_oracle(gpu_engine, device, toy, drafts: int) -> None:
+    def right(ids: Sequence[int]) -> np.ndarray:
+        return np.stack([toy.logits(list(ids[: n + 1])) for n in range(len(ids))])
+
+    def bent(ids: Sequence[int]) -> np.ndarray:
+        """The first token is forgotten."""
+        return np.stack([toy.logits(list(ids[1 : n + 1]) or list(ids[:1])) for n in range(len(ids))])
+
+    assert judge(gpu_engine[0], right, 300, drafts=drafts, tolerance=1e-3) > 100
+    assert device.launches > 5, "decode steps are captured graphs"
+    with pytest.raises(AssertionError, match="after a prompt of"):
+        judge(gpu_engine[0], bent, 300, drafts=drafts, tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_the_judge_passes_the_engine_of_a_cpu(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
+    oracle, vocab_size, tolerance = pytorch(tiny_checkpoint)
+    assert judge(tiny_engines["fp8"], oracle, vocab_size, drafts=2, tolerance=tolerance) > 30
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("library", "backend"),
+    [pytest.param("tensorrt", "tensorrt", marks=pytest.mark.trt), ("tensorrt_rtx", "tensorrt-rtx")],
+)
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_real_gpu_answers_as_pytorch_does(
+    request: pytest.FixtureRequest, tmp_path: Path, library: str, backend: str, drafts: int
+) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    sm = gpu_sm()
+    target = target_for(sm, backend)
+    if target is None:
+        pytest.skip(f"no target of {backend} for a GPU of sm{sm}")
+    checkpoint = request.getfixturevalue("tiny_checkpoint")
+    inputs, choices = open_inputs(request.getfixturevalue("tiny_programs")["fp8"], checkpoint), Choices()
+    out, progress = tmp_path / "engine", Stages(quiet=True)
+    build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=progress)
+    oracle, vocab_size, tolerance = pytorch(checkpoint)
+    assert judge(out, oracle, vocab_size, drafts=drafts, tolerance=tolerance) > 30
