@@ -56,6 +56,15 @@ def test_a_second_build_compiles_nothing(
     assert (tmp_path / name).read_text() == (out / name).read_text()
 
 
+def test_two_sizes_of_one_operator_are_two_sets(tmp_path: Path) -> None:
+    work = aot.tasks({"DsaCacheWrite": OPS["DsaCacheWrite"] | {"R": 16}}, (90,))
+    work += aot.tasks({"DsaCacheWrite": OPS["DsaCacheWrite"] | {"R": 32}}, (90,))
+    found = aot.build(work, tmp_path / "out", cache=tmp_path / "cache", jobs=1)
+    assert sorted(one.statics["R"] for one in found) == [16, 32]
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert {entry["digest"] for entry in index["kernels"]} == {task.digest for task in work}
+
+
 def test_the_digest_covers_sizes_and_sources() -> None:
     assert aot.set_digest("DsaCacheWrite", {"C": 128}) != aot.set_digest("DsaCacheWrite", {"C": 256})
 

@@ -132,7 +132,7 @@ def build(
     compiler()
     cache.mkdir(parents=True, exist_ok=True)
     jobs = max(1, min(jobs or len(os.sched_getaffinity(0)), len(work)))
-    done: dict[tuple[str, int], KernelSet] = {}
+    done: dict[tuple[str, int], KernelSet] = {}  # by digest, which tells sizes apart, and SM
     context = multiprocessing.get_context("spawn")
     before = os.environ.pop("TRITON_INTERPRET", None)  # the spawned processes inherit it
     try:
@@ -143,13 +143,13 @@ def build(
                 running[pool.submit(_compile_task, task, cache)] = task
             for future in concurrent.futures.as_completed(running):
                 task = running[future]
-                done[task.op, task.sm] = future.result()
-                progress(task, done[task.op, task.sm])
+                done[task.digest, task.sm] = future.result()
+                progress(task, done[task.digest, task.sm])
     finally:
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before
     order = list(SPECS)
-    sets = [done[task.op, task.sm] for task in sorted(work, key=lambda task: (order.index(task.op), task.sm))]
+    sets = [done[task.digest, task.sm] for task in sorted(work, key=lambda task: (order.index(task.op), task.sm))]
     write(sets, out, cache=cache)
     return sets
 
