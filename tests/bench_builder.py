@@ -162,8 +162,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = found.folder or Path(temporary)
         for program, form, sm in wanted(programs, forms, [int(sm) for sm in found.sms.split(",")]):
-            rows += measure(make_program(program, root), program, form, sm, found.profiles)
-            print(rows[-1], file=sys.stderr, flush=True)
+            new = measure(make_program(program, root), program, form, sm, found.profiles)
+            sys.stderr.write("".join(f"{row}\n" for row in new))
+            rows += new
     sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n" if found.json else markdown(rows))
     return 0
 
