@@ -62,10 +62,22 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
     query = cast(text, "query", "query_f", to="f32", given=how.activations)
     text.add(f"""
   heads_latent = Shape<start = 2, end = 4>(q_latent)
-  heads = Shape<start = 2, end = 3>(q_latent)
   latent_dim = Shape<start = 3, end = 4>(q_latent)
   width = Shape<start = 1, end = 2>(latent_cache)
   scaled = Mul({query}, {text.f32(float(attrs["scale"]))})
+  count1 = Shape<start = 1, end = 2>(q_latent)
+  is_one1 = Equal(count1, {text.ints(1)})
+  is_one = Squeeze(is_one1)
+  o_latent = If (is_one) <
+    then_branch = one_row () => (o_one) {{
+      one_q4 = Slice(scaled, {text.ints(0)}, {text.ints(1)}, {text.ints(1)})
+      one_chosen = Slice(columns, {text.ints(0)}, {text.ints(1)}, {text.ints(1)})
+""")
+    # a graph whose steps are known to have more rows must type too, hence the slices
+    _add_own(text, attrs, "one_", "one_q4", "one_chosen", text.ints(1))
+    _add_result(text, how, "one_wide", "one_chosen", "one_", "o_one")
+    text.add(f"""
+    }}, else_branch = many_rows () => (o_many) {{
   fitting = Div({text.ints(_MOST_KEYS)}, k)
   some_rows = Max(fitting, {text.ints(1)})
   most_rows = Min(some_rows, {text.ints(_MOST_ROWS)})
@@ -87,7 +99,6 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
   worth64 = Squeeze(worth1)
   worth = Cast<to = {onnx_type("i32")}>(worth64)
   shared_shape = Concat<axis = 0>({text.ints(0, -1)}, width)
-  own_shape = Concat<axis = 0>({text.ints(0)}, rows1, k, width)
   wide_shape = Concat<axis = 0>({text.ints(0)}, rows1, {text.ints(-1)}, width)
   done, result_blocks = Scan<num_scan_inputs = 2, scan_input_axes = [1, 1], scan_output_axes = [1], body = query_block
     (state, q_block, chosen) => (state_out, out) {{
@@ -101,18 +112,25 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
 """)
     _add_shared(text, attrs)
     text.add("        }, else_branch = apart () => (own_wide) {")
-    _add_own(text, attrs)
+    _add_own(text, attrs, "own_", "q_block", "chosen", "rows1")
+    text.add("        }>")
+    _add_result(text, how, "wide", "chosen", "block_", "out")
+    text.add(f"  }}>({text.f32(0)}, scaled_blocks, columns_blocks)")
+    join_blocks(text, "result_blocks", "heads_latent", "o_many")
+    text.add("}>")
+
+
+def _add_result(text: Text, how: Specialisation, wide: str, chosen: str, p: str, out: str) -> None:
+    """Write `out`: `wide` cut to the latent values, zero in rows without a key, in the activation dtype."""
     text.add(f"""
-        }}>
-      narrow = Slice(wide, {text.ints(0)}, latent_dim, {text.ints(3)})
-      first = Slice(chosen, {text.ints(0)}, {text.ints(1)}, {text.ints(2)})
-      some = GreaterOrEqual(first, {text.i32(0)})
-      some4 = Unsqueeze(some, {text.ints(3)})
-      result = Where(some4, narrow, {text.f32(0)})
+      {p}narrow = Slice({wide}, {text.ints(0)}, latent_dim, {text.ints(3)})
+      {p}key = Slice({chosen}, {text.ints(0)}, {text.ints(1)}, {text.ints(2)})
+      {p}some = GreaterOrEqual({p}key, {text.i32(0)})
+      {p}some4 = Unsqueeze({p}some, {text.ints(3)})
+      {p}result = Where({p}some4, {p}narrow, {text.f32(0)})
 """)
-    out = cast(text, "result", "result_cast", to=how.activations, given="f32")
-    text.add(f"      out = Identity({out})\n  }}>({text.f32(0)}, scaled_blocks, columns_blocks)")
-    join_blocks(text, "result_blocks", "heads_latent", "o_latent")
+    result = cast(text, f"{p}result", f"{p}cast", to=how.activations, given="f32")
+    text.add(f"{out} = Identity({result})")
 
 
 def _add_shared(text: Text, attrs: Attrs) -> None:
@@ -162,29 +180,31 @@ def _add_shared(text: Text, attrs: Attrs) -> None:
 """)
 
 
-def _add_own(text: Text, attrs: Attrs) -> None:
-    """Write `own_wide`: every row with its own keys. These are the left operand of the scores, read where they lie."""
+def _add_own(text: Text, attrs: Attrs, p: str, q: str, chosen: str, rows: str) -> None:
+    """Write `{p}wide`: every row with its own keys. These are the left operand of the scores, read where they lie."""
     text.add(f"""
-          valid = GreaterOrEqual(chosen, {text.i32(0)})
-          own_first = Slice(chosen, {text.ints(0)}, {text.ints(1)}, {text.ints(2)})
-          filled = Where(valid, chosen, own_first)
-          safe = Max(filled, {text.i32(0)})
-          safe64 = Cast<to = {onnx_type("i64")}>(safe)
-          flat = Reshape(safe64, {text.ints(0, -1)})
-          own_slots = GatherElements<axis = 1>(slot_of, flat)
-          own_stored = Gather<axis = 0>(latent_cache, own_slots)
+          {p}shape = Concat<axis = 0>({text.ints(0)}, {rows}, k, width)
+          {p}q_shape = Concat<axis = 0>({text.ints(0)}, {rows}, {text.ints(-1)}, width)
+          {p}valid = GreaterOrEqual({chosen}, {text.i32(0)})
+          {p}first = Slice({chosen}, {text.ints(0)}, {text.ints(1)}, {text.ints(2)})
+          {p}filled = Where({p}valid, {chosen}, {p}first)
+          {p}safe = Max({p}filled, {text.i32(0)})
+          {p}safe64 = Cast<to = {onnx_type("i64")}>({p}safe)
+          {p}flat = Reshape({p}safe64, {text.ints(0, -1)})
+          {p}slots = GatherElements<axis = 1>(slot_of, {p}flat)
+          {p}stored = Gather<axis = 0>(latent_cache, {p}slots)
 """)
-    own = cast(text, "own_stored", "own", to="f32", given=str(attrs["kv_format"]))
+    rows = cast(text, f"{p}stored", f"{p}rows", to="f32", given=str(attrs["kv_format"]))
     text.add(f"""
-          own_keys = Reshape({own}, own_shape)
-          own_q = Reshape(q_block, wide_shape)
-          own_q_t = Transpose<perm = [0, 1, 3, 2]>(own_q)
-          own_score_t = MatMul(own_keys, own_q_t)
-          own_score = Transpose<perm = [0, 1, 3, 2]>(own_score_t)
-          valid4 = Unsqueeze(valid, {text.ints(2)})
-          own_masked = Where(valid4, own_score, {text.f32(-np.inf)})
-          own_weight = Softmax<axis = -1>(own_masked)
-          own_wide = MatMul(own_weight, own_keys)
+          {p}keys = Reshape({rows}, {p}shape)
+          {p}q = Reshape({q}, {p}q_shape)
+          {p}q_t = Transpose<perm = [0, 1, 3, 2]>({p}q)
+          {p}score_t = MatMul({p}keys, {p}q_t)
+          {p}score = Transpose<perm = [0, 1, 3, 2]>({p}score_t)
+          {p}valid4 = Unsqueeze({p}valid, {text.ints(2)})
+          {p}masked = Where({p}valid4, {p}score, {text.f32(-np.inf)})
+          {p}weight = Softmax<axis = -1>({p}masked)
+          {p}wide = MatMul({p}weight, {p}keys)
 """)
 
 
