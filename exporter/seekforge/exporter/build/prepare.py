@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx
 from onnx import helper, inliner
 
+from seekforge.exporter.parity.taps import name_taps, tap_shape
 from seekforge.exporter.rewrite.specialise import specialise
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import TensorSpec
 from seekforge.plugins.function import attach
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.registry import SPECS
@@ -29,6 +31,7 @@ class Prepared:
         operators: the specialised graph before anything was inlined, for the audit.
         plugins: op_type -> nodes left for plugins.
         inlined: op_type -> nodes inlined.
+        taps: names of the tensors inside layers that the plan shall show.
         collectives: sums over ranks, which neither a plugin nor a body does.
     """
 
@@ -36,6 +39,7 @@ class Prepared:
     operators: onnx.ModelProto
     plugins: dict[str, int]
     inlined: dict[str, int]
+    taps: tuple[str, ...] = ()
     collectives: int = 0
 
 
@@ -47,6 +51,7 @@ def prepare(
     plugins: Collection[str],
     products: str,
     digests: dict[str, str],
+    taps: bool = False,
 ) -> Prepared:
     """Specialise a canonical graph and decide the face of every custom node.
 
@@ -57,11 +62,13 @@ def prepare(
         plugins: op_types that become plugins; the others are inlined.
         products: fp8 or bf16, the precision in which plugins multiply.
         digests: op_type -> digest of its kernels for the plugins, where there are kernels.
+        taps: give the tensors inside each layer the names that `parity` knows.
 
     Raises:
         ProgramError: an operator that is to be inlined has no body for `how`.
     """
     specialised = specialise(model, how, config)
+    names = tuple(name_taps(specialised)) if taps else ()
     collectives = to_collectives(specialised)
     counts = Counter(node.op_type for node in specialised.graph.node if node.domain == DOMAIN)
     operators = onnx.ModelProto()
@@ -72,7 +79,21 @@ def prepare(
     for node in specialised.graph.node:
         if node.domain == DOMAIN:
             _describe(node, products, digests.get(node.op_type, ""))
-    return Prepared(specialised, operators, {op: n for op, n in counts.items() if op in plugins}, inlined, collectives)
+    return Prepared(
+        specialised, operators, {op: n for op, n in counts.items() if op in plugins}, inlined, names, collectives
+    )
+
+
+def debug_specs(taps: Mapping[str, str]) -> tuple[TensorSpec, ...]:
+    """Describe debug tensors for a manifest.
+
+    Args:
+        taps: name -> TensorRT's word for its type.
+    """
+    words = {"FLOAT": "f32", "BF16": "bf16", "INT32": "i32", "INT64": "i64"}
+    return tuple(
+        TensorSpec(name=n, dtype=words[word], shape=tap_shape(n, taps), role="debug") for n, word in taps.items()
+    )
 
 
 def _inline(model: onnx.ModelProto, how: Specialisation, ops: Collection[str]) -> onnx.ModelProto:
