@@ -51,7 +51,7 @@ class Record:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        made: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         cls.model_fields = {field.name: field for field in dataclasses.fields(made)}
 
     def __post_init__(self) -> None:
