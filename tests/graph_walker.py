@@ -110,7 +110,8 @@ class CudaPlace:
                 "install a CUDA build of torch on a machine with a GPU"
             )
         self.device = torch.device("cuda", 0)
-        torch.cuda.init()
+        torch.cuda.set_stream(torch.cuda.Stream())  # as an engine does: not the default stream, which waits for others
+        torch.zeros(1, device=self.device)  # makes torch's context the current one, in which kernels are loaded
         self.driver = CudaDriver()
         major, minor = torch.cuda.get_device_capability(0)
         self.sm = 10 * major + minor
