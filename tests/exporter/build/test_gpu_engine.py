@@ -423,13 +423,13 @@ def test_less_than_was_asked_fails() -> None:
     ("arguments", "message"),
     [
         (["--target", "cpu"], "pass --checkpoint"),
-        (["--target", "cpu", "--precision", "fp8"], "--precision is for GPU targets"),
+        (["--target", "cpu", "--precision", "fp8"], "precision fp8 is for GPUs; a CPU knows f32, int8, int4"),
         (["--target", "cpu", "--sm", "89"], "--sm is for GPU targets"),
         (["--target", "cpu", "--max-batch-size", "3"], "--max-batch-size is for GPU targets"),
         (["--target", "rtx4090", "--timing-cache", "x"], "--timing-cache is for tensorrt"),
         (["--target", "rtx4090", "--workspace", "big"], "expected bytes such as 512M"),
         (["--target", "rtx4090", "--sm", "90"], "sm 90 is not one that tensorrt-rtx compiles for"),
-        (["--target", "rtx4090", "--taps"], "--taps is for target cpu"),
+        (["--target", "rtx4090", "--taps", "--layers-per-engine", "2"], "leave out --layers-per-engine"),
     ],
 )
 def test_options_that_a_target_does_not_know(
@@ -499,7 +499,7 @@ def test_profiles_keep_the_limits(inputs: Inputs) -> None:
     assert blocks == 3 * 2 + 1, "full sequences need no more"
     decode = axis_bounds(target.profiles["decode"], target.limits, pool_blocks=blocks)
     assert decode["B"] == (1, 3, 3)
-    assert decode["Q"] == (1, 1, 5)
+    assert decode["Q"] == (1, 1, 6)
     assert decode["MB"] == (1, 2, 2)
     assert decode["NS"] == (64, 7 * 64, 7 * 64)
     prefill = axis_bounds(target.profiles["prefill"], target.limits, pool_blocks=blocks)
