@@ -24,6 +24,7 @@ from seekforge.exporter.parity.report import to_json
 from seekforge.exporter.parity.run import Noise, Result, check_engine, conclude
 from seekforge.exporter.parity.terminal import print_terminal
 from seekforge.exporter.parity.walks import Walker, sensitivity, without
+from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncate
 from seekforge.plugins.errors import ConfigError
@@ -77,6 +78,9 @@ class _Options:
 @click.option("--from-dump", "dumps", type=click.Path(path_type=Path), multiple=True, help="Compare dumps; twice.")
 @click.option("--save", type=click.Path(path_type=Path), help="Keep the dumps of both sides in this folder.")
 @click.option("--force", is_flag=True, help="Replace what an earlier check wrote at --save.")
+@click.option(
+    "--write-self-check", is_flag=True, help="If it passes, store results in ENGINE to compare at each start."
+)
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one HTML page.")
 @click.option("--brief", is_flag=True, help="Print the cases and the verdict alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
@@ -88,6 +92,7 @@ def parity(
     dumps: tuple[Path, ...],
     save: Path | None,
     force: bool,
+    write_self_check: bool,
     html: Path | None,
     as_json: bool,
     brief: bool,
@@ -100,6 +105,8 @@ def parity(
     Exit code 0: passed, 1: a gate failed, 2: bad input. Every gate says why it is what it is.
     """
     asked = _Options(engine=engine, threads=threads, **options)  # pyright: ignore[reportArgumentType]
+    if write_self_check and (engine is None or asked.against not in ("torch", "transformers")):
+        raise click.UsageError("--write-self-check needs an ENGINE and --against torch or transformers")
     stages = Stages(quiet=quiet or as_json)
     if threads:
         torch.set_num_threads(threads)
@@ -114,6 +121,10 @@ def parity(
             return
         else:
             result = _from_engine(engine, asked, work, stages)
+            if write_self_check and result.passed:
+                stages("write self-check")
+                sides = Dump.open(work / "judged"), Dump.open(work / "reference")
+                store_self_check(engine, *sides, f"{asked.against}, by parity")
     stages.done()
     report = to_json(result)
     if html is not None:
@@ -245,8 +256,9 @@ def _from_engine(engine: Path, asked: _Options, work: Path, stages: Callable[[st
                 layers=_range(asked, config),
                 max_dump_bytes=int(asked.max_dump_gb * 1e9),
                 max_kl=asked.max_kl,
+                costs=asked.sensitivity,
             )
-            if asked.sensitivity:
+            if asked.sensitivity and not result.sensitivity:
                 result.sensitivity = _sensitivity(walker, plan, manifest.numerics, work, asked)
         return result
     if asked.layers is not None or asked.sensitivity or asked.numerics or asked.without:
