@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.dump import Case, Dump, DumpWriter, Plan, PlanStep, Side, lay_out
+from seekforge.plugins.formats.dump import CHECKPOINT, Case, Dump, DumpWriter, Plan, PlanStep, Side, lay_out
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.runtime.backends.base import StepInputs, StepOutputs
 
@@ -50,6 +50,7 @@ def engine_side(manifest: Manifest, name: str) -> Side:
         layers=manifest.layer_range,
         config=manifest.config,
         versions=versions,
+        weights=precision if (precision := manifest.build.get("precision")) in ("int8", "int4") else CHECKPOINT,
     )
 
 

@@ -61,6 +61,7 @@ class Stream:
         numerics: layer -> other numerics there, to see what one layer costs.
         beside: a run whose inputs each layer takes, changed by `perturbation`: what one layer makes of noise, while
             noise from the embeddings on grows from layer to layer. It keeps what comes out of each layer.
+        enters: (layer, dump): the run begins there, with what that dump has there.
     """
 
     writer: DumpWriter
@@ -69,6 +70,7 @@ class Stream:
     numerics: Mapping[int, Numerics] = field(default_factory=dict)
     layers: Collection[int] | None = None
     beside: Stream | None = None
+    enters: tuple[int, Dump] | None = None
     carried: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
@@ -165,6 +167,8 @@ class Reference:
         module = LayerModule(self.settings, layer, self.source)
         self._nudge(numbers)
         for stream in self.streams:
+            if not self._entered(stream, layer, numbers):
+                continue
             own = stream.numerics.get(layer)
             if own is not None:
                 module = LayerModule(replace(self.settings, numerics=own), layer, self.source)
@@ -189,6 +193,17 @@ class Reference:
                 state = module.new_state(case.num_blocks)
             state.step = self._steps[number]
             yield state, number
+
+    def _entered(self, stream: Stream, layer: int, numbers: Iterable[int]) -> bool:
+        """Whether a stream runs this layer; if it begins here, it is given what it begins with."""
+        if stream.enters is None or layer > stream.enters[0]:
+            return True
+        if layer == stream.enters[0]:
+            for number in numbers:
+                stream.carried[number] = {
+                    name: self._tensor(stream.enters[1].tensor(number, f"{name}.{layer}"), name) for name in HANDOVER
+                }
+        return layer == stream.enters[0]
 
     def _nudge(self, numbers: Iterable[int]) -> None:
         """Give streams that run beside another what that one has now, changed a little. The MTP module is one piece."""
@@ -376,6 +391,8 @@ class Reference:
                norm_names),
         ]  # fmt: skip
         self._nudge(numbers)
+        for stream in self.streams:
+            self._entered(stream, layer, numbers)
         for number in numbers:
             rows = torch.from_numpy(self._arrays[number].logits_index)
 

@@ -15,9 +15,9 @@ from seekforge.exporter.parity.localise import first_bad_layer, segment_is_bad
 from seekforge.exporter.parity.reference import NOISE_POINTS
 from seekforge.exporter.parity.taps import HANDOVER, layer_points, point_width
 from seekforge.exporter.parity.verdict import Finding, Gate, first_divergence, judge
-from seekforge.exporter.parity.walks import NOISE, NUDGED, REFERENCE, Walker
+from seekforge.exporter.parity.walks import NOISE, NUDGED, REFERENCE, Walker, sensitivity_of_engine
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import Dump, Plan, Side
+from seekforge.plugins.formats.dump import CHECKPOINT, Dump, Plan, Side
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import numerics_from_dict
 
@@ -73,6 +73,7 @@ def check_engine(
     layers: tuple[int, int] | None = None,
     max_dump_bytes: int = 8 << 30,
     max_kl: float | None = None,
+    costs: bool = False,
 ) -> Result:
     """Compare an engine with PyTorch.
 
@@ -83,7 +84,8 @@ def check_engine(
         work: folder for dumps: judged, reference, noise.
         layers: look at layers [a, b) only, from what the engine had at a.
         max_dump_bytes: above this, taps of all layers are not kept; the first bad layer is found by bisection.
-        max_kl: gate when numerics differ.
+        max_kl: gate when numerics or weights differ.
+        costs: also tell what each layer of the engine costs alone, where it can be cut.
 
     Raises:
         ConfigError, EngineError: see `Reference`, `EngineSide`.
@@ -127,16 +129,22 @@ def check_engine(
     )
     reference, noise = Dump.open(work / REFERENCE), Dump.open(work / NOISE)
     fed: list[FedLayer] = []
+    sensitivity: dict[int, float] = {}
     if feed:
-        fed = _feed(engine, walker, reference, shown, work)
+        fed = _feed(engine, walker, reference, shown, work, inside=judged.side.weights == CHECKPOINT)
+        if costs and judged.side.weights != CHECKPOINT:
+            sensitivity = sensitivity_of_engine(walker, plan, Dump.open(work / "fed"), work)
+        shutil.rmtree(work / "fed")
     elif not fits and engine.taps:
         records, fed = _bisect(engine, walker, plan, work, shown, notes, given)
     if same and not fed and engine.taps and not engine.opens:
         notes.append("the engine is compiled: PyTorch ran on its inputs, its layers could not be run on PyTorch's")
     progress("compare")
-    return conclude(
+    result = conclude(
         judged, reference, noise, records, same=same, max_kl=max_kl, notes=notes, num_runs=engine.num_runs, fed=fed
     )
+    result.sensitivity = sensitivity
+    return result
 
 
 def conclude(
@@ -154,7 +162,16 @@ def conclude(
     """Compare dumps, apply the gates, name the first divergence."""
     comparison = compare(judged, reference, noise)
     exact = judged.side.numerics.get("act_quant") == "none" and judged.side.activations == "f32"
-    gates = judge(comparison, records, fed, same_numerics=same, exact=exact, max_kl=max_kl)
+    same_weights = judged.side.weights == reference.side.weights
+    gates = judge(
+        comparison,
+        records,
+        fed,
+        same_numerics=same,
+        same_weights=same_weights,
+        exact=exact,
+        max_kl=max_kl,
+    )
     return Result(
         judged=judged.side,
         reference=reference.side,
@@ -162,7 +179,7 @@ def conclude(
         comparison=comparison,
         gates=gates,
         records=list(records),
-        finding=first_divergence(records, fed) if same else None,
+        finding=first_divergence(records, fed if same_weights else ()) if same else None,
         passed=all(gate.passed for gate in gates),
         num_engine_runs=num_runs,
         notes=list(notes),
@@ -187,16 +204,15 @@ def _before(walker: Walker, plan: Plan, layer: int, work: Path) -> Dump | None:
     return Dump.open(work / REFERENCE)
 
 
-def _feed(engine: EngineSide, walker: Walker, reference: Dump, layers: tuple[int, int], work: Path) -> list[FedLayer]:
-    """Run all layers of the engine on PyTorch's inputs, and look into the first that differs."""
+def _feed(
+    engine: EngineSide, walker: Walker, reference: Dump, layers: tuple[int, int], work: Path, *, inside: bool
+) -> list[FedLayer]:
+    """Run all layers of the engine on PyTorch's inputs, and look into the first that differs, if asked to."""
     walker.progress("the engine's layers on PyTorch's inputs")
-    try:
-        found = engine.dump_fed(reference, work / "fed", layers)
-        fed = judge_layers(found, reference, Dump.open(work / NUDGED))
-    finally:
-        for folder in ("fed", NUDGED):
-            shutil.rmtree(work / folder, ignore_errors=True)
-    for i, one in enumerate(fed):
+    found = engine.dump_fed(reference, work / "fed", layers)
+    fed = judge_layers(found, reference, Dump.open(work / NUDGED))
+    shutil.rmtree(work / NUDGED)
+    for i, one in enumerate(fed if inside else ()):
         if one.bad and one.layer < layers[1]:
             walker.progress(f"inside of layer {one.layer} on PyTorch's inputs")
             fed[i] = look_inside(engine, walker, reference, one.layer, work / "probe")

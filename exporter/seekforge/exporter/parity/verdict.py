@@ -56,6 +56,7 @@ def judge(
     *,
     same_numerics: bool,
     exact: bool,
+    same_weights: bool = True,
     max_kl: float | None = None,
 ) -> list[Gate]:
     """Judge two sides.
@@ -66,6 +67,8 @@ def judge(
         fed: layers of the engine on PyTorch's inputs; empty where it cannot be cut.
         same_numerics: both sides make the same roundings. If not, numbers are shown and only what is asked for or
             is plainly broken is gated: the difference is what the other numerics cost.
+        same_weights: no side rounded its weights to codes. If one did, operations are still judged, those without
+            weights as strictly as ever, and what becomes of the whole model is the price: shown, not gated.
         exact: numerics without quantisation: then every row must agree.
         max_kl: the largest mean KL that is accepted, when somebody decides about numerics.
     """
@@ -83,11 +86,11 @@ def judge(
     if caches:
         gates.append(_operations("caches", caches, same_numerics))
     if fed:
-        gates.append(_fed(fed))
+        gates.append(_fed(fed, gated=same_weights))
     if any(len(case.error) for case in comparison.cases):
-        gates += _logits(comparison, same_numerics=same_numerics, exact=exact, max_kl=max_kl)
+        gates += _logits(comparison, same_numerics=same_numerics and same_weights, exact=exact, max_kl=max_kl)
     if any(layer.keys.rows or layer.experts for layer in comparison.layers):
-        gates.append(_flipped(comparison, same_numerics))
+        gates.append(_flipped(comparison, same_numerics and same_weights))
     return gates
 
 
@@ -98,7 +101,7 @@ def _operations(name: str, records: Sequence[OpRecord], gated: bool) -> Gate:
     return Gate(name, not failed or not gated, value, "0 off", worst.reason, gated)
 
 
-def _fed(fed: Sequence[FedLayer]) -> Gate:
+def _fed(fed: Sequence[FedLayer], *, gated: bool) -> Gate:
     failed = [one for one in fed if one.bad]
     worst = max(fed, key=lambda one: one.error / one.allowed)
     value = f"{len(failed)} of {len(fed)} off" if failed else f"{len(fed)} right"
@@ -106,7 +109,12 @@ def _fed(fed: Sequence[FedLayer]) -> Gate:
         f"each given PyTorch's inputs; most rows within {SEGMENT_FACTOR:g} x what PyTorch's layer makes of inputs that "
         f"changed by rounding noise ({PERTURBATION:g} in f32), and {SEGMENT_FLOOR:g}"
     )
-    return Gate("the engine's layers", not failed, f"{value}, worst {worst.error:.1e}", f"{worst.allowed:.1e}", reason)
+    if not gated:
+        value, reason = f"{len(fed)} layers", "each given PyTorch's inputs: what its codes in place of weights cost"
+    allowed = f"{worst.allowed:.1e}" if gated else "—"
+    return Gate(
+        "the engine's layers", not (failed and gated), f"{value}, worst {worst.error:.1e}", allowed, reason, gated
+    )
 
 
 def _all(comparison: Comparison, get: Callable) -> np.ndarray:
@@ -123,7 +131,9 @@ def _logits(comparison: Comparison, *, same_numerics: bool, exact: bool, max_kl:
     names = "/".join(f"{q:.0%}" for q in QUANTILES)
     gates = []
     if not same_numerics:
-        gates.append(Gate("logits", True, text, "—", f"quantiles {names}: what other numerics cost", gated=False))
+        gates.append(
+            Gate("logits", True, text, "—", f"quantiles {names}: what it costs to compute otherwise", gated=False)
+        )
     elif exact:
         flipped = _all(comparison, lambda c: c.flipped[c.logit_rows])
         out = (error > GATE) & ~flipped

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.parity.compare import compare
@@ -123,24 +124,42 @@ def sensitivity(walker: Walker, plan: Plan, *, other: Numerics, work: Path, laye
     One pass over the weights: each layer has a run of its own beside the base run. Memory grows with the number
     of layers by their hidden states.
     """
+    runs = {layer: {"numerics": {layer: other}} for layer in layers}
+    return _costs(walker, plan, work, runs)
+
+
+def sensitivity_of_engine(walker: Walker, plan: Plan, fed: Dump, work: Path) -> dict[int, float]:
+    """Return layer -> mean KL of the next token when that layer alone is the engine's, all others PyTorch's.
+
+    Args:
+        walker: the PyTorch side.
+        plan: the steps.
+        fed: what the engine's layers made of PyTorch's inputs.
+        work: folder for dumps.
+    """
+    start, stop = fed.side.layers
+    return _costs(walker, plan, work, {layer: {"enters": (layer + 1, fed)} for layer in range(start, stop)})
+
+
+def _costs(walker: Walker, plan: Plan, work: Path, runs: Mapping[int, dict[str, Any]]) -> dict[int, float]:
+    """Run PyTorch, and beside it once for each layer with that layer changed."""
     base = walker.settings
     side = torch_side(base, "sensitivity", (0, base.config.num_hidden_layers))
+    root = work / "sensitivity"
+    shutil.rmtree(root, ignore_errors=True)
     streams = []
-    for name, numerics in [("base", {}), *((f"{layer}", {layer: other}) for layer in layers)]:
-        folder = work / "sensitivity" / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        streams.append(Stream(DumpWriter(folder, side, plan), 0.0, (), numerics))
+    for name, change in [("base", {}), *((f"{layer}", change) for layer, change in runs.items())]:
+        (root / name).mkdir(parents=True)
+        streams.append(Stream(DumpWriter(root / name, side, plan), 0.0, (), **change))
     Reference(base, walker.source, plan, streams=streams, progress=walker.progress).run()
     for stream in streams:
         stream.writer.close()
     result = {}
-    reference = Dump.open(work / "sensitivity" / "base")
-    for layer in layers:
-        cases = compare(Dump.open(work / "sensitivity" / str(layer)), reference).cases
+    for layer in runs:
+        cases = compare(Dump.open(root / str(layer)), Dump.open(root / "base")).cases
         rows = sum(len(case.kl) for case in cases)
         result[layer] = float(sum(case.kl.sum() for case in cases)) / max(1, rows)
-    shutil.rmtree(work / "sensitivity")
+    shutil.rmtree(root)
     return result
 
 

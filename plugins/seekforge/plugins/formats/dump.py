@@ -23,6 +23,8 @@ from seekforge.plugins.formats.records import Record, RecordError
 
 DUMP_FORMAT = 1
 INDEX = "dump.json"
+#: Weights of a side that has them as they are in the checkpoint.
+CHECKPOINT = "checkpoint"
 
 Mode = Literal["whole", "chunked", "decode", "ragged", "mtp"]
 MODES: tuple[Mode, ...] = ("whole", "chunked", "decode", "ragged", "mtp")
@@ -267,6 +269,7 @@ class Side(Record):
         name: the engine's or checkpoint's folder name, for people.
         numerics: fields of `formats.numerics.Numerics`.
         activations: dtype that it computed in.
+        weights: int8 or int4 where an engine rounded its weights to codes; else as the checkpoint has them.
         layers: [a, b) of the main model that it ran.
         config: the model's config.json.
         versions: of what ran it.
@@ -279,6 +282,7 @@ class Side(Record):
     layers: tuple[int, int]
     config: dict[str, Any]
     versions: dict[str, str]
+    weights: str = CHECKPOINT
 
 
 class _Tensor(Record):
