@@ -15,6 +15,8 @@ import pytest
 import torch
 from parity_faults import bent_engine, build_engine, edited_checkpoint, scaled, small_model, split_products
 
+from seekforge.exporter.build.engine import build
+from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.model import attention
 from seekforge.exporter.model.layers import rope_interleaved
 from seekforge.exporter.model.model import StepModel
@@ -26,6 +28,7 @@ from seekforge.exporter.parity.run import Result, check_engine
 from seekforge.exporter.parity.taps import available_taps, tapped_copy
 from seekforge.exporter.parity.verdict import first_divergence
 from seekforge.exporter.parity.walks import Walker
+from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite import trace as tracing
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.formats.dump import Dump, make_plan
@@ -385,3 +388,30 @@ def test_a_correct_engine_that_sums_in_another_order_passes(
     first = EngineSide(tiny_engines[numerics], work, threads=MAX_THREADS).dump(plan, work / "dump", [])
     same = Dump.open(tmp_path / "w" / "judged")
     assert not np.array_equal(first.tensor(0, "logits"), same.tensor(0, "logits"))
+
+
+# --- what codes in place of weights cost -----------------------------------------------------------------------
+
+
+def test_int8_codes_are_a_price_and_a_broken_operation_beside_them_is_a_fault(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    target = load_target("cpu", ["precision=int8"])
+    build(
+        tiny_programs["exact"], tmp_path / "int8", target=target, checkpoint_folder=tiny_checkpoint,
+        max_model_len=None, force=False, progress=Stages(quiet=True),
+    )  # fmt: skip
+    plan = plan_of(tiny_config, (70,), "whole")
+    result = check(tmp_path / "int8", tiny_checkpoint, tmp_path / "w", plan, costs=True)
+    assert result.passed and result.finding is None, [gate for gate in result.gates if not gate.passed]
+    assert result.judged.weights == "int8"
+    coded = [record.error for record in result.records if "int8 codes" in record.reason]
+    others = [r for r in result.records if "int8 codes" not in r.reason and not r.num_choices]
+    assert len(coded) > 30 and 0.01 < max(coded) < 0.15
+    assert len(others) > 50 and max(record.error for record in others) < 2e-5, "the rest is as exact as ever"
+    gated = {gate.name for gate in result.gates if gate.gated}
+    assert gated == {"finite", "operations", "choices", "caches"}, "what becomes of the whole is the price"
+    assert set(result.sensitivity) == {0, 1, 2, 3} and min(result.sensitivity.values()) > 1e-6
+    bent = bent_engine(tmp_path / "int8", tmp_path / "bent", {"attn_norm.2": np.full(512, 1.01, np.float32)})
+    finding = check(bent, tiny_checkpoint, tmp_path / "b", plan).finding
+    assert finding is not None and (finding.layer, finding.module) == (2, "input_layernorm")
