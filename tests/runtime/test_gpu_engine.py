@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -35,19 +36,30 @@ _spec.loader.exec_module(_fake)
 gpu_engine, device = _fake.gpu_engine, _fake.device  # fixtures: an engine of a GPU that does not exist, and that GPU
 
 
-def judge(engine: Engine | Path, oracle: Oracle, vocab_size: int, *, drafts: int, tolerance: float) -> int:
+def judge(
+    engine: Engine | Path, oracle: Oracle, vocab_size: int, *, drafts: int, tolerance: float, most_wrong: float = 0.0
+) -> float:
     """Generate greedily and hold every token against the oracle, given the tokens before it.
 
-    A token must be the oracle's where that leads by more than `tolerance`, and within `tolerance` of it elsewhere.
-    Prompts end below, at and above a block's border, and run together and again from the prefix cache.
+    A token is wrong if the oracle likes another one better by more than `tolerance`. Prompts end below, at and above a
+    block's border, and run together and again from the prefix cache.
+
+    Args:
+        engine: to be judged.
+        oracle: knows what is right.
+        vocab_size: of the oracle.
+        drafts: tokens to draft.
+        tolerance: in logits.
+        most_wrong: share of the tokens that may be wrong.
 
     Returns:
-        How many tokens the oracle decides.
+        The share of the tokens for which there was no choice, since the oracle's best leads by more than `tolerance`.
     """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, vocab_size, length).tolist() for length in (1, 17, 63, 64, 65, 90)]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    decided = 0
+    decided: list[bool] = []
+    wrong: list[str] = []
     with LLM(engine, num_blocks=40, num_speculative_tokens=drafts, speculation_off_switch=False) as llm:
         for _ in range(2):
             for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
@@ -56,25 +68,29 @@ def judge(engine: Engine | Path, oracle: Oracle, vocab_size: int, *, drafts: int
                 rows = oracle([*prompt, *tokens])[len(prompt) - 1 : -1]
                 for place, (token, row) in enumerate(zip(tokens, rows, strict=True)):
                     second, best = np.sort(row)[-2:]
-                    if best - second > tolerance:
-                        assert token == row.argmax(), f"token {place} after a prompt of {len(prompt)}"
-                        decided += 1
-                    assert row[token] >= best - tolerance, f"token {place} after a prompt of {len(prompt)}"
+                    decided.append(best - second > tolerance)
+                    if row[token] < best - tolerance:
+                        wrong.append(f"token {place} after a prompt of {len(prompt)}: {best - row[token]:.3g} below")
         assert llm._scheduler.cache.pool.num_free == llm._scheduler.cache.pool.num_usable
-    return decided
+    assert len(wrong) <= most_wrong * len(decided), f"{len(wrong)} of {len(decided)} are wrong, first {wrong[0]}"
+    return sum(decided) / len(decided)
 
 
 def pytorch(checkpoint: Path) -> tuple[Oracle, int, float]:
-    """Return PyTorch's FP8 model with bf16 activations, its vocabulary, and what bf16 activations alone change."""
+    """Return PyTorch's FP8 model with bf16 activations, its vocabulary, and a tolerance.
+
+    It is twice what rounding the activations to bf16 changes in the middle row. Where the rounding makes a row choose
+    other experts or keys it changes more: such rows are the few that may be wrong.
+    """
     config = ModelConfig.load(checkpoint)
 
-    def logits(ids: Sequence[int], activations) -> np.ndarray:
+    def logits(ids: Sequence[int], activations: Literal["f32", "bf16"]) -> np.ndarray:
         with Checkpoint.open(checkpoint) as source:
             session = TorchSession(Settings(config, NUMERICS["fp8"], activations), source, num_blocks=4)
             return session.prefill(list(ids))["logits"].double().numpy()
 
     ids = np.random.default_rng(1).integers(2, config.vocab_size, 80).tolist()
-    noise = float(np.abs(logits(ids, "bf16") - logits(ids, "f32")).max())
+    noise = float(np.median(np.abs(logits(ids, "bf16") - logits(ids, "f32")).max(1)))
     return lambda ids: logits(ids, "bf16"), config.vocab_size, 2 * noise
 
 
@@ -128,16 +144,16 @@ def test_the_judge_passes_a_right_engine_and_fails_a_wrong_oracle(gpu_engine, de
         """The first token is forgotten."""
         return np.stack([toy.logits(list(ids[1 : n + 1]) or list(ids[:1])) for n in range(len(ids))])
 
-    assert judge(gpu_engine[0], right, 300, drafts=drafts, tolerance=1e-3) > 100
+    assert judge(gpu_engine[0], right, 300, drafts=drafts, tolerance=1e-3) > 0.9
     assert device.launches > 5, "decode steps are captured graphs"
-    with pytest.raises(AssertionError, match="after a prompt of"):
+    with pytest.raises(AssertionError, match="are wrong, first token"):
         judge(gpu_engine[0], bent, 300, drafts=drafts, tolerance=1e-3)
 
 
 @pytest.mark.slow
 def test_the_judge_passes_the_engine_of_a_cpu(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     oracle, vocab_size, tolerance = pytorch(tiny_checkpoint)
-    assert judge(tiny_engines["fp8"], oracle, vocab_size, drafts=2, tolerance=tolerance) > 30
+    assert judge(tiny_engines["fp8"], oracle, vocab_size, drafts=2, tolerance=tolerance, most_wrong=0.05) > 0.2
 
 
 @pytest.mark.gpu
@@ -159,4 +175,4 @@ def test_a_real_gpu_answers_as_pytorch_does(
     out, progress = tmp_path / "engine", Stages(quiet=True)
     build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=progress)
     oracle, vocab_size, tolerance = pytorch(checkpoint)
-    assert judge(out, oracle, vocab_size, drafts=drafts, tolerance=tolerance) > 30
+    assert judge(out, oracle, vocab_size, drafts=drafts, tolerance=tolerance, most_wrong=0.05) > 0.2
