@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from parity_faults import edited_checkpoint, scaled, split_products
+from parity_faults import bent_engine, build_engine, edited_checkpoint, scaled, split_products
 
+from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.formats.dump import Dump
+from seekforge.plugins.formats.numerics import FP8
 from seekforge.runtime import cli
 
 FEW = ("--contexts", "70", "--modes", "whole,mtp", "--threads", "1")
@@ -208,6 +210,25 @@ def test_prompts_are_encoded_with_the_engines_tokenizer(
     (tmp_path / "prompts").write_text("\n", encoding="utf-8")
     assert "holds no prompt" in refuse(*args)
     assert "drop --contexts" in refuse(*args, "--contexts", "5")
+
+
+def test_a_stage_is_checked_from_what_pytorch_has_before_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Layers 1 and 2 of 4 as an engine of their own: what goes into layer 1 is PyTorch's."""
+    export(tiny_checkpoint, tmp_path / "program", numerics=FP8, layer_range=(1, 3))
+    stage = build_engine(tmp_path / "program", tiny_checkpoint, tmp_path / "stage")
+    args = ("--checkpoint", tiny_checkpoint, "--contexts", "70", "--modes", "chunked", "--threads", "1")
+    result = invoke(stage, *args, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["judged"]["layers"] == [1, 3], report["gates"]
+    assert {operation["layer"] for operation in report["operations"]} == {1, 2}
+    assert [layer["layer"] for layer in report["layers"]] == [1, 2] and report["layers"][1]["stream"] is not None
+    bent = bent_engine(stage, tmp_path / "bent", {"attn_out.2": np.full(512, 1.02, np.float32)})
+    fault = invoke(bent, *args, "--json")
+    finding = json.loads(fault.stdout)["finding"]
+    assert fault.exit_code == 1 and (finding["layer"], finding["module"]) == (2, "self_attn.o_proj")
+    assert "is a stage of layers 1-2" in refuse(stage, *args, "--layers", "0-1")
+    dump = CliRunner().invoke(cli.main, ["dump", str(stage), str(tmp_path / "dump"), "--quiet", "--modes", "whole"])
+    assert dump.exit_code == 2 and "holds layers 1 to 2 only: pass --given" in dump.stderr
 
 
 @pytest.mark.parametrize(

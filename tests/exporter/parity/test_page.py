@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 from parity_faults import build_engine, edited_checkpoint, scaled
 
-from seekforge.exporter.parity.page import _chart, _colour, render
+from seekforge.exporter.parity.charts import _colour, line_chart
+from seekforge.exporter.parity.page import render
 from seekforge.exporter.parity.report import _finite
 from seekforge.exporter.parity.terminal import number
 from seekforge.runtime import cli
@@ -51,14 +52,16 @@ def test_names_are_escaped_and_a_bare_report_renders(report: dict[str, Any]) -> 
 def test_what_is_not_finite_becomes_words_and_no_point() -> None:
     value = _finite({"a": [float("nan"), np.float32(1.5), -np.inf], 3: (np.int64(2),)})
     assert json.loads(json.dumps(value)) == {"a": ["NaN", 1.5, "-inf"], "3": [2]}
-    chart = _chart({"s": [(0, "NaN", "bad"), (1, 2.0, "good")]}, x_label="x", y_label="y", log=True)  # pyright: ignore
+    chart = line_chart({"s": [(0, "NaN", "bad"), (1, 2.0, "good")]}, x_label="x", y_label="y", log=True)  # pyright: ignore
     assert "good" in chart and "bad" not in chart
 
 
 @pytest.mark.parametrize("values", ([0.0], [0.0, 0.0], [1e-12, 1e3], [1.0]))
 @pytest.mark.parametrize("log", (True, False))
 def test_charts_keep_all_points_inside(values: list[float], log: bool) -> None:
-    chart = _chart({"s": [(i, value, str(value)) for i, value in enumerate(values)]}, x_label="x", y_label="y", log=log)
+    chart = line_chart(
+        {"s": [(i, value, str(value)) for i, value in enumerate(values)]}, x_label="x", y_label="y", log=log
+    )
     assert chart.count("<circle") == len(values) and "nan" not in chart
     for part in chart.split('cy="')[1:]:
         assert 0 <= float(part.partition('"')[0]) <= 300

@@ -51,6 +51,7 @@ def test_the_walk_gives_the_bits_of_the_whole_model(
                 graph: TorchSession(settings, tiny_source, case.num_blocks, mtp=graph == "mtp")
                 for graph in ("model", "mtp")
             }
+        assert case is not None
         inputs = StepInputs(**dump.arrays(number).__dict__)
         taken = () if step.graph == "model" else (hidden,)
         results = sessions[step.graph].step(inputs, taken)  # pyright: ignore

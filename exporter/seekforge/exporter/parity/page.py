@@ -6,19 +6,12 @@ numbers as a table.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from seekforge.exporter.parity.charts import Point, folded_table, heat_map, line_chart, plain_table
 from seekforge.exporter.parity.terminal import number
-
-_COLOURS = ("#2f6fde", "#d9822b", "#2e9e6b", "#b455c9", "#c0392b", "#5f7d8c", "#8a6d3b", "#17a2b8")
-_WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
-
-Point = tuple[float, float, str]
 
 _STYLE = """
 :root{--ink:#1c2733;--dim:#5c6b7a;--paper:#fff;--card:#f5f7fa;--line:#d7dee6;--ok:#1d8a55;--bad:#c22f2f}
@@ -126,6 +119,7 @@ def _label(layer: dict[str, Any]) -> str:
 def _layers(report: dict[str, Any]) -> str:
     layers = report["layers"]
     series: dict[str, list[Point]] = {"residual stream": [], "PyTorch against itself": [], "worst operation": []}
+    series["on PyTorch's inputs"] = []
     rows = []
     for i, layer in enumerate(layers):
         name = f"layer {_label(layer)}"
@@ -136,6 +130,9 @@ def _layers(report: dict[str, Any]) -> str:
             series["PyTorch against itself"].append(
                 (i, noise["rms_relative"], f"{name}, noise: {number(noise['rms_relative'])}")
             )
+        fed = layer["on_reference_inputs"]
+        if fed is not None:
+            series["on PyTorch's inputs"].append((i, fed, f"{name}, the engine's on PyTorch's inputs: {number(fed)}"))
         if worst:
             series["worst operation"].append(
                 (i, worst["error"], f"{name}: {worst['module']} {number(worst['error'])} given the same inputs")
@@ -145,7 +142,7 @@ def _layers(report: dict[str, Any]) -> str:
             cells.append(number(value and value["rms_relative"]))
         cells += [number(stream and stream[key]) for key in ("max_abs", "cosine_difference", "calc_diff")]
         cells += [number(layer["caches"].get(kind, {}).get("max_relative")) for kind in ("latent", "index")]
-        rows.append([*cells, "—" if worst is None else f"{number(worst['error'])} {worst['module']}"])
+        rows.append([*cells, number(fed), "—" if worst is None else f"{number(worst['error'])} {worst['module']}"])
     names = [
         "layer",
         "stream",
@@ -155,11 +152,12 @@ def _layers(report: dict[str, Any]) -> str:
         "calc_diff",
         "latent cache",
         "index cache",
+        "on PyTorch's inputs",
         "worst op",
     ]
-    chart = _chart(series, x_label="layer", y_label="error", log=True, ticks=[_label(layer) for layer in layers])
+    chart = line_chart(series, x_label="layer", y_label="error", log=True, ticks=[_label(layer) for layer in layers])
     points = _points_table(layers)
-    return f"<h2>Error over layers</h2>{chart}{_table(names, rows, 'numbers')}{points}"
+    return f"<h2>Error over layers</h2>{chart}{folded_table(names, rows, 'numbers')}{points}"
 
 
 def _points_table(layers: Sequence[dict[str, Any]]) -> str:
@@ -170,7 +168,7 @@ def _points_table(layers: Sequence[dict[str, Any]]) -> str:
         for point, value in layer["points"].items()
     ]  # fmt: skip
     names = ["layer", "tensor", "max abs", "max rel", "rms rel", "cosine diff", "calc_diff"]
-    return _table(names, rows, "every tensor of every layer") if rows else ""
+    return folded_table(names, rows, "every tensor of every layer") if rows else ""
 
 
 def _positions(report: dict[str, Any]) -> str:
@@ -189,8 +187,8 @@ def _positions(report: dict[str, Any]) -> str:
             series[case["name"] + suffix] = points
     if not series:
         return ""
-    chart = _chart(series, x_label="position", y_label="logits error / spread", log=True)
-    table = _table(["case", "sequence", "position", "error", "noise"], rows[:1000], "numbers")
+    chart = line_chart(series, x_label="position", y_label="logits error / spread", log=True)
+    table = folded_table(["case", "sequence", "position", "error", "noise"], rows[:1000], "numbers")
     return f"<h2>Error of the logits over positions</h2>{chart}{table}"
 
 
@@ -200,63 +198,10 @@ def _heat(report: dict[str, Any]) -> str:
         return ""
     # the longest case first, others folded
     cases.sort(key=lambda case: -len(case["positions"]))
-    parts = ["<h2>Where it differs: token × layer</h2>", _heat_map(cases[0])]
+    parts = ["<h2>Where it differs: token × layer</h2>", heat_map(cases[0])]
     for case in cases[1:4]:
-        parts.append(f"<details><summary>{escape(case['name'])}</summary>{_heat_map(case)}</details>")
+        parts.append(f"<details><summary>{escape(case['name'])}</summary>{heat_map(case)}</details>")
     return "".join(parts)
-
-
-def _heat_map(case: dict[str, Any]) -> str:
-    columns, layers = len(case["positions"]), case["heat_layers"]
-    width, height = (_WIDTH - _LEFT - _RIGHT) / columns, min(28.0, 360 / len(layers))
-    total = _TOP + height * len(layers) + _BOTTOM
-    cells = []
-    for i, (layer, row) in enumerate(zip(layers, case["heat"])):
-        y = _TOP + i * height
-        every = max(1, len(layers) // 12)
-        if i % every == 0:
-            cells.append(f'<text x="{_LEFT - 8}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{layer}</text>')
-        for j, value in enumerate(row):
-            where = case["positions"][j]
-            text = f"layer {layer}, sequence {where['sequence']}, position {where['position']}: {number(value)}"
-            cells.append(
-                f'<rect class="hit" x="{_LEFT + j * width:.2f}" y="{y:.1f}" width="{width + 0.3:.2f}" '
-                f'height="{height + 0.3:.1f}" fill="{_colour(value)}" data-v="{escape(text)}"/>'
-            )
-    every = max(1, columns // 6)
-    for j in range(0, columns, every):
-        x = _LEFT + (j + 0.5) * width
-        position = case["positions"][j]["position"]
-        cells.append(f'<text x="{x:.1f}" y="{total - 20:.1f}" text-anchor="middle">{position}</text>')
-    cells.append(f'<text x="{_WIDTH / 2}" y="{total - 4:.1f}" text-anchor="middle">position</text>')
-    scale = "".join(
-        f'<span><i style="background:{_colour(10.0**e)}"></i>1e{e}</span>' for e in (-8, -6, -5, -4, -3, -2, -1, 0)
-    )
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {total:.0f}" role="img" aria-label="heat map of errors">'
-        f'{"".join(cells)}</svg><div class="legend">{scale}</div>'
-        f"<figcaption>{escape(case['name'])}, residual stream behind each layer: <output></output></figcaption>"
-        "</figure>"
-    )
-
-
-def _colour(value: Any) -> str:
-    """Dark blue for rounding noise over green and yellow to red for an error of the size of the values."""
-    if isinstance(value, str):
-        return "#000"
-    level = 0.0 if value <= 1e-8 else min(1.0, (math.log10(value) + 8) / 8)
-    stops = (
-        (0.0, (24, 48, 92)),
-        (0.35, (38, 121, 142)),
-        (0.6, (84, 178, 104)),
-        (0.8, (240, 205, 74)),
-        (1.0, (205, 48, 42)),
-    )
-    for (low, first), (high, second) in itertools.pairwise(stops):
-        if level <= high:
-            share = (level - low) / (high - low)
-            return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(first, second))
-    return "#cd302a"
 
 
 def _overlap(report: dict[str, Any]) -> str:
@@ -276,8 +221,8 @@ def _overlap(report: dict[str, Any]) -> str:
             '<h2>Overlap of the chosen keys over context</h2><p class="dim">No row sees more than index_topk = '
             f"{topk} keys: all of them are chosen. Use longer --contexts.</p>"
         )
-    chart = _chart(series, x_label="context", y_label="overlap", log=False)
-    table = _table(["layer", "context", "overlap", "rows"], rows, "numbers")
+    chart = line_chart(series, x_label="context", y_label="overlap", log=False)
+    table = folded_table(["layer", "context", "overlap", "rows"], rows, "numbers")
     return f"<h2>Overlap of the chosen keys over context</h2>{chart}{table}"
 
 
@@ -289,8 +234,8 @@ def _sensitivity(report: dict[str, Any]) -> str:
         for row in report["sensitivity"]
     ]
     rows = [[row["layer"], number(row["kl"])] for row in report["sensitivity"]]
-    chart = _chart({"KL when this layer alone changes": points}, x_label="layer", y_label="KL", log=True)
-    return f"<h2>What each layer costs</h2>{chart}{_table(['layer', 'KL'], rows, 'numbers')}"
+    chart = line_chart({"KL when this layer alone changes": points}, x_label="layer", y_label="KL", log=True)
+    return f"<h2>What each layer costs</h2>{chart}{folded_table(['layer', 'KL'], rows, 'numbers')}"
 
 
 def _cases(report: dict[str, Any]) -> str:
@@ -311,7 +256,7 @@ def _cases(report: dict[str, Any]) -> str:
     ]
     names = ["case", "rows", "error median", "largest", "KL mean", "largest", "top-1", "top-10", "perplexity",
              "difference", "rows that chose otherwise"]  # fmt: skip
-    return f"<h2>Cases</h2>{_plain_table(names, rows)}" if rows else ""
+    return f"<h2>Cases</h2>{plain_table(names, rows)}" if rows else ""
 
 
 def _operations(report: dict[str, Any]) -> str:
@@ -338,8 +283,8 @@ def _operations(report: dict[str, Any]) -> str:
     shown = failed or sorted(records, key=lambda r: -float(r["error"]))[:10]
     word = "Operations that are off" if failed else "The ten least equal operations"
     return (
-        f"<h2>{word}, each given the engine's own inputs</h2>{_plain_table(names, [row(r) for r in shown])}"
-        f"{_table(names, [row(r) for r in records], f'all {len(records)} operations')}"
+        f"<h2>{word}, each given the engine's own inputs</h2>{plain_table(names, [row(r) for r in shown])}"
+        f"{folded_table(names, [row(r) for r in records], f'all {len(records)} operations')}"
     )
 
 
@@ -355,85 +300,8 @@ def _flips(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     names = ["layer", "what", "which", "sequence", "position", "chosen by", "gap", "class"]
-    return f"<h2>Choices that differ</h2>{_table(names, rows[:400], f'{len(rows)} keys and experts with their gaps')}"
+    table = folded_table(names, rows[:400], f"{len(rows)} keys and experts with their gaps")
+    return f"<h2>Choices that differ</h2>{table}"
 
 
 # --- parts --------------------------------------------------------------------------------------------------
-
-
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) and value.startswith("<span") else escape(str(value))
-    numeric = isinstance(value, (int, float)) or (isinstance(value, str) and value[:1].isdigit() and len(value) < 9)
-    return f'<td class="n">{text}</td>' if numeric else f"<td>{text}</td>"
-
-
-def _plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[Any]], summary: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{_plain_table(names, rows)}</details>"
-
-
-def _chart(
-    series: dict[str, list[Point]],
-    *,
-    x_label: str,
-    y_label: str,
-    log: bool,
-    ticks: Sequence[str] | None = None,
-) -> str:
-    """A line chart as SVG with a mark per point; on a log axis a zero lies on the floor."""
-    series = {name: [p for p in points if not isinstance(p[1], str)] for name, points in series.items()}
-    points = [point for values in series.values() for point in values]
-    if not points:
-        return '<p class="dim">nothing to show</p>'
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    left, right = min(xs), max(xs)
-    if log:
-        low = max(1e-9, min((y for y in ys if y > 0), default=1e-9))
-        bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(max(*ys, low) * 1.001))
-        top = max(top, bottom + 1)
-        marks = [(float(e), f"1e{e}") for e in range(bottom, top + 1, max(1, (top - bottom) // 6))]
-    else:
-        bottom, top = min(0.98, min(ys)), max(1.0, max(ys))
-        marks = [(bottom + (top - bottom) * i / 4, f"{bottom + (top - bottom) * i / 4:.3g}") for i in range(5)]
-
-    def x(value: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * ((value - left) / (right - left) if right > left else 0.5)
-
-    def y(value: float) -> float:
-        level = (math.log10(value) if value > 0 else bottom) if log else value
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (max(level, bottom) - bottom) / (top - bottom)
-
-    parts = []
-    for level, text in marks:
-        at = y(10**level if log else level)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-    if ticks is not None:
-        places = [(i, text) for i, text in enumerate(ticks) if i % max(1, len(ticks) // 10) == 0]
-    else:
-        places = [(left + (right - left) * i / 5, f"{left + (right - left) * i / 5:.0f}") for i in range(6)]
-    for value, text in dict.fromkeys(places):
-        parts.append(f'<text x="{x(value):.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{escape(text)}</text>')
-    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    legend = []
-    for i, (name, values) in enumerate(series.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
-        line = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in values)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" opacity=".75"/>')
-        radius = 4 if len(values) <= 80 else 2.5
-        parts += [
-            f'<circle class="hit" cx="{x(px):.1f}" cy="{y(py):.1f}" r="{radius}" fill="{colour}" '
-            f'data-v="{escape(text)}"><title>{escape(text)}</title></circle>'
-            for px, py, text in values
-        ]
-        legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_label)} over '
-        f'{escape(x_label)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div>'
-        f"<figcaption>{escape(y_label)}: <output></output></figcaption></figure>"
-    )

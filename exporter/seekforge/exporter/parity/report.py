@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from seekforge.exporter.parity.compare import CaseComparison, Choices, LayerComparison
+from seekforge.exporter.parity.choices import Choices
+from seekforge.exporter.parity.compare import CaseComparison, LayerComparison
 from seekforge.exporter.parity.local import OpRecord
 from seekforge.exporter.parity.metrics import Difference, Flip
 from seekforge.exporter.parity.run import Result
