@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.dump import Dump, make_plan
+from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.manifest import load_manifest
+from seekforge.plugins.formats.plan import make_plan
 from seekforge.runtime import cli
 from seekforge.runtime.backends.base import StepInputs
 from seekforge.runtime.dump import write_dump

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import MODES, Dump, Plan, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.manifest import Manifest
+from seekforge.plugins.formats.plan import MODES, Plan, make_plan, parse_contexts, parse_modes
 from seekforge.plugins.formats.records import RecordError
 from seekforge.runtime.dump import write_dump
 from seekforge.runtime.engine import Engine

@@ -31,10 +31,11 @@ from seekforge.exporter.parity.walks import Walker
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite import trace as tracing
 from seekforge.exporter.rewrite.export import export
-from seekforge.plugins.formats.dump import Dump, make_plan
+from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.manifest import load_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import EXACT, FP8, NUMERICS
+from seekforge.plugins.formats.plan import make_plan
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.runtime.dump import write_dump
 from seekforge.runtime.engine import Engine

@@ -16,9 +16,10 @@ from seekforge.exporter.parity.ops import LayerModule
 from seekforge.exporter.parity.reference import Reference, Stream
 from seekforge.exporter.parity.walks import torch_side, without
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import Dump, DumpWriter, make_plan
+from seekforge.plugins.formats.dump import Dump, DumpWriter
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import EXACT, FP8, NUMERICS
+from seekforge.plugins.formats.plan import make_plan
 from seekforge.plugins.formats.safetensors import Checkpoint
 
 

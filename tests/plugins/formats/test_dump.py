@@ -9,19 +9,8 @@ import numpy as np
 import pytest
 
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import (
-    INDEX,
-    MODES,
-    Dump,
-    DumpWriter,
-    Plan,
-    Side,
-    chunks,
-    lay_out,
-    make_plan,
-    parse_contexts,
-    parse_modes,
-)
+from seekforge.plugins.formats.dump import INDEX, Dump, DumpWriter, Side
+from seekforge.plugins.formats.plan import MODES, Plan, chunks, lay_out, make_plan, parse_contexts, parse_modes
 
 SIDE = Side(kind="torch", name="a", numerics={}, activations="f32", layers=(0, 2), config={}, versions={})
 

@@ -28,11 +28,12 @@ from seekforge.exporter.parity.write_self_check import write_self_check as store
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncate
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import MODES, Dump, Plan, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.manifest import MANIFEST
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import EXACT, NUMERICS, Numerics, numerics_from_dict
+from seekforge.plugins.formats.plan import MODES, Plan, make_plan, parse_contexts, parse_modes
 from seekforge.plugins.formats.safetensors import Checkpoint
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from seekforge.exporter.parity.cut import cut_copy
 from seekforge.exporter.parity.taps import SELECTIONS, available_taps, tapped_copy
 from seekforge.plugins.errors import EngineError
-from seekforge.plugins.formats.dump import Dump, Plan
+from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.manifest import load_manifest
+from seekforge.plugins.formats.plan import Plan
 
 
 class EngineSide:

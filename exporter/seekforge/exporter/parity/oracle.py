@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import Dump, DumpWriter, Plan, Side
+from seekforge.plugins.formats.dump import Dump, DumpWriter, Side
 from seekforge.plugins.formats.numerics import EXACT
+from seekforge.plugins.formats.plan import Plan
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.quant import dequantise_weight
 

@@ -24,8 +24,9 @@ from seekforge.exporter.parity.ops import NEXT, LayerModule, LayerState, Op, mod
 from seekforge.exporter.parity.taps import HANDOVER, SELECTIONS
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.bindings import TensorSource, evaluate, tensors_of
-from seekforge.plugins.formats.dump import Dump, DumpWriter, Plan, StepArrays, lay_out
+from seekforge.plugins.formats.dump import Dump, DumpWriter
 from seekforge.plugins.formats.numerics import Numerics
+from seekforge.plugins.formats.plan import Plan, StepArrays, lay_out
 
 #: Relative change that measures noise: ten times what f32 sums in another order do; in bf16 activations one rounding.
 PERTURBATION, PERTURBATION_BF16 = 1e-6, 2**-9
@@ -340,8 +341,9 @@ class Reference:
                     "use an engine of target cpu or one built with --taps"
                 )
             for stream in self.streams:
-                first = self._perturb(theirs["hidden_states"], stream, number)
-                stream.carried[number] = {"hidden_states": first, "residual": theirs["residual"]}
+                stream.carried[number] = {
+                    name: self._perturb(theirs[name], stream, 2 * number + i) for i, name in enumerate(HANDOVER)
+                }
 
     def _combine(self, layer: int, numbers: Sequence[int]) -> None:
         """The entry of the MTP module: embedding of t_{i+1} beside the main model's hidden state."""

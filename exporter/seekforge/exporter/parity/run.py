@@ -17,9 +17,10 @@ from seekforge.exporter.parity.taps import HANDOVER, layer_points, point_width
 from seekforge.exporter.parity.verdict import Finding, Gate, first_divergence, judge
 from seekforge.exporter.parity.walks import NOISE, NUDGED, REFERENCE, Walker, sensitivity_of_engine
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import CHECKPOINT, Dump, Plan, Side
+from seekforge.plugins.formats.dump import CHECKPOINT, Dump, Side
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import numerics_from_dict
+from seekforge.plugins.formats.plan import Plan
 
 #: The perturbed run, and what it is to be compared with where that is not the reference.
 Noise = Dump | tuple[Dump, Dump]
@@ -250,7 +251,8 @@ def _bisect(
         taps += [tap for tap in engine.taps if _layer(tap) == layer + 1 and tap.startswith(HANDOVER)]
         found = engine.dump(plan, probe / "judged", taps, given=stage_input)
         records = walker.judge_only(found, (layer, layer + 1))
-        notes.append(f"layer {layer} was found in {engine.num_runs} runs of the engine")
+        stood = "was found" if any(record.failed for record in records) else "stood out, but is right inside,"
+        notes.append(f"layer {layer} {stood} in {engine.num_runs} runs of the engine")
         fed: list[FedLayer] = []
         if engine.opens and stage_input is None and shown[0] == 0:
             walker.progress(f"layer {layer} on PyTorch's input")

@@ -15,8 +15,9 @@ from seekforge.exporter.parity.reference import NOISE_POINTS, PERTURBATION, PERT
 from seekforge.exporter.parity.taps import HANDOVER
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.bindings import TensorSource
-from seekforge.plugins.formats.dump import Dump, DumpWriter, Plan, Side
+from seekforge.plugins.formats.dump import Dump, DumpWriter, Side
 from seekforge.plugins.formats.numerics import Numerics, numerics_from_dict
+from seekforge.plugins.formats.plan import Plan
 
 Say = Callable[[str], None]
 #: What a pass writes: the model; the same from embeddings changed a little; each layer from inputs changed a little.
