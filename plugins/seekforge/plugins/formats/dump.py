@@ -1,9 +1,8 @@
-"""What two sides of a parity check are told to run, and how what they computed is written down.
+"""How what one side of a parity check computed is written down.
 
-A plan (`plan`) lists cases (whole prefill, chunked, decode, ragged batch, MTP) as steps over paged caches; every side runs the
-same plan. A dump is a folder: `dump.json` (who ran what, and where each tensor is) and safetensors files of one step
-and one layer each, so that a side can write layer by layer or step by step and a reader holds one tensor at a time.
-NumPy only: an engine's dump is made without torch, on another machine if need be.
+A dump is a folder: `dump.json` (who ran what, and where each tensor is) and safetensors files of one step and one layer
+each, so that a side can write layer by layer or step by step and a reader holds one tensor at a time. NumPy only: an
+engine's dump is made without torch, on another machine if need be.
 """
 
 from __future__ import annotations
