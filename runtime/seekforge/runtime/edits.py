@@ -175,20 +175,19 @@ class EditTables:
                 at.append(place)
                 tokens.append(sequence.last_id)
             elif total > known:  # drafts came true, or the sequence was computed anew
-                for token in sequence.output_ids[known:]:
-                    self._count([place], [token])
+                ids, times = np.unique(sequence.output_ids[known:], return_counts=True)
+                self._count(np.full(len(ids), place), ids, times)
             self._num_counted[place] = total
         if at:
-            self._count(at, tokens)
+            self._count(np.array(at), np.array(tokens), 1)
 
-    def _count(self, places: list[int], tokens: list[int]) -> None:
-        """Count one token in each of some places, all different."""
+    def _count(self, places: np.ndarray, ids: np.ndarray, times: np.ndarray | int) -> None:
+        """Count tokens, each pair of place and id once."""
         assert self.counts is not None and self.in_prompt is not None
-        at = np.array(places), np.array(tokens)
-        new = self.counts[at] == 0
-        self.counts[at] += 1
-        self.num_generated[at[0]] += new
-        self.num_seen[at[0]] += new & ~self.in_prompt[at]
+        new = self.counts[places, ids] == 0
+        self.counts[places, ids] += times
+        np.add.at(self.num_generated, places, new)
+        np.add.at(self.num_seen, places, new & ~self.in_prompt[places, ids])
 
     def _erase(self, place: int, sequence: Sequence) -> None:
         """Take back what a sequence wrote, and touch nothing else."""
