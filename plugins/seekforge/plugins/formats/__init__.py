@@ -1,4 +1,5 @@
 """Formats on disk that one side writes and another reads: checkpoint, bindings, program, manifest.
 
-numpy and pydantic only: the runtime imports this package and must start without torch or onnx.
+numpy only, and pydantic in `model_config`: the runtime imports this package and starts without
+torch, onnx and pydantic.
 """
