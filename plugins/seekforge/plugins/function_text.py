@@ -280,7 +280,7 @@ def swiglu(text: Text, gate_up: str, p: str, *, dtype: str) -> str:
     return cast(text, f"{p}y", f"{p}yb", to=dtype, given="f32")
 
 
-def query_blocks(text: Text, most: str, tensors: Mapping[str, int]) -> None:
+def query_blocks(text: Text, most: str, tensors: Mapping[str, str]) -> None:
     """Write [B, Q, ...] tensors as blocks of query rows, [B, blocks, rows, values], for a Scan over axis 1.
 
     Also written: `rows1`, `query_count1` ([1] int64: rows of a block, Q), for `join_blocks`. A last block that is not
@@ -288,7 +288,7 @@ def query_blocks(text: Text, most: str, tensors: Mapping[str, int]) -> None:
 
     Args:
         most: name of [1] int64, most rows of a block.
-        tensors: name -> constant to pad with; the blocks of `x` are called `x_blocks`. The first one tells Q.
+        tensors: name -> name of the constant that pads it; the blocks of `x` are called `x_blocks`. The first one tells Q.
     """
     first = next(iter(tensors))
     text.add(f"""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
 import seekforge.exporter.build.self_check as self_check
 from seekforge.exporter.build.engine import build
-from seekforge.exporter.build.quantise import CODED_KINDS, F32_KINDS
+from seekforge.exporter.build.quantise import CODED_KINDS, F32_KINDS, SENSITIVE_KINDS
 from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.inspect.cli import inspect
 from seekforge.exporter.progress import Stages
 from seekforge.plugins.errors import EngineError, TargetError
 from seekforge.plugins.formats.manifest import load_manifest
@@ -48,7 +51,8 @@ def test_products_have_codes_and_the_manifest_lists_all_kinds(engines: dict[str,
     manifest = load_manifest(engines[precision])
     how = manifest.quantisation
     assert how is not None and how.precision == precision and how.block_size == 32
-    assert how.kinds == dict.fromkeys(CODED_KINDS, precision) | dict.fromkeys(F32_KINDS, "f32")
+    kinds = dict.fromkeys(CODED_KINDS, precision) | dict.fromkeys(SENSITIVE_KINDS, "int8")
+    assert how.kinds == kinds | dict.fromkeys(F32_KINDS, "f32")
     model = onnx.load(engines[precision] / "model.onnx", load_external_data=False)
     codes = {t.name for t in model.graph.initializer if t.name.endswith(".codes")}
     assert {kind_of(name.removesuffix(".codes")) for name in codes} == set(CODED_KINDS)
@@ -106,6 +110,16 @@ def test_updated_weights_are_quantised_again(engines: dict[str, Path], tiny_sour
         assert llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs == before
         llm.update_weights({**tensors, name: tensors[name] * np.float32(4)})
         assert llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs != before
+
+
+def test_inspect_lists_what_is_stored_how(engines: dict[str, Path]) -> None:
+    shown = CliRunner().invoke(inspect, [str(engines["int4"])], env={"COLUMNS": "400"}).output
+    assert (
+        "weights: int8 qkv_a_proj, wq_b, lm_head; int4 q_b_proj, o_proj, gate_up_proj, down_proj, experts; f32 gate"
+        in shown
+    )
+    told = json.loads(CliRunner().invoke(inspect, [str(engines["int4"]), "--json"]).output)
+    assert told["quantisation"]["kinds"]["experts"] == "int4"
 
 
 def test_only_a_cpu_has_such_weights_and_it_has_no_fp8() -> None:

@@ -82,6 +82,14 @@ def show(about: dict[str, Any], console: Console) -> None:
         check = about["self_check"]
         proof = "none" if check is None else f"{check['num_tokens']} tokens within {check['tolerance']:.2g} logits"
         console.print(f"self-check: {proof}")
+        how = about["quantisation"]
+        if how is not None:
+            kinds = {
+                name: ", ".join(kind for kind, stored in how["kinds"].items() if stored == name)
+                for name in dict.fromkeys(how["kinds"].values())
+            }
+            stored = "; ".join(f"{name} {listed}" for name, listed in kinds.items())
+            console.print(f"weights: {stored}; blocks of {how['block_size']}")
         show_audit(load_manifest(Path(about["path"])), console)
     else:
         ranks = about["ranks"]

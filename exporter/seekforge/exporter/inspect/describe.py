@@ -226,6 +226,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "plugins": {op: use.model_dump(mode="json") for op, use in manifest.plugins.items()},
         "audit": None if manifest.audit is None else manifest.audit.model_dump(mode="json"),
         "weights": None if manifest.weights is None else manifest.weights.model_dump(mode="json"),
+        "quantisation": None if manifest.quantisation is None else manifest.quantisation.model_dump(mode="json"),
         "build": manifest.build,
         "digest": manifest.digest,
         "self_check": None
