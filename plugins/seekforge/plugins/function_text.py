@@ -288,7 +288,7 @@ def query_blocks(text: Text, most: str, tensors: Mapping[str, str]) -> None:
 
     Args:
         most: name of [1] int64, most rows of a block.
-        tensors: name -> name of the constant that pads it; the blocks of `x` are called `x_blocks`. The first one tells Q.
+        tensors: name -> constant that pads it; the blocks of `x` are called `x_blocks`. The first one tells Q.
     """
     first = next(iter(tensors))
     text.add(f"""
