@@ -80,7 +80,7 @@ class FakePlan:
             for value in self.session.get_inputs()
         }
         names = [value.name for value in self.session.get_outputs()]
-        for name, value in zip(names, self.session.run(names, feeds), strict=True):
+        for name, value in zip(names, map(np.asarray, self.session.run(names, feeds)), strict=True):
             if name in DEBUG:  # no address: it is handed over while the step runs
                 if name in self.watched[0]:
                     self.watched[1](name, value)

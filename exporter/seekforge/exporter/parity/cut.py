@@ -7,8 +7,9 @@ other; ONNX Runtime reads the weights of the layers that are left and of no othe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -137,14 +138,14 @@ def _keep(graph: onnx.GraphProto, outputs: Collection[str]) -> None:
     """Drop what `outputs` do not need: nodes, weights, inputs and other outputs."""
     producer = {name: node for node in graph.node for name in node.output}
     needed = _values_behind(producer, outputs)
-    for values, names in (
-        (graph.node, lambda node: node.output),
-        (graph.initializer, lambda tensor: [tensor.name]),
-        (graph.input, lambda value: [value.name]),
-    ):
-        kept = [value for value in values if not needed.isdisjoint(names(value))]
-        del values[:]
-        values.extend(kept)
-    kept = [value for value in graph.output if value.name in outputs]
-    del graph.output[:]
-    graph.output.extend(kept)
+    _filter(graph.node, lambda node: not needed.isdisjoint(node.output))
+    _filter(graph.initializer, lambda tensor: tensor.name in needed)
+    _filter(graph.input, lambda value: value.name in needed)
+    _filter(graph.output, lambda value: value.name in outputs)
+
+
+def _filter(values: Any, keeps: Callable[[Any], bool]) -> None:
+    """Drop what is not kept from a repeated field, in place."""
+    kept = [value for value in values if keeps(value)]
+    del values[:]
+    values.extend(kept)
