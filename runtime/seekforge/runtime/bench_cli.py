@@ -47,9 +47,7 @@ class _Numbers(click.ParamType):
     "--host-batch", type=_Numbers(), default="1,64,256", show_default=True, help="Batches for the host's cost."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
-@click.option(
-    "--chart", type=click.Path(path_type=Path, dir_okay=False), help="Draw what was measured: .png or .svg."
-)
+@click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), help="Draw what was measured: .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     engine: Path,
