@@ -88,7 +88,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory):
 def test_prefill_then_decode_without_fp8_rounding_meets_the_gates_of_two_runs(rig: Rig) -> None:
     walk = rig.walk("exact", "bf16", 90)
     for step in (rig.step((3, 2), (0, 0)), rig.step((1, 1), (3, 2), seed=1)):
-        noise = walk.noise(step)
+        noise = walk.noise(step, 3)
         found = walk.step(step)
         assert found.hidden <= LAYER_DIFF * NUM_LAYERS and found.kl <= KL
         assert found.keys == found.experts == 0
@@ -130,7 +130,7 @@ def test_a_captured_step_gives_the_bytes_of_an_eager_one_and_a_bent_weight_is_no
     assert same_outputs(replayed, results, walk.walker.outputs) == []
     assert same_outputs(before, walk.caches, list(before)) == list(before), "the step wrote both caches"
 
-    noise = walk.noise(second)
+    noise = walk.noise(second, 3)
     want = walk.session.step(second)
     assert walk.compare(second, replayed, want).within(noise, 1)
     walk.walker.weights["layers.0.self_attn.w_uv"] = walk.walker.weights["layers.0.self_attn.w_uv"].flip(0)
