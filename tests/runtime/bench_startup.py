@@ -1,4 +1,4 @@
-"""What starting costs beyond the engine's own load: a script, not a test. `python tests/runtime/bench_startup.py [ENGINE]`
+"""What starting costs beyond the engine's own load: a script, not a test (`bench_startup.py [ENGINE]`).
 
 Each round is a fresh process. It times, one after the other: the libraries that the engine itself needs (numpy, its
 backend's, tokenizers), the import of the runtime, and `LLM(engine)`, of which the graphs, the tokenizer, the digests

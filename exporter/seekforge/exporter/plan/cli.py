@@ -50,9 +50,7 @@ _CONTEXTS = "1K,8K,32K,63K,125K,160K"
     "--kv-cache-dtype", type=click.Choice(["fp8_ds", "bf16"]), default="fp8_ds", show_default=True, help="Of the cache."
 )
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")
-@click.option(
-    "--chart", type=click.Path(path_type=Path), default=None, help="Draw memory over context: .png or .svg."
-)
+@click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw memory over context: .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     model: str,
