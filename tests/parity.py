@@ -126,18 +126,39 @@ def flipped_rows(ours: Run, theirs: Run) -> np.ndarray:
     return flipped
 
 
-def assert_same(ours: Run, theirs: Run, what: str = "") -> None:
-    """Two FP32 runs agree: few rows chose differently, all others have the same logits.
+def readers_of(rows: np.ndarray, run: Run) -> np.ndarray:
+    """Return `rows` and every row that reads one of them, directly or through others: [n] bool.
 
-    A row that chose other keys also moves later rows that attend to it, so those count as flipped too only
-    when their own logits are out of the gate; the bound on their number holds for both.
+    Args:
+        rows: [n] bool, by position.
+        run: with the keys that each row chose, in every layer.
+    """
+    keys = np.concatenate([value for name, value in run.taps.items() if name.startswith("topk_indices")], -1)
+    reached = rows.copy()
+    for row in range(int(rows.argmax()) + 1, len(rows)) if rows.any() else ():  # keys lie before their row
+        chosen = keys[row]
+        reached[row] |= reached[chosen[chosen >= 0]].any()
+    return reached
+
+
+def moved_rows(ours: Run, theirs: Run) -> np.ndarray:
+    """Rows that chose differently, and rows out of the gate: [n] bool."""
+    return flipped_rows(ours, theirs) | (relative_error(ours.logits, theirs.logits) > GATE)
+
+
+def assert_same(ours: Run, theirs: Run, what: str = "") -> None:
+    """Two FP32 runs agree: few rows chose differently, and only rows that read those have other logits.
+
+    Two scores that differ by less than the noise of f32 may change places, and whoever attends to such a row moves with
+    it. A row that reads none of them, such as every row before the first, has no excuse; nor have more than a tenth.
     """
     error = relative_error(ours.logits, theirs.logits)
     flipped = flipped_rows(ours, theirs)
     assert np.isfinite(error).all(), f"{what}: logits are not finite"
     assert flipped.mean() <= MAX_FLIPPED, f"{what}: {flipped.sum()} of {len(flipped)} rows chose differently"
     out = (error > GATE) & ~flipped
-    allowed = MAX_FLIPPED * len(error) if flipped.any() else 0
-    assert out.sum() <= allowed, (
-        f"{what}: {out.sum()} of {len(error)} rows differ by up to {error.max():.2e} of the spread, gate {GATE:g}"
+    unexplained = out & ~readers_of(flipped, theirs)
+    assert not unexplained.any() and out.mean() <= 0.1, (
+        f"{what}: {out.sum()} of {len(error)} rows differ by up to {error.max():.2e} of the spread, gate {GATE:g}; "
+        f"{unexplained.sum()} of them read no row that chose differently"
     )

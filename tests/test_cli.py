@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from seekforge.plugins.formats.dtypes import NUMPY
-from seekforge.plugins.formats.manifest import MANIFEST
+from seekforge.plugins.formats.manifest import MANIFEST, manifest_digest
 from seekforge.plugins.formats.safetensors import INDEX_FILE, Checkpoint, write_shard
 from seekforge.runtime import cli
 
@@ -83,6 +83,16 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     value = json.loads(path.read_text())
     change(value)
     rewrite(path, json.dumps(value).encode())
+
+
+def edit_manifest(engine: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest of a linked engine, and its digest with it."""
+
+    def reseal(value: dict[str, Any]) -> None:
+        change(value)
+        value["digest"] = manifest_digest(value)
+
+    edit_json(engine / MANIFEST, reseal)
 
 
 def edit_tensors(checkpoint: Path, near: str, change: Edit) -> None:
@@ -536,7 +546,7 @@ def test_run_of_no_engine(tmp_path: Path) -> None:
     ],
 )
 def test_engines_of_another_version(engine: Path, change: dict[str, Any], message: str) -> None:
-    edit_json(engine / MANIFEST, lambda manifest: manifest.update(change))
+    edit_manifest(engine, lambda manifest: manifest.update(change))
     assert message in refuse("run", engine, "--prompt", "a")
 
 
@@ -557,7 +567,7 @@ def test_an_engine_that_computes_something_else(engine: Path) -> None:
         row = manifest["self_check"]["rows"][0]
         row["top_logits"][0] += 10 * manifest["self_check"]["tolerance"]
 
-    edit_json(engine / MANIFEST, shift)
+    edit_manifest(engine, shift)
     assert "self-check" in refuse("run", engine, "--prompt", "a")
 
 

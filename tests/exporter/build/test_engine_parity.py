@@ -16,6 +16,7 @@ from parity import (
     assert_same,
     drive,
     lengths_of,
+    moved_rows,
     num_blocks,
     relative_error,
     tokens,
@@ -55,15 +56,16 @@ def test_exact_engine_equals_pytorch(
     blocks = num_blocks(sequences)
     reference = TorchSession(Settings(tiny_config, EXACT), tiny_source, blocks)
     engine = open_engine(tiny_engines["exact"], blocks)
-    pairs = zip(drive(engine.step, sequences, mode), drive(reference.step, sequences, mode), strict=True)
+    pairs = list(zip(drive(engine.step, sequences, mode), drive(reference.step, sequences, mode), strict=True))
     for ours, theirs in pairs:
         assert_same(ours, theirs, f"{mode} at {context}")
+    moved = sum(moved_rows(ours, theirs).sum() for ours, theirs in pairs)
     for name, theirs in caches_of(reference).items():
         ours = engine.cache(name)[BLOCK:]
         wrong = ~np.isclose(ours, theirs, rtol=1e-4, atol=1e-4).all(-1)
         # every byte that nobody owns is untouched, and rows differ only where a layer before chose differently
         assert not ours[(theirs == 0).all(-1)].any(), name
-        assert wrong.sum() <= 0.01 * len(wrong), f"{name}: {wrong.sum()} slots differ"
+        assert wrong.sum() <= 0.01 * len(wrong) + moved, f"{name}: {wrong.sum()} slots differ"
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -154,7 +156,7 @@ def test_fp8_engine_differs_from_pytorch_no_more_than_pytorch_from_itself(
         return np.quantile(np.concatenate(rows), quantiles)
 
     noise = [
-        error(drive(_perturbed(tiny_config, tiny_source, blocks, seed).step, sequences, mode)) for seed in (0, 1, 2)
+        error(drive(_perturbed(tiny_config, tiny_source, blocks, seed).step, sequences, mode)) for seed in range(8)
     ]
     bound = 1.5 * np.max(noise, axis=0) + GATE
     found = error(engine)

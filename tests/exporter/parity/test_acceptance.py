@@ -121,7 +121,7 @@ def test_it_is_found_in_log_layers_runs_when_taps_do_not_fit(eight: dict[str, Pa
     held = sorted(path.name for path in (tmp_path / "w").iterdir())
     assert held == ["judged", "noise", "plan.json", "reference"]
     reference = Dump.open(tmp_path / "w" / "reference")
-    assert reference.names(0) == ["hidden_states.8", "residual.8", "hidden", "logits"], (
+    assert reference.names(0) == ["hidden_states.0", "hidden_states.8", "residual.8", "hidden", "logits"], (
         "nothing of inner layers is kept"
     )
 

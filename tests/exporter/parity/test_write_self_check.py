@@ -51,8 +51,8 @@ def test_a_passed_check_is_stored_and_compared_at_every_start(bare: Path, tiny_c
 def test_what_cannot_be_stored_is_refused_and_nothing_changes(bare: Path, tiny_checkpoint: Path) -> None:
     before = (bare / "manifest.json").read_bytes()
     args = ["parity", str(bare), "--checkpoint", str(tiny_checkpoint), *FEW, "--write-self-check"]
-    chunked = CliRunner().invoke(main, [*args, "--modes", "decode"])
-    assert chunked.exit_code == 2 and "no prompt was run whole and alone" in chunked.stderr
+    ragged = CliRunner().invoke(main, [*args, "--modes", "ragged"])
+    assert ragged.exit_code == 2 and "no prompt was run whole and alone" in ragged.stderr
     other = CliRunner().invoke(main, [*args, "--against", str(bare)])
     assert other.exit_code == 2 and "--write-self-check needs" in other.stderr
     assert (bare / "manifest.json").read_bytes() == before

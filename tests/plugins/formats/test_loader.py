@@ -333,6 +333,17 @@ def test_bad_values_are_found_by_a_scan_only(
             Loader(checkpoint, recipes, allocate(recipes), scan=True, copies={"copy": "table"}).run()
 
 
+def test_a_bad_value_in_columns_is_placed_in_the_whole_tensor(folder: Path, tmp_path: Path) -> None:
+    """Only some columns are read, and packed: the place in the message is still that in the tensor."""
+    columns = {"columns": slice_(_recipes()["rows"].parts[0], 1, 5, 131)}
+    width = columns["columns"].parts[0].shape[1]
+    at = 3 * width + 7
+    with _damaged(folder, tmp_path, _poke("table", 2 * at, b"\x80\x7f")) as checkpoint:
+        loader = Loader(checkpoint, columns, allocate(columns), scan=True)
+        with pytest.raises(CheckpointError, match=rf"'table' holds inf at element {at}, "):
+            loader.run()
+
+
 def test_a_shard_that_shrank_before_the_load_is_named(folder: Path, tmp_path: Path) -> None:
     def shrink(checkpoint: Checkpoint, copy: Path) -> None:
         os.truncate(copy / "model-00002-of-000002.safetensors", 5000)

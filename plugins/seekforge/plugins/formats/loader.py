@@ -607,7 +607,7 @@ class _Reader:
             strides = tuple(stride * size for stride in part.strides)
             values = np.lib.stride_tricks.as_strided(raw.view(NUMPY[dtype]), part.shape, strides)
             if not part.is_dense and self._findings is not None:
-                self._scan(tensor, dtype, _bytes_of(np.ascontiguousarray(values)), part.offset)
+                self._scan(tensor, dtype, _bytes_of(np.ascontiguousarray(values)), part)
             for target in targets:
                 place = target[start : start + rows] if view.shape else target
                 if not check:
@@ -662,15 +662,19 @@ class _Reader:
                     )
                 filled += count
             if scan:
-                self._scan(tensor, dtype, piece, offset + start // itemsize(dtype))
+                first = offset + start // itemsize(dtype)
+                self._scan(tensor, dtype, piece, _View(first, (piece.size // itemsize(dtype),), (1,)))
 
-    def _scan(self, tensor: str, dtype: str, values: np.ndarray, offset: int) -> None:
+    def _scan(self, tensor: str, dtype: str, values: np.ndarray, view: _View) -> None:
+        """Check values, the bytes of what `view` sees of a tensor, one after the other."""
         assert self._findings is not None
         fault = first_fault(values, dtype, self._words)
         if fault is not None:
             value = float(values.view(NUMPY[dtype])[fault])
+            place = np.unravel_index(fault, view.shape)
+            element = view.offset + sum(int(i) * stride for i, stride in zip(place, view.strides, strict=True))
             raise CheckpointError(
-                f"{self._where(tensor)} holds {value} at element {offset + fault}, expected finite values; "
+                f"{self._where(tensor)} holds {value} at element {element}, expected finite values; "
                 "the file is damaged, download it again"
             )
         if tensor.endswith(SCALE_SUFFIX):
