@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from samples import audit_of
 
 from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.manifest import Audit, Manifest, Target
+from seekforge.plugins.formats.manifest import Manifest, Target
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.sizing import cache_bytes
 from seekforge.runtime import LLM, Engine, SamplingParams, cache_size
@@ -27,22 +28,7 @@ def decide(manifest: Manifest, free: int | None, **asked: int | None) -> int:
 
 
 def on_gpu(manifest: Manifest, **account: int) -> Manifest:
-    audit = Audit(
-        asked="fp8",
-        got="fp8",
-        context=1,
-        products=(),
-        layers={},
-        plugins={},
-        inlined={},
-        weight_input_bytes=0,
-        plan_bytes={},
-        device_bytes={"weights": 0, "scratch": 0, "activations": 0, "reserve": 0, **account},
-        oversize=False,
-        build_seconds={},
-        build_cpu_seconds={},
-        build_peak_bytes={},
-    )
+    audit = audit_of({"weights": 0, "scratch": 0, "activations": 0, "reserve": 0, **account})
     return manifest.model_copy(update={"audit": audit, "target": Target(name="h200", backend="tensorrt", sm=90)})
 
 

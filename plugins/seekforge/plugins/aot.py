@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.plugins import kernel_rules
+from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.errors import EnvironmentFault, TargetError
 from seekforge.plugins.launch import (
     FORMAT,
@@ -131,7 +132,7 @@ def build(
     """
     compiler()
     cache.mkdir(parents=True, exist_ok=True)
-    jobs = max(1, min(jobs or len(os.sched_getaffinity(0)), len(work)))
+    jobs = max(1, min(jobs or usable_cores(), len(work)))
     done: dict[tuple[str, int], KernelSet] = {}  # by digest, which tells sizes apart, and SM
     context = multiprocessing.get_context("spawn")
     before = os.environ.pop("TRITON_INTERPRET", None)  # the spawned processes inherit it

@@ -15,14 +15,13 @@ from seekforge.plugins.formats.bindings import Ranks
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.kernel_sizes import WITH_KERNELS, operators
 from seekforge.plugins.launch import has_fp8, op_kernels
+from seekforge.plugins.registry import CACHE_OPS, FP8_OPS
 
 #: How an operator runs: as a plugin, or as standard operators in its place.
 Face = Literal["plugin", "inlined"]
 
 #: The operators of a layer, in the order in which it uses them.
 OPS: Final = WITH_KERNELS
-#: Operators whose products have FP8 weights, and those that read or write cache bytes.
-_FP8_OPS, _CACHE_OPS = ("BlockFp8Linear", "MoeExperts"), ("DsaCacheWrite", "DsaIndexer", "DsaAttention")
 #: (op, key) -> most that TensorRT takes of the operator's inlined form, and what limits it.
 _INLINED_MOST: Final[dict[tuple[str, str], tuple[int, str]]] = {
     ("DsaIndexer", "index_topk"): (3840, "TensorRT's TopK takes"),
@@ -108,7 +107,7 @@ def export_warnings(config: ModelConfig, *, ops: Collection[str], ranks: Ranks) 
                 f"{fault}, and it cannot be inlined either ({inlined_fault(op, config)}): no GPU target builds it"
             )
             continue
-        needs = "--precision bf16" if op in _FP8_OPS else "--kv-cache-dtype bf16" if op in _CACHE_OPS else ""
+        needs = "--precision bf16" if op in FP8_OPS else "--kv-cache-dtype bf16" if op in CACHE_OPS else ""
         found.append(f"{fault}: GPU targets inline it" + (f", which needs {needs}" if needs else ""))
     return found
 
@@ -117,7 +116,7 @@ def support(op: str, sm: int | None) -> str:
     """Say in a few words how an operator runs on an SM; None is a CPU."""
     if sm is None:
         return "f32, inlined"
-    if op not in _FP8_OPS:
+    if op not in FP8_OPS:
         return "plugin or inlined (f32)" if op in ("DsaIndexer", "DsaAttention") else "plugin or inlined"
     products = "FP8 products" if has_fp8(sm) else "FP8 weights, BF16 products"
     return f"plugin: {products}; inlined: BF16 products"

@@ -27,15 +27,13 @@ from seekforge.plugins.launch import (
     read_kernels,
     resolve,
 )
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.registry import FP8_OPS, SPECS
 from seekforge.plugins.tensorrt.launch import Descriptors
 
 #: Shapes whose plans are remembered per launcher; a server sees few.
 _PLANS: Final = 512
 #: Dynamic shared memory that a kernel may use without asking.
 _SHARED_DEFAULT: Final = 48 * 1024
-#: Operators whose products have FP8 weights, and so another precision where a GPU has no FP8.
-_FP8_WEIGHTS: Final = ("BlockFp8Linear", "MoeExperts")
 _NUMPY: Final[dict[str, Any]] = {
     "b": np.int8, "i": np.int32, "q": np.int64, "I": np.uint32, "Q": np.uint64, "f": np.float32,
 }  # fmt: skip
@@ -215,6 +213,6 @@ class KernelFolder:
             found = OpLauncher.open(self._descriptors.find(op, digest), attrs, self._driver)
             self._launchers[key] = found
         ours = "fp8" if has_fp8(found.kernels.sm) else "bf16"
-        if op in _FP8_WEIGHTS and products not in ("", ours):
+        if op in FP8_OPS and products not in ("", ours):
             raise EngineError(f"{op}: built for {products} products, kernels of sm{found.kernels.sm} have {ours}")
         return found

@@ -26,3 +26,8 @@ SPECS: Final[dict[str, OpSpec]] = {
         _SUM_RANKS,
     )
 }
+
+#: Operators whose products have FP8 weights: what precision is about.
+FP8_OPS: Final = (_BLOCK_FP8_LINEAR.name, _MOE_EXPERTS.name)
+#: Operators that know the cache's byte layout, which standard operators cannot read.
+CACHE_OPS: Final = (_DSA_CACHE_WRITE.name, _DSA_INDEXER.name, _DSA_ATTENTION.name)

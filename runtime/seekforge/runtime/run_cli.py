@@ -7,16 +7,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from seekforge.runtime.backends.base import LoadProgress
 from seekforge.runtime.batch_file import completion_json, run_batch
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.llm import LLM, LLMMetrics
 from seekforge.runtime.outputs import RequestMetrics, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from seekforge.plugins.formats.loader import LoadProgress
 
 
 class _Progress:

@@ -36,7 +36,7 @@ from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest, v
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import load_bindings, load_program
 from seekforge.plugins.launch import Image
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.registry import FP8_OPS, SPECS
 from seekforge.plugins.tensorrt.launch import Descriptors
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -81,7 +81,7 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
     assert sum(layers["PLUGIN_V3"] for layers in manifest.audit.layers.values()) == sum(
         use.num_nodes for use in uses.values()
     )
-    fp8 = [one for one in manifest.audit.products if one.what in audit.FP8_OPS]
+    fp8 = [one for one in manifest.audit.products if one.what in FP8_OPS]
     assert {one.precision for one in fp8} == {"fp8"}
     assert sum(one.share for one in manifest.audit.products) == pytest.approx(1.0, abs=1e-4)
     again = load_manifest(tmp_path / "engine")
@@ -264,7 +264,7 @@ def test_when_a_plan_fails_the_others_are_stopped(
         raise AssertionError("it was not stopped")
 
     monkeypatch.setattr(gpu_engine, "compile_graph", fake)
-    monkeypatch.setattr(gpu_engine, "_cores", lambda: 2)
+    monkeypatch.setattr(gpu_engine, "usable_cores", lambda: 2)
     with pytest.raises(EngineError, match=r"^no$"):
         build(inputs, load_target("rtx4090"), tmp_path / "engine")
     assert stopped == ["stopped, because another plan failed"]

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from samples import audit_of
 
 from seekforge.plugins.errors import CheckpointError, EngineError
 from seekforge.plugins.formats.loading import check_kernels, check_loadable, check_weights
 from seekforge.plugins.formats.manifest import (
-    Audit,
     Cache,
     Limits,
     Manifest,
@@ -68,22 +68,7 @@ def engine(tmp_path: Path) -> Manifest:
         build={},
         weights=WeightSource(path="/weights", index_digest="feed"),
         plugins={"MoeRoute": PluginUse(version=1, products="fp8", kernel_digest="abc123", num_layers=1)},
-        audit=Audit(
-            asked="fp8",
-            got="fp8",
-            context=1,
-            products=(),
-            layers={},
-            plugins={},
-            inlined={},
-            weight_input_bytes=0,
-            plan_bytes={},
-            device_bytes={"total": 2 << 30, "usable": 1 << 30},
-            oversize=False,
-            build_seconds={},
-            build_cpu_seconds={},
-            build_peak_bytes={},
-        ),
+        audit=audit_of({"total": 2 << 30, "usable": 1 << 30}),
     )
     return save_manifest(tmp_path, manifest)
 

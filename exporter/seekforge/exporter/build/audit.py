@@ -19,11 +19,10 @@ from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.manifest import Share
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.sizing import attention_flops, indexer_flops
+from seekforge.plugins.registry import FP8_OPS
 from seekforge.plugins.spec import DOMAIN
 
 Face = Literal["plugin", "inlined", "native"]
-#: Operators of FP8 weights: what `--precision fp8` is about.
-FP8_OPS = ("BlockFp8Linear", "MoeExperts")
 
 
 @dataclass(frozen=True)

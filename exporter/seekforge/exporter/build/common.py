@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+from seekforge.exporter.rewrite.layers import truncate
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe
+from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import Program
 
 
@@ -30,6 +32,28 @@ def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], fold
             raise ProgramError(
                 f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {graph!r} {fault} by program.json; "
                 "export the program again"
+            )
+
+
+def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelConfig, folder: Path) -> None:
+    """The checkpoint is of the model that the program was exported for; a truncated program takes the whole model's.
+
+    Args:
+        program: with `config`, parsed.
+        checkpoint: config of the checkpoint in `folder`.
+
+    Raises:
+        ProgramError: naming the first key that differs.
+    """
+    found = checkpoint
+    if program.truncated_from is not None and checkpoint.num_hidden_layers == program.truncated_from:
+        found = truncate(checkpoint, config.num_hidden_layers)
+    for key in type(config).model_fields:
+        ours, theirs = getattr(config, key), getattr(found, key)
+        if ours != theirs:
+            raise ProgramError(
+                f"{folder}: {key} is {theirs}, the program was exported for {ours}; "
+                "pass the checkpoint it was exported from, or export again"
             )
 
 

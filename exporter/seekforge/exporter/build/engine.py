@@ -14,14 +14,13 @@ from typing import Protocol
 import onnx
 from onnx import inliner
 
-from seekforge.exporter.build.common import check_program, copy_text_files, generation_defaults
+from seekforge.exporter.build.common import check_program, check_same_model, copy_text_files, generation_defaults
 from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.build.quantise import choose
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
 from seekforge.exporter.parity.taps import expose, name_taps
-from seekforge.exporter.rewrite.layers import truncate
 from seekforge.exporter.rewrite.specialise import specialise
 from seekforge.plugins.errors import ProgramError, TargetError
 from seekforge.plugins.formats.bindings import Recipe, retarget, tensors_of
@@ -112,7 +111,7 @@ def build(
     check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     found = ModelConfig.load(checkpoint_folder)
-    _check_same_config(config, _as_in_program(found, program), checkpoint_folder)
+    check_same_model(program, config, found, checkpoint_folder)
     limits = _limits(target, config, max_model_len)
     how = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
     coded = None if target.precision == "f32" else choose(target.precision)
@@ -173,13 +172,6 @@ def build(
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
 
 
-def _as_in_program(found: ModelConfig, program: Program) -> ModelConfig:
-    """Return what the checkpoint's config is for the layers of a truncated program; itself for others."""
-    if program.truncated_from is None or found.num_hidden_layers != program.truncated_from:
-        return found  # another model: the comparison names the first key that differs
-    return truncate(found, program.config["num_hidden_layers"])
-
-
 def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]]) -> list[str] | None:
     """Return the checkpoint tensors of a part of a model, in the order of its inputs; None for a whole model."""
     if not program.outside:
@@ -188,16 +180,6 @@ def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]]) -> l
         name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
     )
     return list(dict.fromkeys([*names, *program.unused]))
-
-
-def _check_same_config(config: ModelConfig, found: ModelConfig, checkpoint_folder: Path) -> None:
-    for key in type(config).model_fields:
-        ours, theirs = getattr(config, key), getattr(found, key)
-        if ours != theirs:
-            raise ProgramError(
-                f"{checkpoint_folder}: {key} is {theirs}, the program was exported for {ours}; "
-                "pass the checkpoint it was exported from, or export again"
-            )
 
 
 def _limits(target: TargetConfig, config: ModelConfig, max_model_len: int | None) -> Limits:

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from seekforge.exporter.build import audit
-from seekforge.exporter.build.common import check_program
+from seekforge.exporter.build.common import check_program, check_same_model
 from seekforge.exporter.build.compiler import Options
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure
-from seekforge.exporter.rewrite.layers import truncate
 from seekforge.plugins.contracts import refusals
-from seekforge.plugins.errors import ProgramError, TargetError
+from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.manifest import Limits, WeightSource
@@ -35,12 +33,9 @@ from seekforge.plugins.formats.sizing import (
     scratch_bytes,
     usable_bytes,
 )
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, SPECS
 from seekforge.plugins.spec import cdiv
 from seekforge.plugins.specialisation import Specialisation
-
-#: Operators that know the cache's byte layout, which standard operators cannot read.
-_CACHE_OPS = ("DsaCacheWrite", "DsaIndexer", "DsaAttention")
 
 
 @dataclass(frozen=True)
@@ -109,16 +104,8 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     if checkpoint_folder is None:
         return Inputs(program_folder, program, bindings, config, WeightSource(path=None, index_digest=None))
-    found = whole = ModelConfig.load(checkpoint_folder)
-    if program.truncated_from is not None and whole.num_hidden_layers == program.truncated_from:
-        found = truncate(whole, config.num_hidden_layers)
-    for key in type(config).model_fields:
-        ours, theirs = getattr(config, key), getattr(found, key)
-        if ours != theirs:
-            raise ProgramError(
-                f"{checkpoint_folder}: {key} is {theirs}, the program was exported for {ours}; "
-                "pass the checkpoint it was exported from, or export again"
-            )
+    whole = ModelConfig.load(checkpoint_folder)
+    check_same_model(program, config, whole, checkpoint_folder)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         check_structure(checkpoint, whole)
         weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=checkpoint.index_digest())
@@ -145,14 +132,14 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
         hint = "; --plugins auto inlines what has no plugin" if choices.plugins == "all" else ""
         raise TargetError(f"target {target.name}: {broken[0]}{hint}")
     products = target.products
-    if products == "fp8" and any(op in inlined for op in audit.FP8_OPS):
-        names = " and ".join(op for op in audit.FP8_OPS if op in inlined)
+    if products == "fp8" and any(op in inlined for op in FP8_OPS):
+        names = " and ".join(op for op in FP8_OPS if op in inlined)
         raise TargetError(
             f"--precision fp8 needs {names} as plugin on sm{target.sm}, inlined it multiplies in BF16; "
             "pass --plugins all, or --precision bf16"
         )
-    if target.kv_format == "fp8_ds" and any(op in inlined for op in _CACHE_OPS):
-        names = ", ".join(op for op in _CACHE_OPS if op in inlined)
+    if target.kv_format == "fp8_ds" and any(op in inlined for op in CACHE_OPS):
+        names = ", ".join(op for op in CACHE_OPS if op in inlined)
         raise TargetError(
             f"--kv-cache-dtype fp8_ds is read and written by plugins only, and {names} would be inlined; "
             "pass --plugins all, or --kv-cache-dtype bf16"

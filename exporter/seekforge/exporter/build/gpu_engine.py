@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from seekforge.exporter.build.prepare import Prepared, debug_specs, prepare
 from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, shapes, spanning
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.stages import HANDOVER, cut, stage_ranges
+from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.errors import EngineError, ProgramError
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
@@ -68,14 +68,14 @@ def build_gpu(
     lost_log = out.parent / f"{out.name}.{LOG}"
     made = Made(profiles={name: {} for name in target.profiles})
     with atomic_folder(out, force=force, marker=MANIFEST) as folder, _log_kept(folder / LOG, lost_log):
-        if tasks:
-            made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
         jobs = []
         for name, canonical in program.graphs.items():
             progress(f"{name}: specialise")
             whole = _read_graph(inputs.folder, canonical)
             jobs += _jobs(name, whole, canonical, inputs, planned, choices, digests)
         _compile(jobs, target, choices, folder, parts, made, progress)
+        if tasks:  # after the plans: a library or a GPU that is missing is said before minutes of work
+            made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
         for name, canonical in program.graphs.items():
             faces = [job.face for job in jobs if job.graph == name]
             made.faces[name] = faces[0] if len(faces) == 1 else _joined(canonical, faces)
@@ -228,7 +228,7 @@ def _compile(
 
     TensorRT measures on the GPU while it compiles, so there it is one after the other.
     """
-    at_a_time = min(len(jobs), _cores()) if target.backend == "tensorrt-rtx" else 1
+    at_a_time = min(len(jobs), usable_cores()) if target.backend == "tensorrt-rtx" else 1
     stop = threading.Event()
     done = dict.fromkeys((job.plan for job in jobs), 0.0)
     stage = f"{', '.join(done)}: compile for {' and '.join(f'sm{sm}' for sm in target.sms)}"
@@ -259,10 +259,6 @@ def _compile(
         job.face = job.face.model_copy(update={"sha256": sha256_file(folder / job.face.file), "outputs": outputs})
         for label, bounds in job.shapes.items():
             made.profiles[label][job.plan] = bounds
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _join_logs(folder: Path, plans: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The kernels of an engine's plugins: compiled before the plans, which carry their digests, and put beside them."""
+"""The kernels of an engine's plugins: the plans carry their digests, which need no compiling, the engine the code."""
 
 from __future__ import annotations
 

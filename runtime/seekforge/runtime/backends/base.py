@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from seekforge.plugins.formats.manifest import Manifest
+
+if TYPE_CHECKING:
+    from seekforge.plugins.formats.loader import LoadProgress  # what loads brings it; CPU engines start without
 
 #: Graph names of an engine.
 MODEL, MTP = "model", "mtp"
@@ -85,22 +88,8 @@ class Backend(Protocol):
         ...
 
 
-class LoadProgress(Protocol):
-    """How far a load of weights is; see `formats.loader.LoadProgress`."""
-
-    @property
-    def done_bytes(self) -> int:
-        """Bytes that are in place."""
-        ...
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all."""
-        ...
-
-
 #: Told while weights are loaded.
-OnLoad = Callable[[LoadProgress], None]
+OnLoad = Callable[["LoadProgress"], None]
 
 
 class BackendFactory(Protocol):

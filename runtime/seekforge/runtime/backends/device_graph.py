@@ -135,7 +135,11 @@ class DeviceGraph:
         self.name, self.face, self.device = name, face, device
         self._plans = [(_open(folder, one, device), one) for one in plans]
         self._bounds = [step_bounds(profile, plans) for profile in profiles.values()]
+        self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
         self.buffers: dict[str, Buffer] = {}
+        # what a step looks at: a handful of tensors among the weights of a plan
+        self._moving = [(plan, *_moving(one)) for plan, one in self._plans]
+        self._given = [spec for spec in face.inputs if spec.role in _GIVEN]
         for plan, one in self._plans:
             for spec in (*one.inputs, *one.outputs):
                 if spec.role in _IN_BUFFERS:
@@ -159,16 +163,14 @@ class DeviceGraph:
         sizes = {"B": inputs.input_ids.shape[0], "Q": inputs.input_ids.shape[1], "N": len(inputs.logits_index)}
         moved = False
         shapes: dict[str, tuple[int, ...]] = {}
-        for plan, one in self._plans:
-            for spec in one.inputs:
-                if spec.role in _GIVEN:
-                    moved |= self._reserve(plan, spec, inputs.array(spec.name).shape)
-                elif spec.role == "handover":  # written by an earlier plan, which has made room
-                    moved |= self.buffers[_place(spec)].bind(plan, spec.name)
-            for spec in one.outputs:
-                if spec.role in _IN_BUFFERS:
-                    shapes[spec.name] = tuple(_size(dim, sizes) for dim in spec.shape)
-                    moved |= self._reserve(plan, spec, shapes[spec.name])
+        for plan, given, taken, made in self._moving:
+            for spec in given:
+                moved |= self._reserve(plan, spec, inputs.array(spec.name).shape)
+            for spec in taken:  # written by an earlier plan, which has made room
+                moved |= self.buffers[_place(spec)].bind(plan, spec.name)
+            for spec in made:
+                shapes[spec.name] = tuple(_size(dim, sizes) for dim in spec.shape)
+                moved |= self._reserve(plan, spec, shapes[spec.name])
         return moved, shapes
 
     def profile_of(self, inputs: StepInputs) -> int | None:
@@ -188,19 +190,17 @@ class DeviceGraph:
     def set_shapes(self, inputs: StepInputs) -> None:
         """Tell the plans the shapes of a step's inputs."""
         sizes = {"B": inputs.input_ids.shape[0], "Q": inputs.input_ids.shape[1]}
-        for plan, one in self._plans:
-            for spec in one.inputs:
-                if spec.role in _GIVEN:
-                    plan.set_shape(spec.name, inputs.array(spec.name).shape)
-                elif spec.role == "handover":
-                    plan.set_shape(spec.name, tuple(_size(dim, sizes) for dim in spec.shape))
+        for plan, given, taken, _ in self._moving:
+            for spec in given:
+                plan.set_shape(spec.name, inputs.array(spec.name).shape)
+            for spec in taken:
+                plan.set_shape(spec.name, tuple(_size(dim, sizes) for dim in spec.shape))
 
     def upload(self, inputs: StepInputs) -> None:
         """Copy a step's inputs to the device."""
-        for spec in self.face.inputs:
-            if spec.role in _GIVEN:
-                array = np.ascontiguousarray(inputs.array(spec.name), NUMPY[spec.dtype])
-                self.device.upload(self.buffers[spec.name].address, array)
+        for spec in self._given:
+            array = np.ascontiguousarray(inputs.array(spec.name), NUMPY[spec.dtype])
+            self.device.upload(self.buffers[spec.name].address, array)
 
     def enqueue(self) -> None:
         """Start the step."""
@@ -218,6 +218,13 @@ class DeviceGraph:
         buffer = self.buffers[_place(spec)]
         buffer.reserve(max(math.prod(shape), 1) * itemsize(spec.dtype))
         return buffer.bind(plan, spec.name)
+
+
+def _moving(face: GraphIO) -> tuple[list[TensorSpec], list[TensorSpec], list[TensorSpec]]:
+    """Return what changes its shape from step to step: inputs that are given, handovers taken, and what is made."""
+    given = [spec for spec in face.inputs if spec.role in _GIVEN]
+    made = [spec for spec in face.outputs if spec.role in _IN_BUFFERS]
+    return given, face.with_role("handover"), made
 
 
 def step_bounds(profile: Mapping[str, Mapping[str, Bound]], plans: Sequence[GraphIO]) -> dict[str, Bound]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,13 @@ from typing import Final
 
 import numpy as np
 
+from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.bindings import Recipe, TensorSource, evaluate_into, slice_
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.loader import Loader, LoadProgress
 from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.backends.device import Device
 
 #: Bytes of one buffer.
@@ -111,7 +112,7 @@ class DeviceWeights:
         device: Device,
         checkpoint: Callable[[], Checkpoint],
         *,
-        progress: Callable[[LoadProgress], None] | None = None,
+        progress: OnLoad | None = None,
         staging_bytes: int = STAGING_BYTES,
     ) -> None:
         self._folder, self._bindings, self._device, self._checkpoint = folder, bindings, device, checkpoint
@@ -167,7 +168,7 @@ class DeviceWeights:
     def _fill(self, pieces: list[Piece]) -> None:
         source = self._checkpoint()
         total, done, seconds = sum(piece.num_bytes for piece in pieces), 0, 0.0
-        readers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, _MOST_READERS)
+        readers = min(usable_cores(), _MOST_READERS)
         dealt = list(batches(pieces, self._staging_bytes))
         largest = max(batch.size for batch in dealt)
         for number, batch in enumerate(dealt):
@@ -196,7 +197,7 @@ class DeviceWeights:
             self._staging[number] = self._device.staging(size)
         return self._staging[number]
 
-    def _scaled(self, done: int, size: int, total: int, seconds: float) -> Callable[[LoadProgress], None] | None:
+    def _scaled(self, done: int, size: int, total: int, seconds: float) -> OnLoad | None:
         """Return what turns the progress of one batch into that of all, in bytes of the device."""
         tell = self._progress
         if tell is None:

@@ -1,7 +1,7 @@
 """Runs engines of GPU targets with TensorRT or TensorRT-RTX.
 
 Everything lives in device memory: caches, updated in place since a plan's cache output has the address of its input;
-weights, streamed from the checkpoint by the engine's bindings, a tensor at a time; inputs and outputs. Steps of few
+weights, streamed from the checkpoint by the engine's bindings through two buffers; inputs and outputs. Steps of few
 tokens a row are padded to buckets of (B, Q, table width, logits rows), and each bucket is captured once as a CUDA
 graph: at that size the host's launches would cost more than the kernels.
 
@@ -135,10 +135,9 @@ class TensorRtBackend:
         if graph not in self._graphs:
             self._graphs[graph] = self._open(graph)
         one = self._graphs[graph]
-        debug = {spec.name for spec in one.face.outputs if spec.role == "debug"}.intersection(outputs)
+        debug = one.debug.intersection(outputs)
         if debug:
             return self._run_watched(one, inputs, outputs, debug)
-        shape = (*inputs.input_ids.shape, len(inputs.logits_index))
         small = inputs.input_ids.shape[1] <= _CAPTURED_WIDTH
         ready = inputs
         if small:
@@ -148,13 +147,18 @@ class TensorRtBackend:
         profile = one.profile_of(ready)
         if profile is None:
             return self._run_halves(inputs, outputs, graph)
-        moved, shapes = one.place(ready)
-        if moved:
-            self._forget_captured()
-        one.upload(ready)
+        shapes = self._prepare(one, ready)
         bucket = (graph, *ready.input_ids.shape, ready.block_table.shape[1], len(ready.logits_index))
         self._start(one, ready, profile, bucket if small else None)
-        return TensorRtStepOutputs(self.device, self._places(one, shapes, shape, outputs))
+        return TensorRtStepOutputs(self.device, self._places(one, shapes, inputs, outputs))
+
+    def _prepare(self, graph: DeviceGraph, inputs: StepInputs) -> dict[str, tuple[int, ...]]:
+        """Make room for a step and copy its inputs; returns the shapes of its outputs."""
+        moved, shapes = graph.place(inputs)
+        if moved:
+            self._forget_captured()
+        graph.upload(inputs)
+        return shapes
 
     def cache(self, name: str) -> np.ndarray:
         """Return a copy of one layer's cache, such as `latent_cache.3`; for parity checks. bf16 becomes f32."""
@@ -170,10 +174,7 @@ class TensorRtBackend:
         if profile is None:
             return self._run_halves(inputs, outputs, one.name)
         found: dict[str, np.ndarray] = {}
-        moved, shapes = one.place(inputs)
-        if moved:
-            self._forget_captured()
-        one.upload(inputs)
+        shapes = self._prepare(one, inputs)
         one.watch(debug, found.__setitem__)
         try:
             self._start(one, inputs, profile, None)
@@ -183,9 +184,8 @@ class TensorRtBackend:
         missing = sorted(set(debug) - found.keys())
         if missing:
             raise EngineError(f"{self.folder}: TensorRT did not show {missing[0]}; build the engine again with --taps")
-        real = (*inputs.input_ids.shape, len(inputs.logits_index))
         kept = [name for name in outputs if name not in debug]
-        device = TensorRtStepOutputs(self.device, self._places(one, shapes, real, kept))
+        device = TensorRtStepOutputs(self.device, self._places(one, shapes, inputs, kept))
         return HostStepOutputs(found | {name: device.fetch(name) for name in kept})
 
     def _run_halves(self, inputs: StepInputs, outputs: Collection[str], graph: str) -> HostStepOutputs:
@@ -274,11 +274,11 @@ class TensorRtBackend:
         self,
         graph: DeviceGraph,
         shapes: Mapping[str, tuple[int, ...]],
-        real: tuple[int, int, int],
+        real: StepInputs,
         wanted: Collection[str],
     ) -> dict[str, tuple[int, tuple[int, ...], np.dtype]]:
         """Return where the wanted outputs lie, cut to the rows that are no padding: padding comes last."""
-        rows, width, count = real
+        (rows, width), count = real.input_ids.shape, len(real.logits_index)
         places: dict[str, tuple[int, tuple[int, ...], np.dtype]] = {}
         for name in wanted:
             shape = shapes[name]
