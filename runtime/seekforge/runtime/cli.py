@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from seekforge.plugins.errors import SeekforgeError
+from seekforge.runtime.output_paths import check_outputs_of
 
 
 class _Command(NamedTuple):
@@ -78,7 +79,7 @@ class LazyGroup(click.Group):
             return None
         ctx.meta[_COMMAND] = cmd_name  # click sets invoked_subcommand later, after an import that may fail
         module, _, attribute = COMMANDS[cmd_name].target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return check_outputs_of(getattr(importlib.import_module(module), attribute))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

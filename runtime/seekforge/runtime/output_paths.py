@@ -1,0 +1,77 @@
+"""Where commands write: looked at before they begin, so that no work is lost to a folder that is not there.
+
+Every parameter that names a file or folder to write has one of the names below, in every command; the root of the
+command line checks those, and a test asks that a new path is either here or something that is read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final, Literal
+
+import click
+
+from seekforge.plugins.errors import OutputError
+
+#: Name of a parameter -> what it names.
+OUTPUTS: Final[dict[str, Literal["file", "folder"]]] = {
+    "out": "folder",
+    "save": "folder",
+    "cache": "folder",
+    "output": "file",
+    "html": "file",
+    "chart": "file",
+    "timing_cache": "file",
+}
+
+
+def check_output_file(path: Path) -> None:
+    """Refuse a file that could not be written.
+
+    Raises:
+        OutputError: it is a folder, its own folder is not there, or one of them may not be written to.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder, expected the name of a file")
+    folder = path.parent
+    if not folder.is_dir():
+        reason = "is no folder" if folder.exists() else "does not exist"
+        raise OutputError(f"{path}: cannot be written, since {folder} {reason}; make that folder first")
+    _check_permission(path, path if path.exists() else folder)
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse a folder that could not be made; those above it are made too.
+
+    Raises:
+        OutputError: it, or something above it, is a file or may not be written to.
+    """
+    if path.is_file():
+        raise OutputError(f"{path}: is a file, expected a folder or a new name")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise OutputError(f"{path}: cannot be written, since {above} is a file; choose another folder")
+    _check_permission(path, above)
+
+
+def _check_permission(path: Path, changed: Path) -> None:
+    if not os.access(changed, os.W_OK):
+        raise OutputError(f"{path}: cannot be written (no permission to write to {changed}); choose another place")
+
+
+def check_outputs_of(command: click.Command) -> click.Command:
+    """Let a command, and those below it, check its outputs while its arguments are read."""
+    for parameter in command.params:
+        if parameter.name in OUTPUTS and parameter.callback is None:
+            parameter.callback = _check
+    if isinstance(command, click.Group):
+        for below in command.commands.values():
+            check_outputs_of(below)
+    return command
+
+
+def _check(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None:
+        {"file": check_output_file, "folder": check_output_folder}[OUTPUTS[parameter.name or ""]](value)
+    return value

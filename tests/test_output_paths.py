@@ -1,0 +1,87 @@
+"""Every command looks at the places it shall write to before it does anything else."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from seekforge.plugins.errors import OutputError
+from seekforge.runtime import cli
+from seekforge.runtime.output_paths import OUTPUTS, check_output_file, check_output_folder
+
+#: Paths that commands read. A new one belongs here or among `OUTPUTS`.
+READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "dumps"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("new-checkpoint", "{file}/out"), "is a file"),
+        (("export", "/nowhere", "{file}"), "is a file, expected a folder"),
+        (("export", "/nowhere", "{file}/out"), "is a file"),
+        (("build", "/nowhere", "{file}/out", "--target", "cpu"), "is a file"),
+        (("build", "/nowhere", "{new}", "--target", "h200", "--timing-cache", "{missing}/t"), "does not exist"),
+        (("kernels", "build", "{file}/out"), "is a file"),
+        (("kernels", "build", "{new}", "--cache", "{file}/cache"), "is a file"),
+        (("plan", "/nowhere", "--chart", "{missing}/x.svg"), "does not exist"),
+        (("plan", "/nowhere", "--chart", "{folder}"), "is a folder, expected the name of a file"),
+        (("run", "/nowhere", "--batch", "x", "--output", "{missing}/x"), "does not exist"),
+        (("bench", "/nowhere", "--chart", "{missing}/x.png"), "does not exist"),
+        (("parity", "/nowhere", "--html", "{missing}/x.html"), "does not exist"),
+        (("parity", "/nowhere", "--html", "{folder}"), "is a folder"),
+        (("parity", "/nowhere", "--save", "{file}/out"), "is a file"),
+        (("dump", "/nowhere", "{file}/out"), "is a file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_first(tmp_path: Path, args: tuple[str, ...], words: str) -> None:
+    """Before the input, which is not there either."""
+    (tmp_path / "file").write_text("mine")
+    places = {"file": tmp_path / "file", "missing": tmp_path / "missing", "folder": tmp_path, "new": tmp_path / "new"}
+    result = CliRunner().invoke(cli.main, [arg.format(**places) for arg in args])
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert words in result.stderr and str(tmp_path) in result.stderr and "/nowhere" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_path_of_every_command_is_read_or_checked() -> None:
+    seen: set[str] = set()
+
+    def walk(command: click.Command) -> None:
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Path):
+                seen.add(parameter.name or "")
+                assert (parameter.name in OUTPUTS) != (parameter.name in READ), f"{command.name}: {parameter.name}"
+        for below in command.commands.values() if isinstance(command, click.Group) else ():
+            walk(below)
+
+    for entry in cli.COMMANDS.values():
+        module, _, attribute = entry.target.partition(":")
+        walk(getattr(importlib.import_module(module), attribute))
+    assert seen == {*OUTPUTS, *READ}
+
+
+def test_a_folder_is_made_with_those_above_it_and_a_file_is_not(tmp_path: Path) -> None:
+    check_output_folder(tmp_path / "a" / "b" / "c")
+    check_output_folder(tmp_path)
+    check_output_file(tmp_path / "new")
+    check_output_file(Path("new"))  # here
+    with pytest.raises(OutputError, match=r"since .*/a does not exist; make that folder first"):
+        check_output_file(tmp_path / "a" / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is no folder"):
+        check_output_file(tmp_path / "file" / "new")
+
+
+def test_a_place_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for check in (check_output_file, check_output_folder):
+        with pytest.raises(OutputError, match="no permission to write"):
+            check(tmp_path / "new")
+    (tmp_path / "file").touch()
+    check_output_file(tmp_path / "file")  # it may be written, though none may be added
