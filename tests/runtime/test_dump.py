@@ -75,6 +75,13 @@ def test_an_mtp_step_is_fed_the_hidden_state_before_it(tiny_engines: dict[str, P
             assert (inputs.hidden_in == number).all()  # what run `number` gave, counted from 1
 
 
+def test_both_graphs_show_their_caches_after_their_last_step(tiny_engines: dict[str, Path], tmp_path: Path) -> None:
+    _, dump = make(tmp_path, tiny_engines["exact"], modes="mtp")
+    last = {step.graph: number for number, (_, step) in enumerate(dump.cases)}
+    shown = {(n, name) for n in range(len(dump.cases)) for name in dump.names(n) if name.startswith("cache_latent")}
+    assert shown == {*((last["model"], f"cache_latent.{layer}") for layer in range(4)), (last["mtp"], "cache_latent.4")}
+
+
 def test_taps_are_kept_as_asked(tiny_engines: dict[str, Path], tmp_path: Path) -> None:
     backend, _ = make(tmp_path, tiny_engines["exact"], modes="whole", taps={"expert_ids.1"})
     assert backend.log[0][2] == ["expert_ids.1", "hidden", "logits"]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -453,6 +454,33 @@ def test_run_takes_weights_from_another_place(
     said = json.loads(found.stdout)
     assert said["token_ids"] == toy.greedy(said["prompt_token_ids"], 4)
     own = CliRunner().invoke(main, ["run", str(toy_engine), *args[2:], "--checkpoint", str(moved)])
+    assert own.exit_code == 2 and "--checkpoint is for engines without weights" in own.stderr
+
+
+@pytest.mark.parametrize("command", ["bench", "dump"])
+def test_bench_and_dump_take_weights_from_another_place(
+    gpu_engine, toy_engine: Path, device: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    versions = SimpleNamespace(version=lambda package: "0")  # a dump names that of the library
+    monkeypatch.setattr("seekforge.runtime.dump.metadata", versions)
+    moved = tmp_path / "moved"
+    shutil.copytree(gpu_engine[1], moved)
+
+    def edit(raw: dict[str, Any]) -> None:
+        raw["weights"]["path"] = "/gone"
+        raw["config"] |= {"index_topk": 64, "num_hidden_layers": 1}  # what a dump reads of it
+
+    engine = changed(gpu_engine[0], tmp_path / "engine", edit)
+    few = {
+        "bench": ["--concurrency", "1", "--context", "4", "--tokens", "3", "--host-batch", "1", "--json"],
+        "dump": [str(tmp_path / "dump"), "--contexts", "4", "--modes", "whole", "--quiet"],
+    }[command]
+    lost = CliRunner().invoke(main, [command, str(engine), *few])
+    assert lost.exit_code == 2 and "/gone" in lost.stderr
+    assert not (tmp_path / "dump").exists()
+    found = CliRunner().invoke(main, [command, str(engine), *few, "--checkpoint", str(moved)])
+    assert found.exit_code == 0, found.output
+    own = CliRunner().invoke(main, [command, str(toy_engine), *few, "--checkpoint", str(moved)])
     assert own.exit_code == 2 and "--checkpoint is for engines without weights" in own.stderr
 
 

@@ -11,6 +11,7 @@ import click
 from seekforge.plugins.charts import Line, Panel, check_chart, write_charts
 from seekforge.runtime.bench import Point, host_overhead_ms, measure
 from seekforge.runtime.engine import Engine
+from seekforge.runtime.options import check_checkpoint, checkpoint_option
 from seekforge.runtime.sampling import SamplingParams
 
 
@@ -46,6 +47,7 @@ class _Numbers(click.ParamType):
 @click.option(
     "--host-batch", type=_Numbers(), default="1,64,256", show_default=True, help="Batches for the host's cost."
 )
+@checkpoint_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
 @click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), help="Draw what was measured: .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -56,6 +58,7 @@ def bench(
     tokens: int,
     num_speculative_tokens: int,
     host_batch: list[int],
+    checkpoint: Path | None,
     threads: int | None,
     chart: Path | None,
     as_json: bool,
@@ -64,6 +67,7 @@ def bench(
     if chart is not None:
         check_chart(chart)
     opened = Engine.open(engine)
+    check_checkpoint(opened, checkpoint)
     limits = opened.manifest.limits
     if max(concurrency) > limits.max_batch_size:
         raise click.UsageError(f"--concurrency goes to {max(concurrency)}, this engine runs {limits.max_batch_size}")
@@ -77,6 +81,7 @@ def bench(
         contexts=contexts,
         num_tokens=tokens,
         num_speculative_tokens=num_speculative_tokens,
+        checkpoint=checkpoint,
         threads=threads,
         say=lambda line: click.echo(line, err=True),
     )

@@ -66,7 +66,7 @@ def write_dump(
     given: Dump | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
-    """Run every step of `plan` and store results, taps and, after each case, the caches.
+    """Run every step of `plan` and store results, taps and, after the last step of a graph in a case, its caches.
 
     Args:
         backend: the opened engine.
@@ -106,11 +106,8 @@ def write_dump(
         results = _run(backend, manifest, case, step, hidden, taps, _inputs_of(manifest, step.graph, given, number))
         if step.graph == "model" and "hidden" in results:
             hidden = results["hidden"]
-        if step is [step for step in case.steps if step.graph in manifest.graphs][-1]:
-            graphs = {step.graph for step in case.steps} & manifest.graphs.keys()
-            results |= {
-                f"cache_{kind}": value for g in sorted(graphs) for kind, value in _caches(backend, manifest, g).items()
-            }
+        if step is {step.graph: step for step in case.steps}[step.graph]:  # the last one of its graph
+            results |= {f"cache_{kind}": value for kind, value in _caches(backend, manifest, step.graph).items()}
         writer.write(number, results)
     writer.close()
 

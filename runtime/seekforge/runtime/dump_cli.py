@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from seekforge.plugins.formats.plan import MODES, Plan, make_plan, parse_context
 from seekforge.plugins.formats.records import RecordError
 from seekforge.runtime.dump import write_dump
 from seekforge.runtime.engine import Engine
+from seekforge.runtime.options import check_checkpoint, checkpoint_option
 
 
 @click.command("dump")
@@ -26,6 +28,7 @@ from seekforge.runtime.engine import Engine
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random prompts.")
 @click.option("--taps", help="Tap outputs to keep, separated by commas. Default: all that the engine gives.")
 @click.option("--given", type=click.Path(path_type=Path), help="Dump with what goes into ENGINE, a part of a model.")
+@checkpoint_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
 @click.option("--name", help="What reports call this side. Default: the folder's name.")
 @click.option("--force", is_flag=True, help="Replace a dump that stands at OUT.")
@@ -40,6 +43,7 @@ def dump(
     seed: int,
     taps: str | None,
     given: Path | None,
+    checkpoint: Path | None,
     threads: int | None,
     name: str | None,
     force: bool,
@@ -51,6 +55,7 @@ def dump(
     --taps gives the inside of every layer too.
     """
     opened = Engine.open(engine, part=True)
+    check_checkpoint(opened, checkpoint)
     inputs = None if given is None else Dump.open(given)
     if plan_file is not None:
         plan = _read(plan_file)
@@ -63,23 +68,23 @@ def dump(
         if not quiet:
             click.echo(f"  running {case}", err=True)
 
-    backend = opened.open_backend(threads=threads)
-    try:
+    # OUT is refused before the weights of a large engine are loaded
+    with (
+        atomic_folder(out, force=force, marker="dump.json") as folder,
+        contextlib.closing(opened.open_backend(threads=threads, checkpoint=checkpoint)) as backend,
+    ):
         if not hasattr(backend, "cache"):
             raise ConfigError(f"{engine}: backend {opened.manifest.target.backend} does not show its caches")
-        with atomic_folder(out, force=force, marker="dump.json") as folder:
-            write_dump(
-                backend,  # pyright: ignore[reportArgumentType]  (checked above)
-                opened.manifest,
-                plan,
-                folder,
-                name=name or engine.resolve().name,
-                taps=None if taps is None else set(taps.split(",")),
-                given=inputs,
-                progress=say,
-            )
-    finally:
-        backend.close()
+        write_dump(
+            backend,  # pyright: ignore[reportArgumentType]  (checked above)
+            opened.manifest,
+            plan,
+            folder,
+            name=name or engine.resolve().name,
+            taps=None if taps is None else set(taps.split(",")),
+            given=inputs,
+            progress=say,
+        )
     if not quiet:
         click.echo(f"wrote {out}: {sum(1 for _ in plan.steps())} steps of {len(plan.cases)} cases")
 

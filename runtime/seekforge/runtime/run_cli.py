@@ -14,6 +14,7 @@ import click
 from seekforge.runtime.batch_file import completion_json, run_batch
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.llm import LLM, LLMMetrics
+from seekforge.runtime.options import check_checkpoint, checkpoint_option
 from seekforge.runtime.outputs import RequestMetrics, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
 
@@ -75,11 +76,7 @@ class _Progress:
     show_default=True,
     help="Tokens to draft per step.",
 )
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    help="GPU engines: where the weights are. Default: where they were at build.",
-)
+@checkpoint_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
 @click.option(
     "--max-model-len", type=click.IntRange(min=1), help="Tokens to make room for. Default: prompt and --max-tokens."
@@ -137,8 +134,7 @@ def run(
     progress.begin("checking files")
     opened = Engine.open(engine, verify=verify)
     target = opened.manifest.target
-    if checkpoint is not None and opened.manifest.weights is None:
-        raise click.UsageError(f"--checkpoint is for engines without weights; {engine} ({target.name}) has its own")
+    check_checkpoint(opened, checkpoint)
     progress.done(f"engine   {engine}: target {target.name}, {'every byte verified' if verify else 'files sampled'}")
 
     progress.begin("loading")

@@ -1,0 +1,29 @@
+"""What several commands of the runtime ask for in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from seekforge.runtime.engine import Engine
+
+#: Decorator: `checkpoint`, checked by `check_checkpoint` once the engine is open.
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="GPU engines: where the weights are. Default: where they were at build.",
+)
+
+
+def check_checkpoint(engine: Engine, checkpoint: Path | None) -> None:
+    """Refuse a checkpoint that would not be read.
+
+    Raises:
+        UsageError: the engine has its own weights.
+    """
+    if checkpoint is not None and engine.manifest.weights is None:
+        target = engine.manifest.target.name
+        raise click.UsageError(
+            f"--checkpoint is for engines without weights; {engine.folder} ({target}) has its own; leave it out"
+        )
