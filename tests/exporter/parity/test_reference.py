@@ -13,7 +13,8 @@ from seekforge.exporter.model.session import StepInputs, TorchSession
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.parity import reference as walking
 from seekforge.exporter.parity.ops import LayerModule
-from seekforge.exporter.parity.reference import Reference, Stream
+from seekforge.exporter.parity.reference import Reference
+from seekforge.exporter.parity.streams import Stream
 from seekforge.exporter.parity.walks import torch_side, without
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.dump import Dump, DumpWriter

@@ -11,7 +11,7 @@ from torch import Tensor
 from seekforge.exporter.model.moe import Moe
 from seekforge.exporter.parity.metrics import Flip, classify, different, expert_gaps, key_gaps, row_errors
 from seekforge.exporter.parity.ops import Part
-from seekforge.exporter.parity.reference import Judged
+from seekforge.exporter.parity.streams import Judged
 from seekforge.exporter.parity.taps import SELECTIONS
 from seekforge.plugins.dsa_indexer.reference import index_scores
 from seekforge.plugins.formats.dump import Dump

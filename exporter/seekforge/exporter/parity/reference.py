@@ -8,8 +8,8 @@ every operation is also given the engine's own inputs and compared with what the
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,75 +20,15 @@ from seekforge.exporter.model.layers import LinearF32, RmsNorm
 from seekforge.exporter.model.moe import Moe
 from seekforge.exporter.model.step import Settings, Step
 from seekforge.exporter.model.weights import to_torch
+from seekforge.exporter.parity.attention_ops import before_cache, behind_cache
+from seekforge.exporter.parity.mlp_ops import mlp_ops
 from seekforge.exporter.parity.ops import NEXT, LayerModule, LayerState, Op, model_recipes
-from seekforge.exporter.parity.taps import HANDOVER, SELECTIONS
+from seekforge.exporter.parity.streams import Judge, Judged, Stream
+from seekforge.exporter.parity.taps import HANDOVER
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.bindings import TensorSource, evaluate, tensors_of
-from seekforge.plugins.formats.dump import Dump, DumpWriter
-from seekforge.plugins.formats.numerics import Numerics
+from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.plan import Plan, StepArrays, lay_out
-
-#: Relative change that measures noise: ten times what f32 sums in another order do; in bf16 activations one rounding.
-PERTURBATION, PERTURBATION_BF16 = 1e-6, 2**-9
-#: What a free run keeps of each layer when it is only there to measure noise.
-NOISE_POINTS = (*HANDOVER, *SELECTIONS, "index_q", "index_w", "index_k", "biased_scores")
-
-#: Called with (layer, step number, operation, its inputs, what PyTorch gives, what the engine gave, state).
-Judge = Callable[["Judged"], None]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One operation of one step: what PyTorch makes of the engine's inputs, and what the engine made of them."""
-
-    step: int
-    layer: int
-    op: Op
-    inputs: dict[str, Tensor]
-    expected: Tensor
-    found: Tensor
-    state: LayerState | None
-    module: LayerModule | None
-
-
-@dataclass
-class Stream:
-    """A free run.
-
-    Attributes:
-        writer: of its dump.
-        perturbation: relative change of the embeddings.
-        points: what to keep; None keeps all. layers: of which layers; None: of all.
-        numerics: layer -> other numerics there, to see what one layer costs.
-        beside: a run whose inputs each layer takes, changed by `perturbation`: what one layer makes of noise, while
-            noise from the embeddings on grows from layer to layer. It keeps what comes out of each layer.
-        enters: (layer, dump): the run begins there, with what that dump has there.
-    """
-
-    writer: DumpWriter
-    perturbation: float = 0.0
-    points: Sequence[str] | None = None
-    numerics: Mapping[int, Numerics] = field(default_factory=dict)
-    layers: Collection[int] | None = None
-    beside: Stream | None = None
-    enters: tuple[int, Dump] | None = None
-    carried: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-
-    def keep(self, step: int, values: dict[str, Tensor]) -> None:
-        """Write the values that this run keeps."""
-        kept = {
-            name: value.float().numpy() if value.is_floating_point() else value.numpy()
-            for name, value in values.items()
-            if self._keeps(name)
-        }
-        self.writer.write(step, kept)
-
-    def _keeps(self, name: str) -> bool:
-        point, _, layer = name.rpartition(".")
-        if not point:
-            return True  # hidden, logits
-        return (self.points is None or point in self.points) and (self.layers is None or int(layer) in self.layers)
 
 
 class Reference:
@@ -220,10 +160,10 @@ class Reference:
     def _free(self, stream: Stream, module: LayerModule, state: LayerState, number: int) -> None:
         layer = module.layer
         values = dict(stream.carried[number])
-        for op in module.before_cache(state):
+        for op in before_cache(module, state):
             values[op.output] = op.run(values)
         module.write_cache(state, values)
-        for op in module.after_cache(state):
+        for op in (*behind_cache(module, state), *mlp_ops(module, state)):
             values[op.output] = op.run(values)
         if "router_logits" in values:  # what decides about experts; an engine does not show it
             moe = module.module.mlp
@@ -241,12 +181,12 @@ class Reference:
     def _judge_layer(self, module: LayerModule, state: LayerState, number: int) -> None:
         assert self.subject is not None
         theirs = self._subject_values(number, module.layer)
-        for op in module.before_cache(state):
+        for op in before_cache(module, state):
             self._judge_op(module.layer, number, op, theirs, state, module)
         if not {"kv_latent", "k_pe", "index_k"} <= theirs.keys():
             return
         module.write_cache(state, theirs)
-        for op in module.after_cache(state):
+        for op in (*behind_cache(module, state), *mlp_ops(module, state)):
             self._judge_op(module.layer, number, op, theirs, state, module)
 
     def _judge_op(

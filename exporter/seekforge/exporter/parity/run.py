@@ -12,7 +12,7 @@ from seekforge.exporter.parity.engine_side import EngineSide
 from seekforge.exporter.parity.fed import FedLayer, judge_layers, look_inside
 from seekforge.exporter.parity.local import OpRecord
 from seekforge.exporter.parity.localise import first_bad_layer, segment_is_bad
-from seekforge.exporter.parity.reference import NOISE_POINTS
+from seekforge.exporter.parity.streams import NOISE_POINTS
 from seekforge.exporter.parity.taps import HANDOVER, layer_points, point_width
 from seekforge.exporter.parity.verdict import Finding, Gate, first_divergence, judge
 from seekforge.exporter.parity.walks import NOISE, NUDGED, REFERENCE, Walker, sensitivity_of_engine

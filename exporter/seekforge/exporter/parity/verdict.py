@@ -11,7 +11,7 @@ from seekforge.exporter.parity.compare import Comparison
 from seekforge.exporter.parity.fed import FedLayer
 from seekforge.exporter.parity.local import OpRecord
 from seekforge.exporter.parity.localise import SEGMENT_FACTOR, SEGMENT_FLOOR
-from seekforge.exporter.parity.reference import PERTURBATION
+from seekforge.exporter.parity.streams import PERTURBATION
 
 #: Largest difference of FP32 logits in parts of their spread; also added to measured noise. Measured: 4e-6 between
 #: ONNX Runtime and torch over all modes and contexts of the tests.

@@ -11,7 +11,8 @@ from typing import Any
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.parity.compare import compare
 from seekforge.exporter.parity.local import LocalJudge, OpRecord
-from seekforge.exporter.parity.reference import NOISE_POINTS, PERTURBATION, PERTURBATION_BF16, Reference, Stream
+from seekforge.exporter.parity.reference import Reference
+from seekforge.exporter.parity.streams import NOISE_POINTS, PERTURBATION, PERTURBATION_BF16, Stream
 from seekforge.exporter.parity.taps import HANDOVER
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.bindings import TensorSource
