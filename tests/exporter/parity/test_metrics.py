@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from seekforge.exporter.parity.choices import Choices
 from seekforge.exporter.parity.localise import first_bad_layer
 from seekforge.exporter.parity.metrics import (
     Difference,
+    Flip,
     classify,
     compare_logits,
     different,
     expert_gaps,
+    farthest,
     key_gaps,
     row_errors,
 )
@@ -102,6 +105,21 @@ def test_who_takes_the_place_of_a_dropped_group_is_judged_by_the_group() -> None
 def test_gaps_have_names(gap: float, kind: str) -> None:
     assert classify(gap, 1e-5) == kind
     assert classify(float("inf"), 1e-5) == classify(float("nan"), 1e-5) == "wrong"
+
+
+def test_gaps_are_named_by_the_noise_of_all_steps_and_the_farthest_are_kept() -> None:
+    """Many that are noise come first, and the noise is known only at the end."""
+    choices = Choices(tolerance=1e-5)
+    for row in range(500):
+        choices.note(0, 0, row, np.array([1, 2]), 1, np.array([0.0, 3e-5]))
+    choices.note(1, 0, 7, np.array([9]), 0, np.array([0.2]))
+    choices.tolerance = 4e-5  # of a later step
+    choices.settle()
+    assert choices.kinds == {"tie": 500, "noise": 500, "wrong": 1, "unknown": 0}
+    assert choices.flips[0] == Flip(1, 0, 7, 9, "reference", 0.2, "wrong") and len(choices.flips) == 100
+    assert {flip.kind for flip in choices.flips[1:]} == {"noise"}
+    odd = [Flip(0, 0, 0, i, "judged", gap, "wrong") for i, gap in enumerate((1.0, float("nan"), float("inf")))]
+    assert [flip.chosen for flip in farthest(odd, 2)] == [1, 2]
 
 
 @pytest.mark.parametrize("number", (1, 2, 3, 8, 61))

@@ -12,7 +12,9 @@ from seekforge.exporter.parity.terminal import number
 
 _COLOURS = ("#2f6fde", "#d9822b", "#2e9e6b", "#b455c9", "#c0392b", "#5f7d8c", "#8a6d3b", "#17a2b8")
 _WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 24, 12, 40
+
+_HINT = "tap the chart for numbers"
 
 #: x, y, and the text behind the mark.
 Point = tuple[float, float, str]
@@ -76,7 +78,7 @@ def line_chart(
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_label)} over '
         f'{escape(x_label)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div>'
-        f"<figcaption>{escape(y_label)}: <output></output></figcaption></figure>"
+        f"<figcaption>{escape(y_label)}: <output>{_HINT}</output></figcaption></figure>"
     )
 
 
@@ -104,13 +106,15 @@ def heat_map(case: dict[str, Any]) -> str:
         position = case["positions"][j]["position"]
         cells.append(f'<text x="{x:.1f}" y="{total - 20:.1f}" text-anchor="middle">{position}</text>')
     cells.append(f'<text x="{_WIDTH / 2}" y="{total - 4:.1f}" text-anchor="middle">position</text>')
+    middle = _TOP + height * len(layers) / 2
+    cells.append(f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">layer</text>')
     scale = "".join(
         f'<span><i style="background:{_colour(10.0**e)}"></i>1e{e}</span>' for e in (-8, -6, -5, -4, -3, -2, -1, 0)
     )
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {total:.0f}" role="img" aria-label="heat map of errors">'
         f'{"".join(cells)}</svg><div class="legend">{scale}</div>'
-        f"<figcaption>{escape(case['name'])}, residual stream behind each layer: <output></output></figcaption>"
+        f"<figcaption>{escape(case['name'])}, residual stream behind each layer: <output>{_HINT}</output></figcaption>"
         "</figure>"
     )
 

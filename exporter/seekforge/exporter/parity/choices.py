@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from seekforge.exporter.parity.metrics import Flip, classify, different, expert_gaps, key_gaps
+from seekforge.exporter.parity.metrics import Flip, classify, different, expert_gaps, farthest, key_gaps
 from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.model_config import ModelConfig
 
@@ -20,12 +20,12 @@ _KEEP_FLIPS = 100
 
 @dataclass
 class Choices:
-    """What one layer's indexer or router chose, over all rows.
+    """What one layer's indexer or router chose, over all rows. Kinds and flips are there once it is settled.
 
     Attributes:
         rows: rows that chose among more than they may take. other: rows whose sets differ.
         overlap: sum of overlaps over `rows`. tolerance: gap that counts as noise.
-        kinds: keys or experts of the symmetric difference by kind. flips: some of them.
+        kinds: keys or experts of the symmetric difference by kind. flips: the farthest of them, farthest first.
         curve: context length -> (sum of overlaps, rows).
         noise_rows: rows in which PyTorch differs from itself when embeddings change by parts in a million.
     """
@@ -38,6 +38,30 @@ class Choices:
     flips: list[Flip] = field(default_factory=list)
     curve: dict[int, tuple[float, int]] = field(default_factory=dict)
     noise_rows: int = 0
+    _gaps: list[np.ndarray] = field(default_factory=list)
+
+    def note(
+        self, step: int, sequence: int, position: int, chosen: np.ndarray, num_judged: int, gaps: np.ndarray
+    ) -> None:
+        """Take the keys or experts of one row that one side alone chose, those of the judged side first."""
+        self._gaps.append(gaps)
+        for i, (choice, gap) in enumerate(zip(chosen.tolist(), gaps.tolist(), strict=True)):
+            by = "judged" if i < num_judged else "reference"
+            self.flips.append(Flip(step, sequence, position, choice, by, gap, "wrong"))
+        if len(self.flips) > 2 * _KEEP_FLIPS:
+            self.flips = farthest(self.flips, _KEEP_FLIPS)
+
+    def settle(self) -> None:
+        """Name every gap, by the tolerance that is known only when the noise of all steps was measured."""
+        gaps = np.concatenate(self._gaps) if self._gaps else np.zeros(0)
+        self._gaps = []
+        ties, within = gaps == 0.0, gaps <= self.tolerance
+        self.kinds["tie"] += int(ties.sum())
+        self.kinds["noise"] += int((within & ~ties).sum())
+        self.kinds["wrong"] += int((~within).sum())
+        self.flips = [
+            replace(flip, kind=classify(flip.gap, self.tolerance)) for flip in farthest(self.flips, _KEEP_FLIPS)
+        ]
 
 
 @dataclass(frozen=True)
@@ -145,7 +169,7 @@ class Keys:
             self.result.kinds["unknown"] += len(keys)
             return
         gaps = key_gaps(scores, reference, keys)
-        _note(self.result, number, sequence, position, keys, len(mine), gaps)
+        self.result.note(number, sequence, position, keys, len(mine), gaps)
 
 
 def _fake_quantise(x: np.ndarray) -> np.ndarray:
@@ -185,21 +209,4 @@ def add_experts(sides: Sides, config: ModelConfig, number: int, layer: int, resu
             result.kinds["unknown"] += len(experts)
             continue
         gaps = expert_gaps(scores[i], theirs[i], experts, config.n_group, config.topk_group)
-        _note(result, number, sequence, position, experts, len(mine), gaps)
-
-
-def _note(
-    result: Choices,
-    number: int,
-    sequence: int,
-    position: int,
-    chosen: np.ndarray,
-    num_ours: int,
-    gaps: np.ndarray,
-) -> None:
-    for i, (choice, gap) in enumerate(zip(chosen.tolist(), gaps.tolist(), strict=True)):
-        kind = classify(gap, result.tolerance)
-        result.kinds[kind] += 1
-        if len(result.flips) < _KEEP_FLIPS:
-            by = "judged" if i < num_ours else "reference"
-            result.flips.append(Flip(number, sequence, position, choice, by, gap, kind))
+        result.note(number, sequence, position, experts, len(mine), gaps)

@@ -6,7 +6,7 @@ sides are apart. Why, and whether that is a fault, is for `local` and `verdict`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +45,7 @@ class CaseComparison:
     Attributes:
         graph, rows: which rows; (sequence, position) of each.
         heat: [layers, rows] error of the residual stream in parts of its root mean square.
+        logits: of all rows with logits together.
         error, kl, top1, top10, nll, nll_reference: of the rows with logits, at `logit_rows`.
         noise_error, noise_kl, noise_top1: PyTorch against itself, the same rows; empty without noise.
         flipped: rows in which any layer chose otherwise.
@@ -57,6 +58,7 @@ class CaseComparison:
     rows: list[tuple[int, int]]
     heat_layers: list[int]
     heat: np.ndarray
+    logits: Difference
     logit_rows: np.ndarray
     error: np.ndarray
     kl: np.ndarray
@@ -92,7 +94,7 @@ def compare(judged: Dump, reference: Dump, noise: Dump | tuple[Dump, Dump] | Non
     Raises:
         ConfigError: the dumps are of other plans or models.
     """
-    _check_pair(judged, reference)
+    check_pair(judged, reference)
     perturbed, base = noise if isinstance(noise, tuple) else (noise, reference)
     sides = Sides(judged, reference, perturbed, base)
     config = ModelConfig.parse(reference.side.config, str(reference.folder))
@@ -106,16 +108,29 @@ def compare(judged: Dump, reference: Dump, noise: Dump | tuple[Dump, Dump] | Non
     return Comparison(layers, cases, not_finite, noise is not None)
 
 
-def _check_pair(judged: Dump, reference: Dump) -> None:
+def check_pair(judged: Dump, reference: Dump) -> None:
+    """Refuse dumps that cannot be compared.
+
+    Raises:
+        ConfigError: they are of other plans or models.
+    """
     if judged.plan != reference.plan:
         raise ConfigError(
             f"{judged.folder} and {reference.folder} ran different steps; make the second dump with the plan of the "
             "first (seekforge dump --plan, or parity --from-dump FIRST --checkpoint …)"
         )
+    check_same_model(judged.side.config, reference.side.config, (str(judged.folder), str(reference.folder)))
+
+
+def check_same_model(ours: Mapping[str, object], theirs: Mapping[str, object], names: tuple[str, str]) -> None:
+    """Refuse configs of models whose tensors do not belong together.
+
+    Raises:
+        ConfigError: naming the first key that differs.
+    """
     for key in ("hidden_size", "num_hidden_layers", "vocab_size", "index_topk", "n_routed_experts"):
-        ours, theirs = judged.side.config.get(key), reference.side.config.get(key)
-        if ours != theirs:
-            raise ConfigError(f"{judged.folder} has {key} {ours}, {reference.folder} has {theirs}: other models")
+        if ours.get(key) != theirs.get(key):
+            raise ConfigError(f"{names[0]} has {key} {ours.get(key)}, {names[1]} has {theirs.get(key)}: other models")
 
 
 def _layers(dump: Dump) -> list[tuple[str, int]]:
@@ -165,6 +180,9 @@ def _compare_layer(sides: Sides, config: ModelConfig, graph: str, layer: int) ->
         keys.add(number)
         if result.experts is not None:
             add_experts(sides, config, number, layer, result.experts)
+    result.keys.settle()
+    if result.experts is not None:
+        result.experts.settle()
     return result
 
 
@@ -197,15 +215,16 @@ def _compare_case(sides: Sides, name: str, graph: str) -> CaseComparison:
         heat[i] = row_errors(whole[0], whole[1])
     flipped = np.concatenate([_flipped(judged, reference, number) for number in numbers])
     found: dict[str, list[np.ndarray]] = {}
-    offset = 0
+    logits, offset = Difference(), 0
     for number in numbers:
         arrays = reference.arrays(number)
         places = places_of(reference, number)
         if judged.has(number, "logits") and reference.has(number, "logits"):
             index = np.array([int(arrays.real[:row].sum()) for row in arrays.logits_index])
             following = np.array([texts.get((places[i][0], places[i][1] + 1), -1) for i in index])
-            theirs = reference.tensor(number, "logits")
-            result = compare_logits(judged.tensor(number, "logits"), theirs, following)
+            pair = judged.tensor(number, "logits"), reference.tensor(number, "logits")
+            logits.add(*pair)
+            result = compare_logits(*pair, following)
             values = {**result.__dict__, "logit_rows": index + offset}
             if noise is not None and noise.has(number, "logits") and base.has(number, "logits"):
                 other = compare_logits(noise.tensor(number, "logits"), base.tensor(number, "logits"), following)
@@ -224,6 +243,7 @@ def _compare_case(sides: Sides, name: str, graph: str) -> CaseComparison:
         rows=rows,
         heat_layers=heat_layers,
         heat=heat,
+        logits=logits,
         logit_rows=merged.get("logit_rows", np.zeros(0, int)),
         flipped=flipped,
         **{key: merged.get(key, empty) for key in keys},

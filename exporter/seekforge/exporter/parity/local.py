@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seekforge.exporter.model.moe import Moe
-from seekforge.exporter.parity.metrics import Flip, classify, different, expert_gaps, key_gaps, row_errors
+from seekforge.exporter.parity.metrics import Flip, classify, different, expert_gaps, farthest, key_gaps, row_errors
 from seekforge.exporter.parity.ops import Part
 from seekforge.exporter.parity.streams import Judged
 from seekforge.exporter.parity.taps import SELECTIONS
@@ -47,7 +47,7 @@ class OpRecord:
         error: largest row error. gate: what is allowed. reason: why.
         num_rows, num_bad: rows compared and rows beyond the gate.
         where: case, step, sequence and position of the worst row.
-        flips: keys or experts chosen on one side only, with gaps.
+        flips: keys or experts chosen on one side only, with gaps: the farthest, farthest first.
         num_flips: by kind. num_choices: choices compared.
         failed: whether the operation is at fault.
         detail: what is known beyond that, in words.
@@ -108,6 +108,7 @@ class LocalJudge:
         for (graph, layer), experts in self._experts.items():
             experts.conclude(self.records[graph, layer, "mlp.experts"])
         for record in self.records.values():
+            record.flips = farthest(record.flips, _KEEP_FLIPS)
             if record.module == "mlp.experts" and self.numerics.act_quant != "none":
                 continue
             if record.num_choices:
@@ -207,10 +208,11 @@ class LocalJudge:
                 record.num_flips[kind] += 1
                 record.error = max(record.error, gap)
                 by = "judged" if i < len(ours) else "reference"
-                if len(record.flips) < _KEEP_FLIPS:
-                    record.flips.append(Flip(judged.step, sequence, position, choice, by, gap, kind))
+                record.flips.append(Flip(judged.step, sequence, position, choice, by, gap, kind))
                 if not record.where and kind == "wrong":
                     record.where = self._where(judged.step, int(row))
+            if len(record.flips) > 2 * _KEEP_FLIPS:
+                record.flips = farthest(record.flips, _KEEP_FLIPS)
 
     def _key_scores(self, judged: Judged, real: Tensor) -> np.ndarray:
         state, module = judged.state, judged.module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,6 +158,11 @@ def classify(gap: float, tolerance: float) -> Kind:
     if gap == 0.0:
         return "tie"
     return "noise" if gap <= tolerance else "wrong"
+
+
+def farthest(flips: Iterable[Flip], most: int) -> list[Flip]:
+    """Return at most so many flips, those with the widest gaps first; NaN is wider than anything."""
+    return sorted(flips, key=lambda flip: -flip.gap if flip.gap == flip.gap else -np.inf)[:most]
 
 
 def different(judged: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

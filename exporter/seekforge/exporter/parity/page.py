@@ -1,7 +1,7 @@
 """The report as one HTML page that needs nothing else: charts are inline SVG, numbers stand behind each point.
 
-Made from the JSON report alone. Tap or point at a mark and its numbers appear under the chart; every chart also has its
-numbers as a table.
+Made from the JSON report alone. Tap or point at a chart and the numbers of the nearest mark appear under it; every line
+chart also has its numbers as a table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 
 from seekforge.exporter.parity.charts import Point, folded_table, heat_map, line_chart, plain_table
 from seekforge.exporter.parity.terminal import number
+
+#: Rows of a table at most.
+_MOST_ROWS = 1000
 
 _STYLE = """
 :root{--ink:#1c2733;--dim:#5c6b7a;--paper:#fff;--card:#f5f7fa;--line:#d7dee6;--ok:#1d8a55;--bad:#c22f2f}
@@ -39,12 +42,17 @@ details{margin:.4em 0}summary{cursor:pointer;color:var(--dim)}
 @media(max-width:560px){.gates thead{display:none}
 .gates tr{display:block;padding:8px 0;border-bottom:1px solid var(--line)}
 .gates td{display:block;border:0;padding:1px 0}.gates td:nth-child(4)::before{content:"allowed ";color:var(--dim)}
-.gates td:nth-child(3)::before{content:"found ";color:var(--dim)}svg text{font-size:19px}}
+.gates td:nth-child(3)::before{content:"found ";color:var(--dim)}.gates td:nth-child(-n+2){display:inline;padding:0 8px
+0 0}svg text{font-size:19px}}
 """
 
 _SCRIPT = """
-for(const kind of ['click','mouseover'])document.addEventListener(kind,e=>{const v=e.target.dataset&&e.target.dataset.v;
-if(v)e.target.closest('figure').querySelector('output').textContent=v});
+for(const kind of ['click','mousemove'])document.addEventListener(kind,e=>{
+const svg=e.target.closest&&e.target.closest('figure svg');if(!svg)return;
+let best=e.target.dataset.v&&e.target,least=Infinity;
+if(!best)for(const mark of svg.querySelectorAll('.hit')){const r=mark.getBoundingClientRect(),
+d=Math.hypot(r.x+r.width/2-e.clientX,r.y+r.height/2-e.clientY);if(d<least){least=d;best=mark}}
+if(best)svg.closest('figure').querySelector('output').textContent=best.dataset.v});
 """
 
 
@@ -188,7 +196,7 @@ def _positions(report: dict[str, Any]) -> str:
     if not series:
         return ""
     chart = line_chart(series, x_label="position", y_label="logits error / spread", log=True)
-    table = folded_table(["case", "sequence", "position", "error", "noise"], rows[:1000], "numbers")
+    table = folded_table(["case", "sequence", "position", "error", "noise"], rows[:_MOST_ROWS], "numbers")
     return f"<h2>Error of the logits over positions</h2>{chart}{table}"
 
 
@@ -245,6 +253,7 @@ def _cases(report: dict[str, Any]) -> str:
             case["name"] + (" (MTP)" if case["graph"] == "mtp" else ""),
             case["rows"],
             *(number(case[key]) for key in keys),
+            *(number(case["logits"][key]) for key in ("max_abs", "cosine_difference", "calc_diff")),
             f"{case['top1']:.2%}",
             f"{case['top10']:.2%}",
             number(case.get("perplexity")),
@@ -254,7 +263,8 @@ def _cases(report: dict[str, Any]) -> str:
         for case in report["cases"]
         if "kl_mean" in case
     ]
-    names = ["case", "rows", "error median", "largest", "KL mean", "largest", "top-1", "top-10", "perplexity",
+    names = ["case", "rows", "error median", "largest", "KL mean", "largest", "max abs", "cosine diff",
+             "calc_diff", "top-1", "top-10", "perplexity",
              "difference", "rows that chose otherwise"]  # fmt: skip
     return f"<h2>Cases</h2>{plain_table(names, rows)}" if rows else ""
 
@@ -300,8 +310,8 @@ def _flips(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     names = ["layer", "what", "which", "sequence", "position", "chosen by", "gap", "class"]
-    table = folded_table(names, rows[:400], f"{len(rows)} keys and experts with their gaps")
-    return f"<h2>Choices that differ</h2>{table}"
-
-
-# --- parts --------------------------------------------------------------------------------------------------
+    chosen = [choices for layer in report["layers"] for choices in (layer["keys"], layer["experts"]) if choices]
+    total = sum(sum(choices["kinds"].values()) for choices in chosen)
+    shown = rows[:_MOST_ROWS]
+    words = f"all {total}" if len(shown) == total else f"{len(shown)} of {total}, the farthest of each layer,"
+    return f"<h2>Choices that differ</h2>{folded_table(names, shown, f'{words} with their gaps')}"

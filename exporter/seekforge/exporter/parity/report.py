@@ -68,7 +68,7 @@ def _difference(value: Difference | None) -> dict[str, float] | None:
 
 
 def _flips(flips: list[Flip]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(flip) for flip in flips[:50]]
+    return [dataclasses.asdict(flip) for flip in flips]
 
 
 def _choices(choices: Choices | None) -> dict[str, Any] | None:
@@ -136,6 +136,7 @@ def _case(case: CaseComparison) -> dict[str, Any]:
         numbers = {
             "error_median": float(np.median(case.error)),
             "error_max": float(case.error.max()),
+            "logits": _difference(case.logits),
             "kl_mean": float(case.kl.mean()),
             "kl_max": float(case.kl.max()),
             "top1": float(case.top1.mean()),

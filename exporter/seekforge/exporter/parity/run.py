@@ -111,7 +111,7 @@ def check_engine(
     elif not fits:
         wanted = [tap for tap in wanted if _layer(tap) in ends and tap.startswith(HANDOVER)]
         notes.append(
-            f"taps of all layers would take {size / 1e9:.1f} GB, allowed are {max_dump_bytes / 1e9:.1f} GB "
+            f"taps of all layers would take {size / 1e9:.3g} GB, allowed are {max_dump_bytes / 1e9:.3g} GB "
             "(--max-dump-gb): the first bad layer was searched by bisection, and only its inside was looked at"
         )
     progress(f"engine {engine.folder.name}")
