@@ -119,6 +119,7 @@ def test_the_command_writes_what_the_engine_computes(tiny_engines: dict[str, Pat
         (["--contexts", "x"], "--contexts is 'x'"),
         (["--modes", "x"], "--modes has 'x'"),
         (["--plan", "/nowhere"], "/nowhere: cannot be read"),
+        (["--taps", "expert_ids.1,attn_out.1"], "--taps has 'attn_out.1', which"),
     ],
 )
 def test_bad_input_is_one_line(tiny_engines: dict[str, Path], tmp_path: Path, args: list[str], words: str) -> None:

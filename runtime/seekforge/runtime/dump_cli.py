@@ -56,6 +56,7 @@ def dump(
     """
     opened = Engine.open(engine, part=True)
     check_checkpoint(opened, checkpoint)
+    kept = None if taps is None else _known_taps(taps, opened)
     inputs = None if given is None else Dump.open(given)
     if plan_file is not None:
         plan = _read(plan_file)
@@ -81,7 +82,7 @@ def dump(
             plan,
             folder,
             name=name or engine.resolve().name,
-            taps=None if taps is None else set(taps.split(",")),
+            taps=kept,
             given=inputs,
             progress=say,
         )
@@ -96,6 +97,19 @@ def _read(path: Path) -> Plan:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except RecordError as error:
         raise ConfigError(f"{path}: {error}; let 'seekforge parity' write the plan") from None
+
+
+def _known_taps(text: str, engine: Engine) -> set[str]:
+    """Return the names in `text`, all of which the engine gives."""
+    names = {part.strip() for part in text.split(",")} - {""}
+    given = {spec.name for face in engine.manifest.graphs.values() for spec in face.outputs}
+    unknown = sorted(names - given)
+    if unknown:
+        raise ConfigError(
+            f"--taps has {unknown[0]!r}, which {engine.folder} does not give; 'seekforge inspect' lists what it gives, "
+            "and 'seekforge build --taps' makes an engine that gives more"
+        )
+    return names
 
 
 def _random_plan(manifest: Manifest, contexts: str, modes: str, seed: int) -> Plan:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from parity_faults import bent_engine, build_engine, edited_checkpoint, scaled, split_products
 
+from seekforge.exporter.parity import engine_side
+from seekforge.exporter.parity.engine_side import EngineSide
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.formats.dump import Dump
+from seekforge.plugins.formats.manifest import WeightSource, load_manifest, save_manifest
 from seekforge.plugins.formats.numerics import FP8
 from seekforge.runtime import cli
 
@@ -76,6 +81,7 @@ def test_a_right_engine_passes_and_says_why(saved: dict[str, Any]) -> None:
     points = report["layers"][1]["points"]
     assert set(points["attn_out"]) == {"max_abs", "max_relative", "rms_relative", "cosine_difference", "calc_diff"}
     case = report["cases"][0]
+    assert set(case["logits"]) == set(points["attn_out"]) and 0 < case["logits"]["calc_diff"] < 0.1
     assert case["perplexity_reference"] > 1 and len(case["heat"]) == 4 and len(case["heat"][0]) == 70
 
 
@@ -110,10 +116,21 @@ def test_a_fault_fails_with_1_and_is_named_in_the_terminal(
     result = invoke("--from-dump", judged, "--checkpoint", wrong, "--html", page)
     assert result.exit_code == 1
     assert "first divergence layer 2: post_attention_layernorm" in result.stdout and NORM in result.stdout
-    assert result.stdout.rstrip().splitlines()[-2] == "failed"
+    assert result.stdout.rstrip().splitlines()[-2:] == ["failed", f"report: {page}"]
     assert NORM in page.read_text(encoding="utf-8")
+    brief = invoke("--from-dump", judged, "--checkpoint", wrong, "--brief").stdout
+    assert brief.rstrip().splitlines()[-2].startswith("failed gates: operations")
     quiet = invoke("--from-dump", judged, "--checkpoint", wrong, "--quiet")
     assert quiet.exit_code == 1 and quiet.output == ""
+
+
+@pytest.mark.parametrize("name", [NORM, "model.layers.1.mlp.gate.e_score_correction_bias"])
+def test_a_damaged_checkpoint_is_no_fault_of_the_engine(
+    saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    damaged = edited_checkpoint(tiny_checkpoint, tmp_path / "damaged", {name: scaled(float("nan"), 3)})
+    line = refuse("--from-dump", saved["root"] / "dumps" / "judged", "--checkpoint", damaged)
+    assert name in line and "holds nan at [3]" in line and "download it again" in line
 
 
 def test_the_brief_report_is_the_cases_and_the_verdict(saved: dict[str, Any]) -> None:
@@ -122,7 +139,7 @@ def test_the_brief_report_is_the_cases_and_the_verdict(saved: dict[str, Any]) ->
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[-1].strip() == "passed" and len(lines) < 16, result.stdout
     assert "perplexity" in result.stdout and "whole 70" in result.stdout and "worst operation" not in result.stdout
-    assert lines[-2].startswith("gates: finite, logits, KL, top-1")
+    assert lines[-2].startswith("passed gates: finite, logits, KL, top-1")
 
 
 def test_the_torch_side_alone_is_written_for_later(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -244,7 +261,7 @@ def test_a_stage_is_checked_from_what_pytorch_has_before_it(tiny_checkpoint: Pat
         (("{engine}", "--checkpoint", "{checkpoint}", "--without", "x"), "--without x: expected some of"),
         (("{engine}", "--checkpoint", "{checkpoint}", "--sensitivity", "--contexts", "4", "--modes", "whole"),
          "computes exactly"),
-        (("{engine}", "--against", "/nowhere"), "cannot be read"),
+        (("{engine}", "--against", "/nowhere"), "--against is '/nowhere', expected torch, transformers, or an engine"),
         ((), "nothing to compare"),
         (("--from-dump", "/nowhere"), "expected a folder written by"),
         (("--from-dump", "{dump}"), "needs --checkpoint, or a second"),
@@ -260,6 +277,92 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "dump": saved["root"] / "dumps" / "judged",
     }
     assert words in refuse(*(arg.format(**places) for arg in args))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("{engine}", "--against", "{engine}", "--sensitivity"), "--sensitivity needs --against torch"),
+        (("{engine}", "--against", "transformers", "--max-dump-gb", "1"), "--max-dump-gb needs --against torch"),
+        (("{engine}", "--against", "{engine}", "--without", "kv_fp8"), "--without needs --against torch"),
+        (("{engine}", "--force"), "--force replaces what stands at --save"),
+        (("{engine}", "--json", "--brief"), "--brief shortens the tables"),
+        (("--from-dump", "{dump}", "--contexts", "5"), "--contexts says what to run"),
+        (("--from-dump", "{dump}", "--modes", "whole"), "--modes says what to run"),
+        (("--from-dump", "{dump}", "--layers", "0-1"), "--layers needs an ENGINE"),
+        (("--from-dump", "{dump}", "--sensitivity"), "--sensitivity needs an ENGINE"),
+        (("--from-dump", "{dump}", "--write-self-check"), "--write-self-check needs an ENGINE"),
+        (("--from-dump", "{dump}", "--from-dump", "{dump}", "--numerics", "exact"), "which needs --checkpoint"),
+        (("--checkpoint", "{checkpoint}", "--layers", "0-1"), "--layers needs an ENGINE"),
+        (("--checkpoint", "{checkpoint}", "--html", "{dump}.html"), "--html is about a comparison"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    saved: dict[str, Any], tiny_engines: dict[str, Path], tiny_checkpoint: Path, args: tuple[str, ...], words: str
+) -> None:
+    dump = saved["root"] / "dumps" / "judged"
+    places = {"engine": tiny_engines["exact"], "checkpoint": tiny_checkpoint, "dump": dump}
+    assert words in refuse(*(arg.format(**places) for arg in args))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--sensitivity",), "computes exactly"),
+        (("--write-self-check", "--modes", "ragged"), "no prompt was run whole and alone"),
+        (("--write-self-check", "--layers", "0-1"), "stores logits of a whole model"),
+        (("--prompts", "{long}"), "prompt 1 has"),
+        (("--against", "{short}", "--contexts", "70"), "--contexts has 70, the engine accepts 64"),
+        (("--against", "{other}"), "has index_topk 64, "),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_engine_runs(
+    tiny_engines: dict[str, Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    words: str,
+) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the engine was run")
+
+    monkeypatch.setattr(EngineSide, "_run", run)
+    manifest = load_manifest(tiny_engines["exact"])
+    limits = manifest.limits.model_copy(update={"max_model_len": 64})
+    (tmp_path / "long").write_text("Hello\n" + "word " * manifest.limits.max_model_len, encoding="utf-8")
+    changes = {"short": {"limits": limits}, "other": {"config": manifest.config | {"index_topk": 32}}}
+    for name, change in changes.items():
+        shutil.copytree(tiny_engines["exact"], tmp_path / name, copy_function=os.symlink)
+        (tmp_path / name / "manifest.json").unlink()
+        save_manifest(tmp_path / name, manifest.model_copy(update=change))
+    places = {name: tmp_path / name for name in ("long", "short", "other")}
+    line = refuse(tiny_engines["exact"], "--checkpoint", tiny_checkpoint, *(arg.format(**places) for arg in args))
+    assert words in line
+
+
+def test_an_engine_without_weights_gets_them_from_the_checkpoint_that_judges_it(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a GPU's engine, which reads them where it runs; not of one that has its own."""
+    commands: list[list[str]] = []
+
+    def note(command: list[str], **kwargs: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2, "", "error: no GPU\n")
+
+    monkeypatch.setattr(engine_side.subprocess, "run", note)
+    manifest = load_manifest(tiny_engines["exact"])
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_engines["exact"], bare, copy_function=os.symlink)
+    (bare / "manifest.json").unlink()
+    weights = WeightSource(path="/gone", index_digest="0" * 64)
+    save_manifest(bare, manifest.model_copy(update={"weights": weights}))
+    for engine in (bare, tiny_engines["exact"]):
+        line = refuse(engine, "--checkpoint", tiny_checkpoint, "--contexts", "5", "--modes", "whole")
+        assert "the runtime could not run it: no GPU" in line
+    assert commands[0][commands[0].index("--checkpoint") + 1] == str(tiny_checkpoint)
+    assert "--checkpoint" not in commands[1]
 
 
 def test_dumps_of_other_steps_are_refused(saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:

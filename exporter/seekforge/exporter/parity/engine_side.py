@@ -23,10 +23,11 @@ class EngineSide:
         folder: the engine.
         work: a folder for changed copies.
         threads: CPU threads for one operator.
+        checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
     """
 
-    def __init__(self, folder: Path, work: Path, threads: int | None = None) -> None:
-        self.folder, self.work, self.threads = folder, work, threads
+    def __init__(self, folder: Path, work: Path, threads: int | None = None, checkpoint: Path | None = None) -> None:
+        self.folder, self.work, self.threads, self.checkpoint = folder, work, threads, checkpoint
         self.manifest = load_manifest(folder)
         self.taps = available_taps(folder)
         #: Whether its graph can be opened and cut between layers.
@@ -38,6 +39,11 @@ class EngineSide:
         """The layers [a, b) of an engine that is a stage; None of a whole model."""
         layers = self.manifest.layer_range
         return None if layers == (0, int(self.manifest.config["num_hidden_layers"])) else layers
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its weights are int8 or int4 codes."""
+        return self.manifest.build.get("precision") in ("int8", "int4")
 
     def dump(
         self, plan: Plan, out: Path, taps: Collection[str], *, selections: bool = True, given: Dump | None = None
@@ -89,6 +95,8 @@ class EngineSide:
             command += ["--taps", ",".join(taps)]
         if given is not None:
             command += ["--given", str(given.folder)]
+        if self.checkpoint is not None and self.manifest.weights is not None:
+            command += ["--checkpoint", str(self.checkpoint)]
         if self.threads:
             command += ["--threads", str(self.threads)]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.bindings import TensorSource
 from seekforge.plugins.formats.dump import Dump, DumpWriter, Side
 from seekforge.plugins.formats.numerics import EXACT
 from seekforge.plugins.formats.plan import Plan
@@ -24,11 +25,11 @@ from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.quant import dequantise_weight
 
 
-def write_oracle_dump(checkpoint_folder: Path, plan: Plan, out: Path, work: Path) -> Dump:
+def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan, out: Path, work: Path) -> Dump:
     """Run `transformers` on the whole prompts of a plan.
 
     Args:
-        checkpoint_folder: the FP8 checkpoint.
+        checkpoint_folder: the FP8 checkpoint. source: its tensors.
         plan: of `whole` cases only.
         out: an empty folder for the dump.
         work: an empty folder for a dequantised copy, which is removed by its owner.
@@ -38,7 +39,7 @@ def write_oracle_dump(checkpoint_folder: Path, plan: Plan, out: Path, work: Path
     """
     if any(case.mode != "whole" for case in plan.cases):
         raise ConfigError("--against transformers runs whole prompts only; pass --modes whole")
-    model, config = _load(checkpoint_folder, work)
+    model, config = _load(checkpoint_folder, source, work)
     number = int(config["num_hidden_layers"])
     side = Side(
         kind="transformers",
@@ -74,7 +75,7 @@ def write_oracle_dump(checkpoint_folder: Path, plan: Plan, out: Path, work: Path
     return Dump.open(out)
 
 
-def _load(checkpoint_folder: Path, work: Path) -> tuple[Any, dict[str, Any]]:
+def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[Any, dict[str, Any]]:
     """Write an FP32 copy and load it; nothing but the MTP layer may be left out."""
     from safetensors.torch import save_file
     from transformers import DeepseekV32ForCausalLM
@@ -88,9 +89,9 @@ def _load(checkpoint_folder: Path, work: Path) -> tuple[Any, dict[str, Any]]:
         for name in checkpoint.names:
             if name.endswith("_scale_inv"):
                 continue
-            value = to_torch(checkpoint.tensor(name))
+            value = to_torch(source.tensor(name))
             if value.dtype == torch.float8_e4m3fn:
-                value = dequantise_weight(value, to_torch(checkpoint.tensor(f"{name}_scale_inv")))
+                value = dequantise_weight(value, to_torch(source.tensor(f"{name}_scale_inv")))
             tensors[name] = value.float().contiguous()
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
     plain = {key: value for key, value in config.items() if key != "quantization_config"}

@@ -47,9 +47,10 @@ def print_terminal(console: Console, report: dict[str, Any], *, brief: bool = Fa
         if finding["others"]:
             console.print(f"  [dim]{finding['others']} more operations are off by themselves; --json lists them[/]")
     if brief:
-        gated = [gate for gate in report["gates"] if gate["gated"]]
-        shown = ", ".join(gate["name"] if gate["passed"] else f"[red]{gate['name']}[/]" for gate in gated)
-        console.print(f"[dim]gates:[/] {shown}")
+        for word, mark in ((True, "passed gates"), (False, "[red]failed gates[/]")):
+            names = [gate["name"] for gate in report["gates"] if gate["gated"] and gate["passed"] is word]
+            if names:
+                console.print(f"{mark}: {', '.join(names)}")
     console.print("[bold green]passed[/]" if report["passed"] else "[bold red]failed[/]")
 
 
@@ -119,4 +120,5 @@ def _choice_text(choices: dict[str, Any] | None) -> str:
     if not choices["rows_other"]:
         return "same"
     kinds = ", ".join(f"{count} {kind}" for kind, count in choices["kinds"].items() if count)
-    return f"{choices['rows_other']} rows ({kinds})"
+    rows = choices["rows_other"]
+    return f"{rows} {'row' if rows == 1 else 'rows'}: {kinds}"

@@ -17,12 +17,32 @@ from seekforge.exporter.parity.verdict import GATE
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.manifest import SelfCheck, SelfCheckRow, load_manifest, save_manifest
+from seekforge.plugins.formats.plan import Plan, PlanStep
 
 #: Longest prompt that is taken where there is a shorter one: it is run at every start.
 _LONGEST: Final = 256
 _ROWS, _TOP = 3, 20
 #: The tolerance, in measured differences.
 _FACTOR: Final = 2.0
+
+
+def stored_step(plan: Plan) -> tuple[int, PlanStep]:
+    """Return the step whose results are stored, and its number: of the prompts that were run whole and alone.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    whole = {
+        number: step
+        for number, _, step in plan.steps()
+        if step.graph == "model" and len(step.tokens) == 1 and step.starts == (0,) and step.logits_index
+    }
+    if not whole:
+        raise ConfigError("--write-self-check: no prompt was run whole and alone; leave 'whole' in --modes")
+    lengths = {number: len(step.tokens[0]) for number, step in whole.items()}
+    short = [(length, number) for number, length in lengths.items() if length <= _LONGEST]
+    number = max(short)[1] if short else min((length, number) for number, length in lengths.items())[1]
+    return number, whole[number]
 
 
 def make_self_check(judged: Dump, reference: Dump, source: str) -> SelfCheck:
@@ -35,16 +55,7 @@ def make_self_check(judged: Dump, reference: Dump, source: str) -> SelfCheck:
     Raises:
         ConfigError: no prompt of the plan was run whole and alone.
     """
-    whole = [
-        (len(step.tokens[0]), number)
-        for number, _, step in reference.plan.steps()
-        if step.graph == "model" and len(step.tokens) == 1 and step.starts == (0,) and step.logits_index
-    ]
-    if not whole:
-        raise ConfigError("--write-self-check: no prompt was run whole and alone; leave 'whole' in --modes")
-    short = [entry for entry in whole if entry[0] <= _LONGEST]
-    _, number = max(short) if short else min(whole)
-    step = next(step for i, _, step in reference.plan.steps() if i == number)
+    number, step = stored_step(reference.plan)
     expected, found = (dump.tensor(number, "logits").astype(np.float64) for dump in (reference, judged))
     picked = sorted({round(i) for i in np.linspace(0, len(step.logits_index) - 1, _ROWS)})
     rows, largest = [], 0.0

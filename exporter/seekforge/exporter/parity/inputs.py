@@ -1,0 +1,163 @@
+"""What a check is given, read and checked at the border: prompts and the plan made of them, the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from tokenizers import Tokenizer
+
+from seekforge.exporter.checkpoint.validate import check_structure, scan_values
+from seekforge.exporter.parity.walks import without
+from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncate
+from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import NUMERICS, Numerics, numerics_from_dict
+from seekforge.plugins.formats.plan import Plan, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.safetensors import Checkpoint
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `seekforge parity` that say what to compare, as they were given."""
+
+    engine: Path | None
+    checkpoint: Path | None
+    prompts: Path | None
+    contexts: str | None
+    modes: str
+    against: str
+    layers: str | None
+    numerics: str | None
+    without: tuple[str, ...]
+    sensitivity: bool
+    write_self_check: bool
+    max_kl: float | None
+    max_dump_gb: float
+    threads: int | None
+    seed: int
+
+
+def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool, longest: int) -> Plan:
+    """Return the steps that were asked for.
+
+    Raises:
+        ConfigError: a context is longer than `longest`, or an option is malformed.
+        UsageError: two options exclude each other.
+    """
+    modes = parse_modes(asked.modes)
+    if asked.prompts is not None:
+        if asked.contexts is not None:
+            raise click.UsageError("--prompts has its own lengths; drop --contexts")
+        prompts = _read_prompts(asked.prompts, tokenizer)
+        most = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        if len(prompts[most]) > longest:
+            raise ConfigError(
+                f"{asked.prompts}: prompt {most} has {len(prompts[most])} tokens, the engine accepts {longest}"
+            )
+        return make_plan(
+            contexts=(), vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=has_mtp, modes=modes,
+            prompts=prompts, seed=asked.seed,
+        )  # fmt: skip
+    if asked.contexts is not None:
+        contexts = parse_contexts(asked.contexts)
+    else:
+        contexts = tuple(sorted({min(n, longest) for n in (16, config.index_topk + 8, 2 * config.index_topk)}))
+    if max(contexts) > longest:
+        raise ConfigError(f"--contexts has {max(contexts)}, the engine accepts {longest} tokens")
+    return make_plan(
+        contexts=contexts, vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=has_mtp, modes=modes,
+        seed=asked.seed,
+    )  # fmt: skip
+
+
+def _read_prompts(path: Path, tokenizer: Path) -> list[list[int]]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; expected one prompt a line") from None
+    if not lines:
+        raise ConfigError(f"{path}: holds no prompt; expected one a line")
+    if not tokenizer.is_file():
+        raise ConfigError(f"{tokenizer}: missing; --prompts needs the tokenizer")
+    encoder = Tokenizer.from_file(str(tokenizer))
+    prompts = [encoder.encode(line, add_special_tokens=False).ids for line in lines]
+    empty = next((line for line, ids in zip(lines, prompts) if not ids), None)
+    if empty is not None:
+        raise ConfigError(f"{path}: the prompt {empty!r} encodes to no token")
+    return prompts
+
+
+def numerics_of(asked: Asked, side: dict[str, object]) -> Numerics:
+    """Return the numerics of the PyTorch side: those asked for, or the other side's."""
+    chosen = NUMERICS[asked.numerics] if asked.numerics else numerics_from_dict(side)
+    return without(chosen, asked.without)
+
+
+class ScannedCheckpoint:
+    """An open checkpoint whose every tensor is checked when it is first read.
+
+    NaN in a file is a damaged download and no fault of an engine that was built from a whole one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        self._checkpoint, self._config = checkpoint, config
+        self._seen: set[str] = set()
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Return a tensor, as `Checkpoint.tensor`.
+
+        Raises:
+            CheckpointError: it holds values that no model has.
+        """
+        if name not in self._seen:
+            scan_values(self._checkpoint, self._config, [name])
+            self._seen.add(name)
+        return self._checkpoint.tensor(name)
+
+
+@contextlib.contextmanager
+def open_source(folder: Path, config: ModelConfig) -> Iterator[ScannedCheckpoint]:
+    """Open a checkpoint that belongs to a model of this config (the whole of it, or its first layers).
+
+    Raises:
+        ConfigError, CheckpointError: it belongs to another model, or is damaged.
+    """
+    found = ModelConfig.load(folder)
+    ours = config
+    if found.num_hidden_layers > config.num_hidden_layers and config.mtp_layer is None:
+        found = truncate(found, config.num_hidden_layers)
+    for key in type(config).model_fields:
+        if getattr(ours, key) != getattr(found, key):
+            raise ConfigError(
+                f"{folder}: {key} is {getattr(found, key)}, the engine's model has {getattr(ours, key)}; "
+                "pass the checkpoint of that model"
+            )
+    with Checkpoint.open(folder) as checkpoint:
+        whole = ModelConfig.load(folder)
+        check_structure(checkpoint, whole)
+        yield ScannedCheckpoint(checkpoint, whole)
+
+
+def need_checkpoint(asked: Asked, what: str) -> Path:
+    """Return the checkpoint's folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if asked.checkpoint is None:
+        raise click.UsageError(f"{what} needs --checkpoint, the folder with the weights")
+    return asked.checkpoint
+
+
+def range_of(asked: Asked, config: ModelConfig) -> tuple[int, int] | None:
+    """Return the layers [a, b) to look at; None: all."""
+    if asked.layers is None:
+        return None
+    layers = parse_layers(asked.layers)
+    check_range(layers, config)
+    return layers
