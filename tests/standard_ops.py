@@ -81,6 +81,22 @@ def _rms_norm(x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5
     return F.rms_norm(x, (x.shape[-1],), scale, epsilon)
 
 
+def _rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, rotary_embedding_dim: int, interleaved: int = 0
+) -> Tensor:
+    """[B, Q, num_heads · D], cos and sin [B, Q, R / 2]; written out, not torch's function that made the node."""
+    heads = x.unflatten(-1, (num_heads, -1))
+    turning, still = heads[..., :rotary_embedding_dim], heads[..., rotary_embedding_dim:]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    if interleaved:
+        u, v = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack([u * cos - v * sin, u * sin + v * cos], dim=-1).flatten(-2)
+    else:
+        u, v = turning.chunk(2, dim=-1)
+        turned = torch.cat([u * cos - v * sin, u * sin + v * cos], dim=-1)
+    return torch.cat([turned, still], dim=-1).flatten(2)
+
+
 def _reduce_sum(x: Tensor, axes: Tensor, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
     assert not noop_with_empty_axes
     return x.sum(_ints(axes), keepdim=bool(keepdims))
@@ -141,6 +157,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "MatMul": torch.matmul,
     "Mul": torch.mul,
     "RMSNormalization": _rms_norm,
+    "RotaryEmbedding": _rotary,
     "ReduceSum": _reduce_sum,
     "Reshape": _reshape,
     "Shape": _shape,

@@ -247,15 +247,15 @@ def test_a_swapped_rope_layout_is_named_as_the_indexer_of_its_layer(
     checkpoint = small_model(tmp_path / "checkpoint", num_hidden_layers=3, num_nextn_predict_layers=0)
     bent_layer, plain_init = 1, StepModel.__init__
 
-    def bent_rotate(self: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Any) -> torch.Tensor:
-        rope = self.config.qk_rope_head_dim
-        return torch.cat([rope_interleaved(x[..., :rope], cos, sin), x[..., rope:]], dim=-1)
+    def bent_rotate(self: Any, x: torch.Tensor, step: Any, num_heads: int = 1) -> torch.Tensor:
+        x = rope_interleaved(x, step.cos, step.sin, num_heads)
+        return x if num_heads == 1 else x.unflatten(-1, (num_heads, -1))
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
         if str(bent_layer) in self.layers:
             indexer = self.layers[str(bent_layer)].self_attn.indexer
-            indexer._rotate = bent_rotate.__get__(indexer)
+            indexer.rotate = bent_rotate.__get__(indexer)
 
     with monkeypatch.context() as patch:
         patch.setattr(StepModel, "__init__", init)

@@ -37,20 +37,27 @@ class Indexer(nn.Module):
         self.k_norm = KeyNorm(dim)
         self.weights_proj = LinearF32(config.hidden_size, heads, settings.dtype)
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
-        """RoPE on the first rope dims, then Hadamard on all where the numerics ask for it."""
-        rope = self.config.qk_rope_head_dim
-        x = torch.cat([rope_half_split(x[..., :rope], cos, sin), x[..., rope:]], dim=-1)
+    def rotate(self, x: Tensor, step: Step, num_heads: int = 1) -> Tensor:
+        """Turn index keys or queries: RoPE on their first rope dims, then Hadamard where the numerics ask for it.
+
+        Args:
+            x: [B, Q, num_heads · D].
+
+        Returns:
+            [B, Q, num_heads, D]; [B, Q, D] for one head.
+        """
+        x = rope_half_split(x, step.cos, step.sin, num_heads)
+        if num_heads > 1:
+            x = x.unflatten(-1, (num_heads, -1))
         return x if step.hadamard is None else (x.float() @ step.hadamard).to(x.dtype)
 
     def key(self, raw: Tensor, step: Step) -> Tensor:
         """[B, Q, D] product of `wk` -> normed and rotated key, same shape."""
-        return self._rotate(self.k_norm(raw), step.cos, step.sin, step)
+        return self.rotate(self.k_norm(raw), step)
 
     def query(self, qr: Tensor, step: Step) -> Tensor:
         """[B, Q, q_lora_rank] -> [B, Q, index_n_heads, D]."""
-        q = self.wq_b(qr).unflatten(-1, (self.config.index_n_heads, -1))
-        return self._rotate(q, step.cos.unsqueeze(2), step.sin.unsqueeze(2), step)
+        return self.rotate(self.wq_b(qr), step, self.config.index_n_heads)
 
     def head_weights(self, x: Tensor) -> Tensor:
         """[B, Q, hidden_size] -> [B, Q, index_n_heads] f32, scales folded in."""
@@ -107,7 +114,7 @@ class Attention(nn.Module):
         qr = self.q_a_layernorm(q_raw)
         q = self.q_b_proj(qr).unflatten(-1, (self.heads, config.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_pe = rope_interleaved(q_pe, step.cos.unsqueeze(2), step.sin.unsqueeze(2))
+        q_pe = rope_interleaved(q_pe.flatten(2), step.cos, step.sin, self.heads).unflatten(-1, (self.heads, -1))
         latent_cache, index_cache = dsa_cache_write(
             latent_cache,
             index_cache,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.onnx.ops import rotary_embedding
 
 from seekforge.exporter.model.step import Settings
 from seekforge.plugins.block_fp8_linear.op import block_fp8_linear
@@ -113,30 +114,40 @@ def linear_f32(settings: Settings, kind: str, in_features: int, out_features: in
     return LinearF32(in_features, out_features, settings.dtype)
 
 
-def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int = 1) -> Tensor:
     """Rotate pairs (2i, 2i+1), the layout of the main attention (spec §3.2).
 
     Args:
-        x: [..., R]. cos, sin: [..., R / 2] f32, broadcastable against x's leading axes.
+        x: [B, Q, num_heads · D]; the first R of each head's D turn, the others stay.
+        cos, sin: [B, Q, R / 2] f32.
 
     Returns:
-        [..., R], dtype of `x`; computed in f32.
+        Shape and dtype of `x`; computed in f32.
     """
-    u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([u * cos - v * sin, u * sin + v * cos], dim=-1).flatten(-2).to(x.dtype)
+    return _rope(x, cos, sin, num_heads, interleaved=True)
 
 
-def rope_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_half_split(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int = 1) -> Tensor:
     """Rotate pairs (i, i + R/2), the layout of the indexer and only of the indexer (spec §3.2, P1)."""
-    half = x.shape[-1] // 2
-    u, v = x[..., :half].float(), x[..., half:].float()
-    return torch.cat([u * cos - v * sin, u * sin + v * cos], dim=-1).to(x.dtype)
+    return _rope(x, cos, sin, num_heads, interleaved=False)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, interleaved: bool) -> Tensor:
+    """RoPE as the one operator that ONNX has for it: written out, it was a third of a program's nodes."""
+    turned = rotary_embedding(
+        x.float(),
+        cos,
+        sin,
+        interleaved=interleaved,
+        num_heads=num_heads,
+        rotary_embedding_dim=2 * cos.shape[-1],
+    )
+    return turned.to(x.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) · up of [..., gate | up], formed in f32 and rounded once (spec §4)."""
-    half = gate_up.shape[-1] // 2
-    gate, up = gate_up[..., :half].float(), gate_up[..., half:].float()
+    gate, up = gate_up.float().chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 

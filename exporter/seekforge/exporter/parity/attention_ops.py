@@ -38,7 +38,8 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
 
     def q_pe(v: Values) -> Tensor:
         x = q_heads(v)[..., config.qk_nope_head_dim :]
-        return rope_interleaved(x, step.cos.unsqueeze(2), step.sin.unsqueeze(2))
+        heads = config.num_attention_heads
+        return rope_interleaved(x.flatten(2), step.cos, step.sin, heads).unflatten(-1, (heads, -1))
 
     names = owner.tensors
     return [
@@ -120,7 +121,7 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             "half-split RoPE and Hadamard of the index key",
             ("index_k_norm",),
             "index_k",
-            lambda v: attention.indexer._rotate(v["index_k_norm"], step.cos, step.sin, step),
+            lambda v: attention.indexer.rotate(v["index_k_norm"], step),
         ),
     ]
 
@@ -132,8 +133,7 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
     kv, names = owner.settings.dtype_name, owner.tensors
 
     def index_q(v: Values) -> Tensor:
-        q = v["wq_b"].unflatten(-1, (config.index_n_heads, -1))
-        return attention.indexer._rotate(q, step.cos.unsqueeze(2), step.sin.unsqueeze(2), step)
+        return attention.indexer.rotate(v["wq_b"], step, config.index_n_heads)
 
     def o(v: Values) -> Tensor:
         return (v["o_latent"].transpose(1, 2) @ attention.w_uv.transpose(1, 2)).transpose(1, 2).flatten(2)
