@@ -22,7 +22,8 @@ from seekforge.exporter.model.weights import to_torch
 from seekforge.exporter.parity.metrics import compare_logits
 from seekforge.exporter.parity.verdict import KL, NOISE_FACTOR, TOP1
 from seekforge.plugins.device import KernelFolder
-from seekforge.plugins.formats.bindings import TensorSource, evaluate, retarget
+from seekforge.plugins.formats.bindings import TensorSource, cast, evaluate, retarget
+from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import numerics_from_dict
 from seekforge.plugins.formats.program import Program, load_bindings, load_program
@@ -141,6 +142,7 @@ class Walk:
         sm = kernel_sm(place.sm)
         how = specialisation(sm, kv_format)
         digests = {one["op"]: one["digest"] for one in read_index(engine / KERNELS) if one["sm"] == sm}
+        recipes = load_bindings(program)["model"]
         prepared = prepare(
             onnx.load(program / loaded.graphs["model"].file),
             how,
@@ -148,10 +150,13 @@ class Walk:
             plugins=list(SPECS),
             products="fp8" if has_fp8(sm) else "bf16",
             digests=digests,
+            weights=recipes,
         )
+        types = {value.name: FROM_ONNX[value.type.tensor_type.elem_type] for value in prepared.model.graph.input}
         weights = {}
-        for name, recipe in load_bindings(program)["model"].items():
+        for name, recipe in recipes.items():
             recipe = retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype)
+            recipe = cast(recipe, "f32") if types[name] == "f32" else recipe
             weights[name] = to_torch(evaluate(recipe, source)).to(place.device)
         kernels = KernelFolder(engine, place.sm, place.driver)
         self.walker = Walker(prepared.model, weights, place, kernels, trt=trt)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import shutil
 import threading
 import time
@@ -16,7 +17,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from seekforge.exporter.build import audit, compiler, gpu_engine
+from seekforge.exporter.build import audit, compiler, gpu_engine, gpu_manifest
 from seekforge.exporter.build.cli import build as build_command
 from seekforge.exporter.build.cli import parse_size
 from seekforge.exporter.build.compiler import Options, Phases, compile_graph
@@ -24,13 +25,14 @@ from seekforge.exporter.build.explain import explain, place
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, check, open_inputs
 from seekforge.exporter.build.gpu_engine import build_gpu
 from seekforge.exporter.build.parts import Parts
-from seekforge.exporter.build.prepare import prepare
+from seekforge.exporter.build.prepare import prepare, widen_weights
 from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, spanning
 from seekforge.exporter.build.targets import TargetConfig, load_target
 from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.progress import Stages
 from seekforge.plugins.device import KernelFolder, OpLauncher
 from seekforge.plugins.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
+from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.loading import check_kernels, check_loadable
 from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
@@ -546,6 +548,57 @@ def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: Planned) -
     expected += linear_flops(config, layer_matrices(config, config.mtp_layer)).total
     expected += attention_flops(config, 4096, num_layers=1).total + 2.0 * config.vocab_size * config.hidden_size
     assert total == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_that_are_read_as_f32_are_f32_inputs(inputs: Inputs, planned: Planned) -> None:
+    """No plan converts a weight in every step; what converts it is the recipe, and memory is counted like that."""
+    for name, graph in inputs.graphs.items():
+        ready = prepare(
+            graph,
+            planned.how,
+            inputs.config,
+            plugins=planned.plugins,
+            products="fp8",
+            digests={},
+            weights=inputs.wide[name],
+        )
+        types = {value.name: value.type.tensor_type.elem_type for value in ready.model.graph.input}
+        converted = {node.input[0] for node in ready.model.graph.node if node.op_type == "Cast"} & types.keys()
+        assert not [one for one in converted if one in inputs.bindings[name]]
+        assert {one for one in inputs.wide[name] if types[one] == onnx.TensorProto.FLOAT} == inputs.wide[name]
+        assert {"lm_head.weight", "norm.weight"} <= inputs.wide[name]
+        assert types["embed_tokens.weight"] == onnx.TensorProto.BFLOAT16
+    recipes = json.loads(gpu_manifest._bindings_text(inputs, planned.how))["graphs"]
+    assert {recipes[name]["lm_head.weight"]["dtype"] for name in inputs.graphs} == {"f32"}
+
+
+def test_a_weight_that_something_else_reads_too_keeps_its_type() -> None:
+    graph = onnx.parser.parse_model(
+        """<ir_version: 11, opset_import: ["" : 23]>
+        g (bfloat16[2] x, bfloat16[2] a, bfloat16[2] b) => (float[2] y, bfloat16[2] z, float[2] u) {
+          af = Cast<to = 1>(a)
+          bf = Cast<to = 1>(b)
+          y = Mul(af, bf)
+          z = Add(x, b)
+          u = Cast<to = 1>(x)
+        }"""
+    )
+    assert widen_weights(graph, ["a", "b"]) == {"a"}
+    assert [node.op_type for node in graph.graph.node] == ["Cast", "Mul", "Add", "Cast"]
+    assert list(graph.graph.node[1].input) == ["a", "bf"]
+    onnx.checker.check_model(graph, full_check=True)
+
+
+def test_expected_weights_are_those_of_the_planner(inputs: Inputs, planned: Planned) -> None:
+    from seekforge.plugins.formats.sizing import weight_bytes
+
+    tables = {
+        spec.name: itemsize(spec.dtype) * math.prod(map(int, spec.shape))
+        for face in inputs.program.graphs.values()
+        for spec in face.with_role("table")
+    }
+    expected = weight_bytes(inputs.config, mtp=True) + sum(tables.values())
+    assert planned.device_bytes["weights"] == expected
 
 
 def test_profiles_span_whatever_limits_are_asked() -> None:

@@ -5,23 +5,27 @@ Everything that cannot work is refused here with one sentence that names what wo
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import onnx
+
 from seekforge.exporter.build.common import check_program, check_same_model
 from seekforge.exporter.build.compiler import Options
+from seekforge.exporter.build.prepare import widen_weights
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.plugins.contracts import refusals
-from seekforge.plugins.errors import TargetError
+from seekforge.plugins.errors import ProgramError, TargetError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.manifest import Limits, WeightSource
 from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.program import BLOCK_SIZE, Program, load_bindings, load_program
+from seekforge.plugins.formats.program import BLOCK_SIZE, GraphIO, Program, load_bindings, load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.sizing import (
     GIB,
@@ -83,10 +87,17 @@ class Planned:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A program and, if given, its checkpoint; checked."""
+    """A program and, if given, its checkpoint; checked.
+
+    Attributes:
+        graphs: as the program's files have them, without weights.
+        wide: graph -> weight inputs that its engines hold in f32 (`prepare.widen_weights`).
+    """
 
     folder: Path
     program: Program
+    graphs: dict[str, onnx.ModelProto]
+    wide: dict[str, set[str]]
     bindings: dict[str, dict[str, Recipe]]
     config: ModelConfig
     weights: WeightSource
@@ -102,14 +113,36 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     bindings = load_bindings(program_folder)
     check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
+    graphs = {name: _read_graph(program_folder, face) for name, face in program.graphs.items()}
+    wide = {name: _wide(graph, program.graphs[name]) for name, graph in graphs.items()}
+    inputs = Inputs(program_folder, program, graphs, wide, bindings, config, WeightSource(path=None, index_digest=None))
     if checkpoint_folder is None:
-        return Inputs(program_folder, program, bindings, config, WeightSource(path=None, index_digest=None))
+        return inputs
     whole = ModelConfig.load(checkpoint_folder)
     check_same_model(program, config, whole, checkpoint_folder)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         check_structure(checkpoint, whole)
         weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=checkpoint.index_digest())
-    return Inputs(program_folder, program, bindings, config, weights)
+    return replace(inputs, weights=weights)
+
+
+def _read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
+    path = folder / face.file
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read ({error.strerror}); export the program again") from None
+    found = hashlib.sha256(raw).hexdigest()
+    if found != face.sha256:
+        raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
+    return onnx.load_from_string(raw)
+
+
+def _wide(graph: onnx.ModelProto, face: GraphIO) -> set[str]:
+    copy = onnx.ModelProto()
+    copy.graph.node.extend(graph.graph.node)
+    copy.graph.input.extend(graph.graph.input)
+    return widen_weights(copy, [spec.name for spec in face.with_role("weight")])
 
 
 # --- checks before work -----------------------------------------------------------------------------------------
@@ -203,7 +236,7 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits) -> dict
     config = inputs.config
     work = Workload(limits.max_model_len, 1, limits.max_num_batched_tokens)
     found = {
-        "weights": weight_input_bytes(inputs.program),
+        "weights": weight_input_bytes(inputs),
         "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
         "scratch": scratch_bytes(config, Layout(), work, target.kv_format),
         "activations": activation_bytes(config, Layout(), replace(work, batch=limits.max_batch_size)),
@@ -212,14 +245,19 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits) -> dict
     return found | {"total": sum(found.values()), "usable": usable_bytes(target.gpu.memory_gib)}
 
 
-def weight_input_bytes(program: Program) -> int:
-    """Bytes of all weight and table inputs; what two graphs share is held once."""
-    sizes: dict[str, int] = {}
-    for face in program.graphs.values():
+def weight_input_bytes(inputs: Inputs) -> int:
+    """Bytes of all weight and table inputs of an engine; what two graphs make of the same tensors is held once."""
+    total = 0
+    held: dict[str, list[tuple[str, Recipe]]] = {}  # input -> each type and recipe that it has in some graph
+    for graph, face in inputs.program.graphs.items():
         for spec in face.inputs:
-            if spec.role in ("weight", "table"):
-                sizes[spec.name] = itemsize(spec.dtype) * math.prod(int(size) for size in spec.shape)
-    return sum(sizes.values())
+            if spec.role not in ("weight", "table"):
+                continue
+            one = ("f32" if spec.name in inputs.wide[graph] else spec.dtype, inputs.bindings[graph][spec.name])
+            if one not in held.setdefault(spec.name, []):
+                held[spec.name].append(one)
+                total += itemsize(one[0]) * math.prod(int(size) for size in spec.shape)
+    return total
 
 
 def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:

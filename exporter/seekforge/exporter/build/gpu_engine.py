@@ -31,7 +31,7 @@ from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, shapes, 
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.stages import HANDOVER, cut, stage_ranges
 from seekforge.plugins.cores import usable_cores
-from seekforge.plugins.errors import EngineError, ProgramError
+from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, save_manifest
@@ -71,8 +71,7 @@ def build_gpu(
         jobs = []
         for name, canonical in program.graphs.items():
             progress(f"{name}: specialise")
-            whole = _read_graph(inputs.folder, canonical)
-            jobs += _jobs(name, whole, canonical, inputs, planned, choices, digests)
+            jobs += _jobs(name, canonical, inputs, planned, choices, digests)
         _compile(jobs, target, choices, folder, parts, made, progress)
         if tasks:  # after the plans: a library or a GPU that is missing is said before minutes of work
             made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
@@ -103,18 +102,6 @@ def _log_kept(log: Path, elsewhere: Path) -> Iterator[None]:
         raise
 
 
-def _read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
-    path = folder / face.file
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read ({error.strerror}); export the program again") from None
-    found = hashlib.sha256(raw).hexdigest()
-    if found != face.sha256:
-        raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
-    return onnx.load_from_string(raw)
-
-
 @dataclass
 class Job:
     """One plan to compile.
@@ -136,7 +123,6 @@ class Job:
 
 def _jobs(
     name: str,
-    whole: onnx.ModelProto,
     canonical: GraphIO,
     inputs: Inputs,
     planned: Planned,
@@ -150,7 +136,7 @@ def _jobs(
     )
     per_block = block_bytes(program, config, target.kv_format)
     jobs = []
-    for plan, graph in _plans(name, whole, program.layer_range, choices.layers_per_engine):
+    for plan, graph in _plans(name, inputs.graphs[name], program.layer_range, choices.layers_per_engine):
         ready = prepare(
             graph,
             planned.how,
@@ -159,6 +145,7 @@ def _jobs(
             products=target.products,
             digests=digests,
             taps=choices.taps,
+            weights=inputs.wide[name],
         )
         face = describe(ready.model, canonical, f"{plan}.plan")
         blocks = pool_blocks(face, planned.limits, budget, per_block)

@@ -20,7 +20,7 @@ from seekforge.exporter.build.compiler import Compiled
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_bytes
 from seekforge.exporter.build.gpu_kernels import count_images, kernel_files
 from seekforge.exporter.build.prepare import Prepared
-from seekforge.plugins.formats.bindings import Recipe, retarget
+from seekforge.plugins.formats.bindings import Recipe, cast, retarget
 from seekforge.plugins.formats.files import sha256_file
 from seekforge.plugins.formats.manifest import (
     ENGINE_FORMAT,
@@ -124,7 +124,7 @@ def make_manifest(
     _, distribution, _ = MODULES[target.backend]
     version = next(iter(made.compiled.values())).version
     files = copy_text_files(program, inputs.folder, folder)
-    (folder / BINDINGS).write_text(_bindings_text(inputs.bindings, planned.how), encoding="utf-8")
+    (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how), encoding="utf-8")
     effective = target.model_dump(mode="json") | {"limits": planned.limits.model_dump()}
     (folder / CONFIG).write_text(yaml.safe_dump(effective, sort_keys=False, allow_unicode=True), encoding="utf-8")
     plans = [stage for name, face in faces.items() for stage in made.stages.get(name, (face,))]
@@ -186,13 +186,15 @@ def make_manifest(
     )
 
 
-def _bindings_text(bindings: dict[str, dict[str, Recipe]], how: Specialisation) -> str:
+def _bindings_text(inputs: Inputs, how: Specialisation) -> str:
     """bindings.json of the engine: the program's recipes in the dtypes of the engine."""
+
+    def recipe(canonical: Recipe, *, wide: bool) -> Recipe:
+        mine = retarget(canonical, activations=how.activations, fp8_dtype=how.fp8_dtype)
+        return cast(mine, "f32") if wide else mine
+
     graphs = {
-        graph: {
-            name: retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype).to_dict()
-            for name, recipe in recipes.items()
-        }
-        for graph, recipes in bindings.items()
+        graph: {name: recipe(one, wide=name in inputs.wide[graph]).to_dict() for name, one in recipes.items()}
+        for graph, recipes in inputs.bindings.items()
     }
     return json.dumps({"format": PROGRAM_FORMAT, "graphs": graphs}, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -22,6 +22,8 @@ KvFormat = Literal["f32", "bf16", "fp8_ds"]
 Sharding = Literal["none", "tensor", "experts"]
 
 GIB = 1 << 30
+#: BF16 in the checkpoint and read as f32 in every step (spec §5.3), so engines convert them once.
+_HELD_IN_F32 = ("indexer.weights_proj", "norms", "gate", "mtp norms", "norm", "lm_head")
 #: What a rank needs beside weights, cache and scratch: CUDA context and libraries, captured graphs (of one shape each),
 #: communication buffers when there is more than one rank, and a share of memory that the allocator cannot use.
 CONTEXT_BYTES = 3 * GIB // 4
@@ -149,12 +151,17 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 
 def weight_bytes(config: ModelConfig, *, mtp: bool = False, precision: Precision = "fp8") -> int:
-    """Weight bytes that engines hold on one GPU: `kv_b_proj` is dequantised to BF16 for the absorbed form."""
+    """Weight bytes that engines hold on one GPU, see `held_bytes`."""
     return sum(held_bytes(matrix, precision) for matrix in all_matrices(config, mtp=mtp))
 
 
 def held_bytes(matrix: Matrix, precision: Precision) -> int:
-    """Bytes of a matrix as an engine holds it."""
+    """Bytes of a matrix as an engine holds it.
+
+    `kv_b_proj` is dequantised to BF16 for the absorbed form; BF16 weights of products and norms in f32 are f32.
+    """
+    if matrix.name in _HELD_IN_F32:
+        return 4 * matrix.elements
     return matrix.num_bytes("bf16" if matrix.name == "kv_b_proj" else precision)
 
 
