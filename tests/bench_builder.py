@@ -2,12 +2,15 @@
 
     python tests/bench_builder.py                               # the table of docs/targets.md: everything, all SMs
     python tests/bench_builder.py --programs layer --forms plugins --sms 89,120 --profiles both --json
+    python tests/bench_builder.py --programs full --forms plugins --sms 89 --layers-per-engine 11
 
 Programs are made here, from checkpoints without weights: `tiny` (4 layers and MTP), `layer` (one MoE layer of
 DeepSeek-V3.2), `full` (all 61 layers and MTP). Forms: `plugins` (every operator a plugin, fp8_ds caches, FP8 products)
 and `inlined` (none: bf16 caches, BF16 products). The full program is inlined only for --programs full --forms inlined.
 CPU seconds are those of the compiling process, which other work on the machine does not change; peak memory is that
-process's. A build that is refused or fails is a row with the reason. Kernels are compiled elsewhere and not counted.
+process's. The row `build` is the whole of it: seconds on the wall, CPU seconds of all processes, and the memory of the
+largest compilers that can run at once. A build that is refused or fails is a row with the reason.
+Kernels are compiled elsewhere and not counted.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +32,7 @@ from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export
+from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.errors import SeekforgeError
 from seekforge.plugins.formats.numerics import NUMERICS
 
@@ -44,10 +49,10 @@ PROFILES: Final = ("decode", "both")
 
 @dataclass(frozen=True)
 class Row:
-    """One graph of one engine.
+    """One plan of one engine, or the whole build.
 
     Attributes:
-        program, form, sm, profiles: what was built. graph: of the program, model or mtp.
+        program, form, sm, profiles: what was built. graph: model or mtp, with its layers if cut; build: the whole.
         layers, plugin_layers: of TensorRT's network. seconds, cpu_seconds: of the compiler. peak_gib: its memory.
         plan_mb: size of the plan. fault: why there is none; the numbers are then 0.
     """
@@ -86,10 +91,18 @@ def target_of(form: str, sm: int, profiles: str) -> TargetConfig:
     return target
 
 
-def measure(inputs: Inputs, program: str, form: str, sm: int, profiles: str) -> list[Row]:
-    """Build one engine; returns a row per graph, or one with the reason why there is none."""
+def measure(
+    inputs: Inputs, program: str, form: str, sm: int, profiles: str, layers_per_engine: int | None = None
+) -> list[Row]:
+    """Build one engine; returns a row per plan and one for all, or one with the reason why there is none."""
     target = target_of(form, sm, profiles)
-    choices = Choices(plugins="all" if form == "plugins" else "none", allow_oversize=True, kernels=False)
+    choices = Choices(
+        plugins="all" if form == "plugins" else "none",
+        allow_oversize=True,
+        kernels=False,
+        layers_per_engine=layers_per_engine,
+    )
+    began, own_cpu = time.perf_counter(), time.process_time()
     try:
         planned = replace(check(inputs, target, choices), target=target)
         with tempfile.TemporaryDirectory() as folder:
@@ -97,9 +110,11 @@ def measure(inputs: Inputs, program: str, form: str, sm: int, profiles: str) -> 
             manifest = build_gpu(inputs, planned, out, choices=choices, force=False, progress=Stages(quiet=True))
     except SeekforgeError as error:
         return [Row(program, form, sm, profiles, "model", fault=str(error))]
+    seconds, own_cpu = time.perf_counter() - began, time.process_time() - own_cpu
     audit = manifest.audit
     assert audit is not None
-    return [
+    at_once = sorted(audit.build_peak_bytes.values(), reverse=True)[: usable_cores()]
+    rows = [
         Row(
             program,
             form,
@@ -115,6 +130,20 @@ def measure(inputs: Inputs, program: str, form: str, sm: int, profiles: str) -> 
         )
         for graph in audit.plan_bytes
     ]
+    whole = Row(
+        program,
+        form,
+        sm,
+        profiles,
+        "build",
+        layers=sum(row.layers for row in rows),
+        plugin_layers=sum(row.plugin_layers for row in rows),
+        seconds=round(seconds, 1),
+        cpu_seconds=round(own_cpu + sum(audit.build_cpu_seconds.values()), 1),
+        peak_gib=round(sum(at_once) / (1 << 30), 2),
+        plan_mb=round(sum(audit.plan_bytes.values()) / 1e6, 1),
+    )
+    return [*rows, whole]
 
 
 def wanted(programs: Sequence[str], forms: Sequence[str], sms: Sequence[int]) -> list[tuple[str, str, int]]:
@@ -151,6 +180,7 @@ def main() -> int:
     parser.add_argument("--forms", default=",".join(FORMS), help="of plugins, inlined")
     parser.add_argument("--sms", default=",".join(map(str, RTX_SMS)))
     parser.add_argument("--profiles", choices=PROFILES, default="decode", help="decode alone, or decode and prefill")
+    parser.add_argument("--layers-per-engine", type=int, help="cut the model into plans, compiled side by side")
     parser.add_argument("--folder", type=Path, help="keep checkpoints and programs here, and use those that are there")
     parser.add_argument("--json", action="store_true")
     found = parser.parse_args()
@@ -162,7 +192,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = found.folder or Path(temporary)
         for program, form, sm in wanted(programs, forms, [int(sm) for sm in found.sms.split(",")]):
-            new = measure(make_program(program, root), program, form, sm, found.profiles)
+            new = measure(make_program(program, root), program, form, sm, found.profiles, found.layers_per_engine)
             sys.stderr.write("".join(f"{row}\n" for row in new))
             rows += new
     sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n" if found.json else markdown(rows))

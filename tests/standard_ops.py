@@ -122,7 +122,9 @@ def _slice(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, 
     return x[tuple(index)]
 
 
-def _split(x: Tensor, sizes: Tensor, *, axis: int = 0, **_: Any) -> tuple[Tensor, ...]:
+def _split(x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, num_outputs: int = 0) -> tuple[Tensor, ...]:
+    if sizes is None:
+        return torch.split(x, -(-x.shape[axis] // num_outputs), axis)
     return torch.split(x, _ints(sizes), axis)
 
 

@@ -47,9 +47,15 @@ def test_one_engine_is_measured(tiny_programs: dict[str, Path], tiny_checkpoint:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     inputs = open_inputs(tiny_programs["fp8"], tiny_checkpoint)
     rows = measure(inputs, "tiny", "plugins", 120, "decode")
-    assert [row.graph for row in rows] == ["model", "mtp"]
+    assert [row.graph for row in rows] == ["model", "mtp", "build"]
     nodes = sum(use.num_nodes for use in inputs.program.ops.values())
-    assert sum(row.plugin_layers for row in rows) == nodes
+    whole = rows[-1]
+    assert sum(row.plugin_layers for row in rows[:-1]) == whole.plugin_layers == nodes
+    assert whole.cpu_seconds >= sum(row.cpu_seconds for row in rows[:-1])
+    assert max(row.peak_gib for row in rows[:-1]) <= whole.peak_gib
+    cut = measure(inputs, "tiny", "plugins", 120, "decode", layers_per_engine=2)
+    assert [row.graph for row in cut] == ["model.0-1", "model.2-3", "mtp", "build"]
+    assert cut[-1].plugin_layers == nodes
     assert all(row.plan_mb > 0 and row.peak_gib > 0 and not row.fault for row in rows)
     exact = open_inputs(tiny_programs["exact"], tiny_checkpoint)
     (refused,) = measure(exact, "tiny", "plugins", 120, "decode")
