@@ -11,11 +11,12 @@ import numpy as np
 import onnx
 import pytest
 
+import seekforge.exporter.build.engine as engine
 import seekforge.exporter.build.self_check as self_check
 from seekforge.exporter.build.engine import WEIGHTS, build
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.progress import Stages
-from seekforge.plugins.errors import EngineError, ProgramError, TargetError
+from seekforge.plugins.errors import EngineError, OutputError, ProgramError, TargetError
 from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.manifest import load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
@@ -130,6 +131,15 @@ def test_a_shorter_context_cuts_the_tables(
     manifest = load_manifest(tmp_path / "engine")
     assert manifest.limits.max_model_len == 512
     assert external(tmp_path / "engine", "model")["rope_cos"]["length"] == str(512 * 32 * 4)
+
+
+def test_a_folder_that_is_taken_is_said_before_the_weights_are_scanned(
+    monkeypatch: pytest.MonkeyPatch, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engine, "scan_values", lambda *args, **kwargs: pytest.fail("the weights were scanned"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        build_cpu(tiny_programs["exact"], tmp_path, tiny_checkpoint)
 
 
 @pytest.mark.parametrize("length", (0, -1, 163841))

@@ -94,3 +94,18 @@ def test_the_sampled_digest_takes_any_size(tmp_path: Path, size: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * size)
     assert sampled_digest(path) == sampled_digest(path)
+
+
+def test_an_error_about_another_file_names_that_file(tmp_path: Path) -> None:
+    missing = tmp_path / "checkpoint" / "model.safetensors"
+    with (
+        pytest.raises(OutputError, match=rf"^{missing}: no such file or directory; nothing was written to .*engine$"),
+        atomic_folder(tmp_path / "engine"),
+    ):
+        missing.read_bytes()
+    with (
+        pytest.raises(OutputError, match=r"engine: cannot be written \(No such"),
+        atomic_folder(tmp_path / "engine") as out,
+    ):
+        (out / "gone" / "weights.bin").write_bytes(b"")
+    assert not list(tmp_path.iterdir())

@@ -117,9 +117,9 @@ def build(
     coded = None if target.precision == "f32" else choose(target.precision)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         check_structure(checkpoint, found)
-        with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
-            scan_values(checkpoint, found, names=_read_tensors(program, bindings), progress=bar)
         with atomic_folder(out, force=force, marker=MANIFEST) as folder:
+            with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
+                scan_values(checkpoint, found, names=_read_tensors(program, bindings), progress=bar)
             progress("specialise and fold")
             weights = WeightFile(WEIGHTS)
             graphs = {

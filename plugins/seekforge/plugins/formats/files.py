@@ -56,12 +56,28 @@ def atomic_folder(out: Path, *, force: bool = False, marker: str | None = None) 
         raise explain_os_error(error, out) from None
     try:
         temporary.chmod(0o777 & ~_umask())
-        yield temporary
+        with _blaming_the_right_file(temporary, out):
+            yield temporary
         _replace_folder(temporary, out)
     except OSError as error:
         raise explain_os_error(error, out) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _blaming_the_right_file(temporary: Path, out: Path) -> Iterator[None]:
+    """Say of an error about a file elsewhere, such as one that is read, that it is about that file."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if not isinstance(name, str | bytes) or Path(os.fsdecode(name)).is_relative_to(temporary):
+            raise
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{os.fsdecode(name)}: {reason[:1].lower()}{reason[1:]}; nothing was written to {out}"
+        ) from error
 
 
 def _replace_folder(new: Path, out: Path) -> None:
