@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from seekforge.plugins.errors import OutputError
 from seekforge.runtime import cli
-from seekforge.runtime.output_paths import OUTPUTS, check_output_file, check_output_folder
+from seekforge.runtime.output_paths import OUTPUTS, check_output_file, check_output_folder, check_output_store
 
 #: Paths that commands read. A new one belongs here or among `OUTPUTS`.
 READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "dumps"}
@@ -57,6 +57,8 @@ def test_every_path_of_every_command_is_read_or_checked() -> None:
             if isinstance(parameter.type, click.Path):
                 seen.add(parameter.name or "")
                 assert (parameter.name in OUTPUTS) != (parameter.name in READ), f"{command.name}: {parameter.name}"
+            else:
+                assert parameter.name not in OUTPUTS, f"{command.name}: {parameter.name} is no path"
         for below in command.commands.values() if isinstance(command, click.Group) else ():
             walk(below)
 
@@ -85,3 +87,19 @@ def test_a_place_without_permission_is_refused(tmp_path: Path, monkeypatch: pyte
             check(tmp_path / "new")
     (tmp_path / "file").touch()
     check_output_file(tmp_path / "file")  # it may be written, though none may be added
+    (tmp_path / "store").mkdir()
+    check_output_store(tmp_path / "store")  # filled where it is
+    with pytest.raises(OutputError, match="no permission to write"):
+        check_output_folder(tmp_path / "store")  # would be replaced by another
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "store")
+    with pytest.raises(OutputError, match="no permission to write"):
+        check_output_store(tmp_path / "store")
+
+
+def test_a_folder_that_cannot_be_searched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    result = CliRunner().invoke(cli.main, ["export", "/nowhere", str(tmp_path / "a")])
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {tmp_path / 'a'}: cannot be written (Permission")

@@ -14,11 +14,12 @@ import click
 
 from seekforge.plugins.errors import OutputError
 
-#: Name of a parameter -> what it names.
-OUTPUTS: Final[dict[str, Literal["file", "folder"]]] = {
+#: Name of a parameter -> what it names. A folder is made beside its place and renamed, a store is filled where it is.
+OUTPUTS: Final[dict[str, Literal["file", "folder", "store"]]] = {
     "out": "folder",
     "save": "folder",
-    "cache": "folder",
+    "store": "store",
+    "cache": "store",
     "output": "file",
     "html": "file",
     "chart": "file",
@@ -42,17 +43,32 @@ def check_output_file(path: Path) -> None:
 
 
 def check_output_folder(path: Path) -> None:
-    """Refuse a folder that could not be made; those above it are made too.
+    """Refuse a folder that could not be made or replaced; those above it are made too.
+
+    Raises:
+        OutputError: it, or something above it, is a file, or what is above it may not be written to.
+    """
+    _check_permission(path, _above(path))
+
+
+def check_output_store(path: Path) -> None:
+    """Refuse a folder that could not be filled where it is, or be made.
 
     Raises:
         OutputError: it, or something above it, is a file or may not be written to.
     """
+    above = _above(path)
+    _check_permission(path, path if path.is_dir() else above)
+
+
+def _above(path: Path) -> Path:
+    """Return the nearest folder above that is there."""
     if path.is_file():
         raise OutputError(f"{path}: is a file, expected a folder or a new name")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise OutputError(f"{path}: cannot be written, since {above} is a file; choose another folder")
-    _check_permission(path, above)
+    return above
 
 
 def _check_permission(path: Path, changed: Path) -> None:
@@ -63,7 +79,8 @@ def _check_permission(path: Path, changed: Path) -> None:
 def check_outputs_of(command: click.Command) -> click.Command:
     """Let a command, and those below it, check its outputs while its arguments are read."""
     for parameter in command.params:
-        if parameter.name in OUTPUTS and parameter.callback is None:
+        if parameter.name in OUTPUTS:
+            assert parameter.callback in (None, _check), f"{command.name}: {parameter.name} has a callback of its own"
             parameter.callback = _check
     if isinstance(command, click.Group):
         for below in command.commands.values():
@@ -73,5 +90,12 @@ def check_outputs_of(command: click.Command) -> click.Command:
 
 def _check(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     if value is not None:
-        {"file": check_output_file, "folder": check_output_folder}[OUTPUTS[parameter.name or ""]](value)
+        try:
+            _CHECKS[OUTPUTS[parameter.name or ""]](value)
+        except OSError as error:  # a folder on the way may not be searched
+            reason = error.strerror or str(error)
+            raise OutputError(f"{value}: cannot be written ({reason}); choose another place") from None
     return value
+
+
+_CHECKS = {"file": check_output_file, "folder": check_output_folder, "store": check_output_store}

@@ -575,17 +575,21 @@ def test_weights_that_are_read_as_f32_are_f32_inputs(inputs: Inputs, planned: Pl
 def test_a_weight_that_something_else_reads_too_keeps_its_type() -> None:
     graph = onnx.parser.parse_model(
         """<ir_version: 11, opset_import: ["" : 23]>
-        g (bfloat16[2] x, bfloat16[2] a, bfloat16[2] b) => (float[2] y, bfloat16[2] z, float[2] u) {
+        g (bfloat16[2] x, bfloat16[2] a, bfloat16[2] b, bfloat16[2] c)
+            => (float[2] y, bfloat16[2] z, float[2] u, float[2] v) {
           af = Cast<to = 1>(a)
           bf = Cast<to = 1>(b)
           y = Mul(af, bf)
           z = Add(x, b)
           u = Cast<to = 1>(x)
+          v = Cast<to = 1>(c)
         }"""
     )
-    assert widen_weights(graph, ["a", "b"]) == {"a"}
-    assert [node.op_type for node in graph.graph.node] == ["Cast", "Mul", "Add", "Cast"]
-    assert list(graph.graph.node[1].input) == ["a", "bf"]
+    graph.graph.node[0].name, graph.graph.node[2].name = "layers.3.mlp.gate/Cast", "layers.3/Mul"
+    assert widen_weights(graph, ["a", "b", "c"]) == {"a"}
+    assert [node.op_type for node in graph.graph.node] == ["Cast", "Mul", "Add", "Cast", "Cast"]
+    product = graph.graph.node[1]
+    assert (list(product.input), product.name) == (["a", "bf"], "layers.3.mlp.gate/Mul"), "messages still find it"
     onnx.checker.check_model(graph, full_check=True)
 
 

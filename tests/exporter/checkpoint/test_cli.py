@@ -40,16 +40,18 @@ def test_sparse_writes_structure_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "error"),
+    ("name", "args", "error"),
     [
-        (["--preset", "full"], ConfigError),
-        (["--preset", "huge"], ConfigError),
-        (["--sparse"], OutputError),
-        ([], OutputError),
+        ("out", ["--preset", "full"], ConfigError),
+        ("out", ["--preset", "huge"], ConfigError),
+        ("file", ["--sparse"], OutputError),
+        ("file", [], OutputError),
     ],
 )
-def test_faults_are_left_to_the_root_command(tmp_path: Path, args: list[str], error: type[Exception]) -> None:
+def test_faults_are_left_to_the_root_command(
+    tmp_path: Path, name: str, args: list[str], error: type[Exception]
+) -> None:
     (tmp_path / "file").write_text("x")
-    result = run(tmp_path / "file", *args)
+    result = run(tmp_path / name, *args)
     assert isinstance(result.exception, error)
     assert "\n" not in str(result.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,14 @@ def test_padding_changes_nothing_outside_the_scrap_block(tiny_config: ModelConfi
 
 def test_the_key_norm_uses_its_own_epsilon() -> None:
     assert attention.K_NORM_EPS == 1e-6
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_index_queries_have_an_axis_of_heads_however_many(tiny_config: ModelConfig, num_heads: int) -> None:
+    settings = Settings(tiny_config.model_copy(update={"index_n_heads": num_heads}), EXACT)
+    indexer, dim = attention.Indexer(settings), tiny_config.index_head_dim
+    half = tiny_config.qk_rope_head_dim // 2
+    step = SimpleNamespace(cos=torch.ones(2, 3, half), sin=torch.zeros(2, 3, half), hadamard=None)
+    x = torch.randn(2, 3, num_heads * dim)
+    assert torch.equal(indexer.rotate(x, step, num_heads), x.view(2, 3, num_heads, dim))  # pyright: ignore
+    assert indexer.rotate(x[..., :dim], step).shape == (2, 3, dim)  # pyright: ignore

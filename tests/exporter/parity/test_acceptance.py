@@ -247,9 +247,9 @@ def test_a_swapped_rope_layout_is_named_as_the_indexer_of_its_layer(
     checkpoint = small_model(tmp_path / "checkpoint", num_hidden_layers=3, num_nextn_predict_layers=0)
     bent_layer, plain_init = 1, StepModel.__init__
 
-    def bent_rotate(self: Any, x: torch.Tensor, step: Any, num_heads: int = 1) -> torch.Tensor:
-        x = rope_interleaved(x, step.cos, step.sin, num_heads)
-        return x if num_heads == 1 else x.unflatten(-1, (num_heads, -1))
+    def bent_rotate(self: Any, x: torch.Tensor, step: Any, num_heads: int | None = None) -> torch.Tensor:
+        x = rope_interleaved(x, step.cos, step.sin, num_heads or 1)
+        return x if num_heads is None else x.unflatten(-1, (num_heads, -1))
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)

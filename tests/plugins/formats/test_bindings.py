@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -204,3 +205,18 @@ def test_parts_that_overlap_are_refused() -> None:
     weight = take("w", (512, 128), "f8e4m3")
     with pytest.raises(ProgramError, match="overlapping parts"):
         coverage({"a": slice_(weight, 0, 0, 300), "b": slice_(weight, 0, 200, 512)})
+
+
+def test_a_weight_is_widened_in_place() -> None:
+    """Beside the result there is no second one of its size."""
+    table = np.random.default_rng(0).standard_normal((1000, 1000), np.float32).astype(ml_dtypes.bfloat16)
+    recipe = cast(take("table", table.shape, "bf16"), "f32")
+    out = np.empty(recipe.shape, np.float32)
+    tracemalloc.start()
+    try:
+        evaluate_into(recipe, Source({"table": table}), out)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (out == table.astype(np.float32)).all()
+    assert peak < out.nbytes / 4

@@ -101,6 +101,7 @@ def _recipes() -> dict[str, Recipe]:
         "whole": table,
         "again": table,
         "as_f32": cast(table, "f32"),
+        "rows_f32": slice_(cast(table, "f32"), 0, 17, 203),
         "odd": take("odd", (3,), "bf16"),
         "norm": take("norm", (129,), "f32"),
         "scales": stack(take(f"e{i}.weight_scale_inv", (2, 3), "f32") for i in range(4)),
@@ -143,6 +144,20 @@ def test_every_recipe_gives_what_evaluating_it_gives(checkpoint: Checkpoint, thr
     if scan:
         assert report.families["kv"].num_powers_of_two == 0
         assert report.families["e0"].num_powers_of_two == 1
+
+
+def test_what_only_selects_or_widens_is_never_held_whole(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head of 3.7 GB goes to a device in slices of f32; evaluating a slice would make all of it each time."""
+    names = ("as_f32", "rows_f32", "rows", "columns", "both", "turned", "stacked", "cut_stack", "cut_concat", "w_uk")
+    recipes = {name: recipe for name, recipe in _recipes().items() if name in names}
+    expected = {name: evaluate(recipe, checkpoint) for name, recipe in recipes.items()}
+    monkeypatch.setattr(loader_module, "evaluate", lambda *args: pytest.fail("evaluated as a whole"))
+    buffers = allocate(recipes)
+    Loader(checkpoint, recipes, buffers).run()
+    for name, value in expected.items():
+        _assert_equal(buffers[name], value, name)
 
 
 @pytest.mark.parametrize("scratch", [600, 5000])

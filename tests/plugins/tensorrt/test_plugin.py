@@ -89,13 +89,13 @@ def test_a_missing_library_names_what_to_install() -> None:
         library.load("tensorrt")
 
 
-@pytest.mark.parametrize("version", ["10.12.0", "12.0.1", "unknown"])
+@pytest.mark.parametrize("version", ["10.14.1", "12.0.1", "unknown"])
 def test_an_unknown_version_is_refused(version: str) -> None:
-    with pytest.raises(EnvironmentFault, match=r"at least 10\.13 and below 12\.0"):
+    with pytest.raises(EnvironmentFault, match=r"at least 10\.15 and below 12\.0"):
         library.check_version("tensorrt", version)
 
 
-@pytest.mark.parametrize("version", ["10.13.0.35", "10.14.1", "11.4.0.106"])
+@pytest.mark.parametrize("version", ["10.15.1.29", "10.16.0", "11.4.0.106"])
 def test_both_generations_are_taken(version: str) -> None:
     library.check_version("tensorrt", version)
 

@@ -28,12 +28,15 @@ _PARTS: Final[dict[str, str]] = {
 _ENDS: Final[dict[str, str]] = {
     "embed_tokens": "the embedding",
     "lm_head": "the head",
+    "head": "the results behind the last layer",
     "norm": "the final norm",
     "rope_cos": "the rotary tables",
     "rope_sin": "the rotary tables",
     "step": "what all layers share (shapes and positions)",
 }
-_NAME = re.compile(r"\b(?:layers\.\d+(?:\.[A-Za-z_]\w*)*|embed_tokens|lm_head|norm|rope_cos|rope_sin|step)/[A-Z]\w*")
+_NAME = re.compile(
+    r"\b(?:layers\.\d+(?:\.[A-Za-z_]\w*)*|embed_tokens|lm_head|head|norm|rope_cos|rope_sin|step)/[A-Z]\w*"
+)
 
 
 def place(name: str) -> str | None:

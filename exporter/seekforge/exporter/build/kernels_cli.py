@@ -27,7 +27,7 @@ def kernels() -> None:
 
 
 @kernels.command("build")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--sm", "sms", default=",".join(map(str, SMS)), show_default=True, help="Compute capabilities.")
 @click.option("--model", default="full", show_default=True, help="A name of configs/models, or a config.json.")
 @click.option("--kv-format", type=click.Choice(["bf16", "fp8_ds"]), default=DEFAULT_FORMAT, show_default=True)
@@ -37,7 +37,7 @@ def kernels() -> None:
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record of each kernel as JSON.")
 def build(
-    out: Path,
+    store: Path,
     *,
     sms: str,
     model: str,
@@ -72,16 +72,18 @@ def build(
             if done is not None:
                 bar.update(row, advance=1, description=f"{task.op} sm{task.sm}")
 
-        sets = aot.build(work, out, cache=cache or aot.default_cache(), jobs=jobs, progress=advance)
+        sets = aot.build(work, store, cache=cache or aot.default_cache(), jobs=jobs, progress=advance)
     seconds = time.perf_counter() - start
     if as_json:
-        sys.stdout.write(json.dumps({"path": str(out), "seconds": round(seconds, 3), "kernels": records(sets)}) + "\n")
+        sys.stdout.write(
+            json.dumps({"path": str(store), "seconds": round(seconds, 3), "kernels": records(sets)}) + "\n"
+        )
     elif not quiet:
         console = Console(width=None if sys.stdout.isatty() else 200)
         console.print(table(sets))
         count = sum(len(one.images) for one in sets)
         spills = unlisted_spills(sets)
-        console.print(f"wrote {out}: {count} kernels for {len({one.sm for one in sets})} SMs in {seconds:.0f} s")
+        console.print(f"wrote {store}: {count} kernels for {len({one.sm for one in sets})} SMs in {seconds:.0f} s")
         for line in spills:
             console.print(f"spills: {line}")
 

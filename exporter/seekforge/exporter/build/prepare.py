@@ -107,11 +107,19 @@ def widen_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
         for name in node.input:
             if name in readers:
                 readers[name].append(node)
-    wide = {name for name, nodes in readers.items() if nodes and all(_casts_to_f32(node) for node in nodes)}
-    renamed = {node.output[0]: name for name in wide for node in readers[name]}
-    kept = [node for node in graph.node if node.output[0] not in renamed]
+    results = {value.name for value in graph.output}
+    wide = {
+        name
+        for name, nodes in readers.items()
+        if nodes and all(_casts_to_f32(node) and node.output[0] not in results for node in nodes)
+    }
+    dropped = {node.output[0]: node for name in wide for node in readers[name]}
+    kept = [node for node in graph.node if node.output[0] not in dropped]
     for node in kept:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
+        for place, name in enumerate(node.input):
+            if name in dropped:  # the reader now has the weight's place in the model, for messages
+                node.input[place] = dropped[name].input[0]
+                node.name = f"{dropped[name].name.rpartition('/')[0]}/{node.op_type}"
     del graph.node[:]
     graph.node.extend(kept)
     for value in graph.input:

@@ -37,17 +37,19 @@ class Indexer(nn.Module):
         self.k_norm = KeyNorm(dim)
         self.weights_proj = LinearF32(config.hidden_size, heads, settings.dtype)
 
-    def rotate(self, x: Tensor, step: Step, num_heads: int = 1) -> Tensor:
+    def rotate(self, x: Tensor, step: Step, num_heads: int | None = None) -> Tensor:
         """Turn index keys or queries: RoPE on their first rope dims, then Hadamard where the numerics ask for it.
 
         Args:
             x: [B, Q, num_heads · D].
+            step: has the tables.
+            num_heads: of queries; None for keys, which have no axis of heads.
 
         Returns:
-            [B, Q, num_heads, D]; [B, Q, D] for one head.
+            [B, Q, num_heads, D], or [B, Q, D] for keys; dtype of `x`.
         """
-        x = rope_half_split(x, step.cos, step.sin, num_heads)
-        if num_heads > 1:
+        x = rope_half_split(x, step.cos, step.sin, num_heads or 1)
+        if num_heads is not None:
             x = x.unflatten(-1, (num_heads, -1))
         return x if step.hadamard is None else (x.float() @ step.hadamard).to(x.dtype)
 

@@ -128,7 +128,10 @@ def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int = 1) ->
 
 
 def rope_half_split(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int = 1) -> Tensor:
-    """Rotate pairs (i, i + R/2), the layout of the indexer and only of the indexer (spec §3.2, P1)."""
+    """Rotate pairs (i, i + R/2), the layout of the indexer and only of the indexer (spec §3.2, P1).
+
+    Args, returns: as `rope_interleaved`.
+    """
     return _rope(x, cos, sin, num_heads, interleaved=False)
 
 

@@ -150,6 +150,8 @@ def _refuse_unused(ctx: click.Context) -> None:
                 raise click.UsageError(f"{option} {why}")
 
     if options["dumps"]:
+        if options["engine"] is not None:
+            raise click.UsageError("--from-dump takes one or two dumps and no ENGINE")
         refuse(_ENGINE_ALONE, "needs an ENGINE to run; dumps show what they show")
         refuse(_STEPS, "says what to run; a dump has run its own steps")
         if options["checkpoint"] is None:

@@ -23,7 +23,7 @@ from seekforge.plugins.formats.safetensors import Checkpoint
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of `seekforge parity` that say what to compare, as they were given."""
+    """The options of `seekforge parity` that say what to compare, as they were given; its help explains them."""
 
     engine: Path | None
     checkpoint: Path | None
@@ -45,11 +45,19 @@ class Asked:
 def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool, longest: int) -> Plan:
     """Return the steps that were asked for.
 
+    Args:
+        asked: the options.
+        config: of the model.
+        tokenizer: file that encodes prompts.
+        has_mtp: whether the draft layer takes part.
+        longest: tokens that the engine, or without one the model, accepts.
+
     Raises:
         ConfigError: a context is longer than `longest`, or an option is malformed.
         UsageError: two options exclude each other.
     """
     modes = parse_modes(asked.modes)
+    who = "model" if asked.engine is None else "engine"
     if asked.prompts is not None:
         if asked.contexts is not None:
             raise click.UsageError("--prompts has its own lengths; drop --contexts")
@@ -57,7 +65,7 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
         most = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         if len(prompts[most]) > longest:
             raise ConfigError(
-                f"{asked.prompts}: prompt {most} has {len(prompts[most])} tokens, the engine accepts {longest}"
+                f"{asked.prompts}: prompt {most} has {len(prompts[most])} tokens, the {who} accepts {longest}"
             )
         return make_plan(
             contexts=(), vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=has_mtp, modes=modes,
@@ -68,7 +76,7 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
     else:
         contexts = tuple(sorted({min(n, longest) for n in (16, config.index_topk + 8, 2 * config.index_topk)}))
     if max(contexts) > longest:
-        raise ConfigError(f"--contexts has {max(contexts)}, the engine accepts {longest} tokens")
+        raise ConfigError(f"--contexts has {max(contexts)}, the {who} accepts {longest} tokens")
     return make_plan(
         contexts=contexts, vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=has_mtp, modes=modes,
         seed=asked.seed,

@@ -299,19 +299,23 @@ def _operations(report: dict[str, Any]) -> str:
 
 
 def _flips(report: dict[str, Any]) -> str:
-    rows = []
-    for layer in report["layers"]:
-        for kind, choices in (("key", layer["keys"]), ("expert", layer["experts"])):
-            for flip in choices["flips"] if choices else []:
-                rows.append(
-                    [_label(layer), kind, flip["chosen"], flip["sequence"], flip["position"],
-                     "judged" if flip["by"] == "judged" else "reference", number(flip["gap"]), flip["kind"]]
-                )  # fmt: skip
+    parts = [
+        (layer, kind, choices["flips"])
+        for layer in report["layers"]
+        for kind, choices in (("key", layer["keys"]), ("expert", layer["experts"]))
+        if choices and choices["flips"]
+    ]
+    share = max(1, _MOST_ROWS // max(1, len(parts)))  # of every layer, so that none is missing
+    rows = [
+        [_label(layer), kind, flip["chosen"], flip["sequence"], flip["position"],
+         "judged" if flip["by"] == "judged" else "reference", number(flip["gap"]), flip["kind"]]
+        for layer, kind, flips in parts
+        for flip in flips[:share]
+    ]  # fmt: skip
     if not rows:
         return ""
     names = ["layer", "what", "which", "sequence", "position", "chosen by", "gap", "class"]
     chosen = [choices for layer in report["layers"] for choices in (layer["keys"], layer["experts"]) if choices]
     total = sum(sum(choices["kinds"].values()) for choices in chosen)
-    shown = rows[:_MOST_ROWS]
-    words = f"all {total}" if len(shown) == total else f"{len(shown)} of {total}, the farthest of each layer,"
-    return f"<h2>Choices that differ</h2>{folded_table(names, shown, f'{words} with their gaps')}"
+    words = f"all {total}" if len(rows) == total else f"{len(rows)} of {total}, the farthest of each layer,"
+    return f"<h2>Choices that differ</h2>{folded_table(names, rows, f'{words} with their gaps')}"

@@ -23,7 +23,15 @@ Judge = Callable[["Judged"], None]
 
 @dataclass(frozen=True)
 class Judged:
-    """One operation of one step: what PyTorch makes of the engine's inputs, and what the engine made of them."""
+    """One operation of one step: what PyTorch makes of the engine's inputs, and what the engine made of them.
+
+    Attributes:
+        step, layer: where.
+        op: which.
+        inputs: the engine's, by name, as `op` takes them.
+        expected, found: PyTorch's and the engine's result, of one shape.
+        state, module: PyTorch's of that step and layer, where there are.
+    """
 
     step: int
     layer: int

@@ -31,7 +31,11 @@ Say = Callable[[str], None]
 
 
 def from_engine(engine: Path, asked: Asked, work: Path, stages: Say) -> Result:
-    """Run an engine, and compare it with what `asked.against` names; dumps go to `work`."""
+    """Run an engine, and compare it with what `asked.against` names; dumps go to `work`.
+
+    Raises:
+        UsageError, ConfigError, OutputError: what was asked cannot be; before anything runs.
+    """
     side = EngineSide(engine, work, asked.threads, asked.checkpoint)
     manifest = side.manifest
     config = ModelConfig.parse(manifest.config, str(engine / MANIFEST))
@@ -155,9 +159,13 @@ def _two_engines(
 
 
 def from_dumps(folders: Sequence[Path], asked: Asked, work: Path, stages: Say) -> Result:
-    """Compare two dumps, or one with PyTorch; with a checkpoint, PyTorch judges the operations of the first."""
-    if asked.engine is not None or len(folders) > 2:
-        raise click.UsageError("--from-dump takes one or two dumps and no ENGINE")
+    """Compare two dumps, or one with PyTorch; with a checkpoint, PyTorch judges the operations of the first.
+
+    Raises:
+        UsageError, ConfigError: they do not go together, or a checkpoint is missing.
+    """
+    if len(folders) > 2:
+        raise click.UsageError(f"--from-dump was given {len(folders)} times; it takes one or two dumps")
     judged = Dump.open(folders[0])
     second = Dump.open(folders[1]) if len(folders) == 2 else None
     if asked.checkpoint is None and second is None:
@@ -192,7 +200,11 @@ def from_dumps(folders: Sequence[Path], asked: Asked, work: Path, stages: Say) -
 
 
 def reference_only(asked: Asked, save: Path | None, work: Path, stages: Say) -> None:
-    """No engine: write the PyTorch side, to be compared with an engine's dump made elsewhere."""
+    """No engine: write the PyTorch side, to be compared with an engine's dump made elsewhere.
+
+    Raises:
+        UsageError, ConfigError: there is no `save` or no checkpoint, or the steps cannot be.
+    """
     if save is None:
         raise click.UsageError(
             "without ENGINE and --from-dump there is nothing to compare; --save writes PyTorch's side"

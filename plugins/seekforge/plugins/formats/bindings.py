@@ -328,8 +328,18 @@ def evaluate_into(recipe: Recipe, source: TensorSource, out: np.ndarray) -> None
         evaluate_into(recipe.parts[0], source, out.transpose(np.argsort(recipe.perm)))
     elif recipe.op == "dequantise":
         dequantise_into(evaluate(recipe.parts[0], source), evaluate(recipe.parts[1], source), out)
+    elif recipe.op == "cast" and rounds_once(recipe):
+        out[...] = evaluate(recipe.parts[0], source)
     else:
         out[...] = evaluate(recipe, source)
+
+
+def rounds_once(recipe: Recipe) -> bool:
+    """Whether assigning the operand of a cast gives the same as the cast: the operand itself rounds nothing."""
+    part = recipe.parts[0]
+    while part.op in ("slice", "reshape", "transpose"):
+        part = part.parts[0]
+    return part.op == "take"
 
 
 def dequantise_into(weight: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:

@@ -74,10 +74,10 @@ def _blaming_the_right_file(temporary: Path, out: Path) -> Iterator[None]:
         name = error.filename
         if not isinstance(name, str | bytes) or Path(os.fsdecode(name)).is_relative_to(temporary):
             raise
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"{os.fsdecode(name)}: {reason[:1].lower()}{reason[1:]}; nothing was written to {out}"
-        ) from error
+        place, reason = os.fsdecode(name), error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise explain_os_error(error, Path(place)) from error
+        raise OutputError(f"{place}: {reason[:1].lower()}{reason[1:]}; nothing was written to {out}") from error
 
 
 def _replace_folder(new: Path, out: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 
 from seekforge.plugins.errors import CheckpointError, ProgramError
-from seekforge.plugins.formats.bindings import FP8_VALUES, Recipe, evaluate, rope_rows, slice_, stack
+from seekforge.plugins.formats.bindings import FP8_VALUES, Recipe, cast, evaluate, rope_rows, rounds_once, slice_, stack
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.files import sampled_digest
 from seekforge.plugins.formats.safetensors import Checkpoint
@@ -242,7 +242,7 @@ class _Planner:
             self.add(recipe.parts[0], target.transpose(np.argsort(recipe.perm)))
         elif recipe.op == "bytes":
             self.add(recipe.parts[0], target.view(NUMPY["f8e4m3"]))
-        elif recipe.op == "cast" and _rounds_once(recipe):
+        elif recipe.op == "cast" and rounds_once(recipe):
             self.add(recipe.parts[0], target)
         elif recipe.op == "computed":
             self.computed.append((recipe, target))
@@ -320,20 +320,14 @@ class _Planner:
         return info.shard, info.begin + offset * itemsize(info.dtype)
 
 
-def _rounds_once(recipe: Recipe) -> bool:
-    """Whether assigning the operand of a cast gives the same as the cast: the operand itself rounds nothing."""
-    part = recipe.parts[0]
-    while part.op in ("slice", "reshape", "transpose"):
-        part = part.parts[0]
-    return part.op == "take"
-
-
 def _push_slice(recipe: Recipe) -> Recipe | None:
-    """Move a slice below a concat or stack; None for everything else."""
-    if recipe.op != "slice" or recipe.parts[0].op not in ("concat", "stack"):
+    """Move a slice below a cast, concat or stack; None for everything else."""
+    if recipe.op != "slice" or recipe.parts[0].op not in ("cast", "concat", "stack"):
         return None
     whole = recipe.parts[0]
     assert recipe.axis is not None and recipe.start is not None and recipe.stop is not None
+    if whole.op == "cast":
+        return cast(slice_(whole.parts[0], recipe.axis, recipe.start, recipe.stop), whole.dtype)
     if whole.op == "stack":
         if recipe.axis == 0:
             return stack(whole.parts[recipe.start : recipe.stop])

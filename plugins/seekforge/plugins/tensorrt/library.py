@@ -26,9 +26,10 @@ MODULES: Final[dict[str, tuple[str, str, str]]] = {
     "tensorrt": ("tensorrt", "tensorrt", "trt"),
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx", "rtx"),
 }
-#: What the adapter was written for: first version that works, first that is not known.
+#: What the adapter was written for: first version that works, first that is not known. TensorRT's parser knows
+#: RMSNormalization and RotaryEmbedding, which programs have, since 10.15 (its changelog).
 VERSIONS: Final[dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
-    "tensorrt": ((10, 13), (12, 0)),
+    "tensorrt": ((10, 15), (12, 0)),
     "tensorrt-rtx": ((1, 7), (1, 8)),
 }
 _UNVERSIONED, _VERSIONED = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1"
