@@ -8,6 +8,8 @@ import importlib.metadata
 import json
 import math
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -617,3 +619,11 @@ def test_profiles_span_whatever_limits_are_asked() -> None:
     assert spanning(target.profiles, target.limits) == target.profiles
     short = asked.model_copy(update={"max_model_len": 512})
     assert axis_bounds(spanning(target.profiles, short)["prefill"], short, pool_blocks=99)["Q"][2] == 512
+
+
+def test_memory_of_a_compiler_is_its_own() -> None:
+    """Not that of the large process which starts it."""
+    held = bytearray(300_000_000)
+    code = "from seekforge.exporter.build.worker import peak_bytes; print(peak_bytes())"
+    found = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert 0 < found < len(held)
