@@ -623,7 +623,7 @@ def test_profiles_span_whatever_limits_are_asked() -> None:
 
 def test_memory_of_a_compiler_is_its_own() -> None:
     """Not that of the large process which starts it."""
-    held = bytearray(300_000_000)
+    held = b"x" * 300_000_000
     code = "from seekforge.exporter.build.worker import peak_bytes; print(peak_bytes())"
     found = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert 0 < found < len(held)
