@@ -202,12 +202,13 @@ def test_one_plan_for_ampere_carries_fp8_as_bytes(one_layer: Inputs, tmp_path: P
     assert "f8e4m3" not in {spec.dtype for spec in manifest.graphs["model"].inputs}
 
 
-def test_functions_are_inlined_where_plugins_are_not_wanted(one_layer: Inputs, tmp_path: Path) -> None:
-    target = load_target("rtx4090", ["precision=bf16", "kv_format=bf16"])
-    manifest = build(one_layer, target, tmp_path / "engine", Choices(plugins="none"))
+def test_functions_are_inlined_where_plugins_are_not_wanted(inputs: Inputs, tmp_path: Path) -> None:
+    """The whole model: what compiles as one layer need not compile as four."""
+    target = load_target("rtx5090", ["precision=bf16", "kv_format=bf16"])
+    manifest = build(inputs, target, tmp_path / "engine", Choices(plugins="none"))
     assert manifest.audit is not None
     assert "PLUGIN_V3" not in manifest.audit.layers["model"]
-    assert manifest.audit.inlined == {op: use.num_nodes for op, use in one_layer.program.ops.items()}
+    assert manifest.audit.inlined == {op: use.num_nodes for op, use in inputs.program.ops.items()}
     assert manifest.plugins == {}
     inlined = {one.what: one.precision for one in manifest.audit.products if one.face == "inlined"}
     assert inlined == {

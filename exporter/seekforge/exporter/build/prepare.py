@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper, inliner
 
+from seekforge.exporter.build.rope import write_out_rope
 from seekforge.exporter.parity.taps import name_taps, tap_shape
 from seekforge.exporter.rewrite.specialise import specialise
 from seekforge.plugins.formats.model_config import ModelConfig
@@ -79,6 +80,7 @@ def prepare(
     inlined = {op: count for op, count in counts.items() if op not in plugins}
     if inlined:
         specialised = _inline(specialised, how, inlined)
+        write_out_rope(specialised)
     for node in specialised.graph.node:
         if node.domain == DOMAIN:
             _describe(node, products, digests.get(node.op_type, ""))
