@@ -248,6 +248,15 @@ def test_a_stage_is_checked_from_what_pytorch_has_before_it(tiny_checkpoint: Pat
     assert dump.exit_code == 2 and "holds layers 1 to 2 only: pass --given" in dump.stderr
 
 
+def test_the_first_layer_alone_is_checked(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What comes out of a stage has names of its own, and nothing goes into this one."""
+    export(tiny_checkpoint, tmp_path / "program", numerics=FP8, layer_range=(0, 1))
+    stage = build_engine(tmp_path / "program", tiny_checkpoint, tmp_path / "stage")
+    result = invoke(stage, "--checkpoint", tiny_checkpoint, "--contexts", "24", "--modes", "whole", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["judged"]["layers"] == [0, 1], report["gates"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
