@@ -91,12 +91,13 @@ def write_dump(
     writer = DumpWriter(out, engine_side(manifest, name), plan)
     part = manifest.layer_range[1] < int(manifest.config["num_hidden_layers"])  # has no MTP module
     current: Case | None = None
+    last: dict[str, PlanStep] = {}  # graph -> its last step in this case
     hidden = np.zeros(0)
     for number, case, step in plan.steps():
         if case is not current:
             progress(case.name)
             backend.allocate_caches(case.num_blocks)
-            current = case
+            current, last = case, {step.graph: step for step in case.steps}
         if step.graph not in manifest.graphs:
             if part and step.graph == "mtp":
                 continue
@@ -106,7 +107,7 @@ def write_dump(
         results = _run(backend, manifest, case, step, hidden, taps, _inputs_of(manifest, step.graph, given, number))
         if step.graph == "model" and "hidden" in results:
             hidden = results["hidden"]
-        if step is {step.graph: step for step in case.steps}[step.graph]:  # the last one of its graph
+        if step is last[step.graph]:
             results |= {f"cache_{kind}": value for kind, value in _caches(backend, manifest, step.graph).items()}
         writer.write(number, results)
     writer.close()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+
+import onnx
 
 from seekforge.exporter.rewrite.layers import truncate
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.program import Program
+from seekforge.plugins.formats.program import GraphIO, Program
 
 
 def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
@@ -35,6 +38,23 @@ def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], fold
             )
 
 
+def read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
+    """Read a graph of the program in `folder`.
+
+    Raises:
+        ProgramError: it cannot be read, or is not the one that the program describes.
+    """
+    path = folder / face.file
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read ({error.strerror}); export the program again") from None
+    found = hashlib.sha256(raw).hexdigest()
+    if found != face.sha256:
+        raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
+    return onnx.load_from_string(raw)
+
+
 def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelConfig, folder: Path) -> None:
     """The checkpoint is of the model that the program was exported for; a truncated program takes the whole model's.
 
@@ -48,13 +68,13 @@ def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelCon
     found = checkpoint
     if program.truncated_from is not None and checkpoint.num_hidden_layers == program.truncated_from:
         found = truncate(checkpoint, config.num_hidden_layers)
-    for key in type(config).model_fields:
-        ours, theirs = getattr(config, key), getattr(found, key)
-        if ours != theirs:
-            raise ProgramError(
-                f"{folder}: {key} is {theirs}, the program was exported for {ours}; "
-                "pass the checkpoint it was exported from, or export again"
-            )
+    different = config.first_difference(found)
+    if different is not None:
+        key, ours, theirs = different
+        raise ProgramError(
+            f"{folder}: {key} is {theirs}, the program was exported for {ours}; "
+            "pass the checkpoint it was exported from, or export again"
+        )
 
 
 def copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:

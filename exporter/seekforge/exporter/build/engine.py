@@ -14,7 +14,13 @@ from typing import Protocol
 import onnx
 from onnx import inliner
 
-from seekforge.exporter.build.common import check_program, check_same_model, copy_text_files, generation_defaults
+from seekforge.exporter.build.common import (
+    check_program,
+    check_same_model,
+    copy_text_files,
+    generation_defaults,
+    read_graph,
+)
 from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.build.quantise import choose
 from seekforge.exporter.build.self_check import make_self_check
@@ -22,7 +28,7 @@ from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
 from seekforge.exporter.parity.taps import expose, name_taps
 from seekforge.exporter.rewrite.specialise import specialise
-from seekforge.plugins.errors import ProgramError, TargetError
+from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.bindings import Recipe, retarget, tensors_of
 from seekforge.plugins.formats.dtypes import FROM_ONNX, itemsize
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
@@ -209,14 +215,7 @@ def _fold_graph(
 ) -> onnx.ModelProto:
     """Load, check, specialise and fold one graph; bodies are inlined, so that it holds operators of ONNX and
     ONNX Runtime only."""
-    path = program_folder / face.file
-    try:
-        found = sha256_file(path)
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read ({error.strerror}); export the program again") from None
-    if found != face.sha256:
-        raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
-    model = specialise(onnx.load(path), how, config)
+    model = specialise(read_graph(program_folder, face), how, config)
     names = name_taps(model)
     if taps:
         expose(model, names)

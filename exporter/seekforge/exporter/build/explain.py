@@ -34,9 +34,7 @@ _ENDS: Final[dict[str, str]] = {
     "rope_sin": "the rotary tables",
     "step": "what all layers share (shapes and positions)",
 }
-_NAME = re.compile(
-    r"\b(?:layers\.\d+(?:\.[A-Za-z_]\w*)*|embed_tokens|lm_head|head|norm|rope_cos|rope_sin|step)/[A-Z]\w*"
-)
+_NAME = re.compile(rf"\b(?:layers\.\d+(?:\.[A-Za-z_]\w*)*|{'|'.join(_ENDS)})/[A-Z]\w*")
 
 
 def place(name: str) -> str | None:

@@ -5,7 +5,6 @@ Everything that cannot work is refused here with one sentence that names what wo
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,18 +13,18 @@ from typing import Literal
 
 import onnx
 
-from seekforge.exporter.build.common import check_program, check_same_model
+from seekforge.exporter.build.common import check_program, check_same_model, read_graph
 from seekforge.exporter.build.compiler import Options
-from seekforge.exporter.build.prepare import widen_weights
+from seekforge.exporter.build.prepare import wide_weights
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.plugins.contracts import refusals
-from seekforge.plugins.errors import ProgramError, TargetError
+from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.manifest import Limits, WeightSource
 from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.program import BLOCK_SIZE, GraphIO, Program, load_bindings, load_program
+from seekforge.plugins.formats.program import BLOCK_SIZE, Program, load_bindings, load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.sizing import (
     GIB,
@@ -91,7 +90,7 @@ class Inputs:
 
     Attributes:
         graphs: as the program's files have them, without weights.
-        wide: graph -> weight inputs that its engines hold in f32 (`prepare.widen_weights`).
+        wide: graph -> weight inputs that its engines hold in f32 (`prepare.wide_weights`).
     """
 
     folder: Path
@@ -113,8 +112,11 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     bindings = load_bindings(program_folder)
     check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
-    graphs = {name: _read_graph(program_folder, face) for name, face in program.graphs.items()}
-    wide = {name: _wide(graph, program.graphs[name]) for name, graph in graphs.items()}
+    graphs = {name: read_graph(program_folder, face) for name, face in program.graphs.items()}
+    wide = {
+        name: wide_weights(graph, [spec.name for spec in program.graphs[name].with_role("weight")])
+        for name, graph in graphs.items()
+    }
     inputs = Inputs(program_folder, program, graphs, wide, bindings, config, WeightSource(path=None, index_digest=None))
     if checkpoint_folder is None:
         return inputs
@@ -124,25 +126,6 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
         check_structure(checkpoint, whole)
         weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=checkpoint.index_digest())
     return replace(inputs, weights=weights)
-
-
-def _read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
-    path = folder / face.file
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read ({error.strerror}); export the program again") from None
-    found = hashlib.sha256(raw).hexdigest()
-    if found != face.sha256:
-        raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
-    return onnx.load_from_string(raw)
-
-
-def _wide(graph: onnx.ModelProto, face: GraphIO) -> set[str]:
-    copy = onnx.ModelProto()
-    copy.graph.node.extend(graph.graph.node)
-    copy.graph.input.extend(graph.graph.input)
-    return widen_weights(copy, [spec.name for spec in face.with_role("weight")])
 
 
 # --- checks before work -----------------------------------------------------------------------------------------

@@ -89,8 +89,25 @@ def prepare(
     )
 
 
+def wide_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
+    """Return the BF16 weights that a graph only reads as f32: norms, router, head.
+
+    Args:
+        model: canonical, or specialised with bf16 activations.
+        weights: inputs that are weights.
+    """
+    graph = model.graph
+    bf16 = {value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    results = {value.name for value in graph.output}
+    cast: set[str] = set()
+    otherwise: set[str] = set()
+    for node in graph.node:
+        (cast if _casts_to_f32(node) and node.output[0] not in results else otherwise).update(node.input)
+    return bf16.intersection(weights, cast) - otherwise
+
+
 def widen_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
-    """Make f32 inputs of the BF16 weights that a graph only reads as f32 (norms, router, head), and drop its casts.
+    """Make f32 inputs of a graph's `wide_weights`, and drop its casts.
 
     A cast in the graph would run in every step, and its result be memory beside the weight: for the head of
     DeepSeek-V3.2 3.7 GB written and read again per token.
@@ -102,20 +119,8 @@ def widen_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
     Returns:
         Those that are f32 now.
     """
-    graph = model.graph
-    bf16 = {value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
-    readers: dict[str, list[onnx.NodeProto]] = {name: [] for name in bf16.intersection(weights)}
-    for node in graph.node:
-        for name in node.input:
-            if name in readers:
-                readers[name].append(node)
-    results = {value.name for value in graph.output}
-    wide = {
-        name
-        for name, nodes in readers.items()
-        if nodes and all(_casts_to_f32(node) and node.output[0] not in results for node in nodes)
-    }
-    dropped = {node.output[0]: node for name in wide for node in readers[name]}
+    graph, wide = model.graph, wide_weights(model, weights)
+    dropped = {node.output[0]: node for node in graph.node if not wide.isdisjoint(node.input)}
     kept = [node for node in graph.node if node.output[0] not in dropped]
     for node in kept:
         for place, name in enumerate(node.input):

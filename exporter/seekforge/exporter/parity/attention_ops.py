@@ -51,13 +51,12 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             normed,
             names("input_layernorm"),
         ),
-        Op(
+        owner.apply(
             "self_attn.qkv_a_proj",
             "q_a, index key and kv_a as one product",
-            ("attn_norm",),
+            "attn_norm",
             "qkv_a",
-            lambda v: attention.qkv_a_proj(v["attn_norm"]),
-            names("self_attn.qkv_a_proj"),
+            attention.qkv_a_proj,
             tuple(
                 Part(
                     starts[a],
@@ -76,14 +75,7 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             lambda v: attention.q_a_layernorm(raw_q(v)),
             names("self_attn.q_a_layernorm"),
         ),
-        Op(
-            "self_attn.q_b_proj",
-            "queries of all heads",
-            ("q_a_norm",),
-            "q_b",
-            lambda v: attention.q_b_proj(v["q_a_norm"]),
-            names("self_attn.q_b_proj"),
-        ),
+        owner.apply("self_attn.q_b_proj", "queries of all heads", "q_a_norm", "q_b", attention.q_b_proj),
         Op("self_attn.rotary (queries)", "RoPE of the queries, interleaved pairs", ("q_b",), "q_pe", q_pe),
         Op(
             "self_attn.kv_b_proj (keys)",
@@ -139,14 +131,7 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
         return (v["o_latent"].transpose(1, 2) @ attention.w_uv.transpose(1, 2)).transpose(1, 2).flatten(2)
 
     return [
-        Op(
-            "self_attn.indexer.wq_b",
-            "index queries",
-            ("q_a_norm",),
-            "wq_b",
-            lambda v: attention.indexer.wq_b(v["q_a_norm"]),
-            names("self_attn.indexer.wq_b"),
-        ),
+        owner.apply("self_attn.indexer.wq_b", "index queries", "q_a_norm", "wq_b", attention.indexer.wq_b),
         Op(
             "self_attn.indexer (rotation of queries)",
             "half-split RoPE and Hadamard of the index queries",
@@ -154,13 +139,12 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             "index_q",
             index_q,
         ),
-        Op(
+        owner.apply(
             "self_attn.indexer.weights_proj",
             "weights of the index heads",
-            ("attn_norm",),
+            "attn_norm",
             "index_w",
-            lambda v: attention.indexer.head_weights(v["attn_norm"]),
-            names("self_attn.indexer.weights_proj"),
+            attention.indexer.head_weights,
         ),
         Op(
             "self_attn.indexer (selection)",
@@ -194,12 +178,5 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             ),
         ),
         Op("self_attn.kv_b_proj (values)", "values of all heads", ("o_latent",), "o", o, names("self_attn.w_uv")),
-        Op(
-            "self_attn.o_proj",
-            "output projection",
-            ("o",),
-            "attn_out",
-            lambda v: attention.o_proj(v["o"]),
-            names("self_attn.o_proj"),
-        ),
+        owner.apply("self_attn.o_proj", "output projection", "o", "attn_out", attention.o_proj),
     ]

@@ -119,10 +119,10 @@ def check_pair(judged: Dump, reference: Dump) -> None:
             f"{judged.folder} and {reference.folder} ran different steps; make the second dump with the plan of the "
             "first (seekforge dump --plan, or parity --from-dump FIRST --checkpoint …)"
         )
-    check_same_model(judged.side.config, reference.side.config, (str(judged.folder), str(reference.folder)))
+    check_comparable(judged.side.config, reference.side.config, (str(judged.folder), str(reference.folder)))
 
 
-def check_same_model(ours: Mapping[str, object], theirs: Mapping[str, object], names: tuple[str, str]) -> None:
+def check_comparable(ours: Mapping[str, object], theirs: Mapping[str, object], names: tuple[str, str]) -> None:
     """Refuse configs of models whose tensors do not belong together.
 
     Raises:

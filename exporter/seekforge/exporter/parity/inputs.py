@@ -58,6 +58,8 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
     """
     modes = parse_modes(asked.modes)
     who = "model" if asked.engine is None else "engine"
+    prompts: list[list[int]] = []
+    contexts: tuple[int, ...] = ()
     if asked.prompts is not None:
         if asked.contexts is not None:
             raise click.UsageError("--prompts has its own lengths; drop --contexts")
@@ -67,19 +69,15 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
             raise ConfigError(
                 f"{asked.prompts}: prompt {most} has {len(prompts[most])} tokens, the {who} accepts {longest}"
             )
-        return make_plan(
-            contexts=(), vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=has_mtp, modes=modes,
-            prompts=prompts, seed=asked.seed,
-        )  # fmt: skip
-    if asked.contexts is not None:
+    elif asked.contexts is not None:
         contexts = parse_contexts(asked.contexts)
     else:
         contexts = tuple(sorted({min(n, longest) for n in (16, config.index_topk + 8, 2 * config.index_topk)}))
-    if max(contexts) > longest:
+    if max(contexts, default=0) > longest:
         raise ConfigError(f"--contexts has {max(contexts)}, the {who} accepts {longest} tokens")
     return make_plan(
         contexts=contexts, vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=has_mtp, modes=modes,
-        seed=asked.seed,
+        prompts=prompts, seed=asked.seed,
     )  # fmt: skip
 
 
@@ -135,18 +133,16 @@ def open_source(folder: Path, config: ModelConfig) -> Iterator[ScannedCheckpoint
     Raises:
         ConfigError, CheckpointError: it belongs to another model, or is damaged.
     """
-    found = ModelConfig.load(folder)
-    ours = config
+    found = whole = ModelConfig.load(folder)
     if found.num_hidden_layers > config.num_hidden_layers and config.mtp_layer is None:
         found = truncate(found, config.num_hidden_layers)
-    for key in type(config).model_fields:
-        if getattr(ours, key) != getattr(found, key):
-            raise ConfigError(
-                f"{folder}: {key} is {getattr(found, key)}, the engine's model has {getattr(ours, key)}; "
-                "pass the checkpoint of that model"
-            )
+    different = config.first_difference(found)
+    if different is not None:
+        key, ours, theirs = different
+        raise ConfigError(
+            f"{folder}: {key} is {theirs}, the engine's model has {ours}; pass the checkpoint of that model"
+        )
     with Checkpoint.open(folder) as checkpoint:
-        whole = ModelConfig.load(folder)
         check_structure(checkpoint, whole)
         yield ScannedCheckpoint(checkpoint, whole)
 

@@ -54,24 +54,9 @@ def _dense(owner: LayerModule, mlp: Mlp, module: str, before: str, gate_up: str,
         for i, p in enumerate(("gate_proj", "up_proj"))
     )
     return [
-        Op(
-            f"{module}.gate_up_proj",
-            "gate and up as one product",
-            (before,),
-            gate_up,
-            lambda v: mlp.gate_up_proj(v[before]),
-            owner.tensors(f"{module}.gate_up_proj"),
-            parts,
-        ),
+        owner.apply(f"{module}.gate_up_proj", "gate and up as one product", before, gate_up, mlp.gate_up_proj, parts),
         Op(f"{module} (SwiGLU)", "silu(gate) · up", (gate_up,), act, lambda v: swiglu(v[gate_up])),
-        Op(
-            f"{module}.down_proj",
-            "down projection",
-            (act,),
-            after,
-            lambda v: mlp.down_proj(v[act]),
-            owner.tensors(f"{module}.down_proj"),
-        ),
+        owner.apply(f"{module}.down_proj", "down projection", act, after, mlp.down_proj),
     ]
 
 

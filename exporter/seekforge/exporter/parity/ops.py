@@ -110,6 +110,18 @@ class LayerModule:
         ]
         return tuple(dict.fromkeys(found))
 
+    def apply(
+        self,
+        module: str,
+        does: str,
+        before: str,
+        after: str,
+        run: Callable[[Tensor], Tensor],
+        parts: tuple[Part, ...] = (),
+    ) -> Op:
+        """Return the operation of one module on one point; its tensors are those of the module's name."""
+        return Op(module, does, (before,), after, lambda v: run(v[before]), self.tensors(module), parts)
+
     def write_cache(self, state: LayerState, values: Values) -> None:
         """Put this step's rows into the caches of `state`."""
         numerics, kv = self.settings.numerics, self.settings.dtype_name

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from seekforge.exporter.model.step import Settings
-from seekforge.exporter.parity.compare import check_pair, check_same_model
+from seekforge.exporter.parity.compare import check_comparable, check_pair
 from seekforge.exporter.parity.engine_side import EngineSide
 from seekforge.exporter.parity.inputs import Asked, need_checkpoint, numerics_of, open_source, plan_of, range_of
 from seekforge.exporter.parity.local import OpRecord
@@ -44,7 +44,7 @@ def from_engine(engine: Path, asked: Asked, work: Path, stages: Say) -> Result:
         if not (Path(asked.against) / MANIFEST).is_file():
             raise ConfigError(f"--against is {asked.against!r}, expected torch, transformers, or an engine's folder")
         sides.append(EngineSide(Path(asked.against), work, asked.threads, asked.checkpoint))
-        check_same_model(manifest.config, sides[1].manifest.config, (str(engine), asked.against))
+        check_comparable(manifest.config, sides[1].manifest.config, (str(engine), asked.against))
     plan = plan_of(
         asked,
         config,
@@ -59,7 +59,7 @@ def from_engine(engine: Path, asked: Asked, work: Path, stages: Say) -> Result:
     if asked.against == "torch":
         return _with_torch(side, plan, settings, asked, work, stages)
     if asked.against == "transformers":
-        return _with_transformers(side, plan, asked, work, stages)
+        return _with_transformers(side, plan, settings, asked, work, stages)
     return _two_engines(sides, plan, settings, asked, work, stages)
 
 
@@ -115,14 +115,18 @@ def _sensitivity(
     return sensitivity(exact, plan, other=other, work=work, layers=range(start, stop))
 
 
-def _with_transformers(side: EngineSide, plan: Plan, asked: Asked, work: Path, stages: Say) -> Result:
+def _with_transformers(
+    side: EngineSide, plan: Plan, settings: Settings, asked: Asked, work: Path, stages: Say
+) -> Result:
     from seekforge.exporter.parity.oracle import write_oracle_dump
 
     folder = need_checkpoint(asked, "--against transformers")
     stages("transformers")
     (work / "reference").mkdir()
-    config = ModelConfig.parse(side.manifest.config, str(side.folder / MANIFEST))
-    with open_source(folder, config) as source, tempfile.TemporaryDirectory(prefix="seekforge-oracle-") as copy:
+    with (
+        open_source(folder, settings.config) as source,
+        tempfile.TemporaryDirectory(prefix="seekforge-oracle-") as copy,
+    ):
         reference = write_oracle_dump(folder, source, plan, work / "reference", Path(copy))
     stages(f"engine {side.folder.name}")
     judged = side.dump(plan, work / "judged", [tap for tap in side.taps if tap.startswith(("hidden", "resid"))])

@@ -218,6 +218,14 @@ class ModelConfig(_Frozen):
         """How many of the largest logits a step returns per row."""
         return min(256, self.vocab_size)
 
+    def first_difference(self, other: ModelConfig) -> tuple[str, Any, Any] | None:
+        """Return the first key with another value in `other`, ours and theirs; None: there is none."""
+        for key in type(self).model_fields:
+            ours, theirs = getattr(self, key), getattr(other, key)
+            if ours != theirs:
+                return key, ours, theirs
+        return None
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer` has routed experts (the MTP layer always does)."""
         return layer >= self.first_k_dense_replace or layer == self.mtp_layer
