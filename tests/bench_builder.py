@@ -2,14 +2,15 @@
 
     python tests/bench_builder.py                               # the table of docs/targets.md: everything, all SMs
     python tests/bench_builder.py --programs layer --forms plugins --sms 89,120 --profiles both --json
-    python tests/bench_builder.py --programs full --forms plugins --sms 89 --layers-per-engine 11
+    python tests/bench_builder.py --programs full --forms plugins --sms 89 --layers-per-engine 61   # one plan for all
 
 Programs are made here, from checkpoints without weights: `tiny` (4 layers and MTP), `layer` (one MoE layer of
 DeepSeek-V3.2), `full` (all 61 layers and MTP). Forms: `plugins` (every operator a plugin, fp8_ds caches, FP8 products)
 and `inlined` (none: bf16 caches, BF16 products). The full program is inlined only for --programs full --forms inlined.
 CPU seconds are those of the compiling process, which other work on the machine does not change; peak memory is that
-process's. The row `build` is the whole of it: seconds on the wall, CPU seconds of all processes, and the memory of the
-largest compilers that can run at once. A build that is refused or fails is a row with the reason.
+process's. Layers that are alike have one plan; `runs` is how often a step runs it. The row `build` is the whole of it:
+layers of a step, seconds on the wall, CPU seconds of all processes, and the memory of the largest compilers that can
+run at once. A build that is refused or fails is a row with the reason.
 Kernels are compiled elsewhere and not counted.
 """
 
@@ -52,8 +53,10 @@ class Row:
     """One plan of one engine, or the whole build.
 
     Attributes:
-        program, form, sm, profiles: what was built. graph: model or mtp, with its layers if cut; build: the whole.
-        layers, plugin_layers: of TensorRT's network. seconds, cpu_seconds: of the compiler. peak_gib: its memory.
+        program, form, sm, profiles: what was built.
+        graph: model or mtp, with its first layers if cut; build: the whole.
+        runs: of the plan in one step. layers, plugin_layers: of TensorRT's network. seconds, cpu_seconds: of the
+            compiler. peak_gib: its memory.
         plan_mb: size of the plan. fault: why there is none; the numbers are then 0.
     """
 
@@ -62,6 +65,7 @@ class Row:
     sm: int
     profiles: str
     graph: str
+    runs: int = 1
     layers: int = 0
     plugin_layers: int = 0
     seconds: float = 0.0
@@ -113,6 +117,7 @@ def measure(
     seconds, own_cpu = time.perf_counter() - began, time.process_time() - own_cpu
     audit = manifest.audit
     assert audit is not None
+    uses = manifest.uses()
     at_once = sorted(audit.build_peak_bytes.values(), reverse=True)[: usable_cores()]
     rows = [
         Row(
@@ -121,6 +126,7 @@ def measure(
             sm,
             profiles,
             graph,
+            runs=uses[f"{graph}.plan"],
             layers=sum(audit.layers[graph].values()),
             plugin_layers=audit.layers[graph].get("PLUGIN_V3", 0),
             seconds=round(audit.build_seconds[graph], 1),
@@ -136,8 +142,9 @@ def measure(
         sm,
         profiles,
         "build",
-        layers=sum(row.layers for row in rows),
-        plugin_layers=sum(row.plugin_layers for row in rows),
+        runs=sum(row.runs for row in rows),
+        layers=sum(row.runs * row.layers for row in rows),
+        plugin_layers=sum(row.runs * row.plugin_layers for row in rows),
         seconds=round(seconds, 1),
         cpu_seconds=round(own_cpu + sum(audit.build_cpu_seconds.values()), 1),
         peak_gib=round(sum(at_once) / (1 << 30), 2),
@@ -160,15 +167,21 @@ def wanted(programs: Sequence[str], forms: Sequence[str], sms: Sequence[int]) ->
 
 def markdown(rows: Iterable[Row]) -> str:
     """Return the table."""
-    header = ["program", "form", "SM", "profiles", "TensorRT layers", "plugin layers", "seconds", "CPU seconds"]
+    header = ["program", "form", "SM", "profiles", "runs", "TensorRT layers", "plugin layers", "seconds", "CPU seconds"]
     lines = [[*header, "peak GiB", "plan MB"], ["---"] * (len(header) + 2)]
     for row in rows:
         name = row.program if row.graph == "model" else f"{row.program}, {row.graph}"
         head = [name, row.form, str(row.sm), row.profiles]
         if row.fault:
-            lines.append([*head, f"not built: {row.fault}", *["–"] * 5])
+            lines.append([*head, f"not built: {row.fault}", *["–"] * 6])
             continue
-        numbers = [f"{row.layers:,}", f"{row.plugin_layers:,}", f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}"]
+        numbers = [
+            str(row.runs),
+            f"{row.layers:,}",
+            f"{row.plugin_layers:,}",
+            f"{row.seconds:.1f}",
+            f"{row.cpu_seconds:.1f}",
+        ]
         lines.append([*head, *numbers, f"{row.peak_gib:.2f}", f"{row.plan_mb:.1f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -180,7 +193,7 @@ def main() -> int:
     parser.add_argument("--forms", default=",".join(FORMS), help="of plugins, inlined")
     parser.add_argument("--sms", default=",".join(map(str, RTX_SMS)))
     parser.add_argument("--profiles", choices=PROFILES, default="decode", help="decode alone, or decode and prefill")
-    parser.add_argument("--layers-per-engine", type=int, help="cut the model into plans, compiled side by side")
+    parser.add_argument("--layers-per-engine", type=int, help="most layers of one plan; 61: one plan for all")
     parser.add_argument("--folder", type=Path, help="keep checkpoints and programs here, and use those that are there")
     parser.add_argument("--json", action="store_true")
     found = parser.parse_args()

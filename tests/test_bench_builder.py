@@ -32,14 +32,14 @@ def test_targets_differ_in_sm_form_and_profiles() -> None:
 
 def test_the_table_has_a_row_per_graph_and_names_what_is_not_built() -> None:
     rows = [
-        Row("full", "plugins", 89, "decode", "model", 33490, 665, 61.25, 37.0, 1.71, 200.1),
-        Row("full", "plugins", 89, "decode", "mtp", 672, 11, 1.5, 1.5, 0.41, 10.0),
+        Row("full", "plugins", 89, "decode", "model", 1, 33490, 665, 61.25, 37.0, 1.71, 200.1),
+        Row("full", "plugins", 89, "decode", "mtp", 1, 672, 11, 1.5, 1.5, 0.41, 10.0),
         Row("full", "inlined", 89, "decode", "model", fault="too large"),
     ]
     text = markdown(rows)
-    assert "| full | plugins | 89 | decode | 33,490 | 665 | 61.2 | 37.0 | 1.71 | 200.1 |\n" in text
+    assert "| full | plugins | 89 | decode | 1 | 33,490 | 665 | 61.2 | 37.0 | 1.71 | 200.1 |\n" in text
     assert "| full, mtp | plugins |" in text
-    assert "| full | inlined | 89 | decode | not built: too large | – | – | – | – | – |\n" in text
+    assert "| full | inlined | 89 | decode | not built: too large | – | – | – | – | – | – |\n" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
@@ -47,14 +47,20 @@ def test_one_engine_is_measured(tiny_programs: dict[str, Path], tiny_checkpoint:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     inputs = open_inputs(tiny_programs["fp8"], tiny_checkpoint)
     rows = measure(inputs, "tiny", "plugins", 120, "decode")
-    assert [row.graph for row in rows] == ["model", "mtp", "build"]
+    assert [(row.graph, row.runs) for row in rows] == [
+        ("model.0", 1),
+        ("model.1", 2),
+        ("model.3", 1),
+        ("mtp", 1),
+        ("build", 5),
+    ]
     nodes = sum(use.num_nodes for use in inputs.program.ops.values())
     whole = rows[-1]
-    assert sum(row.plugin_layers for row in rows[:-1]) == whole.plugin_layers == nodes
+    assert sum(row.runs * row.plugin_layers for row in rows[:-1]) == whole.plugin_layers == nodes
     assert whole.cpu_seconds >= sum(row.cpu_seconds for row in rows[:-1])
     assert max(row.peak_gib for row in rows[:-1]) <= whole.peak_gib
-    cut = measure(inputs, "tiny", "plugins", 120, "decode", layers_per_engine=2)
-    assert [row.graph for row in cut] == ["model.0-1", "model.2-3", "mtp", "build"]
+    cut = measure(inputs, "tiny", "plugins", 120, "decode", layers_per_engine=4)
+    assert [row.graph for row in cut] == ["model", "mtp", "build"]
     assert cut[-1].plugin_layers == nodes
     assert all(row.plan_mb > 0 and row.peak_gib > 0 and not row.fault for row in rows)
     exact = open_inputs(tiny_programs["exact"], tiny_checkpoint)

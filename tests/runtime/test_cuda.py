@@ -17,6 +17,7 @@ from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.formats.manifest import Manifest, load_manifest
 from seekforge.runtime.backends import cuda
 from seekforge.runtime.backends.cuda import CudaDevice
+from seekforge.runtime.backends.device import Call
 
 real = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
 trt_real = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -182,16 +183,13 @@ def test_a_plan_has_a_context_per_profile_that_share_scratch(libraries, manifest
     trt.runtime.deserialize_cuda_engine.assert_called_once_with(b"plan")
     trt.cache.deserialize.assert_called_once_with(b"earlier")
     assert plan.names() == ["input_ids"]
-    plan.set_address("input_ids", 100)
-    plan.set_shape("input_ids", (1, 1))
-    plan.enqueue()
-    plan.enqueue()
-    plan.use_profile(1)
-    plan.set_shape("input_ids", (1, 9))
-    plan.enqueue()
-    plan.use_profile(0)
-    plan.set_address("input_ids", 200)
-    plan.enqueue()
+    call = Call({"input_ids": 100}, {"input_ids": (1, 1)})
+    plan.enqueue(call)
+    plan.enqueue(call)
+    call.profile, call.shapes["input_ids"] = 1, (1, 9)
+    plan.enqueue(call)
+    call.profile, call.addresses["input_ids"] = 0, 200
+    plan.enqueue(call)
     first, second = trt.contexts
     assert [call.args for call in first.set_tensor_address.call_args_list] == [("input_ids", 100), ("input_ids", 200)]
     assert [call.args for call in first.set_input_shape.call_args_list] == [
@@ -204,11 +202,41 @@ def test_a_plan_has_a_context_per_profile_that_share_scratch(libraries, manifest
     second.set_optimization_profile_async.assert_called_once_with(1, 77)
     (scratch,) = {context.set_device_memory.call_args.args for context in trt.contexts}
     assert scratch[1] == 2048, "as much as the larger profile needs"
-    plan.set_shape("input_ids", (0, 9))
+    call.shapes["input_ids"] = (0, 9)
     with pytest.raises(EngineError, match=r"shape \(0, 9\) of input_ids is outside what the engine was built for"):
-        plan.enqueue()
+        plan.enqueue(call)
     device.close()
     assert (tmp_path / "model.runtime-cache").read_bytes() == b"compiled"
+    assert not fake.memory
+
+
+def test_calls_of_one_plan_have_their_own_memory_and_all_plans_one_scratch(
+    libraries, manifest: Manifest, tmp_path: Path
+) -> None:
+    """Layers that are alike: what a call says is told each time it differs from the last, and only then."""
+    fake, trt = libraries
+    for name in ("model.plan", "mtp.plan"):
+        (tmp_path / name).write_bytes(b"plan")
+    device = CudaDevice(tmp_path, manifest)
+    plan = device.open_plan(tmp_path / "model.plan")
+    calls = [Call({"input_ids": address, "weight": 7}, {"input_ids": (1, 1)}) for address in (100, 200)]
+    for call in (*calls, *calls):
+        plan.enqueue(call)
+    (context,) = trt.contexts
+    told = [call.args for call in context.set_tensor_address.call_args_list]
+    assert told == [("input_ids", 100), ("weight", 7), ("input_ids", 200), ("input_ids", 100), ("input_ids", 200)]
+    assert context.set_input_shape.call_count == 1 and context.execute_async_v3.call_count == 4
+    before = len(fake.memory)
+    small = device.scratch
+    trt.engine.get_device_memory_size_for_profile_v2.side_effect = [512, 1024]
+    device.open_plan(tmp_path / "mtp.plan")
+    assert device.scratch == small and len(fake.memory) == before, "it works in what is there"
+    trt.engine.get_device_memory_size_for_profile_v2.side_effect = [512, 4096]
+    device.open_plan(tmp_path / "mtp.plan")
+    plan.enqueue(calls[0])
+    assert context.set_device_memory.call_args.args == device.scratch and device.scratch[1] == 4096
+    assert small[0] in fake.memory, "captured graphs work in the earlier one"
+    device.close()
     assert not fake.memory
 
 

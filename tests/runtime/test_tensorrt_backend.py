@@ -29,6 +29,7 @@ from seekforge.plugins.formats.safetensors import Checkpoint, write_shard
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.backends import tensorrt
 from seekforge.runtime.backends.base import StepInputs
+from seekforge.runtime.backends.device import Call
 from seekforge.runtime.backends.device_graph import halves, next_power_of_two, padded
 from seekforge.runtime.backends.device_weights import DeviceWeights
 from seekforge.runtime.cli import main
@@ -46,47 +47,33 @@ class FakePlan:
     def __init__(self, device: FakeDevice, path: Path) -> None:
         self.device = device
         self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-        self.watched: tuple[list[str], Callable[[str, np.ndarray], None]] = ([], lambda name, value: None)
 
     def names(self) -> list[str]:
         names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
         return [name for name in names if name not in DEBUG]
 
-    def watch(self, names, seen: Callable[[str, np.ndarray], None]) -> None:
-        assert set(names) <= set(DEBUG)
-        self.watched = (list(names), seen)
-
-    def use_profile(self, number: int) -> None:
-        self.device.profiles.append(number)
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self.shapes[name] = shape
-
-    def set_address(self, name: str, address: int) -> None:
-        self.addresses[name] = address
-
-    def enqueue(self) -> None:
+    def enqueue(self, call: Call) -> None:
+        assert call.watched <= set(DEBUG)
         self.device.enqueues += 1
-        self.run(dict(self.shapes), dict(self.addresses))
+        self.device.profiles.append(call.profile)
+        self.run(Call(dict(call.addresses), dict(call.shapes), call.profile, call.watched, call.seen))
 
-    def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+    def run(self, call: Call) -> None:
         if self.device.recording is not None:
-            self.device.recording.append(lambda: self.run(shapes, addresses))
+            self.device.recording.append(lambda: self.run(call))
             return
         dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
         feeds = {
-            value.name: self.device.view(addresses[value.name], shapes[value.name], dtypes[value.type]).copy()
+            value.name: self.device.view(call.addresses[value.name], call.shapes[value.name], dtypes[value.type]).copy()
             for value in self.session.get_inputs()
         }
         names = [value.name for value in self.session.get_outputs()]
         for name, value in zip(names, map(np.asarray, self.session.run(names, feeds)), strict=True):
             if name in DEBUG:  # no address: it is handed over while the step runs
-                if name in self.watched[0]:
-                    self.watched[1](name, value)
+                if name in call.watched:
+                    call.seen(name, value)
                 continue
-            self.device.view(addresses[name], value.shape, value.dtype)[...] = value
+            self.device.view(call.addresses[name], value.shape, value.dtype)[...] = value
 
 
 class FakeDevice:
@@ -98,6 +85,7 @@ class FakeDevice:
         self.graphs: list[list] = []
         self.recording: list | None = None
         self.profiles: list[int] = []
+        self.opened: list[str] = []
         self.under_way: list[tuple[int, np.ndarray]] = []
         self.staged: list[np.ndarray] = []
         self.enqueues = self.launches = self.uploaded_bytes = 0
@@ -141,6 +129,7 @@ class FakeDevice:
         array[...] = self.view(address, array.shape, array.dtype)
 
     def open_plan(self, path: Path) -> FakePlan:
+        self.opened.append(path.name)
         return FakePlan(self, path)
 
     def capture(self, work) -> int:
@@ -191,6 +180,9 @@ def gpu_engine(toy_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
                 spec["role"] = "token"
             elif spec["name"] in ("positions", "slot_mapping", "block_table", "logits_index"):
                 spec["role"] = "bookkeeping"
+    for name, factor in (("double", 2.0), ("half", 0.5)):  # read by an engine whose layers are alike
+        tensors[name] = np.full(16, factor, np.float32)
+        bindings["model"][f"layers.{name}"] = Recipe("take", (16,), "f32", tensor=name)
     write_shard(checkpoint / "model.safetensors", tensors)
     index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -252,6 +244,35 @@ def in_two_plans(engine: Path, folder: Path) -> Path:
     return changed(engine, folder, edit)
 
 
+def with_layers_alike(engine: Path, folder: Path) -> Path:
+    """Return the engine in four stages: between the two of `in_two_plans` one plan runs twice, to double and to halve.
+
+    Each value that is handed on lies in another place than the one before, and the places are used in turns.
+    """
+    in_two_plans(engine, folder)
+    nodes = [onnx.helper.make_node("Mul", ["handover.0", "layers.double"], ["handover_out.1"])]
+    value = onnx.helper.make_tensor_value_info
+    shape = ["B", "Q", 16]
+    faces = [value("handover.0", 1, shape), value("layers.double", 1, [16])], [value("handover_out.1", 1, shape)]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "scale", *faces), ir_version=10)
+    onnx.save(model, folder / "model.scale.onnx")
+    raw = json.loads((folder / "manifest.json").read_text())
+
+    def stage(gain: str, taken: int, given: int) -> dict[str, Any]:
+        handed = {"dtype": "f32", "shape": shape, "role": "handover"}
+        weight = {"name": f"layers.{gain}", "dtype": "f32", "shape": [16], "role": "weight"}
+        raw["graphs"]["model"]["inputs"].append(weight)
+        inputs = [handed | {"name": f"handover.{taken}"}, weight]
+        outputs = [handed | {"name": f"handover_out.{given}"}]
+        return {"file": "model.scale.onnx", "sha256": "", "inputs": inputs, "outputs": outputs, "aliases": {}}
+
+    first, last = raw["stages"]["model"]
+    raw["stages"]["model"] = [first, stage("double", 0, 1), stage("half", 1, 0), last]
+    raw["files"].append(digest_file(folder, "model.scale.onnx").model_dump(mode="json"))
+    write_json(folder / "manifest.json", raw | {"digest": manifest_digest(raw)})
+    return folder
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     device = FakeDevice()
@@ -298,6 +319,33 @@ def test_a_model_in_several_plans_gives_the_same(gpu_engine, device: FakeDevice,
         assert [list(o.outputs[0].token_ids) for o in outputs] == [toy.greedy(p, 10) for p in prompts]
         assert device.launches > 0, "both plans are in one captured graph"
     assert not device.memory
+
+
+def test_layers_that_are_alike_are_run_by_one_plan(gpu_engine, device: FakeDevice, toy, tmp_path: Path) -> None:
+    prompts = [list(range(3, 3 + length)) for length in (1, 70, 130)]
+    engine = with_layers_alike(gpu_engine[0], tmp_path / "engine")
+    with LLM(engine, num_blocks=40) as llm:
+        assert sorted(device.opened) == ["model.0.onnx", "model.1.onnx", "model.scale.onnx"], "each plan once"
+        outputs = llm.generate(prompts, GREEDY)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [toy.greedy(p, 10) for p in prompts]
+        assert device.launches > 0
+        llm.update_weights({"half": np.full(16, 0.25, np.float32)})
+        weaker = replace(toy, head=toy.head * np.float32(0.5))
+        (sampled,) = llm.generate(prompts[0], SamplingParams(temperature=0, max_tokens=1, logprobs=1))[0].outputs
+        expected = weaker.logits(prompts[0])
+        expected = expected - np.log(np.exp(expected).sum())
+        assert sampled.logprobs[0].logprob == pytest.approx(float(expected.max()), abs=1e-4)
+    assert not device.memory
+
+
+def test_stages_of_one_plan_must_be_alike(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:
+    engine = with_layers_alike(gpu_engine[0], tmp_path / "engine")
+
+    def edit(raw: dict[str, Any]) -> None:
+        raw["stages"]["model"][2]["inputs"][1]["shape"] = [32]
+
+    with pytest.raises(EngineError, match=r"model\.scale\.onnx: the stages that it runs are not alike"):
+        LLM(changed(engine, tmp_path / "other", edit), num_blocks=9)
 
 
 def _profiles(raw: dict[str, Any]) -> None:

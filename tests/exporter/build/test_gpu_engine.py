@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import shutil
@@ -64,6 +65,9 @@ def one_layer(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     return open_inputs(folder, tiny_checkpoint)
 
 
+ONE_PLAN = Choices(kernels=False, layers_per_engine=4)
+
+
 def build(inputs: Inputs, target: TargetConfig, out: Path, choices: Choices | None = None) -> Manifest:
     choices = choices or Choices(kernels=False)
     return build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=QUIET)
@@ -82,9 +86,10 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
     for graph, layers in manifest.audit.layers.items():
         assert layers["PLUGIN_V3"] > 0, graph
         assert "LOOP_OUTPUT" not in layers and "CONDITION" not in layers, "a body was inlined"
-    assert sum(layers["PLUGIN_V3"] for layers in manifest.audit.layers.values()) == sum(
-        use.num_nodes for use in uses.values()
-    )
+    runs = manifest.uses()
+    assert runs == {"model.0.plan": 1, "model.1.plan": 2, "model.3.plan": 1, "mtp.plan": 1}
+    counted = sum(runs[f"{plan}.plan"] * layers["PLUGIN_V3"] for plan, layers in manifest.audit.layers.items())
+    assert counted == sum(use.num_nodes for use in uses.values())
     fp8 = [one for one in manifest.audit.products if one.what in FP8_OPS]
     assert {one.precision for one in fp8} == {"fp8"}
     assert sum(one.share for one in manifest.audit.products) == pytest.approx(1.0, abs=1e-4)
@@ -172,24 +177,52 @@ def test_without_the_compiler_of_kernels_a_build_says_so_before_it_works(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_in_several_plans(inputs: Inputs, tmp_path: Path) -> None:
-    choices = Choices(kernels=False, layers_per_engine=3)
-    manifest = build(inputs, load_target("rtx4090"), tmp_path / "engine", choices)
+@pytest.mark.parametrize(
+    ("most", "files"),
+    [
+        (None, ["model.0.plan", "model.1.plan", "model.1.plan", "model.3.plan"]),
+        (3, ["model.0-1.plan", "model.2-3.plan"]),
+    ],
+    ids=["layers that are alike share one", "as even as can be"],
+)
+def test_a_model_in_several_plans(inputs: Inputs, tmp_path: Path, most: int | None, files: list[str]) -> None:
+    manifest = build(
+        inputs, load_target("rtx4090"), tmp_path / "engine", Choices(kernels=False, layers_per_engine=most)
+    )
     stages = manifest.stages["model"]
-    assert [stage.file for stage in stages] == ["model.0-1.plan", "model.2-3.plan"], "as even as can be"
-    assert manifest.graphs["model"].file == "model.0-1.plan" and "mtp" not in manifest.stages
+    assert [stage.file for stage in stages] == files
+    assert manifest.graphs["model"].file == files[0] and "mtp" not in manifest.stages
     whole = inputs.program.graphs["model"]
     assert [spec.name for spec in manifest.graphs["model"].inputs] == [spec.name for spec in whole.inputs]
     assert [spec.name for spec in manifest.graphs["model"].outputs] == [spec.name for spec in whole.outputs]
-    gives = {spec.name for spec in stages[0].outputs if spec.role == "handover"}
-    takes = {spec.name for spec in stages[1].inputs if spec.role == "handover"}
-    assert gives == {"handover_out.0", "handover_out.1"} and takes == {"handover.0", "handover.1"}
+    assert manifest.graphs["model"].aliases == whole.aliases
+    for before, after in itertools.pairwise(stages):
+        gives = {spec.name for spec in before.outputs if spec.role == "handover"}
+        takes = {spec.name for spec in after.inputs if spec.role == "handover"}
+        assert len(gives) == 2 and {name.replace("_out", "") for name in gives} == takes
+        assert takes.isdisjoint(spec.name.replace("_out", "") for spec in after.outputs), "not where it reads"
+    for number, stage in enumerate(stages):
+        own = [spec for spec in stage.inputs if spec.role in ("weight", "cache")]
+        layers = {int(part) for spec in own for part in spec.name.split(".") if part.isdigit()}
+        assert layers == ({number} if most is None else {2 * number, 2 * number + 1})
+        assert stage.aliases.items() <= whole.aliases.items() and len(stage.aliases) == 2 * len(layers)
     assert manifest.audit is not None
     assert manifest.audit.plugins == {op: use.num_nodes for op, use in inputs.program.ops.items()}
-    assert manifest.audit.plan_bytes.keys() == {"model.0-1", "model.2-3", "mtp"}
-    assert manifest.profiles["decode"].keys() == {"model.0-1", "model.2-3", "mtp"}
-    assert {"model.0-1.plan", "model.2-3.plan"} < {file.path for file in manifest.files}
+    plans = {Path(file).stem for file in files} | {"mtp"}
+    assert manifest.audit.plan_bytes.keys() == plans == manifest.profiles["decode"].keys()
+    listed = [file.path for file in manifest.files if file.path.endswith(".plan")]
+    assert sorted(listed) == sorted({*files, "mtp.plan"})
     verify_files(tmp_path / "engine", manifest, full=True)
+
+
+def test_the_audit_is_the_same_however_the_model_is_cut(inputs: Inputs, tmp_path: Path) -> None:
+    found = []
+    for most in (1, 4):
+        choices = Choices(kernels=False, layers_per_engine=most)
+        audit = build(inputs, load_target("rtx4090"), tmp_path / str(most), choices).audit
+        assert audit is not None
+        found.append((audit.products, audit.plugins, audit.weight_input_bytes, audit.device_bytes))
+    assert found[0] == found[1]
 
 
 def test_one_plan_for_ampere_carries_fp8_as_bytes(one_layer: Inputs, tmp_path: Path) -> None:
@@ -207,7 +240,7 @@ def test_functions_are_inlined_where_plugins_are_not_wanted(inputs: Inputs, tmp_
     target = load_target("rtx5090", ["precision=bf16", "kv_format=bf16"])
     manifest = build(inputs, target, tmp_path / "engine", Choices(plugins="none"))
     assert manifest.audit is not None
-    assert "PLUGIN_V3" not in manifest.audit.layers["model"]
+    assert not any("PLUGIN_V3" in layers for layers in manifest.audit.layers.values())
     assert manifest.audit.inlined == {op: use.num_nodes for op, use in inputs.program.ops.items()}
     assert manifest.plugins == {}
     inlined = {one.what: one.precision for one in manifest.audit.products if one.face == "inlined"}
@@ -217,7 +250,7 @@ def test_functions_are_inlined_where_plugins_are_not_wanted(inputs: Inputs, tmp_
         "DsaAttention": "f32",
         "DsaIndexer": "f32",
     }
-    assert manifest.audit.native_products["model"].keys() == {"BF16", "FLOAT"}
+    assert {kind for plan in manifest.audit.native_products.values() for kind in plan} == {"BF16", "FLOAT"}
 
 
 def test_finished_plans_of_an_interrupted_build_are_used(
@@ -239,10 +272,10 @@ def test_finished_plans_of_an_interrupted_build_are_used(
     monkeypatch.setattr(Parts, "keep", lambda *arguments: (keep(*arguments), finished.set()))
     monkeypatch.setattr(gpu_engine, "compile_graph", fake)
     with pytest.raises(EngineError, match=r"power went out \(log: .*/engine\.build\.log\)"):
-        build(inputs, load_target("rtx4090"), tmp_path / "engine")
+        build(inputs, load_target("rtx4090"), tmp_path / "engine", ONE_PLAN)
     assert not (tmp_path / "engine").exists()
     assert (tmp_path / "engine.build.log").read_text() == "about model.plan\nabout mtp.plan\n", "in order, one file"
-    manifest = build(inputs, load_target("rtx4090"), tmp_path / "engine")
+    manifest = build(inputs, load_target("rtx4090"), tmp_path / "engine", ONE_PLAN)
     assert sorted(calls) == ["model.plan", "mtp.plan", "mtp.plan"]
     assert (tmp_path / "engine" / "model.plan").read_bytes() == b"plan of model.plan"
     verify_files(tmp_path / "engine", manifest, full=True)
@@ -271,7 +304,7 @@ def test_when_a_plan_fails_the_others_are_stopped(
     monkeypatch.setattr(gpu_engine, "compile_graph", fake)
     monkeypatch.setattr(gpu_engine, "usable_cores", lambda: 2)
     with pytest.raises(EngineError, match=r"^no$"):
-        build(inputs, load_target("rtx4090"), tmp_path / "engine")
+        build(inputs, load_target("rtx4090"), tmp_path / "engine", ONE_PLAN)
     assert stopped == ["stopped, because another plan failed"]
 
 

@@ -104,6 +104,9 @@ def test_stages_compute_what_the_whole_computes(tiny_programs: dict[str, Path], 
     assert sum(len(part.graph.node) for part in parts) >= len(whole.graph.node)
     read = [name for part in parts for name in (value.name for value in part.graph.input) if "layers." in name]
     assert len(read) == len(set(read)), "no layer is in two stages"
+    places = {name.replace("_out", "") for part in parts for name in (v.name for v in part.graph.output)}
+    handed_on = {name for name in places if name.startswith("handover")}
+    assert len(handed_on) == min(2 * (len(parts) - 1), 4), "two sets are used in turns"
 
 
 def test_a_value_of_unknown_type_is_named(tiny_programs: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx
@@ -33,6 +33,10 @@ class Product:
     face: Face
     precision: str
     flops: float
+
+    def times(self, count: int) -> Product:
+        """Return the products of `count` such nodes."""
+        return replace(self, flops=self.flops * count)
 
 
 def products(

@@ -17,7 +17,10 @@ def show_audit(manifest: Manifest, console: Console) -> None:
         return
     console.print(_shares(audit))
     sms = ", ".join(f"sm{sm}" for sm in manifest.target.sms)
-    plans = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in audit.plan_bytes.items())
+    uses = manifest.uses()
+    plans = ", ".join(
+        f"{_times(uses[f'{name}.plan'])}{name} {size / 1e6:.1f} MB" for name, size in audit.plan_bytes.items()
+    )
     console.print(f"plans for {sms}: {plans}")
     console.print(f"plugins: {_counts(audit.plugins)}")
     console.print(f"inlined: {_counts(audit.inlined)}")
@@ -45,6 +48,10 @@ def _shares(audit: Audit) -> Table:
     for one in audit.products:
         table.add_row(one.what, one.face, one.precision, f"{one.share:.2%}")
     return table
+
+
+def _times(count: int) -> str:
+    return "" if count == 1 else f"{count} times "
 
 
 def _counts(found: dict[str, int]) -> str:

@@ -77,7 +77,7 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     "--layers-per-engine",
     type=click.IntRange(min=1),
     default=None,
-    help="GPU: most layers of one plan.  [default: all]",
+    help="GPU: most layers of one plan; layers that are alike share one.  [default: 1, with --taps all]",
 )
 @click.option(
     "--kernels/--no-kernels",

@@ -49,7 +49,7 @@ class Choices:
         plugins: all operators, none (inlined everywhere), or auto: those whose limits the model keeps.
         allow_oversize: build although it will not fit; such an engine is marked and does not load.
         kernels: compile the kernels of the plugins into the engine; without, it can be looked at but not run.
-        layers_per_engine: most layers of one plan; None: one plan for all.
+        layers_per_engine: most layers of one plan; None: one, or all of them with `taps`.
         taps: the tensors inside each layer are debug tensors of the plan, for `parity`.
         compiler: passed on.
     """
@@ -60,6 +60,11 @@ class Choices:
     layers_per_engine: int | None = None
     taps: bool = False
     compiler: Options = field(default_factory=Options)
+
+    @property
+    def most_layers(self) -> int | None:
+        """Most layers of one plan; None: all."""
+        return self.layers_per_engine or (None if self.taps else 1)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import onnx
 
 from seekforge.exporter.build import audit
+from seekforge.exporter.build.alike import Form, form_of
 from seekforge.exporter.build.compiler import Compiled, compile_graph
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_bytes
 from seekforge.exporter.build.gpu_kernels import compile_kernels, digests_of, kernel_tasks
@@ -76,10 +77,11 @@ def build_gpu(
         if tasks:  # after the plans: a library or a GPU that is missing is said before minutes of work
             made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
         for name, canonical in program.graphs.items():
-            faces = [job.face for job in jobs if job.graph == name]
+            faces = _stage_faces([job for job in jobs if job.graph == name])
             made.faces[name] = faces[0] if len(faces) == 1 else _joined(canonical, faces)
             if len(faces) > 1:
-                made.stages[name] = tuple(faces)
+                made.stages[name] = faces
+        made.uses = {job.plan: len(job.stages) for job in jobs}
         progress("audit, write")
         found = make_audit(inputs, planned, made)
         audit.require_precision(found.products, f"--precision {target.precision}", target.products)
@@ -102,16 +104,25 @@ def _log_kept(log: Path, elsewhere: Path) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A range of layers that a plan runs: its place in its graph, and how it calls the values of the plan."""
+
+    number: int
+    names: dict[str, str]
+
+
 @dataclass
 class Job:
     """One plan to compile.
 
     Attributes:
         graph: that it belongs to.
-        plan: its name.
-        ready: what is compiled.
+        plan: its name, after its first stage.
+        ready: what is compiled: the first stage.
         face: of the plan; the digest is filled in when it is compiled.
         shapes: profile -> input -> smallest, typical and largest shape.
+        stages: that it serves: they differ in names alone.
     """
 
     graph: str
@@ -119,6 +130,7 @@ class Job:
     ready: Prepared
     face: GraphIO
     shapes: dict[str, dict[str, Any]]
+    stages: list[Stage]
 
 
 def _jobs(
@@ -129,14 +141,20 @@ def _jobs(
     choices: Choices,
     digests: dict[str, str],
 ) -> list[Job]:
-    """Return what must be compiled for one graph: one plan, or one for every range of layers."""
-    target, program, config = planned.target, inputs.program, inputs.config
+    """Return what must be compiled for one graph: one plan, or one for every kind of layer range."""
+    target, config = planned.target, inputs.config
     budget = planned.device_bytes["usable"] - sum(
         planned.device_bytes[key] for key in ("weights", "scratch", "activations", "reserve")
     )
-    per_block = block_bytes(program, config, target.kv_format)
-    jobs = []
-    for plan, graph in _plans(name, inputs.graphs[name], program.layer_range, choices.layers_per_engine):
+    per_block = block_bytes(inputs.program, config, target.kv_format)
+    jobs: dict[str, Job] = {}
+    forms: dict[str, Form] = {}
+    for number, (plan, graph) in enumerate(_ranges(name, inputs, choices.most_layers)):
+        form = form_of(graph, inputs.wide[name])
+        if form.digest in jobs:
+            names = dict(zip(forms[form.digest].names, form.names, strict=True))
+            jobs[form.digest].stages.append(Stage(number, names))
+            continue
         ready = prepare(
             graph,
             planned.how,
@@ -153,19 +171,41 @@ def _jobs(
             label: shapes(face, axis_bounds(profile, planned.limits, pool_blocks=blocks))
             for label, profile in spanning(target.profiles, planned.limits).items()
         }
-        jobs.append(Job(name, plan, ready, face, bounds))
-    return jobs
+        forms[form.digest] = form
+        jobs[form.digest] = Job(name, plan, ready, face, bounds, [Stage(number, {})])
+    return list(jobs.values())
 
 
-def _plans(
-    name: str, whole: onnx.ModelProto, layer_range: tuple[int, int], layers_per_engine: int | None
-) -> list[tuple[str, onnx.ModelProto]]:
-    """Return (name, canonical graph) of every plan of a graph. The MTP module is one layer, and one plan."""
-    ranges = stage_ranges(layer_range, layers_per_engine) if layers_per_engine and name == "model" else []
+def _ranges(name: str, inputs: Inputs, most_layers: int | None) -> list[tuple[str, onnx.ModelProto]]:
+    """Return (name, canonical graph) of every stage of a graph. The MTP module is one layer, and one stage."""
+    whole = inputs.graphs[name]
+    ranges = stage_ranges(inputs.program.layer_range, most_layers) if most_layers and name == "model" else []
     if len(ranges) < 2:
         return [(name, whole)]
     labels = [f"{name}.{first}" if last == first + 1 else f"{name}.{first}-{last - 1}" for first, last in ranges]
     return list(zip(labels, cut(whole, ranges), strict=True))
+
+
+def _stage_faces(jobs: list[Job]) -> tuple[GraphIO, ...]:
+    """Return the faces of a graph's stages in order: those of their plans, by the names of the stage."""
+    faces: dict[int, GraphIO] = {}
+    for job in jobs:
+        for stage in job.stages:
+            faces[stage.number] = _renamed(job.face, stage.names)
+    return tuple(faces[number] for number in sorted(faces))
+
+
+def _renamed(face: GraphIO, names: Mapping[str, str]) -> GraphIO:
+    def spec(one: TensorSpec) -> TensorSpec:
+        return one.model_copy(update={"name": names.get(one.name, one.name)})
+
+    return face.model_copy(
+        update={
+            "inputs": tuple(map(spec, face.inputs)),
+            "outputs": tuple(map(spec, face.outputs)),
+            "aliases": {names.get(out, out): names.get(source, source) for out, source in face.aliases.items()},
+        }
+    )
 
 
 def describe(model: onnx.ModelProto, canonical: GraphIO, file: str) -> GraphIO:
@@ -189,7 +229,7 @@ def describe(model: onnx.ModelProto, canonical: GraphIO, file: str) -> GraphIO:
     )
 
 
-def _joined(canonical: GraphIO, stages: list[GraphIO]) -> GraphIO:
+def _joined(canonical: GraphIO, stages: Sequence[GraphIO]) -> GraphIO:
     """Return the face of the whole graph from those of its stages, in the order of the canonical one."""
     inputs = {spec.name: spec for stage in stages for spec in stage.inputs}
     outputs = {spec.name: spec for stage in stages for spec in stage.outputs}

@@ -48,9 +48,10 @@ class Made:
 
     Attributes:
         kernels: compiled for the plugins.
-        prepared, compiled: plan -> graph and result; a plan is a graph, or `graph.A-B` of its layers.
+        prepared, compiled: plan -> graph and result; a plan is a graph, or `graph.A-B` after its first layers.
         faces: graph -> face of the whole graph.
-        stages: graph -> faces of its plans, where there are several.
+        stages: graph -> faces of what a step runs, where that is several.
+        uses: plan -> how many of the stages it runs.
         profiles: profile -> plan -> input -> smallest, typical and largest shape.
     """
 
@@ -59,6 +60,7 @@ class Made:
     compiled: dict[str, Compiled] = field(default_factory=dict)
     faces: dict[str, GraphIO] = field(default_factory=dict)
     stages: dict[str, tuple[GraphIO, ...]] = field(default_factory=dict)
+    uses: dict[str, int] = field(default_factory=dict)
     profiles: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
@@ -69,8 +71,8 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
     weights = {spec.name for face in inputs.program.graphs.values() for spec in face.with_role("weight")}
     compiled = made.compiled
     found = [
-        product
-        for graph in made.prepared.values()
+        product.times(made.uses[plan])
+        for plan, graph in made.prepared.items()
         for product in audit.products(
             graph.operators,
             inputs.config,
@@ -88,9 +90,9 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
         products=audit.shares(found),
         layers={name: one.layers for name, one in compiled.items()},
         native_products={name: one.products for name, one in compiled.items()},
-        plugins=dict(sum((Counter(one.plugins) for one in compiled.values()), Counter())),
+        plugins=_in_all({name: one.plugins for name, one in compiled.items()}, made.uses),
         kernels=count_images(made.kernels),
-        inlined=dict(sum((Counter(one.inlined) for one in made.prepared.values()), Counter())),
+        inlined=_in_all({name: one.inlined for name, one in made.prepared.items()}, made.uses),
         weight_input_bytes=planned.device_bytes["weights"],
         plan_bytes={name: one.plan_bytes for name, one in compiled.items()},
         device_bytes=planned.device_bytes,
@@ -99,6 +101,14 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
         build_cpu_seconds={name: round(one.cpu_seconds, 3) for name, one in compiled.items()},
         build_peak_bytes={name: one.peak_bytes for name, one in compiled.items()},
     )
+
+
+def _in_all(counts: Mapping[str, Mapping[str, int]], uses: Mapping[str, int]) -> dict[str, int]:
+    """Add up counts per plan, each as often as its plan is used."""
+    found: Counter[str] = Counter()
+    for plan, of_plan in counts.items():
+        found.update({op: count * uses[plan] for op, count in of_plan.items()})
+    return dict(found)
 
 
 def make_manifest(
@@ -127,8 +137,8 @@ def make_manifest(
     (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how), encoding="utf-8")
     effective = target.model_dump(mode="json") | {"limits": planned.limits.model_dump()}
     (folder / CONFIG).write_text(yaml.safe_dump(effective, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    plans = [stage for name, face in faces.items() for stage in made.stages.get(name, (face,))]
-    files += [BINDINGS, CONFIG, *(face.file for face in plans), *kernel_files(folder, made.kernels)]
+    plans = dict.fromkeys(stage.file for name, face in faces.items() for stage in made.stages.get(name, (face,)))
+    files += [BINDINGS, CONFIG, *plans, *kernel_files(folder, made.kernels)]
     generation = generation_defaults(inputs.folder)
     cache_layers = [int(s.name.partition(".")[2]) for s in faces["model"].with_role("cache")]
     return Manifest(
@@ -168,7 +178,7 @@ def make_manifest(
             "fp8_storage": planned.how.fp8_storage,
             "plugins": choices.plugins,
             **({} if not made.kernels else {"kernel_compiler": made.kernels[0].compiler}),
-            **({} if choices.layers_per_engine is None else {"layers_per_engine": choices.layers_per_engine}),
+            **({} if choices.most_layers is None else {"layers_per_engine": choices.most_layers}),
             "compiler": {key: str(v) for key, v in asdict(choices.compiler).items() if v is not None},
         },
         weights=inputs.weights,

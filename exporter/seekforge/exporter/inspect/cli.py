@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,7 @@ def show(about: dict[str, Any], console: Console) -> None:
         if about["outside"]:
             console.print(f"{sum(about['outside'].values()):,} tensors of the checkpoint lie outside these layers")
     for name, graph in about["graphs"].items():
-        _show_graph(name, graph, console)
-        stages = about.get("stages", {}).get(name, [])
-        if stages:
-            console.print(f"a step runs {len(stages)} plans: {', '.join(stages)}")
+        _show_graph(f"\n[bold]{name}[/]: {_files(name, graph, about)}", graph, console)
 
 
 def _show_checkpoint(about: dict[str, Any], console: Console) -> None:
@@ -119,9 +117,18 @@ def _show_checkpoint(about: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _show_graph(name: str, graph: dict[str, Any], console: Console) -> None:
-    size = "missing" if graph["file_bytes"] is None else _size(graph["file_bytes"])
-    console.print(f"\n[bold]{name}[/]: {graph['file']}, {size}")
+def _files(name: str, graph: dict[str, Any], about: dict[str, Any]) -> str:
+    """Say which file a graph is, or by which plans an engine runs its stages."""
+    stages = Counter(about.get("stages", {}).get(name, []))
+    if not stages:
+        return f"{graph['file']}, {'missing' if graph['file_bytes'] is None else _size(graph['file_bytes'])}"
+    plans = [f"{file} {count} times" if count > 1 else file for file, count in stages.items()]
+    size = sum(about["files"].get(file, 0) for file in stages)
+    return f"a step runs {stages.total()} stages by {len(stages)} plans, {_size(size)}: {', '.join(plans)}"
+
+
+def _show_graph(title: str, graph: dict[str, Any], console: Console) -> None:
+    console.print(title)
     if graph["num_weight_inputs"]:
         kinds = ", ".join(f"{_size(n)} {dtype}" for dtype, n in graph["weight_bytes_by_dtype"].items())
         console.print(f"{graph['num_weight_inputs']:,} weight inputs, {_size(graph['weight_bytes'])}: {kinds}")

@@ -2,11 +2,13 @@
 
 A stage is what a layer range exported alone would be, but nothing is rounded in between: whatever the later layers
 read of the earlier ones is handed over as it is. Values that belong to no layer (clamped positions, RoPE rows) are
-computed again in every stage that reads them.
+computed again in every stage that reads them. What is handed over lies in numbered places, and a place is used again
+when its value has been read for the last time: a chain of layers needs two sets, however long it is.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 
@@ -37,85 +39,108 @@ def cut(model: onnx.ModelProto, ranges: Sequence[tuple[int, int]]) -> list[onnx.
     Raises:
         ProgramError: the type of a value that must be handed over is not known.
     """
-    where = segments(model.graph)
-    starts = [start for start, _ in ranges]
-    stage_of = {
-        name: -1 if segment == BEFORE else _stage(segment, starts)
-        for node, segment in zip(model.graph.node, where, strict=True)
-        for name in node.output
-    }
-    needed = [_needed(model.graph, stage, stage_of) for stage in range(len(ranges))]
-    handed = _handed_over(model.graph, stage_of)
-    return [_extract(model, needed[stage], stage, stage_of, handed) for stage in range(len(ranges))]
+    whole = _Whole(model, [start for start, _ in ranges])
+    return [whole.stage(number) for number in range(len(ranges))]
 
 
-def _stage(segment: int, starts: Sequence[int]) -> int:
-    if segment == AFTER:
-        return len(starts) - 1
-    return max(i for i, start in enumerate(starts) if start <= segment)
+class _Whole:
+    """The graph, looked through once: what each stage has, reads and hands on."""
 
+    def __init__(self, model: onnx.ModelProto, starts: Sequence[int]) -> None:
+        graph = model.graph
+        self._model = model
+        self._infos = {value.name: value for value in (*graph.value_info, *graph.output)}
+        self._inputs = {value.name: value for value in graph.input}
+        self._outputs = {value.name: value for value in graph.output}
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._outside: list[onnx.NodeProto] = []  # nodes of no layer, which go wherever they are read
+        self._nodes: list[list[onnx.NodeProto]] = [[] for _ in starts]
+        self._stage_of: dict[str, int] = {}
+        for node, segment in zip(graph.node, segments(graph), strict=True):
+            if segment == BEFORE:
+                self._outside.append(node)
+                continue
+            stage = len(starts) - 1 if segment == AFTER else bisect.bisect_right(starts, segment) - 1
+            self._nodes[stage].append(node)
+            self._stage_of.update((name, stage) for name in node.output)
+        self._last = self._last_readers()
+        self._handed = self._places()
 
-def _needed(graph: onnx.GraphProto, stage: int, stage_of: dict[str, int]) -> list[onnx.NodeProto]:
-    """Return the nodes of a stage, with those outside layers that they read, in order."""
-    wanted = {name for name, where in stage_of.items() if where == stage}
-    kept = []
-    for node in reversed(graph.node):
-        mine = stage_of.get(node.output[0])
-        if any(name in wanted for name in node.output) and mine in (stage, -1):
-            kept.append(node)
-            wanted |= {name for name in node.input if stage_of.get(name) == -1}
-    return kept[::-1]
+    def stage(self, number: int) -> onnx.ModelProto:
+        """Return one stage as a graph of its own."""
+        nodes = self._with_outside(self._nodes[number])
+        read = {name for node in nodes for name in node.input}
+        made = [name for node in nodes for name in node.output]
+        arrives = [n for n in self._handed if self._stage_of[n] < number and n in read]
+        leaves = [n for n in self._handed if self._stage_of[n] == number]
+        renamed = {name: f"{HANDOVER}.{self._handed[name]}" for name in arrives}
+        renamed |= {name: f"{HANDOVER}_out.{self._handed[name]}" for name in leaves}
+        graph = onnx.GraphProto(name=self._model.graph.name)
+        for node in nodes:
+            copy = graph.node.add()
+            copy.CopyFrom(node)
+            copy.input[:] = [renamed.get(name, name) for name in node.input]
+            copy.output[:] = [renamed.get(name, name) for name in node.output]
+        graph.input.extend(value for name, value in self._inputs.items() if name in read)
+        graph.input.extend(self._face(name, renamed[name]) for name in arrives)
+        given = set(made).intersection(self._outputs)
+        graph.output.extend(value for name, value in self._outputs.items() if name in given)
+        graph.output.extend(self._face(name, renamed[name]) for name in leaves)
+        graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
+        inner = [name for name in made if name not in renamed and name not in given]
+        graph.value_info.extend(self._infos[name] for name in inner if name in self._infos)
+        model = self._model
+        return onnx.ModelProto(
+            ir_version=model.ir_version,
+            producer_name=model.producer_name,
+            producer_version=model.producer_version,
+            opset_import=model.opset_import,
+            functions=model.functions,
+            metadata_props=model.metadata_props,
+            graph=graph,
+        )
 
+    def _with_outside(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """Return nodes behind those outside layers that they read."""
+        wanted = {name for node in nodes for name in node.input}
+        found = []
+        for node in reversed(self._outside):
+            if not wanted.isdisjoint(node.output):
+                found.append(node)
+                wanted.update(node.input)
+        return [*reversed(found), *nodes]
 
-def _handed_over(graph: onnx.GraphProto, stage_of: dict[str, int]) -> dict[str, str]:
-    """Return the values that a later stage than their own reads, in order -> their number."""
-    found: dict[str, str] = {}
-    for node in graph.node:
-        reader = stage_of[node.output[0]]
-        for name in node.input:
-            if 0 <= stage_of.get(name, -1) < reader:
-                found.setdefault(name, str(len(found)))
-    return found
+    def _last_readers(self) -> dict[str, int]:
+        """Return the values that a later stage than their own reads -> the last such stage."""
+        last: dict[str, int] = {}
+        for number, nodes in enumerate(self._nodes):
+            for node in nodes:
+                last.update((name, number) for name in node.input if self._stage_of.get(name, number) < number)
+        return last
 
+    def _places(self) -> dict[str, str]:
+        """Return each value that is handed on -> the number of its place.
 
-def _extract(
-    model: onnx.ModelProto,
-    nodes: Sequence[onnx.NodeProto],
-    stage: int,
-    stage_of: dict[str, int],
-    handed: dict[str, str],
-) -> onnx.ModelProto:
-    graph = model.graph
-    infos = {value.name: value for value in (*graph.value_info, *graph.output)}
-    leaves = {name: f"{HANDOVER}_out.{number}" for name, number in handed.items() if stage_of[name] == stage}
-    arrives = {name: f"{HANDOVER}.{number}" for name, number in handed.items() if stage_of[name] < stage}
-    renamed = arrives | leaves
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    for field in ("node", "input", "output", "initializer", "value_info"):
-        result.graph.ClearField(field)
+        It has its place from the stage that makes it to the last one that reads it, both included; one place holds
+        values of one type.
+        """
+        places: list[tuple[int, bytes]] = []  # the stage in which each is read last, and its type
+        found: dict[str, str] = {}
+        for name in sorted(self._last, key=self._stage_of.__getitem__):  # within a stage in the order of reading
+            made = self._stage_of[name]
+            kind = self._infos[name].type.SerializeToString(deterministic=True) if name in self._infos else b""
+            free = (i for i, (busy, of) in enumerate(places) if busy < made and of == kind)
+            number = next(free, len(places))
+            places[number : number + 1] = [(self._last[name], kind)]
+            found[name] = str(number)
+        return found
 
-    def face(name: str) -> onnx.ValueInfoProto:
-        if name not in infos:
+    def _face(self, name: str, called: str) -> onnx.ValueInfoProto:
+        if name not in self._infos:
             raise ProgramError(
                 f"stages: the type of {name!r} between two layers is not known; export the program again"
             )
         value = onnx.ValueInfoProto()
-        value.CopyFrom(infos[name])
-        value.name = renamed[name]
+        value.CopyFrom(self._infos[name])
+        value.name = called
         return value
-
-    for node in nodes:
-        copy = result.graph.node.add()
-        copy.CopyFrom(node)
-        copy.input[:] = [renamed.get(name, name) for name in node.input]
-        copy.output[:] = [renamed.get(name, name) for name in node.output]
-    read = {name for node in nodes for name in node.input}
-    made = {name for node in nodes for name in node.output}
-    result.graph.input.extend(value for value in graph.input if value.name in read)
-    result.graph.input.extend(face(name) for name in arrives if name in read)
-    result.graph.output.extend(value for value in graph.output if value.name in made)
-    result.graph.output.extend(face(name) for name in leaves)
-    result.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
-    result.graph.value_info.extend(value for value in graph.value_info if value.name in made - renamed.keys())
-    return result

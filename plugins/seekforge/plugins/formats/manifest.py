@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -146,11 +147,12 @@ class Audit(Record):
         got: in words: fp8, bf16, or that FP8 weights are multiplied in BF16.
         context: keys that a token sees in the shares below.
         products: shares of the matrix-product FLOPs of one decoded token, largest first.
-        layers: plan -> kind of TensorRT layer -> count, before fusion. A plan is a graph, or `graph.A-B` of its layers.
+        layers: plan -> kind of TensorRT layer -> count, before fusion. A plan is a graph, or `graph.A-B` after the
+            first layers that it runs.
         native_products: plan -> type that is multiplied -> TensorRT's own matrix layers, before fusion.
-        plugins: op_type -> plugin layers.
+        plugins: op_type -> plugin layers of a step; a plan that runs many layers counts as often.
         kernels: op_type -> compiled kernels in the engine, over all its SMs.
-        inlined: op_type -> nodes whose body was inlined.
+        inlined: op_type -> nodes of a step whose body was inlined.
         weight_input_bytes: of all weight and table inputs.
         plan_bytes: plan -> size.
         device_bytes: expected use of one GPU: weights, cache (one sequence of the longest context), scratch,
@@ -191,8 +193,9 @@ class Manifest(Record):
             tied to its version); empty where the format is portable.
         program_sha256: digest of the program.json it was built from.
         graphs: "model" and perhaps "mtp"; `file` is relative to the engine folder.
-        stages: graph -> its plans in the order in which a step runs them, where it was cut into several; `file` of
-            the whole graph is then the first. `handover_out.N` of one is `handover.N` of a later one.
+        stages: graph -> what a step runs one after the other, where it was cut; `file` of the whole graph is then the
+            first. `handover_out.N` of one is `handover.N` of a later one. Layers that differ in names alone have one
+            plan: stages of one `file` correspond tensor by tensor, and the plan has the names of the first.
         vocab_size, num_top_logits, eos_token_id, bos_token_id: what decoding needs of the model.
         generation: defaults of the checkpoint's generation_config.json (temperature, top_p).
         tokenizer: path of tokenizer.json in the engine folder.
@@ -238,6 +241,10 @@ class Manifest(Record):
     def plans(self, graph: str) -> tuple[GraphIO, ...]:
         """Return what a step of `graph` runs, in order."""
         return self.stages.get(graph, (self.graphs[graph],))
+
+    def uses(self) -> dict[str, int]:
+        """Return plan file -> how often one step of its graph runs it, in order."""
+        return dict(Counter(one.file for graph in self.graphs for one in self.plans(graph)))
 
     def max_cache_blocks(self) -> int | None:
         """Return the most cache blocks that every profile of every plan takes; None where any number will do."""

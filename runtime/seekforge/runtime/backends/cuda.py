@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from seekforge.plugins.formats.loading import check_loadable
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.tensorrt.library import Flavour, load
 from seekforge.plugins.tensorrt.plugin import register
+from seekforge.runtime.backends.device import Call
 
 #: Ending of the file beside a plan in which TensorRT-RTX keeps between starts what it compiled.
 _RUNTIME_CACHE = ".runtime-cache"
@@ -30,13 +31,14 @@ _NON_BLOCKING, _OUT_OF_MEMORY, _HOST_ALLOC_DEFAULT = 1, 2, 0
 
 
 class _Context:
-    """One execution context, and which addresses and shapes it was told."""
+    """One execution context, and what it was told last."""
 
     def __init__(self, context: Any) -> None:
         self.context = context
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.watched: frozenset[str] = frozenset()
+        self.scratch: tuple[int, int] = (0, 0)
         self.listener: Any = None  # the context does not keep it
 
 
@@ -59,7 +61,11 @@ def _listener(device: CudaDevice, seen: Callable[[str, np.ndarray], None]) -> An
 
 
 class TrtPlan:
-    """A deserialised engine with one execution context per optimisation profile; they share their scratch memory."""
+    """A deserialised engine with one execution context per optimisation profile.
+
+    A context runs one call after the other. TensorRT reads addresses and shapes while it enqueues, so the next call
+    may have others although the last one still runs on the stream; of 58 layers that are alike, shapes are told once.
+    """
 
     def __init__(self, device: CudaDevice, path: Path) -> None:
         self._device, self._path = device, path
@@ -71,65 +77,49 @@ class TrtPlan:
             raise EngineError(f"{path}: {fault[0]}; build the engine again here")
         self._cache = self._runtime_cache()
         profiles = range(self._engine.num_optimization_profiles)
-        self._scratch_bytes = max(self._engine.get_device_memory_size_for_profile_v2(number) for number in profiles)
-        self._scratch = device.allocate(max(self._scratch_bytes, 1))
+        device.reserve_scratch(max(self._engine.get_device_memory_size_for_profile_v2(number) for number in profiles))
         self._contexts: dict[int, _Context] = {}
-        self._addresses: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._profile = 0
-        self._watched: frozenset[str] = frozenset()
         self._seen: Callable[[str, np.ndarray], None] = lambda name, value: None
 
     def names(self) -> list[str]:
         """Names of all inputs and outputs."""
         return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
 
-    def use_profile(self, number: int) -> None:
-        """Choose the profile of the next step."""
-        self._profile = number
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Set the shape of an input."""
-        self._shapes[name] = shape
-
-    def set_address(self, name: str, address: int) -> None:
-        """Say where an input or output lies."""
-        self._addresses[name] = address
-
-    def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
-        """Have TensorRT hand these debug tensors to `seen` in the steps to come."""
-        self._watched, self._seen = frozenset(names), seen
-
-    def enqueue(self) -> None:
-        """Start the step."""
-        one = self._contexts.get(self._profile)
+    def enqueue(self, call: Call) -> None:
+        """Start a run."""
+        one = self._contexts.get(call.profile)
         if one is None:
-            one = self._contexts[self._profile] = self._open(self._profile)
-        if one.addresses != self._addresses:
-            for name, address in self._addresses.items():
+            one = self._contexts[call.profile] = self._open(call.profile)
+        if one.scratch != self._device.scratch:
+            one.context.set_device_memory(*self._device.scratch)
+            one.scratch = self._device.scratch
+        if one.addresses != call.addresses:
+            for name, address in call.addresses.items():
                 if one.addresses.get(name) != address:
                     one.context.set_tensor_address(name, address)
-            one.addresses = dict(self._addresses)
-        if one.shapes != self._shapes:
-            for name, shape in self._shapes.items():
+            one.addresses = dict(call.addresses)
+        if one.shapes != call.shapes:
+            for name, shape in call.shapes.items():
                 if one.shapes.get(name) != shape and not one.context.set_input_shape(name, shape):
+                    one.shapes = {}  # which of them it took is not known
                     raise EngineError(f"{self._path}: shape {shape} of {name} is outside what the engine was built for")
-            one.shapes = dict(self._shapes)
-        if one.watched != self._watched:
-            self._listen(one)
+            one.shapes = dict(call.shapes)
+        self._seen = call.seen
+        if one.watched != call.watched:
+            self._listen(one, call.watched)
         if not one.context.execute_async_v3(self._device.stream):
             fault = self._device.registration.failures[-1:] or ["TensorRT refused a step"]
             raise EngineError(f"{self._path}: {fault[0]}")
 
-    def _listen(self, one: _Context) -> None:
+    def _listen(self, one: _Context, watched: frozenset[str]) -> None:
         """Turn debug tensors of a context on and off."""
         if one.listener is None:
             one.listener = _listener(self._device, lambda name, value: self._seen(name, value))
             one.context.set_debug_listener(one.listener)
-        for name in one.watched ^ self._watched:
-            if not one.context.set_tensor_debug_state(name, name in self._watched):
+        for name in one.watched ^ watched:
+            if not one.context.set_tensor_debug_state(name, name in watched):
                 raise EngineError(f"{self._path}: has no debug tensor {name}; build the engine again with --taps")
-        one.watched = self._watched
+        one.watched = watched
 
     def close(self) -> None:
         """Keep what TensorRT-RTX compiled, so that the next start is quick; a read-only folder stays as it is."""
@@ -140,7 +130,6 @@ class TrtPlan:
                 unfinished.write_bytes(bytes(self._cache.serialize()))
                 unfinished.replace(stored)
         self._contexts.clear()
-        self._device.free(self._scratch)
 
     def _open(self, profile: int) -> _Context:
         strategy = self._device.trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -155,7 +144,6 @@ class TrtPlan:
             raise MemoryError(f"{self._path}: no memory for an execution context")
         if not context.set_optimization_profile_async(profile, self._device.stream):
             raise EngineError(f"{self._path}: has no optimisation profile {profile}; build the engine again")
-        context.set_device_memory(self._scratch, self._scratch_bytes)
         return _Context(context)
 
     def _runtime_cache(self) -> Any:
@@ -191,6 +179,8 @@ class CudaDevice:
         self._graphs: dict[int, Any] = {}
         self._next_graph = 1
         self._plans: list[TrtPlan] = []
+        self._scratches: list[int] = []
+        self.scratch = (0, 0)
         self._pinned: list[int] = []
         sm = self._open_gpu()
         check_loadable(folder, manifest, sm=sm, versions=_versions(manifest.runtime_versions))
@@ -249,6 +239,15 @@ class CudaDevice:
         """Wait for everything that was started."""
         self._call(self._cuda.cudaStreamSynchronize, self.stream)
 
+    def reserve_scratch(self, num_bytes: int) -> None:
+        """Make room for what a plan needs while it runs: all share it, since they run one after the other.
+
+        Earlier, smaller memory stays until the end: captured graphs work in it.
+        """
+        if num_bytes > self.scratch[1] or not self._scratches:
+            self._scratches.append(self.allocate(max(num_bytes, 1)))
+            self.scratch = (self._scratches[-1], num_bytes)
+
     def open_plan(self, path: Path) -> TrtPlan:
         """Load a compiled engine."""
         plan = TrtPlan(self, path)
@@ -287,6 +286,9 @@ class CudaDevice:
         for plan in self._plans:
             plan.close()
         self._plans.clear()
+        for address in self._scratches:
+            self.free(address)
+        self._scratches.clear()
         for address in self._pinned:
             self._call(self._cuda.cudaFreeHost, address)
         self._pinned.clear()

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 
+@dataclass
+class Call:
+    """What a plan is told for one run. One plan may serve many calls, each with memory of its own.
+
+    Attributes:
+        addresses: input or output -> where it lies.
+        shapes: input -> its shape.
+        profile: number of the optimisation profile.
+        watched: debug tensors that are handed to `seen` while the step runs, on the host (bf16 as f32); the others
+            rest. A watched run cannot be captured.
+    """
+
+    addresses: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    profile: int = 0
+    watched: frozenset[str] = frozenset()
+    seen: Callable[[str, np.ndarray], None] = lambda name, value: None
+
+
 class Plan(Protocol):
-    """One deserialised engine with its execution context."""
+    """One deserialised engine with its execution contexts."""
 
     def names(self) -> list[str]:
         """Names of all inputs and outputs."""
         ...
 
-    def use_profile(self, number: int) -> None:
-        """Choose the optimisation profile of the next enqueue; shapes and addresses stay as they are."""
-        ...
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Set the shape of an input for the next enqueue."""
-        ...
-
-    def set_address(self, name: str, address: int) -> None:
-        """Say where an input or output lies."""
-        ...
-
-    def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
-        """Call `seen` with each of these debug tensors in the steps to come, on the host (bf16 as f32); others rest.
-
-        A watched step cannot be captured.
-        """
-        ...
-
-    def enqueue(self) -> None:
-        """Start the step on the device's stream.
+    def enqueue(self, call: Call) -> None:
+        """Start a run on the device's stream. What the call says is read now: it may change afterwards.
 
         Raises:
             EngineError: TensorRT refuses it.

@@ -1,4 +1,4 @@
-"""One graph of a GPU engine: its plans, what they read and write in device memory, and the buckets of a step."""
+"""One graph of a GPU engine: its stages, what they read and write in device memory, and the buckets of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.program import GraphIO, TensorSpec
 from seekforge.runtime.backends.base import StepInputs
-from seekforge.runtime.backends.device import Device, Plan
+from seekforge.runtime.backends.device import Call, Device, Plan
 
 #: Roles of the inputs that every step gives, and of all that lies in buffers of its own.
 _GIVEN: Final = ("token", "bookkeeping")
@@ -85,35 +85,65 @@ class Buffer:
         self._device = device
         self.address = 0
         self.num_bytes = 0
-        self._bound: dict[tuple[int, str], int] = {}
 
-    def reserve(self, num_bytes: int) -> None:
-        """Make room."""
-        if num_bytes > self.num_bytes:
-            if self.address:
-                self._device.free(self.address)
-                self.address = self.num_bytes = 0
-            self.address = self._device.allocate(num_bytes)
-            self.num_bytes = num_bytes
-
-    def bind(self, plan: Plan, name: str) -> bool:
-        """Say to a plan that its tensor `name` lies here; returns whether it lay elsewhere before."""
-        key = (id(plan), name)
-        if self._bound.get(key) == self.address:
+    def reserve(self, num_bytes: int) -> bool:
+        """Make room; returns whether the memory lies elsewhere now."""
+        if num_bytes <= self.num_bytes:
             return False
-        plan.set_address(name, self.address)
-        self._bound[key] = self.address
+        if self.address:
+            self._device.free(self.address)
+            self.address = self.num_bytes = 0
+        self.address = self._device.allocate(num_bytes)
+        self.num_bytes = num_bytes
         return True
 
 
+class Stage:
+    """One run of a plan within a step.
+
+    Args:
+        plan: that runs it; it may run others as well.
+        face: what the stage reads and gives, by the names of the step.
+        names: name in the step -> name in the plan.
+    """
+
+    def __init__(self, plan: Plan, face: GraphIO, names: Mapping[str, str]) -> None:
+        self.plan, self.face, self.names = plan, face, names
+        self.call = Call()
+        # what a step looks at: a handful of tensors among the weights
+        self.given = [spec for spec in face.inputs if spec.role in _GIVEN]
+        self.taken = face.with_role("handover")
+        self.made = [spec for spec in face.outputs if spec.role in _IN_BUFFERS]
+        self._debug = {names[spec.name]: spec.name for spec in face.outputs if spec.role == "debug"}
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where a tensor lies."""
+        self.call.addresses[self.names[name]] = address
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Set the shape of an input."""
+        self.call.shapes[self.names[name]] = shape
+
+    def watch(self, wanted: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
+        """Have `seen` called with those of its debug tensors that are wanted."""
+        own = self._debug
+        self.call.watched = frozenset(inner for inner, name in own.items() if name in wanted)
+        self.call.seen = lambda inner, value: seen(own[inner], value)
+
+    def enqueue(self) -> None:
+        """Start it."""
+        self.plan.enqueue(self.call)
+
+
 class DeviceGraph:
-    """A graph's plans, which a step runs one after the other, with the memory of their inputs and outputs.
+    """A graph's stages, which a step runs one after the other, with the memory of their inputs and outputs.
 
     Args:
         folder: the engine.
         name: of the graph.
         face: of the whole graph.
-        plans: faces of the plans, in order; values called `handover_out.N` of one are `handover.N` of a later one.
+        stages: faces of the stages, in order; values called `handover_out.N` of one are `handover.N` of a later one.
+            Those of one file are run by one plan.
         profiles: of the manifest.
         device: where they run.
         constants: name of a weight or table -> its address.
@@ -127,50 +157,62 @@ class DeviceGraph:
         folder: Path,
         name: str,
         face: GraphIO,
-        plans: Sequence[GraphIO],
+        stages: Sequence[GraphIO],
         profiles: Profiles,
         device: Device,
         constants: Mapping[str, int],
     ) -> None:
         self.name, self.face, self.device = name, face, device
-        self._plans = [(_open(folder, one, device), one) for one in plans]
-        self._bounds = [step_bounds(profile, plans) for profile in profiles.values()]
+        self._stages = _open(folder, stages, device)
+        self._bounds = [step_bounds(profile, stages) for profile in profiles.values()]
         self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
         self.buffers: dict[str, Buffer] = {}
-        # what a step looks at: a handful of tensors among the weights of a plan
-        self._moving = [(plan, *_moving(one)) for plan, one in self._plans]
         self._given = [spec for spec in face.inputs if spec.role in _GIVEN]
-        for plan, one in self._plans:
-            for spec in (*one.inputs, *one.outputs):
+        self._placed: tuple[tuple[int, ...], ...] | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for stage in self._stages:
+            for spec in (*stage.face.inputs, *stage.face.outputs):
                 if spec.role in _IN_BUFFERS:
                     self.buffers.setdefault(_place(spec), Buffer(device))
                 elif spec.role in ("weight", "table"):
-                    plan.set_shape(spec.name, tuple(int(dim) for dim in spec.shape))
-                    plan.set_address(spec.name, constants[spec.name])
+                    stage.set_shape(spec.name, tuple(int(dim) for dim in spec.shape))
+                    stage.set_address(spec.name, constants[spec.name])
 
     def set_caches(self, caches: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
         """Say where the caches lie: name -> address and shape."""
-        for plan, one in self._plans:
-            for spec in one.with_role("cache"):
+        for stage in self._stages:
+            for spec in stage.face.with_role("cache"):
                 address, shape = caches[spec.name]
-                plan.set_shape(spec.name, shape)
-                plan.set_address(spec.name, address)
-            for output, source in one.aliases.items():
-                plan.set_address(output, caches[source][0])
+                stage.set_shape(spec.name, shape)
+                stage.set_address(spec.name, address)
+            for output, source in stage.face.aliases.items():
+                stage.set_address(output, caches[source][0])
 
     def place(self, inputs: StepInputs) -> tuple[bool, dict[str, tuple[int, ...]]]:
-        """Make room for a step of this shape; returns whether an address changed, and the shapes of the outputs."""
+        """Make room for a step of this shape and tell the stages; for one like the last there is nothing to do.
+
+        Returns:
+            Whether memory moved, so that captured graphs are void, and the shapes of the outputs.
+        """
+        shapes = {spec.name: inputs.array(spec.name).shape for spec in self._given}
+        step = tuple(shapes.values())
+        if step == self._placed:
+            return False, self._shapes
         sizes = {"B": inputs.input_ids.shape[0], "Q": inputs.input_ids.shape[1], "N": len(inputs.logits_index)}
-        moved = False
-        shapes: dict[str, tuple[int, ...]] = {}
-        for plan, given, taken, made in self._moving:
-            for spec in given:
-                moved |= self._reserve(plan, spec, inputs.array(spec.name).shape)
-            for spec in taken:  # written by an earlier plan, which has made room
-                moved |= self.buffers[_place(spec)].bind(plan, spec.name)
-            for spec in made:
+        for stage in self._stages:
+            for spec in (*stage.taken, *stage.made):
                 shapes[spec.name] = tuple(_size(dim, sizes) for dim in spec.shape)
-                moved |= self._reserve(plan, spec, shapes[spec.name])
+        moved, self._placed = False, None  # until all is done: there may not be enough memory
+        for stage in self._stages:
+            for spec in (*stage.given, *stage.made):
+                room = max(math.prod(shapes[spec.name]), 1) * itemsize(spec.dtype)
+                moved |= self.buffers[_place(spec)].reserve(room)
+        for stage in self._stages:  # all have their room: only now is it known where each tensor lies
+            for spec in (*stage.given, *stage.taken, *stage.made):
+                stage.set_address(spec.name, self.buffers[_place(spec)].address)
+            for spec in (*stage.given, *stage.taken):
+                stage.set_shape(spec.name, shapes[spec.name])
+        self._placed, self._shapes = step, shapes
         return moved, shapes
 
     def profile_of(self, inputs: StepInputs) -> int | None:
@@ -183,18 +225,9 @@ class DeviceGraph:
         return None
 
     def use_profile(self, number: int) -> None:
-        """Choose the profile of the next step; before its shapes are set."""
-        for plan, _ in self._plans:
-            plan.use_profile(number)
-
-    def set_shapes(self, inputs: StepInputs) -> None:
-        """Tell the plans the shapes of a step's inputs."""
-        sizes = {"B": inputs.input_ids.shape[0], "Q": inputs.input_ids.shape[1]}
-        for plan, given, taken, _ in self._moving:
-            for spec in given:
-                plan.set_shape(spec.name, inputs.array(spec.name).shape)
-            for spec in taken:
-                plan.set_shape(spec.name, tuple(_size(dim, sizes) for dim in spec.shape))
+        """Choose the profile of the next step."""
+        for stage in self._stages:
+            stage.call.profile = number
 
     def upload(self, inputs: StepInputs) -> None:
         """Copy a step's inputs to the device."""
@@ -204,27 +237,13 @@ class DeviceGraph:
 
     def enqueue(self) -> None:
         """Start the step."""
-        for plan, _ in self._plans:
-            plan.enqueue()
+        for stage in self._stages:
+            stage.enqueue()
 
     def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
         """Have `seen` called with these debug tensors in the steps to come, and with no other."""
-        for plan, one in self._plans:
-            debug = [spec.name for spec in one.outputs if spec.role == "debug"]
-            if debug:
-                plan.watch([name for name in debug if name in names], seen)
-
-    def _reserve(self, plan: Plan, spec: TensorSpec, shape: tuple[int, ...]) -> bool:
-        buffer = self.buffers[_place(spec)]
-        buffer.reserve(max(math.prod(shape), 1) * itemsize(spec.dtype))
-        return buffer.bind(plan, spec.name)
-
-
-def _moving(face: GraphIO) -> tuple[list[TensorSpec], list[TensorSpec], list[TensorSpec]]:
-    """Return what changes its shape from step to step: inputs that are given, handovers taken, and what is made."""
-    given = [spec for spec in face.inputs if spec.role in _GIVEN]
-    made = [spec for spec in face.outputs if spec.role in _IN_BUFFERS]
-    return given, face.with_role("handover"), made
+        for stage in self._stages:
+            stage.watch(names, seen)
 
 
 def step_bounds(profile: Mapping[str, Mapping[str, Bound]], plans: Sequence[GraphIO]) -> dict[str, Bound]:
@@ -242,17 +261,36 @@ def fits(shape: tuple[int, ...], bound: Bound) -> bool:
     return all(low <= size <= high for low, size, high in zip(bound[0], shape, bound[2], strict=True))
 
 
-def _open(folder: Path, face: GraphIO, device: Device) -> Plan:
-    plan = device.open_plan(folder / face.file)
-    wanted = {spec.name for spec in (*face.inputs, *face.outputs) if spec.role != "debug"}
-    found = set(plan.names())
-    if wanted != found:
-        odd = sorted(wanted ^ found)[0]
-        raise EngineError(
-            f"{folder / face.file}: {odd} is only in {'the plan' if odd in found else 'the manifest'}; "
-            "build the engine again"
-        )
-    return plan
+def _open(folder: Path, faces: Sequence[GraphIO], device: Device) -> list[Stage]:
+    """Load each plan once and say what its tensors are called in every stage that it runs."""
+    plans: dict[str, tuple[Plan, GraphIO]] = {}
+    stages = []
+    for face in faces:
+        path = folder / face.file
+        if face.file not in plans:
+            plan = device.open_plan(path)
+            wanted = {spec.name for spec in _tensors(face) if spec.role != "debug"}
+            odd = sorted(wanted.symmetric_difference(plan.names()))
+            if odd:
+                raise EngineError(
+                    f"{path}: {odd[0]} is only in {'the manifest' if odd[0] in wanted else 'the plan'}; "
+                    "build the engine again"
+                )
+            plans[face.file] = plan, face
+        plan, first = plans[face.file]
+        if [_kind(spec) for spec in _tensors(first)] != [_kind(spec) for spec in _tensors(face)]:
+            raise EngineError(f"{path}: the stages that it runs are not alike; build the engine again")
+        names = {spec.name: inner.name for spec, inner in zip(_tensors(face), _tensors(first), strict=True)}
+        stages.append(Stage(plan, face, names))
+    return stages
+
+
+def _tensors(face: GraphIO) -> tuple[TensorSpec, ...]:
+    return (*face.inputs, *face.outputs)
+
+
+def _kind(spec: TensorSpec) -> tuple[object, ...]:
+    return spec.dtype, spec.shape, spec.role
 
 
 def _place(spec: TensorSpec) -> str:

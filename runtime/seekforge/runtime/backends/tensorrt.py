@@ -251,7 +251,6 @@ class TensorRtBackend:
             self.device.launch(self._captured[bucket])
             return
         graph.use_profile(profile)
-        graph.set_shapes(inputs)
         if bucket is None or bucket not in self._seen:
             # TensorRT finishes its preparations for a shape in the first enqueue, which must not be captured
             graph.enqueue()
