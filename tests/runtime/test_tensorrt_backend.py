@@ -247,13 +247,19 @@ def in_two_plans(engine: Path, folder: Path) -> Path:
 def with_layers_alike(engine: Path, folder: Path) -> Path:
     """Return the engine in four stages: between the two of `in_two_plans` one plan runs twice, to double and to halve.
 
+    It gives the negative of its result as a tap.
+
     Each value that is handed on lies in another place than the one before, and the places are used in turns.
     """
     in_two_plans(engine, folder)
-    nodes = [onnx.helper.make_node("Mul", ["handover.0", "layers.double"], ["handover_out.1"])]
+    nodes = [
+        onnx.helper.make_node("Mul", ["handover.0", "layers.double"], ["handover_out.1"]),
+        onnx.helper.make_node("Neg", ["handover_out.1"], ["chosen.0"]),
+    ]
     value = onnx.helper.make_tensor_value_info
     shape = ["B", "Q", 16]
-    faces = [value("handover.0", 1, shape), value("layers.double", 1, [16])], [value("handover_out.1", 1, shape)]
+    outputs = [value("handover_out.1", 1, shape), value("chosen.0", 1, shape)]
+    faces = [value("handover.0", 1, shape), value("layers.double", 1, [16])], outputs
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "scale", *faces), ir_version=10)
     onnx.save(model, folder / "model.scale.onnx")
     raw = json.loads((folder / "manifest.json").read_text())
@@ -263,7 +269,9 @@ def with_layers_alike(engine: Path, folder: Path) -> Path:
         weight = {"name": f"layers.{gain}", "dtype": "f32", "shape": [16], "role": "weight"}
         raw["graphs"]["model"]["inputs"].append(weight)
         inputs = [handed | {"name": f"handover.{taken}"}, weight]
-        outputs = [handed | {"name": f"handover_out.{given}"}]
+        tap = handed | {"name": f"chosen.{taken}", "role": "tap"}
+        raw["graphs"]["model"]["outputs"].append(tap)
+        outputs = [handed | {"name": f"handover_out.{given}"}, tap]
         return {"file": "model.scale.onnx", "sha256": "", "inputs": inputs, "outputs": outputs, "aliases": {}}
 
     first, last = raw["stages"]["model"]
@@ -336,6 +344,42 @@ def test_layers_that_are_alike_are_run_by_one_plan(gpu_engine, device: FakeDevic
         expected = expected - np.log(np.exp(expected).sum())
         assert sampled.logprobs[0].logprob == pytest.approx(float(expected.max()), abs=1e-4)
     assert not device.memory
+
+
+def test_taps_of_layers_that_are_alike_lie_in_one_place_until_they_are_looked_at(
+    gpu_engine, device: FakeDevice, tmp_path: Path
+) -> None:
+    engine = with_layers_alike(gpu_engine[0], tmp_path / "engine")
+    backend = tensorrt.TensorRtBackend(engine, load_manifest(engine))
+    backend.allocate_caches(4)
+    graph = backend._graphs["model"]
+    rows = np.arange(3)[:, None]
+    logits: list[np.ndarray] = []
+    for position, shown in enumerate(
+        [(), (), ("chosen.0",), ("chosen.1",), ("chosen.0", "chosen.1"), ("chosen.1",), ()]
+    ):
+        where = np.full((3, 1), position)
+        step = StepInputs(where + 3, where, where + 64 * (1 + rows), (1 + rows).astype(np.int32), np.arange(3))
+        found = backend.run(step, outputs=["logits", *shown])
+        seen = {name: found.fetch(name) for name in shown}
+        taken = {
+            name for name, buffer in graph.buffers.items() if name.startswith(("unread", "chosen")) and buffer.address
+        }
+        assert taken == {"unread.0", *shown} | (taken & {"chosen.0", "chosen.1"})
+        if position < 2:
+            assert taken == {"unread.0"}, "nobody has looked yet"
+        if len(shown) == 2:
+            assert seen["chosen.0"].any() and np.array_equal(seen["chosen.0"], 2 * seen["chosen.1"])
+        logits.append(found.fetch("logits"))
+    assert device.launches == 2, "a captured graph is of the taps that were looked at"
+    backend.close()
+    plain = tensorrt.TensorRtBackend(engine, load_manifest(engine))
+    plain.allocate_caches(4)
+    for position, expected in enumerate(logits):
+        where = np.full((3, 1), position)
+        step = StepInputs(where + 3, where, where + 64 * (1 + rows), (1 + rows).astype(np.int32), np.arange(3))
+        assert np.array_equal(plain.run(step, outputs=["logits"]).fetch("logits"), expected)
+    plain.close()
 
 
 def test_stages_of_one_plan_must_be_alike(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:

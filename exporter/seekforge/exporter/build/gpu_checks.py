@@ -34,6 +34,7 @@ from seekforge.plugins.formats.sizing import (
     cache_bytes_per_token,
     reserve_bytes,
     scratch_bytes,
+    selection_bytes,
     usable_bytes,
 )
 from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, SPECS
@@ -167,10 +168,10 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
         )
     storage = "float8" if target.has_fp8 and "MoeExperts" not in inlined else "int8"
     how = Specialisation("bf16", storage, target.kv_format, "trt")
-    device = expected_bytes(inputs, target, limits)
+    device = expected_bytes(inputs, target, limits, choices.most_layers)
     oversize = device["total"] > device["usable"]
     if oversize and not choices.allow_oversize:
-        raise TargetError(_what_would_fit(inputs, target, limits, device))
+        raise TargetError(_what_would_fit(inputs, target, limits, choices.most_layers, device))
     return Planned(target, plugins, inlined, how, limits, device, oversize)
 
 
@@ -218,16 +219,24 @@ def _choose_plugins(
             return tuple(op for op in ops if not refusals(config, plugins=[op], ops=[op]))
 
 
-def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits) -> dict[str, int]:
-    """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has."""
+def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_layers: int | None) -> dict[str, int]:
+    """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has.
+
+    Args:
+        inputs, target, limits: of the engine.
+        plan_layers: most layers of one plan, None: all. Each has a place of its own for what it chooses.
+    """
     assert target.gpu is not None
     config = inputs.config
+    first, last = inputs.program.layer_range
+    more_layers = min(plan_layers or last - first, last - first) - 1
     work = Workload(limits.max_model_len, 1, limits.max_num_batched_tokens)
     found = {
         "weights": weight_input_bytes(inputs),
         "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
         "scratch": scratch_bytes(config, Layout(), work, target.kv_format),
-        "activations": activation_bytes(config, Layout(), replace(work, batch=limits.max_batch_size)),
+        "activations": activation_bytes(config, Layout(), replace(work, batch=limits.max_batch_size))
+        + more_layers * limits.max_num_batched_tokens * selection_bytes(config),
         "reserve": reserve_bytes(Layout()),
     }
     return found | {"total": sum(found.values()), "usable": usable_bytes(target.gpu.memory_gib)}
@@ -254,14 +263,16 @@ def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
     return BLOCK_SIZE * cache_bytes_per_token(config, kv_format, num_layers=layers)  # pyright: ignore[reportArgumentType]
 
 
-def _what_would_fit(inputs: Inputs, target: TargetConfig, limits: Limits, device: Mapping[str, int]) -> str:
+def _what_would_fit(
+    inputs: Inputs, target: TargetConfig, limits: Limits, plan_layers: int | None, device: Mapping[str, int]
+) -> str:
     """Say by how much it does not fit, and the largest number that would."""
     needs = f"needs {device['total'] / GIB:.1f} GiB, {target.name} has {device['usable'] / GIB:.1f} GiB usable"
     low, high = 0, limits.max_model_len // BLOCK_SIZE
     while low < high:
         middle = (low + high + 1) // 2
         tried = limits.model_copy(update={"max_model_len": middle * BLOCK_SIZE})
-        sizes = expected_bytes(inputs, target, tried)
+        sizes = expected_bytes(inputs, target, tried, plan_layers)
         low, high = (middle, high) if sizes["total"] <= sizes["usable"] else (low, middle - 1)
     allow = "or pass --allow-oversize to build what will not load"
     if low:

@@ -458,7 +458,12 @@ def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int
     mlp = max(config.intermediate_size, config.moe_intermediate_size * config.n_shared_experts) // layout.tp * 2 * 6
     stream = config.hidden_size * (4 + 2 + 2 + 4)
     logits = per_rank * (1 + work.draft_tokens) * config.vocab_size * 4 * 2
-    return 2 * tokens * (stream + max(queries + indexer, mlp)) + logits
+    return 2 * tokens * (stream + max(queries + indexer, mlp)) + tokens * selection_bytes(config) + logits
+
+
+def selection_bytes(config: ModelConfig) -> int:
+    """Bytes per token of what one layer chooses, keys and experts, which every engine gives as outputs."""
+    return (config.index_topk + config.num_experts_per_tok) * 4
 
 
 def rank_memory(

@@ -19,6 +19,9 @@ from seekforge.runtime.backends.device import Call, Device, Plan
 _GIVEN: Final = ("token", "bookkeeping")
 _IN_BUFFERS: Final = (*_GIVEN, "result", "tap", "handover")
 
+#: Buffer of the n-th tap of every stage, while nobody looks at it.
+_UNREAD: Final = "unread.{}"
+
 #: Smallest, typical and largest shape.
 Bound = tuple[tuple[int, ...], ...]
 #: Profile -> plan -> input -> shapes, as `Manifest.profiles` has them.
@@ -114,7 +117,14 @@ class Stage:
         self.given = [spec for spec in face.inputs if spec.role in _GIVEN]
         self.taken = face.with_role("handover")
         self.made = [spec for spec in face.outputs if spec.role in _IN_BUFFERS]
+        self.taps = {spec.name: _UNREAD.format(i) for i, spec in enumerate(_of_role(face.outputs, "tap"))}
         self._debug = {names[spec.name]: spec.name for spec in face.outputs if spec.role == "debug"}
+
+    def place(self, spec: TensorSpec, shown: Collection[str]) -> str:
+        """Name of a tensor's buffer: both ends of a handover have one, and all stages one for taps nobody looks at."""
+        if spec.role == "handover":
+            return spec.name.replace("handover_out.", "handover.")
+        return spec.name if spec.name in shown else self.taps.get(spec.name, spec.name)
 
     def set_address(self, name: str, address: int) -> None:
         """Say where a tensor lies."""
@@ -168,12 +178,14 @@ class DeviceGraph:
         self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
         self.buffers: dict[str, Buffer] = {}
         self._given = [spec for spec in face.inputs if spec.role in _GIVEN]
-        self._placed: tuple[tuple[int, ...], ...] | None = None
+        self.taps = frozenset(spec.name for spec in _of_role(face.outputs, "tap"))
+        self._placed: tuple[object, ...] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         for stage in self._stages:
             for spec in (*stage.face.inputs, *stage.face.outputs):
                 if spec.role in _IN_BUFFERS:
-                    self.buffers.setdefault(_place(spec), Buffer(device))
+                    for name in (stage.place(spec, ()), stage.place(spec, self.taps)):
+                        self.buffers.setdefault(name, Buffer(device))
                 elif spec.role in ("weight", "table"):
                     stage.set_shape(spec.name, tuple(int(dim) for dim in spec.shape))
                     stage.set_address(spec.name, constants[spec.name])
@@ -188,14 +200,18 @@ class DeviceGraph:
             for output, source in stage.face.aliases.items():
                 stage.set_address(output, caches[source][0])
 
-    def place(self, inputs: StepInputs) -> tuple[bool, dict[str, tuple[int, ...]]]:
+    def place(self, inputs: StepInputs, shown: frozenset[str]) -> tuple[bool, dict[str, tuple[int, ...]]]:
         """Make room for a step of this shape and tell the stages; for one like the last there is nothing to do.
+
+        Args:
+            inputs: of the step.
+            shown: taps that will be fetched. Of 61 layers all others lie in one place, each until the next is written.
 
         Returns:
             Whether memory moved, so that captured graphs are void, and the shapes of the outputs.
         """
         shapes = {spec.name: inputs.array(spec.name).shape for spec in self._given}
-        step = tuple(shapes.values())
+        step = (*shapes.values(), shown)
         if step == self._placed:
             return False, self._shapes
         sizes = {"B": inputs.input_ids.shape[0], "Q": inputs.input_ids.shape[1], "N": len(inputs.logits_index)}
@@ -206,10 +222,10 @@ class DeviceGraph:
         for stage in self._stages:
             for spec in (*stage.given, *stage.made):
                 room = max(math.prod(shapes[spec.name]), 1) * itemsize(spec.dtype)
-                moved |= self.buffers[_place(spec)].reserve(room)
+                moved |= self.buffers[stage.place(spec, shown)].reserve(room)
         for stage in self._stages:  # all have their room: only now is it known where each tensor lies
             for spec in (*stage.given, *stage.taken, *stage.made):
-                stage.set_address(spec.name, self.buffers[_place(spec)].address)
+                stage.set_address(spec.name, self.buffers[stage.place(spec, shown)].address)
             for spec in (*stage.given, *stage.taken):
                 stage.set_shape(spec.name, shapes[spec.name])
         self._placed, self._shapes = step, shapes
@@ -293,9 +309,8 @@ def _kind(spec: TensorSpec) -> tuple[object, ...]:
     return spec.dtype, spec.shape, spec.role
 
 
-def _place(spec: TensorSpec) -> str:
-    """Name of a tensor's buffer: both ends of a handover have one."""
-    return spec.name.replace("handover_out.", "handover.") if spec.role == "handover" else spec.name
+def _of_role(specs: Sequence[TensorSpec], role: str) -> list[TensorSpec]:
+    return [spec for spec in specs if spec.role == role]
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:

@@ -36,8 +36,8 @@ _CAPTURED_WIDTH = 8
 _MAX_CAPTURED = 128
 _BINDINGS = "bindings.json"
 
-#: Of one captured graph: graph name, B, Q, table width, logits rows.
-Bucket = tuple[str, int, int, int, int]
+#: Of one captured graph: graph name, B, Q, table width, logits rows, and the taps that are looked at.
+Bucket = tuple[str, int, int, int, int, frozenset[str]]
 
 
 class TensorRtStepOutputs:
@@ -147,14 +147,15 @@ class TensorRtBackend:
         profile = one.profile_of(ready)
         if profile is None:
             return self._run_halves(inputs, outputs, graph)
-        shapes = self._prepare(one, ready)
-        bucket = (graph, *ready.input_ids.shape, ready.block_table.shape[1], len(ready.logits_index))
+        shown = one.taps.intersection(outputs)
+        shapes = self._prepare(one, ready, shown)
+        bucket = (graph, *ready.input_ids.shape, ready.block_table.shape[1], len(ready.logits_index), shown)
         self._start(one, ready, profile, bucket if small else None)
         return TensorRtStepOutputs(self.device, self._places(one, shapes, inputs, outputs))
 
-    def _prepare(self, graph: DeviceGraph, inputs: StepInputs) -> dict[str, tuple[int, ...]]:
+    def _prepare(self, graph: DeviceGraph, inputs: StepInputs, shown: frozenset[str]) -> dict[str, tuple[int, ...]]:
         """Make room for a step and copy its inputs; returns the shapes of its outputs."""
-        moved, shapes = graph.place(inputs)
+        moved, shapes = graph.place(inputs, shown)
         if moved:
             self._forget_captured()
         graph.upload(inputs)
@@ -174,7 +175,7 @@ class TensorRtBackend:
         if profile is None:
             return self._run_halves(inputs, outputs, one.name)
         found: dict[str, np.ndarray] = {}
-        shapes = self._prepare(one, inputs)
+        shapes = self._prepare(one, inputs, one.taps.intersection(outputs))
         one.watch(debug, found.__setitem__)
         try:
             self._start(one, inputs, profile, None)
