@@ -162,8 +162,9 @@ def test_the_judge_passes_the_engine_of_a_cpu(tiny_engines: dict[str, Path], tin
     [pytest.param("tensorrt", "tensorrt", marks=pytest.mark.trt), ("tensorrt_rtx", "tensorrt-rtx")],
 )
 @pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("most_layers", [1, 4], ids=["a plan per kind of layer", "one plan"])
 def test_a_real_gpu_answers_as_pytorch_does(
-    request: pytest.FixtureRequest, tmp_path: Path, library: str, backend: str, drafts: int
+    request: pytest.FixtureRequest, tmp_path: Path, library: str, backend: str, drafts: int, most_layers: int
 ) -> None:
     pytest.importorskip(library, reason=f"{library} is not installed")
     sm = gpu_sm()
@@ -171,7 +172,7 @@ def test_a_real_gpu_answers_as_pytorch_does(
     if target is None:
         pytest.skip(f"no target of {backend} for a GPU of sm{sm}")
     checkpoint = request.getfixturevalue("tiny_checkpoint")
-    inputs, choices = open_inputs(request.getfixturevalue("tiny_programs")["fp8"], checkpoint), Choices()
+    inputs, choices = open_inputs(request.getfixturevalue("tiny_programs")["fp8"], checkpoint), Choices(layers_per_engine=most_layers)
     out, progress = tmp_path / "engine", Stages(quiet=True)
     build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=progress)
     oracle, vocab_size, tolerance = pytorch(checkpoint)
