@@ -172,7 +172,8 @@ def test_a_real_gpu_answers_as_pytorch_does(
     if target is None:
         pytest.skip(f"no target of {backend} for a GPU of sm{sm}")
     checkpoint = request.getfixturevalue("tiny_checkpoint")
-    inputs, choices = open_inputs(request.getfixturevalue("tiny_programs")["fp8"], checkpoint), Choices(layers_per_engine=most_layers)
+    inputs = open_inputs(request.getfixturevalue("tiny_programs")["fp8"], checkpoint)
+    choices = Choices(layers_per_engine=most_layers)
     out, progress = tmp_path / "engine", Stages(quiet=True)
     build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=progress)
     oracle, vocab_size, tolerance = pytorch(checkpoint)
