@@ -111,7 +111,7 @@ def _check_paths(folder: Path, manifest: Manifest) -> None:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
             raise EngineError(f"{folder / MANIFEST}: file {path!r} lies outside the engine folder; build it again")
-    opened = [manifest.tokenizer, *(graph.file for graph in manifest.graphs.values())]
+    opened = [manifest.tokenizer, *manifest.uses()]
     for path in opened:
         if path not in digested:
             raise EngineError(f"{folder / MANIFEST}: {path!r} has no digest under 'files'; build the engine again")

@@ -75,11 +75,13 @@ def _value(array: np.ndarray) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-@pytest.mark.parametrize("layers_per_stage", [1, 2, 3])
-def test_stages_compute_what_the_whole_computes(tiny_programs: dict[str, Path], layers_per_stage: int) -> None:
-    program = load_program(tiny_programs["exact"])
+@pytest.mark.parametrize(("numerics", "layers_per_stage"), [("exact", 1), ("exact", 2), ("exact", 3), ("fp8", 1)])
+def test_stages_compute_what_the_whole_computes(
+    tiny_programs: dict[str, Path], numerics: str, layers_per_stage: int
+) -> None:
+    program = load_program(tiny_programs[numerics])
     config = ModelConfig.parse(program.config, "test")
-    whole = onnx.load(tiny_programs["exact"] / "model.onnx")
+    whole = onnx.load(tiny_programs[numerics] / "model.onnx")
     ranges = stage_ranges(program.layer_range, layers_per_stage)
     parts = cut(whole, ranges)
 
@@ -106,7 +108,32 @@ def test_stages_compute_what_the_whole_computes(tiny_programs: dict[str, Path], 
     assert len(read) == len(set(read)), "no layer is in two stages"
     places = {name.replace("_out", "") for part in parts for name in (v.name for v in part.graph.output)}
     handed_on = {name for name in places if name.startswith("handover")}
-    assert len(handed_on) == min(2 * (len(parts) - 1), 4), "two sets are used in turns"
+    assert len(handed_on) == min(len(parts) - 1, 2), "one value goes on, and two places are used in turns"
+
+
+def test_a_wide_cast_of_a_narrow_value_is_made_again_where_it_is_read() -> None:
+    """Handed over is the bf16 value; where the cast is the narrower one, that is."""
+    bf16, f32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    for wide, narrow, handed in ((f32, bf16, bf16), (bf16, f32, bf16)):
+        nodes = [
+            node("Mul", ["x", "layers.0.a.weight"], ["made"]),
+            node("Cast", ["made"], ["cast"], to=wide),
+            node("Mul", ["cast", "layers.1.a.weight"], ["y"]),
+        ]
+        inputs = [
+            value("x", narrow, [4]),
+            value("layers.0.a.weight", narrow, [4]),
+            value("layers.1.a.weight", wide, [4]),
+        ]
+        known = [value("made", narrow, [4]), value("cast", wide, [4])]
+        graph = onnx.helper.make_graph(nodes, "g", inputs, [value("y", wide, [4])], value_info=known)
+        first, second = cut(onnx.helper.make_model(graph), [(0, 1), (1, 2)])
+        (given,) = first.graph.output
+        assert given.name == "handover_out.0" and given.type.tensor_type.elem_type == handed
+        assert [one.op_type for one in second.graph.node] == (["Cast", "Mul"] if handed == narrow else ["Mul"])
+        onnx.checker.check_model(first, full_check=True)
+        onnx.checker.check_model(second, full_check=True)
 
 
 def test_a_value_of_unknown_type_is_named(tiny_programs: dict[str, Path]) -> None:

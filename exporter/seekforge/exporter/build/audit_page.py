@@ -19,7 +19,7 @@ def show_audit(manifest: Manifest, console: Console) -> None:
     sms = ", ".join(f"sm{sm}" for sm in manifest.target.sms)
     uses = manifest.uses()
     plans = ", ".join(
-        f"{_times(uses[f'{name}.plan'])}{name} {size / 1e6:.1f} MB" for name, size in audit.plan_bytes.items()
+        f"{name} {size / 1e6:.1f} MB{_times(uses[f'{name}.plan'])}" for name, size in audit.plan_bytes.items()
     )
     console.print(f"plans for {sms}: {plans}")
     console.print(f"plugins: {_counts(audit.plugins)}")
@@ -51,7 +51,7 @@ def _shares(audit: Audit) -> Table:
 
 
 def _times(count: int) -> str:
-    return "" if count == 1 else f"{count} times "
+    return "" if count == 1 else f" {count} times"
 
 
 def _counts(found: dict[str, int]) -> str:

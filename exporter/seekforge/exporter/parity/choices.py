@@ -66,12 +66,16 @@ class Choices:
 
 @dataclass(frozen=True)
 class Sides:
-    """The dumps. `noise` is to be compared with `base`: the reference, or PyTorch where that is another engine."""
+    """The dumps. `noise` is to be compared with `base`: the reference, or PyTorch where that is another engine.
+
+    `draws`: more of the noise, logits alone.
+    """
 
     judged: Dump
     reference: Dump
     noise: Dump | None
     base: Dump
+    draws: Sequence[Dump] = ()
 
 
 def places_of(dump: Dump, number: int) -> list[tuple[int, int]]:

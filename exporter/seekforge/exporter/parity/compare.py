@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from seekforge.exporter.parity.metrics import (
 )
 from seekforge.exporter.parity.taps import HANDOVER, layer_points
 from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import Dump
+from seekforge.plugins.formats.dump import INDEX, Dump
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import BLOCK_SIZE
 
@@ -47,7 +48,8 @@ class CaseComparison:
         heat: [layers, rows] error of the residual stream in parts of its root mean square.
         logits: of all rows with logits together.
         error, kl, top1, top10, nll, nll_reference: of the rows with logits, at `logit_rows`.
-        noise_error, noise_kl, noise_top1: PyTorch against itself, the same rows; empty without noise.
+        noise_error: PyTorch against itself, the same rows; empty without noise.
+        drawn_error, drawn_kl, drawn_top1: the same in all draws of the noise, one after the other.
         flipped: rows in which any layer chose otherwise.
     """
 
@@ -67,8 +69,9 @@ class CaseComparison:
     nll: np.ndarray
     nll_reference: np.ndarray
     noise_error: np.ndarray
-    noise_kl: np.ndarray
-    noise_top1: np.ndarray
+    drawn_error: np.ndarray
+    drawn_kl: np.ndarray
+    drawn_top1: np.ndarray
     flipped: np.ndarray
 
 
@@ -96,7 +99,7 @@ def compare(judged: Dump, reference: Dump, noise: Dump | tuple[Dump, Dump] | Non
     """
     check_pair(judged, reference)
     perturbed, base = noise if isinstance(noise, tuple) else (noise, reference)
-    sides = Sides(judged, reference, perturbed, base)
+    sides = Sides(judged, reference, perturbed, base, () if perturbed is None else more_draws(perturbed))
     config = ModelConfig.parse(reference.side.config, str(reference.folder))
     layers = [_compare_layer(sides, config, graph, layer) for graph, layer in _layers(reference)]
     cases = [
@@ -106,6 +109,19 @@ def compare(judged: Dump, reference: Dump, noise: Dump | tuple[Dump, Dump] | Non
     not_finite = sum(d.not_finite for layer in layers for d in layer.points.values())
     not_finite += sum(int((~np.isfinite(case.error)).sum()) for case in cases)
     return Comparison(layers, cases, not_finite, noise is not None)
+
+
+def draw_folder(noise: Path, draw: int) -> Path:
+    """Return the folder of one draw of the noise: the others stand beside the first."""
+    return noise if draw == 0 else noise.with_name(f"{noise.name}.{draw}")
+
+
+def more_draws(noise: Dump) -> list[Dump]:
+    """Open the draws beside the first."""
+    found: list[Dump] = []
+    while (draw_folder(noise.folder, len(found) + 1) / INDEX).is_file():
+        found.append(Dump.open(draw_folder(noise.folder, len(found) + 1)))
+    return found
 
 
 def check_pair(judged: Dump, reference: Dump) -> None:
@@ -227,14 +243,28 @@ def _compare_case(sides: Sides, name: str, graph: str) -> CaseComparison:
             result = compare_logits(*pair, following)
             values = {**result.__dict__, "logit_rows": index + offset}
             if noise is not None and noise.has(number, "logits") and base.has(number, "logits"):
-                other = compare_logits(noise.tensor(number, "logits"), base.tensor(number, "logits"), following)
-                values |= {"noise_error": other.error, "noise_kl": other.kl, "noise_top1": other.top1}
+                own = base.tensor(number, "logits")
+                others = [compare_logits(d.tensor(number, "logits"), own, following) for d in (noise, *sides.draws)]
+                values |= {"noise_error": others[0].error}
+                for key in ("error", "kl", "top1"):
+                    values[f"drawn_{key}"] = np.concatenate([getattr(other, key) for other in others])
             for key, value in values.items():
                 found.setdefault(key, []).append(value)
         offset += len(places)
     empty = np.zeros(0)
     merged = {key: np.concatenate(parts) for key, parts in found.items()}
-    keys = ("error", "kl", "top1", "top10", "nll", "nll_reference", "noise_error", "noise_kl", "noise_top1")
+    keys = (
+        "error",
+        "kl",
+        "top1",
+        "top10",
+        "nll",
+        "nll_reference",
+        "noise_error",
+        "drawn_error",
+        "drawn_kl",
+        "drawn_top1",
+    )
     return CaseComparison(
         name=name,
         mode=case.mode,

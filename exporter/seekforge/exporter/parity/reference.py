@@ -30,6 +30,9 @@ from seekforge.plugins.formats.bindings import TensorSource, evaluate, tensors_o
 from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.plan import Plan, StepArrays, lay_out
 
+#: More than a plan has steps.
+_SEEDS_PER_DRAW = 1 << 32
+
 
 class Reference:
     """Walks the model.
@@ -268,7 +271,8 @@ class Reference:
     def _perturb(self, embedded: Tensor, stream: Stream, number: int) -> Tensor:
         if not stream.perturbation:
             return embedded
-        noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(number))
+        seed = number + _SEEDS_PER_DRAW * stream.draw
+        noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed))
         return (embedded.float() * (1 + stream.perturbation * noise)).to(embedded.dtype)
 
     def _enter(self, numbers: Iterable[int], layer: int) -> None:

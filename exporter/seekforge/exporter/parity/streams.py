@@ -49,7 +49,7 @@ class Stream:
 
     Attributes:
         writer: of its dump.
-        perturbation: relative change of the embeddings.
+        perturbation: relative change of the embeddings. draw: which of the random changes.
         points: what to keep; None keeps all. layers: of which layers; None: of all.
         numerics: layer -> other numerics there, to see what one layer costs.
         beside: a run whose inputs each layer takes, changed by `perturbation`: what one layer makes of noise, while
@@ -59,6 +59,7 @@ class Stream:
 
     writer: DumpWriter
     perturbation: float = 0.0
+    draw: int = 0
     points: Sequence[str] | None = None
     numerics: Mapping[int, Numerics] = field(default_factory=dict)
     layers: Collection[int] | None = None

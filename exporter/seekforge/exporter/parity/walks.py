@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.exporter.model.step import Settings
-from seekforge.exporter.parity.compare import compare
+from seekforge.exporter.parity.compare import compare, draw_folder
 from seekforge.exporter.parity.local import LocalJudge, OpRecord
 from seekforge.exporter.parity.reference import Reference
 from seekforge.exporter.parity.streams import NOISE_POINTS, PERTURBATION, PERTURBATION_BF16, Stream
@@ -18,7 +18,7 @@ from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.bindings import TensorSource
 from seekforge.plugins.formats.dump import Dump, DumpWriter, Side
 from seekforge.plugins.formats.numerics import Numerics, numerics_from_dict
-from seekforge.plugins.formats.plan import Plan
+from seekforge.plugins.formats.plan import Plan, lay_out
 
 Say = Callable[[str], None]
 #: What a pass writes: the model; the same from embeddings changed a little; each layer from inputs changed a little.
@@ -36,6 +36,15 @@ def torch_side(settings: Settings, name: str, layers: tuple[int, int]) -> Side:
         config=settings.config.model_dump(mode="json"),
         versions={"torch": importlib.metadata.version("torch")},
     )
+
+
+#: On few rows luck decides which roundings flip: noise is drawn again, logits alone, until it has so many rows.
+_DRAWN_ROWS, _MOST_DRAWS = 128, 6
+
+
+def _num_draws(plan: Plan) -> int:
+    rows = sum(len(lay_out(case, step).logits_index) for _, case, step in plan.steps())
+    return max(1, min(_MOST_DRAWS, -(-_DRAWN_ROWS // max(1, rows))))
 
 
 class Walker:
@@ -78,7 +87,8 @@ class Walker:
         Returns:
             Records of the operations; empty if not `inside`.
         """
-        side = torch_side(self.settings, self.name, layers or (0, self.settings.config.num_hidden_layers))
+        last = self.settings.config.num_hidden_layers
+        side = torch_side(self.settings, self.name, layers or (0, last))
         change = PERTURBATION_BF16 if self.settings.dtype_name == "bf16" else PERTURBATION
         streams: dict[str, Stream] = {}
         for kind in kinds:
@@ -89,9 +99,14 @@ class Walker:
                 streams[kind] = Stream(writer, points=points, layers=kept_layers)
             elif kind == NOISE:
                 few = NOISE_POINTS if points is None else points
-                streams[kind] = Stream(writer, change, few, layers=kept_layers)
+                streams[kind] = Stream(writer, change, points=few, layers=kept_layers)
+                for draw in range(1, _num_draws(plan) if layers is None or layers[1] == last else 1):
+                    again = draw_folder(work / NOISE, draw)
+                    shutil.rmtree(again, ignore_errors=True)
+                    again.mkdir()
+                    streams[again.name] = Stream(DumpWriter(again, side, plan), change, draw, points=())
             else:
-                streams[kind] = Stream(writer, change, HANDOVER, beside=streams[REFERENCE])
+                streams[kind] = Stream(writer, change, points=HANDOVER, beside=streams[REFERENCE])
         local = None
         if inside:
             assert subject is not None
@@ -152,7 +167,7 @@ def _costs(walker: Walker, plan: Plan, work: Path, runs: Mapping[int, dict[str, 
     streams = []
     for name, change in [("base", {}), *((f"{layer}", change) for layer, change in runs.items())]:
         (root / name).mkdir(parents=True)
-        streams.append(Stream(DumpWriter(root / name, side, plan), 0.0, (), **change))
+        streams.append(Stream(DumpWriter(root / name, side, plan), points=(), **change))
     Reference(base, walker.source, plan, streams=streams, progress=walker.progress).run()
     for stream in streams:
         stream.writer.close()

@@ -2,20 +2,23 @@
 
 A stage is what a layer range exported alone would be, but nothing is rounded in between: whatever the later layers
 read of the earlier ones is handed over as it is. Values that belong to no layer (clamped positions, RoPE rows) are
-computed again in every stage that reads them. What is handed over lies in numbered places, and a place is used again
-when its value has been read for the last time: a chain of layers needs two sets, however long it is.
+computed again in every stage that reads them, and so are casts of what is handed over: the residual stream goes from
+layer to layer as one value. It lies in numbered places, and a place is used again when its value has been read for the
+last time: a chain of layers needs two, however long it is.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Sequence
 
 import onnx
 
 from seekforge.exporter.rewrite.names import AFTER, BEFORE, segments
 from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.formats.dtypes import FROM_ONNX, itemsize
 
 #: Start of the names of values that stages hand on.
 HANDOVER = "handover"
@@ -56,6 +59,7 @@ class _Whole:
         self._outside: list[onnx.NodeProto] = []  # nodes of no layer, which go wherever they are read
         self._nodes: list[list[onnx.NodeProto]] = [[] for _ in starts]
         self._stage_of: dict[str, int] = {}
+        self._casts: dict[str, onnx.NodeProto] = {}
         for node, segment in zip(graph.node, segments(graph), strict=True):
             if segment == BEFORE:
                 self._outside.append(node)
@@ -63,12 +67,15 @@ class _Whole:
             stage = len(starts) - 1 if segment == AFTER else bisect.bisect_right(starts, segment) - 1
             self._nodes[stage].append(node)
             self._stage_of.update((name, stage) for name in node.output)
+            if node.op_type == "Cast" and node.input[0] in self._stage_of:
+                self._casts[node.output[0]] = node
         self._last = self._last_readers()
         self._handed = self._places()
 
     def stage(self, number: int) -> onnx.ModelProto:
         """Return one stage as a graph of its own."""
-        nodes = self._with_outside(self._nodes[number])
+        own = {name for node in self._nodes[number] for name in node.output}
+        nodes = self._with_outside([*self._recast(number), *self._nodes[number]])
         read = {name for node in nodes for name in node.input}
         made = [name for node in nodes for name in node.output]
         arrives = [n for n in self._handed if self._stage_of[n] < number and n in read]
@@ -83,7 +90,7 @@ class _Whole:
             copy.output[:] = [renamed.get(name, name) for name in node.output]
         graph.input.extend(value for name, value in self._inputs.items() if name in read)
         graph.input.extend(self._face(name, renamed[name]) for name in arrives)
-        given = set(made).intersection(self._outputs)
+        given = own.intersection(self._outputs)
         graph.output.extend(value for name, value in self._outputs.items() if name in given)
         graph.output.extend(self._face(name, renamed[name]) for name in leaves)
         graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
@@ -110,12 +117,41 @@ class _Whole:
                 wanted.update(node.input)
         return [*reversed(found), *nodes]
 
+    def _recast(self, number: int) -> list[onnx.NodeProto]:
+        """Return the casts that lead from what is handed over to what a stage reads, in order."""
+        found: dict[str, onnx.NodeProto] = {}
+        for name in self._foreign(number):
+            chain, _ = self._source(name)
+            found.update((node.output[0], node) for node in chain)
+        return list(found.values())
+
+    def _foreign(self, number: int) -> list[str]:
+        """Return the values of earlier stages that a stage reads, in the order of reading."""
+        read = (name for node in self._nodes[number] for name in node.input)
+        return list(dict.fromkeys(name for name in read if self._stage_of.get(name, number) < number))
+
+    def _source(self, name: str) -> tuple[list[onnx.NodeProto], str]:
+        """Return the casts that lead to a value, first to last, and what they begin with, if that is no wider."""
+        chain: list[onnx.NodeProto] = []
+        source = name
+        while source in self._casts:
+            chain.append(self._casts[source])
+            source = chain[-1].input[0]
+        if not chain or self._width(source) > self._width(name):
+            return [], name
+        return chain[::-1], source
+
+    def _width(self, name: str) -> float:
+        """Bytes of an element; a value of unknown type is refused only if it must be handed over."""
+        if name not in self._infos:
+            return math.inf
+        return itemsize(FROM_ONNX[self._infos[name].type.tensor_type.elem_type])
+
     def _last_readers(self) -> dict[str, int]:
-        """Return the values that a later stage than their own reads -> the last such stage."""
+        """Return the values that are handed over -> the last stage that reads them."""
         last: dict[str, int] = {}
-        for number, nodes in enumerate(self._nodes):
-            for node in nodes:
-                last.update((name, number) for name in node.input if self._stage_of.get(name, number) < number)
+        for number in range(len(self._nodes)):
+            last.update((self._source(name)[1], number) for name in self._foreign(number))
         return last
 
     def _places(self) -> dict[str, str]:

@@ -449,7 +449,8 @@ def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int
     """Activations that live at once in the widest place of a step, and the logits of a decode step. An estimate.
 
     Around attention: residual (f32) and hidden (bf16), queries before and after absorbing, outputs. In the MLPs: gate
-    and up in bf16 and f32. Two of each are counted, since results of one operator are inputs of the next.
+    and up in bf16 and f32. Two of each are counted, since results of one operator are inputs of the next; the two
+    places in which layers hand on the residual stream are among them.
     """
     heads, per_rank = config.num_attention_heads // layout.tp, -(-work.batch // layout.dp)
     tokens = max(min(work.step_tokens, work.context), per_rank * (1 + work.draft_tokens))

@@ -64,7 +64,7 @@ class TrtPlan:
     """A deserialised engine with one execution context per optimisation profile.
 
     A context runs one call after the other. TensorRT reads addresses and shapes while it enqueues, so the next call
-    may have others although the last one still runs on the stream; of 58 layers that are alike, shapes are told once.
+    may have others although the last one still runs on the stream; of 57 layers that are alike, shapes are told once.
     """
 
     def __init__(self, device: CudaDevice, path: Path) -> None:
@@ -179,7 +179,6 @@ class CudaDevice:
         self._graphs: dict[int, Any] = {}
         self._next_graph = 1
         self._plans: list[TrtPlan] = []
-        self._scratches: list[int] = []
         self.scratch = (0, 0)
         self._pinned: list[int] = []
         sm = self._open_gpu()
@@ -242,11 +241,14 @@ class CudaDevice:
     def reserve_scratch(self, num_bytes: int) -> None:
         """Make room for what a plan needs while it runs: all share it, since they run one after the other.
 
-        Earlier, smaller memory stays until the end: captured graphs work in it.
+        No graph may be captured when a plan is opened: graphs work in the scratch memory that they were captured with.
         """
-        if num_bytes > self.scratch[1] or not self._scratches:
-            self._scratches.append(self.allocate(max(num_bytes, 1)))
-            self.scratch = (self._scratches[-1], num_bytes)
+        assert not self._graphs
+        address, size = self.scratch
+        if num_bytes > size or not address:
+            self.scratch = (self.allocate(max(num_bytes, 1)), num_bytes)
+            if address:
+                self.free(address)
 
     def open_plan(self, path: Path) -> TrtPlan:
         """Load a compiled engine."""
@@ -286,9 +288,9 @@ class CudaDevice:
         for plan in self._plans:
             plan.close()
         self._plans.clear()
-        for address in self._scratches:
-            self.free(address)
-        self._scratches.clear()
+        if self.scratch[0]:
+            self.free(self.scratch[0])
+            self.scratch = (0, 0)
         for address in self._pinned:
             self._call(self._cuda.cudaFreeHost, address)
         self._pinned.clear()

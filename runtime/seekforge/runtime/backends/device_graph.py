@@ -178,6 +178,7 @@ class DeviceGraph:
         self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
         self.buffers: dict[str, Buffer] = {}
         self._given = [spec for spec in face.inputs if spec.role in _GIVEN]
+        self.dtypes = {spec.name: NUMPY[spec.dtype] for spec in face.outputs}
         self.taps = frozenset(spec.name for spec in _of_role(face.outputs, "tap"))
         self._placed: tuple[object, ...] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}

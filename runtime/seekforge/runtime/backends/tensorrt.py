@@ -155,7 +155,11 @@ class TensorRtBackend:
 
     def _prepare(self, graph: DeviceGraph, inputs: StepInputs, shown: frozenset[str]) -> dict[str, tuple[int, ...]]:
         """Make room for a step and copy its inputs; returns the shapes of its outputs."""
-        moved, shapes = graph.place(inputs, shown)
+        try:
+            moved, shapes = graph.place(inputs, shown)
+        except MemoryError:  # some buffers may have moved already
+            self._forget_captured()
+            raise
         if moved:
             self._forget_captured()
         graph.upload(inputs)
@@ -231,6 +235,7 @@ class TensorRtBackend:
                 f"{self.folder}: has no graph {graph!r}, only {', '.join(self.manifest.graphs)}; "
                 "build it from a program that has one"
             )
+        self._forget_captured()  # they work in scratch memory that a larger plan makes move
         face = self.manifest.graphs[graph]
         opened = DeviceGraph(
             self.folder,
@@ -286,7 +291,7 @@ class TensorRtBackend:
                 first = count
             else:
                 first = rows if len(shape) == 3 else rows * width
-            dtype = NUMPY[graph.face.named(name).dtype]
+            dtype = graph.dtypes[name]
             places[name] = (graph.buffers[name].address, (first, *shape[1:]), dtype)
         return places
 
