@@ -541,7 +541,7 @@ def test_run_of_no_engine(tmp_path: Path) -> None:
         ({"format": 999}, "engine format 999, this seekforge runs format"),
         ({"unknown_key": 1}, "key 'unknown_key'"),
         ({"vocab_size": "many"}, "key 'vocab_size'"),
-        ({"runtime_versions": {"onnxruntime": "0.1"}}, "needs onnxruntime 0.1, found"),
+        ({"runtime_versions": {"onnxruntime": "0.1"}}, "runtime_versions.onnxruntime: found "),
         ({"runtime_versions": {"no-such-package": "1.0"}}, "pip install 'no-such-package==1.0'"),
     ],
 )

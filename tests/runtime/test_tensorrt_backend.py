@@ -18,6 +18,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
+from samples import audit_of
 
 from seekforge.plugins.errors import CheckpointError, EngineError
 from seekforge.plugins.formats.bindings import Recipe
@@ -581,6 +582,15 @@ def test_another_checkpoint_is_refused(gpu_engine, device: FakeDevice, tmp_path:
         LLM(gpu_engine[0], num_blocks=9, checkpoint=tmp_path)
 
 
+def test_an_engine_that_does_not_fit_is_refused_before_its_cache_is_sized(
+    gpu_engine, device: FakeDevice, tmp_path: Path
+) -> None:
+    audit = replace(audit_of({"total": 9 << 30, "usable": 1 << 30}), oversize=True).model_dump(mode="json")
+    engine = changed(gpu_engine[0], tmp_path / "engine", lambda raw: raw.update(audit=audit))
+    run = CliRunner().invoke(main, ["run", str(engine), "--prompt", "the cat"])
+    assert run.exit_code == 2 and "audit.oversize is true: it needs 9.0 GiB and fake has 1.0 GiB" in run.stderr
+
+
 def test_run_takes_weights_from_another_place(
     gpu_engine, toy_engine: Path, device: FakeDevice, toy, tmp_path: Path
 ) -> None:
@@ -589,7 +599,8 @@ def test_run_takes_weights_from_another_place(
     engine = changed(gpu_engine[0], tmp_path / "engine", lambda raw: raw["weights"].update(path="/gone"))
     args = ["run", str(engine), "--prompt", "the cat", "--greedy", "--max-tokens", "4", "--json"]
     lost = CliRunner().invoke(main, args)
-    assert lost.exit_code == 2 and "/gone" in lost.stderr
+    assert lost.exit_code == 2 and "/gone: does not exist" in lost.stderr
+    assert "was built with its weights there: pass --checkpoint" in lost.stderr
     found = CliRunner().invoke(main, [*args, "--checkpoint", str(moved)])
     assert found.exit_code == 0, found.output
     said = json.loads(found.stdout)

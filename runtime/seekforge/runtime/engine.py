@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from seekforge.plugins.errors import EngineError, EnvironmentFault
-from seekforge.plugins.formats.loading import check_kernels
+from seekforge.plugins.formats.loading import check_complete, check_versions, installed_versions
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest, verify_files
 from seekforge.runtime.backends import BACKENDS, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
@@ -38,8 +36,8 @@ class Engine:
 
         Args:
             folder: written by `seekforge build`.
-            verify: digest every file whole, which finds any changed byte; else sizes and samples are compared,
-                which takes milliseconds at any size.
+            verify: digest every file whole, which finds any changed byte; else of those above 64 MiB sizes and
+                samples are compared, which takes milliseconds at any size.
             part: some layers of a model will do: nothing is decoded, a parity check looks at them.
 
         Raises:
@@ -51,7 +49,7 @@ class Engine:
         _check_paths(folder, manifest)
         _check_face(folder, manifest, part)
         verify_files(folder, manifest, full=verify)
-        _check_versions(folder, manifest.runtime_versions)
+        check_versions(folder, manifest, installed_versions(manifest.runtime_versions))
         return Engine(folder, manifest)
 
     @cached_property
@@ -73,7 +71,7 @@ class Engine:
             EngineError: the backend is unknown here or cannot load the graphs, or its plugins have no kernels.
             EnvironmentFault: the backend's library is not installed.
         """
-        check_kernels(self.folder, self.manifest)
+        check_complete(self.folder, self.manifest)
         return _factory(self.manifest.target.backend)(
             self.folder, self.manifest, threads=threads, checkpoint=checkpoint, progress=progress
         )
@@ -140,18 +138,3 @@ def _check_face(folder: Path, manifest: Manifest, part: bool) -> None:
     if inputs != aliased:
         name = sorted(inputs ^ aliased)[0]
         raise EngineError(f"{where}: cache {name} is not paired with an output under 'aliases'; build the engine again")
-
-
-def _check_versions(folder: Path, wanted: Mapping[str, str]) -> None:
-    for package, version in wanted.items():
-        try:
-            found = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise EnvironmentFault(
-                f"{folder}: needs {package} {version}, which is not installed; pip install '{package}=={version}'"
-            ) from None
-        if version not in (found, found.partition("+")[0]):  # a local build such as 1.32.0+abc is a 1.32.0
-            raise EngineError(
-                f"{folder}: needs {package} {version}, found {found}; "
-                f"pip install '{package}=={version}', or build the engine again here"
-            )

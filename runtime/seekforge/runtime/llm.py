@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from seekforge.plugins.errors import EngineError, RequestError
+from seekforge.plugins.formats.loading import check_complete
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
@@ -133,6 +134,7 @@ class LLM:
         """
         self.engine = engine if isinstance(engine, Engine) else Engine.open(engine)
         manifest = self.engine.manifest
+        check_complete(self.engine.folder, manifest)
         limits = manifest.limits
         self.max_batch_size = _limit("max_batch_size", max_batch_size, limits.max_batch_size)
         tokens = _limit("max_num_batched_tokens", max_num_batched_tokens, limits.max_num_batched_tokens)

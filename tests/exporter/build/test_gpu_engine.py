@@ -36,7 +36,7 @@ from seekforge.exporter.progress import Stages
 from seekforge.plugins.device import KernelFolder, OpLauncher
 from seekforge.plugins.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
 from seekforge.plugins.formats.dtypes import itemsize
-from seekforge.plugins.formats.loading import check_kernels, check_loadable
+from seekforge.plugins.formats.loading import check_complete, check_loadable
 from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import load_bindings, load_program
@@ -100,7 +100,7 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
     assert not list(tmp_path.glob(".engine.*")), "nothing is left beside the engine"
     sm = manifest.target.sm
     assert sm is not None
-    with pytest.raises(EngineError, match="built without compiled kernels"):
+    with pytest.raises(EngineError, match="built with --no-kernels"):
         check_loadable(tmp_path / "engine", again, sm=sm, versions=again.runtime_versions)
     recipes = load_bindings(tmp_path / "engine")
     for graph, face in manifest.graphs.items():
@@ -134,7 +134,7 @@ def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_pat
     triton = pytest.importorskip("triton", reason="triton is not installed")
     engine = tmp_path / "engine"
     manifest = build(one_layer, load_target("rtx4090"), engine, Choices())
-    check_kernels(engine, manifest)
+    check_complete(engine, manifest)
     check_loadable(engine, manifest, sm=89, versions=manifest.runtime_versions)
     verify_files(engine, manifest, full=True)
     assert manifest.audit is not None and manifest.audit.kernels.keys() == manifest.plugins.keys()

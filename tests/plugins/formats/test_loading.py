@@ -9,7 +9,7 @@ import pytest
 from samples import audit_of
 
 from seekforge.plugins.errors import CheckpointError, EngineError
-from seekforge.plugins.formats.loading import check_kernels, check_loadable, check_weights
+from seekforge.plugins.formats.loading import check_complete, check_loadable, check_weights
 from seekforge.plugins.formats.manifest import (
     Cache,
     Limits,
@@ -19,6 +19,7 @@ from seekforge.plugins.formats.manifest import (
     WeightSource,
     digest_file,
     load_manifest,
+    rebuild_command,
     save_manifest,
     verify_files,
 )
@@ -97,7 +98,7 @@ def test_a_flipped_byte(engine: Manifest, tmp_path: Path) -> None:
     raw[2000] ^= 1
     path.write_bytes(raw)
     with pytest.raises(EngineError, match=r"model\.plan: digest"):
-        verify_files(tmp_path, engine, full=True)
+        verify_files(tmp_path, engine, full=False)
 
 
 def test_a_truncated_plan(engine: Manifest, tmp_path: Path) -> None:
@@ -136,15 +137,15 @@ def test_a_missing_kernel(engine: Manifest, tmp_path: Path) -> None:
 
 def test_an_engine_without_kernels(engine: Manifest, tmp_path: Path) -> None:
     plugins = {"MoeRoute": engine.plugins["MoeRoute"].model_copy(update={"kernel_digest": ""})}
-    with pytest.raises(EngineError, match="built without compiled kernels"):
+    with pytest.raises(EngineError, match="built with --no-kernels"):
         check_loadable(tmp_path, changed(engine, plugins=plugins), sm=89, versions=HERE)
 
 
 def test_an_engine_without_kernels_is_refused_where_no_gpu_is(engine: Manifest, tmp_path: Path) -> None:
-    check_kernels(tmp_path, engine)
+    check_complete(tmp_path, engine)
     bare = {op: use.model_copy(update={"kernel_digest": ""}) for op, use in engine.plugins.items()}
     with pytest.raises(EngineError, match=r"kernel_digest: empty, it was built with --no-kernels.*seekforge build"):
-        check_kernels(tmp_path, changed(engine, plugins=bare))
+        check_complete(tmp_path, changed(engine, plugins=bare))
 
 
 def test_an_oversize_engine(engine: Manifest, tmp_path: Path) -> None:
@@ -152,6 +153,62 @@ def test_an_oversize_engine(engine: Manifest, tmp_path: Path) -> None:
     audit = engine.audit.model_copy(update={"oversize": True})
     with pytest.raises(EngineError, match=r"needs 2\.0 GiB and rtx4090 has 1\.0 GiB"):
         check_loadable(tmp_path, changed(engine, audit=audit), sm=89, versions=HERE)
+    with pytest.raises(EngineError, match=r"audit\.oversize is true"):
+        check_complete(tmp_path, changed(engine, audit=audit))
+
+
+def test_the_command_that_builds_it_again_has_its_options(engine: Manifest, tmp_path: Path) -> None:
+    assert rebuild_command(tmp_path, engine) == (
+        f"seekforge build PROGRAM {tmp_path} --target rtx4090 --max-model-len 1 --max-batch-size 1 "
+        "--max-num-batched-tokens 1 --checkpoint /weights --force"
+    )
+    (tmp_path / "target.yaml").write_text("name: mine\n")
+    build = {
+        "plugins": "all",
+        "layers_per_engine": 2,
+        "compiler": {"workspace_bytes": "1000", "optimization_level": "3"},
+        "taps": True,
+    }
+    files = (*engine.files, digest_file(tmp_path, "target.yaml"))
+    mine = changed(engine, build=build, files=files)
+    assert rebuild_command(tmp_path, mine) == (
+        f"seekforge build PROGRAM {tmp_path} --target {tmp_path}/target.yaml --checkpoint /weights --plugins all "
+        "--layers-per-engine 2 --workspace 1000 --builder-optimization-level 3 --taps --force"
+    )
+    assert "--target TARGET --max-model-len 1" in rebuild_command(tmp_path, mine, target="TARGET")
+
+
+@pytest.mark.parametrize("damage", ["edited", "flipped", "truncated", "missing", "gpu", "library"])
+def test_every_refusal_names_the_command(engine: Manifest, tmp_path: Path, damage: str) -> None:
+    plan, cubin, path = (tmp_path / name for name in ("model.plan", "kernels/route.json", "manifest.json"))
+    match damage:
+        case "edited":
+            path.write_text(path.read_text().replace('"bos_token_id": 0', '"bos_token_id": 7'))
+        case "flipped":
+            plan.write_bytes(plan.read_bytes()[:-1] + b"?")
+        case "truncated":
+            plan.write_bytes(plan.read_bytes()[:-1])
+        case "missing":
+            cubin.unlink()
+    with pytest.raises(EngineError, match=rf"seekforge build PROGRAM {tmp_path} --target (rtx4090|TARGET) .*--force$"):
+        manifest = load_manifest(tmp_path)
+        verify_files(tmp_path, manifest, full=False)
+        versions = {"tensorrt-rtx": "1.0"} if damage == "library" else HERE
+        check_loadable(tmp_path, manifest, sm=120 if damage == "gpu" else 89, versions=versions)
+
+
+def test_weights_for_an_engine_that_was_built_without(engine: Manifest, tmp_path: Path) -> None:
+    """No digest is known then: the configurations decide, but for how many layers there are."""
+    config = {"hidden_size": 8, "num_hidden_layers": 2}
+    unbound = changed(engine, weights=WeightSource(path=None, index_digest=None), config=config)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 61}))
+    check_weights(tmp_path, unbound, "beef", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 9}))
+    with pytest.raises(CheckpointError, match=r"config\.json: hidden_size is 9, the engine .* was built for 8"):
+        check_weights(tmp_path, unbound, "beef", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        check_weights(tmp_path, unbound, "beef", tmp_path)
 
 
 def test_weights_of_another_structure(engine: Manifest, tmp_path: Path) -> None:

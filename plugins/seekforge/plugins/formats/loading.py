@@ -1,31 +1,46 @@
 """Refuse a GPU engine that does not belong here, before anything is deserialised.
 
 `manifest.load_manifest` finds an edited manifest and `manifest.verify_files` a changed or truncated file; this finds
-another GPU, another operator version, kernels that are missing, and weights of another structure. A backend calls
-`check_loadable` first, and `check_weights` when it opens the checkpoint.
+another GPU, another operator version, kernels that are missing, and weights of another structure. `check_complete`
+knows without a GPU what loads nowhere. A backend calls `check_loadable` first, and `check_weights` when it opens the
+checkpoint.
 """
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 
-from seekforge.plugins.errors import CheckpointError, EngineError
-from seekforge.plugins.formats.manifest import Manifest
+from seekforge.plugins.errors import CheckpointError, EngineError, EnvironmentFault
+from seekforge.plugins.formats.manifest import Manifest, rebuild_command
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt.launch import Descriptors
 
-
-def rebuild_command(folder: Path, manifest: Manifest, **changes: object) -> str:
-    """Return the command that builds this engine again, with `changes` to its options (name -> value)."""
-    options: dict[str, object] = {"target": manifest.target.name}
-    if manifest.weights is not None and manifest.weights.path is not None:
-        options["checkpoint"] = manifest.weights.path
-    options |= manifest.limits.model_dump()
-    options |= changes
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return shlex.join(["seekforge", "build", "PROGRAM", str(folder), *words, "--force"])
+#: Keys of config.json that all layers of a model share: an engine may be of its first layers alone.
+STRUCTURE = (
+    "model_type",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+)
 
 
 def check_loadable(folder: Path, manifest: Manifest, *, sm: int, versions: Mapping[str, str]) -> None:
@@ -42,26 +57,15 @@ def check_loadable(folder: Path, manifest: Manifest, *, sm: int, versions: Mappi
     """
     again = rebuild_command(folder, manifest)
     target = manifest.target
-    if manifest.audit is not None and manifest.audit.oversize:
-        needs, usable = (manifest.audit.device_bytes[key] / (1 << 30) for key in ("total", "usable"))
-        raise EngineError(
-            f"{folder}: audit.oversize is true: it needs {needs:.1f} GiB and {target.name} has {usable:.1f} GiB; "
-            "it was built with --allow-oversize to be looked at, 'seekforge plan' says what it runs on"
-        )
+    check_complete(folder, manifest)
     built_for = target.sms or ((target.sm,) if target.sm is not None else ())
     if sm not in built_for:
         expected = " or ".join(f"sm{one}" for one in built_for) or "no GPU"
         raise EngineError(
-            f"{folder}: target.sm: this GPU is sm{sm}, the engine is for {expected} ({target.name}); "
-            "build it for a target of this GPU ('seekforge targets' lists them)"
+            f"{folder}: target.sm: this GPU is sm{sm}, the engine is for {expected} ({target.name}); build it for a "
+            f"target of this GPU ('seekforge targets' lists them): {rebuild_command(folder, manifest, target='TARGET')}"
         )
-    for package, version in manifest.runtime_versions.items():
-        found = versions.get(package, "not installed")
-        if found != version:
-            raise EngineError(
-                f"{folder}: runtime_versions.{package}: found {found}, expected {version}; "
-                f"pip install '{package}=={version}', or build it again here: {again}"
-            )
+    check_versions(folder, manifest, versions)
     for op, use in manifest.plugins.items():
         version = SPECS[op].version if op in SPECS else None
         if version != use.version:
@@ -78,12 +82,52 @@ def check_loadable(folder: Path, manifest: Manifest, *, sm: int, versions: Mappi
                 raise EngineError(f"{folder}: plugins.{op}.kernel_digest: {error}: {again}") from None
 
 
-def check_kernels(folder: Path, manifest: Manifest) -> None:
-    """Refuse an engine whose plugins were built without compiled kernels; needs no GPU to know.
+def check_versions(folder: Path, manifest: Manifest, versions: Mapping[str, str]) -> None:
+    """Refuse an engine whose compiled graphs need other versions of their library.
+
+    Args:
+        folder: the engine folder.
+        manifest: of that folder.
+        versions: package -> version installed here; a local build such as 1.32.0+abc is a 1.32.0.
 
     Raises:
-        EngineError: naming the first such operator.
+        EnvironmentFault: the library is not installed.
+        EngineError: its version is another one.
     """
+    for package, version in manifest.runtime_versions.items():
+        found = versions.get(package)
+        if found is None:
+            raise EnvironmentFault(
+                f"{folder}: needs {package} {version}, which is not installed; pip install '{package}=={version}'"
+            )
+        if version not in (found, found.partition("+")[0]):
+            raise EngineError(
+                f"{folder}: runtime_versions.{package}: found {found}, expected {version}; pip install "
+                f"'{package}=={version}', or build it again here: {rebuild_command(folder, manifest)}"
+            )
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return package -> installed version; those that are not installed are left out."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def check_complete(folder: Path, manifest: Manifest) -> None:
+    """Refuse an engine that was built to be looked at and loads nowhere; needs no GPU to know.
+
+    Raises:
+        EngineError: it does not fit its GPU, or its plugins have no compiled kernels.
+    """
+    if manifest.audit is not None and manifest.audit.oversize:
+        needs, usable = (manifest.audit.device_bytes[key] / (1 << 30) for key in ("total", "usable"))
+        raise EngineError(
+            f"{folder}: audit.oversize is true: it needs {needs:.1f} GiB and {manifest.target.name} has {usable:.1f} "
+            "GiB; it was built with --allow-oversize to be looked at, 'seekforge plan' says what it runs on"
+        )
     bare = [op for op, use in manifest.plugins.items() if use.num_layers and not use.kernel_digest]
     if bare:
         raise EngineError(
@@ -102,7 +146,7 @@ def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoin
         checkpoint: the weights' folder.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: they differ. Of an engine that was built without a checkpoint, the configurations must agree.
     """
     expected = None if manifest.weights is None else manifest.weights.index_digest
     if expected is not None and index_digest != expected:
@@ -111,3 +155,16 @@ def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoin
             f"{checkpoint}: index and headers have digest {index_digest[:12]}, the engine {folder} was built for "
             f"{expected[:12]}{built}; pass the right --checkpoint, or build it again"
         )
+    path = checkpoint / "config.json"
+    if expected is None and path.is_file():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
+        for key in STRUCTURE:
+            found, wanted = config.get(key), manifest.config.get(key)
+            if found != wanted:
+                raise CheckpointError(
+                    f"{path}: {key} is {found}, the engine {folder} was built for {wanted}; "
+                    "pass the right --checkpoint, or build it again"
+                )

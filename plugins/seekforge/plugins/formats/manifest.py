@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections import Counter
 from dataclasses import field
 from pathlib import Path
@@ -18,6 +19,10 @@ from seekforge.plugins.formats.records import Record, RecordError
 #: Raised when an older runtime would misread an engine.
 ENGINE_FORMAT = 1
 MANIFEST = "manifest.json"
+#: The effective target, beside the engine.
+TARGET = "target.yaml"
+#: Smaller files are digested whole whenever an engine is opened: of this much it takes a twentieth of a second.
+_WHOLE_BELOW = 64 << 20
 
 
 class Target(Record):
@@ -259,6 +264,43 @@ class Manifest(Record):
         return min(found, default=None)
 
 
+def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = None) -> str:
+    """Return the command that builds this engine again; PROGRAM stands for the program folder, which no engine knows.
+
+    Args:
+        folder: the engine folder.
+        manifest: of that folder.
+        target: to build for, instead of what the engine was built for.
+    """
+    options: dict[str, object] = {"--target": target or manifest.target.name}
+    if target is None and TARGET in {file.path for file in manifest.files}:
+        options["--target"] = str(folder / TARGET)  # with precision, cache format and limits
+    else:
+        options |= {f"--{name.replace('_', '-')}": value for name, value in manifest.limits.model_dump().items()}
+    if manifest.weights is not None and manifest.weights.path is not None:
+        options["--checkpoint"] = manifest.weights.path
+    build = manifest.build
+    if build.get("plugins", "auto") != "auto":
+        options["--plugins"] = build["plugins"]
+    if build.get("layers_per_engine", 1) != 1:
+        options["--layers-per-engine"] = build["layers_per_engine"]
+    for name, option in _COMPILER_OPTIONS.items():
+        if name in build.get("compiler", {}):
+            options[option] = build["compiler"][name]
+    words = [str(word) for pair in options.items() for word in pair]
+    shown = any(spec.role == "debug" for face in manifest.graphs.values() for spec in face.outputs)
+    flags = ["--taps"] if shown or build.get("taps") else []
+    return shlex.join(["seekforge", "build", "PROGRAM", str(folder), *words, *flags, "--force"])
+
+
+#: Options of the compiler in `Manifest.build` -> as they are typed.
+_COMPILER_OPTIONS = {
+    "workspace_bytes": "--workspace",
+    "optimization_level": "--builder-optimization-level",
+    "timing_cache": "--timing-cache",
+}
+
+
 def manifest_digest(raw: dict[str, Any]) -> str:
     """Return the SHA-256, in hex, over a decoded manifest without its own digest."""
     kept = {key: value for key, value in raw.items() if key != "digest"}
@@ -307,29 +349,30 @@ def load_manifest(folder: Path) -> Manifest:
     digest = manifest_digest(raw)
     if digest != manifest.digest:
         raise EngineError(
-            f"{path}: digest {digest[:12]}, it says {manifest.digest[:12] or 'nothing'}: the manifest was edited; "
-            "copy it again or build the engine again"
+            f"{path}: digest: found {digest[:12]}, expected {manifest.digest[:12] or 'one'}: the manifest was edited; "
+            f"copy it again or build it again: {rebuild_command(folder, manifest)}"
         )
     return manifest
 
 
 def verify_files(folder: Path, manifest: Manifest, *, full: bool) -> None:
-    """Compare every file with its digest: whole files when `full`, else size and sampled blocks.
+    """Compare every file with its digest: whole files when `full`; else small ones whole, of others size and samples.
 
     Raises:
         EngineError: a file is missing, of another size, or its bytes differ.
     """
+    remedy = f"copy it again or build it again: {rebuild_command(folder, manifest)}"
     for expected in manifest.files:
         path = folder / expected.path
         try:
             size = path.stat().st_size
         except OSError:
-            raise EngineError(f"{path}: missing; build the engine again or copy the whole folder") from None
+            raise EngineError(f"{path}: missing; {remedy}") from None
         if size != expected.bytes:
-            raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; copy it again or build again")
-        found, wanted = (sha256_file(path), expected.sha256) if full else (sampled_digest(path), expected.sampled)
+            raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; {remedy}")
+        whole = full or size < _WHOLE_BELOW
+        found, wanted = (sha256_file(path), expected.sha256) if whole else (sampled_digest(path), expected.sampled)
         if found != wanted:
             raise EngineError(
-                f"{path}: digest {found[:12]}, the manifest says {wanted[:12]}; the file was changed or damaged, "
-                "copy it again or build again"
+                f"{path}: digest {found[:12]}, the manifest says {wanted[:12]}; it was changed or damaged, {remedy}"
             )

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Mapping
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from seekforge.plugins.device import CudaDriver, KernelFolder
 from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.formats.dtypes import NUMPY
-from seekforge.plugins.formats.loading import check_loadable
+from seekforge.plugins.formats.loading import check_loadable, installed_versions
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.tensorrt.library import Flavour, load
 from seekforge.plugins.tensorrt.plugin import register
@@ -182,7 +181,7 @@ class CudaDevice:
         self.scratch = (0, 0)
         self._pinned: list[int] = []
         sm = self._open_gpu()
-        check_loadable(folder, manifest, sm=sm, versions=_versions(manifest.runtime_versions))
+        check_loadable(folder, manifest, sm=sm, versions=installed_versions(manifest.runtime_versions))
         self.trt = load(self.flavour)
         source = KernelFolder(folder, sm, CudaDriver()) if manifest.plugins else None
         self.registration = register(self.trt, source)
@@ -313,14 +312,3 @@ class CudaDevice:
         if int(error):
             _, text = self._cuda.cudaGetErrorString(error)
             raise EngineError(f"CUDA: {text.decode() if isinstance(text, bytes) else text}; the GPU step failed")
-
-
-def _versions(packages: Mapping[str, str]) -> dict[str, str]:
-    """Return package -> installed version; those that are not installed are left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

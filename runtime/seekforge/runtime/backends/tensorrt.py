@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seekforge.plugins.errors import EngineError
+from seekforge.plugins.errors import CheckpointError, EngineError
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.loading import check_weights
 from seekforge.plugins.formats.manifest import Manifest
@@ -301,7 +301,14 @@ class TensorRtBackend:
         folder = self._checkpoint or (Path(weights.path) if weights is not None and weights.path else None)
         if folder is None:
             raise EngineError(f"{self.folder}: holds no weights; pass checkpoint, the folder that has them")
-        opened = Checkpoint.open(folder)
+        try:
+            opened = Checkpoint.open(folder)
+        except CheckpointError as error:
+            if self._checkpoint is not None:
+                raise
+            raise CheckpointError(
+                f"{error}; {self.folder} was built with its weights there: pass --checkpoint, where they are now"
+            ) from None
         check_weights(self.folder, self.manifest, opened.index_digest(), folder)
         return opened
 
