@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -515,15 +516,19 @@ def test_writing_without_space(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_work_leaves_nothing(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
     def interrupt(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr("seekforge.exporter.rewrite.export.trace", interrupt)
     result = invoke("export", tiny_checkpoint, tmp_path / "out", "--quiet")
-    assert (result.exit_code, result.output) == (130, "")
+    assert (result.exit_code, result.output) == (code, "")
+    assert signal.getsignal(signal.SIGTERM) is before
     assert not list(tmp_path.iterdir())
 
 

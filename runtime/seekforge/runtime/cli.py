@@ -7,12 +7,15 @@ environment is one line on stderr and exit code 2; a traceback is a bug of ours.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
@@ -64,8 +67,29 @@ EXTRAS: dict[str, str] = {
     "tensorrt": "trt",
 }
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 _COMMAND = "seekforge.command"
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as if interrupted, so that nothing half-written and no process stays behind."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM, as of `timeout` and service managers, into an exception of the main thread."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LazyGroup(click.Group):
@@ -104,7 +128,7 @@ class LazyGroup(click.Group):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> NoReturn:
-        """Run and exit: 0 done, 2 an error (one line on stderr), 130 interrupted."""
+        """Run and exit: 0 done, 2 an error (one line on stderr), 130 interrupted, 143 terminated."""
         try:
             code = super().main(
                 args,
@@ -122,7 +146,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except SeekforgeError as error:
             _fail(str(error))
         except ModuleNotFoundError as error:
@@ -134,8 +159,8 @@ class LazyGroup(click.Group):
                 f"{command}: the module {error.name!r} is not installed; pip install 'seekforge[{extra}]' "
                 "('seekforge doctor' shows what else is missing)"
             )
-        except (KeyboardInterrupt, click.Abort):
-            sys.exit(EXIT_INTERRUPTED)
+        except (KeyboardInterrupt, click.Abort) as error:
+            sys.exit(EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED)
         except BrokenPipeError:
             # Who read our output is gone. Python flushes stdout once more at exit: let that go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -109,3 +109,21 @@ def test_an_error_about_another_file_names_that_file(tmp_path: Path) -> None:
     ):
         (out / "gone" / "weights.bin").write_bytes(b"")
     assert not list(tmp_path.iterdir())
+
+
+def test_two_commands_into_one_folder_do_not_mix_and_the_later_one_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    with pytest.raises(OutputError, match="another command wrote it meanwhile"), atomic_folder(out) as late:
+        (late / "whose").write_text("late")
+        with atomic_folder(out) as early:
+            (early / "whose").write_text("early")
+    assert (out / "whose").read_text() == "early"
+    with atomic_folder(out, force=True) as late:
+        (late / "whose").write_text("late")
+    assert (out / "whose").read_text() == "late"
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"], "nothing is left beside it"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with atomic_folder(empty) as folder:
+        (folder / "whose").write_text("mine")
+    assert (empty / "whose").read_text() == "mine"

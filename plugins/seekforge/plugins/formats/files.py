@@ -58,7 +58,7 @@ def atomic_folder(out: Path, *, force: bool = False, marker: str | None = None) 
         temporary.chmod(0o777 & ~_umask())
         with _blaming_the_right_file(temporary, out):
             yield temporary
-        _replace_folder(temporary, out)
+        _replace_folder(temporary, out, force=force)
     except OSError as error:
         raise explain_os_error(error, out) from error
     finally:
@@ -80,10 +80,20 @@ def _blaming_the_right_file(temporary: Path, out: Path) -> Iterator[None]:
         raise OutputError(f"{place}: {reason[:1].lower()}{reason[1:]}; nothing was written to {out}") from error
 
 
-def _replace_folder(new: Path, out: Path) -> None:
-    """Rename `new` to `out`; what stood there is put aside first and put back if the rename fails."""
-    if not out.exists():
-        new.rename(out)
+def _replace_folder(new: Path, out: Path, *, force: bool) -> None:
+    """Rename `new` to `out`; what stood there is put aside first and put back if the rename fails.
+
+    Without `force` nothing may stand there, also if it came while `new` was filled: a rename replaces an empty folder.
+    """
+    if not force or not out.exists():
+        try:
+            new.rename(out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise OutputError(
+                f"{out}: another command wrote it meanwhile; choose a new folder, or pass --force to replace it"
+            ) from None
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
     out.rename(aside / "old")
