@@ -30,8 +30,8 @@ from seekforge.plugins.formats.bindings import TensorSource, evaluate, tensors_o
 from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.plan import Plan, StepArrays, lay_out
 
-#: More than a plan has steps.
-_SEEDS_PER_DRAW = 1 << 32
+#: More than a plan has steps; PyTorch takes the lower 32 bits of a seed.
+_SEEDS_PER_DRAW = 1 << 24
 
 
 class Reference:

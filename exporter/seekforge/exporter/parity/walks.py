@@ -39,7 +39,7 @@ def torch_side(settings: Settings, name: str, layers: tuple[int, int]) -> Side:
 
 
 #: On few rows luck decides which roundings flip: noise is drawn again, logits alone, until it has so many rows.
-_DRAWN_ROWS, _MOST_DRAWS = 128, 6
+_DRAWN_ROWS, _MOST_DRAWS = 96, 4
 
 
 def _num_draws(plan: Plan) -> int:
