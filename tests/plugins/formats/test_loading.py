@@ -175,6 +175,7 @@ def test_the_command_that_builds_it_again_has_its_options(engine: Manifest, tmp_
         f"seekforge build PROGRAM {tmp_path} --target {tmp_path}/target.yaml --checkpoint /weights --plugins all "
         "--layers-per-engine 2 --workspace 1000 --builder-optimization-level 3 --taps --force"
     )
+    assert "--checkpoint CHECKPOINT --plugins" in rebuild_command(tmp_path, changed(mine, weights=None))
     assert "--target TARGET --max-model-len 1" in rebuild_command(tmp_path, mine, target="TARGET")
 
 

@@ -265,7 +265,8 @@ class Manifest(Record):
 
 
 def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = None) -> str:
-    """Return the command that builds this engine again; PROGRAM stands for the program folder, which no engine knows.
+    """Return the command that builds this engine again. What no engine knows is in capitals: the program's folder, and
+    the checkpoint of an engine that holds its weights.
 
     Args:
         folder: the engine folder.
@@ -277,7 +278,9 @@ def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = No
         options["--target"] = str(folder / TARGET)  # with precision, cache format and limits
     else:
         options |= {f"--{name.replace('_', '-')}": value for name, value in manifest.limits.model_dump().items()}
-    if manifest.weights is not None and manifest.weights.path is not None:
+    if manifest.weights is None:  # they are in the engine, and nobody noted where they came from
+        options["--checkpoint"] = "CHECKPOINT"
+    elif manifest.weights.path is not None:
         options["--checkpoint"] = manifest.weights.path
     build = manifest.build
     if build.get("plugins", "auto") != "auto":
