@@ -1,13 +1,15 @@
 """What fits where, and how fast it can be at best. Pure functions over a config and a GPU's data sheet.
 
 Speeds are bounds, not forecasts: bytes over memory bandwidth or FLOPs over the dense rate, whichever takes longer,
-without communication, launches or anything else that a real machine adds.
+without communication, launches or anything else that a real machine adds. Tokens are taken to choose experts evenly,
+and every drafted token to be accepted.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from seekforge.exporter.build.targets import FP8_SM, TargetConfig
 from seekforge.plugins.formats.model_config import ModelConfig
@@ -23,6 +25,7 @@ from seekforge.plugins.formats.sizing import (
     cache_bytes_per_token,
     end_matrices,
     fault_of,
+    indexer_flops,
     layer_matrices,
     linear_flops,
     prefill_attention_flops,
@@ -34,6 +37,7 @@ from seekforge.plugins.formats.sizing import (
 
 #: Numbers of GPUs that are tried: what servers and small clusters have.
 GPU_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_NO_FLOPS = Flops()
 #: Tensor parallelism stays within one server.
 MAX_TP = 8
 
@@ -49,13 +53,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Speed:
-    """Upper bounds.
+    """Upper bounds of speed, lower bounds of time.
 
     Attributes:
-        decode_tokens_per_s: over all sequences.
+        decode_tokens_per_s: over all sequences, drafted tokens included.
         decode_step_ms: of one step of all, through all stages.
-        decode_bound: memory or compute.
-        prefill_tokens_per_s: one prompt of the whole context after another, stages kept busy.
+        decode_bound: memory or compute, in the slowest stage.
+        prefill_tokens_per_s: prompts of the whole context, steps filled with them and stages kept busy.
         prefill_s: one such prompt, alone.
     """
 
@@ -99,6 +103,13 @@ def layouts(num_gpus: int, config: ModelConfig) -> Iterator[Layout]:
         if layout not in seen and fault_of(layout, config) is None:
             seen.add(layout)
             yield layout
+
+
+def nearest_count(num_gpus: int, config: ModelConfig) -> int:
+    """Return the number of GPUs nearest to `num_gpus` that has a layout, the smaller of two."""
+    most = MAX_TP * max(config.num_hidden_layers, config.n_routed_experts)
+    possible = (count for count in range(1, most + 1) if next(layouts(count, config), None) is not None)
+    return min(possible, key=lambda count: abs(count - num_gpus))
 
 
 def answer(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Answer:
@@ -167,40 +178,196 @@ def _memory(config: ModelConfig, layout: Layout, work: Workload, question: Quest
 
 
 def speed(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Speed:
-    """Bound the decode and prefill speed of a layout; the slowest pipeline stage decides the rate."""
-    assert target.gpu is not None
-    bandwidth = target.gpu.bandwidth_gb_s * 1e9
+    """Bound the decode and prefill speed of a layout.
+
+    A decode step of all sequences takes no less than the slowest pipeline stage for all of them, and no less than one
+    sequence takes through all stages, each of which waits for the one before.
+    """
+    machine = _Machine(config, target, layout, question)
     per_rank = -(-work.batch // layout.dp)
-    queries = 1 + work.draft_tokens
-    cut = stages(config, layout, question.precision, mtp=question.mtp)
-    decode, bound, prefill = [], [], []
-    for number, (layers, _) in enumerate(cut):
-        matrices = list(_stage_matrices(config, layers, is_first=number == 0, is_last=number == len(cut) - 1))
-        tokens = per_rank * queries
-        everyone = tokens * layout.dp
-        read = sum(_read_bytes(matrix, layout, question.precision, everyone) for matrix in matrices)
-        read += per_rank * len(layers) * cache_read_bytes(config, question.kv_format, work.context)
-        linear, core = linear_flops(config, matrices), attention_flops(config, work.context, num_layers=len(layers))
-        # heads of the attention are divided by TP; the indexer is not
-        share = Flops(fp8=core.fp8, bf16=core.bf16 / layout.tp)
-        compute = seconds(linear * (everyone / layout.ep) + share * tokens, target, question.precision)
-        memory = read / bandwidth
-        decode.append(max(compute, memory))
-        bound.append("memory" if memory >= compute else "compute")
-        whole = prefill_attention_flops(config, work.context, num_layers=len(layers))
-        share = Flops(fp8=whole.fp8, bf16=whole.bf16 / layout.tp)
-        steps = -(-work.context // work.step_tokens)
-        weights = sum(_read_bytes(m, layout, question.precision, min(work.step_tokens, work.context)) for m in matrices)
-        work_s = seconds(linear * (work.context / layout.tp) + share, target, question.precision)
-        prefill.append(max(work_s, steps * weights / bandwidth))
-    slowest = max(range(len(decode)), key=decode.__getitem__)
+    cut = machine.stages
+    each = [_decode_s(machine, stage, work, batch=work.batch, per_rank=per_rank) for stage in cut]
+    one = [_decode_s(machine, stage, work, batch=1, per_rank=1) for stage in cut]
+    slowest = max(each, key=max)
+    produced = work.batch * (1 + work.draft_tokens)
+
+    chunk = work.context % work.step_tokens or work.step_tokens
+    packed = [_prefill_s(machine, stage, work.context, work.context / work.step_tokens) for stage in cut]
+    alone = [
+        _prefill_s(machine, stage, work.context, -(-work.context // work.step_tokens), replicas=1) for stage in cut
+    ]
+    short = [_prefill_s(machine, stage, chunk, 1, replicas=1) for stage in cut]
     return Speed(
-        decode_tokens_per_s=work.batch / decode[slowest] / (len(cut) if work.batch < len(cut) else 1),
-        decode_step_ms=1e3 * sum(decode),
-        decode_bound=bound[slowest],
-        prefill_tokens_per_s=layout.dp * work.context / max(prefill),
-        prefill_s=sum(prefill),
+        decode_tokens_per_s=produced / max(max(slowest), sum(map(max, one))),
+        decode_step_ms=1e3 * sum(map(max, each)),
+        decode_bound="memory" if slowest[0] >= slowest[1] else "compute",
+        prefill_tokens_per_s=layout.dp * work.context / max(packed),
+        # while one stage works off the prompt, the others need at least the shortest chunk
+        prefill_s=max(sum(short) - before + whole for before, whole in zip(short, alone, strict=True)),
     )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a group of matrices costs on one rank: bytes read in a step, and FLOPs of one token on all ranks.
+
+    Attributes:
+        fixed_bytes, fixed: of what every token meets, without the head.
+        expert_bytes, experts: of all routed experts of the rank; of those that a token chooses.
+        head_bytes, head: of the head, which only tokens meet whose successor is wanted.
+    """
+
+    fixed_bytes: float = 0.0
+    fixed: Flops = _NO_FLOPS
+    expert_bytes: float = 0.0
+    experts: Flops = _NO_FLOPS
+    head_bytes: float = 0.0
+    head: Flops = _NO_FLOPS
+
+    def __add__(self, other: _Weights) -> _Weights:
+        return _Weights(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def __mul__(self, count: int) -> _Weights:
+        return _Weights(*(getattr(self, part.name) * count for part in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pipeline stage: the main model's layers in it, and the MTP module behind the last one.
+
+    Attributes:
+        num_layers: of the main model.
+        weights: of those, with the head where it is.
+        draft: of the MTP module, which uses the head once more; None elsewhere.
+    """
+
+    num_layers: int
+    weights: _Weights
+    draft: _Weights | None
+
+
+class _Machine:
+    """A model on GPUs: what the times of its stages are made of."""
+
+    def __init__(self, config: ModelConfig, target: TargetConfig, layout: Layout, question: Question) -> None:
+        assert target.gpu is not None
+        self.config, self.target, self.layout, self.question = config, target, layout, question
+        self.bandwidth = target.gpu.bandwidth_gb_s * 1e9
+        cut = stages(config, layout, question.precision, mtp=question.mtp)
+        self.stages = [self._stage(layers, is_last=number == len(cut) - 1) for number, (layers, _) in enumerate(cut)]
+
+    def _stage(self, layers: range, *, is_last: bool) -> _Stage:
+        config, layout, precision = self.config, self.layout, self.question.precision
+        weights = _Weights()
+        for is_moe in (False, True):
+            alike = [layer for layer in layers if config.is_moe_layer(layer) == is_moe]
+            if alike:
+                weights += _layer_weights(config, alike[0], layout, precision) * len(alike)  # pyright: ignore[reportArgumentType] - hashable
+        if not is_last:
+            return _Stage(len(layers), weights, None)
+        head = _sum_weights(config, end_matrices(config)[1], layout, precision)
+        draft = None
+        if self.question.mtp and config.mtp_layer is not None:
+            draft = _layer_weights(config, config.mtp_layer, layout, precision)  # pyright: ignore[reportArgumentType]
+            draft += _Weights(head_bytes=head.head_bytes, head=head.head)
+        return _Stage(len(layers), weights + head, draft)
+
+    def read_bytes(self, weights: _Weights, num_tokens: float) -> float:
+        """Bytes that a step of `num_tokens` tokens, of all replicas, reads of the weights but the head."""
+        config = self.config
+        hit = experts_hit(config.n_routed_experts, config.num_experts_per_tok, num_tokens) / config.n_routed_experts
+        return weights.fixed_bytes + weights.expert_bytes * hit
+
+    def products(self, weights: _Weights, *, on_rank: float, everyone: float, heads: float) -> Flops:
+        """FLOPs on one rank: `on_rank` tokens of its replica, `everyone`'s share of the experts, `heads` logits."""
+        layout = self.layout
+        own = weights.fixed * on_rank + weights.head * heads
+        return own * (1 / layout.tp) + weights.experts * (everyone / layout.ep)
+
+    def attention(self, flops: Flops) -> Flops:
+        """FLOPs on one rank: heads of the attention are divided by TP; the indexer is not."""
+        return Flops(fp8=flops.fp8, bf16=flops.bf16 / self.layout.tp)
+
+    def seconds(self, flops: Flops) -> float:
+        """Time of `flops` on one rank."""
+        return seconds(flops, self.target, self.question.precision)
+
+
+def _decode_s(machine: _Machine, stage: _Stage, work: Workload, *, batch: int, per_rank: int) -> tuple[float, float]:
+    """Return the seconds for bytes and for FLOPs of one decode step in one stage.
+
+    The MTP module sees every token of the step, drafts from the last and reads its weights once per draft.
+    """
+    config, drafts = machine.config, work.draft_tokens
+    queries = 1 + drafts
+    cached = cache_read_bytes(config, machine.question.kv_format, work.context)
+    core = _attention_flops(config, work.context)
+    read = machine.read_bytes(stage.weights, batch * queries) + stage.weights.head_bytes
+    read += per_rank * stage.num_layers * cached
+    rows = per_rank * queries
+    flops = machine.products(stage.weights, on_rank=rows, everyone=batch * queries, heads=rows)
+    flops += machine.attention(core) * (stage.num_layers * rows)
+    if stage.draft is not None and drafts:
+        read += machine.read_bytes(stage.draft, batch * queries)
+        read += (drafts - 1) * machine.read_bytes(stage.draft, batch)
+        read += drafts * (stage.draft.head_bytes + per_rank * cached)
+        seen = queries + drafts - 1
+        flops += machine.products(stage.draft, on_rank=per_rank * seen, everyone=batch * seen, heads=per_rank * drafts)
+        flops += machine.attention(core) * (per_rank * seen)
+    return read / machine.bandwidth, machine.seconds(flops)
+
+
+def _prefill_s(machine: _Machine, stage: _Stage, prompt: int, steps: float, *, replicas: int | None = None) -> float:
+    """Return the seconds of one stage for one prompt per replica.
+
+    Args:
+        machine, stage: where.
+        prompt: tokens.
+        steps: in which its weights are read; less than one when prompts share a step.
+        replicas: of the attention that have such a prompt, None: all.
+    """
+    config = machine.config
+    prompts = machine.layout.dp if replicas is None else replicas
+    whole = _prefill_attention_flops(config, prompt)
+    modules = [(stage.weights, stage.num_layers)] + ([(stage.draft, 1)] if stage.draft is not None else [])
+    read, flops = 0.0, Flops()
+    for weights, num_layers in modules:
+        read += steps * machine.read_bytes(weights, prompts * prompt / steps) + min(steps, 1) * weights.head_bytes
+        flops += machine.products(weights, on_rank=prompt, everyone=prompts * prompt, heads=1)
+        flops += machine.attention(whole) * num_layers
+    return max(read / machine.bandwidth, machine.seconds(flops))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer_weights(config: ModelConfig, layer: int, layout: Layout, precision: Precision) -> _Weights:
+    return _sum_weights(config, layer_matrices(config, layer), layout, precision)
+
+
+def _sum_weights(config: ModelConfig, matrices: Iterable[Matrix], layout: Layout, precision: Precision) -> _Weights:
+    total = _Weights()
+    for matrix in matrices:
+        held, flops = rank_weight_bytes(matrix, layout, precision), linear_flops(config, [matrix])
+        if matrix.name == "lm_head":
+            total += _Weights(head_bytes=held, head=flops)
+        elif matrix.sharding == "experts":
+            total += _Weights(expert_bytes=held, experts=flops)
+        else:
+            total += _Weights(fixed_bytes=held, fixed=flops)
+    return total
+
+
+def _attention_flops(config: ModelConfig, context: int) -> Flops:
+    """Of one token in one layer; a context that is selected whole needs no scores."""
+    flops = attention_flops(config, context, num_layers=1)
+    return flops if context > config.index_topk else Flops(bf16=flops.bf16)
+
+
+def _prefill_attention_flops(config: ModelConfig, prompt: int) -> Flops:
+    """Of a prompt in one layer, without the scores of tokens that see no more keys than are selected."""
+    near = min(prompt, config.index_topk)
+    unneeded = indexer_flops(config, near * (near + 1) / 2)
+    flops = prefill_attention_flops(config, prompt, num_layers=1)
+    return Flops(fp8=flops.fp8 - unneeded, bf16=flops.bf16)
 
 
 def seconds(work: Flops, target: TargetConfig, precision: Precision) -> float:
@@ -224,27 +391,6 @@ def cache_read_bytes(config: ModelConfig, kv_format: KvFormat, context: int) -> 
     return index * scored + (both - index) * min(context, config.index_topk)
 
 
-def experts_hit(num_experts: int, per_token: int, num_tokens: int) -> float:
+def experts_hit(num_experts: int, per_token: int, num_tokens: float) -> float:
     """Return how many experts a step of `num_tokens` reads, if tokens choose evenly and independently."""
     return num_experts * (1.0 - (1.0 - per_token / num_experts) ** num_tokens)
-
-
-def _read_bytes(matrix: Matrix, layout: Layout, precision: Precision, num_tokens: int) -> float:
-    held = rank_weight_bytes(matrix, layout, precision)
-    if matrix.name == "embed_tokens":
-        return 0.0  # a few rows
-    if matrix.sharding != "experts":
-        return held
-    experts = matrix.count // 2 if matrix.name.endswith("gate_up") else matrix.count
-    active = matrix.active // 2 if matrix.name.endswith("gate_up") else matrix.active
-    return held * experts_hit(experts, active, num_tokens) / experts
-
-
-def _stage_matrices(config: ModelConfig, layers: Iterable[int], *, is_first: bool, is_last: bool) -> Iterator[Matrix]:
-    first, last = end_matrices(config)
-    if is_first:
-        yield from first
-    for layer in layers:
-        yield from layer_matrices(config, layer)
-    if is_last:
-        yield from last

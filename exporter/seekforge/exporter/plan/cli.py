@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,40 @@ from rich.table import Table
 
 from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
 from seekforge.exporter.configs import known, load_yaml
-from seekforge.exporter.plan.answer import GPU_COUNTS, Answer, Question, answer, best, fewest
-from seekforge.plugins.charts import Line, Panel, check_chart, tokens, write_charts
+from seekforge.exporter.plan.answer import GPU_COUNTS, Answer, Question, answer, best, fewest, nearest_count
+from seekforge.exporter.plan.chart import Row, write_plan_chart
+from seekforge.plugins.charts import check_chart, tokens
 from seekforge.plugins.errors import ConfigError, TargetError
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.sizing import (
     GIB,
+    KvFormat,
     Layout,
+    Precision,
+    RankMemory,
     Workload,
     active_parameters,
     cache_bytes_per_token,
     checkpoint_bytes,
     fault_of,
     num_parameters,
-    rank_memory,
     weight_bytes,
 )
 
 _CONTEXTS = "1K,8K,32K,63K,125K,160K"
+#: Contexts that a chart marks when none are asked for.
+_MARKED = "1K,63K,125K"
+#: Columns of a breakdown, by the parts of `RankMemory`.
+_PARTS = {
+    "weights": "weights",
+    "cache": "cache",
+    "indexer_scores": "indexer scores",
+    "scratch": "other scratch",
+    "activations": "activations",
+    "graphs": "CUDA graphs",
+    "cuda_context": "CUDA context",
+    "communication": "communication",
+}
 
 
 @click.command("plan")
@@ -50,7 +67,7 @@ _CONTEXTS = "1K,8K,32K,63K,125K,160K"
     "--kv-cache-dtype", type=click.Choice(["fp8_ds", "bf16"]), default="fp8_ds", show_default=True, help="Of the cache."
 )
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")
-@click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw memory over context: .png or .svg.")
+@click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw GPUs and memory: .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     model: str,
@@ -62,8 +79,8 @@ def plan(
     pp: int | None,
     context: str,
     batch: int,
-    precisions: tuple[str, ...],
-    kv_cache_dtype: str,
+    precisions: tuple[Precision, ...],
+    kv_cache_dtype: KvFormat,
     mtp: bool,
     chart: Path | None,
     as_json: bool,
@@ -75,30 +92,32 @@ def plan(
     if chart is not None:
         check_chart(chart)
     config = read_config(model)
-    contexts = [parse_tokens(part, config) for part in context.split(",") if part.strip()]
-    targets = [load_target(name) for name in names] or [target for target in all_targets() if target.gpu is not None]
+    contexts = parse_contexts(context, config)
+    targets = [load_target(name) for name in dict.fromkeys(names)] or [
+        target for target in all_targets() if target.gpu is not None
+    ]
     for target in targets:
         if target.gpu is None:
             raise TargetError(f"target {target.name} is no GPU; 'seekforge plan' sizes GPUs")
     if mtp and config.mtp_layer is None:
         raise ConfigError(f"{model}: has no MTP module (num_nextn_predict_layers is 0); leave --mtp out")
     layout = _layout(tp, dp, pp, num_gpus, config)
-    questions = [
-        Question(precision, kv_cache_dtype, mtp)  # pyright: ignore[reportArgumentType]
-        for precision in precisions or ("fp8", "bf16")
-    ]
-    rows = []
+    wanted: Iterable[Precision] = dict.fromkeys(precisions) or ("fp8", "bf16")
+    questions = [Question(precision, kv_cache_dtype, mtp) for precision in wanted]
+    rows: list[Row] = []
     for question in questions:
         for target in targets:
             for length in contexts:
                 work = Workload(length, batch, target.limits.max_num_batched_tokens, 1 if mtp else 0)
-                rows.append((question, target, length, _answer(config, target, work, question, layout, num_gpus)))
+                found = _answer(config, target, work, question, layout, num_gpus)
+                rows.append(Row(question, target, work, found))
     if chart is not None:
-        _write_chart(chart, config, model, targets, questions[0], batch, layout, num_gpus)
+        marked = parse_contexts(_MARKED, config) if context == _CONTEXTS else contexts
+        write_plan_chart(chart, config, rows, model=Path(model).name, marked=marked)
     if as_json:
-        click.echo(json.dumps(_json(config, rows, batch, kv_cache_dtype), indent=1))
+        click.echo(json.dumps(_json(config, rows, kv_cache_dtype, mtp=mtp), indent=1))
     else:
-        _print(config, rows, batch, kv_cache_dtype, mtp=mtp)
+        _print(config, rows, kv_cache_dtype, mtp=mtp)
         if chart is not None:
             click.echo(f"wrote {chart}")
 
@@ -138,8 +157,22 @@ def parse_tokens(text: str, config: ModelConfig) -> int:
     return count
 
 
+def parse_contexts(text: str, config: ModelConfig) -> list[int]:
+    """Return the numbers of tokens in `1K,63K`, each once, in ascending order.
+
+    Raises:
+        ConfigError: none of them, or one that `parse_tokens` refuses.
+    """
+    found = sorted({parse_tokens(part, config) for part in text.split(",") if part.strip()})
+    if not found:
+        raise ConfigError(f"--context {text!r}: names no context; give tokens such as 131072 or 1K,63K,125K")
+    return found
+
+
 def _layout(tp: int | None, dp: int | None, pp: int | None, num_gpus: int | None, config: ModelConfig) -> Layout | None:
     if tp is None and dp is None and pp is None:
+        if num_gpus is not None and (nearest := nearest_count(num_gpus, config)) != num_gpus:
+            raise ConfigError(f"--num-gpus {num_gpus}: no layout has so many GPUs; the nearest count is {nearest}")
         return None
     layout = Layout(tp or 1, dp or 1, pp or 1)
     fault = fault_of(layout, config)
@@ -165,82 +198,86 @@ def _answer(
     return fewest(config, target, work, question)
 
 
-Row = tuple[Question, TargetConfig, int, Answer | None]
-
-
-def _json(config: ModelConfig, rows: list[Row], batch: int, kv_format: str) -> dict[str, Any]:
+def _json(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bool) -> dict[str, Any]:
     return {
         "model": {
-            "parameters": num_parameters(config),
+            "parameters": num_parameters(config, mtp=mtp),
             "active_parameters": active_parameters(config),
             "checkpoint_bytes": checkpoint_bytes(config),
-            "weight_bytes": {p: weight_bytes(config, precision=p) for p in ("fp8", "bf16")},
-            "cache_bytes_per_token": cache_bytes_per_token(config, kv_format),  # pyright: ignore[reportArgumentType]
+            "weight_bytes": {p: weight_bytes(config, mtp=mtp, precision=p) for p in ("fp8", "bf16")},
+            "cache_bytes_per_token": _cache_bytes_per_token(config, kv_format, mtp=mtp),
         },
         "answers": [
             {
-                "target": target.name,
-                "precision": question.precision,
-                "kv_cache_dtype": question.kv_format,
-                "mtp": question.mtp,
-                "context": context,
-                "batch": batch,
-                "fits": found is not None and found.fits,
-                **(
-                    {}
-                    if found is None
-                    else {
-                        "num_gpus": found.layout.num_gpus,
-                        "tp": found.layout.tp,
-                        "dp": found.layout.dp,
-                        "pp": found.layout.pp,
-                        "bytes_per_gpu": asdict(found.memory) | {"total": found.memory.total, "usable": found.usable},
-                        "max_context": found.max_context,
-                        "max_batch": found.max_batch,
-                        "bounds": asdict(found.speed),
-                    }
-                ),
+                "target": row.target.name,
+                "precision": row.question.precision,
+                "kv_cache_dtype": row.question.kv_format,
+                "mtp": row.question.mtp,
+                "context": row.work.context,
+                "batch": row.work.batch,
+                "fits": row.found is not None and row.found.fits,
+                **({} if row.found is None else _json_found(row.found)),
             }
-            for question, target, context, found in rows
+            for row in rows
         ],
     }
 
 
-def _print(config: ModelConfig, rows: list[Row], batch: int, kv_format: str, *, mtp: bool) -> None:
+def _json_found(found: Answer) -> dict[str, Any]:
+    return {
+        "num_gpus": found.layout.num_gpus,
+        "tp": found.layout.tp,
+        "dp": found.layout.dp,
+        "pp": found.layout.pp,
+        "bytes_per_gpu": asdict(found.memory) | {"total": found.memory.total, "usable": found.usable},
+        "max_context": found.max_context,
+        "max_batch": found.max_batch,
+        "bounds": asdict(found.speed),
+    }
+
+
+def _cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, mtp: bool) -> int:
+    return cache_bytes_per_token(config, kv_format, num_layers=config.num_hidden_layers + mtp)
+
+
+def _print(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bool) -> None:
     console = Console(highlight=False, width=None if Console().is_terminal else 140)
-    per_token = cache_bytes_per_token(config, kv_format)  # pyright: ignore[reportArgumentType]
     console.print(
-        f"{num_parameters(config) / 1e9:.2f} B parameters, {active_parameters(config) / 1e9:.2f} B active per token, "
+        f"{num_parameters(config, mtp=mtp) / 1e9:.2f} B parameters{' with MTP' if mtp else ''}, "
+        f"{active_parameters(config) / 1e9:.2f} B active per token, "
         f"checkpoint {checkpoint_bytes(config) / GIB:.1f} GiB; weights on one GPU: FP8 "
         f"{weight_bytes(config, mtp=mtp) / GIB:.1f} GiB, BF16 "
-        f"{weight_bytes(config, mtp=mtp, precision='bf16') / GIB:.1f} GiB; cache {kv_format}: {per_token:,} B per token"
+        f"{weight_bytes(config, mtp=mtp, precision='bf16') / GIB:.1f} GiB; cache {kv_format}: "
+        f"{_cache_bytes_per_token(config, kv_format, mtp=mtp):,} B per token"
     )
-    for precision in dict.fromkeys(question.precision for question, *_ in rows):
-        table = Table(
-            title=f"weights in {precision.upper()}, batch {batch}" + (", with MTP" if mtp else ""),
-            title_justify="left",
-            caption="GiB on the fullest GPU; speeds are upper bounds from bandwidth and FLOPs, all sequences together",
-            caption_justify="left",
-        )
+    caption = (
+        "GiB on the fullest GPU; tok/s are upper bounds from bandwidth and FLOPs, if experts are chosen evenly: decode "
+        f"of all sequences{', if every draft is accepted' if mtp else ''}; prefill in steps full of prompts"
+    )
+    for precision in dict.fromkeys(row.question.precision for row in rows):
+        of_precision = [row for row in rows if row.question.precision == precision]
+        title = f"weights in {precision.upper()}, batch {rows[0].work.batch}{', with MTP' if mtp else ''}"
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         for name in ("GPU", "context", "GPUs", "as", "weights", "cache", "other", "of"):
             table.add_column(name, justify="left" if name in ("GPU", "as") else "right")
         for name in ("max context", "max batch", "decode tok/s", "prefill tok/s"):
             table.add_column(name, justify="right")
         before = ""
-        for question, target, context, found in rows:
-            if question.precision != precision:
-                continue
-            name = target.name if target.name != before else ""
-            before = target.name
-            table.add_row(name, tokens(context), *_cells(found), end_section=context == rows[-1][2])
+        for row in of_precision:
+            name = row.target.name if row.target.name != before else ""
+            before = row.target.name
+            is_last = row.work.context == rows[-1].work.context
+            table.add_row(name, tokens(row.work.context), *_cells(row.found), end_section=is_last)
         console.print(table)
+        if len({row.target.name for row in rows}) == 1:
+            console.print(_breakdown(of_precision))
 
 
 def _cells(found: Answer | None) -> tuple[str, ...]:
     if found is None:
         return (f"> {GPU_COUNTS[-1]}", *[""] * 9)
     memory = found.memory
-    other = memory.scratch + memory.activations + memory.reserve
+    other = memory.total - memory.weights - memory.cache
     sizes = [f"{size / GIB:.1f}" for size in (memory.weights, memory.cache, other, found.usable)]
     if not found.fits:
         over = f"{(memory.total - found.usable) / GIB:.1f} GiB over"
@@ -256,45 +293,16 @@ def _cells(found: Answer | None) -> tuple[str, ...]:
     )
 
 
-def _write_chart(
-    path: Path,
-    config: ModelConfig,
-    model: str,
-    targets: list[TargetConfig],
-    question: Question,
-    batch: int,
-    layout: Layout | None,
-    num_gpus: int | None,
-) -> None:
-    """Memory of one GPU over context: a line per target, at its number of GPUs for the longest context."""
-    longest = config.max_position_embeddings
-    marks = [2**power for power in range(10, longest.bit_length()) if 2**power < longest] + [longest]
-    lines, limits = [], {}
-    for target in targets:
-        assert target.gpu is not None
-        work = Workload(longest, batch, target.limits.max_num_batched_tokens, 1 if question.mtp else 0)
-        found = _answer(config, target, work, question, layout, num_gpus)
-        if found is None:
-            continue
-        points = tuple(
-            (
-                float(length),
-                rank_memory(
-                    config,
-                    found.layout,
-                    Workload(length, batch, work.step_tokens, work.draft_tokens),
-                    precision=question.precision,
-                    kv_format=question.kv_format,
-                    mtp=question.mtp,
-                ).total
-                / GIB,
-            )
-            for length in marks
-        )
-        lines.append(Line(f"{found.layout.num_gpus} × {target.name}, {found.layout}", points))
-        limits[f"{target.name}: {found.usable / GIB:.0f} GiB"] = found.usable / GIB
-    if not lines:
-        raise TargetError(f"nothing to draw: no number of GPUs up to {GPU_COUNTS[-1]} holds {longest} tokens")
-    title = f"{Path(model).name}: memory per GPU, weights {question.precision.upper()}, batch {batch}"
-    panel = Panel(title, "context (tokens)", "GiB on the fullest GPU", tuple(lines), tuple(limits.items()))
-    write_charts(path, [panel])
+def _breakdown(rows: list[Row]) -> Table:
+    """Every part of what one target's fullest GPU holds, per context."""
+    caption = "GiB; 'other scratch' is what other operators need beyond the place of the scores, which they share"
+    table = Table(title="what fills that GPU", title_justify="left", caption=caption, caption_justify="left")
+    names = [part.name for part in fields(RankMemory)]
+    for name in ("context", *(_PARTS[name] for name in names), "total", "of"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if row.found is not None:
+            memory = row.found.memory
+            sizes = [*(getattr(memory, name) for name in names), memory.total, row.found.usable]
+            table.add_row(tokens(row.work.context), *(f"{size / GIB:.2f}" for size in sizes))
+    return table

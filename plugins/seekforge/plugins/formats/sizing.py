@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig
@@ -322,18 +322,32 @@ class Workload:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one GPU of the fullest rank."""
+    """Bytes on one GPU of the fullest rank; each part is counted once.
+
+    Attributes:
+        weights: of the rank, MTP module included where it is asked for.
+        cache: latents and indexer keys.
+        indexer_scores: scores and histograms of the indexer, part of the scratch memory that operators share.
+        scratch: how much longer that shared memory is for the greediest operator.
+        activations: see `activation_bytes`.
+        graphs: captured CUDA graphs.
+        cuda_context: CUDA and its libraries.
+        communication: buffers between ranks; 0 on one GPU.
+    """
 
     weights: int
     cache: int
+    indexer_scores: int
     scratch: int
     activations: int
-    reserve: int
+    graphs: int
+    cuda_context: int
+    communication: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.cache + self.scratch + self.activations + self.reserve
+        return sum(getattr(self, part.name) for part in fields(self))
 
 
 def rank_weight_bytes(matrix: Matrix, layout: Layout, precision: Precision) -> int:
@@ -412,10 +426,15 @@ def scratch_bytes(config: ModelConfig, layout: Layout, work: Workload, kv_format
 
     Operators run one after another, so their scratch memory is shared.
     """
+    return max(operator_scratch_bytes(config, layout, work, kv_format).values())
+
+
+def operator_scratch_bytes(config: ModelConfig, layout: Layout, work: Workload, kv_format: KvFormat) -> dict[str, int]:
+    """Scratch memory that each operator asks for, by its name; the most of both kinds of step."""
     heads, per_rank = config.num_attention_heads // layout.tp, -(-work.batch // layout.dp)
     blocks = -(-work.context // BLOCK_SIZE)
     experts = -(-config.n_routed_experts // layout.ep)
-    sizes = []
+    sizes: dict[str, int] = {}
     for rows, queries in ((1, min(work.step_tokens, work.context)), (per_rank, 1 + work.draft_tokens)):
         tokens = rows * queries * layout.dp  # experts see the tokens of all replicas
         inner, hidden, topk = config.moe_intermediate_size, config.hidden_size, config.num_experts_per_tok
@@ -432,17 +451,14 @@ def scratch_bytes(config: ModelConfig, layout: Layout, work: Workload, kv_format
             (rows, queries, config.index_n_heads, config.index_head_dim), (rows, queries, config.index_n_heads),
             (64, config.index_head_dim), (rows, blocks), (rows, queries),
         ]  # fmt: skip
-        attrs = {"scale": 1.0, "kv_format": kv_format}
-        sizes += [
-            workspace_bytes("MoeExperts", moe, {"act_quant": "ue8m0"}),
-            workspace_bytes("DsaAttention", attention, attrs),
-            workspace_bytes(
-                "DsaIndexer",
-                indexer,
-                {"index_topk": config.index_topk, "indexer_fp8": True, "index_format": kv_format},
-            ),
-        ]
-    return max(sizes)
+        scoring = {"index_topk": config.index_topk, "indexer_fp8": True, "index_format": kv_format}
+        for name, shapes, attrs in (
+            ("MoeExperts", moe, {"act_quant": "ue8m0"}),
+            ("DsaAttention", attention, {"scale": 1.0, "kv_format": kv_format}),
+            ("DsaIndexer", indexer, scoring),
+        ):
+            sizes[name] = max(sizes.get(name, 0), workspace_bytes(name, shapes, attrs))
+    return sizes
 
 
 def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
@@ -480,12 +496,16 @@ def rank_memory(
         if fullest is None or weights + cache > sum(fullest):
             fullest = (weights, cache)
     assert fullest is not None
+    scratch = operator_scratch_bytes(config, layout, work, kv_format)
     return RankMemory(
         weights=fullest[0],
         cache=fullest[1],
-        scratch=scratch_bytes(config, layout, work, kv_format),
+        indexer_scores=scratch["DsaIndexer"],
+        scratch=max(scratch.values()) - scratch["DsaIndexer"],
         activations=activation_bytes(config, layout, work),
-        reserve=reserve_bytes(layout),
+        graphs=GRAPH_BYTES,
+        cuda_context=CONTEXT_BYTES,
+        communication=reserve_bytes(layout) - GRAPH_BYTES - CONTEXT_BYTES,
     )
 
 
