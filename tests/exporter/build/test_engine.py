@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ import pytest
 
 import seekforge.exporter.build.engine as engine
 import seekforge.exporter.build.self_check as self_check
-from seekforge.exporter.build.engine import WEIGHTS, build
+from seekforge.exporter.build.engine import WEIGHTS, build, check
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.progress import Stages
+from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.errors import EngineError, OutputError, ProgramError, TargetError
 from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.manifest import load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.numerics import NUMERICS
 from seekforge.plugins.formats.program import load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
 
@@ -84,6 +87,7 @@ def test_the_manifest_covers_every_file(tiny_engines: dict[str, Path]) -> None:
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {entry.path for entry in manifest.files} == files - {"manifest.json"}
     verify_files(folder, manifest, full=True)
+    assert "target.yaml" in {entry.path for entry in manifest.files}
     assert manifest.cache.bytes_per_block == 64 * 4 * 5 * (128 + 64 + 128)
     assert manifest.limits.max_model_len == 131072
 
@@ -140,6 +144,97 @@ def test_a_folder_that_is_taken_is_said_before_the_weights_are_scanned(
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists and is not empty"):
         build_cpu(tiny_programs["exact"], tmp_path, tiny_checkpoint)
+
+
+def test_the_effective_target_lies_beside_the_engine(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = load_target("cpu", ["precision=int8", "limits.max_batch_size=3", "title=mine"])
+    build(
+        tiny_programs["exact"],
+        tmp_path / "engine",
+        target=asked,
+        checkpoint_folder=tiny_checkpoint,
+        max_model_len=512,
+        force=False,
+        progress=Stages(quiet=True),
+    )
+    found = load_target(str(tmp_path / "engine" / "target.yaml"))
+    assert found == asked.changed(["limits.max_model_len=512"]), "it can be built from again"
+    manifest = load_manifest(tmp_path / "engine")
+    assert found.limits == manifest.limits
+    assert "target.yaml" in {file.path for file in manifest.files}
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8", "int4"])
+def test_the_weights_are_as_large_as_was_said_before_work(
+    tiny_programs: dict[str, Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "make_self_check", lambda *args: None)
+    target = load_target("cpu", [f"precision={precision}"])
+    out = tmp_path / "engine"
+    said = check(tiny_programs["fp8"], out, target=target, checkpoint_folder=tiny_checkpoint, max_model_len=1000)
+    build_cpu(tiny_programs["fp8"], out, tiny_checkpoint, 1000, precision)
+    assert (out / WEIGHTS).stat().st_size == said.weight_bytes
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(engine.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(engine, "scan_values", lambda *args, **kwargs: pytest.fail("the weights were scanned"))
+
+
+@pytest.mark.parametrize(
+    ("free", "precision", "message"),
+    [
+        (60_000_000, "f32", r"takes 129\.\d MB at f32, and .* has 60\.0 MB free; pass --precision int4 \(57\.\d MB\)"),
+        (
+            50_000_000,
+            "f32",
+            r"\d of its 4 layers fit with --precision int4: export with --num-layers \d, or pass an OUT",
+        ),
+        (50_000_000, "int4", r"\d of its 4 layers fit: export with --num-layers \d, or pass an OUT"),
+        (1_000_000, "int8", r"has 1\.0 MB free; not one layer fits, or pass an OUT on a larger disk"),
+    ],
+)
+def test_a_disk_that_is_too_small_is_said_before_work(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_programs: dict[str, Path],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    free: int,
+    precision: str,
+    message: str,
+) -> None:
+    _full_disk(monkeypatch, free)
+    with pytest.raises(OutputError, match=message):
+        build_cpu(tiny_programs["exact"], tmp_path / "a" / "engine", tiny_checkpoint, precision=precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_part_of_a_model_a_smaller_part_is_named(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    export(tiny_checkpoint, tmp_path / "part", numerics=NUMERICS["exact"], layer_range=(1, 3))
+    _full_disk(monkeypatch, 40_000_000)
+    with pytest.raises(OutputError, match="1 of its 2 layers fit with --precision int4: export with --layers 1-1"):
+        build_cpu(tmp_path / "part", tmp_path / "engine", tiny_checkpoint)
+
+
+def test_a_machine_that_is_too_small_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The engine may be for another machine, and weights are mapped: it is no refusal."""
+    for memory, warned in ((None, False), (1 << 40, False), (1 << 20, True)):
+        monkeypatch.setattr(engine, "_memory_bytes", lambda memory=memory: memory)
+        planned = check(
+            tiny_programs["exact"], tmp_path / "x", target=load_target("cpu"), checkpoint_folder=tiny_checkpoint
+        )
+        assert ("at the speed of the disk" in planned.warning) == warned
+    assert "this machine has 1.0 MB of memory" in planned.warning
 
 
 @pytest.mark.parametrize("length", (0, -1, 163841))

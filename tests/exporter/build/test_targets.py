@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from seekforge.exporter.build.targets import all_targets, load_target
+from seekforge.exporter.build.targets import all_targets, asked_limits, load_target
 from seekforge.exporter.build.targets_cli import markdown_tables
 from seekforge.plugins.errors import TargetError
 
@@ -49,17 +49,41 @@ def test_changes_are_applied_in_order() -> None:
         ("limits.max_batch=3", "unknown key 'limits.max_batch', known: .*did you mean max_batch_size"),
         ("limits.max_batch_size=x", "key 'limits.max_batch_size'"),
         ("limits.max_batch_size", "expected KEY=VALUE"),
-        ("foo.bar=1", "'foo' is no group of keys"),
+        ("foo.bar=1", "'foo' is no group of keys; known: gpu, limits, profiles$"),
+        ("profiles.foo.max_batch=3", "'profiles.foo' is no group of keys; known: decode, prefill"),
+        ("profiles.decode.max_batch=3", "unknown key 'profiles.decode.max_batch', known: max_batch_size"),
+        (
+            "limits.max_batch_size.x=3",
+            "'limits.max_batch_size' is no group of keys; pass --set limits.max_batch_size=V",
+        ),
         ("sm=91", "sm 91 is not one that tensorrt compiles for"),
         ("also=[89]", "also is for tensorrt-rtx"),
         ("precision=f32", "a GPU target computes in bf16"),
         ("gpu=null", "sm, gpu and profiles are needed"),
         ("gpu.bf16_tflops=-1", "key 'gpu.bf16_tflops'"),
+        ("gpu.memory_gib=.inf", "key 'gpu.memory_gib': .*finite"),
+        ("gpu.fp8_tflops=.nan", "key 'gpu.fp8_tflops': .*finite"),
+        ("gpu.memory_gib=1e300", "key 'gpu.memory_gib': .*less than or equal"),
+        ("limits.max_model_len=.inf", "key 'limits.max_model_len'"),
+        ("profiles.decode.max_batch_size=.inf", "key 'profiles.decode.max_batch_size': .*finite"),
     ],
 )
 def test_a_wrong_change_is_named(setting: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         load_target("h100", [setting])
+
+
+def test_what_a_user_asks_for_is_told_from_defaults() -> None:
+    assert asked_limits(["limits.max_batch_size=3", "gpu.memory_gib=3", "precision=bf16"]) == {"max_batch_size"}
+    everything = "limits={max_model_len: 1, max_batch_size: 1, max_num_batched_tokens: 1}"
+    assert asked_limits([everything]) == {"max_model_len", "max_batch_size", "max_num_batched_tokens"}
+    assert asked_limits([]) == frozenset()
+
+
+def test_the_formats_of_a_target_in_words() -> None:
+    assert load_target("a100-80g").formats == "FP8 weights, BF16 products"
+    assert load_target("h100").formats == "FP8 weights, FP8 products"
+    assert load_target("cpu", ["precision=int8"]).formats == "int8 weights"
 
 
 def test_a_file_of_the_user(tmp_path: Path) -> None:

@@ -16,12 +16,15 @@ def show_audit(manifest: Manifest, console: Console) -> None:
     if audit is None:
         return
     console.print(_shares(audit))
+    console.print(f"{_sums(audit)} of the FLOPs")
     sms = ", ".join(f"sm{sm}" for sm in manifest.target.sms)
     uses = manifest.uses()
     plans = ", ".join(
         f"{name} {size / 1e6:.1f} MB{_times(uses[f'{name}.plan'])}" for name, size in audit.plan_bytes.items()
     )
+    library = ", ".join(f"{name} {version}" for name, version in manifest.runtime_versions.items())
     console.print(f"plans for {sms}: {plans}")
+    console.print(f"they run with {library} and no other version")
     console.print(f"plugins: {_counts(audit.plugins)}")
     console.print(f"inlined: {_counts(audit.inlined)}")
     if manifest.plugins:
@@ -37,6 +40,22 @@ def show_audit(manifest: Manifest, console: Console) -> None:
     if source is not None:
         where = "no checkpoint was named at build; pass --checkpoint to run" if source.path is None else source.path
         console.print(f"weights: {where}")
+
+
+def self_check_words(manifest: Manifest) -> str:
+    """Say what proves an engine."""
+    check = manifest.self_check
+    if check is not None:
+        return f"{len(check.prompt_ids)} tokens within {check.tolerance:.2g} logits"
+    if manifest.target.backend == "onnxruntime":
+        return "none, this is a part of a model ('seekforge run' needs a whole one)"
+    return "none yet ('parity' writes it where the GPU is)"
+
+
+def _sums(audit: Audit) -> str:
+    """Return the share of each precision, the largest first."""
+    found = {precision: audit.share(precision) for precision in dict.fromkeys(one.precision for one in audit.products)}
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _shares(audit: Audit) -> Table:

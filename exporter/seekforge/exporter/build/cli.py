@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from seekforge.exporter.build.targets import TargetConfig, load_target
+from seekforge.exporter.build.audit_page import self_check_words
+from seekforge.exporter.build.common import check_out, fit_limits, size_words
+from seekforge.exporter.build.targets import (
+    CPU_PRECISIONS,
+    GPU_PRECISIONS,
+    RTX_SMS,
+    TargetConfig,
+    asked_limits,
+    load_target,
+)
 from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.progress import Stages
-from seekforge.plugins.errors import TargetError
+from seekforge.plugins.errors import EnvironmentFault, TargetError
 
 if TYPE_CHECKING:
     from seekforge.exporter.build.engine import Built
+    from seekforge.exporter.build.engine import Planned as CpuPlanned
     from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned
-    from seekforge.plugins.formats.manifest import Manifest
+    from seekforge.plugins.formats.manifest import Limits, Manifest
 
 _GIB = 1 << 30
 #: Options that only a GPU build knows: name -> value when it was not given.
@@ -33,7 +46,6 @@ _GPU_OPTIONS = {
     "layers_per_engine": None,
     "kernels": True,
     "allow_oversize": False,
-    "dry_run": False,
 }
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -85,7 +97,7 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     help="GPU: compile the plugins' kernels; an engine without can be looked at, not run.  [default: kernels]",
 )
 @click.option("--allow-oversize", is_flag=True, help="GPU: build what does not fit; it is marked and does not load.")
-@click.option("--dry-run", is_flag=True, help="GPU: check everything, say what would be built, build nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be built, build nothing.")
 @click.option("--taps", is_flag=True, help="Let the engine show the tensors inside each layer, for 'parity'.")
 @click.option("--force", is_flag=True, help="Replace an engine that stands at OUT.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
@@ -100,6 +112,8 @@ def build(
     max_batch_size: int | None,
     max_model_len: int | None,
     max_num_batched_tokens: int | None,
+    precision: str | None,
+    dry_run: bool,
     taps: bool,
     force: bool,
     quiet: bool,
@@ -114,30 +128,48 @@ def build(
     config = load_target(target, settings)
     folder = None if checkpoint is None else resolve(checkpoint)
     stages = Stages(quiet=quiet or as_json)
-    if config.backend == "onnxruntime":
-        precision = gpu.pop("precision")
-        if precision is not None:
-            config = config.changed([f"precision={precision}"])
-        for option, value in (
-            *gpu.items(),
-            ("max_batch_size", max_batch_size),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-        ):
-            if value != _GPU_OPTIONS.get(option):
-                name = {"sms": "sm", "kernels": "no-kernels"}.get(option, option.replace("_", "-"))
-                raise TargetError(f"--{name} is for GPU targets, target {config.name} does not know it")
-        if folder is None:
-            raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
-        _build_cpu(program, out, config, folder, max_model_len, taps, force, quiet, as_json, stages)
-        return
-    if taps and gpu["layers_per_engine"] is not None:
-        raise TargetError("--taps shows the layers of one plan; leave out --layers-per-engine")
     limits = {
         "max_batch_size": max_batch_size,
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-    _build_gpu(program, out, config, folder, limits, gpu | {"taps": taps}, force, quiet, as_json, stages)
+    config = with_options(config, limits, precision)
+    asked = asked_limits(settings) | {name for name, value in limits.items() if value is not None}
+    if config.backend == "onnxruntime":
+        for option, value in gpu.items():
+            if value != _GPU_OPTIONS[option]:
+                name = {"sms": "sm", "kernels": "no-kernels"}.get(option, option.replace("_", "-"))
+                raise TargetError(f"--{name} is for GPU targets, target {config.name} does not know it")
+        if folder is None:
+            raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
+        if dry_run:
+            _check_cpu(program, out, config, folder, asked, force, as_json, stages)
+        else:
+            _build_cpu(program, out, config, folder, asked, taps, force, quiet, as_json, stages)
+        return
+    if taps and gpu["layers_per_engine"] is not None:
+        raise TargetError("--taps shows the layers of one plan; leave out --layers-per-engine")
+    gpu |= {"taps": taps, "dry_run": dry_run}
+    _build_gpu(program, out, config, folder, asked, gpu, force, quiet, as_json, stages)
+
+
+def _check_cpu(
+    program: Path,
+    out: Path,
+    target: TargetConfig,
+    checkpoint: Path,
+    asked: Collection[str],
+    force: bool,
+    as_json: bool,
+    stages: Stages,
+) -> None:
+    from seekforge.exporter.build.engine import check  # brings torch, which GPU builds do without
+
+    stages("read program and checkpoint")
+    planned = check(program, out, target=target, checkpoint_folder=checkpoint, asked=asked)
+    check_out(out, force=force)
+    stages.done()
+    sys.stdout.write(_cpu_dry_run(planned, target, out, as_json))
 
 
 def _build_cpu(
@@ -145,7 +177,7 @@ def _build_cpu(
     out: Path,
     target: TargetConfig,
     checkpoint: Path,
-    max_model_len: int | None,
+    asked: Collection[str],
     taps: bool,
     force: bool,
     quiet: bool,
@@ -159,10 +191,11 @@ def _build_cpu(
         out,
         target=target,
         checkpoint_folder=checkpoint,
-        max_model_len=max_model_len,
+        max_model_len=None,
         force=force,
         progress=stages,
         taps=taps,
+        asked=asked,
     )
     stages.done()
     if as_json:
@@ -176,7 +209,7 @@ def _build_gpu(
     out: Path,
     target: TargetConfig,
     checkpoint: Path | None,
-    limits: dict[str, int | None],
+    asked: Collection[str],
     gpu: dict[str, Any],
     force: bool,
     quiet: bool,
@@ -188,7 +221,7 @@ def _build_gpu(
     from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
     from seekforge.exporter.build.gpu_engine import build_gpu
 
-    target = with_options(target, limits, gpu)
+    target = _with_gpu_options(target, gpu)
     if gpu["timing_cache"] is not None and target.backend == "tensorrt-rtx":
         raise TargetError("--timing-cache is for tensorrt; tensorrt-rtx measures on the GPU that runs the engine")
     choices = Choices(
@@ -205,10 +238,13 @@ def _build_gpu(
     )
     stages("read program and check")
     inputs = open_inputs(program, checkpoint)
+    target = target.model_copy(update={"limits": fit_limits(target.limits, inputs.config, asked)})
     planned = check(inputs, target, choices)
     if gpu["dry_run"]:
+        check_out(out, force=force)
+        missing = _missing_here(inputs, planned, choices)
         stages.done()
-        sys.stdout.write(_dry_run(inputs, planned, choices, out, as_json))
+        sys.stdout.write(_dry_run(inputs, planned, missing, out, as_json))
         return
     manifest = build_gpu(inputs, planned, out, choices=choices, force=force, progress=stages)
     stages.done()
@@ -218,23 +254,83 @@ def _build_gpu(
         console = Console(highlight=False, width=None if Console().is_terminal else 110)
         console.print(f"wrote {out}: {manifest.target.name}")
         show_audit(manifest, console)
-        console.print("self-check: none yet ('parity' writes it where the GPU is)")
+        console.print(f"self-check: {self_check_words(manifest)}")
 
 
-def with_options(target: TargetConfig, limits: dict[str, int | None], gpu: dict[str, Any]) -> TargetConfig:
-    """Return the target as the command line changes it, checked again.
+def with_options(target: TargetConfig, limits: Mapping[str, int | None], precision: str | None) -> TargetConfig:
+    """Return the target as the options change it that all targets know, checked again.
 
     Raises:
-        TargetError: the result is no valid target.
+        TargetError: the target does not take one.
     """
     settings = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
-    if gpu["precision"] is not None:
-        settings.append(f"precision={gpu['precision']}")
+    if precision is not None:
+        on_cpu = target.backend == "onnxruntime"
+        if on_cpu and precision not in CPU_PRECISIONS:
+            raise TargetError(f"--precision {precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
+        if not on_cpu and precision not in GPU_PRECISIONS:
+            known = " or ".join(GPU_PRECISIONS)
+            raise TargetError(f"--precision {precision} is for CPUs; target {target.name} takes {known}")
+        settings.append(f"precision={precision}")
+    return target.changed(settings)
+
+
+def _with_gpu_options(target: TargetConfig, gpu: Mapping[str, Any]) -> TargetConfig:
+    settings = []
     if gpu["kv_cache_dtype"] is not None:
         settings.append(f"kv_format={gpu['kv_cache_dtype']}")
     if gpu["sms"]:
+        if target.backend == "tensorrt":
+            raise TargetError(
+                f"--sm {gpu['sms'][0]} is for tensorrt-rtx; target {target.name} is built by TensorRT, whose "
+                f"plans run on one SM, here sm{target.sm}: pass the target of the other GPU "
+                "('seekforge targets' lists them)"
+            )
+        wrong = next((sm for sm in gpu["sms"] if sm not in RTX_SMS), None)
+        if wrong is not None:
+            known = ", ".join(map(str, RTX_SMS))
+            raise TargetError(f"--sm {wrong} is not one that tensorrt-rtx compiles for ({known})")
         settings.append(f"also={[*target.also, *gpu['sms']]}")
     return target.changed(settings)
+
+
+def _missing_here(inputs: Inputs, planned: Planned, choices: Choices) -> list[str]:
+    """Return what this machine lacks for a build, one sentence each. A plan may be made where the build is not.
+
+    Raises:
+        ShapeError: there are no kernels for the model's sizes, on no machine.
+    """
+    from seekforge.exporter.build.gpu_kernels import kernel_tasks
+    from seekforge.plugins.tensorrt.library import load
+
+    target = planned.target
+    assert target.backend != "onnxruntime" and target.sm is not None
+    missing = []
+    try:
+        load(target.backend)
+    except EnvironmentFault as error:
+        missing.append(str(error))
+    if target.backend == "tensorrt" and target.sm not in _sms_here():
+        missing.append(f"no GPU of sm{target.sm} here; TensorRT measures on the GPU that it builds for")
+    if choices.kernels:
+        try:
+            kernel_tasks(inputs.program, inputs.config, target, planned.plugins)
+        except EnvironmentFault as error:
+            missing.append(str(error))
+    return missing
+
+
+def _sms_here() -> list[int]:
+    """Ask nvidia-smi for the SMs of the GPUs here; none where there is no answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    question = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line.replace(".", "")) for line in answer.split() if line.replace(".", "").isdigit()]
 
 
 def parse_size(text: str) -> int:
@@ -249,7 +345,35 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _SIZES[match[2]]
 
 
-def _dry_run(inputs: Inputs, planned: Planned, choices: Choices, out: Path, as_json: bool) -> str:
+def _steps(limits: Limits) -> str:
+    return (
+        f"sequences of up to {limits.max_model_len:,} tokens, steps of up to {limits.max_batch_size:,} sequences and "
+        f"{limits.max_num_batched_tokens:,} tokens"
+    )
+
+
+def _cpu_dry_run(planned: CpuPlanned, target: TargetConfig, out: Path, as_json: bool) -> str:
+    facts = {
+        "path": str(out),
+        "target": target.name,
+        "backend": target.backend,
+        "precision": target.precision,
+        "layers": planned.program.layer_range,
+        "limits": planned.limits.model_dump(),
+        "weight_bytes": planned.weight_bytes,
+        "disk_free_bytes": planned.free_bytes,
+        "warning": planned.warning or None,
+    }
+    if as_json:
+        return json.dumps(facts) + "\n"
+    return (
+        f"would build {out} for {target.name} ({target.backend})\n{target.formats}; {_steps(planned.limits)}\n"
+        f"expected {size_words(planned.weight_bytes)} of weights, {size_words(planned.free_bytes)} free on the disk\n"
+        + (f"{planned.warning}\n" if planned.warning else "")
+    )
+
+
+def _dry_run(inputs: Inputs, planned: Planned, missing: list[str], out: Path, as_json: bool) -> str:
     ops = {op: use.num_nodes for op, use in inputs.program.ops.items()}
     target = planned.target
     facts = {
@@ -266,6 +390,7 @@ def _dry_run(inputs: Inputs, planned: Planned, choices: Choices, out: Path, as_j
         "device_bytes": planned.device_bytes,
         "oversize": planned.oversize,
         "profiles": list(target.profiles),
+        "missing": missing,
     }
     if as_json:
         return json.dumps(facts) + "\n"
@@ -274,9 +399,10 @@ def _dry_run(inputs: Inputs, planned: Planned, choices: Choices, out: Path, as_j
     inlined = ", ".join(f"{ops[op]} {op}" for op in planned.inlined) or "none"
     return (
         f"would build {out} for {target.name} ({', '.join(f'sm{sm}' for sm in target.sms)}, {target.backend})\n"
-        f"products {target.products}, caches {target.kv_format}, FP8 weights as {planned.how.fp8_storage}\n"
+        f"{target.formats}, caches {target.kv_format}; {_steps(planned.limits)}\n"
         f"plugins: {plugins}\ninlined: {inlined}\n"
         f"expected memory {total:.1f} GiB of {usable:.1f} GiB{' (oversize)' if planned.oversize else ''}\n"
+        + "".join(f"not on this machine: {one}\n" for one in missing)
     )
 
 
@@ -312,7 +438,7 @@ def _summary(built: Built, out: Path, seconds: dict[str, float]) -> dict[str, ob
 def _sentence(built: Built, out: Path) -> str:
     check = built.manifest.self_check
     nodes = " + ".join(str(count) for count in built.num_nodes.values())
-    proof = "a part of a model: no self-check, and 'seekforge run' needs a whole one\n"
+    proof = f"self-check: {self_check_words(built.manifest)}\n"
     if check is not None:
         proof = (
             f"self-check: {len(check.prompt_ids)} tokens, {len(check.rows)} rows equal to PyTorch within "

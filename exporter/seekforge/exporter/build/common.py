@@ -1,19 +1,31 @@
-"""What every kind of engine carries along from its program."""
+"""What builds for every kind of target share: what is checked before work, and what each engine carries along."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import Final
 
 import onnx
+import yaml
 
+from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.layers import truncate
-from seekforge.plugins.errors import ProgramError
+from seekforge.plugins.errors import ProgramError, TargetError
 from seekforge.plugins.formats.bindings import Recipe
+from seekforge.plugins.formats.files import atomic_folder
+from seekforge.plugins.formats.manifest import MANIFEST, Limits
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import GraphIO, Program
+
+#: The effective configuration of a build, beside the engine.
+TARGET_FILE: Final = "target.yaml"
+#: Sizes of a step are 31-bit numbers.
+_MOST = 2**31 - 1
 
 
 def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
@@ -75,6 +87,88 @@ def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelCon
             f"{folder}: {key} is {theirs}, the program was exported for {ours}; "
             "pass the checkpoint it was exported from, or export again"
         )
+
+
+def fit_limits(limits: Limits, config: ModelConfig, asked: Collection[str]) -> Limits:
+    """Return the limits of an engine: what was asked for as it is, a target's own defaults cut to what is possible.
+
+    Args:
+        limits: of the target, as changed by the user.
+        config: of the model.
+        asked: the limits that the user named; the others are defaults.
+
+    Raises:
+        TargetError: what was asked for cannot be.
+    """
+    given = limits.model_dump()
+    longest = config.max_position_embeddings
+    if "max_model_len" not in asked:
+        given["max_model_len"] = min(given["max_model_len"], longest)
+    elif not 0 < given["max_model_len"] <= longest:
+        raise TargetError(
+            f"--max-model-len is {given['max_model_len']}, expected 1 to {longest} "
+            "(max_position_embeddings of the model)"
+        )
+    for name, value in given.items():
+        if not 0 < value <= _MOST:
+            bound = "at least 1" if value < 1 else f"at most {_MOST}"
+            raise TargetError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
+    batch, tokens = given["max_batch_size"], given["max_num_batched_tokens"]
+    why = "a decode step has one token of each sequence"
+    if batch > tokens:
+        if "max_num_batched_tokens" not in asked:
+            raise TargetError(
+                f"--max-batch-size is {batch}, and --max-num-batched-tokens is {tokens} where nothing is asked: {why}; "
+                f"pass --max-num-batched-tokens {batch} too"
+            )
+        if "max_batch_size" in asked:
+            raise TargetError(
+                f"--max-num-batched-tokens is {tokens}, expected at least --max-batch-size {batch}: {why}"
+            )
+        given["max_batch_size"] = tokens
+    return Limits(**given)
+
+
+def size_words(num_bytes: int) -> str:
+    """Return bytes as people say them, such as `2.7 GB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+class _NotNow(Exception):
+    """Leaves a folder unwritten."""
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse an OUT that a build would refuse when it begins to write; leaves nothing behind.
+
+    Raises:
+        OutputError: it is taken, or cannot be written.
+    """
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        with contextlib.suppress(_NotNow), atomic_folder(out, force=force, marker=MANIFEST):
+            raise _NotNow
+    finally:
+        for folder in missing:  # the deepest first
+            if folder.is_dir():
+                folder.rmdir()
+
+
+def write_target(folder: Path, target: TargetConfig, limits: Limits) -> str:
+    """Write the effective configuration of a build into an engine folder and return the file's name.
+
+    Args:
+        folder: of the engine.
+        target: as changed by options.
+        limits: of the engine.
+    """
+    effective = target.model_dump(mode="json") | {"limits": limits.model_dump()}
+    text = yaml.safe_dump(effective, sort_keys=False, allow_unicode=True)
+    (folder / TARGET_FILE).write_text(text, encoding="utf-8")
+    return TARGET_FILE
 
 
 def copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:

@@ -1,11 +1,19 @@
 """`build --target cpu`: specialise to f32, fold or quantise the weights, inline the bodies, prove the result, write a
-manifest."""
+manifest.
+
+A CPU engine holds its weights, so before any work their bytes are compared with the disk: a build that would fill it is
+refused. Memory is not: weights are mapped, and the engine may be for another machine; there is a warning.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
+import os
 import platform
-from collections.abc import Callable
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +26,20 @@ from seekforge.exporter.build.common import (
     check_program,
     check_same_model,
     copy_text_files,
+    fit_limits,
     generation_defaults,
     read_graph,
+    size_words,
+    write_target,
 )
 from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.build.quantise import choose
 from seekforge.exporter.build.self_check import make_self_check
-from seekforge.exporter.build.targets import TargetConfig
+from seekforge.exporter.build.targets import Precision, TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
 from seekforge.exporter.parity.taps import expose, name_taps
 from seekforge.exporter.rewrite.specialise import specialise
-from seekforge.plugins.errors import TargetError
+from seekforge.plugins.errors import OutputError, TargetError
 from seekforge.plugins.formats.bindings import Recipe, retarget, tensors_of
 from seekforge.plugins.formats.dtypes import FROM_ONNX, itemsize
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
@@ -56,17 +67,26 @@ from seekforge.plugins.formats.program import (
 from seekforge.plugins.formats.quantised import Quantisation
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.function import attach
+from seekforge.plugins.spec import cdiv
 from seekforge.plugins.specialisation import Specialisation
 
 WEIGHTS = "weights.bin"
 #: The tensors that scale with the context an engine accepts.
 _ROPE_TABLES = ("rope_cos", "rope_sin")
+#: Constants begin at multiples of this (`fold.WeightFile`).
+_ALIGNMENT = 4096
+#: What numbers become in an engine with f32 activations.
+_F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
+#: From the largest engine to the smallest.
+_PRECISIONS: tuple[Precision, ...] = ("f32", "int8", "int4")
 
 
 class Progress(Protocol):
     """What `build` tells about its work; `exporter.progress.Stages` is one."""
 
     def __call__(self, stage: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
     def bytes_bar(self, stage: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
 
@@ -80,6 +100,153 @@ class Built:
     weight_bytes: int
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What will be built: the result of all checks, before any work.
+
+    Attributes:
+        config: of the program.
+        whole: config of the checkpoint.
+        coded: which weights become codes; None: none.
+        weight_bytes: that the engine will hold.
+        free_bytes: of the disk that it will lie on.
+        warning: what the engine will meet on this machine; empty: nothing.
+    """
+
+    program: Program
+    bindings: dict[str, dict[str, Recipe]]
+    config: ModelConfig
+    whole: ModelConfig
+    limits: Limits
+    coded: Quantisation | None
+    weight_bytes: int
+    free_bytes: int
+    warning: str
+
+
+def check(
+    program_folder: Path,
+    out: Path,
+    *,
+    target: TargetConfig,
+    checkpoint_folder: Path,
+    max_model_len: int | None = None,
+    asked: Collection[str] = (),
+) -> Planned:
+    """Decide what will be built, or refuse with one sentence that names what would work. Arguments as in `build`."""
+    if target.backend != "onnxruntime":
+        raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
+    program = load_program(program_folder)
+    bindings = load_bindings(program_folder)
+    check_program(program, bindings, program_folder)
+    config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
+    whole = ModelConfig.load(checkpoint_folder)
+    check_same_model(program, config, whole, checkpoint_folder)
+    limits = target.limits
+    if max_model_len is not None:
+        limits, asked = limits.model_copy(update={"max_model_len": max_model_len}), {*asked, "max_model_len"}
+    limits = fit_limits(limits, config, asked)
+    with Checkpoint.open(checkpoint_folder) as checkpoint:
+        check_structure(checkpoint, whole)
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    sizes = {name: layer_bytes(bindings, _coded(name), limits.max_model_len) for name in _PRECISIONS}
+    needed = sum(sizes[target.precision].values())
+    if needed > free:
+        raise OutputError(_what_would_fit(program, target.precision, sizes, free, place))
+    memory = _memory_bytes()
+    warning = ""
+    if memory is not None and needed > memory:
+        warning = (
+            f"the weights are {size_words(needed)} and this machine has {size_words(memory)} of memory: here the "
+            "engine will run at the speed of the disk, if at all"
+        )
+    return Planned(program, bindings, config, whole, limits, _coded(target.precision), needed, free, warning)
+
+
+def _coded(precision: Precision) -> Quantisation | None:
+    return None if precision == "f32" else choose(precision)
+
+
+def _memory_bytes() -> int | None:
+    """All memory of this machine; None where nobody tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def layer_bytes(
+    bindings: Mapping[str, Mapping[str, Recipe]], coded: Quantisation | None, max_model_len: int
+) -> dict[int | None, int]:
+    """Return layer -> bytes of its weights in an engine; None: what belongs to no layer.
+
+    Args:
+        bindings: graph -> weight or table -> recipe, as a program has them.
+        coded: which weights become codes.
+        max_model_len: rows of the RoPE tables.
+    """
+    found: dict[int | None, int] = defaultdict(int)
+    stored: dict[str, list[Recipe]] = defaultdict(list)
+    for recipes in bindings.values():
+        for name, recipe in recipes.items():
+            if name.removesuffix("_scale") in recipes and name.endswith("_scale"):
+                continue  # of an FP8 weight, which is dequantised
+            if recipe in stored[name]:
+                continue  # graphs share what they both read
+            stored[name].append(recipe)
+            parts = name.split(".")
+            layer = int(parts[1]) if parts[0] == "layers" else None
+            found[layer] += sum(map(_aligned, _constant_bytes(name, recipe, coded, max_model_len)))
+    return dict(found)
+
+
+def _aligned(num_bytes: int) -> int:
+    return cdiv(num_bytes, _ALIGNMENT) * _ALIGNMENT
+
+
+def _constant_bytes(name: str, recipe: Recipe, coded: Quantisation | None, max_model_len: int) -> list[int]:
+    """Return the bytes of what an engine makes of one weight or table: itself, or its codes and their scales."""
+    elements = math.prod(recipe.shape)
+    if name in _ROPE_TABLES:
+        elements = elements // recipe.shape[0] * max_model_len
+    bits = None if coded is None else coded.bits(name)
+    if coded is None or bits is None:
+        return [elements * _F32_BYTES.get(recipe.dtype, itemsize(recipe.dtype))]
+    return [elements * bits // 8, elements // coded.block_size * 4]
+
+
+def _what_would_fit(
+    program: Program, precision: Precision, sizes: Mapping[str, dict[int | None, int]], free: int, place: Path
+) -> str:
+    """Say by how much an engine does not fit on the disk, and what would."""
+    needs = f"the engine takes {size_words(sum(sizes[precision].values()))} at {precision}, and {place} has"
+    smaller = _PRECISIONS[_PRECISIONS.index(precision) + 1 :]
+    for one in smaller:
+        total = sum(sizes[one].values())
+        if total <= free:
+            return (
+                f"{needs} {size_words(free)} free; pass --precision {one} ({size_words(total)}), or an OUT on a "
+                "larger disk"
+            )
+    smallest = smaller[-1] if smaller else precision
+    total = sizes[smallest].get(None, 0)
+    start, stop = program.layer_range
+    fitting = 0
+    for layer in range(start, stop):
+        total += sizes[smallest].get(layer, 0)
+        if total > free:
+            break
+        fitting += 1
+    how = f" with --precision {smallest}" if smaller else ""
+    whole = program.gives_logits and start == 0
+    export = f"--num-layers {fitting}" if whole else f"--layers {start}-{start + fitting - 1}"
+    remedy = (
+        f"{fitting} of its {stop - start} layers fit{how}: export with {export}" if fitting else "not one layer fits"
+    )
+    return f"{needs} {size_words(free)} free; {remedy}, or pass an OUT on a larger disk"
+
+
 def build(
     program_folder: Path,
     out: Path,
@@ -90,6 +257,7 @@ def build(
     force: bool,
     progress: Progress,
     taps: bool = False,
+    asked: Collection[str] = (),
 ) -> Built:
     """Build an engine folder.
 
@@ -98,83 +266,86 @@ def build(
         out: folder to make.
         target: what to build for.
         checkpoint_folder: the weights; must have the program's config.
-        max_model_len: longest sequence that the engine accepts; None takes the target's, capped by the model's.
+        max_model_len: longest sequence that the engine accepts; None takes the target's.
         force: replace an engine that stands at `out`.
         progress: told each stage.
         taps: the graphs also give the tensors inside each layer, for `parity`.
+        asked: limits of the target that a user named; the others are defaults, which are cut to what the model has.
 
     Raises:
         ProgramError, CheckpointError: program or weights are damaged or do not belong together.
         TargetError: the target cannot do this, or is not built here.
         EngineError: the built engine does not compute what PyTorch computes.
-        OutputError: `out` cannot be written.
+        OutputError: `out` cannot be written, or the disk is too small.
     """
-    if target.backend != "onnxruntime":
-        raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
     progress("read program and checkpoint")
-    program = load_program(program_folder)
-    bindings = load_bindings(program_folder)
-    check_program(program, bindings, program_folder)
-    config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
-    found = ModelConfig.load(checkpoint_folder)
-    check_same_model(program, config, found, checkpoint_folder)
-    limits = _limits(target, config, max_model_len)
+    planned = check(
+        program_folder,
+        out,
+        target=target,
+        checkpoint_folder=checkpoint_folder,
+        max_model_len=max_model_len,
+        asked=asked,
+    )
+    if planned.warning:
+        progress.say(planned.warning)
+    program, bindings, config = planned.program, planned.bindings, planned.config
+    limits, coded = planned.limits, planned.coded
     how = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
-    coded = None if target.precision == "f32" else choose(target.precision)
-    with Checkpoint.open(checkpoint_folder) as checkpoint:
-        check_structure(checkpoint, found)
-        with atomic_folder(out, force=force, marker=MANIFEST) as folder:
-            with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
-                scan_values(checkpoint, found, names=_read_tensors(program, bindings), progress=bar)
-            progress("specialise and fold")
-            weights = WeightFile(WEIGHTS)
-            graphs = {
-                name: _fold_graph(program_folder, face, bindings[name], config, how, coded, limits, weights, taps)
-                for name, face in program.graphs.items()
-            }
-            with progress.bytes_bar("dequantise weights" if coded is None else f"{target.precision} weights") as bar:
-                weights.write(folder, checkpoint, bar)
-            progress("inline, check, write")
-            faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
-            files = [*copy_text_files(program, program_folder, folder), "bindings.json"]
-            save_bindings(folder, dict(zip(graphs, weights.attached, strict=True)))
-            self_check = None
-            if program.gives_logits:
-                progress("self-check against PyTorch")
-                self_check = make_self_check(
-                    folder, faces["model"], config, program.numerics, checkpoint, limits, coded
-                )
-            manifest = Manifest(
-                format=ENGINE_FORMAT,
-                seekforge_version=importlib.metadata.version("seekforge"),
-                target=Target(name=target.name, backend=target.backend, sm=target.sm),
-                versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
-                runtime_versions={},
-                program_sha256=sha256_file(program_folder / "program.json"),
-                numerics=program.numerics,
-                layer_range=program.layer_range,
-                graphs=faces,
-                cache=_cache(config, faces),
-                limits=limits,
-                vocab_size=config.vocab_size,
-                num_top_logits=config.num_top_logits,
-                bos_token_id=config.bos_token_id,
-                eos_token_id=config.eos_token_id,
-                generation=generation_defaults(program_folder),
-                tokenizer="tokenizer.json",
-                files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
-                self_check=self_check,
-                config=program.config,
-                build={
-                    "python": platform.python_version(),
-                    "platform": platform.platform(),
-                    "activations": "f32",
-                    "precision": target.precision,
-                    "taps": taps,
-                },
-                quantisation=coded,
-            )
-            manifest = save_manifest(folder, manifest)
+    with (
+        Checkpoint.open(checkpoint_folder) as checkpoint,
+        atomic_folder(out, force=force, marker=MANIFEST) as folder,
+    ):
+        with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
+            scan_values(checkpoint, planned.whole, names=_read_tensors(program, bindings), progress=bar)
+        progress("specialise and fold")
+        weights = WeightFile(WEIGHTS)
+        graphs = {
+            name: _fold_graph(program_folder, face, bindings[name], config, how, coded, limits, weights, taps)
+            for name, face in program.graphs.items()
+        }
+        with progress.bytes_bar("dequantise weights" if coded is None else f"{target.precision} weights") as bar:
+            weights.write(folder, checkpoint, bar)
+        progress("inline, check, write")
+        faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
+        files = [*copy_text_files(program, program_folder, folder), "bindings.json"]
+        save_bindings(folder, dict(zip(graphs, weights.attached, strict=True)))
+        files.append(write_target(folder, target, limits))
+        self_check = None
+        if program.gives_logits:
+            progress("self-check against PyTorch")
+            self_check = make_self_check(folder, faces["model"], config, program.numerics, checkpoint, limits, coded)
+        manifest = Manifest(
+            format=ENGINE_FORMAT,
+            seekforge_version=importlib.metadata.version("seekforge"),
+            target=Target(name=target.name, backend=target.backend, sm=target.sm),
+            versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
+            runtime_versions={},
+            program_sha256=sha256_file(program_folder / "program.json"),
+            numerics=program.numerics,
+            layer_range=program.layer_range,
+            graphs=faces,
+            cache=_cache(config, faces),
+            limits=limits,
+            vocab_size=config.vocab_size,
+            num_top_logits=config.num_top_logits,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            generation=generation_defaults(program_folder),
+            tokenizer="tokenizer.json",
+            files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
+            self_check=self_check,
+            config=program.config,
+            build={
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "activations": "f32",
+                "precision": target.precision,
+                "taps": taps,
+            },
+            quantisation=coded,
+        )
+        manifest = save_manifest(folder, manifest)
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
 
 
@@ -186,20 +357,6 @@ def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]]) -> l
         name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
     )
     return list(dict.fromkeys([*names, *program.unused]))
-
-
-def _limits(target: TargetConfig, config: ModelConfig, max_model_len: int | None) -> Limits:
-    """Return the limits of the engine: the asked length, or the target's default capped by the model's."""
-    if max_model_len is None:
-        length = min(target.limits.max_model_len, config.max_position_embeddings)
-    elif 0 < max_model_len <= config.max_position_embeddings:
-        length = max_model_len
-    else:
-        raise TargetError(
-            f"--max-model-len is {max_model_len}, expected 1 to {config.max_position_embeddings} "
-            "(max_position_embeddings of the model)"
-        )
-    return target.limits.model_copy(update={"max_model_len": length})
 
 
 def _fold_graph(

@@ -16,11 +16,12 @@ from seekforge.plugins.formats.manifest import Limits
 from seekforge.plugins.formats.records import RecordError, UnknownKeyError
 
 Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
+#: Far above any hardware, and what is computed from it stays finite.
+Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 Precision = Literal["f32", "int8", "int4", "bf16", "fp8"]
-#: Those of a CPU; the others are of GPUs.
 CPU_PRECISIONS = ("f32", "int8", "int4")
+GPU_PRECISIONS = ("bf16", "fp8")
 
 #: SMs that TensorRT-RTX compiles for, and those of data-centre GPUs that need TensorRT.
 RTX_SMS = (80, 86, 89, 120, 121)
@@ -120,6 +121,13 @@ class TargetConfig(Strict):
         """The precision in which products of FP8 weights run: fp8 where it was asked and the hardware has it."""
         return "bf16" if self.precision == "fp8" and not self.has_fp8 else self.precision
 
+    @property
+    def formats(self) -> str:
+        """Weights and products in words; weights of a GPU engine are those of the checkpoint, FP8."""
+        if self.backend == "onnxruntime":
+            return f"{self.precision} weights"
+        return f"FP8 weights, {self.products.upper()} products"
+
     def changed(self, settings: Sequence[str]) -> TargetConfig:
         """Return the target with changes such as `limits.max_batch_size=8`.
 
@@ -175,6 +183,16 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
     return _validated(raw, origin)
 
 
+def asked_limits(settings: Sequence[str]) -> frozenset[str]:
+    """Return the limits that changes such as `limits.max_batch_size=8` name: what a user wants, and no default."""
+    found: set[str] = set()
+    for setting in settings:
+        first, *rest = setting.partition("=")[0].split(".")
+        if first == "limits":
+            found.update(rest or Limits.model_fields)
+    return frozenset(found)
+
+
 def all_targets() -> list[TargetConfig]:
     """Return every target of configs/targets, CPU first, then by SM and memory."""
     found = [load_target(name) for name in known("targets")]
@@ -188,10 +206,14 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
     if not equals or not all(keys):
         raise TargetError(f"--set {setting!r}: expected KEY=VALUE with dots, such as limits.max_batch_size=8")
     place: Any = raw
-    for key in keys[:-1]:
-        place = place.get(key) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise TargetError(f"--set {setting!r}: {key!r} is no group of keys; known: {', '.join(raw)}")
+    for depth, key in enumerate(keys[:-1]):
+        inner = place.get(key)
+        if not isinstance(inner, dict):
+            groups = [name for name, value in place.items() if isinstance(value, dict)]
+            name = ".".join(keys[: depth + 1])
+            hint = f"known: {', '.join(groups or place)}" if inner is None else f"pass --set {name}=VALUE"
+            raise TargetError(f"--set {setting!r}: {name!r} is no group of keys; {hint}")
+        place = inner
     try:
         place[keys[-1]] = yaml.safe_load(text)
     except yaml.YAMLError:

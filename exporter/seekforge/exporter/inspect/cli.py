@@ -13,7 +13,8 @@ import onnx
 from rich.console import Console
 from rich.table import Table
 
-from seekforge.exporter.build.audit_page import show_audit
+from seekforge.exporter.build.audit_page import self_check_words, show_audit
+from seekforge.exporter.build.common import size_words
 from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.inspect.describe import describe, kind_of
 from seekforge.exporter.inspect.draw import Format, draw, groups
@@ -78,11 +79,10 @@ def show(about: dict[str, Any], console: Console) -> None:
         target, limits = about["target"], about["limits"]
         console.print(
             f"target {target['name']} ({target['backend']}), up to {limits['max_model_len']:,} tokens, "
-            f"{_size(about['num_bytes'])} in {len(about['files'])} files"
+            f"{size_words(about['num_bytes'])} in {len(about['files'])} files"
         )
-        check = about["self_check"]
-        proof = "none" if check is None else f"{check['num_tokens']} tokens within {check['tolerance']:.2g} logits"
-        console.print(f"self-check: {proof}")
+        manifest = load_manifest(Path(about["path"]))
+        console.print(f"self-check: {self_check_words(manifest)}")
         how = about["quantisation"]
         if how is not None:
             kinds = {
@@ -91,13 +91,14 @@ def show(about: dict[str, Any], console: Console) -> None:
             }
             stored = "; ".join(f"{name} {listed}" for name, listed in kinds.items())
             console.print(f"weights: {stored}; blocks of {how['block_size']}")
-        show_audit(load_manifest(Path(about["path"])), console)
+        show_audit(manifest, console)
     else:
         ranks = about["ranks"]
         if ranks["tp"] * ranks["ep"] > 1:
             console.print(
-                f"of each of {ranks['tp'] * ranks['ep']} ranks (tp {ranks['tp']} x ep {ranks['ep']}), which read "
-                f"{_size(min(ranks['bytes_read']))} to {_size(max(ranks['bytes_read']))} of the checkpoint each"
+                f"of each of {ranks['tp'] * ranks['ep']} ranks (tp {ranks['tp']} x ep {ranks['ep']}), which "
+                f"read {size_words(min(ranks['bytes_read']))} to {size_words(max(ranks['bytes_read']))} of the "
+                "checkpoint each"
             )
         if about["outside"]:
             console.print(f"{sum(about['outside'].values()):,} tensors of the checkpoint lie outside these layers")
@@ -106,14 +107,14 @@ def show(about: dict[str, Any], console: Console) -> None:
 
 
 def _show_checkpoint(about: dict[str, Any], console: Console) -> None:
-    console.print(f"{about['num_tensors']:,} tensors, {_size(about['num_bytes'])} in {about['num_shards']} shards")
+    console.print(f"{about['num_tensors']:,} tensors, {size_words(about['num_bytes'])} in {about['num_shards']} shards")
     table = Table("dtype", "tensors", "elements", "bytes", box=None)
     for dtype, entry in about["dtypes"].items():
-        table.add_row(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", _size(entry["bytes"]))
+        table.add_row(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", size_words(entry["bytes"]))
     console.print(table)
     table = Table("family", "bytes", box=None)
     for family, size in about["bytes_by_family"].items():
-        table.add_row(family, _size(size))
+        table.add_row(family, size_words(size))
     console.print(table)
 
 
@@ -121,17 +122,17 @@ def _files(name: str, graph: dict[str, Any], about: dict[str, Any]) -> str:
     """Say which file a graph is, or by which plans an engine runs its stages."""
     stages = Counter(about.get("stages", {}).get(name, []))
     if not stages:
-        return f"{graph['file']}, {'missing' if graph['file_bytes'] is None else _size(graph['file_bytes'])}"
+        return f"{graph['file']}, {'missing' if graph['file_bytes'] is None else size_words(graph['file_bytes'])}"
     plans = [f"{file} {count} times" if count > 1 else file for file, count in stages.items()]
     size = sum(about["files"].get(file, 0) for file in stages)
-    return f"a step runs {stages.total()} stages by {len(stages)} plans, {_size(size)}: {', '.join(plans)}"
+    return f"a step runs {stages.total()} stages by {len(stages)} plans, {size_words(size)}: {', '.join(plans)}"
 
 
 def _show_graph(title: str, graph: dict[str, Any], console: Console) -> None:
     console.print(title)
     if graph["num_weight_inputs"]:
-        kinds = ", ".join(f"{_size(n)} {dtype}" for dtype, n in graph["weight_bytes_by_dtype"].items())
-        console.print(f"{graph['num_weight_inputs']:,} weight inputs, {_size(graph['weight_bytes'])}: {kinds}")
+        kinds = ", ".join(f"{size_words(n)} {dtype}" for dtype, n in graph["weight_bytes_by_dtype"].items())
+        console.print(f"{graph['num_weight_inputs']:,} weight inputs, {size_words(graph['weight_bytes'])}: {kinds}")
     if graph["op_counts"]:
         custom = {op.removeprefix("seekforge."): n for op, n in graph["op_counts"].items() if "." in op}
         total = sum(graph["op_counts"].values())
@@ -152,10 +153,3 @@ def _collapsed(specs: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[s
         key = (prefix if layer.isdigit() else spec["name"], spec["dtype"], str(spec["shape"]).replace("'", ""))
         result.setdefault(key, []).append(layer)
     return result
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
