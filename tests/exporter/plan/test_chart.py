@@ -97,6 +97,15 @@ def test_what_does_not_fit_is_said_in_the_cell(full: ModelConfig) -> None:
     assert min(y for _, y in column.curves[0].points) > 100
 
 
+def test_a_target_without_a_curve_is_named(full: ModelConfig) -> None:
+    rows = rows_of(full, ["rtx4090", "h200"], ("fp8",))
+    rows[2] = replace(rows[2], found=None)
+    (column,) = plan_columns(full, rows, marked=MARKED)
+    assert [cell.text for cell in column.targets[0][1]] == ["32", "48", "> 128"]
+    assert column.left_out == ("rtx4090",)
+    assert len(column.curves) == 1
+
+
 def test_nothing_to_draw_is_refused(full: ModelConfig) -> None:
     rows = [Row(Question("fp8", "fp8_ds"), load_target("h200"), Workload(1024), None)]
     with pytest.raises(TargetError, match="no number of GPUs up to 128 holds 1K tokens"):

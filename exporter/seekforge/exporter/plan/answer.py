@@ -178,17 +178,11 @@ def _memory(config: ModelConfig, layout: Layout, work: Workload, question: Quest
 
 
 def speed(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Speed:
-    """Bound the decode and prefill speed of a layout.
-
-    A decode step of all sequences takes no less than the slowest pipeline stage for all of them, and no less than one
-    sequence takes through all stages, each of which waits for the one before.
-    """
+    """Bound the decode and prefill speed of a layout."""
     machine = _Machine(config, target, layout, question)
-    per_rank = -(-work.batch // layout.dp)
     cut = machine.stages
-    each = [_decode_s(machine, stage, work, batch=work.batch, per_rank=per_rank) for stage in cut]
-    one = [_decode_s(machine, stage, work, batch=1, per_rank=1) for stage in cut]
-    slowest = max(each, key=max)
+    cycle, bound = _decode_cycle(machine, work)
+    whole = [_decode_s(machine, stage, work, work.batch) for stage in cut]
     produced = work.batch * (1 + work.draft_tokens)
 
     chunk = work.context % work.step_tokens or work.step_tokens
@@ -198,12 +192,12 @@ def speed(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workl
     ]
     short = [_prefill_s(machine, stage, chunk, 1, replicas=1) for stage in cut]
     return Speed(
-        decode_tokens_per_s=produced / max(max(slowest), sum(map(max, one))),
-        decode_step_ms=1e3 * sum(map(max, each)),
-        decode_bound="memory" if slowest[0] >= slowest[1] else "compute",
+        decode_tokens_per_s=produced / cycle,
+        decode_step_ms=1e3 * sum(map(max, whole)),
+        decode_bound=bound,
         prefill_tokens_per_s=layout.dp * work.context / max(packed),
         # while one stage works off the prompt, the others need at least the shortest chunk
-        prefill_s=max(sum(short) - before + whole for before, whole in zip(short, alone, strict=True)),
+        prefill_s=max(sum(short) - chunk_s + prompt_s for chunk_s, prompt_s in zip(short, alone, strict=True)),
     )
 
 
@@ -293,11 +287,47 @@ class _Machine:
         return seconds(flops, self.target, self.question.precision)
 
 
-def _decode_s(machine: _Machine, stage: _Stage, work: Workload, *, batch: int, per_rank: int) -> tuple[float, float]:
-    """Return the seconds for bytes and for FLOPs of one decode step in one stage.
+def _decode_cycle(machine: _Machine, work: Workload) -> tuple[float, str]:
+    """Return the least seconds in which every sequence gets a step, and what bounds them, memory or compute.
+
+    Sequences pass the stages in groups, and a group comes back when it has passed all. Few groups leave stages idle;
+    many read the weights of a stage often. The number of groups is the best one: up to it the largest group's way
+    through all stages is the longer time, behind it the work of the slowest stage on all groups.
+    """
+    cut, replicas = machine.stages, machine.layout.dp
+    least = [_decode_s(machine, stage, work, min(replicas, work.batch))[0] for stage in cut]
+    compute = max(_decode_s(machine, stage, work, work.batch)[1] for stage in cut)
+
+    def busiest(groups: int) -> float:
+        # reads of all groups are least when all but one hold a single sequence per replica
+        most = [_decode_s(machine, stage, work, max(1, work.batch - (groups - 1) * replicas))[0] for stage in cut]
+        return max(compute, *(large + (groups - 1) * small for large, small in zip(most, least, strict=True)))
+
+    def passing(groups: int) -> list[tuple[float, float]]:
+        return [_decode_s(machine, stage, work, -(-work.batch // groups)) for stage in cut]
+
+    def cycle(groups: int) -> float:
+        return max(busiest(groups), sum(map(max, passing(groups))))
+
+    low, high = 1, -(-work.batch // replicas) if len(cut) > 1 else 1
+    while low < high:
+        middle = (low + high) // 2
+        if busiest(middle) >= sum(map(max, passing(middle))):
+            high = middle
+        else:
+            low = middle + 1
+    groups = min((max(1, low - 1), low), key=cycle)
+    slowest = max(passing(groups), key=max)
+    is_compute = slowest[1] > slowest[0] or cycle(groups) == compute
+    return cycle(groups), "compute" if is_compute else "memory"
+
+
+def _decode_s(machine: _Machine, stage: _Stage, work: Workload, batch: int) -> tuple[float, float]:
+    """Return the seconds for bytes and for FLOPs of one decode step of `batch` sequences in one stage.
 
     The MTP module sees every token of the step, drafts from the last and reads its weights once per draft.
     """
+    per_rank = -(-batch // machine.layout.dp)
     config, drafts = machine.config, work.draft_tokens
     queries = 1 + drafts
     cached = cache_read_bytes(config, machine.question.kv_format, work.context)

@@ -85,6 +85,7 @@ class Column:
         targets: (name and memory, cells) of the table's rows.
         curves: below the table.
         sized_for: the context whose number of GPUs the curves have.
+        left_out: targets without a curve, for want of such a number.
     """
 
     title: str
@@ -92,6 +93,7 @@ class Column:
     targets: tuple[tuple[str, tuple[Cell, ...]], ...]
     curves: tuple[Curve, ...]
     sized_for: int
+    left_out: tuple[str, ...]
 
 
 def write_plan_chart(
@@ -132,6 +134,7 @@ def plan_columns(config: ModelConfig, rows: Sequence[Row], *, marked: Sequence[i
         own = [row for row in rows if row.question.precision == precision]
         by_size = sorted({row.target.name: row.target for row in own}.values(), key=_usable_gib)
         cells = {(row.target.name, row.work.context): _cell(row.found) for row in own}
+        at_longest = [row for row in own if row.work.context == longest]
         columns.append(
             Column(
                 title=f"weights in {precision.upper()}",
@@ -140,8 +143,9 @@ def plan_columns(config: ModelConfig, rows: Sequence[Row], *, marked: Sequence[i
                     (f"{target.name}  {_usable_gib(target):.0f} GiB", tuple(cells[target.name, c] for c in marked))
                     for target in by_size
                 ),
-                curves=tuple(_curves(config, [row for row in own if row.work.context == longest], marked, groups)),
+                curves=tuple(_curves(config, at_longest, marked, groups)),
                 sized_for=longest,
+                left_out=tuple(row.target.name for row in at_longest if row.found is None),
             )
         )
     return columns
@@ -346,7 +350,8 @@ def _draw_curves(axes: Any, column: Column, scale: _Scale, height_inch: float) -
     axes.set_ylim(scale.low, scale.high)
     axes.yaxis.set_major_formatter("{x:,.0f} %")
     axes.minorticks_off()
-    axes.set_xlabel("context (tokens)")
+    note = f"\nno curve, more than {GPU_COUNTS[-1]} GPUs: {', '.join(column.left_out)}" if column.left_out else ""
+    axes.set_xlabel(f"context (tokens){note}")
     axes.set_ylabel("filled of the fullest GPU's usable memory")
     axes.set_title(
         f"{column.title}: memory, with the GPUs for {tokens(column.sized_for)}", loc="left", fontweight="bold"
