@@ -181,13 +181,13 @@ def test_one_sequence_goes_through_all_stages(full: ModelConfig) -> None:
     assert found.decode_tokens_per_s == pytest.approx(1e3 / found.decode_step_ms)
 
 
-@pytest.mark.parametrize("batch", [2, 4, 16, 64])
+@pytest.mark.parametrize("batch", [16, 64])
 def test_stages_are_not_fast_by_reading_weights_once_for_all(full: ModelConfig, batch: int) -> None:
-    """Groups of sequences that keep all stages busy each read the weights: stages gain nothing on tensor ranks."""
+    """Groups of sequences that keep all stages busy each read the weights; tensor ranks read them once for all."""
     h200 = load_target("h200")
     staged, tensor = (speed(full, h200, layout, Workload(1024, batch), FP8) for layout in (Layout(pp=8), Layout(tp=8)))
     one = speed(full, h200, Layout(pp=8), Workload(1024), FP8)
-    assert one.decode_tokens_per_s < staged.decode_tokens_per_s < 1.1 * tensor.decode_tokens_per_s
+    assert one.decode_tokens_per_s < staged.decode_tokens_per_s < 0.7 * tensor.decode_tokens_per_s
 
 
 def test_busy_stages_are_as_fast_as_the_flops_allow(full: ModelConfig) -> None:
