@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
 
 import onnx
 import yaml
@@ -18,12 +17,10 @@ from seekforge.exporter.rewrite.layers import truncate
 from seekforge.plugins.errors import ProgramError, TargetError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.files import atomic_folder
-from seekforge.plugins.formats.manifest import MANIFEST, Limits
+from seekforge.plugins.formats.manifest import MANIFEST, TARGET, Limits
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import GraphIO, Program
 
-#: The effective configuration of a build, beside the engine.
-TARGET_FILE: Final = "target.yaml"
 #: Sizes of a step are 31-bit numbers.
 _MOST = 2**31 - 1
 
@@ -167,8 +164,8 @@ def write_target(folder: Path, target: TargetConfig, limits: Limits) -> str:
     """
     effective = target.model_dump(mode="json") | {"limits": limits.model_dump()}
     text = yaml.safe_dump(effective, sort_keys=False, allow_unicode=True)
-    (folder / TARGET_FILE).write_text(text, encoding="utf-8")
-    return TARGET_FILE
+    (folder / TARGET).write_text(text, encoding="utf-8")
+    return TARGET
 
 
 def copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import yaml
 
 from seekforge.exporter.build import audit
-from seekforge.exporter.build.common import copy_text_files, generation_defaults
+from seekforge.exporter.build.common import copy_text_files, generation_defaults, write_target
 from seekforge.exporter.build.compiler import Compiled
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_bytes
 from seekforge.exporter.build.gpu_kernels import count_images, kernel_files
@@ -37,7 +36,7 @@ from seekforge.plugins.registry import SPECS
 from seekforge.plugins.specialisation import Specialisation
 from seekforge.plugins.tensorrt.library import MODULES
 
-BINDINGS, CONFIG = "bindings.json", "target.yaml"
+BINDINGS = "bindings.json"
 #: Keys that a token sees in the audit, unless the engine's limit is lower.
 _AUDIT_CONTEXT = 8192
 
@@ -135,10 +134,8 @@ def make_manifest(
     version = next(iter(made.compiled.values())).version
     files = copy_text_files(program, inputs.folder, folder)
     (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how), encoding="utf-8")
-    effective = target.model_dump(mode="json") | {"limits": planned.limits.model_dump()}
-    (folder / CONFIG).write_text(yaml.safe_dump(effective, sort_keys=False, allow_unicode=True), encoding="utf-8")
     plans = dict.fromkeys(stage.file for name, face in faces.items() for stage in made.stages.get(name, (face,)))
-    files += [BINDINGS, CONFIG, *plans, *kernel_files(folder, made.kernels)]
+    files += [BINDINGS, write_target(folder, target, planned.limits), *plans, *kernel_files(folder, made.kernels)]
     generation = generation_defaults(inputs.folder)
     cache_layers = [int(s.name.partition(".")[2]) for s in faces["model"].with_role("cache")]
     return Manifest(
