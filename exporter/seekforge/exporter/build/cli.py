@@ -80,7 +80,13 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     default=None,
     help="GPU: operators as plugins: all, none (inlined), or auto: all that the model's sizes allow.  [default: auto]",
 )
-@click.option("--workspace", default=None, metavar="SIZE", help="GPU: most scratch memory of one layer, such as 512M.")
+@click.option(
+    "--workspace",
+    default=None,
+    metavar="SIZE",
+    help="GPU: most scratch memory of one layer, such as 4G; with less than one needs the build fails.  "
+    "[default: the library's]",
+)
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path), default=None, help="tensorrt: file of measured tactics."
 )

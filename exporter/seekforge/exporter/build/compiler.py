@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seekforge.exporter.build.explain import explain
+from seekforge.exporter.build.explain import explain, too_tight
 from seekforge.plugins import errors
 from seekforge.plugins.errors import EngineError, SeekforgeError
 from seekforge.plugins.tensorrt.library import Flavour
@@ -52,36 +52,59 @@ class Compiled:
     taps: dict[str, str] = field(default_factory=dict)
 
 
+#: Phase -> the phase inside it that takes nearly all its time, as TensorRT-RTX 1.7 names them.
+_LONG = {"Building engine": "Building engine from subgraph", "Building engine from subgraph": "Computing profile costs"}
+#: What the steps of such a phase count, all together; the rest is the long one.
+_SHORT_SHARE = 0.1
+
+
+@dataclass
+class _Phase:
+    """An open phase, which is the part [start, stop] of the whole."""
+
+    name: str
+    steps: int
+    start: float
+    stop: float
+    done: int = 0
+
+    def at(self, done: int) -> float:
+        """Return where in the whole the phase is after so many of its steps."""
+        share = _SHORT_SHARE if self.name in _LONG else 1.0
+        return self.start + (self.stop - self.start) * share * min(done / self.steps, 1.0)
+
+
 @dataclass
 class Phases:
     """Turns nested phases with steps into one fraction that never falls. Pure.
 
-    The first phase without a parent is the whole; a phase inside another counts as a part of one of its steps.
+    The first phase without a parent is the whole; a phase inside another is what is left of one of its steps, or of all
+    where it takes nearly all the time.
     """
 
     fraction: float = 0.0
-    _open: list[tuple[str, int, int]] = field(default_factory=list)  # name, steps, steps done
+    _open: list[_Phase] = field(default_factory=list)
 
     def update(self, event: Mapping[str, Any]) -> float:
         """Take one event of the worker and return the fraction done."""
         name = event.get("name")
         match event["event"]:
             case "phase":
-                self._open.append((str(name), max(int(event["steps"]), 1), 0))
+                stop = 1.0
+                if self._open:
+                    outer = self._open[-1]
+                    stop = outer.stop if _LONG.get(outer.name) == name else outer.at(outer.done + 1)
+                self._open.append(_Phase(str(name), max(int(event["steps"]), 1), min(self.fraction, stop), stop))
             case "step":
-                self._open = [
-                    (n, steps, max(done, int(event["step"]) + 1) if n == name else done)
-                    for n, steps, done in self._open
-                ]
-            case "finish":
-                while self._open and any(n == name for n, *_ in self._open):
-                    if self._open.pop()[0] == name:
-                        break
-        scale, total = 1.0, 0.0
-        for _, steps, done in self._open:
-            total += scale * min(done / steps, 1.0)
-            scale /= steps
-        self.fraction = max(self.fraction, min(total, 1.0))
+                for phase in self._open:
+                    if phase.name == name:
+                        phase.done = max(phase.done, int(event["step"]) + 1)
+                        self.fraction = max(self.fraction, phase.at(phase.done))
+            case "finish" if any(phase.name == name for phase in self._open):
+                phase = self._open.pop()
+                while phase.name != name:
+                    phase = self._open.pop()
+                self.fraction = max(self.fraction, phase.stop)
         return self.fraction
 
 
@@ -97,6 +120,8 @@ def compile_graph(
     log: Path,
     progress: Callable[[float], None] = lambda fraction: None,
     taps: Sequence[str] = (),
+    target: str = "",
+    alike: int = 0,
 ) -> Compiled:
     """Compile an ONNX model into the file `plan`.
 
@@ -111,10 +136,12 @@ def compile_graph(
         log: file that everything the library says is appended to.
         progress: told the fraction of compiling that is done.
         taps: tensors that become debug tensors of the plan: they cost nothing until a runtime asks for them.
+        target: what messages call that which is compiled for.
+        alike: how many layers the plan serves beside each one in it, for messages.
 
     Raises:
         EngineError: the library refused or crashed; the message names the place in the model and the log.
-        EnvironmentFault: the library is missing or needs a GPU.
+        EnvironmentFault: the library is missing, needs a GPU, or finds another than the target's.
     """
     with tempfile.TemporaryDirectory(prefix=".compile.", dir=plan.parent) as folder:
         source = Path(folder, "graph.onnx")
@@ -124,6 +151,7 @@ def compile_graph(
             json.dumps(
                 {
                     "flavour": flavour,
+                    "target": target,
                     "model": str(source),
                     "plan": str(plan),
                     "plugins": dict(plugins),
@@ -137,14 +165,23 @@ def compile_graph(
             ),
             encoding="utf-8",
         )
-        return _run([sys.executable, "-m", "seekforge.exporter.build.worker", str(request)], log, progress)
+        command = [sys.executable, "-m", "seekforge.exporter.build.worker", str(request)]
+        return _run(command, log, progress, workspace_bytes=options.workspace_bytes, alike=alike)
 
 
-def _run(command: list[str], log: Path, progress: Callable[[float], None]) -> Compiled:
+def _run(
+    command: list[str],
+    log: Path,
+    progress: Callable[[float], None],
+    *,
+    workspace_bytes: int | None = None,
+    alike: int = 0,
+) -> Compiled:
     phases = Phases()
     last: dict[str, Any] = {}
     stage = "start"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # also from a source tree
+    before = log.stat().st_size if log.is_file() else 0
     with log.open("a", encoding="utf-8") as errors_to:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors_to, text=True, env=environment)
         try:
@@ -162,11 +199,18 @@ def _run(command: list[str], log: Path, progress: Callable[[float], None]) -> Co
         code = process.wait()
     if last.get("event") == "done":
         return Compiled(**{key: value for key, value in last.items() if key != "event"})
-    if last.get("event") == "failed":
+    failed = last.get("event") == "failed"
+    if failed:
         kind = getattr(errors, last["kind"], EngineError)
         assert issubclass(kind, SeekforgeError)
         if kind is not EngineError:
             raise kind(last["messages"][0])
-        raise EngineError(f"{explain(last['messages'])} (log: {log})")
+    if workspace_bytes is not None:
+        said = log.read_bytes()[before:].decode("utf-8", "replace")
+        tight = too_tight([*(last["messages"] if failed else []), *said.splitlines()], workspace_bytes, alike)
+        if tight is not None:
+            raise EngineError(f"{tight} (log: {log})")
+    if failed:
+        raise EngineError(f"{explain(last['messages'], alike)} (log: {log})")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     raise EngineError(f"the compiler crashed ({how}) in stage {stage!r}; its last words are in {log}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 #: Part of a node's name -> what it is.
@@ -37,8 +38,20 @@ _ENDS: Final[dict[str, str]] = {
 _NAME = re.compile(rf"\b(?:layers\.\d+(?:\.[A-Za-z_]\w*)*|{'|'.join(_ENDS)})/[A-Z]\w*")
 
 
-def place(name: str) -> str | None:
+#: What the compilers say when the scratch memory that they may use is too little. An allocation that fails at that
+#: very size is TensorRT-RTX's way of saying it; a larger one is the machine's fault.
+_TIGHT = re.compile(
+    r"exceeding workspace limit|insufficient workspace|OutOfMemory \(Requested size was (?P<bytes>\d+) bytes"
+)
+_UNITS: Final = {"G": 1 << 30, "M": 1 << 20, "K": 1 << 10}
+
+
+def place(name: str, alike: int = 0) -> str | None:
     """Return what a node's name means, or None when it is no name of ours.
+
+    Args:
+        name: of a node.
+        alike: how many layers are compiled with this one.
 
     `layers.3.self_attn.o_proj/BlockFp8Linear` is layer 3, the output projection of the attention (operator
     BlockFp8Linear).
@@ -52,19 +65,44 @@ def place(name: str) -> str | None:
         return f"{_ENDS[module]} (operator {operator})" if module in _ENDS else None
     part = match[2]
     inside = "" if part is None else f", {_PARTS.get(part, part)}"
-    return f"layer {match[1]}{inside} (operator {operator})"
+    others = f" (and {alike} {'layer' if alike == 1 else 'layers'} like it)" if alike else ""
+    return f"layer {match[1]}{others}{inside} (operator {operator})"
 
 
-def explain(messages: list[str]) -> str:
+def explain(messages: list[str], alike: int = 0) -> str:
     """Return one sentence from a compiler's messages: where, then what it said first.
 
     Args:
         messages: errors in the order in which they came, not empty.
+        alike: as `place` takes it.
     """
     text = " ".join(messages[0].split())
-    for message in messages:
-        for match in _NAME.finditer(message):
-            found = place(match[0])
-            if found is not None:
-                return f"{found}: {text}"
-    return text
+    found = _first_place(messages, alike)
+    return text if found is None else f"{found}: {text}"
+
+
+def too_tight(lines: Iterable[str], workspace_bytes: int, alike: int = 0) -> str | None:
+    """Return what to do when the failure is that of a `--workspace` which is too small, or None when it is not.
+
+    Args:
+        lines: errors, then the log: where the compiler crashed, a warning in it is all that is left.
+        workspace_bytes: that was asked for.
+        alike: as `place` takes it.
+    """
+    said = [
+        line
+        for line in lines
+        if (match := _TIGHT.search(line)) and (match["bytes"] is None or int(match["bytes"]) <= workspace_bytes)
+    ]
+    if not said:
+        return None
+    found = _first_place(said, alike)
+    unit = next((unit for unit, size in _UNITS.items() if workspace_bytes % size == 0), "")
+    size = f"{workspace_bytes // _UNITS.get(unit, 1)}{unit}"
+    where = "" if found is None else f" for {found}"
+    return f"--workspace {size} is too small{where}: pass more, or leave it out"
+
+
+def _first_place(lines: Iterable[str], alike: int) -> str | None:
+    names = (match[0] for line in lines for match in _NAME.finditer(line))
+    return next((found for name in names if (found := place(name, alike)) is not None), None)

@@ -257,6 +257,7 @@ def _compile(
     """
     at_a_time = min(len(jobs), usable_cores()) if target.backend == "tensorrt-rtx" else 1
     stop = threading.Event()
+    telling = threading.Lock()
     done = dict.fromkeys((job.plan for job in jobs), 0.0)
     stage = f"{', '.join(done)}: compile for {' and '.join(f'sm{sm}' for sm in target.sms)}"
     with progress.steps_bar(stage) as bar, ThreadPoolExecutor(at_a_time, "compile") as pool:
@@ -265,10 +266,13 @@ def _compile(
             def tell(fraction: float) -> None:
                 if stop.is_set():
                     raise EngineError("stopped, because another plan failed")
-                done[job.plan] = fraction
-                bar(sum(done.values()) / len(done))
+                with telling:  # in the order of the sums, which never fall
+                    done[job.plan] = max(done[job.plan], fraction)
+                    bar(sum(done.values()) / len(done))
 
-            return _compile_one(job, target, choices, folder, parts, tell)
+            compiled = _compile_one(job, target, choices, folder, parts, tell)
+            tell(1.0)
+            return compiled
 
         running = {job.plan: pool.submit(run, job) for job in jobs}
         try:
@@ -305,12 +309,10 @@ def _compile_one(
     model = job.ready.model.SerializeToString(deterministic=True)
     shapes_of = list(job.shapes.values())
     key = _key(model, target, shapes_of, choices)
-    plan = folder / job.face.file
-    known = parts.take(key, plan)
+    plan, log = folder / job.face.file, folder / f"{job.plan}.{LOG}"
+    known = parts.take(key, plan, log)
     if known is not None:
-        tell(1.0)
         return known
-    log = folder / f"{job.plan}.{LOG}"
     try:
         compiled = compile_graph(
             flavour=target.backend,
@@ -323,10 +325,12 @@ def _compile_one(
             options=choices.compiler,
             log=log,
             progress=tell,
+            target=target.name,
+            alike=len(job.stages) - 1,
         )
     except EngineError as error:
         raise EngineError(str(error).replace(str(log), str(folder / LOG))) from None
-    parts.keep(key, plan, compiled)
+    parts.keep(key, plan, compiled, log)
     return compiled
 
 

@@ -7,7 +7,9 @@ is the compiler's.
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import resource
 import sys
@@ -20,8 +22,9 @@ from seekforge.plugins.errors import EnvironmentFault, SeekforgeError
 from seekforge.plugins.tensorrt.library import load
 from seekforge.plugins.tensorrt.plugin import register
 
-#: Seconds between two reports of progress.
-_INTERVAL_S = 0.1
+#: Seconds between two reports of the steps of one phase, and the depth down to which every step is reported: there
+#: are few, and all else is a part of them.
+_INTERVAL_S, _ALWAYS_DEPTH = 0.1, 2
 
 
 class Reporter:
@@ -66,9 +69,10 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
 
     Raises:
         CompileError: the parser or the builder refused.
-        EnvironmentFault: the library is missing, or finds no GPU where it needs one.
+        EnvironmentFault: the library is missing, or finds no GPU where it needs one, or another than the target's.
     """
     trt = load(request["flavour"])
+    _check_gpu(request)
     logger = _logger(trt)
     registration = register(trt)
     started = time.perf_counter()
@@ -140,6 +144,40 @@ def _mark_debug(network: Any, names: list[str]) -> dict[str, str]:
     if missing:
         raise CompileError([f"tap {missing[0]} and {len(missing) - 1} more cannot be debug tensors"])
     return {name: found[name] for name in names}
+
+
+def _check_gpu(request: dict[str, Any]) -> None:
+    """Refuse to compile for another GPU than the one that is here: TensorRT compiles for that one alone.
+
+    Raises:
+        EnvironmentFault: the GPU here is not of an SM that is asked for.
+    """
+    sm = present_sm() if request["flavour"] == "tensorrt" else None
+    if sm is None or sm in request["sms"]:  # without any GPU the library itself says so
+        return
+    what = f"target {request['target']}" if request["target"] else "the plan"
+    wanted = " or ".join(f"sm{one}" for one in request["sms"])
+    raise EnvironmentFault(
+        f"this GPU is sm{sm}, {what} needs {wanted}; "
+        "build where such a GPU is, or for a target of this one ('seekforge targets' lists them)"
+    )
+
+
+def present_sm() -> int | None:
+    """Return the compute capability of the GPU that TensorRT compiles on, 89 for an L40S, or None where none answers.
+
+    That is the first one: CUDA_VISIBLE_DEVICES chooses among several.
+    """
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        if int(driver.cuInit(0)[0]):
+            return None
+    except (ImportError, RuntimeError):  # no bindings, or no driver behind them
+        return None
+    kind = driver.CUdevice_attribute
+    fault, major = driver.cuDeviceGetAttribute(kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 0)
+    worse, minor = driver.cuDeviceGetAttribute(kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, 0)
+    return None if int(fault) or int(worse) else 10 * int(major) + int(minor)
 
 
 def _builder(trt: Any, logger: Any, request: dict[str, Any]) -> Any:
@@ -223,19 +261,22 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, reporter: Reporter) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Turns nested phases into events, not more often than people can see."""
+        """Turns nested phases into events, those of inner phases not more often than people can see."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.last = 0.0
+            self.depth: dict[str | None, int] = {}
+            self.last: dict[str, float] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.depth[phase_name] = 1 + self.depth.get(parent_phase, 0)
             reporter.send("phase", name=phase_name, parent=parent_phase, steps=num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             now = time.monotonic()
-            if now - self.last >= _INTERVAL_S:
-                self.last = now
+            outer = self.depth.get(phase_name, 1) <= _ALWAYS_DEPTH
+            if outer or now - self.last.get(phase_name, -math.inf) >= _INTERVAL_S:
+                self.last[phase_name] = now
                 reporter.send("step", name=phase_name, step=step)
             return True
 
