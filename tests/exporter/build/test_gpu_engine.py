@@ -25,12 +25,20 @@ from seekforge.exporter.build.cli import build as build_command
 from seekforge.exporter.build.cli import parse_size
 from seekforge.exporter.build.compiler import Options, Phases, compile_graph
 from seekforge.exporter.build.explain import explain, place
-from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, check, open_inputs
+from seekforge.exporter.build.gpu_checks import (
+    Choices,
+    Inputs,
+    Planned,
+    check,
+    expected_bytes,
+    layers_that_fit,
+    open_inputs,
+)
 from seekforge.exporter.build.gpu_engine import build_gpu
 from seekforge.exporter.build.parts import Parts
 from seekforge.exporter.build.prepare import prepare, widen_weights
-from seekforge.exporter.build.profiles import axis_bounds, pool_blocks, spanning
-from seekforge.exporter.build.targets import TargetConfig, load_target
+from seekforge.exporter.build.profiles import axis_bounds, largest_step, pool_blocks, spanning
+from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
 from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.progress import Stages
 from seekforge.plugins.device import KernelFolder, OpLauncher
@@ -40,7 +48,7 @@ from seekforge.plugins.formats.loading import check_complete, check_loadable
 from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import load_bindings, load_program
-from seekforge.plugins.formats.sizing import selection_bytes
+from seekforge.plugins.formats.sizing import Layout, Workload, activation_bytes, scratch_bytes, selection_bytes
 from seekforge.plugins.launch import Image
 from seekforge.plugins.registry import FP8_OPS, SPECS
 from seekforge.plugins.tensorrt.launch import Descriptors
@@ -289,8 +297,27 @@ def test_finished_plans_of_an_interrupted_build_are_used(
     manifest = build(inputs, load_target("rtx4090"), tmp_path / "engine", ONE_PLAN)
     assert sorted(calls) == ["model.plan", "mtp.plan", "mtp.plan"]
     assert (tmp_path / "engine" / "model.plan").read_bytes() == b"plan of model.plan"
+    log = (tmp_path / "engine" / "build.log").read_text()
+    assert log == "about model.plan\nabout mtp.plan\n", "also of the plan that was finished before"
     verify_files(tmp_path / "engine", manifest, full=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engine"], "nothing is left beside the engine"
+
+
+def test_a_plan_is_compiled_for_all_the_layers_it_serves(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, tuple[object, object]] = {}
+
+    def fake(*, plan: Path, alike: int, target: str, **rest: object) -> compiler.Compiled:
+        told[plan.name] = (alike, target)
+        raise EngineError("no")
+
+    monkeypatch.setattr(gpu_engine, "compile_graph", fake)
+    monkeypatch.setattr(gpu_engine, "usable_cores", lambda: 9)
+    with pytest.raises(EngineError, match=r"^no$"):
+        build(inputs, load_target("rtx4090"), tmp_path / "engine")
+    expected = {"model.0.plan": 0, "model.1.plan": 1, "model.3.plan": 0, "mtp.plan": 0}
+    assert told.items() <= {name: (alike, "rtx4090") for name, alike in expected.items()}.items()
 
 
 def test_when_a_plan_fails_the_others_are_stopped(
@@ -404,6 +431,39 @@ def test_the_number_that_would_work_works(inputs: Inputs) -> None:
     fits = str(caught.value).partition("--max-model-len ")[2].partition(" ")[0]
     planned = check(inputs, load_target("rtx4090", [*small, f"limits.max_model_len={fits}"]), Choices())
     assert not planned.oversize
+
+
+def test_layers_that_fit_count_what_the_ends_hold_beside_them(inputs: Inputs) -> None:
+    """The first stage embeds tokens, the last one has the head and the MTP module: a mean says too much of both."""
+    sizes: dict[str, int] = {}
+    for graph, face in inputs.program.graphs.items():
+        for spec in (*face.with_role("weight"), *face.with_role("table")):
+            dtype = "f32" if spec.name in inputs.wide[graph] else spec.dtype
+            sizes[spec.name] = itemsize(dtype) * math.prod(map(int, spec.shape))
+    tables = tuple(spec.name for spec in inputs.program.graphs["model"].with_role("table"))
+    behind = tuple(name for name in sizes if not name.startswith(("layers.0.", "layers.1.", "layers.2.", *tables)))
+    cache = 1000  # of one layer
+
+    def held(first: int, stop: int) -> int:
+        """Bytes of the stage [first, stop)."""
+        names = tuple(f"layers.{layer}." for layer in range(first, stop)) + tables
+        names += behind if stop == 4 else ("embed_tokens.",) if first == 0 else ()
+        return sum(size for name, size in sizes.items() if name.startswith(names)) + cache * (
+            stop - first + (stop == 4)
+        )
+
+    stages = {
+        (first, stop): held(first, stop) for first in range(4) for stop in range(first + 1, 5) if stop - first < 4
+    }
+    assert len(set(stages.values())) > 4, "stages differ"
+    for budget in (size - fewer for size in stages.values() for fewer in (0, 1)):
+        expected = max((stop - first for (first, stop), size in stages.items() if size <= budget), default=0)
+        assert layers_that_fit(inputs, budget, 5 * cache) == expected
+    small = ["limits.max_model_len=64"]
+    device = expected_bytes(inputs, load_target("rtx4090", small), load_target("rtx4090", small).limits, 1)
+    there = device["total"] - device["weights"] - device["cache"] + device["cache"] + stages[1, 3]
+    with pytest.raises(TargetError, match="; at most 2 of its 4 layers fit: export stages with --layers"):
+        check(inputs, load_target("rtx4090", [*small, f"gpu.memory_gib={there / 0.98 / 2**30}"]), Choices())
 
 
 def test_oversize_is_built_only_when_asked(inputs: Inputs) -> None:
@@ -527,6 +587,11 @@ def test_the_first_place_and_the_first_message_are_told() -> None:
     said = explain(["Internal  error", "in node layers.7.mlp.gate/MoeRoute_3: bad"])
     assert said == "layer 7, the router (operator MoeRoute): Internal error"
     assert explain(["no place here"]) == "no place here"
+
+
+@pytest.mark.parametrize(("alike", "expected"), [(1, "layer 7 (and 1 layer like it), the router"), (56, "56 layers")])
+def test_of_layers_that_are_alike_all_are_told(alike: int, expected: str) -> None:
+    assert expected in explain(["in node layers.7.mlp.gate/MoeRoute: bad"], alike)
 
 
 def test_progress_never_falls() -> None:
@@ -658,12 +723,69 @@ def test_profiles_span_whatever_limits_are_asked() -> None:
     asked = target.limits.model_copy(update={"max_batch_size": 48, "max_num_batched_tokens": 8192})
     found = spanning(target.profiles, asked)
     assert (found["decode"].max_batch_size, found["decode"].max_query_len) == (48, 6)
-    assert (found["prefill"].max_batch_size, found["prefill"].max_query_len) == (2, 8192)
+    assert (found["prefill"].max_batch_size, found["prefill"].max_query_len) == (1, 8192)
     assert axis_bounds(found["decode"], asked, pool_blocks=99)["B"][2] == 48
     assert axis_bounds(found["prefill"], asked, pool_blocks=99)["Q"][2] == 8192
     assert spanning(target.profiles, target.limits) == target.profiles
     short = asked.model_copy(update={"max_model_len": 512})
     assert axis_bounds(spanning(target.profiles, short)["prefill"], short, pool_blocks=99)["Q"][2] == 512
+
+
+@pytest.mark.parametrize(
+    ("limits", "prefill", "short_prefill"),
+    [
+        ({}, (4, 2048), (4, 512)),
+        ({"max_num_batched_tokens": 512}, (4, 512), (4, 128)),
+        ({"max_num_batched_tokens": 8192}, (4, 8192), (4, 512)),
+        ({"max_model_len": 100}, (4, 100), (4, 100)),
+        ({"max_batch_size": 2, "max_num_batched_tokens": 3}, (2, 3), (2, 1)),
+    ],
+)
+def test_no_prefill_profile_is_larger_than_a_step(
+    limits: dict[str, int], prefill: tuple[int, int], short_prefill: tuple[int, int]
+) -> None:
+    """A plan reserves memory for the corner of each profile, so of a profile that a user wrote too wide is cut."""
+    target = load_target("rtx4090", ["profiles.prefill.max_batch_size=4"])
+    asked = target.limits.model_copy(update=limits)
+    found = spanning(target.profiles, asked)
+    most = asked.max_num_batched_tokens
+    fewer = (max(1, min(prefill[0], most // prefill[1])), prefill[1])
+    assert largest_step(found["prefill"], asked) == fewer
+    assert largest_step(found["short_prefill"], asked) == short_prefill
+    assert largest_step(found["decode"], asked)[0] == asked.max_batch_size, "steps are padded to it"
+    for name in ("prefill", "short_prefill"):
+        assert math.prod(largest_step(found[name], asked)) <= most
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_batch_size": 2048, "max_num_batched_tokens": 2048}, {"max_model_len": 128}]
+)
+@pytest.mark.parametrize("name", [target.name for target in all_targets() if target.gpu])
+def test_expected_memory_covers_the_largest_step_of_each_profile(
+    inputs: Inputs, name: str, limits: dict[str, int]
+) -> None:
+    target = load_target(name, [f"limits.{key}={value}" for key, value in limits.items()])
+    found = expected_bytes(inputs, target, target.limits, 1)
+    bounds = [
+        axis_bounds(one, target.limits, pool_blocks=99) for one in spanning(target.profiles, target.limits).values()
+    ]
+    corners = [(one["B"][2], one["Q"][2]) for one in bounds]
+    if not limits:
+        assert max(b * q for b, q in corners) == target.limits.max_num_batched_tokens, "and no more than a step has"
+    for batch, queries in corners:
+        one = Workload(target.limits.max_model_len, batch, 1, queries - 1)
+        assert found["scratch"] >= scratch_bytes(inputs.config, Layout(), one, target.kv_format)
+        logits = batch * (queries - 1) * inputs.config.vocab_size * 4 * 2  # a step that samples needs one row of each
+        assert found["activations"] >= activation_bytes(inputs.config, Layout(), one) - logits
+
+
+@pytest.mark.parametrize("name", [target.name for target in all_targets() if target.gpu])
+def test_a_target_takes_short_prompts_together_and_the_longest_alone(name: str) -> None:
+    target = load_target(name)
+    assert spanning(target.profiles, target.limits) == target.profiles, "nothing is cut"
+    corners = {key: largest_step(profile, target.limits) for key, profile in target.profiles.items()}
+    assert corners["prefill"] == (1, target.limits.max_num_batched_tokens)
+    assert corners["short_prefill"] == (4, target.limits.max_num_batched_tokens // 4)
 
 
 def test_memory_of_a_compiler_is_its_own() -> None:

@@ -6,7 +6,8 @@ Everything that cannot work is refused here with one sentence that names what wo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ import onnx
 from seekforge.exporter.build.common import check_program, check_same_model, read_graph
 from seekforge.exporter.build.compiler import Options
 from seekforge.exporter.build.prepare import wide_weights
+from seekforge.exporter.build.profiles import largest_step, spanning
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.plugins.contracts import refusals
@@ -24,7 +26,7 @@ from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.manifest import Limits, WeightSource
 from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.program import BLOCK_SIZE, Program, load_bindings, load_program
+from seekforge.plugins.formats.program import BLOCK_SIZE, Program, Role, load_bindings, load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.sizing import (
     GIB,
@@ -40,6 +42,9 @@ from seekforge.plugins.formats.sizing import (
 from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, SPECS
 from seekforge.plugins.spec import cdiv
 from seekforge.plugins.specialisation import Specialisation
+
+#: The layer that a weight belongs to, in its name.
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,8 @@ def _choose_plugins(
 def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_layers: int | None) -> dict[str, int]:
     """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has.
 
+    Plans reserve memory for the largest step of each profile, so that is counted, also where no step gets so large.
+
     Args:
         inputs, target, limits: of the engine.
         plan_layers: most layers of one plan, None: all. Each has a place of its own for what it chooses.
@@ -230,13 +237,20 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_la
     config = inputs.config
     first, last = inputs.program.layer_range
     more_layers = min(plan_layers or last - first, last - first) - 1
-    work = Workload(limits.max_model_len, 1, limits.max_num_batched_tokens)
+    steps = [largest_step(profile, limits) for profile in spanning(target.profiles, limits).values()]
+    tokens = max(batch * queries for batch, queries in steps)
+    widest = Workload(max(limits.max_model_len, tokens), limits.max_batch_size, tokens)
     found = {
         "weights": weight_input_bytes(inputs),
         "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
-        "scratch": scratch_bytes(config, Layout(), work, target.kv_format),
-        "activations": activation_bytes(config, Layout(), replace(work, batch=limits.max_batch_size))
-        + more_layers * limits.max_num_batched_tokens * selection_bytes(config),
+        "scratch": max(
+            # a step of a profile is to the formula what verifying drafts is
+            scratch_bytes(
+                config, Layout(), Workload(limits.max_model_len, batch, queries, queries - 1), target.kv_format
+            )
+            for batch, queries in steps
+        ),
+        "activations": activation_bytes(config, Layout(), widest) + more_layers * tokens * selection_bytes(config),
         "reserve": reserve_bytes(Layout()),
     }
     return found | {"total": sum(found.values()), "usable": usable_bytes(target.gpu.memory_gib)}
@@ -244,7 +258,20 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_la
 
 def weight_input_bytes(inputs: Inputs) -> int:
     """Bytes of all weight and table inputs of an engine; what two graphs make of the same tensors is held once."""
-    total = 0
+    return sum(one.num_bytes for one in _held(inputs))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A weight or table input of an engine, and the first graph that has it."""
+
+    graph: str
+    name: str
+    role: Role
+    num_bytes: int
+
+
+def _held(inputs: Inputs) -> Iterator[_Held]:
     held: dict[str, list[tuple[str, Recipe]]] = {}  # input -> each type and recipe that it has in some graph
     for graph, face in inputs.program.graphs.items():
         for spec in face.inputs:
@@ -253,8 +280,43 @@ def weight_input_bytes(inputs: Inputs) -> int:
             one = ("f32" if spec.name in inputs.wide[graph] else spec.dtype, inputs.bindings[graph][spec.name])
             if one not in held.setdefault(spec.name, []):
                 held[spec.name].append(one)
-                total += itemsize(one[0]) * math.prod(int(size) for size in spec.shape)
-    return total
+                size = itemsize(one[0]) * math.prod(int(size) for size in spec.shape)
+                yield _Held(graph, spec.name, spec.role, size)
+
+
+def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int) -> int:
+    """Return the most consecutive layers of the program whose weights, tables and caches are at most `num_bytes`.
+
+    With the first layer goes the embedding, with the last one the head and the MTP module, which embeds tokens too.
+
+    Args:
+        inputs: the program.
+        num_bytes: what there is for them.
+        cache_bytes: of all layers together, that of the MTP module included.
+    """
+    start, stop = inputs.program.layer_range
+    mtp = len(inputs.program.graphs) - 1
+    per_cache = cache_bytes / (stop - start + mtp)
+    layers = [per_cache] * (stop - start)
+    tables = embedding = behind = 0
+    for one in _held(inputs):
+        layer = _LAYER.match(one.name) if one.graph == "model" else None
+        if layer is not None:
+            layers[int(layer[1]) - start] += one.num_bytes
+        elif one.role == "table":
+            tables += one.num_bytes
+        elif one.name.startswith("embed_tokens."):
+            embedding += one.num_bytes
+        else:
+            behind += one.num_bytes
+    layers[0] += embedding
+    layers[-1] += behind + mtp * (per_cache + embedding)
+    most = first = 0
+    for last in range(len(layers)):
+        while tables + sum(layers[first : last + 1]) > num_bytes and first <= last:
+            first += 1
+        most = max(most, last + 1 - first)
+    return most
 
 
 def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
@@ -279,10 +341,9 @@ def _what_would_fit(
         return f"the engine {needs}; pass --max-model-len {low * BLOCK_SIZE} at most, {allow}"
     start, stop = inputs.program.layer_range
     other = device["total"] - device["weights"] - device["cache"]
-    per_layer = (device["weights"] + device["cache"]) / (stop - start)
-    count = int(max(device["usable"] - other, 0) / per_layer)
+    count = layers_that_fit(inputs, device["usable"] - other, device["cache"])
     remedy = (
-        f"about {count} of its {stop - start} layers fit: export stages with --layers"
+        f"at most {count} of its {stop - start} layers fit: export stages with --layers"
         if count
         else "not one layer fits"
     )

@@ -15,9 +15,12 @@ _MOST_ELEMENTS = 2**31 - 1
 
 
 def spanning(profiles: Mapping[str, Profile], limits: Limits) -> dict[str, Profile]:
-    """Return the profiles, widened so that together they span the limits.
+    """Return the profiles, widened so that together they span the limits, and no wider than a step can be.
 
-    The one of most sequences then takes `max_batch_size`, the one of most new tokens `max_num_batched_tokens`.
+    The one of most sequences then takes `max_batch_size`, the one of most new tokens `max_num_batched_tokens`. A plan
+    reserves memory for all sequences of a profile at its longest, and no step has more than `max_num_batched_tokens`:
+    so the profile of most new tokens is cut to fewer sequences, and others to fewer tokens of each. The one of most
+    sequences alone keeps both, since decode steps are padded to its corner.
     """
     widest = max(profiles, key=lambda name: profiles[name].max_batch_size)
     longest = max(profiles, key=lambda name: profiles[name].max_query_len)
@@ -28,7 +31,20 @@ def spanning(profiles: Mapping[str, Profile], limits: Limits) -> dict[str, Profi
     ):
         if getattr(found[name], key) < needed:
             found[name] = found[name].model_copy(update={key: needed})
+    most = limits.max_num_batched_tokens
+    for name, profile in found.items():
+        batch, queries = largest_step(profile, limits)
+        if name == widest or batch * queries <= most:
+            continue
+        cut = {"max_batch_size": most // queries} if name == longest else {"max_query_len": max(most // batch, 1)}
+        found[name] = profile.model_copy(update=cut)
     return found
+
+
+def largest_step(profile: Profile, limits: Limits) -> tuple[int, int]:
+    """Return the most sequences, and the most new tokens of each, that a profile takes together."""
+    queries = min(profile.max_query_len, limits.max_num_batched_tokens, limits.max_model_len)
+    return min(profile.max_batch_size, limits.max_batch_size), queries
 
 
 def axis_bounds(profile: Profile, limits: Limits, *, pool_blocks: int, hands_over: bool = False) -> dict[str, Bounds]:
@@ -40,8 +56,7 @@ def axis_bounds(profile: Profile, limits: Limits, *, pool_blocks: int, hands_ove
         pool_blocks: most blocks that the caches may have.
         hands_over: the graph gives hidden states for the next stage instead of logits.
     """
-    batch = min(profile.max_batch_size, limits.max_batch_size)
-    queries = min(profile.max_query_len, limits.max_num_batched_tokens, limits.max_model_len)
+    batch, queries = largest_step(profile, limits)
     table = cdiv(limits.max_model_len, BLOCK_SIZE)
     typical_batch = min(profile.typical_batch_size, batch)
     typical_queries = min(profile.typical_query_len, queries)
