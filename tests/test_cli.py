@@ -479,7 +479,14 @@ def test_new_checkpoint_on_a_full_disk(small_disk: Path) -> None:
     assert not list(small_disk.iterdir())
 
 
-def test_build_on_a_full_disk(tiny_programs: dict[str, Path], tiny_checkpoint: Path, small_disk: Path) -> None:
+def test_build_on_a_full_disk(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refuse_build(tiny_programs["fp8"], tiny_checkpoint, small_disk)
+    assert "the engine takes 129.6 MB at f32" in said and "has 1.0 MB free" in said
+    # somebody else fills it while the engine is written
+    room = shutil.disk_usage(small_disk)._replace(free=1 << 40)
+    monkeypatch.setattr("seekforge.exporter.build.engine.shutil.disk_usage", lambda place: room)
     assert "the disk is full; free space" in refuse_build(tiny_programs["fp8"], tiny_checkpoint, small_disk)
 
 
