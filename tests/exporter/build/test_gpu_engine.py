@@ -534,7 +534,6 @@ def test_less_than_was_asked_fails() -> None:
         (["--target", "cpu"], "pass --checkpoint"),
         (["--target", "cpu", "--precision", "fp8"], "precision fp8 is for GPUs; a CPU knows f32, int8, int4"),
         (["--target", "cpu", "--sm", "89"], "--sm is for GPU targets"),
-        (["--target", "cpu", "--max-batch-size", "3"], "--max-batch-size is for GPU targets"),
         (["--target", "rtx4090", "--timing-cache", "x"], "--timing-cache is for tensorrt"),
         (["--target", "rtx4090", "--workspace", "big"], "expected bytes such as 512M"),
         (["--target", "rtx4090", "--sm", "90"], "sm 90 is not one that tensorrt-rtx compiles for"),
