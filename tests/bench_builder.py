@@ -1,7 +1,7 @@
 """Engines that TensorRT-RTX builds without a GPU: a row per program, form and SM. Layers, seconds, memory, plan size.
 
     python tests/bench_builder.py                               # the table of docs/targets.md: everything, all SMs
-    python tests/bench_builder.py --programs layer --forms plugins --sms 89,120 --profiles both --json
+    python tests/bench_builder.py --programs layer --forms plugins --sms 89,120 --profiles all --json
     python tests/bench_builder.py --programs full --forms plugins --sms 89 --layers-per-engine 61   # one plan for all
 
 Programs are made here, from checkpoints without weights: `tiny` (4 layers and MTP), `layer` (one MoE layer of
@@ -45,7 +45,7 @@ PROGRAMS: Final[dict[str, tuple[str, tuple[int, int] | None]]] = {
 }
 #: name -> settings of the target.
 FORMS: Final[dict[str, tuple[str, ...]]] = {"plugins": (), "inlined": ("precision=bf16", "kv_format=bf16")}
-PROFILES: Final = ("decode", "both")
+PROFILES: Final = ("decode", "all")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def main() -> int:
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="of tiny, layer, full")
     parser.add_argument("--forms", default=",".join(FORMS), help="of plugins, inlined")
     parser.add_argument("--sms", default=",".join(map(str, RTX_SMS)))
-    parser.add_argument("--profiles", choices=PROFILES, default="decode", help="decode alone, or decode and prefill")
+    parser.add_argument("--profiles", choices=PROFILES, default="decode", help="decode alone, or all of the target")
     parser.add_argument("--layers-per-engine", type=int, help="most layers of one plan; 61: one plan for all")
     parser.add_argument("--folder", type=Path, help="keep checkpoints and programs here, and use those that are there")
     parser.add_argument("--json", action="store_true")

@@ -24,7 +24,7 @@ def test_the_full_program_is_inlined_only_alone() -> None:
 
 
 def test_targets_differ_in_sm_form_and_profiles() -> None:
-    plugins, inlined = target_of("plugins", 120, "both"), target_of("inlined", 80, "decode")
+    plugins, inlined = target_of("plugins", 120, "all"), target_of("inlined", 80, "decode")
     assert (plugins.sm, plugins.kv_format, plugins.products) == (120, "fp8_ds", "fp8")
     assert (inlined.sm, inlined.kv_format, inlined.products) == (80, "bf16", "bf16")
     assert list(inlined.profiles) == ["decode"] and len(plugins.profiles) > 1
