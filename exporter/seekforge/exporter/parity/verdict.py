@@ -29,6 +29,8 @@ _DEVIATIONS = 3.0
 TOP1, KL = 0.99, 1e-3
 #: Rows that may choose otherwise where no noise was measured (design §10).
 FLIPPED = 0.01
+#: Gates of what becomes of the whole model, where e4m3 roundings flip by luck.
+WHOLE_RUN = frozenset(("logits", "KL", "top-1", "rows that chose otherwise"))
 
 
 @dataclass(frozen=True)

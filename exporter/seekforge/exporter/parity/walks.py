@@ -39,7 +39,7 @@ def torch_side(settings: Settings, name: str, layers: tuple[int, int]) -> Side:
 
 
 #: On few rows luck decides which roundings flip: noise is drawn again, logits alone, until it has so many rows.
-_DRAWN_ROWS, _MOST_DRAWS = 96, 4
+_DRAWN_ROWS, _MOST_DRAWS = 96, 3
 
 
 def _num_draws(plan: Plan) -> int:
@@ -87,9 +87,8 @@ class Walker:
         Returns:
             Records of the operations; empty if not `inside`.
         """
-        last = self.settings.config.num_hidden_layers
-        side = torch_side(self.settings, self.name, layers or (0, last))
-        change = PERTURBATION_BF16 if self.settings.dtype_name == "bf16" else PERTURBATION
+        side = torch_side(self.settings, self.name, layers or (0, self.settings.config.num_hidden_layers))
+        change = self._change
         streams: dict[str, Stream] = {}
         for kind in kinds:
             shutil.rmtree(work / kind, ignore_errors=True)
@@ -100,11 +99,6 @@ class Walker:
             elif kind == NOISE:
                 few = NOISE_POINTS if points is None else points
                 streams[kind] = Stream(writer, change, points=few, layers=kept_layers)
-                for draw in range(1, _num_draws(plan) if layers is None or layers[1] == last else 1):
-                    again = draw_folder(work / NOISE, draw)
-                    shutil.rmtree(again, ignore_errors=True)
-                    again.mkdir()
-                    streams[again.name] = Stream(DumpWriter(again, side, plan), change, draw, points=())
             else:
                 streams[kind] = Stream(writer, change, points=HANDOVER, beside=streams[REFERENCE])
         local = None
@@ -123,6 +117,37 @@ class Walker:
         for stream in streams.values():
             stream.writer.close()
         return [] if local is None else local.finish()
+
+    @property
+    def _change(self) -> float:
+        return PERTURBATION_BF16 if self.settings.dtype_name == "bf16" else PERTURBATION
+
+    def draw_noise(
+        self, plan: Plan, work: Path, *, layers: tuple[int, int] | None = None, subject: Dump | None = None
+    ) -> bool:
+        """Draw the noise again, logits alone, into folders beside the first draw, if the plan has few rows.
+
+        Args:
+            plan, work, layers, subject: of the run that made the first draw.
+
+        Returns:
+            Whether there are more draws now.
+        """
+        start, stop = layers or (0, self.settings.config.num_hidden_layers)
+        draws = _num_draws(plan)
+        if stop < self.settings.config.num_hidden_layers or draws == 1:  # no logits, or rows enough
+            return False
+        self.progress("few rows: PyTorch against itself again")
+        side = torch_side(self.settings, self.name, (start, stop))
+        streams: list[Stream] = []
+        for draw in range(1, draws):
+            folder = draw_folder(work / NOISE, draw)
+            folder.mkdir()
+            streams.append(Stream(DumpWriter(folder, side, plan), self._change, draw, points=()))
+        Reference(self.settings, self.source, plan, streams=streams, subject=subject).run(layers)
+        for stream in streams:
+            stream.writer.close()
+        return True
 
     def judge_only(self, judged: Dump, layers: tuple[int, int] | None = None) -> list[OpRecord]:
         """Judge the operations that a dump shows by their own inputs; no model is run."""
