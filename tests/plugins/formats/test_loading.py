@@ -92,6 +92,14 @@ def test_an_edited_manifest(engine: Manifest, tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("build", [{"compiler": None}, {"compiler": 3}, {"layers_per_engine": {}}])
+def test_an_edited_manifest_that_says_nonsense(engine: Manifest, tmp_path: Path, build: dict[str, object]) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"build": build}))
+    with pytest.raises(EngineError, match=r"the manifest was edited.*seekforge build PROGRAM"):
+        load_manifest(tmp_path)
+
+
 def test_a_flipped_byte(engine: Manifest, tmp_path: Path) -> None:
     path = tmp_path / "model.plan"
     raw = bytearray(path.read_bytes())
@@ -206,6 +214,9 @@ def test_weights_for_an_engine_that_was_built_without(engine: Manifest, tmp_path
     check_weights(tmp_path, unbound, "beef", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 9}))
     with pytest.raises(CheckpointError, match=r"config\.json: hidden_size is 9, the engine .* was built for 8"):
+        check_weights(tmp_path, unbound, "beef", tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json: is no JSON object"):
         check_weights(tmp_path, unbound, "beef", tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):

@@ -20,7 +20,7 @@ def show_audit(manifest: Manifest, console: Console) -> None:
     sms = ", ".join(f"sm{sm}" for sm in manifest.target.sms)
     uses = manifest.uses()
     plans = ", ".join(
-        f"{name} {size / 1e6:.1f} MB{_times(uses[f'{name}.plan'])}" for name, size in audit.plan_bytes.items()
+        f"{name} {size / 1e6:.1f} MB{_times(uses.get(f'{name}.plan', 0))}" for name, size in audit.plan_bytes.items()
     )
     library = ", ".join(f"{name} {version}" for name, version in manifest.runtime_versions.items())
     console.print(f"plans for {sms}: {plans}")

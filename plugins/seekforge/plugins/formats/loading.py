@@ -161,6 +161,8 @@ def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoin
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: is no JSON object, expected keys such as hidden_size; copy it again")
         for key in STRUCTURE:
             found, wanted = config.get(key), manifest.config.get(key)
             if found != wanted:

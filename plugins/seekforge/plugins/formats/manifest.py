@@ -287,9 +287,10 @@ def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = No
         options["--plugins"] = build["plugins"]
     if build.get("layers_per_engine", 1) != 1:
         options["--layers-per-engine"] = build["layers_per_engine"]
+    compiler = build.get("compiler")  # of a manifest that was edited it may be anything
     for name, option in _COMPILER_OPTIONS.items():
-        if name in build.get("compiler", {}):
-            options[option] = build["compiler"][name]
+        if isinstance(compiler, dict) and name in compiler:
+            options[option] = compiler[name]
     words = [str(word) for pair in options.items() for word in pair]
     shown = any(spec.role == "debug" for face in manifest.graphs.values() for spec in face.outputs)
     flags = ["--taps"] if shown or build.get("taps") else []
