@@ -1,10 +1,10 @@
-"""Line charts as PNG or SVG, drawn by matplotlib, which is imported only when a chart is wanted."""
+"""Charts as PNG or SVG, drawn by matplotlib, which is imported only when a chart is wanted."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -61,6 +61,26 @@ def write_charts(path: Path, panels: Sequence[Panel]) -> None:
     """Draw `panels` into the file `path`; an existing one is replaced when the new one is whole.
 
     Raises:
+        OutputError, EnvironmentFault: see `write_figure`.
+    """
+
+    def draw(figure: Any) -> None:
+        for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+            _draw(axes, panel)
+
+    write_figure(path, (_SIZE[0], _SIZE[1] * len(panels)), draw, dpi=_DPI)
+
+
+def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], None], *, dpi: int) -> None:
+    """Have a matplotlib figure drawn into the file `path`; an existing one is replaced when the new one is whole.
+
+    Args:
+        path: .png or .svg.
+        size: of the figure in inches.
+        draw: is given the figure.
+        dpi: of a .png.
+
+    Raises:
         OutputError, EnvironmentFault: see `check_chart`; or the file cannot be written.
     """
     check_chart(path)
@@ -70,12 +90,11 @@ def write_charts(path: Path, panels: Sequence[Panel]) -> None:
     fixed = {"svg.hashsalt": "seekforge", "svg.fonttype": "none"}
     unfinished = path.with_name(f".{path.name}.unfinished")
     with matplotlib.rc_context(fixed):
-        figure = figures.Figure(figsize=(_SIZE[0], _SIZE[1] * len(panels)), layout="constrained")
-        for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-            _draw(axes, panel)
+        figure = figures.Figure(figsize=size, layout="constrained")
+        draw(figure)
         try:
             suffix = path.suffix.lower()[1:]
-            figure.savefig(unfinished, format=suffix, dpi=_DPI, metadata={"Date": None} if suffix == "svg" else None)
+            figure.savefig(unfinished, format=suffix, dpi=dpi, metadata={"Date": None} if suffix == "svg" else None)
             unfinished.replace(path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)

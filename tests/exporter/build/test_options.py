@@ -16,13 +16,13 @@ import seekforge.exporter.build.cli as cli
 import seekforge.exporter.build.engine as engine
 from seekforge.exporter.build.audit_page import show_audit
 from seekforge.exporter.build.cli import build
-from seekforge.exporter.build.common import check_out, fit_limits, size_words
+from seekforge.exporter.build.common import fit_limits, size_words
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.inspect.cli import inspect
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.errors import EnvironmentFault, OutputError, SeekforgeError, TargetError
-from seekforge.plugins.formats.files import write_json
-from seekforge.plugins.formats.manifest import Limits, load_manifest, verify_files
+from seekforge.plugins.formats.files import check_vacant, write_json
+from seekforge.plugins.formats.manifest import MANIFEST, Limits, load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
 
@@ -175,13 +175,13 @@ def test_a_dry_run_refuses_a_folder_that_is_taken(
 
 
 def test_looking_at_a_folder_leaves_nothing(tmp_path: Path) -> None:
-    check_out(tmp_path / "a" / "b" / "c", force=False)
+    check_vacant(tmp_path / "a" / "b" / "c", force=False, marker=MANIFEST)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "manifest.json").write_text("{}")
-    check_out(tmp_path, force=True)
+    check_vacant(tmp_path, force=True, marker=MANIFEST)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     with pytest.raises(OutputError, match="is a file"):
-        check_out(tmp_path / "manifest.json", force=False)
+        check_vacant(tmp_path / "manifest.json", force=False, marker=MANIFEST)
 
 
 def test_a_dry_run_says_what_is_missing_here(

@@ -169,7 +169,8 @@ def test_no_text_covers_another(full: ModelConfig, everything: list[Row], case: 
         case "three precisions":  # a third one, were there one
             third = [replace(row, question=replace(row.question, precision="fp4")) for row in everything[:36]]
             rows = [*everything, *third]
-            monkeypatch.setattr(chart, "_memory_bytes", lambda config, row, layout, context: row.found.memory.total)
+            held = everything[0].found.memory
+            monkeypatch.setattr(chart, "memory_of", lambda config, layout, work, question: held)
         case _:
             rows = rows_of(full, ["rtx4090", "h100", "h20", "h200", "b200", "b300"], ("bf16",), num_gpus=8)
     figures: list[Figure] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from seekforge.exporter.rewrite.names import has_subgraph
 from seekforge.plugins.errors import ProgramError
 
 
@@ -49,7 +50,7 @@ def form_of(model: onnx.ModelProto, marked: Collection[str] = ()) -> Form:
     for value in graph.input:
         value.name = place(value.name)
     for node in graph.node:
-        if any(one.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for one in node.attribute):
+        if has_subgraph(node):
             raise ProgramError(f"build: {node.op_type} {node.name!r} has a subgraph, expected operators only")
         for field in ("name", "doc_string", "metadata_props"):
             node.ClearField(field)

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from seekforge.exporter.build.audit_page import self_check_words
-from seekforge.exporter.build.common import check_out, fit_limits, size_words
+from seekforge.exporter.build.common import fit_limits, size_words
 from seekforge.exporter.build.targets import (
     CPU_PRECISIONS,
     GPU_PRECISIONS,
@@ -27,6 +27,8 @@ from seekforge.exporter.build.targets import (
 from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.progress import Stages
 from seekforge.plugins.errors import EnvironmentFault, TargetError
+from seekforge.plugins.formats.files import check_vacant
+from seekforge.plugins.formats.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from seekforge.exporter.build.engine import Built
@@ -173,7 +175,7 @@ def _check_cpu(
 
     stages("read program and checkpoint")
     planned = check(program, out, target=target, checkpoint_folder=checkpoint, asked=asked)
-    check_out(out, force=force)
+    check_vacant(out, force=force, marker=MANIFEST)
     stages.done()
     sys.stdout.write(_cpu_dry_run(planned, target, out, as_json))
 
@@ -247,7 +249,7 @@ def _build_gpu(
     target = target.model_copy(update={"limits": fit_limits(target.limits, inputs.config, asked)})
     planned = check(inputs, target, choices)
     if gpu["dry_run"]:
-        check_out(out, force=force)
+        check_vacant(out, force=force, marker=MANIFEST)
         missing = _missing_here(inputs, planned, choices)
         stages.done()
         sys.stdout.write(_dry_run(inputs, planned, missing, out, as_json))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -16,8 +15,7 @@ from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.layers import truncate
 from seekforge.plugins.errors import ProgramError, TargetError
 from seekforge.plugins.formats.bindings import Recipe
-from seekforge.plugins.formats.files import atomic_folder
-from seekforge.plugins.formats.manifest import MANIFEST, TARGET, Limits
+from seekforge.plugins.formats.manifest import TARGET, Limits
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import GraphIO, Program
 
@@ -132,26 +130,6 @@ def size_words(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes} B"
-
-
-class _NotNow(Exception):
-    """Leaves a folder unwritten."""
-
-
-def check_out(out: Path, *, force: bool) -> None:
-    """Refuse an OUT that a build would refuse when it begins to write; leaves nothing behind.
-
-    Raises:
-        OutputError: it is taken, or cannot be written.
-    """
-    missing = [folder for folder in out.parents if not folder.exists()]
-    try:
-        with contextlib.suppress(_NotNow), atomic_folder(out, force=force, marker=MANIFEST):
-            raise _NotNow
-    finally:
-        for folder in missing:  # the deepest first
-            if folder.is_dir():
-                folder.rmdir()
 
 
 def write_target(folder: Path, target: TargetConfig, limits: Limits) -> str:

@@ -118,7 +118,7 @@ def answer(config: ModelConfig, target: TargetConfig, layout: Layout, work: Work
     usable = usable_bytes(target.gpu.memory_gib)
 
     def total(context: int, batch: int) -> RankMemory:
-        return _memory(config, layout, Workload(context, batch, work.step_tokens, work.draft_tokens), question)
+        return memory_of(config, layout, Workload(context, batch, work.step_tokens, work.draft_tokens), question)
 
     def largest(limit: int, step: int, fits: Callable[[int], bool]) -> int:
         low, high = 0, limit // step
@@ -148,7 +148,7 @@ def best(config: ModelConfig, target: TargetConfig, num_gpus: int, work: Workloa
     if fitting:
         rates = {one: speed(config, target, one, work, question).decode_tokens_per_s for one in fitting}
         return answer(config, target, max(fitting, key=rates.__getitem__), work, question)
-    sizes = {one: _memory(config, one, work, question).total for one in found}
+    sizes = {one: memory_of(config, one, work, question).total for one in found}
     return answer(config, target, min(found, key=sizes.__getitem__), work, question) if found else None
 
 
@@ -168,10 +168,11 @@ def fewest(
 
 def _fits(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> bool:
     assert target.gpu is not None
-    return _memory(config, layout, work, question).total <= usable_bytes(target.gpu.memory_gib)
+    return memory_of(config, layout, work, question).total <= usable_bytes(target.gpu.memory_gib)
 
 
-def _memory(config: ModelConfig, layout: Layout, work: Workload, question: Question) -> RankMemory:
+def memory_of(config: ModelConfig, layout: Layout, work: Workload, question: Question) -> RankMemory:
+    """Return what the fullest GPU of a layout holds."""
     return rank_memory(
         config, layout, work, precision=question.precision, kv_format=question.kv_format, mtp=question.mtp
     )

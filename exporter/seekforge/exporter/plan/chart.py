@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from seekforge.exporter.build.targets import TargetConfig
-from seekforge.exporter.plan.answer import GPU_COUNTS, Answer, Question
-from seekforge.plugins.charts import check_chart, tokens
-from seekforge.plugins.errors import OutputError, TargetError
+from seekforge.exporter.plan.answer import GPU_COUNTS, Answer, Question, memory_of
+from seekforge.plugins.charts import tokens, write_figure
+from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.sizing import GIB, Layout, Workload, rank_memory, usable_bytes
+from seekforge.plugins.formats.sizing import GIB, Layout, Workload, usable_bytes
 
 #: Memories that differ by less are one group, with one colour.
 _ALIKE: Final = 0.02
@@ -109,10 +109,9 @@ def write_plan_chart(
         marked: contexts among those of `rows` that the table shows.
 
     Raises:
-        OutputError, EnvironmentFault: see `plugins.charts.check_chart`; or the file cannot be written.
+        OutputError, EnvironmentFault: see `plugins.charts.write_figure`.
         TargetError: nothing fits anywhere.
     """
-    check_chart(path)
     columns = plan_columns(config, rows, marked=marked)
     work = rows[0].work
     title = f"{model}: GPUs and their memory, batch {work.batch}{', with MTP' if work.draft_tokens else ''}"
@@ -180,10 +179,14 @@ def _curves(config: ModelConfig, rows: Sequence[Row], marked: Sequence[int], gro
     most = config.max_position_embeddings
     contexts = sorted({2**power for power in range(10, most.bit_length()) if 2**power < most} | {most, *marked})
     shared: dict[tuple[int, Layout], list[Curve]] = {}
+
+    def filled(row: Row, layout: Layout, context: int) -> int:
+        return memory_of(config, layout, replace(row.work, context=context), row.question).total
+
     for row in rows:
         if row.found is not None:
             group, usable = groups[_usable_gib(row.target)], row.found.usable
-            points = tuple((n, 100 * _memory_bytes(config, row, row.found.layout, n) / usable) for n in contexts)
+            points = tuple((n, 100 * filled(row, row.found.layout, n) / usable) for n in contexts)
             shared.setdefault((group, row.found.layout), []).append(Curve(row.target.name, group, points))
     curves = []
     for (group, layout), members in shared.items():
@@ -191,13 +194,6 @@ def _curves(config: ModelConfig, rows: Sequence[Row], marked: Sequence[int], gro
         names = f"{layout.num_gpus} × {', '.join(curve.name for curve in members)}"
         curves.append(Curve(names if layout.num_gpus == 1 else f"{names} ({layout})", group, fullest.points))
     return curves
-
-
-def _memory_bytes(config: ModelConfig, row: Row, layout: Layout, context: int) -> int:
-    work, question = replace(row.work, context=context), row.question
-    return rank_memory(
-        config, layout, work, precision=question.precision, kv_format=question.kv_format, mtp=question.mtp
-    ).total
 
 
 # --- drawing ------------------------------------------------------------------------------------------------
@@ -237,17 +233,12 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def _write(path: Path, title: str, columns: Sequence[Column]) -> None:
-    matplotlib = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
     num_rows = max(len(column.targets) for column in columns)
     heights = (0.9 + 0.3 * num_rows, max(4.2, 1.2 + 2 * _LABEL_INCH * max(len(column.curves) for column in columns)))
     widest = max(len(cell.text) for column in columns for _, cells in column.targets for cell in cells)
     width = max(_WIDTH, 4.6 + len(columns[0].contexts) * (0.4 + 0.06 * widest))
-    # the same chart is the same file: no date, no random names, and text that stays text
-    fixed = {"svg.hashsalt": "seekforge", "svg.fonttype": "none"}
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with matplotlib.rc_context(fixed):
-        figure = figures.Figure(figsize=(width * len(columns), 0.5 + sum(heights)), layout="constrained")
+
+    def draw(figure: Any) -> None:
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
         figure.suptitle(title, fontsize="x-large")
         axes = figure.subplots(2, len(columns), squeeze=False, height_ratios=heights)
@@ -255,13 +246,8 @@ def _write(path: Path, title: str, columns: Sequence[Column]) -> None:
         for number, column in enumerate(columns):
             _draw_table(axes[0, number], column)
             _draw_curves(axes[1, number], column, scale, heights[1] - 1.0)
-        try:
-            suffix = path.suffix.lower()[1:]
-            figure.savefig(unfinished, format=suffix, dpi=_DPI, metadata={"Date": None} if suffix == "svg" else None)
-            unfinished.replace(path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+
+    write_figure(path, (width * len(columns), 0.5 + sum(heights)), draw, dpi=_DPI)
 
 
 @dataclass(frozen=True)

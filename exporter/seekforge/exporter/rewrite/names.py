@@ -38,6 +38,11 @@ def renumber(name: str, layer: int) -> str:
     return f"{name[: match.start(group)]}{layer}{name[match.end(group) :]}"
 
 
+def has_subgraph(node: onnx.NodeProto) -> bool:
+    """Whether values stand inside a node, where who looks at its inputs and outputs misses them."""
+    return any(one.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for one in node.attribute)
+
+
 def segments(graph: onnx.GraphProto) -> list[int]:
     """Return for each node the layer it belongs to: the last one among all that its result depends on.
 
@@ -88,9 +93,7 @@ def canonicalise(model: onnx.ModelProto, weights: Collection[str]) -> None:
     seen: Counter[str] = Counter()
     order: list[onnx.TensorProto] = []
     for node, segment in zip(graph.node, segments(graph), strict=True):
-        if any(
-            attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute
-        ):
+        if has_subgraph(node):
             raise ProgramError(f"trace left the subgraph of {node.op_type} {node.name!r}, expected operators only")
         for name in node.input:
             if name in constants and name not in renamed:

@@ -26,6 +26,21 @@ def explain_os_error(error: OSError, path: Path) -> OutputError:
     return OutputError(f"{path}: cannot be written ({reason}); choose a folder you may write to")
 
 
+def check_vacant(out: Path, *, force: bool = False, marker: str | None = None) -> None:
+    """Refuse a folder whose place is taken. Arguments as in `atomic_folder`.
+
+    Raises:
+        OutputError: `out` is a file, or exists and is not empty and may not be replaced.
+    """
+    if out.is_file():
+        raise OutputError(f"{out}: is a file, expected a folder or a new name")
+    occupied = out.is_dir() and any(out.iterdir())
+    if occupied and not force:
+        raise OutputError(f"{out}: exists and is not empty; choose a new folder, or pass --force to replace it")
+    if occupied and marker is not None and not (out / marker).exists():
+        raise OutputError(f"{out}: holds files but no {marker}, so --force will not replace it; choose a new folder")
+
+
 @contextmanager
 def atomic_folder(out: Path, *, force: bool = False, marker: str | None = None) -> Iterator[Path]:
     """Give a temporary sibling of `out` to fill; rename it to `out` when the block ends well.
@@ -42,13 +57,7 @@ def atomic_folder(out: Path, *, force: bool = False, marker: str | None = None) 
         OutputError: `out` exists and is not empty (without `force`), is a file, or cannot be written.
     """
     out = Path(out)
-    if out.is_file():
-        raise OutputError(f"{out}: is a file, expected a folder or a new name")
-    occupied = out.is_dir() and any(out.iterdir())
-    if occupied and not force:
-        raise OutputError(f"{out}: exists and is not empty; choose a new folder, or pass --force to replace it")
-    if occupied and marker is not None and not (out / marker).exists():
-        raise OutputError(f"{out}: holds files but no {marker}, so --force will not replace it; choose a new folder")
+    check_vacant(out, force=force, marker=marker)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))

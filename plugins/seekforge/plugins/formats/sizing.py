@@ -418,7 +418,12 @@ def _count_stages(weights: Sequence[int], limit: int) -> int:
 
 def reserve_bytes(layout: Layout) -> int:
     """What the runtime keeps for CUDA, graphs and communication."""
-    return CONTEXT_BYTES + GRAPH_BYTES + (COMMUNICATION_BYTES if layout.num_gpus > 1 else 0)
+    return CONTEXT_BYTES + GRAPH_BYTES + communication_bytes(layout)
+
+
+def communication_bytes(layout: Layout) -> int:
+    """Buffers between ranks."""
+    return COMMUNICATION_BYTES if layout.num_gpus > 1 else 0
 
 
 def scratch_bytes(config: ModelConfig, layout: Layout, work: Workload, kv_format: KvFormat) -> int:
@@ -505,7 +510,7 @@ def rank_memory(
         activations=activation_bytes(config, layout, work),
         graphs=GRAPH_BYTES,
         cuda_context=CONTEXT_BYTES,
-        communication=reserve_bytes(layout) - GRAPH_BYTES - CONTEXT_BYTES,
+        communication=communication_bytes(layout),
     )
 
 
