@@ -66,4 +66,5 @@ def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
     assert plugins == {"model.0": 9, "model.1": 9, "model.3": 11, "model.60": 11, "mtp": 11}
     assert sum(audit.plugins.values()) == 61 * (6 + 3) + 58 * 2 + 11
     assert audit.share("fp8") > 0.6
+    assert manifest.capturable == dict.fromkeys(plugins, True)
     assert max(audit.build_peak_bytes.values()) < 1 << 29

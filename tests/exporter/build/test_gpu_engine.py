@@ -99,6 +99,7 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
         assert "LOOP_OUTPUT" not in layers and "CONDITION" not in layers, "a body was inlined"
     runs = manifest.uses()
     assert runs == {"model.0.plan": 1, "model.1.plan": 2, "model.3.plan": 1, "mtp.plan": 1}
+    assert manifest.capturable == dict.fromkeys(["model.0", "model.1", "model.3", "mtp"], True)
     counted = sum(runs[f"{plan}.plan"] * layers["PLUGIN_V3"] for plan, layers in manifest.audit.layers.items())
     assert counted == sum(use.num_nodes for use in uses.values())
     fp8 = [one for one in manifest.audit.products if one.what in FP8_OPS]
@@ -263,6 +264,7 @@ def test_functions_are_inlined_where_plugins_are_not_wanted(inputs: Inputs, tmp_
     manifest = build(inputs, target, tmp_path / "engine", Choices(plugins="none"))
     assert manifest.audit is not None
     assert not any("PLUGIN_V3" in layers for layers in manifest.audit.layers.values())
+    assert manifest.capturable and all(manifest.capturable.values()), "loops over experts are captured too"
     assert manifest.audit.inlined == {op: use.num_nodes for op, use in inputs.program.ops.items()}
     assert manifest.plugins == {}
     inlined = {one.what: one.precision for one in manifest.audit.products if one.face == "inlined"}
@@ -288,7 +290,7 @@ def test_finished_plans_of_an_interrupted_build_are_used(
             finished.wait(30)
             raise EngineError(f"the power went out (log: {log})")
         plan.write_bytes(b"plan of " + plan.name.encode())
-        return compiler.Compiled({}, {}, dict(plugins), plan.stat().st_size, 0.0, 0.0, 0.0, 0, "1.7.1")
+        return compiler.Compiled({}, {}, dict(plugins), plan.stat().st_size, 0.0, 0.0, 0.0, 0, "1.7.1", True)
 
     keep = Parts.keep
     monkeypatch.setattr(Parts, "keep", lambda *arguments: (keep(*arguments), finished.set()))

@@ -25,6 +25,9 @@ def show_audit(manifest: Manifest, console: Console) -> None:
     library = ", ".join(f"{name} {version}" for name, version in manifest.runtime_versions.items())
     console.print(f"plans for {sms}: {plans}")
     console.print(f"they run with {library} and no other version")
+    plain = [name for name, able in manifest.capturable.items() if not able]
+    if plain:
+        console.print(f"{', '.join(plain)} cannot be captured in a CUDA graph: every decode step is enqueued anew")
     console.print(f"plugins: {_counts(audit.plugins)}")
     console.print(f"inlined: {_counts(audit.inlined)}")
     if manifest.plugins:

@@ -38,7 +38,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made. `layers` and `products` are counted before fusion; `taps`: debug tensor -> its type."""
+    """What the compiler made.
+
+    `layers` and `products` are counted before fusion; `taps`: debug tensor -> its type; `capturable`: whether runs of
+    the plan can be captured in a CUDA graph, None where the library does not say.
+    """
 
     layers: dict[str, int]
     products: dict[str, int]
@@ -49,6 +53,7 @@ class Compiled:
     cpu_seconds: float
     peak_bytes: int
     version: str
+    capturable: bool | None
     taps: dict[str, str] = field(default_factory=dict)
 
 

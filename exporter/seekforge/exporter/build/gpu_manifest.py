@@ -189,6 +189,7 @@ def make_manifest(
             for op in planned.plugins
         },
         profiles=made.profiles,
+        capturable={name: one.capturable for name, one in made.compiled.items() if one.capturable is not None},
         audit=found,
     )
 

@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -25,6 +26,8 @@ from seekforge.plugins.tensorrt.plugin import register
 #: Seconds between two reports of the steps of one phase, and the depth down to which every step is reported: there
 #: are few, and all else is a part of them.
 _INTERVAL_S, _ALWAYS_DEPTH = 0.1, 2
+#: What TensorRT-RTX 1.7 says of a network that cannot have the flag: the first for what it knows, the second in general.
+_UNCAPTURABLE = re.compile("kREQUIRE_USER_ALLOCATION is not compatible|requireUserAllocation && !isStreamCapturable")
 
 
 class Reporter:
@@ -93,7 +96,7 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
     taps = _mark_debug(network, request["taps"])
     reporter.send("stage", name="compile")
     config = _config(trt, builder, network, request, _monitor(trt, reporter))
-    plan = builder.build_serialized_network(network, config)
+    plan, capturable = _build(trt, builder, network, config, logger)
     if plan is None:
         raise CompileError([*registration.failures, *logger.errors] or ["the builder gave no plan and no reason"])
     Path(request["plan"]).write_bytes(plan)
@@ -112,7 +115,28 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
         "peak_bytes": peak_bytes(),
         "version": trt.__version__,
         "taps": taps,
+        "capturable": capturable,
     }
+
+
+def _build(trt: Any, builder: Any, network: Any, config: Any, logger: Any) -> tuple[Any, bool | None]:
+    """Return the plan, or None, and whether its runs can be captured in a CUDA graph; None: the library does not say.
+
+    TensorRT-RTX promises that of a plan whose memory is the user's, and refuses to build one that could not keep it.
+    Such a network is built without the promise.
+    """
+    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # TensorRT has none
+    if flag is None:
+        return builder.build_serialized_network(network, config), None
+    config.set_flag(flag)
+    before = len(logger.errors)
+    plan = builder.build_serialized_network(network, config)
+    if plan is not None or not any(map(_UNCAPTURABLE.search, logger.errors[before:])):
+        return plan, True
+    del logger.errors[before:]
+    print("[WARNING] seekforge: not capturable, built without REQUIRE_USER_ALLOCATION", file=sys.stderr)
+    config.clear_flag(flag)
+    return builder.build_serialized_network(network, config), False
 
 
 def peak_bytes() -> int:

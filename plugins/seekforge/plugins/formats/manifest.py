@@ -209,6 +209,8 @@ class Manifest(Record):
         weights: where the weights come from, when the engine holds none.
         plugins: op_type -> plugin, on a GPU.
         profiles: name -> graph -> input -> smallest, typical and largest shape, in the order of the plan's profiles.
+        capturable: plan -> whether TensorRT says that its runs can be captured in a CUDA graph; a plan that is not
+            listed can be tried.
         audit: what a GPU build really made.
         quantisation: which weights of a CPU engine are int8 or int4; None: all are f32.
         digest: of everything above.
@@ -239,6 +241,7 @@ class Manifest(Record):
     weights: WeightSource | None = None
     plugins: dict[str, PluginUse] = field(default_factory=dict)
     profiles: dict[str, dict[str, dict[str, tuple[tuple[int, ...], ...]]]] = field(default_factory=dict)
+    capturable: dict[str, bool] = field(default_factory=dict)
     audit: Audit | None = None
     quantisation: Quantisation | None = None
     digest: str = ""
