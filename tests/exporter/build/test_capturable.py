@@ -24,7 +24,7 @@ from seekforge.plugins.formats.numerics import NUMERICS
 #: What TensorRT-RTX 1.7.1 says of a network that cannot have the flag.
 REFUSALS = (
     "IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error (BuilderFlag::kREQUIRE_USER_ALLOCATION is not "
-    "compatible with networks that contain data-dependent dynamic shapes or other features that prevent stream capture.)",
+    "compatible with networks that contain data-dependent dynamic shapes or other features that prevent capture.)",
     "Assertion !(mConfig.requireUserAllocation && !isStreamCapturable) failed. ",
 )
 

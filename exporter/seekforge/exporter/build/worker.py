@@ -26,7 +26,7 @@ from seekforge.plugins.tensorrt.plugin import register
 #: Seconds between two reports of the steps of one phase, and the depth down to which every step is reported: there
 #: are few, and all else is a part of them.
 _INTERVAL_S, _ALWAYS_DEPTH = 0.1, 2
-#: What TensorRT-RTX 1.7 says of a network that cannot have the flag: the first for what it knows, the second in general.
+#: What TensorRT-RTX 1.7 says of a network that cannot have the flag: for what it knows, and in general.
 _UNCAPTURABLE = re.compile("kREQUIRE_USER_ALLOCATION is not compatible|requireUserAllocation && !isStreamCapturable")
 
 
