@@ -25,8 +25,11 @@ def test_opens_and_knows_its_cache(toy_engine: Path) -> None:
         (lambda m: m["graphs"].pop("model"), "expected 'model'"),
         (lambda m: m["graphs"]["model"]["aliases"].pop("latent_cache_out.0"), "cache latent_cache.0 is not paired"),
         (lambda m: m["graphs"]["model"]["outputs"].pop(4), "without logits"),
-        (lambda m: m.update(tokenizer="../secret"), "'../secret' has no digest"),
-        (lambda m: m["files"][0].update(path="../model.onnx"), "lies outside the engine folder"),
+        (lambda m: m.update(tokenizer="../secret"), "is '../secret', which lies outside the folder"),
+        (
+            lambda m: m["files"][0].update(path="../model.onnx"),
+            "key 'files.0.path': is '../model.onnx', which lies outside the folder",
+        ),
         (
             lambda m: m["runtime_versions"].update(onnxruntime="1.0.0"),
             "runtime_versions.onnxruntime: found 1.",

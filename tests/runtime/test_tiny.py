@@ -6,7 +6,9 @@ Exact numerics: those of fp8 round activations, which may flip with the order of
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 from seekforge.exporter.model.session import TorchSession
 from seekforge.exporter.model.step import Settings
 from seekforge.plugins.errors import EngineError, RequestError
+from seekforge.plugins.formats.manifest import digest_file, save_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
 from seekforge.plugins.formats.safetensors import Checkpoint
@@ -302,10 +305,33 @@ def test_update_weights_swaps_them_between_steps(engine: Engine, read_tensors) -
 
 
 def test_chat_encodes_messages_as_the_checkpoint_does(engine: Engine) -> None:
-    with LLM(engine, num_blocks=20, self_check=False) as llm:
+    with LLM(engine, num_blocks=20, self_check=False, trust_checkpoint_code=True) as llm:
         messages = [{"role": "user", "content": "Hello"}]
         assert llm.chat_prompt(messages) == "<｜begin▁of▁sentence｜><｜User｜>Hello<｜Assistant｜></think>"
         output = llm.chat(messages, replace(GREEDY, max_tokens=3), thinking=True)
         assert len(output.outputs[0].token_ids) == 3
         with pytest.raises(RequestError, match="cannot be encoded"):
             llm.chat([{"role": "robot", "content": "Hello"}])
+
+
+def test_code_of_a_checkpoint_is_executed_for_those_only_who_ask(engine: Engine, tmp_path: Path) -> None:
+    """The file would leave a mark if it were executed: not by opening, not by generating, not by `chat` unasked."""
+    folder = Path(shutil.copytree(engine.folder, tmp_path / "engine", copy_function=os.link))
+    path, mark = folder / "encoding" / "encoding_dsv32.py", tmp_path / "mark"
+    text = f"{path.read_text()}\nopen({str(mark)!r}, 'w').close()\n"
+    path.unlink()
+    path.write_text(text)
+    manifest = engine.manifest
+    kept = [one for one in manifest.files if one.path != "encoding/encoding_dsv32.py"]
+    files = (*kept, digest_file(folder, "encoding/encoding_dsv32.py"))
+    (folder / "manifest.json").unlink()
+    save_manifest(folder, manifest.model_copy(update={"files": files}))
+    messages = [{"role": "user", "content": "Hello"}]
+    with LLM(folder, num_blocks=20, self_check=False) as llm:
+        llm.generate("Hello", GREEDY)
+        for ask in (llm.chat, llm.chat_prompt):
+            with pytest.raises(EngineError, match=r"encoding_dsv32\.py: chat executes .* trust_checkpoint_code=True"):
+                ask(messages)
+        assert not mark.exists()
+        assert llm.chat_prompt(messages, trust_checkpoint_code=True).startswith("<｜begin▁of▁sentence｜>")
+    assert mark.exists()

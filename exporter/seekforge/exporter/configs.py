@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.yaml_file import read_yaml
 
 
 def configs_folder() -> Path:
@@ -29,4 +28,4 @@ def load_yaml(kind: str, name: str) -> Any | None:
     """Return the decoded file, or None when there is no such name."""
     if name not in known(kind):
         return None
-    return yaml.safe_load((configs_folder() / kind / f"{name}.yaml").read_text(encoding="utf-8"))
+    return read_yaml(configs_folder() / kind / f"{name}.yaml")

@@ -3,9 +3,26 @@
 A command line prints the message as one line and exits with code 2; no traceback reaches a user.
 """
 
+#: Longest message; what a foreign file says may be of any length.
+_MOST, _HEAD = 4000, 2800
+
+
+def shortened(message: str) -> str:
+    """Return a message with its middle left out if it is longer than anybody reads."""
+    if len(message) <= _MOST:
+        return message
+    left_out = len(message) - _MOST
+    return f"{message[:_HEAD]} … ({left_out:,} characters left out) … {message[_HEAD + left_out :]}"
+
 
 class SeekforgeError(Exception):
-    """Base of every error that is the input's or the environment's fault, not a bug of ours."""
+    """Base of every error that is the input's or the environment's fault, not a bug of ours.
+
+    A message is of bounded length: names and values of foreign files stand in it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message))
 
 
 class ConfigError(SeekforgeError):

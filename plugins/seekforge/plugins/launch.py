@@ -12,12 +12,14 @@ import hashlib
 import importlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from seekforge.plugins.errors import EngineError, ShapeError
+from seekforge.plugins.formats.paths import inside, name_fault
+from seekforge.plugins.formats.reading import SETTINGS_BYTES, parse_json, read_bytes, read_text
 from seekforge.plugins.kernel_contract import Rule
 from seekforge.plugins.registry import SPECS
 
@@ -31,6 +33,10 @@ ALIGNMENT: Final = 256
 POINTER_ALIGNMENT: Final = 16
 #: GPU generations that kernels are compiled for. Cubins run on their own SM only, except sm_80, which also runs on 86.
 SMS: Final[tuple[int, ...]] = (80, 89, 90, 100, 103, 120, 121)
+
+#: What CUDA takes as arguments of one launch, and the largest file of one kernel, bytes.
+_MOST_ARGUMENT_BYTES: Final = 32_768
+_MOST_CUBIN_BYTES: Final = 256 << 20
 
 Scalar = int | float | bool | str
 
@@ -328,17 +334,54 @@ def from_json(text: str, *, where: str) -> KernelSet:
         EngineError: the text is damaged or of another version.
     """
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         if raw["format"] != FORMAT:
             raise EngineError(f"{where}: format {raw['format']}, expected {FORMAT}; compile the kernels again")
         images = {}
         for name, image in raw["images"].items():
-            image["params"] = tuple(Param(**param) for param in image["params"])
-            image["resources"] = Resources(**image["resources"])
-            images[name] = Image(**image)
-        return KernelSet(**(raw | {"images": images}))
+            params = tuple(_typed(Param, param) for param in image["params"])
+            images[name] = _typed(Image, image | {"params": params, "resources": _typed(Resources, image["resources"])})
+            _check_image(images[name])
+        return _typed(KernelSet, raw | {"images": images})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{where}: damaged kernel descriptor ({error}); compile the kernels again") from None
+
+
+_T = TypeVar("_T")
+_PLAIN: Final = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
+
+
+def _typed(kind: Callable[..., _T], raw: Mapping[str, Any]) -> _T:
+    """Make a dataclass of plain values as JSON has them.
+
+    Raises:
+        TypeError: a field is unknown, missing, or of another type.
+    """
+    made = kind(**raw)
+    for one in fields(made):  # pyright: ignore[reportArgumentType]
+        value, allowed = getattr(made, one.name), _PLAIN.get(str(one.type))
+        if allowed is not None and type(value) not in allowed:
+            raise TypeError(f"{one.name} is a {type(value).__name__}, expected {one.type}")
+    return made
+
+
+def _check_image(image: Image) -> None:
+    """Refuse sizes that no compiled kernel has, and a cubin that is not a file beside the descriptor."""
+    fault = name_fault(image.cubin)
+    if fault is not None or "/" in image.cubin:
+        raise ValueError(f"cubin {fault or f'is {image.cubin!r}, expected a file beside the descriptor'}")
+    if not image.params:
+        raise ValueError(f"{image.variant} has no parameters")
+    for param in image.params:
+        if param.name and not param.type.startswith("*") and param.type not in _CODES:
+            raise ValueError(f"parameter {param.name} is a {param.type}, expected {', '.join(_CODES)} or a pointer")
+        if not (0 <= param.offset <= _MOST_ARGUMENT_BYTES and 0 < param.size <= 8):
+            raise ValueError(f"parameter {param.name} lies at {param.offset} with {param.size} bytes")
+    sizes = (image.num_warps, image.num_ctas, image.scratch_align)
+    if min(sizes) < 1 or max(sizes) > 1 << 16 or not 0 <= image.scratch_bytes < 1 << 40:
+        raise ValueError(f"{image.variant} has sizes out of range")
+    if not 0 <= image.resources.shared_bytes < 1 << 20:
+        raise ValueError(f"{image.variant} has shared_bytes {image.resources.shared_bytes}")
 
 
 def read_kernels(path: Path) -> KernelSet:
@@ -347,7 +390,12 @@ def read_kernels(path: Path) -> KernelSet:
     Raises:
         EngineError: the file is damaged, or made for another version of the operator.
     """
-    kernels = from_json(path.read_text(encoding="utf-8"), where=str(path))
+    try:
+        text = read_text(path, most=SETTINGS_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise EngineError(f"{path}: cannot be read ({reason}); compile the kernels again") from None
+    kernels = from_json(text, where=str(path))
     spec = SPECS.get(kernels.op)
     if spec is None or spec.version != kernels.op_version:
         raise EngineError(
@@ -363,11 +411,13 @@ def read_cubin(path: Path, image: Image) -> bytes:
     Raises:
         EngineError: the file is missing or is not the one that was compiled.
     """
-    file = path.parent / image.cubin
+    file = inside(path.parent, image.cubin, error=EngineError, where=path, again="compile the kernels again")
     try:
-        cubin = file.read_bytes()
+        cubin = read_bytes(file, most=_MOST_CUBIN_BYTES)
     except FileNotFoundError:
         raise EngineError(f"{file}: missing; copy the whole folder of kernels, or compile them again") from None
+    except OSError as error:
+        raise EngineError(f"{file}: cannot be read ({error.strerror}); compile the kernels again") from None
     if hashlib.sha256(cubin).hexdigest() != image.sha256:
         raise EngineError(f"{file}: not what was compiled (sha256 differs); compile the kernels again")
     return cubin

@@ -1,7 +1,7 @@
 """From messages to a prompt, by the encoder that the engine carries: DeepSeek-V3.2 has no template but a Python file.
 
-It is part of the checkpoint, its digest stands in the manifest, and it is executed like any module: trust an engine
-folder as you trust the program that you run it with.
+It is part of the checkpoint, and executing it is executing a program of whoever made that: it is done for those only
+who ask for it by name (`trust_checkpoint_code`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.manifest import Manifest
+from seekforge.plugins.formats.manifest import MANIFEST, Manifest
+from seekforge.plugins.formats.paths import inside
 
 _ENCODER = "encoding/encoding_dsv32.py"
 
@@ -20,15 +21,25 @@ _ENCODER = "encoding/encoding_dsv32.py"
 class ChatEncoder:
     """The chat encoding of one engine."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, trust_checkpoint_code: bool) -> None:
         """Load the encoder.
 
+        Args:
+            folder: of the engine.
+            manifest: of that folder.
+            trust_checkpoint_code: whether a Python file that came with the checkpoint may be executed.
+
         Raises:
-            EngineError: the engine carries none, or it cannot be loaded.
+            EngineError: the engine carries none, it is not trusted, or it cannot be loaded.
         """
         if _ENCODER not in {file.path for file in manifest.files}:
             raise EngineError(f"{folder}: has no {_ENCODER}; export a checkpoint that has it, or pass a plain prompt")
-        path = folder / _ENCODER
+        path = inside(folder, _ENCODER, error=EngineError, where=folder / MANIFEST)
+        if not trust_checkpoint_code:
+            raise EngineError(
+                f"{path}: chat executes this Python file, which came with the checkpoint; if you trust who made it, "
+                "pass trust_checkpoint_code=True, else pass a plain prompt to generate"
+            )
         spec = importlib.util.spec_from_file_location("seekforge_chat_encoding", path)
         try:
             assert spec is not None and spec.loader is not None

@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 import click
-import yaml
 
+from seekforge.plugins.formats.yaml_file import read_yaml
 from seekforge.runtime.backends import BACKENDS
 
 _PACKAGES = (
@@ -184,7 +184,7 @@ def _targets() -> dict[str, str]:
         folder = root / "configs" / "targets"
         if folder.is_dir():
             for path in sorted(folder.glob("*.yaml")):
-                data = yaml.safe_load(path.read_text(encoding="utf-8"))
+                data = read_yaml(path)
                 targets[path.stem] = str(data.get("backend", "unknown")) if isinstance(data, dict) else "unknown"
             break
     return targets

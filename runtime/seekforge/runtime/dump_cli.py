@@ -13,7 +13,7 @@ from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.formats.plan import MODES, Plan, make_plan, parse_contexts, parse_modes
-from seekforge.plugins.formats.records import RecordError
+from seekforge.plugins.formats.reading import LISTING_BYTES, read_text
 from seekforge.runtime.dump import write_dump
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.options import check_checkpoint, checkpoint_option
@@ -92,10 +92,10 @@ def dump(
 
 def _read(path: Path) -> Plan:
     try:
-        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
+        return Plan.model_validate_json(read_text(path, most=LISTING_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except RecordError as error:
+    except ValueError as error:  # a RecordError is one
         raise ConfigError(f"{path}: {error}; let 'seekforge parity' write the plan") from None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.formats.loading import check_complete, check_versions, installed_versions
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest, verify_files
+from seekforge.plugins.formats.paths import same_names
 from seekforge.runtime.backends import BACKENDS, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.kv_cache import blocks_needed
@@ -103,12 +104,11 @@ INSTALL = {
 
 
 def _check_paths(folder: Path, manifest: Manifest) -> None:
-    """A manifest names files of its own folder, and digests every file that is going to be opened."""
+    """A manifest names each of its files once, and digests every file that is going to be opened."""
     digested = {file.path for file in manifest.files}
-    for path in digested:
-        pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise EngineError(f"{folder / MANIFEST}: file {path!r} lies outside the engine folder; build it again")
+    twice = same_names([file.path for file in manifest.files])
+    if twice is not None:
+        raise EngineError(f"{folder / MANIFEST}: files {twice[0]!r} and {twice[1]!r} are one; build the engine again")
     opened = [manifest.tokenizer, *manifest.uses()]
     for path in opened:
         if path not in digested:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -101,6 +100,7 @@ class LLM:
         threads: int | None = None,
         checkpoint: Path | str | None = None,
         self_check: bool = True,
+        trust_checkpoint_code: bool = False,
         on_step: Callable[[StepMetrics], None] | None = None,
         on_load: OnLoad | None = None,
     ) -> None:
@@ -125,6 +125,8 @@ class LLM:
             checkpoint: where the weights are, of an engine that holds none (a GPU's); None takes where they were at
                 build.
             self_check: compare with the results stored in the engine before serving.
+            trust_checkpoint_code: let `chat` execute the Python file that encodes messages. It came with the
+                checkpoint, from whoever made that.
             on_step: told each iteration, by the thread that ran it.
             on_load: told while weights are read from a checkpoint.
 
@@ -200,6 +202,8 @@ class LLM:
         )
         self._core.on_step = self._count
         self._on_step = on_step
+        self._trust_checkpoint_code = trust_checkpoint_code
+        self._chat: ChatEncoder | None = None
         self._totals = np.zeros(5)
         self._intake = Intake(self.engine, self._core, prefix_caching=prefix_caching)
         self._turns = Turns(self._core)
@@ -322,6 +326,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         thinking: bool = False,
+        trust_checkpoint_code: bool = False,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> RequestOutput:
@@ -331,17 +336,23 @@ class LLM:
             messages: role and content each, as in the OpenAI interface; also tools, tool_calls, reasoning_content.
             sampling_params: None takes `default_sampling_params`.
             thinking: let the model reason first.
+            trust_checkpoint_code: as for `LLM`, where it need not be said again.
             priority, timeout_s: as for `generate`.
 
         Raises:
             RequestError: messages that cannot stand like this, or as for `generate`.
-            EngineError: the engine carries no chat encoding.
+            EngineError: the engine carries no chat encoding, or its code is not trusted.
         """
-        prompt = self.chat_prompt(messages, thinking=thinking)
+        prompt = self.chat_prompt(messages, thinking=thinking, trust_checkpoint_code=trust_checkpoint_code)
         return self.generate(prompt, sampling_params, priority=priority, timeout_s=timeout_s)[0]
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False) -> str:
-        """Return the text that `chat` would continue."""
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False, trust_checkpoint_code: bool = False
+    ) -> str:
+        """Return the text that `chat` would continue. Arguments and errors as for `chat`."""
+        if self._chat is None:
+            trusted = trust_checkpoint_code or self._trust_checkpoint_code
+            self._chat = ChatEncoder(self.engine.folder, self.engine.manifest, trust_checkpoint_code=trusted)
         return self._chat.encode(messages, thinking=thinking)
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -416,10 +427,6 @@ class LLM:
         if len(given) != count:
             raise RequestError(f"{len(given)} sampling_params for {count} prompts; pass one, or one each")
         return given
-
-    @cached_property
-    def _chat(self) -> ChatEncoder:
-        return ChatEncoder(self.engine.folder, self.engine.manifest)
 
     def _start(
         self,

@@ -10,10 +10,10 @@ import codecs
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer as _Tokenizer
 from tokenizers.decoders import ByteLevel
 
 from seekforge.plugins.errors import EngineError, RequestError
+from seekforge.plugins.formats.tokenizer_file import guarded, read_tokenizer
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -40,10 +40,7 @@ class Tokenizer:
         Raises:
             EngineError: it cannot be read, or its decoder is not byte-level.
         """
-        try:
-            self._tokenizer = _Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise EngineError(f"{path}: cannot be read as a tokenizer ({error}); build the engine again") from None
+        self._tokenizer = read_tokenizer(path, error=EngineError, again="build the engine again")
         if not isinstance(self._tokenizer.decoder, ByteLevel):
             raise EngineError(
                 f"{path}: its decoder is {type(self._tokenizer.decoder).__name__}, expected ByteLevel; "
@@ -65,9 +62,11 @@ class Tokenizer:
             RequestError: `text` is not valid Unicode (it holds half of a surrogate pair).
         """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return guarded(self._tokenizer.encode, text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"the prompt cannot be encoded ({error}); pass valid Unicode text") from None
+        except Exception as error:  # tokenizers raises bare Exception
+            raise RequestError(f"the prompt cannot be encoded: the tokenizer refuses it ({error})") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""

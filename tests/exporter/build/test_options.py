@@ -25,6 +25,7 @@ from seekforge.plugins.formats.files import check_vacant, write_json
 from seekforge.plugins.formats.manifest import MANIFEST, Limits, load_manifest, verify_files
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
+from seekforge.runtime.cli import main
 
 DEFAULTS = Limits(max_model_len=131072, max_batch_size=64, max_num_batched_tokens=2048)
 
@@ -285,3 +286,50 @@ def test_a_part_of_a_model_for_a_cpu_says_why_nothing_proves_it(tiny_checkpoint:
     said = "self-check: none, this is a part of a model ('seekforge run' needs a whole one)"
     assert said in run(*given).stdout
     assert said in CliRunner().invoke(inspect, [str(tmp_path / "engine")], env={"COLUMNS": "200"}).output
+
+
+NAMES = [
+    "../x",
+    "/etc/passwd",
+    "a/../../x",
+    "weights.bin",
+    "manifest.json",
+    "model.onnx",
+    "encoding/../../x",
+    "",
+    "C:x",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_whose_files_lead_elsewhere_is_refused(
+    name: str, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """`files` of program.json names what is copied into an engine, `file` of a graph what is compiled."""
+    program = Path(shutil.copytree(tiny_programs["exact"], tmp_path / "program"))
+    whole = json.loads((program / "program.json").read_text())
+    (tmp_path / "x").write_text("outside")
+    for key, edited in {
+        "files": whole | {"files": [*whole["files"], name]},
+        "graphs.model.file": whole | {"graphs": whole["graphs"] | {"model": whole["graphs"]["model"] | {"file": name}}},
+    }.items():
+        (program / "program.json").write_text(json.dumps(edited))
+        if key != "files" and name in ("weights.bin", "manifest.json", "model.onnx"):
+            continue
+        arguments = ["build", str(program), str(tmp_path / "out"), "--target", "cpu", "--checkpoint"]
+        done = CliRunner().invoke(main, [*arguments, str(tiny_checkpoint)])
+        assert done.exit_code == 2 and f"key '{key}" in done.stderr and done.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists() and (tmp_path / "x").read_text() == "outside"
+
+
+def test_a_link_in_a_program_that_leads_outside_is_refused(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    program = Path(shutil.copytree(tiny_programs["exact"], tmp_path / "program"))
+    for name in ("tokenizer_config.json", "model.onnx"):
+        shutil.move(program / name, tmp_path / name)
+        (program / name).symlink_to(tmp_path / name)
+        arguments = ["build", str(program), str(tmp_path / "out"), "--target", "cpu", "--checkpoint"]
+        done = CliRunner().invoke(main, [*arguments, str(tiny_checkpoint)])
+        assert done.exit_code == 2 and f"{name}: is a link that leads outside" in done.stderr
+        assert not (tmp_path / "out").exists()

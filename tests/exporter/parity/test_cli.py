@@ -342,7 +342,7 @@ def test_what_cannot_end_well_is_refused_before_the_engine_runs(
     (tmp_path / "long").write_text("Hello\n" + "word " * manifest.limits.max_model_len, encoding="utf-8")
     changes = {"short": {"limits": limits}, "other": {"config": manifest.config | {"index_topk": 32}}}
     for name, change in changes.items():
-        shutil.copytree(tiny_engines["exact"], tmp_path / name, copy_function=os.symlink)
+        shutil.copytree(tiny_engines["exact"], tmp_path / name, copy_function=os.link)
         (tmp_path / name / "manifest.json").unlink()
         save_manifest(tmp_path / name, manifest.model_copy(update=change))
     places = {name: tmp_path / name for name in ("long", "short", "other")}
@@ -363,7 +363,7 @@ def test_an_engine_without_weights_gets_them_from_the_checkpoint_that_judges_it(
     monkeypatch.setattr(engine_side.subprocess, "run", note)
     manifest = load_manifest(tiny_engines["exact"])
     bare = tmp_path / "bare"
-    shutil.copytree(tiny_engines["exact"], bare, copy_function=os.symlink)
+    shutil.copytree(tiny_engines["exact"], bare, copy_function=os.link)
     (bare / "manifest.json").unlink()
     weights = WeightSource(path="/gone", index_digest="0" * 64)
     save_manifest(bare, manifest.model_copy(update={"weights": weights}))

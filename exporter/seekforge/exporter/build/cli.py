@@ -29,6 +29,8 @@ from seekforge.exporter.progress import Stages
 from seekforge.plugins.errors import EnvironmentFault, TargetError
 from seekforge.plugins.formats.files import check_vacant
 from seekforge.plugins.formats.manifest import MANIFEST
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.program import load_program
 
 if TYPE_CHECKING:
     from seekforge.exporter.build.engine import Built
@@ -192,6 +194,8 @@ def _build_cpu(
     as_json: bool,
     stages: Stages,
 ) -> None:
+    load_program(program)  # what is odd in either is said before torch is imported, which takes seconds
+    ModelConfig.load(checkpoint)
     from seekforge.exporter.build.engine import build as write_engine  # brings torch, which GPU builds do without
 
     built = write_engine(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -13,14 +12,18 @@ import yaml
 
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.layers import truncate
-from seekforge.plugins.errors import ProgramError, TargetError
+from seekforge.plugins.errors import EngineError, ProgramError, SeekforgeError, TargetError
 from seekforge.plugins.formats.bindings import Recipe
-from seekforge.plugins.formats.manifest import TARGET, Limits
+from seekforge.plugins.formats.manifest import MANIFEST, TARGET, Limits
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.paths import inside
 from seekforge.plugins.formats.program import GraphIO, Program
+from seekforge.plugins.formats.reading import read_bytes, read_json
 
 #: Sizes of a step are 31-bit numbers.
 _MOST = 2**31 - 1
+#: Protobuf's own limit.
+_MOST_GRAPH_BYTES = 1 << 31
 
 
 def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
@@ -51,15 +54,33 @@ def read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
     Raises:
         ProgramError: it cannot be read, or is not the one that the program describes.
     """
-    path = folder / face.file
+    return _read_onnx(folder, face, ProgramError, "program.json", "export the program again", checked=True)
+
+
+def read_engine_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
+    """Read a graph of the CPU engine in `folder`, without its weights; its digest is checked where engines are opened.
+
+    Raises:
+        EngineError: it cannot be read.
+    """
+    return _read_onnx(folder, face, EngineError, MANIFEST, "build the engine again", checked=False)
+
+
+def _read_onnx(
+    folder: Path, face: GraphIO, error: type[SeekforgeError], listing: str, again: str, *, checked: bool
+) -> onnx.ModelProto:
+    path = inside(folder, face.file, error=error, where=folder / listing, again=again)
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read ({error.strerror}); export the program again") from None
-    found = hashlib.sha256(raw).hexdigest()
+        raw = read_bytes(path, most=_MOST_GRAPH_BYTES)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}); {again}") from None
+    found = hashlib.sha256(raw).hexdigest() if checked else face.sha256
     if found != face.sha256:
-        raise ProgramError(f"{path}: digest {found[:12]}, program.json says {face.sha256[:12]}; export again")
-    return onnx.load_from_string(raw)
+        raise error(f"{path}: digest {found[:12]}, {listing} says {face.sha256[:12]}; {again}")
+    try:
+        return onnx.load_from_string(raw)
+    except Exception as problem:  # protobuf's and ONNX's have no common base
+        raise error(f"{path}: is no ONNX file ({type(problem).__name__}); {again}") from None
 
 
 def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelConfig, folder: Path) -> None:
@@ -150,20 +171,32 @@ def copy_text_files(program: Program, program_folder: Path, folder: Path) -> lis
     """Copy tokenizer and chat files into an engine folder and return their names.
 
     Raises:
-        ProgramError: one is missing.
+        ProgramError: one is missing, or is none of those files: nothing else may be put into an engine.
     """
+    where = program_folder / "program.json"
     for name in program.files:
         place = folder / name
+        source = inside(program_folder, name, error=ProgramError, where=where, again="export the program again")
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copyfile(program_folder / name, place)
+            shutil.copyfile(source, place)
         except FileNotFoundError:
-            raise ProgramError(f"{program_folder / name}: missing; export the program again") from None
+            raise ProgramError(f"{source}: missing; export the program again") from None
     return list(program.files)
 
 
 def generation_defaults(program_folder: Path) -> dict[str, float]:
     """Sampling defaults of generation_config.json; the model card's where the file is missing."""
     path = program_folder / "generation_config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {"temperature": float(raw.get("temperature", 1.0)), "top_p": float(raw.get("top_p", 0.95))}
+    try:
+        raw = read_json(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ProgramError(f"{path}: cannot be read ({reason}); take the checkpoint's file") from None
+    if not isinstance(raw, dict):
+        raise ProgramError(f"{path}: holds a {type(raw).__name__}, expected an object such as {{'temperature': 1.0}}")
+    found = {"temperature": raw.get("temperature", 1.0), "top_p": raw.get("top_p", 0.95)}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ProgramError(f"{path}: {name} is {value!r:.60}, expected a number")
+    return {name: float(value) for name, value in found.items()}

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from seekforge.exporter.configs import known, load_yaml
 from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.manifest import Limits
 from seekforge.plugins.formats.records import RecordError, UnknownKeyError
+from seekforge.plugins.formats.yaml_file import YamlError, parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 #: Far above any hardware, and what is computed from it stays finite.
@@ -160,11 +160,11 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = read_yaml(path)
         except OSError as error:
             raise TargetError(f"{path}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise TargetError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        except YamlError as error:
+            raise TargetError(f"{path}: not valid YAML ({error})") from None
         origin = str(path)
     else:
         raw = load_yaml("targets", name)
@@ -215,9 +215,9 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
             raise TargetError(f"--set {setting!r}: {name!r} is no group of keys; {hint}")
         place = inner
     try:
-        place[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise TargetError(f"--set {setting!r}: {text!r} is not valid YAML") from None
+        place[keys[-1]] = parse_yaml(text)
+    except YamlError as error:
+        raise TargetError(f"--set {setting!r}: {text!r} is not valid YAML ({error})") from None
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seekforge.exporter.configs import configs_folder, known
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.yaml_file import YamlError, read_yaml
 
 
 class _PresetFile(BaseModel):
@@ -61,12 +61,12 @@ def read_preset(path: Path) -> Preset:
         ConfigError: it cannot be read, is not YAML, or has a missing, unknown or malformed key.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
         file = _PresetFile.model_validate(raw)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from None
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in fault["loc"])

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import onnx
 from rich.console import Console
 from rich.table import Table
 
 from seekforge.exporter.build.audit_page import self_check_words, show_audit
-from seekforge.exporter.build.common import size_words
+from seekforge.exporter.build.common import read_graph, size_words
 from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.inspect.describe import describe, kind_of
 from seekforge.exporter.inspect.draw import Format, draw, groups
@@ -54,7 +53,7 @@ def _drawing(path: Path, how: Format, name: str) -> str:
         raise ProgramError(f"{path}: has no {name} graph, only {', '.join(program.graphs)}")
     face = program.graphs[name]
     weights = {spec.name for spec in face.inputs if spec.role in ("weight", "table")}
-    return draw(groups(onnx.load(path / face.file), weights), how)
+    return draw(groups(read_graph(path, face), weights), how)
 
 
 def show(about: dict[str, Any], console: Console) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from seekforge.exporter.build.common import read_engine_graph, read_graph
 from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Ranks, Recipe, for_rank
@@ -21,6 +22,7 @@ from seekforge.plugins.formats.program import GraphIO, Program, load_bindings, l
 from seekforge.plugins.formats.safetensors import Checkpoint
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_ReadGraph = Callable[[Path, GraphIO], onnx.ModelProto]
 _EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
 
 
@@ -31,7 +33,7 @@ def kind_of(path: Path) -> str:
         ProgramError: the folder is none of them.
     """
     for name, kind in ((MANIFEST, "engine"), ("program.json", "program"), ("config.json", "checkpoint")):
-        if (path / name).is_file():
+        if (path / name).exists():
             return kind
     raise ProgramError(
         f"{path}: is no checkpoint (config.json), program (program.json) or engine ({MANIFEST}); "
@@ -140,7 +142,9 @@ def _program(path: Path) -> dict[str, Any]:
         "layers": list(program.layer_range),
         "ranks": _ranks(program, bindings),
         "ops": {name: use.model_dump(mode="json") for name, use in program.ops.items()},
-        "graphs": {name: _graph(path, face, bindings.get(name, {})) for name, face in program.graphs.items()},
+        "graphs": {
+            name: _graph(path, face, bindings.get(name, {}), read_graph) for name, face in program.graphs.items()
+        },
         "unused": program.unused,
         "num_shared": len(program.shared),
         "outside": program.outside,
@@ -169,7 +173,7 @@ def bytes_read(recipe: Recipe) -> int:
     return sum(map(bytes_read, recipe.parts))
 
 
-def _graph(path: Path, face: GraphIO, bindings: dict[str, Recipe]) -> dict[str, Any]:
+def _graph(path: Path, face: GraphIO, bindings: dict[str, Recipe], read: _ReadGraph) -> dict[str, Any]:
     weights = [spec for spec in face.inputs if spec.role in ("weight", "table")]
     by_dtype: dict[str, int] = defaultdict(int)
     for spec in weights:
@@ -177,7 +181,7 @@ def _graph(path: Path, face: GraphIO, bindings: dict[str, Recipe]) -> dict[str, 
     return {
         "file": face.file,
         "file_bytes": (path / face.file).stat().st_size if (path / face.file).is_file() else None,
-        "op_counts": _op_counts(path / face.file),
+        "op_counts": _op_counts(path, face, read),
         "num_weight_inputs": len(weights),
         "weight_bytes": sum(by_dtype.values()),
         "weight_bytes_by_dtype": dict(by_dtype),
@@ -193,14 +197,11 @@ def _ops(recipe: Recipe) -> Iterable[str]:
         yield from _ops(part)
 
 
-def _op_counts(path: Path) -> dict[str, int] | None:
+def _op_counts(path: Path, face: GraphIO, read: _ReadGraph) -> dict[str, int] | None:
     """Count nodes by operator, custom ones as `seekforge.Name`; None for a file that is no ONNX graph."""
-    if path.suffix != ".onnx":
+    if not face.file.endswith(".onnx"):
         return None
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # whatever protobuf says of a file that is not one
-        raise ProgramError(f"{path}: is no ONNX file ({type(error).__name__}); export or build again") from None
+    model = read(path, face)
     counted = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
     return dict(counted.most_common())
 
@@ -221,7 +222,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "cache": manifest.cache.model_dump(mode="json"),
         "files": {file.path: file.bytes for file in manifest.files},
         "num_bytes": sum(file.bytes for file in manifest.files),
-        "graphs": {name: _graph(path, face, {}) for name, face in manifest.graphs.items()},
+        "graphs": {name: _graph(path, face, {}, read_engine_graph) for name, face in manifest.graphs.items()},
         "stages": {name: [stage.file for stage in stages] for name, stages in manifest.stages.items()},
         "plugins": {op: use.model_dump(mode="json") for op, use in manifest.plugins.items()},
         "audit": None if manifest.audit is None else manifest.audit.model_dump(mode="json"),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-from tokenizers import Tokenizer
 
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
 from seekforge.exporter.parity.walks import without
@@ -18,7 +17,9 @@ from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS, Numerics, numerics_from_dict
 from seekforge.plugins.formats.plan import Plan, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.reading import LISTING_BYTES, read_text
 from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.tokenizer_file import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,16 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
 
 def _read_prompts(path: Path, tokenizer: Path) -> list[list[int]]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
+        lines = [line for line in read_text(path, most=LISTING_BYTES).splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected one prompt a line") from None
+    except ValueError:
         raise ConfigError(f"{path}: not UTF-8 text; expected one prompt a line") from None
     if not lines:
         raise ConfigError(f"{path}: holds no prompt; expected one a line")
-    if not tokenizer.is_file():
+    if not tokenizer.exists():
         raise ConfigError(f"{tokenizer}: missing; --prompts needs the tokenizer")
-    encoder = Tokenizer.from_file(str(tokenizer))
+    encoder = read_tokenizer(tokenizer, error=ConfigError, again="take the tokenizer.json of the checkpoint")
     prompts = [encoder.encode(line, add_special_tokens=False).ids for line in lines]
     empty = next((line for line, ids in zip(lines, prompts) if not ids), None)
     if empty is not None:

@@ -21,6 +21,7 @@ from seekforge.plugins.formats.bindings import TensorSource
 from seekforge.plugins.formats.dump import Dump, DumpWriter, Side
 from seekforge.plugins.formats.numerics import EXACT
 from seekforge.plugins.formats.plan import Plan
+from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.quant import dequantise_weight
 
@@ -83,7 +84,7 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
 
     from seekforge.exporter.model.weights import to_torch
 
-    config = json.loads((checkpoint_folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint_folder / "config.json")
     tensors: dict[str, torch.Tensor] = {}
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         for name in checkpoint.names:

@@ -16,10 +16,12 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from seekforge.exporter.build.common import read_engine_graph
 from seekforge.plugins.errors import EngineError, ProgramError
 from seekforge.plugins.formats.dtypes import ONNX
-from seekforge.plugins.formats.manifest import Manifest, digest_file, load_manifest, save_manifest
+from seekforge.plugins.formats.manifest import MANIFEST, Manifest, digest_file, load_manifest, save_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.paths import inside
 from seekforge.plugins.formats.program import GraphIO, TensorSpec
 from seekforge.plugins.spec import DOMAIN
 
@@ -251,7 +253,7 @@ def available_taps(engine: Path) -> list[str]:
     for face in manifest.graphs.values():
         result += [spec.name for spec in face.outputs if spec.role in ("tap", "debug") and _TAP.fullmatch(spec.name)]
         if manifest.target.backend == "onnxruntime":
-            result += taps_in(onnx.load(engine / face.file, load_external_data=False))
+            result += taps_in(read_engine_graph(engine, face))
     return result
 
 
@@ -305,11 +307,11 @@ def engine_copy(
     changed = {face.file for face in manifest.graphs.values()}
     for file in manifest.files:
         if file.path not in changed:
-            _link(engine / file.path, out / file.path)
+            _link(inside(engine, file.path, error=EngineError, where=engine / MANIFEST), out / file.path)
     for name, face in manifest.graphs.items():
         if graphs is not None and name not in graphs:
             continue
-        model = onnx.load(engine / face.file, load_external_data=False)
+        model = read_engine_graph(engine, face)
         edited = edit(name, model, face)
         (out / face.file).write_bytes(model.SerializeToString())
         faces[name] = edited.model_copy(update={"sha256": digest_file(out, face.file).sha256})
@@ -326,11 +328,7 @@ def engine_copy(
 
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()
     try:
-        os.link(source, target)
-    except OSError:
-        if target.suffix == ".bin":
-            target.symlink_to(source)  # another disk: gigabytes are not worth a copy
-        else:
-            shutil.copyfile(source, target)
+        os.link(source.resolve(), target)
+    except OSError:  # another disk: no engine may have links that lead out of its folder, ONNX Runtime opens none
+        shutil.copyfile(source, target)

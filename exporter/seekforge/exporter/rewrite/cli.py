@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.checkpoint.text_files import check_files
 from seekforge.exporter.progress import Stages
-from seekforge.exporter.rewrite.export import Exported
-from seekforge.exporter.rewrite.export import export as write_program
 from seekforge.exporter.rewrite.layers import parse_layers
 from seekforge.plugins.formats.bindings import Ranks
+from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
+
+if TYPE_CHECKING:
+    from seekforge.exporter.rewrite.export import Exported
 
 
 @click.command("export")
@@ -62,6 +66,11 @@ def export(
     """
     stages = Stages(quiet=quiet or as_json)
     folder = resolve(checkpoint, revision=revision)
+    if folder.is_dir():  # what is odd in it is said before torch is imported, which takes seconds
+        ModelConfig.load(folder)
+        check_files(folder)
+    from seekforge.exporter.rewrite.export import export as write_program
+
     exported = write_program(
         folder,
         out,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 
+from seekforge.exporter.checkpoint.text_files import text_files
 from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import unused_tensors
@@ -18,7 +19,7 @@ from seekforge.exporter.rewrite.layers import check_range, count_groups, outside
 from seekforge.exporter.rewrite.ranks import check_ranks
 from seekforge.exporter.rewrite.trace import OPSET, Traced, trace
 from seekforge.plugins.contracts import export_warnings
-from seekforge.plugins.errors import ConfigError, ProgramError
+from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Ranks, Recipe, coverage
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
@@ -39,8 +40,6 @@ from seekforge.plugins.registry import SPECS
 from seekforge.plugins.specialisation import CANONICAL
 
 _ONE_RANK = Ranks()
-#: Carried along where the checkpoint has them: what text needs.
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,7 @@ def export(
         check_structure(checkpoint, whole)
         num_tensors = len(checkpoint.names)
         sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names}
-    files = [name for name in _TEXT_FILES if (checkpoint_folder / name).is_file()]
-    if "tokenizer.json" not in files:
-        raise ConfigError(
-            f"{checkpoint_folder / 'tokenizer.json'}: missing; a checkpoint folder must hold the tokenizer"
-        )
+    files = text_files(checkpoint_folder)
     settings = Settings(config, numerics, activations=CANONICAL.activations, ranks=ranks)
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
     if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:
@@ -122,11 +117,8 @@ def export(
             faces[name] = _write_graph(graph, folder, f"{name}.onnx")
             _count_ops(graph.model, ops)
         for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint_folder / name, folder / name)
-        encoding = checkpoint_folder / "encoding"
-        if encoding.is_dir():
-            shutil.copytree(encoding, folder / "encoding", ignore=shutil.ignore_patterns("__pycache__"))
-            files += sorted(str(p.relative_to(folder)) for p in (folder / "encoding").rglob("*") if p.is_file())
         program = Program(
             format=PROGRAM_FORMAT,
             seekforge_version=importlib.metadata.version("seekforge"),

@@ -8,6 +8,7 @@ engine's dump is made without torch, on another machine if need be.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +17,23 @@ import numpy as np
 
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.files import write_json
+from seekforge.plugins.formats.paths import RelativePath, inside
 from seekforge.plugins.formats.plan import Plan, StepArrays, lay_out
-from seekforge.plugins.formats.records import Record, RecordError
+from seekforge.plugins.formats.reading import LISTING_BYTES, SETTINGS_BYTES, check_regular, parse_json, read_json
+from seekforge.plugins.formats.records import Record, RecordError, Size
 
 DUMP_FORMAT = 1
 INDEX = "dump.json"
 #: Weights of a side that has them as they are in the checkpoint.
 CHECKPOINT = "checkpoint"
 
-_TYPES = {"F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
-_WORDS = {dtype: word for word, dtype in _TYPES.items()}
+_Word = Literal["F32", "I32", "I64"]
+_TYPES: dict[_Word, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+_WORDS: dict[np.dtype, _Word] = {dtype: word for word, dtype in _TYPES.items()}
 
 
 class Side(Record):
@@ -53,9 +61,9 @@ class Side(Record):
 
 
 class _Tensor(Record):
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
+    file: RelativePath
+    dtype: _Word
+    shape: tuple[Size, ...]
 
 
 class _Index(Record):
@@ -68,7 +76,7 @@ class _Index(Record):
 def layer_of(name: str) -> int | None:
     """Return the layer in a tensor name such as `attn_out.3`, or None for one of a whole step."""
     number = name.rpartition(".")[2]
-    return int(number) if number.isdigit() else None
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
 
 
 class DumpWriter:
@@ -116,7 +124,7 @@ class Dump:
         """
         path = folder / INDEX
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path, most=LISTING_BYTES)
             if not isinstance(raw, dict) or raw.get("format") != DUMP_FORMAT:
                 found = raw.get("format") if isinstance(raw, dict) else None
                 raise ConfigError(f"{path}: dump format {found!r}, this seekforge reads {DUMP_FORMAT}; make it again")
@@ -155,9 +163,14 @@ class Dump:
         entry = self._tensors[step].get(name)
         if entry is None:
             raise ConfigError(f"{self.folder}: step {step} has no tensor {name!r}; make the dump again with taps")
-        found = _read_safetensors(self.folder / entry.file, name)
-        if found.shape != entry.shape:
-            raise ConfigError(f"{self.folder / entry.file}: {name} is {found.shape}, {INDEX} says {entry.shape}")
+        path = inside(
+            self.folder, entry.file, error=ConfigError, where=self.folder / INDEX, again="make the dump again"
+        )
+        found = _read_safetensors(path, name)
+        if found.shape != entry.shape or found.dtype != _TYPES[entry.dtype]:
+            raise ConfigError(
+                f"{path}: {name} is {found.dtype} {found.shape}, {INDEX} says {_TYPES[entry.dtype]} {entry.shape}"
+            )
         return found
 
     def rows(self, step: int, name: str) -> np.ndarray:
@@ -188,12 +201,17 @@ def _write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _read_safetensors(path: Path, name: str) -> np.ndarray:
     try:
+        num_bytes = check_regular(path).st_size
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(size))[name]
+            if size > min(num_bytes, SETTINGS_BYTES):
+                raise ValueError(f"its header of {size} bytes is larger than expected")
+            entry = parse_json(file.read(size))[name]
         start, stop = entry["data_offsets"]
         dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
-        if stop - start != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        if not all(type(value) is int and value >= 0 for value in (start, stop, *shape)):
+            raise ValueError("sizes are no whole numbers")
+        if stop - start != dtype.itemsize * math.prod(shape) or 8 + size + stop > num_bytes:
             raise ValueError("sizes do not fit")
         if start == stop:
             return np.zeros(shape, dtype)

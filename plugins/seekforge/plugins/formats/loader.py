@@ -28,6 +28,7 @@ from seekforge.plugins.errors import CheckpointError, ProgramError
 from seekforge.plugins.formats.bindings import FP8_VALUES, Recipe, cast, evaluate, rope_rows, rounds_once, slice_, stack
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.files import sampled_digest
+from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.scan import SCALE_SUFFIX, Family, Findings, check_scales, first_fault
 
@@ -729,7 +730,7 @@ class _ScanMemory:
 
     def _load(self) -> dict[str, list[str]]:
         try:
-            raw = json.loads(self._path.read_text(encoding="utf-8"))
+            raw = read_json(self._path)
         except (OSError, ValueError):
             return {}
         good = isinstance(raw, dict) and all(isinstance(value, list) for value in raw.values())

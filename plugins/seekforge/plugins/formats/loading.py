@@ -9,13 +9,13 @@ checkpoint.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
 from seekforge.plugins.errors import CheckpointError, EngineError, EnvironmentFault
 from seekforge.plugins.formats.manifest import Manifest, rebuild_command
+from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt.launch import Descriptors
 
@@ -156,9 +156,11 @@ def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoin
             f"{expected[:12]}{built}; pass the right --checkpoint, or build it again"
         )
     path = checkpoint / "config.json"
-    if expected is None and path.is_file():
+    if expected is None and path.exists():
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy the checkpoint again") from None
         except ValueError as error:
             raise CheckpointError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
         if not isinstance(config, dict):

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.files import sampled_digest, sha256_file, write_json
+from seekforge.plugins.formats.paths import RelativePath, inside
 from seekforge.plugins.formats.program import GraphIO
 from seekforge.plugins.formats.quantised import Quantisation
+from seekforge.plugins.formats.reading import LISTING_BYTES, read_json
 from seekforge.plugins.formats.records import Record, RecordError
 
 #: Raised when an older runtime would misread an engine.
@@ -67,7 +69,7 @@ class Limits(Record):
 class FileDigest(Record):
     """One file. `sha256` covers it whole, `sampled` its size and 64 blocks (`files.sampled_digest`)."""
 
-    path: str
+    path: RelativePath
     bytes: int
     sha256: str
     sampled: str
@@ -233,7 +235,7 @@ class Manifest(Record):
     bos_token_id: int
     eos_token_id: int
     generation: dict[str, float]
-    tokenizer: str
+    tokenizer: RelativePath
     files: tuple[FileDigest, ...]
     self_check: SelfCheck | None
     config: dict[str, Any]
@@ -336,7 +338,7 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, most=LISTING_BYTES)
     except OSError as error:
         raise EngineError(
             f"{path}: cannot be read ({error.strerror}); expected a folder written by 'seekforge build'"
@@ -366,11 +368,11 @@ def verify_files(folder: Path, manifest: Manifest, *, full: bool) -> None:
     """Compare every file with its digest: whole files when `full`; else small ones whole, of others size and samples.
 
     Raises:
-        EngineError: a file is missing, of another size, or its bytes differ.
+        EngineError: a file is missing, leads out of the folder, is of another size, or its bytes differ.
     """
     remedy = f"copy it again or build it again: {rebuild_command(folder, manifest)}"
     for expected in manifest.files:
-        path = folder / expected.path
+        path = inside(folder, expected.path, error=EngineError, where=folder / MANIFEST, again=remedy)
         try:
             size = path.stat().st_size
         except OSError:

@@ -6,7 +6,6 @@ value that this project does not compute is refused by name: a wrong constant wo
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.reading import read_json
 
 #: An FP8 weight block and an activation block, both along K (spec §5).
 FP8_BLOCK = 128
@@ -176,7 +176,7 @@ class ModelConfig(_Frozen):
         """
         path = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be read ({error.strerror}); a checkpoint folder must hold config.json"

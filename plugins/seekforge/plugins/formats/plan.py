@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.program import BLOCK_SIZE
-from seekforge.plugins.formats.records import Record
+from seekforge.plugins.formats.records import Record, RecordError, at_least
 
 Mode = Literal["whole", "chunked", "decode", "ragged", "mtp"]
 MODES: tuple[Mode, ...] = ("whole", "chunked", "decode", "ragged", "mtp")
@@ -42,8 +42,36 @@ class Case(Record):
     mode: Mode
     context: int
     tables: tuple[tuple[int, ...], ...]
-    num_blocks: int
+    num_blocks: Annotated[int, at_least(1, 1 << 24)]
     steps: tuple[PlanStep, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= block < self.num_blocks for table in self.tables for block in table):
+            raise RecordError(f"has blocks out of range, expected 0 to {self.num_blocks - 1}", ("tables",))
+        for number, step in enumerate(self.steps):
+            fault = self._fault(step)
+            if fault is not None:
+                raise RecordError(fault, ("steps", number))
+
+    def _fault(self, step: PlanStep) -> str | None:
+        """Return what is wrong with a step of this case."""
+        rows = len(step.sequences)
+        if not rows or not rows == len(step.tokens) == len(step.starts) or not all(step.tokens):
+            return "expected a sequence, its new tokens (at least one) and its start for each row"
+        if not all(0 <= one < len(self.tables) for one in step.sequences):
+            return f"has a sequence without a table, expected 0 to {len(self.tables) - 1}"
+        ends = [start + len(new) for start, new in zip(step.starts, step.tokens, strict=True)]
+        if min(step.starts) < 0 or max(ends) > self.context:
+            return f"has positions out of range, expected 0 to {self.context - 1}"
+        if any(end > len(self.tables[one]) * BLOCK_SIZE for one, end in zip(step.sequences, ends, strict=True)):
+            return "has positions beyond the blocks of its sequence"
+        if not all(0 <= token < 1 << 31 for new in step.tokens for token in new):
+            return "has token ids out of range"
+        width = max(len(new) for new in step.tokens)
+        if not all(0 <= row < rows * width for row in step.logits_index):
+            return f"has rows of logits out of range, expected 0 to {rows * width - 1}"
+        return None
 
 
 class Plan(Record):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.files import write_json
+from seekforge.plugins.formats.paths import RelativePath, same_names
+from seekforge.plugins.formats.reading import LISTING_BYTES, read_json
 from seekforge.plugins.formats.records import Record, RecordError
 
 #: Raised when a reader of the previous number would misread a program.
@@ -18,6 +20,10 @@ PROGRAM_FORMAT = 1
 
 #: Slots in a cache block. Fixed: the byte layouts of spec §7 and every kernel know it.
 BLOCK_SIZE = 64
+
+#: What text needs, carried from a checkpoint to a program and an engine: these, and the folder of the chat encoder.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+ENCODING = "encoding"
 
 #: `handover`: what one plan of an engine gives to a later one (see `Manifest.stages`).
 Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "handover"]
@@ -42,7 +48,7 @@ class GraphIO(Record):
         aliases: output name -> input name of each cache that is updated in place.
     """
 
-    file: str
+    file: RelativePath
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -92,11 +98,21 @@ class Program(Record):
     graphs: dict[str, GraphIO]
     unused: dict[str, str]
     shared: dict[str, list[str]]
-    files: tuple[str, ...]
+    files: tuple[RelativePath, ...]
     truncated_from: int | None = None
     outside: dict[str, int] = field(default_factory=dict)
     tp: int = 1
     ep: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, name in enumerate(self.files):
+            if name not in TEXT_FILES and not name.startswith(f"{ENCODING}/"):
+                expected = f"{', '.join(TEXT_FILES)} or a file of {ENCODING}/"
+                raise RecordError(f"is {name!r}, expected {expected}", ("files", index))
+        twice = same_names(self.files)
+        if twice is not None:
+            raise RecordError(f"has {twice[0]!r} and {twice[1]!r}, expected each file once", ("files",))
 
     @property
     def gives_logits(self) -> bool:
@@ -150,7 +166,7 @@ def load_bindings(folder: Path) -> dict[str, dict[str, Recipe]]:
 def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, most=LISTING_BYTES)
     except OSError as error:
         raise ProgramError(
             f"{path}: cannot be read ({error.strerror}); expected a folder written by 'seekforge export'"

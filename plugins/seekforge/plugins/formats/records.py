@@ -1,4 +1,4 @@
-"""Frozen records that are read from JSON and checked. Standard library only: the runtime starts with them.
+"""Frozen records that are read from JSON and checked. No library but NumPy: the runtime starts with them.
 
 A subclass of `Record` is a frozen dataclass with keyword arguments. Whoever makes one, from JSON or in Python, gets
 values of the annotated types or a `RecordError`; unknown keys are errors. Methods have the names of pydantic's, whose
@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import operator
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self, dataclass_transform
+from typing import Annotated, Any, ClassVar, Literal, Self, dataclass_transform
+
+from seekforge.plugins.formats.reading import parse_json
 
 
 class RecordError(ValueError):
@@ -45,7 +48,7 @@ class UnknownKeyError(RecordError):
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 class Record:
     """A frozen record whose unknown keys are errors. A field may be a record, a number, text, a literal, a union, a
-    tuple, list or mapping of these, or Any."""
+    tuple, list or mapping of these, or Any; `Annotated[int, at_least(1)]` is one that a function checks further."""
 
     model_fields: ClassVar[Mapping[str, Any]] = {}
 
@@ -91,7 +94,7 @@ class Record:
             RecordError: it describes none, or is no JSON.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
         except ValueError as error:
             raise RecordError(f"not valid JSON ({error})") from None
         return cls.model_validate(raw)
@@ -126,7 +129,7 @@ _Convert = Callable[[Any], Any]
 @functools.cache
 def _converters(cls: type[Record]) -> dict[str, _Convert]:
     """Return what makes a fitting value of each field, or raises; worked out when a class is first used."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {name: _converter(hints[name]) for name in cls.model_fields}
 
 
@@ -134,6 +137,8 @@ def _converter(hint: Any) -> _Convert:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return lambda value: value
+    if origin is Annotated:
+        return functools.partial(_further, _converter(arguments[0]), arguments[1:])
     if origin is Literal:
         return functools.partial(_one_of, arguments)
     if origin in (typing.Union, types.UnionType):
@@ -147,6 +152,37 @@ def _converter(hint: Any) -> _Convert:
     if isinstance(hint, type) and issubclass(hint, Record):
         return hint.model_validate
     return _SIMPLE[hint]
+
+
+def _further(convert: _Convert, checks: tuple[_Convert, ...], value: Any) -> Any:
+    value = convert(value)
+    for check in checks:
+        value = check(value)
+    return value
+
+
+def at_least(least: int, most: int = 2**63 - 1) -> Callable[[int], int]:
+    """Return the check of a field that is a whole number from `least` to `most`: `Annotated[int, at_least(1)]`."""
+
+    def check(value: int) -> int:
+        if not least <= value <= most:
+            raise RecordError(f"is {value}, expected {f'at least {least}' if value < least else f'at most {most}'}")
+        return value
+
+    return check
+
+
+#: A length, a number of things, a place: 0 or more.
+Size = Annotated[int, at_least(0)]
+#: At least one.
+Positive = Annotated[int, at_least(1)]
+
+
+def finite(value: float) -> float:
+    """The check of a field that is neither NaN nor infinite: `Annotated[float, finite]`."""
+    if not math.isfinite(value):
+        raise RecordError(f"is {value}, expected a finite number")
+    return value
 
 
 def _text(value: Any) -> str:
@@ -173,7 +209,7 @@ def _number(value: Any) -> float:
         if isinstance(value, (bool, str)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RecordError(f"is {_shown(value)}, expected a number") from None
 
 

@@ -15,7 +15,7 @@ import math
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, TypeGuard
 
@@ -23,6 +23,8 @@ import numpy as np
 
 from seekforge.plugins.errors import CheckpointError
 from seekforge.plugins.formats.dtypes import NUMPY, SAFETENSORS, itemsize
+from seekforge.plugins.formats.paths import name_fault
+from seekforge.plugins.formats.reading import LISTING_BYTES, check_regular, parse_json, read_bytes
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 SINGLE_FILE: Final = "model.safetensors"
@@ -220,15 +222,11 @@ def _parse_index(raw: bytes, path: Path) -> dict[str, str]:
 
 
 def _is_plain_file_name(name: str) -> bool:
-    return (
-        PurePosixPath(name).name == name
-        and name not in ("", ".", "..")
-        and not any(character in name for character in "\\:\0")
-    )
+    return name_fault(name) is None and "/" not in name
 
 
 def _require_shards(folder: Path, files: list[str]) -> None:
-    missing = [file for file in files if not (folder / file).is_file()]
+    missing = [file for file in files if not (folder / file).exists()]
     if missing:
         more = f" (and {len(missing) - 1} more of {len(files)} shards)" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -271,11 +269,11 @@ def _match_index(weight_map: Mapping[str, str], shards: Mapping[str, _Shard], pa
 def _read_shard(path: Path) -> _Shard:
     """Read and check the header of one shard."""
     try:
-        file_bytes = path.stat().st_size
+        file_bytes = check_regular(path).st_size
         with path.open("rb") as file:
             header = _read_header(file, file_bytes, path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check it and its permissions") from None
     return _Shard(path, file_bytes, header, parse_header(header, file_bytes=file_bytes, path=path))
 
 
@@ -371,25 +369,16 @@ def _is_list_of_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def _parse_json(raw: bytes, origin: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, origin))
-    except (ValueError, RecursionError) as error:
+        return parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{origin}: not valid JSON ({error}); {_AGAIN}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]], origin: str) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in result if names.count(name) > 1)
-        raise CheckpointError(f"{origin}: names {twice!r} twice, expected once; {_AGAIN}")
-    return result
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, most=LISTING_BYTES)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check it and its permissions") from None
 
 
 # --- writing ------------------------------------------------------------------------------------------------

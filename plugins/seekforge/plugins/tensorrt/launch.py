@@ -7,12 +7,13 @@ lie in the engine folder, `kernels/index.json` lists them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from seekforge.plugins.errors import EngineError
+from seekforge.plugins.formats.paths import inside, name_fault
+from seekforge.plugins.formats.reading import read_json
 
 #: Folder of an engine with kernels, the file in it that lists them, and the version of that file.
 KERNELS, INDEX, INDEX_FORMAT = "kernels", "index.json", 1
@@ -92,7 +93,7 @@ class Descriptors:
         of_op = [entry for entry in self._entries if entry["op"] == op]
         for entry in of_op:
             if entry["sm"] == self.sm and entry["digest"] == digest:
-                path = self.folder / entry["file"]
+                path = inside(self.folder, entry["file"], error=EngineError, where=self.folder / INDEX)
                 if not path.is_file():
                     raise EngineError(f"{path}: missing; copy the whole engine folder again, or build it again")
                 return path
@@ -110,16 +111,18 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
         EngineError: the file is damaged or of another version.
     """
     path = folder / INDEX
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
         entries = raw["kernels"] if raw["format"] == INDEX_FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
         entries = None
     keys = {"op": str, "sm": int, "digest": str, "file": str}
     if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in keys.items())
+        isinstance(entry, dict)
+        and all(type(entry.get(key)) is kind for key, kind in keys.items())
+        and name_fault(entry["file"]) is None
         for entry in entries
     ):
         raise EngineError(f"{path}: damaged or of another version, expected format {INDEX_FORMAT}; build again")
