@@ -1,7 +1,11 @@
-"""Write the tables of docs/kernels.md: what is supported, from the operators' contracts, and what each kernel costs.
+"""Write docs/kernel-resources.json, what kernels cost by their compiled code, and the tables of docs/kernels.md.
 
-seekforge kernels build OUT --json > docs/kernel-resources.json     after a change of a kernel, a tile or the compiler
-python tests/kernels_doc.py                                         after that, or after a change of a contract
+python tests/kernels_doc.py --compile     after a change of a kernel, a tile or the compiler: the record, and the page
+python tests/kernels_doc.py               after a change of a contract: the page alone
+
+What the cache of compiled kernels has is not compiled again.
+
+Ends with exit code 1 when a kernel spills that should not, or lost its tensor instruction.
 """
 
 from __future__ import annotations
@@ -12,21 +16,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from seekforge.exporter.build.kernels_cli import records
+from seekforge.exporter.build.kernel_numbers import Record, faults, records, resources_text
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins import aot
-from seekforge.plugins.kernel_rules import KNOWN_SPILLS
+from seekforge.plugins.kernel_rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_unit
 from seekforge.plugins.kernel_sizes import WITH_KERNELS, operators
-from seekforge.plugins.launch import SMS, has_fp8, is_datacentre, op_kernels
+from seekforge.plugins.launch import SMS, Variant, has_fp8, op_kernels, statics_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESOURCES = DOCS / "kernel-resources.json"
 _BEGIN, _END = "<!-- begin {} -->", "<!-- end {} -->"
 
 
-def recorded() -> list[dict[str, Any]]:
+def read_record() -> dict[str, Any]:
+    """Return the checked-in file: `compiler` and `kernels`."""
+    return json.loads(RESOURCES.read_text(encoding="utf-8"))
+
+
+def recorded() -> list[Record]:
     """Return the checked-in record of every kernel."""
-    return json.loads(RESOURCES.read_text(encoding="utf-8"))["kernels"]
+    return read_record()["kernels"]
+
+
+def variants() -> dict[tuple[str, int, str], Variant]:
+    """Return (op, SM, name) -> every kernel that the full model needs, as its sources are now."""
+    return {
+        (op, sm, variant.name): variant
+        for op, bound in operators(load_preset("full").config).items()
+        for sm in SMS
+        for variant in op_kernels(op).variants(statics_of(op, bound), sm)
+    }
 
 
 def contracts() -> str:
@@ -38,10 +57,8 @@ def contracts() -> str:
     rows += ["", "| SM | FP8 weights | products |", "|---|---|---|"]
     for sm in SMS:
         products = "FP8, f32 promotion per 128" if has_fp8(sm) else "BF16, after widening bytes"
-        unit = "wgmma / tcgen05" if is_datacentre(sm) else "mma.sync"
-        rows.append(
-            f"| {sm} | {'float8 or INT8-typed bytes' if has_fp8(sm) else 'INT8-typed bytes'} | {products} ({unit}) |"
-        )
+        taken = "float8 or INT8-typed bytes" if has_fp8(sm) else "INT8-typed bytes"
+        rows.append(f"| {sm} | {taken} | {products} ({tensor_unit(sm)}) |")
     return "\n".join(rows)
 
 
@@ -49,20 +66,48 @@ def resources() -> str:
     """Return the table of registers / bytes of stack / KiB of shared memory / occupancy."""
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for one in recorded():
-        text = f"{one['registers']}/{one['spill_bytes']}/{one['shared_bytes'] / 1024:.0f}/{one['occupancy']:.0%}"
-        cells.setdefault((one["op"], one["kernel"]), {})[one["sm"]] = text
+        cells.setdefault((one["op"], one["kernel"]), {})[one["sm"]] = resources_text(one)
     rows = ["| operator | kernel | " + " | ".join(f"sm{sm}" for sm in SMS) + " |", "|---|---|" + "---|" * len(SMS)]
     for (op, kernel), by_sm in cells.items():
         rows.append(f"| {op} | {kernel} | " + " | ".join(by_sm.get(sm, "–") for sm in SMS) + " |")
-    rows += ["", "Known stacks of kernels with a main loop:", ""]
-    for (op, kernel, sm), (size, reason) in KNOWN_SPILLS.items():
-        rows.append(f"* {op} {kernel} sm{sm}: {size} bytes; {reason}.")
+    rows += ["", "Known stacks:", ""]
+    stores = {(one["op"], one["kernel"], one["sm"]): one for one in recorded()}
+    for key, (size, reason) in KNOWN_SPILLS.items():
+        one = stores[key]
+        loop = one["loop"]["spills"] if one["loop"] else 0
+        counts = f"stores {one['spill_stores']}, loads {one['spill_loads']}, {loop} of both in the main loop"
+        rows.append(f"* {key[0]} {key[1]} sm{key[2]}: {size} bytes, {counts}; {reason}.")
     return "\n".join(rows)
+
+
+def tensor() -> str:
+    """Return the table of tensor instructions: one row for all SMs that have the same."""
+    rows = ["| operator | kernel | SM | tensor instructions | in the main loop | share |", "|---|---|---|---|---|---|"]
+    cells: dict[tuple[str, str, str], list[str]] = {}
+    for one in recorded():
+        if one["tensor"]:
+            cells.setdefault((one["op"], one["kernel"], _tensor_cells(one)), []).append(str(one["sm"]))
+    for (op, kernel, text), sms in cells.items():
+        rows.append(f"| {op} | {kernel} | {', '.join(sms)} | {text} |")
+    rows += ["", "Kernels that use mma.sync where there is wgmma or tcgen05:", ""]
+    rows += [f"* {op} {kernel}: {reason}." for (op, kernel), reason in KNOWN_MMA_SYNC.items()]
+    return "\n".join(rows)
+
+
+def _tensor_cells(one: Record) -> str:
+    names = ", ".join(f"{count} {name}" for name, count in one["tensor"].items())
+    if one["loop"] is None:
+        count = sum(one["tensor"].values())
+        return (
+            f"{names} | no loop left: {count} of the kernel's {one['instructions']} | {count / one['instructions']:.1%}"
+        )
+    count, of = one["loop"]["tensor"], one["loop"]["instructions"]
+    return f"{names} | {count} of {of} | {count / of:.1%}"
 
 
 def updated(text: str) -> str:
     """Return a page with its tables replaced."""
-    for name, table in (("contracts", contracts()), ("resources", resources())):
+    for name, table in (("contracts", contracts()), ("resources", resources()), ("tensor", tensor())):
         head, _, rest = text.partition(_BEGIN.format(name))
         _, found, tail = rest.partition(_END.format(name))
         if not found:
@@ -71,21 +116,25 @@ def updated(text: str) -> str:
     return text
 
 
-def record() -> None:
-    """Compile every kernel of the full model for every SM and write the record: one line per kernel."""
-    work = aot.tasks(operators(load_preset("full").config), SMS)
+def compiled() -> list[Record]:
+    """Compile every kernel of the full model for every SM, or take it from the cache, and return what the code says."""
+    cache = aot.default_cache()
     with tempfile.TemporaryDirectory() as folder:
-        lines = [json.dumps(one) for one in records(aot.build(work, Path(folder), cache=aot.default_cache()))]
-    text = f'{{"compiler": {json.dumps(aot.compiler())}, "kernels": [\n' + ",\n".join(lines) + "\n]}\n"
-    RESOURCES.write_text(text, encoding="utf-8")
+        sets = aot.build(aot.tasks(operators(load_preset("full").config), SMS), Path(folder), cache=cache)
+        return records(sets, Path(folder), cache=cache)
 
 
 def main() -> int:
     if sys.argv[1:] == ["--compile"]:
-        record()
+        lines = [json.dumps(one) for one in compiled()]
+        text = f'{{"compiler": {json.dumps(aot.compiler())}, "kernels": [\n' + ",\n".join(lines) + "\n]}\n"
+        RESOURCES.write_text(text, encoding="utf-8")
     page = DOCS / "kernels.md"
     page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
+    found = faults(recorded(), variants())
+    for line in found:
+        print(f"slow: {line}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

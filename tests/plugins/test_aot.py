@@ -44,6 +44,17 @@ def test_each_sm_gets_a_descriptor_and_a_cubin(folders: tuple[Path, Path]) -> No
         assert image.resources.registers > 16 and image.resources.stack_bytes == 0 < image.resources.occupancy
 
 
+def test_code_is_read_once_and_damage_is_said(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out, _ = folders
+    (cubin,) = (out / "sm90").glob("*.cubin")
+    code = aot.read_code(cubin, cache=tmp_path / "cache")
+    assert code.instructions > 100 and code.spill_stores == 0
+    (tmp_path / cubin.name).write_bytes(b"")
+    assert aot.read_code(tmp_path / cubin.name, cache=tmp_path / "cache") == code, "known by its name"
+    with pytest.raises(TargetError, match="no instruction; nvdisasm ended with"):
+        aot.read_code(tmp_path / cubin.name, cache=tmp_path / "other")
+
+
 def test_a_second_build_compiles_nothing(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +108,8 @@ def test_the_command_prints_a_record_per_kernel(folders: tuple[Path, Path], tmp_
     result = CliRunner().invoke(kernels, [*args, "--cache", str(folders[1])], catch_exceptions=False)
     (record,) = json.loads(result.stdout)["kernels"]
     assert (record["op"], record["sm"], record["kernel"]) == ("DsaCacheWrite", 90, "write")
-    assert {"registers", "spill_bytes", "shared_bytes", "occupancy"} <= set(record)
+    assert {"registers", "spill_bytes", "shared_bytes", "occupancy", "tensor", "loop"} <= set(record)
+    assert record["instructions"] > 100 and record["tensor"] == {} and record["loop"] is None
+    assert json.loads(result.stdout)["slow"] == []
     quiet = CliRunner().invoke(kernels, [*args[:-1], "--quiet", "--cache", str(folders[1])], catch_exceptions=False)
     assert quiet.output == ""

@@ -8,9 +8,11 @@ Triton is imported only inside the worker processes.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -23,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from seekforge.plugins import kernel_rules
+from seekforge.plugins import kernel_rules, sass
 from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.errors import EnvironmentFault, TargetError
 from seekforge.plugins.launch import (
@@ -70,6 +72,14 @@ def compiler() -> str:
             "triton is not installed, and kernels are compiled with it; pip install 'seekforge[kernels]' "
             "(Linux; no GPU is needed)"
         ) from None
+
+
+def image_key(op: str, variant: Variant, sm: int, *, compiler: str) -> str:
+    """Return the digest of all that one image is made from. Neither the compiler nor a GPU is needed to tell it."""
+    head = json.dumps([FORMAT, compiler, sm, asdict(variant)], sort_keys=True)
+    root = Path(__file__).parent
+    sources = (root / "kernel.py").read_bytes() + (root / SPECS[op].torch_name / "kernel.py").read_bytes()
+    return hashlib.sha256(head.encode() + b"\0" + sources).hexdigest()
 
 
 def _sources(op: str) -> bytes:
@@ -190,11 +200,7 @@ def _compile_task(task: Task, cache: Path) -> KernelSet:
 
 
 def _cached(task: Task, variant: Variant, cache: Path) -> Image:
-    head = json.dumps([FORMAT, compiler(), task.sm, asdict(variant)], sort_keys=True)
-    root = Path(__file__).parent
-    sources = (root / "kernel.py").read_bytes() + (root / SPECS[task.op].torch_name / "kernel.py").read_bytes()
-    key = hashlib.sha256(head.encode() + b"\0" + sources).hexdigest()
-    record = cache / f"{key}.json"
+    record = cache / f"{image_key(task.op, variant, task.sm, compiler=compiler())}.json"
     if record.is_file():
         try:
             image = from_json(record.read_text(encoding="utf-8"), where=str(record)).images[variant.name]
@@ -279,8 +285,7 @@ def compile_variant(op: str, variant: Variant, sm: int) -> tuple[Image, bytes]:
 
 def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
     """Return ([(offset, size) per parameter], registers per thread, stack bytes per thread) from the cubin itself."""
-    triton = importlib.import_module("triton")
-    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = _tool("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -295,6 +300,39 @@ def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
     if match is None:
         raise TargetError("cuobjdump reports no registers; install the triton of the 'kernels' extra")
     return layout, int(match.group(1)), int(match.group(2))
+
+
+def read_code(cubin: Path, *, cache: Path) -> sass.Code:
+    """Return what a cubin's instructions are, from the disassembler that comes with the compiler.
+
+    Args:
+        cubin: a file with one kernel, named by its content as a build leaves it.
+        cache: folder of what was read before.
+
+    Raises:
+        TargetError: it cannot be disassembled, or not be understood.
+    """
+    reader = hashlib.sha256(Path(sass.__file__).read_bytes()).hexdigest()
+    record = cache / f"{cubin.stem}-{reader[:16]}.sass.json"
+    if record.is_file():
+        with contextlib.suppress(Exception):
+            return sass.from_json(record.read_text(encoding="utf-8"))
+    made = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=False)
+    try:
+        code = sass.read(made.stdout)
+    except ValueError as error:
+        raise TargetError(f"{cubin}: {error}; nvdisasm ended with {made.returncode} {made.stderr.strip()}") from None
+    cache.mkdir(parents=True, exist_ok=True)
+    _write_atomically(record, sass.to_json(code).encode())
+    return code
+
+
+def _tool(name: str) -> Path:
+    """Return where the compiler's wheel has one of NVIDIA's tools."""
+    compiler()  # says what to install
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None  # compiler() found the distribution
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
 
 
 def default_cache() -> Path:

@@ -10,13 +10,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from seekforge.exporter.build import kernel_numbers
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset
 from seekforge.plugins import aot
 from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.kernel_rules import unlisted_spills
 from seekforge.plugins.kernel_sizes import DEFAULT_FORMAT, operators
 from seekforge.plugins.launch import SMS, KernelSet
 
@@ -48,7 +47,7 @@ def build(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Compile every kernel that the model needs into the folder OUT. No GPU is needed."""
+    """Compile every kernel that the model needs into the folder OUT, and print what their code costs. Needs no GPU."""
     config = load_preset(model).config if model in known_presets() else ModelConfig.load(Path(model))
     ops = operators(config, kv_format=kv_format)
     unknown = set(only) - set(ops)
@@ -72,20 +71,22 @@ def build(
             if done is not None:
                 bar.update(row, advance=1, description=f"{task.op} sm{task.sm}")
 
-        sets = aot.build(work, store, cache=cache or aot.default_cache(), jobs=jobs, progress=advance)
+        cache = cache or aot.default_cache()
+        sets = aot.build(work, store, cache=cache, jobs=jobs, progress=advance)
+        bar.update(row, description="reading their code")
+        found = kernel_numbers.records(sets, store, cache=cache, jobs=jobs) if as_json or not quiet else []
+    slow = kernel_numbers.faults(found, kernel_numbers.variants_of(sets))
     seconds = time.perf_counter() - start
     if as_json:
-        sys.stdout.write(
-            json.dumps({"path": str(store), "seconds": round(seconds, 3), "kernels": records(sets)}) + "\n"
-        )
+        summary = {"path": str(store), "seconds": round(seconds, 3), "kernels": found, "slow": slow}
+        sys.stdout.write(json.dumps(summary) + "\n")
     elif not quiet:
         console = Console(width=None if sys.stdout.isatty() else 200)
-        console.print(table(sets))
-        count = sum(len(one.images) for one in sets)
-        spills = unlisted_spills(sets)
+        console.print(kernel_numbers.table(found))
+        count = len(found)
         console.print(f"wrote {store}: {count} kernels for {len({one.sm for one in sets})} SMs in {seconds:.0f} s")
-        for line in spills:
-            console.print(f"spills: {line}")
+        for line in slow:
+            console.print(f"slow: {line}")
 
 
 def _parse_sms(text: str) -> list[int]:
@@ -93,37 +94,3 @@ def _parse_sms(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",") if part.strip()})
     except ValueError:
         raise TargetError(f"--sm {text}: expected numbers such as 80,90") from None
-
-
-def records(sets: list[KernelSet]) -> list[dict[str, object]]:
-    """Return one flat record per kernel."""
-    return [
-        {
-            "op": one.op,
-            "sm": one.sm,
-            "kernel": image.variant,
-            "warps": image.num_warps,
-            "registers": image.resources.registers,
-            "spill_bytes": image.resources.stack_bytes,
-            "shared_bytes": image.resources.shared_bytes,
-            "occupancy": image.resources.occupancy,
-            "main_loop": image.main_loop,
-        }
-        for one in sets
-        for image in one.images.values()
-    ]
-
-
-def table(sets: list[KernelSet]) -> Table:
-    """Return the resource table: one row per kernel, registers / spilled bytes / shared KB / occupancy per SM."""
-    sms = sorted({one.sm for one in sets})
-    result = Table("operator", "kernel", *(f"sm{sm}" for sm in sms), title="registers/spill bytes/shared KB/occupancy")
-    cells: dict[tuple[str, str], dict[int, str]] = {}
-    for one in sets:
-        for image in one.images.values():
-            used = image.resources
-            text = f"{used.registers}/{used.stack_bytes}/{used.shared_bytes / 1024:.0f}/{used.occupancy * 100:.0f}%"
-            cells.setdefault((one.op, image.variant), {})[one.sm] = text
-    for (op, name), row in cells.items():
-        result.add_row(op, name, *(row.get(sm, "–") for sm in sms))
-    return result

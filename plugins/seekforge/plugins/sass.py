@@ -1,0 +1,206 @@
+"""What the compiled code of a kernel says: tensor instructions, their share of the main loop, spills. Pure text.
+
+Reads the listing of `nvdisasm -c` for one kernel. Loops are found in the graph of jumps, not by the order of addresses:
+the compiler moves what is rarely run (a wait that spins) behind the end, and a jump back from there is no loop.
+The path of threads that left their warp (`BRA.DIV`) is not followed, since whole warps never take it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Final
+
+#: Kinds of tensor instruction: fields of an address in registers, of a warpgroup, of tensor memory.
+MMA_SYNC, WGMMA, TCGEN05 = "mma.sync", "wgmma", "tcgen05"
+
+_TENSOR: Final = re.compile(r"(?P<memory>UTC)?[BDHIOQ](?P<group>G)?MMA(?=\.|$)")
+_LABEL: Final = re.compile(r"(\.L\w+):")
+_INSTRUCTION: Final = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_TARGET: Final = re.compile(r"`\(([^)]+)\)")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The innermost loop with the most tensor instructions, in instructions of one warp.
+
+    Attributes:
+        instructions: of one pass, all branches counted.
+        tensor: tensor instructions among them.
+        spills: loads and stores of spilled registers among them.
+    """
+
+    instructions: int
+    tensor: int
+    spills: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one kernel's instructions are.
+
+    Attributes:
+        instructions: of the whole kernel, without padding.
+        tensor: tensor instruction with its shape and types -> how often it is in the kernel.
+        spill_stores: stores to local memory, where registers that do not fit go.
+        spill_loads: loads from there.
+        loop: the main loop; None where no loop has a tensor instruction (the compiler may unroll it whole).
+    """
+
+    instructions: int
+    tensor: Mapping[str, int]
+    spill_stores: int
+    spill_loads: int
+    loop: Loop | None
+
+
+def tensor_kind(opcode: str) -> str:
+    """Return which unit an opcode drives (`mma.sync`, `wgmma` or `tcgen05`), or nothing for any other instruction."""
+    match = _TENSOR.match(opcode)
+    if match is None:
+        return ""
+    return TCGEN05 if match["memory"] else WGMMA if match["group"] else MMA_SYNC
+
+
+def read(listing: str) -> Code:
+    """Return what a listing says.
+
+    Args:
+        listing: of one kernel, as `nvdisasm -c` writes it.
+
+    Raises:
+        ValueError: it has no instruction, jumps to a label that it lacks, or to a computed address.
+    """
+    code = _Listing(listing)
+    opcodes = code.opcodes
+    tensor = [i for i, opcode in enumerate(opcodes) if tensor_kind(opcode)]
+    stores = {i for i, opcode in enumerate(opcodes) if opcode.split(".")[0] == "STL"}
+    loads = {i for i, opcode in enumerate(opcodes) if opcode.split(".")[0] == "LDL"}
+    main: Loop | None = None
+    for body in _innermost(code.successors, tensor):
+        found = Loop(len(body), len(body.intersection(tensor)), len(body & (stores | loads)))
+        if main is None or (found.tensor, found.instructions) > (main.tensor, main.instructions):
+            main = found
+    return Code(
+        instructions=sum(opcode != "NOP" for opcode in opcodes),
+        tensor=dict(sorted(Counter(opcodes[i] for i in tensor).items())),
+        spill_stores=len(stores),
+        spill_loads=len(loads),
+        loop=main,
+    )
+
+
+def to_json(code: Code) -> str:
+    """Return `code` as one line."""
+    return json.dumps(asdict(code))
+
+
+def from_json(text: str) -> Code:
+    """Undo `to_json`."""
+    raw = json.loads(text)
+    return Code(**raw | {"loop": raw["loop"] and Loop(**raw["loop"])})
+
+
+class _Listing:
+    """The instructions of a listing, and which may follow each."""
+
+    def __init__(self, listing: str) -> None:
+        self.opcodes: list[str] = []
+        self._guarded: list[bool] = []
+        self._operands: list[str] = []
+        self._labels: dict[str, int] = {}
+        for line in listing.splitlines():
+            if match := _LABEL.match(line):
+                self._labels[match[1]] = len(self.opcodes)
+            elif match := _INSTRUCTION.match(line):
+                self._guarded.append(match[1] is not None)
+                self.opcodes.append(match[2])
+                self._operands.append(match[3].strip())
+        if not self.opcodes:
+            raise ValueError("the listing has no instruction")
+        count = len(self.opcodes)
+        self.successors = [[to for to in self._next(i) if to < count] for i in range(count)]
+
+    def _next(self, i: int) -> list[int]:
+        """Return what may run after instruction `i`. A barrier's end (BSYNC) is placed where its threads go on."""
+        base, _, kind = self.opcodes[i].partition(".")
+        operands = self._operands[i]
+        if base in ("EXIT", "RET", "KILL"):
+            return [i + 1] if self._guarded[i] else []
+        if base in ("BRX", "BRXU", "JMP", "JMX", "JMXU"):
+            raise ValueError(f"{self.opcodes[i]} {operands}: a jump to a computed address, loops cannot be told")
+        if base == "BRA" and kind != "DIV":
+            always = not self._guarded[i] and operands.startswith("`")
+            return [self._target(operands)] + ([] if always else [i + 1])
+        if base == "CALL" and operands.startswith("`(.L"):  # a jump inside the kernel; others return
+            return [self._target(operands), i + 1]
+        return [i + 1]
+
+    def _target(self, operands: str) -> int:
+        match = _TARGET.search(operands)
+        if match is None or match[1] not in self._labels:
+            raise ValueError(f"a jump to {operands or 'nowhere'}, which the listing does not have")
+        return self._labels[match[1]]
+
+
+def _innermost(successors: list[list[int]], wanted: Collection[int]) -> list[set[int]]:
+    """Return the bodies of all loops in which a wanted instruction is, and in no smaller one."""
+    bodies = list(_loops(set(range(len(successors))), successors))
+    found = []
+    for i in wanted:
+        body = min((one for one in bodies if i in one), key=len, default=None)
+        if body is not None and body not in found:
+            found.append(body)
+    return found
+
+
+def _loops(nodes: set[int], successors: list[list[int]]) -> Iterator[set[int]]:
+    """Yield the body of each loop among `nodes`, outer ones first."""
+    todo = [nodes]
+    while todo:
+        for body in _cycles(todo.pop(), successors):
+            yield body
+            entries = {to for i in range(len(successors)) if i not in body for to in successors[i] if to in body}
+            todo.append(body - {min(entries or body)})  # without its head a loop holds the inner ones only
+
+
+def _cycles(nodes: set[int], successors: list[list[int]]) -> list[set[int]]:
+    """Return the strongly connected parts of a graph that have a cycle (Tarjan's algorithm, without recursion)."""
+    order: dict[int, int] = {}
+    low: dict[int, int] = {}
+    stack: list[int] = []
+    open_: set[int] = set()
+    found = []
+    for root in sorted(nodes):
+        if root in order:
+            continue
+        path: list[tuple[int, Iterator[int]]] = [(root, iter(successors[root]))]
+        order[root] = low[root] = len(order)
+        stack.append(root)
+        open_.add(root)
+        while path:
+            at, following = path[-1]
+            for to in following:
+                if to in nodes and to not in order:
+                    order[to] = low[to] = len(order)
+                    stack.append(to)
+                    open_.add(to)
+                    path.append((to, iter(successors[to])))
+                    break
+                if to in open_:
+                    low[at] = min(low[at], order[to])
+            else:
+                path.pop()
+                if path:
+                    low[path[-1][0]] = min(low[path[-1][0]], low[at])
+                if low[at] == order[at]:
+                    body = {stack.pop()}
+                    while at not in body:
+                        body.add(stack.pop())
+                    open_ -= body
+                    if len(body) > 1 or at in successors[at]:
+                        found.append(body)
+    return found
