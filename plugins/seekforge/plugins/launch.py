@@ -8,11 +8,12 @@ plans are tested on a CPU, and the interpreter runs the very plan that a GPU wou
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -22,6 +23,7 @@ from seekforge.plugins.formats.paths import inside, name_fault
 from seekforge.plugins.formats.reading import SETTINGS_BYTES, parse_json, read_bytes, read_text
 from seekforge.plugins.kernel_contract import Rule
 from seekforge.plugins.registry import SPECS
+from seekforge.plugins.tensorrt.launch import kernel_sm
 
 #: Version of the descriptor file.
 FORMAT: Final = 1
@@ -220,7 +222,7 @@ class OpKernels(Protocol):
         ...
 
     def workspace_bytes(self, bound: Mapping[str, Any], sm: int) -> int:
-        """Return scratch that is enough for these sizes and for all smaller ones."""
+        """Return the most scratch of a plan for these sizes or for smaller run-time ones: no less, and hardly more."""
         ...
 
     def plan(self, bound: Mapping[str, Any], sm: int) -> Plan:
@@ -228,9 +230,55 @@ class OpKernels(Protocol):
         ...
 
 
+@functools.cache
 def op_kernels(op: str) -> OpKernels:
-    """Return the `launch` module of an operator by its ONNX op_type."""
-    return importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.launch")  # pyright: ignore[reportReturnType]
+    """Return the `launch` module of an operator by its ONNX op_type.
+
+    Raises:
+        ShapeError: the operator has no kernels.
+    """
+    name = f"seekforge.plugins.{SPECS[op].torch_name}.launch"
+    try:
+        return importlib.import_module(name)  # pyright: ignore[reportReturnType]
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ShapeError(f"{op}: there are no kernels for it") from None
+
+
+def workspace_bytes(
+    op: str, shapes: Sequence[Sequence[int]], attrs: Mapping[str, Any], sms: Collection[int] = SMS
+) -> int:
+    """Return the scratch bytes that one operator needs on the greediest of several GPUs.
+
+    All who reserve scratch ask here: the plugin while an engine is built, the planner, and the checks of a build.
+
+    Args:
+        op: ONNX op_type.
+        shapes: the largest shape of each input, in the order of the spec; smaller ones need no more.
+        attrs: attribute values of the spec.
+        sms: that the engine shall run on.
+
+    Raises:
+        ShapeError: the shapes break the operator's contract, or it has no kernels.
+    """
+    bound, kernels = SPECS[op].bind(shapes, attrs), op_kernels(op)
+    return max(kernels.workspace_bytes(bound, sm) for sm in {kernel_sm(sm) for sm in sms})
+
+
+def most_rows(limit: int, axes: Sequence[int]) -> int:
+    """Return the most rows, at most `limit`, that a step can have whose axes are at most so long.
+
+    Args:
+        limit: of rows.
+        axes: largest size of each axis; rows are their product.
+    """
+    if not axes:
+        return min(limit, 1)
+    shortest, *rest = sorted(axes)
+    if not rest:
+        return min(limit, shortest)
+    return max((size * most_rows(limit // size, rest) for size in range(1, min(shortest, limit) + 1)), default=0)
 
 
 def statics_of(op: str, bound: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -94,6 +94,7 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
     assert manifest.audit is not None
     assert manifest.audit.plugins == {op: use.num_nodes for op, use in uses.items()}
     assert manifest.audit.inlined == {}
+    assert max(manifest.audit.workspaces.values()) == manifest.audit.device_bytes["scratch"]
     for graph, layers in manifest.audit.layers.items():
         assert layers["PLUGIN_V3"] > 0, graph
         assert "LOOP_OUTPUT" not in layers and "CONDITION" not in layers, "a body was inlined"

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import stand_in_trt
 
 from seekforge.plugins.errors import EngineError, EnvironmentFault, ShapeError
+from seekforge.plugins.launch import op_kernels
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt import library
 from seekforge.plugins.tensorrt.launch import NO_KERNELS, Descriptors
@@ -147,7 +149,7 @@ def test_a_crash_of_the_parser_is_cured_in_this_process() -> None:
 
 
 @rtx
-def test_a_plugin_serialises_its_attributes_and_refuses_to_run_without_kernels() -> None:
+def test_a_plugin_serialises_its_attributes_and_is_not_made_to_run_without_kernels() -> None:
     trt = library.load("tensorrt-rtx")
     register(trt)
     creator = trt.get_plugin_registry().get_creator("DsaAttention", "1", "seekforge")
@@ -157,8 +159,6 @@ def test_a_plugin_serialises_its_attributes_and_refuses_to_run_without_kernels()
     written = read_fields(SPECS["DsaAttention"], plugin.get_fields_to_serialize())
     assert written == {"scale": 0.5, "kv_format": "fp8_ds", "products": "", "kernel_digest": "", "op_version": 0}
     assert plugin.clone().attrs == {"scale": 0.5, "kv_format": "fp8_ds"}
-    with pytest.raises(EngineError, match="no kernels"):
-        plugin.enqueue([], [], [], [], 0, 0)
     with pytest.raises(EngineError, match="no kernels were given"):
         creator.create_plugin("one", fields, trt.TensorRTPhase.RUNTIME)
 
@@ -179,6 +179,77 @@ class FakeSource:
 
     def enqueue(self, *args: Any) -> None:
         self.enqueued.append(args)
+
+
+def creator_of(trt: Any, op: str) -> Any:
+    return next(one for one in register(trt).creators if one.name == op)
+
+
+#: Attributes of one plugin with and one without aliased caches.
+PLUGINS = {
+    "BlockFp8Linear": {"act_quant": "ue8m0"},
+    "DsaCacheWrite": {"kv_format": "bf16", "index_format": "bf16", "kv_fp8": 1, "indexer_fp8": 1},
+}
+MODULES = [stand_in_trt, pytest.param(None, marks=rtx, id="tensorrt-rtx")]
+COPIES = [lambda one: one, lambda one: one.clone(), lambda one: one.attach_to_context(None)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("copy", [*COPIES, lambda one: one.attach_to_context(None).clone()])
+@pytest.mark.parametrize("op", PLUGINS)
+def test_a_plugin_does_no_work_while_an_engine_is_built(op: str, copy: Any, module: Any) -> None:
+    """TensorRT may time it, on made-up pointers; a failure there would be an operator without implementation."""
+    trt = module or library.load("tensorrt-rtx")
+    fields, kept = make_fields(trt, PLUGINS[op])
+    creator, registration = creator_of(trt, op), register(trt)
+    before = list(registration.failures)
+    plugin = copy(creator.create_plugin("one", fields, trt.TensorRTPhase.BUILD))
+    assert kept
+    assert plugin.get_valid_tactics() == [], "one way to run, so nothing to time"
+    assert plugin.enqueue([], [], [1], [2], 3, 4) is None
+    assert registration.failures == before
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("op", PLUGINS)
+def test_a_plugin_of_an_opened_engine_raises_where_it_has_no_kernels(op: str, copy: Any, module: Any) -> None:
+    trt = module or library.load("tensorrt-rtx")
+    source = FakeSource()
+    fields, kept = make_fields(trt, PLUGINS[op])
+    creator = creator_of(trt, op)
+    with pytest.raises(EngineError, match="no kernels were given"):
+        creator.create_plugin("one", fields, trt.TensorRTPhase.RUNTIME)
+    register(trt, source)
+    try:
+        plugin = copy(creator.create_plugin("one", fields, trt.TensorRTPhase.RUNTIME))
+    finally:
+        register(trt)
+    assert kept
+    desc = [SimpleNamespace(dims=(2, 256))]
+    plugin.enqueue(desc, desc, [1], [2], 3, 4)
+    assert source.enqueued == [([(2, 256)], [(2, 256)], [1], [2], 3, 4)]
+    plugin.launcher = None
+    with pytest.raises(EngineError, match=f"{op}: no kernels were found for this GPU"):
+        plugin.enqueue(desc, desc, [1], [2], 3, 4)
+    assert f"{op}: no kernels were found" in register(trt).failures[-1]
+
+
+@pytest.mark.parametrize("act_quant", ["none", "ue8m0"])
+def test_scratch_is_what_the_kernels_of_all_gpus_of_the_target_use(act_quant: str) -> None:
+    """At V3.2 sizes; experts without quantised activations keep bf16 rows between their products."""
+    tokens, experts, hidden, inner = 2048, 256, 7168, 2048
+    weights = [(experts, 2 * inner, hidden), (experts, 32, 56), (experts, hidden, inner), (experts, 56, 16)]
+    shapes = [(tokens, hidden), (tokens, 8), (tokens, 8), *weights]
+    fields, kept = make_fields(stand_in_trt, {"act_quant": act_quant})
+    plugin = creator_of(stand_in_trt, "MoeExperts").create_plugin("one", fields, stand_in_trt.TensorRTPhase.BUILD)
+    registration = register(stand_in_trt, sms=(80, 90))
+    asked = plugin.get_workspace_size([SimpleNamespace(max=shape) for shape in shapes], [])
+    bound = SPECS["MoeExperts"].bind(shapes, {"act_quant": act_quant})
+    assert kept
+    assert asked == max(op_kernels("MoeExperts").plan(bound, sm).workspace_bytes for sm in (80, 90))
+    plugin.get_workspace_size([SimpleNamespace(max=shape) for shape in [(1, hidden), (1, 8), (1, 8), *weights]], [])
+    assert registration.workspaces == {"MoeExperts": asked}, "the most is kept"
 
 
 @rtx

@@ -40,8 +40,9 @@ class Options:
 class Compiled:
     """What the compiler made.
 
-    `layers` and `products` are counted before fusion; `taps`: debug tensor -> its type; `capturable`: whether runs of
-    the plan can be captured in a CUDA graph, None where the library does not say.
+    `layers` and `products` are counted before fusion; `workspaces`: op_type -> most scratch that a plugin asked for;
+    `taps`: debug tensor -> its type; `capturable`: whether runs of the plan can be captured in a CUDA graph, None where
+    the library does not say.
     """
 
     layers: dict[str, int]
@@ -55,6 +56,7 @@ class Compiled:
     version: str
     capturable: bool | None
     taps: dict[str, str] = field(default_factory=dict)
+    workspaces: dict[str, int] = field(default_factory=dict)
 
 
 #: Phase -> the phase inside it that takes nearly all its time, as TensorRT-RTX 1.7 names them.

@@ -28,14 +28,15 @@ from seekforge.plugins.formats.manifest import Limits, WeightSource
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import BLOCK_SIZE, Program, Role, load_bindings, load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.scratch import Kernels
 from seekforge.plugins.formats.sizing import (
     GIB,
     Layout,
     Workload,
     activation_bytes,
     cache_bytes_per_token,
+    operator_scratch_bytes,
     reserve_bytes,
-    scratch_bytes,
     selection_bytes,
     usable_bytes,
 )
@@ -244,11 +245,14 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_la
         "weights": weight_input_bytes(inputs),
         "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
         "scratch": max(
-            # a step of a profile is to the formula what verifying drafts is
-            scratch_bytes(
-                config, Layout(), Workload(limits.max_model_len, batch, queries, queries - 1), target.kv_format
-            )
-            for batch, queries in steps
+            operator_scratch_bytes(
+                config,
+                Layout(),
+                Workload(limits.max_model_len, limits.max_batch_size),
+                target.kv_format,
+                kernels=Kernels(target.sms, inputs.program.numerics["act_quant"]),
+                steps=steps,
+            ).values()
         ),
         "activations": activation_bytes(config, Layout(), widest) + more_layers * tokens * selection_bytes(config),
         "reserve": reserve_bytes(Layout()),

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from seekforge.exporter.build.compiler import Compiled
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_bytes
 from seekforge.exporter.build.gpu_kernels import count_images, kernel_files
 from seekforge.exporter.build.prepare import Prepared
+from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.bindings import Recipe, cast, retarget
 from seekforge.plugins.formats.files import sha256_file
 from seekforge.plugins.formats.manifest import (
@@ -91,6 +92,7 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
         native_products={name: one.products for name, one in compiled.items()},
         plugins=_in_all({name: one.plugins for name, one in compiled.items()}, made.uses),
         kernels=count_images(made.kernels),
+        workspaces=_most_workspaces(compiled.values(), planned),
         inlined=_in_all({name: one.inlined for name, one in made.prepared.items()}, made.uses),
         weight_input_bytes=planned.device_bytes["weights"],
         plan_bytes={name: one.plan_bytes for name, one in compiled.items()},
@@ -100,6 +102,25 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
         build_cpu_seconds={name: round(one.cpu_seconds, 3) for name, one in compiled.items()},
         build_peak_bytes={name: one.peak_bytes for name, one in compiled.items()},
     )
+
+
+def _most_workspaces(compiled: Iterable[Compiled], planned: Planned) -> dict[str, int]:
+    """Return op_type -> most scratch that a plugin asked for.
+
+    Raises:
+        EngineError: one asked for more than was expected before; a bug, and the cache would be given memory twice.
+    """
+    most: dict[str, int] = {}
+    for plan in compiled:
+        for op, size in plan.workspaces.items():
+            most[op] = max(size, most.get(op, 0))
+    expected = planned.device_bytes["scratch"]
+    for op, size in most.items():
+        if size > expected:
+            raise EngineError(
+                f"{op} asked for {size} bytes of scratch, expected at most {expected}; this is a bug in seekforge"
+            )
+    return dict(sorted(most.items()))
 
 
 def _in_all(counts: Mapping[str, Mapping[str, int]], uses: Mapping[str, int]) -> dict[str, int]:

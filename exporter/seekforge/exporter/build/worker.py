@@ -77,7 +77,7 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
     trt = load(request["flavour"])
     _check_gpu(request)
     logger = _logger(trt)
-    registration = register(trt)
+    registration = register(trt, sms=request["sms"])
     started = time.perf_counter()
     builder = _builder(trt, logger, request)
     network = builder.create_network(_network_flags(trt, request["flavour"]))
@@ -108,6 +108,7 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
         "layers": dict(layers),
         "products": _products(network),
         "plugins": made,
+        "workspaces": registration.workspaces,
         "plan_bytes": plan.nbytes,
         "parse_seconds": parsed - started,
         "seconds": time.perf_counter() - started,

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+from seekforge.exporter.build.profiles import largest_step, spanning
 from seekforge.exporter.build.targets import FP8_SM, TargetConfig
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.scratch import ANY_KERNELS, Kernels
 from seekforge.plugins.formats.sizing import (
     Flops,
     KvFormat,
@@ -44,11 +46,19 @@ MAX_TP = 8
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a plan, beside the GPU and the workload."""
+    """What is asked of a plan, beside the workload.
+
+    Attributes:
+        precision, kv_format: of weights and caches.
+        mtp: whether the MTP module is there.
+        target: whose engine it shall be: scratch is then that of its profiles and kernels. None: any GPU, and one
+            prefill and one decode step of the workload.
+    """
 
     precision: Precision
     kv_format: KvFormat
     mtp: bool = False
+    target: TargetConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ def answer(config: ModelConfig, target: TargetConfig, layout: Layout, work: Work
     """Size one layout."""
     assert target.gpu is not None
     usable = usable_bytes(target.gpu.memory_gib)
+    question = replace(question, target=target)
 
     def total(context: int, batch: int) -> RankMemory:
         return memory_of(config, layout, Workload(context, batch, work.step_tokens, work.draft_tokens), question)
@@ -148,7 +159,7 @@ def best(config: ModelConfig, target: TargetConfig, num_gpus: int, work: Workloa
     if fitting:
         rates = {one: speed(config, target, one, work, question).decode_tokens_per_s for one in fitting}
         return answer(config, target, max(fitting, key=rates.__getitem__), work, question)
-    sizes = {one: memory_of(config, one, work, question).total for one in found}
+    sizes = {one: memory_of(config, one, work, replace(question, target=target)).total for one in found}
     return answer(config, target, min(found, key=sizes.__getitem__), work, question) if found else None
 
 
@@ -168,14 +179,35 @@ def fewest(
 
 def _fits(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> bool:
     assert target.gpu is not None
-    return memory_of(config, layout, work, question).total <= usable_bytes(target.gpu.memory_gib)
+    held = memory_of(config, layout, work, replace(question, target=target))
+    return held.total <= usable_bytes(target.gpu.memory_gib)
 
 
 def memory_of(config: ModelConfig, layout: Layout, work: Workload, question: Question) -> RankMemory:
     """Return what the fullest GPU of a layout holds."""
+    target = question.target
     return rank_memory(
-        config, layout, work, precision=question.precision, kv_format=question.kv_format, mtp=question.mtp
+        config,
+        layout,
+        work,
+        precision=question.precision,
+        kv_format=question.kv_format,
+        mtp=question.mtp,
+        kernels=ANY_KERNELS if target is None else Kernels(target.sms),
+        steps=None if target is None else _largest_steps(target, layout, work),
     )
+
+
+def _largest_steps(target: TargetConfig, layout: Layout, work: Workload) -> list[tuple[int, int]]:
+    """Return (sequences, new tokens of each) of every profile of an engine that is built for a workload."""
+    batch = -(-work.batch // layout.dp)
+    asked = {
+        "max_model_len": work.context,
+        "max_batch_size": batch,
+        "max_num_batched_tokens": max(work.step_tokens, batch),
+    }
+    limits = target.limits.model_copy(update=asked)
+    return [largest_step(profile, limits) for profile in spanning(target.profiles, limits).values()]
 
 
 def speed(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Speed:

@@ -181,7 +181,9 @@ def _curves(config: ModelConfig, rows: Sequence[Row], marked: Sequence[int], gro
     shared: dict[tuple[int, Layout], list[Curve]] = {}
 
     def filled(row: Row, layout: Layout, context: int) -> int:
-        return memory_of(config, layout, replace(row.work, context=context), row.question).total
+        return memory_of(
+            config, layout, replace(row.work, context=context), replace(row.question, target=row.target)
+        ).total
 
     for row in rows:
         if row.found is not None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from seekforge.plugins.errors import ShapeError
 from seekforge.plugins.kernel_contract import check_rules, multiple, rule
-from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre, most_rows
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("act_quant",)
@@ -144,15 +144,31 @@ def quantise(x: Buffer, rows: int, k: int, workspace: Workspace) -> tuple[Launch
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return scratch for quantised rows, and for the splits of a small call."""
-    rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
+    """Return the scratch of the largest call, or of the largest whose K is split: the parts may take more than rows."""
+    rows, small = math.prod(bound["*lead"]), most_rows(SMALL_ROWS, bound["*lead"])
+    return max(_scratch(bound, rows, sm).size, _scratch(bound, small, sm).size)
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What a call keeps in its workspace; `quantise` and `parts` are None where it needs none."""
+
+    size: int
+    quantise: Launch | None
+    a: Buffer
+    a_scale: Buffer
+    parts: Buffer | None
+
+
+def _scratch(bound: Mapping[str, Any], rows: int, sm: int) -> _Scratch:
+    n, k = bound["N"], bound["K"]
     workspace = Workspace()
+    launch, a, a_scale = None, Buffer("x"), Buffer("weight_scale")  # without quantisation the scales of x are not read
     if bound["act_quant"] == "ue8m0":
-        quantise(Buffer("x"), rows, k, workspace)
-    splits = choose_splits(n, k)
-    if splits > 1:
-        workspace.take(4 * splits * min(rows, SMALL_ROWS) * n)
-    return workspace.size
+        launch, a, a_scale = quantise(a, rows, k, workspace)
+    splits = choose_tile(rows, n, k, sm).splits
+    parts = workspace.take(4 * splits * rows * n) if splits > 1 else None
+    return _Scratch(workspace.size, launch, a, a_scale, parts)
 
 
 def plan(bound: Mapping[str, Any], sm: int) -> Plan:
@@ -161,20 +177,14 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
     check_rules("BlockFp8Linear", RULES, bound)
     if rows == 0 or n == 0:
         return Plan(())
-    workspace = Workspace()
-    launches = []
-    a, a_scale = Buffer("x"), Buffer("weight_scale")  # without quantisation the scales of x are not read
-    if bound["act_quant"] == "ue8m0":
-        launch, a, a_scale = quantise(a, rows, k, workspace)
-        launches.append(launch)
-    tile = choose_tile(rows, n, k, sm)
-    parts = workspace.take(4 * tile.splits * rows * n) if tile.splits > 1 else None
+    scratch, tile = _scratch(bound, rows, sm), choose_tile(rows, n, k, sm)
+    launches = [] if scratch.quantise is None else [scratch.quantise]
     arguments: dict[str, Buffer | int | float] = {
-        "a_ptr": a,
-        "a_scale_ptr": a_scale,
+        "a_ptr": scratch.a,
+        "a_scale_ptr": scratch.a_scale,
         "w_ptr": Buffer("weight"),
         "w_scale_ptr": Buffer("weight_scale"),
-        "y_ptr": parts or Buffer("y"),
+        "y_ptr": scratch.parts or Buffer("y"),
         "num_rows": rows,
         "N": n,
         "K": k,
@@ -182,12 +192,12 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
     }
     grid = (cdiv(rows, tile.block_t) * cdiv(n, tile.block_n), tile.splits, 1)
     launches.append(Launch(tile.name, grid, arguments))
-    if parts is not None:
+    if scratch.parts is not None:
         sums: dict[str, Buffer | int | float] = {
-            "part_ptr": parts,
+            "part_ptr": scratch.parts,
             "y_ptr": Buffer("y"),
             "num_elements": rows * n,
             "splits": tile.splits,
         }
         launches.append(Launch("combine", (cdiv(rows * n, COMBINE_BLOCK), 1, 1), sums))
-    return Plan(tuple(launches), workspace.size)
+    return Plan(tuple(launches), scratch.size)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.plugins.errors import ShapeError
 from seekforge.plugins.kernel_contract import check_rules, one_of, rule
-from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre, most_rows
 from seekforge.plugins.spec import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
@@ -115,27 +116,36 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return scratch for the parts of few rows, and for one expanded sequence."""
-    return max(_parts(bound, min(bound["B"] * bound["Q"] * MAX_SPLITS, MAX_PARTS)).size, _expanded(bound).size)
-
-
-def _parts(bound: Mapping[str, Any], parts: int) -> Workspace:
+    """Return scratch for the parts of few rows, or for one expanded sequence of a long prompt."""
+    from_bytes = bound["kv_format"] == "fp8_ds"
+    block_n = choose_tile(bound["H"], sm, from_bytes=from_bytes).block_n
+    expands = from_bytes and bound["Q"] >= EXPAND_ROWS
+    queries = min(bound["Q"], EXPAND_ROWS - 1) if from_bytes else bound["Q"]
     workspace = Workspace()
-    workspace.take(4 * parts * bound["H"] * bound["C"])
-    workspace.take(4 * parts * bound["H"])
-    return workspace
+    _take_parts(bound, _most_parts(bound["B"], queries, min(MAX_SPLITS, cdiv(bound["TOPK"], block_n))), workspace)
+    expanded = Workspace()
+    if expands:
+        _take_expanded(bound, expanded)
+    return max(workspace.size, expanded.size)
 
 
-def _expanded(bound: Mapping[str, Any]) -> Workspace:
-    workspace = Workspace()
-    if bound["kv_format"] == "fp8_ds" and bound["Q"] >= EXPAND_ROWS:
-        workspace.take(2 * bound["MB"] * 64 * (bound["C"] + bound["R"]))
-    return workspace
+@functools.lru_cache(maxsize=1024)
+def _most_parts(batch: int, queries: int, most_splits: int) -> int:
+    """Return the most parts of all rows together, in a step of at most so many sequences and queries of each."""
+    return max((s * most_rows(MAX_PARTS // s, (batch, queries)) for s in range(2, most_splits + 1)), default=0)
+
+
+def _take_parts(bound: Mapping[str, Any], parts: int, workspace: Workspace) -> tuple[Buffer, Buffer]:
+    return workspace.take(4 * parts * bound["H"] * bound["C"]), workspace.take(4 * parts * bound["H"])
+
+
+def _take_expanded(bound: Mapping[str, Any], workspace: Workspace) -> Buffer:
+    return workspace.take(2 * bound["MB"] * 64 * (bound["C"] + bound["R"]))
 
 
 def plan(bound: Mapping[str, Any], sm: int) -> Plan:
     """Return the launches: one or two for all rows, or two per sequence of a long prompt."""
-    b, q, heads, c = (bound[name] for name in ("B", "Q", "H", "C"))
+    b, q, heads = (bound[name] for name in ("B", "Q", "H"))
     rows, topk = b * q, bound["TOPK"]
     if rows == 0 or heads == 0:
         return Plan(())
@@ -158,7 +168,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
     part, lse = Buffer("o_latent"), Buffer("o_latent")  # lse is not written by the whole variant
     workspace = Workspace()
     if splits > 1:
-        part, lse = workspace.take(4 * rows * splits * heads * c), workspace.take(4 * rows * splits * heads)
+        part, lse = _take_parts(bound, rows * splits, workspace)
     rest: dict[str, Buffer | int | float] = {
         "q_ptr": Buffer("q_latent"),
         "q_pe_ptr": Buffer("q_pe"),
@@ -180,10 +190,10 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
 
 
 def _prompt_plan(bound: Mapping[str, Any], common: Mapping[str, Buffer | int | float], *, slots: int, sm: int) -> Plan:
-    b, q, heads, c, r = (bound[name] for name in ("B", "Q", "H", "C", "R"))
+    b, q, heads = (bound[name] for name in ("B", "Q", "H"))
     num_blocks = bound["MB"]
     workspace = Workspace()
-    expanded = workspace.take(2 * num_blocks * 64 * (c + r))
+    expanded = _take_expanded(bound, workspace)
     tile = choose_tile(heads, sm, from_bytes=False)
     launches = []
     for i in range(b):

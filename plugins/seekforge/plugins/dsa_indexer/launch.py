@@ -93,10 +93,20 @@ def _slice_rows(rows: int, length: int) -> int:
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return scratch for the scores of one slice."""
-    rows, length = bound["B"] * bound["Q"], bound["MB"] * 64
+    """Return scratch for the scores of one slice; none where no row can see more keys than it takes.
+
+    A slice of a shorter context has more rows, so its scores come as near to `SCORE_BYTES` as those of the longest.
+    """
+    rows, length, topk = bound["B"] * bound["Q"], bound["MB"] * 64, bound["index_topk"]
+    if rows == 0 or topk == 0 or length <= topk:
+        return 0
     workspace = Workspace()
-    workspace.take(min(4 * rows * length, max(SCORE_BYTES, 4 * length)))
+    per_slice = _slice_rows(rows, length)
+    shorter = SCORE_BYTES // (4 * 64 * (per_slice + 1)) * 64  # the longest context whose slices have a row more
+    if per_slice < rows and shorter > topk:
+        workspace.take(max(SCORE_BYTES, 4 * length))
+    else:
+        workspace.take(4 * per_slice * length)
     return workspace.size
 
 

@@ -159,6 +159,7 @@ class Audit(Record):
         native_products: plan -> type that is multiplied -> TensorRT's own matrix layers, before fusion.
         plugins: op_type -> plugin layers of a step; a plan that runs many layers counts as often.
         kernels: op_type -> compiled kernels in the engine, over all its SMs.
+        workspaces: op_type -> most scratch that a plugin asked TensorRT for, over all plans and profiles.
         inlined: op_type -> nodes of a step whose body was inlined.
         weight_input_bytes: of all weight and table inputs.
         plan_bytes: plan -> size.
@@ -177,6 +178,7 @@ class Audit(Record):
     native_products: dict[str, dict[str, int]] = field(default_factory=dict)
     plugins: dict[str, int]
     kernels: dict[str, int] = field(default_factory=dict)
+    workspaces: dict[str, int] = field(default_factory=dict)
     inlined: dict[str, int]
     weight_input_bytes: int
     plan_bytes: dict[str, int]

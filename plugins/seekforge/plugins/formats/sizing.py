@@ -14,7 +14,7 @@ from typing import Literal
 
 from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig
 from seekforge.plugins.formats.program import BLOCK_SIZE
-from seekforge.plugins.workspace import workspace_bytes
+from seekforge.plugins.formats.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
 
 Precision = Literal["fp8", "bf16"]
 KvFormat = Literal["f32", "bf16", "fp8_ds"]
@@ -327,7 +327,7 @@ class RankMemory:
     Attributes:
         weights: of the rank, MTP module included where it is asked for.
         cache: latents and indexer keys.
-        indexer_scores: scores and histograms of the indexer, part of the scratch memory that operators share.
+        indexer_scores: scores of the indexer, part of the scratch memory that operators share.
         scratch: how much longer that shared memory is for the greediest operator.
         activations: see `activation_bytes`.
         graphs: captured CUDA graphs.
@@ -426,44 +426,50 @@ def communication_bytes(layout: Layout) -> int:
     return COMMUNICATION_BYTES if layout.num_gpus > 1 else 0
 
 
-def scratch_bytes(config: ModelConfig, layout: Layout, work: Workload, kv_format: KvFormat) -> int:
+def scratch_bytes(
+    config: ModelConfig, layout: Layout, work: Workload, kv_format: KvFormat, *, kernels: Kernels = ANY_KERNELS
+) -> int:
     """Scratch memory of the greediest operator in a prefill of one sequence and in a decode step of all.
 
     Operators run one after another, so their scratch memory is shared.
     """
-    return max(operator_scratch_bytes(config, layout, work, kv_format).values())
+    return max(operator_scratch_bytes(config, layout, work, kv_format, kernels=kernels).values())
 
 
-def operator_scratch_bytes(config: ModelConfig, layout: Layout, work: Workload, kv_format: KvFormat) -> dict[str, int]:
-    """Scratch memory that each operator asks for, by its name; the most of both kinds of step."""
-    heads, per_rank = config.num_attention_heads // layout.tp, -(-work.batch // layout.dp)
-    blocks = -(-work.context // BLOCK_SIZE)
-    experts = -(-config.n_routed_experts // layout.ep)
-    sizes: dict[str, int] = {}
-    for rows, queries in ((1, min(work.step_tokens, work.context)), (per_rank, 1 + work.draft_tokens)):
-        tokens = rows * queries * layout.dp  # experts see the tokens of all replicas
-        inner, hidden, topk = config.moe_intermediate_size, config.hidden_size, config.num_experts_per_tok
-        moe = [
-            (tokens, hidden), (tokens, topk), (tokens, topk), (experts, 2 * inner, hidden),
-            (experts, -(-2 * inner // FP8_BLOCK), -(-hidden // FP8_BLOCK)), (experts, hidden, inner),
-            (experts, -(-hidden // FP8_BLOCK), -(-inner // FP8_BLOCK)),
-        ]  # fmt: skip
-        attention = [
-            (rows, queries, heads, config.kv_lora_rank), (rows, queries, heads, config.qk_rope_head_dim),
-            (64, config.latent_dim), (rows, blocks), (rows, queries, config.index_topk),
-        ]  # fmt: skip
-        indexer = [
-            (rows, queries, config.index_n_heads, config.index_head_dim), (rows, queries, config.index_n_heads),
-            (64, config.index_head_dim), (rows, blocks), (rows, queries),
-        ]  # fmt: skip
-        scoring = {"index_topk": config.index_topk, "indexer_fp8": True, "index_format": kv_format}
-        for name, shapes, attrs in (
-            ("MoeExperts", moe, {"act_quant": "ue8m0"}),
-            ("DsaAttention", attention, {"scale": 1.0, "kv_format": kv_format}),
-            ("DsaIndexer", indexer, scoring),
-        ):
-            sizes[name] = max(sizes.get(name, 0), workspace_bytes(name, shapes, attrs))
-    return sizes
+def operator_scratch_bytes(
+    config: ModelConfig,
+    layout: Layout,
+    work: Workload,
+    kv_format: KvFormat,
+    *,
+    kernels: Kernels = ANY_KERNELS,
+    steps: Sequence[tuple[int, int]] | None = None,
+) -> dict[str, int]:
+    """Scratch memory that each operator asks for on one rank, by its name; the most over all steps.
+
+    Args:
+        config, layout, work: what runs where.
+        kv_format: of both caches.
+        kernels: that run it.
+        steps: largest (sequences of a replica, new tokens of each) of each kind of step; None: one prefill and one
+            decode step of the workload.
+    """
+    if steps is None:
+        steps = ((1, min(work.step_tokens, work.context)), (-(-work.batch // layout.dp), 1 + work.draft_tokens))
+    found = [
+        step_scratch_bytes(
+            config,
+            batch,
+            queries,
+            context=work.context,
+            kv_format=kv_format,
+            kernels=kernels,
+            tp=layout.tp,
+            dp=layout.dp,
+        )
+        for batch, queries in steps
+    ]
+    return {op: max(one[op] for one in found) for op in found[0]}
 
 
 def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
@@ -489,9 +495,17 @@ def selection_bytes(config: ModelConfig) -> int:
 
 
 def rank_memory(
-    config: ModelConfig, layout: Layout, work: Workload, *, precision: Precision, kv_format: KvFormat, mtp: bool
+    config: ModelConfig,
+    layout: Layout,
+    work: Workload,
+    *,
+    precision: Precision,
+    kv_format: KvFormat,
+    mtp: bool,
+    kernels: Kernels = ANY_KERNELS,
+    steps: Sequence[tuple[int, int]] | None = None,
 ) -> RankMemory:
-    """Return the bytes of the fullest rank."""
+    """Return the bytes of the fullest rank; `kernels` and `steps` are those of `operator_scratch_bytes`."""
     cut = stages(config, layout, precision, mtp=mtp)
     per_rank = -(-work.batch // layout.dp)
     fullest: tuple[int, int] | None = None
@@ -501,7 +515,7 @@ def rank_memory(
         if fullest is None or weights + cache > sum(fullest):
             fullest = (weights, cache)
     assert fullest is not None
-    scratch = operator_scratch_bytes(config, layout, work, kv_format)
+    scratch = operator_scratch_bytes(config, layout, work, kv_format, kernels=kernels, steps=steps)
     return RankMemory(
         weights=fullest[0],
         cache=fullest[1],

@@ -1,23 +1,27 @@
 """One `IPluginV3` and one `IPluginCreatorV3One` for every operator, driven by its `OpSpec`. Glue only, no mathematics.
 
 The same classes serve TensorRT and TensorRT-RTX; they are made for the module that `library.load` returns, because
-their bases live there. Shapes, types and aliases come from the spec, scratch memory from `workspace` or from
-the kernels, and work is done by a launcher (see `launch`).
+their bases live there. Shapes, types and aliases come from the spec, scratch memory from the launch plans of the
+kernels, and work is done by a launcher (see `launch`).
+
+While an engine is built a plugin does no work. There is one way to run it, so nothing depends on how long it takes, and
+its kernels are not compiled yet; TensorRT may call it all the same, on made-up inputs and perhaps while it captures its
+stream, and takes a failure there for an operator that cannot run at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
 from seekforge.plugins.errors import EngineError
+from seekforge.plugins.launch import SMS, workspace_bytes
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.spec import DOMAIN, TYPE_VARIABLES, OpSpec
 from seekforge.plugins.tensorrt.launch import NO_KERNELS, Launcher, LauncherSource
-from seekforge.plugins.workspace import workspace_bytes
 
 #: Our dtype names -> names of trt.DataType.
 TYPES: Final[dict[str, str]] = {
@@ -43,24 +47,29 @@ class Registration:
         creators: one per operator.
         made: op_type -> plugins that a creator made so far, in any phase.
         sources: where launchers come from; empty while an engine is built.
+        sms: that the engine which is built shall run on.
+        workspaces: op_type -> the most scratch that a plugin asked for while an engine was built.
         failures: what went wrong inside a callback. TensorRT only reports that one failed.
     """
 
-    creators: tuple[Any, ...]
+    creators: list[Any]
     made: dict[str, int]
     sources: list[LauncherSource] = field(default_factory=list)
+    sms: list[int] = field(default_factory=list)
+    workspaces: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
 
 _REGISTERED: dict[str, Registration] = {}
 
 
-def register(trt: Any, source: LauncherSource | None = None) -> Registration:
+def register(trt: Any, source: LauncherSource | None = None, *, sms: Collection[int] = SMS) -> Registration:
     """Register every operator's creator in namespace `seekforge`; once per process and module.
 
     Args:
         trt: a module from `library.load`.
         source: gives the kernels of the engine that is about to be deserialised; None to build.
+        sms: that the engine which is about to be built shall run on, none: any; scratch is enough for each of them.
 
     Raises:
         EngineError: another library has registered plugins of these names.
@@ -69,25 +78,23 @@ def register(trt: Any, source: LauncherSource | None = None) -> Registration:
     if registration is None:
         registration = _REGISTERED[trt.__name__] = _register(trt)
     registration.sources[:] = [] if source is None else [source]
+    registration.sms[:] = sms or SMS
+    registration.workspaces.clear()
     return registration
 
 
 def _register(trt: Any) -> Registration:
-    made = dict.fromkeys(SPECS, 0)
-    sources: list[LauncherSource] = []
-    failures: list[str] = []
-    classes = {aliased: _plugin_class(trt, aliased=aliased, failures=failures) for aliased in (False, True)}
-    creator = _creator_class(trt, classes, made, sources, failures)
-    creators = tuple(creator(spec) for spec in SPECS.values())
-    for one in creators:
+    registration = Registration([], dict.fromkeys(SPECS, 0))
+    classes = {aliased: _plugin_class(trt, registration, aliased=aliased) for aliased in (False, True)}
+    creator = _creator_class(trt, registration, classes)
+    for one in map(creator, SPECS.values()):
         if not trt.get_plugin_registry().register_creator(one, DOMAIN):
             raise EngineError(f"plugin {DOMAIN}::{one.name} is registered already, by another library; unload it")
-    return Registration(creators, made, sources, failures)
+        registration.creators.append(one)
+    return registration
 
 
-def _creator_class(
-    trt: Any, classes: Mapping[bool, Any], made: dict[str, int], sources: list[LauncherSource], failures: list[str]
-) -> Callable[[OpSpec], Any]:
+def _creator_class(trt: Any, registration: Registration, classes: Mapping[bool, Any]) -> Callable[[OpSpec], Any]:
     class Creator(trt.IPluginCreatorV3One):
         def __init__(self, spec: OpSpec) -> None:
             trt.IPluginCreatorV3One.__init__(self)
@@ -100,14 +107,13 @@ def _creator_class(
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             try:
                 values = read_fields(self.spec, fields)
-                launcher = None
-                if phase == trt.TensorRTPhase.RUNTIME:
-                    launcher = _find_launcher(self.spec, values, sources)
-                plugin = classes[bool(self.spec.aliases)](self.spec, values, launcher)
+                runs = phase == trt.TensorRTPhase.RUNTIME
+                launcher = _find_launcher(self.spec, values, registration.sources) if runs else None
+                plugin = classes[bool(self.spec.aliases)](self.spec, values, launcher, runs=runs)
             except Exception as error:
-                failures.append(f"{name or self.spec.name}: {error}")
+                registration.failures.append(f"{name or self.spec.name}: {error}")
                 raise
-            made[self.spec.name] += 1
+            registration.made[self.spec.name] += 1
             return plugin
 
     return Creator
@@ -165,7 +171,7 @@ def make_fields(trt: Any, values: Mapping[str, int | float | str]) -> tuple[Any,
     return trt.PluginFieldCollection(fields), [data, fields]
 
 
-def _plugin_class(trt: Any, *, aliased: bool, failures: list[str]) -> Any:
+def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any:
     bases = (
         trt.IPluginV3,
         trt.IPluginV3OneCore,
@@ -173,14 +179,15 @@ def _plugin_class(trt: Any, *, aliased: bool, failures: list[str]) -> Any:
         trt.IPluginV3OneRuntime,
     )
     names = {getattr(trt.DataType, theirs): ours for ours, theirs in TYPES.items()}
+    failures = registration.failures
 
     class Plugin(*bases):
-        """An operator inside an engine."""
+        """An operator inside an engine; `runs` says that the engine is used, not built."""
 
-        def __init__(self, spec: OpSpec, values: dict[str, Any], launcher: Launcher | None) -> None:
+        def __init__(self, spec: OpSpec, values: dict[str, Any], launcher: Launcher | None, *, runs: bool) -> None:
             for base in bases:  # the bindings want each base initialised by hand
                 base.__init__(self)
-            self.spec, self.values, self.launcher = spec, values, launcher
+            self.spec, self.values, self.launcher, self.runs = spec, values, launcher, runs
             self.attrs = {attr.name: values[attr.name] for attr in spec.attrs}
             self.plugin_name, self.plugin_namespace, self.plugin_version = spec.name, DOMAIN, "1"
             self.num_outputs = len(spec.outputs)
@@ -190,7 +197,7 @@ def _plugin_class(trt: Any, *, aliased: bool, failures: list[str]) -> Any:
             return self
 
         def clone(self) -> Any:
-            return Plugin(self.spec, dict(self.values), self.launcher)
+            return Plugin(self.spec, dict(self.values), self.launcher, runs=self.runs)
 
         def get_fields_to_serialize(self) -> Any:
             return self._fields
@@ -225,10 +232,16 @@ def _plugin_class(trt: Any, *, aliased: bool, failures: list[str]) -> Any:
                 shapes = [tuple(one.max) for one in inputs]
                 if self.launcher is not None:
                     return self.launcher.workspace_bytes(shapes)
-                return workspace_bytes(self.spec.name, shapes, self.attrs)
+                size = workspace_bytes(self.spec.name, shapes, self.attrs, registration.sms)
+                asked = registration.workspaces
+                asked[self.spec.name] = max(size, asked.get(self.spec.name, 0))
+                return size
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             pass  # shapes are read where they are used
+
+        def get_valid_tactics(self) -> list[int]:
+            return []  # beside the one that there always is: nothing to choose by time
 
         # --- run ---
 
@@ -244,6 +257,8 @@ def _plugin_class(trt: Any, *, aliased: bool, failures: list[str]) -> Any:
         def enqueue(
             self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int
         ) -> None:
+            if not self.runs:
+                return
             with _Reported(self.spec.name, failures):
                 if self.launcher is None:
                     raise EngineError(
