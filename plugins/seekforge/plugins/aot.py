@@ -23,10 +23,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from seekforge.plugins import kernel_rules, sass
 from seekforge.plugins.cores import usable_cores
+from seekforge.plugins.cuda_driver import needed_driver
 from seekforge.plugins.errors import EnvironmentFault, TargetError
 from seekforge.plugins.launch import (
     FORMAT,
@@ -47,6 +48,10 @@ from seekforge.plugins.registry import SPECS
 
 #: The list of descriptors in a folder of kernels: format 1, entries op, sm, digest, file.
 INDEX, INDEX_FORMAT = "index.json", 1
+
+
+#: Version of the way in which images are made from their sources; what a descriptor says of them is another matter.
+_MADE: Final = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def compiler() -> str:
 
 def image_key(op: str, variant: Variant, sm: int, *, compiler: str) -> str:
     """Return the digest of all that one image is made from. Neither the compiler nor a GPU is needed to tell it."""
-    head = json.dumps([FORMAT, compiler, sm, asdict(variant)], sort_keys=True)
+    head = json.dumps([_MADE, compiler, sm, asdict(variant)], sort_keys=True)
     root = Path(__file__).parent
     sources = (root / "kernel.py").read_bytes() + (root / SPECS[op].torch_name / "kernel.py").read_bytes()
     return hashlib.sha256(head.encode() + b"\0" + sources).hexdigest()
@@ -260,6 +265,10 @@ def compile_variant(op: str, variant: Variant, sm: int) -> tuple[Image, bytes]:
     )
     if fault:
         raise TargetError(f"{where}: {fault}")
+    try:
+        driver = needed_driver(cubin)
+    except TargetError as error:
+        raise TargetError(f"{where}: {error}") from None
     sha256 = hashlib.sha256(cubin).hexdigest()
     shared = meta.shared
     image = Image(
@@ -275,6 +284,7 @@ def compile_variant(op: str, variant: Variant, sm: int) -> tuple[Image, bytes]:
             Param(name, kind, offset, size) for (name, kind), (offset, size) in zip(names, layout, strict=True)
         ),
         main_loop=variant.main_loop,
+        driver=driver,
         resources=Resources(
             registers, stack, shared,
             round(occupancy(registers=registers, shared_bytes=shared, num_warps=meta.num_warps, sm=sm), 3),

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from seekforge.plugins.cuda_driver import too_old
 from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.launch import (
     WORKSPACE,
@@ -66,7 +67,15 @@ class CudaDriver:
             ) from None
 
     def load(self, image: Image, cubin: bytes) -> Any:
-        """Load a cubin, compare its parameters with the descriptor, and raise the shared memory limit."""
+        """Load a cubin, compare its parameters with the descriptor, and raise the shared memory limit.
+
+        Raises:
+            EnvironmentFault: the driver is too old for it.
+            EngineError: it is not what the descriptor says.
+        """
+        fault = too_old(f"kernels ({image.entry})", image.driver, self._checked(self._driver.cuDriverGetVersion()))
+        if fault is not None:
+            raise EnvironmentFault(fault)
         kernel = self._core.ObjectCode.from_cubin(cubin).get_kernel(image.entry)
         found = [(int(p.offset), int(p.size)) for p in kernel.arguments_info]
         if found != [(p.offset, p.size) for p in image.params]:

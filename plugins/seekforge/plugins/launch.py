@@ -26,7 +26,7 @@ from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt.launch import kernel_sm
 
 #: Version of the descriptor file.
-FORMAT: Final = 1
+FORMAT: Final = 2
 #: Name that a `Buffer` uses for the operator's scratch memory.
 WORKSPACE: Final = "workspace"
 #: Every part of a workspace starts at a multiple of this.
@@ -167,6 +167,7 @@ class Image:
         scratch_align: its alignment.
         params: in order, the two hidden ones last.
         main_loop: as in `Variant`.
+        driver: the CUDA version that a driver must have to load it, 13000 for 13.0 (`cuda_driver.needed_driver`).
         resources: registers and the like.
     """
 
@@ -180,6 +181,7 @@ class Image:
     scratch_align: int
     params: tuple[Param, ...]
     main_loop: bool
+    driver: int
     resources: Resources
 
 
@@ -425,6 +427,8 @@ def _check_image(image: Image) -> None:
             raise ValueError(f"parameter {param.name} is a {param.type}, expected {', '.join(_CODES)} or a pointer")
         if not (0 <= param.offset <= _MOST_ARGUMENT_BYTES and 0 < param.size <= 8):
             raise ValueError(f"parameter {param.name} lies at {param.offset} with {param.size} bytes")
+    if not 0 < image.driver < 1 << 20:
+        raise ValueError(f"driver is {image.driver}, expected a CUDA version such as 13000")
     sizes = (image.num_warps, image.num_ctas, image.scratch_align)
     if min(sizes) < 1 or max(sizes) > 1 << 16 or not 0 <= image.scratch_bytes < 1 << 40:
         raise ValueError(f"{image.variant} has sizes out of range")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from seekforge.plugins.cuda_driver import needs
 from seekforge.plugins.formats.manifest import Audit, Manifest
 
 _GIB = 1 << 30
@@ -33,6 +34,8 @@ def show_audit(manifest: Manifest, console: Console) -> None:
     if manifest.plugins:
         without = "none (--no-kernels), this engine does not load"
         console.print(f"kernels: {_counts(audit.kernels) if audit.kernels else without}")
+    for sm, version in manifest.min_driver.items():
+        console.print(f"kernels of sm{sm} need {needs(version)}")
     size = audit.device_bytes
     total, usable, scratch = (size[key] / _GIB for key in ("total", "usable", "scratch"))
     console.print(

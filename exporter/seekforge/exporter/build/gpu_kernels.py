@@ -66,6 +66,15 @@ def digests_of(tasks: Collection[aot.Task]) -> dict[str, str]:
     return {task.op: task.digest for task in tasks}
 
 
+def min_drivers(sets: Collection[KernelSet]) -> dict[str, int]:
+    """Return SM -> the CUDA version that a driver must have to load every kernel for it."""
+    needed: dict[str, int] = {}
+    for one in sorted(sets, key=lambda one: one.sm):
+        for image in one.images.values():
+            needed[str(one.sm)] = max(image.driver, needed.get(str(one.sm), 0))
+    return needed
+
+
 def count_images(sets: Collection[KernelSet]) -> dict[str, int]:
     """Return op_type -> number of compiled kernels."""
     counted: dict[str, int] = {}

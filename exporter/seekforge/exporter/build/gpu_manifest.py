@@ -17,7 +17,7 @@ from seekforge.exporter.build import audit
 from seekforge.exporter.build.common import copy_text_files, generation_defaults, write_target
 from seekforge.exporter.build.compiler import Compiled
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_bytes
-from seekforge.exporter.build.gpu_kernels import count_images, kernel_files
+from seekforge.exporter.build.gpu_kernels import count_images, kernel_files, min_drivers
 from seekforge.exporter.build.prepare import Prepared
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.bindings import Recipe, cast, retarget
@@ -210,6 +210,7 @@ def make_manifest(
             for op in planned.plugins
         },
         profiles=made.profiles,
+        min_driver=min_drivers(made.kernels),
         capturable={name: one.capturable for name, one in made.compiled.items() if one.capturable is not None},
         audit=found,
     )

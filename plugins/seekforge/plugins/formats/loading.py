@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from seekforge.plugins.cuda_driver import too_old
 from seekforge.plugins.errors import CheckpointError, EngineError, EnvironmentFault
 from seekforge.plugins.formats.manifest import Manifest, rebuild_command
 from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.tensorrt.launch import Descriptors
+from seekforge.plugins.tensorrt.launch import Descriptors, kernel_sm
 
 #: Keys of config.json that all layers of a model share: an engine may be of its first layers alone.
 STRUCTURE = (
@@ -80,6 +81,23 @@ def check_loadable(folder: Path, manifest: Manifest, *, sm: int, versions: Mappi
                 descriptors.find(op, use.kernel_digest)
             except EngineError as error:
                 raise EngineError(f"{folder}: plugins.{op}.kernel_digest: {error}: {again}") from None
+
+
+def check_driver(folder: Path, manifest: Manifest, *, sm: int, driver: int) -> None:
+    """Refuse an engine whose compiled kernels the driver here does not load.
+
+    Args:
+        folder: the engine folder.
+        manifest: of that folder.
+        sm: compute capability of the GPU.
+        driver: CUDA version of the driver, 13000 for 13.0.
+
+    Raises:
+        EnvironmentFault: the driver is too old.
+    """
+    fault = too_old(f"the kernels for sm{sm}", manifest.min_driver.get(str(kernel_sm(sm)), 0), driver)
+    if fault is not None:
+        raise EnvironmentFault(f"{folder}: min_driver.{kernel_sm(sm)}: {fault}")
 
 
 def check_versions(folder: Path, manifest: Manifest, versions: Mapping[str, str]) -> None:

@@ -213,6 +213,7 @@ class Manifest(Record):
         weights: where the weights come from, when the engine holds none.
         plugins: op_type -> plugin, on a GPU.
         profiles: name -> graph -> input -> smallest, typical and largest shape, in the order of the plan's profiles.
+        min_driver: SM of the kernels -> the CUDA version that a driver must have to load them, 13000 for 13.0.
         capturable: plan -> whether TensorRT says that its runs can be captured in a CUDA graph; a plan that is not
             listed can be tried.
         audit: what a GPU build really made.
@@ -245,6 +246,7 @@ class Manifest(Record):
     weights: WeightSource | None = None
     plugins: dict[str, PluginUse] = field(default_factory=dict)
     profiles: dict[str, dict[str, dict[str, tuple[tuple[int, ...], ...]]]] = field(default_factory=dict)
+    min_driver: dict[str, int] = field(default_factory=dict)
     capturable: dict[str, bool] = field(default_factory=dict)
     audit: Audit | None = None
     quantisation: Quantisation | None = None
