@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from fake_gpu import FakeDevice, make_gpu_engine
 from onnx import numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -265,3 +266,17 @@ def edit_manifest(toy_copy: Path) -> Callable[[Callable[[dict[str, Any]], object
         return toy_copy
 
     return edit
+
+
+@pytest.fixture(scope="module")
+def gpu_engine(toy_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The toy engine as a GPU's: weights are inputs, and a checkpoint that has them."""
+    return make_gpu_engine(toy_engine, tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """The GPU that engines are opened on."""
+    device = FakeDevice()
+    monkeypatch.setattr("seekforge.runtime.backends.tensorrt._open_gpu", lambda folder, manifest: device)
+    return device

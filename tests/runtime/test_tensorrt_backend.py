@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,291 +13,24 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from onnx import numpy_helper
+from fake_gpu import FakeDevice, changed, in_two_plans, with_layers_alike
 from samples import audit_of
 
 from seekforge.plugins.errors import CheckpointError, EngineError
-from seekforge.plugins.formats.bindings import Recipe
-from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.loader import LoadProgress
-from seekforge.plugins.formats.manifest import digest_file, load_manifest, manifest_digest
-from seekforge.plugins.formats.program import load_bindings, save_bindings
+from seekforge.plugins.formats.manifest import digest_file, load_manifest
+from seekforge.plugins.formats.program import load_bindings
 from seekforge.plugins.formats.safetensors import Checkpoint, write_shard
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.backends import tensorrt
 from seekforge.runtime.backends.base import StepInputs
-from seekforge.runtime.backends.device import Call
 from seekforge.runtime.backends.device_graph import halves, next_power_of_two, padded
 from seekforge.runtime.backends.device_weights import DeviceWeights
 from seekforge.runtime.cli import main
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
-
-
-#: Values that a fake plan shows as debug tensors, where its graph gives them.
-DEBUG = ("mixed",)
-
-
-class FakePlan:
-    """Reads its inputs from fake memory by address and shape, runs the graph, and writes its outputs there."""
-
-    def __init__(self, device: FakeDevice, path: Path) -> None:
-        self.device = device
-        self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def names(self) -> list[str]:
-        names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
-        return [name for name in names if name not in DEBUG]
-
-    def enqueue(self, call: Call) -> None:
-        assert call.watched <= set(DEBUG)
-        self.device.enqueues += 1
-        self.device.profiles.append(call.profile)
-        self.run(Call(dict(call.addresses), dict(call.shapes), call.profile, call.watched, call.seen))
-
-    def run(self, call: Call) -> None:
-        if self.device.recording is not None:
-            self.device.recording.append(lambda: self.run(call))
-            return
-        dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
-        feeds = {
-            value.name: self.device.view(call.addresses[value.name], call.shapes[value.name], dtypes[value.type]).copy()
-            for value in self.session.get_inputs()
-        }
-        names = [value.name for value in self.session.get_outputs()]
-        for name, value in zip(names, map(np.asarray, self.session.run(names, feeds)), strict=True):
-            if name in DEBUG:  # no address: it is handed over while the step runs
-                if name in call.watched:
-                    call.seen(name, value)
-                continue
-            self.device.view(call.addresses[name], value.shape, value.dtype)[...] = value
-
-
-class FakeDevice:
-    """Memory as byte arrays at made-up addresses; a graph is a list of calls."""
-
-    def __init__(self) -> None:
-        self.memory: dict[int, np.ndarray] = {}
-        self.next = 4096
-        self.graphs: list[list] = []
-        self.recording: list | None = None
-        self.profiles: list[int] = []
-        self.opened: list[str] = []
-        self.under_way: list[tuple[int, np.ndarray]] = []
-        self.staged: list[np.ndarray] = []
-        self.enqueues = self.launches = self.uploaded_bytes = 0
-        self.closed = False
-
-    def allocate(self, num_bytes: int) -> int:
-        address, self.next = self.next, self.next + num_bytes + 4096
-        self.memory[address] = np.full(num_bytes, 0xAB, np.uint8)  # rubbish
-        return address
-
-    def free(self, address: int) -> None:
-        del self.memory[address]
-
-    def zero(self, address: int, num_bytes: int) -> None:
-        self.memory[address][:num_bytes] = 0
-
-    def view(self, address: int, shape: tuple[int, ...], dtype) -> np.ndarray:
-        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.memory[address][:count].view(dtype).reshape(shape)
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        self.uploaded_bytes += array.nbytes
-        self.memory[address][: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-    def staging(self, num_bytes: int) -> np.ndarray:
-        self.staged.append(np.full(num_bytes, 0xCD, np.uint8))
-        return self.staged[-1]
-
-    def upload_staged(self, address: int, array: np.ndarray) -> None:
-        self.under_way.append((address, array))  # copied as late as CUDA may
-
-    def synchronize(self) -> None:
-        for address, array in self.under_way:
-            block = max(start for start in self.memory if start <= address)
-            self.uploaded_bytes += array.nbytes
-            into = self.memory[block][address - block :][: array.nbytes]
-            into[...] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self.under_way.clear()
-
-    def download(self, array: np.ndarray, address: int) -> None:
-        array[...] = self.view(address, array.shape, array.dtype)
-
-    def open_plan(self, path: Path) -> FakePlan:
-        self.opened.append(path.name)
-        return FakePlan(self, path)
-
-    def capture(self, work) -> int:
-        self.recording = []
-        work()
-        self.graphs.append(self.recording)
-        self.recording = None
-        return len(self.graphs) - 1
-
-    def launch(self, graph: int) -> None:
-        self.launches += 1
-        for call in self.graphs[graph]:
-            call()
-
-    def forget(self, graph: int) -> None:
-        self.graphs[graph] = []
-
-    def close(self) -> None:
-        assert not any(self.graphs), "every captured graph is given back"
-        self.closed = True
-
-
-@pytest.fixture(scope="module")
-def gpu_engine(toy_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The toy engine as a GPU's: weights are inputs, and a checkpoint that has them."""
-    root = tmp_path_factory.mktemp("gpu")
-    engine, checkpoint = root / "engine", root / "checkpoint"
-    shutil.copytree(toy_engine, engine)
-    checkpoint.mkdir()
-    raw = json.loads((engine / "manifest.json").read_text())
-    tensors: dict[str, np.ndarray] = {}
-    bindings: dict[str, dict[str, Recipe]] = {}
-    for graph, face in raw["graphs"].items():
-        model = onnx.load(engine / face["file"])
-        bindings[graph] = {}
-        for constant in list(model.graph.initializer):
-            value = numpy_helper.to_array(constant)
-            tensors[f"{constant.name}.weight"] = value
-            bindings[graph][constant.name] = Recipe("take", value.shape, "f32", tensor=f"{constant.name}.weight")
-            info = onnx.helper.make_tensor_value_info(constant.name, constant.data_type, value.shape)
-            model.graph.input.append(info)
-            face["inputs"].append({"name": constant.name, "dtype": "f32", "shape": list(value.shape), "role": "weight"})
-        del model.graph.initializer[:]
-        onnx.save(model, engine / face["file"])
-        (engine / f"{face['file']}.data").unlink()
-        for spec in (*face["inputs"], *face["outputs"]):
-            if spec["name"] in ("input_ids", "hidden_in"):
-                spec["role"] = "token"
-            elif spec["name"] in ("positions", "slot_mapping", "block_table", "logits_index"):
-                spec["role"] = "bookkeeping"
-    for name, factor in (("double", 2.0), ("half", 0.5)):  # read by an engine whose layers are alike
-        tensors[name] = np.full(16, factor, np.float32)
-        bindings["model"][f"layers.{name}"] = Recipe("take", (16,), "f32", tensor=name)
-    write_shard(checkpoint / "model.safetensors", tensors)
-    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_bindings(engine, bindings)
-    with Checkpoint.open(checkpoint) as opened:
-        raw["weights"] = {"path": str(checkpoint), "index_digest": opened.index_digest()}
-    raw["target"] = {"name": "fake", "backend": "tensorrt", "sm": 90}
-    raw["runtime_versions"] = {}
-    files = ["model.onnx", "mtp.onnx", "tokenizer.json", "bindings.json"]
-    raw["files"] = [digest_file(engine, name).model_dump(mode="json") for name in files]
-    write_json(engine / "manifest.json", raw | {"digest": manifest_digest(raw)})
-    assert load_manifest(engine).weights is not None
-    return engine, checkpoint
-
-
-def changed(engine: Path, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    """Return a copy of an engine with another manifest."""
-    shutil.copytree(engine, folder)
-    raw = json.loads((folder / "manifest.json").read_text())
-    edit(raw)
-    write_json(folder / "manifest.json", raw | {"digest": manifest_digest(raw)})
-    return folder
-
-
-def in_two_plans(engine: Path, folder: Path) -> Path:
-    """Return the engine with its model cut into two plans, where the mixed values are handed on."""
-
-    def edit(raw: dict[str, Any]) -> None:
-        model = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx"))
-        handed = {"name": "handover.0", "dtype": "f32", "shape": ["B", "Q", 16], "role": "handover"}
-        face = raw["graphs"]["model"]
-        stages = []
-        for number in (0, 1):
-            outputs = [one for one in face["outputs"] if one["name"].endswith(".0") == (number == 0)]
-            names = [one["name"] for one in outputs]
-            if number == 0:
-                part = onnx.utils.Extractor(model).extract_model([i.name for i in model.graph.input], [*names, "mixed"])
-            else:
-                part = onnx.utils.Extractor(model).extract_model(["mixed", "logits_index", "head"], names)
-            rename = {"mixed": "handover_out.0" if number == 0 else "handover.0"}
-            for node in part.graph.node:
-                node.input[:] = [rename.get(name, name) for name in node.input]
-                node.output[:] = [rename.get(name, name) for name in node.output]
-            for value in (*part.graph.input, *part.graph.output):
-                value.name = rename.get(value.name, value.name)
-            read = {name for node in part.graph.node for name in node.input}
-            for value in [value for value in part.graph.input if value.name not in read]:
-                part.graph.input.remove(value)
-            file = f"model.{number}.onnx"
-            onnx.save(part, folder / file)
-            inputs = [one for one in (*face["inputs"], handed) if one["name"] in {v.name for v in part.graph.input}]
-            outputs += [handed | {"name": "handover_out.0"}] if number == 0 else []
-            aliases = face["aliases"] if number == 0 else {}
-            stages.append({"file": file, "sha256": "", "inputs": inputs, "outputs": outputs, "aliases": aliases})
-            raw["files"].append(digest_file(folder, file).model_dump(mode="json"))
-        raw["stages"] = {"model": stages}
-        face["file"] = stages[0]["file"]
-
-    return changed(engine, folder, edit)
-
-
-def with_layers_alike(engine: Path, folder: Path) -> Path:
-    """Return the engine in four stages: between the two of `in_two_plans` one plan runs twice, to double and to halve.
-
-    It gives the negative of its result as a tap, and adds the sum of its result to each row of a cache of its own.
-
-    Each value that is handed on lies in another place than the one before, and the places are used in turns.
-    """
-    in_two_plans(engine, folder)
-    nodes = [
-        onnx.helper.make_node("Mul", ["handover.0", "layers.double"], ["handover_out.1"]),
-        onnx.helper.make_node("Neg", ["handover_out.1"], ["chosen.0"]),
-        onnx.helper.make_node("ReduceSum", ["handover_out.1", "tokens"], ["sum"], keepdims=0),
-        onnx.helper.make_node("Add", ["kept.0", "sum"], ["kept_out.0"]),
-    ]
-    value = onnx.helper.make_tensor_value_info
-    shape = ["B", "Q", 16]
-    slots = ["NS", 16]
-    inputs = [value("handover.0", 1, shape), value("layers.double", 1, [16]), value("kept.0", 1, slots)]
-    outputs = [value("handover_out.1", 1, shape), value("chosen.0", 1, shape), value("kept_out.0", 1, slots)]
-    axes = [numpy_helper.from_array(np.array([0, 1]), "tokens")]
-    graph = onnx.helper.make_graph(nodes, "scale", inputs, outputs, initializer=axes)
-    model = onnx.helper.make_model(graph, ir_version=10)
-    onnx.save(model, folder / "model.scale.onnx")
-    raw = json.loads((folder / "manifest.json").read_text())
-
-    def stage(gain: str, taken: int, given: int) -> dict[str, Any]:
-        handed = {"dtype": "f32", "shape": shape, "role": "handover"}
-        weight = {"name": f"layers.{gain}", "dtype": "f32", "shape": [16], "role": "weight"}
-        raw["graphs"]["model"]["inputs"].append(weight)
-        inputs = [handed | {"name": f"handover.{taken}"}, weight]
-        tap = handed | {"name": f"chosen.{taken}", "role": "tap"}
-        kept = {"name": f"kept.{taken}", "dtype": "f32", "shape": slots, "role": "cache"}
-        written = kept | {"name": f"kept_out.{taken}"}
-        inputs.append(kept)
-        outputs = [handed | {"name": f"handover_out.{given}"}, tap, written]
-        face = raw["graphs"]["model"]
-        face["inputs"].append(kept)
-        face["outputs"] += [tap, written]
-        aliases = {written["name"]: kept["name"]}
-        face["aliases"] |= aliases
-        return {"file": "model.scale.onnx", "sha256": "", "inputs": inputs, "outputs": outputs, "aliases": aliases}
-
-    first, last = raw["stages"]["model"]
-    raw["stages"]["model"] = [first, stage("double", 0, 1), stage("half", 1, 0), last]
-    raw["files"].append(digest_file(folder, "model.scale.onnx").model_dump(mode="json"))
-    write_json(folder / "manifest.json", raw | {"digest": manifest_digest(raw)})
-    return folder
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    device = FakeDevice()
-    monkeypatch.setattr(tensorrt, "_open_gpu", lambda folder, manifest: device)
-    return device
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
@@ -336,8 +68,8 @@ def test_a_model_in_several_plans_gives_the_same(gpu_engine, device: FakeDevice,
     options = {"num_speculative_tokens": 2, "speculation_off_switch": False}
     with LLM(in_two_plans(gpu_engine[0], tmp_path / "engine"), num_blocks=40, **options) as llm:
         assert llm.self_check is not None
-        outputs = llm.generate(prompts, GREEDY)
-        assert [list(o.outputs[0].token_ids) for o in outputs] == [toy.greedy(p, 10) for p in prompts]
+        outputs = llm.generate(prompts, replace(GREEDY, max_tokens=30))
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [toy.greedy(p, 30) for p in prompts]
         assert device.launches > 0, "both plans are in one captured graph"
     assert not device.memory
 
@@ -370,7 +102,7 @@ def test_taps_of_layers_that_are_alike_lie_in_one_place_until_they_are_looked_at
     logits: list[np.ndarray] = []
     looked: set[str] = set()
     for position, shown in enumerate(
-        [(), (), ("chosen.0",), ("chosen.1",), ("chosen.0", "chosen.1"), ("chosen.1",), ()]
+        [(), (), ("chosen.0",), ("chosen.1",), ("chosen.0", "chosen.1"), ("chosen.1",), (), ()]
     ):
         where = np.full((3, 1), position)
         step = StepInputs(where + 3, where, where + 64 * (1 + rows), (1 + rows).astype(np.int32), np.arange(3))
@@ -384,7 +116,7 @@ def test_taps_of_layers_that_are_alike_lie_in_one_place_until_they_are_looked_at
         if len(shown) == 2:
             assert seen["chosen.0"].any() and np.array_equal(seen["chosen.0"], 2 * seen["chosen.1"])
         logits.append(found.fetch("logits"))
-    assert device.launches == 2, "a captured graph is of the taps that were looked at"
+    assert device.launches == 1 and device.captures == 3, "a captured graph is of the taps that were looked at"
     assert backend.cache("kept.0").any()
     np.testing.assert_allclose(backend.cache("kept.0"), 2 * backend.cache("kept.1"), rtol=1e-5)
     backend.close()
@@ -410,14 +142,14 @@ def test_a_step_without_memory_does_not_leave_graphs_of_freed_memory(
         return StepInputs(where + 3, where, where + 64, np.ones((1, 1), np.int32), np.zeros(1, np.int64))
 
     found = [backend.run(step(position, 1), outputs=["logits"]).fetch("logits") for position in range(3)]
-    assert device.launches == 2
+    assert device.launches == 1
     tap = backend._graphs["model"].buffers["chosen.1"]
     with monkeypatch.context() as patch:
         patch.setattr(tap, "reserve", lambda num_bytes: (_ for _ in ()).throw(MemoryError("full")))
         with pytest.raises(MemoryError, match="full"):
             backend.run(step(3, 20), outputs=["logits", "chosen.1"])
     again = backend.run(step(2, 1), outputs=["logits"]).fetch("logits")
-    assert device.launches == 2 and again.shape == found[-1].shape
+    assert device.launches == 1 and again.shape == found[-1].shape
     backend.close()
 
 
@@ -525,7 +257,7 @@ def test_debug_tensors_are_shown_when_asked_for_and_change_nothing(
                 assert outputs.fetch("mixed").shape == (3, length, 16) and outputs.fetch("mixed").any()
         names = [spec.name for spec in manifest.graphs["model"].with_role("cache")]
         found[taps] += [backend.cache(name)[64:] for name in names]  # block 0 is scrap
-        assert device.launches == 3, "captured the second time it comes, and never while watched"
+        assert device.launches == 2, "captured the second time it comes, and never while watched"
         backend.close()
     assert len(found[True]) > 5 and all(np.array_equal(a, b) for a, b in zip(found[False], found[True], strict=True))
 

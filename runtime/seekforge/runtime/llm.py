@@ -19,7 +19,7 @@ import numpy as np
 from seekforge.plugins.errors import EngineError, RequestError
 from seekforge.plugins.formats.loading import check_complete
 from seekforge.plugins.formats.manifest import Manifest
-from seekforge.runtime.backends.base import OnLoad
+from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
 from seekforge.runtime.cache_size import decide_num_blocks, free_memory
 from seekforge.runtime.chat import ChatEncoder
@@ -48,6 +48,7 @@ class LLMMetrics:
         num_preemptions: requests that lost their blocks.
         drafts_proposed, drafts_accepted: by position of the draft; empty without speculation.
         num_running, num_waiting, num_free_blocks: now.
+        graphs: CUDA graphs that were captured, launched, and that could not be captured; zeros on a CPU.
     """
 
     num_steps: int
@@ -63,6 +64,7 @@ class LLMMetrics:
     num_running: int
     num_waiting: int
     num_free_blocks: int
+    graphs: GraphMetrics
 
 
 class LLM:
@@ -400,6 +402,7 @@ class LLM:
             self._scheduler.num_running,
             self._scheduler.num_waiting,
             cache.pool.num_free,
+            self._core.backend.graph_metrics(),
         )
 
     def close(self) -> None:

@@ -55,6 +55,21 @@ class StepOutputs(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GraphMetrics:
+    """CUDA graphs of a backend since it was opened.
+
+    Attributes:
+        captured: steps that were captured.
+        launched: steps that were run by a captured graph.
+        failed: captures that failed or that the library refused; their steps are enqueued, and never tried again.
+    """
+
+    captured: int = 0
+    launched: int = 0
+    failed: int = 0
+
+
 class Backend(Protocol):
     """An opened engine. Not thread-safe: one caller at a time."""
 
@@ -81,6 +96,10 @@ class Backend(Protocol):
         Raises:
             EngineError: see `LLM.update_weights`; nothing is changed.
         """
+        ...
+
+    def graph_metrics(self) -> GraphMetrics:
+        """Return what became of CUDA graphs; zeros where there are none."""
         ...
 
     def close(self) -> None:

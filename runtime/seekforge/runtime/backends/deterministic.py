@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, Backend, StepInputs, StepOutputs
+from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, Backend, GraphMetrics, StepInputs, StepOutputs
 
 
 class _WithoutDoubles:
@@ -48,6 +48,10 @@ class DeterministicBackend:
         if "logsumexp" in outputs:
             outputs = {*outputs, "logits"} - {"logsumexp"}
         return _WithoutDoubles(self._backend.run(doubled(inputs), outputs=outputs, graph=graph), inputs.input_ids.shape)
+
+    def graph_metrics(self) -> GraphMetrics:
+        """Return what became of CUDA graphs."""
+        return self._backend.graph_metrics()
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Swap weights; see `Backend`."""

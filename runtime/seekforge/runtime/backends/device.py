@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
+
+#: The execution context, one per profile, of all runs that are not captured.
+SHARED: Final = 0
 
 
 @dataclass
@@ -18,6 +21,9 @@ class Call:
         addresses: input or output -> where it lies.
         shapes: input -> its shape.
         profile: number of the optimisation profile.
+        context: number of the execution context: `SHARED`, or one of a captured graph's own.
+        specialised: whether kernels are compiled for the very shapes before they run (`Plan.enqueue` then waits for
+            that), which pays for shapes that come again. Contexts differ by it.
         watched: debug tensors that are handed to `seen` while the step runs, on the host (bf16 as f32); the others
             rest. A watched run cannot be captured.
     """
@@ -25,6 +31,8 @@ class Call:
     addresses: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     profile: int = 0
+    context: int = SHARED
+    specialised: bool = False
     watched: frozenset[str] = frozenset()
     seen: Callable[[str, np.ndarray], None] = lambda name, value: None
 
@@ -36,12 +44,25 @@ class Plan(Protocol):
         """Names of all inputs and outputs."""
         ...
 
+    def aliases(self) -> dict[str, str]:
+        """Return output -> input whose memory it shares, as far as the library tells."""
+        ...
+
     def enqueue(self, call: Call) -> None:
         """Start a run on the device's stream. What the call says is read now: it may change afterwards.
 
         Raises:
             EngineError: TensorRT refuses it.
+            MemoryError: there is none for its execution context.
         """
+        ...
+
+    def is_stream_capturable(self, call: Call) -> bool:
+        """Return whether the library says that this run, which has been enqueued just now, can be captured."""
+        ...
+
+    def release(self, context: int) -> None:
+        """Give back the execution contexts of this number, if there are any. No run of them may be under way."""
         ...
 
 
@@ -93,7 +114,12 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> int:
-        """Record what `work` starts as a graph, without running it."""
+        """Record what `work` starts as a graph, without running it.
+
+        Raises:
+            EngineError: it cannot be recorded, which leaves the stream as it was.
+            MemoryError: there is none for the graph.
+        """
         ...
 
     def launch(self, graph: int) -> None:

@@ -157,6 +157,7 @@ class DeviceGraph:
         profiles: of the manifest.
         device: where they run.
         constants: name of a weight or table -> its address.
+        capturable: whether steps can be captured in a CUDA graph, as far as the build knew.
 
     Raises:
         EngineError: a plan cannot be loaded, or is not what the manifest says.
@@ -171,8 +172,10 @@ class DeviceGraph:
         profiles: Profiles,
         device: Device,
         constants: Mapping[str, int],
+        *,
+        capturable: bool = True,
     ) -> None:
-        self.name, self.face, self.device = name, face, device
+        self.name, self.face, self.device, self.capturable = name, face, device, capturable
         self._stages = _open(folder, stages, device)
         self._bounds = [step_bounds(profile, stages) for profile in profiles.values()]
         self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
@@ -241,10 +244,10 @@ class DeviceGraph:
                 return number
         return None
 
-    def use_profile(self, number: int) -> None:
-        """Choose the profile of the next step."""
+    def use(self, profile: int, context: int, *, specialised: bool) -> None:
+        """Choose the profile and the execution contexts of the next step; see `Call`."""
         for stage in self._stages:
-            stage.call.profile = number
+            stage.call.profile, stage.call.context, stage.call.specialised = profile, context, specialised
 
     def upload(self, inputs: StepInputs) -> None:
         """Copy a step's inputs to the device."""
@@ -256,6 +259,15 @@ class DeviceGraph:
         """Start the step."""
         for stage in self._stages:
             stage.enqueue()
+
+    def is_stream_capturable(self) -> bool:
+        """Return whether every plan says that the step, which was enqueued just now, can be captured."""
+        return all(stage.plan.is_stream_capturable(stage.call) for stage in self._stages)
+
+    def release(self, context: int) -> None:
+        """Give back the execution contexts of a number."""
+        for plan in {id(stage.plan): stage.plan for stage in self._stages}.values():
+            plan.release(context)
 
     def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
         """Have `seen` called with these debug tensors in the steps to come, and with no other."""
@@ -293,6 +305,7 @@ def _open(folder: Path, faces: Sequence[GraphIO], device: Device) -> list[Stage]
                     f"{path}: {odd[0]} is only in {'the manifest' if odd[0] in wanted else 'the plan'}; "
                     "build the engine again"
                 )
+            _check_aliases(path, face, plan.aliases())
             plans[face.file] = plan, face
         plan, first = plans[face.file]
         if [_kind(spec) for spec in _tensors(first)] != [_kind(spec) for spec in _tensors(face)]:
@@ -300,6 +313,31 @@ def _open(folder: Path, faces: Sequence[GraphIO], device: Device) -> list[Stage]
         names = {spec.name: inner.name for spec, inner in zip(_tensors(face), _tensors(first), strict=True)}
         stages.append(Stage(plan, face, names))
     return stages
+
+
+def _check_aliases(path: Path, face: GraphIO, told: Mapping[str, str]) -> None:
+    """Refuse a plan whose outputs share memory with other inputs than the manifest says.
+
+    Of outputs that a plugin aliases the library may tell nothing (TensorRT 11.2 does not): these are taken on trust.
+    """
+    for output in sorted(told.keys() | face.aliases.keys()):
+        wanted, found = face.aliases.get(output), told.get(output)
+        if found is not None and found != wanted:
+            raise EngineError(
+                f"{path}: {output} shares its memory with {found}, the manifest says with {wanted or 'none'}; "
+                "build the engine again"
+            )
+        if wanted is not None:
+            ours, theirs = (next(one for one in _tensors(face) if one.name == name) for name in (output, wanted))
+            if ours.dtype != theirs.dtype or not _may_be_equal(ours.shape, theirs.shape):
+                raise EngineError(
+                    f"{path}: {output} shares its memory with {wanted}, but is {ours.dtype} {list(ours.shape)} and not "
+                    f"{theirs.dtype} {list(theirs.shape)}; build the engine again"
+                )
+
+
+def _may_be_equal(one: Sequence[int | str], other: Sequence[int | str]) -> bool:
+    return len(one) == len(other) and all(a == b or str in (type(a), type(b)) for a, b in zip(one, other, strict=True))
 
 
 def _tensors(face: GraphIO) -> tuple[TensorSpec, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from seekforge.runtime.backends.base import MODEL, StepInputs
+from seekforge.runtime.backends.base import MODEL, GraphMetrics, StepInputs
 from seekforge.runtime.kv_cache import SCRAP_BLOCK
 
 _PRIME = 1_000_003
@@ -96,6 +96,10 @@ class NullBackend:
         }
         return NullStepOutputs({name: value for name, value in results.items() if name in outputs})
 
+    def graph_metrics(self) -> GraphMetrics:
+        """Return zeros: there are no CUDA graphs."""
+        return GraphMetrics()
+
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """There are none."""
 
@@ -148,6 +152,10 @@ class FixedBackend:
         if "hidden" in outputs:
             values = values | {"hidden": np.zeros((*inputs.input_ids.shape, self.hidden_size), np.float32)}
         return NullStepOutputs(values)
+
+    def graph_metrics(self) -> GraphMetrics:
+        """Return zeros: there are no CUDA graphs."""
+        return GraphMetrics()
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """There are none."""

@@ -20,7 +20,7 @@ from seekforge.plugins.formats.bindings import evaluate_into
 from seekforge.plugins.formats.dtypes import NUMPY, ONNX
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.formats.program import GraphIO, TensorSpec, load_bindings
-from seekforge.runtime.backends.base import MODEL, OnLoad, StepInputs
+from seekforge.runtime.backends.base import MODEL, GraphMetrics, OnLoad, StepInputs
 from seekforge.runtime.weights import GivenTensors, changed_constants
 
 #: our name -> ONNX Runtime's words for a tensor type.
@@ -141,6 +141,10 @@ class OnnxRuntimeBackend:
     def cache(self, name: str) -> np.ndarray:
         """Return a copy of one layer's cache, such as `latent_cache.3`; for parity checks."""
         return next(graph.caches[name] for graph in self._graphs.values() if name in graph.caches).numpy().copy()
+
+    def graph_metrics(self) -> GraphMetrics:
+        """Return zeros: there are no CUDA graphs."""
+        return GraphMetrics()
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Evaluate the recipes that read `tensors` and open the graphs anew with the results; see `Backend`."""

@@ -3,7 +3,7 @@
 Everything lives in device memory: caches, updated in place since a plan's cache output has the address of its input;
 weights, streamed from the checkpoint by the engine's bindings through two buffers; inputs and outputs. Steps of few
 tokens a row are padded to buckets of (B, Q, table width, logits rows), and each bucket is captured once as a CUDA
-graph: at that size the host's launches would cost more than the kernels.
+graph (`cuda_graphs`): at that size the host's launches would cost more than the kernels.
 
 What touches the device is behind `Device` and `Plan` (`cuda.py` has the real ones): all else is tested without one.
 """
@@ -11,7 +11,6 @@ What touches the device is behind `Device` and `Plan` (`cuda.py` has the real on
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from seekforge.plugins.formats.loading import check_weights
 from seekforge.plugins.formats.manifest import Manifest
 from seekforge.plugins.formats.program import GraphIO, load_bindings
 from seekforge.plugins.formats.safetensors import Checkpoint
-from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, OnLoad, StepInputs, StepOutputs
-from seekforge.runtime.backends.device import Device
+from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, GraphMetrics, OnLoad, StepInputs, StepOutputs
+from seekforge.runtime.backends.cuda_graphs import CudaGraphs
+from seekforge.runtime.backends.device import SHARED, Device
 from seekforge.runtime.backends.device_graph import DeviceGraph, halves, padded
 from seekforge.runtime.backends.device_weights import DeviceWeights
 from seekforge.runtime.kv_cache import blocks_needed
@@ -32,12 +32,7 @@ from seekforge.runtime.weights import GivenTensors, changed_constants
 
 #: Rows with at most so many tokens are padded to buckets and captured: decode, and verification of drafts.
 _CAPTURED_WIDTH = 8
-#: Captured graphs kept; each holds some device memory.
-_MAX_CAPTURED = 128
 _BINDINGS = "bindings.json"
-
-#: Of one captured graph: graph name, B, Q, table width, logits rows, and the taps that are looked at.
-Bucket = tuple[str, int, int, int, int, frozenset[str]]
 
 
 class TensorRtStepOutputs:
@@ -98,8 +93,7 @@ class TensorRtBackend:
         self._checkpoint = checkpoint
         self._weights = DeviceWeights(folder, self._bindings, self.device, self._open_checkpoint, progress=progress)
         self._caches: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self._captured: OrderedDict[Bucket, int] = OrderedDict()
-        self._seen: set[Bucket] = set()
+        self._captured = CudaGraphs(folder, self.device)
         self._graphs = {MODEL: self._open(MODEL)}
 
     def allocate_caches(self, num_blocks: int) -> None:
@@ -115,7 +109,7 @@ class TensorRtBackend:
                 f"{self.folder}: {num_blocks} cache blocks were asked for, the engine was built for at most {most}; "
                 f"pass num_blocks={most}, or build it with larger limits"
             )
-        self._forget_captured()
+        self._captured.drop_recorded()
         for address, _ in self._caches.values():
             self.device.free(address)
         self._caches.clear()
@@ -150,7 +144,10 @@ class TensorRtBackend:
         shown = one.taps.intersection(outputs)
         shapes = self._prepare(one, ready, shown)
         bucket = (graph, *ready.input_ids.shape, ready.block_table.shape[1], len(ready.logits_index), shown)
-        self._start(one, ready, profile, bucket if small else None)
+        if small:
+            self._captured.start(one, bucket, profile)
+        else:
+            self._enqueue(one, profile)
         return TensorRtStepOutputs(self.device, self._places(one, shapes, inputs, outputs))
 
     def _prepare(self, graph: DeviceGraph, inputs: StepInputs, shown: frozenset[str]) -> dict[str, tuple[int, ...]]:
@@ -158,10 +155,10 @@ class TensorRtBackend:
         try:
             moved, shapes = graph.place(inputs, shown)
         except MemoryError:  # some buffers may have moved already
-            self._forget_captured()
+            self._captured.drop_recorded()
             raise
         if moved:
-            self._forget_captured()
+            self._captured.drop_recorded()
         graph.upload(inputs)
         return shapes
 
@@ -182,7 +179,7 @@ class TensorRtBackend:
         shapes = self._prepare(one, inputs, one.taps.intersection(outputs))
         one.watch(debug, found.__setitem__)
         try:
-            self._start(one, inputs, profile, None)
+            self._enqueue(one, profile)
             self.device.synchronize()
         finally:
             one.watch((), found.__setitem__)
@@ -213,13 +210,17 @@ class TensorRtBackend:
                     found[name] = np.concatenate([found[name], value]) if name in found else value
         return HostStepOutputs(found)
 
+    def graph_metrics(self) -> GraphMetrics:
+        """Return what became of CUDA graphs."""
+        return self._captured.metrics
+
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write the weights that read `tensors` into their place: addresses and captured graphs stay valid."""
         self._weights.update(changed_constants(self._bindings, tensors), GivenTensors(tensors))
 
     def close(self) -> None:
         """Give back plans, weights and caches."""
-        self._forget_captured()
+        self._captured.close()
         addresses = [address for address, _ in self._caches.values()]
         addresses += [b.address for graph in self._graphs.values() for b in graph.buffers.values() if b.address]
         self._graphs.clear()
@@ -235,8 +236,9 @@ class TensorRtBackend:
                 f"{self.folder}: has no graph {graph!r}, only {', '.join(self.manifest.graphs)}; "
                 "build it from a program that has one"
             )
-        self._forget_captured()  # they work in scratch memory that a larger plan makes move
+        self._captured.drop_recorded()  # they work in scratch memory that a larger plan makes move
         face = self.manifest.graphs[graph]
+        plans = {Path(stage.file).stem for stage in self.manifest.plans(graph)}
         opened = DeviceGraph(
             self.folder,
             graph,
@@ -245,35 +247,17 @@ class TensorRtBackend:
             self.manifest.profiles,
             self.device,
             self._weights.load(graph, [spec.name for spec in face.inputs if spec.role in ("weight", "table")]),
+            capturable=all(self.manifest.capturable.get(plan, True) for plan in plans),
         )
         if self._caches:
             opened.set_caches(self._caches)
         return opened
 
-    def _start(self, graph: DeviceGraph, inputs: StepInputs, profile: int, bucket: Bucket | None) -> None:
-        """Start a step: as it is, or by the graph of its bucket, which is captured when it comes the second time."""
-        if bucket in self._captured:
-            self._captured.move_to_end(bucket)
-            self.device.launch(self._captured[bucket])
-            return
-        graph.use_profile(profile)
-        if bucket is None or bucket not in self._seen:
-            # TensorRT finishes its preparations for a shape in the first enqueue, which must not be captured
-            graph.enqueue()
-            if bucket is not None:
-                self._seen.add(bucket)
-            return
-        self._captured[bucket] = self.device.capture(graph.enqueue)
-        if len(self._captured) > _MAX_CAPTURED:
-            _, oldest = self._captured.popitem(last=False)
-            self.device.forget(oldest)
-        self.device.launch(self._captured[bucket])
-
-    def _forget_captured(self) -> None:
-        for captured in self._captured.values():
-            self.device.forget(captured)
-        self._captured.clear()
-        self._seen.clear()
+    @staticmethod
+    def _enqueue(graph: DeviceGraph, profile: int) -> None:
+        """Start a step as it is: its shapes hardly ever come again, so no kernels are compiled for them."""
+        graph.use(profile, SHARED, specialised=False)
+        graph.enqueue()
 
     def _places(
         self,
