@@ -228,6 +228,8 @@ def _network_flags(trt: Any, flavour: str) -> int:
 
 def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any], monitor: Any) -> Any:
     config = builder.create_builder_config()
+    # f32 is f32: TF32 keeps ten bits of the Hadamard table (±128^-½), of what inlined attention and scores multiply
+    config.clear_flag(trt.BuilderFlag.TF32)
     if request["flavour"] == "tensorrt-rtx":
         config.num_compute_capabilities = len(request["sms"])
         for i, sm in enumerate(request["sms"]):
