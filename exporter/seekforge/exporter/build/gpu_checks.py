@@ -17,7 +17,7 @@ import onnx
 from seekforge.exporter.build.common import check_program, check_same_model, read_graph
 from seekforge.exporter.build.compiler import Options
 from seekforge.exporter.build.prepare import wide_weights
-from seekforge.exporter.build.profiles import largest_step, spanning
+from seekforge.exporter.build.profiles import axis_bounds, largest_step, spanning
 from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.plugins.contracts import refusals
@@ -41,8 +41,9 @@ from seekforge.plugins.formats.sizing import (
     usable_bytes,
 )
 from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, SPECS
-from seekforge.plugins.spec import cdiv
+from seekforge.plugins.spec import cdiv, evaluate_dim
 from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.tensorrt.library import installed_version, large_tensor_fault
 
 #: The layer that a weight belongs to, in its name.
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -159,6 +160,9 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
     if broken:
         hint = "; --plugins auto inlines what has no plugin" if choices.plugins == "all" else ""
         raise TargetError(f"target {target.name}: {broken[0]}{hint}")
+    large = _large_tensor(inputs, target, limits)
+    if large:
+        raise TargetError(f"target {target.name}: {large}")
     products = target.products
     if products == "fp8" and any(op in inlined for op in FP8_OPS):
         names = " and ".join(op for op in FP8_OPS if op in inlined)
@@ -211,6 +215,25 @@ def _check_numerics(target: TargetConfig, program: Program) -> None:
             f"--kv-cache-dtype fp8_ds stores FP8, and the program has numerics {numerics['name']!r} without that "
             "rounding; export with --numerics fp8, or pass --kv-cache-dtype bf16"
         )
+
+
+def _large_tensor(inputs: Inputs, target: TargetConfig, limits: Limits) -> str:
+    """Return why the installed library cannot take an input or output of a graph at its largest, or nothing.
+
+    Caches are left out: they get no more blocks than it takes.
+    """
+    assert target.backend != "onnxruntime"
+    version = installed_version(target.backend)
+    faces = inputs.program.graphs.values()
+    specs = [spec for face in faces for spec in (*face.inputs, *face.outputs) if spec.role != "cache"]
+    for profile in spanning(target.profiles, limits).values():
+        most = {axis: bounds[2] for axis, bounds in axis_bounds(profile, limits, pool_blocks=1).items()}
+        for spec in specs:
+            shape = [evaluate_dim(size, most) for size in spec.shape]
+            fault = large_tensor_fault(target.backend, version, spec.name, shape)
+            if fault:
+                return fault
+    return ""
 
 
 def _choose_plugins(

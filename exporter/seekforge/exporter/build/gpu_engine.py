@@ -7,7 +7,6 @@ checkpoint. So the full model builds on a laptop. What cannot work is refused be
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 import threading
@@ -38,7 +37,7 @@ from seekforge.plugins.formats.files import atomic_folder, sha256_file
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, save_manifest
 from seekforge.plugins.formats.program import GraphIO, Role, TensorSpec
 from seekforge.plugins.tensorrt.launch import NO_KERNELS
-from seekforge.plugins.tensorrt.library import MODULES
+from seekforge.plugins.tensorrt.library import installed_version
 
 LOG = "build.log"
 
@@ -337,10 +336,6 @@ def _compile_one(
 def _key(model: bytes, target: TargetConfig, profiles: list[dict[str, Any]], choices: Choices) -> str:
     """Digest of all that a plan depends on."""
     assert target.backend != "onnxruntime"
-    _, distribution, _ = MODULES[target.backend]
-    try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        version = "missing"
+    version = installed_version(target.backend) or "missing"
     rest = json.dumps([target.backend, version, target.sms, profiles, asdict(choices.compiler)], default=str)
     return hashlib.sha256(hashlib.sha256(model).digest() + rest.encode()).hexdigest()[:32]

@@ -8,10 +8,9 @@ from seekforge.exporter.build.targets import Profile
 from seekforge.plugins.formats.manifest import Limits
 from seekforge.plugins.formats.program import BLOCK_SIZE, GraphIO
 from seekforge.plugins.spec import cdiv
+from seekforge.plugins.tensorrt.library import MOST_ELEMENTS
 
 Bounds = tuple[int, int, int]
-#: A tensor's elements are counted in 31 bits.
-_MOST_ELEMENTS = 2**31 - 1
 
 
 def spanning(profiles: Mapping[str, Profile], limits: Limits) -> dict[str, Profile]:
@@ -79,12 +78,13 @@ def axis_bounds(profile: Profile, limits: Limits, *, pool_blocks: int, hands_ove
 def pool_blocks(face: GraphIO, limits: Limits, cache_budget_bytes: int, bytes_per_block: int) -> int:
     """Return how many cache blocks an engine may be given.
 
-    At most what full sequences need, what memory holds, and what a tensor can count.
+    At most what full sequences need, what memory holds, and what every version of TensorRT counts in a tensor: three
+    million tokens of the wider cache in FP8.
     """
     full = limits.max_batch_size * cdiv(limits.max_model_len, BLOCK_SIZE) + 1
     held = max(cache_budget_bytes // bytes_per_block, cdiv(limits.max_model_len, BLOCK_SIZE) + 1)
     widest = max(_elements_per_block(spec.shape) for spec in face.with_role("cache"))
-    return min(full, held, _MOST_ELEMENTS // widest)
+    return min(full, held, MOST_ELEMENTS // widest)
 
 
 def _elements_per_block(shape: tuple[int | str, ...]) -> int:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.metadata
+import math
 import platform
 import struct
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -32,6 +35,11 @@ VERSIONS: Final[dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
     "tensorrt": ((10, 15), (12, 0)),
     "tensorrt-rtx": ((1, 7), (1, 8)),
 }
+#: Most elements of a tensor before versions that count them in 64 bits, and the first such version. TensorRT refused
+#: more up to 10.9 at least (NVIDIA/TensorRT issues 1948 and 4408); the notes of 10.11 promise it for most layers, and
+#: plugins are not among them. TensorRT-RTX 1.7 builds DeepSeek-V3.2, whose experts are one tensor of 7.5e9 weights.
+MOST_ELEMENTS: Final = 2**31 - 1
+_COUNTS_IN_64_BITS: Final[dict[str, tuple[int, int]]] = {"tensorrt": (11, 0), "tensorrt-rtx": (1, 7)}
 _UNVERSIONED, _VERSIONED = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1"
 #: platform.machine() -> ELF machine number.
 _ELF_MACHINES: Final[dict[str, int]] = {"x86_64": 62, "aarch64": 183}
@@ -73,13 +81,46 @@ def check_version(flavour: Flavour, version: str) -> None:
     """
     first, beyond = VERSIONS[flavour]
     _, distribution, extra = MODULES[flavour]
-    parts = version.split(".")
-    found = tuple(int(part) for part in parts[:2]) if all(part.isdigit() for part in parts[:2]) else ()
+    found = _release(version)
     if not first <= found < beyond:
         low, high = (".".join(map(str, bound)) for bound in (first, beyond))
         raise EnvironmentFault(
             f"{distribution} is {version}, expected at least {low} and below {high}; pip install 'seekforge[{extra}]'"
         )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return major and minor, or nothing where a version does not begin with two numbers."""
+    parts = version.split(".")[:2]
+    return tuple(map(int, parts)) if len(parts) == 2 and all(part.isdigit() for part in parts) else ()
+
+
+def installed_version(flavour: Flavour) -> str | None:
+    """Return the version of the library that is installed here, or None; nothing is imported."""
+    try:
+        return importlib.metadata.version(MODULES[flavour][1])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def large_tensor_fault(flavour: Flavour, version: str | None, name: str, shape: Sequence[int]) -> str:
+    """Return why a version of the library cannot build a tensor, and what can; or nothing, also where none is known.
+
+    Args:
+        flavour: which library.
+        version: of it; None: unknown.
+        name, shape: of the tensor, at its largest.
+    """
+    first, count = _COUNTS_IN_64_BITS[flavour], math.prod(shape)
+    release = _release(version or "")
+    if count <= MOST_ELEMENTS or not release or release >= first:
+        return ""
+    _, distribution, _ = MODULES[flavour]
+    low, high = (".".join(map(str, bound)) for bound in (first, VERSIONS[flavour][1]))
+    return (
+        f"{name} {list(shape)} has {count} elements, {distribution} {version} takes at most {MOST_ELEMENTS} "
+        f"in a tensor; pip install '{distribution}>={low},<{high}'"
+    )
 
 
 def _give_unversioned_name() -> None:
