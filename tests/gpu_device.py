@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,6 +17,7 @@ class Device(Protocol):
 
     name: str
     sm: int
+    l2_bytes: int
     driver: Driver
     stream: int
 
@@ -24,7 +26,13 @@ class Device(Protocol):
     def upload(self, address: int, data: Tensor) -> None: ...
     def download(self, address: int, data: Tensor) -> None: ...
     def copy(self, to: int, address: int, num_bytes: int) -> None: ...
-    def seconds(self, call: Callable[[], None], repeats: int) -> float: ...
+    def free_bytes(self) -> int: ...
+    def seconds(self, calls: Sequence[Callable[[], None]], repeats: int) -> float: ...
+
+
+def in_turns(calls: Sequence[Callable[[], None]], repeats: int) -> list[Callable[[], None]]:
+    """Return at least `repeats` calls, one after the other in turns, each as often as every other."""
+    return list(calls) * math.ceil(repeats / len(calls))
 
 
 class CudaDevice:
@@ -40,6 +48,7 @@ class CudaDevice:
         major = self._do("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = self._do("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.sm = 10 * major + minor
+        self.l2_bytes = self._do("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, device)
         self.name = self._do("cuDeviceGetName", 100, device).partition(b"\0")[0].decode()
         self._stream = self._do("cuStreamCreate", 0)
         self.stream = int(self._stream)
@@ -72,11 +81,21 @@ class CudaDevice:
         """Copy between buffers, on the stream."""
         self._do("cuMemcpyDtoDAsync", to, address, num_bytes, self._stream)
 
-    def seconds(self, call: Callable[[], None], repeats: int) -> float:
-        """Time `repeats` calls in one CUDA graph, where launches cost what they do in an engine."""
-        call()
+    def free_bytes(self) -> int:
+        """Bytes that can still be allocated."""
+        return int(self._do("cuMemGetInfo"))
+
+    def seconds(self, calls: Sequence[Callable[[], None]], repeats: int) -> float:
+        """Time calls in turns, at least `repeats`, in one CUDA graph, where launches cost what they do in an engine.
+
+        Returns the mean of one call. All have been run before, in the same order, so that what the last ones left in
+        caches is there when the first one begins, as it is in the middle.
+        """
+        work = in_turns(calls, repeats)
+        for call in calls:
+            call()
         self._do("cuStreamBeginCapture", self._stream, self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
-        for _ in range(repeats):
+        for call in work:
             call()
         graph = self._do("cuGraphInstantiate", self._do("cuStreamEndCapture", self._stream), 0)
         start, end = self._do("cuEventCreate", 0), self._do("cuEventCreate", 0)
@@ -85,4 +104,4 @@ class CudaDevice:
         self._do("cuGraphLaunch", graph, self._stream)
         self._do("cuEventRecord", end, self._stream)
         self._do("cuEventSynchronize", end)
-        return self._do("cuEventElapsedTime", start, end) / 1e3 / repeats
+        return self._do("cuEventElapsedTime", start, end) / 1e3 / len(work)

@@ -140,13 +140,15 @@ class HostDevice:
 
     name, stream = "interpreter", STREAM
 
-    def __init__(self, sm: int = 90) -> None:
-        self.sm, self.driver = sm, HostDriver()
+    def __init__(self, sm: int = 90, *, l2_bytes: int = 0, memory_bytes: int = 1 << 40, seconds: float = 1e-3) -> None:
+        self.sm, self.driver, self.l2_bytes = sm, HostDriver(), l2_bytes
         self._buffers: dict[int, Tensor] = {}
+        self._memory_bytes, self._seconds = memory_bytes, seconds
+        self.timed: list[int] = []
 
     def allocate(self, num_bytes: int) -> int:
         """Return the address of a new buffer."""
-        buffer = guarded((num_bytes,), torch.uint8)
+        buffer = guarded((max(num_bytes, 1),), torch.uint8)  # an empty tensor would have no address of its own
         address = buffer.data_ptr()
         self._buffers[address] = buffer
         self.driver.memory[address] = num_bytes
@@ -172,7 +174,13 @@ class HostDevice:
         """Copy between buffers."""
         self._buffers[to][:num_bytes].copy_(self._buffers[address][:num_bytes])
 
-    def seconds(self, call: Callable[[], None], repeats: int) -> float:
-        """Run once and say that it took a millisecond."""
-        call()
-        return 1e-3
+    def free_bytes(self) -> int:
+        """What the pretended memory has left."""
+        return self._memory_bytes - sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def seconds(self, calls: Sequence[Callable[[], None]], repeats: int) -> float:
+        """Run each once, note how many they were, and say that one took as long as was asked (a millisecond)."""
+        for call in calls:
+            call()
+        self.timed.append(len(calls))
+        return self._seconds

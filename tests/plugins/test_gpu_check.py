@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_cases
@@ -14,9 +15,9 @@ import gpu_check
 import gpu_walk
 import pytest
 import torch
-from gpu_device import Device
+from gpu_device import Device, in_turns
 from gpu_judge import judge
-from gpu_table import Result, Roof, line, markdown, measure_copy, timed, write_report
+from gpu_table import Result, Roof, copies_for, line, markdown, measure_copy, settled, timed, write_report
 from gpu_work import Work, attention_work, experts_work, indexer_work, linear_work, route_work, work_of, write_work
 from graph_walk import kernel_ops
 from graph_walker import HostPlace
@@ -29,6 +30,7 @@ from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import load_program
 from seekforge.plugins.kernel_sizes import WITH_KERNELS, operators
 from seekforge.plugins.launch import check_plan, op_kernels, statics_of, to_json
+from seekforge.plugins.testing import Case
 
 
 @pytest.mark.parametrize("op", WITH_KERNELS)
@@ -44,6 +46,51 @@ def test_a_case_of_every_operator_runs_through_the_harness(op: str) -> None:
     bent = tuple(t * 1.01 if t.is_floating_point() else t for t in case.expected())
     if op in ("BlockFp8Linear", "DsaAttention", "MoeRoute", "MoeExperts"):
         assert not judge(case, got, bent)[0]
+
+
+def near_tie(gap: float) -> tuple[Case, list[torch.Tensor]]:
+    """A routing case of one token whose fourth and fifth expert differ by `gap`, and the reference's results."""
+    logits = torch.linspace(2.0, -2.0, 16).view(1, 16).clone()
+    bias = torch.zeros(16)
+    scores = torch.sigmoid(logits[0])
+    bias[4] = scores[3] - scores[4] - gap
+    attrs = {"n_group": 1, "topk_group": 1, "top_k": 4, "norm": True, "scale": 2.5}
+    case = Case("MoeRoute", "near-tie", (logits, bias), attrs)
+    return case, [t.clone() for t in case.expected()]
+
+
+@pytest.mark.parametrize(("gap", "right"), [(1e-6, True), (1e-3, False)])
+def test_an_expert_that_is_as_near_as_noise_is_right_with_its_own_weight(gap: float, right: bool) -> None:
+    case, want = near_tie(gap)
+    ids = want[0].clone()
+    assert ids.tolist() == [[0, 1, 2, 3]]
+    ids[0, 3] = 4
+    scores = torch.sigmoid(case.inputs[0][0])[ids[0].long()]
+    weights = (scores / scores.sum() * 2.5).view(1, 4)
+    same, said = judge(case, (ids, weights), want)
+    assert same is right
+    assert said.startswith("1 near ties" if right else f"other experts, gap {gap:.1e}")
+    assert not judge(case, (ids, weights * 1.01), want)[0], "weights are those of the experts that were chosen"
+    assert not judge(case, (ids, want[1] * 1.01), want)[0]
+
+
+def test_neighbours_within_noise_may_change_places_and_others_may_not() -> None:
+    case, want = near_tie(1e-6)
+    case.inputs[1][2] = torch.sigmoid(case.inputs[0][0])[1] - torch.sigmoid(case.inputs[0][0])[2] - 1e-6
+    want = [t.clone() for t in case.expected()]
+    order = torch.tensor([0, 2, 1, 3])
+    assert judge(case, (want[0][:, order], want[1][:, order]), want)[0]
+    assert not judge(case, (want[0][:, order], want[1]), want)[0], "weights go with their experts"
+    order = torch.tensor([1, 0, 2, 3])
+    assert not judge(case, (want[0][:, order], want[1][:, order]), want)[0]
+
+
+def test_ids_that_are_none_or_twice_are_wrong() -> None:
+    case, want = near_tie(1e-6)
+    for bad in (-1, 16, 0):
+        ids = want[0].clone()
+        ids[0, 3] = bad
+        assert not judge(case, (ids, want[1]), want)[0]
 
 
 def test_a_write_behind_a_buffer_is_noticed() -> None:
@@ -154,10 +201,10 @@ def test_the_copy_counts_both_ways() -> None:
 
 def test_the_table_has_rates_shares_and_anchors(tmp_path: Path) -> None:
     plain = Result("MoeExperts T=128", True, "diff 1e-7", 5, target="fast", anchor="6360 us DeepGEMM")
-    result = Result(**timed(plain, Work(3_000_000_000, 10**12, "fp8"), 2e-3, ROOF))
+    result = timed(plain, Work(3_000_000_000, 10**12, "fp8"), 2e-3, ROOF)
     assert (result.gigabytes_per_s, result.teraflops, result.share, result.bound) == (1500.0, 500.0, 0.5, "memory")
     assert "1000.0" in markdown([result], ROOF, "a GPU") and "50%" in line(result)
-    wrong = Result(**timed(Result("x", False, "diff 1", 1), Work(8), 1e-3, ROOF))
+    wrong = timed(Result("x", False, "diff 1", 1), Work(8), 1e-3, ROOF)
     untimed = Result("tiny", True, "same", 1)
     write_report(tmp_path / "report", [result, wrong, untimed], ROOF, "a GPU, sm90")
     text = (tmp_path / "report" / "gpu-report.md").read_text()
@@ -168,19 +215,163 @@ def test_the_table_has_rates_shares_and_anchors(tmp_path: Path) -> None:
     assert raw["results"][0]["share"] == 0.5 and raw["roof"]["gigabytes_per_s"] == 3000.0
 
 
-def test_the_benchmark_runs_on_the_pretended_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("touched", "held", "l2", "free", "expected"),
+    [
+        (100, 100, 0, 0, (1, True)),  # no L2
+        (400, 400, 100, 0, (1, True)),  # one call evicts itself
+        (399, 399, 100, 1000, (2, True)),
+        (15_000_000, 15_500_000, 50_000_000, 10**11, (14, True)),  # a weight of 15 MB on an H200
+        (10, 1000, 100, 10_000, (10, False)),  # 40 are wanted, 9 more fit nine tenths of what is free
+        (10, 10, 100_000, 10**9, (1024, False)),
+        (0, 8, 100, 10**9, (400, True)),
+    ],
+)
+def test_copies_are_enough_that_nothing_stays_in_l2(
+    touched: int, held: int, l2: int, free: int, expected: tuple[int, bool]
 ) -> None:
-    cases = [gpu_cases.route(4), gpu_cases.write(70), gpu_cases.linear(2, 256, 128)]
+    copies, cold = copies_for(touched, held, l2_bytes=l2, free_bytes=free)
+    assert (copies, cold) == expected
+    assert copies == 1 or copies * held <= free + held
+    if cold and touched:
+        assert copies * touched > 2 * l2, "another's bytes, more than twice the cache, come between two uses"
+
+
+def test_a_call_takes_turns_with_copies_of_its_buffers() -> None:
+    real = gpu_cases.linear(2, 256, 128)
+    case, statics = real.make(), statics_of(real.op, real.statics)
+    touched = work_of(case).num_bytes
+    device = HostDevice(l2_bytes=touched)
+    kernels, cubins = host_kernels(real.op, statics, 90)
+    call = gpu_check._Call(device, kernels, cubins, case)
+    held = dict(device._buffers)
+    others: list[set[int]] = []
+    launcher = call.launcher
+
+    class Noting:
+        def enqueue(self, shapes: Any, out: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> None:
+            others.append({*inputs, *outputs, workspace})
+            launcher.enqueue(shapes, out, inputs, outputs, workspace, stream)
+
+    call.launcher = Noting()  # pyright: ignore[reportAttributeAccessIssue]
+    assert gpu_check.seconds_cold(call, touched, repeats=2) == (1e-3, True)
+    assert device.timed == [4] and len(others) == 4
+    for i, one in enumerate(others):
+        assert all(not one & other for other in others[:i]), "weights, activations and scratch are all their own"
+    assert device._buffers.keys() == held.keys(), "copies are given back"
+    small = HostDevice(l2_bytes=1 << 40, memory_bytes=sum(b.nbytes for b in held.values()) * 3)
+    call = gpu_check._Call(small, kernels, cubins, case)
+    seconds, cold = gpu_check.seconds_cold(call, touched, repeats=2)
+    assert seconds and not cold and small.timed == [2], "one copy fits what is free"
+
+
+def test_a_copy_of_a_call_gives_the_same_results_and_keeps_aliases() -> None:
+    real = gpu_cases.write(70)
+    case, device = real.make(), HostDevice()
+    kernels, cubins = host_kernels(real.op, statics_of(real.op, real.statics), 90)
+    call = gpu_check._Call(device, kernels, cubins, case)
+    other = call.copied()
+    assert other.outputs == other.inputs[:2] and not {*other.sizes} & {*call.sizes}
+    first = [t.clone() for t in call.results()]
+    assert all(torch.equal(a, b) for a, b in zip(first, other.results(), strict=True))
+
+
+def test_every_copy_is_timed_as_often_as_every_other() -> None:
+    def one() -> None: ...
+    def two() -> None: ...
+    def three() -> None: ...
+
+    assert in_turns([one], 3) == [one] * 3
+    assert in_turns([one, two, three], 4) == [one, two, three] * 2, "in turns, and at least as many as asked for"
+
+
+FAST = Work(3_000_000_000)  # a millisecond at the roof
+
+
+def test_a_case_that_is_better_than_the_probes_raises_the_roof_for_all() -> None:
+    rows = [
+        timed(Result("copy-like", True, "", 1), FAST, 1e-3, ROOF),
+        timed(Result("reads", True, "", 1), FAST, 0.95e-3, ROOF),
+        timed(Result("product", True, "", 1), Work(8, 1_500_000_000_000, "fp8"), 1e-3, ROOF),
+    ]
+    assert "better than the memory probe" in line(rows[1])
+    done, roof = settled(rows, ROOF)
+    assert roof.gigabytes_per_s == pytest.approx(3000 / 0.95) and roof.teraflops == {"bf16": 700.0, "fp8": 1500.0}
+    assert [one.share for one in done] == [pytest.approx(0.95), 1.0, 1.0]
+    assert not any(one.fault for one in done)
+
+
+def test_what_is_faster_than_the_gpu_is_a_fault_and_raises_nothing() -> None:
+    fault = timed(Result("in L2", True, "", 1), FAST, 0.5e-3, ROOF)
+    assert fault.share is None and fault.fault.startswith("2.00 of the memory roof")
+    wrong = timed(Result("did nothing", False, "diff 1", 1), FAST, 0.95e-3, ROOF)
+    slow = timed(Result("slow", True, "", 1), FAST, 2e-3, ROOF)
+    done, roof = settled([fault, wrong, slow], ROOF)
+    assert roof == ROOF
+    assert [one.share for one in done] == [None, None, 0.5]
+    assert done[1].fault.startswith("1.05 of the memory roof")
+    text = markdown(done, roof, "a GPU")
+    assert "| in L2 (FAULT: 2.00 of the memory roof" in text and "| FAULT |" in text
+    assert "FAULT" in line(fault)
+
+
+def test_a_call_that_cannot_be_cold_has_no_share() -> None:
+    warm = timed(Result("tiny", True, "", 1), FAST, 0.5e-3, ROOF, cold=False)
+    assert warm.share is None and not warm.fault and "in L2" in line(warm)
+    done, roof = settled([warm], ROOF)
+    assert roof == ROOF and "| in L2 |" in markdown(done, roof, "a GPU")
+
+
+@pytest.mark.parametrize(
+    ("l2", "seconds", "code", "said"),
+    [
+        (0, 1e-3, 0, "1 of 1 right"),
+        (0, 1e-12, 1, "1 were measured wrongly: BlockFp8Linear"),
+        (1 << 60, 1e-12, 0, "| in L2 |"),
+    ],
+)
+def test_a_run_fails_when_a_time_cannot_be_right(
+    l2: int,
+    seconds: float,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cases = [gpu_cases.linear(2, 256, 128)]
+    write_kernels(tmp_path / gpu_check.OPERATORS, cases)
+    monkeypatch.setattr(gpu_check, "real_cases", lambda: cases)
+    device = HostDevice(l2_bytes=l2, memory_bytes=1 << 20, seconds=seconds)
+    monkeypatch.setattr(gpu_check, "CudaDevice", lambda: device)
+    monkeypatch.setattr(gpu_check, "measure_copy", lambda device: 3000.0)
+    monkeypatch.setattr(gpu_check, "measure_products", lambda sm: {"bf16": 700.0, "fp8": 1400.0})
+    asked = SimpleNamespace(folder=tmp_path, only="real", repeats=2, report=tmp_path / "report")
+    assert gpu_check._run(asked) == code  # pyright: ignore[reportArgumentType]
+    assert said in capsys.readouterr().out
+    raw = json.loads((tmp_path / "report" / "gpu-report.json").read_text())
+    assert all(one["share"] is None or one["share"] <= 1 for one in raw["results"])
+
+
+def write_kernels(folder: Path, cases: list[gpu_cases.Real]) -> None:
+    """Kernels for the pretended device, as `compile` would leave them."""
+    folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for real in cases:
         statics = statics_of(real.op, real.statics)
         kernels, cubins = host_kernels(real.op, statics, 90)
-        (tmp_path / f"{real.op}.json").write_text(to_json(kernels))
+        (folder / f"{real.op}.json").write_text(to_json(kernels))
         for name, image in kernels.images.items():
-            (tmp_path / image.cubin).write_bytes(cubins[name])
+            (folder / image.cubin).write_bytes(cubins[name])
         entries.append({"op": real.op, "sm": 90, "digest": kernels.digest, "file": f"{real.op}.json"})
-    (tmp_path / aot.INDEX).write_text(json.dumps({"format": 1, "kernels": entries}))
+    (folder / aot.INDEX).write_text(json.dumps({"format": 1, "kernels": entries}))
+
+
+def test_the_benchmark_runs_on_the_pretended_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [gpu_cases.route(4), gpu_cases.write(70), gpu_cases.linear(2, 256, 128)]
+    write_kernels(tmp_path, cases)
     monkeypatch.setattr(gpu_check, "real_cases", lambda: cases)
     results = gpu_check.run_all(HostDevice(), tmp_path, ROOF, tiny=False, real=True, repeats=2)
     assert [one.right for one in results] == [True] * 3
