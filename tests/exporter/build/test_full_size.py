@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def test_one_layer_at_real_width(checkpoint: Path, moe_layer: Path, sm: int, tmp
     assert manifest.audit.layers["model"]["PLUGIN_V3"] == sum(use.num_nodes for use in inputs.program.ops.values())
     assert manifest.audit.got == ("fp8" if sm >= 89 else "FP8 weights, BF16 products")
     assert manifest.audit.plan_bytes["model"] < 64 << 20, "a plan holds no weights"
+    assert max(manifest.audit.workspaces.values()) == manifest.audit.device_bytes["scratch"]
+    assert any(math.prod(map(int, spec.shape)) > 2**31 for spec in manifest.graphs["model"].with_role("weight"))
 
 
 @pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
