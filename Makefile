@@ -1,4 +1,4 @@
-# Two commands, each alone enough on a machine that has only Python (3.11 to 3.13) and make:
+# Two commands, each alone enough on a machine that has only Python (3.11 to 3.14) and make:
 #   make demo    checkpoint -> program -> engine -> parity table -> text
 #   make test    the test suite
 # On Linux plain torch brings gigabytes of CUDA libraries; a CPU build is enough for everything here:
@@ -75,15 +75,15 @@ clean:
 $(VENV)/.base: $(CONSTRAINTS)
 	@rm -f $(VENV)/.base $(VENV)/.demo $(VENV)/.dev
 	@set -e; \
-	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
-		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
+		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then \
 			echo "creating $(VENV) with $$($$python --version)"; \
 			$$python -m venv --clear $(VENV); \
 			break; \
 		fi; \
 	done; \
 	test -x $(BIN)/python || { \
-		echo 'error: no Python 3.11, 3.12 or 3.13 here; make ... PYTHON=/path/to/python3' >&2; exit 2; }
+		echo 'error: no Python 3.11 to 3.14 here; make ... PYTHON=/path/to/python3' >&2; exit 2; }
 	@echo 'installing torch'
 	@$(PIP) pip hatchling setuptools # what builds seekforge and the source-only packages: no build isolation below
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch

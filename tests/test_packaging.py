@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_ROOTS = ("exporter", "plugins", "runtime")
@@ -30,7 +32,7 @@ def canonical(name: str) -> str:
 
 def requirements() -> list[str]:
     project = PYPROJECT["project"]
-    # `trt` installs only where a data-centre GPU is, and `serve` has nothing to run yet
+    # `trt` installs only where a data-centre GPU is
     installed = [line for extra in ("export", "cpu", "rtx", "dev") for line in project["optional-dependencies"][extra]]
     return [line for line in (*project["dependencies"], *installed) if not line.startswith("seekforge[")]
 
@@ -62,12 +64,64 @@ def test_everything_that_make_installs_is_pinned() -> None:
         assert name and canonical(name.group()) in pinned, requirement
 
 
-def test_exact_versions_are_the_same_in_both_files() -> None:
+def all_requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in (*project["dependencies"], *extras, *PYPROJECT["build-system"]["requires"])]
+
+
+def test_the_wheel_asks_for_ranges_and_the_pinned_versions_are_in_them() -> None:
     pinned = pins()
-    for requirement in [*requirements(), *PYPROJECT["build-system"]["requires"]]:
-        name, exact, version = requirement.partition("==")
-        if exact:
-            assert pinned[canonical(name)] == version, requirement
+    for one in all_requirements():
+        if one.name == "seekforge":
+            continue
+        operators = {part.operator for part in one.specifier}
+        assert operators and not operators & {"==", "===", "~="}, f"{one}: exact versions are for constraints.txt"
+        if canonical(one.name) in pinned:
+            assert one.specifier.contains(pinned[canonical(one.name)]), one
+
+
+def test_no_two_requirements_bring_the_same_module() -> None:
+    names = {canonical(one.name) for one in all_requirements()}
+    for module, packages in {
+        "onnxruntime": {"onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"},
+        "triton": {"triton", "triton-windows", "pytorch-triton"},
+        "cv2": {"opencv-python", "opencv-python-headless"},
+    }.items():
+        assert len(names & packages) < 2, f"{module}: {names & packages}"
+
+
+#: Package -> the module that our code imports of it, where the names differ.
+MODULES = {
+    "cuda-core": "cuda.core", "cuda-bindings": "cuda.bindings", "pyyaml": "yaml", "onnx-ir": "onnx_ir",
+    "tensorrt-rtx": "tensorrt_rtx",
+}  # fmt: skip
+
+
+def test_every_extra_has_code_that_imports_it() -> None:
+    sources = [path.read_text(encoding="utf-8") for root in SOURCE_ROOTS for path in (ROOT / root).rglob("*.py")]
+    for extra, lines in PYPROJECT["project"]["optional-dependencies"].items():
+        if extra == "dev":
+            continue
+        for one in map(Requirement, lines):
+            module = MODULES.get(canonical(one.name), one.name.replace("-", "_"))
+            parent, _, last = module.rpartition(".")
+            words = [f"import {module}", f"from {module}", f'"{module}', f"from {parent or module} import {last}"]
+            used = one.name == "seekforge" or any(word in text for text in sources for word in words)
+            assert used, f"{extra}: nothing imports {module}"
+
+
+def test_the_pythons_that_are_named_are_the_same_everywhere() -> None:
+    wanted = SpecifierSet(PYPROJECT["project"]["requires-python"])
+    minors = [minor for minor in range(8, 30) if wanted.contains(f"3.{minor}")]
+    classified = [line for line in PYPROJECT["project"]["classifiers"] if "Python :: 3." in line]
+    assert classified == [f"Programming Language :: Python :: 3.{minor}" for minor in minors]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"(3, {minors[0]}) <= sys.version_info[:2] <= (3, {minors[-1]})" in makefile
+    assert all(f"python3.{minor}" in makefile for minor in minors)
+    for name in ("README.md", "configs/constraints.txt"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.search(rf"Python 3\.{minors[0]}(–| to )3\.{minors[-1]}", text), name
 
 
 def test_pins_name_no_local_build() -> None:

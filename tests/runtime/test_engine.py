@@ -41,10 +41,20 @@ def test_an_edited_manifest_is_refused(edit_manifest, change, message: str) -> N
         Engine.open(edit_manifest(change))
 
 
-def test_a_missing_library_names_its_command(edit_manifest) -> None:
-    folder = edit_manifest(lambda m: m["runtime_versions"].update({"no-such-library": "3.1"}))
-    with pytest.raises(EnvironmentFault, match=r"pip install 'no-such-library==3\.1'"):
+def test_a_missing_library_names_its_command_if_it_is_one_of_ours(
+    edit_manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seekforge.runtime.engine.installed_versions", lambda packages: {})
+    folder = edit_manifest(lambda m: m["runtime_versions"].update({"onnxruntime": "3.1"}))
+    with pytest.raises(EnvironmentFault, match=r"pip install 'onnxruntime==3\.1'"):
         Engine.open(folder)
+
+
+def test_a_library_that_only_the_engine_knows_is_not_advised(edit_manifest) -> None:
+    folder = edit_manifest(lambda m: m["runtime_versions"].update({"no-such-library": "3.1"}))
+    with pytest.raises(EnvironmentFault, match=r"needs no-such-library 3\.1, which is not installed") as caught:
+        Engine.open(folder)
+    assert "pip" not in str(caught.value)
 
 
 def test_a_face_other_than_the_manifests_is_refused_at_load(edit_manifest) -> None:

@@ -45,6 +45,7 @@ from seekforge.plugins.launch import (
     to_json,
 )
 from seekforge.plugins.registry import SPECS
+from seekforge.plugins.requirements import install
 
 #: The list of descriptors in a folder of kernels: format 1, entries op, sm, digest, file.
 INDEX, INDEX_FORMAT = "index.json", 1
@@ -74,8 +75,7 @@ def compiler() -> str:
         return f"triton {importlib.metadata.version('triton')}"
     except importlib.metadata.PackageNotFoundError:
         raise EnvironmentFault(
-            "triton is not installed, and kernels are compiled with it; pip install 'seekforge[kernels]' "
-            "(Linux; no GPU is needed)"
+            f"triton is not installed, and kernels are compiled with it; {install('kernels')} (no GPU is needed)"
         ) from None
 
 
@@ -308,7 +308,7 @@ def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
     layout = [(off, size) for _, off, size in sorted((int(o, 16), int(a, 16), int(s, 16)) for o, a, s in found)]
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if match is None:
-        raise TargetError("cuobjdump reports no registers; install the triton of the 'kernels' extra")
+        raise TargetError(f"cuobjdump reports no registers; {install('kernels')}")
     return layout, int(match.group(1)), int(match.group(2))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from seekforge.plugins.errors import EnvironmentFault, OutputError
+from seekforge.plugins.requirements import install
 
 _FORMATS: Final = (".png", ".svg")
 _SIZE: Final = (8.6, 5.0)
@@ -54,7 +55,7 @@ def check_chart(path: Path) -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise EnvironmentFault("charts are drawn by matplotlib; pip install 'seekforge[charts]'") from None
+        raise EnvironmentFault(f"charts are drawn by matplotlib; {install('charts')}") from None
 
 
 def write_charts(path: Path, panels: Sequence[Panel]) -> None:

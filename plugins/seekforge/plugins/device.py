@@ -29,6 +29,7 @@ from seekforge.plugins.launch import (
     resolve,
 )
 from seekforge.plugins.registry import FP8_OPS, SPECS
+from seekforge.plugins.requirements import install
 from seekforge.plugins.tensorrt.launch import Descriptors
 
 #: Shapes whose plans are remembered per launcher; a server sees few.
@@ -63,7 +64,7 @@ class CudaDriver:
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise EnvironmentFault(
-                f"kernels are launched with cuda-core, which cannot be imported ({error}); pip install 'seekforge[gpu]'"
+                f"kernels are launched with cuda-core, which cannot be imported ({error}); {install('gpu')}"
             ) from None
 
     def load(self, image: Image, cubin: bytes) -> Any:

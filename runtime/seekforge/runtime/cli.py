@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from seekforge.plugins.errors import SeekforgeError
+from seekforge.plugins.requirements import install_module
 from seekforge.runtime.output_paths import check_outputs_of
 
 
@@ -51,20 +52,6 @@ COMMANDS: dict[str, _Command] = {
     ),
     "dump": _Command("seekforge.runtime.dump_cli:dump", "Write what an engine computes, to compare elsewhere."),
     "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
-}
-
-#: Top-level module of an optional dependency -> the extra that installs it.
-EXTRAS: dict[str, str] = {
-    "torch": "export",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnx_ir": "export",
-    "safetensors": "export",
-    "onnxruntime": "cpu",
-    "triton": "kernels",
-    "llguidance": "guided",
-    "tensorrt_rtx": "rtx",
-    "tensorrt": "trt",
 }
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
@@ -151,12 +138,12 @@ class LazyGroup(click.Group):
         except SeekforgeError as error:
             _fail(str(error))
         except ModuleNotFoundError as error:
-            extra = EXTRAS.get((error.name or "").partition(".")[0])
-            if extra is None:
+            remedy = install_module(error.name or "")
+            if not remedy:
                 raise
             command = ctx.meta.get(_COMMAND, "this command")
             _fail(
-                f"{command}: the module {error.name!r} is not installed; pip install 'seekforge[{extra}]' "
+                f"{command}: the module {error.name!r} is not installed; {remedy} "
                 "('seekforge doctor' shows what else is missing)"
             )
         except (KeyboardInterrupt, click.Abort) as error:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import click
 
 from seekforge.plugins.formats.yaml_file import read_yaml
-from seekforge.runtime.backends import BACKENDS
+from seekforge.plugins.requirements import Requirements, command, declared, fault, installed, lacking
+from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND
 
 _PACKAGES = (
     "seekforge",
@@ -30,15 +29,12 @@ _PACKAGES = (
     "onnx-ir",
     "safetensors",
     "onnxruntime",
-    "onnxruntime-gpu",
     "tensorrt-rtx",
     "tensorrt",
     "triton",
     "llguidance",
     "transformers",
 )
-#: backend -> the extra that brings its library.
-_EXTRA_OF_BACKEND = {"onnxruntime": "cpu", "tensorrt-rtx": "rtx", "tensorrt": "trt"}
 
 
 @dataclass(frozen=True)
@@ -73,83 +69,44 @@ class Report:
     capabilities: tuple[Capability, ...]
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """One package that an extra needs. `version` is set where exactly one will do."""
-
-    package: str
-    version: str | None
-
-
-def parse_requirements(lines: list[str]) -> dict[str, list[Requirement]]:
-    """Group the requirement strings of a distribution by extra; "" holds those of the base.
-
-    An extra that names others of the same distribution (`seekforge[gpu]`) has their requirements too.
-    """
-    extras: dict[str, list[Requirement]] = {}
-    within: dict[str, list[str]] = {}
-    for line in lines:
-        wanted, _, marker = line.partition(";")
-        match = re.match(r"\s*([A-Za-z0-9._-]+)", wanted)
-        extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", marker)
-        exact = re.search(r"(?<![<>!~])==\s*([^,\s*]+)\s*$", wanted)
-        name = extra.group(1) if extra else ""
-        nested = re.match(r"\s*seekforge\s*\[([^\]]*)\]", wanted)
-        if nested:
-            within.setdefault(name, []).extend(part.strip() for part in nested.group(1).split(","))
-        elif match:
-            requirement = Requirement(match.group(1), exact.group(1) if exact else None)
-            extras.setdefault(name, []).append(requirement)
-    return {name: _all_of(name, extras, within) for name in dict.fromkeys([*extras, *within])}
-
-
-def _all_of(name: str, extras: dict[str, list[Requirement]], within: dict[str, list[str]]) -> list[Requirement]:
-    found = list(extras.get(name, []))
-    for other in within.get(name, []):
-        found += [one for one in _all_of(other, extras, within) if one not in found]
-    return found
-
-
 def capability(
-    name: str, extras: tuple[str, ...], requirements: dict[str, list[Requirement]], version_of: Callable
+    name: str,
+    extras: tuple[str, ...],
+    requirements: Requirements,
+    version_of: Callable[[str], str | None] = installed,
 ) -> Capability:
     """Judge one capability that needs `extras`."""
-    faults: list[str] = []
-    lacking: list[str] = []
-    for extra in extras:
-        before = len(faults)
-        for requirement in requirements.get(extra, []):
-            found = version_of(requirement.package)
-            if found is None:
-                faults.append(f"{requirement.package} is not installed")
-            elif requirement.version not in (None, found, found.partition("+")[0]):  # 2.13.0+cpu is a 2.13.0
-                faults.append(f"{requirement.package} is {found}, needs {requirement.version}")
-        if len(faults) > before:
-            lacking.append(extra)
-    if not faults:
+    wanted = lacking(extras, requirements=requirements, version_of=version_of)
+    if not wanted:
         return Capability(name, True)
-    return Capability(name, False, "; ".join(faults), f"pip install 'seekforge[{','.join(lacking)}]'")
+    faults = (fault(one, version_of(one.name)) for one in wanted)
+    return Capability(name, False, "; ".join(faults), command(wanted))
 
 
 def examine() -> Report:
     """Look at this machine."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    versions |= {package: _version(package) for package in _PACKAGES}
+    versions |= {package: installed(package) for package in _PACKAGES}
     gpus = _gpus()
     versions["NVIDIA driver"] = gpus[0].split(", ")[1] if gpus else None
-    requirements = parse_requirements(metadata.requires("seekforge") or []) if versions["seekforge"] else None
-    if requirements is None:
-        fault = "seekforge runs from a source tree and knows no requirements"
-        capabilities = [Capability("everything", False, fault, "pip install -e '.[export,cpu]'")]
+    requirements = declared()
+    if not requirements:
+        missing = "seekforge is not installed, and its pyproject.toml is not here: nothing says what it needs"
+        capabilities = [Capability("everything", False, missing)]
     else:
-        capabilities = [capability("export a checkpoint", ("export",), requirements, _version)]
+        capabilities = [capability("export a checkpoint", ("export",), requirements)]
         for target, backend in _targets().items():
-            capabilities += target_capabilities(target, backend, requirements, _version, has_gpu=bool(gpus))
+            capabilities += target_capabilities(target, backend, requirements, has_gpu=bool(gpus))
     return Report(versions, gpus, tuple(capabilities))
 
 
 def target_capabilities(
-    target: str, backend: str, requirements: dict[str, list[Requirement]], version_of: Callable, *, has_gpu: bool
+    target: str,
+    backend: str,
+    requirements: Requirements,
+    version_of: Callable[[str], str | None] = installed,
+    *,
+    has_gpu: bool,
 ) -> list[Capability]:
     """Judge building for one target and running on it.
 
@@ -162,9 +119,9 @@ def target_capabilities(
     """
     build, run = f"build for {target}", f"run on {target}"
     if backend not in BACKENDS:
-        fault = f"this version of seekforge has no {backend} backend"
-        return [Capability(build, False, fault), Capability(run, False, fault)]
-    extra = _EXTRA_OF_BACKEND[backend]
+        missing = f"this version of seekforge has no {backend} backend"
+        return [Capability(build, False, missing), Capability(run, False, missing)]
+    extra = EXTRA_OF_BACKEND[backend]
     running = capability(run, (extra,), requirements, version_of)
     if backend == "onnxruntime":
         return [capability(build, ("export", extra), requirements, version_of), running]
@@ -188,13 +145,6 @@ def _targets() -> dict[str, str]:
                 targets[path.stem] = str(data.get("backend", "unknown")) if isinstance(data, dict) else "unknown"
             break
     return targets
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _gpus() -> tuple[str, ...]:

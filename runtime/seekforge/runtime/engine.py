@@ -10,7 +10,8 @@ from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.formats.loading import check_complete, check_versions, installed_versions
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest, verify_files
 from seekforge.plugins.formats.paths import same_names
-from seekforge.runtime.backends import BACKENDS, Backend, BackendFactory, backend_factory
+from seekforge.plugins.requirements import install
+from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.kv_cache import blocks_needed
 from seekforge.runtime.tokenizer import Tokenizer
@@ -91,16 +92,8 @@ def _factory(name: str) -> BackendFactory:
             raise
         raise EnvironmentFault(
             f"the engine runs on {name}, but the module {error.name!r} is not installed; "
-            f"{INSTALL.get(name, 'install it')}"
+            f"{install(EXTRA_OF_BACKEND[name])}"
         ) from None
-
-
-#: backend -> the command that installs its library.
-INSTALL = {
-    "onnxruntime": "pip install 'seekforge[cpu]'",
-    "tensorrt-rtx": "pip install 'seekforge[rtx]'",
-    "tensorrt": "pip install 'seekforge[trt]'",
-}
 
 
 def _check_paths(folder: Path, manifest: Manifest) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from seekforge.plugins.errors import EnvironmentFault, RequestError
+from seekforge.plugins.requirements import install
 from seekforge.runtime.sampling import Guided
 
 
@@ -46,7 +47,7 @@ class Grammars:
             import llguidance  # an optional dependency
         except ModuleNotFoundError:
             raise EnvironmentFault(
-                "guided decoding needs the module 'llguidance', which is not installed; pip install 'seekforge[guided]'"
+                f"guided decoding needs the module 'llguidance', which is not installed; {install('guided')}"
             ) from None
         self._library: Any = llguidance
         self._vocab_size = vocab_size

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.plugins.errors import CheckpointError, EnvironmentFault
+from seekforge.plugins.requirements import install_module
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: What a checkpoint folder needs of a repository.
@@ -36,8 +37,8 @@ def resolve(source: str, *, revision: str | None = None) -> Path:
         hub: Any = importlib.import_module("huggingface_hub")
     except ModuleNotFoundError:
         raise EnvironmentFault(
-            f"{source}: no such folder; to read it as a Hugging Face repository pip install 'seekforge[hub]', or pass "
-            "the folder of a downloaded checkpoint"
+            f"{source}: no such folder; to read it as a Hugging Face repository {install_module('huggingface_hub')}, "
+            "or pass the folder of a downloaded checkpoint"
         ) from None
     try:
         return Path(hub.snapshot_download(source, revision=revision, allow_patterns=_PATTERNS, local_files_only=True))

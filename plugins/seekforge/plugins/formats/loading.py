@@ -18,6 +18,7 @@ from seekforge.plugins.errors import CheckpointError, EngineError, EnvironmentFa
 from seekforge.plugins.formats.manifest import Manifest, rebuild_command
 from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.registry import SPECS
+from seekforge.plugins.requirements import install_exactly
 from seekforge.plugins.tensorrt.launch import Descriptors, kernel_sm
 
 #: Keys of config.json that all layers of a model share: an engine may be of its first layers alone.
@@ -116,13 +117,17 @@ def check_versions(folder: Path, manifest: Manifest, versions: Mapping[str, str]
         found = versions.get(package)
         if found is None:
             raise EnvironmentFault(
-                f"{folder}: needs {package} {version}, which is not installed; pip install '{package}=={version}'"
+                f"{folder}: needs {package} {version}, which is not installed; {_install(package, version)}"
             )
         if version not in (found, found.partition("+")[0]):
             raise EngineError(
-                f"{folder}: runtime_versions.{package}: found {found}, expected {version}; pip install "
-                f"'{package}=={version}', or build it again here: {rebuild_command(folder, manifest)}"
+                f"{folder}: runtime_versions.{package}: found {found}, expected {version}; "
+                f"{_install(package, version)}, or build it again here: {rebuild_command(folder, manifest)}"
             )
+
+
+def _install(package: str, version: str) -> str:
+    return install_exactly(package, version) or "install it if you know who makes it"
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -20,7 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from packaging.requirements import Requirement
+
 from seekforge.plugins.errors import EnvironmentFault
+from seekforge.plugins.requirements import command, install
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -62,7 +65,7 @@ def load(flavour: Flavour) -> Any:
         if error.name != name:
             raise
         raise EnvironmentFault(
-            f"{distribution} is not installed; pip install 'seekforge[{extra}]'{where}, "
+            f"{distribution} is not installed; {install(extra)}{where}, "
             "or build for a target of another backend ('seekforge targets' lists them)"
         ) from None
     except (ImportError, OSError) as error:
@@ -85,7 +88,7 @@ def check_version(flavour: Flavour, version: str) -> None:
     if not first <= found < beyond:
         low, high = (".".join(map(str, bound)) for bound in (first, beyond))
         raise EnvironmentFault(
-            f"{distribution} is {version}, expected at least {low} and below {high}; pip install 'seekforge[{extra}]'"
+            f"{distribution} is {version}, expected at least {low} and below {high}; {install(extra)}"
         )
 
 
@@ -117,9 +120,10 @@ def large_tensor_fault(flavour: Flavour, version: str | None, name: str, shape: 
         return ""
     _, distribution, _ = MODULES[flavour]
     low, high = (".".join(map(str, bound)) for bound in (first, VERSIONS[flavour][1]))
+    remedy = command([Requirement(f"{distribution}>={low},<{high}")])
     return (
         f"{name} {list(shape)} has {count} elements, {distribution} {version} takes at most {MOST_ELEMENTS} "
-        f"in a tensor; pip install '{distribution}>={low},<{high}'"
+        f"in a tensor; {remedy}"
     )
 
 

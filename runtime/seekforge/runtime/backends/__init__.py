@@ -14,6 +14,9 @@ BACKENDS: dict[str, str] = {
     "tensorrt-rtx": "seekforge.runtime.backends.tensorrt:TensorRtBackend",
 }
 
+#: manifest target.backend -> the extra that brings its library.
+EXTRA_OF_BACKEND: dict[str, str] = {"onnxruntime": "cpu", "tensorrt-rtx": "rtx", "tensorrt": "trt"}
+
 
 def backend_factory(name: str) -> BackendFactory:
     """Import and return the backend called `name`.
@@ -30,4 +33,4 @@ def backend_factory(name: str) -> BackendFactory:
     return getattr(importlib.import_module(module), attribute)
 
 
-__all__ = ["BACKENDS", "Backend", "BackendFactory", "backend_factory"]
+__all__ = ["BACKENDS", "EXTRA_OF_BACKEND", "Backend", "BackendFactory", "backend_factory"]

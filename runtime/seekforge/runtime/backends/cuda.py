@@ -17,6 +17,7 @@ from seekforge.plugins.device import CudaDriver, KernelFolder
 from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.formats.loading import check_driver, check_loadable, installed_versions
 from seekforge.plugins.formats.manifest import Manifest
+from seekforge.plugins.requirements import install
 from seekforge.plugins.tensorrt.library import Flavour, load
 from seekforge.plugins.tensorrt.plugin import register
 from seekforge.runtime.backends.trt_plan import TrtPlan, library_log
@@ -43,7 +44,7 @@ class CudaDevice:
         try:
             from cuda.bindings import runtime as cudart  # pyright: ignore[reportAttributeAccessIssue]
         except ImportError:
-            raise EnvironmentFault("cuda-bindings is not installed; pip install 'seekforge[gpu]'") from None
+            raise EnvironmentFault(f"cuda-bindings is not installed; {install('gpu')}") from None
         self._cuda: Any = cudart
         self._graphs: dict[int, Any] = {}
         self._next_graph = 1
