@@ -9,13 +9,24 @@ import pytest
 
 from seekforge.plugins.errors import RequestError
 from seekforge.runtime import sampler
+from seekforge.runtime.bad_words import BadWords, Bans
 from seekforge.runtime.edits import EditedRows, EditTables
 from seekforge.runtime.layout import Rules
 from seekforge.runtime.sampler import NO_TOKEN, FullLogits, TopLogits, choose, needs_full_logits
-from seekforge.runtime.sampling import Guided, SamplingParams
+from seekforge.runtime.sampling import SamplingParams, StructuredOutputsParams
 from seekforge.runtime.sequence import Sequence
+from seekforge.runtime.vocabulary import Vocabulary
 
 VOCAB = 500
+
+
+#: Texts of tokens of which one sees where each begins: a text-level ban is then one of token sequences.
+SPELLED = Vocabulary([b"<%03d" % token for token in range(VOCAB)])
+
+
+def words_of(words: tuple[tuple[int, ...], ...]) -> list[str]:
+    """Return token sequences as texts."""
+    return [b"".join(SPELLED.bytes_of[token] for token in word).decode() for word in words]
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,13 @@ class Draw:
     def sequence(self, number: int) -> Sequence:
         grammar = None if self.allowed is None else Allowed(self.allowed)
         one = Sequence(
-            number, self.prompt, self.params, stop_ids=self.stop_ids, bad_words=self.bad_words, grammar=grammar
+            number,
+            self.prompt,
+            self.params,
+            stop_ids=self.stop_ids,
+            early_ids=self.stop_ids,
+            bad_words=BadWords(Bans(words_of(self.bad_words), SPELLED, frozenset())) if self.bad_words else None,
+            grammar=grammar,
         )
         one.output_ids.extend(self.output)
         one.num_tokens += len(self.output)
@@ -104,15 +121,15 @@ def logits_rows(rows: int, spread: float, seed: int = 0) -> np.ndarray:
 
 
 def exact_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Temperature, then top-k, then top-p, written the plain way in f64."""
+    """Temperature, then min-p, then top-k, then top-p, written the plain way in f64."""
     scaled = logits.astype(np.float64) / params.temperature
     order = np.argsort(-scaled, kind="stable")
     p = np.exp(scaled[order] - scaled.max())
+    p[p < params.min_p * p.max()] = 0
     p[params.top_k or len(p) :] = 0
     p /= p.sum()
     before = np.cumsum(p) - p
     p[before >= params.top_p] = 0
-    p[p < params.min_p * p.max()] = 0
     p /= p.sum()
     out = np.zeros_like(p)
     out[order] = p
@@ -262,12 +279,12 @@ def test_greedy_keeps_no_full_logits() -> None:
         ("temperature", "hot"),
         ("top_p", 0),
         ("top_p", 1.1),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 1.5),
         ("max_tokens", 0),
         ("max_tokens", True),
         ("min_tokens", 17),
-        ("seed", -1),
+        ("seed", -2),
         ("seed", 2**64),
         ("stop_token_ids", "abc"),
         ("stop_token_ids", [-1]),
@@ -283,8 +300,8 @@ def test_greedy_keeps_no_full_logits() -> None:
         ("logit_bias", {1: 200}),
         ("stop", [""]),
         ("bad_words", "word"),
-        ("logprobs", -1),
-        ("guided", "json"),
+        ("logprobs", -2),
+        ("structured_outputs", "json"),
         ("taps", ["all"]),
     ],
 )
@@ -309,7 +326,7 @@ def random_draw(rng: np.random.Generator, params: SamplingParams, index: int) ->
         logit_bias={t: float(rng.choice([-4.0, 3.0, 8.0, -100.0])) for t in some(6)},
         bad_words=["banned"],
         min_tokens=0 if guided else int(rng.choice([0, 10])),
-        guided=Guided(regex=".") if guided else None,
+        structured_outputs=StructuredOutputsParams(regex=".") if guided else None,
     )
     return Draw(
         params,
@@ -374,7 +391,10 @@ def test_no_token_is_chosen_where_none_may_be() -> None:
     logits = logits_rows(2, 1.0)
     for temperature in (0, 1.0):
         params = SamplingParams(temperature=temperature)
-        draws = [Draw(replace(params, guided=Guided(regex=".")), allowed=nothing), Draw(params)]
+        draws = [
+            Draw(replace(params, structured_outputs=StructuredOutputsParams(regex=".")), allowed=nothing),
+            Draw(params),
+        ]
         found = sample(draws, top_of(logits, 16), lambda: logits)
         assert found[0] == NO_TOKEN != found[1]
 
@@ -395,9 +415,9 @@ def test_numbers_are_those_of_transformers() -> None:
         hf.SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()]),
         hf.NoBadWordsLogitsProcessor([[11], [12]], eos_token_id=[1]),
         hf.TemperatureLogitsWarper(0.7),
+        hf.MinPLogitsWarper(0.02),
         hf.TopKLogitsWarper(60),
         hf.TopPLogitsWarper(0.9),
-        hf.MinPLogitsWarper(0.02),
     ]
     for processor in processors:
         scores = processor(history, scores)
@@ -421,7 +441,8 @@ def test_tokens_are_counted_as_they_come_and_leave_nothing_behind() -> None:
     """Places change hands, sequences gain several tokens at once, and come back after others had their place."""
     rng = np.random.default_rng(3)
     tables = EditTables(3, VOCAB)
-    sequences = [random_draw(rng, SamplingParams(), i).sequence(i) for i in range(12)]
+    given = [random_draw(rng, SamplingParams(), i) for i in range(12)]
+    sequences = [draw.sequence(i) for i, draw in enumerate(given)]
     for sequence in sequences:
         sequence.state = "waiting"
     for _ in range(200):
@@ -443,7 +464,7 @@ def test_tokens_are_counted_as_they_come_and_leave_nothing_behind() -> None:
                     sequence.params,
                     prompt=sequence.prompt_ids,
                     output=tuple(sequence.output_ids),
-                    bad_words=sequence.bad_words,
+                    bad_words=given[sequence.request_id].bad_words,
                     stop_ids=sequence.stop_ids,
                     allowed=None if sequence.grammar is None else sequence.grammar.allowed(),
                 )

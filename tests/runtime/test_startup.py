@@ -60,8 +60,8 @@ def test_asyncio_and_grammars_load_no_compiler(toy_engine: Path) -> None:
     pytest.importorskip("llguidance")
     loaded = modules(
         toy_engine,
-        "from seekforge.runtime import AsyncLLM, Guided\n"
+        "from seekforge.runtime import AsyncLLM, StructuredOutputsParams\n"
         f"with LLM({str(toy_engine)!r}, threads=1, num_blocks=9) as llm:\n"
-        "    llm.generate('a', SamplingParams(guided=Guided(choice=['x', 'y']), max_tokens=5))",
+        "    llm.generate('a', SamplingParams(structured_outputs=StructuredOutputsParams(regex='[xy]')))",
     )
     assert sorted(loaded & set(COMPILER)) == [] and {"llguidance", "asyncio"} <= loaded

@@ -24,7 +24,7 @@ from seekforge.plugins.formats.manifest import digest_file, save_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
 from seekforge.plugins.formats.safetensors import Checkpoint
-from seekforge.runtime import LLM, Engine, Guided, SamplingParams
+from seekforge.runtime import LLM, Engine, SamplingParams, StructuredOutputsParams
 
 TOPK = 64  # index_topk of the tiny model
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -220,13 +220,13 @@ def test_guided_text_has_its_form(engine: Engine, drafts: int) -> None:
         "additionalProperties": False,
     }
     forms = [
-        Guided(json_schema=schema, whitespace=False),
-        Guided(regex="[a-c]{3,5}-[0-9]+x"),
-        Guided(choice=["yes", "no", 'per"haps']),
-        Guided(grammar='start: "<" ("a" | "b")+ ">"'),
+        StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+        StructuredOutputsParams(regex="[a-c]{3,5}-[0-9]+x"),
+        StructuredOutputsParams(choice=["yes", "no", 'per"haps']),
+        StructuredOutputsParams(grammar='start: "<" ("a" | "b")+ ">"'),
     ]
     with LLM(engine, num_blocks=40, self_check=False, num_speculative_tokens=drafts) as llm:
-        params = [SamplingParams(seed=i, max_tokens=120, guided=form) for i, form in enumerate(forms)]
+        params = [SamplingParams(seed=i, max_tokens=120, structured_outputs=form) for i, form in enumerate(forms)]
         outputs = llm.generate([[5, 6, 7]] * len(forms), params)
         texts = [output.outputs[0].text for output in outputs]
         assert [output.outputs[0].finish_reason for output in outputs] == ["stop"] * 4
@@ -238,7 +238,7 @@ def test_guided_text_has_its_form(engine: Engine, drafts: int) -> None:
         assert texts[2] in {"yes", "no", 'per"haps'}
         assert re.fullmatch("<[ab]+>", texts[3])
         with pytest.raises(RequestError, match="the grammar cannot be used"):
-            llm.generate("x", SamplingParams(guided=Guided(regex="(")))
+            llm.generate("x", SamplingParams(structured_outputs=StructuredOutputsParams(regex="(")))
         check_idle(llm)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seekforge.runtime import LLM, Engine, Guided, SamplingParams
+from seekforge.runtime import LLM, Engine, SamplingParams, StructuredOutputsParams
 from seekforge.runtime.kv_cache import root_digest
 
 DOCS = Path(__file__).parents[2] / "docs" / "runtime.md"
@@ -86,12 +86,16 @@ def test_n_and_best_of_take_penalties_of_their_own(toy_engine: Path, drafts: int
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_guided_text_with_penalties_keeps_its_form(toy_engine: Path, drafts: int) -> None:
     pytest.importorskip("llguidance")
-    forms = [Guided(regex="[a-d]{4,9}!"), Guided(choice=["yes", "no"]), Guided(regex="(ab|cd){2,6}x")]
+    forms = [
+        StructuredOutputsParams(regex="[a-d]{4,9}!"),
+        StructuredOutputsParams(choice=["yes", "no"]),
+        StructuredOutputsParams(regex="(ab|cd){2,6}x"),
+    ]
     params = [
         SamplingParams(
             seed=i,
             max_tokens=40,
-            guided=form,
+            structured_outputs=form,
             presence_penalty=1.0,
             frequency_penalty=0.5,
             repetition_penalty=1.3,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         RequestOutput,
         Usage,
     )
-    from seekforge.runtime.sampling import Guided, SamplingParams
+    from seekforge.runtime.sampling import SamplingParams, StructuredOutputsParams
     from seekforge.runtime.scheduler import QueueFullError
     from seekforge.runtime.sequence import TokenLogprobs
 
@@ -31,12 +31,12 @@ __all__ = [
     "Delta",
     "Engine",
     "GenerationError",
-    "Guided",
     "LLMMetrics",
     "QueueFullError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "Usage",
 ]
@@ -46,8 +46,8 @@ _MODULES = {
     "LLMMetrics": "llm",
     "AsyncLLM": "async_llm",
     "Engine": "engine",
-    "Guided": "sampling",
     "SamplingParams": "sampling",
+    "StructuredOutputsParams": "sampling",
     "QueueFullError": "scheduler",
     "TokenLogprobs": "sequence",
 }

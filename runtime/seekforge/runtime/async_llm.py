@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
 
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.intake import Prompt
 from seekforge.runtime.live import raise_if_failed
-from seekforge.runtime.llm import LLM
+from seekforge.runtime.llm import LLM, refuse_best_of
 from seekforge.runtime.outputs import Delta, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
 
@@ -53,7 +54,7 @@ class AsyncLLM:
     ) -> RequestOutput:
         """Answer one prompt; many calls at a time share the engine's steps. Arguments and errors as `LLM.generate`."""
         output = None
-        async for delta in self.stream(prompt, sampling_params, priority=priority, timeout_s=timeout_s):
+        async for delta in self._stream(prompt, sampling_params, priority=priority, timeout_s=timeout_s):
             output = delta.output
         assert output is not None
         return output
@@ -67,6 +68,16 @@ class AsyncLLM:
         timeout_s: float | None = None,
     ) -> AsyncIterator[Delta]:
         """Answer one prompt step by step. Arguments and errors as `LLM.stream`."""
+        refuse_best_of(sampling_params or self.llm.default_sampling_params)
+        async with aclosing(
+            self._stream(prompt, sampling_params, priority=priority, timeout_s=timeout_s)
+        ) as deltas:  # closing this generator ends the request at once
+            async for delta in deltas:
+                yield delta
+
+    async def _stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, *, priority: int, timeout_s: float | None
+    ) -> AsyncGenerator[Delta, None]:
         params = sampling_params or self.llm.default_sampling_params
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta] = asyncio.Queue()
@@ -75,8 +86,8 @@ class AsyncLLM:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, delta)
 
-        ids = await asyncio.to_thread(self.llm._intake.check, prompt, params)
-        (live,) = self.llm._start([(ids, params)], priority, timeout_s, arrived)
+        accepted = await asyncio.to_thread(self.llm._intake.check, prompt, params)
+        (live,) = self.llm._start([accepted], [priority], timeout_s, arrived)
         try:
             while True:
                 delta = await queue.get()

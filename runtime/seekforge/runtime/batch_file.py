@@ -12,9 +12,9 @@ from seekforge.plugins.errors import OutputError, RequestError
 from seekforge.runtime.intake import Prompt
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.outputs import CompletionOutput
-from seekforge.runtime.sampling import Guided, SamplingParams
+from seekforge.runtime.sampling import SamplingParams
 
-_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {"taps", "logit_bias"}
+_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {"taps"}
 
 
 def run_batch(llm: LLM, requests: Path, results: Path, params: SamplingParams, say: Callable[[str], None]) -> None:
@@ -88,8 +88,6 @@ def _read(llm: LLM, path: Path, params: SamplingParams) -> list[tuple[Any, Promp
                 raise RequestError(f"unknown key {unknown[0]!r}, expected id, prompt, {', '.join(sorted(_FIELDS))}")
             if not isinstance(key, (str, int)) or key in seen:
                 raise RequestError(f"id {key!r} is no text or number, or stands there twice")
-            if isinstance(raw.get("guided"), dict):
-                raw["guided"] = Guided(**raw["guided"])
             own = replace(params, **raw)
             llm.check(prompt, own)
         except (ValueError, TypeError, RequestError) as error:

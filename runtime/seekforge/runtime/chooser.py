@@ -177,7 +177,9 @@ class Chooser:
 def _score(sequences: Rows[Sequence], at: np.ndarray, tokens: np.ndarray, top: TopLogits, full: FullLogits) -> None:
     """Keep the log-probabilities of the tokens about to be appended; `at`: which rows these sequences are."""
     counts = [sequence.params.logprobs or 0 for sequence in sequences]
-    for sequence, entry in zip(sequences, token_logprobs(tokens[at], counts, top.take(at), full.take(at)), strict=True):
+    texts = [sequence.token_text for sequence in sequences]
+    entries = token_logprobs(tokens[at], counts, top.take(at), full.take(at), texts)
+    for sequence, entry in zip(sequences, entries, strict=True):
         sequence.cumulative_logprob += entry.logprob
         if sequence.params.logprobs is not None:
             sequence.logprobs.append(entry)
@@ -190,7 +192,9 @@ def _score_prompt(row: Row, places: np.ndarray, top: TopLogits, fetch: Callable[
         sequence.prompt_logprobs.append(None)
     tokens = np.array(sequence.prompt_ids[row.start + 1 : row.start + 1 + count], np.int64)
     asked = [sequence.params.prompt_logprobs or 0] * count
-    sequence.prompt_logprobs += token_logprobs(tokens, asked, top.take(places), FullLogits(fetch, places))
+    sequence.prompt_logprobs += token_logprobs(
+        tokens, asked, top.take(places), FullLogits(fetch, places), [sequence.token_text] * count
+    )
 
 
 def _prompt_faults(group: Rows[Row], packed: Packed, logsumexp: np.ndarray) -> dict[int, str]:

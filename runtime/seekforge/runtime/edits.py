@@ -32,7 +32,8 @@ class Edits:
         num_lowered: [N], at most so many tokens become less likely, by other means than a grammar.
         num_raised: [N], so many tokens are of those that penalties may make more likely.
         favoured: [N, X], tokens that a bias makes more likely; −1 fills up. None: there are none.
-        banned_rows, banned_ids: [M], further tokens that cannot be chosen now.
+        banned_rows, banned_ids: [M], stop tokens that come too early.
+        completing: row -> further tokens that cannot be chosen now, rising: they would complete a bad word.
         allowed: row -> [V] bool: its other tokens cannot be chosen.
     """
 
@@ -48,6 +49,7 @@ class Edits:
     favoured: np.ndarray | None
     banned_rows: np.ndarray
     banned_ids: np.ndarray
+    completing: dict[int, np.ndarray]
     allowed: dict[int, np.ndarray]
 
     def take(self, rows: np.ndarray) -> Edits:
@@ -62,6 +64,7 @@ class Edits:
             favoured=None if self.favoured is None else self.favoured[rows],
             banned_rows=banned_rows[banned_rows >= 0],
             banned_ids=self.banned_ids[banned_rows >= 0],
+            completing={int(at[row]): tokens for row, tokens in self.completing.items() if at[row] >= 0},
             allowed={int(at[row]): mask for row, mask in self.allowed.items() if at[row] >= 0},
         )
 
@@ -87,6 +90,9 @@ class Edits:
         if len(self.banned_rows):
             pair, column = np.nonzero(ids[self.banned_rows] == self.banned_ids[:, None])
             out[self.banned_rows[pair], column] = -np.inf
+        for row, tokens in self.completing.items():
+            nearest = tokens[np.minimum(np.searchsorted(tokens, ids[row]), len(tokens) - 1)]
+            out[row, nearest == ids[row]] = -np.inf
         for row, mask in self.allowed.items():
             out[row, ~mask[ids[row]]] = -np.inf
         return out
@@ -158,7 +164,7 @@ class EditTables:
             if params.repetition_penalty != 1:
                 self.in_prompt[place, list(sequence.prompt_ids)] = True
                 self.num_seen[place] = len(set(sequence.prompt_ids))
-        if params.logit_bias or bans:
+        if params.logit_bias or len(bans):
             if self.bias is None:
                 self.bias = np.zeros(self._shape)
             self.bias[place, list(params.logit_bias)] = list(params.logit_bias.values())
@@ -209,10 +215,12 @@ class EditedRows:
         self._places = np.array([tables.place(s) if s.params.edits_logits else 0 for s in sequences])
         self._penalised = [row for row, p in enumerate(params) if p.has_penalties]
         self._penalised_places = self._places[self._penalised].tolist()
-        self._biased = any(p.logit_bias for p in params) or any(always_banned(s) for s in sequences)
-        self._guided = [row for row, sequence in enumerate(sequences) if sequence.grammar is not None]
-        self._banning = [row for row, s in enumerate(sequences) if s.params.min_tokens or s.bad_words]
-        self._repetition = np.array([p.repetition_penalty for p in params], np.float64)
+        self._biased = any(p.logit_bias for p in params) or any(len(always_banned(s)) for s in sequences)
+        self._guided = [row for row, s in enumerate(sequences) if s.grammar is not None or s.allowed is not None]
+        self._banning = [row for row, s in enumerate(sequences) if s.params.min_tokens]
+        self._worded = [(row, s, s.bad_words) for row, s in enumerate(sequences) if s.bad_words is not None]
+        # beyond these bounds a penalty changes nothing but overflows
+        self._repetition = np.array([min(max(p.repetition_penalty, 1e-100), 1e100) for p in params], np.float64)
         self._frequency = np.array([p.frequency_penalty for p in params], np.float64)
         self._presence = np.array([p.presence_penalty for p in params], np.float64)
         self._unlikely = np.array(
@@ -237,12 +245,20 @@ class EditedRows:
         banned_rows: list[int] = []
         banned_ids: list[int] = []
         for row in self._banning:
-            ids = now_banned(self._sequences[row])
+            ids = banned_early(self._sequences[row])
             banned_rows += [row] * len(ids)
             banned_ids += ids
+        completing: dict[int, np.ndarray] = {}
+        for row, sequence, words in self._worded:
+            tokens = words.banned_now(sequence.output_ids)
+            if len(tokens):
+                completing[row] = tokens
         seen, generated = tables.num_seen[self._places], tables.num_generated[self._places]
         by_repetition, by_others = raises(self._repetition, self._frequency, self._presence)
         lowered = (self._repetition > 1) * seen + ((self._frequency > 0) | (self._presence > 0)) * generated
+        unlikely = self._unlikely
+        if completing:
+            unlikely = unlikely + [len(completing.get(row, ())) for row in range(len(seen))]
         edits = Edits(
             self._places,
             self._repetition,
@@ -251,11 +267,12 @@ class EditedRows:
             tables.counts if self._penalised else None,
             tables.in_prompt if self._penalised else None,
             tables.bias if self._biased else None,
-            lowered + self._unlikely + np.bincount(banned_rows, minlength=len(seen)),
+            lowered + unlikely + np.bincount(banned_rows, minlength=len(seen)),
             by_repetition * seen + by_others * generated,
             self._favoured,
             np.array(banned_rows, np.int64),
             np.array(banned_ids, np.int64),
+            completing,
             {},
         )
         if len(alive) < len(self._sequences):
@@ -264,29 +281,30 @@ class EditedRows:
         if self._guided:
             guided = set(self._guided)
             for index, row in enumerate(alive):
-                grammar = self._sequences[row].grammar
-                if row in guided and grammar is not None:
-                    try:
-                        edits.allowed[index] = grammar.allowed()
-                    except Exception as error:
-                        broken[index] = reason(error)
+                if row not in guided:
+                    continue
+                grammar, allowed = self._sequences[row].grammar, self._sequences[row].allowed
+                try:
+                    if grammar is not None:
+                        allowed = grammar.allowed() if allowed is None else grammar.allowed() & allowed
+                except Exception as error:
+                    broken[index] = reason(error)
+                if allowed is not None:
+                    edits.allowed[index] = allowed
         return edits, broken
 
 
-def always_banned(sequence: Sequence) -> list[int]:
-    """Return the tokens that are bad words by themselves."""
-    return [word[0] for word in sequence.bad_words if len(word) == 1]
+_NONE = np.array([], np.int64)
 
 
-def now_banned(sequence: Sequence) -> list[int]:
-    """Return the tokens that would complete a bad word of several tokens now, and stop tokens that come too early."""
-    output = sequence.output_ids
-    early = list(sequence.stop_ids) if len(output) < sequence.params.min_tokens else []
-    return early + [
-        word[-1]
-        for word in sequence.bad_words
-        if len(word) > 1 and len(output) >= len(word) - 1 and tuple(output[1 - len(word) :]) == word[:-1]
-    ]
+def always_banned(sequence: Sequence) -> np.ndarray:
+    """Return the tokens that hold a bad word by themselves."""
+    return _NONE if sequence.bad_words is None else sequence.bad_words.bans.always
+
+
+def banned_early(sequence: Sequence) -> list[int]:
+    """Return the tokens that must not end the request yet."""
+    return list(sequence.stop_ids | sequence.early_ids) if len(sequence.output_ids) < sequence.params.min_tokens else []
 
 
 def reason(error: Exception) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import SupportsIndex
+
+import numpy as np
 
 from seekforge.plugins.errors import RequestError
+from seekforge.runtime.bad_words import BadWords, Bans
 from seekforge.runtime.core import Core
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.guided import Grammars
@@ -19,11 +24,29 @@ from seekforge.runtime.outputs import Delta
 from seekforge.runtime.sampling import SamplingParams
 from seekforge.runtime.sequence import Sequence as _Sequence
 from seekforge.runtime.text import TextStream
+from seekforge.runtime.values import is_integer
 
 #: Distance between the seeds of the completions of one request.
 _SEED_STEP = 0x9E3779B97F4A7C15
+#: How many sets of bad words are kept ready.
+_KEPT = 32
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request that can be served.
+
+    Attributes:
+        prompt: the text that was given; None where token ids were.
+        prompt_ids: what is computed of it.
+        params: with `max_tokens` filled in.
+    """
+
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
 
 
 class Intake:
@@ -40,8 +63,10 @@ class Intake:
         self._engine, self._core = engine, core
         self._tokenizer = engine.tokenizer
         self._prefix_caching = prefix_caching
+        self._numbers = itertools.count()
+        self._bans_of = functools.lru_cache(_KEPT)(self._make_bans)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
+    def check(self, prompt: Prompt, params: SamplingParams) -> Accepted:
         """Encode one prompt and refuse it if it cannot be served.
 
         Raises:
@@ -52,6 +77,7 @@ class Intake:
         named = (
             ("prompt token", ids),
             ("stop_token_ids entry", params.stop_token_ids),
+            ("allowed_token_ids entry", params.allowed_token_ids or ()),
             ("logit_bias", params.logit_bias),
         )
         for name, tokens in named:
@@ -60,49 +86,69 @@ class Intake:
                     raise RequestError(f"{name} {token} is out of range, expected 0 to {vocab_size - 1}")
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab_size:
-                raise RequestError(f"{name} is {getattr(params, name)}, expected at most {vocab_size}")
+                raise RequestError(f"{name} is {getattr(params, name)}, expected at most {vocab_size}, or -1 for all")
         for kind in params.taps:
             if not self._core.tap_names.get(kind):
                 raise RequestError(f"taps asks for {kind}, which this engine does not give; build it with taps")
-        if params.guided is not None:
-            self._grammars.matcher(params.guided)
+        most = self._core.scheduler.max_num_tokens
+        if params.truncate_prompt_tokens is not None:
+            room = max(most - (params.max_tokens or 1), 1)
+            ids = ids[-(room if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens) :]
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=max(most - len(ids), 1, params.min_tokens))
+        assert params.max_tokens is not None
         self._core.scheduler.check_request(len(ids), params.max_tokens)
-        return ids
+        if params.structured_outputs is not None:
+            self._grammars.check(params.structured_outputs, params.max_tokens)
+        self._bans(params)
+        return Accepted(prompt if isinstance(prompt, str) else None, ids, params)
 
     def make(
         self,
-        prompt_ids: tuple[int, ...],
-        params: SamplingParams,
+        request: Accepted,
         priority: int,
         timeout_s: float | None,
         on_delta: Callable[[Delta], None] | None,
     ) -> Live:
         """Return a request that was checked."""
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= {self._engine.manifest.eos_token_id}
+        params, ends = request.params, self._engine.manifest.eos_token_ids
+        early_ids = frozenset((*params.stop_token_ids, *ends))
+        stop_ids = frozenset(params.stop_token_ids) if params.ignore_eos else early_ids
         seed = params.seed if params.seed is not None else secrets.randbits(64)
         now = time.monotonic()
-        bad_words = tuple(ids for word in params.bad_words for ids in self._spellings(word))
+        bans = self._bans(params)
+        allowed = None
+        if params.allowed_token_ids is not None:
+            allowed = np.zeros(self._engine.manifest.vocab_size, bool)
+            allowed[list(params.allowed_token_ids)] = True
         sequences: list[_Sequence] = []
         texts: list[TextStream] = []
         owner = self.num_requests + 1
         for index in range(params.num_sequences):
             self.num_requests += 1
             text = TextStream(
-                self._tokenizer, params.stop, include_stop=params.include_stop, min_tokens=params.min_tokens
+                self._tokenizer,
+                params.stop,
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                stop_ids=stop_ids,
             )
+            form = params.structured_outputs
             sequence = _Sequence(
                 self.num_requests,
-                prompt_ids,
+                request.prompt_ids,
                 params,
                 seed=(seed + index * _SEED_STEP) % 2**64,
                 stop_ids=stop_ids,
+                early_ids=early_ids,
                 priority=priority,
                 deadline_s=None if timeout_s is None else now + timeout_s,
-                on_token=text.push,
-                grammar=self._grammars.matcher(params.guided) if params.guided is not None else None,
-                bad_words=bad_words,
+                on_token=text.push if params.detokenize else None,
+                grammar=None if form is None else self._grammars.matcher(form, params.max_tokens or 0),
+                bad_words=None if bans is None else BadWords(bans),
+                allowed=allowed,
+                token_text=self._tokenizer.token_text if params.detokenize else None,
                 speculates=self._core.drafting,
                 table=Table(b"", owner=owner),
                 arrived_s=now,
@@ -111,7 +157,9 @@ class Intake:
             sequences.append(sequence)
             texts.append(text)
         sequences[0].siblings = tuple(sequences[1:])
-        return Live(params, tuple(sequences), tuple(texts), on_delta)
+        number = str(next(self._numbers))
+        quiet_end = None if params.ignore_eos else ends[0]
+        return Live(number, request.prompt, params, quiet_end, tuple(sequences), tuple(texts), on_delta)
 
     def root(self, sequence: _Sequence) -> bytes:
         """Return the start of its blocks' digests: what their contents depend on besides tokens."""
@@ -123,17 +171,19 @@ class Intake:
     @cached_property
     def _grammars(self) -> Grammars:
         manifest = self._engine.manifest
-        return Grammars(self._engine.folder / manifest.tokenizer, manifest.vocab_size, manifest.eos_token_id)
+        return Grammars(self._tokenizer, manifest.vocab_size, manifest.eos_token_ids)
 
-    def _spellings(self, word: str) -> list[tuple[int, ...]]:
-        """Return the token sequences of a word: at the start of a text, and after a space."""
-        found = [tuple(self._tokenizer.encode(prefix + word.lstrip())) for prefix in ("", " ")]
-        return list(dict.fromkeys(ids for ids in found if ids))
+    def _bans(self, params: SamplingParams) -> Bans | None:
+        """Return what bans the bad words; made once for all requests that ban the same."""
+        if not params.bad_words:
+            return None
+        hidden = self._tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        if not params.include_stop_str_in_output:
+            hidden |= {*params.stop_token_ids, *(() if params.ignore_eos else self._engine.manifest.eos_token_ids)}
+        return self._bans_of(tuple(params.bad_words), hidden)
 
-
-def is_integer(value: object) -> bool:
-    """Whether `value` is a Python or NumPy integer; a boolean or 1.0 is none."""
-    return not isinstance(value, bool) and isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
+    def _make_bans(self, words: tuple[str, ...], hidden: frozenset[int]) -> Bans:
+        return Bans(words, self._tokenizer.vocabulary, hidden)
 
 
 def _token_id(value: object) -> int:

@@ -20,7 +20,7 @@ _STEP, _OFFSET, _DROP = np.uint64(0xD1342543DE82EF95), np.uint64(0x632BE59BD9B4E
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 #: For the two bounds of a tail, the lesser first.
-_SIGNS, _IS_LEAST = np.array([[-1.0], [1.0]]), np.array([[True], [False]])
+_SIGNS = np.array([[-1.0], [1.0]])
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rules:
     """How each of N rows chooses; made once for a batch and kept while it stays together. All arrays are [N].
 
     Attributes:
-        temperature, top_k, top_p, min_p: as in `SamplingParams`.
+        temperature, top_k, top_p, min_p: as in `SamplingParams`; a temperature that is greedy is 0.
         power: 1 / temperature; 1 for greedy rows, whose mass nobody looks at.
         seed: hashed once.
         all_greedy, any_greedy, unscaled, has_top_k, has_top_p, all_top_p, has_min_p: what there is to do at all.
@@ -52,7 +52,7 @@ class Rules:
     @staticmethod
     def of(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Rules:
         """Collect the rules of rows with these parameters and seeds."""
-        temperature = np.array([p.temperature for p in params], np.float64)
+        temperature = np.array([0.0 if p.greedy else p.temperature for p in params], np.float64)
         greedy = temperature == 0
         power = 1 / np.where(greedy, 1.0, temperature)
         top_k = np.array([p.top_k for p in params], np.int64)
@@ -111,7 +111,7 @@ class Layout:
 def pick(layout: Layout, rules: Rules, draws: np.ndarray) -> np.ndarray:
     """Return [N] which column each draw falls on, or −1 where the tail could change that.
 
-    Top-k, top-p and min-p each cut the layout to a beginning, top-p after top-k.
+    Min-p, top-k and top-p each cut the layout to a beginning; top-p counts what the others left.
     """
     mass, tail = layout.mass, layout.tail
     width = mass.shape[1]
@@ -120,10 +120,18 @@ def pick(layout: Layout, rules: Rules, draws: np.ndarray) -> np.ndarray:
         cut = (rules.top_k > 0) & (rules.top_k <= known)
         known = np.where(cut, rules.top_k, known)
         tail = np.stack([np.where(rules.top_k > 0, 0.0, tail[0]), np.where(cut, 0.0, tail[1])])
+    if rules.has_min_p:
+        limited = rules.min_p > 0
+        columns = np.arange(width) < known[:, None]
+        likely = np.maximum(((mass >= (rules.min_p * mass[:, 0])[:, None]) & columns).sum(1), 1)
+        cut = limited & (likely < known)
+        known = np.where(cut, likely, known)
+        # of the tail, all or nothing may be likely enough
+        tail = np.stack([np.where(limited, 0.0, tail[0]), np.where(cut, 0.0, tail[1])])
     rows = np.arange(len(mass))
     reach = np.cumsum(mass, axis=1)
     last, good = reach[:, -1], np.True_
-    if layout.known is not None or rules.has_top_k:
+    if layout.known is not None or rules.has_top_k or rules.has_min_p:
         last = reach[rows, np.maximum(known, 1) - 1]
         reach = np.minimum(reach, last[:, None])
         good = (known > 0) & (last > 0)
@@ -139,15 +147,7 @@ def pick(layout: Layout, rules: Rules, draws: np.ndarray) -> np.ndarray:
             nucleus = rules.top_p < 1
             good = good & (inside | ~nucleus)
             held, open_tail = np.where(nucleus, edge, held), np.where(nucleus, 0.0, tail)
-    if rules.has_min_p:
-        limited = rules.min_p > 0
-        columns = np.arange(width) < known[:, None]
-        likely = np.maximum(((mass >= (rules.min_p * mass[:, 0])[:, None]) & columns).sum(1), 1) - 1
-        cut = limited & (likely < held)
-        held = np.where(cut, likely, held)
-        if open_tail is not None:  # of the tail, all or nothing may be likely enough
-            open_tail = np.where(cut | (limited & _IS_LEAST), 0.0, open_tail)
-    if rules.has_top_p or rules.has_min_p:
+    if rules.has_top_p:
         total = reach[rows, np.maximum(held, 0)]
         total = total if open_tail is None else total + open_tail
     picked = first_true(reach > (draws * total)[..., None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,14 +19,20 @@ class Live:
     """A request on its way.
 
     Attributes:
+        request_id: of no other request.
+        prompt: the text that was given; None where token ids were.
         params: what was asked.
+        eos_token_id: the end of sequence that is no reason worth telling; None where it is ignored.
         sequences, texts: of its completions.
         on_delta: told each delta; None: they are collected in `unread`.
         unread: deltas that nobody has read yet.
         output: the result, once all sequences have ended.
     """
 
+    request_id: str
+    prompt: str | None
     params: SamplingParams
+    eos_token_id: int | None
     sequences: tuple[Sequence, ...]
     texts: tuple[TextStream, ...]
     on_delta: Callable[[Delta], None] | None = None
@@ -49,7 +55,15 @@ class Live:
         text = self.texts[index].take(final=finished)
         if all(count < 0 for count in self._num_emitted):
             self.output = _output(self)
-        delta = Delta(text, new, self.output, index, sequence.finish_reason, tuple(sequence.logprobs[start:]))
+        delta = Delta(
+            text,
+            new,
+            self.output,
+            index,
+            sequence.finish_reason,
+            tuple(sequence.logprobs[start:]),
+            _stop_reason(self, index),
+        )
         if self.on_delta is not None:
             self.on_delta(delta)
         else:
@@ -74,7 +88,7 @@ def _output(live: Live) -> RequestOutput:
     completions = [_completion(live, index) for index in range(len(live.sequences))]
     if params.best_of is not None:
         completions.sort(key=lambda c: -(c.cumulative_logprob or 0.0) / max(len(c.token_ids), 1))
-        completions = completions[: params.n]
+        completions = [replace(one, index=place) for place, one in enumerate(completions[: params.n])]
     generated = sum(len(s.output_ids) for s in live.sequences)
     arrived = first.arrived_s or 0.0
     started = first.started_s if first.started_s is not None else arrived
@@ -90,6 +104,8 @@ def _output(live: Live) -> RequestOutput:
         preemptions=sum(s.num_preemptions for s in live.sequences),
     )
     return RequestOutput(
+        live.request_id,
+        live.prompt,
         first.prompt_ids,
         tuple(completions),
         metrics,
@@ -106,12 +122,20 @@ def _completion(live: Live, index: int) -> CompletionOutput:
         live.texts[index].text,
         tuple(sequence.output_ids),
         sequence.finish_reason,
+        _stop_reason(live, index),
         index,
         sequence.cumulative_logprob if counted else None,
         tuple(sequence.logprobs) if params.logprobs is not None else None,
         {name: _joined(pieces, sequence.num_tokens - 1) for name, pieces in sequence.taps.items()},
         sequence.error,
     )
+
+
+def _stop_reason(live: Live, index: int) -> int | str | None:
+    sequence, found = live.sequences[index], live.texts[index].stop_reason
+    if sequence.finish_reason != "stop" or found is not None:
+        return found if sequence.finish_reason == "stop" else None
+    return None if sequence.last_id == live.eos_token_id else sequence.last_id
 
 
 def _joined(pieces: list[tuple[int, np.ndarray]], num_positions: int) -> np.ndarray:

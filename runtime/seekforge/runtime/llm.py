@@ -25,7 +25,7 @@ from seekforge.runtime.cache_size import decide_num_blocks, free_memory
 from seekforge.runtime.chat import ChatEncoder
 from seekforge.runtime.core import Core, StepMetrics
 from seekforge.runtime.engine import Engine
-from seekforge.runtime.intake import Intake, Prompt, is_integer
+from seekforge.runtime.intake import Accepted, Intake, Prompt
 from seekforge.runtime.kv_cache import BlockPool, KvCache
 from seekforge.runtime.live import Live, raise_if_failed
 from seekforge.runtime.outputs import Delta, GenerationError, RequestOutput
@@ -33,7 +33,9 @@ from seekforge.runtime.sampling import TAPS, SamplingParams
 from seekforge.runtime.scheduler import Scheduler
 from seekforge.runtime.self_check import SelfCheckResult, run_self_check
 from seekforge.runtime.speculative import MAX_DRAFTS, SpeculationMetrics, SpeculationSwitch, Speculator
+from seekforge.runtime.tokenizer import Tokenizer
 from seekforge.runtime.turns import Turns
+from seekforge.runtime.values import is_integer, shown
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: int = 0,
+        priority: int | Sequence[int] = 0,
         timeout_s: float | None = None,
     ) -> list[RequestOutput]:
         """Answer `prompts` together, in as few steps as the engine's limits allow.
@@ -236,13 +238,14 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and is_integer(prompts[0]))
         batch: Sequence[Prompt] = [prompts] if single else prompts  # pyright: ignore[reportAssignmentType]
         each = self._params_for(len(batch), sampling_params)
-        encoded: list[tuple[int, ...]] = []
+        priorities = self._priorities(len(batch), priority)
+        accepted: list[Accepted] = []
         for index, (prompt, params) in enumerate(zip(batch, each, strict=True)):
             try:
-                encoded.append(self._intake.check(prompt, params))
+                accepted.append(self._intake.check(prompt, params))
             except RequestError as error:
                 raise (error if len(batch) == 1 else RequestError(f"prompt {index}: {error}")) from None
-        lives = self._start(list(zip(encoded, each, strict=True)), priority, timeout_s)
+        lives = self._start(accepted, priorities, timeout_s)
         try:
             self._turns.advance(lambda: all(live.output is not None for live in lives))
         finally:
@@ -282,9 +285,10 @@ class LLM:
             GenerationError: the engine failed; raised in place of the last delta.
         """
         params = sampling_params or self.default_sampling_params
-        ids = self._intake.check(prompt, params)
+        accepted = self._intake.check(prompt, params)
+        refuse_best_of(params)
         self._scheduler.check_queue(params.num_sequences)
-        return self._stream(ids, params, priority, timeout_s)
+        return self._stream(accepted, priority, timeout_s)
 
     def as_completed(
         self, requests: Iterable[tuple[Prompt, SamplingParams]], *, ahead: int | None = None
@@ -309,7 +313,7 @@ class LLM:
             while True:
                 while len(lives) < most and (entry := next(source, None)) is not None:
                     number, (prompt, params) = entry
-                    (lives[number],) = self._start([(self._intake.check(prompt, params), params)], 0, None)
+                    (lives[number],) = self._start([self._intake.check(prompt, params)], [0], None)
                 if not lives:
                     return
                 self._turns.advance(lambda: any(live.output is not None for live in lives.values()))
@@ -383,6 +387,10 @@ class LLM:
         """
         self._intake.check(prompt, params)
 
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the model: `encode`, `decode`, `vocab_size`."""
+        return self.engine.tokenizer
+
     def metrics(self) -> LLMMetrics:
         """Return the counters."""
         steps, seconds, prefill, decode, sampled = self._totals.tolist()
@@ -431,23 +439,33 @@ class LLM:
             raise RequestError(f"{len(given)} sampling_params for {count} prompts; pass one, or one each")
         return given
 
+    def _priorities(self, count: int, given: int | Sequence[int]) -> Sequence[int]:
+        if is_integer(given):
+            return [given] * count  # pyright: ignore[reportReturnType]
+        if not isinstance(given, Sequence) or not all(map(is_integer, given)):
+            raise RequestError(f"priority is {shown(given)}, expected a whole number, or one for each prompt")
+        if len(given) != count:
+            raise RequestError(f"{len(given)} priorities for {count} prompts; pass one, or one each")
+        return given
+
     def _start(
         self,
-        requests: Sequence[tuple[tuple[int, ...], SamplingParams]],
-        priority: int,
+        requests: Sequence[Accepted],
+        priorities: Sequence[int],
         timeout_s: float | None,
         on_delta: Callable[[Delta], None] | None = None,
     ) -> list[Live]:
         """Put requests that were checked into the queue, all or none; they are dropped by whoever started them."""
         return self._turns.enter(
-            sum(params.num_sequences for _, params in requests),
-            lambda: [self._intake.make(ids, params, priority, timeout_s, on_delta) for ids, params in requests],
+            sum(request.params.num_sequences for request in requests),
+            lambda: [
+                self._intake.make(request, priority, timeout_s, on_delta)
+                for request, priority in zip(requests, priorities, strict=True)
+            ],
         )
 
-    def _stream(
-        self, prompt_ids: tuple[int, ...], params: SamplingParams, priority: int, timeout_s: float | None
-    ) -> Iterator[Delta]:
-        (live,) = self._start([(prompt_ids, params)], priority, timeout_s)
+    def _stream(self, request: Accepted, priority: int, timeout_s: float | None) -> Iterator[Delta]:
+        (live,) = self._start([request], [priority], timeout_s)
         try:
             while live.unread or live.output is None:
                 self._turns.advance(lambda: bool(live.unread))
@@ -462,6 +480,16 @@ class LLM:
         self._totals += (1, step.seconds, step.num_prefill_tokens, step.num_decode_tokens, step.num_sampled)
         if self._on_step is not None:
             self._on_step(step)
+
+
+def refuse_best_of(params: SamplingParams) -> None:
+    """Refuse what cannot be streamed.
+
+    Raises:
+        RequestError: which completions are returned is known at the end only.
+    """
+    if params.best_of not in (None, params.n):
+        raise RequestError("best_of cannot be streamed, since the best are known at the end only; use generate")
 
 
 def _limit(name: str, asked: int | None, engine_limit: int) -> int:

@@ -49,11 +49,14 @@ class CompletionOutput:
     """One completion.
 
     Attributes:
-        text: of `token_ids`, without special tokens, and without the stop string that ended it.
+        text: of `token_ids`, without special tokens, and without the stop string or stop token that ended it; what
+            `skip_special_tokens` and `include_stop_str_in_output` ask for is there.
         token_ids: all that were generated, the one that ended the request included.
         finish_reason: "stop" (end of sequence, stop token or stop string), "length" (max_tokens), "timeout", "abort" or
             "error".
-        index: which of the request's.
+        stop_reason: the stop string, or the stop token, that ended it; None for the model's end of sequence and other
+            finish reasons.
+        index: its place among the request's outputs.
         cumulative_logprob: sum over `token_ids`; None unless `logprobs` or `best_of` was asked.
         logprobs: of each token; None unless asked.
         taps: name ("expert_ids.3") -> [positions, k]: what was chosen at each position of prompt and completion but
@@ -64,6 +67,7 @@ class CompletionOutput:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    stop_reason: int | str | None = None
     index: int = 0
     cumulative_logprob: float | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
@@ -76,15 +80,27 @@ class RequestOutput:
     """A finished request.
 
     Attributes:
+        request_id: of no other request of this `LLM`.
+        prompt: the text that was given; None where token ids were.
+        prompt_token_ids: what was computed: with `truncate_prompt_tokens` the end of the prompt.
+        finished: always true: what a stream has so far is in its deltas.
         outputs: `n` completions; of `best_of` ones the best, best first.
         prompt_logprobs: of each token of the prompt, None for the first; None unless asked.
     """
 
+    request_id: str
+    prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     metrics: RequestMetrics
     usage: Usage
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finished: bool = True
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were found in the prefix cache."""
+        return self.metrics.cached_tokens
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,7 @@ class Delta:
         token_ids: the new tokens.
         output: the whole request, in the last delta only.
         index: which completion.
-        finish_reason: of that completion, in its last delta.
+        finish_reason, stop_reason: of that completion, in its last delta.
         logprobs: of the new tokens; empty unless asked.
     """
 
@@ -107,6 +123,7 @@ class Delta:
     index: int = 0
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_reason: int | str | None = None
 
 
 class GenerationError(EngineError):

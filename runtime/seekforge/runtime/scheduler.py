@@ -151,6 +151,11 @@ class Scheduler:
         """Sequences that hold blocks."""
         return len(self._running)
 
+    @property
+    def max_num_tokens(self) -> int:
+        """Most tokens that a sequence can have, prompt and generated, by the context and the whole cache."""
+        return min(self.max_model_len, self.cache.pool.num_usable * self.block_size)
+
     def check_request(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuse a request that could never be served, before anything is done for any.
 
@@ -191,7 +196,7 @@ class Scheduler:
         Raises:
             RequestError: as `check_request`. Whether the queue has room is for the caller to ask first.
         """
-        self.check_request(len(sequence.prompt_ids), sequence.params.max_tokens)
+        self.check_request(len(sequence.prompt_ids), sequence.max_tokens)
         sequence.order = (self._iteration + sequence.priority * PRIORITY_STEPS, next(self._arrivals))
         self._wait(sequence)
         for one in (sequence, *sequence.siblings):
@@ -326,7 +331,7 @@ class Scheduler:
 
     def _room(self, sequence: Sequence) -> int:
         """Drafts that could be accepted: one token is sampled after them."""
-        return sequence.params.max_tokens - len(sequence.output_ids) - 1
+        return sequence.max_tokens - len(sequence.output_ids) - 1
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room in a running sequence's table, at the cost of those behind it; False if it had to yield itself."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 
+from seekforge.runtime.bad_words import BadWords
 from seekforge.runtime.kv_cache import Table
 from seekforge.runtime.sampling import SamplingParams
 
@@ -29,18 +30,69 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position, of the model alone: before temperature, penalties, bias and grammar.
+class Logprob:
+    """The log-probability of one token at one position.
+
+    Attributes:
+        logprob: of the model alone: before temperature, penalties, bias and grammar.
+        rank: 1 for the likeliest token; of equally likely ones the lowest id comes first.
+        decoded_token: what the token looks like by itself; None with `detokenize=False`.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs(Mapping[int, Logprob]):
+    """Log-probabilities at one position: a mapping from token id to `Logprob`, that of the token there first.
 
     Attributes:
         token_id: the token that stands there.
-        logprob: of that token.
+        logprob, rank: of that token.
         top: the most likely tokens with theirs, falling; as many as were asked for.
     """
 
     token_id: int
     logprob: float
+    rank: int
     top: tuple[tuple[int, float], ...] = ()
+    token_text: Callable[[int], str] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def decoded_token(self) -> str | None:
+        """What the token looks like by itself; None with `detokenize=False`."""
+        return None if self.token_text is None else self.token_text(self.token_id)
+
+    def __getitem__(self, token: int) -> Logprob:
+        text = None if self.token_text is None else self.token_text(token)
+        if token == self.token_id:
+            return Logprob(self.logprob, self.rank, text)
+        for rank, (other, value) in enumerate(self.top, 1):
+            if other == token:
+                return Logprob(value, rank, text)
+        raise KeyError(token)
+
+    def __iter__(self) -> Iterator[int]:
+        yield self.token_id
+        yield from (token for token, _ in self.top if token != self.token_id)
+
+    def __len__(self) -> int:
+        return len(self.top) + all(token != self.token_id for token, _ in self.top)
+
+    def items(self) -> ItemsView[int, Logprob]:
+        """Return the pairs, made at once: looking each token up by itself would take the square of their number."""
+        text = self.token_text or (lambda _: None)
+        pairs = {self.token_id: Logprob(self.logprob, self.rank, text(self.token_id))}
+        for rank, (token, value) in enumerate(self.top, 1):
+            if token != self.token_id:
+                pairs[token] = Logprob(value, rank, text(token))
+        return pairs.items()
+
+    def values(self) -> ValuesView[Logprob]:
+        """Return those of all tokens."""
+        return dict(self.items()).values()
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +109,12 @@ class Sequence:
         deadline_s: monotonic time at which it is ended; None is never.
         on_token: told each generated token; returns whether it completes a stop string.
         grammar: restricts the next token.
-        bad_words: token sequences that must not appear.
+        bad_words: what must not be generated.
+        allowed: [vocab_size] bool, the only tokens that may be chosen; None: all.
+        early_ids: like those of `stop_ids`, they cannot be chosen before `min_tokens`: the ends of sequence also where
+            they are ignored.
+        token_text: gives the text of a token, for log-probabilities; None: it is not wanted.
+        max_tokens: most tokens to generate; 0 takes what `params` say.
         speculates: whether tokens are drafted for it.
         siblings: sequences of the same request, which start when this one's prompt is computed and then share it.
         table: its cache blocks.
@@ -85,7 +142,11 @@ class Sequence:
     deadline_s: float | None = None
     on_token: Callable[[int], bool] | None = None
     grammar: Grammar | None = None
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    bad_words: BadWords | None = None
+    allowed: np.ndarray | None = None
+    early_ids: frozenset[int] = frozenset()
+    token_text: Callable[[int], str] | None = None
+    max_tokens: int = 0
     speculates: bool = False
     siblings: tuple[Sequence, ...] = ()
     table: Table = field(default_factory=lambda: Table(b""))
@@ -110,6 +171,7 @@ class Sequence:
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
+        self.max_tokens = self.max_tokens or self.params.max_tokens or 0
         self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
         self.last_id = self.output_ids[-1] if self.output_ids else self.prompt_ids[-1] if self.prompt_ids else 0
 
@@ -121,12 +183,13 @@ class Sequence:
     @property
     def max_num_tokens(self) -> int:
         """Most tokens this sequence can reach."""
-        return len(self.prompt_ids) + self.params.max_tokens
+        return len(self.prompt_ids) + self.max_tokens
 
     @property
     def reads_cache(self) -> bool:
         """Whether positions found in the prefix cache may be skipped: not when something of each is wanted."""
-        return self.params.prompt_logprobs is None and not self.params.taps
+        params = self.params
+        return params.prompt_logprobs is None and not params.taps and not params.skip_reading_prefix_cache
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the known tokens at positions [start, stop)."""
@@ -146,5 +209,5 @@ class Sequence:
         count = len(self.output_ids)
         if token in self.stop_ids or completes:
             self.finish_reason = "stop"
-        elif count >= self.params.max_tokens:
+        elif count >= self.max_tokens:
             self.finish_reason = "length"

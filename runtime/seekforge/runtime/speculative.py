@@ -132,7 +132,7 @@ class Speculator:
 
     def _most(self, sequence: Sequence) -> int:
         """Drafts that could be accepted: one token is sampled after them."""
-        return min(self.num_drafts, sequence.params.max_tokens - len(sequence.output_ids) - 1)
+        return min(self.num_drafts, sequence.max_tokens - len(sequence.output_ids) - 1)
 
     def _fits(self, sequence: Sequence, depth: int, num_blocks: int) -> bool:
         """Whether the entry that the next draft writes lies in the sequence's blocks, as far as the step knows them."""

@@ -7,13 +7,16 @@ UTF-8, so the deltas of a stream join to exactly the text of all its tokens.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers.decoders import ByteLevel
 
 from seekforge.plugins.errors import EngineError, RequestError
 from seekforge.plugins.formats.tokenizer_file import guarded, read_tokenizer
+from seekforge.runtime.vocabulary import Vocabulary
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -48,7 +51,33 @@ class Tokenizer:
             )
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
+        self._added = {token: entry.content for token, entry in added.items()}
         self._bytes: dict[int, bytes] = {}
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens marked special, which have no text unless they are asked for."""
+        return self._special
+
+    @property
+    def added_texts(self) -> dict[int, str]:
+        """The texts of tokens that are not of the byte-level vocabulary: special ones, and others like `<think>`."""
+        return dict(self._added)
+
+    @cached_property
+    def special_texts(self) -> re.Pattern[str] | None:
+        """What finds the text of a special token; None where there is none."""
+        texts = sorted((self._added[token] for token in self._special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of all tokens, to be searched."""
+        return Vocabulary([self.written_bytes(token) for token in range(self._num_ids)])
+
+    @property
+    def _num_ids(self) -> int:
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def vocab_size(self) -> int:
@@ -68,36 +97,47 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise RequestError(f"the prompt cannot be encoded: the tokenizer refuses it ({error})") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        bytes_of = self.token_bytes if skip_special_tokens else self.written_bytes
+        return b"".join(map(bytes_of, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that `token` stands for; none for special and unknown ids."""
+        return b"" if token in self._special else self.written_bytes(token)
+
+    def written_bytes(self, token: int) -> bytes:
+        """Return the bytes that `token` stands for where special tokens are written out; none for unknown ids."""
         known = self._bytes.get(token)
         if known is None:
             known = self._bytes[token] = self._look_up(token)
         return known
 
+    def token_text(self, token: int) -> str:
+        """Return what one token looks like by itself; half a character is U+FFFD."""
+        return self.written_bytes(token).decode("utf-8", "replace")
+
     def _look_up(self, token: int) -> bytes:
-        text = None if token in self._special else self._tokenizer.id_to_token(token)
+        if token in self._added:
+            return self._added[token].encode()  # an added token is its own text
+        text = self._tokenizer.id_to_token(token) if token >= 0 else None
         if text is None:
             return b""
         if all(char in _BYTE_OF_CHAR for char in text):
             return bytes(_BYTE_OF_CHAR[char] for char in text)
-        return text.encode()  # an added token is its own text
+        return text.encode()
 
 
 class Detokenizer:
     """Turns the tokens of one stream into text as they come."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._bytes_of = tokenizer.token_bytes if skip_special_tokens else tokenizer.written_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """Take one token and return the text that it completes; empty while a character is unfinished."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        return self._decoder.decode(self._bytes_of(token))
 
     def finish(self) -> str:
         """Return what is left: U+FFFD for a character that never got its last byte, else nothing."""

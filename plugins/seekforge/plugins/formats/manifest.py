@@ -205,8 +205,9 @@ class Manifest(Record):
         stages: graph -> what a step runs one after the other, where it was cut; `file` of the whole graph is then the
             first. `handover_out.N` of one is `handover.N` of a later one. Layers that differ in names alone have one
             plan: stages of one `file` correspond tensor by tensor, and the plan has the names of the first.
-        vocab_size, num_top_logits, eos_token_id, bos_token_id: what decoding needs of the model.
-        generation: defaults of the checkpoint's generation_config.json (temperature, top_p).
+        vocab_size, num_top_logits, bos_token_id: what decoding needs of the model.
+        eos_token_id: the end of sequence, or several: each ends a request.
+        generation: sampling defaults of the checkpoint's generation_config.json, by the names of `SamplingParams`.
         tokenizer: path of tokenizer.json in the engine folder.
         config: the checkpoint's config.json.
         build: Python, platform and options, for people.
@@ -236,7 +237,7 @@ class Manifest(Record):
     vocab_size: int
     num_top_logits: int
     bos_token_id: int
-    eos_token_id: int
+    eos_token_id: int | tuple[int, ...]
     generation: dict[str, float]
     tokenizer: RelativePath
     files: tuple[FileDigest, ...]
@@ -251,6 +252,11 @@ class Manifest(Record):
     audit: Audit | None = None
     quantisation: Quantisation | None = None
     digest: str = ""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ends of sequence, the model's own first."""
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     def plans(self, graph: str) -> tuple[GraphIO, ...]:
         """Return what a step of `graph` runs, in order."""
