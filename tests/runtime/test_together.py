@@ -125,7 +125,7 @@ def test_blocks_of_other_numerics_or_another_cache_are_other_blocks(toy_engine: 
     ]
     roots: set[bytes] = set()
     with LLM(engine, threads=1, num_blocks=9) as llm:
-        live = llm._intake.make((5, 6), SamplingParams(), 0, None, None)
+        live = llm._intake.make(llm._intake.check((5, 6), SamplingParams()), 0, None, None)
         for other in others:
             object.__setattr__(llm.engine, "manifest", other)
             roots.add(llm._intake.root(live.sequences[0]))
@@ -143,7 +143,7 @@ def test_the_example_of_the_documentation_runs(toy_engine: Path, tmp_path: Path,
     (tmp_path / "engine").symlink_to(toy_engine)
     monkeypatch.chdir(tmp_path)
     # the toy carries no chat encoding; the answer to a conversation has a test on the tiny model
-    monkeypatch.setattr(LLM, "chat_prompt", lambda self, messages, thinking=False: json.dumps(messages))
+    monkeypatch.setattr(LLM, "chat_prompt", lambda self, messages, **_: json.dumps(messages))
     names: dict[str, object] = {}
     exec(compile(example, str(DOCS), "exec"), names)
     assert names["colour"][0].outputs[0].text in ("red", "blue")  # pyright: ignore[reportIndexIssue]

@@ -166,9 +166,7 @@ class LLM:
                 "memory (num_blocks or kv_cache_memory)"
             )
         self.max_model_len = min(longest, holds)
-        self.default_sampling_params = SamplingParams(
-            temperature=manifest.generation.get("temperature", 1.0), top_p=manifest.generation.get("top_p", 1.0)
-        )
+        self.default_sampling_params = _default_params(manifest)
         place = None if checkpoint is None else Path(checkpoint)
         backend = self.engine.open_backend(threads=threads, checkpoint=place, progress=on_load)
         if deterministic:
@@ -498,6 +496,16 @@ def _limit(name: str, asked: int | None, engine_limit: int) -> int:
     if not 1 <= asked <= engine_limit:
         raise EngineError(f"{name} is {asked}, this engine allows 1 to {engine_limit}; build it with a higher limit")
     return asked
+
+
+def _default_params(manifest: Manifest) -> SamplingParams:
+    given: dict[str, Any] = {**manifest.generation}
+    if given.get("top_k", 0.0) == int(given.get("top_k", 0.0)):
+        given["top_k"] = int(given.get("top_k", 0.0))
+    try:
+        return SamplingParams(**given)
+    except RequestError as error:
+        raise EngineError(f"manifest.json, key 'generation': {error}; build the engine again") from None
 
 
 def _drafts(manifest: Manifest, asked: int) -> int:

@@ -18,7 +18,7 @@ from seekforge.plugins.formats.manifest import MANIFEST, TARGET, Limits
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.paths import inside
 from seekforge.plugins.formats.program import GraphIO, Program
-from seekforge.plugins.formats.reading import read_bytes, read_json
+from seekforge.plugins.formats.reading import read_bytes
 
 #: Sizes of a step are 31-bit numbers.
 _MOST = 2**31 - 1
@@ -183,20 +183,3 @@ def copy_text_files(program: Program, program_folder: Path, folder: Path) -> lis
         except FileNotFoundError:
             raise ProgramError(f"{source}: missing; export the program again") from None
     return list(program.files)
-
-
-def generation_defaults(program_folder: Path) -> dict[str, float]:
-    """Sampling defaults of generation_config.json; the model card's where the file is missing."""
-    path = program_folder / "generation_config.json"
-    try:
-        raw = read_json(path) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ProgramError(f"{path}: cannot be read ({reason}); take the checkpoint's file") from None
-    if not isinstance(raw, dict):
-        raise ProgramError(f"{path}: holds a {type(raw).__name__}, expected an object such as {{'temperature': 1.0}}")
-    found = {"temperature": raw.get("temperature", 1.0), "top_p": raw.get("top_p", 0.95)}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ProgramError(f"{path}: {name} is {value!r:.60}, expected a number")
-    return {name: float(value) for name, value in found.items()}

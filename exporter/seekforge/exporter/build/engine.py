@@ -27,12 +27,12 @@ from seekforge.exporter.build.common import (
     check_same_model,
     copy_text_files,
     fit_limits,
-    generation_defaults,
     read_graph,
     size_words,
     write_target,
 )
 from seekforge.exporter.build.fold import WeightFile, fold_weights, limit_tables
+from seekforge.exporter.build.generation import read_generation
 from seekforge.exporter.build.quantise import choose
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import Precision, TargetConfig
@@ -140,6 +140,7 @@ def check(
     bindings = load_bindings(program_folder)
     check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
+    read_generation(program_folder, config)
     whole = ModelConfig.load(checkpoint_folder)
     check_same_model(program, config, whole, checkpoint_folder)
     limits = target.limits
@@ -291,6 +292,7 @@ def build(
         progress.say(planned.warning)
     program, bindings, config = planned.program, planned.bindings, planned.config
     limits, coded = planned.limits, planned.coded
+    generation = read_generation(program_folder, config)
     how = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
     with (
         Checkpoint.open(checkpoint_folder) as checkpoint,
@@ -330,8 +332,8 @@ def build(
             vocab_size=config.vocab_size,
             num_top_logits=config.num_top_logits,
             bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            generation=generation_defaults(program_folder),
+            eos_token_id=generation.eos_token_id,
+            generation=generation.defaults,
             tokenizer="tokenizer.json",
             files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
             self_check=self_check,

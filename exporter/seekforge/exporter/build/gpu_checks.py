@@ -16,6 +16,7 @@ import onnx
 
 from seekforge.exporter.build.common import check_program, check_same_model, read_graph
 from seekforge.exporter.build.compiler import Options
+from seekforge.exporter.build.generation import read_generation
 from seekforge.exporter.build.prepare import wide_weights
 from seekforge.exporter.build.profiles import axis_bounds, largest_step, spanning
 from seekforge.exporter.build.targets import TargetConfig
@@ -125,6 +126,7 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     bindings = load_bindings(program_folder)
     check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
+    read_generation(program_folder, config)
     graphs = {name: read_graph(program_folder, face) for name, face in program.graphs.items()}
     wide = {
         name: wide_weights(graph, [spec.name for spec in program.graphs[name].with_role("weight")])

@@ -14,8 +14,9 @@ from typing import Any
 import onnx
 
 from seekforge.exporter.build import audit
-from seekforge.exporter.build.common import copy_text_files, generation_defaults, write_target
+from seekforge.exporter.build.common import copy_text_files, write_target
 from seekforge.exporter.build.compiler import Compiled
+from seekforge.exporter.build.generation import read_generation
 from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_bytes
 from seekforge.exporter.build.gpu_kernels import count_images, kernel_files, min_drivers
 from seekforge.exporter.build.prepare import Prepared
@@ -157,7 +158,7 @@ def make_manifest(
     (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how), encoding="utf-8")
     plans = dict.fromkeys(stage.file for name, face in faces.items() for stage in made.stages.get(name, (face,)))
     files += [BINDINGS, write_target(folder, target, planned.limits), *plans, *kernel_files(folder, made.kernels)]
-    generation = generation_defaults(inputs.folder)
+    generation = read_generation(inputs.folder, config)
     cache_layers = [int(s.name.partition(".")[2]) for s in faces["model"].with_role("cache")]
     return Manifest(
         format=ENGINE_FORMAT,
@@ -183,8 +184,8 @@ def make_manifest(
         vocab_size=config.vocab_size,
         num_top_logits=config.num_top_logits,
         bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        generation=generation,
+        eos_token_id=generation.eos_token_id,
+        generation=generation.defaults,
         tokenizer="tokenizer.json",
         files=tuple(digest_file(folder, name) for name in files),
         self_check=None,
