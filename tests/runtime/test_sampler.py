@@ -469,3 +469,50 @@ def test_tokens_are_counted_as_they_come_and_leave_nothing_behind() -> None:
                     allowed=None if sequence.grammar is None else sequence.grammar.allowed(),
                 )
                 np.testing.assert_allclose(found[row], draw.apply(logits[row]), rtol=1e-12)
+
+
+EXTREMES = [5e-324, 1e-308, 9.9e-6, 1e-5, 1e-3, 0.02, 1.0, 50.0, 1e30, 1e308, 1.7976931348623157e308]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("spread", [0.0, 1.0, 1e4, 1e37])
+@pytest.mark.parametrize("k", [1, 16, VOCAB])
+def test_extreme_temperatures_and_penalties_warn_of_nothing(spread: float, k: int) -> None:
+    """All in one batch with ordinary rows: what one asks for touches nobody else, and no arithmetic overflows."""
+    logits = logits_rows(2 * len(EXTREMES), spread, seed=4)
+    plain = [Draw(SamplingParams(temperature=t, top_p=0.9 if i % 2 else 1.0), 3, i) for i, t in enumerate(EXTREMES)]
+    changed = [
+        Draw(
+            SamplingParams(temperature=t, repetition_penalty=r, frequency_penalty=2, logit_bias={3: 100, 4: -100}),
+            3,
+            i,
+            output=(3, 4, 5),
+        )
+        for i, (t, r) in enumerate(zip(EXTREMES, [1e-320, 1e-300, 1e300, 1.7e308, *[1.1] * 7], strict=True))
+    ]
+    tokens = sample([*plain, *changed], top_of(logits, k), lambda: logits)
+    assert min(tokens) >= 0
+    for row, temperature in enumerate(EXTREMES):
+        if temperature < 1e-5:
+            assert tokens[row] == logits[row].argmax()
+        alone = sample([plain[row]], top_of(logits[row : row + 1], k), lambda row=row: logits[row : row + 1])
+        assert alone == [tokens[row]]
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-9, 9.99e-6])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = np.zeros((50, VOCAB), np.float32)
+    draws = [Draw(SamplingParams(temperature=temperature), seed=2, index=i) for i in range(50)]
+    assert set(sample(draws, top_of(logits, 8), Never())) == {0}
+    assert not needs_full_logits(SamplingParams(temperature=temperature))
+
+
+def test_min_p_comes_before_top_p() -> None:
+    """Of 0.4, 0.3 and twelve of 0.025, min-p 0.5 leaves two; 0.55 of what they weigh together is the first alone."""
+    p = np.array([0.4, 0.3, *[0.025] * 12])
+    logits = np.repeat(np.log(p)[None].astype(np.float32), 400, axis=0)
+    draws = [Draw(SamplingParams(min_p=0.5, top_p=0.55), 1, i) for i in range(400)]
+    assert set(sample(draws, top_of(logits, 8), lambda: logits)) == {0}
+    assert set(
+        sample([replace(d, params=SamplingParams(top_p=0.55)) for d in draws], top_of(logits, 8), lambda: logits)
+    ) == {0, 1}

@@ -59,3 +59,82 @@ def test_min_tokens_and_half_characters(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a") * 6
     assert run(tokenizer, ids, ["aa"], min_tokens=4)[0] == "aa"
     assert run(tokenizer, tokenizer.encode("🎉")[:1], [])[0] in ("🎉", "\ufffd")
+
+
+EOS = "<｜end▁of▁sentence｜>"
+
+
+@given(
+    pieces=st.lists(st.sampled_from(["a", "b", "ab", "é", "x ", EOS, "<think>", "🎉", "｜"]), max_size=16),
+    stop=st.lists(st.sampled_from(["a", "ab", "ba", EOS, "b" + EOS, EOS + "a", "🎉", "a<think>", "é" * 2]), max_size=3),
+    include=st.booleans(),
+    min_tokens=st.integers(0, 8),
+    skip=st.booleans(),
+)
+def test_deltas_join_to_the_text_and_stops_count_from_min_tokens_on(
+    tokenizer: Tokenizer, pieces, stop, include, min_tokens, skip
+) -> None:
+    """Against a plain search of the text so far, token by token, special tokens written out and not."""
+    ids = [token for piece in pieces for token in tokenizer.encode(piece)]
+    options = {"include_stop": include, "min_tokens": min_tokens, "skip_special_tokens": skip}
+    found, deltas, stopped = run(tokenizer, ids, stop, **options)
+    assert "".join(deltas) == found
+    before = (0, 0)
+    for count in range(1, len(ids) + 1):
+        texts = [
+            tokenizer.decode(ids[:count], skip_special_tokens=skipped).rstrip("\ufffd") for skipped in (skip, False)
+        ]
+        ends = [
+            any(text.find(one, max(start - len(one) + 1, 0)) >= 0 for one in stop)
+            for text, start in zip(texts, before, strict=True)
+        ]
+        before = (len(texts[0]), len(texts[1]))
+        if any(ends) and count >= min_tokens:
+            break
+    else:
+        assert not stopped and found == tokenizer.decode(ids, skip_special_tokens=skip)
+        return
+    assert stopped
+    whole = tokenizer.decode(ids[:count], skip_special_tokens=skip)
+    if include:
+        assert any(found.endswith(one) for one in stop)
+    else:
+        assert whole.startswith(found)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "text"),
+    [
+        (["a", EOS, "b"], [EOS], "a"),
+        (["a", EOS, "b"], ["a" + EOS], ""),
+        (["x ", EOS, "a", "b"], [EOS + "ab"], "x "),
+        (["x ", EOS, "a", "b"], ["ab"], "x "),
+        (["a", EOS, "b"], ["ab"], ""),
+    ],
+)
+def test_a_stop_string_may_hold_a_special_token(tokenizer: Tokenizer, pieces, stop, text) -> None:
+    ids = [token for piece in pieces for token in tokenizer.encode(piece)]
+    found, deltas, stopped = run(tokenizer, ids, stop)
+    assert stopped and found == text == "".join(deltas)
+
+
+def test_what_ends_the_request_is_left_out_or_shown(tokenizer: Tokenizer) -> None:
+    think, end = tokenizer.encode("<think>" + EOS)
+    for include, skip, text in ((False, False, "a"), (True, False, "a" + EOS), (True, True, "a"), (False, True, "a")):
+        stream = TextStream(tokenizer, include_stop=include, skip_special_tokens=skip, stop_ids=[end])
+        for token in [*tokenizer.encode("a"), end]:
+            stream.push(token)
+        assert stream.take(final=True) == stream.text == text
+    stream = TextStream(tokenizer, stop_ids=[think])
+    stream.push(think)
+    assert stream.take(final=True) == ""
+
+
+def test_a_stop_string_of_many_letters_is_searched_in_linear_time(tokenizer: Tokenizer) -> None:
+    """A hundred thousand letters, each of which could begin it: squared, this would not end."""
+    letter = tokenizer.encode("a")
+    stream = TextStream(tokenizer, ["a" * 50_000 + "b"])
+    for _ in range(100_000):
+        stream.push(letter[0])
+        stream.take()
+    assert len(stream.take(final=True)) == 50_000
