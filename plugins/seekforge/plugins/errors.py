@@ -49,7 +49,7 @@ class EngineError(SeekforgeError):
     """An engine folder is damaged, of another version, or does not compute what it should."""
 
 
-class RequestError(SeekforgeError):
+class RequestError(SeekforgeError, ValueError):
     """A generation request cannot be served: empty prompt, too long, bad sampling parameter."""
 
 

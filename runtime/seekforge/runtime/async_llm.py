@@ -68,7 +68,8 @@ class AsyncLLM:
         timeout_s: float | None = None,
     ) -> AsyncIterator[Delta]:
         """Answer one prompt step by step. Arguments and errors as `LLM.stream`."""
-        refuse_best_of(sampling_params or self.llm.default_sampling_params)
+        if isinstance(sampling_params, SamplingParams):
+            refuse_best_of(sampling_params)
         async with aclosing(
             self._stream(prompt, sampling_params, priority=priority, timeout_s=timeout_s)
         ) as deltas:  # closing this generator ends the request at once
@@ -78,7 +79,6 @@ class AsyncLLM:
     async def _stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None, *, priority: int, timeout_s: float | None
     ) -> AsyncGenerator[Delta, None]:
-        params = sampling_params or self.llm.default_sampling_params
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta] = asyncio.Queue()
 
@@ -86,8 +86,11 @@ class AsyncLLM:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, delta)
 
-        accepted = await asyncio.to_thread(self.llm._intake.check, prompt, params)
-        (live,) = self.llm._start([accepted], [priority], timeout_s, arrived)
+        # in another thread: a long prompt or a large grammar takes its time, and holds up no one else
+        accepted, order, timeout = await asyncio.to_thread(
+            self.llm.accept, prompt, sampling_params, priority=priority, timeout_s=timeout_s
+        )
+        (live,) = self.llm._start([accepted], [order], timeout, arrived)
         try:
             while True:
                 delta = await queue.get()

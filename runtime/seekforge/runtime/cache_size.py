@@ -6,6 +6,7 @@ What a block takes, and on a GPU what the weights, scratch memory and activation
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -78,9 +79,12 @@ def cache_budget(manifest: Manifest, free_bytes: int | None) -> int | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that can be used without swapping, a container's limit included; None: nobody tells."""
-    found = [value for value in (_system_memory(), _container_memory()) if value is not None]
-    return min(found, default=None)
+    """Bytes of main memory that this process can have without swapping; None: nobody tells.
+
+    The least of what the system has, and of what the limits of control groups and of the process (`ulimit -v`) leave.
+    """
+    found = (_system_memory(), _container_memory(), _process_memory())
+    return min((max(value, 0) for value in found if value is not None), default=None)
 
 
 def _system_memory() -> int | None:
@@ -96,10 +100,42 @@ def _system_memory() -> int | None:
         return None
 
 
-def _container_memory(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the limit of a control group (version 2) leaves, or None where there is none."""
+def _container_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the limits of this process's control group and those above it leave, or None where there are none.
+
+    Args:
+        root: where control groups are mounted; of version 1 the controller `memory` is a folder below.
+        groups: lines "number:controllers:path"; inside a container the path may lie outside of what is mounted.
+    """
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        return None if limit == "max" else int(limit) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        lines = []
+    left: list[int] = []
+    for folder, limit, current, chosen in (
+        (root, "memory.max", "memory.current", lambda controllers: not controllers),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", lambda c: "memory" in c.split(",")),
+    ):
+        paths = [line[2].strip("/") for line in lines if len(line) == 3 and chosen(line[1])]
+        places = {folder, *(place for path in paths for place in (folder / path, *(folder / path).parents))}
+        for place in places:
+            if place == folder or folder in place.parents:
+                with contextlib.suppress(OSError, ValueError):  # no such limit here, or "max"
+                    left.append(int((place / limit).read_text()) - int((place / current).read_text()))
+    return min(left, default=None)
+
+
+def _process_memory() -> int | None:
+    """What the limit of this process's address space leaves, or None where there is none."""
+    try:
+        import resource  # not everywhere
+    except ImportError:
         return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        used = 0
+    return limit - used

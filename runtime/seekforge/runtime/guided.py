@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,8 +25,15 @@ from seekforge.runtime.sequence import Grammar
 from seekforge.runtime.tokenizer import Tokenizer
 from seekforge.runtime.vocabulary import Vocabulary
 
-#: How many sets of choices are kept ready.
+#: How many sets of choices, and how many grammars, are kept ready.
 _KEPT = 32
+#: Most bytes of a schema, an expression or a grammar, and most symbols and entries of a row that the library may make
+#: of it: what is within takes some seconds to compile (of the thread that asks) and tenths of a second per token.
+_MAX_BYTES: Final = 256 << 10
+_LIMITS: Final = {"max_grammar_size": 20_000, "max_items_in_row": 20_000, "verbose_errors": False}
+#: Stack of the thread that compiles: the library goes down once per rule, and a stack that ends ends the process.
+_STACK_BYTES: Final = 64 << 20
+_STACK_LOCK = threading.Lock()
 #: Of a Lark grammar: what is no name of a token: texts, regular expressions, comments.
 _LARK_LITERALS = r'"(?:\\.|[^"\\\n])*"|/(?![/*])(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*'
 
@@ -95,36 +103,52 @@ class Grammars:
         self._vocab_size = vocab_size
         self._ends = tuple(eos_token_ids)
         self._choices = functools.lru_cache(_KEPT)(self._make_choices)
+        self._compiled = functools.lru_cache(_KEPT)(self._compile)
 
-    def check(self, form: StructuredOutputsParams, max_tokens: int) -> None:
-        """Refuse a form that cannot be used, or that no completion of so many tokens could have.
+    def compile(self, form: StructuredOutputsParams, max_tokens: int) -> Callable[[], Grammar]:
+        """Return what makes matchers at the beginning of their text, which takes no time any more.
 
-        Raises:
-            RequestError: the form is wrong or too complex, or too long.
-            EnvironmentFault: llguidance is needed and not installed.
-        """
-        if form.choice is not None:
-            self._choices(tuple(form.choice)).check(max_tokens)
-        else:
-            self.matcher(form, max_tokens)
-
-    def matcher(self, form: StructuredOutputsParams, max_tokens: int) -> Grammar:
-        """Return a matcher at the beginning of its text.
+        Compiling may take seconds; it is done by the thread that calls, and others go on meanwhile.
 
         Args:
             form: what the text must be.
             max_tokens: most tokens of the text, its end of sequence included.
 
         Raises:
-            RequestError: the form is wrong or too complex.
+            RequestError: the form is wrong or too complex, or too long for any completion.
             EnvironmentFault: llguidance is needed and not installed.
         """
         if form.choice is not None:
-            return ChoiceMatcher(self._choices(tuple(form.choice)), self._visible, self._ends, max_tokens)
-        matcher = self._library.LLMatcher(self._described, self._grammar(form), log_level=0)
-        if matcher.is_error():
-            raise RequestError(f"structured_outputs: the grammar cannot be used: {_line(matcher.get_error())}")
-        return Matcher(matcher, self._vocab_size, self._ends)
+            choices = self._choices(tuple(form.choice))
+            choices.check(max_tokens)
+            return lambda: ChoiceMatcher(choices, self._visible, self._ends, max_tokens)
+        compiled = self._compiled(self._grammar(form))
+        return lambda: Matcher(compiled.deep_copy(), self._vocab_size, self._ends)
+
+    def _compile(self, grammar: str) -> Any:
+        """Return the library's matcher of a grammar in its own language, at the beginning of the text."""
+        library, described, made = self._library, self._described, list[Any]()
+        limits = library.LLParserLimits(**_LIMITS)
+
+        def make() -> None:
+            matcher = library.LLMatcher(described, grammar, log_level=0, limits=limits)
+            made.extend((matcher, None if matcher.is_error() else _fault_of(matcher.deep_copy())))
+
+        work = threading.Thread(target=make, name="seekforge-grammar")
+        with _STACK_LOCK:
+            before = threading.stack_size(_STACK_BYTES)
+            try:
+                work.start()
+            except RuntimeError:
+                raise RequestError("structured_outputs: there is no memory to compile the grammar; try later") from None
+            finally:
+                threading.stack_size(before)
+        work.join()
+        matcher, fault = made
+        if matcher.is_error() or fault is not None:
+            why = fault or matcher.get_error()
+            raise RequestError(f"structured_outputs: the grammar cannot be used: {_line(why)}")
+        return matcher
 
     def _make_choices(self, texts: tuple[str, ...]) -> Choices:
         return Choices(texts, self._visible, self._ends, self._vocab_size)
@@ -170,13 +194,13 @@ class Grammars:
             if form.whitespace_pattern is not None:
                 overrides["whitespace_pattern"] = form.whitespace_pattern
             try:
-                return kind.grammar_from_json_schema(json.dumps(schema), overrides=overrides)
+                return kind.grammar_from_json_schema(_bounded("json", json.dumps(schema)), overrides=overrides)
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"structured_outputs: the JSON schema cannot be used: {_line(str(error))}") from None
         if form.regex is not None:
-            return kind.grammar_from_regex(form.regex)
+            return kind.grammar_from_regex(_bounded("regex", form.regex))
         assert form.grammar is not None
-        return kind.grammar_from_lark(self._name_tokens(form.grammar))
+        return kind.grammar_from_lark(self._name_tokens(_bounded("grammar", form.grammar)))
 
     def _name_tokens(self, lark: str) -> str:
         """Name tokens by number where a Lark grammar names them by text, as `<think>`: the library knows only the
@@ -193,6 +217,29 @@ class Grammars:
             lambda match: f"<[{names[match['name']]}]>" if match["name"] else match[0],
             lark,
         )
+
+
+def _fault_of(matcher: Any) -> str | None:
+    """Return what goes wrong on the first tokens of a text: much that is too complex is noticed only there."""
+    for _ in range(2):
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+        if matcher.is_error() or not len(allowed):
+            return matcher.get_error() or "no token may begin its text"
+        if not matcher.consume_token(int(allowed[0])):
+            return matcher.get_error()
+        if matcher.is_stopped():
+            return None
+    return None
+
+
+def _bounded(name: str, text: str) -> str:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > _MAX_BYTES:
+        raise RequestError(
+            f"structured_outputs.{name} has {size:,} bytes, expected at most {_MAX_BYTES:,}; make it smaller"
+            + (", or name the texts in `choice`" if name == "json" else "")
+        )
+    return text
 
 
 def _closed(schema: Any) -> Any:

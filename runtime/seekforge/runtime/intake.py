@@ -7,9 +7,10 @@ import itertools
 import operator
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +23,21 @@ from seekforge.runtime.kv_cache import Table, root_digest
 from seekforge.runtime.live import Live
 from seekforge.runtime.outputs import Delta
 from seekforge.runtime.sampling import SamplingParams
+from seekforge.runtime.sequence import Grammar
 from seekforge.runtime.sequence import Sequence as _Sequence
 from seekforge.runtime.text import TextStream
-from seekforge.runtime.values import is_integer
+from seekforge.runtime.values import integer, is_integer, listed, number, shown
 
 #: Distance between the seeds of the completions of one request.
 _SEED_STEP = 0x9E3779B97F4A7C15
 #: How many sets of bad words are kept ready.
 _KEPT = 32
 
-Prompt = str | Sequence[int]
+#: Text, encoded as it is; token ids; or one of them as a mapping with the single key "prompt" or "prompt_token_ids".
+Prompt = str | Sequence[int] | Mapping[str, Any]
+_PROMPT = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
+#: Levels of priority: a request is served so many levels sooner or later at most.
+_MOST_PRIORITY = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,13 @@ class Accepted:
         prompt: the text that was given; None where token ids were.
         prompt_ids: what is computed of it.
         params: with `max_tokens` filled in.
+        grammar: makes a matcher of the form that the text must have; None where it is free.
     """
 
     prompt: str | None
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    grammar: Callable[[], Grammar] | None = None
 
 
 class Intake:
@@ -72,8 +80,16 @@ class Intake:
         Raises:
             RequestError: it cannot.
         """
-        vocab_size = self._engine.manifest.vocab_size
-        ids = tuple(self._tokenizer.encode(prompt) if isinstance(prompt, str) else map(_token_id, prompt))
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params is {shown(params)}, expected SamplingParams")
+        vocab_size, most = self._engine.manifest.vocab_size, self._core.scheduler.max_num_tokens
+        given = read_prompt(prompt)
+        if isinstance(given, tuple):
+            ids = given
+        elif params.truncate_prompt_tokens is None:
+            ids = tuple(self._tokenizer.encode_at_most(given, most))
+        else:
+            ids = tuple(self._tokenizer.encode(given))
         named = (
             ("prompt token", ids),
             ("stop_token_ids entry", params.stop_token_ids),
@@ -90,7 +106,6 @@ class Intake:
         for kind in params.taps:
             if not self._core.tap_names.get(kind):
                 raise RequestError(f"taps asks for {kind}, which this engine does not give; build it with taps")
-        most = self._core.scheduler.max_num_tokens
         if params.truncate_prompt_tokens is not None:
             room = max(most - (params.max_tokens or 1), 1)
             ids = ids[-(room if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens) :]
@@ -98,10 +113,10 @@ class Intake:
             params = replace(params, max_tokens=max(most - len(ids), 1, params.min_tokens))
         assert params.max_tokens is not None
         self._core.scheduler.check_request(len(ids), params.max_tokens)
-        if params.structured_outputs is not None:
-            self._grammars.check(params.structured_outputs, params.max_tokens)
+        form = params.structured_outputs
+        grammar = None if form is None else self._grammars.compile(form, params.max_tokens)
         self._bans(params)
-        return Accepted(prompt if isinstance(prompt, str) else None, ids, params)
+        return Accepted(given if isinstance(given, str) else None, ids, params, grammar)
 
     def make(
         self,
@@ -134,7 +149,6 @@ class Intake:
                 skip_special_tokens=params.skip_special_tokens,
                 stop_ids=stop_ids,
             )
-            form = params.structured_outputs
             sequence = _Sequence(
                 self.num_requests,
                 request.prompt_ids,
@@ -145,7 +159,7 @@ class Intake:
                 priority=priority,
                 deadline_s=None if timeout_s is None else now + timeout_s,
                 on_token=text.push if params.detokenize else None,
-                grammar=None if form is None else self._grammars.matcher(form, params.max_tokens or 0),
+                grammar=None if request.grammar is None else request.grammar(),
                 bad_words=None if bans is None else BadWords(bans),
                 allowed=allowed,
                 token_text=self._tokenizer.token_text if params.detokenize else None,
@@ -186,7 +200,61 @@ class Intake:
         return Bans(words, self._tokenizer.vocabulary, hidden)
 
 
+def split_prompts(prompts: object) -> tuple[list[Any], bool]:
+    """Return the prompts of one call, and whether one alone was given bare.
+
+    Raises:
+        RequestError: it is neither a prompt nor a list of them.
+    """
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts], True
+    found = None if isinstance(prompts, Set) else listed(prompts)
+    if found is None:
+        raise RequestError(f"the prompt is {shown(prompts)}, expected {_PROMPT}, or a list of these")
+    return ([found], True) if found and is_integer(found[0]) else (found, False)
+
+
+def read_prompt(prompt: object) -> str | tuple[int, ...]:
+    """Return the text or the token ids that a prompt gives.
+
+    Raises:
+        RequestError: it gives neither.
+    """
+    if isinstance(prompt, Mapping):
+        keys = list(prompt)
+        if keys == ["prompt"] and isinstance(prompt["prompt"], str):
+            return prompt["prompt"]
+        ids = listed(prompt["prompt_token_ids"]) if keys == ["prompt_token_ids"] else None
+    else:
+        if isinstance(prompt, str):
+            return prompt
+        ids = None if isinstance(prompt, Set) else listed(prompt)
+    if ids is None:
+        raise RequestError(f"the prompt is {shown(prompt)}, expected {_PROMPT}")
+    return tuple(map(_token_id, ids))
+
+
+def read_priority(value: object) -> int:
+    """Return a priority; None is 0.
+
+    Raises:
+        RequestError: it is no whole number.
+    """
+    return 0 if value is None else integer("priority", value, -_MOST_PRIORITY, _MOST_PRIORITY)
+
+
+def read_timeout(value: object) -> float | None:
+    """Return a timeout in seconds, or None for no bound.
+
+    Raises:
+        RequestError: it is no number that can be compared with a time.
+    """
+    if value is None:
+        return None
+    return number("timeout_s", value, "seconds: a finite number of at least 0, or None", lambda seconds: seconds >= 0)
+
+
 def _token_id(value: object) -> int:
     if not is_integer(value):
-        raise RequestError(f"prompt token {value!r} is no token id; pass text, or a list of whole numbers")
+        raise RequestError(f"prompt token {shown(value)} is no token id; pass text, or a list of whole numbers")
     return operator.index(value)  # pyright: ignore[reportArgumentType]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -52,7 +53,18 @@ class Live:
         finished = sequence.finish_reason is not None
         new = tuple(sequence.output_ids[start:])
         self._num_emitted[index] = -1 if finished else start + len(new)
-        text = self.texts[index].take(final=finished)
+        self._hand_on(index, self.texts[index].take(final=finished), start, new)
+
+    def fail(self, sequence: Sequence) -> None:
+        """Make the last delta of a sequence that has ended where `deliver` cannot: without text, and for sure."""
+        index = self.sequences.index(sequence)
+        if self._num_emitted[index] >= 0:
+            start, self._num_emitted[index] = self._num_emitted[index], -1
+            with contextlib.suppress(Exception):  # the listener may be what failed
+                self._hand_on(index, "", start, tuple(sequence.output_ids[start:]))
+
+    def _hand_on(self, index: int, text: str, start: int, new: tuple[int, ...]) -> None:
+        sequence = self.sequences[index]
         if all(count < 0 for count in self._num_emitted):
             self.output = _output(self)
         delta = Delta(

@@ -8,7 +8,7 @@ Any thread may call: how they share the engine is in `turns`, what becomes of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from seekforge.runtime.cache_size import decide_num_blocks, free_memory
 from seekforge.runtime.chat import ChatEncoder
 from seekforge.runtime.core import Core, StepMetrics
 from seekforge.runtime.engine import Engine
-from seekforge.runtime.intake import Accepted, Intake, Prompt
+from seekforge.runtime.intake import Accepted, Intake, Prompt, read_priority, read_timeout, split_prompts
 from seekforge.runtime.kv_cache import BlockPool, KvCache
 from seekforge.runtime.live import Live, raise_if_failed
 from seekforge.runtime.outputs import Delta, GenerationError, RequestOutput
@@ -35,7 +35,7 @@ from seekforge.runtime.self_check import SelfCheckResult, run_self_check
 from seekforge.runtime.speculative import MAX_DRAFTS, SpeculationMetrics, SpeculationSwitch, Speculator
 from seekforge.runtime.tokenizer import Tokenizer
 from seekforge.runtime.turns import Turns
-from seekforge.runtime.values import is_integer, shown
+from seekforge.runtime.values import listed, shown
 
 
 @dataclass(frozen=True)
@@ -215,16 +215,17 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: int | Sequence[int] = 0,
+        priority: int | Sequence[int] | None = 0,
         timeout_s: float | None = None,
     ) -> list[RequestOutput]:
         """Answer `prompts` together, in as few steps as the engine's limits allow.
 
         Args:
-            prompts: texts or lists of token ids; one alone may be given bare.
+            prompts: each is text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; one alone
+                may be given bare.
             sampling_params: for all of them, or one each; None takes `default_sampling_params`.
             priority: lower is served sooner.
-            timeout_s: after this time a request ends with what it has, finish_reason "timeout".
+            timeout_s: after this time a request ends with what it has, finish_reason "timeout"; None sets no bound.
 
         Returns:
             One output per prompt, in their order.
@@ -233,17 +234,17 @@ class LLM:
             RequestError: a prompt cannot be served. All are checked before any work is done.
             GenerationError: the engine failed on some; it holds the outputs of all.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and is_integer(prompts[0]))
-        batch: Sequence[Prompt] = [prompts] if single else prompts  # pyright: ignore[reportAssignmentType]
+        batch, single = split_prompts(prompts)
         each = self._params_for(len(batch), sampling_params)
         priorities = self._priorities(len(batch), priority)
+        timeout = read_timeout(timeout_s)
         accepted: list[Accepted] = []
         for index, (prompt, params) in enumerate(zip(batch, each, strict=True)):
             try:
                 accepted.append(self._intake.check(prompt, params))
             except RequestError as error:
-                raise (error if len(batch) == 1 else RequestError(f"prompt {index}: {error}")) from None
-        lives = self._start(accepted, priorities, timeout_s)
+                raise (error if single else RequestError(f"prompt {index}: {error}")) from None
+        lives = self._start(accepted, priorities, timeout)
         try:
             self._turns.advance(lambda: all(live.output is not None for live in lives))
         finally:
@@ -282,11 +283,10 @@ class LLM:
             RequestError: the prompt cannot be served; raised here, not at the first delta.
             GenerationError: the engine failed; raised in place of the last delta.
         """
-        params = sampling_params or self.default_sampling_params
-        accepted = self._intake.check(prompt, params)
-        refuse_best_of(params)
-        self._scheduler.check_queue(params.num_sequences)
-        return self._stream(accepted, priority, timeout_s)
+        request = self.accept(prompt, sampling_params, priority=priority, timeout_s=timeout_s)
+        refuse_best_of(request[0].params)
+        self._scheduler.check_queue(request[0].params.num_sequences)
+        return self._stream(*request)
 
     def as_completed(
         self, requests: Iterable[tuple[Prompt, SamplingParams]], *, ahead: int | None = None
@@ -311,7 +311,8 @@ class LLM:
             while True:
                 while len(lives) < most and (entry := next(source, None)) is not None:
                     number, (prompt, params) = entry
-                    (lives[number],) = self._start([self._intake.check(prompt, params)], [0], None)
+                    accepted, priority, timeout = self.accept(prompt, params)
+                    (lives[number],) = self._start([accepted], [priority], timeout)
                 if not lives:
                     return
                 self._turns.advance(lambda: any(live.output is not None for live in lives.values()))
@@ -377,13 +378,24 @@ class LLM:
             self._intake.weights_version += 1
             self._scheduler.restart(self._intake.root)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
         """Refuse a request that cannot be served, and do nothing else.
 
         Raises:
             RequestError: it cannot.
         """
-        self._intake.check(prompt, params)
+        self.accept(prompt, params)
+
+    def accept(
+        self, prompt: Prompt, params: SamplingParams | None, *, priority: int | None = 0, timeout_s: float | None = None
+    ) -> tuple[Accepted, int, float | None]:
+        """Return a request with its priority and its timeout, all checked: whatever came, only this call fails.
+
+        Raises:
+            RequestError: it cannot be served.
+        """
+        chosen = self.default_sampling_params if params is None else params
+        return self._intake.check(prompt, chosen), read_priority(priority), read_timeout(timeout_s)
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the model: `encode`, `decode`, `vocab_size`."""
@@ -432,19 +444,20 @@ class LLM:
         self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
     ) -> Sequence[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
-            return [given or self.default_sampling_params] * count
+            return [self.default_sampling_params if given is None else given] * count
+        if not isinstance(given, (list, tuple)):
+            raise RequestError(f"sampling_params is {shown(given)}, expected SamplingParams, or one for each prompt")
         if len(given) != count:
             raise RequestError(f"{len(given)} sampling_params for {count} prompts; pass one, or one each")
-        return given
+        return [self.default_sampling_params if one is None else one for one in given]
 
-    def _priorities(self, count: int, given: int | Sequence[int]) -> Sequence[int]:
-        if is_integer(given):
-            return [given] * count  # pyright: ignore[reportReturnType]
-        if not isinstance(given, Sequence) or not all(map(is_integer, given)):
-            raise RequestError(f"priority is {shown(given)}, expected a whole number, or one for each prompt")
-        if len(given) != count:
-            raise RequestError(f"{len(given)} priorities for {count} prompts; pass one, or one each")
-        return given
+    def _priorities(self, count: int, given: int | Sequence[int] | None) -> Sequence[int]:
+        many = None if isinstance(given, Set) else listed(given)  # a set has no order
+        if many is None:
+            return [read_priority(given)] * count
+        if len(many) != count:
+            raise RequestError(f"{len(many)} priorities for {count} prompts; pass one, or one each")
+        return [read_priority(one) for one in many]
 
     def _start(
         self,

@@ -7,6 +7,7 @@ UTF-8, so the deltas of a stream join to exactly the text of all its tokens.
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -17,6 +18,11 @@ from tokenizers.decoders import ByteLevel
 from seekforge.plugins.errors import EngineError, RequestError
 from seekforge.plugins.formats.tokenizer_file import guarded, read_tokenizer
 from seekforge.runtime.vocabulary import Vocabulary
+
+#: From so many characters on a text is encoded without holding up other threads.
+_LONG = 4096
+# Texts are encoded one by one, so a pool of threads brings nothing, and it does not survive a fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -91,11 +97,34 @@ class Tokenizer:
             RequestError: `text` is not valid Unicode (it holds half of a surrogate pair).
         """
         try:
-            return guarded(self._tokenizer.encode, text, add_special_tokens=False).ids
+            if len(text) < _LONG:
+                return guarded(self._tokenizer.encode, text, add_special_tokens=False).ids
+            # of the two only this one lets other threads run, for as long as it takes
+            return guarded(self._tokenizer.encode_batch, [text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"the prompt cannot be encoded ({error}); pass valid Unicode text") from None
         except Exception as error:  # tokenizers raises bare Exception
             raise RequestError(f"the prompt cannot be encoded: the tokenizer refuses it ({error})") from None
+
+    def encode_at_most(self, text: str, most: int) -> list[int]:
+        """As `encode`, but a text that is far beyond `most` tokens is refused before all of it is encoded.
+
+        The beginning of a text has about as many tokens by itself as within the whole; twice as many are far beyond.
+        So what a hopeless text costs depends on `most`, not on its length.
+
+        Raises:
+            RequestError: the text has far more tokens, or is not valid Unicode.
+        """
+        size = 16 * max(most, 64)
+        while size < len(text):
+            count = len(self.encode(text[:size]))
+            if count > 2 * most:
+                raise RequestError(
+                    f"the prompt has {len(text):,} characters, of which the first {size:,} are {count:,} tokens; "
+                    f"this engine takes {most:,} tokens at most with what it generates; shorten the prompt"
+                )
+            size *= 4
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""

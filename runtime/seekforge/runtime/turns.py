@@ -6,6 +6,7 @@ touches the scheduler: what is asked of it then lies in an inbox until the step 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ class Turns:
         # Guards what follows, and the scheduler while no step is run.
         self._turn = threading.Condition()
         self._stepping = False
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[tuple[Live, Callable[[Live], None]]] = deque()
         self._num_entering = 0
 
     def enter(self, count: int, make: Callable[[], list[Live]]) -> list[Live]:
@@ -52,13 +53,13 @@ class Turns:
             self._scheduler.check_queue(count + self._num_entering)
             lives = make()
             self._num_entering += count
-            self._post([lambda live=live: self._enter(live) for live in lives])
+            self._post(lives, self._enter)
         return lives
 
     def drop(self, lives: list[Live]) -> None:
         """End requests; those that are done are merely forgotten."""
         with self._turn:
-            self._post([lambda live=live: self._end(live) for live in lives])
+            self._post(lives, self._end)
 
     def advance(self, done: Callable[[], bool]) -> None:
         """Run steps, or wait while another thread runs them, until `done`."""
@@ -100,19 +101,42 @@ class Turns:
         for live in set(self.live.values()):
             for sequence in live.sequences:
                 self._scheduler.abort(sequence, reason, error)
-                live.deliver(sequence)
+                self._deliver(live, sequence)
         self.live.clear()
         self._turn.notify_all()
 
-    def _post(self, changes: list[Callable[[], None]]) -> None:
-        self._inbox.extend(changes)
+    def _post(self, lives: list[Live], change: Callable[[Live], None]) -> None:
+        self._inbox.extend((live, change) for live in lives)
         if not self._stepping:
             self._empty_inbox()
         self._turn.notify_all()
 
     def _empty_inbox(self) -> None:
+        """Make the changes that were asked for. One that fails ends its own request and no other."""
         while self._inbox:
-            self._inbox.popleft()()
+            live, change = self._inbox.popleft()
+            try:
+                change(live)
+            except Exception as error:
+                self._fail(live, f"{type(error).__name__}: {error}")
+
+    def _deliver(self, live: Live, sequence: Sequence) -> None:
+        """Hand on what a sequence gained; a text or a listener that fails ends its own request and no other."""
+        try:
+            live.deliver(sequence)
+        except Exception as error:
+            self._fail(live, f"{type(error).__name__}: {error}")
+
+    def _fail(self, live: Live, why: str) -> None:
+        """End one request whatever state it is in, and wake whoever waits for it."""
+        for sequence in live.sequences:
+            self.live.pop(sequence.request_id, None)
+            with contextlib.suppress(Exception):  # the scheduler may not know it, or not all of it
+                self._scheduler.abort(sequence, "error", why)
+            if sequence.finish_reason is None:
+                sequence.finish_reason, sequence.error, sequence.state = "error", why, "finished"
+            live.fail(sequence)
+        self._turn.notify_all()
 
     def _enter(self, live: Live) -> None:
         self._num_entering -= len(live.sequences)
@@ -144,6 +168,6 @@ class Turns:
             for sequence in touched:
                 live = self.live.get(sequence.request_id)
                 if live is not None:
-                    live.deliver(sequence)
+                    self._deliver(live, sequence)
             self._empty_inbox()
             self._turn.notify_all()

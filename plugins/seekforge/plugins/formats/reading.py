@@ -63,7 +63,8 @@ def read_bytes(path: Path, *, most: int) -> bytes:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, f"is {kind_of_file(found.st_mode)}, expected a regular file", str(path))
-        raw = b"" if found.st_size > most else file.read(most + 1)
+        # not `most` at once: so much would be set aside
+        raw = b"" if found.st_size > most else file.read(min(found.st_size, most) + 1)
     if max(found.st_size, len(raw)) > most:
         size = max(found.st_size, len(raw))
         raise OSError(errno.EFBIG, f"has {size:,} bytes, expected at most {most:,}", str(path))
