@@ -42,7 +42,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/lint-imports --no-logo --cache-dir "$(CACHE)/import-linter"
+	$(BIN)/python -c 'import seekforge; from importlinter.cli import lint_imports_command; lint_imports_command()' \
+		--no-logo --cache-dir "$(CACHE)/import-linter" # imported first: the three source roots are one package then
 
 hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import subprocess
 import sys
@@ -37,11 +39,12 @@ def requirements() -> list[str]:
     return [line for line in (*project["dependencies"], *installed) if not line.startswith("seekforge[")]
 
 
-@pytest.mark.parametrize("root", SOURCE_ROOTS)
-def test_the_namespace_stays_open(root: str) -> None:
-    namespace = ROOT / root / "seekforge"
-    assert not (namespace / "__init__.py").exists(), "it would hide the other two source roots"
-    assert [path.name for path in namespace.iterdir() if path.is_file()] == []
+def test_the_three_roots_have_one_and_the_same_init() -> None:
+    """Whichever comes first on the path makes the package, and must lead to the other two."""
+    texts = {(ROOT / root / "seekforge" / "__init__.py").read_text() for root in SOURCE_ROOTS}
+    assert len(texts) == 1
+    files = {path.name for root in SOURCE_ROOTS for path in (ROOT / root / "seekforge").iterdir() if path.is_file()}
+    assert files == {"__init__.py", "__main__.py", "names.py"}
 
 
 @pytest.mark.parametrize("root", SOURCE_ROOTS)
@@ -52,9 +55,31 @@ def test_the_package_is_typed_and_every_folder_of_code_is_a_package(root: str) -
         assert (folder / "__init__.py").is_file(), folder
 
 
-def test_all_three_parts_import_from_one_namespace() -> None:
-    script = "import seekforge.exporter, seekforge.plugins, seekforge.runtime, seekforge\nassert not seekforge.__file__"
-    subprocess.run([sys.executable, "-c", script], check=True)
+@pytest.mark.parametrize("order", list(itertools.permutations(SOURCE_ROOTS)), ids="-".join)
+def test_all_three_parts_import_whichever_comes_first(order: tuple[str, ...]) -> None:
+    script = (
+        "import seekforge, seekforge.exporter, seekforge.plugins, seekforge.runtime, sys\n"
+        "from seekforge import LLM, AsyncLLM, SamplingParams, SeekforgeError, __version__\n"
+        "assert set(seekforge.__all__) <= set(dir(seekforge)) and __version__\n"
+        "assert all(getattr(seekforge, name) is not None for name in seekforge.__all__)\n"
+        "try: seekforge.nonsense\n"
+        "except AttributeError as error: assert 'SamplingParams' in str(error)\n"
+        "print(seekforge.__file__)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / root) for root in order)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == ROOT / order[0] / "seekforge" / "__init__.py"
+
+
+def test_public_names_of_the_runtime_bring_neither_torch_nor_onnx() -> None:
+    script = "from seekforge import LLM, AsyncLLM, SamplingParams; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert not {"torch", "onnx", "onnxruntime", "pydantic"} & set(done.stdout.split())
+
+
+def test_python_m_seekforge_is_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "seekforge", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("seekforge ")
 
 
 def test_everything_that_make_installs_is_pinned() -> None:
@@ -141,5 +166,6 @@ def test_the_wheel_holds_code_data_and_types(tmp_path: Path) -> None:
     assert "seekforge/exporter/checkpoint/corpus.txt" in names
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert f"seekforge/configs/{path.relative_to(ROOT / 'configs').as_posix()}" in names
-    assert "seekforge/__init__.py" not in names
+    assert len(zipfile.ZipFile(wheel).namelist()) == len(names), "a file is in it twice"
+    assert {"seekforge/__init__.py", "seekforge/names.py", "seekforge/__main__.py"} <= names
     assert [name for name in names if name.partition("/")[0] not in ("seekforge", "seekforge-0.1.0.dist-info")] == []

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.intake import Prompt
 from seekforge.runtime.live import raise_if_failed
-from seekforge.runtime.llm import LLM, refuse_best_of
+from seekforge.runtime.llm import LLM, LLMOptions, refuse_best_of
 from seekforge.runtime.outputs import Delta, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
 
@@ -31,15 +31,17 @@ class AsyncLLM:
         ...         print(delta.text, end="")
     """
 
-    def __init__(self, engine: Engine | Path | str, *, max_waiting: int | None = 1024, **limits: Any) -> None:
+    def __init__(
+        self, engine: Engine | Path | str, *, max_waiting: int | None = 1024, **options: Unpack[LLMOptions]
+    ) -> None:
         """Load an engine.
 
         Args:
             engine: an opened engine or its folder.
             max_waiting: most completions that wait; a request beyond is refused with `QueueFullError`.
-            limits: as for `LLM`.
+            options: as for `LLM`.
         """
-        self.llm = LLM(engine, max_waiting=max_waiting, **limits)
+        self.llm = LLM(engine, max_waiting=max_waiting, **options)
         self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="seekforge-steps", daemon=True)
         self._thread.start()
@@ -75,6 +77,22 @@ class AsyncLLM:
         ) as deltas:  # closing this generator ends the request at once
             async for delta in deltas:
                 yield delta
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        thinking: bool = False,
+        trust_checkpoint_code: bool = False,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> RequestOutput:
+        """Answer a conversation. Arguments and errors as `LLM.chat`."""
+        prompt = await asyncio.to_thread(
+            self.llm.chat_prompt, messages, thinking=thinking, trust_checkpoint_code=trust_checkpoint_code
+        )
+        return await self.generate(prompt, sampling_params, priority=priority, timeout_s=timeout_s)
 
     async def _stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None, *, priority: int, timeout_s: float | None

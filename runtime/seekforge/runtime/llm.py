@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 
@@ -67,6 +67,26 @@ class LLMMetrics:
     num_waiting: int
     num_free_blocks: int
     graphs: GraphMetrics
+
+
+class LLMOptions(TypedDict, total=False):
+    """Keywords of `LLM` that `AsyncLLM` takes as they are; documented there."""
+
+    max_model_len: int | None
+    max_batch_size: int | None
+    max_num_batched_tokens: int | None
+    num_blocks: int | None
+    kv_cache_memory: int | None
+    num_speculative_tokens: int
+    speculation_off_switch: bool
+    prefix_caching: bool
+    deterministic: bool
+    threads: int | None
+    checkpoint: Path | str | None
+    self_check: bool
+    trust_checkpoint_code: bool
+    on_step: Callable[[StepMetrics], None] | None
+    on_load: OnLoad | None
 
 
 class LLM:

@@ -7,6 +7,7 @@ touches the scheduler: what is asked of it then lies in an inbox until the step 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ class Turns:
     def __init__(self, core: Core) -> None:
         self.live: dict[int, Live] = {}
         self.closed = False
+        self._pid = os.getpid()
         self._core, self._scheduler = core, core.scheduler
         # Guards what follows, and the scheduler while no step is run.
         self._turn = threading.Condition()
@@ -47,6 +49,10 @@ class Turns:
             QueueFullError: they do not.
             EngineError: closed.
         """
+        if os.getpid() != self._pid:  # before the lock, which another thread may have held at the fork
+            raise EngineError(
+                "this LLM was opened before the process was forked, and cannot run here; open another one"
+            )
         with self._turn:
             if self.closed:
                 raise EngineError("this LLM is closed; open another one")

@@ -1,0 +1,12 @@
+"""DeepSeek-V3.2 as a compiled, versioned, checkable engine. The public names are in `seekforge.names`.
+
+This file stands in each of the three source roots, word for word: whichever comes first on the path makes one package
+of all three.
+"""
+
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)
+__spec__.submodule_search_locations = __path__  # what looks for packages by their specs finds all three too
+
+from seekforge.names import __all__, __dir__, __getattr__  # noqa: E402, F401 - on the path that was extended
