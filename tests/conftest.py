@@ -15,12 +15,21 @@ from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export
+from seekforge.plugins.formats import verified
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
 from seekforge.plugins.formats.safetensors import Checkpoint
 
 # Kernels run in Triton's interpreter here; it must be chosen before anything imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was verified is remembered for this run, and not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(verified.VARIABLE, str(tmp_path_factory.mktemp("verified") / "verified.json"))
+        yield
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -19,7 +19,7 @@ def test_opens_and_knows_its_cache(toy_engine: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2), "engine format 2, this seekforge runs format 1"),
+        (lambda m: m.update(format=1), "engine format 1, this seekforge runs format 2"),
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m.pop("vocab_size"), "vocab_size"),
         (lambda m: m["graphs"].pop("model"), "expected 'model'"),
@@ -81,10 +81,11 @@ def test_a_truncated_file(toy_copy: Path) -> None:
         Engine.open(toy_copy)
 
 
-def test_a_flipped_byte_is_found_by_verify(toy_copy: Path) -> None:
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_flipped_bit_is_found(toy_copy: Path, verify: bool) -> None:
     path = toy_copy / "model.onnx.data"
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
     with pytest.raises(EngineError, match="changed or damaged"):
-        Engine.open(toy_copy, verify=True)
+        Engine.open(toy_copy, verify=verify)

@@ -46,6 +46,7 @@ from seekforge.plugins.launch import (
 )
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.requirements import install
+from seekforge.plugins.user_cache import user_cache
 
 #: The list of descriptors in a folder of kernels: format 1, entries op, sm, digest, file.
 INDEX, INDEX_FORMAT = "index.json", 1
@@ -346,6 +347,12 @@ def _tool(name: str) -> Path:
 
 
 def default_cache() -> Path:
-    """Return where images are kept between builds: below XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "seekforge" / "kernels"
+    """Return where images are kept between builds: below the user's cache.
+
+    Raises:
+        EnvironmentFault: the user has no home.
+    """
+    cache = user_cache()
+    if cache is None:
+        raise EnvironmentFault("there is no home folder to keep compiled kernels in; set XDG_CACHE_HOME to a folder")
+    return cache / "kernels"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from seekforge.plugins.errors import EngineError, EnvironmentFault
 from seekforge.plugins.formats.loading import check_complete, check_versions, installed_versions
-from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest, verify_files
+from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.plugins.formats.paths import same_names
+from seekforge.plugins.formats.verify import Verification, verify_files
 from seekforge.plugins.requirements import install
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
@@ -27,10 +28,12 @@ class Engine:
     Attributes:
         folder: where it is.
         manifest: what it says of itself.
+        verification: what of it was compared with its digests.
     """
 
     folder: Path
     manifest: Manifest
+    verification: Verification = field(default_factory=Verification)
 
     @staticmethod
     def open(folder: Path | str, *, verify: bool = False, part: bool = False) -> Engine:
@@ -38,8 +41,8 @@ class Engine:
 
         Args:
             folder: written by `seekforge build`.
-            verify: digest every file whole, which finds any changed byte; else of those above 64 MiB sizes and
-                samples are compared, which takes milliseconds at any size.
+            verify: read every byte, also of files that were compared with their digests at an earlier start and
+                that nobody wrote to since.
             part: some layers of a model will do: nothing is decoded, a parity check looks at them.
 
         Raises:
@@ -50,9 +53,9 @@ class Engine:
         manifest = load_manifest(folder)
         _check_paths(folder, manifest)
         _check_face(folder, manifest, part)
-        verify_files(folder, manifest, full=verify)
+        verification = verify_files(folder, manifest, full=verify)
         check_versions(folder, manifest, installed_versions(manifest.runtime_versions))
-        return Engine(folder, manifest)
+        return Engine(folder, manifest, verification)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -20,6 +20,7 @@ from seekforge.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from seekforge.plugins.formats.loader import LoadProgress
+    from seekforge.plugins.formats.verify import Verification
 
 
 class _Progress:
@@ -81,7 +82,11 @@ class _Progress:
 @click.option(
     "--max-model-len", type=click.IntRange(min=1), help="Tokens to make room for. Default: prompt and --max-tokens."
 )
-@click.option("--verify", is_flag=True, help="Digest every byte of the engine first.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read every byte of the engine, also of files that were verified before and are unchanged.",
+)
 @click.option("--no-self-check", is_flag=True, help="Do not compare with the results stored in the engine.")
 @click.option("--quiet", is_flag=True, help="Print the text only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -135,7 +140,7 @@ def run(
     opened = Engine.open(engine, verify=verify)
     target = opened.manifest.target
     check_checkpoint(opened, checkpoint)
-    progress.done(f"engine   {engine}: target {target.name}, {'every byte verified' if verify else 'files sampled'}")
+    progress.done(f"engine   {engine}: target {target.name}, {_verified(opened.verification)}")
 
     progress.begin("loading")
     prompt_ids = opened.tokenizer.encode(prompt) if prompt is not None else []
@@ -214,6 +219,12 @@ def _as_json(llm: LLM, output: RequestOutput, load_s: float) -> dict[str, Any]:
 def _drafts_line(metrics: LLMMetrics) -> str:
     rates = [f"{a / p:.0%}" for p, a in zip(metrics.drafts_proposed, metrics.drafts_accepted) if p]
     return f"drafts   accepted by position: {', '.join(rates) or 'none proposed'}"
+
+
+def _verified(what: Verification) -> str:
+    """Say what was compared with its digests, and when."""
+    before = what.num_bytes - what.read_bytes
+    return f"{what.num_bytes / 1e6:,.1f} MB verified" + (f", {before / 1e6:,.1f} of it before" if before else "")
 
 
 def _self_check_line(llm: LLM, switched_off: bool) -> str:

@@ -14,17 +14,19 @@ import pytest
 
 import seekforge.exporter.build.engine as engine
 import seekforge.exporter.build.self_check as self_check
-from seekforge.exporter.build.engine import WEIGHTS, build, check
+from seekforge.exporter.build.engine import build, check
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.errors import EngineError, OutputError, ProgramError, TargetError
 from seekforge.plugins.formats.files import write_json
-from seekforge.plugins.formats.manifest import load_manifest, verify_files
+from seekforge.plugins.formats.manifest import load_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
 from seekforge.plugins.formats.program import load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.verify import verify_files
+from seekforge.plugins.formats.weight_file import WEIGHTS
 
 
 def build_cpu(

@@ -45,10 +45,11 @@ from seekforge.plugins.device import KernelFolder, OpLauncher
 from seekforge.plugins.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
 from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.loading import check_complete, check_loadable
-from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest, verify_files
+from seekforge.plugins.formats.manifest import Manifest, Share, load_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import load_bindings, load_program
 from seekforge.plugins.formats.sizing import Layout, Workload, activation_bytes, scratch_bytes, selection_bytes
+from seekforge.plugins.formats.verify import verify_files
 from seekforge.plugins.launch import Image
 from seekforge.plugins.registry import FP8_OPS, SPECS
 from seekforge.plugins.tensorrt.launch import Descriptors

@@ -22,9 +22,10 @@ from seekforge.exporter.inspect.cli import inspect
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.errors import EnvironmentFault, OutputError, SeekforgeError, TargetError
 from seekforge.plugins.formats.files import check_vacant, write_json
-from seekforge.plugins.formats.manifest import MANIFEST, Limits, load_manifest, verify_files
+from seekforge.plugins.formats.manifest import MANIFEST, Limits, load_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
+from seekforge.plugins.formats.verify import verify_files
 from seekforge.runtime.cli import main
 
 DEFAULTS = Limits(max_model_len=131072, max_batch_size=64, max_num_batched_tokens=2048)

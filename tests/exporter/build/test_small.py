@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from seekforge.exporter.build.engine import WEIGHTS, build
+from seekforge.exporter.build.engine import build
 from seekforge.exporter.build.targets import load_target
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.formats.numerics import EXACT
+from seekforge.plugins.formats.weight_file import WEIGHTS
 
 _PREFILL = """
 import json, resource, sys

@@ -22,8 +22,9 @@ from seekforge.exporter.parity.taps import (
     tapped_copy,
 )
 from seekforge.plugins.errors import EngineError
-from seekforge.plugins.formats.manifest import load_manifest, save_manifest, verify_files
+from seekforge.plugins.formats.manifest import load_manifest, save_manifest
 from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.plugins.formats.verify import verify_files
 from seekforge.runtime import cli
 
 LENGTH = 90

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from seekforge.plugins.errors import OutputError
-from seekforge.plugins.formats.files import atomic_folder, sampled_digest, sha256_file
+from seekforge.plugins.formats.files import atomic_folder
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -70,30 +70,6 @@ def test_a_write_error_is_one_clear_line(tmp_path: Path, code: int, message: str
     with pytest.raises(OutputError, match=message), atomic_folder(tmp_path / "out"):
         raise OSError(code, "some reason")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_sampled_digest_sees_size_and_a_rewrite(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(bytes(1 << 20))
-    first = sampled_digest(path)
-    path.write_bytes(bytes((1 << 20) - 1))
-    assert sampled_digest(path) != first
-    path.write_bytes(bytes([1]) * (1 << 20))
-    assert sampled_digest(path) != first
-    # one flipped byte between the samples is what the whole digest is for
-    whole = bytearray(1 << 20)
-    whole[5000] = 1
-    path.write_bytes(bytes(1 << 20))
-    before = sha256_file(path)
-    path.write_bytes(whole)
-    assert sha256_file(path) != before
-
-
-@pytest.mark.parametrize("size", (0, 1, 4096, 4097, 300_000))
-def test_the_sampled_digest_takes_any_size(tmp_path: Path, size: int) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * size)
-    assert sampled_digest(path) == sampled_digest(path)
 
 
 def test_an_error_about_another_file_names_that_file(tmp_path: Path) -> None:

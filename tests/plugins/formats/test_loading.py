@@ -11,6 +11,7 @@ from samples import audit_of
 from seekforge.plugins.errors import CheckpointError, EngineError
 from seekforge.plugins.formats.loading import check_complete, check_loadable, check_weights
 from seekforge.plugins.formats.manifest import (
+    ENGINE_FORMAT,
     Cache,
     Limits,
     Manifest,
@@ -21,8 +22,8 @@ from seekforge.plugins.formats.manifest import (
     load_manifest,
     rebuild_command,
     save_manifest,
-    verify_files,
 )
+from seekforge.plugins.formats.verify import verify_files
 
 HERE = {"tensorrt-rtx": "1.7.1.116"}
 
@@ -38,7 +39,7 @@ def engine(tmp_path: Path) -> Manifest:
     (kernels / "route.json").write_text("{}")
     files = ("model.plan", "kernels/index.json", "kernels/route.json")
     manifest = Manifest(
-        format=1,
+        format=ENGINE_FORMAT,
         seekforge_version="0",
         target=Target(name="rtx4090", backend="tensorrt-rtx", sm=89, sms=(89,)),
         versions=HERE,
@@ -105,7 +106,7 @@ def test_a_flipped_byte(engine: Manifest, tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[2000] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(EngineError, match=r"model\.plan: digest"):
+    with pytest.raises(EngineError, match=r"model\.plan: bytes 0 to 3,999 are not what was built"):
         verify_files(tmp_path, engine, full=False)
 
 

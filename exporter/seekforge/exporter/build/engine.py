@@ -66,15 +66,13 @@ from seekforge.plugins.formats.program import (
 )
 from seekforge.plugins.formats.quantised import Quantisation
 from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.weight_file import ALIGNMENT, WEIGHTS
 from seekforge.plugins.function import attach
 from seekforge.plugins.spec import cdiv
 from seekforge.plugins.specialisation import Specialisation
 
-WEIGHTS = "weights.bin"
 #: The tensors that scale with the context an engine accepts.
 _ROPE_TABLES = ("rope_cos", "rope_sin")
-#: Constants begin at multiples of this (`fold.WeightFile`).
-_ALIGNMENT = 4096
 #: What numbers become in an engine with f32 activations.
 _F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
 #: From the largest engine to the smallest.
@@ -203,7 +201,7 @@ def layer_bytes(
 
 
 def _aligned(num_bytes: int) -> int:
-    return cdiv(num_bytes, _ALIGNMENT) * _ALIGNMENT
+    return cdiv(num_bytes, ALIGNMENT) * ALIGNMENT
 
 
 def _constant_bytes(name: str, recipe: Recipe, coded: Quantisation | None, max_model_len: int) -> list[int]:

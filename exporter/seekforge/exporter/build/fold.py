@@ -7,7 +7,6 @@ of at each load. Weights that two graphs share (embedding, head, tables) are sto
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,11 +23,10 @@ from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe, TensorSource, dequantise, evaluate_into, transpose
 from seekforge.plugins.formats.dtypes import NUMPY, ONNX
 from seekforge.plugins.formats.quantised import Quantisation
+from seekforge.plugins.formats.weight_file import WeightLayout, constant_bytes
 from seekforge.plugins.moe_experts import function as moe_experts
-from seekforge.plugins.spec import DOMAIN, cdiv
+from seekforge.plugins.spec import DOMAIN
 
-#: Offsets in the weight file are multiples of this, so that it can be mapped.
-_ALIGNMENT = 4096
 #: Bytes written at a time where a file cannot be allocated.
 _ZEROS = 1 << 22
 
@@ -125,16 +123,19 @@ class WeightFile:
 
     Attributes:
         name: file name beside the graphs.
-        offsets: recipe (as JSON) -> offset in the file.
-        num_bytes: size so far.
+        layout: who lies where.
         attached: constants of each graph, in the order in which graphs were attached.
     """
 
     name: str
-    offsets: dict[str, int] = field(default_factory=dict)
-    num_bytes: int = 0
+    layout: WeightLayout = field(default_factory=WeightLayout)
     attached: list[Mapping[str, Recipe]] = field(default_factory=list)
     _pending: list[tuple[Recipe, int]] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size so far."""
+        return self.layout.num_bytes
 
     def attach(self, model: onnx.ModelProto, constants: Mapping[str, Recipe]) -> None:
         """Make `constants` initialisers of `model` with their place in this file."""
@@ -143,34 +144,30 @@ class WeightFile:
         del model.graph.input[:]
         model.graph.input.extend(inputs)
         for name, recipe in constants.items():
-            size = NUMPY[recipe.dtype].itemsize * int(np.prod(recipe.shape, dtype=np.int64))
+            size = constant_bytes(recipe)
             tensor = TensorProto(
                 name=name, data_type=ONNX[recipe.dtype], dims=recipe.shape, data_location=TensorProto.EXTERNAL
             )
-            place = {"location": self.name, "offset": str(self._place(recipe, size)), "length": str(size)}
+            place = {"location": self.name, "offset": str(self._place(recipe)), "length": str(size)}
             for key, value in place.items():
                 tensor.external_data.add(key=key, value=value)
             model.graph.initializer.append(tensor)
 
-    def _place(self, recipe: Recipe, size: int) -> int:
-        key = json.dumps(recipe.to_dict())
-        if key not in self.offsets:
-            offset = cdiv(self.num_bytes, _ALIGNMENT) * _ALIGNMENT
-            self.offsets[key] = offset
-            self.num_bytes = offset + size
+    def _place(self, recipe: Recipe) -> int:
+        offset, new = self.layout.place(recipe)
+        if new:
             self._pending.append((recipe, offset))
-        return self.offsets[key]
+        return offset
 
     def write(self, folder: Path, source: TensorSource, progress: Callable[[int, int], None]) -> Path:
         """Evaluate every constant straight into the mapped file; extra memory is one operand at most."""
         path = folder / self.name
         with path.open("wb") as file:
             _allocate(file, self.num_bytes)
-        mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.num_bytes,))
+        mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.layout.num_bytes,))
         done = 0
         for recipe, offset in self._pending:
-            dtype = NUMPY[recipe.dtype]
-            size = dtype.itemsize * int(np.prod(recipe.shape, dtype=np.int64))
+            dtype, size = NUMPY[recipe.dtype], constant_bytes(recipe)
             evaluate_into(recipe, source, mapped[offset : offset + size].view(dtype).reshape(recipe.shape))
             done += size
             progress(done, self.num_bytes)

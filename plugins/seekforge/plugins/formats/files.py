@@ -15,8 +15,6 @@ from typing import Any
 
 from seekforge.plugins.errors import OutputError
 
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
-
 
 def explain_os_error(error: OSError, path: Path) -> OutputError:
     """Turn an error met while writing `path` into one clear line."""
@@ -121,28 +119,35 @@ def _umask() -> int:
     return mask
 
 
+def json_text(value: Any) -> str:
+    """Return `value` as stable, readable JSON: same value, same text."""
+    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as stable, readable JSON: same value, same bytes."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write `json_text` of `value`. A file that stands there is replaced whole: who reads or maps it keeps the old."""
+    replace_file(path, json_text(value).encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file beside `path` and rename it to `path`: it is never seen half-written, nor changed under a reader.
+
+    Raises:
+        OSError: it cannot be written; what stood at `path` is as it was.
+    """
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+        temporary = Path(name)
+        temporary.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of the whole file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sampled_digest(path: Path) -> str:
-    """Return a SHA-256 over the file's size and 64 blocks spread over it, first and last included.
-
-    Milliseconds for any size; finds truncation, another file and most rewrites, not one flipped byte.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    starts = {min(i * size // _SAMPLES, max(size - _SAMPLE_BYTES, 0)) for i in range(_SAMPLES)}
-    with path.open("rb") as file:
-        for start in sorted(starts | {max(size - _SAMPLE_BYTES, 0)}):
-            file.seek(start)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

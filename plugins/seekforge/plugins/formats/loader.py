@@ -10,6 +10,7 @@ shrinks while it is read would end the process with SIGBUS, where `preadv` says 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,9 +26,10 @@ from typing import Final
 import numpy as np
 
 from seekforge.plugins.errors import CheckpointError, ProgramError
+from seekforge.plugins.formats import verified
 from seekforge.plugins.formats.bindings import FP8_VALUES, Recipe, cast, evaluate, rope_rows, rounds_once, slice_, stack
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
-from seekforge.plugins.formats.files import sampled_digest
+from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.scan import SCALE_SUFFIX, Family, Findings, check_scales, first_fault
@@ -71,7 +73,7 @@ class LoadReport:
     Attributes:
         num_bytes: checkpoint bytes that were needed; `read_bytes` of them in this run, the rest in one that failed.
         seconds: of this run.
-        scanned: values were checked: now, or in an earlier load whose digest is the same.
+        scanned: values were checked: now, or in an earlier load of the same files.
         families: kind of weight -> its scales, as far as they were read (spec §2.6); empty without a scan.
     """
 
@@ -703,30 +705,28 @@ class _NoTensors:
 
 
 class _ScanMemory:
-    """A JSON file of what was scanned: checkpoint digest -> digests of the sets of recipes."""
+    """A JSON file of what was scanned: digest of index and files as they are -> digests of the sets of recipes."""
 
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
         self._path = path
         digest = hashlib.sha256(checkpoint.index_digest().encode())
-        for shard in sorted(checkpoint.shards):
-            digest.update(sampled_digest(checkpoint.folder / shard).encode())
-        self._key = digest.hexdigest()
+        whose = [verified.identity(checkpoint.folder / shard) for shard in sorted(checkpoint.shards)]
+        digest.update(json.dumps(whose).encode())
+        self._key = None if None in whose else digest.hexdigest()
 
     def knows(self, recipes: Mapping[str, Recipe]) -> bool:
         """Whether these very bytes were scanned before and found good."""
-        return _digest(recipes) in self._load().get(self._key, [])
+        return self._key is not None and _digest(recipes) in self._load().get(self._key, [])
 
     def remember(self, recipes: Mapping[str, Recipe]) -> None:
         """Note that they are good; a file that cannot be written only costs another scan."""
+        if self._key is None:  # written just now
+            return
         known = self._load()
         known[self._key] = sorted({*known.get(self._key, []), _digest(recipes)})
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
-        try:
+        with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            write_json(self._path, known)
 
     def _load(self) -> dict[str, list[str]]:
         try:

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seekforge.plugins.errors import EngineError
-from seekforge.plugins.formats.files import sampled_digest, sha256_file, write_json
-from seekforge.plugins.formats.paths import RelativePath, inside
+from seekforge.plugins.formats.digests import chunk_digests
+from seekforge.plugins.formats.files import json_text, sha256_file, write_json
+from seekforge.plugins.formats.paths import RelativePath
 from seekforge.plugins.formats.program import GraphIO
 from seekforge.plugins.formats.quantised import Quantisation
-from seekforge.plugins.formats.reading import LISTING_BYTES, read_json
+from seekforge.plugins.formats.reading import LISTING_BYTES, parse_json, read_bytes
 from seekforge.plugins.formats.records import Record, RecordError
 
-#: Raised when an older runtime would misread an engine.
-ENGINE_FORMAT = 1
+#: Raised when an older runtime would misread an engine. 2: files have a digest for each chunk.
+ENGINE_FORMAT = 2
 MANIFEST = "manifest.json"
 #: The effective target, beside the engine.
 TARGET = "target.yaml"
-#: Smaller files are digested whole whenever an engine is opened: of this much it takes a twentieth of a second.
-_WHOLE_BELOW = 64 << 20
 
 
 class Target(Record):
@@ -67,12 +66,12 @@ class Limits(Record):
 
 
 class FileDigest(Record):
-    """One file. `sha256` covers it whole, `sampled` its size and 64 blocks (`files.sampled_digest`)."""
+    """One file. `sha256` says which it is, `chunks` (`digests.chunk_digests`) are compared at each start."""
 
     path: RelativePath
     bytes: int
     sha256: str
-    sampled: str
+    chunks: tuple[str, ...]
 
 
 class SelfCheckRow(Record):
@@ -329,7 +328,7 @@ def manifest_digest(raw: dict[str, Any]) -> str:
 def digest_file(folder: Path, relative: str) -> FileDigest:
     """Describe one file of an engine folder."""
     path = folder / relative
-    return FileDigest(path=relative, bytes=path.stat().st_size, sha256=sha256_file(path), sampled=sampled_digest(path))
+    return FileDigest(path=relative, bytes=path.stat().st_size, sha256=sha256_file(path), chunks=chunk_digests(path))
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -348,7 +347,8 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        raw = read_json(path, most=LISTING_BYTES)
+        text = read_bytes(path, most=LISTING_BYTES)
+        raw = parse_json(text)
     except OSError as error:
         raise EngineError(
             f"{path}: cannot be read ({error.strerror}); expected a folder written by 'seekforge build'"
@@ -366,32 +366,12 @@ def load_manifest(folder: Path) -> Manifest:
     except RecordError as error:
         raise EngineError(f"{path}: {error}; build the engine again") from None
     digest = manifest_digest(raw)
+    again = f"copy it again or build it again: {rebuild_command(folder, manifest)}"
     if digest != manifest.digest:
         raise EngineError(
             f"{path}: digest: found {digest[:12]}, expected {manifest.digest[:12] or 'one'}: the manifest was edited; "
-            f"copy it again or build it again: {rebuild_command(folder, manifest)}"
+            f"{again}"
         )
+    if text != json_text(raw).encode():  # 1E-05 is 1e-05 as a value
+        raise EngineError(f"{path}: is not spelt as it was written: the manifest was edited; {again}")
     return manifest
-
-
-def verify_files(folder: Path, manifest: Manifest, *, full: bool) -> None:
-    """Compare every file with its digest: whole files when `full`; else small ones whole, of others size and samples.
-
-    Raises:
-        EngineError: a file is missing, leads out of the folder, is of another size, or its bytes differ.
-    """
-    remedy = f"copy it again or build it again: {rebuild_command(folder, manifest)}"
-    for expected in manifest.files:
-        path = inside(folder, expected.path, error=EngineError, where=folder / MANIFEST, again=remedy)
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise EngineError(f"{path}: missing; {remedy}") from None
-        if size != expected.bytes:
-            raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; {remedy}")
-        whole = full or size < _WHOLE_BELOW
-        found, wanted = (sha256_file(path), expected.sha256) if whole else (sampled_digest(path), expected.sampled)
-        if found != wanted:
-            raise EngineError(
-                f"{path}: digest {found[:12]}, the manifest says {wanted[:12]}; it was changed or damaged, {remedy}"
-            )
