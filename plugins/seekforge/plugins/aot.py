@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ from seekforge.plugins import kernel_rules, sass
 from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.cuda_driver import needed_driver
 from seekforge.plugins.errors import EnvironmentFault, TargetError
+from seekforge.plugins.formats.files import replace_file
+from seekforge.plugins.formats.temporary import temporary_folder
 from seekforge.plugins.launch import (
     FORMAT,
     SHARED_LIMIT,
@@ -180,19 +181,12 @@ def write(sets: Sequence[KernelSet], out: Path, *, cache: Path) -> None:
         for image in kernels.images.values():
             shutil.copyfile(cache / image.cubin, folder / image.cubin)
         name = f"{SPECS[kernels.op].torch_name}-{kernels.digest[:12]}.json"
-        _write_atomically(folder / name, to_json(kernels).encode())
+        replace_file(folder / name, to_json(kernels).encode())
         entry = {"op": kernels.op, "sm": kernels.sm, "digest": kernels.digest, "file": f"sm{kernels.sm}/{name}"}
         entries.append(entry)
     entries.sort(key=lambda entry: (entry["op"], entry["sm"], entry["digest"]))
     text = json.dumps({"format": INDEX_FORMAT, "kernels": entries}, indent=1) + "\n"
-    _write_atomically(out / INDEX, text.encode())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    replace_file(out / INDEX, text.encode())
 
 
 # --- in a worker process --------------------------------------------------------------------------------------
@@ -215,11 +209,11 @@ def _cached(task: Task, variant: Variant, cache: Path) -> Image:
         except Exception:
             pass
     image, cubin = compile_variant(task.op, variant, task.sm)
-    _write_atomically(cache / image.cubin, cubin)
+    replace_file(cache / image.cubin, cubin)
     one = KernelSet(
         task.op, SPECS[task.op].version, task.sm, task.digest, task.statics, compiler(), {variant.name: image}
     )
-    _write_atomically(record, to_json(one).encode())
+    replace_file(record, to_json(one).encode())
     return image
 
 
@@ -242,8 +236,8 @@ def compile_variant(op: str, variant: Variant, sm: int) -> tuple[Image, bytes]:
         attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["TRITON_CACHE_DIR"] = scratch  # ours is the cache; Triton's depends on the process
+    with temporary_folder("seekforge-kernels") as scratch:
+        os.environ["TRITON_CACHE_DIR"] = str(scratch)  # ours is the cache; Triton's depends on the process
         try:
             made = triton.compile(source, target=backend.GPUTarget("cuda", sm, 32), options=options)
         except Exception as error:
@@ -297,12 +291,12 @@ def compile_variant(op: str, variant: Variant, sm: int) -> tuple[Image, bytes]:
 def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
     """Return ([(offset, size) per parameter], registers per thread, stack bytes per thread) from the cubin itself."""
     tool = _tool("cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
+    with temporary_folder("seekforge-kernels") as folder:
+        file = folder / "kernel.cubin"
+        file.write_bytes(cubin)
 
         def dump(option: str) -> str:
-            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
         elf, usage = dump("-elf"), dump("--dump-resource-usage")
     found = re.findall(r"Ordinal\s*:\s*(0x\w+)\s*Offset\s*:\s*(0x\w+)\s*Size\s*:\s*(0x\w+)", elf)
@@ -334,7 +328,7 @@ def read_code(cubin: Path, *, cache: Path) -> sass.Code:
     except ValueError as error:
         raise TargetError(f"{cubin}: {error}; nvdisasm ended with {made.returncode} {made.stderr.strip()}") from None
     cache.mkdir(parents=True, exist_ok=True)
-    _write_atomically(record, sass.to_json(code).encode())
+    replace_file(record, sass.to_json(code).encode())
     return code
 
 

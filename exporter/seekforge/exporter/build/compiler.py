@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from seekforge.exporter.build.explain import explain, too_tight
 from seekforge.plugins import errors
 from seekforge.plugins.errors import EngineError, SeekforgeError
+from seekforge.plugins.formats.temporary import temporary_folder
 from seekforge.plugins.tensorrt.library import Flavour
 
 #: Input name -> smallest, typical and largest shape.
@@ -150,10 +150,10 @@ def compile_graph(
         EngineError: the library refused or crashed; the message names the place in the model and the log.
         EnvironmentFault: the library is missing, needs a GPU, or finds another than the target's.
     """
-    with tempfile.TemporaryDirectory(prefix=".compile.", dir=plan.parent) as folder:
-        source = Path(folder, "graph.onnx")
+    with temporary_folder(".compile", parent=plan.parent) as folder:
+        source = folder / "graph.onnx"
         source.write_bytes(model)
-        request = Path(folder, "request.json")
+        request = folder / "request.json"
         request.write_text(
             json.dumps(
                 {

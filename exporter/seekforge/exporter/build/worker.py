@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.plugins.errors import EnvironmentFault, SeekforgeError
+from seekforge.plugins.formats.files import replace_file
 from seekforge.plugins.tensorrt.library import load
 from seekforge.plugins.tensorrt.plugin import register
 
@@ -102,7 +103,7 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
     Path(request["plan"]).write_bytes(plan)
     if request.get("timing_cache"):
         cache = config.get_timing_cache()
-        Path(request["timing_cache"]).write_bytes(cache.serialize())
+        replace_file(Path(request["timing_cache"]), bytes(cache.serialize()))
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "layers": dict(layers),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.numerics import NUMERICS
 from seekforge.plugins.formats.plan import MODES
+from seekforge.plugins.formats.temporary import temporary_folder
 
 #: Options that a way of comparing has no use for, by name of their parameter. A flag that is taken is a promise.
 _ENGINE_ALONE = ("against", "layers", "sensitivity", "max_dump_gb", "write_self_check")
@@ -130,8 +130,8 @@ def _workspace(save: Path | None, force: bool) -> Iterator[Path]:
         with atomic_folder(save, force=force, marker="plan.json") as folder:
             yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="seekforge-parity-") as folder:
-        yield Path(folder)
+    with temporary_folder("seekforge-parity") as folder:
+        yield folder
 
 
 def _refuse_unused(ctx: click.Context) -> None:

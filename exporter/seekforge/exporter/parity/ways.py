@@ -6,7 +6,6 @@ What can be refused is refused here before anything is run.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from seekforge.plugins.formats.manifest import MANIFEST
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import EXACT, NUMERICS, Numerics, numerics_from_dict
 from seekforge.plugins.formats.plan import Plan
+from seekforge.plugins.formats.temporary import temporary_folder
 
 Say = Callable[[str], None]
 
@@ -125,9 +125,9 @@ def _with_transformers(
     (work / "reference").mkdir()
     with (
         open_source(folder, settings.config) as source,
-        tempfile.TemporaryDirectory(prefix="seekforge-oracle-") as copy,
+        temporary_folder("seekforge-oracle") as copy,
     ):
-        reference = write_oracle_dump(folder, source, plan, work / "reference", Path(copy))
+        reference = write_oracle_dump(folder, source, plan, work / "reference", copy)
     stages(f"engine {side.folder.name}")
     judged = side.dump(plan, work / "judged", [tap for tap in side.taps if tap.startswith(("hidden", "resid"))])
     same = numerics_from_dict(side.manifest.numerics) == EXACT

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from seekforge.plugins.errors import OutputError
+from seekforge.plugins.formats.temporary import sweep, temporary_file, temporary_folder
 
 
 def explain_os_error(error: OSError, path: Path) -> OutputError:
@@ -55,21 +55,22 @@ def atomic_folder(out: Path, *, force: bool = False, marker: str | None = None) 
         OutputError: `out` exists and is not empty (without `force`), is a file, or cannot be written.
     """
     out = Path(out)
+    sweep(out.parent)
     check_vacant(out, force=force, marker=marker)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        made = contextlib.ExitStack()
+        temporary = made.enter_context(temporary_folder(f".{out.name}", parent=out.parent))
     except OSError as error:
         raise explain_os_error(error, out) from None
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        with _blaming_the_right_file(temporary, out):
-            yield temporary
-        _replace_folder(temporary, out, force=force)
-    except OSError as error:
-        raise explain_os_error(error, out) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with made:
+        try:
+            temporary.chmod(0o777 & ~_umask())
+            with _blaming_the_right_file(temporary, out):
+                yield temporary
+            _replace_folder(temporary, out, force=force)
+        except OSError as error:
+            raise explain_os_error(error, out) from error
 
 
 @contextmanager
@@ -102,15 +103,13 @@ def _replace_folder(new: Path, out: Path, *, force: bool) -> None:
                 f"{out}: another command wrote it meanwhile; choose a new folder, or pass --force to replace it"
             ) from None
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(aside / "old")
-    try:
-        new.rename(out)
-    except OSError:
-        (aside / "old").rename(out)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with temporary_folder(f".{out.name}", parent=out.parent, kind="old") as aside:
+        out.rename(aside / "old")
+        try:
+            new.rename(out)
+        except BaseException:
+            (aside / "old").rename(out)
+            raise
 
 
 def _umask() -> int:
@@ -135,16 +134,11 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; what stood at `path` is as it was.
     """
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
+    mode = path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask()
+    with temporary_file(path) as number:
+        os.fchmod(number, mode)
+        with os.fdopen(number, "wb", closefd=False) as file:
             file.write(data)
-        temporary = Path(name)
-        temporary.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def sha256_file(path: Path) -> str:

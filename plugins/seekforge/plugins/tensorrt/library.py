@@ -15,14 +15,13 @@ import math
 import platform
 import struct
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from packaging.requirements import Requirement
 
 from seekforge.plugins.errors import EnvironmentFault
+from seekforge.plugins.formats.temporary import temporary_folder
 from seekforge.plugins.requirements import command, install
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -143,8 +142,8 @@ def _give_unversioned_name() -> None:
             f"tensorrt-rtx: no {_UNVERSIONED} is found and none can be made for {platform.machine()}; "
             f"put a link of that name to {_VERSIONED} into a folder of LD_LIBRARY_PATH"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, _UNVERSIONED)
+    with temporary_folder("seekforge-library") as folder:
+        path = folder / _UNVERSIONED
         path.write_bytes(forwarding_library(_UNVERSIONED, _VERSIONED, machine))
         _KEPT.append(ctypes.CDLL(str(path)))
     _KEPT.append(ctypes.CDLL(_UNVERSIONED))  # raises here, and not inside the parser, should the loader not know it

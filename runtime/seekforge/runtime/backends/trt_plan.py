@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.dtypes import NUMPY
+from seekforge.plugins.formats.files import replace_file
 from seekforge.runtime.backends.device import Call
 
 if TYPE_CHECKING:
@@ -171,9 +171,7 @@ class TrtPlan:
         if self._cache is not None:
             stored = self._path.with_suffix(_RUNTIME_CACHE)
             with contextlib.suppress(OSError):
-                unfinished = stored.with_name(f"{stored.name}.{os.getpid()}")
-                unfinished.write_bytes(bytes(self._cache.serialize()))
-                unfinished.replace(stored)
+                replace_file(stored, bytes(self._cache.serialize()))
         self._contexts.clear()
 
     def _context(self, call: Call) -> _Context:
