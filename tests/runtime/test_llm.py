@@ -116,6 +116,45 @@ def test_the_model_s_eos_ends_a_request(edit_manifest, toy, prompts: list[list[i
         assert output.outputs[0].finish_reason == "stop" and output.outputs[0].token_ids[-1] == eos
 
 
+def test_each_end_of_sequence_ends_a_request(edit_manifest, toy, prompts: list[list[int]]) -> None:
+    expected = toy.greedy(prompts[2], 12)
+    other = expected[4]
+    end = expected.index(other)
+    params = replace(GREEDY, ignore_eos=False)
+    with LLM(edit_manifest(lambda m: m.update(eos_token_id=[1, other])), threads=1, num_blocks=9) as llm:
+        (output,) = llm.generate([prompts[2]], params)
+        first = output.outputs[0]
+        assert list(first.token_ids) == expected[: end + 1] and first.finish_reason == "stop"
+        assert first.stop_reason == other and first.text == llm.get_tokenizer().decode(expected[:end])
+        assert tokens(llm.generate([prompts[2]], GREEDY)) == [expected]
+        for ignored in (False, True):
+            held = replace(params, min_tokens=end + 2, ignore_eos=ignored)
+            assert other not in tokens(llm.generate([prompts[2]], held))[0][: end + 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eos_token_id": []}, "key 'eos_token_id'"),
+        ({"eos_token_id": [1, 320]}, "expected a token id from 0 to 319"),
+        ({"eos_token_id": -1}, "key 'eos_token_id'"),
+        ({"generation": {"temperature": -1.0}}, "key 'generation': temperature is -1"),
+        ({"generation": {"top_k": 1.5}}, "key 'generation': top_k is 1.5"),
+        ({"generation": {"heat": 1.0}}, "key 'generation': SamplingParams has no 'heat'"),
+    ],
+)
+def test_a_manifest_with_impossible_defaults_is_refused(edit_manifest, change: dict, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        LLM(edit_manifest(lambda m: m.update(change)), threads=1, num_blocks=9)
+
+
+def test_greedy_may_be_the_default(edit_manifest, toy, prompts: list[list[int]]) -> None:
+    with LLM(edit_manifest(lambda m: m.update(generation={"temperature": 0.0})), threads=1, num_blocks=9) as llm:
+        assert llm.default_sampling_params.greedy
+        found = tokens(llm.generate([prompts[1]]))[0]
+        assert found == toy.greedy(prompts[1], len(found))
+
+
 def test_defaults_come_from_the_checkpoint(llm: LLM) -> None:
     assert llm.default_sampling_params == SamplingParams(temperature=1.0, top_p=0.95)
     assert llm.generate([]) == []

@@ -532,9 +532,16 @@ def _limit(name: str, asked: int | None, engine_limit: int) -> int:
 
 
 def _default_params(manifest: Manifest) -> SamplingParams:
+    """Return what the checkpoint recommends; the ends of sequence are looked at as well."""
+    for token in manifest.eos_token_ids or (-1,):
+        if not 0 <= token < manifest.vocab_size:
+            raise EngineError(
+                f"manifest.json, key 'eos_token_id': {shown(manifest.eos_token_id)}, expected a token id from 0 to "
+                f"{manifest.vocab_size - 1}, or some; build the engine again"
+            )
     given: dict[str, Any] = {**manifest.generation}
-    if given.get("top_k", 0.0) == int(given.get("top_k", 0.0)):
-        given["top_k"] = int(given.get("top_k", 0.0))
+    if float(given.get("top_k", 0)).is_integer():
+        given["top_k"] = int(given.get("top_k", 0))
     try:
         return SamplingParams(**given)
     except RequestError as error:
