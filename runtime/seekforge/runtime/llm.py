@@ -138,7 +138,8 @@ class LLM:
             num_blocks: size of the cache in blocks of 64 tokens, the scrap block included.
             kv_cache_memory: size of the cache in bytes, instead of `num_blocks`. With neither, the cache
                 holds `max_batch_size` requests of `max_model_len`, or as many as fit (`cache_size`).
-            num_speculative_tokens: tokens to draft with the MTP module, 0 to 5. What is generated stays the same.
+            num_speculative_tokens: tokens to draft with the MTP module, 0 to 5. What a draft stands for is still chosen
+                by the model; a step of several tokens may round otherwise than a step of one (docs/runtime.md).
             speculation_off_switch: stop drafting while it costs more than it brings.
             prefix_caching: share what is computed between requests that begin alike. Completions of one
                 request share their prompt always.
