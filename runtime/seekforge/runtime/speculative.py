@@ -2,9 +2,9 @@
 
 The module reads (h_i, t_{i+1}) and predicts t_{i+2}; further drafts feed its own hidden state and draft back. A draft
 is drawn by the same rules and with the same draw as the token it stands for, and it counts if it equals the
-token that the model chooses there. So for the same logits and seed, what is generated is what would be without drafts, token for
-token: the exactness of rejection sampling needs no argument, and like distributions give like tokens. Whether a step of
-several queries has the very logits of a step of one is the backend's matter (docs/runtime.md, "When two runs ...").
+token that the model chooses there. So for the same logits and seed, what is generated is what would be without drafts,
+token for token: the exactness of rejection sampling needs no argument, and like distributions give like tokens. Whether
+a step of several queries has the very logits of a step of one is the backend's matter (docs/runtime.md).
 """
 
 from __future__ import annotations
