@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from seekforge.plugins.errors import OutputError
 from seekforge.plugins.requirements import parse
 from seekforge.runtime import cli
-from seekforge.runtime.doctor import capability, target_capabilities
+from seekforge.runtime import doctor as doctor_module
+from seekforge.runtime.doctor import capability, driver_fault, target_capabilities
 
 
 def invoke(*args: str) -> Result:
@@ -243,3 +244,43 @@ def test_doctor_promises_no_gpu_run_that_would_be_refused() -> None:
     assert not build.ready and "no NVIDIA GPU here" in build.missing
     assert target_capabilities("h100", "tensorrt", wanted, installed, has_gpu=True)[0].ready
     assert not any(c.ready for c in target_capabilities("x", "unheard-of", wanted, installed, has_gpu=True))
+
+
+def test_doctor_tells_a_driver_that_is_too_old_for_the_kernels_or_the_bindings() -> None:
+    installed = {"cuda-bindings": "12.9.2"}.get
+    assert driver_fault(90, "580.65.06", installed) is None and driver_fault(89, "525.60", installed) is None
+    assert driver_fault(90, "570.86.15", installed) == (
+        "the NVIDIA driver 570.86.15 is too old: kernels of sm90 need a driver of CUDA 13.0 or later (r580); "
+        "install a newer driver"
+    )
+    newer = driver_fault(89, "570.86.15", {"cuda-bindings": "13.5.0"}.get)
+    assert newer is not None and "cuda-bindings 13.5.0 need a driver of CUDA 13.0 or later (r580)" in newer
+    assert driver_fault(90, "unknown", installed) is None, "nothing is said of what is not known"
+    wanted = parse(["c>=1; extra == 'trt'"])
+    found = {"c": "1", "cuda-bindings": "12.9.2"}.get
+    common = {"has_gpu": True, "sm": 90}
+    _, run = target_capabilities("h100", "tensorrt", wanted, found, driver="570.86.15", **common)
+    assert not run.ready and "kernels of sm90 need" in run.missing
+    _, run = target_capabilities("h100", "tensorrt", wanted, found, driver="580.65.06", **common)
+    assert run.ready
+    _, run = target_capabilities("h100", "tensorrt", wanted, found, has_gpu=False, sm=90)
+    assert run.missing == "no NVIDIA GPU here; sm90 needs a driver of CUDA 13.0 or later (r580)"
+
+
+def test_doctor_tells_a_broken_driver_from_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(doctor_module.shutil, "which", lambda name: str(tool))
+
+    def gpus(script: str) -> tuple[tuple[str, ...], str]:
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        return doctor_module._gpus()
+
+    assert gpus("echo 'NVIDIA H100, 580.65.06, 9.0'") == (("NVIDIA H100, 580.65.06, 9.0",), "no NVIDIA GPU here")
+    assert gpus("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18") == (
+        (),
+        "nvidia-smi fails (Failed to initialize NVML: Driver/library version mismatch)",
+    )
+    assert gpus("exit 9")[1] == "nvidia-smi fails (exit code 9)"
+    monkeypatch.setattr(doctor_module.shutil, "which", lambda name: None)
+    assert doctor_module._gpus() == ((), "no NVIDIA GPU here")

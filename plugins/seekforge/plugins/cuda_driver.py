@@ -88,6 +88,7 @@ def too_old(what: str, version: int, driver: int) -> str | None:
 _REMEDIES: Final[dict[int, str]] = {
     2: "no memory for a CUDA context: 'nvidia-smi' lists the processes that hold the GPU's",
     3: "the driver could not be started: see 'nvidia-smi' and the kernel log (dmesg, lines with NVRM)",
+    34: "the library that is found is the stub of a toolkit: take its folder out of LD_LIBRARY_PATH",
     46: "the GPU is busy or in exclusive mode: 'nvidia-smi' lists the processes that hold it",
     100: "the driver shows no GPU: run this on the machine with its GPU; where there is one, see 'nvidia-smi', "
     "CUDA_VISIBLE_DEVICES, and whether the container was given it",

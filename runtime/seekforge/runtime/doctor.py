@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from seekforge.plugins.cuda_driver import KERNELS_NEED, needs, version_of_branch
 from seekforge.plugins.formats.yaml_file import read_yaml
 from seekforge.plugins.requirements import Requirements, command, declared, fault, installed, lacking
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND
@@ -87,7 +88,7 @@ def examine() -> Report:
     """Look at this machine."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {package: installed(package) for package in _PACKAGES}
-    gpus = _gpus()
+    gpus, no_gpu = _gpus()
     versions["NVIDIA driver"] = gpus[0].split(", ")[1] if gpus else None
     requirements = declared()
     if not requirements:
@@ -95,8 +96,11 @@ def examine() -> Report:
         capabilities = [Capability("everything", False, missing)]
     else:
         capabilities = [capability("export a checkpoint", ("export",), requirements)]
-        for target, backend in _targets().items():
-            capabilities += target_capabilities(target, backend, requirements, has_gpu=bool(gpus))
+        driver = versions["NVIDIA driver"]
+        for target, (backend, sm) in _targets().items():
+            capabilities += target_capabilities(
+                target, backend, requirements, has_gpu=bool(gpus), sm=sm, driver=driver, no_gpu=no_gpu
+            )
     return Report(versions, gpus, tuple(capabilities))
 
 
@@ -107,6 +111,9 @@ def target_capabilities(
     version_of: Callable[[str], str | None] = installed,
     *,
     has_gpu: bool,
+    sm: int | None = None,
+    driver: str | None = None,
+    no_gpu: str = "no NVIDIA GPU here",
 ) -> list[Capability]:
     """Judge building for one target and running on it.
 
@@ -116,6 +123,9 @@ def target_capabilities(
         requirements: of this distribution, by extra.
         version_of: package -> installed version or None.
         has_gpu: whether a GPU answers here.
+        sm: of the target; its kernels need a driver that loads them. None: nothing is said of drivers.
+        driver: version of the NVIDIA driver here, such as 580.65.06.
+        no_gpu: why none answers.
     """
     build, run = f"build for {target}", f"run on {target}"
     if backend not in BACKENDS:
@@ -128,36 +138,80 @@ def target_capabilities(
     building = capability(build, ("export", extra, "kernels"), requirements, version_of)
     if not has_gpu:
         if backend == "tensorrt" and building.ready:
-            building = Capability(build, False, "no NVIDIA GPU here; TensorRT builds on the GPU that the engine is for")
-        running = Capability(run, False, "no NVIDIA GPU here")
+            building = Capability(build, False, f"{no_gpu}; TensorRT builds on the GPU that the engine is for")
+        wanted = "" if sm is None else f"; sm{sm} needs {needs(needed_driver(sm, version_of))}"
+        running = Capability(run, False, f"{no_gpu}{wanted}")
+    elif sm is not None and driver is not None:
+        old = driver_fault(sm, driver, version_of)
+        if old is not None and running.ready:
+            running = Capability(run, False, old)
     return [building, running]
 
 
-def _targets() -> dict[str, str]:
-    """Target name -> backend, from the target files in the source tree or in the installed package."""
+def needed_driver(sm: int, version_of: Callable[[str], str | None]) -> int:
+    """Return the CUDA version that a driver must have for kernels of an SM and for the bindings that are installed.
+
+    Args:
+        sm: compute capability.
+        version_of: package -> installed version or None.
+    """
+    return max(KERNELS_NEED.get(sm, 0), _bindings_need(version_of))
+
+
+def driver_fault(sm: int, driver: str, version_of: Callable[[str], str | None]) -> str | None:
+    """Return why a driver is too old to run kernels of an SM, or None where it will do.
+
+    Args:
+        sm: compute capability.
+        driver: its version, such as 570.86.15.
+        version_of: package -> installed version or None.
+    """
+    branch = driver.partition(".")[0]
+    wanted = needed_driver(sm, version_of)
+    if not branch.isdecimal() or version_of_branch(int(branch)) >= wanted:
+        return None
+    bindings = _bindings_need(version_of) > KERNELS_NEED.get(sm, 0)
+    what = f"cuda-bindings {version_of('cuda-bindings')}" if bindings else f"kernels of sm{sm}"
+    return f"the NVIDIA driver {driver} is too old: {what} need {needs(wanted)}; install a newer driver"
+
+
+def _bindings_need(version_of: Callable[[str], str | None]) -> int:
+    """Return the CUDA version that the bindings' own runtime needs: any of its major version."""
+    major = (version_of("cuda-bindings") or "").partition(".")[0]
+    return 1000 * int(major) if major.isdecimal() else 0
+
+
+def _targets() -> dict[str, tuple[str, int | None]]:
+    """Target name -> backend and SM, from the target files in the source tree or in the installed package."""
     here = Path(__file__).resolve()
-    targets = {"cpu": "onnxruntime"}
+    targets: dict[str, tuple[str, int | None]] = {"cpu": ("onnxruntime", None)}
     for root in (here.parents[3], here.parents[1]):
         folder = root / "configs" / "targets"
         if folder.is_dir():
             for path in sorted(folder.glob("*.yaml")):
                 data = read_yaml(path)
-                targets[path.stem] = str(data.get("backend", "unknown")) if isinstance(data, dict) else "unknown"
+                known = data if isinstance(data, dict) else {}
+                sm = known.get("sm")
+                targets[path.stem] = str(known.get("backend", "unknown")), sm if isinstance(sm, int) else None
             break
     return targets
 
 
-def _gpus() -> tuple[str, ...]:
-    """Ask nvidia-smi; no answer means no GPU that could be used."""
+def _gpus() -> tuple[tuple[str, ...], str]:
+    """Ask nvidia-smi for the GPUs that could be used; returns them, and why there are none."""
+    absent = "no NVIDIA GPU here"
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ()
+        return (), absent
     query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in done.stdout.splitlines() if line.count(", ") == 2)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return (), f"nvidia-smi does not answer ({error})"
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    if done.returncode:  # such as a driver whose library and kernel module differ: that is no lack of a GPU
+        return (), f"nvidia-smi fails ({said[0] if said else f'exit code {done.returncode}'})"
+    return tuple(line for line in said if line.count(", ") == 2), absent
 
 
 @click.command()

@@ -105,6 +105,26 @@ def test_the_gpu_here_is_what_the_driver_says() -> None:
     assert importlib.import_module("seekforge.exporter.build.worker").present_sm() in (None, 80, 86, 89, 90, 100, 120)
 
 
+def test_when_tensorrt_does_not_start_the_driver_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = SimpleNamespace(
+        cuInit=lambda flags: (803,),
+        cuGetErrorName=lambda error: (0, b"CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"),
+        cuGetErrorString=lambda error: (0, b"system has unsupported display driver / cuda driver combination"),
+        cuDriverGetVersion=lambda: (0, 12080),
+    )
+
+    def refuse(logger: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    trt = SimpleNamespace(Builder=refuse)
+    monkeypatch.setattr(worker, "importlib", SimpleNamespace(import_module=lambda name: broken))
+    with pytest.raises(EnvironmentFault, match=r"MISMATCH, 803: .*CUDA 12\.8\): .*different versions.*a GPU of sm90$"):
+        worker._builder(trt, SimpleNamespace(errors=[]), {"flavour": "tensorrt", "sms": [90]})
+    broken.cuInit = lambda flags: (0,)
+    with pytest.raises(EnvironmentFault, match=r"nullptr\); build on a machine with a GPU of sm90$"):
+        worker._builder(trt, SimpleNamespace(errors=[]), {"flavour": "tensorrt", "sms": [90]})
+
+
 # --- the workspace ------------------------------------------------------------------------------------------
 
 

@@ -154,6 +154,7 @@ def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_pat
     cubins = sorted(path.name for path in engine.rglob("*.cubin"))
     assert len(cubins) == len(set(cubins)) <= sum(manifest.audit.kernels.values())
     assert set(cubins) < {Path(file.path).name for file in manifest.files}, "every cubin has a digest"
+    assert manifest.min_driver == {"89": 12000}
     assert manifest.build["kernel_compiler"] == f"triton {triton.__version__}"
     driver = Recorder()
     source = KernelFolder(engine, 89, driver)

@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from seekforge.plugins.cuda_driver import startup_fault
 from seekforge.plugins.errors import EnvironmentFault, SeekforgeError
 from seekforge.plugins.formats.files import replace_file
 from seekforge.plugins.tensorrt.library import load
@@ -206,6 +207,20 @@ def present_sm() -> int | None:
     return None if int(fault) or int(worse) else 10 * int(major) + int(minor)
 
 
+def _why_no_gpu() -> str:
+    """Return the driver's own word on why it does not start, and a break, or nothing when it does or says nothing."""
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        (error,) = driver.cuInit(0)
+        if not int(error):
+            return ""
+        name, text = (ask(error)[1].decode() for ask in (driver.cuGetErrorName, driver.cuGetErrorString))
+        fault, version = driver.cuDriverGetVersion()
+    except (ImportError, RuntimeError):  # no bindings, or no driver behind them
+        return ""
+    return startup_fault(int(error), name, text, driver=0 if int(fault) else int(version), runtime=0) + "; "
+
+
 def _builder(trt: Any, logger: Any, request: dict[str, Any]) -> Any:
     try:
         builder = trt.Builder(logger)
@@ -215,7 +230,9 @@ def _builder(trt: Any, logger: Any, request: dict[str, Any]) -> Any:
         reason = "; ".join(logger.errors)
     if builder is None:
         sms = " and ".join(f"sm{sm}" for sm in request["sms"])
-        where = f"; build on a machine with a GPU of {sms}" if request["flavour"] == "tensorrt" else ""
+        where = ""
+        if request["flavour"] == "tensorrt":
+            where = f"; {_why_no_gpu()}build on a machine with a GPU of {sms}"
         raise EnvironmentFault(f"{request['flavour']} cannot start here ({' '.join(reason.split())}){where}")
     return builder
 
