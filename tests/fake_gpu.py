@@ -23,6 +23,7 @@ from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.manifest import digest_file, load_manifest, manifest_digest
 from seekforge.plugins.formats.program import save_bindings
 from seekforge.plugins.formats.safetensors import Checkpoint, write_shard
+from seekforge.plugins.formats.weight_digests import write_weight_digests
 from seekforge.runtime.backends.device import Call
 
 #: Values that a fake plan shows as debug tensors, where its graph gives them.
@@ -239,9 +240,10 @@ def make_gpu_engine(toy_engine: Path, root: Path) -> tuple[Path, Path]:
     save_bindings(engine, bindings)
     with Checkpoint.open(checkpoint) as opened:
         raw["weights"] = {"path": str(checkpoint), "index_digest": opened.index_digest()}
+        write_weight_digests(engine, opened, tensors, lambda done, total: None)
     raw["target"] = {"name": "fake", "backend": "tensorrt", "sm": 90}
     raw["runtime_versions"] = {}
-    files = ["model.onnx", "mtp.onnx", "tokenizer.json", "bindings.json"]
+    files = ["model.onnx", "mtp.onnx", "tokenizer.json", "bindings.json", "weight_digests.json"]
     raw["files"] = [digest_file(engine, name).model_dump(mode="json") for name in files]
     write_json(engine / "manifest.json", raw | {"digest": manifest_digest(raw)})
     assert load_manifest(engine).weights is not None

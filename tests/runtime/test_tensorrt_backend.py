@@ -19,6 +19,7 @@ from fake_gpu import FakeDevice, changed, in_two_plans, with_layers_alike
 from samples import audit_of
 
 from seekforge.plugins.errors import CheckpointError, EngineError
+from seekforge.plugins.formats.bindings import tensors_of
 from seekforge.plugins.formats.loader import LoadProgress
 from seekforge.plugins.formats.manifest import digest_file, load_manifest
 from seekforge.plugins.formats.program import load_bindings
@@ -409,3 +410,18 @@ def test_the_backend_imports_no_gpu_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed_while_it_streams(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:
+    engine, weights = gpu_engine
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(weights, checkpoint)
+    LLM(engine, checkpoint=checkpoint, num_blocks=4).close()
+    path = checkpoint / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    (read,) = tensors_of(load_bindings(engine)["model"]["head"])
+    with Checkpoint.open(checkpoint) as opened:
+        raw[opened.info(read).end - 4] ^= 1  # the lowest bit of a value
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"'{read}': its bytes .* are not those that the engine was built with"):
+        LLM(engine, checkpoint=checkpoint, num_blocks=4)

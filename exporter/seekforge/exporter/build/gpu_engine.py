@@ -32,10 +32,13 @@ from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.stages import HANDOVER, cut, stage_ranges
 from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.errors import EngineError
+from seekforge.plugins.formats.bindings import tensors_of
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, save_manifest
 from seekforge.plugins.formats.program import GraphIO, Role, TensorSpec
+from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.weight_digests import write_weight_digests
 from seekforge.plugins.tensorrt.launch import NO_KERNELS
 from seekforge.plugins.tensorrt.library import installed_version
 
@@ -81,6 +84,9 @@ def build_gpu(
             if len(faces) > 1:
                 made.stages[name] = faces
         made.uses = {job.plan: len(job.stages) for job in jobs}
+        if inputs.weights.path is not None:
+            with progress.steps_bar("digest weights") as advance:
+                _digest_weights(inputs, Path(inputs.weights.path), folder, advance)
         progress("audit, write")
         found = make_audit(inputs, planned, made)
         audit.require_precision(found.products, f"--precision {target.precision}", target.products)
@@ -88,6 +94,14 @@ def build_gpu(
     parts.drop()
     lost_log.unlink(missing_ok=True)
     return manifest
+
+
+def _digest_weights(inputs: Inputs, checkpoint: Path, folder: Path, advance: Callable[[float], None]) -> None:
+    """Note what the weights are, of all tensors that the engine reads: loads compare them as they stream."""
+    recipes = [recipe for of_graph in inputs.bindings.values() for recipe in of_graph.values()]
+    names = set().union(*map(tensors_of, recipes))
+    with Checkpoint.open(checkpoint) as opened:
+        write_weight_digests(folder, opened, names, lambda done, total: advance(done / max(total, 1)))
 
 
 @contextmanager

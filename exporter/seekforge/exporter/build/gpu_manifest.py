@@ -21,6 +21,7 @@ from seekforge.exporter.build.gpu_checks import Choices, Inputs, Planned, block_
 from seekforge.exporter.build.gpu_kernels import count_images, kernel_files, min_drivers
 from seekforge.exporter.build.prepare import Prepared
 from seekforge.plugins.errors import EngineError
+from seekforge.plugins.formats import weight_digests
 from seekforge.plugins.formats.bindings import Recipe, cast, retarget
 from seekforge.plugins.formats.files import sha256_file
 from seekforge.plugins.formats.manifest import (
@@ -158,6 +159,8 @@ def make_manifest(
     (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how), encoding="utf-8")
     plans = dict.fromkeys(stage.file for name, face in faces.items() for stage in made.stages.get(name, (face,)))
     files += [BINDINGS, write_target(folder, target, planned.limits), *plans, *kernel_files(folder, made.kernels)]
+    if (folder / weight_digests.FILE).exists():
+        files.append(weight_digests.FILE)
     generation = read_generation(inputs.folder, config)
     cache_layers = [int(s.name.partition(".")[2]) for s in faces["model"].with_role("cache")]
     return Manifest(

@@ -33,6 +33,7 @@ from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.scan import SCALE_SUFFIX, Family, Findings, check_scales, first_fault
+from seekforge.plugins.formats.weight_digests import WeightDigests
 
 #: Bytes that all threads together may hold beside the buffers.
 EXTRA_BYTES: Final = 64 << 20
@@ -407,6 +408,7 @@ class Loader:
         memory: file that remembers which checkpoints were scanned, so that it is done once; None: always scan.
         copies: unused tensor -> tensor that it must equal (the MTP layer's embedding and head). They are read, and
             compared, where values are scanned and the other one is loaded.
+        digests: what the tensors must be; compared while they are read.
 
     Raises:
         ProgramError: a buffer does not fit its recipe, or the bindings do not fit the checkpoint.
@@ -422,8 +424,9 @@ class Loader:
         scan: bool = False,
         memory: Path | None = None,
         copies: Mapping[str, str] | None = None,
+        digests: WeightDigests | None = None,
     ) -> None:
-        self._checkpoint, self._threads = checkpoint, threads
+        self._checkpoint, self._threads, self._digests = checkpoint, threads, digests
         planner = _Planner(checkpoint)
         for name, recipe in recipes.items():
             buffer = buffers[name]
@@ -481,7 +484,8 @@ class Loader:
 
         def work(queue: Iterator[int]) -> None:
             nonlocal done, told
-            reader = _Reader(self._checkpoint, self._file, self._findings if self._scans else None, scratch_bytes)
+            findings = self._findings if self._scans else None
+            reader = _Reader(self._checkpoint, self._file, findings, scratch_bytes, self._digests)
             while not stop.is_set():
                 with self._lock:
                     number = next(queue, None)
@@ -549,9 +553,14 @@ class _Reader:
     """Does jobs, one at a time, with one scratch."""
 
     def __init__(
-        self, checkpoint: Checkpoint, file: Callable[[str], int], findings: Findings | None, scratch_bytes: int
+        self,
+        checkpoint: Checkpoint,
+        file: Callable[[str], int],
+        findings: Findings | None,
+        scratch_bytes: int,
+        digests: WeightDigests | None = None,
     ) -> None:
-        self._checkpoint, self._file, self._findings = checkpoint, file, findings
+        self._checkpoint, self._file, self._findings, self._digests = checkpoint, file, findings, digests
         self._scratch = np.empty(scratch_bytes, np.uint8)
         self._words = np.empty(_SCAN_BYTES // 8, np.uint64)
 
@@ -644,23 +653,41 @@ class _Reader:
         step = _SCAN_BYTES if scan else _READ_BYTES
         for start in range(0, out.size, step):
             piece = out[start : start + step]
-            filled = 0
-            while filled < piece.size:
-                try:
-                    count = os.preadv(file, [piece[filled:].data], position + start + filled)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{self._where(tensor)} cannot be read ({error.strerror}); check the disk, then go on"
-                    ) from None
-                if count == 0:
-                    raise CheckpointError(
-                        f"{self._where(tensor)} ends {out.size - start - filled} bytes early: the file shrank while it "
-                        "was read; put the whole file back, then go on"
-                    )
-                filled += count
+            self._fill(tensor, file, position + start, piece)
             if scan:
                 first = offset + start // itemsize(dtype)
                 self._scan(tensor, dtype, piece, _View(first, (piece.size // itemsize(dtype),), (1,)))
+        if self._digests is not None:
+            damage = self._digests.compare(
+                tensor,
+                info.num_bytes,
+                position - info.begin,
+                out,
+                lambda begin, rest: self._fill(tensor, file, info.begin + begin, rest),
+            )
+            if damage is not None:
+                raise CheckpointError(
+                    f"{self._where(tensor)}: its bytes {damage[0]:,} to {damage[1] - 1:,} (from byte {info.begin:,} of "
+                    "the file on) are not those that the engine was built with: the file is damaged, download it "
+                    "again; or these are other weights, build the engine with them"
+                )
+
+    def _fill(self, tensor: str, file: int, position: int, out: np.ndarray) -> None:
+        """Fill `out` from a byte of a file on."""
+        filled = 0
+        while filled < out.size:
+            try:
+                count = os.preadv(file, [out[filled:].data], position + filled)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._where(tensor)} cannot be read ({error.strerror}); check the disk, then go on"
+                ) from None
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._where(tensor)} ends {out.size - filled} bytes early: the file shrank while it "
+                    "was read; put the whole file back, then go on"
+                )
+            filled += count
 
     def _scan(self, tensor: str, dtype: str, values: np.ndarray, view: _View) -> None:
         """Check values, the bytes of what `view` sees of a tensor, one after the other."""

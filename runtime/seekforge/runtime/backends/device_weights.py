@@ -21,6 +21,7 @@ from seekforge.plugins.formats.bindings import Recipe, TensorSource, evaluate_in
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.loader import Loader, LoadProgress
 from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.weight_digests import WeightDigests
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.backends.device import Device
 
@@ -103,6 +104,7 @@ class DeviceWeights:
         checkpoint: opens the checkpoint when it is first needed.
         progress: told while a graph is loaded.
         staging_bytes: size of each of the two buffers.
+        digests: what the checkpoint's tensors must be; None: any of their structure.
     """
 
     def __init__(
@@ -114,9 +116,10 @@ class DeviceWeights:
         *,
         progress: OnLoad | None = None,
         staging_bytes: int = STAGING_BYTES,
+        digests: WeightDigests | None = None,
     ) -> None:
         self._folder, self._bindings, self._device, self._checkpoint = folder, bindings, device, checkpoint
-        self._progress, self._staging_bytes = progress, staging_bytes
+        self._progress, self._staging_bytes, self._digests = progress, staging_bytes, digests
         self._addresses: dict[str, int] = {}  # recipe -> address: graphs share embedding and head
         self._staging: list[np.ndarray] = []
 
@@ -180,7 +183,7 @@ class DeviceWeights:
                 for name, piece, offset in zip(names, batch.pieces, batch.offsets, strict=True)
             }
             size = sum(piece.num_bytes for piece in batch.pieces)
-            report = Loader(source, recipes, views, threads=readers, scan=True).run(
+            report = Loader(source, recipes, views, threads=readers, scan=True, digests=self._digests).run(
                 self._scaled(done, size, total, seconds)
             )
             self._device.synchronize()  # the copies of the batch before are done: its buffer is free for the next one

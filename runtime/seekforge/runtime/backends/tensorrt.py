@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from seekforge.plugins.errors import CheckpointError, EngineError
+from seekforge.plugins.formats import weight_digests
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.loading import check_weights
 from seekforge.plugins.formats.manifest import Manifest
@@ -91,7 +92,15 @@ class TensorRtBackend:
         self.device: Device = device if device is not None else _open_gpu(folder, manifest)
         self._bindings = load_bindings(folder) if _BINDINGS in {file.path for file in manifest.files} else {}
         self._checkpoint = checkpoint
-        self._weights = DeviceWeights(folder, self._bindings, self.device, self._open_checkpoint, progress=progress)
+        has_digests = weight_digests.FILE in {file.path for file in manifest.files}
+        self._weights = DeviceWeights(
+            folder,
+            self._bindings,
+            self.device,
+            self._open_checkpoint,
+            progress=progress,
+            digests=weight_digests.load_weight_digests(folder) if has_digests else None,
+        )
         self._caches: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._captured = CudaGraphs(folder, self.device)
         self._graphs = {MODEL: self._open(MODEL)}
