@@ -350,7 +350,7 @@ def test_a_checkpoint_of_another_config(tiny_programs, checkpoint: Path, tmp_pat
     assert "routed_scaling_factor is 1.0, the program was exported for 2.5" in line
 
 
-@pytest.mark.parametrize("length", ["0", "-1", "163841"])
+@pytest.mark.parametrize("length", ["163841", "1M"])
 def test_a_context_that_the_model_does_not_have(tiny_programs, tiny_checkpoint, tmp_path: Path, length: str) -> None:
     line = refuse_build(tiny_programs["fp8"], tiny_checkpoint, tmp_path, "--max-model-len", length)
     assert "expected 1 to 163840" in line

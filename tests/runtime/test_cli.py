@@ -192,7 +192,18 @@ def test_a_reader_that_leaves_is_no_error(toy_engine: Path) -> None:
 
 def test_bench_measures_and_draws(toy_engine: Path, tmp_path: Path) -> None:
     chart = tmp_path / "chart.png"
-    args = ("--concurrency", "1,3", "--context", "8,130", "--tokens", "5", "--host-batch", "1,4", "--threads", "1")
+    args = (
+        "--concurrency",
+        "1,3",
+        "--contexts",
+        "8,130",
+        "--max-tokens",
+        "5",
+        "--host-batch-size",
+        "1,4",
+        "--threads",
+        "1",
+    )
     result = invoke("bench", str(toy_engine), *args, "--json", "--chart", str(chart), "--num-speculative-tokens", "2")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -205,9 +216,12 @@ def test_bench_measures_and_draws(toy_engine: Path, tmp_path: Path) -> None:
     raw = chart.read_bytes()
     assert raw[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(raw[20:24]) > int.from_bytes(raw[16:20]), "two charts"
     table = invoke("bench", str(toy_engine), *args)
-    assert table.stdout.count("\n") == 1 + 4 + 2
+    assert [line.split()[:2] for line in table.stdout.splitlines() if line.lstrip()[:1].isdigit()] == [
+        [context, requests] for context in ("8", "130") for requests in ("1", "3")
+    ]
+    assert "greedy" in table.stdout and "sampled" in table.stdout
     assert "--concurrency goes to 9" in one_line(invoke("bench", str(toy_engine), "--concurrency", "9"))
-    assert "expected whole numbers" in one_line(invoke("bench", str(toy_engine), "--context", "a"))
+    assert "no number of tokens" in one_line(invoke("bench", str(toy_engine), "--contexts", "a"))
 
 
 def test_doctor() -> None:

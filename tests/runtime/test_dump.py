@@ -116,8 +116,8 @@ def test_the_command_writes_what_the_engine_computes(tiny_engines: dict[str, Pat
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--contexts", "x"], "--contexts is 'x'"),
-        (["--modes", "x"], "--modes has 'x'"),
+        (["--contexts", "x"], "'x' is no number of tokens"),
+        (["--modes", "x"], "'x' is not one of 'whole'"),
         (["--plan", "/nowhere"], "/nowhere: cannot be read"),
         (["--taps", "expert_ids.1,attn_out.1"], "--taps has 'attn_out.1', which"),
     ],

@@ -357,7 +357,7 @@ def test_bench_and_dump_take_weights_from_another_place(
 
     engine = changed(gpu_engine[0], tmp_path / "engine", edit)
     few = {
-        "bench": ["--concurrency", "1", "--context", "4", "--tokens", "3", "--host-batch", "1", "--json"],
+        "bench": ["--concurrency", "1", "--contexts", "4", "--max-tokens", "3", "--host-batch-size", "1", "--json"],
         "dump": [str(tmp_path / "dump"), "--contexts", "4", "--modes", "whole", "--quiet"],
     }[command]
     lost = CliRunner().invoke(main, [command, str(engine), *few])

@@ -2,65 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from seekforge.plugins.charts import Line, Panel, check_chart, write_charts
+from seekforge.plugins.command_line import (
+    Tokens,
+    Whole,
+    command,
+    contexts_option,
+    json_option,
+    list_option,
+    quiet_option,
+    threads_option,
+)
+from seekforge.plugins.console import Column, Stages, Table, console
+from seekforge.plugins.terminal import write_json
 from seekforge.runtime.bench import Point, host_overhead_ms, measure
 from seekforge.runtime.engine import Engine
-from seekforge.runtime.options import check_checkpoint, checkpoint_option
+from seekforge.runtime.options import check_checkpoint, checkpoint_option, drafts_option
 from seekforge.runtime.sampling import SamplingParams
 
 
-class _Numbers(click.ParamType):
-    """Whole numbers from 1, separated by commas."""
-
-    name = "N,N,…"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        try:
-            numbers = [int(part) for part in str(value).split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r}, expected whole numbers from 1, separated by commas", param, ctx)
-        return numbers
-
-
-@click.command()
+@command(
+    "bench",
+    examples=(
+        "seekforge bench engine",
+        "seekforge bench engine --concurrency 1,8,64 --contexts 1K,16K --max-tokens 128 --chart bench.svg",
+    ),
+)
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--concurrency", type=_Numbers(), default="1,4", show_default=True, help="Requests at a time.")
-@click.option("--context", "contexts", type=_Numbers(), default="64,512", show_default=True, help="Tokens of a prompt.")
-@click.option("--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="Tokens that each generates.")
-@click.option(
-    "--num-speculative-tokens",
-    type=click.IntRange(0, 5),
-    default=0,
-    show_default=True,
-    help="Tokens to draft per step.",
-)
-@click.option(
-    "--host-batch", type=_Numbers(), default="1,64,256", show_default=True, help="Batches for the host's cost."
-)
+@list_option("--concurrency", type=Whole(1), default="1,4", help="Requests at a time.")
+@contexts_option("Tokens of a prompt.", default="64,512")
+@click.option("--max-tokens", type=Tokens(), default=32, show_default=True, help="Tokens that each generates.")
+@drafts_option
+@list_option("--host-batch-size", type=Whole(1), default="1,64,256", help="Batches for the host's cost.")
 @checkpoint_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
+@threads_option
 @click.option("--chart", type=click.Path(path_type=Path, dir_okay=False), help="Draw what was measured: .png or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@quiet_option
+@json_option
 def bench(
     engine: Path,
-    concurrency: list[int],
-    contexts: list[int],
-    tokens: int,
+    concurrency: tuple[int, ...],
+    contexts: tuple[int, ...],
+    max_tokens: int,
     num_speculative_tokens: int,
-    host_batch: list[int],
+    host_batch_size: tuple[int, ...],
     checkpoint: Path | None,
     threads: int | None,
     chart: Path | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Measure ENGINE: throughput and latency over concurrency and context, cache hits, drafts, the host's own cost."""
@@ -71,29 +65,32 @@ def bench(
     limits = opened.manifest.limits
     if max(concurrency) > limits.max_batch_size:
         raise click.UsageError(f"--concurrency goes to {max(concurrency)}, this engine runs {limits.max_batch_size}")
-    if max(contexts) + tokens > limits.max_model_len:
+    if max_tokens < 2:
+        raise click.UsageError("--max-tokens is 1, expected at least 2: the time between tokens is measured")
+    if max(contexts) + max_tokens > limits.max_model_len:
         raise click.UsageError(
-            f"--context and --tokens make {max(contexts) + tokens}, of {limits.max_model_len} allowed"
+            f"--contexts and --max-tokens make {max(contexts) + max_tokens}, of {limits.max_model_len} allowed"
         )
     points = measure(
         opened,
-        concurrency=concurrency,
-        contexts=contexts,
-        num_tokens=tokens,
+        concurrency=list(concurrency),
+        contexts=list(contexts),
+        num_tokens=max_tokens,
         num_speculative_tokens=num_speculative_tokens,
         checkpoint=checkpoint,
         threads=threads,
-        say=lambda line: click.echo(line, err=True),
+        say=Stages(quiet=quiet or as_json).say,
     )
     sampling = {"greedy": SamplingParams(temperature=0), "sampled": SamplingParams(temperature=1, top_p=0.95)}
-    host = {n: {b: host_overhead_ms(opened, b, params) for b in host_batch} for n, params in sampling.items()}
+    host = {n: {b: host_overhead_ms(opened, b, params) for b in host_batch_size} for n, params in sampling.items()}
     if chart is not None:
         write_charts(chart, [_panel("decode", points), _panel("prefill", points)])
     if as_json:
         target = opened.manifest.target.name
-        click.echo(json.dumps({"target": target, "points": [asdict(p) for p in points], "host_step_ms": host}))
+        write_json({"target": target, "points": [asdict(p) for p in points], "host_step_ms": host})
         return
-    _print_table(points, host)
+    if not quiet:
+        _print_tables(points, host)
 
 
 def _panel(kind: str, points: list[Point]) -> Panel:
@@ -105,18 +102,39 @@ def _panel(kind: str, points: list[Point]) -> Panel:
     return Panel(f"{kind} throughput", "requests at a time", "tokens/s", lines)
 
 
-def _print_table(points: list[Point], host: dict[str, dict[int, float]]) -> None:
-    click.echo(
-        "context  at once  prefill tok/s  decode tok/s  first token ms (p50 p90 p99)  per token ms (p50 p90 p99)  "
-        "cached first  hits  drafts accepted"
+def _print_tables(points: list[Point], host: dict[str, dict[int, float]]) -> None:
+    numbers = (
+        "context",
+        "at once",
+        "prefill tok/s",
+        "decode tok/s",
+        "first token ms, p50",
+        "p90",
+        "p99",
+        "per token ms, p50",
+        "p90",
+        "p99",
+        "cached first token ms",
+        "hits",
     )
+    table = Table([*(Column(name, "number") for name in numbers), Column("drafts accepted")])
     for p in points:
         first, each = p.first_token_ms, p.per_token_ms
-        drafts = " ".join(f"{rate:.0%}" for rate in p.acceptance) or "-"
-        click.echo(
-            f"{p.context:7}  {p.concurrency:7}  {p.prefill_tok_s:13.1f}  {p.decode_tok_s:12.1f}  "
-            f"{first.p50:10.1f} {first.p90:8.1f} {first.p99:8.1f}  {each.p50:10.2f} {each.p90:7.2f} {each.p99:7.2f}  "
-            f"{p.cached_first_token_ms.p50:12.1f}  {p.hit_rate:4.0%}  {drafts}"
+        table.add(
+            str(p.context),
+            str(p.concurrency),
+            f"{p.prefill_tok_s:.1f}",
+            f"{p.decode_tok_s:.1f}",
+            *(f"{value:.1f}" for value in (first.p50, first.p90, first.p99)),
+            *(f"{value:.2f}" for value in (each.p50, each.p90, each.p99)),
+            f"{p.cached_first_token_ms.p50:.1f}",
+            f"{p.hit_rate:.0%}",
+            " ".join(f"{rate:.0%}" for rate in p.acceptance) or "-",
         )
+    out = console()
+    out.print(table)
+    sizes = list(next(iter(host.values())))
+    costs = Table([Column("host ms per step"), *(Column(f"batch {size}", "number") for size in sizes)])
     for name, row in host.items():
-        click.echo(f"host ms per step, {name}: " + ", ".join(f"batch {b} {value:.3f}" for b, value in row.items()))
+        costs.add(name, *(f"{row[size]:.3f}" for size in sizes))
+    out.print(costs)

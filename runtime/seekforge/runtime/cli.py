@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import errno
 import importlib
-import os
 import signal
 import sys
 import threading
@@ -20,38 +19,61 @@ from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
+from seekforge.plugins.command_line import Group
 from seekforge.plugins.errors import SeekforgeError
 from seekforge.plugins.requirements import install_module
+from seekforge.plugins.terminal import drop, echo, flush_streams, one_line, prepare_streams, write
 from seekforge.runtime.output_paths import check_outputs_of
 
 
 class _Command(NamedTuple):
     target: str
+    section: str
     help: str
 
 
 COMMANDS: dict[str, _Command] = {
     "new-checkpoint": _Command(
-        "seekforge.exporter.checkpoint.cli:new_checkpoint", "Write a small random checkpoint of the model's structure."
+        "seekforge.exporter.checkpoint.cli:new_checkpoint",
+        "Make an engine",
+        "Write a small random checkpoint of the model's structure.",
     ),
-    "export": _Command("seekforge.exporter.rewrite.cli:export", "Turn a checkpoint into one ONNX program."),
-    "build": _Command("seekforge.exporter.build.cli:build", "Turn a program into an engine for a target."),
-    "targets": _Command("seekforge.exporter.build.targets_cli:targets", "List the GPUs that engines are built for."),
-    "plan": _Command("seekforge.exporter.plan.cli:plan", "Say which GPUs, and how many, a model needs."),
+    "export": _Command(
+        "seekforge.exporter.rewrite.cli:export", "Make an engine", "Turn a checkpoint into one ONNX program."
+    ),
+    "build": _Command(
+        "seekforge.exporter.build.cli:build", "Make an engine", "Turn a program into an engine for a target."
+    ),
     "kernels": _Command(
-        "seekforge.exporter.build.kernels_cli:kernels", "Compile the operators' GPU kernels ahead of time."
+        "seekforge.exporter.build.kernels_cli:kernels",
+        "Make an engine",
+        "Compile the operators' GPU kernels ahead of time.",
     ),
-    "inspect": _Command("seekforge.exporter.inspect.cli:inspect", "Show what a checkpoint, a program or an engine is."),
-    "run": _Command("seekforge.runtime.run_cli:run", "Generate text with an engine."),
+    "run": _Command("seekforge.runtime.run_cli:run", "Use it", "Generate text with an engine."),
     "bench": _Command(
-        "seekforge.runtime.bench_cli:bench", "Measure an engine: throughput, latency, what the host costs."
+        "seekforge.runtime.bench_cli:bench", "Use it", "Measure an engine: throughput, latency, what the host costs."
     ),
     "parity": _Command(
-        "seekforge.exporter.parity.cli:parity", "Prove an engine against PyTorch, or find where it differs."
+        "seekforge.exporter.parity.cli:parity", "Check it", "Prove an engine against PyTorch, or find where it differs."
     ),
-    "dump": _Command("seekforge.runtime.dump_cli:dump", "Write what an engine computes, to compare elsewhere."),
-    "doctor": _Command("seekforge.runtime.doctor:doctor", "Show what is installed and what can be done here."),
+    "dump": _Command(
+        "seekforge.runtime.dump_cli:dump", "Check it", "Write what an engine computes, to compare elsewhere."
+    ),
+    "inspect": _Command(
+        "seekforge.exporter.inspect.cli:inspect", "Check it", "Show what a checkpoint, a program or an engine is."
+    ),
+    "targets": _Command(
+        "seekforge.exporter.build.targets_cli:targets", "Plan it", "List the GPUs that engines are built for."
+    ),
+    "plan": _Command("seekforge.exporter.plan.cli:plan", "Plan it", "Say which GPUs, and how many, a model needs."),
+    "doctor": _Command(
+        "seekforge.runtime.doctor:doctor", "Plan it", "Show what is installed and what can be done here."
+    ),
+    "completion": _Command(
+        "seekforge.runtime.completion_cli:completion", "Plan it", "Print what lets a shell complete commands."
+    ),
 }
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
@@ -79,7 +101,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -103,8 +125,15 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.help) for name, command in COMMANDS.items()])
+        for section in dict.fromkeys(command.section for command in COMMANDS.values()):
+            with formatter.section(section):
+                rows = [(name, one.help) for name, one in COMMANDS.items() if one.section == section]
+                formatter.write_dl(rows, col_max=16)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the commands, of which none is imported for that."""
+        names = [CompletionItem(name, help=one.help) for name, one in COMMANDS.items() if name.startswith(incomplete)]
+        return names or click.Command.shell_complete(self, ctx, incomplete)
 
     def main(
         self,
@@ -116,6 +145,8 @@ class LazyGroup(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Run and exit: 0 done, 2 an error (one line on stderr), 130 interrupted, 143 terminated."""
+        prepare_streams()
+        code: Any = EXIT_ERROR
         try:
             code = super().main(
                 args,
@@ -125,11 +156,18 @@ class LazyGroup(click.Group):
                 windows_expand_args=windows_expand_args,
                 **extra,
             )
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             help_hint = f" (see '{context.command_path} --help')" if context is not None else ""
             _fail(error.format_message() + help_hint)
-        sys.exit(code if isinstance(code, int) else 0)
+        except click.Abort:
+            code = EXIT_INTERRUPTED
+        finally:
+            whole = flush_streams()
+        code = code if isinstance(code, int) else 0
+        sys.exit(code if whole else code or 1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -149,8 +187,7 @@ class LazyGroup(click.Group):
         except (KeyboardInterrupt, click.Abort) as error:
             sys.exit(EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED)
         except BrokenPipeError:
-            # Who read our output is gone. Python flushes stdout once more at exit: let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop(sys.stdout)  # who read our output is gone
             sys.exit(1)
         except MemoryError:
             _fail("out of memory; use a smaller model, --max-model-len or cache")
@@ -162,7 +199,7 @@ class LazyGroup(click.Group):
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    write(f"error: {one_line(message)}\n", err=True)
     sys.exit(EXIT_ERROR)
 
 
@@ -176,7 +213,7 @@ def version() -> str:
 
 def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
-        click.echo(f"seekforge {version()}")
+        echo(f"seekforge {version()}")
         ctx.exit()
 
 

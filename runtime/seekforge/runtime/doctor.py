@@ -5,7 +5,6 @@ Versions come from package metadata: nothing heavy is imported, and a broken ins
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import subprocess
@@ -13,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import click
-
+from seekforge.plugins.command_line import command, json_option
 from seekforge.plugins.cuda_driver import KERNELS_NEED, needs, version_of_branch
 from seekforge.plugins.formats.yaml_file import read_yaml
-from seekforge.plugins.requirements import Requirements, command, declared, fault, installed, lacking
+from seekforge.plugins.requirements import Requirements, declared, fault, installed, lacking
+from seekforge.plugins.requirements import command as install_command
+from seekforge.plugins.terminal import echo, write_json
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND
 
 _PACKAGES = (
@@ -81,7 +81,7 @@ def capability(
     if not wanted:
         return Capability(name, True)
     faults = (fault(one, version_of(one.name)) for one in wanted)
-    return Capability(name, False, "; ".join(faults), command(wanted))
+    return Capability(name, False, "; ".join(faults), install_command(wanted))
 
 
 def examine() -> Report:
@@ -214,22 +214,34 @@ def _gpus() -> tuple[tuple[str, ...], str]:
     return tuple(line for line in said if line.count(", ") == 2), absent
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@command("doctor", examples=("seekforge doctor", "seekforge doctor --json"))
+@json_option
 def doctor(as_json: bool) -> None:
     """Show versions, what can be exported, built and run here, and the command for what is missing."""
     report = examine()
     if as_json:
-        click.echo(json.dumps(asdict(report), indent=1))
+        write_json(asdict(report), indent=1)
         return
-    width = max(map(len, report.versions))
-    for name, found in report.versions.items():
-        click.echo(f"{name:<{width}}  {found or '-'}")
+    found = {name: version for name, version in report.versions.items() if version}
+    width = max(map(len, found))
+    for name, version in found.items():
+        echo(f"{name:<{width}}  {version}")
     for gpu in report.gpus:
-        click.echo(f"{'GPU':<{width}}  {gpu}")
-    click.echo()
-    width = max(len(item.name) for item in report.capabilities)
+        echo(f"{'GPU':<{width}}  {gpu}")
+    alike: dict[tuple[bool, str, str], list[str]] = {}
     for item in report.capabilities:
-        click.echo(f"{item.name:<{width}}  {'ready' if item.ready else f'no: {item.missing}'}")
-        if item.remedy:
-            click.echo(f"{'':<{width}}  -> {item.remedy}")
+        alike.setdefault((item.ready, item.missing, item.remedy), []).append(item.name)
+    for (ready, missing, remedy), names in sorted(alike.items(), key=lambda entry: not entry[0][0]):
+        echo()
+        echo("ready:" if ready else f"not here, since {missing}{f' ({remedy})' if remedy else ''}:")
+        for line in _joined(names):
+            echo(f"  {line}")
+
+
+def _joined(names: list[str]) -> list[str]:
+    """Return names with a common beginning as one line: `build for a, b`."""
+    lines: dict[str, list[str]] = {}
+    for name in names:
+        what, between, target = name.partition(" for " if " for " in name else " on ")
+        lines.setdefault(what + between, []).append(target)
+    return [f"{what}{', '.join(filter(None, targets))}" for what, targets in lines.items()]

@@ -8,46 +8,71 @@ from pathlib import Path
 
 import click
 
+from seekforge.plugins.command_line import (
+    command,
+    contexts_option,
+    json_option,
+    list_option,
+    quiet_option,
+    seed_option,
+    threads_option,
+)
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.manifest import Manifest
-from seekforge.plugins.formats.plan import MODES, Plan, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.plan import MODES, Mode, Plan, make_plan
 from seekforge.plugins.formats.reading import LISTING_BYTES, read_text
+from seekforge.plugins.terminal import echo, write_json
 from seekforge.runtime.dump import write_dump
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.options import check_checkpoint, checkpoint_option
 
 
-@click.command("dump")
+@command(
+    "dump",
+    examples=(
+        "seekforge dump engine dumped",
+        "seekforge dump engine dumped --contexts 16,2K --modes whole,decode",
+        "seekforge dump engine dumped --plan plan.json --checkpoint checkpoint",
+    ),
+)
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="The steps to run, as 'parity' writes them.")
-@click.option("--contexts", default="16,200", show_default=True, help="Lengths of random prompts, without --plan.")
-@click.option("--modes", default=",".join(MODES), show_default=True, help="How prompts are cut into steps.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random prompts.")
-@click.option("--taps", help="Tap outputs to keep, separated by commas. Default: all that the engine gives.")
+@contexts_option("Lengths of random prompts, without --plan.", default="16,200")
+@list_option(
+    "--modes",
+    type=click.Choice(MODES),
+    default=",".join(MODES),
+    metavar="MODE,…",
+    help="How prompts are cut into steps.",
+)
+@seed_option("Of the random prompts.", default=0)
+@list_option("--taps", type=click.STRING, help="Tap outputs to keep. Default: all that the engine gives.")
 @click.option("--given", type=click.Path(path_type=Path), help="Dump with what goes into ENGINE, a part of a model.")
 @checkpoint_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
+@threads_option
 @click.option("--name", help="What reports call this side. Default: the folder's name.")
 @click.option("--force", is_flag=True, help="Replace a dump that stands at OUT.")
-@click.option("--quiet", is_flag=True, help="Print nothing.")
+@quiet_option
+@json_option
 def dump(
     engine: Path,
     out: Path,
     *,
     plan_file: Path | None,
-    contexts: str,
-    modes: str,
+    contexts: tuple[int, ...],
+    modes: tuple[Mode, ...],
     seed: int,
-    taps: str | None,
+    taps: tuple[str, ...],
     given: Path | None,
     checkpoint: Path | None,
     threads: int | None,
     name: str | None,
     force: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Run ENGINE and write logits, caches and taps into the folder OUT.
 
@@ -56,7 +81,7 @@ def dump(
     """
     opened = Engine.open(engine, part=True)
     check_checkpoint(opened, checkpoint)
-    kept = None if taps is None else _known_taps(taps, opened)
+    kept = None if not taps else _known_taps(taps, opened)
     inputs = None if given is None else Dump.open(given)
     if plan_file is not None:
         plan = _read(plan_file)
@@ -66,8 +91,8 @@ def dump(
         raise ConfigError(f"{given}: ran other steps than the plan has; leave out --plan to run the steps of --given")
 
     def say(case: str) -> None:
-        if not quiet:
-            click.echo(f"  running {case}", err=True)
+        if not quiet and not as_json:
+            echo(f"  running {case}", err=True)
 
     # OUT is refused before the weights of a large engine are loaded
     with (
@@ -86,8 +111,11 @@ def dump(
             given=inputs,
             progress=say,
         )
-    if not quiet:
-        click.echo(f"wrote {out}: {sum(1 for _ in plan.steps())} steps of {len(plan.cases)} cases")
+    num_steps = sum(1 for _ in plan.steps())
+    if as_json:
+        write_json({"path": str(out), "num_steps": num_steps, "cases": [case.name for case in plan.cases]})
+    elif not quiet:
+        echo(f"wrote {out}: {num_steps} steps of {len(plan.cases)} cases")
 
 
 def _read(path: Path) -> Plan:
@@ -99,9 +127,9 @@ def _read(path: Path) -> Plan:
         raise ConfigError(f"{path}: {error}; let 'seekforge parity' write the plan") from None
 
 
-def _known_taps(text: str, engine: Engine) -> set[str]:
-    """Return the names in `text`, all of which the engine gives."""
-    names = {part.strip() for part in text.split(",")} - {""}
+def _known_taps(taps: tuple[str, ...], engine: Engine) -> set[str]:
+    """Return the names, all of which the engine gives."""
+    names = set(taps)
     given = {spec.name for face in engine.manifest.graphs.values() for spec in face.outputs}
     unknown = sorted(names - given)
     if unknown:
@@ -112,13 +140,13 @@ def _known_taps(text: str, engine: Engine) -> set[str]:
     return names
 
 
-def _random_plan(manifest: Manifest, contexts: str, modes: str, seed: int) -> Plan:
+def _random_plan(manifest: Manifest, contexts: tuple[int, ...], modes: tuple[Mode, ...], seed: int) -> Plan:
     return make_plan(
-        contexts=parse_contexts(contexts),
+        contexts=contexts,
         vocab_size=manifest.vocab_size,
         index_topk=int(manifest.config["index_topk"]),
         has_mtp="mtp" in manifest.graphs,
-        modes=parse_modes(modes),
+        modes=tuple(mode for mode in MODES if mode in modes),
         seed=seed,
     )
 

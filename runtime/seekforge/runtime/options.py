@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from seekforge.plugins.command_line import Whole
 from seekforge.runtime.engine import Engine
 
 #: Decorator: `checkpoint`, checked by `check_checkpoint` once the engine is open.
@@ -13,6 +14,11 @@ checkpoint_option = click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
     help="GPU engines: where the weights are. Default: where they were at build.",
+)
+
+#: Decorator: `num_speculative_tokens`.
+drafts_option = click.option(
+    "--num-speculative-tokens", type=Whole(0, 5), default=0, show_default=True, help="Tokens to draft per step."
 )
 
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from seekforge.plugins.command_line import (
+    Number,
+    Tokens,
+    Whole,
+    command,
+    json_option,
+    quiet_option,
+    seed_option,
+    threads_option,
+)
+from seekforge.plugins.console import Stages
+from seekforge.plugins.terminal import write, write_generated, write_json
 from seekforge.runtime.batch_file import completion_json, run_batch
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.llm import LLM, LLMMetrics
-from seekforge.runtime.options import check_checkpoint, checkpoint_option
+from seekforge.runtime.options import check_checkpoint, checkpoint_option, drafts_option
 from seekforge.runtime.outputs import RequestMetrics, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
 
@@ -23,35 +34,22 @@ if TYPE_CHECKING:
     from seekforge.plugins.formats.verify import Verification
 
 
-class _Progress:
-    """Stages on stderr: what happens now and, when it is done, how long it took."""
+def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
+    def update(load: LoadProgress) -> None:
+        share = load.done_bytes / (load.total_bytes or 1)
+        stages.update(f"weights  {load.done_bytes / 1e9:.1f} of {load.total_bytes / 1e9:.1f} GB ({share:.0%})")
 
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console  # rich takes longer to import than --quiet and --json should wait
-
-        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-        self._started = time.monotonic()
-
-    def begin(self, stage: str) -> None:
-        self._started = time.monotonic()
-        if self._console.is_terminal:
-            self._console.print(f"[dim]{stage} …[/dim]", end="\r")
-
-    def loading(self, load: LoadProgress) -> None:
-        """Show how much of the weights is loaded, in place."""
-        if self._console.is_terminal:
-            share = load.done_bytes / (load.total_bytes or 1)
-            line = f"weights  {load.done_bytes / 1e9:.1f} of {load.total_bytes / 1e9:.1f} GB ({share:.0%})"
-            self._console.print(f"[dim]{line}[/dim]", end="\r")
-
-    def done(self, line: str) -> None:
-        self._console.print(f"{line} [dim]({time.monotonic() - self._started:.2f} s)[/dim]")
-
-    def say(self, line: str) -> None:
-        self._console.print(line, markup=False)
+    return update
 
 
-@click.command()
+@command(
+    "run",
+    examples=(
+        'seekforge run engine --prompt "Once upon a time" --max-tokens 64',
+        'seekforge run engine --prompt "2+2=" --greedy --json',
+        "seekforge run engine --batch requests.jsonl --output answers.jsonl",
+    ),
+)
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to continue, encoded as it is: nothing is added.")
 @click.option(
@@ -60,36 +58,28 @@ class _Progress:
 @click.option(
     "--output", type=click.Path(path_type=Path), help="JSONL file of results; what it holds is not run again."
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option("--max-tokens", type=Tokens(), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token each time.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="Default: the checkpoint's.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Default: the checkpoint's.")
-@click.option("--top-k", type=click.IntRange(min=0), help="0 keeps all tokens.  [default: 0]")
-@click.option("--n", "num", type=click.IntRange(min=1), default=1, show_default=True, help="Completions of the prompt.")
-@click.option("--logprobs", type=click.IntRange(min=0), help="Log-probabilities of so many likely tokens; with --json.")
+@click.option("--temperature", type=Number(0), help="Default: the checkpoint's.")
+@click.option("--top-p", type=Number(0, 1, above=True), help="Default: the checkpoint's.")
+@click.option("--top-k", type=Whole(), help="0 keeps all tokens.  [default: 0]")
+@click.option("--n", "num", type=Whole(1), default=1, show_default=True, help="Completions of the prompt.")
+@click.option("--logprobs", type=Whole(), help="Log-probabilities of so many likely tokens; with --json.")
 @click.option("--stop", multiple=True, help="End before this text. May be given several times.")
-@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.")
+@seed_option("Same seed, same text.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end of sequence.")
-@click.option(
-    "--num-speculative-tokens",
-    type=click.IntRange(0, 5),
-    default=0,
-    show_default=True,
-    help="Tokens to draft per step.",
-)
+@drafts_option
 @checkpoint_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
-@click.option(
-    "--max-model-len", type=click.IntRange(min=1), help="Tokens to make room for. Default: prompt and --max-tokens."
-)
+@threads_option
+@click.option("--max-model-len", type=Tokens(), help="Tokens to make room for. Default: prompt and --max-tokens.")
 @click.option(
     "--verify",
     is_flag=True,
     help="Read every byte of the engine, also of files that were verified before and are unchanged.",
 )
 @click.option("--no-self-check", is_flag=True, help="Do not compare with the results stored in the engine.")
-@click.option("--quiet", is_flag=True, help="Print the text only.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@quiet_option
+@json_option
 def run(
     engine: Path,
     prompt: str | None,
@@ -133,16 +123,16 @@ def run(
         raise click.UsageError("--logprobs needs --json or --batch, which have room for them")
     if num > 1 and not (as_json or batch is not None):
         raise click.UsageError("--n above 1 needs --json or --batch, since completions are not streamed side by side")
-    progress = _Progress(quiet or as_json)
+    stages = Stages(quiet=quiet or as_json)
     loading = time.monotonic()
 
-    progress.begin("checking files")
+    stages("checking files")
     opened = Engine.open(engine, verify=verify)
     target = opened.manifest.target
     check_checkpoint(opened, checkpoint)
-    progress.done(f"engine   {engine}: target {target.name}, {_verified(opened.verification)}")
+    stages.done(f"engine   {engine}: target {target.name}, {_verified(opened.verification)}")
 
-    progress.begin("loading")
+    stages("loading")
     prompt_ids = opened.tokenizer.encode(prompt) if prompt is not None else []
     room = max_model_len or min(len(prompt_ids) + max_tokens, opened.manifest.limits.max_model_len)
     llm = LLM(
@@ -150,7 +140,7 @@ def run(
         max_batch_size=min(num, opened.manifest.limits.max_batch_size) if batch is None else None,
         num_speculative_tokens=num_speculative_tokens,
         checkpoint=checkpoint,
-        on_load=progress.loading,
+        on_load=_loading(stages),
         threads=threads,
         self_check=not no_self_check,
         max_model_len=room if batch is None else max_model_len,
@@ -158,8 +148,8 @@ def run(
     with llm:
         load_s = time.monotonic() - loading
         cache_mb = llm.num_blocks * opened.manifest.cache.bytes_per_block / 1e6
-        progress.done(f"loaded   room for {llm.max_model_len} tokens, cache {cache_mb:.1f} MB")
-        progress.say(f"check    {_self_check_line(llm, no_self_check)}")
+        stages.done(f"loaded   room for {llm.max_model_len} tokens, cache {cache_mb:.1f} MB")
+        stages.say(f"check    {_self_check_line(llm, no_self_check)}")
         params = replace(
             SamplingParams(temperature=0) if greedy else llm.default_sampling_params,
             max_tokens=max_tokens,
@@ -172,16 +162,16 @@ def run(
         asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         params = replace(params, **{name: value for name, value in asked.items() if value is not None})
         if batch is not None and output is not None:
-            run_batch(llm, batch, output, params, progress.say)
+            run_batch(llm, batch, output, params, stages.say)
             return
         result = _run_one(llm, prompt_ids, params, echo=not as_json)
         if as_json:
-            click.echo(json.dumps(_as_json(llm, result, load_s), ensure_ascii=False))
+            write_json(_as_json(llm, result, load_s))
         else:
-            click.echo()
-    progress.say(_speed_line(result.metrics, result.outputs[0].finish_reason))
+            write("\n")
+    stages.say(_speed_line(result.metrics, result.outputs[0].finish_reason))
     if num_speculative_tokens:
-        progress.say(_drafts_line(llm.metrics()))
+        stages.say(_drafts_line(llm.metrics()))
 
 
 def _run_one(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, echo: bool) -> RequestOutput:
@@ -189,8 +179,7 @@ def _run_one(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, echo: b
     for delta in llm.stream(prompt_ids, params):
         output = delta.output
         if echo and delta.text:
-            click.echo(delta.text, nl=False)
-            sys.stdout.flush()
+            write_generated(delta.text)
     assert output is not None
     return output
 

@@ -22,7 +22,6 @@ from click.testing import CliRunner
 
 from seekforge.exporter.build import audit, compiler, gpu_engine, gpu_manifest
 from seekforge.exporter.build.cli import build as build_command
-from seekforge.exporter.build.cli import parse_size
 from seekforge.exporter.build.compiler import Options, Phases, compile_graph
 from seekforge.exporter.build.explain import explain, place
 from seekforge.exporter.build.gpu_checks import (
@@ -567,11 +566,6 @@ def test_a_dry_run_says_what_it_would_build_and_builds_nothing(tiny_programs: di
 
 
 # --- pure parts ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("text", "expected"), [("4096", 4096), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1k", 1024)])
-def test_sizes(text: str, expected: int) -> None:
-    assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,6 @@ def test_what_was_asked_for_is_refused(tiny_config: ModelConfig, changes: dict[s
     ("arguments", "message"),
     [
         (["--set", "limits.max_batch_size=0"], "--max-batch-size is 0, expected at least 1"),
-        (["--max-batch-size", "0"], "--max-batch-size is 0, expected at least 1"),
         (["--set", "limits.max_model_len=999999"], "--max-model-len is 999999, expected 1 to 163840"),
         (["--max-model-len", "999999"], "--max-model-len is 999999, expected 1 to 163840"),
         (["--max-num-batched-tokens", "3", "--max-batch-size", "4"], "expected at least --max-batch-size 4"),

@@ -292,7 +292,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     ("args", "words"),
     [
         (("{engine}", "--against", "{engine}", "--sensitivity"), "--sensitivity needs --against torch"),
-        (("{engine}", "--against", "transformers", "--max-dump-gb", "1"), "--max-dump-gb needs --against torch"),
+        (("{engine}", "--against", "transformers", "--max-dump-size", "1G"), "--max-dump-size needs --against torch"),
         (("{engine}", "--against", "{engine}", "--without", "kv_fp8"), "--without needs --against torch"),
         (("{engine}", "--force"), "--force replaces what stands at --save"),
         (("{engine}", "--json", "--brief"), "--brief shortens the tables"),

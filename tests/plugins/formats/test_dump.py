@@ -10,7 +10,7 @@ import pytest
 
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.dump import INDEX, Dump, DumpWriter, Side
-from seekforge.plugins.formats.plan import MODES, Plan, chunks, lay_out, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.plan import MODES, Plan, chunks, lay_out, make_plan
 
 SIDE = Side(kind="torch", name="a", numerics={}, activations="f32", layers=(0, 2), config={}, versions={})
 
@@ -75,18 +75,6 @@ def test_prompts_are_run_as_they_are() -> None:
 def test_a_plan_without_cases_is_refused() -> None:
     with pytest.raises(ConfigError, match="the plan is empty"):
         plan(2, modes=("ragged",))
-
-
-@pytest.mark.parametrize("text", ("", "16,", "16,-1", "0", "a", "1.5"))
-def test_bad_contexts_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--contexts"):
-        parse_contexts(text)
-
-
-def test_modes_are_read_in_order() -> None:
-    assert parse_modes("decode, whole") == ("whole", "decode")
-    with pytest.raises(ConfigError, match="'all', expected some of whole"):
-        parse_modes("all")
 
 
 def written(folder: Path) -> tuple[Dump, dict[str, np.ndarray]]:

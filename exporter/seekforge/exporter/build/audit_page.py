@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
+from seekforge.plugins.console import Column, Console, Table
 from seekforge.plugins.cuda_driver import needs
 from seekforge.plugins.formats.manifest import Audit, Manifest
 
@@ -67,11 +65,10 @@ def _sums(audit: Audit) -> str:
 def _shares(audit: Audit) -> Table:
     asked = "" if audit.got == audit.asked else f" (asked: {audit.asked})"
     title = f"matrix products of one token at {audit.context} keys: {audit.got}{asked}"
-    table = Table(title=title, title_justify="left")
-    for name in ("what", "as", "precision", "share"):
-        table.add_column(name, justify="right" if name == "share" else "left")
+    columns = [Column("what"), Column("as"), Column("precision"), Column("share", "number")]
+    table = Table(columns, title=title, lines=True)
     for one in audit.products:
-        table.add_row(one.what, one.face, one.precision, f"{one.share:.2%}")
+        table.add(one.what, one.face, one.precision, f"{one.share:.2%}")
     return table
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from seekforge.exporter.build.audit_page import self_check_words
 from seekforge.exporter.build.common import fit_limits, size_words
@@ -25,12 +21,24 @@ from seekforge.exporter.build.targets import (
     load_target,
 )
 from seekforge.exporter.checkpoint.source import resolve
-from seekforge.exporter.progress import Stages
+from seekforge.exporter.option_types import TARGET
+from seekforge.plugins.command_line import (
+    ByteSize,
+    Tokens,
+    Whole,
+    command,
+    json_option,
+    kv_cache_dtype_option,
+    list_option,
+    quiet_option,
+)
+from seekforge.plugins.console import Stages, console
 from seekforge.plugins.errors import EnvironmentFault, TargetError
 from seekforge.plugins.formats.files import check_vacant
 from seekforge.plugins.formats.manifest import MANIFEST
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import load_program
+from seekforge.plugins.terminal import echo, write_json
 
 if TYPE_CHECKING:
     from seekforge.exporter.build.engine import Built
@@ -51,13 +59,19 @@ _GPU_OPTIONS = {
     "kernels": True,
     "allow_oversize": False,
 }
-_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-@click.command("build")
+@command(
+    "build",
+    examples=(
+        "seekforge build program engine --target cpu --checkpoint checkpoint",
+        "seekforge build program engine --target h200 --checkpoint checkpoint --max-model-len 64K",
+        "seekforge build program engine --target rtx4090 --sm 120 --dry-run",
+    ),
+)
 @click.argument("program", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="A name of 'seekforge targets', or the path of a YAML file.")
+@click.option("--target", type=TARGET, required=True, help="A name of 'seekforge targets', or the path of a YAML file.")
 @click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change a key of the target.")
 @click.option(
     "--checkpoint",
@@ -65,19 +79,17 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     metavar="FOLDER|REPO",
     help="What the program was exported from. cpu: its weights go into the engine; GPU: remembered, not read.",
 )
-@click.option("--max-batch-size", type=int, default=None, help="Most sequences of a step.")
-@click.option("--max-model-len", type=int, default=None, help="Longest sequence, prompt and answer together.")
-@click.option("--max-num-batched-tokens", type=int, default=None, help="Most tokens of a step.")
+@click.option("--max-batch-size", type=Whole(1), help="Most sequences of a step.")
+@click.option("--max-model-len", type=Tokens(), help="Longest sequence, prompt and answer together.")
+@click.option("--max-num-batched-tokens", type=Tokens(), help="Most tokens of a step.")
 @click.option(
     "--precision",
     type=click.Choice(["f32", "int8", "int4", "bf16", "fp8"]),
     default=None,
     help="cpu: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8.",
 )
-@click.option(
-    "--kv-cache-dtype", type=click.Choice(["fp8_ds", "bf16"]), default=None, help="GPU: format of the caches."
-)
-@click.option("--sm", "sms", type=int, multiple=True, help="tensorrt-rtx: another SM that the plan shall run on.")
+@kv_cache_dtype_option("GPU: format of the caches.")
+@list_option("--sm", "sms", type=Whole(1), help="tensorrt-rtx: other SMs that the plan shall run on.")
 @click.option(
     "--plugins",
     type=click.Choice(["auto", "all", "none"]),
@@ -86,19 +98,17 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 )
 @click.option(
     "--workspace",
-    default=None,
-    metavar="SIZE",
+    type=ByteSize(),
     help="GPU: most scratch memory of one layer, such as 4G; with less than one needs the build fails.  "
     "[default: the library's]",
 )
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path), default=None, help="tensorrt: file of measured tactics."
 )
-@click.option("--builder-optimization-level", type=click.IntRange(0, 5), default=None, help="GPU: the library's.")
+@click.option("--builder-optimization-level", type=Whole(0, 5), help="GPU: the library's.")
 @click.option(
     "--layers-per-engine",
-    type=click.IntRange(min=1),
-    default=None,
+    type=Whole(1),
     help="GPU: most layers of one plan; layers that are alike share one.  [default: 1, with --taps all]",
 )
 @click.option(
@@ -110,8 +120,8 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be built, build nothing.")
 @click.option("--taps", is_flag=True, help="Let the engine show the tensors inside each layer, for 'parity'.")
 @click.option("--force", is_flag=True, help="Replace an engine that stands at OUT.")
-@click.option("--quiet", is_flag=True, help="Print nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@quiet_option
+@json_option
 def build(
     program: Path,
     out: Path,
@@ -153,7 +163,7 @@ def build(
         if folder is None:
             raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
         if dry_run:
-            _check_cpu(program, out, config, folder, asked, force, as_json, stages)
+            _check_cpu(program, out, config, folder, asked, force, quiet, as_json, stages)
         else:
             _build_cpu(program, out, config, folder, asked, taps, force, quiet, as_json, stages)
         return
@@ -170,6 +180,7 @@ def _check_cpu(
     checkpoint: Path,
     asked: Collection[str],
     force: bool,
+    quiet: bool,
     as_json: bool,
     stages: Stages,
 ) -> None:
@@ -179,7 +190,7 @@ def _check_cpu(
     planned = check(program, out, target=target, checkpoint_folder=checkpoint, asked=asked)
     check_vacant(out, force=force, marker=MANIFEST)
     stages.done()
-    sys.stdout.write(_cpu_dry_run(planned, target, out, as_json))
+    _cpu_dry_run(planned, target, out, as_json, quiet)
 
 
 def _build_cpu(
@@ -211,9 +222,9 @@ def _build_cpu(
     )
     stages.done()
     if as_json:
-        sys.stdout.write(json.dumps(_summary(built, out, stages.seconds)) + "\n")
+        write_json(_summary(built, out, stages.seconds))
     elif not quiet:
-        sys.stdout.write(_sentence(built, out))
+        _say(_sentences(built, out))
 
 
 def _build_gpu(
@@ -243,7 +254,7 @@ def _build_gpu(
         layers_per_engine=gpu["layers_per_engine"],
         taps=gpu["taps"],
         compiler=Options(
-            workspace_bytes=None if gpu["workspace"] is None else parse_size(gpu["workspace"]),
+            workspace_bytes=gpu["workspace"],
             optimization_level=gpu["builder_optimization_level"],
             timing_cache=gpu["timing_cache"],
         ),
@@ -256,17 +267,17 @@ def _build_gpu(
         check_vacant(out, force=force, marker=MANIFEST)
         missing = _missing_here(inputs, planned, choices)
         stages.done()
-        sys.stdout.write(_dry_run(inputs, planned, missing, out, as_json))
+        _dry_run(inputs, planned, missing, out, as_json, quiet)
         return
     manifest = build_gpu(inputs, planned, out, choices=choices, force=force, progress=stages)
     stages.done()
     if as_json:
-        sys.stdout.write(json.dumps(_gpu_summary(manifest, out, stages.seconds)) + "\n")
+        write_json(_gpu_summary(manifest, out, stages.seconds))
     elif not quiet:
-        console = Console(highlight=False, width=None if Console().is_terminal else 110)
-        console.print(f"wrote {out}: {manifest.target.name}")
-        show_audit(manifest, console)
-        console.print(f"self-check: {self_check_words(manifest)}")
+        shown = console()
+        shown.print(f"wrote {out}: {manifest.target.name}")
+        show_audit(manifest, shown)
+        shown.print(f"self-check: {self_check_words(manifest)}")
 
 
 def with_options(target: TargetConfig, limits: Mapping[str, int | None], precision: str | None) -> TargetConfig:
@@ -345,16 +356,9 @@ def _sms_here() -> list[int]:
     return [int(line.replace(".", "")) for line in answer.split() if line.replace(".", "").isdigit()]
 
 
-def parse_size(text: str) -> int:
-    """Return bytes from `1073741824`, `512M` or `2GiB`.
-
-    Raises:
-        TargetError: not such a size.
-    """
-    match = re.fullmatch(r"\s*(\d+)\s*([KMG]?)(?:I?B)?\s*", text.upper())
-    if match is None or int(match[1]) == 0:
-        raise TargetError(f"--workspace {text!r}: expected bytes such as 512M or 2G")
-    return int(match[1]) * _SIZES[match[2]]
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        echo(line)
 
 
 def _steps(limits: Limits) -> str:
@@ -364,7 +368,7 @@ def _steps(limits: Limits) -> str:
     )
 
 
-def _cpu_dry_run(planned: CpuPlanned, target: TargetConfig, out: Path, as_json: bool) -> str:
+def _cpu_dry_run(planned: CpuPlanned, target: TargetConfig, out: Path, as_json: bool, quiet: bool) -> None:
     facts = {
         "path": str(out),
         "target": target.name,
@@ -377,15 +381,20 @@ def _cpu_dry_run(planned: CpuPlanned, target: TargetConfig, out: Path, as_json: 
         "warning": planned.warning or None,
     }
     if as_json:
-        return json.dumps(facts) + "\n"
-    return (
-        f"would build {out} for {target.name} ({target.backend})\n{target.formats}; {_steps(planned.limits)}\n"
-        f"expected {size_words(planned.weight_bytes)} of weights, {size_words(planned.free_bytes)} free on the disk\n"
-        + (f"{planned.warning}\n" if planned.warning else "")
-    )
+        write_json(facts)
+    elif not quiet:
+        _say(
+            [
+                f"would build {out} for {target.name} ({target.backend})",
+                f"{target.formats}; {_steps(planned.limits)}",
+                f"expected {size_words(planned.weight_bytes)} of weights, "
+                f"{size_words(planned.free_bytes)} free on the disk",
+                *([planned.warning] if planned.warning else []),
+            ]
+        )
 
 
-def _dry_run(inputs: Inputs, planned: Planned, missing: list[str], out: Path, as_json: bool) -> str:
+def _dry_run(inputs: Inputs, planned: Planned, missing: list[str], out: Path, as_json: bool, quiet: bool) -> None:
     ops = {op: use.num_nodes for op, use in inputs.program.ops.items()}
     target = planned.target
     facts = {
@@ -405,16 +414,21 @@ def _dry_run(inputs: Inputs, planned: Planned, missing: list[str], out: Path, as
         "missing": missing,
     }
     if as_json:
-        return json.dumps(facts) + "\n"
+        write_json(facts)
+    if as_json or quiet:
+        return
     total, usable = (planned.device_bytes[key] / _GIB for key in ("total", "usable"))
     plugins = ", ".join(f"{ops[op]} {op}" for op in planned.plugins) or "none"
     inlined = ", ".join(f"{ops[op]} {op}" for op in planned.inlined) or "none"
-    return (
-        f"would build {out} for {target.name} ({', '.join(f'sm{sm}' for sm in target.sms)}, {target.backend})\n"
-        f"{target.formats}, caches {target.kv_format}; {_steps(planned.limits)}\n"
-        f"plugins: {plugins}\ninlined: {inlined}\n"
-        f"expected memory {total:.1f} GiB of {usable:.1f} GiB{' (oversize)' if planned.oversize else ''}\n"
-        + "".join(f"not on this machine: {one}\n" for one in missing)
+    _say(
+        [
+            f"would build {out} for {target.name} ({', '.join(f'sm{sm}' for sm in target.sms)}, {target.backend})",
+            f"{target.formats}, caches {target.kv_format}; {_steps(planned.limits)}",
+            f"plugins: {plugins}",
+            f"inlined: {inlined}",
+            f"expected memory {total:.1f} GiB of {usable:.1f} GiB{' (oversize)' if planned.oversize else ''}",
+            *(f"not on this machine: {one}" for one in missing),
+        ]
     )
 
 
@@ -447,17 +461,18 @@ def _summary(built: Built, out: Path, seconds: dict[str, float]) -> dict[str, ob
     }
 
 
-def _sentence(built: Built, out: Path) -> str:
+def _sentences(built: Built, out: Path) -> list[str]:
     check = built.manifest.self_check
     nodes = " + ".join(str(count) for count in built.num_nodes.values())
-    proof = f"self-check: {self_check_words(built.manifest)}\n"
+    proof = [f"self-check: {self_check_words(built.manifest)}"]
     if check is not None:
-        proof = (
+        proof = [
             f"self-check: {len(check.prompt_ids)} tokens, {len(check.rows)} rows equal to PyTorch within "
-            f"{check.tolerance:.2g} logits\n"
-            f'next: seekforge run {out} --prompt "Hello" --max-tokens 64 --greedy\n'
-        )
-    return (
+            f"{check.tolerance:.2g} logits",
+            f'next: seekforge run {out} --prompt "Hello" --max-tokens 64 --greedy',
+        ]
+    return [
         f"wrote {out}: target {built.manifest.target.name}, {nodes} nodes, "
-        f"{built.weight_bytes / 1e6:.1f} MB of {built.manifest.build['precision']} weights\n{proof}"
-    )
+        f"{built.weight_bytes / 1e6:.1f} MB of {built.manifest.build['precision']} weights",
+        *proof,
+    ]

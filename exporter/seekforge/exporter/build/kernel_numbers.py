@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from seekforge.plugins import aot, kernel_rules
+from seekforge.plugins.console import Column, Table
 from seekforge.plugins.cores import usable_cores
 from seekforge.plugins.launch import Image, KernelSet, Variant, op_kernels
 from seekforge.plugins.sass import Code, Loop
@@ -118,18 +117,11 @@ def tensor_text(one: Mapping[str, Any]) -> str:
 
 def table(found: Sequence[Mapping[str, Any]]) -> Table:
     """Return one row per kernel and SM: resources, tensor instructions of the main loop."""
-    result = Table(
-        "operator",
-        "kernel",
-        "SM",
-        "registers",
-        "spills",
-        "shared KiB",
-        "occupancy",
-        "tensor instructions of the main loop",
-    )
+    numbers = ("SM", "registers", "spills", "shared KiB", "occupancy")
+    columns = [Column("operator"), Column("kernel"), *(Column(name, "number") for name in numbers)]
+    result = Table([*columns, Column("tensor instructions of the main loop")], lines=True)
     for one in found:
-        result.add_row(
+        result.add(
             one["op"],
             one["kernel"],
             str(one["sm"]),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-
 import click
-from rich.console import Console
-from rich.table import Table
 
 from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
+from seekforge.exporter.option_types import TARGET
+from seekforge.plugins.command_line import command, json_option, list_option
+from seekforge.plugins.console import Column, Table, console
 from seekforge.plugins.contracts import OPS, limits, support
+from seekforge.plugins.terminal import shown, write, write_json
 
 
-@click.command("targets")
-@click.option("--target", "names", multiple=True, help="Only these: names, or YAML files.")
+@command("targets", examples=("seekforge targets", "seekforge targets --target h200,b200 --json"))
+@list_option("--target", "names", type=TARGET, help="Only these: names, or YAML files.")
 @click.option("--markdown", is_flag=True, help="Print the tables of docs/targets.md.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
     """List targets with their hardware and defaults, and what each operator supports there."""
     found = [load_target(name) for name in names] or all_targets()
@@ -23,18 +23,18 @@ def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
         listed = [
             target.model_dump(mode="json") | {"products": target.products, "ops": _ops(target)} for target in found
         ]
-        click.echo(json.dumps(listed, indent=1))
+        write_json(listed, indent=1)
     elif markdown:
-        click.echo(markdown_tables(found), nl=False)
+        write(markdown_tables(found))
     else:
-        console = Console(highlight=False, width=None if Console().is_terminal else 160)
+        out = console()
         for title, header, rows in _tables(found):
-            table = Table(title=title, title_justify="left")
-            for name in header:
-                table.add_column(name)
+            numbers = {"SM", "GiB", "GB/s", "BF16", "FP8", "FP4"}
+            columns = [Column(name, "number" if name in numbers else "words") for name in header]
+            table = Table(columns, title=title, lines=True)
             for row in rows:
-                table.add_row(*row)
-            console.print(table)
+                table.add(*row)
+            out.print(table)
 
 
 def _ops(target: TargetConfig) -> dict[str, str]:
@@ -91,5 +91,5 @@ def markdown_tables(found: list[TargetConfig]) -> str:
     for title, header, rows in _tables(found):
         parts += [f"### {title}", ""]
         parts += [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
-        parts += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        parts += [f"| {' | '.join(shown(cell).replace('|', '&#124;') for cell in row)} |" for row in rows] + [""]
     return "\n".join(parts)

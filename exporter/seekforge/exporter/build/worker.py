@@ -24,6 +24,7 @@ from seekforge.plugins.errors import EnvironmentFault, SeekforgeError
 from seekforge.plugins.formats.files import replace_file
 from seekforge.plugins.tensorrt.library import load
 from seekforge.plugins.tensorrt.plugin import register
+from seekforge.plugins.terminal import echo
 
 #: Seconds between two reports of the steps of one phase, and the depth down to which every step is reported: there
 #: are few, and all else is a part of them.
@@ -137,7 +138,7 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, logger: Any) -> tu
     if plan is not None or not any(map(_UNCAPTURABLE.search, logger.errors[before:])):
         return plan, True
     del logger.errors[before:]
-    print("[WARNING] seekforge: not capturable, built without REQUIRE_USER_ALLOCATION", file=sys.stderr)
+    echo("[WARNING] seekforge: not capturable, built without REQUIRE_USER_ALLOCATION", err=True)
     config.clear_flag(flag)
     return builder.build_serialized_network(network, config), False
 
@@ -299,7 +300,7 @@ def _logger(trt: Any) -> Any:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.errors.append(message)
             if severity <= trt.ILogger.Severity.INFO:
-                print(f"[{severity.name}] {message}", file=sys.stderr)
+                echo(f"[{severity.name}] {message}", err=True)
 
     return Logger()
 

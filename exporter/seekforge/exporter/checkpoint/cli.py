@@ -3,64 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from seekforge.exporter.checkpoint.new import WrittenCheckpoint
 from seekforge.exporter.checkpoint.new import new_checkpoint as write_checkpoint
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
+from seekforge.exporter.option_types import MODEL
+from seekforge.plugins.command_line import command, json_option, quiet_option, seed_option
+from seekforge.plugins.console import Stages
+from seekforge.plugins.terminal import echo, write_json
 
 
-@click.command("new-checkpoint")
+@command(
+    "new-checkpoint",
+    examples=(
+        "seekforge new-checkpoint checkpoint",
+        "seekforge new-checkpoint full --preset full --sparse  # true size, no disk space",
+    ),
+)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--preset", default="tiny", show_default=True, help="Model of configs/models: tiny, small or full.")
-@click.option("--seed", default=0, show_default=True, help="The same seed writes the same bytes.")
+@click.option(
+    "--preset", type=MODEL, default="tiny", show_default=True, help="Model of configs/models: tiny, small or full."
+)
+@seed_option("The same seed writes the same bytes.", default=0)
 @click.option("--sparse", is_flag=True, help="True size and structure, weights as holes: no values, no disk space.")
 @click.option("--force", is_flag=True, help="Replace a checkpoint that stands at OUT.")
-@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@quiet_option
+@json_option
 def new_checkpoint(out: Path, *, preset: str, seed: int, sparse: bool, force: bool, quiet: bool, as_json: bool) -> None:
     """Write a DeepSeek-V3.2 checkpoint with random weights to the folder OUT.
 
     File for file what a download is: sharded FP8 safetensors with an index, config, tokenizer and chat encoder.
     """
     chosen = load_preset(preset)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    show = not quiet and not as_json and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not show) as bar:
-        task = bar.add_task("weights", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    stages = Stages(quiet=quiet or as_json)
+    with stages.bytes_bar("write weights") as progress:
         if sparse:
             written = new_sparse_checkpoint(out, chosen, force=force, progress=progress)
         else:
             written = write_checkpoint(out, chosen, seed=seed, force=force, progress=progress)
     if as_json:
-        sys.stdout.write(json.dumps(_summary(written)) + "\n")
+        write_json(_summary(written))
     elif not quiet:
-        sys.stdout.write(_sentence(written, sparse=sparse))
+        for line in _sentences(written, sparse=sparse):
+            echo(line)
 
 
 def _summary(written: WrittenCheckpoint) -> dict[str, object]:
     return {**dataclasses.asdict(written), "path": str(written.path)}
 
 
-def _sentence(written: WrittenCheckpoint, *, sparse: bool) -> str:
+def _sentences(written: WrittenCheckpoint, *, sparse: bool) -> list[str]:
     disk = f", {_bytes(written.disk_bytes)} on disk: weights are holes that read as zero" if sparse else ""
-    return (
+    return [
         f"wrote {written.path}: {written.num_files} files, {written.num_tensors:,} tensors, "
-        f"{written.num_parameters:,} parameters, {_bytes(written.num_bytes)}{disk}\n"
-        f"next: seekforge export {written.path} PROGRAM\n"
-    )
+        f"{written.num_parameters:,} parameters, {_bytes(written.num_bytes)}{disk}",
+        f"next: seekforge export {written.path} PROGRAM",
+    ]
 
 
 def _bytes(count: int) -> str:

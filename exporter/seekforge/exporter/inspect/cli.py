@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from seekforge.exporter.build.audit_page import self_check_words, show_audit
 from seekforge.exporter.build.common import read_graph, size_words
 from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.inspect.describe import describe, kind_of
 from seekforge.exporter.inspect.draw import Format, draw, groups
+from seekforge.plugins.command_line import command, json_option
+from seekforge.plugins.console import Column, Console, Table, console, styled
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.manifest import load_manifest
 from seekforge.plugins.formats.program import load_program
+from seekforge.plugins.terminal import write, write_json
 
 
-@click.command("inspect")
+@command(
+    "inspect",
+    examples=(
+        "seekforge inspect checkpoint",
+        "seekforge inspect engine --json",
+        "seekforge inspect program --graph dot | dot -Tsvg > program.svg",
+    ),
+)
 @click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@json_option
 @click.option(
     "--graph",
     type=click.Choice(["dot", "mermaid"]),
@@ -36,13 +42,13 @@ def inspect(path: str, *, as_json: bool, graph: Format | None, mtp: bool) -> Non
     """Show what PATH is: a checkpoint (folder or Hugging Face repository id), a program or an engine."""
     folder = resolve(path)
     if graph is not None:
-        sys.stdout.write(_drawing(folder, graph, "mtp" if mtp else "model"))
+        write(_drawing(folder, graph, "mtp" if mtp else "model"))
         return
     about = describe(folder)
     if as_json:
-        sys.stdout.write(json.dumps(about) + "\n")
+        write_json(about)
     else:
-        show(about, Console(highlight=False))
+        show(about, console())
 
 
 def _drawing(path: Path, how: Format, name: str) -> str:
@@ -56,32 +62,32 @@ def _drawing(path: Path, how: Format, name: str) -> str:
     return draw(groups(read_graph(path, face), weights), how)
 
 
-def show(about: dict[str, Any], console: Console) -> None:
+def show(about: dict[str, Any], out: Console) -> None:
     """Print what `describe` found as a few tables."""
     model, counts = about["model"], about["parameters"]
-    console.print(f"[bold]{about['kind']}[/] {about['path']}")
-    console.print(
+    out.print(styled((about["kind"], "bold"), f" {about['path']}"))
+    out.print(
         f"{model['model_type']}: {model['num_hidden_layers']} layers ({model['num_dense_layers']} dense), "
         f"{model['n_routed_experts']} experts of which {model['num_experts_per_tok']} are used, hidden "
         f"{model['hidden_size']}, {'with' if model['has_mtp'] else 'without'} MTP"
     )
-    console.print(
+    out.print(
         f"parameters: {counts['stored']:,} stored, {counts['main']:,} in the main model, {counts['active']:,} active "
         f"per token, {counts['mtp']:,} of MTP"
     )
     if about["kind"] == "checkpoint":
-        _show_checkpoint(about, console)
+        _show_checkpoint(about, out)
         return
     first, stop = about["layers"]
-    console.print(f"layers {first}-{stop - 1}, numerics {about['numerics']}, seekforge {about['seekforge_version']}")
+    out.print(f"layers {first}-{stop - 1}, numerics {about['numerics']}, seekforge {about['seekforge_version']}")
     if about["kind"] == "engine":
         target, limits = about["target"], about["limits"]
-        console.print(
+        out.print(
             f"target {target['name']} ({target['backend']}), up to {limits['max_model_len']:,} tokens, "
             f"{size_words(about['num_bytes'])} in {len(about['files'])} files"
         )
         manifest = load_manifest(Path(about["path"]))
-        console.print(f"self-check: {self_check_words(manifest)}")
+        out.print(f"self-check: {self_check_words(manifest)}")
         how = about["quantisation"]
         if how is not None:
             kinds = {
@@ -89,32 +95,34 @@ def show(about: dict[str, Any], console: Console) -> None:
                 for name in dict.fromkeys(how["kinds"].values())
             }
             stored = "; ".join(f"{name} {listed}" for name, listed in kinds.items())
-            console.print(f"weights: {stored}; blocks of {how['block_size']}")
-        show_audit(manifest, console)
+            out.print(f"weights: {stored}; blocks of {how['block_size']}")
+        show_audit(manifest, out)
     else:
         ranks = about["ranks"]
         if ranks["tp"] * ranks["ep"] > 1:
-            console.print(
+            out.print(
                 f"of each of {ranks['tp'] * ranks['ep']} ranks (tp {ranks['tp']} x ep {ranks['ep']}), which "
                 f"read {size_words(min(ranks['bytes_read']))} to {size_words(max(ranks['bytes_read']))} of the "
                 "checkpoint each"
             )
         if about["outside"]:
-            console.print(f"{sum(about['outside'].values()):,} tensors of the checkpoint lie outside these layers")
+            out.print(f"{sum(about['outside'].values()):,} tensors of the checkpoint lie outside these layers")
     for name, graph in about["graphs"].items():
-        _show_graph(f"\n[bold]{name}[/]: {_files(name, graph, about)}", graph, console)
+        out.print("")
+        out.print(styled((name, "bold"), f": {_files(name, graph, about)}"))
+        _show_graph(graph, out)
 
 
-def _show_checkpoint(about: dict[str, Any], console: Console) -> None:
-    console.print(f"{about['num_tensors']:,} tensors, {size_words(about['num_bytes'])} in {about['num_shards']} shards")
-    table = Table("dtype", "tensors", "elements", "bytes", box=None)
+def _show_checkpoint(about: dict[str, Any], out: Console) -> None:
+    out.print(f"{about['num_tensors']:,} tensors, {size_words(about['num_bytes'])} in {about['num_shards']} shards")
+    table = Table([Column("dtype"), *(Column(name, "number") for name in ("tensors", "elements", "bytes"))])
     for dtype, entry in about["dtypes"].items():
-        table.add_row(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", size_words(entry["bytes"]))
-    console.print(table)
-    table = Table("family", "bytes", box=None)
+        table.add(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", size_words(entry["bytes"]))
+    out.print(table)
+    table = Table([Column("family"), Column("bytes", "number")])
     for family, size in about["bytes_by_family"].items():
-        table.add_row(family, size_words(size))
-    console.print(table)
+        table.add(family, size_words(size))
+    out.print(table)
 
 
 def _files(name: str, graph: dict[str, Any], about: dict[str, Any]) -> str:
@@ -127,21 +135,20 @@ def _files(name: str, graph: dict[str, Any], about: dict[str, Any]) -> str:
     return f"a step runs {stages.total()} stages by {len(stages)} plans, {size_words(size)}: {', '.join(plans)}"
 
 
-def _show_graph(title: str, graph: dict[str, Any], console: Console) -> None:
-    console.print(title)
+def _show_graph(graph: dict[str, Any], out: Console) -> None:
     if graph["num_weight_inputs"]:
         kinds = ", ".join(f"{size_words(n)} {dtype}" for dtype, n in graph["weight_bytes_by_dtype"].items())
-        console.print(f"{graph['num_weight_inputs']:,} weight inputs, {size_words(graph['weight_bytes'])}: {kinds}")
+        out.print(f"{graph['num_weight_inputs']:,} weight inputs, {size_words(graph['weight_bytes'])}: {kinds}")
     if graph["op_counts"]:
         custom = {op.removeprefix("seekforge."): n for op, n in graph["op_counts"].items() if "." in op}
         total = sum(graph["op_counts"].values())
-        console.print(f"{total:,} nodes; custom: {', '.join(f'{n} {op}' for op, n in custom.items()) or 'none'}")
-    table = Table("", "name", "dtype", "shape", box=None)
+        out.print(f"{total:,} nodes; custom: {', '.join(f'{n} {op}' for op, n in custom.items()) or 'none'}")
+    table = Table([Column("", "code"), Column("name"), Column("dtype", "code"), Column("shape")])
     for kind in ("inputs", "outputs"):
         for (prefix, dtype, shape), names in _collapsed(graph[kind]).items():
             label = prefix if len(names) == 1 else f"{prefix}.{{{names[0]}..{names[-1]}}}"
-            table.add_row(kind[:-1], label, dtype, shape)
-    console.print(table)
+            table.add(kind[:-1], label, dtype, shape)
+    out.print(table)
 
 
 def _collapsed(specs: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[str]]:

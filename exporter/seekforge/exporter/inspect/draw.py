@@ -14,6 +14,7 @@ import onnx
 
 from seekforge.exporter.rewrite.names import AFTER, BEFORE, segments
 from seekforge.plugins.spec import DOMAIN
+from seekforge.plugins.terminal import shown
 
 Format = Literal["dot", "mermaid"]
 
@@ -117,13 +118,23 @@ def _links(found: Sequence[Group]) -> Iterable[tuple[str, str]]:
                 yield f"g{g - 1}n{len(found[g - 1].boxes) + source}", f"g{g}n{target}"
 
 
+def _quoted(text: str) -> str:
+    """Return text for a quoted string of DOT."""
+    return shown(text).replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _entities(text: str) -> str:
+    """Return text for a quoted label of Mermaid, which a browser takes as HTML."""
+    return "".join(char if char.isalnum() or char in " ._-()," else f"#{ord(char)};" for char in shown(text))
+
+
 def _dot(found: Sequence[Group]) -> Iterable[str]:
     yield "digraph program {"
     yield "  rankdir=TB; node [shape=box, fontname=monospace];"
     for g, group in enumerate(found):
-        yield f'  subgraph cluster_{g} {{ label="{group.title}";'
+        yield f'  subgraph cluster_{g} {{ label="{_quoted(group.title)}";'
         for n, box in enumerate(group.boxes):
-            yield f'    g{g}n{n} [label="{box}"];'
+            yield f'    g{g}n{n} [label="{_quoted(box)}"];'
         yield "  }"
     for source, target in _links(found):
         yield f"  {source} -> {target};"
@@ -133,9 +144,9 @@ def _dot(found: Sequence[Group]) -> Iterable[str]:
 def _mermaid(found: Sequence[Group]) -> Iterable[str]:
     yield "flowchart TB"
     for g, group in enumerate(found):
-        yield f'  subgraph g{g}["{group.title}"]'
+        yield f'  subgraph g{g}["{_entities(group.title)}"]'
         for n, box in enumerate(group.boxes):
-            yield f'    g{g}n{n}["{box}"]'
+            yield f'    g{g}n{n}["{_entities(box)}"]'
         yield "  end"
     for source, target in _links(found):
         yield f"  {source} --> {target}"

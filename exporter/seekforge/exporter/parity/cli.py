@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import click
 import torch
 from click.core import ParameterSource
-from rich.console import Console
 
 from seekforge.exporter.parity.inputs import Asked
 from seekforge.exporter.parity.page import render
@@ -19,37 +17,61 @@ from seekforge.exporter.parity.report import to_json
 from seekforge.exporter.parity.terminal import print_terminal
 from seekforge.exporter.parity.ways import from_dumps, from_engine, reference_only
 from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
-from seekforge.exporter.progress import Stages
+from seekforge.plugins.command_line import (
+    ByteSize,
+    Number,
+    command,
+    contexts_option,
+    json_option,
+    list_option,
+    seed_option,
+    threads_option,
+)
+from seekforge.plugins.console import Stages, console
 from seekforge.plugins.formats.dump import Dump
 from seekforge.plugins.formats.files import atomic_folder
 from seekforge.plugins.formats.numerics import NUMERICS
 from seekforge.plugins.formats.plan import MODES
 from seekforge.plugins.formats.temporary import temporary_folder
+from seekforge.plugins.terminal import echo, write_json
 
 #: Options that a way of comparing has no use for, by name of their parameter. A flag that is taken is a promise.
-_ENGINE_ALONE = ("against", "layers", "sensitivity", "max_dump_gb", "write_self_check")
-_TORCH_ALONE = ("layers", "sensitivity", "numerics", "without", "max_dump_gb")
+_ENGINE_ALONE = ("against", "layers", "sensitivity", "max_dump_size", "write_self_check")
+_TORCH_ALONE = ("layers", "sensitivity", "numerics", "without", "max_dump_size")
 _STEPS = ("prompts", "contexts", "modes", "seed")
 
 
-@click.command("parity")
+@command(
+    "parity",
+    examples=(
+        "seekforge parity engine --checkpoint checkpoint",
+        "seekforge parity engine --checkpoint checkpoint --contexts 16,2K --html report.html",
+        "seekforge parity --from-dump here --from-dump there",
+    ),
+)
 @click.argument("engine", type=click.Path(path_type=Path), required=False)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The weights for the PyTorch side.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Text file, one prompt a line. Default: random ids.")
-@click.option("--contexts", help="Lengths of random prompts. Default: 16, and around index_topk.")
-@click.option("--modes", default=",".join(MODES), show_default=True, help="How prompts are cut into steps.")
+@contexts_option("Lengths of random prompts. Default: 16, and around index_topk.")
+@list_option(
+    "--modes",
+    type=click.Choice(MODES),
+    default=",".join(MODES),
+    metavar="MODE,…",
+    help="How prompts are cut into steps.",
+)
 @click.option(
     "--against", default="torch", show_default=True, metavar="torch|transformers|ENGINE2", help="The other side."
 )
 @click.option("--layers", help="Look at layers A-B only, from what the engine had at A.")
 @click.option("--numerics", type=click.Choice(sorted(NUMERICS)), help="Of the PyTorch side. Default: the engine's.")
-@click.option("--without", multiple=True, help="Switch one rounding off on the PyTorch side, such as kv_fp8.")
+@click.option("--without", multiple=True, help="Switch a rounding off on the PyTorch side, such as kv_fp8.")
 @click.option("--sensitivity", is_flag=True, help="Also tell what each layer's roundings cost alone.")
-@click.option("--max-kl", type=click.FloatRange(min=0), help="Fail above this mean KL, also where numerics differ.")
+@click.option("--max-kl", type=Number(0), help="Fail above this mean KL, also where numerics differ.")
 @click.option(
-    "--max-dump-gb",
-    type=click.FloatRange(min=0),
-    default=8.0,
+    "--max-dump-size",
+    type=ByteSize(0),
+    default="8G",
     show_default=True,
     help="Tap all layers only if that takes no more; else bisect.",
 )
@@ -61,9 +83,9 @@ _STEPS = ("prompts", "contexts", "modes", "seed")
 )
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one HTML page.")
 @click.option("--brief", is_flag=True, help="Print the cases and the verdict alone.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: the cores this process may use.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of random prompts.")
+@json_option
+@threads_option
+@seed_option("Of random prompts.", default=0)
 @click.option("--quiet", is_flag=True, help="Print nothing: the exit code is the verdict.")
 @click.pass_context
 def parity(
@@ -97,7 +119,7 @@ def parity(
             reference_only(asked, save, work, stages)
             stages.done()
             if not quiet:
-                click.echo(f"wrote {save}: reference, noise and plan.json of the PyTorch side")
+                echo(f"wrote {save}: reference, noise and plan.json of the PyTorch side")
             return
         else:
             result = from_engine(engine, asked, work, stages)
@@ -112,13 +134,12 @@ def parity(
     if html is not None:
         html.write_text(render(report), encoding="utf-8")
     if as_json:
-        sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
+        write_json(report)
     elif not quiet:
-        width = None if sys.stdout.isatty() else 140
-        print_terminal(Console(highlight=False, width=width), report, brief=brief)
+        print_terminal(console(), report, brief=brief)
         for what, where in done.items():
             if where is not None:
-                click.echo(f"{what}: {where}")
+                echo(f"{what}: {where}")
     if not result.passed:
         sys.exit(1)
 

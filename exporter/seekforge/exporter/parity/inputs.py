@@ -16,7 +16,7 @@ from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncat
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS, Numerics, numerics_from_dict
-from seekforge.plugins.formats.plan import Plan, make_plan, parse_contexts, parse_modes
+from seekforge.plugins.formats.plan import MODES, Mode, Plan, make_plan
 from seekforge.plugins.formats.reading import LISTING_BYTES, read_text
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.tokenizer_file import read_tokenizer
@@ -29,8 +29,8 @@ class Asked:
     engine: Path | None
     checkpoint: Path | None
     prompts: Path | None
-    contexts: str | None
-    modes: str
+    contexts: tuple[int, ...]
+    modes: tuple[Mode, ...]
     against: str
     layers: str | None
     numerics: str | None
@@ -38,7 +38,7 @@ class Asked:
     sensitivity: bool
     write_self_check: bool
     max_kl: float | None
-    max_dump_gb: float
+    max_dump_size: int
     threads: int | None
     seed: int
 
@@ -57,12 +57,12 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
         ConfigError: a context is longer than `longest`, or an option is malformed.
         UsageError: two options exclude each other.
     """
-    modes = parse_modes(asked.modes)
+    modes: tuple[Mode, ...] = tuple(mode for mode in MODES if mode in asked.modes)
     who = "model" if asked.engine is None else "engine"
     prompts: list[list[int]] = []
     contexts: tuple[int, ...] = ()
     if asked.prompts is not None:
-        if asked.contexts is not None:
+        if asked.contexts:
             raise click.UsageError("--prompts has its own lengths; drop --contexts")
         prompts = _read_prompts(asked.prompts, tokenizer)
         most = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -70,8 +70,8 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
             raise ConfigError(
                 f"{asked.prompts}: prompt {most} has {len(prompts[most])} tokens, the {who} accepts {longest}"
             )
-    elif asked.contexts is not None:
-        contexts = parse_contexts(asked.contexts)
+    elif asked.contexts:
+        contexts = asked.contexts
     else:
         contexts = tuple(sorted({min(n, longest) for n in (16, config.index_topk + 8, 2 * config.index_topk)}))
     if max(contexts, default=0) > longest:

@@ -112,7 +112,7 @@ def check_engine(
         wanted = [tap for tap in wanted if _layer(tap) in ends and tap.startswith(HANDOVER)]
         notes.append(
             f"taps of all layers would take {size / 1e9:.3g} GB, allowed are {max_dump_bytes / 1e9:.3g} GB "
-            "(--max-dump-gb): the first bad layer was searched by bisection, and only its inside was looked at"
+            "(--max-dump-size): the first bad layer was searched by bisection, and only its inside was looked at"
         )
     progress(f"engine {engine.folder.name}")
     judged = engine.dump(plan, work / "judged", wanted, selections=narrow, given=given)
@@ -247,7 +247,7 @@ def _bisect(
     try:
         layer = first_bad_layer(shown, bad)
         if layer is None:
-            notes.append("no range of layers differs by more than noise does; give more --max-dump-gb to judge each")
+            notes.append("no range of layers differs by more than noise does; give more --max-dump-size to judge each")
             return [], []
         walker.progress(f"inside of layer {layer}")
         taps = [tap for tap in engine.taps if _layer(tap) == layer]

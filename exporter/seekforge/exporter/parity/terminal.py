@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from seekforge.plugins.console import Column, Console, Table, styled
 
 
 def number(value: Any) -> str:
@@ -20,53 +17,51 @@ def number(value: Any) -> str:
     return "0" if value == 0 else f"{value:.1e}" if abs(value) < 1e-2 or abs(value) >= 1e4 else f"{value:.3g}"
 
 
-def print_terminal(console: Console, report: dict[str, Any], *, brief: bool = False) -> None:
+def print_terminal(out: Console, report: dict[str, Any], *, brief: bool = False) -> None:
     """Print the report as tables: verdict last, so that it is what one sees. `brief`: cases and verdict alone."""
-    judged, reference = report["judged"], report["reference"]
-    console.print(
-        f"[bold]{escape(judged['name'])}[/] ({judged['kind']}, {judged['numerics']}, {judged['activations']}) against "
-        f"[bold]{escape(reference['name'])}[/] ({reference['kind']}, {reference['numerics']}, "
-        f"{reference['activations']})"
+    judged, reference = (report[side] for side in ("judged", "reference"))
+    facts = [f" ({side['kind']}, {side['numerics']}, {side['activations']})" for side in (judged, reference)]
+    out.print(
+        styled((judged["name"], "bold"), f"{facts[0]} against ", (reference["name"], "bold"), facts[1]),
     )
     if not brief:
-        console.print(_layers_table(report))
+        out.print(_layers_table(report))
     if any("kl_mean" in case for case in report["cases"]):
-        console.print(_cases_table(report))
+        out.print(_cases_table(report))
     if report["sensitivity"]:
-        console.print(_sensitivity_table(report))
+        out.print(_sensitivity_table(report))
     if not brief:
-        console.print(_gates_table(report))
+        out.print(_gates_table(report))
     for note in report["notes"]:
-        console.print(f"[yellow]note[/] {escape(note)}")
+        out.print(styled(("note", "yellow"), f" {note}"))
     finding = report["finding"]
     if finding is not None:
-        console.print(f"[bold red]first divergence[/] layer {finding['layer']}: [bold]{escape(finding['module'])}[/]")
-        console.print(f"  {escape(finding['text'])}")
+        out.print(styled(("first divergence", "bold red"), f" layer {finding['layer']}: ", (finding["module"], "bold")))
+        out.print(f"  {finding['text']}")
         if finding["tensors"]:
-            console.print(f"  checkpoint: {escape(', '.join(finding['tensors'][:6]))}")
+            out.print(f"  checkpoint: {', '.join(finding['tensors'][:6])}")
         if finding["others"]:
-            console.print(f"  [dim]{finding['others']} more operations are off by themselves; --json lists them[/]")
+            out.print(
+                styled((f"  {finding['others']} more operations are off by themselves; --json lists them", "dim"))
+            )
     if brief:
-        for word, mark in ((True, "passed gates"), (False, "[red]failed gates[/]")):
+        for word, mark in ((True, "passed gates"), (False, ("failed gates", "red"))):
             names = [gate["name"] for gate in report["gates"] if gate["gated"] and gate["passed"] is word]
             if names:
-                console.print(f"{mark}: {', '.join(names)}")
-    console.print("[bold green]passed[/]" if report["passed"] else "[bold red]failed[/]")
+                out.print(styled(mark, f": {', '.join(names)}"))
+    out.print(styled(("passed", "bold green") if report["passed"] else ("failed", "bold red")))
 
 
-def _table(title: str, columns: Sequence[str], *, left: Sequence[str] = (), always_left: bool = False) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=title)
-    for name in columns:
-        table.add_column(name, justify="left" if always_left or name in left else "right")
-    return table
+def _table(title: str, columns: Sequence[str], *, words: Sequence[str] = ()) -> Table:
+    return Table([Column(name, "words" if name in words else "number") for name in columns], title=title)
 
 
 def _layers_table(report: dict[str, Any]) -> Table:
     columns = ("layer", "stream error", "of PyTorch itself", "on its inputs", "worst operation", "keys", "experts")
-    table = _table("layers", columns, left=("worst operation",))
+    table = _table("layers", columns, words=("worst operation", "keys", "experts"))
     for layer in report["layers"]:
         worst = layer["worst_operation"]
-        table.add_row(
+        table.add(
             f"{layer['layer']}{' (MTP)' if layer['graph'] == 'mtp' else ''}",
             number(layer["stream"] and layer["stream"]["rms_relative"]),
             number(layer["noise"] and layer["noise"]["rms_relative"]),
@@ -80,12 +75,12 @@ def _layers_table(report: dict[str, Any]) -> Table:
 
 def _cases_table(report: dict[str, Any]) -> Table:
     columns = ("case", "rows", "logits, median", "largest", "KL", "top-1", "top-10", "chose otherwise", "perplexity")
-    table = _table("cases: difference of logits in parts of their spread", columns, left=("case",))
+    table = _table("cases: difference of logits in parts of their spread", columns, words=("case", "perplexity"))
     for case in report["cases"]:
         if "kl_mean" not in case:
             continue
         change = case.get("perplexity_difference")
-        table.add_row(
+        table.add(
             f"{case['name']}{' (MTP)' if case['graph'] == 'mtp' else ''}",
             str(case["rows"]),
             number(case["error_median"]),
@@ -102,15 +97,16 @@ def _cases_table(report: dict[str, Any]) -> Table:
 def _sensitivity_table(report: dict[str, Any]) -> Table:
     table = _table("what each layer costs alone", ("layer", "KL"))
     for row in sorted(report["sensitivity"], key=lambda row: -float(row["kl"])):
-        table.add_row(str(row["layer"]), number(row["kl"]))
+        table.add(str(row["layer"]), number(row["kl"]))
     return table
 
 
 def _gates_table(report: dict[str, Any]) -> Table:
-    table = _table("gates", ("", "gate", "found", "allowed", "reason"), always_left=True)
+    names = ("", "gate", "found", "allowed", "reason")
+    table = _table("gates", names, words=names)
     for gate in report["gates"]:
-        mark = "[dim]·[/]" if not gate["gated"] else "[green]pass[/]" if gate["passed"] else "[red]FAIL[/]"
-        table.add_row(mark, gate["name"], gate["value"], gate["allowed"], f"[dim]{escape(gate['reason'])}[/]")
+        mark = ("·", "dim") if not gate["gated"] else ("pass", "green") if gate["passed"] else ("FAIL", "red")
+        table.add(mark, gate["name"], gate["value"], gate["allowed"], (gate["reason"], "dim"))
     return table
 
 

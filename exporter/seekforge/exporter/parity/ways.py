@@ -89,14 +89,14 @@ def _with_torch(side: EngineSide, plan: Plan, settings: Settings, asked: Asked, 
             plan,
             work=work,
             layers=layers,
-            max_dump_bytes=int(asked.max_dump_gb * 1e9),
+            max_dump_bytes=asked.max_dump_size,
             max_kl=asked.max_kl,
             costs=asked.sensitivity,
         )
         if asked.sensitivity and codes and not result.sensitivity:
             result.notes.append(
                 "what the codes of each layer cost is measured with all layers from the first on in memory: leave out "
-                "--layers, or give more --max-dump-gb"
+                "--layers, or give more --max-dump-size"
             )
         elif asked.sensitivity and not codes:
             result.sensitivity = _sensitivity(walker, plan, base, other, layers, work)

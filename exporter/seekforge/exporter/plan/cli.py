@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
 from seekforge.exporter.configs import known, load_yaml
+from seekforge.exporter.option_types import MODEL, TARGET
 from seekforge.exporter.plan.answer import GPU_COUNTS, Answer, Question, answer, best, fewest, nearest_count
 from seekforge.exporter.plan.chart import Row, write_plan_chart
 from seekforge.plugins.charts import check_chart, tokens
+from seekforge.plugins.command_line import (
+    Whole,
+    command,
+    contexts_option,
+    json_option,
+    kv_cache_dtype_option,
+    list_option,
+)
+from seekforge.plugins.console import Column, Table, console
 from seekforge.plugins.errors import ConfigError, TargetError
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.sizing import (
@@ -34,10 +40,11 @@ from seekforge.plugins.formats.sizing import (
     num_parameters,
     weight_bytes,
 )
+from seekforge.plugins.terminal import echo, write_json
 
-_CONTEXTS = "1K,8K,32K,63K,125K,160K"
-#: Contexts that a chart marks when none are asked for.
-_MARKED = "1K,63K,125K"
+_CONTEXTS = (1024, 8192, 32768, 64512, 128000, 163840)
+#: Contexts that a chart marks when none are asked for, of those below.
+_MARKED = (1024, 64512, 128000)
 #: Columns of a breakdown, by the parts of `RankMemory`.
 _PARTS = {
     "weights": "weights",
@@ -51,24 +58,34 @@ _PARTS = {
 }
 
 
-@click.command("plan")
-@click.argument("model", type=str)
-@click.option("--target", "names", multiple=True, help="A GPU of 'seekforge targets', or a YAML file. Default: all.")
-@click.option("--num-gpus", type=click.IntRange(1), default=None, help="Exactly so many. Default: the fewest that fit.")
-@click.option("--tp", type=click.IntRange(1), default=None, help="Tensor parallel ranks (with --target).")
-@click.option("--dp", type=click.IntRange(1), default=None, help="Attention replicas; experts over all of them.")
-@click.option("--pp", type=click.IntRange(1), default=None, help="Pipeline stages.")
-@click.option("--context", default=_CONTEXTS, show_default=True, help="Tokens of a sequence; several with commas.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
-@click.option(
-    "--precision", "precisions", type=click.Choice(["fp8", "bf16"]), multiple=True, help="Of weights. Default: both."
+@command(
+    "plan",
+    examples=(
+        "seekforge plan full",
+        "seekforge plan full --target h200,b200 --contexts 63K,125K --batch-size 32",
+        "seekforge plan checkpoint/config.json --target rtx4090 --tp 8 --pp 6 --json",
+    ),
 )
-@click.option(
-    "--kv-cache-dtype", type=click.Choice(["fp8_ds", "bf16"]), default="fp8_ds", show_default=True, help="Of the cache."
+@click.argument("model", type=MODEL)
+@list_option("--target", "names", type=TARGET, help="GPUs of 'seekforge targets', or YAML files. Default: all.")
+@click.option("--num-gpus", type=Whole(1), help="Exactly so many. Default: the fewest that fit.")
+@click.option("--tp", type=Whole(1), help="Tensor parallel ranks (with --target).")
+@click.option("--dp", type=Whole(1), help="Attention replicas; experts over all of them.")
+@click.option("--pp", type=Whole(1), help="Pipeline stages.")
+@contexts_option("Tokens of a sequence. Default: 1K to 160K.")
+@click.option("--batch-size", type=Whole(1), default=1, show_default=True, help="Sequences at once.")
+@list_option(
+    "--precision",
+    "precisions",
+    type=click.Choice(["fp8", "bf16"]),
+    metavar="fp8,bf16",
+    help="Of weights. Default: both.",
 )
+@kv_cache_dtype_option("Format of the caches.", default="fp8_ds")
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")
 @click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw GPUs and memory: .png or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--all", "everything", is_flag=True, help="Without --target too: every context, both precisions.")
+@json_option
 def plan(
     model: str,
     *,
@@ -77,22 +94,26 @@ def plan(
     tp: int | None,
     dp: int | None,
     pp: int | None,
-    context: str,
-    batch: int,
+    contexts: tuple[int, ...],
+    batch_size: int,
     precisions: tuple[Precision, ...],
     kv_cache_dtype: KvFormat,
     mtp: bool,
     chart: Path | None,
+    everything: bool,
     as_json: bool,
 ) -> None:
     """Say which GPUs, and how many, MODEL needs, for which contexts and batches, and how fast they can be at best.
 
     MODEL is a checkpoint folder, a config.json, or a name of configs/models, such as full.
+
+    Without --target it prints one line per GPU: the fewest of them that hold the longest context. --json always gives
+    every answer.
     """
     if chart is not None:
         check_chart(chart)
     config = read_config(model)
-    contexts = parse_contexts(context, config)
+    lengths = within(contexts, config) or [one for one in _CONTEXTS if one <= config.max_position_embeddings]
     targets = [load_target(name) for name in dict.fromkeys(names)] or [
         target for target in all_targets() if target.gpu is not None
     ]
@@ -107,19 +128,22 @@ def plan(
     rows: list[Row] = []
     for question in questions:
         for target in targets:
-            for length in contexts:
-                work = Workload(length, batch, target.limits.max_num_batched_tokens, 1 if mtp else 0)
+            for length in lengths or [config.max_position_embeddings]:
+                work = Workload(length, batch_size, target.limits.max_num_batched_tokens, 1 if mtp else 0)
                 found = _answer(config, target, work, question, layout, num_gpus)
                 rows.append(Row(question, target, work, found))
     if chart is not None:
-        marked = parse_contexts(_MARKED, config) if context == _CONTEXTS else contexts
+        marked = lengths if contexts else [one for one in _MARKED if one in lengths] or lengths
         write_plan_chart(chart, config, rows, model=Path(model).name, marked=marked)
     if as_json:
-        click.echo(json.dumps(_json(config, rows, kv_cache_dtype, mtp=mtp), indent=1))
-    else:
+        write_json(_json(config, rows, kv_cache_dtype, mtp=mtp), indent=1)
+        return
+    if names or everything or contexts:
         _print(config, rows, kv_cache_dtype, mtp=mtp)
-        if chart is not None:
-            click.echo(f"wrote {chart}")
+    else:
+        _print_best([row for row in rows if precisions or row.question.precision == questions[0].precision], config)
+    if chart is not None:
+        echo(f"wrote {chart}")
 
 
 def read_config(model: str) -> ModelConfig:
@@ -139,34 +163,20 @@ def read_config(model: str) -> ModelConfig:
     return ModelConfig.parse(raw["config"], f"configs/models/{model}.yaml")
 
 
-def parse_tokens(text: str, config: ModelConfig) -> int:
-    """Return a number of tokens from `131072` or `128K`.
+def within(contexts: Iterable[int], config: ModelConfig) -> list[int]:
+    """Return contexts in ascending order, each once.
 
     Raises:
-        ConfigError: not such a number, or more than the model can.
+        ConfigError: one is longer than the model can.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", text)
-    if match is None or int(match[1]) == 0:
-        raise ConfigError(f"--context {text!r}: expected tokens such as 131072 or 128K")
-    count = int(match[1]) * (1024 if match[2] else 1)
-    if count > config.max_position_embeddings:
-        raise ConfigError(
-            f"--context {text.strip()}: the model ends at {config.max_position_embeddings} tokens "
-            f"({tokens(config.max_position_embeddings)}, max_position_embeddings)"
-        )
-    return count
-
-
-def parse_contexts(text: str, config: ModelConfig) -> list[int]:
-    """Return the numbers of tokens in `1K,63K`, each once, in ascending order.
-
-    Raises:
-        ConfigError: none of them, or one that `parse_tokens` refuses.
-    """
-    found = sorted({parse_tokens(part, config) for part in text.split(",") if part.strip()})
-    if not found:
-        raise ConfigError(f"--context {text!r}: names no context; give tokens such as 131072 or 1K,63K,125K")
-    return found
+    most = config.max_position_embeddings
+    for context in contexts:
+        if context > most:
+            raise ConfigError(
+                f"--contexts {tokens(context)}: the model ends at {most} tokens ({tokens(most)}, "
+                "max_position_embeddings)"
+            )
+    return sorted(set(contexts))
 
 
 def _layout(tp: int | None, dp: int | None, pp: int | None, num_gpus: int | None, config: ModelConfig) -> Layout | None:
@@ -240,9 +250,8 @@ def _cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, mtp: boo
     return cache_bytes_per_token(config, kv_format, num_layers=config.num_hidden_layers + mtp)
 
 
-def _print(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bool) -> None:
-    console = Console(highlight=False, width=None if Console().is_terminal else 140)
-    console.print(
+def _summary(config: ModelConfig, kv_format: KvFormat, *, mtp: bool) -> str:
+    return (
         f"{num_parameters(config, mtp=mtp) / 1e9:.2f} B parameters{' with MTP' if mtp else ''}, "
         f"{active_parameters(config) / 1e9:.2f} B active per token, "
         f"checkpoint {checkpoint_bytes(config) / GIB:.1f} GiB; weights on one GPU: FP8 "
@@ -250,6 +259,37 @@ def _print(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bo
         f"{weight_bytes(config, mtp=mtp, precision='bf16') / GIB:.1f} GiB; cache {kv_format}: "
         f"{_cache_bytes_per_token(config, kv_format, mtp=mtp):,} B per token"
     )
+
+
+def _print_best(rows: list[Row], config: ModelConfig) -> None:
+    """Print one line per GPU and precision: what the longest context takes."""
+    longest = max(row.work.context for row in rows)
+    question = rows[0].question
+    out = console()
+    out.print(_summary(config, question.kv_format, mtp=question.mtp))
+    columns = [Column("GPU", "code"), Column("GPUs", "number"), Column("as", "code")]
+    columns += [Column(name, "number") for name in ("GiB of each", "of", "max batch", "decode tok/s", "prefill tok/s")]
+    several = len({row.question.precision for row in rows}) > 1
+    table = Table(
+        columns if not several else [columns[0], Column("weights", "code"), *columns[1:]],
+        title=f"the fewest GPUs for {tokens(longest)} tokens of context, batch {rows[0].work.batch}, weights in "
+        f"{' and '.join(dict.fromkeys(row.question.precision.upper() for row in rows))}",
+        caption="tok/s are upper bounds from bandwidth and FLOPs; --all prints every context and both precisions, "
+        "--target NAME also what fills its memory",
+    )
+    for row in rows:
+        if row.work.context != longest:
+            continue
+        gpus, layout, *_ = cells = _cells(row.found)
+        total = "" if row.found is None else f"{row.found.memory.total / GIB:.1f}"
+        precision = [row.question.precision] if several else []
+        table.add(row.target.name, *precision, gpus, layout, total, cells[5], *cells[7:])
+    out.print(table)
+
+
+def _print(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bool) -> None:
+    out = console()
+    out.print(_summary(config, kv_format, mtp=mtp))
     caption = (
         "GiB on the fullest GPU; tok/s are upper bounds from bandwidth and FLOPs, if experts are chosen evenly: decode "
         f"of all sequences{', if every draft is accepted' if mtp else ''}; prefill in steps full of prompts"
@@ -257,20 +297,16 @@ def _print(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bo
     for precision in dict.fromkeys(row.question.precision for row in rows):
         of_precision = [row for row in rows if row.question.precision == precision]
         title = f"weights in {precision.upper()}, batch {rows[0].work.batch}{', with MTP' if mtp else ''}"
-        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-        for name in ("GPU", "context", "GPUs", "as", "weights", "cache", "other", "of"):
-            table.add_column(name, justify="left" if name in ("GPU", "as") else "right")
-        for name in ("max context", "max batch", "decode tok/s", "prefill tok/s"):
-            table.add_column(name, justify="right")
-        before = ""
+        columns = [Column("GPU", "code"), Column("context", "number"), Column("GPUs", "number"), Column("as")]
+        columns += [Column(name, "number") for name in ("weights", "cache", "other", "of", "max context", "max batch")]
+        columns += [Column(name, "number") for name in ("decode tok/s", "prefill tok/s")]
+        table = Table(columns, title=title, caption=caption, lines=True)
         for row in of_precision:
-            name = row.target.name if row.target.name != before else ""
-            before = row.target.name
             is_last = row.work.context == rows[-1].work.context
-            table.add_row(name, tokens(row.work.context), *_cells(row.found), end_section=is_last)
-        console.print(table)
+            table.add(row.target.name, tokens(row.work.context), *_cells(row.found), end_section=is_last)
+        out.print(table)
         if len({row.target.name for row in rows}) == 1:
-            console.print(_breakdown(of_precision))
+            out.print(_breakdown(of_precision))
 
 
 def _cells(found: Answer | None) -> tuple[str, ...]:
@@ -296,13 +332,12 @@ def _cells(found: Answer | None) -> tuple[str, ...]:
 def _breakdown(rows: list[Row]) -> Table:
     """Every part of what one target's fullest GPU holds, per context."""
     caption = "GiB; 'other scratch' is what other operators need beyond the place of the scores, which they share"
-    table = Table(title="what fills that GPU", title_justify="left", caption=caption, caption_justify="left")
     names = [part.name for part in fields(RankMemory)]
-    for name in ("context", *(_PARTS[name] for name in names), "total", "of"):
-        table.add_column(name, justify="right")
+    columns = [Column(name, "number") for name in ("context", *(_PARTS[name] for name in names), "total", "of")]
+    table = Table(columns, title="what fills that GPU", caption=caption, lines=True)
     for row in rows:
         if row.found is not None:
             memory = row.found.memory
             sizes = [*(getattr(memory, name) for name in names), memory.total, row.found.usable]
-            table.add_row(tokens(row.work.context), *(f"{size / GIB:.2f}" for size in sizes))
+            table.add(tokens(row.work.context), *(f"{size / GIB:.2f}" for size in sizes))
     return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +9,26 @@ import click
 
 from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.checkpoint.text_files import check_files
-from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.layers import parse_layers
+from seekforge.plugins.command_line import Whole, command, json_option, quiet_option
+from seekforge.plugins.console import Stages
 from seekforge.plugins.formats.bindings import Ranks
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
+from seekforge.plugins.terminal import echo, write_json
 
 if TYPE_CHECKING:
     from seekforge.exporter.rewrite.export import Exported
 
 
-@click.command("export")
+@command(
+    "export",
+    examples=(
+        "seekforge export checkpoint program",
+        "seekforge export deepseek-ai/DeepSeek-V3.2 program --numerics exact",
+        "seekforge export checkpoint stage --layers 0-30",
+    ),
+)
 @click.argument("checkpoint")
 @click.option("--revision", default=None, help="Of a hub repository: branch, tag or commit.")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -33,14 +40,12 @@ if TYPE_CHECKING:
     help="fp8: the official reference's roundings. exact: no quantisation of activations or caches.",
 )
 @click.option("--layers", default=None, metavar="A-B", help="A pipeline stage: layers A to B, both included.")
-@click.option(
-    "--num-layers", type=int, default=None, metavar="N", help="A truncated model: the first N layers, norm and head."
-)
-@click.option("--tp", type=int, default=1, show_default=True, help="Ranks that share each expert.")
-@click.option("--ep", type=int, default=1, show_default=True, help="Groups of ranks that share out the experts.")
+@click.option("--num-layers", type=Whole(1), metavar="N", help="A truncated model: the first N layers, norm and head.")
+@click.option("--tp", type=Whole(1), default=1, show_default=True, help="Ranks that share each expert.")
+@click.option("--ep", type=Whole(1), default=1, show_default=True, help="Groups of ranks that share out the experts.")
 @click.option("--force", is_flag=True, help="Replace a program that stands at OUT.")
-@click.option("--quiet", is_flag=True, help="Print nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@quiet_option
+@json_option
 def export(
     checkpoint: str,
     out: Path,
@@ -83,11 +88,12 @@ def export(
     )
     stages.done()
     for warning in exported.warnings:
-        sys.stderr.write(f"warning: {warning}\n")
+        echo(f"warning: {warning}", err=True)
     if as_json:
-        sys.stdout.write(json.dumps(_summary(exported, out, stages.seconds)) + "\n")
+        write_json(_summary(exported, out, stages.seconds))
     elif not quiet:
-        sys.stdout.write(_sentence(exported, out, folder))
+        for line in _sentences(exported, out, folder):
+            echo(line)
 
 
 def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[str, object]:
@@ -107,18 +113,18 @@ def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[s
     }
 
 
-def _sentence(exported: Exported, out: Path, checkpoint: Path) -> str:
+def _sentences(exported: Exported, out: Path, checkpoint: Path) -> list[str]:
     nodes = " + ".join(str(count) for count in exported.num_nodes.values())
     inputs = " + ".join(str(count) for count in exported.num_weight_inputs.values())
     ops = sum(use.num_nodes for use in exported.program.ops.values())
     inside = exported.num_tensors - exported.num_outside
     away = f" of this part ({exported.num_outside:,} lie outside)" if exported.num_outside else ""
     count = exported.program.tp * exported.program.ep
-    following = f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}\n"
+    following = f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}"
     if count > 1:
-        following = f"the program is that of each of {count} ranks; see what each loads: seekforge inspect {out}\n"
-    return (
+        following = f"the program is that of each of {count} ranks; see what each loads: seekforge inspect {out}"
+    return [
         f"wrote {out}: {' and '.join(f'{name}.onnx' for name in exported.num_nodes)}, {nodes} nodes ({ops} custom), "
-        f"{inputs} weight inputs cover all {inside:,} tensors{away}\n"
-        f"{following}"
-    )
+        f"{inputs} weight inputs cover all {inside:,} tensors{away}",
+        following,
+    ]

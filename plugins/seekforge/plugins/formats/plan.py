@@ -168,31 +168,6 @@ def make_plan(
     return Plan(cases=tuple(cases))
 
 
-def parse_contexts(text: str) -> tuple[int, ...]:
-    """Read `16,2048`.
-
-    Raises:
-        ConfigError: a part is no number of at least 1.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) >= 1 for part in parts):
-        raise ConfigError(f"--contexts is {text!r}, expected numbers of tokens separated by commas, such as 16,2048")
-    return tuple(int(part) for part in parts)
-
-
-def parse_modes(text: str) -> tuple[Mode, ...]:
-    """Read `whole,decode`.
-
-    Raises:
-        ConfigError: a part is no mode.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    unknown = [part for part in parts if part not in MODES]
-    if unknown:
-        raise ConfigError(f"--modes has {unknown[0]!r}, expected some of {', '.join(MODES)}")
-    return tuple(mode for mode in MODES if mode in parts)
-
-
 def _case(
     name: str, mode: Mode, sequences: list[list[int]], vocab_size: int, index_topk: int, rng: np.random.Generator
 ) -> Case:
