@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,59 @@ def test_names_are_escaped_and_a_bare_report_renders(report: dict[str, Any]) -> 
     page = render(report)
     assert "<b>x</b>" not in page and "&lt;b&gt;x" in page and "a &amp; b" in page
     assert "nothing to show" in page and "Operations were not judged" in page
+
+
+HOSTILE = "<span><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}\x1b\u202e"
+
+
+def poisoned(value: Any) -> Any:
+    """Every text and every key that names something, hostile."""
+    if isinstance(value, str):
+        return HOSTILE
+    if isinstance(value, list):
+        return [poisoned(one) for one in value]
+    if isinstance(value, dict):
+        return {key: one if key in ("graph", "mode", "by") else poisoned(one) for key, one in value.items()}
+    return value
+
+
+def test_hostile_text_in_any_place_of_a_report_stays_text(report: dict[str, Any]) -> None:
+    error = {"max_abs": 0.1, "cosine_difference": 0.1, "calc_diff": 0.1, "max_relative": 0.1, "rms_relative": 0.1}
+    keys = {"curve": [{"context": 8, "overlap": 0.5, "rows": 2}], "kinds": {"near": 1}, "rows_other": 1}
+    keys["flips"] = [{"chosen": 1, "sequence": 0, "position": 1, "by": "judged", "gap": 0.1, "kind": "near"}]  # type: ignore
+    layer = {"layer": 0, "graph": "model", "stream": error, "noise": error, "on_reference_inputs": 0.1, "caches": {}}
+    layer |= {"points": {HOSTILE: error}, "keys": keys, "experts": None}
+    layer["worst_operation"] = {"module": "m", "error": 0.1}
+    case = {"name": "c", "graph": "model", "mode": "whole", "positions": [{"sequence": 0, "position": 0}], "rows": 1}
+    case |= {"error": [0.1], "noise": [0.1], "heat_layers": [0], "heat": [[0.1]], "logits": error, "kl_mean": 0.1}
+    case |= {"error_median": 0.1, "error_max": 0.1, "kl_max": 0.1, "top1": 1.0, "top10": 1.0, "rows_flipped": 0}
+    operation = {"failed": True, "tensors": ["t"] * 4, "num_tensors": 4, "layer": 0, "module": "m", "does": "d"}
+    operation |= {"error": 0.1, "gate": 0.1, "num_bad": 1, "num_rows": 1, "detail": "x"}
+    gate = {"name": "g", "gated": True, "passed": False, "value": "v", "allowed": "a", "reason": "r"}
+    report |= {"cases": [case, case], "layers": [layer], "operations": [operation], "gates": [gate]}
+    report |= {"finding": {"layer": 0, "module": "m", "text": "t", "tensors": ["t"], "others": 0}}
+    report["sensitivity"] = [{"layer": 0, "kl": 0.1}]
+    page = render(poisoned(report))
+    clean = render(report)
+    assert "49" not in page.replace("{{ 7*7 }}", "") or "49" in clean
+    assert page.count("&lt;script&gt;alert(1)") > 20
+    assert "\x1b" not in page and "\u202e" not in page
+
+    class Tags(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: Counter[str] = Counter()
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.found[tag] += 1
+            assert not any(name.startswith("on") for name, _ in attrs), attrs
+
+    seen = []
+    for text in (page, clean):
+        tags = Tags()
+        tags.feed(text)
+        seen.append(tags.found)
+    assert seen[0] == seen[1] and seen[0]["script"] == 1
 
 
 def test_what_is_not_finite_becomes_words_and_no_point() -> None:

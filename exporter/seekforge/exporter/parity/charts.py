@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
+from seekforge.exporter.parity.html import piece
 from seekforge.exporter.parity.terminal import number
 
 _COLOURS = ("#2f6fde", "#d9822b", "#2e9e6b", "#b455c9", "#c0392b", "#5f7d8c", "#8a6d3b", "#17a2b8")
@@ -27,12 +29,12 @@ def line_chart(
     y_label: str,
     log: bool,
     ticks: Sequence[str] | None = None,
-) -> str:
+) -> Markup:
     """A line chart as SVG with a mark per point; on a log axis a zero lies on the floor."""
     series = {name: [p for p in points if not isinstance(p[1], str)] for name, points in series.items()}
     points = [point for values in series.values() for point in values]
     if not points:
-        return '<p class="dim">nothing to show</p>'
+        return piece("dim", "nothing to show")
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     left, right = min(xs), max(xs)
     if log:
@@ -51,72 +53,44 @@ def line_chart(
         level = (math.log10(value) if value > 0 else bottom) if log else value
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (max(level, bottom) - bottom) / (top - bottom)
 
-    parts = []
-    for level, text in marks:
-        at = y(10**level if log else level)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
     if ticks is not None:
-        places = [(i, text) for i, text in enumerate(ticks) if i % max(1, len(ticks) // 10) == 0]
+        places = [(float(i), text) for i, text in enumerate(ticks) if i % max(1, len(ticks) // 10) == 0]
     else:
         places = [(left + (right - left) * i / 5, f"{left + (right - left) * i / 5:.0f}") for i in range(6)]
-    for value, text in dict.fromkeys(places):
-        parts.append(f'<text x="{x(value):.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{escape(text)}</text>')
-    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    legend = []
-    for i, (name, values) in enumerate(series.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
-        line = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py, _ in values)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" opacity=".75"/>')
-        radius = 4 if len(values) <= 80 else 2.5
-        parts += [
-            f'<circle class="hit" cx="{x(px):.1f}" cy="{y(py):.1f}" r="{radius}" fill="{colour}" '
-            f'data-v="{escape(text)}"><title>{escape(text)}</title></circle>'
-            for px, py, text in values
-        ]
-        legend.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_label)} over '
-        f'{escape(x_label)}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div>'
-        f"<figcaption>{escape(y_label)}: <output>{_HINT}</output></figcaption></figure>"
-    )
+    drawn = [
+        {
+            "name": name,
+            "colour": _COLOURS[i % len(_COLOURS)],
+            "points": [(x(px), y(py), text) for px, py, text in values],
+        }
+        for i, (name, values) in enumerate(series.items())
+    ]
+    grid = [(y(10**level if log else level), text) for level, text in marks]
+    at = [(x(value), text) for value, text in dict.fromkeys(places)]
+    return piece("line_chart", _WIDTH, _HEIGHT, _LEFT, _RIGHT, grid, at, drawn, x_label, y_label, _HINT)
 
 
-def heat_map(case: dict[str, Any]) -> str:
+def heat_map(case: dict[str, Any]) -> Markup:
     """The error of each token behind each layer of a case, as coloured cells."""
     columns, layers = len(case["positions"]), case["heat_layers"]
     width, height = (_WIDTH - _LEFT - _RIGHT) / columns, min(28.0, 360 / len(layers))
     total = _TOP + height * len(layers) + _BOTTOM
-    cells = []
+    cells, labels = [], []
+    every = max(1, len(layers) // 12)
     for i, (layer, row) in enumerate(zip(layers, case["heat"])):
         y = _TOP + i * height
-        every = max(1, len(layers) // 12)
         if i % every == 0:
-            cells.append(f'<text x="{_LEFT - 8}" y="{y + height / 2 + 4:.1f}" text-anchor="end">{layer}</text>')
+            labels.append((_LEFT - 8, y + height / 2 + 4, layer))
         for j, value in enumerate(row):
             where = case["positions"][j]
             text = f"layer {layer}, sequence {where['sequence']}, position {where['position']}: {number(value)}"
-            cells.append(
-                f'<rect class="hit" x="{_LEFT + j * width:.2f}" y="{y:.1f}" width="{width + 0.3:.2f}" '
-                f'height="{height + 0.3:.1f}" fill="{_colour(value)}" data-v="{escape(text)}"/>'
-            )
+            cells.append((_LEFT + j * width, y, _colour(value), text))
     every = max(1, columns // 6)
-    for j in range(0, columns, every):
-        x = _LEFT + (j + 0.5) * width
-        position = case["positions"][j]["position"]
-        cells.append(f'<text x="{x:.1f}" y="{total - 20:.1f}" text-anchor="middle">{position}</text>')
-    cells.append(f'<text x="{_WIDTH / 2}" y="{total - 4:.1f}" text-anchor="middle">position</text>')
+    below = [(_LEFT + (j + 0.5) * width, case["positions"][j]["position"]) for j in range(0, columns, every)]
     middle = _TOP + height * len(layers) / 2
-    cells.append(f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">layer</text>')
-    scale = "".join(
-        f'<span><i style="background:{_colour(10.0**e)}"></i>1e{e}</span>' for e in (-8, -6, -5, -4, -3, -2, -1, 0)
-    )
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {total:.0f}" role="img" aria-label="heat map of errors">'
-        f'{"".join(cells)}</svg><div class="legend">{scale}</div>'
-        f"<figcaption>{escape(case['name'])}, residual stream behind each layer: <output>{_HINT}</output></figcaption>"
-        "</figure>"
-    )
+    scale = [(_colour(10.0**e), f"1e{e}") for e in (-8, -6, -5, -4, -3, -2, -1, 0)]
+    size = (_WIDTH, total, _TOP)
+    return piece("heat_map", *size, cells, width + 0.3, height + 0.3, labels, below, middle, scale, case["name"], _HINT)
 
 
 def _colour(value: Any) -> str:
@@ -138,19 +112,11 @@ def _colour(value: Any) -> str:
     return "#cd302a"
 
 
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) and value.startswith("<span") else escape(str(value))
-    numeric = isinstance(value, (int, float)) or (isinstance(value, str) and value[:1].isdigit() and len(value) < 9)
-    return f'<td class="n">{text}</td>' if numeric else f"<td>{text}</td>"
-
-
-def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
     """A table that scrolls sideways where it is too wide."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return piece("table", names, rows)
 
 
-def folded_table(names: Sequence[str], rows: Sequence[Sequence[Any]], summary: str) -> str:
+def folded_table(names: Sequence[str], rows: Sequence[Sequence[Any]], summary: str) -> Markup:
     """A table behind a line to tap on."""
-    return f"<details><summary>{escape(summary)}</summary>{plain_table(names, rows)}</details>"
+    return piece("folded", summary, plain_table(names, rows))
