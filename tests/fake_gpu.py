@@ -56,6 +56,13 @@ class FakePlan:
         names = [value.name for value in (*self.session.get_inputs(), *self.session.get_outputs())]
         return [name for name in names if name not in DEBUG]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        values = [*self.session.get_inputs(), *self.session.get_outputs()]
+        return {v.name: tuple(size if isinstance(size, int) else -1 for size in v.shape) for v in values}
+
+    def bounds(self) -> list[dict]:
+        return self.device.bounds
+
     def aliases(self) -> dict[str, str]:
         return self.device.aliases
 
@@ -131,6 +138,7 @@ class FakeDevice:
         self.plans: list[FakePlan] = []
         self.enqueued: list[tuple[int, bool, bool]] = []
         self.aliases: dict[str, str] = {}
+        self.bounds: list[dict] = []  # of the profiles of every plan
         self.capturable = True
         self.capture_fault: Exception | None = None
         self.most_contexts = 10**6

@@ -35,7 +35,7 @@ from seekforge.plugins.formats.manifest import (
     manifest_digest,
     save_manifest,
 )
-from seekforge.plugins.formats.program import GraphIO, TensorSpec
+from seekforge.plugins.formats.program import GraphIO, TensorSpec, role_of
 
 VOCAB, TOP, HIDDEN, INDEX_DIM, BLOCK = 320, 32, 16, 128, 64
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -162,7 +162,7 @@ def _write_graph(folder: Path, file: str, toy: Toy, layer: int, mtp: bool) -> Gr
         for value in values:
             tensor = value.type.tensor_type
             shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
-            role = "cache" if "cache" in value.name else "result"
+            role = role_of(value.name) or "result"
             dtype = {1: "f32", 6: "i32", 7: "i64"}[tensor.elem_type]
             out.append(TensorSpec(name=value.name, dtype=dtype, shape=shape, role=role))
         return tuple(out)

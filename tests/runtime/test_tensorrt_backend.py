@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -261,6 +262,37 @@ def test_debug_tensors_are_shown_when_asked_for_and_change_nothing(
         assert device.launches == 2, "captured the second time it comes, and never while watched"
         backend.close()
     assert len(found[True]) > 5 and all(np.array_equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "shape", "words"),
+    [
+        ("outputs", "hidden", ["B", "Q", 17], "hidden has the shape [-1, -1, 16] in the plan and ['B', 'Q', 17] in"),
+        ("inputs", "input_ids", ["B"], "input_ids has the shape [-1, -1] in the plan and ['B'] in the manifest"),
+        ("inputs", "head", [16, 321], "head of graph model is f32 [16, 321] in the manifest and f32 [16, 320]"),
+    ],
+)
+def test_shapes_of_a_manifest_are_held_against_the_plan_and_the_recipes(
+    side: str, name: str, shape: list, words: str, gpu_engine, device: FakeDevice, tmp_path: Path
+) -> None:
+    def edit(raw: dict[str, Any]) -> None:
+        specs = raw["graphs"]["model"][side]
+        next(spec for spec in specs if spec["name"] == name)["shape"] = shape
+
+    with pytest.raises(EngineError, match=re.escape(words)):
+        LLM(changed(gpu_engine[0], tmp_path / "engine", edit), num_blocks=9)
+
+
+def test_profiles_of_a_manifest_are_those_of_the_plan(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:
+    bounds = [[1, 1], [1, 1], [8, 4]]
+    edit = lambda raw: raw.update(profiles={"decode": {"model": {"input_ids": bounds}}})  # noqa: E731
+    engine = changed(gpu_engine[0], tmp_path / "engine", edit)
+    device.bounds = [{"input_ids": ((1, 1), (1, 1), (8, 1))}]
+    with pytest.raises(EngineError, match=r"profile decode takes input_ids of .* the manifest says .*\(8, 4\)"):
+        LLM(engine, num_blocks=9)
+    device.bounds = [{}, {}]
+    with pytest.raises(EngineError, match="has 2 profiles, the manifest 1"):
+        LLM(engine, num_blocks=9)
 
 
 def test_halves_of_a_step_hold_all_of_it() -> None:

@@ -420,8 +420,9 @@ def _check_image(image: Image) -> None:
     fault = name_fault(image.cubin)
     if fault is not None or "/" in image.cubin:
         raise ValueError(f"cubin {fault or f'is {image.cubin!r}, expected a file beside the descriptor'}")
-    if not image.params:
-        raise ValueError(f"{image.variant} has no parameters")
+    names = [param.name for param in image.params]
+    if names[-2:] != ["", ""] or "" in names[:-2] or len(set(names[:-2])) != len(names) - 2:
+        raise ValueError(f"{image.variant} has the parameters {names!r:.200}, expected the last two without names")
     for param in image.params:
         if param.name and not param.type.startswith("*") and param.type not in _CODES:
             raise ValueError(f"parameter {param.name} is a {param.type}, expected {', '.join(_CODES)} or a pointer")

@@ -7,9 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from seekforge.plugins.errors import EngineError, EnvironmentFault
+from seekforge.plugins.formats.agreement import ROPE_TABLES
 from seekforge.plugins.formats.loading import check_complete, check_versions, installed_versions
 from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.plugins.formats.paths import same_names
+from seekforge.plugins.formats.reading import LISTING_BYTES, read_json
 from seekforge.plugins.formats.verify import Verification, verify_files
 from seekforge.plugins.requirements import install
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
@@ -54,6 +56,7 @@ class Engine:
         _check_paths(folder, manifest)
         _check_face(folder, manifest, part)
         verification = verify_files(folder, manifest, full=verify)
+        _check_tables(folder, manifest)
         check_versions(folder, manifest, installed_versions(manifest.runtime_versions))
         return Engine(folder, manifest, verification)
 
@@ -109,6 +112,24 @@ def _check_paths(folder: Path, manifest: Manifest) -> None:
     for path in opened:
         if path not in digested:
             raise EngineError(f"{folder / MANIFEST}: {path!r} has no digest under 'files'; build the engine again")
+
+
+def _check_tables(folder: Path, manifest: Manifest) -> None:
+    """The tables that an engine of the CPU holds reach as far as its longest sequence."""
+    name, longest = "bindings.json", manifest.limits.max_model_len
+    if manifest.target.backend != "onnxruntime" or name not in {file.path for file in manifest.files}:
+        return
+    try:
+        graphs = read_json(folder / name, most=LISTING_BYTES)["graphs"]
+        rows = [graphs[graph][table]["shape"][0] for graph in graphs for table in ROPE_TABLES if table in graphs[graph]]
+        short = min(rows, default=longest) < longest
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise EngineError(f"{folder / name}: malformed ({type(error).__name__}); build the engine again") from None
+    if short:
+        raise EngineError(
+            f"{folder / MANIFEST}: limits.max_model_len is {longest}, the engine's tables have {min(rows)} positions; "
+            "the manifest was edited, copy it again or build the engine again"
+        )
 
 
 def _check_face(folder: Path, manifest: Manifest, part: bool) -> None:

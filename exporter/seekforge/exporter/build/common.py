@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -17,8 +17,9 @@ from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.manifest import MANIFEST, TARGET, Limits
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.paths import inside
-from seekforge.plugins.formats.program import GraphIO, Program
+from seekforge.plugins.formats.program import GraphIO, Program, TensorSpec
 from seekforge.plugins.formats.reading import read_bytes
+from seekforge.plugins.formats.safetensors import Checkpoint
 
 #: Sizes of a step are 31-bit numbers.
 _MOST = 2**31 - 1
@@ -45,6 +46,39 @@ def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], fold
             raise ProgramError(
                 f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {graph!r} {fault} by program.json; "
                 "export the program again"
+            )
+        for spec in face.inputs:
+            recipe = bindings.get(graph, {}).get(spec.name)
+            if spec.role in ("weight", "table") and recipe is not None:
+                _check_recipe(spec, recipe, folder)
+
+
+def _check_recipe(spec: TensorSpec, recipe: Recipe, folder: Path) -> None:
+    if (recipe.shape, recipe.dtype) != (spec.shape, spec.dtype):
+        raise ProgramError(
+            f"{folder / 'bindings.json'}: {spec.name} is {recipe.dtype} {list(recipe.shape)}, program.json says "
+            f"{spec.dtype} {list(spec.shape)}; export the program again"
+        )
+
+
+def check_takes(bindings: Mapping[str, Mapping[str, Recipe]], checkpoint: Checkpoint, folder: Path) -> None:
+    """Every tensor that the recipes of the program in `folder` read is one of the checkpoint, as they expect it.
+
+    Raises:
+        ProgramError: naming the first that is not.
+    """
+    waiting = [recipe for recipes in bindings.values() for recipe in recipes.values()]
+    while waiting:
+        recipe = waiting.pop()
+        waiting.extend(recipe.parts)
+        if recipe.op != "take" or recipe.tensor is None:
+            continue
+        info = checkpoint.info(recipe.tensor) if recipe.tensor in checkpoint else None
+        if info is None or (info.shape, info.dtype) != (recipe.shape, recipe.dtype):
+            has = "does not have it" if info is None else f"has {info.dtype} {list(info.shape)}"
+            raise ProgramError(
+                f"{folder / 'bindings.json'}: reads {recipe.tensor!r} as {recipe.dtype} {list(recipe.shape)}, the "
+                f"checkpoint {checkpoint.folder} {has}; pass the checkpoint it was exported from, or export it again"
             )
 
 

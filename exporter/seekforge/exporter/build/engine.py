@@ -25,6 +25,7 @@ from onnx import inliner
 from seekforge.exporter.build.common import (
     check_program,
     check_same_model,
+    check_takes,
     copy_text_files,
     fit_limits,
     read_graph,
@@ -147,6 +148,7 @@ def check(
     limits = fit_limits(limits, config, asked)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         check_structure(checkpoint, whole)
+        check_takes(bindings, checkpoint, program_folder)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     sizes = {name: layer_bytes(bindings, _coded(name), limits.max_model_len) for name in _PRECISIONS}

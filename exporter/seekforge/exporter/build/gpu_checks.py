@@ -14,7 +14,7 @@ from typing import Literal
 
 import onnx
 
-from seekforge.exporter.build.common import check_program, check_same_model, read_graph
+from seekforge.exporter.build.common import check_program, check_same_model, check_takes, read_graph
 from seekforge.exporter.build.compiler import Options
 from seekforge.exporter.build.generation import read_generation
 from seekforge.exporter.build.prepare import wide_weights
@@ -139,6 +139,7 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     check_same_model(program, config, whole, checkpoint_folder)
     with Checkpoint.open(checkpoint_folder) as checkpoint:
         check_structure(checkpoint, whole)
+        check_takes(bindings, checkpoint, program_folder)
         weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=checkpoint.index_digest())
     return replace(inputs, weights=weights)
 

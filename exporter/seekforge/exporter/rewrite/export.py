@@ -32,6 +32,7 @@ from seekforge.plugins.formats.program import (
     Program,
     Role,
     TensorSpec,
+    role_of,
     save_program,
 )
 from seekforge.plugins.formats.safetensors import Checkpoint
@@ -190,30 +191,8 @@ def _tensor_spec(value: onnx.ValueInfoProto, otherwise: Role) -> TensorSpec:
         name=value.name,
         dtype=FROM_ONNX[tensor.elem_type],
         shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
-        role=_ROLES.get(value.name.partition(".")[0], otherwise),
+        role=role_of(value.name) or otherwise,
     )
-
-
-_ROLES: dict[str, Role] = {
-    "rope_cos": "table",
-    "rope_sin": "table",
-    "hadamard": "table",
-    "expert_map": "table",
-    "latent_cache": "cache",
-    "index_cache": "cache",
-    "latent_cache_out": "cache",
-    "index_cache_out": "cache",
-    "topk_indices": "tap",
-    "expert_ids": "tap",
-    "positions": "bookkeeping",
-    "slot_mapping": "bookkeeping",
-    "block_table": "bookkeeping",
-    "logits_index": "bookkeeping",
-    "input_ids": "token",
-    "hidden_in": "token",
-    "hidden_states": "token",
-    "residual": "token",
-}
 
 
 def _count_ops(model: onnx.ModelProto, ops: dict[str, OpUse]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seekforge.plugins.errors import EngineError
+from seekforge.plugins.formats.agreement import disagreement
 from seekforge.plugins.formats.digests import chunk_digests
 from seekforge.plugins.formats.files import json_text, sha256_file, write_json
 from seekforge.plugins.formats.paths import RelativePath
@@ -374,4 +375,7 @@ def load_manifest(folder: Path) -> Manifest:
         )
     if text != json_text(raw).encode():  # 1E-05 is 1e-05 as a value
         raise EngineError(f"{path}: is not spelt as it was written: the manifest was edited; {again}")
+    fault = disagreement(manifest)
+    if fault is not None:
+        raise EngineError(f"{path}: {fault}; the manifest was edited, copy it again or build the engine again")
     return manifest

@@ -51,6 +51,11 @@ def numerics_from_dict(raw: dict[str, object]) -> Numerics:
         ConfigError: a field is missing or unknown.
     """
     try:
-        return Numerics(**raw)  # pyright: ignore[reportArgumentType]
+        made = Numerics(**raw)  # pyright: ignore[reportArgumentType]
     except TypeError as error:
-        raise ConfigError(f"numerics {raw!r}: {error}; export the program again") from None
+        raise ConfigError(f"numerics {raw!r:.200}: {error}; export the program again") from None
+    flags = (made.kv_fp8, made.hadamard, made.indexer_fp8)
+    known = made.act_quant in ("ue8m0", "none") and made.activations in ("f32", "bf16")
+    if not known or not isinstance(made.name, str) or not all(isinstance(flag, bool) for flag in flags):
+        raise ConfigError(f"numerics {raw!r:.200}: expected values such as {FP8.to_dict()}; export the program again")
+    return made

@@ -29,6 +29,34 @@ ENCODING = "encoding"
 Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "handover"]
 
 
+#: Kind of tensor, its name before the layer -> role, where the name tells it.
+_ROLES: dict[str, Role] = {
+    "rope_cos": "table",
+    "rope_sin": "table",
+    "hadamard": "table",
+    "expert_map": "table",
+    "latent_cache": "cache",
+    "index_cache": "cache",
+    "latent_cache_out": "cache",
+    "index_cache_out": "cache",
+    "topk_indices": "tap",
+    "expert_ids": "tap",
+    "positions": "bookkeeping",
+    "slot_mapping": "bookkeeping",
+    "block_table": "bookkeeping",
+    "logits_index": "bookkeeping",
+    "input_ids": "token",
+    "hidden_in": "token",
+    "hidden_states": "token",
+    "residual": "token",
+}
+
+
+def role_of(name: str) -> Role | None:
+    """Return the role of a tensor by its name, such as `latent_cache.3`; None where the name does not tell."""
+    return _ROLES.get(name.partition(".")[0])
+
+
 class TensorSpec(Record):
     """One input or output of a graph. A string in `shape` is a symbolic axis."""
 

@@ -17,7 +17,7 @@ import yaml
 from seekforge.plugins.formats.reading import read_text
 
 #: Ours have two kilobytes, and PyYAML reads a megabyte in ten seconds.
-_MOST_BYTES: Final = 64 << 10
+_MOST_BYTES: Final = 16 << 10
 _MAX_DEPTH: Final = 32
 _DECIMAL: Final = re.compile(r"[-+]?[0-9][0-9_]*")
 _TAGS: Final = ("str", "int", "float", "bool", "null", "seq", "map")

@@ -9,6 +9,8 @@ from typing import Final, Protocol
 
 import numpy as np
 
+#: Smallest, typical and largest shape of an input, of one profile.
+Bound = tuple[tuple[int, ...], ...]
 #: The execution context, one per profile, of all runs that are not captured.
 SHARED: Final = 0
 
@@ -42,6 +44,14 @@ class Plan(Protocol):
 
     def names(self) -> list[str]:
         """Names of all inputs and outputs."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all inputs and outputs by name; −1 where a size is free or not known."""
+        ...
+
+    def bounds(self) -> list[dict[str, Bound]]:
+        """Shapes of each input with free sizes, by profile; empty: it has none."""
         ...
 
     def aliases(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.dtypes import NUMPY, itemsize
 from seekforge.plugins.formats.program import GraphIO, TensorSpec
 from seekforge.runtime.backends.base import StepInputs
-from seekforge.runtime.backends.device import Call, Device, Plan
+from seekforge.runtime.backends.device import Bound, Call, Device, Plan
 
 #: Roles of the inputs that every step gives, and of all that lies in buffers of its own.
 _GIVEN: Final = ("token", "bookkeeping")
@@ -22,8 +22,6 @@ _IN_BUFFERS: Final = (*_GIVEN, "result", "tap", "handover")
 #: Buffer of the n-th tap of every stage, while nobody looks at it.
 _UNREAD: Final = "unread.{}"
 
-#: Smallest, typical and largest shape.
-Bound = tuple[tuple[int, ...], ...]
 #: Profile -> plan -> input -> shapes, as `Manifest.profiles` has them.
 Profiles = Mapping[str, Mapping[str, Mapping[str, Bound]]]
 
@@ -176,7 +174,7 @@ class DeviceGraph:
         capturable: bool = True,
     ) -> None:
         self.name, self.face, self.device, self.capturable = name, face, device, capturable
-        self._stages = _open(folder, stages, device)
+        self._stages = _open(folder, stages, device, profiles)
         self._bounds = [step_bounds(profile, stages) for profile in profiles.values()]
         self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
         self.buffers: dict[str, Buffer] = {}
@@ -290,7 +288,7 @@ def fits(shape: tuple[int, ...], bound: Bound) -> bool:
     return all(low <= size <= high for low, size, high in zip(bound[0], shape, bound[2], strict=True))
 
 
-def _open(folder: Path, faces: Sequence[GraphIO], device: Device) -> list[Stage]:
+def _open(folder: Path, faces: Sequence[GraphIO], device: Device, profiles: Profiles) -> list[Stage]:
     """Load each plan once and say what its tensors are called in every stage that it runs."""
     plans: dict[str, tuple[Plan, GraphIO]] = {}
     stages = []
@@ -305,6 +303,7 @@ def _open(folder: Path, faces: Sequence[GraphIO], device: Device) -> list[Stage]
                     f"{path}: {odd[0]} is only in {'the manifest' if odd[0] in wanted else 'the plan'}; "
                     "build the engine again"
                 )
+            _check_shapes(path, plan, face, profiles)
             _check_aliases(path, face, plan.aliases())
             plans[face.file] = plan, face
         plan, first = plans[face.file]
@@ -313,6 +312,29 @@ def _open(folder: Path, faces: Sequence[GraphIO], device: Device) -> list[Stage]
         names = {spec.name: inner.name for spec, inner in zip(_tensors(face), _tensors(first), strict=True)}
         stages.append(Stage(plan, face, names))
     return stages
+
+
+def _check_shapes(path: Path, plan: Plan, face: GraphIO, profiles: Profiles) -> None:
+    """Hold the shapes and profiles of the manifest against those of a plan."""
+    shapes = plan.shapes()
+    for spec in _tensors(face):
+        found = shapes.get(spec.name, spec.shape)  # TensorRT need not know a size that the graph fixes
+        known = [(ours, theirs) for ours, theirs in zip(spec.shape, found) if isinstance(ours, int) and theirs != -1]
+        if len(found) != len(spec.shape) or any(ours != theirs for ours, theirs in known):
+            raise EngineError(
+                f"{path}: {spec.name} has the shape {list(found)} in the plan and {list(spec.shape)} in the manifest; "
+                "build the engine again"
+            )
+    bounds = plan.bounds()
+    if profiles and bounds and len(bounds) != len(profiles):
+        raise EngineError(f"{path}: has {len(bounds)} profiles, the manifest {len(profiles)}; build the engine again")
+    for (label, by_plan), of_plan in zip(profiles.items(), bounds):
+        for name, said in by_plan.get(Path(face.file).stem, {}).items():
+            if name in of_plan and of_plan[name] != said:
+                raise EngineError(
+                    f"{path}: profile {label} takes {name} of {of_plan[name]}, the manifest says {said}; "
+                    "build the engine again"
+                )
 
 
 def _check_aliases(path: Path, face: GraphIO, told: Mapping[str, str]) -> None:

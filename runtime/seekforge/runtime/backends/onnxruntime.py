@@ -203,7 +203,7 @@ def _storage(dtype: str) -> np.dtype:
 
 
 def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: tuple[TensorSpec, ...]) -> None:
-    """Compare names and types of a session with the manifest; order is the manifest's for outputs too."""
+    """Compare names, types and shapes of a session with the manifest; order is the manifest's for outputs too."""
     actual = {value.name: value.type for value in found}
     wanted = {spec.name: _ORT_TYPES.get(spec.dtype, spec.dtype) for spec in expected}
     for name in wanted.keys() | actual.keys():
@@ -212,3 +212,16 @@ def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: t
                 f"{path}: {kind} {name} is {actual.get(name, 'absent')} in the graph and "
                 f"{wanted.get(name, 'absent')} in the manifest; build the engine again"
             )
+    shapes = {spec.name: spec.shape for spec in expected}
+    for value in found:
+        shape = tuple(value.shape)
+        if len(shape) != len(shapes[value.name]) or not all(map(_is_size, shape, shapes[value.name])):
+            raise EngineError(
+                f"{path}: {kind} {value.name} has the shape {list(shape)} in the graph and "
+                f"{list(shapes[value.name])} in the manifest; build the engine again"
+            )
+
+
+def _is_size(found: int | str | None, said: int | str) -> bool:
+    """Whether an axis of a graph is what a manifest says; a graph need not name its free sizes."""
+    return found == said or (found is None and not isinstance(said, int)) or (found is None and said == 0)

@@ -245,6 +245,7 @@ class TensorRtBackend:
                 f"{self.folder}: has no graph {graph!r}, only {', '.join(self.manifest.graphs)}; "
                 "build it from a program that has one"
             )
+        self._check_weights(graph)
         self._captured.drop_recorded()  # they work in scratch memory that a larger plan makes move
         face = self.manifest.graphs[graph]
         plans = {Path(stage.file).stem for stage in self.manifest.plans(graph)}
@@ -261,6 +262,18 @@ class TensorRtBackend:
         if self._caches:
             opened.set_caches(self._caches)
         return opened
+
+    def _check_weights(self, graph: str) -> None:
+        """Hold the weights and tables of the manifest against the recipes that fill them."""
+        for spec in self.manifest.graphs[graph].inputs:
+            recipe = self._bindings.get(graph, {}).get(spec.name)
+            if spec.role not in ("weight", "table") or recipe is None:
+                continue
+            if (recipe.shape, recipe.dtype) != (spec.shape, spec.dtype):
+                raise EngineError(
+                    f"{self.folder}: {spec.name} of graph {graph} is {spec.dtype} {list(spec.shape)} in the manifest "
+                    f"and {recipe.dtype} {list(recipe.shape)} in {_BINDINGS}; build the engine again"
+                )
 
     @staticmethod
     def _enqueue(graph: DeviceGraph, profile: int) -> None:

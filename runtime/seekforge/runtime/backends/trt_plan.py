@@ -18,7 +18,7 @@ import numpy as np
 from seekforge.plugins.errors import EngineError
 from seekforge.plugins.formats.dtypes import NUMPY
 from seekforge.plugins.formats.files import replace_file
-from seekforge.runtime.backends.device import Call
+from seekforge.runtime.backends.device import Bound, Call
 
 if TYPE_CHECKING:
     from seekforge.runtime.backends.cuda import CudaDevice
@@ -119,6 +119,21 @@ class TrtPlan:
     def names(self) -> list[str]:
         """Names of all inputs and outputs."""
         return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all inputs and outputs; −1 where a size is free or not known."""
+        return {name: tuple(self._engine.get_tensor_shape(name)) for name in self.names()}
+
+    def bounds(self) -> list[dict[str, Bound]]:
+        """Shapes of each input with free sizes, by profile."""
+        mode = self._device.trt.TensorIOMode.INPUT
+        free = [name for name, shape in self.shapes().items() if -1 in shape]
+        inputs = [name for name in free if self._engine.get_tensor_mode(name) == mode]
+        found = []
+        for number in range(self._engine.num_optimization_profiles):
+            shapes = {name: self._engine.get_tensor_profile_shape(name, number) for name in inputs}
+            found.append({name: tuple(tuple(one) for one in bound) for name, bound in shapes.items()})
+        return found
 
     def aliases(self) -> dict[str, str]:
         """Return output -> input whose memory it shares, as far as the library tells."""
