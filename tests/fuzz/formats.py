@@ -29,6 +29,7 @@ from seekforge.plugins.errors import SeekforgeError
 from seekforge.plugins.formats.bindings import Ranks, Recipe, coverage, evaluate, for_rank, retarget
 from seekforge.plugins.formats.dtypes import NUMPY
 from seekforge.plugins.formats.dump import Dump
+from seekforge.plugins.formats.files import json_text
 from seekforge.plugins.formats.loading import check_complete
 from seekforge.plugins.formats.manifest import Manifest, load_manifest, manifest_digest, rebuild_command
 from seekforge.plugins.formats.model_config import ModelConfig
@@ -109,7 +110,7 @@ def _sealed(value: dict[str, Any]) -> Callable[[random.Random], bytes]:
         if rng.random() < 0.9:
             try:
                 again = json.loads(raw)
-                raw = json.dumps(again | {"digest": manifest_digest(again)}).encode()
+                raw = json_text(again | {"digest": manifest_digest(again)}).encode()
             except (ValueError, TypeError, RecursionError):
                 pass
         return raw
@@ -149,7 +150,7 @@ def _whole_json(value: Any) -> Callable[[], bytes]:
 
 
 def _whole_sealed(value: dict[str, Any]) -> Callable[[], bytes]:
-    return lambda: json.dumps(value | {"digest": manifest_digest(value)}).encode()
+    return lambda: json_text(value | {"digest": manifest_digest(value)}).encode()
 
 
 def _whole_yaml(value: Any) -> Callable[[], bytes]:
