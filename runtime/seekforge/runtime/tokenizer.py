@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from tokenizers.decoders import ByteLevel
-
 from seekforge.plugins.errors import EngineError, RequestError
 from seekforge.plugins.formats.tokenizer_file import guarded, read_tokenizer
 from seekforge.runtime.vocabulary import Vocabulary
@@ -49,12 +47,9 @@ class Tokenizer:
         Raises:
             EngineError: it cannot be read, or its decoder is not byte-level.
         """
-        self._tokenizer = read_tokenizer(path, error=EngineError, again="build the engine again")
-        if not isinstance(self._tokenizer.decoder, ByteLevel):
-            raise EngineError(
-                f"{path}: its decoder is {type(self._tokenizer.decoder).__name__}, expected ByteLevel; "
-                "take the tokenizer.json of the checkpoint"
-            )
+        self._tokenizer = read_tokenizer(
+            path, error=EngineError, again="take the tokenizer.json of the checkpoint, then export and build again"
+        )
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
         self._added = {token: entry.content for token, entry in added.items()}

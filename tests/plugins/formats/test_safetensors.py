@@ -143,10 +143,6 @@ def test_a_writer_that_forgets_a_tensor_is_a_bug(tmp_path: Path) -> None:
 # --- what is wrong with the folder and the index ------------------------------------------------------------
 
 
-def remove_index(folder: Path) -> None:
-    (folder / INDEX_FILE).unlink()
-
-
 def set_index(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / INDEX_FILE).write_text(text) and None
 
@@ -178,7 +174,6 @@ def lfs_pointer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_index, "holds neither model.safetensors.index.json nor model.safetensors"),
         (set_index("{"), "not valid JSON"),
         (set_index('{"weight_map": ["a"]}'), "has no 'weight_map'"),
         (set_index('{"weight_map": {}}'), "has no 'weight_map'"),

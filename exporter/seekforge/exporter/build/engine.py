@@ -37,7 +37,8 @@ from seekforge.exporter.build.generation import read_generation
 from seekforge.exporter.build.quantise import choose
 from seekforge.exporter.build.self_check import make_self_check
 from seekforge.exporter.build.targets import Precision, TargetConfig
-from seekforge.exporter.checkpoint.validate import check_structure, scan_values
+from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.validate import scan_values
 from seekforge.exporter.parity.taps import expose, name_taps
 from seekforge.exporter.rewrite.specialise import specialise
 from seekforge.plugins.errors import OutputError, TargetError
@@ -140,15 +141,14 @@ def check(
     check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     read_generation(program_folder, config)
-    whole = ModelConfig.load(checkpoint_folder)
-    check_same_model(program, config, whole, checkpoint_folder)
+    with open_checkpoint(checkpoint_folder) as opened:
+        whole = opened.config
+        check_same_model(program, config, whole, checkpoint_folder)
+        check_takes(bindings, opened.checkpoint, program_folder)
     limits = target.limits
     if max_model_len is not None:
         limits, asked = limits.model_copy(update={"max_model_len": max_model_len}), {*asked, "max_model_len"}
     limits = fit_limits(limits, config, asked)
-    with Checkpoint.open(checkpoint_folder) as checkpoint:
-        check_structure(checkpoint, whole)
-        check_takes(bindings, checkpoint, program_folder)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     sizes = {name: layer_bytes(bindings, _coded(name), limits.max_model_len) for name in _PRECISIONS}
@@ -299,7 +299,7 @@ def build(
         atomic_folder(out, force=force, marker=MANIFEST) as folder,
     ):
         with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
-            scan_values(checkpoint, planned.whole, names=_read_tensors(program, bindings), progress=bar)
+            scan_values(checkpoint, planned.whole, names=_read_tensors(program, bindings, checkpoint), progress=bar)
         progress("specialise and fold")
         weights = WeightFile(WEIGHTS)
         graphs = {
@@ -351,14 +351,14 @@ def build(
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
 
 
-def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]]) -> list[str] | None:
+def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]], checkpoint: Checkpoint) -> list[str] | None:
     """Return the checkpoint tensors of a part of a model, in the order of its inputs; None for a whole model."""
     if not program.outside:
         return None
     names = (
         name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
     )
-    return list(dict.fromkeys([*names, *program.unused]))
+    return list(dict.fromkeys([*names, *(name for name in program.unused if name in checkpoint)]))
 
 
 def _fold_graph(

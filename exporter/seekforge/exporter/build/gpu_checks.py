@@ -20,7 +20,7 @@ from seekforge.exporter.build.generation import read_generation
 from seekforge.exporter.build.prepare import wide_weights
 from seekforge.exporter.build.profiles import axis_bounds, largest_step, spanning
 from seekforge.exporter.build.targets import TargetConfig
-from seekforge.exporter.checkpoint.validate import check_structure
+from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.plugins.contracts import refusals
 from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.bindings import Recipe
@@ -28,7 +28,6 @@ from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.manifest import Limits, WeightSource
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import BLOCK_SIZE, Program, Role, load_bindings, load_program
-from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.scratch import Kernels
 from seekforge.plugins.formats.sizing import (
     GIB,
@@ -135,12 +134,10 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     inputs = Inputs(program_folder, program, graphs, wide, bindings, config, WeightSource(path=None, index_digest=None))
     if checkpoint_folder is None:
         return inputs
-    whole = ModelConfig.load(checkpoint_folder)
-    check_same_model(program, config, whole, checkpoint_folder)
-    with Checkpoint.open(checkpoint_folder) as checkpoint:
-        check_structure(checkpoint, whole)
-        check_takes(bindings, checkpoint, program_folder)
-        weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=checkpoint.index_digest())
+    with open_checkpoint(checkpoint_folder) as opened:
+        check_same_model(program, config, opened.config, checkpoint_folder)
+        check_takes(bindings, opened.checkpoint, program_folder)
+        weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=opened.checkpoint.index_digest())
     return replace(inputs, weights=weights)
 
 

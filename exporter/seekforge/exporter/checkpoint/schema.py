@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from seekforge.plugins.formats.dtypes import itemsize
 from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig
 
 SCALE_SUFFIX = "_scale_inv"
+#: A buffer that transformers once saved: what RoPE computes from the config.
+_ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,22 @@ def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
         `lm_head`, and the MTP layer with its copies of embedding and head when the config has one.
     """
     return dict(_all(config))
+
+
+def optional_tensors(config: ModelConfig) -> dict[str, str]:
+    """Return the tensors of `expected_tensors` that may be absent -> those of the main model that they repeat."""
+    if config.mtp_layer is None:
+        return {}
+    prefix = f"model.layers.{config.mtp_layer}."
+    return {
+        prefix + "embed_tokens.weight": "model.embed_tokens.weight",
+        prefix + "shared_head.head.weight": "lm_head.weight",
+    }
+
+
+def needless_tensors(names: Iterable[str]) -> dict[str, str]:
+    """Return those of `names` that hold nothing of a model, with the reason."""
+    return {name: "left over: RoPE is computed from config.json" for name in names if _ROTARY.fullmatch(name)}
 
 
 def totals(tensors: dict[str, ExpectedTensor]) -> Totals:

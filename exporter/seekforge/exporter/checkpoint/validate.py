@@ -6,13 +6,16 @@ speed of the disk, and is asked for by name; it is where a bit flip or a bad con
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors
+from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors, needless_tensors, optional_tensors
 from seekforge.plugins.errors import CheckpointError
+from seekforge.plugins.formats.config_forms import TAKE
+from seekforge.plugins.formats.dtypes import is_stored_as
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.scan import Family, Findings
@@ -65,17 +68,24 @@ def check_structure(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
     expected = expected_tensors(config)
+    optional = optional_tensors(config)
+    foreign = _foreign_form(checkpoint)
+    if foreign is not None:
+        yield foreign
+        return
     for name, want in expected.items():
         if name not in checkpoint:
+            if name in optional:
+                continue
             if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in checkpoint:
                 yield (
                     f"FP8 weight {name.removesuffix(SCALE_SUFFIX)!r} has no {name!r}, expected its block scales "
-                    f"{list(want.shape)} {want.dtype}; take the original FP8 checkpoint"
+                    f"{list(want.shape)} {want.dtype}; {TAKE}"
                 )
             else:
                 yield (
                     f"tensor {name!r} is missing, expected {list(want.shape)} {want.dtype} by config.json; "
-                    "finish the download, or take the config.json of this checkpoint"
+                    "finish the download, or take the config.json that came with these weights"
                 )
             continue
         found = checkpoint.info(name)
@@ -84,18 +94,35 @@ def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[s
                 f"tensor {name!r} has shape {list(found.shape)}, expected {list(want.shape)} by config.json; "
                 "config and weights are of different models"
             )
-        elif found.dtype != want.dtype:
-            yield (
-                f"tensor {name!r} has dtype {found.dtype}, expected {want.dtype}; "
-                "take the original FP8 checkpoint, not a converted one"
-            )
+        elif not is_stored_as(found.dtype, want.dtype):
+            yield f"tensor {name!r} has dtype {found.dtype}, expected {want.dtype}; {TAKE}"
+    needless = needless_tensors(checkpoint.names)
     for name in checkpoint.names:
-        if name not in expected:
+        if name not in expected and name not in needless:
             yield (
                 f"tensor {name!r} is left over: config.json describes no such tensor (num_hidden_layers "
                 f"{config.num_hidden_layers}, num_nextn_predict_layers {config.num_nextn_predict_layers}, "
                 f"n_routed_experts {config.n_routed_experts}); config and weights are of different models"
             )
+
+
+def _foreign_form(checkpoint: Checkpoint) -> str | None:
+    """Say of tensors that are named as another program names them which program that is."""
+    layer = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)(_|$)")
+    for name in checkpoint.names:
+        if layer.match(name):
+            return (
+                f"tensor {name!r} holds all experts of a layer, expected one tensor for each, such as "
+                "'…mlp.experts.0.up_proj.weight'; save it with transformers' save_pretrained(save_original_format=True)"
+            )
+        if re.match(r"layers\.\d+\.(attn|ffn)\.", name):
+            return (
+                f"tensor {name!r} is named as the demo's inference/convert.py names it, expected 'model.layers.0.…'; "
+                f"pass the checkpoint that was converted, or {TAKE}"
+            )
+        if name.endswith((".weight_scale", ".weight_packed", ".qweight", ".weight_scale_2")):
+            return f"tensor {name!r} is of another quantised format, expected '….weight{SCALE_SUFFIX}'; {TAKE}"
+    return None
 
 
 def scan_values(
@@ -109,14 +136,16 @@ def scan_values(
     Args:
         checkpoint: passed `check_structure`.
         config: its config, which says where the MTP layer is.
-        names: tensors to read; all when None. The MTP copies are compared if both are among them.
+        names: tensors to read; when None all that the config describes. The MTP copies are compared if both are
+            among them.
         progress: told the bytes read so far and in all.
 
     Raises:
         CheckpointError: an FP8 weight holds NaN, a scale is not finite and above 0, a BF16 or F32 tensor is not
             finite, or the MTP layer's embedding or head differs from the main one. Names the first such tensor.
     """
-    chosen = checkpoint.names if names is None else tuple(names)
+    needless = needless_tensors(checkpoint.names)
+    chosen = [name for name in (checkpoint.names if names is None else names) if name not in needless]
     total = sum(checkpoint.info(name).num_bytes for name in chosen)
     done = 0
     found = Findings()
@@ -124,8 +153,9 @@ def scan_values(
         array = checkpoint.tensor(name)
         _check_finite(checkpoint, name, array)
         if name.endswith(SCALE_SUFFIX):
-            _check_positive(checkpoint, name, array)
-            found.add(name, array)
+            scales = array.astype(np.float32, copy=False)
+            _check_positive(checkpoint, name, scales)
+            found.add(name, scales)
         done += array.nbytes
         if progress is not None:
             progress(done, total)
@@ -139,7 +169,9 @@ def _check_finite(checkpoint: Checkpoint, name: str, array: np.ndarray) -> None:
     # all exponent bits set; e4m3fn has no infinity: only the pattern with all seven low bits set is NaN
     bits, mask = {
         "f8e4m3": (np.uint8, 0x7F),
+        "f8e8m0": (np.uint8, 0xFF),
         "bf16": (np.uint16, 0x7F80),
+        "f16": (np.uint16, 0x7C00),
         "f32": (np.uint32, 0x7F80_0000),
     }[dtype]
     for start, chunk in _chunks(array.reshape(-1).view(bits)):
@@ -165,13 +197,7 @@ def _check_positive(checkpoint: Checkpoint, name: str, scale: np.ndarray) -> Non
 
 
 def _check_copies(checkpoint: Checkpoint, config: ModelConfig, chosen: set[str]) -> None:
-    if config.mtp_layer is None:
-        return
-    prefix = f"model.layers.{config.mtp_layer}."
-    for copy, main in (
-        (prefix + "embed_tokens.weight", "model.embed_tokens.weight"),
-        (prefix + "shared_head.head.weight", "lm_head.weight"),
-    ):
+    for copy, main in optional_tensors(config).items():
         if not {copy, main} <= chosen:
             continue
         first, second = (checkpoint.tensor(name).reshape(-1).view(np.uint16) for name in (copy, main))

@@ -114,6 +114,8 @@ def show(about: dict[str, Any], out: Console) -> None:
 
 
 def _show_checkpoint(about: dict[str, Any], out: Console) -> None:
+    for note in about["notes"]:
+        out.print(f"note: {note}")
     out.print(f"{about['num_tensors']:,} tensors, {size_words(about['num_bytes'])} in {about['num_shards']} shards")
     table = Table([Column("dtype"), *(Column(name, "number") for name in ("tensors", "elements", "bytes"))])
     for dtype, entry in about["dtypes"].items():

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from seekforge.exporter.build.common import read_engine_graph, read_graph
+from seekforge.exporter.checkpoint.opened import as_stored
 from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Ranks, Recipe, for_rank
@@ -93,11 +94,12 @@ def _model(config: ModelConfig) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    config = ModelConfig.load(path)
+    config, notes = ModelConfig.read(path)
     families: dict[str, int] = defaultdict(int)
     layers: dict[str, int] = defaultdict(int)
     dtypes: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0})
     with Checkpoint.open(path) as checkpoint:
+        config, more = as_stored(checkpoint, config)
         for name in checkpoint.names:
             info = checkpoint.info(name)
             layer = _LAYER.match(name)
@@ -116,6 +118,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     return {
         "model": _model(config),
         "parameters": parameters(config),
+        "notes": [*notes, *more],
         **about,
         "dtypes": dict(dtypes),
         "bytes_by_family": dict(sorted(families.items(), key=lambda item: -item[1])),

@@ -10,10 +10,13 @@ from pathlib import Path
 import click
 import numpy as np
 
-from seekforge.exporter.checkpoint.validate import check_structure, scan_values
+from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.schema import expected_tensors
+from seekforge.exporter.checkpoint.validate import scan_values
 from seekforge.exporter.parity.walks import without
 from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncate
 from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.dtypes import widen
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS, Numerics, numerics_from_dict
 from seekforge.plugins.formats.plan import MODES, Mode, Plan, make_plan
@@ -115,10 +118,11 @@ class ScannedCheckpoint:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self._checkpoint, self._config = checkpoint, config
+        self._expected = expected_tensors(config)
         self._seen: set[str] = set()
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return a tensor, as `Checkpoint.tensor`.
+        """Return a tensor, as `Checkpoint.tensor`, in the dtype that it has in the plain form of a checkpoint.
 
         Raises:
             CheckpointError: it holds values that no model has.
@@ -126,7 +130,8 @@ class ScannedCheckpoint:
         if name not in self._seen:
             scan_values(self._checkpoint, self._config, [name])
             self._seen.add(name)
-        return self._checkpoint.tensor(name)
+        array, expected = self._checkpoint.tensor(name), self._expected.get(name)
+        return array if expected is None else widen(array, expected.dtype)
 
 
 @contextlib.contextmanager
@@ -136,7 +141,13 @@ def open_source(folder: Path, config: ModelConfig) -> Iterator[ScannedCheckpoint
     Raises:
         ConfigError, CheckpointError: it belongs to another model, or is damaged.
     """
-    found = whole = ModelConfig.load(folder)
+    with open_checkpoint(folder) as opened:
+        found = opened.config
+        _check_config(folder, found, config)
+        yield ScannedCheckpoint(opened.checkpoint, opened.config)
+
+
+def _check_config(folder: Path, found: ModelConfig, config: ModelConfig) -> None:
     if found.num_hidden_layers > config.num_hidden_layers and config.mtp_layer is None:
         found = truncate(found, config.num_hidden_layers)
     different = config.first_difference(found)
@@ -145,9 +156,6 @@ def open_source(folder: Path, config: ModelConfig) -> Iterator[ScannedCheckpoint
         raise ConfigError(
             f"{folder}: {key} is {theirs}, the engine's model has {ours}; pass the checkpoint of that model"
         )
-    with Checkpoint.open(folder) as checkpoint:
-        check_structure(checkpoint, whole)
-        yield ScannedCheckpoint(checkpoint, whole)
 
 
 def need_checkpoint(asked: Asked, what: str) -> Path:

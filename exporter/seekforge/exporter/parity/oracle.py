@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.bindings import TensorSource
 from seekforge.plugins.formats.dump import Dump, DumpWriter, Side
+from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import EXACT
 from seekforge.plugins.formats.plan import Plan
-from seekforge.plugins.formats.reading import read_json
-from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.quant import dequantise_weight
 
 
@@ -84,19 +85,21 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
 
     from seekforge.exporter.model.weights import to_torch
 
-    config = read_json(checkpoint_folder / "config.json")
     tensors: dict[str, torch.Tensor] = {}
-    with Checkpoint.open(checkpoint_folder) as checkpoint:
-        for name in checkpoint.names:
-            if name.endswith("_scale_inv"):
+    with open_checkpoint(checkpoint_folder) as opened:
+        needless = needless_tensors(opened.checkpoint.names)
+        # in the plain form every number that may have a fraction is a float, as transformers insists
+        config = opened.config.model_dump(mode="json")
+        for name in opened.checkpoint.names:
+            if name.endswith("_scale_inv") or name in needless:
                 continue
             value = to_torch(source.tensor(name))
             if value.dtype == torch.float8_e4m3fn:
                 value = dequantise_weight(value, to_torch(source.tensor(f"{name}_scale_inv")))
             tensors[name] = value.float().contiguous()
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    (work / "config.json").write_text(json.dumps(plain | {"torch_dtype": "float32"}), encoding="utf-8")
+    known = {key: config[key] for key in ModelConfig.model_fields if key != "quantization_config"}
+    (work / "config.json").write_text(json.dumps(known | {"torch_dtype": "float32"}), encoding="utf-8")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     loaded: Any = DeepseekV32ForCausalLM.from_pretrained(

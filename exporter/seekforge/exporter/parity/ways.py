@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.parity.compare import check_comparable, check_pair
 from seekforge.exporter.parity.engine_side import EngineSide
@@ -214,7 +215,8 @@ def reference_only(asked: Asked, save: Path | None, work: Path, stages: Say) -> 
             "without ENGINE and --from-dump there is nothing to compare; --save writes PyTorch's side"
         )
     folder = need_checkpoint(asked, "--save without ENGINE")
-    config = ModelConfig.load(folder)
+    with open_checkpoint(folder) as opened:
+        config = opened.config
     plan = plan_of(
         asked,
         config,

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import onnx
 
+from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
+from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import text_files
-from seekforge.exporter.checkpoint.validate import check_structure
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import unused_tensors
 from seekforge.exporter.rewrite.layers import check_range, count_groups, outside, truncate
@@ -23,7 +25,6 @@ from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Ranks, Recipe, coverage
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
-from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import Numerics
 from seekforge.plugins.formats.program import (
     PROGRAM_FORMAT,
@@ -35,7 +36,7 @@ from seekforge.plugins.formats.program import (
     role_of,
     save_program,
 )
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.plugins.formats.tokenizer_file import without_limits
 from seekforge.plugins.function import attach
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.specialisation import CANONICAL
@@ -47,7 +48,8 @@ _ONE_RANK = Ranks()
 class Exported:
     """What `export` wrote, for the command line.
 
-    `warnings`: a sentence for each operator whose kernels do not take the model's sizes.
+    `warnings`: a sentence for each thing of the checkpoint that was taken for granted or passed over, and for each
+    operator whose kernels do not take the model's sizes.
     """
 
     program: Program
@@ -87,16 +89,16 @@ def export(
         OutputError: `out` cannot be written.
     """
     progress("read config and headers")
-    whole = ModelConfig.load(checkpoint_folder)
+    with open_checkpoint(checkpoint_folder) as opened:
+        whole, checkpoint, notes = opened.config, opened.checkpoint, opened.notes
+        needless = needless_tensors(checkpoint.names)
+        sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names if name not in needless}
     config = whole if num_layers is None else truncate(whole, num_layers)
     layer_range = layer_range or (0, config.num_hidden_layers)
     check_range(layer_range, config)
     check_ranks(config, ranks)
-    with Checkpoint.open(checkpoint_folder) as checkpoint:
-        check_structure(checkpoint, whole)
-        num_tensors = len(checkpoint.names)
-        sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names}
     files = text_files(checkpoint_folder)
+    notes = (*notes, *check_tokenizer(checkpoint_folder, config))
     settings = Settings(config, numerics, activations=CANONICAL.activations, ranks=ranks)
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
     if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:
@@ -110,6 +112,7 @@ def export(
         progress("account for every checkpoint element")
         away = outside(sizes, config, layer_range=layer_range, has_mtp="mtp" in graphs)
         unused = unused_tensors(config) if "mtp" in graphs else {}
+        unused = {name: reason for name, reason in unused.items() if name in sizes}
         shared = _account(bindings, sizes, unused, away)
         progress("attach function bodies, check, write")
         faces, ops = {}, {}
@@ -120,6 +123,7 @@ def export(
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint_folder / name, folder / name)
+        (folder / "tokenizer.json").write_bytes(without_limits((folder / "tokenizer.json").read_bytes()))
         program = Program(
             format=PROGRAM_FORMAT,
             seekforge_version=importlib.metadata.version("seekforge"),
@@ -130,7 +134,7 @@ def export(
             truncated_from=None if config is whole else whole.num_hidden_layers,
             ops=ops,
             graphs=faces,
-            unused=unused,
+            unused=unused | needless,
             outside=count_groups(away),
             tp=ranks.tp,
             ep=ranks.ep,
@@ -142,9 +146,9 @@ def export(
         program=program,
         num_nodes={name: len(graph.model.graph.node) for name, graph in traced.items()},
         num_weight_inputs={name: len(graph.recipes) for name, graph in traced.items()},
-        num_tensors=num_tensors,
+        num_tensors=len(sizes),
         num_outside=len(away),
-        warnings=tuple(export_warnings(config, ops=[op for op in SPECS if op in ops], ranks=ranks)),
+        warnings=(*notes, *export_warnings(config, ops=[op for op in SPECS if op in ops], ranks=ranks)),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.codes import evaluate_codes
-from seekforge.plugins.formats.dtypes import NUMPY, itemsize
+from seekforge.plugins.formats.dtypes import NUMPY, itemsize, widen
 
 _BLOCK = 128
 #: Elements of any tensor are fewer.
@@ -293,7 +293,7 @@ def _table_shape(recipe: Recipe) -> tuple[tuple[int, ...], str]:
 
 
 def take(tensor: str, shape: Iterable[int], dtype: str) -> Recipe:
-    """The checkpoint tensor `tensor` as it is."""
+    """The checkpoint tensor `tensor` as it is; one stored in a narrower type is widened (`dtypes.WIDENED_FROM`)."""
     return Recipe("take", tuple(shape), dtype, tensor=tensor)
 
 
@@ -437,7 +437,7 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
     """
     if recipe.op == "take":
         assert recipe.tensor is not None
-        return source.tensor(recipe.tensor)
+        return widen(source.tensor(recipe.tensor), recipe.dtype)
     if recipe.op == "computed":
         return _computed(recipe)
     if recipe.op in ("concat", "stack"):
@@ -539,6 +539,8 @@ def yarn_inv_freq(params: Mapping[str, float]) -> np.ndarray:
     width = 0.001 if low == high else high - low
     half = np.arange(dim // 2, dtype=np.float32)
     base = (1.0 / np.float32(theta) ** (2 * half / np.float32(dim))).astype(np.float32)
+    if factor == 1:  # plain RoPE, to the bit
+        return base
     ramp = np.clip((half - np.float32(low)) / np.float32(width), 0, 1)
     return (base / np.float32(factor) * ramp + base * (1 - ramp)).astype(np.float32)
 

@@ -28,7 +28,7 @@ import numpy as np
 from seekforge.plugins.errors import CheckpointError, ProgramError
 from seekforge.plugins.formats import verified
 from seekforge.plugins.formats.bindings import FP8_VALUES, Recipe, cast, evaluate, rope_rows, rounds_once, slice_, stack
-from seekforge.plugins.formats.dtypes import NUMPY, itemsize
+from seekforge.plugins.formats.dtypes import NUMPY, is_stored_as, itemsize, widen
 from seekforge.plugins.formats.files import write_json
 from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.formats.safetensors import Checkpoint
@@ -184,6 +184,7 @@ class _Dequantise:
 
     weight: str
     scale: str
+    scale_dtype: str
     shape: tuple[int, int]
     views: tuple[_View, ...]
     targets: tuple[np.ndarray, ...]
@@ -204,7 +205,7 @@ class _Dequantise:
     def num_bytes(self) -> int:
         first, last = self.rows
         blocks = (last - 1) // _BLOCK + 1 - first // _BLOCK
-        return self.weight_bytes + 4 * blocks * -(-self.shape[1] // _BLOCK)
+        return self.weight_bytes + itemsize(self.scale_dtype) * blocks * -(-self.shape[1] // _BLOCK)
 
 
 @dataclass(frozen=True)
@@ -266,18 +267,25 @@ class _Planner:
         base, view = found
         if base.op == "take":
             assert base.tensor is not None
-            info = self._checkpoint.info(base.tensor)
-            if (info.shape, info.dtype) != (base.shape, base.dtype):
-                raise ProgramError(
-                    f"bindings expect {base.tensor} as {list(base.shape)} {base.dtype}, the checkpoint has "
-                    f"{list(info.shape)} {info.dtype}; pass the checkpoint that the program was exported from"
-                )
+            self._check(base)
             self._copies[base.tensor, view].append(target)
         else:
+            for part in base.parts:
+                self._check(part)
             weight, scale = (part.tensor for part in base.parts)
             assert weight is not None and scale is not None
             # products are formed in f32 and rounded by the buffer's dtype: that of the recipe does not matter here
             self._products[weight, scale].append((view, target))
+
+    def _check(self, leaf: Recipe) -> None:
+        """Compare a `take` with what the checkpoint has; a narrower type of the same values will do."""
+        assert leaf.tensor is not None
+        info = self._checkpoint.info(leaf.tensor)
+        if info.shape != leaf.shape or not is_stored_as(info.dtype, leaf.dtype):
+            raise ProgramError(
+                f"bindings expect {leaf.tensor} as {list(leaf.shape)} {leaf.dtype}, the checkpoint has "
+                f"{list(info.shape)} {info.dtype}; pass the checkpoint that the program was exported from"
+            )
 
     def jobs(self, copies: Mapping[str, str]) -> list[_Job]:
         """Return the jobs in the order of shards and bytes; those that compare come last.
@@ -287,7 +295,7 @@ class _Planner:
         """
         result = list(self._jobs)
         checks: list[_Job] = []
-        mains = {main: copy for copy, main in copies.items()}
+        mains = {main: copy for copy, main in copies.items() if copy in self._checkpoint}
         for (tensor, view), targets in self._copies.items():
             dtype = self._checkpoint.info(tensor).dtype
             result += _pieces(_Copy(tensor, dtype, view, tuple(targets)))
@@ -311,6 +319,7 @@ class _Planner:
                 yield _Dequantise(
                     weight,
                     scale,
+                    self._checkpoint.info(scale).dtype,
                     (rows, columns),
                     tuple(view.slice(0, start, stop) for view, _ in group),
                     tuple(target[start:stop] for _, target in group),
@@ -629,8 +638,9 @@ class _Reader:
         (first, last), k = job.rows, job.shape[1]
         columns = -(-k // _BLOCK)
         low, high = first // _BLOCK, (last - 1) // _BLOCK + 1
-        scales = np.empty((high - low, columns), np.float32)
-        self._read(job.scale, "f32", low * columns, _bytes_of(scales))
+        held = np.empty((high - low, columns), NUMPY[job.scale_dtype])
+        self._read(job.scale, job.scale_dtype, low * columns, _bytes_of(held))
+        scales = widen(held, "f32")
         stored = np.empty((last - first, k), np.uint8)
         self._read(job.weight, "f8e4m3", first * k, stored.reshape(-1))
         product = FP8_VALUES[stored]
@@ -702,7 +712,7 @@ class _Reader:
                 "the file is damaged, download it again"
             )
         if tensor.endswith(SCALE_SUFFIX):
-            scales = values.view(np.float32)
+            scales = values.view(NUMPY[dtype]).astype(np.float32, copy=False)
             check_scales(scales, self._where(tensor))
             self._findings.add(tensor, scales)
 

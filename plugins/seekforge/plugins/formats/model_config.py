@@ -10,16 +10,24 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from seekforge.plugins.errors import ConfigError
+from seekforge.plugins.formats.config_forms import plain_form
 from seekforge.plugins.formats.reading import read_json
 
 #: An FP8 weight block and an activation block, both along K (spec §5).
 FP8_BLOCK = 128
 MODEL_TYPE = "deepseek_v32"
 
-Positive = Annotated[int, Field(gt=0)]
+
+def _whole(value: Any) -> Any:
+    """A whole number written as 4096.0 is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
+NotNegative = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 
 
 class _Frozen(BaseModel):
@@ -55,7 +63,7 @@ class ModelConfig(_Frozen):
     model_type: Literal["deepseek_v32"]
     hidden_size: Positive
     num_hidden_layers: Positive
-    first_k_dense_replace: Annotated[int, Field(ge=0)]
+    first_k_dense_replace: NotNegative
     moe_layer_freq: Literal[1]
     num_attention_heads: Positive
     num_key_value_heads: Positive
@@ -87,8 +95,8 @@ class ModelConfig(_Frozen):
     max_position_embeddings: Positive
     attention_bias: Literal[False]
     tie_word_embeddings: Literal[False]
-    bos_token_id: Annotated[int, Field(ge=0)]
-    eos_token_id: Annotated[int, Field(ge=0)]
+    bos_token_id: NotNegative
+    eos_token_id: NotNegative
     quantization_config: QuantizationConfig
 
     @model_validator(mode="after")
@@ -162,8 +170,9 @@ class ModelConfig(_Frozen):
                 f"{origin}: model_type is {model_type!r}, expected {MODEL_TYPE!r}; "
                 "seekforge does DeepSeek-V3.2 and models of the same type"
             )
+        plain, _ = plain_form(raw, origin)
         try:
-            return ModelConfig.model_validate(raw)
+            return ModelConfig.model_validate(plain)
         except ValidationError as error:
             raise ConfigError(f"{origin}: {_first_fault(error)}") from None
 
@@ -174,6 +183,11 @@ class ModelConfig(_Frozen):
         Raises:
             ConfigError: as `parse`, and when the file is missing or not JSON.
         """
+        return ModelConfig.read(path)[0]
+
+    @staticmethod
+    def read(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+        """Read as `load`, and return beside it what was taken for granted (`config_forms.plain_form`)."""
         path = path / "config.json" if path.is_dir() else path
         try:
             raw = read_json(path)
@@ -183,7 +197,8 @@ class ModelConfig(_Frozen):
             ) from None
         except ValueError as error:
             raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
-        return ModelConfig.parse(raw, str(path))
+        config = ModelConfig.parse(raw, str(path))
+        return config, plain_form(raw, str(path))[1]
 
     # --- derived sizes -------------------------------------------------------------------------------------
 
@@ -236,7 +251,7 @@ def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "missing":
-        return f"the key {key!r} is missing; take the config.json of the original checkpoint"
+        return f"the key {key!r} is missing; take the config.json that came with these weights"
     if not key:
         return str(fault["msg"]).removeprefix("Value error, ")
     expected = str(fault["msg"])

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import mmap
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _TO_SAFETENSORS: Final = {ours: theirs for theirs, ours in SAFETENSORS.items()}
 _FROM_NUMPY: Final = {NUMPY[ours]: ours for ours in _TO_SAFETENSORS}
 _LFS_POINTER: Final = b"version https://git-lfs"
 _AGAIN: Final = "download it again"
+_NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Checkpoint:
         """Read the index and all headers of `folder`; no weight bytes.
 
         Args:
-            folder: holds `model.safetensors.index.json` and its shards, or one `model.safetensors`.
+            folder: holds `model.safetensors.index.json` and its shards, or without an index one safetensors file or
+                a whole series such as `model-00001-of-00003.safetensors`.
 
         Raises:
             CheckpointError: the folder, the index or a shard is missing, damaged or contradicts another.
@@ -97,7 +100,7 @@ class Checkpoint:
                 f"{folder}: {'is a file' if folder.exists() else 'does not exist'}, expected a checkpoint folder "
                 f"with {INDEX_FILE} and its shards"
             )
-        index_path, single = folder / INDEX_FILE, folder / SINGLE_FILE
+        index_path = folder / INDEX_FILE
         if index_path.exists():
             raw = _read_bytes(index_path)
             weight_map = _parse_index(raw, index_path)
@@ -106,12 +109,10 @@ class Checkpoint:
             shards = {file: _read_shard(folder / file) for file in files}
             _match_index(weight_map, shards, index_path)
             return Checkpoint(folder, raw, shards)
-        if single.exists():
-            return Checkpoint(folder, b"", {SINGLE_FILE: _read_shard(single)})
-        raise CheckpointError(
-            f"{folder}: holds neither {INDEX_FILE} nor {SINGLE_FILE}; pass a Hugging Face checkpoint folder, "
-            "or finish its download"
-        )
+        present = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+        shards = {file: _read_shard(folder / file) for file in shards_without_index(present, folder)}
+        _locate(shards)
+        return Checkpoint(folder, b"", shards)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -234,8 +235,52 @@ def _require_shards(folder: Path, files: list[str]) -> None:
         )
 
 
-def _match_index(weight_map: Mapping[str, str], shards: Mapping[str, _Shard], path: Path) -> None:
-    """Check that index and headers put the same tensors in the same shards, each once."""
+def shards_without_index(present: Iterable[str], folder: Path) -> list[str]:
+    """Choose the shards of a folder that has no index.
+
+    Args:
+        present: names of the safetensors files in it.
+        folder: what to call it in an error.
+
+    Returns:
+        `model.safetensors` where it is, else the only file, else the whole of one numbered series, in its order.
+
+    Raises:
+        CheckpointError: there are none, some of a series are missing, or it cannot be said which files belong together.
+    """
+    files = sorted(present)
+    if SINGLE_FILE in files:
+        return [SINGLE_FILE]
+    series: dict[tuple[str, int], dict[int, str]] = {}
+    for file in files:
+        match = _NUMBERED.fullmatch(file)
+        if match is not None:
+            series.setdefault((match[1], int(match[3])), {})[int(match[2])] = file
+    if len(files) == 1 and not series:
+        return files
+    if not files:
+        raise CheckpointError(
+            f"{folder}: holds neither {INDEX_FILE} nor a safetensors file; pass a Hugging Face checkpoint folder, "
+            "or finish its download"
+        )
+    if len(series) != 1 or len(files) != sum(map(len, series.values())):
+        raise CheckpointError(
+            f"{folder}: has no {INDEX_FILE}, and of its {len(files)} safetensors files ({files[0]}, {files[-1]}) it "
+            "cannot be said which belong together; download the index too"
+        )
+    ((stem, count), found) = next(iter(series.items()))
+    first = 0 if 0 in found else 1
+    missing = next((number for number in range(first, first + min(count, len(found) + 1)) if number not in found), None)
+    if missing is not None or len(found) != count:
+        raise CheckpointError(
+            f"{folder}: has {len(found)} of the {count} shards {stem}-*-of-{count} and no {INDEX_FILE}"
+            f"{'' if missing is None else f'; number {missing} is missing'}; finish the download"
+        )
+    return [found[number] for number in sorted(found)]
+
+
+def _locate(shards: Mapping[str, _Shard]) -> dict[str, str]:
+    """Return tensor -> shard; each tensor may be in one shard only."""
     seen: dict[str, str] = {}
     for file, shard in shards.items():
         for tensor in shard.tensors:
@@ -245,6 +290,12 @@ def _match_index(weight_map: Mapping[str, str], shards: Mapping[str, _Shard], pa
                     "expected each tensor once, remove the stale shard or download the folder again"
                 )
             seen[tensor] = file
+    return seen
+
+
+def _match_index(weight_map: Mapping[str, str], shards: Mapping[str, _Shard], path: Path) -> None:
+    """Check that index and headers put the same tensors in the same shards, each once."""
+    seen = _locate(shards)
     for tensor, file in weight_map.items():
         found = seen.get(tensor)
         if found != file:
@@ -350,7 +401,7 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
     if not isinstance(dtype, str) or dtype not in SAFETENSORS:
         raise CheckpointError(
             f"{path}: {name!r} has dtype {dtype!r}, expected one of {', '.join(SAFETENSORS)}; "
-            "pass the original FP8 checkpoint, not a converted one"
+            "pass a checkpoint in DeepSeek's FP8 format, such as deepseek-ai/DeepSeek-V3.2"
         )
     begin, end = offsets
     ours = SAFETENSORS[dtype]

@@ -21,8 +21,11 @@ _NUMBERED = re.compile(r"^model\.layers\.\d+\.|(?<=experts)\.\d+(?=\.)")
 _LANES: Final[dict[str, tuple[type[np.unsignedinteger], int, int]]] = {
     "f8e4m3": (np.uint8, 0x7F, 0x01),
     "bf16": (np.uint16, 0x7F80, 0x0080),
+    "f16": (np.uint16, 0x7C00, 0x0400),
     "f32": (np.uint32, 0x7F80_0000, 0x0080_0000),
 }
+#: NaN in e8m0, which has eight bits of exponent and nothing else: no lane has a sign bit to carry into.
+_E8M0_NAN: Final = 0xFF
 
 
 def _words(lane: type[np.unsignedinteger], value: int) -> np.uint64:
@@ -78,9 +81,12 @@ def first_fault(values: np.ndarray, dtype: str, scratch: np.ndarray) -> int | No
 
     Args:
         values: contiguous bytes, a whole number of elements.
-        dtype: f8e4m3, bf16 or f32.
+        dtype: f8e4m3, f8e8m0, bf16, f16 or f32.
         scratch: uint64 words; so much is checked at once.
     """
+    if dtype == "f8e8m0":  # block scales alone, one for 16,384 weights: there are few
+        found = np.flatnonzero(values == _E8M0_NAN)
+        return int(found[0]) if found.size else None
     lane, mask, one = _LANES[dtype]
     masks, ones, sign = _words(lane, mask), _words(lane, one), _words(lane, (mask + one) & ~mask)
     # whole words at any address: NumPy reads unaligned ones as well
