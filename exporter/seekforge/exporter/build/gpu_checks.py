@@ -49,6 +49,9 @@ from seekforge.plugins.tensorrt.library import installed_version, large_tensor_f
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
+PluginChoice = Literal["auto", "all", "none"]
+
+
 @dataclass(frozen=True)
 class Choices:
     """What a user may choose beside the target.
@@ -62,7 +65,7 @@ class Choices:
         compiler: passed on.
     """
 
-    plugins: Literal["auto", "all", "none"] = "auto"
+    plugins: PluginChoice = "auto"
     allow_oversize: bool = False
     kernels: bool = True
     layers_per_engine: int | None = None
@@ -152,30 +155,15 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
     """
     program, config = inputs.program, inputs.config
     limits = _check_limits(target.limits, config)
-    _check_numerics(target, program)
     ops = tuple(op for op in SPECS if op in program.ops)
-    plugins = _choose_plugins(target, config, ops, choices)
+    fault = _fault(target, program, config, ops, choices.plugins)
+    if fault:
+        raise TargetError(f"{fault}; {_remedy(target, program, config, ops, choices.plugins)}")
+    plugins = _choose_plugins(config, ops, choices.plugins)
     inlined = tuple(op for op in ops if op not in plugins)
-    broken = refusals(config, plugins=plugins, ops=ops)
-    if broken:
-        hint = "; --plugins auto inlines what has no plugin" if choices.plugins == "all" else ""
-        raise TargetError(f"target {target.name}: {broken[0]}{hint}")
     large = _large_tensor(inputs, target, limits)
     if large:
         raise TargetError(f"target {target.name}: {large}")
-    products = target.products
-    if products == "fp8" and any(op in inlined for op in FP8_OPS):
-        names = " and ".join(op for op in FP8_OPS if op in inlined)
-        raise TargetError(
-            f"--precision fp8 needs {names} as plugin on sm{target.sm}, inlined it multiplies in BF16; "
-            "pass --plugins all, or --precision bf16"
-        )
-    if target.kv_format == "fp8_ds" and any(op in inlined for op in CACHE_OPS):
-        names = ", ".join(op for op in CACHE_OPS if op in inlined)
-        raise TargetError(
-            f"--kv-cache-dtype fp8_ds is read and written by plugins only, and {names} would be inlined; "
-            "pass --plugins all, or --kv-cache-dtype bf16"
-        )
     storage = "float8" if target.has_fp8 and "MoeExperts" not in inlined else "int8"
     how = Specialisation("bf16", storage, target.kv_format, "trt")
     device = expected_bytes(inputs, target, limits, choices.most_layers)
@@ -202,19 +190,33 @@ def _check_limits(limits: Limits, config: ModelConfig) -> Limits:
     return limits
 
 
-def _check_numerics(target: TargetConfig, program: Program) -> None:
-    """The program must carry the roundings that the options ask for."""
+def _fault(
+    target: TargetConfig, program: Program, config: ModelConfig, ops: tuple[str, ...], wanted: PluginChoice
+) -> str:
+    """Return why precision, cache format, operators and the program's roundings do not go together, or nothing."""
     numerics = program.numerics
     if target.precision == "fp8" and numerics["act_quant"] != "ue8m0":
-        raise TargetError(
+        return (
             f"--precision fp8 multiplies quantised activations, and the program has numerics {numerics['name']!r} "
-            "without them; export with --numerics fp8, or pass --precision bf16"
+            "without them"
         )
     if target.kv_format == "fp8_ds" and not (numerics["kv_fp8"] and numerics["indexer_fp8"]):
-        raise TargetError(
+        return (
             f"--kv-cache-dtype fp8_ds stores FP8, and the program has numerics {numerics['name']!r} without that "
-            "rounding; export with --numerics fp8, or pass --kv-cache-dtype bf16"
+            "rounding"
         )
+    plugins = _choose_plugins(config, ops, wanted)
+    inlined = [op for op in ops if op not in plugins]
+    broken = refusals(config, plugins=plugins, ops=ops)
+    if broken:
+        return f"target {target.name}: {broken[0]}"
+    if target.products == "fp8" and any(op in inlined for op in FP8_OPS):
+        names = " and ".join(op for op in FP8_OPS if op in inlined)
+        return f"--precision fp8 needs {names} as plugin on sm{target.sm}, inlined it multiplies in BF16"
+    if target.kv_format == "fp8_ds" and any(op in inlined for op in CACHE_OPS):
+        names = ", ".join(op for op in CACHE_OPS if op in inlined)
+        return f"--kv-cache-dtype fp8_ds is read and written by plugins only, and {names} would be inlined"
+    return ""
 
 
 def _large_tensor(inputs: Inputs, target: TargetConfig, limits: Limits) -> str:
@@ -236,10 +238,32 @@ def _large_tensor(inputs: Inputs, target: TargetConfig, limits: Limits) -> str:
     return ""
 
 
-def _choose_plugins(
-    target: TargetConfig, config: ModelConfig, ops: tuple[str, ...], choices: Choices
-) -> tuple[str, ...]:
-    match choices.plugins:
+def _remedy(
+    target: TargetConfig, program: Program, config: ModelConfig, ops: tuple[str, ...], wanted: PluginChoice
+) -> str:
+    """Say which options lead on from a fault: the fewest that do, tried one after the other."""
+    changes: list[tuple[str, PluginChoice, TargetConfig]] = []
+    choices: tuple[PluginChoice, ...] = (wanted, *(one for one in ("auto", "all") if one != wanted))
+    for plugins in choices:
+        for precision in dict.fromkeys((target.precision, "bf16")):
+            for kv_format in dict.fromkeys((target.kv_format, "bf16")):
+                said = [f"--plugins {plugins}"] if plugins != wanted else []
+                said += [f"--precision {precision}"] if precision != target.precision else []
+                said += [f"--kv-cache-dtype {kv_format}"] if kv_format != target.kv_format else []
+                other = target.changed([f"precision={precision}", f"kv_format={kv_format}"])
+                changes.append((" ".join(said), plugins, other))
+    working = [said for said, plugins, other in changes if not _fault(other, program, config, ops, plugins)]
+    numerics = program.numerics
+    quantised = numerics["act_quant"] == "ue8m0" and numerics["kv_fp8"] and numerics["indexer_fp8"]
+    export = "" if quantised else "export with --numerics fp8, or "
+    if not working:
+        return "no options build this model for a GPU; --target cpu takes it"
+    fewest = min(len(said.split()) for said in working)
+    return export + "pass " + " or ".join(said for said in working if len(said.split()) == fewest)
+
+
+def _choose_plugins(config: ModelConfig, ops: tuple[str, ...], wanted: PluginChoice) -> tuple[str, ...]:
+    match wanted:
         case "all":
             return ops
         case "none":

@@ -25,6 +25,13 @@ def check_ranks(config: ModelConfig, ranks: Ranks) -> None:
     """
     if ranks.tp < 1 or ranks.ep < 1:
         raise ConfigError(f"--tp is {ranks.tp} and --ep is {ranks.ep}, expected 1 or more")
+    fault = _fault(config, ranks)
+    if fault:
+        raise ConfigError(f"--tp {ranks.tp} --ep {ranks.ep}: {fault}; {_remedy(config, ranks)}")
+
+
+def _fault(config: ModelConfig, ranks: Ranks) -> str:
+    """Return what does not divide, or nothing. Where there is one part, nothing is cut."""
     count = ranks.count
     shared = config.n_shared_experts * config.moe_intermediate_size
     blocks = f"rows in whole blocks of {FP8_BLOCK}"
@@ -39,11 +46,24 @@ def check_ranks(config: ModelConfig, ranks: Ranks) -> None:
         (config.n_routed_experts, ranks.ep, 1, "n_routed_experts", "experts"),
     )
     for size, parts, unit, name, what in rules:
-        if size % (parts * unit):
-            raise ConfigError(
-                f"--tp {ranks.tp} --ep {ranks.ep}: {name} is {size}, expected equal {what} for {parts} ranks; "
-                "choose fewer ranks"
-            )
+        if parts > 1 and size % (parts * unit):
+            return f"{name} is {size}, expected equal {what} for {parts} ranks"
+    return ""
+
+
+def _remedy(config: ModelConfig, ranks: Ranks) -> str:
+    """Say how many ranks, at most as many as were asked for, can share the model."""
+    bound = min(ranks.count, config.num_attention_heads)
+    counts = (
+        Ranks(count // ep, ep)
+        for count in range(bound, 1, -1)
+        for ep in sorted(range(1, count + 1), key=lambda ep: abs(ep - ranks.ep))
+        if count % ep == 0
+    )
+    fitting = next((one for one in counts if not _fault(config, one)), None)
+    if fitting is None:
+        return "this model runs on one rank only: leave out --tp and --ep"
+    return f"pass --tp {fitting.tp} --ep {fitting.ep}, the most ranks up to that which can share it"
 
 
 def merge(graphs: Sequence[onnx.ModelProto], shared: Sequence[str]) -> onnx.ModelProto:

@@ -1,0 +1,248 @@
+"""What a refusal advises is tried: it leads on, never back to where it came from.
+
+Each case provokes a refusal on the command line, changes the command as the line on stderr says, and runs that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from seekforge.exporter.build.gpu_checks import Choices, Inputs, check, open_inputs
+from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.checkpoint.new import new_checkpoint
+from seekforge.exporter.checkpoint.presets import Preset, load_preset
+from seekforge.exporter.rewrite.ranks import check_ranks
+from seekforge.plugins.errors import ConfigError, TargetError
+from seekforge.plugins.formats.bindings import Ranks
+from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.runtime import cli
+
+#: An option and, where it has one, its value, as advice writes them.
+_OPTION = re.compile(r"(--[a-z][a-z-]+)(?: ([\w.]+))?")
+
+
+def invoke(*args: str | Path) -> Result:
+    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refusal(*args: str | Path) -> str:
+    result = invoke(*args)
+    assert result.exit_code == 2, result.output
+    return next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+
+
+def with_option(args: list[str], name: str, value: str | None) -> list[str]:
+    """Return `args` with an option as advised, in place of what it was."""
+    kept = list(args)
+    if name in kept:
+        place = kept.index(name)
+        del kept[place : place + (1 if value is None else 2)]
+    return [*kept, name] if value is None else [*kept, name, value]
+
+
+def without_option(args: list[str], name: str, *, has_value: bool = True) -> list[str]:
+    place = args.index(name)
+    return args[:place] + args[place + 1 + has_value :]
+
+
+def as_advised(args: list[str], line: str) -> list[str]:
+    """Return the command with the options that stand behind `pass`, up to an alternative."""
+    advice = line.rpartition("pass ")[2].partition(" or ")[0]
+    options = _OPTION.findall(advice)
+    assert options, line
+    for name, value in options:
+        flag = name in ("--sparse", "--force", "--allow-oversize")
+        args = with_option(args, name, None if flag else value)
+    return args
+
+
+def model(folder: Path, **changes: Any) -> Path:
+    """Write a checkpoint of the tiny preset with other sizes."""
+    raw = load_preset("tiny").config_json | {"num_hidden_layers": 2, "num_nextn_predict_layers": 0} | changes
+    new_checkpoint(folder, Preset("changed", 1, raw, ModelConfig.parse(raw, "test")))
+    return folder
+
+
+@pytest.fixture
+def places(tiny_checkpoint: Path, tiny_programs: dict[str, Path], tmp_path: Path) -> dict[str, str]:
+    """What the cases call their files."""
+    return {
+        "checkpoint": str(tiny_checkpoint), "program": str(tiny_programs["fp8"]), "exact": str(tiny_programs["exact"]),
+        "out": str(tmp_path / "out"), "out2": str(tmp_path / "out2"),
+    }  # fmt: skip
+
+
+Follow = Callable[[list[str], str, dict[str, str]], list[str]]
+advised: Follow = lambda args, line, places: as_advised(args, line)  # noqa: E731
+
+CPU = ["build", "{program}", "{out}", "--target", "cpu", "--checkpoint", "{checkpoint}", "--dry-run"]
+GPU = ["build", "{program}", "{out}", "--target", "rtx5090", "--no-kernels", "--dry-run"]
+EXACT = ["build", "{exact}", "{out}", "--target", "rtx5090", "--no-kernels", "--dry-run"]
+
+CASES: dict[str, tuple[list[str], str, Follow]] = {
+    "too many ranks": (
+        ["export", "{checkpoint}", "{out}", "--tp", "3"],
+        "leave out --tp and --ep",
+        lambda args, line, places: without_option(args, "--tp"),
+    ),
+    "a batch beyond a step": ([*CPU, "--max-batch-size", "100000"], "pass --max-num-batched-tokens", advised),
+    "a context beyond the model": (
+        [*CPU, "--max-model-len", "1000000"],
+        "expected 1 to ",
+        lambda args, line, places: with_option(args, "--max-model-len", re.findall(r"1 to (\d+)", line)[0]),
+    ),
+    "no weights": (
+        ["build", "{program}", "{out}", "--target", "cpu", "--dry-run"],
+        "pass --checkpoint FOLDER",
+        lambda args, line, places: [*args, "--checkpoint", places["checkpoint"]],
+    ),
+    "a model that is too large to draw": (["new-checkpoint", "{out}", "--preset", "full"], "pass --sparse", advised),
+    "a place that is taken": (["new-checkpoint", "{checkpoint2}", "--preset", "tiny"], "pass --force", advised),
+    "inlined, and an FP8 cache": ([*GPU, "--plugins", "none"], "pass --", advised),
+    "exact numerics, and an FP8 cache": (EXACT, "export with --numerics fp8, or pass --", advised),
+    "taps of one plan": (
+        [*GPU, "--taps", "--layers-per-engine", "2"],
+        "leave out --layers-per-engine",
+        lambda args, line, places: without_option(args, "--layers-per-engine"),
+    ),
+    "a GPU's option": (
+        [*CPU, "--plugins", "all"],
+        "--plugins is for GPU targets",
+        lambda args, line, places: without_option(args, "--plugins"),
+    ),
+    "more layers than there are": (
+        ["export", "{checkpoint}", "{out}", "--num-layers", "9"],
+        "expected 1 to 4",
+        lambda args, line, places: with_option(args, "--num-layers", "4"),
+    ),
+    "layers past the end": (
+        ["export", "{checkpoint}", "{out}", "--layers", "2-9"],
+        "within 0-3",
+        lambda args, line, places: with_option(args, "--layers", "2-3"),
+    ),
+    "a graph of a checkpoint": (
+        ["inspect", "{checkpoint}", "--graph", "dot"],
+        "pass a folder that 'export' wrote",
+        lambda args, line, places: ["inspect", places["program"], "--graph", "dot"],
+    ),
+    "no layout of so many GPUs": (
+        ["plan", "full", "--target", "h200", "--context", "1K", "--num-gpus", "100000"],
+        "the nearest count is",
+        lambda args, line, places: with_option(args, "--num-gpus", re.findall(r"count is (\d+)", line)[0]),
+    ),
+    "two numbers of GPUs": (
+        ["plan", "full", "--target", "h200", "--context", "1K", "--tp", "8", "--num-gpus", "16"],
+        "leave one of them out",
+        lambda args, line, places: without_option(args, "--num-gpus"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_advice_leads_on(case: str, places: dict[str, str], tmp_path: Path) -> None:
+    form, message, follow = CASES[case]
+    if "{checkpoint2}" in form:
+        assert invoke("new-checkpoint", tmp_path / "taken", "--preset", "tiny", "--quiet").exit_code == 0
+        places["checkpoint2"] = str(tmp_path / "taken")
+    args = [part.format(**places) for part in form]
+    line = refusal(*args)
+    assert message in line, line
+    result = invoke(*follow(args, line, places))
+    assert result.exit_code == 0, (line, result.output)
+
+
+# --- sizes of models ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_can_be_written_can_be_exported_and_built(tmp_path: Path) -> None:
+    """300 rows of q_b_proj and kv_b_proj: nothing is cut on one rank, so nothing has to divide."""
+    folder = model(tmp_path / "odd", num_attention_heads=4, num_key_value_heads=4, qk_nope_head_dim=11, v_head_dim=64)
+    assert invoke("export", folder, tmp_path / "program", "--quiet").exit_code == 0
+    args = ("--target", "cpu", "--checkpoint", folder, "--max-model-len", "256", "--quiet")
+    result = invoke("build", tmp_path / "program", tmp_path / "engine", *args)
+    assert result.exit_code == 0, result.output
+    line = refusal("export", folder, tmp_path / "more", "--tp", "2")
+    assert "runs on one rank only: leave out --tp and --ep" in line
+
+
+def test_heads_without_kernels_are_inlined_as_advised(tmp_path: Path) -> None:
+    folder = model(tmp_path / "heads", index_n_heads=24)
+    assert invoke("export", folder, tmp_path / "program", "--quiet").exit_code == 0
+    for wanted in ([], ["--plugins", "all"]):
+        args = ["build", str(tmp_path / "program"), str(tmp_path / "out"), "--target", "rtx5090", "--no-kernels"]
+        args += ["--dry-run", *wanted]
+        line = refusal(*args)
+        assert "pass --" in line and "pass --plugins all" not in line
+        result = invoke(*as_advised(args, line))
+        assert result.exit_code == 0, (line, result.output)
+
+
+def test_what_no_gpu_takes_is_not_advised_in_circles(tiny_inputs: Inputs) -> None:
+    inputs = dataclasses.replace(tiny_inputs, config=_changed(tiny_inputs.config, index_n_heads=24, index_topk=8192))
+    for plugins in ("auto", "all", "none"):
+        with pytest.raises(TargetError, match="no options build this model for a GPU"):
+            check(inputs, load_target("rtx5090"), Choices(plugins=plugins))
+
+
+def test_every_number_of_ranks_is_answered_with_one_that_works(tiny_config: ModelConfig) -> None:
+    full = load_preset("full").config
+    seen = 0
+    for config, tp, ep in product((tiny_config, full), (1, 2, 3, 5, 8, 48, 1000), (1, 2, 3, 7, 64, 300)):
+        try:
+            check_ranks(config, Ranks(tp, ep))
+        except ConfigError as error:
+            seen += 1
+            advice = str(error).rpartition("; ")[2]
+            options = {} if "leave out --tp and --ep" in advice else dict(_OPTION.findall(advice))
+            better = Ranks(int(options.get("--tp", 1)), int(options.get("--ep", 1)))
+            assert better.count <= tp * ep
+            check_ranks(config, better)
+    assert seen > 20
+
+
+@pytest.fixture(scope="module")
+def tiny_inputs(tiny_programs: dict[str, Path]) -> Inputs:
+    return open_inputs(tiny_programs["fp8"], None)
+
+
+def _changed(config: ModelConfig, **values: Any) -> ModelConfig:
+    return config.model_copy(update=values)
+
+
+def _refused() -> Iterator[tuple[str, str, str, str, int, int]]:
+    targets = ("a100-80g", "h200", "rtx5090")
+    yield from product(targets, ("auto", "all", "none"), ("fp8", "bf16"), ("fp8_ds", "bf16"), (16, 24), (64, 5000))
+
+
+def test_every_combination_of_options_is_answered_with_one_that_works(tiny_inputs: Inputs) -> None:
+    seen = 0
+    for name, plugins, precision, kv_format, heads, topk in _refused():
+        config = _changed(tiny_inputs.config, index_n_heads=heads, index_topk=topk)
+        inputs = dataclasses.replace(tiny_inputs, config=config)
+        target = load_target(name).changed([f"precision={precision}", f"kv_format={kv_format}"])
+        try:
+            check(inputs, target, Choices(plugins=plugins))  # pyright: ignore[reportArgumentType]
+        except TargetError as error:
+            seen += 1
+            if heads == 24 and topk == 5000:
+                assert "no options build this model" in str(error)
+                continue
+            for advice in str(error).rpartition("pass ")[2].split(" or "):
+                options = dict(_OPTION.findall(advice))
+                keys = {"--precision": "precision", "--kv-cache-dtype": "kv_format"}
+                better = target.changed(
+                    [f"{key}={options[option]}" for option, key in keys.items() if option in options]
+                )
+                check(inputs, better, Choices(plugins=options.get("--plugins", plugins)))  # pyright: ignore
+    assert seen > 20
