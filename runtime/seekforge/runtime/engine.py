@@ -13,6 +13,7 @@ from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.plugins.formats.paths import same_names
 from seekforge.plugins.formats.reading import LISTING_BYTES, read_json
 from seekforge.plugins.formats.verify import Verification, verify_files
+from seekforge.plugins.hub import resolve
 from seekforge.plugins.requirements import install
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
@@ -72,7 +73,8 @@ class Engine:
 
         Args:
             threads: CPU threads for one operator; None takes the cores this process may use.
-            checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
+            checkpoint: where the weights are, of an engine that holds none: a folder, or a repository of the hub, which
+                is downloaded; None takes where they were at build.
             progress: told while weights are read from a checkpoint.
 
         Raises:
@@ -80,6 +82,8 @@ class Engine:
             EnvironmentFault: the backend's library is not installed.
         """
         check_complete(self.folder, self.manifest)
+        if checkpoint is not None and self.manifest.weights is not None:
+            checkpoint = resolve(checkpoint)
         return _factory(self.manifest.target.backend)(
             self.folder, self.manifest, threads=threads, checkpoint=checkpoint, progress=progress
         )

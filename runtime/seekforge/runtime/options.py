@@ -13,7 +13,8 @@ from seekforge.runtime.engine import Engine
 checkpoint_option = click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="GPU engines: where the weights are. Default: where they were at build.",
+    metavar="FOLDER|REPO",
+    help="GPU engines: where the weights are; a repository is downloaded. Default: where they were at build.",
 )
 
 #: Decorator: `num_speculative_tokens`.

@@ -202,7 +202,6 @@ SAME: dict[str, Change] = {
     "beta_fast and beta_slow absent": config(
         lambda raw: [raw["rope_scaling"].pop(f"beta_{e}") for e in ("fast", "slow")]
     ),
-    "whole numbers as floats": config(lambda raw: raw.update(hidden_size=512.0, vocab_size=1024.0)),
     "floats as whole numbers": config(lambda raw: raw["rope_scaling"].update(factor=40, mscale=1, mscale_all_dim=1)),
     "attention_factor as mscale gives it": config(lambda raw: raw["rope_scaling"].update(attention_factor=1.0)),
     "nulls": config(lambda raw: raw.update(pad_token_id=None, rope_parameters=None, dtype=None, layer_types=None)),
@@ -403,8 +402,11 @@ def two_series(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "no quantisation": (config(lambda raw: raw.pop("quantization_config")), "no quantization_config"),
-    "null quantisation": (config(lambda raw: raw.update(quantization_config=None)), "no quantization_config"),
+    "no quantisation": (config(lambda raw: raw.pop("quantization_config")), "the key 'quantization_config' is missing"),
+    "null quantisation": (
+        config(lambda raw: raw.update(quantization_config=None)),
+        "the key 'quantization_config' is missing",
+    ),
     "ModelOpt": (quantisation(quant_method="modelopt"), "'modelopt' (NVIDIA ModelOpt)"),
     "compressed-tensors": (config(compressed), "'compressed-tensors' (LLM Compressor)"),
     "FBGEMM": (quantisation(quant_method="fbgemm_fp8"), "'fbgemm_fp8' (FBGEMM)"),
@@ -448,6 +450,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "two numbers of experts": (config(lambda raw: raw.update(num_local_experts=8)), "num_local_experts is 8"),
     "fused experts": (tensors(fuse_experts), "holds all experts of a layer"),
     "the demo's names": (tensors(as_the_demo_names), "inference/convert.py"),
+    "a router bias in BF16": (
+        norms_as(ml_dtypes.bfloat16),
+        "'model.layers.1.mlp.gate.e_score_correction_bias' has dtype bf16, expected f32",
+    ),
     "a norm in F32": (in_f32("model.norm.weight"), "'model.norm.weight' has dtype f32, expected bf16"),
     "a shard less": (one_shard_less, "number 2 is missing"),
     "two series": (two_series, "cannot be said which belong together"),

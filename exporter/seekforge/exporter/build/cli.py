@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from seekforge.exporter.build.targets import (
     asked_limits,
     load_target,
 )
-from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.checkpoint.source import headers, parse_repo, resolve
 from seekforge.exporter.option_types import TARGET
 from seekforge.plugins.command_line import (
     ByteSize,
@@ -146,7 +147,6 @@ def build(
     its weights from the checkpoint when it runs, so a program of any size builds anywhere.
     """
     config = load_target(target, settings)
-    folder = None if checkpoint is None else resolve(checkpoint)
     stages = Stages(quiet=quiet or as_json)
     limits = {
         "max_batch_size": max_batch_size,
@@ -160,24 +160,46 @@ def build(
             if value != _GPU_OPTIONS[option]:
                 name = {"sms": "sm", "kernels": "no-kernels"}.get(option, option.replace("_", "-"))
                 raise TargetError(f"--{name} is for GPU targets, target {config.name} does not know it")
-        if folder is None:
+        if checkpoint is None:
             raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
         if dry_run:
-            _check_cpu(program, out, config, folder, asked, force, quiet, as_json, stages)
+            _check_cpu(program, out, config, checkpoint, asked, force, quiet, as_json, stages)
         else:
+            folder = _with_weights(program, out, config, checkpoint, asked, force, quiet or as_json, stages)
             _build_cpu(program, out, config, folder, asked, taps, force, quiet, as_json, stages)
         return
     if taps and gpu["layers_per_engine"] is not None:
         raise TargetError("--taps shows the layers of one plan; leave out --layers-per-engine")
     gpu |= {"taps": taps, "dry_run": dry_run}
-    _build_gpu(program, out, config, folder, asked, gpu, force, quiet, as_json, stages)
+    _build_gpu(program, out, config, checkpoint, asked, gpu, force, quiet, as_json, stages)
+
+
+def _with_weights(
+    program: Path,
+    out: Path,
+    target: TargetConfig,
+    checkpoint: str,
+    asked: Collection[str],
+    force: bool,
+    quiet: bool,
+    stages: Stages,
+) -> Path:
+    """Return the folder with the weights; a repository is downloaded once its headers say that it can be built."""
+    if parse_repo(checkpoint) is not None:
+        from seekforge.exporter.build.engine import check  # brings torch, which GPU builds do without
+
+        with headers(checkpoint, say=stages) as folder:
+            check(program, out, target=target, checkpoint_folder=folder, asked=asked)
+        check_vacant(out, force=force, marker=MANIFEST)
+        stages(f"download {checkpoint}")
+    return resolve(checkpoint, quiet=quiet)
 
 
 def _check_cpu(
     program: Path,
     out: Path,
     target: TargetConfig,
-    checkpoint: Path,
+    checkpoint: str,
     asked: Collection[str],
     force: bool,
     quiet: bool,
@@ -187,7 +209,8 @@ def _check_cpu(
     from seekforge.exporter.build.engine import check  # brings torch, which GPU builds do without
 
     stages("read program and checkpoint")
-    planned = check(program, out, target=target, checkpoint_folder=checkpoint, asked=asked)
+    with headers(checkpoint, say=stages) as folder:
+        planned = check(program, out, target=target, checkpoint_folder=folder, asked=asked)
     check_vacant(out, force=force, marker=MANIFEST)
     stages.done()
     _cpu_dry_run(planned, target, out, as_json, quiet)
@@ -231,7 +254,7 @@ def _build_gpu(
     program: Path,
     out: Path,
     target: TargetConfig,
-    checkpoint: Path | None,
+    checkpoint: str | None,
     asked: Collection[str],
     gpu: dict[str, Any],
     force: bool,
@@ -241,7 +264,7 @@ def _build_gpu(
 ) -> None:
     from seekforge.exporter.build.audit_page import show_audit
     from seekforge.exporter.build.compiler import Options
-    from seekforge.exporter.build.gpu_checks import Choices, check, open_inputs
+    from seekforge.exporter.build.gpu_checks import Choices, check
     from seekforge.exporter.build.gpu_engine import build_gpu
 
     target = _with_gpu_options(target, gpu)
@@ -260,7 +283,7 @@ def _build_gpu(
         ),
     )
     stages("read program and check")
-    inputs = open_inputs(program, checkpoint)
+    inputs = _open_inputs(program, checkpoint, stages)
     target = target.model_copy(update={"limits": fit_limits(target.limits, inputs.config, asked)})
     planned = check(inputs, target, choices)
     if gpu["dry_run"]:
@@ -278,6 +301,19 @@ def _build_gpu(
         shown.print(f"wrote {out}: {manifest.target.name}")
         show_audit(manifest, shown)
         shown.print(f"self-check: {self_check_words(manifest)}")
+
+
+def _open_inputs(program: Path, checkpoint: str | None, stages: Stages) -> Inputs:
+    """Open a program and the headers of its checkpoint; where a repository is kept is not remembered."""
+    from seekforge.exporter.build.gpu_checks import open_inputs
+
+    if checkpoint is None:
+        return open_inputs(program, None)
+    with headers(checkpoint, say=stages) as folder:
+        inputs = open_inputs(program, folder)
+    if parse_repo(checkpoint) is None:
+        return inputs
+    return replace(inputs, weights=inputs.weights.model_copy(update={"path": None}))
 
 
 def with_options(target: TargetConfig, limits: Mapping[str, int | None], precision: str | None) -> TargetConfig:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from seekforge.exporter.build import kernel_numbers
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset
+from seekforge.exporter.checkpoint.source import headers
 from seekforge.exporter.option_types import MODEL
 from seekforge.plugins import aot
 from seekforge.plugins.command_line import (
@@ -66,7 +67,11 @@ def build(
     as_json: bool,
 ) -> None:
     """Compile every kernel that the model needs into the folder OUT, and print what their code costs. Needs no GPU."""
-    config = load_preset(model).config if model in known_presets() else ModelConfig.load(Path(model))
+    if model in known_presets():
+        config = load_preset(model).config
+    else:
+        with headers(model, config_only=True) as folder:
+            config = ModelConfig.load(folder)
     ops = operators(config, kv_format=kv_cache_dtype)
     unknown = set(only) - set(ops)
     if unknown:

@@ -59,7 +59,8 @@ def see(checkpoint: Checkpoint, config: ModelConfig, notes: tuple[str, ...]) -> 
 def as_stored(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
     """Return the config without an MTP layer that has no tensors, and a sentence for what is passed over."""
     layer = config.mtp_layer
-    if layer is not None and not any(name.startswith(f"model.layers.{layer}.") for name in checkpoint.names):
+    marks = (f"model.layers.{layer}.", ".enorm.weight")  # of this MTP layer; of any, where the config is another's
+    if layer is not None and not any(name.startswith(marks[0]) or name.endswith(marks[1]) for name in checkpoint.names):
         note = (
             f"num_nextn_predict_layers is 1 and there is no tensor of layer {layer}: the model is taken without its "
             "MTP layer, and cannot draft"

@@ -10,7 +10,7 @@ import click
 
 from seekforge.exporter.build.audit_page import self_check_words, show_audit
 from seekforge.exporter.build.common import read_graph, size_words
-from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
 from seekforge.exporter.inspect.draw import Format, draw, groups
 from seekforge.plugins.command_line import command, json_option
@@ -39,12 +39,15 @@ from seekforge.plugins.terminal import write, write_json
 )
 @click.option("--mtp", is_flag=True, help="With --graph: the MTP module instead of the main model.")
 def inspect(path: str, *, as_json: bool, graph: Format | None, mtp: bool) -> None:
-    """Show what PATH is: a checkpoint (folder or Hugging Face repository id), a program or an engine."""
-    folder = resolve(path)
-    if graph is not None:
-        write(_drawing(folder, graph, "mtp" if mtp else "model"))
-        return
-    about = describe(folder)
+    """Show what PATH is: a checkpoint (folder, or Hugging Face repository, of which headers are read), a program or an
+    engine.
+    """
+    with headers(path) as folder:
+        if graph is not None:
+            write(_drawing(folder, graph, "mtp" if mtp else "model"))
+            return
+        repo = parse_repo(path)
+        about = describe(folder) | ({} if repo is None else {"path": str(repo)})
     if as_json:
         write_json(about)
     else:

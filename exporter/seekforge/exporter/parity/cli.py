@@ -11,6 +11,7 @@ import click
 import torch
 from click.core import ParameterSource
 
+from seekforge.exporter.checkpoint.source import resolve
 from seekforge.exporter.parity.inputs import Asked
 from seekforge.exporter.parity.page import render
 from seekforge.exporter.parity.report import to_json
@@ -50,7 +51,12 @@ _STEPS = ("prompts", "contexts", "modes", "seed")
     ),
 )
 @click.argument("engine", type=click.Path(path_type=Path), required=False)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The weights for the PyTorch side.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER|REPO",
+    help="The weights for the PyTorch side; a Hugging Face repository is downloaded.",
+)
 @click.option("--prompts", type=click.Path(path_type=Path), help="Text file, one prompt a line. Default: random ids.")
 @contexts_option("Lengths of random prompts. Default: 16, and around index_topk.")
 @list_option(
@@ -107,6 +113,8 @@ def parity(
     Exit code 0: passed, 1: a gate failed, 2: bad input. Every gate says why it is what it is.
     """
     _refuse_unused(ctx)
+    if options["checkpoint"] is not None:
+        options["checkpoint"] = resolve(str(options["checkpoint"]), quiet=quiet or as_json)
     asked = Asked(engine=engine, threads=threads, write_self_check=write_self_check, **options)  # pyright: ignore
     stages = Stages(quiet=quiet or as_json)
     if threads:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from seekforge.exporter.build.targets import TargetConfig, all_targets, load_target
+from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.configs import known, load_yaml
 from seekforge.exporter.option_types import MODEL, TARGET
 from seekforge.exporter.plan.answer import GPU_COUNTS, Answer, Question, answer, best, fewest, nearest_count
@@ -105,7 +106,8 @@ def plan(
 ) -> None:
     """Say which GPUs, and how many, MODEL needs, for which contexts and batches, and how fast they can be at best.
 
-    MODEL is a checkpoint folder, a config.json, or a name of configs/models, such as full.
+    MODEL is a checkpoint folder, a config.json, a Hugging Face repository (of which config.json is read), or a name of
+    configs/models, such as full.
 
     Without --target it prints one line per GPU: the fewest of them that hold the longest context. --json always gives
     every answer.
@@ -147,7 +149,7 @@ def plan(
 
 
 def read_config(model: str) -> ModelConfig:
-    """Return the config of a folder, a config.json, or a name of configs/models.
+    """Return the config of a folder, a config.json, a repository of the hub, or a name of configs/models.
 
     Raises:
         ConfigError: nothing of that name, or not a model that seekforge does.
@@ -155,10 +157,14 @@ def read_config(model: str) -> ModelConfig:
     path = Path(model)
     if path.exists():
         return ModelConfig.load(path)
+    if parse_repo(model) is not None:
+        with headers(model, config_only=True) as folder:
+            return ModelConfig.load(folder)
     raw = load_yaml("models", model)
     if raw is None:
         raise ConfigError(
-            f"{model}: neither a folder, nor a config.json, nor a name of configs/models ({', '.join(known('models'))})"
+            f"{model}: neither a folder, nor a config.json, nor a name of configs/models ({', '.join(known('models'))}), "
+            "nor a Hugging Face repository (OWNER/NAME)"
         )
     return ModelConfig.parse(raw["config"], f"configs/models/{model}.yaml")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.checkpoint.text_files import check_files
 from seekforge.exporter.rewrite.layers import parse_layers
 from seekforge.plugins.command_line import Whole, command, json_option, quiet_option
@@ -62,37 +62,38 @@ def export(
 ) -> None:
     """Trace the model of CHECKPOINT into a canonical ONNX program in the folder OUT.
 
-    CHECKPOINT is a folder, or the id of a Hugging Face repository such as deepseek-ai/DeepSeek-V3.2.
+    CHECKPOINT is a folder, or a Hugging Face repository: deepseek-ai/DeepSeek-V3.2, with @REVISION, or its address.
 
-    Reads config.json and the headers of the shards, no weight: the full model exports on a laptop.
+    Reads config.json and the headers of the shards, no weight: the full model exports on a laptop, from the hub too.
 
     With --tp and --ep the program is that of each of tp x ep ranks: attention, dense MLPs and shared experts are split
     among all of them, routed experts are dealt out to ep groups and split among the tp ranks of a group.
     """
     stages = Stages(quiet=quiet or as_json)
-    folder = resolve(checkpoint, revision=revision)
-    if folder.is_dir():  # what is odd in it is said before torch is imported, which takes seconds
-        ModelConfig.load(folder)
-        check_files(folder)
-    from seekforge.exporter.rewrite.export import export as write_program
+    repo = parse_repo(checkpoint, revision)
+    with headers(checkpoint, revision=revision, say=stages) as folder:
+        if folder.is_dir():  # what is odd in it is said before torch is imported, which takes seconds
+            ModelConfig.load(folder)
+            check_files(folder)
+        from seekforge.exporter.rewrite.export import export as write_program
 
-    exported = write_program(
-        folder,
-        out,
-        numerics=NUMERICS[numerics],
-        layer_range=None if layers is None else parse_layers(layers),
-        num_layers=num_layers,
-        ranks=Ranks(tp, ep),
-        force=force,
-        progress=stages,
-    )
+        exported = write_program(
+            folder,
+            out,
+            numerics=NUMERICS[numerics],
+            layer_range=None if layers is None else parse_layers(layers),
+            num_layers=num_layers,
+            ranks=Ranks(tp, ep),
+            force=force,
+            progress=stages,
+        )
     stages.done()
     for warning in exported.warnings:
         echo(f"warning: {warning}", err=True)
     if as_json:
         write_json(_summary(exported, out, stages.seconds))
     elif not quiet:
-        for line in _sentences(exported, out, folder):
+        for line in _sentences(exported, out, checkpoint if repo is None else str(repo)):
             echo(line)
 
 
@@ -113,7 +114,7 @@ def _summary(exported: Exported, out: Path, seconds: dict[str, float]) -> dict[s
     }
 
 
-def _sentences(exported: Exported, out: Path, checkpoint: Path) -> list[str]:
+def _sentences(exported: Exported, out: Path, checkpoint: str) -> list[str]:
     nodes = " + ".join(str(count) for count in exported.num_nodes.values())
     inputs = " + ".join(str(count) for count in exported.num_weight_inputs.values())
     ops = sum(use.num_nodes for use in exported.program.ops.values())

@@ -237,9 +237,11 @@ def _quantisation(config: dict[str, Any], origin: str, notes: list[str]) -> None
     """Complete `quantization_config` of DeepSeek's format; refuse other formats by their names."""
     if config.get("quantization_config") is None:
         kept = config.get("compression_config")
-        what = "compression_config, as LLM Compressor writes it" if kept is not None else "no quantization_config"
+        what = (
+            "is missing" if kept is None else "is missing, and compression_config is there, as LLM Compressor writes it"
+        )
         raise ConfigError(
-            f"{origin}: has {what}: its weights are not in DeepSeek's FP8 format of 128×128 blocks (BF16 ones, "
+            f"{origin}: the key 'quantization_config' {what}: the weights are not in DeepSeek's FP8 format of 128×128 blocks (BF16 ones, "
             f"perhaps), and others are not read yet; {TAKE}"
         )
     given = config["quantization_config"]

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.config_forms import plain_form
@@ -19,15 +19,8 @@ from seekforge.plugins.formats.reading import read_json
 #: An FP8 weight block and an activation block, both along K (spec §5).
 FP8_BLOCK = 128
 MODEL_TYPE = "deepseek_v32"
-
-
-def _whole(value: Any) -> Any:
-    """A whole number written as 4096.0 is one."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Positive = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
-NotNegative = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
 
 
 class _Frozen(BaseModel):

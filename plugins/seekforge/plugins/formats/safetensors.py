@@ -103,7 +103,7 @@ class Checkpoint:
         index_path = folder / INDEX_FILE
         if index_path.exists():
             raw = _read_bytes(index_path)
-            weight_map = _parse_index(raw, index_path)
+            weight_map = parse_index(raw, index_path)
             files = sorted(set(weight_map.values()))
             _require_shards(folder, files)
             shards = {file: _read_shard(folder / file) for file in files}
@@ -208,7 +208,7 @@ class Checkpoint:
 # --- index --------------------------------------------------------------------------------------------------
 
 
-def _parse_index(raw: bytes, path: Path) -> dict[str, str]:
+def parse_index(raw: bytes, path: Path) -> dict[str, str]:
     """Return weight_map (tensor name -> shard file name) of an index."""
     index = _parse_json(raw, str(path))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
