@@ -163,8 +163,8 @@ def read_config(model: str) -> ModelConfig:
     raw = load_yaml("models", model)
     if raw is None:
         raise ConfigError(
-            f"{model}: neither a folder, nor a config.json, nor a name of configs/models ({', '.join(known('models'))}), "
-            "nor a Hugging Face repository (OWNER/NAME)"
+            f"{model}: neither a folder, nor a config.json, nor a name of configs/models "
+            f"({', '.join(known('models'))}), nor a Hugging Face repository (OWNER/NAME)"
         )
     return ModelConfig.parse(raw["config"], f"configs/models/{model}.yaml")
 

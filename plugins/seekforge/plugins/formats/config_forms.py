@@ -237,12 +237,10 @@ def _quantisation(config: dict[str, Any], origin: str, notes: list[str]) -> None
     """Complete `quantization_config` of DeepSeek's format; refuse other formats by their names."""
     if config.get("quantization_config") is None:
         kept = config.get("compression_config")
-        what = (
-            "is missing" if kept is None else "is missing, and compression_config is there, as LLM Compressor writes it"
-        )
+        what = "missing" if kept is None else "missing (compression_config is LLM Compressor's)"
         raise ConfigError(
-            f"{origin}: the key 'quantization_config' {what}: the weights are not in DeepSeek's FP8 format of 128×128 blocks (BF16 ones, "
-            f"perhaps), and others are not read yet; {TAKE}"
+            f"{origin}: the key 'quantization_config' is {what}: the weights are not in DeepSeek's FP8 format of 128×128 "
+            f"blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
         )
     given = config["quantization_config"]
     if not isinstance(given, dict):
