@@ -34,6 +34,8 @@ def show_audit(manifest: Manifest, console: Console) -> None:
         console.print(f"kernels: {_counts(audit.kernels) if audit.kernels else without}")
     for sm, version in manifest.min_driver.items():
         console.print(f"kernels of sm{sm} need {needs(version)}")
+    if audit.activation_bytes:
+        console.print(f"memory that plans share, by profile: {_activations(audit)}")
     size = audit.device_bytes
     total, usable, scratch = (size[key] / _GIB for key in ("total", "usable", "scratch"))
     console.print(
@@ -60,6 +62,15 @@ def _sums(audit: Audit) -> str:
     """Return the share of each precision, the largest first."""
     found = {precision: audit.share(precision) for precision in dict.fromkeys(one.precision for one in audit.products)}
     return ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _activations(audit: Audit) -> str:
+    """Return each profile's largest memory over all plans, and the plan that needs it."""
+    found: dict[str, tuple[int, str]] = {}
+    for plan, sizes in audit.activation_bytes.items():
+        for profile, size in sizes.items():
+            found[profile] = max(found.get(profile, (0, plan)), (size, plan), key=lambda one: one[0])
+    return ", ".join(f"{profile} {size / _GIB:.2f} GiB ({plan})" for profile, (size, plan) in found.items())
 
 
 def _shares(audit: Audit) -> Table:

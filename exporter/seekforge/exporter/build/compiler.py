@@ -42,7 +42,8 @@ class Compiled:
 
     `layers` and `products` are counted before fusion; `workspaces`: op_type -> most scratch that a plugin asked for;
     `taps`: debug tensor -> its type; `capturable`: whether runs of the plan can be captured in a CUDA graph, None where
-    the library does not say.
+    the library does not say; `activation_bytes`: memory that a context of each profile needs, scratch included, or none
+    where the library does not say.
     """
 
     layers: dict[str, int]
@@ -57,6 +58,7 @@ class Compiled:
     capturable: bool | None
     taps: dict[str, str] = field(default_factory=dict)
     workspaces: dict[str, int] = field(default_factory=dict)
+    activation_bytes: list[int] = field(default_factory=list)
 
 
 #: Phase -> the phase inside it that takes nearly all its time, as TensorRT-RTX 1.7 names them.

@@ -98,6 +98,11 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
         inlined=_in_all({name: one.inlined for name, one in made.prepared.items()}, made.uses),
         weight_input_bytes=planned.device_bytes["weights"],
         plan_bytes={name: one.plan_bytes for name, one in compiled.items()},
+        activation_bytes={
+            name: dict(zip(made.profiles, one.activation_bytes, strict=True))
+            for name, one in compiled.items()
+            if one.activation_bytes
+        },
         device_bytes=planned.device_bytes,
         oversize=planned.oversize,
         build_seconds={name: round(one.seconds, 3) for name, one in compiled.items()},

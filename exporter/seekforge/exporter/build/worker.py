@@ -31,6 +31,8 @@ from seekforge.plugins.terminal import echo
 _INTERVAL_S, _ALWAYS_DEPTH = 0.1, 2
 #: What TensorRT-RTX 1.7 says of a network that cannot have the flag: for what it knows, and in general.
 _UNCAPTURABLE = re.compile("kREQUIRE_USER_ALLOCATION is not compatible|requireUserAllocation && !isStreamCapturable")
+#: What both libraries say once for every optimisation profile, in order: what a context needs, scratch included.
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 
 class Reporter:
@@ -120,6 +122,7 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
         "version": trt.__version__,
         "taps": taps,
         "capturable": capturable,
+        "activation_bytes": _per_profile(logger.activation_bytes, len(request["profiles"])),
     }
 
 
@@ -138,6 +141,7 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, logger: Any) -> tu
     if plan is not None or not any(map(_UNCAPTURABLE.search, logger.errors[before:])):
         return plan, True
     del logger.errors[before:]
+    logger.activation_bytes.clear()
     echo("[WARNING] seekforge: not capturable, built without REQUIRE_USER_ALLOCATION", err=True)
     config.clear_flag(flag)
     return builder.build_serialized_network(network, config), False
@@ -270,6 +274,11 @@ def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any], monit
     return config
 
 
+def _per_profile(said: list[int], num_profiles: int) -> list[int]:
+    """Return the bytes of each profile, or none where the library did not say them all: then nothing is known."""
+    return said if len(said) == num_profiles else []
+
+
 def _products(network: Any) -> dict[str, int]:
     """Count native matrix products by the type that they multiply."""
     found: Counter[str] = Counter()
@@ -290,15 +299,19 @@ def _parser_messages(parser: Any, failures: list[str]) -> list[str]:
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
-        """Everything to the log, errors also kept."""
+        """Everything to the log; errors and sizes also kept."""
 
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.activation_bytes: list[int] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 self.errors.append(message)
+            said = _ACTIVATIONS.search(message)
+            if said:
+                self.activation_bytes.append(int(said[1]))
             if severity <= trt.ILogger.Severity.INFO:
                 echo(f"[{severity.name}] {message}", err=True)
 

@@ -11,6 +11,8 @@ from seekforge.exporter.model.layers import (
     RmsNorm,
     SumRanks,
     fp8_linear,
+    product,
+    product_per_head,
     rope_half_split,
     rope_interleaved,
     weight,
@@ -51,7 +53,7 @@ class Indexer(nn.Module):
         x = rope_half_split(x, step.cos, step.sin, num_heads or 1)
         if num_heads is not None:
             x = x.unflatten(-1, (num_heads, -1))
-        return x if step.hadamard is None else (x.float() @ step.hadamard).to(x.dtype)
+        return x if step.hadamard is None else product(x, step.hadamard).to(x.dtype)
 
     def key(self, raw: Tensor, step: Step) -> Tensor:
         """[B, Q, D] product of `wk` -> normed and rotated key, same shape."""
@@ -142,11 +144,11 @@ class Attention(nn.Module):
         if self.settings.form == "naive":
             o = self._naive(q_nope, q_pe, latent_cache, step, topk_indices)
         else:
-            q_latent = (q_nope.transpose(1, 2) @ self.w_uk).transpose(1, 2)
+            q_latent = product_per_head(q_nope, self.w_uk)
             o_latent = dsa_attention(
                 q_latent, q_pe, latent_cache, step.block_table, topk_indices, config.softmax_scale, kv_format
             )
-            o = (o_latent.transpose(1, 2) @ self.w_uv.transpose(1, 2)).transpose(1, 2)
+            o = product_per_head(o_latent, self.w_uv.transpose(1, 2))
         return self.sum_ranks(self.o_proj(o.flatten(2))), latent_cache, index_cache, topk_indices
 
     def _naive(self, q_nope: Tensor, q_pe: Tensor, latent_cache: Tensor, step: Step, topk: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seekforge.exporter.model.attention import Attention
-from seekforge.exporter.model.layers import CodedLinear, LinearF32, Mlp, RmsNorm, SumRanks, linear_f32, weight
+from seekforge.exporter.model.layers import CodedLinear, LinearF32, Mlp, RmsNorm, SumRanks, linear_f32, product, weight
 from seekforge.exporter.model.moe import Moe
 from seekforge.exporter.model.step import Settings, Step
 
@@ -237,6 +237,8 @@ class MtpModel(_StepModule):
         step = self._step(positions, slot_mapping, block_table)
         # embedding first, hidden second: the paper writes it the other way round, the weights do not (spec §6)
         pair = torch.cat([self.enorm(self.embed_tokens(input_ids)), self.hnorm(hidden_in)], dim=-1)
-        x, residual, caches, taps = self._run_layers(pair @ self.eh_proj.T, None, step, latent_caches, index_caches)
+        x, residual, caches, taps = self._run_layers(
+            product(pair, self.eh_proj.T), None, step, latent_caches, index_caches
+        )
         hidden, _ = self.norm.add(x, residual)
         return (hidden, *self._results(hidden, self.lm_head, logits_index), *caches, *taps)

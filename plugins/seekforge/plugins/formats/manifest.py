@@ -163,6 +163,9 @@ class Audit(Record):
         inlined: op_type -> nodes of a step whose body was inlined.
         weight_input_bytes: of all weight and table inputs.
         plan_bytes: plan -> size.
+        activation_bytes: plan -> profile -> memory that TensorRT says a step of it needs ("Total Activation Memory"):
+            what lives between its operators and their scratch. Plans run one after another and share it. A plan whose
+            compiler did not say is not listed.
         device_bytes: expected use of one GPU: weights, cache (one sequence of the longest context), scratch,
             activations, reserve, total and what is usable.
         oversize: more is expected than there is; such an engine does not load.
@@ -182,6 +185,7 @@ class Audit(Record):
     inlined: dict[str, int]
     weight_input_bytes: int
     plan_bytes: dict[str, int]
+    activation_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     device_bytes: dict[str, int]
     oversize: bool
     build_seconds: dict[str, float]

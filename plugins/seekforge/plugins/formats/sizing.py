@@ -30,6 +30,8 @@ CONTEXT_BYTES = 3 * GIB // 4
 GRAPH_BYTES = 1 * GIB
 COMMUNICATION_BYTES = 1 * GIB // 2
 UNUSABLE_SHARE = 0.02
+#: What TensorRT-RTX 1.7 keeps for its own matrix products, whatever their size, and a half more for splits of K.
+PRODUCT_BYTES = 12 << 20
 #: Tokens that one step may hold, in one prefill, when nothing else is said.
 DEFAULT_STEP_TOKENS = 2048
 
@@ -475,18 +477,30 @@ def operator_scratch_bytes(
 def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
     """Activations that live at once in the widest place of a step, and the logits of a decode step. An estimate.
 
-    Around attention: residual (f32) and hidden (bf16), queries before and after absorbing, outputs. In the MLPs: gate
-    and up in bf16 and f32. Two of each are counted, since results of one operator are inputs of the next; the two
-    places in which layers hand on the residual stream are among them.
+    The residual stream is counted ten times in bf16: as a layer takes it and as it hands it on, two values each, and
+    normed, summed in f32 and copied between. Beside it is the widest of three places. Attention: queries of all heads,
+    absorbed ones twice (in the order of the product and in that of the operator), outputs. Indexer: queries of all
+    heads, its own in bf16 and twice in f32. MLP: gate and up in bf16 and f32. TensorRT's own products have a workspace,
+    and those of a single token per head copy their weight. What TensorRT says of its plans is held against this by a
+    test.
     """
     heads, per_rank = config.num_attention_heads // layout.tp, -(-work.batch // layout.dp)
     tokens = max(min(work.step_tokens, work.context), per_rank * (1 + work.draft_tokens))
-    queries = heads * (config.qk_head_dim + config.latent_dim + config.kv_lora_rank + config.v_head_dim) * 2
-    indexer = config.index_n_heads * config.index_head_dim * 2 * 2
+    attention = heads * (config.qk_head_dim + 2 * config.kv_lora_rank + config.v_head_dim) * 2
+    indexer = heads * config.qk_head_dim * 2 + config.index_n_heads * config.index_head_dim * (2 + 4 + 4)
     mlp = max(config.intermediate_size, config.moe_intermediate_size * config.n_shared_experts) // layout.tp * 2 * 6
-    stream = config.hidden_size * (4 + 2 + 2 + 4)
-    logits = per_rank * (1 + work.draft_tokens) * config.vocab_size * 4 * 2
-    return 2 * tokens * (stream + max(queries + indexer, mlp)) + tokens * selection_bytes(config) + logits
+    stream = config.hidden_size * 2 * 10
+    products = PRODUCT_BYTES + heads * max(config.qk_nope_head_dim, config.v_head_dim) * config.kv_lora_rank * 2
+    return (
+        tokens * (stream + max(attention, indexer, mlp) + selection_bytes(config))
+        + products
+        + logits_bytes(config, layout, work)
+    )
+
+
+def logits_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
+    """Logits of a decode step, which a runtime holds beside what plans share, twice."""
+    return -(-work.batch // layout.dp) * (1 + work.draft_tokens) * config.vocab_size * 4 * 2
 
 
 def selection_bytes(config: ModelConfig) -> int:
