@@ -64,6 +64,7 @@ class Real:
 #: op -> inputs that have the rows, and the axis of the rows in them and in the output.
 _ROWS: Final[dict[str, tuple[tuple[int, ...], int]]] = {
     "BlockFp8Linear": ((0,), 0),
+    "Bf16Linear": ((0,), 0),
     "DsaIndexer": ((0, 1, 4), 1),
     "DsaAttention": ((0, 1, 4), 1),
     "MoeExperts": ((0, 1, 2), 0),
@@ -103,6 +104,17 @@ def linear(rows: int, n: int, k: int) -> Real:
         if (n, k) in _LINEAR_ANCHORS:
             anchor = f"{_LINEAR_ANCHORS[n, k]} TFLOPS at 4096 rows, H800, DeepGEMM PR 74"
     return Real("BlockFp8Linear", f"T={rows} {n}x{k}", {"act_quant": "ue8m0"}, make, target, anchor)
+
+
+def bf16_linear(rows: int, n: int, k: int) -> Real:
+    """A product with f32 results: the head, the router."""
+
+    def make() -> Case:
+        draw = Draw(rows)
+        return Case("Bf16Linear", "real", (draw.normal(rows, k).bfloat16(), draw.normal(n, k).bfloat16()), {})
+
+    target = ">= 80 % of copy bandwidth" if rows <= 64 and n * k > 30e6 else ""
+    return Real("Bf16Linear", f"T={rows} {n}x{k}", {}, make, target)
 
 
 def attention(b: int, q: int, heads: int = 128) -> Real:
@@ -216,6 +228,7 @@ def real_cases() -> list[Real]:
     """Return the shapes of kernels.md §A that have a published anchor, a target or a clear floor."""
     found = [linear(t, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384)) for t in (1, 32, 4096)]
     found += [linear(4096, 7168, 2048)]
+    found += [bf16_linear(t, 129280, 7168) for t in (1, 32)] + [bf16_linear(t, 256, 7168) for t in (1, 32, 2048)]
     found += [write(t) for t in (1, 256, 8192)] + [route(t) for t in (1, 256, 8192)]
     found += [indexer(1, 32768), indexer(32, 32768), indexer(1, 131072), indexer(64, 9344), indexer(1, 32768, 512)]
     found += [attention(1, 1), attention(64, 1), attention(128, 2), attention(1, 512)]

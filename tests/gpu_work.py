@@ -30,6 +30,11 @@ def linear_work(rows: int, n: int, k: int) -> Work:
     return Work(n * k + scales + 2 * rows * (n + k), 2 * rows * n * k, "fp8")
 
 
+def bf16_linear_work(rows: int, n: int, k: int) -> Work:
+    """x bf16 [rows, k] · weight bf16 [n, k] -> f32 [rows, n]."""
+    return Work(2 * n * k + rows * (4 * n + 2 * k), 2 * rows * n * k, "bf16")
+
+
 def write_work(tokens: int, *, latent: int, rope: int, index: int, kv_format: str) -> Work:
     """Latent, rotary key and indexer key in bf16, and a slot, into the caches."""
     if kv_format == "fp8_ds":
@@ -86,6 +91,8 @@ def work_of(case: Case) -> Work:
     match case.op:
         case "BlockFp8Linear":
             return linear_work(inputs["x"].numel() // bound["K"], bound["N"], bound["K"])
+        case "Bf16Linear":
+            return bf16_linear_work(inputs["x"].numel() // bound["K"], bound["N"], bound["K"])
         case "DsaCacheWrite":
             sizes = {"latent": bound["C"], "rope": bound["R"], "index": bound["D"]}
             return write_work(int((inputs["slot_mapping"] >= 0).sum()), kv_format=case.attrs["kv_format"], **sizes)

@@ -15,7 +15,8 @@ from graph_walker import Place, Walker
 from kernel_cases import packed_index, packed_latents
 from torch import Tensor
 
-from seekforge.exporter.build.prepare import prepare
+from seekforge.exporter.build.bf16_linears import bf16_linear_weights
+from seekforge.exporter.build.prepare import prepare, wide_weights
 from seekforge.exporter.model.session import StepInputs, TorchSession
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import to_torch
@@ -30,7 +31,7 @@ from seekforge.plugins.formats.program import Program, load_bindings, load_progr
 from seekforge.plugins.kernel_sizes import operators
 from seekforge.plugins.launch import has_fp8
 from seekforge.plugins.quant import latent_record_bytes
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.registry import BF16_LINEAR, SPECS
 from seekforge.plugins.specialisation import Specialisation
 from seekforge.plugins.tensorrt.launch import KERNELS, kernel_sm, read_index
 from seekforge.plugins.testing import Case, calc_diff
@@ -44,10 +45,10 @@ LAYER_DIFF: Final = 1e-5
 
 
 def kernel_ops(program: Program, kv_format: KvFormat) -> dict[str, dict[str, Any]]:
-    """Return op_type -> sizes and attributes of the kernels that a program's operators need."""
+    """Return op_type -> sizes and attributes of the kernels that a program's engines need."""
     config = ModelConfig.parse(program.config, "program")
     found = operators(config, kv_format=kv_format, numerics=program.numerics)
-    return {op: bound for op, bound in found.items() if op in program.ops}
+    return {op: bound for op, bound in found.items() if op in program.ops or op == BF16_LINEAR}
 
 
 def specialisation(sm: int, kv_format: KvFormat) -> Specialisation:
@@ -143,14 +144,16 @@ class Walk:
         how = specialisation(sm, kv_format)
         digests = {one["op"]: one["digest"] for one in read_index(engine / KERNELS) if one["sm"] == sm}
         recipes = load_bindings(program)["model"]
+        graph = onnx.load(program / loaded.graphs["model"].file)
         prepared = prepare(
-            onnx.load(program / loaded.graphs["model"].file),
+            graph,
             how,
             self.config,
             plugins=list(SPECS),
             products="fp8" if has_fp8(sm) else "bf16",
             digests=digests,
             weights=recipes,
+            bf16_linears=bf16_linear_weights(graph, wide_weights(graph, recipes)),
         )
         types = {value.name: FROM_ONNX[value.type.tensor_type.elem_type] for value in prepared.model.graph.input}
         weights = {}

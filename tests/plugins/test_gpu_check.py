@@ -18,7 +18,17 @@ import torch
 from gpu_device import Device, in_turns
 from gpu_judge import judge
 from gpu_table import Result, Roof, copies_for, line, markdown, measure_copy, settled, timed, write_report
-from gpu_work import Work, attention_work, experts_work, indexer_work, linear_work, route_work, work_of, write_work
+from gpu_work import (
+    Work,
+    attention_work,
+    bf16_linear_work,
+    experts_work,
+    indexer_work,
+    linear_work,
+    route_work,
+    work_of,
+    write_work,
+)
 from graph_walk import kernel_ops
 from graph_walker import HostPlace
 from host_device import HostDevice, check_guard, guarded, host_kernels, write_host_kernels
@@ -44,7 +54,7 @@ def test_a_case_of_every_operator_runs_through_the_harness(op: str) -> None:
     assert right, error
     assert device.driver.launches
     bent = tuple(t * 1.01 if t.is_floating_point() else t for t in case.expected())
-    if op in ("BlockFp8Linear", "DsaAttention", "MoeRoute", "MoeExperts"):
+    if op in ("BlockFp8Linear", "Bf16Linear", "DsaAttention", "MoeRoute", "MoeExperts"):
         assert not judge(case, got, bent)[0]
 
 
@@ -117,6 +127,7 @@ SMALL = [
     gpu_cases.route(4),
     gpu_cases.write(70),
     gpu_cases.linear(2, 256, 128),
+    gpu_cases.bf16_linear(2, 256, 128),
     gpu_cases.attention(1, 1, 16),
     gpu_cases.indexer(1, 128, 70),
 ]
@@ -148,6 +159,9 @@ def test_digests_tell_the_sets_of_kernels_apart() -> None:
         # kernels.md §A: 2·T·N·K and N·K + 2·T·(K + N) with the scales; 2.2 KB a token; 1.1 KB a token
         (linear_work(1, 2112, 7168), 15.16, 0.0303),
         (linear_work(4096, 24576, 1536), 251.7, 309.2),
+        # 2·N·K of the weight, 2·T·K in, 4·T·N out: the head of one token, the router of a prompt
+        (bf16_linear_work(1, 129280, 7168), 1853.9, 1.853),
+        (bf16_linear_work(2048, 256, 7168), 35.13, 7.516),
         (write_work(8192, latent=512, rope=64, index=128, kv_format="fp8_ds"), 18.06, 0),
         (write_work(1, latent=512, rope=64, index=128, kv_format="bf16"), 0.002824, 0),
         # one sequence of 128K: 17.3 MB of keys, 2.1 GFLOP, and a MB of scores written and read

@@ -34,6 +34,8 @@ def shapes_of(op: str, fixed: dict[str, Any], sizes: Sizes) -> tuple[Shapes, dic
             n, k = f["N"], f["K"]
             lead = (b, q) if f["axes"] == 2 else (b * q,)
             return [(*lead, k), (n, k), (cdiv(n, 128), k // 128)], {"act_quant": f["act_quant"]}
+        case "Bf16Linear":
+            return [(*((b, q) if f["axes"] == 2 else (b * q,)), f["K"]), (f["N"], f["K"])], {}
         case "DsaIndexer":
             shapes = [(b, q, f["Hi"], 128), (b, q, f["Hi"]), (64, 128), (b, mb), (b, q)]
             return shapes, {name: f[name] for name in ("index_topk", "indexer_fp8", "index_format")}
@@ -61,6 +63,9 @@ FIXED = {
             "axes": st.sampled_from([1, 2]),
             "act_quant": st.sampled_from(["ue8m0", "none"]),
         }
+    ),
+    "Bf16Linear": st.fixed_dictionaries(
+        {"N": st.one_of(st.integers(1, 600), st.integers(600, 130_000)), "K": _128, "axes": st.sampled_from([1, 2])}
     ),
     "DsaIndexer": st.fixed_dictionaries(
         {
@@ -108,7 +113,7 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     b, q, mb = largest["B"], largest["Q"], largest["MB"]
     most = {64, *(128 // splits for splits in range(1, 9))}  # rows up to which calls are split into so many parts
     rows = [(x, min(q, n // x)) for x in range(1, min(b, 128) + 1) for n in most if n >= x]
-    steps = {(b, q), (b, min(q, 255)), *rows} if op in ("BlockFp8Linear", "DsaAttention") else {(b, q)}
+    steps = {(b, q), (b, min(q, 255)), *rows} if op in ("BlockFp8Linear", "Bf16Linear", "DsaAttention") else {(b, q)}
     blocks = {mb}
     if op == "DsaIndexer":  # a slice has whole rows, so a shorter context may fill it better
         blocks |= {max(1, mb * n // 64) for n in range(1, 64)}

@@ -45,6 +45,12 @@ def test_linear() -> None:
     check(Case("BlockFp8Linear", "real", inputs, {"act_quant": "ue8m0"}))
 
 
+def test_router() -> None:
+    """The whole router of DeepSeek-V3.2; its K is split."""
+    draw = Draw(10)
+    check(Case("Bf16Linear", "real", (draw.normal(3, 7168).bfloat16(), draw.normal(256, 7168).bfloat16()), {}))
+
+
 def test_cache_write() -> None:
     draw = Draw(1)
     caches = torch.zeros(3, 64, 656, dtype=torch.int8), torch.zeros(3, 8448, dtype=torch.int8)

@@ -29,6 +29,8 @@ def described(op: str, how: Specialisation) -> tuple[dict[str, Any], list[Type],
         case "BlockFp8Linear":
             inputs = [(act, ["B", "Q", 7168]), (fp8, [2112, 7168]), ("f32", [17, 56])]
             return {"act_quant": "ue8m0"}, inputs, [(act, ["B", "Q", 2112])]
+        case "Bf16Linear":
+            return {}, [(act, ["B", "Q", 7168]), (act, [256, 7168])], [("f32", ["B", "Q", 256])]
         case "DsaCacheWrite":
             new: list[Type] = [(act, ["B", "Q", n]) for n in (512, 64, 128)]
             attrs = {"kv_format": kv, "index_format": kv, "kv_fp8": True, "indexer_fp8": True}
@@ -91,7 +93,7 @@ def build(model: onnx.ModelProto, inputs: dict[str, list[int | str]], targets: l
     return plan.nbytes
 
 
-OPS = ["BlockFp8Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MoeRoute", "MoeExperts"]
+OPS = ["BlockFp8Linear", "Bf16Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MoeRoute", "MoeExperts"]
 #: MoeExperts has no float8 body: TensorRT takes no float8 in a loop.
 FORMS = [(op, storage) for op in OPS for storage in ("int8", "float8") if (op, storage) != ("MoeExperts", "float8")]
 TYPES = [("f32", "f32"), ("f32", "bf16"), ("bf16", "bf16")]

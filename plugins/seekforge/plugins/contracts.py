@@ -117,6 +117,6 @@ def support(op: str, sm: int | None) -> str:
     if sm is None:
         return "f32, inlined"
     if op not in FP8_OPS:
-        return "plugin or inlined (f32)" if op in ("DsaIndexer", "DsaAttention") else "plugin or inlined"
+        return "plugin or inlined (f32)" if op in ("Bf16Linear", "DsaIndexer", "DsaAttention") else "plugin or inlined"
     products = "FP8 products" if has_fp8(sm) else "FP8 weights, BF16 products"
     return f"plugin: {products}; inlined: BF16 products"

@@ -11,6 +11,7 @@ from typing import Final
 
 import onnx
 
+import seekforge.plugins.bf16_linear.function as bf16_linear
 import seekforge.plugins.block_fp8_linear.function as block_fp8_linear
 import seekforge.plugins.dsa_attention.function as dsa_attention
 import seekforge.plugins.dsa_cache_write.function as dsa_cache_write
@@ -30,6 +31,7 @@ Body = Callable[[Attrs, Specialisation], onnx.FunctionProto]
 #: op_type -> what makes its body.
 BODIES: Final[dict[str, Body]] = {
     "BlockFp8Linear": block_fp8_linear.body,
+    "Bf16Linear": bf16_linear.body,
     "DsaCacheWrite": dsa_cache_write.body,
     "DsaIndexer": dsa_indexer.body,
     "DsaAttention": dsa_attention.body,

@@ -33,6 +33,7 @@ def operators(
     act_quant, kv_fp8, indexer_fp8 = (numerics[name] for name in ("act_quant", "kv_fp8", "indexer_fp8"))
     found: dict[str, dict[str, Any]] = {
         "BlockFp8Linear": {"act_quant": act_quant},
+        "Bf16Linear": {},
         "DsaCacheWrite": {
             "C": config.kv_lora_rank,
             "R": config.qk_rope_head_dim,
@@ -76,6 +77,7 @@ def operators(
 #: Operators that have kernels, in the order of the registry.
 WITH_KERNELS: Final[tuple[str, ...]] = (
     "BlockFp8Linear",
+    "Bf16Linear",
     "DsaCacheWrite",
     "DsaIndexer",
     "DsaAttention",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from seekforge.plugins.bf16_linear.spec import SPEC as _BF16_LINEAR
 from seekforge.plugins.block_fp8_linear.spec import SPEC as _BLOCK_FP8_LINEAR
 from seekforge.plugins.dsa_attention.spec import SPEC as _DSA_ATTENTION
 from seekforge.plugins.dsa_cache_write.spec import SPEC as _DSA_CACHE_WRITE
@@ -18,6 +19,7 @@ SPECS: Final[dict[str, OpSpec]] = {
     spec.name: spec
     for spec in (
         _BLOCK_FP8_LINEAR,
+        _BF16_LINEAR,
         _DSA_CACHE_WRITE,
         _DSA_INDEXER,
         _DSA_ATTENTION,
@@ -29,5 +31,7 @@ SPECS: Final[dict[str, OpSpec]] = {
 
 #: Operators whose products have FP8 weights: what precision is about.
 FP8_OPS: Final = (_BLOCK_FP8_LINEAR.name, _MOE_EXPERTS.name)
+#: The operator that a GPU build puts in place of products of BF16 weights with f32 results; programs have none.
+BF16_LINEAR: Final = _BF16_LINEAR.name
 #: Operators that know the cache's byte layout, which standard operators cannot read.
 CACHE_OPS: Final = (_DSA_CACHE_WRITE.name, _DSA_INDEXER.name, _DSA_ATTENTION.name)

@@ -43,7 +43,7 @@ def test_one_layer_at_real_width(checkpoint: Path, moe_layer: Path, sm: int, tmp
         inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
     )
     assert manifest.audit is not None
-    assert manifest.audit.layers["model"]["PLUGIN_V3"] == sum(use.num_nodes for use in inputs.program.ops.values())
+    assert manifest.audit.layers["model"]["PLUGIN_V3"] == sum(inputs.ops.values())
     assert manifest.audit.got == ("fp8" if sm >= 89 else "FP8 weights, BF16 products")
     assert manifest.audit.plan_bytes["model"] < 64 << 20, "a plan holds no weights"
     assert max(manifest.audit.workspaces.values()) == manifest.audit.device_bytes["scratch"]
@@ -62,12 +62,13 @@ def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
     )
     audit = manifest.audit
     assert audit is not None and audit.oversize and audit.inlined == {}
-    # per layer 6 linears, a cache write, an indexer, an attention; per MoE layer a router and experts
+    # per layer 6 linears, head weights, a cache write, an indexer, an attention; per MoE layer the router's product,
+    # a choice and experts; then the head
     runs = manifest.uses()
     assert runs == {"model.0.plan": 1, "model.1.plan": 2, "model.3.plan": 57, "model.60.plan": 1, "mtp.plan": 1}
     plugins = {plan: layers["PLUGIN_V3"] for plan, layers in audit.layers.items()}
-    assert plugins == {"model.0": 9, "model.1": 9, "model.3": 11, "model.60": 11, "mtp": 11}
-    assert sum(audit.plugins.values()) == 61 * (6 + 3) + 58 * 2 + 11
+    assert plugins == {"model.0": 10, "model.1": 10, "model.3": 13, "model.60": 14, "mtp": 14}
+    assert sum(audit.plugins.values()) == 61 * (7 + 3) + 58 * 3 + 1 + 14
     assert audit.share("fp8") > 0.6
     assert manifest.capturable == dict.fromkeys(plugins, True)
     assert max(audit.build_peak_bytes.values()) < 1 << 29

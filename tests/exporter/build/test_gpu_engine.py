@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import pytest
@@ -90,9 +91,9 @@ def build(inputs: Inputs, target: TargetConfig, out: Path, choices: Choices | No
 @pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
 def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Path) -> None:
     manifest = build(inputs, load_target(name), tmp_path / "engine")
-    uses = inputs.program.ops
+    uses = inputs.ops
     assert manifest.audit is not None
-    assert manifest.audit.plugins == {op: use.num_nodes for op, use in uses.items()}
+    assert manifest.audit.plugins == uses
     assert manifest.audit.inlined == {}
     assert max(manifest.audit.workspaces.values()) == manifest.audit.device_bytes["scratch"]
     for graph, layers in manifest.audit.layers.items():
@@ -102,7 +103,7 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
     assert runs == {"model.0.plan": 1, "model.1.plan": 2, "model.3.plan": 1, "mtp.plan": 1}
     assert manifest.capturable == dict.fromkeys(["model.0", "model.1", "model.3", "mtp"], True)
     counted = sum(runs[f"{plan}.plan"] * layers["PLUGIN_V3"] for plan, layers in manifest.audit.layers.items())
-    assert counted == sum(use.num_nodes for use in uses.values())
+    assert counted == sum(uses.values())
     fp8 = [one for one in manifest.audit.products if one.what in FP8_OPS]
     assert {one.precision for one in fp8} == {"fp8"}
     assert sum(one.share for one in manifest.audit.products) == pytest.approx(1.0, abs=1e-4)
@@ -221,7 +222,7 @@ def test_a_model_in_several_plans(inputs: Inputs, tmp_path: Path, most: int | No
         assert layers == ({number} if most is None else {2 * number, 2 * number + 1})
         assert stage.aliases.items() <= whole.aliases.items() and len(stage.aliases) == 2 * len(layers)
     assert manifest.audit is not None
-    assert manifest.audit.plugins == {op: use.num_nodes for op, use in inputs.program.ops.items()}
+    assert manifest.audit.plugins == inputs.ops
     plans = {Path(file).stem for file in files} | {"mtp"}
     assert manifest.audit.plan_bytes.keys() == plans == manifest.profiles["decode"].keys()
     listed = [file.path for file in manifest.files if file.path.endswith(".plan")]
@@ -445,7 +446,7 @@ def test_layers_that_fit_count_what_the_ends_hold_beside_them(inputs: Inputs) ->
     sizes: dict[str, int] = {}
     for graph, face in inputs.program.graphs.items():
         for spec in (*face.with_role("weight"), *face.with_role("table")):
-            dtype = "f32" if spec.name in inputs.wide[graph] else spec.dtype
+            dtype = "f32" if spec.name in inputs.wide(SPECS)[graph] else spec.dtype
             sizes[spec.name] = itemsize(dtype) * math.prod(map(int, spec.shape))
     tables = tuple(spec.name for spec in inputs.program.graphs["model"].with_role("table"))
     behind = tuple(name for name in sizes if not name.startswith(("layers.0.", "layers.1.", "layers.2.", *tables)))
@@ -650,12 +651,16 @@ def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: Planned) -
             plugins=planned.plugins,
             products="fp8",
             digests={},
+            weights=planned.wide[name],
+            bf16_linears=planned.bf16_linears[name],
         )
         weights = [spec.name for spec in inputs.program.graphs[name].with_role("weight")]
         found = audit.products(
             ready.operators, config, weights=weights, plugins=planned.plugins, precision="fp8", context=4096
         )
         total += sum(one.flops for one in found)
+        head = next(one for one in found if one.what == "lm_head")
+        assert (head.face, head.precision) == ("plugin", "bf16")
     expected = linear_flops(config).total + attention_flops(config, 4096).total
     assert config.mtp_layer is not None
     expected += linear_flops(config, layer_matrices(config, config.mtp_layer)).total
@@ -663,26 +668,47 @@ def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: Planned) -
     assert total == pytest.approx(expected, rel=1e-6)
 
 
-def test_weights_that_are_read_as_f32_are_f32_inputs(inputs: Inputs, planned: Planned) -> None:
-    """No plan converts a weight in every step; what converts it is the recipe, and memory is counted like that."""
+@pytest.mark.parametrize("plugins", ["all", "none"])
+def test_no_plan_converts_a_weight_in_every_step(inputs: Inputs, plugins: Literal["all", "none"]) -> None:
+    """What is only multiplied keeps its two bytes where a plugin multiplies it; all else that is read as f32 is f32,
+    and what converts it is the recipe. Memory is counted like that."""
+    target = load_target("rtx4090", ["precision=bf16", "kv_format=bf16"])
+    planned = check(inputs, target, Choices(plugins=plugins))
     for name, graph in inputs.graphs.items():
+        wide, linears = planned.wide[name], planned.bf16_linears.get(name, set())
         ready = prepare(
             graph,
             planned.how,
             inputs.config,
             plugins=planned.plugins,
-            products="fp8",
+            products="bf16",
             digests={},
-            weights=inputs.wide[name],
+            weights=wide,
+            bf16_linears=linears,
         )
         types = {value.name: value.type.tensor_type.elem_type for value in ready.model.graph.input}
         converted = {node.input[0] for node in ready.model.graph.node if node.op_type == "Cast"} & types.keys()
         assert not [one for one in converted if one in inputs.bindings[name]]
-        assert {one for one in inputs.wide[name] if types[one] == onnx.TensorProto.FLOAT} == inputs.wide[name]
-        assert {"lm_head.weight", "norm.weight"} <= inputs.wide[name]
+        assert {one for one in wide if types[one] == onnx.TensorProto.FLOAT} == wide
+        multiplied = {"lm_head.weight"} | {
+            one for one in types if one.endswith(("mlp.gate.weight", "weights_proj.weight"))
+        }
+        assert wide & multiplied == (set() if plugins == "all" else multiplied) and "norm.weight" in wide
+        assert linears == (multiplied if plugins == "all" else set())
+        narrow = {node.input[1]: node.name for node in ready.model.graph.node if node.op_type == "Bf16Linear"}
+        assert narrow.keys() == linears and ready.plugins.get("Bf16Linear", 0) == len(linears)
+        assert all(types[one] == onnx.TensorProto.BFLOAT16 and place(narrow[one]) for one in linears)
         assert types["embed_tokens.weight"] == onnx.TensorProto.BFLOAT16
-    recipes = json.loads(gpu_manifest._bindings_text(inputs, planned.how))["graphs"]
-    assert {recipes[name]["lm_head.weight"]["dtype"] for name in inputs.graphs} == {"f32"}
+    recipes = json.loads(gpu_manifest._bindings_text(inputs, planned.how, planned.wide))["graphs"]
+    dtype = "bf16" if plugins == "all" else "f32"
+    assert {recipes[name]["lm_head.weight"]["dtype"] for name in inputs.graphs} == {dtype}
+    whole = check(inputs, target, Choices()).device_bytes["weights"]
+    more = sum(
+        2 * math.prod(map(int, inputs.program.graphs[graph].named(one).shape))
+        for graph, names in inputs.bf16_linears.items()
+        for one in names - (set() if graph == "model" else {"lm_head.weight"})
+    )
+    assert planned.device_bytes["weights"] == whole + (0 if plugins == "all" else more)
 
 
 def test_a_weight_that_something_else_reads_too_keeps_its_type() -> None:

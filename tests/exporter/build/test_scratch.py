@@ -18,7 +18,7 @@ from seekforge.exporter.progress import Stages
 from seekforge.exporter.rewrite.export import export
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import NUMERICS
-from seekforge.plugins.formats.scratch import linear_shapes
+from seekforge.plugins.formats.scratch import bf16_linear_shapes, linear_shapes
 from seekforge.plugins.formats.sizing import Layout, Workload
 
 CHOICES = Choices(plugins="all", kernels=False)
@@ -40,6 +40,12 @@ def test_the_linears_that_are_counted_are_those_of_the_graph(inputs: Inputs) -> 
         shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.graph.input}
         found |= {shapes[node.input[1]] for node in graph.graph.node if node.op_type == "BlockFp8Linear"}
     assert found == set(linear_shapes(inputs.config))
+    narrow = {
+        tuple(map(int, inputs.program.graphs[graph].named(name).shape))
+        for graph, names in inputs.bf16_linears.items()
+        for name in names
+    }
+    assert narrow == set(bf16_linear_shapes(inputs.config))
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_batch_size": 3, "max_num_batched_tokens": 40}, {"max_model_len": 128}])
@@ -78,5 +84,5 @@ def test_the_plugins_of_an_engine_ask_for_what_was_expected(tiny_checkpoint: Pat
     )
     audit = manifest.audit
     assert audit is not None and len(manifest.profiles) == 3
-    assert set(audit.workspaces) == set(inputs.program.ops)
+    assert set(audit.workspaces) == set(inputs.ops)
     assert max(audit.workspaces.values()) == audit.device_bytes["scratch"]

@@ -124,9 +124,9 @@ def test_decode_is_bounded_by_what_it_reads(full: ModelConfig) -> None:
     h200 = load_target("h200")
     found = speed(full, h200, Layout(), Workload(1024), FP8)
     assert found.decode_bound == "memory"
-    wide = 129_280 * 7168 + 58 * 256 * 7168 + 61 * 64 * 7168  # head, routers and the indexers' head weights in f32
-    active = 37.5e9 + 61 * 128 * 256 * 512 + 3 * wide  # else one byte each; kv_b in BF16
-    assert 4.8e12 / found.decode_tokens_per_s == pytest.approx(active, rel=0.02)
+    two = 129_280 * 7168 + 58 * 256 * 7168 + 61 * (64 * 7168 + 128 * 256 * 512)  # head, routers, head weights, kv_b
+    active = 37.5e9 + two  # else one byte each
+    assert 4.8e12 / found.decode_tokens_per_s == pytest.approx(active, rel=0.01), "f32 routers and head: 6 % more"
     large = speed(full, h200, Layout(), Workload(1024, 4096), FP8)
     assert large.decode_bound == "compute"
     assert large.decode_tokens_per_s > found.decode_tokens_per_s

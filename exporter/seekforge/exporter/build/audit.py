@@ -19,7 +19,7 @@ from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.manifest import Share
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.sizing import attention_flops, indexer_flops
-from seekforge.plugins.registry import FP8_OPS
+from seekforge.plugins.registry import BF16_LINEAR, FP8_OPS
 from seekforge.plugins.spec import DOMAIN
 
 Face = Literal["plugin", "inlined", "native"]
@@ -73,6 +73,8 @@ def products(
         elif node.domain == DOMAIN and node.op_type == "BlockFp8Linear":
             work = 2.0 * math.prod(shapes[node.input[1]])
             found.append(Product(node.op_type, face, precision if face == "plugin" else "bf16", work))
+        elif node.domain == DOMAIN and node.op_type == BF16_LINEAR:
+            found.append(Product(_kind(node.input[1]), face, "bf16", 2.0 * math.prod(shapes[node.input[1]])))
         elif node.domain == DOMAIN and node.op_type == "MoeExperts":
             per_expert = math.prod(shapes[node.input[3]][1:]) + math.prod(shapes[node.input[5]][1:])
             work = 2.0 * config.num_experts_per_tok * per_expert

@@ -431,7 +431,7 @@ def _cpu_dry_run(planned: CpuPlanned, target: TargetConfig, out: Path, as_json: 
 
 
 def _dry_run(inputs: Inputs, planned: Planned, missing: list[str], out: Path, as_json: bool, quiet: bool) -> None:
-    ops = {op: use.num_nodes for op, use in inputs.program.ops.items()}
+    ops = inputs.ops
     target = planned.target
     facts = {
         "path": str(out),

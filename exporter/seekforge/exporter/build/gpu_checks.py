@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import onnx
 
+from seekforge.exporter.build.bf16_linears import bf16_linear_weights
 from seekforge.exporter.build.common import check_program, check_same_model, check_takes, read_graph
 from seekforge.exporter.build.compiler import Options
 from seekforge.exporter.build.generation import read_generation
@@ -40,7 +41,8 @@ from seekforge.plugins.formats.sizing import (
     selection_bytes,
     usable_bytes,
 )
-from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, SPECS
+from seekforge.plugins.kernel_sizes import WITH_KERNELS
+from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, SPECS
 from seekforge.plugins.spec import cdiv, evaluate_dim
 from seekforge.plugins.specialisation import Specialisation
 from seekforge.plugins.tensorrt.library import installed_version, large_tensor_fault
@@ -88,7 +90,8 @@ class Planned:
         limits: of the engine.
         device_bytes: expected use of one GPU.
         oversize: more is expected than there is.
-        pool_blocks: graph -> most cache blocks.
+        wide: graph -> weight inputs that the engine holds in f32.
+        bf16_linears: graph -> weight inputs whose products are `Bf16Linear` plugins.
     """
 
     target: TargetConfig
@@ -98,6 +101,8 @@ class Planned:
     limits: Limits
     device_bytes: dict[str, int]
     oversize: bool
+    wide: dict[str, set[str]]
+    bf16_linears: dict[str, set[str]]
 
 
 @dataclass(frozen=True)
@@ -106,16 +111,30 @@ class Inputs:
 
     Attributes:
         graphs: as the program's files have them, without weights.
-        wide: graph -> weight inputs that its engines hold in f32 (`prepare.wide_weights`).
+        read_wide: graph -> BF16 weight inputs that it reads as f32 alone (`prepare.wide_weights`).
+        bf16_linears: graph -> those of them that it only multiplies (`bf16_linear_weights`).
     """
 
     folder: Path
     program: Program
     graphs: dict[str, onnx.ModelProto]
-    wide: dict[str, set[str]]
+    read_wide: dict[str, set[str]]
+    bf16_linears: dict[str, set[str]]
     bindings: dict[str, dict[str, Recipe]]
     config: ModelConfig
     weights: WeightSource
+
+    @property
+    def ops(self) -> dict[str, int]:
+        """op_type -> nodes of an engine, in the order of the registry: the program's, and one for each bf16 linear."""
+        counts = {op: use.num_nodes for op, use in self.program.ops.items()}
+        counts[BF16_LINEAR] = sum(map(len, self.bf16_linears.values()))
+        return {op: counts[op] for op in SPECS if counts.get(op)}
+
+    def wide(self, plugins: Collection[str]) -> dict[str, set[str]]:
+        """Return graph -> weight inputs that an engine with these plugins holds in f32."""
+        linears = self.bf16_linears if BF16_LINEAR in plugins else {}
+        return {name: wide - linears.get(name, set()) for name, wide in self.read_wide.items()}
 
 
 def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
@@ -134,7 +153,9 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
         name: wide_weights(graph, [spec.name for spec in program.graphs[name].with_role("weight")])
         for name, graph in graphs.items()
     }
-    inputs = Inputs(program_folder, program, graphs, wide, bindings, config, WeightSource(path=None, index_digest=None))
+    linears = {name: bf16_linear_weights(graph, wide[name]) for name, graph in graphs.items()}
+    nowhere = WeightSource(path=None, index_digest=None)
+    inputs = Inputs(program_folder, program, graphs, wide, linears, bindings, config, nowhere)
     if checkpoint_folder is None:
         return inputs
     with open_checkpoint(checkpoint_folder) as opened:
@@ -155,7 +176,7 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
     """
     program, config = inputs.program, inputs.config
     limits = _check_limits(target.limits, config)
-    ops = tuple(op for op in SPECS if op in program.ops)
+    ops = tuple(inputs.ops)
     fault = _fault(target, program, config, ops, choices.plugins)
     if fault:
         raise TargetError(f"{fault}; {_remedy(target, program, config, ops, choices.plugins)}")
@@ -166,11 +187,21 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
         raise TargetError(f"target {target.name}: {large}")
     storage = "float8" if target.has_fp8 and "MoeExperts" not in inlined else "int8"
     how = Specialisation("bf16", storage, target.kv_format, "trt")
-    device = expected_bytes(inputs, target, limits, choices.most_layers)
+    device = expected_bytes(inputs, target, limits, choices.most_layers, plugins)
     oversize = device["total"] > device["usable"]
     if oversize and not choices.allow_oversize:
-        raise TargetError(_what_would_fit(inputs, target, limits, choices.most_layers, device))
-    return Planned(target, plugins, inlined, how, limits, device, oversize)
+        raise TargetError(_what_would_fit(inputs, target, limits, choices.most_layers, plugins, device))
+    return Planned(
+        target=target,
+        plugins=plugins,
+        inlined=inlined,
+        how=how,
+        limits=limits,
+        device_bytes=device,
+        oversize=oversize,
+        wide=inputs.wide(plugins),
+        bf16_linears=inputs.bf16_linears if BF16_LINEAR in plugins else {},
+    )
 
 
 def _check_limits(limits: Limits, config: ModelConfig) -> Limits:
@@ -272,7 +303,13 @@ def _choose_plugins(config: ModelConfig, ops: tuple[str, ...], wanted: PluginCho
             return tuple(op for op in ops if not refusals(config, plugins=[op], ops=[op]))
 
 
-def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_layers: int | None) -> dict[str, int]:
+def expected_bytes(
+    inputs: Inputs,
+    target: TargetConfig,
+    limits: Limits,
+    plan_layers: int | None,
+    plugins: Collection[str] = WITH_KERNELS,
+) -> dict[str, int]:
     """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has.
 
     Plans reserve memory for the largest step of each profile, so that is counted, also where no step gets so large.
@@ -280,6 +317,7 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_la
     Args:
         inputs, target, limits: of the engine.
         plan_layers: most layers of one plan, None: all. Each has a place of its own for what it chooses.
+        plugins: op_types that run as plugins.
     """
     assert target.gpu is not None
     config = inputs.config
@@ -289,7 +327,7 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_la
     tokens = max(batch * queries for batch, queries in steps)
     widest = Workload(max(limits.max_model_len, tokens), limits.max_batch_size, tokens)
     found = {
-        "weights": weight_input_bytes(inputs),
+        "weights": weight_input_bytes(inputs, plugins),
         "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
         "scratch": max(
             operator_scratch_bytes(
@@ -307,9 +345,9 @@ def expected_bytes(inputs: Inputs, target: TargetConfig, limits: Limits, plan_la
     return found | {"total": sum(found.values()), "usable": usable_bytes(target.gpu.memory_gib)}
 
 
-def weight_input_bytes(inputs: Inputs) -> int:
+def weight_input_bytes(inputs: Inputs, plugins: Collection[str] = WITH_KERNELS) -> int:
     """Bytes of all weight and table inputs of an engine; what two graphs make of the same tensors is held once."""
-    return sum(one.num_bytes for one in _held(inputs))
+    return sum(one.num_bytes for one in _held(inputs, plugins))
 
 
 @dataclass(frozen=True)
@@ -322,20 +360,21 @@ class _Held:
     num_bytes: int
 
 
-def _held(inputs: Inputs) -> Iterator[_Held]:
+def _held(inputs: Inputs, plugins: Collection[str]) -> Iterator[_Held]:
+    wide = inputs.wide(plugins)
     held: dict[str, list[tuple[str, Recipe]]] = {}  # input -> each type and recipe that it has in some graph
     for graph, face in inputs.program.graphs.items():
         for spec in face.inputs:
             if spec.role not in ("weight", "table"):
                 continue
-            one = ("f32" if spec.name in inputs.wide[graph] else spec.dtype, inputs.bindings[graph][spec.name])
+            one = ("f32" if spec.name in wide[graph] else spec.dtype, inputs.bindings[graph][spec.name])
             if one not in held.setdefault(spec.name, []):
                 held[spec.name].append(one)
                 size = itemsize(one[0]) * math.prod(int(size) for size in spec.shape)
                 yield _Held(graph, spec.name, spec.role, size)
 
 
-def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int) -> int:
+def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: Collection[str] = WITH_KERNELS) -> int:
     """Return the most consecutive layers of the program whose weights, tables and caches are at most `num_bytes`.
 
     With the first layer goes the embedding, with the last one the head and the MTP module, which embeds tokens too.
@@ -344,13 +383,14 @@ def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int) -> int:
         inputs: the program.
         num_bytes: what there is for them.
         cache_bytes: of all layers together, that of the MTP module included.
+        plugins: op_types that run as plugins.
     """
     start, stop = inputs.program.layer_range
     mtp = len(inputs.program.graphs) - 1
     per_cache = cache_bytes / (stop - start + mtp)
     layers = [per_cache] * (stop - start)
     tables = embedding = behind = 0
-    for one in _held(inputs):
+    for one in _held(inputs, plugins):
         layer = _LAYER.match(one.name) if one.graph == "model" else None
         if layer is not None:
             layers[int(layer[1]) - start] += one.num_bytes
@@ -377,7 +417,12 @@ def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
 
 
 def _what_would_fit(
-    inputs: Inputs, target: TargetConfig, limits: Limits, plan_layers: int | None, device: Mapping[str, int]
+    inputs: Inputs,
+    target: TargetConfig,
+    limits: Limits,
+    plan_layers: int | None,
+    plugins: Collection[str],
+    device: Mapping[str, int],
 ) -> str:
     """Say by how much it does not fit, and the largest number that would."""
     needs = f"needs {device['total'] / GIB:.1f} GiB, {target.name} has {device['usable'] / GIB:.1f} GiB usable"
@@ -385,14 +430,14 @@ def _what_would_fit(
     while low < high:
         middle = (low + high + 1) // 2
         tried = limits.model_copy(update={"max_model_len": middle * BLOCK_SIZE})
-        sizes = expected_bytes(inputs, target, tried, plan_layers)
+        sizes = expected_bytes(inputs, target, tried, plan_layers, plugins)
         low, high = (middle, high) if sizes["total"] <= sizes["usable"] else (low, middle - 1)
     allow = "or pass --allow-oversize to build what will not load"
     if low:
         return f"the engine {needs}; pass --max-model-len {low * BLOCK_SIZE} at most, {allow}"
     start, stop = inputs.program.layer_range
     other = device["total"] - device["weights"] - device["cache"]
-    count = layers_that_fit(inputs, device["usable"] - other, device["cache"])
+    count = layers_that_fit(inputs, device["usable"] - other, device["cache"], plugins)
     remedy = (
         f"at most {count} of its {stop - start} layers fit: export stages with --layers"
         if count

@@ -163,7 +163,7 @@ def _jobs(
     jobs: dict[str, Job] = {}
     forms: dict[str, Form] = {}
     for number, (plan, graph) in enumerate(_ranges(name, inputs, choices.most_layers)):
-        form = form_of(graph, inputs.wide[name])
+        form = form_of(graph, planned.wide[name])
         if form.digest in jobs:
             names = dict(zip(forms[form.digest].names, form.names, strict=True))
             jobs[form.digest].stages.append(Stage(number, names))
@@ -176,7 +176,8 @@ def _jobs(
             products=target.products,
             digests=digests,
             taps=choices.taps,
-            weights=inputs.wide[name],
+            weights=planned.wide[name],
+            bf16_linears=planned.bf16_linears.get(name, ()),
         )
         face = describe(ready.model, canonical, f"{plan}.plan")
         blocks = pool_blocks(face, planned.limits, budget, per_block)

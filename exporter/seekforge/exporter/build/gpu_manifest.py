@@ -161,7 +161,7 @@ def make_manifest(
     _, distribution, _ = MODULES[target.backend]
     version = next(iter(made.compiled.values())).version
     files = copy_text_files(program, inputs.folder, folder)
-    (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how), encoding="utf-8")
+    (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how, planned.wide), encoding="utf-8")
     plans = dict.fromkeys(stage.file for name, face in faces.items() for stage in made.stages.get(name, (face,)))
     files += [BINDINGS, write_target(folder, target, planned.limits), *plans, *kernel_files(folder, made.kernels)]
     if (folder / weight_digests.FILE).exists():
@@ -225,7 +225,7 @@ def make_manifest(
     )
 
 
-def _bindings_text(inputs: Inputs, how: Specialisation) -> str:
+def _bindings_text(inputs: Inputs, how: Specialisation, wide: Mapping[str, set[str]]) -> str:
     """bindings.json of the engine: the program's recipes in the dtypes of the engine."""
 
     def recipe(canonical: Recipe, *, wide: bool) -> Recipe:
@@ -233,7 +233,7 @@ def _bindings_text(inputs: Inputs, how: Specialisation) -> str:
         return cast(mine, "f32") if wide else mine
 
     graphs = {
-        graph: {name: recipe(one, wide=name in inputs.wide[graph]).to_dict() for name, one in recipes.items()}
+        graph: {name: recipe(one, wide=name in wide[graph]).to_dict() for name, one in recipes.items()}
         for graph, recipes in inputs.bindings.items()
     }
     return json.dumps({"format": PROGRAM_FORMAT, "graphs": graphs}, ensure_ascii=False, separators=(",", ":")) + "\n"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper, inliner
 
+from seekforge.exporter.build.bf16_linears import use_bf16_linear
 from seekforge.exporter.build.rope import write_out_rope
 from seekforge.exporter.parity.taps import name_taps, tap_shape
 from seekforge.exporter.rewrite.specialise import specialise
@@ -54,6 +55,7 @@ def prepare(
     digests: dict[str, str],
     taps: bool = False,
     weights: Collection[str] = (),
+    bf16_linears: Collection[str] = (),
 ) -> Prepared:
     """Specialise a canonical graph and decide the face of every custom node.
 
@@ -66,11 +68,13 @@ def prepare(
         digests: op_type -> digest of its kernels for the plugins, where there are kernels.
         taps: give the tensors inside each layer the names that `parity` knows.
         weights: inputs that may change their type, see `widen_weights`.
+        bf16_linears: weights whose products become `Bf16Linear`, see `use_bf16_linear`.
 
     Raises:
         ProgramError: an operator that is to be inlined has no body for `how`.
     """
     specialised = specialise(model, how, config)
+    use_bf16_linear(specialised, bf16_linears)
     widen_weights(specialised, weights)
     names = tuple(name_taps(specialised)) if taps else ()
     collectives = to_collectives(specialised)

@@ -32,7 +32,7 @@ from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Recipe
 from seekforge.plugins.formats.dtypes import ONNX
 from seekforge.plugins.onnx_schema import register_schemas
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.registry import BF16_LINEAR, SPECS
 from seekforge.plugins.spec import DOMAIN, DOMAIN_VERSION, OpSpec
 from seekforge.plugins.torch_ops import DTYPE_NAMES
 
@@ -205,7 +205,7 @@ def _export(model: StepModel | MtpModel, inputs: list[_Input]) -> torch.export.E
 
 
 def translation_table() -> dict[Any, Any]:
-    """Return torch operator -> function that emits our ONNX node."""
+    """Return torch operator -> function that emits our ONNX node, for the operators that programs have."""
     opset = values.Opset(DOMAIN, DOMAIN_VERSION)
 
     def translate(spec: OpSpec) -> Callable[..., Any]:
@@ -220,7 +220,11 @@ def translation_table() -> dict[Any, Any]:
         return node
 
     namespace = getattr(torch.ops, DOMAIN)
-    return {getattr(namespace, spec.torch_name).default: translate(spec) for spec in SPECS.values()}
+    return {
+        getattr(namespace, spec.torch_name).default: translate(spec)
+        for spec in SPECS.values()
+        if spec.name != BF16_LINEAR
+    }
 
 
 def _convert(exported: torch.export.ExportedProgram, inputs: list[_Input], outputs: list[str]) -> ir.Model:

@@ -88,6 +88,14 @@ def linear_shapes(config: ModelConfig, *, tp: int = 1) -> list[tuple[int, int]]:
     return found
 
 
+def bf16_linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """Return (out features, in features) of each kind of `Bf16Linear` in a model; every rank has them whole."""
+    outs = {config.index_n_heads, config.vocab_size}  # the indexer's head weights, the head
+    if config.first_k_dense_replace < config.num_hidden_layers:
+        outs.add(config.n_routed_experts)
+    return [(out, config.hidden_size) for out in sorted(outs)]
+
+
 def _calls(
     config: ModelConfig, batch: int, queries: int, context: int, kv_format: str, act_quant: str, tp: int, dp: int
 ) -> Iterator[tuple[str, list[tuple[int, ...]], dict[str, Any]]]:
@@ -96,6 +104,8 @@ def _calls(
     quant = {"act_quant": act_quant}
     for n, k in linear_shapes(c, tp=tp):
         yield "BlockFp8Linear", [(batch, queries, k), (n, k), (cdiv(n, FP8_BLOCK), cdiv(k, FP8_BLOCK))], quant
+    for n, k in bf16_linear_shapes(c):
+        yield "Bf16Linear", [(batch * queries, k), (n, k)], {}
     pool = (BLOCK_SIZE,)  # how many slots the caches have does not matter
     yield (
         "DsaIndexer",

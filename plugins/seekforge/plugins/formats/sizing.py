@@ -22,8 +22,9 @@ KvFormat = Literal["f32", "bf16", "fp8_ds"]
 Sharding = Literal["none", "tensor", "experts"]
 
 GIB = 1 << 30
-#: BF16 in the checkpoint and read as f32 in every step (spec §5.3), so engines convert them once.
-_HELD_IN_F32 = ("indexer.weights_proj", "norms", "gate", "mtp norms", "norm", "lm_head")
+#: BF16 in the checkpoint and read as f32 in every step, so engines convert them once. What is multiplied stays BF16:
+#: `Bf16Linear` gives f32 results all the same (spec §5.3).
+_HELD_IN_F32 = ("norms", "mtp norms", "norm")
 #: What a rank needs beside weights, cache and scratch: CUDA context and libraries, captured graphs (of one shape each),
 #: communication buffers when there is more than one rank, and a share of memory that the allocator cannot use.
 CONTEXT_BYTES = 3 * GIB // 4
@@ -160,7 +161,7 @@ def weight_bytes(config: ModelConfig, *, mtp: bool = False, precision: Precision
 def held_bytes(matrix: Matrix, precision: Precision) -> int:
     """Bytes of a matrix as an engine holds it.
 
-    `kv_b_proj` is dequantised to BF16 for the absorbed form; BF16 weights of products and norms in f32 are f32.
+    `kv_b_proj` is dequantised to BF16 for the absorbed form; norms are f32.
     """
     if matrix.name in _HELD_IN_F32:
         return 4 * matrix.elements

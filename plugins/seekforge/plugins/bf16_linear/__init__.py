@@ -1,0 +1,1 @@
+"""`Bf16Linear`: y = x · Wᵀ of bf16 values with results in f32."""

@@ -1,0 +1,17 @@
+"""`Bf16Linear` in standard ONNX operators: what a program has in its place."""
+
+import onnx
+
+from seekforge.plugins.bf16_linear.spec import SPEC
+from seekforge.plugins.function_text import Attrs, Text, cast
+from seekforge.plugins.specialisation import Specialisation
+
+
+def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+    """Return y = f32(x) · f32(weight)ᵀ."""
+    text = Text()
+    x = cast(text, "x", "x_wide", to="f32", given=how.activations)
+    weight = cast(text, "weight", "weight_wide", to="f32", given=how.activations)
+    text.add(f"columns = Transpose<perm = [1, 0]>({weight})")
+    text.add(f"y = MatMul({x}, columns)")
+    return text.body_of(SPEC)

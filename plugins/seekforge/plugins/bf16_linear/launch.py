@@ -1,0 +1,153 @@
+"""Launches of `Bf16Linear`: multiply, and add splits. The tile is a function of shape and SM alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from seekforge.plugins.kernel_contract import check_rules, multiple, rule
+from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, is_datacentre, most_rows
+from seekforge.plugins.spec import cdiv
+
+STATICS: Final = ()
+RULES: Final = (
+    rule("in features", "K", multiple(64, "one step of the loop")),
+    rule("out features", "N", (lambda value: value < 2**24, "below 2^24")),
+)
+NOTES: Final = ()
+
+#: Most rows of a call that is bound by its weight: tokens are the narrow side.
+SMALL_ROWS: Final = 64
+#: Thread blocks that a split call aims at (two per SM of an H100).
+SPLIT_BLOCKS: Final = 264
+#: Most splits of few rows and of many, which have this many tiles of rows or more where it matters.
+MAX_SPLITS, MAX_LARGE_SPLITS, LARGE_TILES = 16, 8, 8
+#: K per step of the loop, elements per program of the sum over splits.
+BLOCK_K, COMBINE_BLOCK = 64, 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one product is cut.
+
+    Attributes:
+        block_t: tokens per tile.
+        block_n: out features per tile.
+        swap: whether out features are the M side.
+        splits: parts of K.
+        num_warps: per program.
+        num_stages: of the load pipeline.
+    """
+
+    block_t: int
+    block_n: int
+    swap: bool
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        """Name of the variant, which is the same for any number of splits."""
+        return f"{'swap' if self.swap else 'tile'}-{self.block_t}x{self.block_n}"
+
+
+def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
+    """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`; splits follow the weight alone."""
+    few = rows <= SMALL_ROWS
+    tile = _small(16 if rows <= 16 else 32 if rows <= 32 else 64, sm) if few else _large(sm)
+    blocks, most = cdiv(n, tile.block_n), MAX_SPLITS
+    if not few:
+        blocks, most = blocks * LARGE_TILES, MAX_LARGE_SPLITS
+    splits = max(1, min(cdiv(SPLIT_BLOCKS, blocks), most, k // BLOCK_K)) if blocks < SPLIT_BLOCKS else 1
+    return Tile(tile.block_t, tile.block_n, tile.swap, splits, tile.num_warps, tile.num_stages)
+
+
+def _small(block_t: int, sm: int) -> Tile:
+    num_warps = 8 if block_t == 64 else 4
+    return Tile(block_t, 128, True, 1, num_warps, 5 if is_datacentre(sm) else 3)
+
+
+def _large(sm: int) -> Tile:
+    if is_datacentre(sm):
+        return Tile(128, 128, False, 1, 8, 4)
+    return Tile(64, 128, False, 1, 4, 3)  # 99 KiB of shared memory, mma.sync
+
+
+def check(statics: Mapping[str, Any]) -> None:
+    """Nothing is fixed at compile time, so nothing can be refused."""
+
+
+def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
+    """Return every tile, and the sum over splits."""
+    types = {
+        "x_ptr": "*bf16",
+        "w_ptr": "*bf16",
+        "y_ptr": "*fp32",
+        "num_rows": "i32",
+        "N": "i32",
+        "K": "i32",
+        "splits": "i32",
+    }
+    found = []
+    for tile in (*(_small(block_t, sm) for block_t in (16, 32, 64)), _large(sm)):
+        constants = {
+            "BLOCK_T": tile.block_t,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": BLOCK_K,
+            "GROUP": 8,
+            "SWAP": tile.swap,
+        }
+        found.append(
+            Variant(
+                tile.name, "linear_kernel", types, constants, aligned=("K",),
+                num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
+            )
+        )  # fmt: skip
+    types = {"part_ptr": "*fp32", "y_ptr": "*fp32", "num_elements": "i64", "splits": "i32"}
+    found.append(Variant("add-splits", "add_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
+    return tuple(found)
+
+
+def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
+    """Return the scratch of the largest call, or of the largest of few rows, which has more splits."""
+    rows, small = math.prod(bound["*lead"]), most_rows(SMALL_ROWS, bound["*lead"])
+    return max(_parts(bound, rows, sm)[1], _parts(bound, small, sm)[1])
+
+
+def _parts(bound: Mapping[str, Any], rows: int, sm: int) -> tuple[Buffer | None, int]:
+    """Return where splits go, None where there is one, and the size of the workspace."""
+    workspace, splits = Workspace(), choose_tile(rows, bound["N"], bound["K"], sm).splits
+    parts = workspace.take(4 * splits * rows * bound["N"]) if splits > 1 else None
+    return parts, workspace.size
+
+
+def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+    """Return one launch or two."""
+    rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
+    check_rules("Bf16Linear", RULES, bound)
+    if rows == 0 or n == 0:
+        return Plan(())
+    tile = choose_tile(rows, n, k, sm)
+    parts, size = _parts(bound, rows, sm)
+    arguments: dict[str, Buffer | int | float] = {
+        "x_ptr": Buffer("x"),
+        "w_ptr": Buffer("weight"),
+        "y_ptr": parts or Buffer("y"),
+        "num_rows": rows,
+        "N": n,
+        "K": k,
+        "splits": tile.splits,
+    }
+    launches = [Launch(tile.name, (cdiv(rows, tile.block_t) * cdiv(n, tile.block_n), tile.splits, 1), arguments)]
+    if parts is not None:
+        sums: dict[str, Buffer | int | float] = {
+            "part_ptr": parts,
+            "y_ptr": Buffer("y"),
+            "num_elements": rows * n,
+            "splits": tile.splits,
+        }
+        launches.append(Launch("add-splits", (cdiv(rows * n, COMBINE_BLOCK), 1, 1), sums))
+    return Plan(tuple(launches), size)

@@ -1,0 +1,45 @@
+"""Tiles, splits and launch plans of the bf16 linear: pure functions of shape and SM."""
+
+from __future__ import annotations
+
+import pytest
+
+from seekforge.plugins.bf16_linear.launch import choose_tile, plan, variants, workspace_bytes
+from seekforge.plugins.errors import ShapeError
+from seekforge.plugins.launch import SMS, check_plan
+
+HEAD, ROUTER, HEAD_WEIGHTS = (129280, 7168), (256, 7168), (64, 7168)
+
+
+@pytest.mark.parametrize(
+    ("weight", "few", "many"), [(HEAD, 1, 1), (ROUTER, 16, 8), (HEAD_WEIGHTS, 16, 8), ((256, 256), 4, 4)]
+)
+def test_splits_follow_the_weight_alone(weight: tuple[int, int], few: int, many: int) -> None:
+    assert {choose_tile(rows, *weight, 90).splits for rows in (1, 16, 64)} == {few}
+    assert {choose_tile(rows, *weight, 90).splits for rows in (65, 2048, 8192)} == {many}
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 8192])
+def test_plans_name_compiled_variants_and_fit_their_workspace(rows: int, sm: int) -> None:
+    for n, k in (HEAD, ROUTER, HEAD_WEIGHTS, (131, 64)):
+        bound = {"*lead": (rows,), "N": n, "K": k}
+        found = plan(bound, sm)
+        check_plan(found, variants({}, sm))
+        most = workspace_bytes(bound | {"*lead": (8192,)}, sm)
+        assert found.workspace_bytes <= workspace_bytes(bound, sm) <= most
+        splits = choose_tile(rows, n, k, sm).splits
+        assert len(found.launches) == (1 if splits == 1 else 2)
+
+
+def test_the_head_needs_no_workspace() -> None:
+    assert workspace_bytes({"*lead": (8192,), "N": HEAD[0], "K": HEAD[1]}, 90) == 0
+
+
+def test_empty_and_wrong_shapes() -> None:
+    bound = {"*lead": (0, 5), "N": 128, "K": 128}
+    assert plan(bound, 90).launches == ()
+    with pytest.raises(ShapeError, match="in features is 100, kernels take a multiple of 64"):
+        plan(bound | {"K": 100}, 90)
+    with pytest.raises(ShapeError, match=r"out features is 16777216, kernels take below 2\^24"):
+        plan(bound | {"N": 1 << 24}, 90)
