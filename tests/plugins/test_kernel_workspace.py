@@ -113,6 +113,8 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     b, q, mb = largest["B"], largest["Q"], largest["MB"]
     most = {64, *(128 // splits for splits in range(1, 9))}  # rows up to which calls are split into so many parts
     rows = [(x, min(q, n // x)) for x in range(1, min(b, 128) + 1) for n in most if n >= x]
+    if op == "Bf16Linear":
+        rows += [(x, min(q, 2048 // x)) for x in range(1, min(b, 2048) + 1)]
     steps = {(b, q), (b, min(q, 255)), *rows} if op in ("BlockFp8Linear", "Bf16Linear", "DsaAttention") else {(b, q)}
     blocks = {mb}
     if op == "DsaIndexer":  # a slice has whole rows, so a shorter context may fill it better

@@ -16,11 +16,12 @@ HEAD, ROUTER, HEAD_WEIGHTS = (129280, 7168), (256, 7168), (64, 7168)
 )
 def test_splits_follow_the_weight_alone(weight: tuple[int, int], few: int, many: int) -> None:
     assert {choose_tile(rows, *weight, 90).splits for rows in (1, 16, 64)} == {few}
-    assert {choose_tile(rows, *weight, 90).splits for rows in (65, 2048, 8192)} == {many}
+    assert {choose_tile(rows, *weight, 90).splits for rows in (65, 2048)} == {many}
+    assert choose_tile(2049, *weight, 90).splits == 1
 
 
 @pytest.mark.parametrize("sm", SMS)
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 8192])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 2048, 8192])
 def test_plans_name_compiled_variants_and_fit_their_workspace(rows: int, sm: int) -> None:
     for n, k in (HEAD, ROUTER, HEAD_WEIGHTS, (131, 64)):
         bound = {"*lead": (rows,), "N": n, "K": k}

@@ -11,7 +11,6 @@ from seekforge.exporter.model.layers import (
     RmsNorm,
     SumRanks,
     fp8_linear,
-    product,
     product_per_head,
     rope_half_split,
     rope_interleaved,
@@ -50,10 +49,11 @@ class Indexer(nn.Module):
         Returns:
             [B, Q, num_heads, D], or [B, Q, D] for keys; dtype of `x`.
         """
+        shape = (*x.shape[:2], num_heads, -1) if num_heads else x.shape
         x = rope_half_split(x, step.cos, step.sin, num_heads or 1)
-        if num_heads is not None:
-            x = x.unflatten(-1, (num_heads, -1))
-        return x if step.hadamard is None else product(x, step.hadamard).to(x.dtype)
+        if step.hadamard is not None:
+            x = (x.reshape(-1, step.hadamard.shape[0]).float() @ step.hadamard).to(x.dtype)
+        return x.reshape(shape)
 
     def key(self, raw: Tensor, step: Step) -> Tensor:
         """[B, Q, D] product of `wk` -> normed and rotated key, same shape."""
@@ -116,9 +116,11 @@ class Attention(nn.Module):
         kv_format = self.settings.dtype_name
         q_raw, index_raw, c_raw, k_pe = self.qkv_a_proj(x).split(self.splits, dim=-1)
         qr = self.q_a_layernorm(q_raw)
-        q = self.q_b_proj(qr).unflatten(-1, (self.heads, config.qk_head_dim))
+        lead = x.shape[:2]
+        q = self.q_b_proj(qr).view(-1, self.heads, config.qk_head_dim)  # [B·Q, h, ...]: see product_per_head
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_pe = rope_interleaved(q_pe.flatten(2), step.cos, step.sin, self.heads).unflatten(-1, (self.heads, -1))
+        q_pe = rope_interleaved(q_pe.reshape(*lead, -1), step.cos, step.sin, self.heads)
+        q_pe = q_pe.unflatten(-1, (self.heads, -1))
         latent_cache, index_cache = dsa_cache_write(
             latent_cache,
             index_cache,
@@ -142,14 +144,14 @@ class Attention(nn.Module):
             kv_format,
         )
         if self.settings.form == "naive":
-            o = self._naive(q_nope, q_pe, latent_cache, step, topk_indices)
+            o = self._naive(q_nope.unflatten(0, lead), q_pe, latent_cache, step, topk_indices)
         else:
-            q_latent = product_per_head(q_nope, self.w_uk)
+            q_latent = product_per_head(q_nope, self.w_uk).unflatten(0, lead)
             o_latent = dsa_attention(
                 q_latent, q_pe, latent_cache, step.block_table, topk_indices, config.softmax_scale, kv_format
             )
-            o = product_per_head(o_latent, self.w_uv.transpose(1, 2))
-        return self.sum_ranks(self.o_proj(o.flatten(2))), latent_cache, index_cache, topk_indices
+            o = product_per_head(o_latent.flatten(0, 1), self.w_uv.transpose(1, 2))
+        return self.sum_ranks(self.o_proj(o.reshape(*lead, -1))), latent_cache, index_cache, topk_indices
 
     def _naive(self, q_nope: Tensor, q_pe: Tensor, latent_cache: Tensor, step: Step, topk: Tensor) -> Tensor:
         """Multi-head form with expanded keys and values and a mask (spec §3.4): [B, Q, h, v_head_dim]."""

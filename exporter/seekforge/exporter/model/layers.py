@@ -84,19 +84,19 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x · W of every head, with sequences and their tokens as one axis.
+    """Return x · W of every head; sequences and their tokens are one axis.
 
     TensorRT repeats a weight that is an input along any axis before the heads: as [B, heads, Q, K] · [heads, K, N] the
     product held B copies of W, 17 MB each at DeepSeek-V3.2's sizes.
 
     Args:
-        x: [B, Q, heads, K].
+        x: [B·Q, heads, K].
         weight: [heads, K, N], dtype of `x`.
 
     Returns:
-        [B, Q, heads, N], dtype of `x`.
+        [B·Q, heads, N], dtype of `x`.
     """
-    return (x.flatten(0, 1).transpose(0, 1) @ weight).transpose(0, 1).unflatten(0, x.shape[:2])
+    return (x.transpose(0, 1) @ weight).transpose(0, 1)
 
 
 class CodedLinear(nn.Module):

@@ -22,8 +22,8 @@ NOTES: Final = ()
 SMALL_ROWS: Final = 64
 #: Thread blocks that a split call aims at (two per SM of an H100).
 SPLIT_BLOCKS: Final = 264
-#: Most splits of few rows and of many, which have this many tiles of rows or more where it matters.
-MAX_SPLITS, MAX_LARGE_SPLITS, LARGE_TILES = 16, 8, 8
+#: Most splits of few rows; of more rows, which are some tiles anyway; and the rows from which there are enough tiles.
+MAX_SPLITS, MAX_LARGE_SPLITS, LARGE_TILES, SPLIT_ROWS = 16, 8, 8, 2048
 #: K per step of the loop, elements per program of the sum over splits.
 BLOCK_K, COMBINE_BLOCK = 64, 1024
 
@@ -55,13 +55,17 @@ class Tile:
 
 
 def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
-    """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`; splits follow the weight alone."""
+    """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`.
+
+    Splits are those of the weight for few rows, for more, and none for many: rows do not depend on how many there are
+    within each.
+    """
     few = rows <= SMALL_ROWS
     tile = _small(16 if rows <= 16 else 32 if rows <= 32 else 64, sm) if few else _large(sm)
     blocks, most = cdiv(n, tile.block_n), MAX_SPLITS
     if not few:
         blocks, most = blocks * LARGE_TILES, MAX_LARGE_SPLITS
-    splits = max(1, min(cdiv(SPLIT_BLOCKS, blocks), most, k // BLOCK_K)) if blocks < SPLIT_BLOCKS else 1
+    splits = max(1, min(cdiv(SPLIT_BLOCKS, blocks), most, k // BLOCK_K)) if rows <= SPLIT_ROWS else 1
     return Tile(tile.block_t, tile.block_n, tile.swap, splits, tile.num_warps, tile.num_stages)
 
 
@@ -112,9 +116,8 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return the scratch of the largest call, or of the largest of few rows, which has more splits."""
-    rows, small = math.prod(bound["*lead"]), most_rows(SMALL_ROWS, bound["*lead"])
-    return max(_parts(bound, rows, sm)[1], _parts(bound, small, sm)[1])
+    """Return the scratch of the largest call of few rows, or of the largest that is split at all."""
+    return max(_parts(bound, most_rows(limit, bound["*lead"]), sm)[1] for limit in (SMALL_ROWS, SPLIT_ROWS))
 
 
 def _parts(bound: Mapping[str, Any], rows: int, sm: int) -> tuple[Buffer | None, int]:
