@@ -239,8 +239,8 @@ def _quantisation(config: dict[str, Any], origin: str, notes: list[str]) -> None
         kept = config.get("compression_config")
         what = "missing" if kept is None else "missing (compression_config is LLM Compressor's)"
         raise ConfigError(
-            f"{origin}: the key 'quantization_config' is {what}: the weights are not in DeepSeek's FP8 format of 128×128 "
-            f"blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
+            f"{origin}: the key 'quantization_config' is {what}: the weights are not in DeepSeek's FP8 format of "
+            f"128×128 blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
         )
     given = config["quantization_config"]
     if not isinstance(given, dict):
