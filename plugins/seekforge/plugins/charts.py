@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, Final
 
 from seekforge.plugins.errors import EnvironmentFault, OutputError
 from seekforge.plugins.requirements import install
+from seekforge.plugins.user_cache import user_cache
 
 _FORMATS: Final = (".png", ".svg")
 _SIZE: Final = (8.6, 5.0)
@@ -52,6 +55,9 @@ def check_chart(path: Path) -> None:
     """
     if path.suffix.lower() not in _FORMATS:
         raise OutputError(f"{path}: charts are written as PNG or SVG; name a file that ends in .png or .svg")
+    if not os.environ.get("MPLCONFIGDIR"):  # it would make folders for its settings and fonts below HOME
+        cache = user_cache()
+        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp() if cache is None else str(cache / "matplotlib")
     try:
         importlib.import_module("matplotlib")
     except ImportError:

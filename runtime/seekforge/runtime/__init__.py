@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+import seekforge.plugins as _plugins  # noqa: F401  # first of all: it keeps libraries quiet
+
 if TYPE_CHECKING:
     from seekforge.runtime.async_llm import AsyncLLM
     from seekforge.runtime.engine import Engine

@@ -24,6 +24,7 @@ from click.shell_completion import CompletionItem
 from seekforge.plugins.command_line import Group
 from seekforge.plugins.errors import SeekforgeError
 from seekforge.plugins.requirements import install_module
+from seekforge.plugins.system import check_platform
 from seekforge.plugins.terminal import drop, echo, flush_streams, one_line, prepare_streams, write
 from seekforge.runtime.output_paths import check_outputs_of
 
@@ -148,6 +149,7 @@ class LazyGroup(Group):
         prepare_streams()
         code: Any = EXIT_ERROR
         try:
+            check_platform()
             code = super().main(
                 args,
                 "seekforge",  # under every name it is started by
@@ -158,6 +160,8 @@ class LazyGroup(Group):
             )
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
+        except SeekforgeError as error:
+            _fail(str(error))
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
             help_hint = f" (see '{context.command_path} --help')" if context is not None else ""

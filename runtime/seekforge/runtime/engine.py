@@ -15,6 +15,7 @@ from seekforge.plugins.formats.reading import LISTING_BYTES, read_json
 from seekforge.plugins.formats.verify import Verification, verify_files
 from seekforge.plugins.hub import resolve
 from seekforge.plugins.requirements import install
+from seekforge.plugins.system import check_platform
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.kv_cache import blocks_needed
@@ -50,8 +51,9 @@ class Engine:
 
         Raises:
             EngineError: not an engine folder, damaged, or made for another version.
-            EnvironmentFault: a library that it needs is not installed.
+            EnvironmentFault: a library that it needs is not installed, or the system is none that seekforge runs on.
         """
+        check_platform()
         folder = Path(folder)
         manifest = load_manifest(folder)
         _check_paths(folder, manifest)

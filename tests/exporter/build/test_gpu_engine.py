@@ -818,6 +818,6 @@ def test_a_target_takes_short_prompts_together_and_the_longest_alone(name: str) 
 def test_memory_of_a_compiler_is_its_own() -> None:
     """Not that of the large process which starts it."""
     held = b"x" * 300_000_000
-    code = "from seekforge.exporter.build.worker import peak_bytes; print(peak_bytes())"
+    code = "from seekforge.plugins.system import peak_bytes; print(peak_bytes())"
     found = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert 0 < found < len(held)

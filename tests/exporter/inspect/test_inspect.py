@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -118,3 +120,27 @@ def test_a_damaged_graph_is_one_line(tiny_programs: dict[str, Path], tmp_path: P
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(ProgramError, match=r"model\.onnx: digest \w+, program\.json says"):
         describe(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["engine", "program", "checkpoint"])
+def test_without_the_export_extra_it_tells_all_but_the_nodes(
+    kind: str, tiny_engines: dict[str, Path], tiny_programs: dict[str, Path], tiny_checkpoint: Path
+) -> None:
+    folder = {"engine": tiny_engines["fp8"], "program": tiny_programs["fp8"], "checkpoint": tiny_checkpoint}[kind]
+    script = (
+        "import sys\nfor name in ('onnx', 'onnxscript', 'onnx_ir', 'torch', 'safetensors', 'onnxruntime', 'triton'):\n"
+        "    sys.modules[name] = None\nfrom seekforge.runtime.cli import main\nmain()"
+    )
+
+    def shown(*options: str) -> str:
+        command = [sys.executable, "-c", script, "inspect", str(folder), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    text = shown()
+    assert text.startswith(f"{kind} ")
+    said = "nodes are counted with onnx, which is not here: pip install 'onnx>" in " ".join(text.split())
+    assert said == (kind != "checkpoint")
+    about = json.loads(shown("--json"))
+    assert about["kind"] == kind and all(graph["op_counts"] is None for graph in about.get("graphs", {}).values())

@@ -6,8 +6,8 @@ import hashlib
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
 import yaml
 
 from seekforge.exporter.build.targets import TargetConfig
@@ -20,6 +20,9 @@ from seekforge.plugins.formats.paths import inside
 from seekforge.plugins.formats.program import GraphIO, Program, TensorSpec
 from seekforge.plugins.formats.reading import read_bytes
 from seekforge.plugins.formats.safetensors import Checkpoint
+
+if TYPE_CHECKING:
+    import onnx
 
 #: Sizes of a step are 31-bit numbers.
 _MOST = 2**31 - 1
@@ -111,6 +114,8 @@ def _read_onnx(
     found = hashlib.sha256(raw).hexdigest() if checked else face.sha256
     if found != face.sha256:
         raise error(f"{path}: digest {found[:12]}, {listing} says {face.sha256[:12]}; {again}")
+    import onnx  # here, so that what reads no graph needs no onnx
+
     try:
         return onnx.load_from_string(raw)
     except Exception as problem:  # protobuf's and ONNX's have no common base

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any
 from seekforge.plugins.cuda_driver import startup_fault
 from seekforge.plugins.errors import EnvironmentFault, SeekforgeError
 from seekforge.plugins.formats.files import replace_file
+from seekforge.plugins.system import cpu_seconds, peak_bytes
 from seekforge.plugins.tensorrt.library import load
 from seekforge.plugins.tensorrt.plugin import register
 from seekforge.plugins.terminal import echo
@@ -108,7 +108,6 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
     if request.get("timing_cache"):
         cache = config.get_timing_cache()
         replace_file(Path(request["timing_cache"]), bytes(cache.serialize()))
-    used = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "layers": dict(layers),
         "products": _products(network),
@@ -117,7 +116,7 @@ def compile_request(request: dict[str, Any], reporter: Reporter) -> dict[str, An
         "plan_bytes": plan.nbytes,
         "parse_seconds": parsed - started,
         "seconds": time.perf_counter() - started,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "cpu_seconds": cpu_seconds(),
         "peak_bytes": peak_bytes(),
         "version": trt.__version__,
         "taps": taps,
@@ -145,18 +144,6 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, logger: Any) -> tu
     echo("[WARNING] seekforge: not capturable, built without REQUIRE_USER_ALLOCATION", err=True)
     config.clear_flag(flag)
     return builder.build_serialized_network(network, config), False
-
-
-def peak_bytes() -> int:
-    """Return the most memory that this process has held.
-
-    `ru_maxrss` will not do where there is better: it begins with what the process had that started this one.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
 
 
 def _mark_debug(network: Any, names: list[str]) -> dict[str, str]:

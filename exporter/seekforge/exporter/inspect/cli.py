@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,13 +12,16 @@ from seekforge.exporter.build.audit_page import self_check_words, show_audit
 from seekforge.exporter.build.common import read_graph, size_words
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
-from seekforge.exporter.inspect.draw import Format, draw, groups
 from seekforge.plugins.command_line import command, json_option
 from seekforge.plugins.console import Column, Console, Table, console, styled
 from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.manifest import load_manifest
 from seekforge.plugins.formats.program import load_program
+from seekforge.plugins.requirements import install_module
 from seekforge.plugins.terminal import write, write_json
+
+if TYPE_CHECKING:
+    from seekforge.exporter.inspect.draw import Format
 
 
 @command(
@@ -60,6 +63,8 @@ def _drawing(path: Path, how: Format, name: str) -> str:
     program = load_program(path)
     if name not in program.graphs:
         raise ProgramError(f"{path}: has no {name} graph, only {', '.join(program.graphs)}")
+    from seekforge.exporter.inspect.draw import draw, groups  # needs onnx, which a look at an engine does not
+
     face = program.graphs[name]
     weights = {spec.name for spec in face.inputs if spec.role in ("weight", "table")}
     return draw(groups(read_graph(path, face), weights), how)
@@ -148,6 +153,8 @@ def _show_graph(graph: dict[str, Any], out: Console) -> None:
         custom = {op.removeprefix("seekforge."): n for op, n in graph["op_counts"].items() if "." in op}
         total = sum(graph["op_counts"].values())
         out.print(f"{total:,} nodes; custom: {', '.join(f'{n} {op}' for op, n in custom.items()) or 'none'}")
+    elif graph["file"].endswith(".onnx"):
+        out.print(f"nodes are counted with onnx, which is not here: {install_module('onnx')}")
     table = Table([Column("", "code"), Column("name"), Column("dtype", "code"), Column("shape")])
     for kind in ("inputs", "outputs"):
         for (prefix, dtype, shape), names in _collapsed(graph[kind]).items():

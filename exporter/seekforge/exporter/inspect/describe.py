@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import onnx
+from typing import TYPE_CHECKING, Any
 
 from seekforge.exporter.build.common import read_engine_graph, read_graph
 from seekforge.exporter.checkpoint.opened import as_stored
@@ -22,8 +21,11 @@ from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.program import GraphIO, Program, load_bindings, load_program
 from seekforge.plugins.formats.safetensors import Checkpoint
 
+if TYPE_CHECKING:
+    import onnx
+
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-_ReadGraph = Callable[[Path, GraphIO], onnx.ModelProto]
+_ReadGraph = Callable[[Path, GraphIO], "onnx.ModelProto"]
 _EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
 
 
@@ -201,8 +203,8 @@ def _ops(recipe: Recipe) -> Iterable[str]:
 
 
 def _op_counts(path: Path, face: GraphIO, read: _ReadGraph) -> dict[str, int] | None:
-    """Count nodes by operator, custom ones as `seekforge.Name`; None for a file that is no ONNX graph."""
-    if not face.file.endswith(".onnx"):
+    """Count nodes by operator, custom ones as `seekforge.Name`; None without onnx, and for other files."""
+    if not face.file.endswith(".onnx") or importlib.util.find_spec("onnx") is None:
         return None
     model = read(path, face)
     counted = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in model.graph.node)

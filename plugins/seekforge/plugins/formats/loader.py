@@ -4,8 +4,8 @@ Recipes become jobs: a run of checkpoint bytes and the places it goes to. Jobs a
 dealt to reader threads. What lies in one piece on both sides is read into the buffer itself; the rest goes through a
 small scratch per thread, so the extra memory is bounded whatever the model.
 
-Shards are read with `preadv` and not through a mapping: the pages of a mapping count as our memory, and a shard that
-shrinks while it is read would end the process with SIGBUS, where `preadv` says that bytes are missing.
+Shards are read by calls and not through a mapping: the pages of a mapping count as our memory, and a shard that
+shrinks while it is read would end the process with SIGBUS, where a call says that bytes are missing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from seekforge.plugins.formats.reading import read_json
 from seekforge.plugins.formats.safetensors import Checkpoint
 from seekforge.plugins.formats.scan import SCALE_SUFFIX, Family, Findings, check_scales, first_fault
 from seekforge.plugins.formats.weight_digests import WeightDigests
+from seekforge.plugins.system import read_at
 
 #: Bytes that all threads together may hold beside the buffers.
 EXTRA_BYTES: Final = 64 << 20
@@ -687,7 +688,7 @@ class _Reader:
         filled = 0
         while filled < out.size:
             try:
-                count = os.preadv(file, [out[filled:].data], position + filled)
+                count = read_at(file, out[filled:].data, position + filled)
             except OSError as error:
                 raise CheckpointError(
                     f"{self._where(tensor)} cannot be read ({error.strerror}); check the disk, then go on"
