@@ -43,10 +43,14 @@ def form_of(model: onnx.ModelProto, marked: Collection[str] = ()) -> Form:
 
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
-    bare.ClearField("metadata_props")
+    for field in ("doc_string", "metadata_props"):
+        bare.ClearField(field)
     graph = bare.graph
     for field in ("name", "doc_string", "metadata_props"):
         graph.ClearField(field)
+    for value in (*graph.input, *graph.output):
+        for field in ("doc_string", "metadata_props"):
+            value.ClearField(field)
     for value in graph.input:
         value.name = place(value.name)
     for node in graph.node:

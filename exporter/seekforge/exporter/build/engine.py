@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Protocol
 
 import onnx
-from onnx import inliner
 
 from seekforge.exporter.build.common import (
     check_program,
@@ -40,6 +39,8 @@ from seekforge.exporter.build.targets import Precision, TargetConfig
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
 from seekforge.exporter.parity.taps import expose, name_taps
+from seekforge.exporter.rewrite.inline import F32, inline
+from seekforge.exporter.rewrite.properties import annotate_again
 from seekforge.exporter.rewrite.specialise import specialise
 from seekforge.plugins.errors import OutputError, TargetError
 from seekforge.plugins.formats.bindings import Recipe, retarget, tensors_of
@@ -74,6 +75,8 @@ from seekforge.plugins.spec import cdiv
 from seekforge.plugins.specialisation import Specialisation
 
 #: The tensors that scale with the context an engine accepts.
+#: What a graph of an engine says of itself.
+_ENGINE_GRAPH = "The program specialised for ONNX Runtime on a CPU; weights are constants in the file beside this one."
 _ROPE_TABLES = ("rope_cos", "rope_sin")
 #: What numbers become in an engine with f32 activations.
 _F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
@@ -293,7 +296,6 @@ def build(
     program, bindings, config = planned.program, planned.bindings, planned.config
     limits, coded = planned.limits, planned.coded
     generation = read_generation(program_folder, config)
-    how = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
     with (
         Checkpoint.open(checkpoint_folder) as checkpoint,
         atomic_folder(out, force=force, marker=MANIFEST) as folder,
@@ -303,7 +305,7 @@ def build(
         progress("specialise and fold")
         weights = WeightFile(WEIGHTS)
         graphs = {
-            name: _fold_graph(program_folder, face, bindings[name], config, how, coded, limits, weights, taps)
+            name: _fold_graph(program_folder, face, bindings[name], config, F32, coded, limits, weights, taps)
             for name, face in program.graphs.items()
         }
         with progress.bytes_bar("dequantise weights" if coded is None else f"{target.precision} weights") as bar:
@@ -385,23 +387,9 @@ def _fold_graph(
     constants = fold_weights(model, tables, coded, top_k=config.num_experts_per_tok)
     weights.attach(model, constants)
     attach(model, how)
-    inlined = inliner.inline_local_functions(model)
-    # model-local functions are gone, and with them the domain
-    keep = [entry for entry in inlined.opset_import if entry.domain in _domains(inlined.graph)]
-    del inlined.opset_import[:]
-    inlined.opset_import.extend(keep)
+    inlined = inline(model)
+    annotate_again(inlined, _ENGINE_GRAPH, {"form": "engine for ONNX Runtime", "custom_operators": "none"})
     return inlined
-
-
-def _domains(graph: onnx.GraphProto) -> set[str]:
-    """Domains of all nodes, bodies of Scan and If included, and the standard one."""
-    domains = {""}
-    for node in graph.node:
-        domains.add("" if node.domain == "ai.onnx" else node.domain)
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                domains |= _domains(attribute.g)
-    return domains
 
 
 def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> GraphIO:

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 @click.option("--num-layers", type=Whole(1), metavar="N", help="A truncated model: the first N layers, norm and head.")
 @click.option("--tp", type=Whole(1), default=1, show_default=True, help="Ranks that share each expert.")
 @click.option("--ep", type=Whole(1), default=1, show_default=True, help="Groups of ranks that share out the experts.")
+@click.option(
+    "--plain-f32",
+    is_flag=True,
+    help="Write model.f32.onnx besides, in FP32 without custom operators: for ONNX Runtime alone, and for viewers.",
+)
 @click.option("--force", is_flag=True, help="Replace a program that stands at OUT.")
 @quiet_option
 @json_option
@@ -56,6 +61,7 @@ def export(
     num_layers: int | None,
     tp: int,
     ep: int,
+    plain_f32: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -84,6 +90,7 @@ def export(
             layer_range=None if layers is None else parse_layers(layers),
             num_layers=num_layers,
             ranks=Ranks(tp, ep),
+            plain_f32=plain_f32,
             force=force,
             progress=stages,
         )

@@ -17,7 +17,9 @@ from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import text_files
 from seekforge.exporter.model.step import Settings
 from seekforge.exporter.model.weights import unused_tensors
+from seekforge.exporter.rewrite.inline import plain
 from seekforge.exporter.rewrite.layers import check_range, count_groups, outside, truncate
+from seekforge.exporter.rewrite.properties import annotate
 from seekforge.exporter.rewrite.ranks import check_ranks
 from seekforge.exporter.rewrite.trace import OPSET, Traced, trace
 from seekforge.plugins.contracts import export_warnings
@@ -68,6 +70,7 @@ def export(
     layer_range: tuple[int, int] | None = None,
     num_layers: int | None = None,
     ranks: Ranks = _ONE_RANK,
+    plain_f32: bool = False,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Exported:
@@ -80,6 +83,8 @@ def export(
         layer_range: [a, b), layers of the main model; None takes all. The MTP module goes with the last one.
         num_layers: export the model's first `num_layers` layers as a whole model, without MTP; None: all.
         ranks: how many ranks share the model; the program is that of each of them.
+        plain_f32: write `model.f32.onnx` (and of MTP) besides, which ONNX Runtime opens without seekforge. No engine
+            is built from it.
         force: replace a program that stands at `out`.
         progress: told each stage.
 
@@ -118,8 +123,19 @@ def export(
         faces, ops = {}, {}
         for name, graph in traced.items():
             attach(graph.model, CANONICAL)
+            annotate(
+                graph.model,
+                name,
+                version=importlib.metadata.version("seekforge"),
+                config=config,
+                numerics=numerics.name,
+                layer_range=layer_range,
+                ranks=ranks,
+            )
             faces[name] = _write_graph(graph, folder, f"{name}.onnx")
             _count_ops(graph.model, ops)
+            if plain_f32:
+                _write_plain(graph.model, config, folder / f"{name}.f32.onnx")
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint_folder / name, folder / name)
@@ -173,6 +189,12 @@ def _account(
         elif used != size:
             raise ProgramError(f"bindings read {used} of {size} elements of {name}; every element must be used")
     return read.shared
+
+
+def _write_plain(model: onnx.ModelProto, config: ModelConfig, path: Path) -> None:
+    form = plain(model, config)
+    onnx.checker.check_model(form, full_check=True)
+    path.write_bytes(form.SerializeToString(deterministic=True))
 
 
 def _write_graph(graph: Traced, folder: Path, file: str) -> GraphIO:
