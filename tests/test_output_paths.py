@@ -103,3 +103,32 @@ def test_a_folder_that_cannot_be_searched_is_one_line(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "is_file", refuse)
     result = CliRunner().invoke(cli.main, ["export", "/nowhere", str(tmp_path / "a")])
     assert result.exit_code == 2 and result.stderr.startswith(f"error: {tmp_path / 'a'}: cannot be written (Permission")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("run", "/nowhere", "--batch", "{file}", "--output", "{file}"),
+        ("run", "/nowhere", "--batch", "{file}", "--output", "{link}"),
+        ("run", "/nowhere", "--batch", "{hard}", "--output", "{file}"),
+        ("run", "/nowhere", "--batch", "{file}", "--output", "{folder}/sub/../file"),
+        ("plan", "{file}", "--chart", "{file}"),
+        ("parity", "/nowhere", "--prompts", "{file}", "--html", "{hard}"),
+        ("parity", "/nowhere", "--html", "{new}", "--save", "{new}"),
+        ("dump", "/nowhere", "{folder}", "--plan", "{file}", "--force"),
+        ("export", "{folder}/sub", "{folder}", "--force"),
+        ("build", "{folder}/sub", "{folder}/sub", "--target", "cpu", "--force"),
+        ("build", "{file}", "{new}", "--target", "h200", "--timing-cache", "{link}"),
+    ],
+)
+def test_no_command_writes_over_what_it_reads(tmp_path: Path, args: tuple[str, ...]) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "hard").hardlink_to(tmp_path / "file")
+    names = {name: tmp_path / name for name in ("file", "link", "hard", "new")} | {"folder": tmp_path}
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(cli.main, [arg.format(**names) for arg in args])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert "read by the same command" in result.stderr or "written twice" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine" and sorted(tmp_path.rglob("*")) == before

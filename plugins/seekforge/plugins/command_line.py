@@ -48,12 +48,18 @@ class Command(click.Command, _Once):
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
+        #: Called with the context when every argument is read.
+        self.checks: tuple[Callable[[click.Context], None], ...] = ()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; each option once."""
         if not ctx.resilient_parsing:  # completion looks at lines that are not finished
             self.check_once(self.make_parser(ctx).parse_args(list(args))[2], ctx)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            for check in self.checks:
+                check(ctx)
+        return rest
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write what the command does, then how it is typed."""

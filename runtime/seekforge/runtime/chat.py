@@ -38,7 +38,7 @@ class ChatEncoder:
         if not trust_checkpoint_code:
             raise EngineError(
                 f"{path}: chat executes this Python file, which came with the checkpoint; if you trust who made it, "
-                "pass trust_checkpoint_code=True, else pass a plain prompt to generate"
+                "pass trust_checkpoint_code=True (--trust-checkpoint-code), else a plain prompt"
             )
         spec = importlib.util.spec_from_file_location("seekforge_chat_encoding", path)
         try:

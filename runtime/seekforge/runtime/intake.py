@@ -16,13 +16,13 @@ import numpy as np
 
 from seekforge.plugins.errors import RequestError
 from seekforge.runtime.bad_words import BadWords, Bans
-from seekforge.runtime.core import Core
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.guided import Grammars
 from seekforge.runtime.kv_cache import Table, root_digest
 from seekforge.runtime.live import Live
 from seekforge.runtime.outputs import Delta
 from seekforge.runtime.sampling import SamplingParams
+from seekforge.runtime.scheduler import Scheduler
 from seekforge.runtime.sequence import Grammar
 from seekforge.runtime.sequence import Sequence as _Sequence
 from seekforge.runtime.text import TextStream
@@ -65,10 +65,28 @@ class Intake:
         weights_version: counts the weights that were swapped in: blocks of other weights are other blocks.
     """
 
-    def __init__(self, engine: Engine, core: Core, *, prefix_caching: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        *,
+        tap_names: Mapping[str, Sequence[str]],
+        drafting: Callable[[], bool],
+        prefix_caching: bool,
+    ) -> None:
+        """Make one; no weight is needed until a request runs.
+
+        Args:
+            engine: opened.
+            scheduler: says what can run at all.
+            tap_names: kind of tap -> names of the model's outputs.
+            drafting: whether a request that is made now drafts.
+            prefix_caching: whether requests share what begins alike.
+        """
         self.num_requests = 0
         self.weights_version = 0
-        self._engine, self._core = engine, core
+        self._engine, self._scheduler = engine, scheduler
+        self._tap_names, self._drafting = tap_names, drafting
         self._tokenizer = engine.tokenizer
         self._prefix_caching = prefix_caching
         self._numbers = itertools.count()
@@ -82,7 +100,7 @@ class Intake:
         """
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {shown(params)}, expected SamplingParams")
-        vocab_size, most = self._engine.manifest.vocab_size, self._core.scheduler.max_num_tokens
+        vocab_size, most = self._engine.manifest.vocab_size, self._scheduler.max_num_tokens
         given = read_prompt(prompt)
         if isinstance(given, tuple):
             ids = given
@@ -104,7 +122,7 @@ class Intake:
             if (getattr(params, name) or 0) > vocab_size:
                 raise RequestError(f"{name} is {getattr(params, name)}, expected at most {vocab_size}, or -1 for all")
         for kind in params.taps:
-            if not self._core.tap_names.get(kind):
+            if not self._tap_names.get(kind):
                 raise RequestError(f"taps asks for {kind}, which this engine does not give; build it with taps")
         if params.truncate_prompt_tokens is not None:
             room = max(most - (params.max_tokens or 1), 1)
@@ -112,7 +130,7 @@ class Intake:
         if params.max_tokens is None:
             params = replace(params, max_tokens=max(most - len(ids), 1, params.min_tokens))
         assert params.max_tokens is not None
-        self._core.scheduler.check_request(len(ids), params.max_tokens)
+        self._scheduler.check_request(len(ids), params.max_tokens)
         form = params.structured_outputs
         grammar = None if form is None else self._grammars.compile(form, params.max_tokens)
         self._bans(params)
@@ -163,7 +181,7 @@ class Intake:
                 bad_words=None if bans is None else BadWords(bans),
                 allowed=allowed,
                 token_text=self._tokenizer.token_text if params.detokenize else None,
-                speculates=self._core.drafting,
+                speculates=self._drafting(),
                 table=Table(b"", owner=owner),
                 arrived_s=now,
             )

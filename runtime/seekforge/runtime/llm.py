@@ -127,6 +127,7 @@ class LLM:
         trust_checkpoint_code: bool = False,
         on_step: Callable[[StepMetrics], None] | None = None,
         on_load: OnLoad | None = None,
+        before_load: Callable[[LLM], None] | None = None,
     ) -> None:
         """Load an engine.
 
@@ -154,6 +155,8 @@ class LLM:
                 checkpoint, from whoever made that.
             on_step: told each iteration, by the thread that ran it.
             on_load: told while weights are read from a checkpoint.
+            before_load: called when all but the weights is there: `check`, `chat_prompt` and `default_sampling_params`
+                work, so that what cannot be served is refused before hundreds of gigabytes are read.
 
         Raises:
             EngineError: the engine is damaged, fails its self-check, or cannot do what is asked.
@@ -188,6 +191,26 @@ class LLM:
             )
         self.max_model_len = min(longest, holds)
         self.default_sampling_params = _default_params(manifest)
+        self._scheduler = Scheduler(
+            KvCache(BlockPool(self.num_blocks), block_size, lookahead=int(self.num_speculative_tokens > 0)),
+            max_batch_size=self.max_batch_size,
+            max_num_batched_tokens=tokens,
+            max_model_len=self.max_model_len,
+            max_waiting=max_waiting,
+        )
+        outputs = [spec.name for spec in manifest.graphs["model"].outputs if spec.role == "tap"]
+        tap_names = {kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS}
+        self._trust_checkpoint_code = trust_checkpoint_code
+        self._chat: ChatEncoder | None = None
+        self._intake = Intake(
+            self.engine,
+            self._scheduler,
+            tap_names=tap_names,
+            drafting=lambda: self._core.drafting,
+            prefix_caching=prefix_caching,
+        )
+        if before_load is not None:
+            before_load(self)
         place = None if checkpoint is None else Path(checkpoint)
         backend = self.engine.open_backend(threads=threads, checkpoint=place, progress=on_load)
         if deterministic:
@@ -207,28 +230,17 @@ class LLM:
         speculator = None
         if self.num_speculative_tokens:
             speculator = Speculator(backend, self.num_speculative_tokens, block_size, manifest.vocab_size)
-        self._scheduler = Scheduler(
-            KvCache(BlockPool(self.num_blocks), block_size, lookahead=int(speculator is not None)),
-            max_batch_size=self.max_batch_size,
-            max_num_batched_tokens=tokens,
-            max_model_len=self.max_model_len,
-            max_waiting=max_waiting,
-        )
-        outputs = [spec.name for spec in manifest.graphs["model"].outputs if spec.role == "tap"]
         self._core = Core(
             backend,
             self._scheduler,
             manifest.vocab_size,
-            tap_names={kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS},
+            tap_names=tap_names,
             speculator=speculator,
             switch=SpeculationSwitch() if speculation_off_switch and speculator is not None else None,
         )
         self._core.on_step = self._count
         self._on_step = on_step
-        self._trust_checkpoint_code = trust_checkpoint_code
-        self._chat: ChatEncoder | None = None
         self._totals = np.zeros(5)
-        self._intake = Intake(self.engine, self._core, prefix_caching=prefix_caching)
         self._turns = Turns(self._core)
 
     def generate(

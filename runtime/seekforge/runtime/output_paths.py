@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import click
 
+from seekforge.plugins.command_line import Command
 from seekforge.plugins.errors import OutputError
 
 #: Name of a parameter -> what it names. A folder is made beside its place and renamed, a store is filled where it is.
@@ -82,14 +83,68 @@ def check_outputs_of(command: click.Command) -> click.Command:
         if parameter.name in OUTPUTS:
             assert parameter.callback in (None, _check), f"{command.name}: {parameter.name} has a callback of its own"
             parameter.callback = _check
+    if isinstance(command, Command):
+        command.checks = (check_distinct,)
     if isinstance(command, click.Group):
         for below in command.commands.values():
             check_outputs_of(below)
     return command
 
 
+def check_distinct(ctx: click.Context) -> None:
+    """Refuse an output that is an input or another output, whatever names and links lead there.
+
+    Raises:
+        OutputError: naming it.
+    """
+    outputs: dict[str, Path] = {}
+    inputs: list[Path] = []
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name or "")
+        if parameter.name in OUTPUTS:
+            if isinstance(value, Path) and str(value) != "-":
+                outputs[parameter.name] = value
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        inputs += [Path(one) for one in values if isinstance(one, Path | str) and _exists(Path(one))]
+    for name, out in outputs.items():
+        for other in inputs:
+            if _same(out, other):
+                raise OutputError(f"{out}: is read by the same command; write to another place")
+            if OUTPUTS[name] == "folder" and _same_or_below(other, out):
+                raise OutputError(f"{out}: holds {other}, which is read by the same command; write to another place")
+        for second, place in outputs.items():
+            if second != name and _same(out, place):
+                raise OutputError(f"{out}: is to be written twice; give each output a place of its own")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a long text, or one with a null character, is no path
+        return False
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        if not one.exists():
+            return one.resolve() == other.resolve()
+        if not (one.is_file() or one.is_dir()):
+            return False  # a device or a pipe holds nothing
+        return other.exists() and one.samefile(other)
+    except (OSError, RuntimeError):
+        return False
+
+
+def _same_or_below(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        return False
+
+
 def _check(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None:
+    if value is not None and str(value) != "-":
         try:
             _CHECKS[OUTPUTS[parameter.name or ""]](value)
         except OSError as error:  # a folder on the way may not be searched

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,23 +11,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from seekforge.plugins.command_line import (
-    Number,
     Tokens,
-    Whole,
     command,
     json_option,
     quiet_option,
-    seed_option,
     threads_option,
 )
 from seekforge.plugins.console import Stages
 from seekforge.plugins.terminal import write, write_generated, write_json
-from seekforge.runtime.batch_file import completion_json, run_batch
+from seekforge.runtime.batch_file import (
+    Request,
+    answered,
+    completion_json,
+    prompt_logprobs_json,
+    read_requests,
+    run_batch,
+)
 from seekforge.runtime.engine import Engine
 from seekforge.runtime.llm import LLM, LLMMetrics
 from seekforge.runtime.options import check_checkpoint, checkpoint_option, drafts_option
 from seekforge.runtime.outputs import RequestMetrics, RequestOutput
 from seekforge.runtime.sampling import SamplingParams
+from seekforge.runtime.sampling_options import params_of, sampling_options
 
 if TYPE_CHECKING:
     from seekforge.plugins.formats.loader import LoadProgress
@@ -53,21 +58,17 @@ def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to continue, encoded as it is: nothing is added.")
 @click.option(
-    "--batch", type=click.Path(path_type=Path), help="JSONL file of requests (see below), instead of --prompt."
+    "--batch",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="JSONL file of requests (see above), instead of --prompt; - is stdin.",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="JSONL file of results; what it holds is not run again."
+    "--output",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="JSONL file of results; what it holds is not run again. - is stdout.",
 )
-@click.option("--max-tokens", type=Tokens(), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token each time.")
-@click.option("--temperature", type=Number(0), help="Default: the checkpoint's.")
-@click.option("--top-p", type=Number(0, 1, above=True), help="Default: the checkpoint's.")
-@click.option("--top-k", type=Whole(), help="0 keeps all tokens.  [default: 0]")
-@click.option("--n", "num", type=Whole(1), default=1, show_default=True, help="Completions of the prompt.")
-@click.option("--logprobs", type=Whole(), help="Log-probabilities of so many likely tokens; with --json.")
-@click.option("--stop", multiple=True, help="End before this text. May be given several times.")
-@seed_option("Same seed, same text.")
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end of sequence.")
+@sampling_options
 @drafts_option
 @checkpoint_option
 @threads_option
@@ -78,6 +79,11 @@ def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
     help="Read every byte of the engine, also of files that were verified before and are unchanged.",
 )
 @click.option("--no-self-check", is_flag=True, help="Do not compare with the results stored in the engine.")
+@click.option(
+    "--trust-checkpoint-code",
+    is_flag=True,
+    help='Let "messages" execute the Python file that came with the checkpoint.',
+)
 @quiet_option
 @json_option
 def run(
@@ -85,44 +91,30 @@ def run(
     prompt: str | None,
     batch: Path | None,
     output: Path | None,
-    max_tokens: int,
     greedy: bool,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    num: int,
-    logprobs: int | None,
-    stop: tuple[str, ...],
-    seed: int | None,
-    ignore_eos: bool,
     num_speculative_tokens: int,
     checkpoint: Path | None,
     threads: int | None,
     max_model_len: int | None,
     verify: bool,
     no_self_check: bool,
+    trust_checkpoint_code: bool,
     quiet: bool,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Generate text with ENGINE, a folder written by 'seekforge build'.
 
-    A line of a --batch file is an object with "prompt" (text or token ids) and, if it likes, "id" and any sampling
-    parameter ("max_tokens", "temperature", "stop", ...), which goes before the options given here. Results are
-    written to --output as they end, one object a line, with the "id" (else the line number). Run the same command
-    again after an interruption: requests that have a result are left out.
+    A line of a --batch file is an object with "prompt" (text or token ids) or "messages" and, if it likes, "id" and any
+    sampling parameter ("max_tokens", "temperature", "stop", ...), which goes before the options given here; or a line
+    of OpenAI's batch files ("custom_id", "url", "body"), which is answered in their form. Results are written to
+    --output as they end, one object a line, with the "id" (else the line number). Run the same command again after an
+    interruption: requests that have a result are left out. An answer to another request of that id, or of another
+    engine, is refused.
+
+    Every request and option is checked before the engine is loaded.
     """
-    if greedy and (temperature, top_p, top_k) != (None, None, None):
-        raise click.UsageError("--greedy leaves nothing to --temperature, --top-p and --top-k; drop one or the other")
-    if (prompt is None) == (batch is None):
-        raise click.UsageError("give either --prompt or --batch")
-    if (batch is None) != (output is None):
-        raise click.UsageError("--batch and --output belong together")
-    if batch is not None and as_json:
-        raise click.UsageError("--batch writes JSON to --output; drop --json")
-    if logprobs is not None and not (as_json or batch is not None):
-        raise click.UsageError("--logprobs needs --json or --batch, which have room for them")
-    if num > 1 and not (as_json or batch is not None):
-        raise click.UsageError("--n above 1 needs --json or --batch, since completions are not streamed side by side")
+    _refuse_contradictions(prompt, batch, output, greedy, as_json, sampling)
     stages = Stages(quiet=quiet or as_json)
     loading = time.monotonic()
 
@@ -132,39 +124,43 @@ def run(
     check_checkpoint(opened, checkpoint)
     stages.done(f"engine   {engine}: target {target.name}, {_verified(opened.verification)}")
 
+    num = max(sampling["n"] or 1, sampling["best_of"] or 1)
+    limits = opened.manifest.limits
+    params = SamplingParams()
+    requests: list[Request] = []
+
+    def check(llm: LLM) -> None:
+        nonlocal params, requests
+        params = replace(llm.default_sampling_params, **({"temperature": 0} if greedy else {}) | params_of(sampling))
+        if prompt is not None:
+            llm.check(prompt, params)
+        if batch is not None and output is not None:
+            requests = read_requests(batch, params, llm, opened.manifest.digest)
+            answered(output, requests)
+
     stages("loading")
-    prompt_ids = opened.tokenizer.encode(prompt) if prompt is not None else []
-    room = max_model_len or min(len(prompt_ids) + max_tokens, opened.manifest.limits.max_model_len)
     llm = LLM(
         opened,
-        max_batch_size=min(num, opened.manifest.limits.max_batch_size) if batch is None else None,
+        max_batch_size=min(num, limits.max_batch_size) if batch is None else None,
         num_speculative_tokens=num_speculative_tokens,
         checkpoint=checkpoint,
         on_load=_loading(stages),
+        before_load=check,
         threads=threads,
         self_check=not no_self_check,
-        max_model_len=room if batch is None else max_model_len,
+        trust_checkpoint_code=trust_checkpoint_code,
+        max_model_len=max_model_len or (_room(opened, prompt, sampling["max_tokens"]) if prompt is not None else None),
     )
     with llm:
         load_s = time.monotonic() - loading
         cache_mb = llm.num_blocks * opened.manifest.cache.bytes_per_block / 1e6
         stages.done(f"loaded   room for {llm.max_model_len} tokens, cache {cache_mb:.1f} MB")
         stages.say(f"check    {_self_check_line(llm, no_self_check)}")
-        params = replace(
-            SamplingParams(temperature=0) if greedy else llm.default_sampling_params,
-            max_tokens=max_tokens,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            n=num,
-            logprobs=logprobs,
-            stop=stop,
-        )
-        asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        params = replace(params, **{name: value for name, value in asked.items() if value is not None})
         if batch is not None and output is not None:
-            run_batch(llm, batch, output, params, stages.say)
+            run_batch(llm, requests, output, stages.say)
             return
-        result = _run_one(llm, prompt_ids, params, echo=not as_json)
+        assert prompt is not None
+        result = _run_one(llm, prompt, params, echo=not as_json)
         if as_json:
             write_json(_as_json(llm, result, load_s))
         else:
@@ -174,11 +170,56 @@ def run(
         stages.say(_drafts_line(llm.metrics()))
 
 
-def _run_one(llm: LLM, prompt_ids: list[int], params: SamplingParams, *, echo: bool) -> RequestOutput:
+def _refuse_contradictions(
+    prompt: str | None,
+    batch: Path | None,
+    output: Path | None,
+    greedy: bool,
+    as_json: bool,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Refuse options that leave nothing to one another.
+
+    Raises:
+        UsageError: naming them.
+    """
+    if greedy and any(sampling[name] is not None for name in ("temperature", "top_p", "top_k", "min_p")):
+        raise click.UsageError(
+            "--greedy leaves nothing to --temperature, --top-p, --top-k and --min-p; drop one or the other"
+        )
+    if (prompt is None) == (batch is None):
+        raise click.UsageError("give either --prompt or --batch")
+    if (batch is None) != (output is None):
+        raise click.UsageError("--batch and --output belong together")
+    if batch is not None and output is not None:
+        if as_json:
+            raise click.UsageError("--batch writes JSON to --output; drop --json")
+        return
+    if as_json:
+        return
+    for name in ("logprobs", "prompt_logprobs"):
+        if sampling[name] is not None:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --json or --batch, which have room for them")
+    if (sampling["n"] or 1) > 1 or sampling["best_of"] is not None:
+        raise click.UsageError(
+            f"{'--n above 1' if (sampling['n'] or 1) > 1 else '--best-of'} needs --json or --batch, since completions "
+            "are not streamed side by side"
+        )
+
+
+def _room(engine: Engine, prompt: str, max_tokens: int) -> int:
+    """Return how many tokens a prompt and its answer take, of those that the engine allows."""
+    most = engine.manifest.limits.max_model_len
+    return max(1, min(len(engine.tokenizer.encode_at_most(prompt, most)) + max_tokens, most))
+
+
+def _run_one(llm: LLM, prompt: str, params: SamplingParams, *, echo: bool) -> RequestOutput:
+    if not echo:
+        return llm.generate(prompt, params)[0]
     output = None
-    for delta in llm.stream(prompt_ids, params):
+    for delta in llm.stream(prompt, params):
         output = delta.output
-        if echo and delta.text:
+        if delta.text:
             write_generated(delta.text)
     assert output is not None
     return output
@@ -191,6 +232,8 @@ def _as_json(llm: LLM, output: RequestOutput, load_s: float) -> dict[str, Any]:
         "token_ids": first.token_ids,
         "prompt_token_ids": output.prompt_token_ids,
         "finish_reason": first.finish_reason,
+        "stop_reason": first.stop_reason,
+        "prompt_logprobs": None if output.prompt_logprobs is None else prompt_logprobs_json(output),
         "completions": [completion_json(completion) for completion in output.outputs],
         "self_check": None
         if check is None
