@@ -27,6 +27,7 @@ from seekforge.plugins.errors import ProgramError
 from seekforge.plugins.formats.bindings import Ranks, Recipe, coverage
 from seekforge.plugins.formats.dtypes import FROM_ONNX
 from seekforge.plugins.formats.files import atomic_folder, sha256_file
+from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.numerics import Numerics
 from seekforge.plugins.formats.program import (
     PROGRAM_FORMAT,
