@@ -57,9 +57,9 @@ def decoding(batch: int, queries: int = 1) -> TargetConfig:
     return target.model_copy(update={"profiles": {"decode": target.profiles["decode"].model_copy(update=sizes)}})
 
 
-def built(program: Path, checkpoint: Path, target: TargetConfig, out: Path) -> tuple[Manifest, int]:
+def built(program: Path, target: TargetConfig, out: Path) -> tuple[Manifest, int]:
     """Return the manifest of an engine, and the bytes that the planner expected of what its plans share."""
-    inputs = open_inputs(program, checkpoint)
+    inputs = open_inputs(program, None)
     planned = check(inputs, target, CHOICES)
     manifest = build_gpu(inputs, planned, out, choices=CHOICES, force=True, progress=Stages(quiet=True))
     work = Workload(target.limits.max_model_len, target.limits.max_batch_size)
@@ -80,9 +80,7 @@ def test_a_sequence_more_costs_its_activations_and_no_weight(
     monkeypatch.setattr(gpu_engine, "spanning", lambda profiles, limits: profiles)  # one token of each sequence
     config = ModelConfig.load(full)
     small, large = 16, 256
-    sizes = {
-        batch: shared(built(layers["moe"], full, decoding(batch), tmp_path / "engine")[0]) for batch in (small, large)
-    }
+    sizes = {batch: shared(built(layers["moe"], decoding(batch), tmp_path / "engine")[0]) for batch in (small, large)}
     slope = (sizes[large] - sizes[small]) / (large - small)
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     absorbed = 2 * 2 * heads * latent  # queries before and after, bf16
@@ -95,18 +93,16 @@ def test_a_sequence_more_costs_its_activations_and_no_weight(
     ("kind", "batch", "queries"), [("moe", 64, 1), ("moe", 4, 512), ("dense", 1, 2048), ("dense", 1, 1)]
 )
 def test_the_planner_agrees_with_plans_of_real_width(
-    layers: dict[str, Path], full: Path, kind: str, batch: int, queries: int, tmp_path: Path
+    layers: dict[str, Path], kind: str, batch: int, queries: int, tmp_path: Path
 ) -> None:
-    manifest, expected = built(layers[kind], full, decoding(batch, queries), tmp_path / "engine")
+    manifest, expected = built(layers[kind], decoding(batch, queries), tmp_path / "engine")
     assert shared(manifest) <= expected <= FACTOR * shared(manifest)
 
 
-def test_every_plan_says_its_memory_and_the_planner_agrees(
-    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_every_plan_says_its_memory_and_the_planner_agrees(tiny_programs: dict[str, Path], tmp_path: Path) -> None:
     """For every profile of a target; `build` and `inspect` print the largest of each."""
     target = load_target("rtx4090")
-    manifest, expected = built(tiny_programs["fp8"], tiny_checkpoint, target, tmp_path / "engine")
+    manifest, expected = built(tiny_programs["fp8"], target, tmp_path / "engine")
     assert manifest.audit is not None
     said = manifest.audit.activation_bytes
     assert said.keys() == manifest.audit.plan_bytes.keys()
