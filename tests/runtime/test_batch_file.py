@@ -273,7 +273,7 @@ def test_answers_to_other_requests_are_not_taken_for_answers(batch: Batch) -> No
     batch.write({"prompt": "a", "id": "x"}, {"prompt": "c", "id": "y"})
     assert "the answer to 'y' there is to another request" in batch.refused()
     batch.write({"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"})
-    assert "the answer to " in batch.refused("--min-p", "0.5"), "an option changed"
+    assert "the answer to " in batch.refused("--min-tokens", "2"), "an option changed"
     batch.write({"prompt": "new"}, {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"})
     assert {answer["id"] for answer in batch.run()} == {"x", "y", 1}
 

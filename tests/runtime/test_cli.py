@@ -142,7 +142,7 @@ def test_run_batch_resumes(toy_engine: Path, tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 1: Expecting"),
-        ('{"prompt": 3}', 'expected an object with a "prompt"'),
+        ('{"prompt": 3}', "prompt is int, expected text or a list of token ids"),
         ('{"prompt": "a", "temprature": 1}', "unknown key 'temprature'"),
         ('{"prompt": "a", "top_p": 2}', "top_p is 2"),
         ('{"prompt": "a", "max_tokens": 5000}', "more than max_model_len"),
