@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -350,3 +350,25 @@ def default_cache() -> Path:
     if cache is None:
         raise EnvironmentFault("there is no home folder to keep compiled kernels in; set XDG_CACHE_HOME to a folder")
     return cache / "kernels"
+
+
+@contextlib.contextmanager
+def cache_folder(asked: Path | None = None) -> Iterator[Path]:
+    """Give the folder that images are kept in: the one asked for, else the user's cache, else a temporary one.
+
+    A user without a home, or with one that cannot be written, compiles anew each time; nothing fails for want of it.
+    """
+    cache = user_cache() if asked is None else None
+    place = asked if cache is None else cache / "kernels"
+    if asked is None and place is not None:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            place = None
+        if place is not None and not os.access(place, os.W_OK):
+            place = None
+    if place is not None:
+        yield place
+        return
+    with temporary_folder("seekforge-kernels") as folder:
+        yield folder

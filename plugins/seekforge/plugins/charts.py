@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from seekforge.plugins.errors import EnvironmentFault, OutputError
 from seekforge.plugins.requirements import install
+from seekforge.plugins.terminal import shown
 from seekforge.plugins.user_cache import user_cache
 
 _FORMATS: Final = (".png", ".svg")
@@ -94,11 +95,13 @@ def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], No
     matplotlib = importlib.import_module("matplotlib")
     figures = importlib.import_module("matplotlib.figure")
     # the same chart is the same file: no date, no random names, and text that stays text
-    fixed = {"svg.hashsalt": "seekforge", "svg.fonttype": "none"}
+    # and names are text: no formula in dollars, which may be wrong or mean something else
+    fixed = {"svg.hashsalt": "seekforge", "svg.fonttype": "none", "text.parse_math": False}
     unfinished = path.with_name(f".{path.name}.unfinished")
     with matplotlib.rc_context(fixed):
         figure = figures.Figure(figsize=size, layout="constrained")
         draw(figure)
+        _show_text(figure)
         try:
             suffix = path.suffix.lower()[1:]
             figure.savefig(unfinished, format=suffix, dpi=dpi, metadata={"Date": None} if suffix == "svg" else None)
@@ -106,6 +109,14 @@ def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], No
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _show_text(figure: Any) -> None:
+    """Make every text in a figure one that is shown: a control character ends an SVG file, and has no glyph."""
+    texts = importlib.import_module("matplotlib.text")
+    for text in figure.findobj(texts.Text):
+        text.set_text(shown(text.get_text(), keep="\n"))
+        text.set_parse_math(False)
 
 
 def _draw(axes: Any, panel: Panel) -> None:

@@ -51,7 +51,8 @@ def compile_kernels(tasks: list[aot.Task], engine: Path, steps_bar: StepsBar) ->
                 done.append(made)
                 bar(len(done) / len(tasks))
 
-        return aot.build(tasks, engine / KERNELS, cache=aot.default_cache(), progress=advance)
+        with aot.cache_folder() as cache:
+            return aot.build(tasks, engine / KERNELS, cache=cache, progress=advance)
 
 
 def kernel_files(engine: Path, sets: Collection[KernelSet]) -> list[str]:

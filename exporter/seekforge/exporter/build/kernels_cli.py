@@ -86,10 +86,10 @@ def build(
             if done is not None:
                 progress.update(row, advance=1, description=shown(f"compiled {task.op} sm{task.sm}"))
 
-        cache = cache or aot.default_cache()
-        sets = aot.build(work, store, cache=cache, jobs=jobs, progress=advance)
-        progress.update(row, description="reading their code")
-        found = kernel_numbers.records(sets, store, cache=cache, jobs=jobs) if as_json or not quiet else []
+        with aot.cache_folder(cache) as kept:
+            sets = aot.build(work, store, cache=kept, jobs=jobs, progress=advance)
+            progress.update(row, description="reading their code")
+            found = kernel_numbers.records(sets, store, cache=kept, jobs=jobs) if as_json or not quiet else []
     slow = kernel_numbers.faults(found, kernel_numbers.variants_of(sets))
     seconds = time.perf_counter() - start
     if as_json:
