@@ -86,6 +86,7 @@ class LLMOptions(TypedDict, total=False):
     self_check: bool
     trust_checkpoint_code: bool
     on_step: Callable[[StepMetrics], None] | None
+    before_load: Callable[[LLM], None] | None
     on_load: OnLoad | None
 
 
