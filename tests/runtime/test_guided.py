@@ -33,7 +33,7 @@ def grammars(tokenizer: Tokenizer, tiny_config) -> Grammars:
 
 def walk(grammars: Grammars, form: Form, *, prefer, seed: int = 0, most: int = 100) -> list[int]:
     """Take allowed tokens, those of `prefer` first, to the end of the text; nothing that is allowed is refused."""
-    matcher, draw, out = grammars.matcher(form, most), random.Random(seed), []
+    matcher, draw, out = grammars.compile(form, most)(), random.Random(seed), []
     for _ in range(most):
         allowed = np.flatnonzero(matcher.allowed()).tolist()
         token = max(allowed, key=lambda one: (one in prefer, draw.random()))
@@ -95,7 +95,7 @@ def test_free_text_takes_any_token_that_is_allowed(form: Form, tokenizer: Tokeni
 def test_a_choice_is_completed_within_max_tokens_or_refused(tokenizer, grammars, texts, most, seed) -> None:
     form = Form(choice=texts)
     try:
-        grammars.check(form, most)
+        grammars.compile(form, most)
     except RequestError as error:
         assert "raise it to" in str(error)
         assert most < 1 + min(len(tokenizer.encode(text)) for text in texts)
@@ -113,7 +113,7 @@ def test_the_model_s_other_ends_are_ends_of_a_form(tokenizer: Tokenizer, tiny_co
     pytest.importorskip("llguidance")
     grammars = Grammars(tokenizer, tiny_config.vocab_size, (EOS, 1004))
     for form in (Form(regex="a"), Form(choice=["a"])):
-        matcher = grammars.matcher(form, 9)
+        matcher = grammars.compile(form, 9)()
         matcher.advance(*tokenizer.encode("a"))
         assert np.flatnonzero(matcher.allowed()).tolist() == [EOS, 1004]
         matcher.advance(1004)
