@@ -7,7 +7,6 @@ The device test builds the tiny model for the GPU that is there, with the kernel
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -28,12 +27,6 @@ from seekforge.runtime import LLM, Engine, SamplingParams
 
 #: Gives the logits after each of some token ids, [len, vocab_size].
 Oracle = Callable[[Sequence[int]], np.ndarray]
-
-_spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("test_tensorrt_backend.py"))
-assert _spec is not None and _spec.loader is not None
-_fake = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_fake)
-gpu_engine, device = _fake.gpu_engine, _fake.device  # fixtures: an engine of a GPU that does not exist, and that GPU
 
 
 def judge(
