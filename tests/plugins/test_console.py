@@ -109,6 +109,7 @@ def slow(how):
     os.kill(os.getpid(), getattr(signal, how))
     time.sleep(5)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell is begun without
 cli.LazyGroup.get_command = lambda self, ctx, name: slow
 cli.main(["export", sys.argv[1]])
 """
