@@ -29,7 +29,6 @@ from typing import Any, Final
 from seekforge.plugins.errors import CheckpointError, EnvironmentFault, SeekforgeError
 from seekforge.plugins.formats.paths import name_fault
 from seekforge.plugins.formats.program import TEXT_FILES
-from seekforge.plugins.formats.safetensors import INDEX_FILE, SINGLE_FILE, parse_index, shards_without_index
 from seekforge.plugins.hub_files import Files, Repo, endpoint, explained
 from seekforge.plugins.requirements import install_module
 
@@ -162,6 +161,9 @@ def _snapshot(hub: Any, repo: Repo) -> Path | None:
 
 def _is_whole(folder: Path) -> bool:
     """Whether no file is missing that the folder itself says belongs to it. Broken links are missing files."""
+    # imported where it is needed, here and below: what serves an engine in a folder reads no checkpoint
+    from seekforge.plugins.formats.safetensors import INDEX_FILE, parse_index, shards_without_index
+
     if not (folder / "config.json").is_file():
         return not any(folder.iterdir())  # nothing to judge by: the reader says what is wrong
     if (folder / INDEX_FILE).is_file():
@@ -179,6 +181,8 @@ def _is_whole(folder: Path) -> bool:
 
 def _check_room(hub: Any, repo: Repo) -> None:
     """Refuse a download that does not fit, if the index says how large it is."""
+    from seekforge.plugins.formats.safetensors import INDEX_FILE
+
     with tempfile.TemporaryDirectory(prefix="seekforge-hub-") as scratch:
         place = Path(scratch) / INDEX_FILE
         if not Files(hub, repo).fetch(INDEX_FILE, place):
@@ -241,6 +245,8 @@ def headers(
 
 
 def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
+    from seekforge.plugins.formats.safetensors import INDEX_FILE, SINGLE_FILE, parse_index, shards_without_index
+
     if not files.fetch("config.json", folder / "config.json"):
         raise CheckpointError(f"{files.repo}: has no config.json; pass a repository with a model's checkpoint")
     if config_only:
