@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from seekforge.exporter.model.layers import rope_interleaved
+from seekforge.exporter.model.layers import product_per_head, rope_interleaved
 from seekforge.exporter.parity.ops import LayerModule, LayerState, Op, Part, Values
 from seekforge.plugins.dsa_attention.reference import dsa_attention
 from seekforge.plugins.dsa_indexer.reference import dsa_indexer
@@ -34,7 +34,8 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
         return v["q_b"].unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
 
     def q_latent(v: Values) -> Tensor:
-        return (q_heads(v)[..., : config.qk_nope_head_dim].transpose(1, 2) @ attention.w_uk).transpose(1, 2)
+        q_nope = q_heads(v)[..., : config.qk_nope_head_dim]
+        return product_per_head(q_nope.flatten(0, 1), attention.w_uk).unflatten(0, q_nope.shape[:2])
 
     def q_pe(v: Values) -> Tensor:
         x = q_heads(v)[..., config.qk_nope_head_dim :]
@@ -128,7 +129,9 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
         return attention.indexer.rotate(v["wq_b"], step, config.index_n_heads)
 
     def o(v: Values) -> Tensor:
-        return (v["o_latent"].transpose(1, 2) @ attention.w_uv.transpose(1, 2)).transpose(1, 2).flatten(2)
+        o_latent = v["o_latent"]
+        per_head = product_per_head(o_latent.flatten(0, 1), attention.w_uv.transpose(1, 2))
+        return per_head.reshape(*o_latent.shape[:2], -1)
 
     return [
         owner.apply("self_attn.indexer.wq_b", "index queries", "q_a_norm", "wq_b", attention.indexer.wq_b),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seekforge.exporter.model.layers import LinearF32, RmsNorm
+from seekforge.exporter.model.layers import LinearF32, RmsNorm, product
 from seekforge.exporter.model.moe import Moe
 from seekforge.exporter.model.step import Settings, Step
 from seekforge.exporter.model.weights import to_torch
@@ -304,7 +304,7 @@ class Reference:
 
         def combine(ids: Tensor, hidden: Tensor) -> Tensor:
             pair = torch.cat([norms["enorm"](F.embedding(ids, embed)), norms["hnorm"](hidden)], dim=-1)
-            return pair @ project.T
+            return product(pair, project.T)
 
         for number in numbers:
             ids = torch.from_numpy(self._arrays[number].input_ids)
