@@ -79,13 +79,15 @@ class Builder:
         self.asked.append(set(self.flags))
         if self.refusal and (self.flags or self.refusal not in REFUSALS):
             self.logger.errors.append(self.refusal)
+            self.logger.activation_bytes.append(1)
             return None
+        self.logger.activation_bytes.append(2)
         return b"plan"
 
 
 def run(refusal: str | None, trt: Any) -> tuple[Any, Any, Builder]:
     """Build with a stand-in; returns what `_build` does and the builder."""
-    builder = Builder(SimpleNamespace(errors=["from before"]), refusal)
+    builder = Builder(SimpleNamespace(errors=["from before"], activation_bytes=[]), refusal)
     plan, capturable = worker._build(trt, builder, "network", builder, builder.logger)
     return plan, capturable, builder
 
@@ -97,6 +99,7 @@ def test_a_network_that_cannot_be_captured_is_built_without_the_promise() -> Non
         assert plan == b"plan" and capturable is False
         assert builder.asked == [{Flag.REQUIRE_USER_ALLOCATION}, set()]
         assert builder.logger.errors == ["from before"], "it is no fault of this build"
+        assert builder.logger.activation_bytes == [2], "memory of the plan that was not built"
     assert run(None, trt)[:2] == (b"plan", True)
 
 

@@ -62,8 +62,8 @@ def test_the_planner_counts_what_a_build_expects(inputs: Inputs, target: str, li
 def test_the_command_plan_says_what_a_build_expects(full: ModelConfig) -> None:
     """For one GPU of each kind; that the model does not fit does not matter."""
     target = load_target("h200")
-    args = ["full", "--target", "h200", "--num-gpus", "1", "--context", str(target.limits.max_model_len)]
-    args += ["--batch", str(target.limits.max_batch_size), "--precision", "fp8", "--json"]
+    args = ["full", "--target", "h200", "--num-gpus", "1", "--contexts", str(target.limits.max_model_len)]
+    args += ["--batch-size", str(target.limits.max_batch_size), "--precision", "fp8", "--json"]
     said = json.loads(CliRunner().invoke(plan_command, args, catch_exceptions=False).stdout)
     held = said["answers"][0]["bytes_per_gpu"]
     work = Workload(target.limits.max_model_len, target.limits.max_batch_size, target.limits.max_num_batched_tokens)
