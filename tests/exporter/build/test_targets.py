@@ -95,6 +95,9 @@ def test_a_file_of_the_user(tmp_path: Path) -> None:
     assert load_target(str(path), settings).name == "mine"
     with pytest.raises(TargetError, match="cannot be read"):
         load_target(str(tmp_path / "none.yaml"))
+    path.write_text("name: mine\nsm: .nan\n")
+    with pytest.raises(TargetError, match=r"mine\.yaml: line 2 is '\.nan', expected a finite number"):
+        load_target(str(path))
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

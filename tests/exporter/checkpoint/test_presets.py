@@ -50,6 +50,7 @@ def test_an_unknown_preset_lists_the_known_ones(name: str) -> None:
         ("num_shards: 1\nconfig: {}\nseed: 3", "'seed'.*expected the keys num_shards, config"),
         ("num_shards: 1", "'config'"),
         ("{", "not valid YAML"),
+        ("num_shards: 1\nconfig: {rope_theta: .inf}", r"x\.yaml: line 2 is '\.inf', expected a finite number"),
         ("3", "expected the keys"),
         ("num_shards: 1\nconfig: {model_type: llama}", "model_type is 'llama'"),
     ],

@@ -13,7 +13,7 @@ from seekforge.exporter.configs import known, load_yaml
 from seekforge.plugins.errors import TargetError
 from seekforge.plugins.formats.manifest import Limits
 from seekforge.plugins.formats.records import RecordError, UnknownKeyError
-from seekforge.plugins.formats.yaml_file import YamlError, parse_yaml, read_yaml
+from seekforge.plugins.formats.yaml_file import YamlError, YamlNumberError, parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 #: Far above any hardware, and what is computed from it stays finite.
@@ -163,6 +163,8 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
             raw = read_yaml(path)
         except OSError as error:
             raise TargetError(f"{path}: cannot be read ({error.strerror})") from None
+        except YamlNumberError as error:
+            raise TargetError(f"{path}: {error}") from None
         except YamlError as error:
             raise TargetError(f"{path}: not valid YAML ({error})") from None
         origin = str(path)
@@ -216,6 +218,8 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
         place = inner
     try:
         place[keys[-1]] = parse_yaml(text)
+    except YamlNumberError as error:
+        raise TargetError(f"--set {setting!r}: key {path!r}: {error.problem}") from None
     except YamlError as error:
         raise TargetError(f"--set {setting!r}: {text!r} is not valid YAML ({error})") from None
 

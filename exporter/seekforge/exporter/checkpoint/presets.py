@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from seekforge.exporter.configs import configs_folder, known
 from seekforge.plugins.errors import ConfigError
 from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.yaml_file import YamlError, read_yaml
+from seekforge.plugins.formats.yaml_file import YamlError, YamlNumberError, read_yaml
 
 
 class _PresetFile(BaseModel):
@@ -65,6 +65,8 @@ def read_preset(path: Path) -> Preset:
         file = _PresetFile.model_validate(raw)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except YamlNumberError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except YamlError as error:
         raise ConfigError(f"{path}: not valid YAML ({error})") from None
     except ValidationError as error:

@@ -27,6 +27,14 @@ class YamlError(ValueError):
     """A text is no YAML, or holds more than settings do."""
 
 
+class YamlNumberError(YamlError):
+    """A number is none that settings have; `problem` says what without its line."""
+
+    def __init__(self, place: str, found: str, expected: str) -> None:
+        super().__init__(f"{place} is {found!r:.60}, expected {expected}")
+        self.problem: Final = f"found {found!r:.60}, expected {expected}"
+
+
 class _Loader(yaml.SafeLoader):
     """Strings, numbers, booleans, null, lists and mappings with text as keys, each once."""
 
@@ -60,7 +68,7 @@ class _Loader(yaml.SafeLoader):
     def integer(self, node: Any) -> int:
         text = self.construct_scalar(node)
         if not _DECIMAL.fullmatch(text) or len(text) > 40 or abs(value := int(text)) >= 2**63:
-            raise YamlError(f"{_place(node)} is {text!r:.60}, expected a whole number of at most 64 bits")
+            raise YamlNumberError(_place(node), text, "a whole number of at most 64 bits")
         return value
 
     def real(self, node: Any) -> float:
@@ -70,7 +78,7 @@ class _Loader(yaml.SafeLoader):
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise YamlError(f"{_place(node)} is {text!r:.60}, expected a finite number")
+            raise YamlNumberError(_place(node), text, "a finite number")
         return value
 
 
