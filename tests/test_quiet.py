@@ -129,7 +129,7 @@ def test_no_command_opens_a_socket_or_leaves_anything(watch: Watch, tiny_checkpo
         ("build", "program", "engine", "--target", "cpu", "--checkpoint", tiny_checkpoint),
         ("build", "exact", "engine-exact", "--target", "cpu", "--checkpoint", tiny_checkpoint),
         ("inspect", "engine"),
-        ("bench", "engine", "--context", "8", "--concurrency", "1", "--tokens", "2", "--chart", "bench.png"),
+        ("bench", "engine", "--contexts", "8", "--concurrency", "1", "--max-tokens", "2", "--chart", "bench.png"),
         ("parity", "engine-exact", "--checkpoint", tiny_checkpoint, "--contexts", "10", "--brief"),
         ("parity", "engine-exact", "--checkpoint", tiny_checkpoint, "--contexts", "10", "--brief", "--modes", "whole",
          "--against", "transformers"),

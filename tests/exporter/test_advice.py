@@ -137,12 +137,12 @@ CASES: dict[str, tuple[list[str], str, Follow]] = {
         lambda args, line, places: ["inspect", places["program"], "--graph", "dot"],
     ),
     "no layout of so many GPUs": (
-        ["plan", "full", "--target", "h200", "--context", "1K", "--num-gpus", "100000"],
+        ["plan", "full", "--target", "h200", "--contexts", "1K", "--num-gpus", "100000"],
         "the nearest count is",
         lambda args, line, places: with_option(args, "--num-gpus", re.findall(r"count is (\d+)", line)[0]),
     ),
     "two numbers of GPUs": (
-        ["plan", "full", "--target", "h200", "--context", "1K", "--tp", "8", "--num-gpus", "16"],
+        ["plan", "full", "--target", "h200", "--contexts", "1K", "--tp", "8", "--num-gpus", "16"],
         "leave one of them out",
         lambda args, line, places: without_option(args, "--num-gpus"),
     ),

@@ -147,7 +147,7 @@ def test_shards_without_an_index_are_found_by_the_listing(hub: Hub, tiny_source:
 
 
 def test_a_plan_reads_config_alone(hub: Hub) -> None:
-    assert invoke("plan", "owner/name", "--target", "h200", "--context", "1K", "--json").exit_code == 0
+    assert invoke("plan", "owner/name", "--target", "h200", "--contexts", "1K", "--json").exit_code == 0
     assert [path.rpartition("/")[2] for _, path, _, _ in hub.asked if "/resolve/" in path] == ["config.json"]
 
 

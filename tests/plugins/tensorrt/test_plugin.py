@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import stand_in_trt
 from seekforge.plugins.errors import EngineError, EnvironmentFault, ShapeError
 from seekforge.plugins.launch import op_kernels
 from seekforge.plugins.registry import SPECS
+from seekforge.plugins.requirements import install
 from seekforge.plugins.tensorrt import library
 from seekforge.plugins.tensorrt.launch import NO_KERNELS, Descriptors
 from seekforge.plugins.tensorrt.plugin import allowed, make_fields, read_fields, register
@@ -87,7 +89,8 @@ def test_kernels_are_found_by_sm_and_digest(tmp_path) -> None:
 
 
 def test_a_missing_library_names_what_to_install() -> None:
-    with pytest.raises(EnvironmentFault, match=r"seekforge\[trt\].*on the machine with the GPU"):
+    advice = re.escape(f"tensorrt is not installed; {install('trt')} on the machine with the GPU")
+    with pytest.raises(EnvironmentFault, match=advice):
         library.load("tensorrt")
 
 
