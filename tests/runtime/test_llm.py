@@ -135,9 +135,9 @@ def test_each_end_of_sequence_ends_a_request(edit_manifest, toy, prompts: list[l
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eos_token_id": []}, "key 'eos_token_id'"),
-        ({"eos_token_id": [1, 320]}, "expected a token id from 0 to 319"),
-        ({"eos_token_id": -1}, "key 'eos_token_id'"),
+        ({"eos_token_id": []}, r"eos_token_id is \(\)"),
+        ({"eos_token_id": [1, 320]}, "eos_token_id is 320, expected an id below vocab_size 320"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, expected an id below vocab_size 320"),
         ({"generation": {"temperature": -1.0}}, "key 'generation': temperature is -1"),
         ({"generation": {"top_k": 1.5}}, "key 'generation': top_k is 1.5"),
         ({"generation": {"heat": 1.0}}, "key 'generation': SamplingParams has no 'heat'"),

@@ -176,6 +176,10 @@ def test_stages_of_one_plan_must_be_alike(gpu_engine, device: FakeDevice, tmp_pa
         LLM(changed(engine, tmp_path / "other", edit), num_blocks=9)
 
 
+def _inputs(raw: dict[str, Any], graph: str) -> set[str]:
+    return {spec["name"] for spec in raw["graphs"][graph]["inputs"]}
+
+
 def _profiles(raw: dict[str, Any]) -> None:
     """Decode: 8 rows of 3 tokens; prefill: 2 rows of 512. At most 40 cache blocks."""
 
@@ -186,7 +190,13 @@ def _profiles(raw: dict[str, Any]) -> None:
         return found | {f"latent_cache.{layer}": [[64, 16], [64, 16], [40 * 64, 16]] for layer in (0, 1)}
 
     sizes = {"decode": (8, 3), "prefill": (2, 512)}
-    raw["profiles"] = {name: {plan: shapes(*size) for plan in ("model", "mtp")} for name, size in sizes.items()}
+    raw["profiles"] = {
+        name: {
+            plan: {tensor: bounds for tensor, bounds in shapes(*size).items() if tensor in _inputs(raw, plan)}
+            for plan in ("model", "mtp")
+        }
+        for name, size in sizes.items()
+    }
     for face in raw["graphs"].values():
         for spec in face["inputs"]:
             if spec["role"] == "cache":

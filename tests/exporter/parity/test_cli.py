@@ -340,7 +340,10 @@ def test_what_cannot_end_well_is_refused_before_the_engine_runs(
     manifest = load_manifest(tiny_engines["exact"])
     limits = manifest.limits.model_copy(update={"max_model_len": 64})
     (tmp_path / "long").write_text("Hello\n" + "word " * manifest.limits.max_model_len, encoding="utf-8")
-    changes = {"short": {"limits": limits}, "other": {"config": manifest.config | {"index_topk": 32}}}
+    changes = {
+        "short": {"limits": limits, "self_check": None},
+        "other": {"config": manifest.config | {"index_topk": 32}},
+    }
     for name, change in changes.items():
         shutil.copytree(tiny_engines["exact"], tmp_path / name, copy_function=os.link)
         (tmp_path / name / "manifest.json").unlink()

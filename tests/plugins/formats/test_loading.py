@@ -58,7 +58,7 @@ def engine(tmp_path: Path) -> Manifest:
             bytes_per_block=1,
         ),
         limits=Limits(max_model_len=1, max_batch_size=1, max_num_batched_tokens=1),
-        vocab_size=1,
+        vocab_size=2,
         num_top_logits=1,
         bos_token_id=0,
         eos_token_id=1,
@@ -70,7 +70,9 @@ def engine(tmp_path: Path) -> Manifest:
         build={},
         weights=WeightSource(path="/weights", index_digest="feed"),
         plugins={"MoeRoute": PluginUse(version=1, products="fp8", kernel_digest="abc123", num_layers=1)},
-        audit=audit_of({"total": 2 << 30, "usable": 1 << 30}),
+        audit=audit_of(
+            dict.fromkeys(("weights", "scratch", "activations", "reserve"), 0) | {"total": 2 << 30, "usable": 1 << 30}
+        ),
     )
     return save_manifest(tmp_path, manifest)
 

@@ -212,8 +212,10 @@ def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: t
                 f"{path}: {kind} {name} is {actual.get(name, 'absent')} in the graph and "
                 f"{wanted.get(name, 'absent')} in the manifest; build the engine again"
             )
-    shapes = {spec.name: spec.shape for spec in expected}
+    shapes = {spec.name: spec.shape for spec in expected if spec.role != "tap"}  # whose sizes nobody relies on
     for value in found:
+        if value.name not in shapes:
+            continue
         shape = tuple(value.shape)
         if len(shape) != len(shapes[value.name]) or not all(map(_is_size, shape, shapes[value.name])):
             raise EngineError(
