@@ -14,6 +14,7 @@ from seekforge.exporter.build.targets import TargetConfig
 from seekforge.exporter.rewrite.layers import truncate
 from seekforge.plugins.errors import EngineError, ProgramError, SeekforgeError, TargetError
 from seekforge.plugins.formats.bindings import Recipe
+from seekforge.plugins.formats.dtypes import is_stored_as
 from seekforge.plugins.formats.manifest import MANIFEST, TARGET, Limits
 from seekforge.plugins.formats.model_config import ModelConfig
 from seekforge.plugins.formats.paths import inside
@@ -67,6 +68,8 @@ def _check_recipe(spec: TensorSpec, recipe: Recipe, folder: Path) -> None:
 def check_takes(bindings: Mapping[str, Mapping[str, Recipe]], checkpoint: Checkpoint, folder: Path) -> None:
     """Every tensor that the recipes of the program in `folder` read is one of the checkpoint, as they expect it.
 
+    Block scales may be stored in a narrower type, of which every value is one of the wider (`evaluate` widens them).
+
     Raises:
         ProgramError: naming the first that is not.
     """
@@ -77,7 +80,7 @@ def check_takes(bindings: Mapping[str, Mapping[str, Recipe]], checkpoint: Checkp
         if recipe.op != "take" or recipe.tensor is None:
             continue
         info = checkpoint.info(recipe.tensor) if recipe.tensor in checkpoint else None
-        if info is None or (info.shape, info.dtype) != (recipe.shape, recipe.dtype):
+        if info is None or info.shape != recipe.shape or not is_stored_as(info.dtype, recipe.dtype):
             has = "does not have it" if info is None else f"has {info.dtype} {list(info.shape)}"
             raise ProgramError(
                 f"{folder / 'bindings.json'}: reads {recipe.tensor!r} as {recipe.dtype} {list(recipe.shape)}, the "
