@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from seekforge.plugins.formats.digests import chunk_bytes
 from seekforge.plugins.formats.dtypes import NUMPY
+from seekforge.plugins.formats.files import json_text
 from seekforge.plugins.formats.manifest import MANIFEST, manifest_digest
 from seekforge.plugins.formats.safetensors import INDEX_FILE, Checkpoint, write_shard
 from seekforge.runtime import cli
@@ -83,11 +86,11 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change one JSON file of a linked copy."""
     value = json.loads(path.read_text())
     change(value)
-    rewrite(path, json.dumps(value).encode())
+    rewrite(path, json_text(value).encode())
 
 
 def edit_manifest(engine: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest of a linked engine, and its digest with it."""
+    """Change the manifest of a linked engine and its digest with it, spelt as a build spells them."""
 
     def reseal(value: dict[str, Any]) -> None:
         change(value)
@@ -367,7 +370,7 @@ def test_a_context_that_the_model_does_not_have(tiny_programs, tiny_checkpoint, 
         ("bindings.json", b'{"format": 1, "graphs": {"model": {"x": {}}, "mtp": {}}}', "export the program again"),
         ("bindings.json", b'{"format": 1, "graphs": []}', "export the program again"),
         ("model.onnx", None, "export the program again"),
-        ("model.onnx", b"not onnx", "export again"),
+        ("model.onnx", b"not onnx", "export the program again"),
         ("tokenizer.json", None, "export the program again"),
     ],
 )
@@ -527,12 +530,16 @@ def test_interrupted_work_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
+    at_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(number)
 
     monkeypatch.setattr("seekforge.exporter.rewrite.export.trace", interrupt)
-    result = invoke("export", tiny_checkpoint, tmp_path / "out", "--quiet")
+    try:
+        result = invoke("export", tiny_checkpoint, tmp_path / "out", "--quiet")
+    finally:
+        signal.signal(signal.SIGINT, at_interrupt)
     assert (result.exit_code, result.output) == (code, "")
     assert signal.getsignal(signal.SIGTERM) is before
     assert not list(tmp_path.iterdir())
@@ -570,8 +577,13 @@ def test_damaged_engine_files(engine: Path, file: str) -> None:
     rewrite(engine / file, content[:-1])
     assert f"{file}: {len(content) - 1} bytes" in refuse("run", engine, "--prompt", "a")
     # one flipped byte may miss the sampled blocks; --verify reads all
-    rewrite(engine / file, content[: len(content) // 3] + b"\x55\xaa" + content[len(content) // 3 + 2 :])
-    assert f"{file}: digest" in refuse("run", engine, "--prompt", "a", "--verify")
+    place = len(content) // 3
+    rewrite(engine / file, content[:place] + b"\x55\xaa" + content[place + 2 :])
+    line = refuse("run", engine, "--prompt", "a", "--verify")
+    found = re.search(rf"/{re.escape(file)}: bytes ([0-9,]+) to ([0-9,]+) are not what was built", line)
+    assert found, line
+    first, last = (int(number.replace(",", "")) for number in found.groups())
+    assert first <= place < place + 1 <= last < len(content) and last - first < chunk_bytes(len(content))
     (engine / file).unlink()
     assert f"{file}: missing" in refuse("run", engine, "--prompt", "a")
 
