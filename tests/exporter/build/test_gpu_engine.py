@@ -543,7 +543,6 @@ def test_less_than_was_asked_fails() -> None:
         (["--target", "cpu", "--precision", "fp8"], "precision fp8 is for GPUs; a CPU knows f32, int8, int4"),
         (["--target", "cpu", "--sm", "89"], "--sm is for GPU targets"),
         (["--target", "rtx4090", "--timing-cache", "x"], "--timing-cache is for tensorrt"),
-        (["--target", "rtx4090", "--workspace", "big"], "expected bytes such as 512M"),
         (["--target", "rtx4090", "--sm", "90"], "sm 90 is not one that tensorrt-rtx compiles for"),
         (["--target", "rtx4090", "--taps", "--layers-per-engine", "2"], "leave out --layers-per-engine"),
     ],
@@ -554,6 +553,14 @@ def test_options_that_a_target_does_not_know(
     result = CliRunner().invoke(build_command, [str(tiny_programs["fp8"]), str(tmp_path / "x"), *arguments])
     assert isinstance(result.exception, SeekforgeError)
     assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workspace_is_a_number_of_bytes(tiny_programs: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [str(tiny_programs["fp8"]), str(tmp_path / "x"), "--target", "rtx4090", "--workspace", "big"]
+    result = CliRunner().invoke(build_command, arguments)
+    assert result.exit_code == 2
+    assert "'--workspace': 'big' is no number of bytes, such as 512M or 2G" in " ".join(result.stderr.split())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -255,12 +255,13 @@ def test_build_and_inspect_show_the_same_page(gpu_engine: Path) -> None:
     page = CliRunner().invoke(inspect, [str(gpu_engine)], env={"COLUMNS": "200"}).output
     built = (gpu_engine.parent / "page").read_text()
     version = manifest.runtime_versions["tensorrt-rtx"]
-    sums = {name: 100 * manifest.audit.share(name) for name in ("fp8", "f32")}
+    assert {one.precision for one in manifest.audit.products} == {"fp8", "bf16"}
+    sums = {name: 100 * manifest.audit.share(name) for name in ("fp8", "bf16")}
     for said in (
         "self-check: none yet ('parity' writes it where the GPU is)",
         f"they run with tensorrt-rtx {version} and no other version",
         f"fp8 {sums['fp8']:.1f} %",
-        f"f32 {sums['f32']:.1f} %",
+        f"bf16 {sums['bf16']:.1f} %",
     ):
         assert said in page and said in built
 
