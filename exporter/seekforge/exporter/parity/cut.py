@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from seekforge.exporter.parity.taps import HANDOVER, SELECTIONS, engine_copy, expose, tap_specs, taps_in
 from seekforge.plugins.errors import EngineError
+from seekforge.plugins.formats.agreement import cache_block_bytes
 from seekforge.plugins.formats.manifest import load_manifest, save_manifest
 from seekforge.plugins.formats.program import GraphIO, TensorSpec
 
@@ -84,7 +85,13 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
         )
 
     cut = engine_copy(engine, out, edit, graphs=None if last else ("model",))
-    cache = cut.cache.model_copy(update={"layers": tuple(range(start, stop))})
+    cache = cut.cache.model_copy(
+        update={
+            "layers": tuple(range(start, stop)),
+            "mtp_layer": cut.cache.mtp_layer if "mtp" in cut.graphs else None,
+            "bytes_per_block": cache_block_bytes(cut.graphs.values(), cut.cache),
+        }
+    )
     save_manifest(out, cut.model_copy(update={"layer_range": layers, "cache": cache, "self_check": None}))
     return out
 

@@ -8,7 +8,7 @@ are compared where they are opened (`runtime.backends`), so that an edit of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ from seekforge.plugins.formats.numerics import numerics_from_dict
 from seekforge.plugins.formats.program import BLOCK_SIZE, GraphIO, TensorSpec, role_of
 
 if TYPE_CHECKING:
-    from seekforge.plugins.formats.manifest import Manifest
+    from seekforge.plugins.formats.manifest import Cache, Manifest
 
 #: What a step of a whole model gives; the first axis is that of `logits_index`.
 RESULTS: Final = ("hidden", "top_logits", "top_ids", "logsumexp", "logits")
@@ -121,7 +121,6 @@ def _caches(manifest: Manifest) -> Iterator[str]:
     if "model" not in manifest.graphs:  # which is refused by whoever runs it
         return
     widths = {"latent_cache": cache.latent_dim, "index_cache": cache.index_dim}
-    num_bytes = 0
     for graph, face in manifest.graphs.items():
         layers: dict[str, list[int]] = {kind: [] for kind in _CACHES}
         for spec in face.with_role("cache"):
@@ -132,9 +131,6 @@ def _caches(manifest: Manifest) -> Iterator[str]:
                 yield f"cache {spec.name!r} of graph {graph} has the shape {list(spec.shape)}, expected [slots, width]"
                 return
             layers[kind].append(int(layer))
-            per_slot = itemsize(spec.dtype) * math.prod(int(dim) for dim in spec.shape[1:])
-            per_block = per_slot if cache.kv_format == "fp8_ds" else per_slot * cache.block_size
-            num_bytes += per_block
             if spec.dtype not in _CACHE_DTYPES[cache.kv_format]:
                 yield f"cache.kv_format is {cache.kv_format}, {spec.name!r} of graph {graph} holds {spec.dtype}"
             if cache.kv_format != "fp8_ds" and spec.shape[1:] != (widths[kind],):
@@ -149,6 +145,7 @@ def _caches(manifest: Manifest) -> Iterator[str]:
         yield f"cache.layers is {list(cache.layers)!r:.100}, layer_range is {first} to {last}"
     if (cache.mtp_layer is None) != ("mtp" not in manifest.graphs):
         yield f"cache.mtp_layer is {cache.mtp_layer}, graphs are {', '.join(manifest.graphs)}"
+    num_bytes = cache_block_bytes(manifest.graphs.values(), cache)
     if cache.bytes_per_block != num_bytes:
         yield f"cache.bytes_per_block is {cache.bytes_per_block}, the caches of the graphs take {num_bytes}"
     config = manifest.config
@@ -157,6 +154,13 @@ def _caches(manifest: Manifest) -> Iterator[str]:
         yield f"cache.latent_dim is {cache.latent_dim}, config.kv_lora_rank + qk_rope_head_dim is {ours + rope}"
     if cache.index_dim != (_whole(config, "index_head_dim") or cache.index_dim):
         yield f"cache.index_dim is {cache.index_dim}, config.index_head_dim {config['index_head_dim']}"
+
+
+def cache_block_bytes(graphs: Iterable[GraphIO], cache: Cache) -> int:
+    """Return what one block takes in the caches of some graphs: rows of a packed cache are blocks, others slots."""
+    rows = 1 if cache.kv_format == "fp8_ds" else cache.block_size
+    specs = [spec for face in graphs for spec in face.with_role("cache")]
+    return sum(rows * itemsize(spec.dtype) * math.prod(int(dim) for dim in spec.shape[1:]) for spec in specs)
 
 
 def _vocabulary(manifest: Manifest) -> Iterator[str]:
