@@ -55,7 +55,7 @@ wheel: $(VENV)/.dev
 # the default index has it on Linux), time the real shapes into gpu-report/, then the tiny cases under compute-sanitizer
 # where that is installed.
 SM ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
-GPU_CHECK := $(BIN)/python tests/gpu_check.py
+GPU_CHECK := $(BIN)/python -m tests.gpu.check
 GPU_FOLDER := $(CACHE)/gpu-check
 
 gpu-check: $(VENV)/.gpu

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from seekforge.exporter.build.engine import build
-from seekforge.exporter.build.targets import load_target
+from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.checkpoint.new import new_checkpoint
+from seekforge.exporter.program.export import export
 from seekforge.exporter.progress import Stages
-from seekforge.exporter.rewrite.export import export
-from seekforge.plugins.formats import verified
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.numerics import NUMERICS
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine import verified
+from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.targets import load_target
 
 # Kernels run in Triton's interpreter here; it must be chosen before anything imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")

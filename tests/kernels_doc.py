@@ -1,7 +1,7 @@
 """Write docs/kernel-resources.json, what kernels cost by their compiled code, and the tables of docs/kernels.md.
 
-python tests/kernels_doc.py --compile     after a change of a kernel, a tile or the compiler: the record, and the page
-python tests/kernels_doc.py               after a change of a contract: the page alone
+python -m tests.kernels_doc --compile     after a change of a kernel, a tile or the compiler: the record, and the page
+python -m tests.kernels_doc               after a change of a contract: the page alone
 
 What the cache of compiled kernels has is not compiled again.
 
@@ -16,12 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from seekforge.exporter.build.kernel_numbers import Record, faults, records, resources_text
+from seekforge.exporter.builder.kernel_numbers import Record, faults, records, resources_text
 from seekforge.exporter.checkpoint.presets import load_preset
-from seekforge.plugins import aot
-from seekforge.plugins.kernel_rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_unit
-from seekforge.plugins.kernel_sizes import WITH_KERNELS, operators
-from seekforge.plugins.launch import SMS, Variant, has_fp8, op_kernels, statics_of
+from seekforge.plugins.kernels import aot
+from seekforge.plugins.kernels.launch_plan import SMS, Variant, has_fp8, op_kernels, statics_of
+from seekforge.plugins.kernels.rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_unit
+from seekforge.plugins.kernels.sizes import WITH_KERNELS, operators
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESOURCES = DOCS / "kernel-resources.json"

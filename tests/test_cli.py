@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from seekforge.plugins.formats.digests import chunk_bytes
-from seekforge.plugins.formats.dtypes import NUMPY
-from seekforge.plugins.formats.files import json_text
-from seekforge.plugins.formats.manifest import MANIFEST, manifest_digest
-from seekforge.plugins.formats.safetensors import INDEX_FILE, Checkpoint, write_shard
-from seekforge.runtime import cli
+from seekforge.common.dtypes import NUMPY
+from seekforge.common.files import json_text
+from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint, write_shard
+from seekforge.formats.digests import chunk_bytes
+from seekforge.formats.engine.manifest import MANIFEST, manifest_digest
+from seekforge.runtime.cli import main as cli
 
 Edit = Callable[[dict[str, np.ndarray]], None]
 #: A small tensor of each kind, and the shard position is looked up.
@@ -158,7 +158,7 @@ def test_from_nothing_to_text_and_again_with_force(tmp_path: Path) -> None:
 def seekforge(*args: str) -> subprocess.CompletedProcess[str]:
     """Run the real command."""
     return subprocess.run(
-        [sys.executable, "-m", "seekforge.runtime.cli", *args], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "seekforge.runtime.cli.main", *args], capture_output=True, text=True, check=True
     )
 
 
@@ -186,7 +186,7 @@ def test_the_runtime_imports_no_compiler(tiny_engines: dict[str, Path]) -> None:
 
 def test_a_missing_extra_names_the_command_and_the_remedy(tiny_checkpoint: Path, tmp_path: Path) -> None:
     # an import of it then fails, as where it is not installed
-    script = "import sys\nsys.modules['onnxscript'] = None\nfrom seekforge.runtime.cli import main\nmain()"
+    script = "import sys\nsys.modules['onnxscript'] = None\nfrom seekforge.runtime.cli.main import main\nmain()"
     arguments = ["export", str(tiny_checkpoint), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -268,7 +268,7 @@ def test_an_index_of_another_download(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_each_config_key_that_is_missing_is_named(tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path) -> None:
-    from seekforge.plugins.formats.model_config import ModelConfig
+    from seekforge.formats.checkpoint.model_config import ModelConfig
 
     raw = json.loads((tiny_checkpoint / "config.json").read_text())
     for key in ModelConfig.model_fields:
@@ -488,7 +488,7 @@ def test_build_on_a_full_disk(
     assert "the engine takes 129.6 MB at f32" in said and "has 1.0 MB free" in said
     # somebody else fills it while the engine is written
     room = shutil.disk_usage(small_disk)._replace(free=1 << 40)
-    monkeypatch.setattr("seekforge.exporter.build.engine.shutil.disk_usage", lambda place: room)
+    monkeypatch.setattr("seekforge.exporter.builder.onnxruntime.build.shutil.disk_usage", lambda place: room)
     assert "the disk is full; free space" in refuse_build(tiny_programs["fp8"], tiny_checkpoint, small_disk)
 
 
@@ -502,7 +502,7 @@ def test_export_on_a_full_disk(tiny_checkpoint: Path, small_disk: Path) -> None:
     ("command", "fails"),
     [
         ("new-checkpoint", "seekforge.exporter.checkpoint.new.write_sidecars"),
-        ("export", "seekforge.exporter.rewrite.export.trace"),
+        ("export", "seekforge.exporter.program.export.trace"),
         ("build", "os.posix_fallocate"),
     ],
 )
@@ -535,7 +535,7 @@ def test_interrupted_work_leaves_nothing(
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(number)
 
-    monkeypatch.setattr("seekforge.exporter.rewrite.export.trace", interrupt)
+    monkeypatch.setattr("seekforge.exporter.program.export.trace", interrupt)
     try:
         result = invoke("export", tiny_checkpoint, tmp_path / "out", "--quiet")
     finally:

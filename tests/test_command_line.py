@@ -15,8 +15,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from seekforge.plugins.command_line import Command, Group, Listed, Number, Whole
-from seekforge.runtime import cli
+from seekforge.common.cli.options import Command, Group, Listed, Number, Whole
+from seekforge.runtime.cli import main as cli
 
 
 def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
@@ -195,7 +195,7 @@ def test_the_shell_completes_commands_targets_and_models() -> None:
 
 def test_completing_a_command_imports_nothing_heavy() -> None:
     script = (
-        "import sys, os\nfrom seekforge.runtime.cli import main\n"
+        "import sys, os\nfrom seekforge.runtime.cli.main import main\n"
         "os.environ |= {'COMP_WORDS': 'seekforge ', 'COMP_CWORD': '1', '_SEEKFORGE_COMPLETE': 'bash_complete'}\n"
         "try: main([])\nexcept SystemExit: pass\n"
         "heavy = {'numpy', 'torch', 'onnx', 'rich'} & set(sys.modules)\nassert not heavy, heavy"
@@ -215,7 +215,7 @@ def test_the_completion_script_is_printed(shell: str) -> None:
     "args", ["targets", "targets --json", "plan full", "doctor", "inspect /nowhere", "completion bash"]
 )
 def test_streams_that_take_nothing_are_no_traceback(args: str, redirect: str, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m seekforge.runtime.cli {args} {redirect}"
+    command = f"{sys.executable} -m seekforge.runtime.cli.main {args} {redirect}"
     env = {**os.environ, "PYTHONUNBUFFERED": ""}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
@@ -228,7 +228,7 @@ def test_a_terminal_of_another_encoding_gets_every_command(encoding: str, tmp_pa
     for args in (["targets"], ["plan", "full"], ["plan", "full", "--json"], ["doctor"], ["--help"]):
         env = {**os.environ, "PYTHONIOENCODING": encoding}
         done = subprocess.run(
-            [sys.executable, "-m", "seekforge.runtime.cli", *args], capture_output=True, check=False, env=env
+            [sys.executable, "-m", "seekforge.runtime.cli.main", *args], capture_output=True, check=False, env=env
         )
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
         done.stdout.decode(encoding)

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from seekforge.plugins.charts import Line, Panel, write_charts
-from seekforge.plugins.formats.safetensors import write_shard
-from seekforge.runtime import cli
+from seekforge.common.cli.charts import Line, Panel, write_charts
+from seekforge.formats.checkpoint.safetensors import write_shard
+from seekforge.runtime.cli import main as cli
 
 #: Markup of rich, HTML, a colour, a window's title, a C1 sequence, an override of direction, a line break.
 HOSTILE = "a[/x]b[bold]<script>alert(1)</script>$\\frac$\x1b[31m\x1b]0;t\x07\x9b1m\u202eb\u2028\x85c"
@@ -162,7 +162,7 @@ def test_what_a_model_writes_does_not_act_on_a_terminal(toy_hostile: Callable[[b
 @pytest.fixture
 def toy_hostile() -> Callable[[bool], bytes]:
     """What `run` writes of a hostile delta, to a terminal or into a pipe."""
-    script = "from seekforge.runtime.run_cli import write_generated\nwrite_generated('text \\x1b]0;title\\x07\\n')"
+    script = "from seekforge.runtime.cli.run import write_generated\nwrite_generated('text \\x1b]0;title\\x07\\n')"
 
     def write(tty: bool) -> bytes:
         if not tty:

@@ -10,9 +10,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from seekforge.plugins.errors import OutputError
-from seekforge.runtime import cli
-from seekforge.runtime.output_paths import OUTPUTS, check_output_file, check_output_folder, check_output_store
+from seekforge.common.errors import OutputError
+from seekforge.runtime.cli import main as cli
+from seekforge.runtime.cli.output_paths import OUTPUTS, check_output_file, check_output_folder, check_output_store
 
 #: Paths that commands read. A new one belongs here or among `OUTPUTS`.
 READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "dumps"}

@@ -54,7 +54,7 @@ class Watch:
         Returns:
             Families of the sockets that it made, and paths that it wrote outside of its folders.
         """
-        command = [sys.executable, "-m", "seekforge.runtime.cli", *map(str, args)]
+        command = [sys.executable, "-m", "seekforge.runtime.cli.main", *map(str, args)]
         watch = ["strace", "-f", "-y", "-qq", "-e", _WATCHED, "-e", "signal=none", "-s", "4096", "-o", str(self._log)]
         done = subprocess.run(
             [*watch, *command], cwd=self.work, env=self._environment, capture_output=True, text=True, check=False
@@ -140,7 +140,11 @@ def test_no_command_opens_a_socket_or_leaves_anything(watch: Watch, tiny_checkpo
 
 
 def test_the_library_is_told_before_anything_can_import_it() -> None:
-    for module in ("seekforge.exporter.build.ort_session", "seekforge.plugins.testing", "seekforge.runtime.backends"):
+    for module in (
+        "seekforge.exporter.builder.onnxruntime.session",
+        "seekforge.plugins.testing",
+        "seekforge.runtime.backends",
+    ):
         script = f"import {module}, os; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
         environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
         subprocess.run([sys.executable, "-c", script], check=True, env=environment)

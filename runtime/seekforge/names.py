@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seekforge.plugins.errors import (
+    from seekforge.common.errors import (
         ConfigError,
         EngineError,
         EnvironmentFault,
@@ -45,7 +45,7 @@ _HOMES = {
         "SamplingParams",
         "StructuredOutputsParams",
     ),
-    "seekforge.plugins.errors": (
+    "seekforge.common.errors": (
         "ConfigError",
         "EngineError",
         "EnvironmentFault",

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from seekforge.exporter.build.gpu_checks import Choices, Inputs, check, open_inputs
-from seekforge.exporter.build.targets import load_target
+from seekforge.common.errors import ConfigError, TargetError
+from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, open_inputs
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.rewrite.ranks import check_ranks
-from seekforge.plugins.errors import ConfigError, TargetError
-from seekforge.plugins.formats.bindings import Ranks
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.runtime import cli
+from seekforge.exporter.program.ranks import check_ranks
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.targets import load_target
+from seekforge.formats.weight_recipes import Ranks
+from seekforge.runtime.cli import main as cli
 
 #: An option and, where it has one, its value, as advice writes them.
 _OPTION = re.compile(r"(--[a-z][a-z-]+)(?: ([\w.]+))?")

@@ -18,27 +18,27 @@ from typing import Any
 
 import numpy as np
 import yaml
-from fuzz.mutate import mutate_bytes, mutated_text, places
+from tests.fuzz.mutate import mutate_bytes, mutated_text, places
 
-from seekforge.exporter.build.common import check_program
-from seekforge.exporter.build.generation import read_generation
-from seekforge.exporter.build.targets import load_target
+from seekforge.common.dtypes import NUMPY
+from seekforge.common.errors import SeekforgeError
+from seekforge.common.files import json_text
+from seekforge.exporter.builder.generation import read_generation
+from seekforge.exporter.builder.request import check_program
 from seekforge.exporter.checkpoint.presets import read_preset
 from seekforge.exporter.inspect.describe import bytes_read
-from seekforge.plugins.errors import SeekforgeError
-from seekforge.plugins.formats.bindings import Ranks, Recipe, coverage, evaluate, for_rank, retarget
-from seekforge.plugins.formats.dtypes import NUMPY
-from seekforge.plugins.formats.dump import Dump
-from seekforge.plugins.formats.files import json_text
-from seekforge.plugins.formats.loading import check_complete
-from seekforge.plugins.formats.manifest import Manifest, load_manifest, manifest_digest, rebuild_command
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.program import load_bindings, load_program
-from seekforge.plugins.formats.safetensors import Checkpoint
-from seekforge.plugins.launch import pack_arguments, read_kernels
-from seekforge.plugins.tensorrt.launch import Descriptors, read_index
-from seekforge.runtime.cache_size import cache_budget
-from seekforge.runtime.tokenizer import Tokenizer
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.dump import Dump
+from seekforge.formats.engine.manifest import Manifest, load_manifest, manifest_digest, rebuild_command
+from seekforge.formats.program import load_bindings, load_program
+from seekforge.formats.targets import load_target
+from seekforge.formats.weight_recipes import Ranks, Recipe, coverage, evaluate, for_rank, retarget
+from seekforge.plugins.kernels.index import Descriptors, read_index
+from seekforge.plugins.kernels.launch_plan import pack_arguments, read_kernels
+from seekforge.runtime.compatibility import check_complete
+from seekforge.runtime.engine.cache_size import cache_budget
+from seekforge.runtime.text.tokenizer import Tokenizer
 
 #: Longest message of any refusal.
 MOST_CHARACTERS = 4100

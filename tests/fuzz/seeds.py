@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 import yaml
-from fuzz.formats import Format, formats
-from kernel_cases import fake_kernels
-from samples import audit_of
+from tests.fuzz.formats import Format, formats
+from tests.support.kernel_cases import fake_kernels
+from tests.support.samples import audit_of
 
-from seekforge.exporter.build.targets import load_target
+from seekforge.common.configs import configs_folder
 from seekforge.exporter.checkpoint.presets import known_presets
-from seekforge.exporter.configs import configs_folder
-from seekforge.plugins.formats.dump import DumpWriter, Side
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.plan import make_plan
-from seekforge.plugins.kernel_sizes import operators
-from seekforge.plugins.launch import statics_of, to_json
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.dump import DumpWriter, Side
+from seekforge.formats.parity_steps import make_plan
+from seekforge.formats.targets import load_target
+from seekforge.plugins.kernels.launch_plan import statics_of, to_json
+from seekforge.plugins.kernels.sizes import operators
 
 
 def tiny_formats(checkpoint: Path, program: Path, engine: Path, scratch: Path) -> dict[str, Format]:

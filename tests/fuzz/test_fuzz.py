@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fuzz.formats import Format, judge, run_case
-from fuzz.mutate import mutated_text
-from fuzz.seeds import tiny_formats
+from tests.fuzz.formats import Format, judge, run_case
+from tests.fuzz.mutate import mutated_text
+from tests.fuzz.seeds import tiny_formats
 
-from seekforge.runtime.cli import main
+from seekforge.runtime.cli.main import main
 
 NAMES = (
     "manifest", "gpu manifest", "program", "bindings", "dump", "config", "generation config", "tokenizer",

@@ -6,8 +6,8 @@ from onnx import TensorProto, helper
 from onnx.shape_inference import InferenceError
 
 from seekforge.plugins.onnx_schema import make_schema, register_schemas
+from seekforge.plugins.operator import OpSpec
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.spec import OpSpec
 
 BF16, F8, F32 = TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT
 

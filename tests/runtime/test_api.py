@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from seekforge.plugins.errors import EngineError
+from seekforge.common.errors import EngineError
 from seekforge.runtime import LLM, AsyncLLM, SamplingParams
 from seekforge.runtime.llm import LLMOptions
 

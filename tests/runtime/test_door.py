@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seekforge.plugins.errors import RequestError
+from seekforge.common.errors import RequestError
 from seekforge.runtime import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
-from seekforge.runtime.guided import Grammars
-from seekforge.runtime.outputs import GenerationError
-from seekforge.runtime.tokenizer import Tokenizer
+from seekforge.runtime.engine.outputs import GenerationError
+from seekforge.runtime.sampling.guided import Grammars
+from seekforge.runtime.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runtime.bench_drafts import differences, generate, random_prompts
+from tests.benchmarks.drafts import differences, generate, random_prompts
 
 PROMPTS = random_prompts(48, vocab_size=1000, seed=1)
 TOKENS = 24

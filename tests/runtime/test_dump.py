@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.dump import Dump
-from seekforge.plugins.formats.manifest import load_manifest
-from seekforge.plugins.formats.plan import make_plan
-from seekforge.runtime import cli
+from seekforge.common.errors import EngineError, RequestError
+from seekforge.formats.dump import Dump
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.parity_steps import make_plan
 from seekforge.runtime.backends.base import StepInputs
+from seekforge.runtime.cli import main as cli
 from seekforge.runtime.dump import write_dump
 
 
@@ -129,6 +129,6 @@ def test_bad_input_is_one_line(tiny_engines: dict[str, Path], tmp_path: Path, ar
 
 
 def test_the_engine_side_imports_no_torch() -> None:
-    code = "import sys, seekforge.runtime.dump_cli; print([m for m in ('torch', 'onnx') if m in sys.modules])"
+    code = "import sys, seekforge.runtime.cli.dump; print([m for m in ('torch', 'onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seekforge.plugins.errors import EngineError
+from seekforge.common.errors import EngineError
 from seekforge.runtime import LLM, AsyncLLM, Engine, GenerationError, QueueFullError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

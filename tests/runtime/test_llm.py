@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seekforge.plugins.errors import EngineError, RequestError
+from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime import LLM, Engine, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -19,11 +19,11 @@ OTHERS = (
     "cuda",
     "tensorrt",
     "tensorrt_rtx",
-    "seekforge.plugins.formats.loader",
-    "seekforge.plugins.formats.safetensors",
-    "seekforge.plugins.formats.model_config",
-    "seekforge.plugins.formats.dump",
-    "seekforge.runtime.cli",
+    "seekforge.formats.loader",
+    "seekforge.formats.checkpoint.safetensors",
+    "seekforge.formats.checkpoint.model_config",
+    "seekforge.formats.dump",
+    "seekforge.runtime.cli.main",
     "seekforge.runtime.bench",
 )
 
@@ -52,7 +52,7 @@ def test_generating_on_a_cpu_loads_no_more_than_it_needs(toy_engine: Path) -> No
         "numpy",
         "onnxruntime",
         "tokenizers",
-        "seekforge.runtime.sampler",
+        "seekforge.runtime.sampling.sampler",
     } <= loaded
 
 

@@ -17,13 +17,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seekforge.exporter.model.session import TorchSession
-from seekforge.exporter.model.step import Settings
-from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.manifest import digest_file, save_manifest
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.numerics import NUMERICS
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.common.errors import EngineError, RequestError
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.manifest import digest_file, save_manifest
+from seekforge.formats.numerics import NUMERICS
 from seekforge.runtime import LLM, Engine, SamplingParams, StructuredOutputsParams
 
 TOPK = 64  # index_topk of the tiny model

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seekforge.runtime import LLM, Engine, SamplingParams, StructuredOutputsParams
-from seekforge.runtime.kv_cache import root_digest
+from seekforge.runtime.engine.kv_cache import root_digest
 
 DOCS = Path(__file__).parents[2] / "docs" / "runtime.md"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from seekforge.exporter.configs import known
-from seekforge.plugins.command_line import Named
+from seekforge.common.cli.options import Named
+from seekforge.common.configs import known
 
 #: A target: of configs/targets, or the path of a YAML file.
 TARGET = Named("target", lambda: known("targets"))

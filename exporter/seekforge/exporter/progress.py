@@ -1,5 +1,5 @@
-"""Stages of long work, under the name that the exporter knows them by; see `seekforge.plugins.console`."""
+"""Stages of long work, under the name that the exporter knows them by; see `seekforge.common.cli.console`."""
 
-from seekforge.plugins.console import Stages
+from seekforge.common.cli.console import Stages
 
 __all__ = ["Stages"]

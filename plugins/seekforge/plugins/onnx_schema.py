@@ -12,10 +12,10 @@ import onnx
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceError
 
-from seekforge.plugins.errors import ShapeError
-from seekforge.plugins.formats import dtypes
+from seekforge.common import dtypes
+from seekforge.common.errors import ShapeError
+from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, TYPE_VARIABLES, Arg, OpSpec
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.spec import DOMAIN, DOMAIN_VERSION, TYPE_VARIABLES, Arg, OpSpec
 
 #: Attribute of every node: with it, TensorRT takes a registered plugin and else inlines the function.
 PLUGIN_NAMESPACE: Final = "plugin_namespace"

@@ -11,7 +11,7 @@ from seekforge.plugins.dsa_cache_write.spec import SPEC as _DSA_CACHE_WRITE
 from seekforge.plugins.dsa_indexer.spec import SPEC as _DSA_INDEXER
 from seekforge.plugins.moe_experts.spec import SPEC as _MOE_EXPERTS
 from seekforge.plugins.moe_route.spec import SPEC as _MOE_ROUTE
-from seekforge.plugins.spec import OpSpec
+from seekforge.plugins.operator import OpSpec
 from seekforge.plugins.sum_ranks.spec import SPEC as _SUM_RANKS
 
 #: op_type -> contract, in the order in which a layer uses them; the collective last.

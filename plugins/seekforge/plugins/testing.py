@@ -20,12 +20,12 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from seekforge.plugins.formats import dtypes
-from seekforge.plugins.function import attach
+from seekforge.common import dtypes
+from seekforge.plugins.functions.attach import attach
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.onnx_schema import register_schemas
+from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.spec import DOMAIN, DOMAIN_VERSION, OpSpec
-from seekforge.plugins.specialisation import Specialisation
 from seekforge.plugins.torch_ops import DTYPE_NAMES, TORCH_DTYPES
 
 #: Slots of block 0: scrap, never compared.

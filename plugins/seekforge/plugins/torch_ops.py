@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from seekforge.plugins.spec import DOMAIN, OpSpec
+from seekforge.plugins.operator import DOMAIN, OpSpec
 
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "f32": torch.float32,

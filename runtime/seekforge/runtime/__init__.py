@@ -12,9 +12,8 @@ import seekforge.plugins as _plugins  # noqa: F401  # first of all: it keeps lib
 
 if TYPE_CHECKING:
     from seekforge.runtime.async_llm import AsyncLLM
-    from seekforge.runtime.engine import Engine
-    from seekforge.runtime.llm import LLM, LLMMetrics
-    from seekforge.runtime.outputs import (
+    from seekforge.runtime.engine.engine_folder import Engine
+    from seekforge.runtime.engine.outputs import (
         CompletionOutput,
         Delta,
         GenerationError,
@@ -22,8 +21,9 @@ if TYPE_CHECKING:
         RequestOutput,
         Usage,
     )
-    from seekforge.runtime.sampling import SamplingParams, StructuredOutputsParams
-    from seekforge.runtime.scheduler import QueueFullError
+    from seekforge.runtime.engine.scheduler import QueueFullError
+    from seekforge.runtime.llm import LLM, LLMMetrics
+    from seekforge.runtime.sampling.params import SamplingParams, StructuredOutputsParams
     from seekforge.runtime.sequence import TokenLogprobs
 
 __all__ = [
@@ -47,10 +47,10 @@ _MODULES = {
     "LLM": "llm",
     "LLMMetrics": "llm",
     "AsyncLLM": "async_llm",
-    "Engine": "engine",
-    "SamplingParams": "sampling",
-    "StructuredOutputsParams": "sampling",
-    "QueueFullError": "scheduler",
+    "Engine": "engine.engine_folder",
+    "SamplingParams": "sampling.params",
+    "StructuredOutputsParams": "sampling.params",
+    "QueueFullError": "engine.scheduler",
     "TokenLogprobs": "sequence",
 }
 
@@ -58,7 +58,7 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'outputs')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'engine.outputs')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -9,12 +9,12 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self, Unpack
 
-from seekforge.runtime.engine import Engine
-from seekforge.runtime.intake import Prompt
-from seekforge.runtime.live import raise_if_failed
+from seekforge.runtime.engine.engine_folder import Engine
+from seekforge.runtime.engine.input_processor import Prompt
+from seekforge.runtime.engine.outputs import Delta, RequestOutput
+from seekforge.runtime.engine.request import raise_if_failed
 from seekforge.runtime.llm import LLM, LLMOptions, refuse_best_of
-from seekforge.runtime.outputs import Delta, RequestOutput
-from seekforge.runtime.sampling import SamplingParams
+from seekforge.runtime.sampling.params import SamplingParams
 
 
 class AsyncLLM:

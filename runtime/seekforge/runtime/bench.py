@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from seekforge.runtime.backends.null import FixedBackend
-from seekforge.runtime.core import Core
-from seekforge.runtime.engine import Engine
-from seekforge.runtime.kv_cache import BlockPool, KvCache, Table, blocks_needed
+from seekforge.runtime.engine.core import Core
+from seekforge.runtime.engine.engine_folder import Engine
+from seekforge.runtime.engine.kv_cache import BlockPool, KvCache, Table, blocks_needed
+from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.llm import LLM
-from seekforge.runtime.sampling import SamplingParams
-from seekforge.runtime.scheduler import Scheduler
+from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.sequence import Sequence
 
 

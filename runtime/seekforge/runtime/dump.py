@@ -16,10 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
-from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
-from seekforge.plugins.formats.manifest import Manifest
-from seekforge.plugins.formats.plan import Case, Plan, PlanStep, lay_out
+from seekforge.common.errors import EngineError, RequestError
+from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
+from seekforge.formats.engine.manifest import Manifest
+from seekforge.formats.parity_steps import Case, Plan, PlanStep, lay_out
 from seekforge.runtime.backends.base import StepInputs, StepOutputs
 
 #: Results that are kept of every step; the first feeds an MTP step.

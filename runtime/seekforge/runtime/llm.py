@@ -16,25 +16,32 @@ from typing import Any, Self, TypedDict
 
 import numpy as np
 
-from seekforge.plugins.errors import EngineError, RequestError
-from seekforge.plugins.formats.loading import check_complete
-from seekforge.plugins.formats.manifest import Manifest
+from seekforge.common.errors import EngineError, RequestError
+from seekforge.formats.engine.manifest import Manifest
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
-from seekforge.runtime.cache_size import decide_num_blocks, free_memory
-from seekforge.runtime.chat import ChatEncoder
-from seekforge.runtime.core import Core, StepMetrics
-from seekforge.runtime.engine import Engine
-from seekforge.runtime.intake import Accepted, Intake, Prompt, read_priority, read_timeout, split_prompts
-from seekforge.runtime.kv_cache import BlockPool, KvCache
-from seekforge.runtime.live import Live, raise_if_failed
-from seekforge.runtime.outputs import Delta, GenerationError, RequestOutput
-from seekforge.runtime.sampling import TAPS, SamplingParams
-from seekforge.runtime.scheduler import Scheduler
-from seekforge.runtime.self_check import SelfCheckResult, run_self_check
-from seekforge.runtime.speculative import MAX_DRAFTS, SpeculationMetrics, SpeculationSwitch, Speculator
-from seekforge.runtime.tokenizer import Tokenizer
-from seekforge.runtime.turns import Turns
+from seekforge.runtime.compatibility import check_complete
+from seekforge.runtime.engine.cache_size import decide_num_blocks, free_memory
+from seekforge.runtime.engine.core import Core, StepMetrics
+from seekforge.runtime.engine.engine_folder import Engine
+from seekforge.runtime.engine.input_processor import (
+    Accepted,
+    Intake,
+    Prompt,
+    read_priority,
+    read_timeout,
+    split_prompts,
+)
+from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
+from seekforge.runtime.engine.outputs import Delta, GenerationError, RequestOutput
+from seekforge.runtime.engine.request import Live, raise_if_failed
+from seekforge.runtime.engine.scheduler import Scheduler
+from seekforge.runtime.engine.self_check import SelfCheckResult, run_self_check
+from seekforge.runtime.engine.speculative import MAX_DRAFTS, SpeculationMetrics, SpeculationSwitch, Speculator
+from seekforge.runtime.engine.step_loop import Turns
+from seekforge.runtime.sampling.params import TAPS, SamplingParams
+from seekforge.runtime.text.chat import ChatEncoder
+from seekforge.runtime.text.tokenizer import Tokenizer
 from seekforge.runtime.values import listed, shown
 
 

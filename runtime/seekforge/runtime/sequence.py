@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from seekforge.runtime.bad_words import BadWords
-from seekforge.runtime.kv_cache import Table
-from seekforge.runtime.sampling import SamplingParams
+from seekforge.runtime.engine.kv_cache import Table
+from seekforge.runtime.sampling.bad_words import BadWords
+from seekforge.runtime.sampling.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 #: "new": not yet given to a scheduler.

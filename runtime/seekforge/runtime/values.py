@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import MISSING, fields
 from typing import Any, SupportsIndex, TypeVar
 
-from seekforge.plugins.errors import RequestError
+from seekforge.common.errors import RequestError
 
 _T = TypeVar("_T")
 

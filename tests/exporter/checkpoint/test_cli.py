@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from seekforge.common.errors import ConfigError, OutputError
 from seekforge.exporter.checkpoint.cli import new_checkpoint
-from seekforge.plugins.errors import ConfigError, OutputError
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.formats.checkpoint.safetensors import Checkpoint
 
 
 def run(*args: str | Path) -> Result:

@@ -19,21 +19,21 @@ import pytest
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, processors
 
-from seekforge.exporter.build.engine import build
-from seekforge.exporter.build.targets import load_target
+from seekforge.common.errors import SeekforgeError
+from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
+from seekforge.exporter.program.export import export
 from seekforge.exporter.progress import Stages
-from seekforge.exporter.rewrite.export import export
-from seekforge.plugins.errors import SeekforgeError
-from seekforge.plugins.formats.bindings import Recipe, TensorSource, evaluate, tensors_of
-from seekforge.plugins.formats.loader import Loader, allocate
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.numerics import NUMERICS
-from seekforge.plugins.formats.program import load_bindings, load_program
-from seekforge.plugins.formats.safetensors import INDEX_FILE, Checkpoint, write_shard
-from seekforge.runtime import cli
-from seekforge.runtime.tokenizer import Tokenizer as RuntimeTokenizer
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint, write_shard
+from seekforge.formats.loader import Loader, allocate
+from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.program import load_bindings, load_program
+from seekforge.formats.targets import load_target
+from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate, tensors_of
+from seekforge.runtime.cli import main as cli
+from seekforge.runtime.text.tokenizer import Tokenizer as RuntimeTokenizer
 
 Raw = dict[str, Any]
 Tensors = dict[str, np.ndarray]

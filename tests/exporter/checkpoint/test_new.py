@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from seekforge.common.errors import ConfigError, OutputError
 from seekforge.exporter.checkpoint.new import new_checkpoint, quantise, split_into_shards
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
-from seekforge.plugins.errors import ConfigError, OutputError
-from seekforge.plugins.formats.bindings import dequantise_into
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.safetensors import Checkpoint, ShardWriter
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint, ShardWriter
+from seekforge.formats.weight_recipes import dequantise_into
 
 NUM_TOKENS = 300
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from seekforge.common.errors import ConfigError
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset, read_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors, totals
 from seekforge.exporter.checkpoint.tokenizer import train_tokenizer
-from seekforge.plugins.errors import ConfigError
 
 
 def test_the_three_presets_ship() -> None:

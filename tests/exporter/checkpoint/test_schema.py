@@ -6,7 +6,7 @@ import pytest
 
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, scale_shape, totals
-from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.formats.checkpoint.model_config import ModelConfig
 
 FULL = expected_tensors(load_preset("full").config)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from seekforge.common.errors import CheckpointError, EnvironmentFault
 from seekforge.exporter.checkpoint.source import resolve
-from seekforge.plugins.errors import CheckpointError, EnvironmentFault
 
 
 def _hub(monkeypatch: pytest.MonkeyPatch, download: Any) -> list[dict[str, Any]]:

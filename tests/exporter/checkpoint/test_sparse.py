@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from seekforge.common.errors import CheckpointError, OutputError
 from seekforge.exporter.checkpoint import sparse
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
-from seekforge.plugins.errors import CheckpointError, OutputError
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
 
 
 @pytest.fixture(scope="module")

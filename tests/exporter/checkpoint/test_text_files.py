@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from seekforge.common.errors import CheckpointError, SeekforgeError
 from seekforge.exporter.checkpoint.text_files import check_files, text_files
-from seekforge.plugins.errors import CheckpointError, SeekforgeError
-from seekforge.runtime.cli import main
+from seekforge.runtime.cli.main import main
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_odd_file_is_said_before_torch_is_imported(command: str, folder: Path
         "build": [str(tmp_path / "program"), str(tmp_path / "out"), "--target", "cpu", "--checkpoint", str(folder)],
     }[command]
     code = (
-        "import sys\nfrom seekforge.runtime.cli import main\n"
+        "import sys\nfrom seekforge.runtime.cli.main import main\n"
         f"try:\n    main({[command, *arguments]!r})\n"
         "except SystemExit as end:\n    assert end.code == 2\n"
         "assert 'torch' not in sys.modules\n"

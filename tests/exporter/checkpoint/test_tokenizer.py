@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from seekforge.common.errors import ConfigError
 from seekforge.exporter.checkpoint.tokenizer import BOS, EOS, train_tokenizer, write_tokenizer
-from seekforge.plugins.errors import ConfigError
 
 TEXTS = [
     "",

@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from seekforge.common.errors import CheckpointError
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
-from seekforge.plugins.errors import CheckpointError
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.safetensors import INDEX_FILE, Checkpoint, write_shard
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint, write_shard
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 SCALE = O_PROJ + "_scale_inv"

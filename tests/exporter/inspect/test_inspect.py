@@ -12,13 +12,13 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
+from seekforge.common.errors import ProgramError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.inspect.cli import inspect
 from seekforge.exporter.inspect.describe import describe, family_of, kind_of, parameters
 from seekforge.exporter.inspect.draw import draw, groups
-from seekforge.plugins.errors import ProgramError
-from seekforge.plugins.formats.program import load_program
+from seekforge.formats.program import load_program
 
 
 def _run(*args: object) -> Result:
@@ -129,7 +129,7 @@ def test_without_the_export_extra_it_tells_all_but_the_nodes(
     folder = {"engine": tiny_engines["fp8"], "program": tiny_programs["fp8"], "checkpoint": tiny_checkpoint}[kind]
     script = (
         "import sys\nfor name in ('onnx', 'onnxscript', 'onnx_ir', 'torch', 'safetensors', 'onnxruntime', 'triton'):\n"
-        "    sys.modules[name] = None\nfrom seekforge.runtime.cli import main\nmain()"
+        "    sys.modules[name] = None\nfrom seekforge.runtime.cli.main import main\nmain()"
     )
 
     def shown(*options: str) -> str:

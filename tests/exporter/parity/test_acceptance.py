@@ -13,32 +13,39 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from parity_faults import bent_engine, build_engine, edited_checkpoint, scaled, small_model, split_products
+from tests.support.parity_faults import (
+    bent_engine,
+    build_engine,
+    edited_checkpoint,
+    scaled,
+    small_model,
+    split_products,
+)
 
-from seekforge.exporter.build.engine import build
-from seekforge.exporter.build.targets import load_target
-from seekforge.exporter.model import attention
-from seekforge.exporter.model.layers import rope_interleaved
-from seekforge.exporter.model.model import StepModel
-from seekforge.exporter.model.step import Settings
-from seekforge.exporter.parity.engine_side import EngineSide
-from seekforge.exporter.parity.local import LocalJudge
-from seekforge.exporter.parity.reference import Reference
-from seekforge.exporter.parity.run import Result, check_engine
+from seekforge.exporter.builder.onnxruntime.build import build
+from seekforge.exporter.models.deepseek_v32 import attention
+from seekforge.exporter.models.deepseek_v32.layers import rope_interleaved
+from seekforge.exporter.models.deepseek_v32.model import StepModel
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.parity.check import Result, check_engine
+from seekforge.exporter.parity.gates import first_divergence
+from seekforge.exporter.parity.locate.operations import LocalJudge
+from seekforge.exporter.parity.sides.engine import EngineSide
+from seekforge.exporter.parity.sides.torch_reference import Reference
+from seekforge.exporter.parity.sides.torch_walks import Walker
 from seekforge.exporter.parity.taps import available_taps, tapped_copy
-from seekforge.exporter.parity.verdict import first_divergence
-from seekforge.exporter.parity.walks import Walker
+from seekforge.exporter.program import trace as tracing
+from seekforge.exporter.program.export import export
 from seekforge.exporter.progress import Stages
-from seekforge.exporter.rewrite import trace as tracing
-from seekforge.exporter.rewrite.export import export
-from seekforge.plugins.formats.dump import Dump
-from seekforge.plugins.formats.manifest import load_manifest
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.numerics import EXACT, FP8, NUMERICS
-from seekforge.plugins.formats.plan import make_plan
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.dump import Dump
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.numerics import EXACT, FP8, NUMERICS
+from seekforge.formats.parity_steps import make_plan
+from seekforge.formats.targets import load_target
 from seekforge.runtime.dump import write_dump
-from seekforge.runtime.engine import Engine
+from seekforge.runtime.engine.engine_folder import Engine
 
 MAX_THREADS = 1
 

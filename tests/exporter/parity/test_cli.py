@@ -13,15 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from parity_faults import bent_engine, build_engine, edited_checkpoint, scaled, split_products
+from tests.support.parity_faults import (
+    bent_engine,
+    build_engine,
+    edited_checkpoint,
+    scaled,
+    split_products,
+)
 
-from seekforge.exporter.parity import engine_side
-from seekforge.exporter.parity.engine_side import EngineSide
-from seekforge.exporter.rewrite.export import export
-from seekforge.plugins.formats.dump import Dump
-from seekforge.plugins.formats.manifest import WeightSource, load_manifest, save_manifest
-from seekforge.plugins.formats.numerics import FP8
-from seekforge.runtime import cli
+from seekforge.exporter.parity.sides import engine as engine_side
+from seekforge.exporter.parity.sides.engine import EngineSide
+from seekforge.exporter.program.export import export
+from seekforge.formats.dump import Dump
+from seekforge.formats.engine.manifest import WeightSource, load_manifest, save_manifest
+from seekforge.formats.numerics import FP8
+from seekforge.runtime.cli import main as cli
 
 FEW = ("--contexts", "70", "--modes", "whole,mtp", "--threads", "1")
 NORM = "model.layers.2.post_attention_layernorm.weight"

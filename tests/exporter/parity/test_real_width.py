@@ -12,7 +12,7 @@ import pytest
 
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.plugins.formats.model_config import ModelConfig
+from seekforge.formats.checkpoint.model_config import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*args: str | Path) -> tuple[str, int]:
     """Run a command; return what it printed and the largest memory of it or of a process that it started, in bytes."""
-    command = [sys.executable, "-m", "seekforge.runtime.cli", *map(str, args)]
+    command = [sys.executable, "-m", "seekforge.runtime.cli.main", *map(str, args)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         printed = process.stdout.read()

@@ -9,8 +9,9 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from seekforge.exporter.build.ort_session import OrtSession
-from seekforge.exporter.model.session import make_step
+from seekforge.common.errors import EngineError
+from seekforge.exporter.builder.onnxruntime.session import OrtSession
+from seekforge.exporter.models.deepseek_v32.session import make_step
 from seekforge.exporter.parity.taps import (
     ATTENTION,
     DENSE,
@@ -21,11 +22,10 @@ from seekforge.exporter.parity.taps import (
     point_width,
     tapped_copy,
 )
-from seekforge.plugins.errors import EngineError
-from seekforge.plugins.formats.manifest import load_manifest, save_manifest
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.verify import verify_files
-from seekforge.runtime import cli
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.engine.manifest import load_manifest, save_manifest
+from seekforge.formats.engine.verify import verify_files
+from seekforge.runtime.cli import main as cli
 
 LENGTH = 90
 

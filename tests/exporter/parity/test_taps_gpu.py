@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from seekforge.exporter.parity.taps import SELECTIONS, available_taps
-from seekforge.plugins.formats.manifest import load_manifest
-from seekforge.runtime import cli
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.runtime.cli import main as cli
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 

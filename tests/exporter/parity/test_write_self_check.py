@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from seekforge.plugins.errors import EngineError
-from seekforge.plugins.formats.manifest import SelfCheck, load_manifest, save_manifest
+from seekforge.common.errors import EngineError
+from seekforge.formats.engine.manifest import SelfCheck, load_manifest, save_manifest
 from seekforge.runtime import LLM
-from seekforge.runtime.cli import main
+from seekforge.runtime.cli.main import main
 
 FEW = ("--contexts", "70", "--threads", "1", "--quiet")
 

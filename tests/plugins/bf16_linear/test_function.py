@@ -2,7 +2,7 @@
 
 import pytest
 
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.testing import Case, cases, max_error, run_function
 
 #: f32 sums of up to 384 products in another order.

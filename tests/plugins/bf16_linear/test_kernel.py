@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import gpu_cases
+from tests.support.kernel_cases import gpu_cases
 from torch import Tensor
 
 from seekforge.plugins.bf16_linear import launch
 from seekforge.plugins.bf16_linear.reference import bf16_linear
-from seekforge.plugins.interpret import interpret
+from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
 #: f32 sums in another order (by calc_diff). One rounding of a result to bf16 is at 1e-6, a bent weight (1 %) at 5e-5.

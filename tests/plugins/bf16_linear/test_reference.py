@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.testing import Case, cases, max_error
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from seekforge.plugins.block_fp8_linear.function import FOLDED, folded_body
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.quant import dequantise_weight
-from seekforge.plugins.specialisation import Specialisation
 from seekforge.plugins.testing import Case, cases, max_error, run_function
 
 #: f32 sums of up to 384 products in another order.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import gpu_cases
+from tests.support.kernel_cases import gpu_cases
 from torch import Tensor
 
 from seekforge.plugins.block_fp8_linear import launch
 from seekforge.plugins.block_fp8_linear.reference import block_fp8_linear
-from seekforge.plugins.interpret import interpret
+from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.quant import dequantise_weight, fake_quantise
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from seekforge.common.errors import ShapeError
 from seekforge.plugins.block_fp8_linear.launch import Tile, choose_splits, choose_tile, plan, variants, workspace_bytes
-from seekforge.plugins.errors import ShapeError
-from seekforge.plugins.launch import SMS, check_plan
+from seekforge.plugins.kernels.launch_plan import SMS, check_plan
 
 
 @pytest.mark.parametrize(

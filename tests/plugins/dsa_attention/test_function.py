@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.testing import Case, Draw, cases, max_error, run_function
 
 #: f32 softmax and sums in another order; a scale bent by 1 % moves the result by 1e-3 and more.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ATTRS, gpu_cases, packed_latents
+from tests.support.kernel_cases import ATTRS, gpu_cases, packed_latents
 from torch import Tensor
 
 from seekforge.plugins.dsa_attention import launch
 from seekforge.plugins.dsa_attention.reference import dsa_attention
-from seekforge.plugins.interpret import interpret
+from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.quant import fake_quantise
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.testing import SCRAP, Case, cases, equal_bits, run_function
 
 HOWS = [Specialisation("f32", "float8", kv, bodies) for kv in ("f32", "bf16") for bodies in ("ort", "trt")]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ATTRS, gpu_cases
+from tests.support.kernel_cases import ATTRS, gpu_cases
 from torch import Tensor
 
 from seekforge.plugins.dsa_cache_write.launch import plan, variants
 from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
-from seekforge.plugins.interpret import interpret
+from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.testing import Case, equal_bits
 
 

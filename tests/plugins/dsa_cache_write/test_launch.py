@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from seekforge.common.errors import ShapeError
 from seekforge.plugins.dsa_cache_write.launch import plan, variants
-from seekforge.plugins.errors import ShapeError
-from seekforge.plugins.launch import SMS, check_plan, statics_of
+from seekforge.plugins.kernels.launch_plan import SMS, check_plan, statics_of
 
 V32 = {"C": 512, "R": 64, "D": 128, "kv_format": "fp8_ds", "index_format": "fp8_ds"}
 V32 |= {"kv_fp8": True, "indexer_fp8": True}

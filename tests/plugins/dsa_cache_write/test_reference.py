@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from seekforge.common.errors import ShapeError
 from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
-from seekforge.plugins.errors import ShapeError
 from seekforge.plugins.quant import fake_quantise
 from seekforge.plugins.testing import SCRAP, Case, cases, equal_bits
 

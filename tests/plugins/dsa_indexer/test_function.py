@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seekforge.plugins.dsa_indexer.reference import index_scores
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.testing import Case, Draw, cases, run_function, same_selection
 
 HOWS = [Specialisation("f32", "float8", kv, bodies) for kv in ("f32", "bf16") for bodies in ("ort", "trt")]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ATTRS, gpu_cases, packed_index
+from tests.support.kernel_cases import ATTRS, gpu_cases, packed_index
 from torch import Tensor
 
 from seekforge.plugins.dsa_indexer import launch
 from seekforge.plugins.dsa_indexer.kernel import scores_kernel, select_kernel
 from seekforge.plugins.dsa_indexer.reference import index_scores
-from seekforge.plugins.interpret import interpret
+from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits, same_selection
 
 #: Against the reference on the same quantised inputs (spec §11).

@@ -5,9 +5,9 @@ import onnxruntime
 import pytest
 import torch
 
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.moe_experts.function import FOLDED, folded_body
 from seekforge.plugins.quant import dequantise_weight
-from seekforge.plugins.specialisation import Specialisation
 from seekforge.plugins.testing import Case, cases, max_error, run_function
 
 #: f32 sums in another order, twice; a hidden value beside a rounding tie of e4m3 may still fall either way.

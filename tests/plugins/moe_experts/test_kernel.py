@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import gpu_cases
+from tests.support.kernel_cases import gpu_cases
 from torch import Tensor
 
-from seekforge.plugins.interpret import interpret
+from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.moe_experts import launch
 from seekforge.plugins.moe_experts.kernel import combine_kernel, group_kernel
 from seekforge.plugins.moe_experts.reference import moe_experts

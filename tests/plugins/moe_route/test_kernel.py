@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seekforge.plugins.interpret import interpret
+from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.moe_route.reference import moe_route
 from seekforge.plugins.testing import Case, cases
 

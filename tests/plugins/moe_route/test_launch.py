@@ -2,8 +2,8 @@
 
 import pytest
 
-from seekforge.plugins.errors import ShapeError
-from seekforge.plugins.launch import check_plan, statics_of
+from seekforge.common.errors import ShapeError
+from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
 from seekforge.plugins.moe_route.launch import plan, variants
 
 V32 = {"E": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "norm": True}

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import stand_in_trt
+from tests.support import stand_in_trt
 
-from seekforge.plugins.errors import EngineError, EnvironmentFault, ShapeError
-from seekforge.plugins.launch import op_kernels
+from seekforge.common.errors import EngineError, EnvironmentFault, ShapeError
+from seekforge.common.requirements import install
+from seekforge.plugins.kernels.index import NO_KERNELS, Descriptors
+from seekforge.plugins.kernels.launch_plan import op_kernels
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.requirements import install
 from seekforge.plugins.tensorrt import library
-from seekforge.plugins.tensorrt.launch import NO_KERNELS, Descriptors
 from seekforge.plugins.tensorrt.plugin import allowed, make_fields, read_fields, register
 
 

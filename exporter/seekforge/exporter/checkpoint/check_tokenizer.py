@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from seekforge.plugins.errors import CheckpointError
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.tokenizer_file import open_tokenizer
+from seekforge.common.errors import CheckpointError
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.tokenizer_file import open_tokenizer
 
 _TAKE = "take the tokenizer.json that came with these weights"
 

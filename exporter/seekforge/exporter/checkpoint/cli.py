@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
+from seekforge.common.cli.console import Stages
+from seekforge.common.cli.options import command, json_option, quiet_option, seed_option
+from seekforge.common.cli.terminal import echo, write_json
 from seekforge.exporter.checkpoint.new import WrittenCheckpoint
 from seekforge.exporter.checkpoint.new import new_checkpoint as write_checkpoint
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.option_types import MODEL
-from seekforge.plugins.command_line import command, json_option, quiet_option, seed_option
-from seekforge.plugins.console import Stages
-from seekforge.plugins.terminal import echo, write_json
 
 
 @command(

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from seekforge.common.dtypes import NUMPY
+from seekforge.common.errors import ConfigError
+from seekforge.common.files import atomic_folder, write_json
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, ExpectedTensor, expected_tensors, totals
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
-from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dtypes import NUMPY
-from seekforge.plugins.formats.files import atomic_folder, write_json
-from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig
-from seekforge.plugins.formats.safetensors import INDEX_FILE, ShardWriter
+from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.checkpoint.safetensors import INDEX_FILE, ShardWriter
 
 #: Called as progress(bytes written so far, bytes in all).
 Progress = Callable[[int, int], None]

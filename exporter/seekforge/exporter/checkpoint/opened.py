@@ -15,8 +15,8 @@ from pathlib import Path
 
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.validate import check_structure
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from seekforge.exporter.configs import configs_folder, known
-from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.yaml_file import YamlError, YamlNumberError, read_yaml
+from seekforge.common.configs import configs_folder, known
+from seekforge.common.errors import ConfigError
+from seekforge.common.yaml_file import YamlError, YamlNumberError, read_yaml
+from seekforge.formats.checkpoint.model_config import ModelConfig
 
 
 class _PresetFile(BaseModel):

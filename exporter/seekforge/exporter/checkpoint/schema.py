@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from seekforge.plugins.formats.dtypes import itemsize
-from seekforge.plugins.formats.model_config import FP8_BLOCK, ModelConfig
+from seekforge.common.dtypes import itemsize
+from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
 
 SCALE_SUFFIX = "_scale_inv"
 #: A buffer that transformers once saved: what RoPE computes from the config.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from seekforge.common.errors import OutputError
+from seekforge.common.files import atomic_folder
 from seekforge.exporter.checkpoint.new import (
     Progress,
     WrittenCheckpoint,
@@ -18,9 +20,7 @@ from seekforge.exporter.checkpoint.new import (
 )
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors
-from seekforge.plugins.errors import OutputError
-from seekforge.plugins.formats.files import atomic_folder
-from seekforge.plugins.formats.safetensors import build_header
+from seekforge.formats.checkpoint.safetensors import build_header
 
 _PROBE_BYTES = 1 << 24
 

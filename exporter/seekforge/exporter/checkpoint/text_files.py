@@ -10,11 +10,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from seekforge.plugins.errors import CheckpointError, ConfigError
-from seekforge.plugins.formats.paths import checkpoint_file, name_fault
-from seekforge.plugins.formats.program import ENCODING, TEXT_FILES
-from seekforge.plugins.formats.reading import LISTING_BYTES, check_regular
-from seekforge.plugins.formats.safetensors import INDEX_FILE
+from seekforge.common.errors import CheckpointError, ConfigError
+from seekforge.common.paths import checkpoint_file, name_fault
+from seekforge.common.reading import LISTING_BYTES, check_regular
+from seekforge.formats.checkpoint.safetensors import INDEX_FILE
+from seekforge.formats.program import ENCODING, TEXT_FILES
 
 #: A chat encoder is some files; released ones have less than twenty of some kilobytes.
 _MOST_FILES, _MOST_LEVELS, _MOST_BYTES = 1000, 8, 64 << 20

@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.files import write_json
+from seekforge.common.errors import ConfigError
+from seekforge.common.files import write_json
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from seekforge.common.dtypes import is_stored_as
+from seekforge.common.errors import CheckpointError
 from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors, needless_tensors, optional_tensors
-from seekforge.plugins.errors import CheckpointError
-from seekforge.plugins.formats.config_forms import TAKE
-from seekforge.plugins.formats.dtypes import is_stored_as
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.safetensors import Checkpoint
-from seekforge.plugins.formats.scan import Family, Findings
+from seekforge.formats.checkpoint.config_forms import TAKE
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.value_check import Family, Findings
 
 #: Called as progress(bytes scanned so far, bytes in all).
 Progress = Callable[[int, int], None]

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from seekforge.exporter.build.audit_page import self_check_words, show_audit
-from seekforge.exporter.build.common import read_graph, size_words
+from seekforge.common.cli.console import Column, Console, Table, console, styled
+from seekforge.common.cli.options import command, json_option
+from seekforge.common.cli.terminal import write, write_json
+from seekforge.common.errors import ProgramError
+from seekforge.common.requirements import install_module
+from seekforge.exporter.builder.request import read_graph, size_words
+from seekforge.exporter.builder.tensorrt.audit_page import self_check_words, show_audit
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
-from seekforge.plugins.command_line import command, json_option
-from seekforge.plugins.console import Column, Console, Table, console, styled
-from seekforge.plugins.errors import ProgramError
-from seekforge.plugins.formats.manifest import load_manifest
-from seekforge.plugins.formats.program import load_program
-from seekforge.plugins.requirements import install_module
-from seekforge.plugins.terminal import write, write_json
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.program import load_program
 
 if TYPE_CHECKING:
     from seekforge.exporter.inspect.draw import Format

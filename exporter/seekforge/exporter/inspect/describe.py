@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seekforge.exporter.build.common import read_engine_graph, read_graph
+from seekforge.common.dtypes import itemsize
+from seekforge.common.errors import ProgramError
+from seekforge.exporter.builder.request import read_engine_graph, read_graph
 from seekforge.exporter.checkpoint.opened import as_stored
 from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors
-from seekforge.plugins.errors import ProgramError
-from seekforge.plugins.formats.bindings import Ranks, Recipe, for_rank
-from seekforge.plugins.formats.dtypes import itemsize
-from seekforge.plugins.formats.manifest import MANIFEST, Manifest, load_manifest
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.program import GraphIO, Program, load_bindings, load_program
-from seekforge.plugins.formats.safetensors import Checkpoint
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
+from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
+from seekforge.formats.weight_recipes import Ranks, Recipe, for_rank
 
 if TYPE_CHECKING:
     import onnx

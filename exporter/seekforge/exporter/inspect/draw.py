@@ -12,9 +12,9 @@ from typing import Literal
 
 import onnx
 
-from seekforge.exporter.rewrite.names import AFTER, BEFORE, segments
-from seekforge.plugins.spec import DOMAIN
-from seekforge.plugins.terminal import shown
+from seekforge.common.cli.terminal import shown
+from seekforge.exporter.program.canonical_names import AFTER, BEFORE, segments
+from seekforge.plugins.operator import DOMAIN
 
 Format = Literal["dot", "mermaid"]
 

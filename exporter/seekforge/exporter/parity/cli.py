@@ -11,14 +11,8 @@ import click
 import torch
 from click.core import ParameterSource
 
-from seekforge.exporter.checkpoint.source import resolve
-from seekforge.exporter.parity.inputs import Asked
-from seekforge.exporter.parity.page import render
-from seekforge.exporter.parity.report import to_json
-from seekforge.exporter.parity.terminal import print_terminal
-from seekforge.exporter.parity.ways import from_dumps, from_engine, reference_only
-from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
-from seekforge.plugins.command_line import (
+from seekforge.common.cli.console import Stages, console
+from seekforge.common.cli.options import (
     ByteSize,
     Number,
     command,
@@ -28,13 +22,19 @@ from seekforge.plugins.command_line import (
     seed_option,
     threads_option,
 )
-from seekforge.plugins.console import Stages, console
-from seekforge.plugins.formats.dump import Dump
-from seekforge.plugins.formats.files import atomic_folder
-from seekforge.plugins.formats.numerics import NUMERICS
-from seekforge.plugins.formats.plan import MODES
-from seekforge.plugins.formats.temporary import temporary_folder
-from seekforge.plugins.terminal import echo, write_json
+from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.files import atomic_folder
+from seekforge.common.temporary import temporary_folder
+from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.parity.inputs import Asked
+from seekforge.exporter.parity.report.page import render
+from seekforge.exporter.parity.report.terminal import print_terminal
+from seekforge.exporter.parity.report.to_json import to_json
+from seekforge.exporter.parity.sources import from_dumps, from_engine, reference_only
+from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
+from seekforge.formats.dump import Dump
+from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.parity_steps import MODES
 
 #: Options that a way of comparing has no use for, by name of their parameter. A flag that is taken is a promise.
 _ENGINE_ALONE = ("against", "layers", "sensitivity", "max_dump_size", "write_self_check")

@@ -10,19 +10,19 @@ from pathlib import Path
 import click
 import numpy as np
 
+from seekforge.common.dtypes import widen
+from seekforge.common.errors import ConfigError
+from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.checkpoint.validate import scan_values
-from seekforge.exporter.parity.walks import without
-from seekforge.exporter.rewrite.layers import check_range, parse_layers, truncate
-from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dtypes import widen
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.numerics import NUMERICS, Numerics, numerics_from_dict
-from seekforge.plugins.formats.plan import MODES, Mode, Plan, make_plan
-from seekforge.plugins.formats.reading import LISTING_BYTES, read_text
-from seekforge.plugins.formats.safetensors import Checkpoint
-from seekforge.plugins.formats.tokenizer_file import read_tokenizer
+from seekforge.exporter.parity.sides.torch_walks import without
+from seekforge.exporter.program.layers import check_range, parse_layers, truncate
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.tokenizer_file import read_tokenizer
+from seekforge.formats.numerics import NUMERICS, Numerics, numerics_from_dict
+from seekforge.formats.parity_steps import MODES, Mode, Plan, make_plan
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from seekforge.exporter.build.common import read_engine_graph
-from seekforge.plugins.errors import EngineError, ProgramError
-from seekforge.plugins.formats.dtypes import ONNX
-from seekforge.plugins.formats.manifest import MANIFEST, Manifest, digest_file, load_manifest, save_manifest
-from seekforge.plugins.formats.model_config import ModelConfig
-from seekforge.plugins.formats.paths import inside
-from seekforge.plugins.formats.program import GraphIO, TensorSpec
-from seekforge.plugins.spec import DOMAIN
+from seekforge.common.dtypes import ONNX
+from seekforge.common.errors import EngineError, ProgramError
+from seekforge.common.paths import inside
+from seekforge.exporter.builder.request import read_engine_graph
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.engine.manifest import MANIFEST, Manifest, digest_file, load_manifest, save_manifest
+from seekforge.formats.program import GraphIO, TensorSpec
+from seekforge.plugins.operator import DOMAIN
 
 #: What one layer hands to the next; the last layer's pair goes to the final norm under the number behind it.
 HANDOVER = ("hidden_states", "residual")

@@ -12,12 +12,12 @@ from typing import Final
 
 import numpy as np
 
-from seekforge.exporter.parity.metrics import log_softmax
-from seekforge.exporter.parity.verdict import GATE
-from seekforge.plugins.errors import ConfigError
-from seekforge.plugins.formats.dump import Dump
-from seekforge.plugins.formats.manifest import SelfCheck, SelfCheckRow, load_manifest, save_manifest
-from seekforge.plugins.formats.plan import Plan, PlanStep
+from seekforge.common.errors import ConfigError
+from seekforge.exporter.parity.compare.metrics import log_softmax
+from seekforge.exporter.parity.gates import GATE
+from seekforge.formats.dump import Dump
+from seekforge.formats.engine.manifest import SelfCheck, SelfCheckRow, load_manifest, save_manifest
+from seekforge.formats.parity_steps import Plan, PlanStep
 
 #: Longest prompt that is taken where there is a shorter one: it is run at every start.
 _LONGEST: Final = 256

@@ -3,8 +3,8 @@
 import onnx
 
 from seekforge.plugins.bf16_linear.spec import SPEC
-from seekforge.plugins.function_text import Attrs, Text, cast
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.builder import Attrs, Text, cast
+from seekforge.plugins.functions.specialization import Specialisation
 
 
 def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:

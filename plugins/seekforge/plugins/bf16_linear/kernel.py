@@ -11,7 +11,7 @@ splits in order.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernel import dot_bf16
+from seekforge.plugins.kernels.device_lib import dot_bf16
 
 __all__ = ["add_splits_kernel", "linear_kernel"]
 

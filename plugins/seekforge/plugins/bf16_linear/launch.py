@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from seekforge.plugins.kernel_contract import check_rules, multiple, rule
-from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, is_datacentre, most_rows
-from seekforge.plugins.spec import cdiv
+from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, Workspace, is_datacentre, most_rows
+from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ()
 RULES: Final = (

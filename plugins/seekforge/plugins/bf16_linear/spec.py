@@ -1,6 +1,6 @@
 """Contract of `Bf16Linear`: y = x · Wᵀ of bf16 values, summed and given in f32 (spec §5.3)."""
 
-from seekforge.plugins.spec import Arg, OpSpec
+from seekforge.plugins.operator import Arg, OpSpec
 
 SPEC = OpSpec(
     name="Bf16Linear",

@@ -10,7 +10,7 @@ Each 128 block starts from a zero accumulator: that is the promotion; the tensor
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernel import dot_bf16, quantise_kernel, to_bf16, widen
+from seekforge.plugins.kernels.device_lib import dot_bf16, quantise_kernel, to_bf16, widen
 
 __all__ = ["combine_splits_kernel", "linear_kernel", "quantise_kernel"]
 

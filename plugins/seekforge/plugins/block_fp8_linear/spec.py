@@ -1,6 +1,6 @@
 """Contract of `BlockFp8Linear`: y = x · (weight · weight_scale)ᵀ (spec §5.2)."""
 
-from seekforge.plugins.spec import Arg, Attr, OpSpec
+from seekforge.plugins.operator import Arg, Attr, OpSpec
 
 SPEC = OpSpec(
     name="BlockFp8Linear",

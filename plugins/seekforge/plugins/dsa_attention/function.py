@@ -14,10 +14,10 @@ TOPK × C values.
 import numpy as np
 import onnx
 
+from seekforge.common.errors import ProgramError
 from seekforge.plugins.dsa_attention.spec import SPEC
-from seekforge.plugins.errors import ProgramError
-from seekforge.plugins.function_text import Attrs, Text, cast, join_blocks, onnx_type, query_blocks
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, onnx_type, query_blocks
+from seekforge.plugins.functions.specialization import Specialisation
 
 _PAGE = 64
 #: Rows of a block: at most so many, and at most so many gathered keys per sequence.

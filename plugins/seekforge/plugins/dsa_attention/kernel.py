@@ -12,7 +12,7 @@ share it.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernel import dot_bf16, from_e4m3, to_bf16
+from seekforge.plugins.kernels.device_lib import dot_bf16, from_e4m3, to_bf16
 
 
 @triton.jit

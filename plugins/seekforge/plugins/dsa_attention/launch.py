@@ -7,10 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from seekforge.plugins.errors import ShapeError
-from seekforge.plugins.kernel_contract import check_rules, one_of, rule
-from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8, is_datacentre, most_rows
-from seekforge.plugins.spec import cdiv
+from seekforge.common.errors import ShapeError
+from seekforge.plugins.kernels.constraints import check_rules, one_of, rule
+from seekforge.plugins.kernels.launch_plan import (
+    Buffer,
+    Launch,
+    Plan,
+    Variant,
+    Workspace,
+    has_fp8,
+    is_datacentre,
+    most_rows,
+)
+from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
 RULES: Final = (

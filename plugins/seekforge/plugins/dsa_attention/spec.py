@@ -1,6 +1,6 @@
 """Contract of `DsaAttention` (spec §3.5): sparse, absorbed, one latent key and value shared by all heads."""
 
-from seekforge.plugins.spec import Arg, Attr, OpSpec
+from seekforge.plugins.operator import Arg, Attr, OpSpec
 
 SPEC = OpSpec(
     name="DsaAttention",

@@ -7,10 +7,10 @@ padded rows are sent to slot 0, which is scrap.
 
 import onnx
 
+from seekforge.common.errors import ProgramError
 from seekforge.plugins.dsa_cache_write.spec import SPEC
-from seekforge.plugins.errors import ProgramError
-from seekforge.plugins.function_text import Attrs, Text, cast, fake_quantise
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.builder import Attrs, Text, cast, fake_quantise
+from seekforge.plugins.functions.specialization import Specialisation
 
 
 def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:

@@ -8,7 +8,7 @@ above; four tokens per program keep every access a 16-byte vector and give 32 pr
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernel import round_to_e4m3, to_bf16, to_e4m3, ue8m0
+from seekforge.plugins.kernels.device_lib import round_to_e4m3, to_bf16, to_e4m3, ue8m0
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from seekforge.plugins.errors import ShapeError
+from seekforge.common.errors import ShapeError
 from seekforge.plugins.quant import BLOCK, fake_quantise, index_key_offsets, pack_latent, quantise
 
 

@@ -4,7 +4,7 @@ Slot −1 (a padded row) is sent to slot 0: block 0 is scrap and never handed ou
 byte that anyone reads.
 """
 
-from seekforge.plugins.spec import Arg, Attr, OpSpec
+from seekforge.plugins.operator import Arg, Attr, OpSpec
 
 SPEC = OpSpec(
     name="DsaCacheWrite",

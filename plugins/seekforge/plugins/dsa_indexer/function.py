@@ -9,9 +9,9 @@
 import numpy as np
 import onnx
 
+from seekforge.common.errors import ProgramError
 from seekforge.plugins.dsa_indexer.spec import SPEC
-from seekforge.plugins.errors import ProgramError
-from seekforge.plugins.function_text import (
+from seekforge.plugins.functions.builder import (
     Attrs,
     Text,
     cast,
@@ -20,7 +20,7 @@ from seekforge.plugins.function_text import (
     onnx_type,
     query_blocks,
 )
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.specialization import Specialisation
 
 _PAGE = 64
 _NOWHERE = 2**30  # sorts behind every position

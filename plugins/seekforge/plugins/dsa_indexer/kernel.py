@@ -12,7 +12,7 @@ Scores of keys that a row does not see are never written and never read.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernel import INTERPRET, dot_bf16, from_e4m3, round_to_e4m3, to_bf16, to_e4m3, ue8m0
+from seekforge.plugins.kernels.device_lib import INTERPRET, dot_bf16, from_e4m3, round_to_e4m3, to_bf16, to_e4m3, ue8m0
 
 MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from seekforge.plugins.errors import ShapeError
-from seekforge.plugins.kernel_contract import check_rules, exactly, one_of, rule
-from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, Workspace, has_fp8
-from seekforge.plugins.spec import cdiv
+from seekforge.common.errors import ShapeError
+from seekforge.plugins.kernels.constraints import check_rules, exactly, one_of, rule
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, Workspace, has_fp8
+from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("Hi", "D", "indexer_fp8", "index_format")
 RULES: Final = (

@@ -4,7 +4,7 @@ Scores are f32. A NaN score counts as the lowest finite number and an infinite o
 magnitude, so a row always returns min(index_topk, visible keys) positions.
 """
 
-from seekforge.plugins.spec import Arg, Attr, OpSpec
+from seekforge.plugins.operator import Arg, Attr, OpSpec
 
 SPEC = OpSpec(
     name="DsaIndexer",

@@ -8,8 +8,8 @@ any token works on all of them; the rows that are not its own are dropped.
 import numpy as np
 import onnx
 
-from seekforge.plugins.errors import ProgramError
-from seekforge.plugins.function_text import (
+from seekforge.common.errors import ProgramError
+from seekforge.plugins.functions.builder import (
     Attrs,
     Text,
     cast,
@@ -19,8 +19,8 @@ from seekforge.plugins.function_text import (
     onnx_type,
     swiglu,
 )
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.moe_experts.spec import SPEC
-from seekforge.plugins.specialisation import Specialisation
 
 #: The CPU build's form: weights folded to f32 and transposed.
 FOLDED = "FoldedExperts"

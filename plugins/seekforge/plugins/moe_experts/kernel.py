@@ -12,7 +12,7 @@ are the M side. An id outside [0, E) is no assignment: it sorts nowhere and adds
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernel import dot_bf16, quantise_kernel, round_bf16, to_bf16, to_e4m3, ue8m0, widen
+from seekforge.plugins.kernels.device_lib import dot_bf16, quantise_kernel, round_bf16, to_bf16, to_e4m3, ue8m0, widen
 
 __all__ = ["combine_kernel", "down_kernel", "group_kernel", "quantise_kernel", "up_kernel"]
 

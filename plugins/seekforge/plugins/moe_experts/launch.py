@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.plugins.block_fp8_linear.launch import quantise, quantiser
-from seekforge.plugins.kernel_contract import between, check_rules, multiple, rule
-from seekforge.plugins.launch import (
+from seekforge.plugins.kernels.constraints import between, check_rules, multiple, rule
+from seekforge.plugins.kernels.launch_plan import (
     Buffer,
     Launch,
     Plan,
@@ -18,7 +18,7 @@ from seekforge.plugins.launch import (
     is_datacentre,
     next_power_of_two,
 )
-from seekforge.plugins.spec import cdiv
+from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("E", "TOPK", "H", "I2", "act_quant")
 RULES: Final = (

@@ -1,6 +1,6 @@
 """Contract of `MoeExperts` (spec §4): y = Σ weight · down(silu(gate(x)) · up(x)), FP8 weights in 128×128 blocks."""
 
-from seekforge.plugins.spec import Arg, Attr, OpSpec
+from seekforge.plugins.operator import Arg, Attr, OpSpec
 
 SPEC = OpSpec(
     name="MoeExperts",

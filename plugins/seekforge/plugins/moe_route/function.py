@@ -7,9 +7,9 @@ quotient of two weights needs its digits.
 import numpy as np
 import onnx
 
-from seekforge.plugins.function_text import Attrs, Text, onnx_type
+from seekforge.plugins.functions.builder import Attrs, Text, onnx_type
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.moe_route.spec import SPEC
-from seekforge.plugins.specialisation import Specialisation
 
 
 def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:

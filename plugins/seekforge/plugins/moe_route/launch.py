@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from seekforge.plugins.errors import ShapeError
-from seekforge.plugins.kernel_contract import between, check_rules, power_of_two, rule
-from seekforge.plugins.launch import Buffer, Launch, Plan, Variant, next_power_of_two
-from seekforge.plugins.spec import cdiv
+from seekforge.common.errors import ShapeError
+from seekforge.plugins.kernels.constraints import between, check_rules, power_of_two, rule
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, next_power_of_two
+from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("E", "n_group", "topk_group", "top_k", "norm")
 RULES: Final = (

@@ -1,6 +1,6 @@
 """Contract of `MoeRoute`: noaux_tc routing (spec §4)."""
 
-from seekforge.plugins.spec import Arg, Attr, OpSpec
+from seekforge.plugins.operator import Arg, Attr, OpSpec
 
 SPEC = OpSpec(
     name="MoeRoute",

@@ -11,7 +11,7 @@ from typing import Final
 import onnx
 from onnx import helper
 
-from seekforge.plugins.spec import DOMAIN
+from seekforge.plugins.operator import DOMAIN
 from seekforge.plugins.sum_ranks.spec import SPEC
 
 #: op_type that the parser knows. It looks at no domain; this one says whose it is.

@@ -2,8 +2,8 @@
 
 import onnx
 
-from seekforge.plugins.function_text import Attrs, Text
-from seekforge.plugins.specialisation import Specialisation
+from seekforge.plugins.functions.builder import Attrs, Text
+from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.sum_ranks.spec import SPEC
 
 

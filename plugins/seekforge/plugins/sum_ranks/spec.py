@@ -3,7 +3,7 @@
 Not called AllReduce: parsers look at the op_type alone, and ONNX Runtime has an operator of that name.
 """
 
-from seekforge.plugins.spec import Arg, Attr, OpSpec
+from seekforge.plugins.operator import Arg, Attr, OpSpec
 
 SPEC = OpSpec(
     name="SumRanks",

@@ -20,9 +20,9 @@ from typing import Any, Final, Literal
 
 from packaging.requirements import Requirement
 
-from seekforge.plugins.errors import EnvironmentFault
-from seekforge.plugins.formats.temporary import temporary_folder
-from seekforge.plugins.requirements import command, install
+from seekforge.common.errors import EnvironmentFault
+from seekforge.common.requirements import command, install
+from seekforge.common.temporary import temporary_folder
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 

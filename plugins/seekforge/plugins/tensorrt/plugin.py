@@ -17,11 +17,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from seekforge.plugins.errors import EngineError
-from seekforge.plugins.launch import SMS, workspace_bytes
+from seekforge.common.errors import EngineError
+from seekforge.plugins.kernels.index import NO_KERNELS, Launcher, LauncherSource
+from seekforge.plugins.kernels.launch_plan import SMS, workspace_bytes
+from seekforge.plugins.operator import DOMAIN, TYPE_VARIABLES, OpSpec
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.spec import DOMAIN, TYPE_VARIABLES, OpSpec
-from seekforge.plugins.tensorrt.launch import NO_KERNELS, Launcher, LauncherSource
 
 #: Our dtype names -> names of trt.DataType.
 TYPES: Final[dict[str, str]] = {

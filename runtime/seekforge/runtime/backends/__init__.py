@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 
-from seekforge.plugins.errors import EngineError
+from seekforge.common.errors import EngineError
 from seekforge.runtime.backends.base import Backend, BackendFactory
 
 #: manifest target.backend -> "module:class" of a `BackendFactory`.
 BACKENDS: dict[str, str] = {
     "onnxruntime": "seekforge.runtime.backends.onnxruntime:OnnxRuntimeBackend",
-    "tensorrt": "seekforge.runtime.backends.tensorrt:TensorRtBackend",
-    "tensorrt-rtx": "seekforge.runtime.backends.tensorrt:TensorRtBackend",
+    "tensorrt": "seekforge.runtime.backends.tensorrt.backend:TensorRtBackend",
+    "tensorrt-rtx": "seekforge.runtime.backends.tensorrt.backend:TensorRtBackend",
 }
 
 #: manifest target.backend -> the extra that brings its library.

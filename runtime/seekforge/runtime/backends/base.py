@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from seekforge.plugins.formats.manifest import Manifest
+from seekforge.formats.engine.manifest import Manifest
 
 if TYPE_CHECKING:
-    from seekforge.plugins.formats.loader import LoadProgress  # what loads brings it; CPU engines start without
+    from seekforge.formats.loader import LoadProgress  # what loads brings it; CPU engines start without
 
 #: Graph names of an engine.
 MODEL, MTP = "model", "mtp"

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from seekforge.runtime.backends.base import MODEL, GraphMetrics, StepInputs
-from seekforge.runtime.kv_cache import SCRAP_BLOCK
+from seekforge.runtime.engine.kv_cache import SCRAP_BLOCK
 
 _PRIME = 1_000_003
 _START = 7

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from seekforge.plugins.errors import EngineError
-from seekforge.plugins.formats.bindings import evaluate_into
-from seekforge.plugins.formats.dtypes import NUMPY, ONNX
-from seekforge.plugins.formats.manifest import Manifest
-from seekforge.plugins.formats.program import GraphIO, TensorSpec, load_bindings
+from seekforge.common.dtypes import NUMPY, ONNX
+from seekforge.common.errors import EngineError
+from seekforge.formats.engine.manifest import Manifest
+from seekforge.formats.program import GraphIO, TensorSpec, load_bindings
+from seekforge.formats.weight_recipes import evaluate_into
 from seekforge.runtime.backends.base import MODEL, GraphMetrics, OnLoad, StepInputs
-from seekforge.runtime.weights import GivenTensors, changed_constants
+from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 
 #: our name -> ONNX Runtime's words for a tensor type.
 _ORT_TYPES = {

@@ -1,0 +1,103 @@
+"""`seekforge kernels`: compile the operators' kernels, and show what they cost."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+
+from seekforge.common.cli.console import bar, console
+from seekforge.common.cli.options import (
+    Group,
+    Named,
+    Whole,
+    json_option,
+    kv_cache_dtype_option,
+    list_option,
+    quiet_option,
+)
+from seekforge.common.cli.terminal import shown, write_json
+from seekforge.common.errors import TargetError
+from seekforge.exporter.builder import kernel_numbers
+from seekforge.exporter.checkpoint.presets import known_presets, load_preset
+from seekforge.exporter.checkpoint.source import headers
+from seekforge.exporter.option_types import MODEL
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.plugins.kernels import aot
+from seekforge.plugins.kernels.contracts import OPS
+from seekforge.plugins.kernels.launch_plan import SMS, KernelSet
+from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT, operators
+
+
+@click.group("kernels", cls=Group)
+def kernels() -> None:
+    """Compile the operators' GPU kernels ahead of time."""
+
+
+@kernels.command(
+    "build",
+    examples=(
+        "seekforge kernels build store",
+        "seekforge kernels build store --sm 80,90 --op dsa_attention --jobs 4",
+    ),
+)
+@click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
+@list_option("--sm", "sms", type=Whole(1), default=",".join(map(str, SMS)), help="Compute capabilities.")
+@click.option(
+    "--model", type=MODEL, default="full", show_default=True, help="A name of configs/models, or a config.json."
+)
+@kv_cache_dtype_option("Format of the caches.", default=DEFAULT_FORMAT)
+@list_option("--op", "only", type=Named("operator", lambda: tuple(OPS)), help="Only these operators.")
+@click.option("--jobs", type=Whole(1, 4096), help="Processes. Default: one per core.")
+@click.option("--cache", type=click.Path(path_type=Path), default=None, help="Folder of compiled images.")
+@quiet_option
+@json_option
+def build(
+    store: Path,
+    *,
+    sms: tuple[int, ...],
+    model: str,
+    kv_cache_dtype: str,
+    only: tuple[str, ...],
+    jobs: int | None,
+    cache: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Compile every kernel that the model needs into the folder OUT, and print what their code costs. Needs no GPU."""
+    if model in known_presets():
+        config = load_preset(model).config
+    else:
+        with headers(model, config_only=True) as folder:
+            config = ModelConfig.load(folder)
+    ops = operators(config, kv_format=kv_cache_dtype)
+    unknown = set(only) - set(ops)
+    if unknown:
+        raise TargetError(f"no kernels of {', '.join(sorted(unknown))}; operators are {', '.join(ops)}")
+    work = aot.tasks({op: bound for op, bound in ops.items() if not only or op in only}, sorted(sms))
+    start = time.perf_counter()
+    quietly = console(err=True, quiet=quiet or as_json)
+    with bar(quietly, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        row = progress.add_task("compile", total=len(work))
+
+        def advance(task: aot.Task, done: KernelSet | None) -> None:
+            if done is not None:
+                progress.update(row, advance=1, description=shown(f"compiled {task.op} sm{task.sm}"))
+
+        with aot.cache_folder(cache) as kept:
+            sets = aot.build(work, store, cache=kept, jobs=jobs, progress=advance)
+            progress.update(row, description="reading their code")
+            found = kernel_numbers.records(sets, store, cache=kept, jobs=jobs) if as_json or not quiet else []
+    slow = kernel_numbers.faults(found, kernel_numbers.variants_of(sets))
+    seconds = time.perf_counter() - start
+    if as_json:
+        write_json({"path": str(store), "seconds": round(seconds, 3), "kernels": found, "slow": slow})
+    elif not quiet:
+        out = console()
+        out.print(kernel_numbers.table(found))
+        count = len(found)
+        out.print(f"wrote {store}: {count} kernels for {len({one.sm for one in sets})} SMs in {seconds:.0f} s")
+        for line in slow:
+            out.print(f"slow: {line}")

@@ -1,0 +1,430 @@
+"""`build --target cpu`: specialise to f32, fold or quantise the weights, inline the bodies, prove the result, write a
+manifest.
+
+A CPU engine holds its weights, so before any work their bytes are compared with the disk: a build that would fill it is
+refused. Memory is not: weights are mapped, and the engine may be for another machine; there is a warning.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import onnx
+
+from seekforge.common.dtypes import FROM_ONNX, itemsize
+from seekforge.common.errors import OutputError, TargetError
+from seekforge.common.files import atomic_folder, sha256_file
+from seekforge.exporter.builder.generation import read_generation
+from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
+from seekforge.exporter.builder.onnxruntime.quantize import choose
+from seekforge.exporter.builder.onnxruntime.self_check import make_self_check
+from seekforge.exporter.builder.request import (
+    check_program,
+    check_same_model,
+    check_takes,
+    copy_text_files,
+    fit_limits,
+    read_graph,
+    size_words,
+    write_target,
+)
+from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.validate import scan_values
+from seekforge.exporter.parity.taps import expose, name_taps
+from seekforge.exporter.program.inline import F32, inline
+from seekforge.exporter.program.metadata import annotate_again
+from seekforge.exporter.program.specialize import specialise
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.manifest import (
+    ENGINE_FORMAT,
+    MANIFEST,
+    Cache,
+    Limits,
+    Manifest,
+    Target,
+    digest_file,
+    save_manifest,
+)
+from seekforge.formats.int_quant import Quantisation
+from seekforge.formats.program import (
+    BLOCK_SIZE,
+    GraphIO,
+    Program,
+    Role,
+    TensorSpec,
+    load_bindings,
+    load_program,
+    save_bindings,
+)
+from seekforge.formats.targets import Precision, TargetConfig
+from seekforge.formats.weight_file import ALIGNMENT, WEIGHTS
+from seekforge.formats.weight_recipes import Recipe, retarget, tensors_of
+from seekforge.plugins.functions.attach import attach
+from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.operator import cdiv
+
+#: The tensors that scale with the context an engine accepts.
+#: What a graph of an engine says of itself.
+_ENGINE_GRAPH = "The program specialised for ONNX Runtime on a CPU; weights are constants in the file beside this one."
+_ROPE_TABLES = ("rope_cos", "rope_sin")
+#: What numbers become in an engine with f32 activations.
+_F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
+#: From the largest engine to the smallest.
+_PRECISIONS: tuple[Precision, ...] = ("f32", "int8", "int4")
+
+
+class Progress(Protocol):
+    """What `build` tells about its work; `exporter.progress.Stages` is one."""
+
+    def __call__(self, stage: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def bytes_bar(self, stage: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` wrote."""
+
+    manifest: Manifest
+    num_nodes: dict[str, int]
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be built: the result of all checks, before any work.
+
+    Attributes:
+        config: of the program.
+        whole: config of the checkpoint.
+        coded: which weights become codes; None: none.
+        weight_bytes: that the engine will hold.
+        free_bytes: of the disk that it will lie on.
+        warning: what the engine will meet on this machine; empty: nothing.
+    """
+
+    program: Program
+    bindings: dict[str, dict[str, Recipe]]
+    config: ModelConfig
+    whole: ModelConfig
+    limits: Limits
+    coded: Quantisation | None
+    weight_bytes: int
+    free_bytes: int
+    warning: str
+
+
+def check(
+    program_folder: Path,
+    out: Path,
+    *,
+    target: TargetConfig,
+    checkpoint_folder: Path,
+    max_model_len: int | None = None,
+    asked: Collection[str] = (),
+) -> Planned:
+    """Decide what will be built, or refuse with one sentence that names what would work. Arguments as in `build`."""
+    if target.backend != "onnxruntime":
+        raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
+    program = load_program(program_folder)
+    bindings = load_bindings(program_folder)
+    check_program(program, bindings, program_folder)
+    config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
+    read_generation(program_folder, config)
+    with open_checkpoint(checkpoint_folder) as opened:
+        whole = opened.config
+        check_same_model(program, config, whole, checkpoint_folder)
+        check_takes(bindings, opened.checkpoint, program_folder)
+    limits = target.limits
+    if max_model_len is not None:
+        limits, asked = limits.model_copy(update={"max_model_len": max_model_len}), {*asked, "max_model_len"}
+    limits = fit_limits(limits, config, asked)
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    sizes = {name: layer_bytes(bindings, _coded(name), limits.max_model_len) for name in _PRECISIONS}
+    needed = sum(sizes[target.precision].values())
+    if needed > free:
+        raise OutputError(_what_would_fit(program, target.precision, sizes, free, place))
+    memory = _memory_bytes()
+    warning = ""
+    if memory is not None and needed > memory:
+        warning = (
+            f"the weights are {size_words(needed)} and this machine has {size_words(memory)} of memory: here the "
+            "engine will run at the speed of the disk, if at all"
+        )
+    return Planned(program, bindings, config, whole, limits, _coded(target.precision), needed, free, warning)
+
+
+def _coded(precision: Precision) -> Quantisation | None:
+    return None if precision == "f32" else choose(precision)
+
+
+def _memory_bytes() -> int | None:
+    """All memory of this machine; None where nobody tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def layer_bytes(
+    bindings: Mapping[str, Mapping[str, Recipe]], coded: Quantisation | None, max_model_len: int
+) -> dict[int | None, int]:
+    """Return layer -> bytes of its weights in an engine; None: what belongs to no layer.
+
+    Args:
+        bindings: graph -> weight or table -> recipe, as a program has them.
+        coded: which weights become codes.
+        max_model_len: rows of the RoPE tables.
+    """
+    found: dict[int | None, int] = defaultdict(int)
+    stored: dict[str, list[Recipe]] = defaultdict(list)
+    for recipes in bindings.values():
+        for name, recipe in recipes.items():
+            if name.removesuffix("_scale") in recipes and name.endswith("_scale"):
+                continue  # of an FP8 weight, which is dequantised
+            if recipe in stored[name]:
+                continue  # graphs share what they both read
+            stored[name].append(recipe)
+            parts = name.split(".")
+            layer = int(parts[1]) if parts[0] == "layers" else None
+            found[layer] += sum(map(_aligned, _constant_bytes(name, recipe, coded, max_model_len)))
+    return dict(found)
+
+
+def _aligned(num_bytes: int) -> int:
+    return cdiv(num_bytes, ALIGNMENT) * ALIGNMENT
+
+
+def _constant_bytes(name: str, recipe: Recipe, coded: Quantisation | None, max_model_len: int) -> list[int]:
+    """Return the bytes of what an engine makes of one weight or table: itself, or its codes and their scales."""
+    elements = math.prod(recipe.shape)
+    if name in _ROPE_TABLES:
+        elements = elements // recipe.shape[0] * max_model_len
+    bits = None if coded is None else coded.bits(name)
+    if coded is None or bits is None:
+        return [elements * _F32_BYTES.get(recipe.dtype, itemsize(recipe.dtype))]
+    return [elements * bits // 8, elements // coded.block_size * 4]
+
+
+def _what_would_fit(
+    program: Program, precision: Precision, sizes: Mapping[str, dict[int | None, int]], free: int, place: Path
+) -> str:
+    """Say by how much an engine does not fit on the disk, and what would."""
+    needs = f"the engine takes {size_words(sum(sizes[precision].values()))} at {precision}, and {place} has"
+    smaller = _PRECISIONS[_PRECISIONS.index(precision) + 1 :]
+    for one in smaller:
+        total = sum(sizes[one].values())
+        if total <= free:
+            return (
+                f"{needs} {size_words(free)} free; pass --precision {one} ({size_words(total)}), or an OUT on a "
+                "larger disk"
+            )
+    smallest = smaller[-1] if smaller else precision
+    total = sizes[smallest].get(None, 0)
+    start, stop = program.layer_range
+    fitting = 0
+    for layer in range(start, stop):
+        total += sizes[smallest].get(layer, 0)
+        if total > free:
+            break
+        fitting += 1
+    how = f" with --precision {smallest}" if smaller else ""
+    whole = program.gives_logits and start == 0
+    export = f"--num-layers {fitting}" if whole else f"--layers {start}-{start + fitting - 1}"
+    remedy = (
+        f"{fitting} of its {stop - start} layers fit{how}: export with {export}" if fitting else "not one layer fits"
+    )
+    return f"{needs} {size_words(free)} free; {remedy}, or pass an OUT on a larger disk"
+
+
+def build(
+    program_folder: Path,
+    out: Path,
+    *,
+    target: TargetConfig,
+    checkpoint_folder: Path,
+    max_model_len: int | None,
+    force: bool,
+    progress: Progress,
+    taps: bool = False,
+    asked: Collection[str] = (),
+) -> Built:
+    """Build an engine folder.
+
+    Args:
+        program_folder: written by `export`.
+        out: folder to make.
+        target: what to build for.
+        checkpoint_folder: the weights; must have the program's config.
+        max_model_len: longest sequence that the engine accepts; None takes the target's.
+        force: replace an engine that stands at `out`.
+        progress: told each stage.
+        taps: the graphs also give the tensors inside each layer, for `parity`.
+        asked: limits of the target that a user named; the others are defaults, which are cut to what the model has.
+
+    Raises:
+        ProgramError, CheckpointError: program or weights are damaged or do not belong together.
+        TargetError: the target cannot do this, or is not built here.
+        EngineError: the built engine does not compute what PyTorch computes.
+        OutputError: `out` cannot be written, or the disk is too small.
+    """
+    progress("read program and checkpoint")
+    planned = check(
+        program_folder,
+        out,
+        target=target,
+        checkpoint_folder=checkpoint_folder,
+        max_model_len=max_model_len,
+        asked=asked,
+    )
+    if planned.warning:
+        progress.say(planned.warning)
+    program, bindings, config = planned.program, planned.bindings, planned.config
+    limits, coded = planned.limits, planned.coded
+    generation = read_generation(program_folder, config)
+    with (
+        Checkpoint.open(checkpoint_folder) as checkpoint,
+        atomic_folder(out, force=force, marker=MANIFEST) as folder,
+    ):
+        with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
+            scan_values(checkpoint, planned.whole, names=_read_tensors(program, bindings, checkpoint), progress=bar)
+        progress("specialise and fold")
+        weights = WeightFile(WEIGHTS)
+        graphs = {
+            name: _fold_graph(program_folder, face, bindings[name], config, F32, coded, limits, weights, taps)
+            for name, face in program.graphs.items()
+        }
+        with progress.bytes_bar("dequantise weights" if coded is None else f"{target.precision} weights") as bar:
+            weights.write(folder, checkpoint, bar)
+        progress("inline, check, write")
+        faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
+        files = [*copy_text_files(program, program_folder, folder), "bindings.json"]
+        save_bindings(folder, dict(zip(graphs, weights.attached, strict=True)))
+        files.append(write_target(folder, target, limits))
+        self_check = None
+        if program.gives_logits:
+            progress("self-check against PyTorch")
+            self_check = make_self_check(folder, faces["model"], config, program.numerics, checkpoint, limits, coded)
+        manifest = Manifest(
+            format=ENGINE_FORMAT,
+            seekforge_version=importlib.metadata.version("seekforge"),
+            target=Target(name=target.name, backend=target.backend, sm=target.sm),
+            versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
+            runtime_versions={},
+            program_sha256=sha256_file(program_folder / "program.json"),
+            numerics=program.numerics,
+            layer_range=program.layer_range,
+            graphs=faces,
+            cache=_cache(config, faces),
+            limits=limits,
+            vocab_size=config.vocab_size,
+            num_top_logits=config.num_top_logits,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=generation.eos_token_id,
+            generation=generation.defaults,
+            tokenizer="tokenizer.json",
+            files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
+            self_check=self_check,
+            config=program.config,
+            build={
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "activations": "f32",
+                "precision": target.precision,
+                "taps": taps,
+            },
+            quantisation=coded,
+        )
+        manifest = save_manifest(folder, manifest)
+    return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
+
+
+def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]], checkpoint: Checkpoint) -> list[str] | None:
+    """Return the checkpoint tensors of a part of a model, in the order of its inputs; None for a whole model."""
+    if not program.outside:
+        return None
+    names = (
+        name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
+    )
+    return list(dict.fromkeys([*names, *(name for name in program.unused if name in checkpoint)]))
+
+
+def _fold_graph(
+    program_folder: Path,
+    face: GraphIO,
+    recipes: dict[str, Recipe],
+    config: ModelConfig,
+    how: Specialisation,
+    coded: Quantisation | None,
+    limits: Limits,
+    weights: WeightFile,
+    taps: bool,
+) -> onnx.ModelProto:
+    """Load, check, specialise and fold one graph; bodies are inlined, so that it holds operators of ONNX and
+    ONNX Runtime only."""
+    model = specialise(read_graph(program_folder, face), how, config)
+    names = name_taps(model)
+    if taps:
+        expose(model, names)
+    retargeted = {
+        name: retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype) for name, recipe in recipes.items()
+    }
+    tables = limit_tables(retargeted, _ROPE_TABLES, limits.max_model_len)
+    constants = fold_weights(model, tables, coded, top_k=config.num_experts_per_tok)
+    weights.attach(model, constants)
+    attach(model, how)
+    inlined = inline(model)
+    annotate_again(inlined, _ENGINE_GRAPH, {"form": "engine for ONNX Runtime", "custom_operators": "none"})
+    return inlined
+
+
+def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> GraphIO:
+    """Write one engine graph beside its weights, check it as a file, and describe its face."""
+    path = folder / canonical.file
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(path))
+    roles: dict[str, Role] = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
+
+    def describe(value: onnx.ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+        return TensorSpec(
+            name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=roles.get(value.name, "tap")
+        )
+
+    return GraphIO(
+        file=canonical.file,
+        sha256=sha256_file(path),
+        inputs=tuple(describe(value) for value in model.graph.input),
+        outputs=tuple(describe(value) for value in model.graph.output),
+        aliases=canonical.aliases,
+    )
+
+
+def _cache(config: ModelConfig, faces: dict[str, GraphIO]) -> Cache:
+    caches = [spec for face in faces.values() for spec in face.with_role("cache")]
+    per_slot = sum(itemsize(spec.dtype) * int(spec.shape[1]) for spec in caches)
+    layers = [int(spec.name.partition(".")[2]) for spec in faces["model"].with_role("cache")]
+    return Cache(
+        block_size=BLOCK_SIZE,
+        layers=tuple(dict.fromkeys(layers)),
+        mtp_layer=config.mtp_layer if "mtp" in faces else None,
+        kv_format="f32",
+        latent_dim=config.latent_dim,
+        index_dim=config.index_head_dim,
+        bytes_per_block=per_slot * BLOCK_SIZE,
+    )

@@ -1,0 +1,197 @@
+"""What an engine must reproduce before it serves: results of the PyTorch model on one prompt, and a tolerance.
+
+Selection of keys and experts, and FP8 rounding, are discrete: another order of summation can flip one, and the
+logits then move by far more than f32 noise. So the tolerance is measured, not guessed: each candidate prompt is
+also run with its embeddings changed by parts in a million, and a prompt whose results hold still is preferred.
+
+In deep FP8 models the engine may flip a rounding that these trials did not. So there, prompts that hold still are
+compared one after the other, and the first on which the engine agrees is stored: a correct engine agrees on some of
+the short ones, an engine with a fault on none. Without FP8 rounding the first such prompt decides.
+
+Products with int8 and int4 weights round their inputs in so many places that hardly any prompt holds still. There the
+longest prompt is compared within the tolerance measured on it, and of many single tokens, of which a correct engine
+gives most to the last digits, one must agree tightly; the stillest that does is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seekforge.common.errors import EngineError
+from seekforge.exporter.builder.onnxruntime.session import OrtSession
+from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.parity.gates import GATE, PERTURBATION
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.engine.manifest import Limits, SelfCheck, SelfCheckRow
+from seekforge.formats.int_quant import Quantisation
+from seekforge.formats.numerics import numerics_from_dict
+from seekforge.formats.program import BLOCK_SIZE, GraphIO
+from seekforge.formats.weight_recipes import TensorSource
+from seekforge.plugins.operator import cdiv
+
+#: Stored logits per row.
+_TOP = 20
+_TRIALS = 3  # the first is unperturbed
+#: A prompt whose logits move less than this, in parts of their spread, is taken at once.
+_STILL = 1e-3
+#: The tolerance: this many times the measured change, and at least this part of the spread.
+_FACTOR, _FLOOR = 8.0, GATE
+#: Single tokens that are tried with int8 and int4 weights.
+_TOKENS = 64
+#: Longest prompt, unless `index_topk` asks for less. Longer would cross it in larger models, at a price.
+_LONGEST = 136
+
+
+def make_self_check(
+    folder: Path,
+    face: GraphIO,
+    config: ModelConfig,
+    numerics: dict[str, Any],
+    source: TensorSource,
+    limits: Limits,
+    quantisation: Quantisation | None = None,
+) -> SelfCheck:
+    """Run the PyTorch model and the new engine on one prompt, compare them, and return what to store.
+
+    Args:
+        folder: the engine's files.
+        face: its main graph.
+        config, numerics: of the program.
+        source: the checkpoint.
+        limits: of the engine.
+        quantisation: of its weights. PyTorch then computes with the same codes and rounds the same inputs to int8, so
+            that the tolerance is about the engine, not about what quantisation costs.
+
+    Raises:
+        EngineError: the engine's results differ by more than the tolerance.
+    """
+    settings = Settings(config, numerics_from_dict(numerics), "f32", quantisation=quantisation)
+    longest = min(config.index_topk + 8, _LONGEST, limits.max_model_len)
+    session = OrtSession(folder, face, (cdiv(longest, BLOCK_SIZE) + 1) * BLOCK_SIZE)
+    if quantisation is not None:
+        return _coded_check(settings, source, session, longest)
+    tried: list[_Candidate] = []
+    for length, count in ((longest, 1), (16, 6), (6, 12)):
+        if length > longest:
+            continue
+        found = _candidates(settings, source, length, count)
+        for candidate in filter(lambda candidate: candidate.holds_still, found):
+            fault = _difference(candidate.check, session)
+            if fault is None:
+                return candidate.check
+            if settings.numerics.act_quant == "none":
+                raise EngineError(fault)  # nothing is rounded to FP8: no other prompt can excuse this one
+        tried += found
+    # none holds still, or the engine disagrees on all that do: the stillest decides
+    best = min(tried, key=lambda candidate: candidate.change).check
+    fault = _difference(best, session)
+    if fault is not None:
+        raise EngineError(fault)
+    return best
+
+
+def _coded_check(settings: Settings, source: TensorSource, session: OrtSession, longest: int) -> SelfCheck:
+    """Prove an engine with int8 or int4 weights; see the head of this file."""
+    (long,) = _candidates(settings, source, longest, 1)
+    fault = _difference(long.check, session)
+    if fault is None:
+        tokens = _candidates(settings, source, 1, _TOKENS)
+        for candidate in tokens:
+            tight = candidate.check.model_copy(update={"tolerance": _FLOOR * candidate.spread})
+            fault = _difference(tight, session)
+            if fault is None:
+                return candidate.check
+    assert fault is not None
+    raise EngineError(fault)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A prompt. `change`: how far its logits move when embeddings are perturbed; `spread`: of its logits."""
+
+    check: SelfCheck
+    change: float
+    spread: float
+
+    @property
+    def holds_still(self) -> bool:
+        return self.change <= _STILL * self.spread
+
+
+def _candidates(settings: Settings, source: TensorSource, length: int, candidates: int) -> list[_Candidate]:
+    """Try random prompts of one length in one batch; return them, the one that moves least first."""
+    config = settings.config
+    rng = np.random.default_rng(length)
+    # no special token: ids below 16 and the padded end of the vocabulary are left out
+    prompts = rng.integers(min(16, config.vocab_size // 2), config.vocab_size * 7 // 8, (candidates, length))
+    rows = [prompt.tolist() for prompt in prompts for _ in range(_TRIALS)]
+    blocks = cdiv(length, BLOCK_SIZE)
+    tables = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(len(rows))]
+    session = TorchSession(settings, source, 1 + len(rows) * blocks)
+    noise = torch.randn(len(rows), length, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    noise[::_TRIALS] = 0
+
+    def perturb(module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        return embedded * (1 + PERTURBATION * noise)
+
+    hook = session.model.embed_tokens.register_forward_hook(perturb)  # pyright: ignore
+    step = make_step(rows, [0] * len(rows), tables)
+    positions = sorted({0, length // 2, length - 1})
+    starts = np.arange(len(rows))[:, None] * length
+    step = replace(step, logits_index=(starts + positions).reshape(-1))
+    results = session.step(step)
+    hook.remove()
+    logits = results["logits"].unflatten(0, (candidates, _TRIALS, len(positions)))
+    total = results["logsumexp"].unflatten(0, (candidates, _TRIALS, len(positions)))
+    top = torch.topk(logits[:, 0], min(_TOP, config.vocab_size), dim=-1)
+    same = torch.gather(logits, -1, top.indices.unsqueeze(1).expand(-1, _TRIALS, -1, -1))
+    moved = torch.maximum(
+        (same - same[:, :1]).abs().flatten(1).amax(1), (total - total[:, :1]).abs().flatten(1).amax(1)
+    )
+    result = []
+    for chosen in moved.argsort().tolist():
+        change, spread = float(moved[chosen]), float(logits[:, 0].std())
+        check = SelfCheck(
+            prompt_ids=tuple(rows[chosen * _TRIALS]),
+            rows=tuple(
+                SelfCheckRow(
+                    position=position,
+                    top_ids=tuple(top.indices[chosen, i].tolist()),
+                    top_logits=tuple(top.values[chosen, i].tolist()),
+                    logsumexp=float(total[chosen, 0, i]),
+                )
+                for i, position in enumerate(positions)
+            ),
+            tolerance=max(_FACTOR * change, _FLOOR * spread),
+            reason=(
+                f"{_FACTOR:g} x the change ({change:.2e}) of these values when embeddings are changed by "
+                f"{PERTURBATION:g}, at least {_FLOOR:g} of the logits' spread ({spread:.2f})"
+            ),
+            source=f"PyTorch {torch.__version__}, numerics {settings.numerics.name}, f32 activations"
+            + (f", the engine's {settings.quantisation.precision} weights" if settings.quantisation else ""),
+        )
+        result.append(_Candidate(check, change, spread))
+    return result
+
+
+def _difference(check: SelfCheck, session: OrtSession) -> str | None:
+    """Prefill the stored prompt on the engine; say what differs by more than the tolerance, if anything."""
+    blocks = cdiv(len(check.prompt_ids), BLOCK_SIZE)
+    step = make_step([check.prompt_ids], [0], [list(range(1, blocks + 1))])
+    got = session.step(replace(step, logits_index=np.array([row.position for row in check.rows], np.int64)))
+    for i, row in enumerate(check.rows):
+        error = np.abs(got["logits"][i, list(row.top_ids)] - np.array(row.top_logits)).max()
+        error = max(float(error), abs(float(got["logsumexp"][i]) - row.logsumexp))
+        if not error <= check.tolerance:
+            return (
+                f"the built engine differs from PyTorch by {error:.3g} logits at position {row.position} of the "
+                f"self-check prompt, allowed {check.tolerance:.3g}; nothing was written, please report this"
+            )
+    return None

@@ -1,0 +1,227 @@
+"""What builds for every kind of target share: what is checked before work, and what each engine carries along."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from seekforge.common.dtypes import is_stored_as
+from seekforge.common.errors import EngineError, ProgramError, SeekforgeError, TargetError
+from seekforge.common.paths import inside
+from seekforge.common.reading import read_bytes
+from seekforge.exporter.program.layers import truncate
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.manifest import MANIFEST, TARGET, Limits
+from seekforge.formats.program import GraphIO, Program, TensorSpec
+from seekforge.formats.targets import TargetConfig
+from seekforge.formats.weight_recipes import Recipe
+
+if TYPE_CHECKING:
+    import onnx
+
+#: Sizes of a step are 31-bit numbers.
+_MOST = 2**31 - 1
+#: Protobuf's own limit.
+_MOST_GRAPH_BYTES = 1 << 31
+
+
+def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
+    """The program is for one rank, and every weight and table of every graph has a recipe, and no other.
+
+    Raises:
+        ProgramError: it is shared among ranks, or naming the first recipe that is wrong.
+    """
+    if program.tp * program.ep > 1:
+        raise ProgramError(
+            f"{folder}: is shared among {program.tp * program.ep} ranks (--tp {program.tp} --ep {program.ep}), and "
+            "engines of several ranks are not built yet; export it without --tp and --ep"
+        )
+    for graph, face in program.graphs.items():
+        wanted = {spec.name for role in ("weight", "table") for spec in face.with_role(role)}
+        wrong = sorted(wanted ^ bindings.get(graph, {}).keys())
+        if wrong:
+            fault = "has no recipe" if wrong[0] in wanted else "is no weight of that graph"
+            raise ProgramError(
+                f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {graph!r} {fault} by program.json; "
+                "export the program again"
+            )
+        for spec in face.inputs:
+            recipe = bindings.get(graph, {}).get(spec.name)
+            if spec.role in ("weight", "table") and recipe is not None:
+                _check_recipe(spec, recipe, folder)
+
+
+def _check_recipe(spec: TensorSpec, recipe: Recipe, folder: Path) -> None:
+    if (recipe.shape, recipe.dtype) != (spec.shape, spec.dtype):
+        raise ProgramError(
+            f"{folder / 'bindings.json'}: {spec.name} is {recipe.dtype} {list(recipe.shape)}, program.json says "
+            f"{spec.dtype} {list(spec.shape)}; export the program again"
+        )
+
+
+def check_takes(bindings: Mapping[str, Mapping[str, Recipe]], checkpoint: Checkpoint, folder: Path) -> None:
+    """Every tensor that the recipes of the program in `folder` read is one of the checkpoint, as they expect it.
+
+    Block scales may be stored in a narrower type, of which every value is one of the wider (`evaluate` widens them).
+
+    Raises:
+        ProgramError: naming the first that is not.
+    """
+    waiting = [recipe for recipes in bindings.values() for recipe in recipes.values()]
+    while waiting:
+        recipe = waiting.pop()
+        waiting.extend(recipe.parts)
+        if recipe.op != "take" or recipe.tensor is None:
+            continue
+        info = checkpoint.info(recipe.tensor) if recipe.tensor in checkpoint else None
+        if info is None or info.shape != recipe.shape or not is_stored_as(info.dtype, recipe.dtype):
+            has = "does not have it" if info is None else f"has {info.dtype} {list(info.shape)}"
+            raise ProgramError(
+                f"{folder / 'bindings.json'}: reads {recipe.tensor!r} as {recipe.dtype} {list(recipe.shape)}, the "
+                f"checkpoint {checkpoint.folder} {has}; pass the checkpoint it was exported from, or export it again"
+            )
+
+
+def read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
+    """Read a graph of the program in `folder`.
+
+    Raises:
+        ProgramError: it cannot be read, or is not the one that the program describes.
+    """
+    return _read_onnx(folder, face, ProgramError, "program.json", "export the program again", checked=True)
+
+
+def read_engine_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
+    """Read a graph of the CPU engine in `folder`, without its weights; its digest is checked where engines are opened.
+
+    Raises:
+        EngineError: it cannot be read.
+    """
+    return _read_onnx(folder, face, EngineError, MANIFEST, "build the engine again", checked=False)
+
+
+def _read_onnx(
+    folder: Path, face: GraphIO, error: type[SeekforgeError], listing: str, again: str, *, checked: bool
+) -> onnx.ModelProto:
+    path = inside(folder, face.file, error=error, where=folder / listing, again=again)
+    try:
+        raw = read_bytes(path, most=_MOST_GRAPH_BYTES)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}); {again}") from None
+    found = hashlib.sha256(raw).hexdigest() if checked else face.sha256
+    if found != face.sha256:
+        raise error(f"{path}: digest {found[:12]}, {listing} says {face.sha256[:12]}; {again}")
+    import onnx  # here, so that what reads no graph needs no onnx
+
+    try:
+        return onnx.load_from_string(raw)
+    except Exception as problem:  # protobuf's and ONNX's have no common base
+        raise error(f"{path}: is no ONNX file ({type(problem).__name__}); {again}") from None
+
+
+def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelConfig, folder: Path) -> None:
+    """The checkpoint is of the model that the program was exported for; a truncated program takes the whole model's.
+
+    Args:
+        program: with `config`, parsed.
+        checkpoint: config of the checkpoint in `folder`.
+
+    Raises:
+        ProgramError: naming the first key that differs.
+    """
+    found = checkpoint
+    if program.truncated_from is not None and checkpoint.num_hidden_layers == program.truncated_from:
+        found = truncate(checkpoint, config.num_hidden_layers)
+    different = config.first_difference(found)
+    if different is not None:
+        key, ours, theirs = different
+        raise ProgramError(
+            f"{folder}: {key} is {theirs}, the program was exported for {ours}; "
+            "pass the checkpoint it was exported from, or export again"
+        )
+
+
+def fit_limits(limits: Limits, config: ModelConfig, asked: Collection[str]) -> Limits:
+    """Return the limits of an engine: what was asked for as it is, a target's own defaults cut to what is possible.
+
+    Args:
+        limits: of the target, as changed by the user.
+        config: of the model.
+        asked: the limits that the user named; the others are defaults.
+
+    Raises:
+        TargetError: what was asked for cannot be.
+    """
+    given = limits.model_dump()
+    longest = config.max_position_embeddings
+    if "max_model_len" not in asked:
+        given["max_model_len"] = min(given["max_model_len"], longest)
+    elif not 0 < given["max_model_len"] <= longest:
+        raise TargetError(
+            f"--max-model-len is {given['max_model_len']}, expected 1 to {longest} "
+            "(max_position_embeddings of the model)"
+        )
+    for name, value in given.items():
+        if not 0 < value <= _MOST:
+            bound = "at least 1" if value < 1 else f"at most {_MOST}"
+            raise TargetError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
+    batch, tokens = given["max_batch_size"], given["max_num_batched_tokens"]
+    why = "a decode step has one token of each sequence"
+    if batch > tokens:
+        if "max_num_batched_tokens" not in asked:
+            raise TargetError(
+                f"--max-batch-size is {batch}, and --max-num-batched-tokens is {tokens} where nothing is asked: {why}; "
+                f"pass --max-num-batched-tokens {batch} too"
+            )
+        if "max_batch_size" in asked:
+            raise TargetError(
+                f"--max-num-batched-tokens is {tokens}, expected at least --max-batch-size {batch}: {why}"
+            )
+        given["max_batch_size"] = tokens
+    return Limits(**given)
+
+
+def size_words(num_bytes: int) -> str:
+    """Return bytes as people say them, such as `2.7 GB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def write_target(folder: Path, target: TargetConfig, limits: Limits) -> str:
+    """Write the effective configuration of a build into an engine folder and return the file's name.
+
+    Args:
+        folder: of the engine.
+        target: as changed by options.
+        limits: of the engine.
+    """
+    effective = target.model_dump(mode="json") | {"limits": limits.model_dump()}
+    text = yaml.safe_dump(effective, sort_keys=False, allow_unicode=True)
+    (folder / TARGET).write_text(text, encoding="utf-8")
+    return TARGET
+
+
+def copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:
+    """Copy tokenizer and chat files into an engine folder and return their names.
+
+    Raises:
+        ProgramError: one is missing, or is none of those files: nothing else may be put into an engine.
+    """
+    where = program_folder / "program.json"
+    for name in program.files:
+        place = folder / name
+        source = inside(program_folder, name, error=ProgramError, where=where, again="export the program again")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(source, place)
+        except FileNotFoundError:
+            raise ProgramError(f"{source}: missing; export the program again") from None
+    return list(program.files)

@@ -1,0 +1,95 @@
+"""`seekforge targets`: what can be built for, and how each operator runs there."""
+
+from __future__ import annotations
+
+import click
+
+from seekforge.common.cli.console import Column, Table, console
+from seekforge.common.cli.options import command, json_option, list_option
+from seekforge.common.cli.terminal import shown, write, write_json
+from seekforge.exporter.option_types import TARGET
+from seekforge.formats.targets import TargetConfig, all_targets, load_target
+from seekforge.plugins.kernels.contracts import OPS, limits, support
+
+
+@command("targets", examples=("seekforge targets", "seekforge targets --target h200,b200 --json"))
+@list_option("--target", "names", type=TARGET, help="Only these: names, or YAML files.")
+@click.option("--markdown", is_flag=True, help="Print the tables of docs/targets.md.")
+@json_option
+def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
+    """List targets with their hardware and defaults, and what each operator supports there."""
+    found = [load_target(name) for name in names] or all_targets()
+    if as_json:
+        listed = [
+            target.model_dump(mode="json") | {"products": target.products, "ops": _ops(target)} for target in found
+        ]
+        write_json(listed, indent=1)
+    elif markdown:
+        write(markdown_tables(found))
+    else:
+        out = console()
+        for title, header, rows in _tables(found):
+            numbers = {"SM", "GiB", "GB/s", "BF16", "FP8", "FP4"}
+            columns = [Column(name, "number" if name in numbers else "words") for name in header]
+            table = Table(columns, title=title, lines=True)
+            for row in rows:
+                table.add(*row)
+            out.print(table)
+
+
+def _ops(target: TargetConfig) -> dict[str, str]:
+    return {op: support(op, target.sm) for op in OPS}
+
+
+def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[str]]]]:
+    hardware = [
+        [
+            target.name,
+            target.title,
+            "-" if target.sm is None else str(target.sm),
+            target.backend,
+            *_numbers(target),
+            _precision(target),
+            target.kv_format,
+            f"{target.limits.max_batch_size} × {target.limits.max_model_len}, {target.limits.max_num_batched_tokens}",
+        ]
+        for target in found
+    ]
+    header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "products", "cache"]
+    ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in OPS]
+    listed = [[limit.op, " and ".join(limit.faces), limit.key, limit.expected] for limit in limits()]
+    return [
+        ("Targets (rates: dense TFLOPS)", [*header, "batch × context, tokens per step"], hardware),
+        ("Operators", ["operator", *_classes(found)], ops),
+        ("Limits", ["operator", "form", "key of config.json", "expected"], listed),
+    ]
+
+
+def _numbers(target: TargetConfig) -> list[str]:
+    if target.gpu is None:
+        return ["-"] * 5
+    values = target.gpu.model_dump().values()
+    return ["-" if value is None else f"{value:g}" for value in values]
+
+
+def _precision(target: TargetConfig) -> str:
+    weights_only = target.precision == "fp8" and target.products == "bf16"
+    return "BF16 (FP8 weights)" if weights_only else target.products.upper()
+
+
+def _classes(found: list[TargetConfig]) -> dict[str, int | None]:
+    """One column per kind of hardware: CPU, GPUs without and with FP8 units."""
+    names = {"CPU": [t for t in found if t.sm is None]}
+    names["without FP8 (SM80)"] = [t for t in found if t.sm is not None and not t.has_fp8]
+    names["with FP8 (SM89 and later)"] = [t for t in found if t.has_fp8]
+    return {name: members[0].sm for name, members in names.items() if members}
+
+
+def markdown_tables(found: list[TargetConfig]) -> str:
+    """Return the tables as Markdown; docs/targets.md holds them, and a test compares."""
+    parts = []
+    for title, header, rows in _tables(found):
+        parts += [f"### {title}", ""]
+        parts += [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+        parts += [f"| {' | '.join(shown(cell).replace('|', '&#124;') for cell in row)} |" for row in rows] + [""]
+    return "\n".join(parts)

@@ -1,0 +1,142 @@
+"""Which matrix products an engine makes, and in which precision. Pure functions over a specialised graph.
+
+Counted for one decoded token at a stated context, from the weights' own shapes; sparse attention and the indexer's
+scores by the formulas of spec §9.2. The Hadamard rotation, 0.3 % of the rest, is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import onnx
+
+from seekforge.common.dtypes import FROM_ONNX
+from seekforge.common.errors import EngineError
+from seekforge.exporter.sizing.memory import attention_flops, indexer_flops
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.engine.manifest import Share
+from seekforge.plugins.operator import DOMAIN
+from seekforge.plugins.registry import BF16_LINEAR, FP8_OPS
+
+Face = Literal["plugin", "inlined", "native"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """Matrix products of one node, FLOPs per token."""
+
+    what: str
+    face: Face
+    precision: str
+    flops: float
+
+    def times(self, count: int) -> Product:
+        """Return the products of `count` such nodes."""
+        return replace(self, flops=self.flops * count)
+
+
+def products(
+    operators: onnx.ModelProto,
+    config: ModelConfig,
+    *,
+    weights: Iterable[str],
+    plugins: Collection[str],
+    precision: str,
+    context: int,
+) -> list[Product]:
+    """Return the matrix products of a specialised graph before inlining.
+
+    Args:
+        operators: the graph with its custom nodes.
+        config: of the model.
+        weights: names of the inputs that are weights.
+        plugins: op_types that run as plugins.
+        precision: in which plugins multiply FP8 weights.
+        context: keys that a token sees.
+    """
+    graph = operators.graph
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.input}
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    source = {name: name for name in weights}
+    found = []
+    for node in graph.node:
+        face: Face = "plugin" if node.op_type in plugins else "inlined"
+        if node.op_type in ("Cast", "Transpose") and node.input[0] in source:
+            source[node.output[0]] = source[node.input[0]]
+            types[node.output[0]] = types[node.input[0]]
+            if node.op_type == "Cast":
+                types[node.output[0]] = next(a.i for a in node.attribute if a.name == "to")
+        elif node.domain == DOMAIN and node.op_type == "BlockFp8Linear":
+            work = 2.0 * math.prod(shapes[node.input[1]])
+            found.append(Product(node.op_type, face, precision if face == "plugin" else "bf16", work))
+        elif node.domain == DOMAIN and node.op_type == BF16_LINEAR:
+            found.append(Product(_kind(node.input[1]), face, "bf16", 2.0 * math.prod(shapes[node.input[1]])))
+        elif node.domain == DOMAIN and node.op_type == "MoeExperts":
+            per_expert = math.prod(shapes[node.input[3]][1:]) + math.prod(shapes[node.input[5]][1:])
+            work = 2.0 * config.num_experts_per_tok * per_expert
+            found.append(Product(node.op_type, face, precision if face == "plugin" else "bf16", work))
+        elif node.domain == DOMAIN and node.op_type == "DsaAttention":
+            core = attention_flops(config, context, num_layers=1).bf16
+            found.append(Product(node.op_type, face, "bf16" if face == "plugin" else "f32", core))
+        elif node.domain == DOMAIN and node.op_type == "DsaIndexer":
+            if face == "inlined":
+                scored = "f32"  # the bodies of indexer and attention compute in f32, as the reference does
+            else:
+                scored = precision if _flag(node, "indexer_fp8") else "bf16"
+            found.append(Product(node.op_type, face, scored, indexer_flops(config, context)))
+        elif node.op_type == "MatMul":
+            name = next((name for name in node.input if name in source), None)
+            if name is not None:
+                weight = source[name]
+                found.append(Product(_kind(weight), "native", FROM_ONNX[types[name]], 2.0 * math.prod(shapes[weight])))
+    return found
+
+
+def _kind(weight: str) -> str:
+    """`layers.3.mlp.gate.weight` -> mlp.gate: the same for all layers."""
+    parts = weight.removesuffix(".weight").split(".")
+    return ".".join(parts[2:] if parts[0] == "layers" else parts).removeprefix("self_attn.")
+
+
+def _flag(node: onnx.NodeProto, name: str) -> bool:
+    return bool(next((a.i for a in node.attribute if a.name == name), 0))
+
+
+def shares(found: Iterable[Product]) -> tuple[Share, ...]:
+    """Return the shares by kind, face and precision, largest first."""
+    sums: dict[tuple[str, Face, str], float] = defaultdict(float)
+    for one in found:
+        sums[one.what, one.face, one.precision] += one.flops
+    total = sum(sums.values()) or 1.0
+    ordered = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(
+        Share(what=what, face=face, precision=precision, share=round(flops / total, 6))
+        for (what, face, precision), flops in ordered
+    )
+
+
+def require_precision(found: Iterable[Share], asked: str, expected: str) -> None:
+    """Refuse an engine whose products of FP8 weights are less than was asked for.
+
+    Args:
+        found: the audit.
+        asked: as the user said it.
+        expected: what that means on the target: bf16 where it has no FP8 units.
+
+    Raises:
+        EngineError: some run in another precision; the message says which and how much.
+    """
+    if expected != "fp8":
+        return
+    less = [one for one in found if one.what in FP8_OPS and one.precision != "fp8"]
+    if less:
+        share = sum(one.share for one in less)
+        names = " and ".join(dict.fromkeys(f"{one.what} ({one.face})" for one in less))
+        raise EngineError(
+            f"{asked} was asked, but {names} multiply in {less[0].precision}: {share:.0%} of the matrix-product FLOPs; "
+            "build with --plugins all, or ask for --precision bf16"
+        )

@@ -1,0 +1,356 @@
+"""`build` for TensorRT and TensorRT-RTX: specialise, compile kernels and plans, audit, write a manifest.
+
+An engine holds no weights: they are inputs, and `bindings.json` in the engine says how a runtime makes them from the
+checkpoint. So the full model builds on a laptop. What cannot work is refused before (`gpu_checks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+
+from seekforge.common.cores import usable_cores
+from seekforge.common.dtypes import FROM_ONNX
+from seekforge.common.errors import EngineError
+from seekforge.common.files import atomic_folder, sha256_file
+from seekforge.exporter.builder.tensorrt import audit
+from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, Planned, block_bytes
+from seekforge.exporter.builder.tensorrt.compiler import Compiled, compile_graph
+from seekforge.exporter.builder.tensorrt.dedupe import Form, form_of
+from seekforge.exporter.builder.tensorrt.graph import Prepared, debug_specs, prepare
+from seekforge.exporter.builder.tensorrt.kernels import compile_kernels, digests_of, kernel_tasks
+from seekforge.exporter.builder.tensorrt.manifest import Made, make_audit, make_manifest
+from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, pool_blocks, shapes, spanning
+from seekforge.exporter.builder.tensorrt.resume import Parts
+from seekforge.exporter.program.stages import HANDOVER, cut, stage_ranges
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.manifest import MANIFEST, Manifest, save_manifest
+from seekforge.formats.program import GraphIO, Role, TensorSpec
+from seekforge.formats.targets import TargetConfig
+from seekforge.formats.weight_digests import write_weight_digests
+from seekforge.formats.weight_recipes import tensors_of
+from seekforge.plugins.kernels.index import NO_KERNELS
+from seekforge.plugins.tensorrt.library import installed_version
+
+LOG = "build.log"
+
+
+class Progress(Protocol):
+    """What a build tells about its work; `exporter.progress.Stages` is one."""
+
+    def __call__(self, stage: str) -> None: ...
+
+    def steps_bar(self, stage: str) -> AbstractContextManager[Callable[[float], None]]: ...
+
+
+def build_gpu(
+    inputs: Inputs, planned: Planned, out: Path, *, choices: Choices, force: bool, progress: Progress
+) -> Manifest:
+    """Build the engine folder `out`.
+
+    Raises:
+        EngineError: the compiler refused, or made less than was asked for.
+        EnvironmentFault: its library is missing or needs a GPU, or the compiler of kernels is missing.
+        OutputError: `out` cannot be written.
+        ShapeError, TargetError: there are no kernels for the model's sizes, or one does not compile.
+    """
+    target, program = planned.target, inputs.program
+    tasks = kernel_tasks(program, inputs.config, target, planned.plugins) if choices.kernels else []
+    digests = dict.fromkeys(planned.plugins, NO_KERNELS) | digests_of(tasks)
+    parts = Parts(out.parent / f".{out.name}.parts")
+    lost_log = out.parent / f"{out.name}.{LOG}"
+    made = Made(profiles={name: {} for name in target.profiles})
+    with atomic_folder(out, force=force, marker=MANIFEST) as folder, _log_kept(folder / LOG, lost_log):
+        jobs = []
+        for name, canonical in program.graphs.items():
+            progress(f"{name}: specialise")
+            jobs += _jobs(name, canonical, inputs, planned, choices, digests)
+        _compile(jobs, target, choices, folder, parts, made, progress)
+        if tasks:  # after the plans: a library or a GPU that is missing is said before minutes of work
+            made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
+        for name, canonical in program.graphs.items():
+            faces = _stage_faces([job for job in jobs if job.graph == name])
+            made.faces[name] = faces[0] if len(faces) == 1 else _joined(canonical, faces)
+            if len(faces) > 1:
+                made.stages[name] = faces
+        made.uses = {job.plan: len(job.stages) for job in jobs}
+        if inputs.weights.path is not None:
+            with progress.steps_bar("digest weights") as advance:
+                _digest_weights(inputs, Path(inputs.weights.path), folder, advance)
+        progress("audit, write")
+        found = make_audit(inputs, planned, made)
+        audit.require_precision(found.products, f"--precision {target.precision}", target.products)
+        manifest = save_manifest(folder, make_manifest(inputs, planned, choices, folder, made, found, digests))
+    parts.drop()
+    lost_log.unlink(missing_ok=True)
+    return manifest
+
+
+def _digest_weights(inputs: Inputs, checkpoint: Path, folder: Path, advance: Callable[[float], None]) -> None:
+    """Note what the weights are, of all tensors that the engine reads: loads compare them as they stream."""
+    recipes = [recipe for of_graph in inputs.bindings.values() for recipe in of_graph.values()]
+    names = set().union(*map(tensors_of, recipes))
+    with Checkpoint.open(checkpoint) as opened:
+        write_weight_digests(folder, opened, names, lambda done, total: advance(done / max(total, 1)))
+
+
+@contextmanager
+def _log_kept(log: Path, elsewhere: Path) -> Iterator[None]:
+    """When a build fails its folder goes: what the compiler said is copied out of it, and errors name the copy."""
+    try:
+        yield
+    except BaseException as error:
+        if log.is_file() and log.stat().st_size:
+            shutil.copyfile(log, elsewhere)
+            if isinstance(error, EngineError) and str(log) in str(error):
+                raise EngineError(str(error).replace(str(log), str(elsewhere))) from None
+        raise
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A range of layers that a plan runs: its place in its graph, and how it calls the values of the plan."""
+
+    number: int
+    names: dict[str, str]
+
+
+@dataclass
+class Job:
+    """One plan to compile.
+
+    Attributes:
+        graph: that it belongs to.
+        plan: its name, after its first stage.
+        ready: what is compiled: the first stage.
+        face: of the plan; the digest is filled in when it is compiled.
+        shapes: profile -> input -> smallest, typical and largest shape.
+        stages: that it serves: they differ in names alone.
+    """
+
+    graph: str
+    plan: str
+    ready: Prepared
+    face: GraphIO
+    shapes: dict[str, dict[str, Any]]
+    stages: list[Stage]
+
+
+def _jobs(
+    name: str,
+    canonical: GraphIO,
+    inputs: Inputs,
+    planned: Planned,
+    choices: Choices,
+    digests: dict[str, str],
+) -> list[Job]:
+    """Return what must be compiled for one graph: one plan, or one for every kind of layer range."""
+    target, config = planned.target, inputs.config
+    budget = planned.device_bytes["usable"] - sum(
+        planned.device_bytes[key] for key in ("weights", "scratch", "activations", "reserve")
+    )
+    per_block = block_bytes(inputs.program, config, target.kv_format)
+    jobs: dict[str, Job] = {}
+    forms: dict[str, Form] = {}
+    for number, (plan, graph) in enumerate(_ranges(name, inputs, choices.most_layers)):
+        form = form_of(graph, planned.wide[name])
+        if form.digest in jobs:
+            names = dict(zip(forms[form.digest].names, form.names, strict=True))
+            jobs[form.digest].stages.append(Stage(number, names))
+            continue
+        ready = prepare(
+            graph,
+            planned.how,
+            config,
+            plugins=planned.plugins,
+            products=target.products,
+            digests=digests,
+            taps=choices.taps,
+            weights=planned.wide[name],
+            bf16_linears=planned.bf16_linears.get(name, ()),
+        )
+        face = describe(ready.model, canonical, f"{plan}.plan")
+        blocks = pool_blocks(face, planned.limits, budget, per_block)
+        bounds = {
+            label: shapes(face, axis_bounds(profile, planned.limits, pool_blocks=blocks))
+            for label, profile in spanning(target.profiles, planned.limits).items()
+        }
+        forms[form.digest] = form
+        jobs[form.digest] = Job(name, plan, ready, face, bounds, [Stage(number, {})])
+    return list(jobs.values())
+
+
+def _ranges(name: str, inputs: Inputs, most_layers: int | None) -> list[tuple[str, onnx.ModelProto]]:
+    """Return (name, canonical graph) of every stage of a graph. The MTP module is one layer, and one stage."""
+    whole = inputs.graphs[name]
+    ranges = stage_ranges(inputs.program.layer_range, most_layers) if most_layers and name == "model" else []
+    if len(ranges) < 2:
+        return [(name, whole)]
+    labels = [f"{name}.{first}" if last == first + 1 else f"{name}.{first}-{last - 1}" for first, last in ranges]
+    return list(zip(labels, cut(whole, ranges), strict=True))
+
+
+def _stage_faces(jobs: list[Job]) -> tuple[GraphIO, ...]:
+    """Return the faces of a graph's stages in order: those of their plans, by the names of the stage."""
+    faces: dict[int, GraphIO] = {}
+    for job in jobs:
+        for stage in job.stages:
+            faces[stage.number] = _renamed(job.face, stage.names)
+    return tuple(faces[number] for number in sorted(faces))
+
+
+def _renamed(face: GraphIO, names: Mapping[str, str]) -> GraphIO:
+    def spec(one: TensorSpec) -> TensorSpec:
+        return one.model_copy(update={"name": names.get(one.name, one.name)})
+
+    return face.model_copy(
+        update={
+            "inputs": tuple(map(spec, face.inputs)),
+            "outputs": tuple(map(spec, face.outputs)),
+            "aliases": {names.get(out, out): names.get(source, source) for out, source in face.aliases.items()},
+        }
+    )
+
+
+def describe(model: onnx.ModelProto, canonical: GraphIO, file: str) -> GraphIO:
+    """Return the face of a specialised graph; roles and aliases are those of the canonical one."""
+    roles: dict[str, Role] = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
+
+    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+        role = "handover" if value.name.startswith(HANDOVER) else roles[value.name]
+        return TensorSpec(name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=role)
+
+    outputs = tuple(spec(value) for value in model.graph.output)
+    made = {one.name for one in outputs}
+    return GraphIO(
+        file=file,
+        sha256="",
+        inputs=tuple(spec(value) for value in model.graph.input),
+        outputs=outputs,
+        aliases={output: source for output, source in canonical.aliases.items() if output in made},
+    )
+
+
+def _joined(canonical: GraphIO, stages: Sequence[GraphIO]) -> GraphIO:
+    """Return the face of the whole graph from those of its stages, in the order of the canonical one."""
+    inputs = {spec.name: spec for stage in stages for spec in stage.inputs}
+    outputs = {spec.name: spec for stage in stages for spec in stage.outputs}
+    return GraphIO(
+        file=stages[0].file,
+        sha256=stages[0].sha256,
+        inputs=tuple(inputs[spec.name] for spec in canonical.inputs if spec.name in inputs),
+        outputs=tuple(outputs[spec.name] for spec in canonical.outputs if spec.name in outputs),
+        aliases=dict(pair for stage in stages for pair in stage.aliases.items()),
+    )
+
+
+def _compile(
+    jobs: list[Job],
+    target: TargetConfig,
+    choices: Choices,
+    folder: Path,
+    parts: Parts,
+    made: Made,
+    progress: Progress,
+) -> None:
+    """Compile all plans, as many at a time as there are cores, and note what was made.
+
+    TensorRT measures on the GPU while it compiles, so there it is one after the other.
+    """
+    at_a_time = min(len(jobs), usable_cores()) if target.backend == "tensorrt-rtx" else 1
+    stop = threading.Event()
+    telling = threading.Lock()
+    done = dict.fromkeys((job.plan for job in jobs), 0.0)
+    stage = f"{', '.join(done)}: compile for {' and '.join(f'sm{sm}' for sm in target.sms)}"
+    with progress.steps_bar(stage) as bar, ThreadPoolExecutor(at_a_time, "compile") as pool:
+
+        def run(job: Job) -> Compiled:
+            def tell(fraction: float) -> None:
+                if stop.is_set():
+                    raise EngineError("stopped, because another plan failed")
+                with telling:  # in the order of the sums, which never fall
+                    done[job.plan] = max(done[job.plan], fraction)
+                    bar(sum(done.values()) / len(done))
+
+            compiled = _compile_one(job, target, choices, folder, parts, tell)
+            tell(1.0)
+            return compiled
+
+        running = {job.plan: pool.submit(run, job) for job in jobs}
+        try:
+            for future in as_completed(running.values()):
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            _join_logs(folder, [job.plan for job in jobs])
+    for job in jobs:
+        made.compiled[job.plan], made.prepared[job.plan] = running[job.plan].result(), job.ready
+        outputs = (*job.face.outputs, *debug_specs(made.compiled[job.plan].taps))
+        job.face = job.face.model_copy(update={"sha256": sha256_file(folder / job.face.file), "outputs": outputs})
+        for label, bounds in job.shapes.items():
+            made.profiles[label][job.plan] = bounds
+
+
+def _join_logs(folder: Path, plans: list[str]) -> None:
+    """Put what the compiler said of each plan into one file, in the order of the plans."""
+    with (folder / LOG).open("ab") as whole:
+        for plan in plans:
+            part = folder / f"{plan}.{LOG}"
+            if part.is_file():
+                whole.write(part.read_bytes())
+                part.unlink()
+
+
+def _compile_one(
+    job: Job, target: TargetConfig, choices: Choices, folder: Path, parts: Parts, tell: Callable[[float], None]
+) -> Compiled:
+    assert target.backend != "onnxruntime"
+    model = job.ready.model.SerializeToString(deterministic=True)
+    shapes_of = list(job.shapes.values())
+    key = _key(model, target, shapes_of, choices)
+    plan, log = folder / job.face.file, folder / f"{job.plan}.{LOG}"
+    known = parts.take(key, plan, log)
+    if known is not None:
+        return known
+    try:
+        compiled = compile_graph(
+            flavour=target.backend,
+            model=model,
+            plan=plan,
+            plugins=job.ready.plugins,
+            taps=job.ready.taps,
+            sms=target.sms,
+            profiles=shapes_of,
+            options=choices.compiler,
+            log=log,
+            progress=tell,
+            target=target.name,
+            alike=len(job.stages) - 1,
+        )
+    except EngineError as error:
+        raise EngineError(str(error).replace(str(log), str(folder / LOG))) from None
+    parts.keep(key, plan, compiled, log)
+    return compiled
+
+
+def _key(model: bytes, target: TargetConfig, profiles: list[dict[str, Any]], choices: Choices) -> str:
+    """Digest of all that a plan depends on."""
+    assert target.backend != "onnxruntime"
+    version = installed_version(target.backend) or "missing"
+    rest = json.dumps([target.backend, version, target.sms, profiles, asdict(choices.compiler)], default=str)
+    return hashlib.sha256(hashlib.sha256(model).digest() + rest.encode()).hexdigest()[:32]

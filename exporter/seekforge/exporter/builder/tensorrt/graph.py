@@ -1,0 +1,189 @@
+"""A canonical graph made ready for TensorRT: specialised, custom nodes left for plugins or inlined."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto, helper, inliner
+
+from seekforge.exporter.builder.tensorrt.bf16_linears import use_bf16_linear
+from seekforge.exporter.builder.tensorrt.rope import write_out_rope
+from seekforge.exporter.parity.taps import name_taps, tap_shape
+from seekforge.exporter.program.specialize import specialise
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.program import TensorSpec
+from seekforge.plugins.functions.attach import attach
+from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
+from seekforge.plugins.operator import DOMAIN
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.sum_ranks.collective import to_collectives
+from seekforge.plugins.tensorrt.plugin import KERNEL_DIGEST, OP_VERSION, PRODUCTS
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph that TensorRT can parse.
+
+    Attributes:
+        model: without functions; custom nodes are plugins.
+        operators: the specialised graph before anything was inlined, for the audit.
+        plugins: op_type -> nodes left for plugins.
+        inlined: op_type -> nodes inlined.
+        taps: names of the tensors inside layers that the plan shall show.
+        collectives: sums over ranks, which neither a plugin nor a body does.
+    """
+
+    model: onnx.ModelProto
+    operators: onnx.ModelProto
+    plugins: dict[str, int]
+    inlined: dict[str, int]
+    taps: tuple[str, ...] = ()
+    collectives: int = 0
+
+
+def prepare(
+    model: onnx.ModelProto,
+    how: Specialisation,
+    config: ModelConfig,
+    *,
+    plugins: Collection[str],
+    products: str,
+    digests: dict[str, str],
+    taps: bool = False,
+    weights: Collection[str] = (),
+    bf16_linears: Collection[str] = (),
+) -> Prepared:
+    """Specialise a canonical graph and decide the face of every custom node.
+
+    Args:
+        model: canonical graph.
+        how: dtypes of the target; `bodies` must be `trt`.
+        config: of the model.
+        plugins: op_types that become plugins; the others are inlined.
+        products: fp8 or bf16, the precision in which plugins multiply.
+        digests: op_type -> digest of its kernels for the plugins, where there are kernels.
+        taps: give the tensors inside each layer the names that `parity` knows.
+        weights: inputs that may change their type, see `widen_weights`.
+        bf16_linears: weights whose products become `Bf16Linear`, see `use_bf16_linear`.
+
+    Raises:
+        ProgramError: an operator that is to be inlined has no body for `how`.
+    """
+    specialised = specialise(model, how, config)
+    use_bf16_linear(specialised, bf16_linears)
+    widen_weights(specialised, weights)
+    names = tuple(name_taps(specialised)) if taps else ()
+    collectives = to_collectives(specialised)
+    counts = Counter(node.op_type for node in specialised.graph.node if node.domain == DOMAIN)
+    operators = onnx.ModelProto()
+    operators.CopyFrom(specialised)
+    inlined = {op: count for op, count in counts.items() if op not in plugins}
+    if inlined:
+        specialised = _inline(specialised, how, inlined)
+        write_out_rope(specialised)
+    for node in specialised.graph.node:
+        if node.domain == DOMAIN:
+            _describe(node, products, digests.get(node.op_type, ""))
+    return Prepared(
+        specialised, operators, {op: n for op, n in counts.items() if op in plugins}, inlined, names, collectives
+    )
+
+
+def wide_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
+    """Return the BF16 weights that a graph only reads as f32: norms, router, head.
+
+    Args:
+        model: canonical, or specialised with bf16 activations.
+        weights: inputs that are weights.
+    """
+    graph = model.graph
+    bf16 = {value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    results = {value.name for value in graph.output}
+    cast: set[str] = set()
+    otherwise: set[str] = set()
+    for node in graph.node:
+        (cast if _casts_to_f32(node) and node.output[0] not in results else otherwise).update(node.input)
+    return bf16.intersection(weights, cast) - otherwise
+
+
+def widen_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
+    """Make f32 inputs of a graph's `wide_weights`, and drop its casts.
+
+    A cast in the graph would run in every step, and its result be memory beside the weight: for the head of
+    DeepSeek-V3.2 3.7 GB written and read again per token.
+
+    Args:
+        model: specialised graph, changed in place.
+        weights: inputs that are weights.
+
+    Returns:
+        Those that are f32 now.
+    """
+    graph, wide = model.graph, wide_weights(model, weights)
+    dropped = {node.output[0]: node for node in graph.node if not wide.isdisjoint(node.input)}
+    kept = [node for node in graph.node if node.output[0] not in dropped]
+    for node in kept:
+        for place, name in enumerate(node.input):
+            if name in dropped:  # the reader now has the weight's place in the model, for messages
+                node.input[place] = dropped[name].input[0]
+                node.name = f"{dropped[name].name.rpartition('/')[0]}/{node.op_type}"
+    del graph.node[:]
+    graph.node.extend(kept)
+    for value in graph.input:
+        if value.name in wide:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    return wide
+
+
+def _casts_to_f32(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Cast" and next(a.i for a in node.attribute if a.name == "to") == TensorProto.FLOAT
+
+
+def debug_specs(taps: Mapping[str, str]) -> tuple[TensorSpec, ...]:
+    """Describe debug tensors for a manifest.
+
+    Args:
+        taps: name -> TensorRT's word for its type.
+    """
+    words = {"FLOAT": "f32", "BF16": "bf16", "INT32": "i32", "INT64": "i64"}
+    return tuple(
+        TensorSpec(name=n, dtype=words[word], shape=tap_shape(n, taps), role="debug") for n, word in taps.items()
+    )
+
+
+def _inline(model: onnx.ModelProto, how: Specialisation, ops: Collection[str]) -> onnx.ModelProto:
+    """Replace the nodes of `ops` by their bodies."""
+    kept: list[onnx.NodeProto] = []
+    for node in model.graph.node:  # hide the others: they may have no body at all
+        if node.domain == DOMAIN and node.op_type not in ops:
+            node.domain = _HIDDEN
+            kept.append(node)
+    attach(model, how)
+    result = inliner.inline_local_functions(model)
+    for node in result.graph.node:
+        if node.domain == _HIDDEN:
+            node.domain = DOMAIN
+    for entry in list(result.opset_import):
+        if entry.domain == DOMAIN and not kept:
+            result.opset_import.remove(entry)
+    return result
+
+
+_HIDDEN = "seekforge.plugin"
+
+
+def _describe(node: onnx.NodeProto, products: str, digest: str) -> None:
+    """Write on the node what the plugin needs beside the operator's attributes."""
+    extra = {
+        PLUGIN_NAMESPACE: DOMAIN,
+        PRODUCTS: products,
+        KERNEL_DIGEST: digest,
+        OP_VERSION: SPECS[node.op_type].version,
+    }
+    kept = [attribute for attribute in node.attribute if attribute.name not in extra]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *(helper.make_attribute(name, value) for name, value in extra.items())])

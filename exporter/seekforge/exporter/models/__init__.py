@@ -1,0 +1,1 @@
+"""Model families: each is one folder."""

@@ -1,0 +1,253 @@
+"""The step programs: a range of layers of the main model, and the MTP module.
+
+A range [a, b) that starts at 0 takes `input_ids`, any other takes `hidden_states` and `residual` [B, Q, H]:
+two tensors, since the norm sees their unrounded sum. The range that ends at the last layer gives results, any
+other gives that pair. Pipeline stages, truncated models and layer checks are all this one thing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seekforge.exporter.models.deepseek_v32.attention import Attention
+from seekforge.exporter.models.deepseek_v32.layers import (
+    CodedLinear,
+    LinearF32,
+    Mlp,
+    RmsNorm,
+    SumRanks,
+    linear_f32,
+    product,
+    weight,
+)
+from seekforge.exporter.models.deepseek_v32.moe import Moe
+from seekforge.exporter.models.deepseek_v32.step import Settings, Step
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind an add-and-norm."""
+
+    def __init__(self, settings: Settings, layer: int) -> None:
+        super().__init__()
+        config = settings.config
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
+        self.self_attn = Attention(settings)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
+        ranks = settings.ranks.count
+        dense = Mlp(settings, config.intermediate_size // ranks)
+        self.mlp = Moe(settings) if config.is_moe_layer(layer) else dense
+        self.sum_ranks = SumRanks(ranks)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, step: Step, latent_cache: Tensor, index_cache: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Return (x, residual, latent_cache, index_cache, topk_indices, expert_ids or None)."""
+        if residual is None:
+            a, residual = self.input_layernorm(x), x
+        else:
+            a, residual = self.input_layernorm.add(x, residual)
+        x, latent_cache, index_cache, topk_indices = self.self_attn(a, step, latent_cache, index_cache)
+        a, residual = self.post_attention_layernorm.add(x, residual)
+        if isinstance(self.mlp, Moe):
+            x, expert_ids = self.mlp(a, step.expert_map)
+        else:
+            x, expert_ids = self.sum_ranks(self.mlp(a)), None
+        return x, residual, latent_cache, index_cache, topk_indices, expert_ids
+
+
+class _StepModule(nn.Module):
+    """What both programs share: tables, layers, caches, and results from the last hidden state."""
+
+    def __init__(self, settings: Settings, layers: Sequence[int]) -> None:
+        super().__init__()
+        config = settings.config
+        self.settings, self.layer_numbers = settings, layers
+        half = config.qk_rope_head_dim // 2
+        self.rope_cos = weight(config.max_position_embeddings, half, dtype=torch.float32)
+        self.rope_sin = weight(config.max_position_embeddings, half, dtype=torch.float32)
+        size = config.index_head_dim
+        self.hadamard = weight(size, size, dtype=torch.float32) if settings.numerics.hadamard else None
+        is_dealt = settings.ranks.ep > 1 and any(config.is_moe_layer(i) for i in layers)
+        self.expert_map = weight(config.n_routed_experts, dtype=torch.int32) if is_dealt else None
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(settings, i) for i in layers})
+
+    def _step(self, positions: Tensor, slot_mapping: Tensor, block_table: Tensor) -> Step:
+        row = positions.clamp_min(0)  # a padded row has position −1
+        cos, sin = F.embedding(row, self.rope_cos), F.embedding(row, self.rope_sin)
+        return Step(positions, slot_mapping, block_table, cos, sin, self.hadamard, self.expert_map)
+
+    def _run_layers(
+        self, x: Tensor, residual: Tensor | None, step: Step, latent: list[Tensor], index: list[Tensor]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return (x, residual, caches in the order of `cache_names`, taps in the order of `tap_names`)."""
+        caches, topk, experts = [], [], []
+        for layer, latent_cache, index_cache in zip(self.layers.values(), latent, index, strict=True):
+            x, residual, latent_cache, index_cache, topk_indices, expert_ids = layer(
+                x, residual, step, latent_cache, index_cache
+            )
+            caches += [latent_cache, index_cache]
+            topk.append(topk_indices)
+            if expert_ids is not None:
+                experts.append(expert_ids)
+        assert residual is not None
+        return x, residual, tuple(caches), (*topk, *experts)
+
+    def _results(self, hidden: Tensor, head: LinearF32 | CodedLinear, logits_index: Tensor) -> tuple[Tensor, ...]:
+        """Return top_logits, top_ids, logsumexp, logits of the rows `logits_index` of [B·Q, H]."""
+        logits = head(hidden.flatten(0, 1).index_select(0, logits_index))
+        # topk, not a stable sort: it exports as one TopK, whose tie rule in ONNX Runtime is the lowest id
+        top = torch.topk(logits, self.settings.config.num_top_logits, dim=-1)
+        peak = top.values[:, :1]
+        logsumexp = (peak + torch.log(torch.exp(logits - peak).sum(-1, keepdim=True))).squeeze(-1)
+        return top.values, top.indices.to(torch.int32), logsumexp, logits
+
+    def cache_names(self) -> list[str]:
+        """Names of the cache inputs, in order; the output of each is its name with `_out` before the number."""
+        pairs = ((f"latent_cache.{i}", f"index_cache.{i}") for i in self.layer_numbers)
+        return list(itertools.chain.from_iterable(pairs))
+
+    def tap_names(self) -> list[str]:
+        """Names of the optional outputs that show what was chosen."""
+        moe = [i for i in self.layer_numbers if self.settings.config.is_moe_layer(i)]
+        return [f"topk_indices.{i}" for i in self.layer_numbers] + [f"expert_ids.{i}" for i in moe]
+
+    def new_caches(self, num_blocks: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return zeroed latent and indexer caches of `num_blocks` blocks, one each per layer."""
+        config, slots = self.settings.config, num_blocks * 64
+        return (
+            [torch.zeros(slots, config.latent_dim, dtype=self.settings.dtype) for _ in self.layer_numbers],
+            [torch.zeros(slots, config.index_head_dim, dtype=self.settings.dtype) for _ in self.layer_numbers],
+        )
+
+
+#: Result outputs of a program that ends with the last layer, in order.
+RESULTS = ("hidden", "top_logits", "top_ids", "logsumexp", "logits")
+#: What a program that ends earlier gives, and one that starts later takes.
+HANDOVER = ("hidden_states", "residual")
+
+
+class StepModel(_StepModule):
+    """Layers [start, stop) of the main model."""
+
+    def __init__(
+        self, settings: Settings, layer_range: tuple[int, int], *, layers: Sequence[int] | None = None
+    ) -> None:
+        """Make the module.
+
+        Args:
+            settings: how it computes.
+            layer_range: [start, stop); decides about embedding, head, inputs and results.
+            layers: the layers of the range that are there, for a trace that stands for all of them; None: all.
+        """
+        config = settings.config
+        start, stop = layer_range
+        assert 0 <= start < stop <= config.num_hidden_layers, layer_range
+        super().__init__(settings, range(start, stop) if layers is None else layers)
+        self.is_first, self.is_last = start == 0, stop == config.num_hidden_layers
+        if self.is_first:
+            self.embed_tokens = Embedding(settings)
+        if self.is_last:
+            self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
+            self.lm_head = linear_f32(settings, "lm_head", config.hidden_size, config.vocab_size)
+
+    def token_names(self) -> tuple[str, ...]:
+        """Names of the inputs that carry the tokens."""
+        return ("input_ids",) if self.is_first else HANDOVER
+
+    def result_names(self) -> tuple[str, ...]:
+        """Names of the result outputs."""
+        return RESULTS if self.is_last else HANDOVER
+
+    def forward(
+        self,
+        tokens: tuple[Tensor, ...],
+        positions: Tensor,
+        slot_mapping: Tensor,
+        block_table: Tensor,
+        logits_index: Tensor | None,
+        latent_caches: list[Tensor],
+        index_caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Run one step.
+
+        Args:
+            tokens: (input_ids [B, Q] int64,) or (hidden_states, residual) [B, Q, H].
+            positions, slot_mapping: [B, Q] int64; −1 pads. block_table: [B, MB] int32.
+            logits_index: [N] int64, rows of the flattened B·Q that get logits; None unless the range is last.
+            latent_caches, index_caches: one [NB·64, latent_dim] and [NB·64, index_head_dim] per layer.
+
+        Returns:
+            Outputs named by `result_names`, then caches, then `tap_names`.
+        """
+        step = self._step(positions, slot_mapping, block_table)
+        if self.is_first:
+            x, residual = self.embed_tokens(tokens[0]), None
+        else:
+            x, residual = tokens
+        x, residual, caches, taps = self._run_layers(x, residual, step, latent_caches, index_caches)
+        if not self.is_last:
+            return (x, residual, *caches, *taps)
+        assert logits_index is not None
+        hidden, _ = self.norm.add(x, residual)
+        return (hidden, *self._results(hidden, self.lm_head, logits_index), *caches, *taps)
+
+
+class Embedding(nn.Module):
+    """Token embedding, [vocab_size, hidden_size]."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.weight = weight(settings.config.vocab_size, settings.config.hidden_size, dtype=settings.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, Q] int64 -> [B, Q, hidden_size]."""
+        return F.embedding(ids, self.weight)
+
+
+class MtpModel(_StepModule):
+    """The multi-token-prediction module: predicts t_{i+2} from h_i and t_{i+1} (spec §6)."""
+
+    def __init__(self, settings: Settings) -> None:
+        config = settings.config
+        assert config.mtp_layer is not None
+        super().__init__(settings, range(config.mtp_layer, config.mtp_layer + 1))
+        self.embed_tokens = Embedding(settings)
+        self.enorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
+        self.hnorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
+        self.eh_proj = weight(config.hidden_size, 2 * config.hidden_size, dtype=settings.dtype)
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
+        self.lm_head = linear_f32(settings, "lm_head", config.hidden_size, config.vocab_size)
+
+    def token_names(self) -> tuple[str, ...]:
+        """Names of the inputs that carry the tokens."""
+        return ("input_ids", "hidden_in")
+
+    def result_names(self) -> tuple[str, ...]:
+        """Names of the result outputs; `hidden` is what a further draft is fed (post shared_head.norm)."""
+        return RESULTS
+
+    def forward(
+        self,
+        tokens: tuple[Tensor, ...],
+        positions: Tensor,
+        slot_mapping: Tensor,
+        block_table: Tensor,
+        logits_index: Tensor,
+        latent_caches: list[Tensor],
+        index_caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Run one step; as `StepModel.forward` with tokens = (input_ids t_{i+1}, hidden_in h_i [B, Q, H])."""
+        input_ids, hidden_in = tokens
+        step = self._step(positions, slot_mapping, block_table)
+        # embedding first, hidden second: the paper writes it the other way round, the weights do not (spec §6)
+        pair = torch.cat([self.enorm(self.embed_tokens(input_ids)), self.hnorm(hidden_in)], dim=-1)
+        x, residual, caches, taps = self._run_layers(
+            product(pair, self.eh_proj.T), None, step, latent_caches, index_caches
+        )
+        hidden, _ = self.norm.add(x, residual)
+        return (hidden, *self._results(hidden, self.lm_head, logits_index), *caches, *taps)

@@ -1,0 +1,104 @@
+"""Mixture of experts: FP32 router, routed experts, and the shared expert that is always on (spec §4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from seekforge.exporter.models.deepseek_v32.layers import LinearF32, Mlp, SumRanks, coded_product, swiglu, weight
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.formats.checkpoint.model_config import FP8_BLOCK
+from seekforge.plugins.moe_experts.op import moe_experts
+from seekforge.plugins.moe_route.op import moe_route
+
+
+class Gate(LinearF32):
+    """Router logits in f32, and the bias that selects but never weighs."""
+
+    def __init__(self, settings: Settings) -> None:
+        config = settings.config
+        super().__init__(config.hidden_size, config.n_routed_experts, settings.dtype)
+        self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32)
+
+
+class Experts(nn.Module):
+    """Stacked expert weights: w13 [E, gate | up, hidden], w2 [E, hidden, inter]."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        config = settings.config
+        self.act_quant = settings.numerics.act_quant
+        ranks = settings.ranks
+        experts, hidden = config.n_routed_experts // ranks.ep, config.hidden_size
+        inter = config.moe_intermediate_size // ranks.tp
+        h, i = hidden // FP8_BLOCK, inter // FP8_BLOCK
+        self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.float8_e4m3fn)
+        self.w13_scale = weight(experts, 2 * i, h, dtype=torch.float32)
+        self.w2 = weight(experts, hidden, inter, dtype=torch.float8_e4m3fn)
+        self.w2_scale = weight(experts, h, i, dtype=torch.float32)
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """[T, hidden_size] -> weighted sum of the chosen experts, [T, hidden_size] f32."""
+        return moe_experts(
+            x, expert_ids, expert_weights, self.w13, self.w13_scale, self.w2, self.w2_scale, self.act_quant
+        )
+
+
+class CodedExperts(nn.Module):
+    """The same with weights in codes of 8 or 4 bits (see `CodedLinear`), for one rank."""
+
+    def __init__(self, settings: Settings, block_size: int) -> None:
+        super().__init__()
+        config, self.block_size = settings.config, block_size
+        experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.int8)
+        self.w13_scale = weight(experts, 2 * inter, hidden // block_size, dtype=torch.float32)
+        self.w2 = weight(experts, hidden, inter, dtype=torch.int8)
+        self.w2_scale = weight(experts, hidden, inter // block_size, dtype=torch.float32)
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """[T, hidden_size] -> weighted sum of the chosen experts, [T, hidden_size] f32."""
+        y = torch.zeros_like(x, dtype=torch.float32)
+        for e in expert_ids.unique().tolist():
+            rows, column = torch.nonzero(expert_ids == e, as_tuple=True)
+            hidden = swiglu(coded_product(x[rows], self.w13[e], self.w13_scale[e], self.block_size))
+            out = coded_product(hidden, self.w2[e], self.w2_scale[e], self.block_size)
+            y[rows] += out.float() * expert_weights[rows, column, None]
+        return y
+
+
+class Moe(nn.Module):
+    """Routed experts plus shared expert."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        config = settings.config
+        self.config = config
+        self.gate = Gate(settings)
+        how = settings.quantisation
+        coded = how is not None and how.is_coded("experts")
+        self.experts = CodedExperts(settings, how.block_size) if how is not None and coded else Experts(settings)
+        shared = config.n_shared_experts * config.moe_intermediate_size // settings.ranks.count
+        self.shared_experts = Mlp(settings, shared)
+        self.sum_ranks = SumRanks(settings.ranks.count)
+
+    def forward(self, x: Tensor, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, Q, hidden_size] -> the same, and expert_ids [B·Q, num_experts_per_tok] int32.
+
+        With an `expert_map`, only the experts of this rank are run; the others' parts come with the sum over ranks.
+        """
+        config = self.config
+        tokens = x.flatten(0, 1)
+        expert_ids, expert_weights = moe_route(
+            self.gate(tokens),
+            self.gate.e_score_correction_bias,
+            config.n_group,
+            config.topk_group,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
+        here = expert_ids if expert_map is None else expert_map[expert_ids.long()]
+        routed = self.experts(tokens, here, expert_weights)
+        y = self.sum_ranks(routed + self.shared_experts(tokens).float()).to(x.dtype)
+        return y.view_as(x), expert_ids

@@ -1,0 +1,136 @@
+"""Run the PyTorch model step by step over paged caches: the reference side of parity and of self-checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.deepseek_v32.weights import load_weights
+from seekforge.formats.program import BLOCK_SIZE
+from seekforge.formats.weight_recipes import TensorSource
+from seekforge.plugins.operator import cdiv
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The inputs of one [B, Q] step beside caches and weights, as NumPy arrays.
+
+    Attributes:
+        input_ids, positions, slot_mapping: [B, Q] int64; in padded places 0, −1, −1.
+        block_table: [B, MB] int32. logits_index: [N] int64.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    block_table: np.ndarray
+    logits_index: np.ndarray
+
+
+def make_step(tokens: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> StepInputs:
+    """Lay out a rectangular step; short rows are padded on the right.
+
+    Args:
+        tokens: new tokens of each sequence (at least one sequence with one token).
+        starts: position of each sequence's first new token.
+        tables: blocks that each sequence owns, enough for its last token.
+
+    Returns:
+        Inputs with logits for every real token, sequence after sequence.
+    """
+    rows, width = len(tokens), max(len(row) for row in tokens)
+    ids = np.zeros((rows, width), np.int64)
+    positions = np.full((rows, width), -1, np.int64)
+    slots = np.full((rows, width), -1, np.int64)
+    table = np.zeros((rows, max(len(blocks) for blocks in tables)), np.int32)
+    for row, (new, start, blocks) in enumerate(zip(tokens, starts, tables, strict=True)):
+        n = len(new)
+        ids[row, :n] = new
+        positions[row, :n] = np.arange(start, start + n)
+        table[row, : len(blocks)] = blocks
+        where = positions[row, :n]
+        slots[row, :n] = table[row, where // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + where % BLOCK_SIZE
+    return StepInputs(ids, positions, slots, table, np.flatnonzero(positions.reshape(-1) >= 0))
+
+
+def shuffled_tables(lengths: Sequence[int], seed: int = 0) -> tuple[list[list[int]], int]:
+    """Give each sequence blocks for `lengths` tokens in random order; returns (tables, number of blocks).
+
+    Block 0 is scrap and never handed out; one spare block at the end belongs to nobody.
+    """
+    needed = [cdiv(length, BLOCK_SIZE) for length in lengths]
+    order = (np.random.default_rng(seed).permutation(sum(needed)) + 1).tolist()
+    tables, start = [], 0
+    for count in needed:
+        tables.append(order[start : start + count])
+        start += count
+    return tables, sum(needed) + 2
+
+
+class TorchSession:
+    """A model with its caches.
+
+    Args:
+        settings: how it computes.
+        source: the checkpoint; must stay open.
+        num_blocks: size of the paged caches.
+        layer_range: layers of the main model; None takes all.
+        mtp: run the MTP module instead of the main model.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: TensorSource,
+        num_blocks: int,
+        *,
+        layer_range: tuple[int, int] | None = None,
+        mtp: bool = False,
+    ) -> None:
+        config = settings.config
+        with torch.device("meta"):
+            model = MtpModel(settings) if mtp else StepModel(settings, layer_range or (0, config.num_hidden_layers))
+        self.model: StepModel | MtpModel = model
+        load_weights(model, source)
+        self.latent, self.index = model.new_caches(num_blocks)
+
+    def step(self, inputs: StepInputs, hidden: tuple[Tensor, ...] = ()) -> dict[str, Tensor]:
+        """Run one step and keep its caches.
+
+        Args:
+            inputs: token ids and bookkeeping.
+            hidden: (hidden_states, residual) for a range that does not start at layer 0; (hidden_in,) for MTP.
+
+        Returns:
+            Results and taps by name.
+        """
+        model = self.model
+        takes_ids = "input_ids" in model.token_names()
+        tokens = (torch.from_numpy(inputs.input_ids), *hidden) if takes_ids else hidden
+        with torch.inference_mode():
+            outputs = model(
+                tokens,
+                torch.from_numpy(inputs.positions),
+                torch.from_numpy(inputs.slot_mapping),
+                torch.from_numpy(inputs.block_table),
+                torch.from_numpy(inputs.logits_index),
+                self.latent,
+                self.index,
+            )
+        caches = model.cache_names()
+        names = [*model.result_names(), *caches, *model.tap_names()]
+        named = dict(zip(names, outputs, strict=True))
+        pairs = [named.pop(name) for name in caches]
+        self.latent, self.index = list(pairs[0::2]), list(pairs[1::2])
+        return named
+
+    def prefill(self, prompt: Sequence[int]) -> dict[str, Tensor]:
+        """Run one whole prompt as a single step from an empty cache, with logits for every position."""
+        blocks = list(range(1, 1 + cdiv(len(prompt), BLOCK_SIZE)))
+        return self.step(make_step([prompt], [0], [blocks]))

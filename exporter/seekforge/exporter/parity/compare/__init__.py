@@ -1,0 +1,1 @@
+"""How far two sides are apart."""

@@ -1,0 +1,1 @@
+"""Where two sides part: the first layer, the first operation."""

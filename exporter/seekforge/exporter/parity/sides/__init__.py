@@ -1,0 +1,1 @@
+"""What is compared: PyTorch, transformers, an engine."""

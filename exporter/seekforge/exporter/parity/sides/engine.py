@@ -1,0 +1,109 @@
+"""The engine's side of a check: its dumps, each made by the runtime in a process of its own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from seekforge.common.errors import EngineError
+from seekforge.exporter.parity.sides.split_engine import cut_copy
+from seekforge.exporter.parity.taps import SELECTIONS, available_taps, tapped_copy
+from seekforge.formats.dump import Dump
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.parity_steps import Plan
+
+
+class EngineSide:
+    """Makes dumps of one engine.
+
+    Args:
+        folder: the engine.
+        work: a folder for changed copies.
+        threads: CPU threads for one operator.
+        checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
+    """
+
+    def __init__(self, folder: Path, work: Path, threads: int | None = None, checkpoint: Path | None = None) -> None:
+        self.folder, self.work, self.threads, self.checkpoint = folder, work, threads, checkpoint
+        self.manifest = load_manifest(folder)
+        self.taps = available_taps(folder)
+        #: Whether its graph can be opened and cut between layers.
+        self.opens = self.manifest.target.backend == "onnxruntime"
+        self.num_runs = 0
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        """The layers [a, b) of an engine that is a stage; None of a whole model."""
+        layers = self.manifest.layer_range
+        return None if layers == (0, int(self.manifest.config["num_hidden_layers"])) else layers
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its weights are int8 or int4 codes."""
+        return self.manifest.build.get("precision") in ("int8", "int4")
+
+    def dump(
+        self, plan: Plan, out: Path, taps: Collection[str], *, selections: bool = True, given: Dump | None = None
+    ) -> Dump:
+        """Run a plan and keep `taps` beside results, caches and, if asked for, selections.
+
+        Args:
+            plan: the steps.
+            out: folder to make.
+            taps: names of taps.
+            selections: whether to keep which keys and experts were chosen.
+            given: what goes into a stage.
+
+        Raises:
+            EngineError: the runtime refused, with its own words.
+        """
+        outputs = {spec.name for face in self.manifest.graphs.values() for spec in face.outputs}
+        kept = [*taps, *(name for name in outputs if selections and name.startswith(_SELECTIONS))]
+        if set(taps) <= outputs:
+            return self._run(self.folder, plan, out, kept, given)
+        copy = self._copy()
+        try:
+            return self._run(tapped_copy(self.folder, copy, taps), plan, out, kept, given)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def dump_fed(self, given: Dump, out: Path, layers: tuple[int, int], taps: Collection[str] = ()) -> Dump:
+        """Run layers [a, b), each on what `given` had before it; what comes out of each is kept, and `taps`.
+
+        Raises:
+            EngineError: the engine is compiled, or the runtime refused.
+        """
+        copy = self._copy()
+        try:
+            return self._run(cut_copy(self.folder, copy, layers, taps), given.plan, out, None, given)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def _copy(self) -> Path:
+        return self.work / f"copy-{self.num_runs}"
+
+    def _run(self, engine: Path, plan: Plan, out: Path, taps: Sequence[str] | None, given: Dump | None = None) -> Dump:
+        self.num_runs += 1
+        plan_file = self.work / "plan.json"
+        plan_file.write_text(plan.model_dump_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "seekforge.runtime.cli.dump", str(engine), str(out), "--quiet", "--force"]
+        command += ["--plan", str(plan_file), "--name", self.folder.resolve().name]
+        if taps is not None:
+            command += ["--taps", ",".join(taps)]
+        if given is not None:
+            command += ["--given", str(given.folder)]
+        if self.checkpoint is not None and self.manifest.weights is not None:
+            command += ["--checkpoint", str(self.checkpoint)]
+        if self.threads:
+            command += ["--threads", str(self.threads)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            line = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+            raise EngineError(f"{self.folder}: the runtime could not run it: {line.removeprefix('error: ')}")
+        return Dump.open(out)
+
+
+_SELECTIONS = tuple(f"{name}." for name in SELECTIONS)

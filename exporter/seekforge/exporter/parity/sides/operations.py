@@ -1,0 +1,147 @@
+"""One layer of the PyTorch model as a list of small operations between tap points.
+
+Run from its own values, the list is the layer: the free run of the reference, whose every step is seen. Run from the
+values that an engine had at each point, each operation answers for itself alone: what it gives differs from the
+engine's value by the order of a sum and nothing else, in every numerics, since both sides quantise the same numbers.
+So the first operation that differs by more is where the fault is, and nothing before it or behind it is blamed.
+
+The lists are in `attention_ops` (up to the cache write, and behind it) and `mlp_ops`; here is what they are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from seekforge.exporter.models.deepseek_v32.model import DecoderLayer, MtpModel, StepModel
+from seekforge.exporter.models.deepseek_v32.step import Settings, Step
+from seekforge.exporter.models.deepseek_v32.weights import recipes, to_torch
+from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate, tensors_of
+from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
+
+#: Points of the next layer, as a layer's operations call them.
+NEXT = {"next_hidden_states": "hidden_states", "next_residual": "residual"}
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns [start, stop) of an operation's output that come from one checkpoint module."""
+
+    start: int
+    stop: int
+    module: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        module: path of the module below the layer, as the checkpoint calls it.
+        does: what it computes, for people.
+        inputs: points it reads. `residual` may be missing (layer 0, MTP).
+        output: point it gives.
+        run: values of its inputs -> its output.
+        tensors: checkpoint tensors it reads, full names.
+        parts: of an output that several checkpoint modules share.
+    """
+
+    module: str
+    does: str
+    inputs: tuple[str, ...]
+    output: str
+    run: Callable[[Values], Tensor]
+    tensors: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass
+class LayerState:
+    """What one side has cached for one layer, and the step it is in."""
+
+    latent: Tensor
+    index: Tensor
+    step: Step = field(init=False)
+
+
+class LayerModule:
+    """One decoder layer with its weights. Nothing of other layers is in memory.
+
+    Args:
+        settings: how it computes.
+        layer: absolute number; the MTP layer's for the MTP module.
+        source: the checkpoint.
+    """
+
+    def __init__(self, settings: Settings, layer: int, source: TensorSource) -> None:
+        self.settings, self.config, self.layer = settings, settings.config, layer
+        with torch.device("meta"):
+            self.module = DecoderLayer(settings, layer)
+        prefix = f"layers.{layer}."
+        self._recipes = {
+            name.removeprefix(prefix): recipe
+            for name, recipe in model_recipes(settings, layer).items()
+            if name.startswith(prefix)
+        }
+        state = {name: to_torch(evaluate(recipe, source)) for name, recipe in self._recipes.items()}
+        self.module.load_state_dict(state, strict=True, assign=True)
+
+    def new_state(self, num_blocks: int) -> LayerState:
+        """Return zeroed caches."""
+        slots, dtype = num_blocks * 64, self.settings.dtype
+        return LayerState(
+            torch.zeros(slots, self.config.latent_dim, dtype=dtype),
+            torch.zeros(slots, self.config.index_head_dim, dtype=dtype),
+        )
+
+    def tensors(self, *modules: str) -> tuple[str, ...]:
+        """Return the checkpoint tensors behind the parameters of modules of this layer."""
+        found = [
+            tensor
+            for name, recipe in self._recipes.items()
+            for module in modules
+            if name == module or name.startswith(f"{module}.")
+            for tensor in sorted(tensors_of(recipe))
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def apply(
+        self,
+        module: str,
+        does: str,
+        before: str,
+        after: str,
+        run: Callable[[Tensor], Tensor],
+        parts: tuple[Part, ...] = (),
+    ) -> Op:
+        """Return the operation of one module on one point; its tensors are those of the module's name."""
+        return Op(module, does, (before,), after, lambda v: run(v[before]), self.tensors(module), parts)
+
+    def write_cache(self, state: LayerState, values: Values) -> None:
+        """Put this step's rows into the caches of `state`."""
+        numerics, kv = self.settings.numerics, self.settings.dtype_name
+        state.latent, state.index = dsa_cache_write(
+            state.latent,
+            state.index,
+            values["kv_latent"],
+            values["k_pe"],
+            values["index_k"],
+            state.step.slot_mapping,
+            kv,
+            kv,
+            numerics.kv_fp8,
+            numerics.indexer_fp8,
+        )
+
+
+def model_recipes(settings: Settings, layer: int) -> dict[str, Recipe]:
+    """Return the recipes of the program that holds `layer`, without any weight."""
+    with torch.device("meta"):
+        mtp = layer == settings.config.mtp_layer
+        model = MtpModel(settings) if mtp else StepModel(settings, (layer, layer + 1))
+    return recipes(model)

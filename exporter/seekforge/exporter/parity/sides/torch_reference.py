@@ -1,0 +1,367 @@
+"""The PyTorch side: layer after layer with one layer's weights in memory, over all steps of a plan.
+
+Two things happen in one pass over the weights. Free runs (the model, and the model with its embeddings changed by
+parts in a million, which shows how far two correct runs may lie apart) write dumps. And if there is an engine's dump,
+every operation is also given the engine's own inputs and compared with what the engine made of them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seekforge.common.errors import ConfigError
+from seekforge.exporter.models.deepseek_v32.layers import LinearF32, RmsNorm, product
+from seekforge.exporter.models.deepseek_v32.moe import Moe
+from seekforge.exporter.models.deepseek_v32.step import Settings, Step
+from seekforge.exporter.models.deepseek_v32.weights import to_torch
+from seekforge.exporter.parity.sides.attention_ops import before_cache, behind_cache
+from seekforge.exporter.parity.sides.mlp_ops import mlp_ops
+from seekforge.exporter.parity.sides.operations import NEXT, LayerModule, LayerState, Op, model_recipes
+from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
+from seekforge.exporter.parity.taps import HANDOVER
+from seekforge.formats.dump import Dump
+from seekforge.formats.parity_steps import Plan, StepArrays, lay_out
+from seekforge.formats.weight_recipes import TensorSource, evaluate, tensors_of
+
+#: More than a plan has steps; PyTorch takes the lower 32 bits of a seed.
+_SEEDS_PER_DRAW = 1 << 24
+
+
+class Reference:
+    """Walks the model.
+
+    Args:
+        settings: numerics and activations.
+        source: the checkpoint, open.
+        plan: what to run.
+        streams: free runs.
+        subject: an engine's dump with taps, to be judged operation by operation.
+        judge: told each operation of the subject.
+        progress: told each layer.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: TensorSource,
+        plan: Plan,
+        *,
+        streams: Sequence[Stream] = (),
+        subject: Dump | None = None,
+        judge: Judge | None = None,
+        progress: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        self.settings, self.config, self.source, self.plan = settings, settings.config, source, plan
+        self.streams, self.subject, self.judge, self.progress = streams, subject, judge, progress
+        self._cases = {number: case for number, case, _ in plan.steps()}
+        self._graphs = {number: step.graph for number, _, step in plan.steps()}
+        self._arrays = {number: lay_out(case, step) for number, case, step in plan.steps()}
+        self._steps = {number: self._make_step(arrays) for number, arrays in self._arrays.items()}
+        #: The last step of each graph in each case: there the caches are looked at.
+        self.last_steps = set({(case.name, step.graph): number for number, case, step in plan.steps()}.values())
+
+    @torch.inference_mode()
+    def run(self, layers: tuple[int, int] | None = None) -> None:
+        """Run layers [a, b) of the main model; all, and the MTP module where the plan has it, if None.
+
+        Raises:
+            ConfigError: the range starts later than 0 and the subject does not show what goes into it.
+        """
+        config = self.config
+        start, stop = layers or (0, config.num_hidden_layers)
+        whole = (start, stop) == (0, config.num_hidden_layers)
+        numbers = {graph: [n for n, _, step in self.plan.steps() if step.graph == graph] for graph in ("model", "mtp")}
+        if start == 0:
+            self._embed(numbers["model"])
+        elif self.streams:
+            self._enter(numbers["model"], start)
+        for layer in range(start, stop):
+            self.progress(f"PyTorch layer {layer}")
+            self._layer(layer, numbers["model"])
+        if stop < config.num_hidden_layers:
+            for stream in self.streams:
+                for number in numbers["model"]:
+                    values = stream.carried.pop(number)
+                    if stream.beside is None:
+                        stream.keep(number, {f"{name}.{stop}": value for name, value in values.items()})
+        else:
+            self.progress("PyTorch head")
+            self._head(stop, numbers["model"], mtp=False)
+        if whole and numbers["mtp"] and config.mtp_layer is not None:
+            self.progress("PyTorch MTP module")
+            self._combine(config.mtp_layer, numbers["mtp"])
+            self._layer(config.mtp_layer, numbers["mtp"])
+            self._head(config.mtp_layer + 1, numbers["mtp"], mtp=True)
+
+    def judged_layers(self, layer: int) -> bool:
+        """Whether the subject shows the inside of a layer."""
+        assert self.subject is not None
+        return any(f"attn_norm.{layer}" in self.subject.names(number) for number in self._arrays)
+
+    # --- parts of a walk ------------------------------------------------------------------------------------
+
+    def _layer(self, layer: int, numbers: Sequence[int]) -> None:
+        module = LayerModule(self.settings, layer, self.source)
+        self._nudge(numbers)
+        for stream in self.streams:
+            if not self._entered(stream, layer, numbers):
+                continue
+            own = stream.numerics.get(layer)
+            if own is not None:
+                module = LayerModule(replace(self.settings, numerics=own), layer, self.source)
+            elif module.settings is not self.settings:
+                module = LayerModule(self.settings, layer, self.source)
+            for state, number in self._states(module, numbers):
+                self._free(stream, module, state, number)
+        if self.subject is not None and self.judge is not None and self.judged_layers(layer):
+            if module.settings is not self.settings:
+                module = LayerModule(self.settings, layer, self.source)
+            for state, number in self._states(module, numbers):
+                self._judge_layer(module, state, number)
+        del module
+        gc.collect()
+
+    def _states(self, module: LayerModule, numbers: Iterable[int]) -> Iterator[tuple[LayerState, int]]:
+        """Yield steps in order, each with the caches of its case, which are zero when a case begins."""
+        state, case = None, None
+        for number in numbers:
+            if state is None or self._cases[number] is not case:
+                case = self._cases[number]
+                state = module.new_state(case.num_blocks)
+            state.step = self._steps[number]
+            yield state, number
+
+    def _entered(self, stream: Stream, layer: int, numbers: Iterable[int]) -> bool:
+        """Whether a stream runs this layer; if it begins here, it is given what it begins with."""
+        if stream.enters is None or layer > stream.enters[0]:
+            return True
+        if layer == stream.enters[0]:
+            for number in numbers:
+                stream.carried[number] = {
+                    name: self._tensor(stream.enters[1].tensor(number, f"{name}.{layer}"), name) for name in HANDOVER
+                }
+        return layer == stream.enters[0]
+
+    def _nudge(self, numbers: Iterable[int]) -> None:
+        """Give streams that run beside another what that one has now, changed a little. The MTP module is one piece."""
+        for stream in self.streams:
+            for number in numbers:
+                if stream.beside is None or self._graphs[number] == "mtp":
+                    continue
+                values = enumerate(stream.beside.carried[number].items())
+                stream.carried[number] = {
+                    name: self._perturb(value, stream, 2 * number + i) for i, (name, value) in values
+                }
+
+    def _free(self, stream: Stream, module: LayerModule, state: LayerState, number: int) -> None:
+        layer = module.layer
+        values = dict(stream.carried[number])
+        for op in before_cache(module, state):
+            values[op.output] = op.run(values)
+        module.write_cache(state, values)
+        for op in (*behind_cache(module, state), *mlp_ops(module, state)):
+            values[op.output] = op.run(values)
+        if "router_logits" in values:  # what decides about experts; an engine does not show it
+            moe = module.module.mlp
+            assert isinstance(moe, Moe)
+            values["biased_scores"] = torch.sigmoid(values["router_logits"]) + moe.gate.e_score_correction_bias
+        stream.carried[number] = {NEXT[name]: values.pop(name) for name in NEXT}
+        if stream.beside is not None:
+            stream.keep(number, {f"{name}.{layer + 1}": value for name, value in stream.carried[number].items()})
+            return
+        named = {f"{name}.{layer}": value for name, value in values.items()}
+        if number in self.last_steps and stream.points is None:
+            named |= {f"cache_latent.{layer}": state.latent, f"cache_index.{layer}": state.index}
+        stream.keep(number, named)
+
+    def _judge_layer(self, module: LayerModule, state: LayerState, number: int) -> None:
+        assert self.subject is not None
+        theirs = self._subject_values(number, module.layer)
+        for op in before_cache(module, state):
+            self._judge_op(module.layer, number, op, theirs, state, module)
+        if not {"kv_latent", "k_pe", "index_k"} <= theirs.keys():
+            return
+        module.write_cache(state, theirs)
+        for op in (*behind_cache(module, state), *mlp_ops(module, state)):
+            self._judge_op(module.layer, number, op, theirs, state, module)
+
+    def _judge_op(
+        self,
+        layer: int,
+        number: int,
+        op: Op,
+        theirs: dict[str, Tensor],
+        state: LayerState | None,
+        module: LayerModule | None,
+    ) -> None:
+        if op.output not in theirs or any(name not in theirs for name in op.inputs if name != "residual"):
+            return
+        assert self.judge is not None
+        inputs = {name: theirs[name] for name in op.inputs if name in theirs}
+        expected = op.run(theirs)
+        self.judge(Judged(number, layer, op, inputs, expected, theirs[op.output], state, module))
+
+    def _subject_values(self, number: int, layer: int) -> dict[str, Tensor]:
+        """Return what the subject shows of one layer in one step, in the activation dtype where it is one."""
+        subject = self.subject
+        assert subject is not None
+        values: dict[str, Tensor] = {}
+        for name in subject.names(number):
+            point, _, tail = name.rpartition(".")
+            if tail == str(layer) and not point.startswith("cache_"):
+                values[point] = self._tensor(subject.tensor(number, name), point)
+            elif tail == str(layer + 1) and point in HANDOVER:
+                values[f"next_{point}"] = self._tensor(subject.tensor(number, name), point)
+        return values
+
+    def _tensor(self, array: np.ndarray, point: str) -> Tensor:
+        tensor = torch.from_numpy(np.array(array))
+        in_f32 = point in ("index_w", "router_logits", "expert_weights", "routed", "logits")
+        return tensor.to(self.settings.dtype) if tensor.is_floating_point() and not in_f32 else tensor
+
+    def _make_step(self, arrays: StepArrays) -> Step:
+        if not hasattr(self, "_tables"):
+            named = model_recipes(self.settings, 0)
+            needed = 1 + max(int(a.positions.max()) for a in self._arrays.values())
+            tables = {}
+            for name in ("rope_cos", "rope_sin", "hadamard"):
+                if name in named:
+                    tables[name] = to_torch(evaluate(named[name], self.source))
+            for name in ("rope_cos", "rope_sin"):
+                tables[name] = tables[name][:needed].clone()
+            self._tables = tables
+        row = torch.from_numpy(arrays.positions).clamp_min(0)
+        cos, sin = F.embedding(row, self._tables["rope_cos"]), F.embedding(row, self._tables["rope_sin"])
+        return Step(
+            torch.from_numpy(arrays.positions),
+            torch.from_numpy(arrays.slot_mapping),
+            torch.from_numpy(arrays.block_table),
+            cos,
+            sin,
+            self._tables.get("hadamard"),
+        )
+
+    # --- the ends of the model ------------------------------------------------------------------------------
+
+    def _weight(self, layer: int, name: str) -> tuple[Tensor, tuple[str, ...]]:
+        """Evaluate one weight outside layers of the program that holds `layer`; also the tensors behind it."""
+        recipe = model_recipes(self.settings, layer)[name]
+        return to_torch(evaluate(recipe, self.source)), tuple(sorted(tensors_of(recipe)))
+
+    def _embed(self, numbers: Iterable[int]) -> None:
+        weight, tensors = self._weight(0, "embed_tokens.weight")
+        op = Op("embed_tokens", "token embedding", (), "hidden_states", lambda v: v["hidden_states"], tensors)
+        for number in numbers:
+            embedded = F.embedding(torch.from_numpy(self._arrays[number].input_ids), weight)
+            for stream in self.streams:
+                stream.carried[number] = {"hidden_states": self._perturb(embedded, stream, number)}
+            if self.judge is not None:
+                theirs = self._subject_values(number, 0)
+                if "hidden_states" in theirs:
+                    found = theirs["hidden_states"]
+                    self.judge(Judged(number, 0, op, {}, embedded, found, None, None))
+
+    def _perturb(self, embedded: Tensor, stream: Stream, number: int) -> Tensor:
+        if not stream.perturbation:
+            return embedded
+        seed = number + _SEEDS_PER_DRAW * stream.draw
+        noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed))
+        return (embedded.float() * (1 + stream.perturbation * noise)).to(embedded.dtype)
+
+    def _enter(self, numbers: Iterable[int], layer: int) -> None:
+        """Start free runs at `layer` from what the subject had there."""
+        for number in numbers:
+            theirs = self._subject_values(number, layer) if self.subject is not None else {}
+            if any(name not in theirs for name in HANDOVER):
+                raise ConfigError(
+                    f"--layers starts at {layer}: the engine's dump does not show what goes into that layer; "
+                    "use an engine of target cpu or one built with --taps"
+                )
+            for stream in self.streams:
+                stream.carried[number] = {
+                    name: self._perturb(theirs[name], stream, 2 * number + i) for i, name in enumerate(HANDOVER)
+                }
+
+    def _combine(self, layer: int, numbers: Sequence[int]) -> None:
+        """The entry of the MTP module: embedding of t_{i+1} beside the main model's hidden state."""
+        config, dtype = self.config, self.settings.dtype
+        embed, embed_names = self._weight(layer, "embed_tokens.weight")
+        project, project_names = self._weight(layer, "eh_proj")
+        norms = {}
+        names: list[str] = [*embed_names, *project_names]
+        for name in ("enorm", "hnorm"):
+            weight, found = self._weight(layer, f"{name}.weight")
+            norms[name] = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+            norms[name].load_state_dict({"weight": weight}, assign=True)
+            names += found
+
+        def combine(ids: Tensor, hidden: Tensor) -> Tensor:
+            pair = torch.cat([norms["enorm"](F.embedding(ids, embed)), norms["hnorm"](hidden)], dim=-1)
+            return product(pair, project.T)
+
+        for number in numbers:
+            ids = torch.from_numpy(self._arrays[number].input_ids)
+            for stream in self.streams:
+                hidden = stream.hidden[number - 1]
+                if stream.beside is not None:
+                    hidden = self._perturb(stream.beside.hidden[number - 1], stream, number)
+                stream.carried[number] = {"hidden_states": combine(ids, hidden)}
+            if self.judge is not None and self.subject is not None:
+                theirs = self._subject_values(number, layer)
+                if "hidden_states" in theirs and self.subject.has(number - 1, "hidden"):
+                    hidden = self._tensor(self.subject.tensor(number - 1, "hidden"), "hidden")
+                    does = "embedding and hidden state as one"
+                    op = Op("eh_proj", does, (), "hidden_states", lambda v: v["hidden_states"], tuple(names))
+                    found = theirs["hidden_states"]
+                    self.judge(Judged(number, layer, op, {}, combine(ids, hidden), found, None, None))
+
+    def _head(self, layer: int, numbers: Sequence[int], *, mtp: bool) -> None:
+        """Final norm and LM head, for free runs and for the subject."""
+        config, dtype = self.config, self.settings.dtype
+        inside = layer - 1
+        norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        weight, norm_names = self._weight(inside, "norm.weight")
+        norm.load_state_dict({"weight": weight}, assign=True)
+        head = LinearF32(config.hidden_size, config.vocab_size, dtype)
+        weight, head_names = self._weight(inside, "lm_head.weight")
+        head.load_state_dict({"weight": weight}, assign=True)
+        ops = [
+            Op("norm", "final norm", HANDOVER, "hidden", lambda v: norm.add(v["hidden_states"], v["residual"])[0],
+               norm_names),
+        ]  # fmt: skip
+        self._nudge(numbers)
+        for stream in self.streams:
+            self._entered(stream, layer, numbers)
+        for number in numbers:
+            rows = torch.from_numpy(self._arrays[number].logits_index)
+
+            def logits(v: dict[str, Tensor], rows: Tensor = rows) -> Tensor:
+                return head(v["hidden"].flatten(0, 1).index_select(0, rows))
+
+            both = [*ops, Op("lm_head", "logits", ("hidden",), "logits", logits, head_names)]  # pyright: ignore
+            for stream in self.streams:
+                values = dict(stream.carried.pop(number))
+                named = {f"{name}.{layer}": value for name, value in values.items()}
+                for op in both:
+                    values[op.output] = op.run(values)
+                stream.hidden[number] = values["hidden"]
+                named = named if stream.beside is None else {}
+                stream.keep(number, named | {name: values[name] for name in ("hidden", "logits")})
+            if self.judge is not None and self.subject is not None:
+                theirs = {
+                    name: self._tensor(self.subject.tensor(number, name), name)
+                    for name in ("hidden", "logits")
+                    if self.subject.has(number, name)
+                }
+                for point in HANDOVER:
+                    if self.subject.has(number, f"{point}.{layer}"):
+                        theirs[point] = self._tensor(self.subject.tensor(number, f"{point}.{layer}"), point)
+                for op in both:
+                    self._judge_op(layer, number, op, theirs, None, None)

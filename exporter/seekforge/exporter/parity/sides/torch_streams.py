@@ -1,0 +1,84 @@
+"""What a walk of PyTorch makes: free runs, which write dumps, and operations to be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from seekforge.exporter.parity.sides.operations import LayerModule, LayerState, Op
+from seekforge.exporter.parity.taps import HANDOVER, SELECTIONS
+from seekforge.formats.dump import Dump, DumpWriter
+from seekforge.formats.numerics import Numerics
+
+#: Relative change that measures noise: ten times what f32 sums in another order do; in bf16 activations one rounding.
+PERTURBATION, PERTURBATION_BF16 = 1e-6, 2**-9
+#: What a free run keeps of each layer when it is only there to measure noise.
+NOISE_POINTS = (*HANDOVER, *SELECTIONS, "index_q", "index_w", "index_k", "biased_scores")
+
+#: Told each operation of the side that is judged.
+Judge = Callable[["Judged"], None]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One operation of one step: what PyTorch makes of the engine's inputs, and what the engine made of them.
+
+    Attributes:
+        step, layer: where.
+        op: which.
+        inputs: the engine's, by name, as `op` takes them.
+        expected, found: PyTorch's and the engine's result, of one shape.
+        state, module: PyTorch's of that step and layer, where there are.
+    """
+
+    step: int
+    layer: int
+    op: Op
+    inputs: dict[str, Tensor]
+    expected: Tensor
+    found: Tensor
+    state: LayerState | None
+    module: LayerModule | None
+
+
+@dataclass
+class Stream:
+    """A free run.
+
+    Attributes:
+        writer: of its dump.
+        perturbation: relative change of the embeddings. draw: which of the random changes.
+        points: what to keep; None keeps all. layers: of which layers; None: of all.
+        numerics: layer -> other numerics there, to see what one layer costs.
+        beside: a run whose inputs each layer takes, changed by `perturbation`: what one layer makes of noise, while
+            noise from the embeddings on grows from layer to layer. It keeps what comes out of each layer.
+        enters: (layer, dump): the run begins there, with what that dump has there.
+    """
+
+    writer: DumpWriter
+    perturbation: float = 0.0
+    draw: int = 0
+    points: Sequence[str] | None = None
+    numerics: Mapping[int, Numerics] = field(default_factory=dict)
+    layers: Collection[int] | None = None
+    beside: Stream | None = None
+    enters: tuple[int, Dump] | None = None
+    carried: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep(self, step: int, values: dict[str, Tensor]) -> None:
+        """Write the values that this run keeps."""
+        kept = {
+            name: value.float().numpy() if value.is_floating_point() else value.numpy()
+            for name, value in values.items()
+            if self._keeps(name)
+        }
+        self.writer.write(step, kept)
+
+    def _keeps(self, name: str) -> bool:
+        point, _, layer = name.rpartition(".")
+        if not point:
+            return True  # hidden, logits
+        return (self.points is None or point in self.points) and (self.layers is None or int(layer) in self.layers)

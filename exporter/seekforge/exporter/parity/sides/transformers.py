@@ -1,0 +1,151 @@
+"""`transformers`' DeepSeek-V3.2 in FP32 as the other side: an implementation that shares no line with ours.
+
+It has neither FP8 nor Hadamard nor an MTP module, and it is run on whole prompts, so only `whole` cases can be
+compared, with an engine of `exact` numerics. The whole model is in memory, in FP32: it is for small models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from seekforge.common.errors import ConfigError
+from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.schema import needless_tensors
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.dump import Dump, DumpWriter, Side
+from seekforge.formats.numerics import EXACT
+from seekforge.formats.parity_steps import Plan
+from seekforge.formats.weight_recipes import TensorSource
+from seekforge.plugins.quant import dequantise_weight
+
+
+def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan, out: Path, work: Path) -> Dump:
+    """Run `transformers` on the whole prompts of a plan.
+
+    Args:
+        checkpoint_folder: the FP8 checkpoint. source: its tensors.
+        plan: of `whole` cases only.
+        out: an empty folder for the dump.
+        work: an empty folder for a dequantised copy, which is removed by its owner.
+
+    Raises:
+        ConfigError: the plan has other cases.
+    """
+    if any(case.mode != "whole" for case in plan.cases):
+        raise ConfigError("--against transformers runs whole prompts only; pass --modes whole")
+    model, config = _load(checkpoint_folder, source, work)
+    number = int(config["num_hidden_layers"])
+    side = Side(
+        kind="transformers",
+        name=checkpoint_folder.resolve().name,
+        numerics=EXACT.to_dict(),
+        activations="f32",
+        layers=(0, number),
+        config=config,
+        versions={name: importlib.metadata.version(name) for name in ("transformers", "torch")},
+    )
+    writer = DumpWriter(out, side, plan)
+    for step_number, _, step in plan.steps():
+        with _watch(model) as seen, torch.inference_mode():
+            output = model(torch.tensor(step.tokens), output_hidden_states=True)
+        logits = output.logits.flatten(0, 1)[list(step.logits_index)].float().numpy()
+        tensors: dict[str, np.ndarray] = {"logits": logits}
+        for layer, (mid, out_) in seen["stream"].items():
+            # the pair that our layers hand over: what the MLP gave, and the stream it is added to
+            tensors[f"hidden_states.{layer + 1}"] = (out_ - mid).numpy()
+            tensors[f"residual.{layer + 1}"] = mid.numpy()
+        rows = len(step.tokens[0])
+        topk = int(config["index_topk"])
+        for layer, chosen in seen["keys"].items():
+            visible = np.where(chosen <= np.arange(rows)[None, :, None], chosen, rows)
+            ordered = np.sort(visible, -1)
+            ordered = np.where(ordered == rows, -1, ordered)
+            padding = np.full((*ordered.shape[:2], topk - ordered.shape[2]), -1)
+            tensors[f"topk_indices.{layer}"] = np.concatenate([ordered, padding], -1).astype(np.int32)
+        for layer, chosen in seen["experts"].items():
+            tensors[f"expert_ids.{layer}"] = chosen.reshape(-1, chosen.shape[-1]).astype(np.int32)
+        writer.write(step_number, tensors)
+    writer.close()
+    return Dump.open(out)
+
+
+def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[Any, dict[str, Any]]:
+    """Write an FP32 copy and load it; nothing but the MTP layer may be left out."""
+    from safetensors.torch import save_file
+    from transformers import DeepseekV32ForCausalLM
+    from transformers.utils import logging
+
+    from seekforge.exporter.models.deepseek_v32.weights import to_torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    with open_checkpoint(checkpoint_folder) as opened:
+        needless = needless_tensors(opened.checkpoint.names)
+        # in the plain form every number that may have a fraction is a float, as transformers insists
+        config = opened.config.model_dump(mode="json")
+        for name in opened.checkpoint.names:
+            if name.endswith("_scale_inv") or name in needless:
+                continue
+            value = to_torch(source.tensor(name))
+            if value.dtype == torch.float8_e4m3fn:
+                value = dequantise_weight(value, to_torch(source.tensor(f"{name}_scale_inv")))
+            tensors[name] = value.float().contiguous()
+        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+    known = {key: config[key] for key in ModelConfig.model_fields if key != "quantization_config"}
+    (work / "config.json").write_text(json.dumps(known | {"torch_dtype": "float32"}), encoding="utf-8")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    loaded: Any = DeepseekV32ForCausalLM.from_pretrained(
+        work, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    model, info = loaded
+    prefix = f"model.layers.{config['num_hidden_layers']}."
+    foreign = [*info["missing_keys"], *(key for key in info["unexpected_keys"] if not key.startswith(prefix))]
+    if foreign:
+        raise ConfigError(f"{checkpoint_folder}: transformers does not know or does not find {sorted(foreign)[0]}")
+    return model.eval(), config
+
+
+@contextlib.contextmanager
+def _watch(model: Any) -> Iterator[dict[str, dict[int, Any]]]:
+    """Collect per layer the stream before and behind the MLP, the chosen keys and the chosen experts."""
+    seen: dict[str, dict[int, Any]] = {"stream": {}, "keys": {}, "experts": {}}
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(model.model.layers):
+            middle: dict[str, torch.Tensor] = {}
+
+            def before(module: Any, args: Any, middle: dict[str, torch.Tensor] = middle) -> None:
+                middle["x"] = args[0]
+
+            def behind(
+                module: Any,
+                args: Any,
+                out: Any,
+                number: int = number,
+                middle: dict[str, torch.Tensor] = middle,
+            ) -> None:
+                seen["stream"][number] = (middle["x"], out[0] if isinstance(out, tuple) else out)
+
+            def keys(module: Any, args: Any, out: Any, number: int = number) -> None:
+                seen["keys"][number] = out.numpy()
+
+            def experts(module: Any, args: Any, out: Any, number: int = number) -> None:
+                seen["experts"][number] = out[2].numpy()
+
+            hooks = [
+                layer.post_attention_layernorm.register_forward_pre_hook(before),
+                layer.register_forward_hook(behind),
+                layer.self_attn.indexer.register_forward_hook(keys),
+            ]
+            if hasattr(layer.mlp, "gate"):
+                hooks.append(layer.mlp.gate.register_forward_hook(experts))
+            for hook in hooks:
+                stack.callback(hook.remove)
+        yield seen

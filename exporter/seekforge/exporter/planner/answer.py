@@ -1,0 +1,459 @@
+"""What fits where, and how fast it can be at best. Pure functions over a config and a GPU's data sheet.
+
+Speeds are bounds, not forecasts: bytes over memory bandwidth or FLOPs over the dense rate, whichever takes longer,
+without communication, launches or anything else that a real machine adds. Tokens are taken to choose experts evenly,
+and every drafted token to be accepted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+from seekforge.exporter.builder.tensorrt.profiles import largest_step, spanning
+from seekforge.exporter.sizing.memory import (
+    Flops,
+    KvFormat,
+    Layout,
+    Matrix,
+    Precision,
+    RankMemory,
+    Workload,
+    attention_flops,
+    cache_bytes_per_token,
+    end_matrices,
+    fault_of,
+    indexer_flops,
+    layer_matrices,
+    linear_flops,
+    prefill_attention_flops,
+    rank_memory,
+    rank_weight_bytes,
+    stages,
+    usable_bytes,
+)
+from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.targets import FP8_SM, TargetConfig
+
+#: Numbers of GPUs that are tried: what servers and small clusters have.
+GPU_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_NO_FLOPS = Flops()
+#: Tensor parallelism stays within one server.
+MAX_TP = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a plan, beside the workload.
+
+    Attributes:
+        precision, kv_format: of weights and caches.
+        mtp: whether the MTP module is there.
+        target: whose engine it shall be: scratch is then that of its profiles and kernels. None: any GPU, and one
+            prefill and one decode step of the workload.
+    """
+
+    precision: Precision
+    kv_format: KvFormat
+    mtp: bool = False
+    target: TargetConfig | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Upper bounds of speed, lower bounds of time.
+
+    Attributes:
+        decode_tokens_per_s: over all sequences, drafted tokens included.
+        decode_step_ms: of one step of all, through all stages.
+        decode_bound: memory or compute, in the slowest stage.
+        prefill_tokens_per_s: prompts of the whole context, steps filled with them and stages kept busy.
+        prefill_s: one such prompt, alone.
+    """
+
+    decode_tokens_per_s: float
+    decode_step_ms: float
+    decode_bound: str
+    prefill_tokens_per_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One layout on one kind of GPU.
+
+    Attributes:
+        max_context: longest context at the asked batch, 0 when even one block does not fit.
+        max_batch: most sequences at the asked context.
+    """
+
+    target: str
+    layout: Layout
+    memory: RankMemory
+    usable: int
+    max_context: int
+    max_batch: int
+    speed: Speed
+
+    @property
+    def fits(self) -> bool:
+        """Whether the asked workload fits."""
+        return self.memory.total <= self.usable
+
+
+def layouts(num_gpus: int, config: ModelConfig) -> Iterator[Layout]:
+    """Return the ways to use `num_gpus` that the model allows: TP, TP with PP, DP attention with EP, and PP alone."""
+    seen: set[Layout] = set()
+    tps = [tp for tp in (8, 4, 2, 1) if tp <= min(num_gpus, MAX_TP) and num_gpus % tp == 0]
+    candidates = [Layout(tp=tp, pp=num_gpus // tp) for tp in tps]
+    candidates += [Layout(tp=tp, dp=num_gpus // tp) for tp in tps]
+    for layout in candidates:
+        if layout not in seen and fault_of(layout, config) is None:
+            seen.add(layout)
+            yield layout
+
+
+def nearest_count(num_gpus: int, config: ModelConfig) -> int:
+    """Return the number of GPUs nearest to `num_gpus` that has a layout, the smaller of two."""
+    most = MAX_TP * max(config.num_hidden_layers, config.n_routed_experts)
+    possible = (count for count in range(1, most + 1) if next(layouts(count, config), None) is not None)
+    return min(possible, key=lambda count: abs(count - num_gpus))
+
+
+def answer(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Answer:
+    """Size one layout."""
+    assert target.gpu is not None
+    usable = usable_bytes(target.gpu.memory_gib)
+    question = replace(question, target=target)
+
+    def total(context: int, batch: int) -> RankMemory:
+        return memory_of(config, layout, Workload(context, batch, work.step_tokens, work.draft_tokens), question)
+
+    def largest(limit: int, step: int, fits: Callable[[int], bool]) -> int:
+        low, high = 0, limit // step
+        while low < high:
+            middle = (low + high + 1) // 2
+            if fits(middle * step):
+                low = middle
+            else:
+                high = middle - 1
+        return low * step
+
+    return Answer(
+        target=target.name,
+        layout=layout,
+        memory=total(work.context, work.batch),
+        usable=usable,
+        max_context=largest(config.max_position_embeddings, 64, lambda n: total(n, work.batch).total <= usable),
+        max_batch=largest(65536, 1, lambda n: total(work.context, n).total <= usable),
+        speed=speed(config, target, layout, work, question),
+    )
+
+
+def best(config: ModelConfig, target: TargetConfig, num_gpus: int, work: Workload, question: Question) -> Answer | None:
+    """Return the layout of `num_gpus` that decodes fastest among those that fit, else the one that is least over."""
+    found = list(layouts(num_gpus, config))
+    fitting = [layout for layout in found if _fits(config, target, layout, work, question)]
+    if fitting:
+        rates = {one: speed(config, target, one, work, question).decode_tokens_per_s for one in fitting}
+        return answer(config, target, max(fitting, key=rates.__getitem__), work, question)
+    sizes = {one: memory_of(config, one, work, replace(question, target=target)).total for one in found}
+    return answer(config, target, min(found, key=sizes.__getitem__), work, question) if found else None
+
+
+def fewest(
+    config: ModelConfig,
+    target: TargetConfig,
+    work: Workload,
+    question: Question,
+    counts: Sequence[int] = GPU_COUNTS,
+) -> Answer | None:
+    """Return the answer with the fewest GPUs that fits, or None."""
+    for count in counts:
+        if any(_fits(config, target, layout, work, question) for layout in layouts(count, config)):
+            return best(config, target, count, work, question)
+    return None
+
+
+def _fits(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> bool:
+    assert target.gpu is not None
+    held = memory_of(config, layout, work, replace(question, target=target))
+    return held.total <= usable_bytes(target.gpu.memory_gib)
+
+
+def memory_of(config: ModelConfig, layout: Layout, work: Workload, question: Question) -> RankMemory:
+    """Return what the fullest GPU of a layout holds."""
+    target = question.target
+    return rank_memory(
+        config,
+        layout,
+        work,
+        precision=question.precision,
+        kv_format=question.kv_format,
+        mtp=question.mtp,
+        kernels=ANY_KERNELS if target is None else Kernels(target.sms),
+        steps=None if target is None else _largest_steps(target, layout, work),
+    )
+
+
+def _largest_steps(target: TargetConfig, layout: Layout, work: Workload) -> list[tuple[int, int]]:
+    """Return (sequences, new tokens of each) of every profile of an engine that is built for a workload."""
+    batch = -(-work.batch // layout.dp)
+    asked = {
+        "max_model_len": work.context,
+        "max_batch_size": batch,
+        "max_num_batched_tokens": max(work.step_tokens, batch),
+    }
+    limits = target.limits.model_copy(update=asked)
+    return [largest_step(profile, limits) for profile in spanning(target.profiles, limits).values()]
+
+
+def speed(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Speed:
+    """Bound the decode and prefill speed of a layout."""
+    machine = _Machine(config, target, layout, question)
+    cut = machine.stages
+    cycle, bound = _decode_cycle(machine, work)
+    whole = [_decode_s(machine, stage, work, work.batch) for stage in cut]
+    produced = work.batch * (1 + work.draft_tokens)
+
+    chunk = work.context % work.step_tokens or work.step_tokens
+    packed = [_prefill_s(machine, stage, work.context, work.context / work.step_tokens) for stage in cut]
+    alone = [
+        _prefill_s(machine, stage, work.context, -(-work.context // work.step_tokens), replicas=1) for stage in cut
+    ]
+    short = [_prefill_s(machine, stage, chunk, 1, replicas=1) for stage in cut]
+    return Speed(
+        decode_tokens_per_s=produced / cycle,
+        decode_step_ms=1e3 * sum(map(max, whole)),
+        decode_bound=bound,
+        prefill_tokens_per_s=layout.dp * work.context / max(packed),
+        # while one stage works off the prompt, the others need at least the shortest chunk
+        prefill_s=max(sum(short) - chunk_s + prompt_s for chunk_s, prompt_s in zip(short, alone, strict=True)),
+    )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a group of matrices costs on one rank: bytes read in a step, and FLOPs of one token on all ranks.
+
+    Attributes:
+        fixed_bytes, fixed: of what every token meets, without the head.
+        expert_bytes, experts: of all routed experts of the rank; of those that a token chooses.
+        head_bytes, head: of the head, which only tokens meet whose successor is wanted.
+    """
+
+    fixed_bytes: float = 0.0
+    fixed: Flops = _NO_FLOPS
+    expert_bytes: float = 0.0
+    experts: Flops = _NO_FLOPS
+    head_bytes: float = 0.0
+    head: Flops = _NO_FLOPS
+
+    def __add__(self, other: _Weights) -> _Weights:
+        return _Weights(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def __mul__(self, count: int) -> _Weights:
+        return _Weights(*(getattr(self, part.name) * count for part in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pipeline stage: the main model's layers in it, and the MTP module behind the last one.
+
+    Attributes:
+        num_layers: of the main model.
+        weights: of those, with the head where it is.
+        draft: of the MTP module, which uses the head once more; None elsewhere.
+    """
+
+    num_layers: int
+    weights: _Weights
+    draft: _Weights | None
+
+
+class _Machine:
+    """A model on GPUs: what the times of its stages are made of."""
+
+    def __init__(self, config: ModelConfig, target: TargetConfig, layout: Layout, question: Question) -> None:
+        assert target.gpu is not None
+        self.config, self.target, self.layout, self.question = config, target, layout, question
+        self.bandwidth = target.gpu.bandwidth_gb_s * 1e9
+        cut = stages(config, layout, question.precision, mtp=question.mtp)
+        self.stages = [self._stage(layers, is_last=number == len(cut) - 1) for number, (layers, _) in enumerate(cut)]
+
+    def _stage(self, layers: range, *, is_last: bool) -> _Stage:
+        config, layout, precision = self.config, self.layout, self.question.precision
+        weights = _Weights()
+        for is_moe in (False, True):
+            alike = [layer for layer in layers if config.is_moe_layer(layer) == is_moe]
+            if alike:
+                weights += _layer_weights(config, alike[0], layout, precision) * len(alike)  # pyright: ignore[reportArgumentType] - hashable
+        if not is_last:
+            return _Stage(len(layers), weights, None)
+        head = _sum_weights(config, end_matrices(config)[1], layout, precision)
+        draft = None
+        if self.question.mtp and config.mtp_layer is not None:
+            draft = _layer_weights(config, config.mtp_layer, layout, precision)  # pyright: ignore[reportArgumentType]
+            draft += _Weights(head_bytes=head.head_bytes, head=head.head)
+        return _Stage(len(layers), weights + head, draft)
+
+    def read_bytes(self, weights: _Weights, num_tokens: float) -> float:
+        """Bytes that a step of `num_tokens` tokens, of all replicas, reads of the weights but the head."""
+        config = self.config
+        hit = experts_hit(config.n_routed_experts, config.num_experts_per_tok, num_tokens) / config.n_routed_experts
+        return weights.fixed_bytes + weights.expert_bytes * hit
+
+    def products(self, weights: _Weights, *, on_rank: float, everyone: float, heads: float) -> Flops:
+        """FLOPs on one rank: `on_rank` tokens of its replica, `everyone`'s share of the experts, `heads` logits."""
+        layout = self.layout
+        own = weights.fixed * on_rank + weights.head * heads
+        return own * (1 / layout.tp) + weights.experts * (everyone / layout.ep)
+
+    def attention(self, flops: Flops) -> Flops:
+        """FLOPs on one rank: heads of the attention are divided by TP; the indexer is not."""
+        return Flops(fp8=flops.fp8, bf16=flops.bf16 / self.layout.tp)
+
+    def seconds(self, flops: Flops) -> float:
+        """Time of `flops` on one rank."""
+        return seconds(flops, self.target, self.question.precision)
+
+
+def _decode_cycle(machine: _Machine, work: Workload) -> tuple[float, str]:
+    """Return the least seconds in which every sequence gets a step, and what bounds them, memory or compute.
+
+    Sequences pass the stages in groups, and a group comes back when it has passed all. Few groups leave stages idle;
+    many read the weights of a stage often. The number of groups is the best one: up to it the largest group's way
+    through all stages is the longer time, behind it the work of the slowest stage on all groups.
+    """
+    cut, replicas = machine.stages, machine.layout.dp
+    least = [_decode_s(machine, stage, work, min(replicas, work.batch))[0] for stage in cut]
+    compute = max(_decode_s(machine, stage, work, work.batch)[1] for stage in cut)
+
+    def busiest(groups: int) -> float:
+        # reads of all groups are least when all but one hold a single sequence per replica
+        most = [_decode_s(machine, stage, work, max(1, work.batch - (groups - 1) * replicas))[0] for stage in cut]
+        return max(compute, *(large + (groups - 1) * small for large, small in zip(most, least, strict=True)))
+
+    def passing(groups: int) -> list[tuple[float, float]]:
+        return [_decode_s(machine, stage, work, -(-work.batch // groups)) for stage in cut]
+
+    def cycle(groups: int) -> float:
+        return max(busiest(groups), sum(map(max, passing(groups))))
+
+    low, high = 1, -(-work.batch // replicas) if len(cut) > 1 else 1
+    while low < high:
+        middle = (low + high) // 2
+        if busiest(middle) >= sum(map(max, passing(middle))):
+            high = middle
+        else:
+            low = middle + 1
+    groups = min((max(1, low - 1), low), key=cycle)
+    slowest = max(passing(groups), key=max)
+    is_compute = slowest[1] > slowest[0] or cycle(groups) == compute
+    return cycle(groups), "compute" if is_compute else "memory"
+
+
+def _decode_s(machine: _Machine, stage: _Stage, work: Workload, batch: int) -> tuple[float, float]:
+    """Return the seconds for bytes and for FLOPs of one decode step of `batch` sequences in one stage.
+
+    The MTP module sees every token of the step, drafts from the last and reads its weights once per draft.
+    """
+    per_rank = -(-batch // machine.layout.dp)
+    config, drafts = machine.config, work.draft_tokens
+    queries = 1 + drafts
+    cached = cache_read_bytes(config, machine.question.kv_format, work.context)
+    core = _attention_flops(config, work.context)
+    read = machine.read_bytes(stage.weights, batch * queries) + stage.weights.head_bytes
+    read += per_rank * stage.num_layers * cached
+    rows = per_rank * queries
+    flops = machine.products(stage.weights, on_rank=rows, everyone=batch * queries, heads=rows)
+    flops += machine.attention(core) * (stage.num_layers * rows)
+    if stage.draft is not None and drafts:
+        read += machine.read_bytes(stage.draft, batch * queries)
+        read += (drafts - 1) * machine.read_bytes(stage.draft, batch)
+        read += drafts * (stage.draft.head_bytes + per_rank * cached)
+        seen = queries + drafts - 1
+        flops += machine.products(stage.draft, on_rank=per_rank * seen, everyone=batch * seen, heads=per_rank * drafts)
+        flops += machine.attention(core) * (per_rank * seen)
+    return read / machine.bandwidth, machine.seconds(flops)
+
+
+def _prefill_s(machine: _Machine, stage: _Stage, prompt: int, steps: float, *, replicas: int | None = None) -> float:
+    """Return the seconds of one stage for one prompt per replica.
+
+    Args:
+        machine, stage: where.
+        prompt: tokens.
+        steps: in which its weights are read; less than one when prompts share a step.
+        replicas: of the attention that have such a prompt, None: all.
+    """
+    config = machine.config
+    prompts = machine.layout.dp if replicas is None else replicas
+    whole = _prefill_attention_flops(config, prompt)
+    modules = [(stage.weights, stage.num_layers)] + ([(stage.draft, 1)] if stage.draft is not None else [])
+    read, flops = 0.0, Flops()
+    for weights, num_layers in modules:
+        read += steps * machine.read_bytes(weights, prompts * prompt / steps) + min(steps, 1) * weights.head_bytes
+        flops += machine.products(weights, on_rank=prompt, everyone=prompts * prompt, heads=1)
+        flops += machine.attention(whole) * num_layers
+    return max(read / machine.bandwidth, machine.seconds(flops))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer_weights(config: ModelConfig, layer: int, layout: Layout, precision: Precision) -> _Weights:
+    return _sum_weights(config, layer_matrices(config, layer), layout, precision)
+
+
+def _sum_weights(config: ModelConfig, matrices: Iterable[Matrix], layout: Layout, precision: Precision) -> _Weights:
+    total = _Weights()
+    for matrix in matrices:
+        held, flops = rank_weight_bytes(matrix, layout, precision), linear_flops(config, [matrix])
+        if matrix.name == "lm_head":
+            total += _Weights(head_bytes=held, head=flops)
+        elif matrix.sharding == "experts":
+            total += _Weights(expert_bytes=held, experts=flops)
+        else:
+            total += _Weights(fixed_bytes=held, fixed=flops)
+    return total
+
+
+def _attention_flops(config: ModelConfig, context: int) -> Flops:
+    """Of one token in one layer; a context that is selected whole needs no scores."""
+    flops = attention_flops(config, context, num_layers=1)
+    return flops if context > config.index_topk else Flops(bf16=flops.bf16)
+
+
+def _prefill_attention_flops(config: ModelConfig, prompt: int) -> Flops:
+    """Of a prompt in one layer, without the scores of tokens that see no more keys than are selected."""
+    near = min(prompt, config.index_topk)
+    unneeded = indexer_flops(config, near * (near + 1) / 2)
+    flops = prefill_attention_flops(config, prompt, num_layers=1)
+    return Flops(fp8=flops.fp8 - unneeded, bf16=flops.bf16)
+
+
+def seconds(work: Flops, target: TargetConfig, precision: Precision) -> float:
+    """Return the time of `work` at the dense rates of a GPU; FP8 falls back to BF16 where it is not there."""
+    assert target.gpu is not None
+    has_fp8 = target.gpu.fp8_tflops is not None and (target.sm or 0) >= FP8_SM and precision == "fp8"
+    fp8_rate = target.gpu.fp8_tflops if has_fp8 else target.gpu.bf16_tflops
+    assert fp8_rate is not None
+    return work.fp8 / (fp8_rate * 1e12) + work.bf16 / (target.gpu.bf16_tflops * 1e12)
+
+
+def cache_read_bytes(config: ModelConfig, kv_format: KvFormat, context: int) -> int:
+    """Bytes that one decoded token reads of one layer's cache: every indexer key, and the selected latents."""
+    both = cache_bytes_per_token(config, kv_format, num_layers=1)
+    index = (
+        config.index_head_dim + 4
+        if kv_format == "fp8_ds"
+        else both * config.index_head_dim // (config.index_head_dim + config.latent_dim)
+    )
+    scored = context if context > config.index_topk else 0  # a short context needs no scores
+    return index * scored + (both - index) * min(context, config.index_topk)
+
+
+def experts_hit(num_experts: int, per_token: int, num_tokens: float) -> float:
+    """Return how many experts a step of `num_tokens` reads, if tokens choose evenly and independently."""
+    return num_experts * (1.0 - (1.0 - per_token / num_experts) ** num_tokens)

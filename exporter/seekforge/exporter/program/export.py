@@ -1,0 +1,237 @@
+"""`export`: checkpoint folder in, canonical program folder out. Reads headers only, no weight bytes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import shutil
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from seekforge.common.dtypes import FROM_ONNX
+from seekforge.common.errors import ProgramError
+from seekforge.common.files import atomic_folder, sha256_file
+from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
+from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.schema import needless_tensors
+from seekforge.exporter.checkpoint.text_files import text_files
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.deepseek_v32.weights import unused_tensors
+from seekforge.exporter.program.inline import plain
+from seekforge.exporter.program.layers import check_range, count_groups, outside, truncate
+from seekforge.exporter.program.metadata import annotate
+from seekforge.exporter.program.ranks import check_ranks
+from seekforge.exporter.program.trace import OPSET, Traced, trace
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.tokenizer_file import without_limits
+from seekforge.formats.numerics import Numerics
+from seekforge.formats.program import (
+    PROGRAM_FORMAT,
+    GraphIO,
+    OpUse,
+    Program,
+    Role,
+    TensorSpec,
+    role_of,
+    save_program,
+)
+from seekforge.formats.weight_recipes import Ranks, Recipe, coverage
+from seekforge.plugins.functions.attach import attach
+from seekforge.plugins.functions.specialization import CANONICAL
+from seekforge.plugins.kernels.contracts import export_warnings
+from seekforge.plugins.registry import SPECS
+
+_ONE_RANK = Ranks()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote, for the command line.
+
+    `warnings`: a sentence for each thing of the checkpoint that was taken for granted or passed over, and for each
+    operator whose kernels do not take the model's sizes.
+    """
+
+    program: Program
+    num_nodes: dict[str, int]
+    num_weight_inputs: dict[str, int]
+    num_tensors: int
+    num_outside: int
+    warnings: tuple[str, ...]
+
+
+def export(
+    checkpoint_folder: Path,
+    out: Path,
+    *,
+    numerics: Numerics,
+    layer_range: tuple[int, int] | None = None,
+    num_layers: int | None = None,
+    ranks: Ranks = _ONE_RANK,
+    plain_f32: bool = False,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Exported:
+    """Trace the model of a checkpoint and write its canonical program.
+
+    Args:
+        checkpoint_folder: a DeepSeek-V3.2 checkpoint; only config.json and shard headers are read.
+        out: folder to make: model.onnx, mtp.onnx, program.json, bindings.json, tokenizer files.
+        numerics: which roundings the program makes.
+        layer_range: [a, b), layers of the main model; None takes all. The MTP module goes with the last one.
+        num_layers: export the model's first `num_layers` layers as a whole model, without MTP; None: all.
+        ranks: how many ranks share the model; the program is that of each of them.
+        plain_f32: write `model.f32.onnx` (and of MTP) besides, which ONNX Runtime opens without seekforge. No engine
+            is built from it.
+        force: replace a program that stands at `out`.
+        progress: told each stage.
+
+    Raises:
+        ConfigError, CheckpointError: the checkpoint is not what a `deepseek_v32` model needs.
+        ProgramError: the traced graph misses a promise.
+        OutputError: `out` cannot be written.
+    """
+    progress("read config and headers")
+    with open_checkpoint(checkpoint_folder) as opened:
+        whole, checkpoint, notes = opened.config, opened.checkpoint, opened.notes
+        needless = needless_tensors(checkpoint.names)
+        sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names if name not in needless}
+    config = whole if num_layers is None else truncate(whole, num_layers)
+    layer_range = layer_range or (0, config.num_hidden_layers)
+    check_range(layer_range, config)
+    check_ranks(config, ranks)
+    files = text_files(checkpoint_folder)
+    notes = (*notes, *check_tokenizer(checkpoint_folder, config))
+    settings = Settings(config, numerics, activations=CANONICAL.activations, ranks=ranks)
+    graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
+    if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:
+        graphs["mtp"] = None
+    with atomic_folder(out, force=force, marker="program.json") as folder:
+        traced = {
+            name: trace(settings, layers, lambda stage, name=name: progress(f"{name}: {stage}"))
+            for name, layers in graphs.items()
+        }
+        bindings = {name: graph.recipes for name, graph in traced.items()}
+        progress("account for every checkpoint element")
+        away = outside(sizes, config, layer_range=layer_range, has_mtp="mtp" in graphs)
+        unused = unused_tensors(config) if "mtp" in graphs else {}
+        unused = {name: reason for name, reason in unused.items() if name in sizes}
+        shared = _account(bindings, sizes, unused, away)
+        progress("attach function bodies, check, write")
+        faces, ops = {}, {}
+        for name, graph in traced.items():
+            attach(graph.model, CANONICAL)
+            annotate(
+                graph.model,
+                name,
+                version=importlib.metadata.version("seekforge"),
+                config=config,
+                numerics=numerics.name,
+                layer_range=layer_range,
+                ranks=ranks,
+            )
+            faces[name] = _write_graph(graph, folder, f"{name}.onnx")
+            _count_ops(graph.model, ops)
+            if plain_f32:
+                _write_plain(graph.model, config, folder / f"{name}.f32.onnx")
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint_folder / name, folder / name)
+        (folder / "tokenizer.json").write_bytes(without_limits((folder / "tokenizer.json").read_bytes()))
+        program = Program(
+            format=PROGRAM_FORMAT,
+            seekforge_version=importlib.metadata.version("seekforge"),
+            opset=OPSET,
+            layer_range=layer_range,
+            numerics=numerics.to_dict(),
+            config=config.model_dump(mode="json"),
+            truncated_from=None if config is whole else whole.num_hidden_layers,
+            ops=ops,
+            graphs=faces,
+            unused=unused | needless,
+            outside=count_groups(away),
+            tp=ranks.tp,
+            ep=ranks.ep,
+            shared=shared,
+            files=tuple(files),
+        )
+        save_program(folder, program, bindings)
+    return Exported(
+        program=program,
+        num_nodes={name: len(graph.model.graph.node) for name, graph in traced.items()},
+        num_weight_inputs={name: len(graph.recipes) for name, graph in traced.items()},
+        num_tensors=len(sizes),
+        num_outside=len(away),
+        warnings=(*notes, *export_warnings(config, ops=[op for op in SPECS if op in ops], ranks=ranks)),
+    )
+
+
+def _account(
+    bindings: dict[str, dict[str, Recipe]], sizes: dict[str, int], unused: Container[str], away: Container[str]
+) -> dict[str, list[str]]:
+    """Check that every checkpoint element is read, deliberately unused, or outside; return what is shared.
+
+    Raises:
+        ProgramError: elements are left over, or an input reads a tensor that is not there.
+    """
+    read = coverage({f"{graph}:{name}": recipe for graph, named in bindings.items() for name, recipe in named.items()})
+    unknown = sorted(set(read.used) - set(sizes))
+    if unknown:
+        raise ProgramError(f"bindings read {unknown[0]}, which the checkpoint does not have")
+    for name, size in sizes.items():
+        used = read.used.get(name, 0)
+        if name in unused or name in away:
+            if used:
+                reason = "is declared unused" if name in unused else "is outside the layer range"
+                raise ProgramError(f"bindings read {name}, which {reason}")
+        elif used != size:
+            raise ProgramError(f"bindings read {used} of {size} elements of {name}; every element must be used")
+    return read.shared
+
+
+def _write_plain(model: onnx.ModelProto, config: ModelConfig, path: Path) -> None:
+    form = plain(model, config)
+    onnx.checker.check_model(form, full_check=True)
+    path.write_bytes(form.SerializeToString(deterministic=True))
+
+
+def _write_graph(graph: Traced, folder: Path, file: str) -> GraphIO:
+    onnx.checker.check_model(graph.model, full_check=True)
+    path = folder / file
+    path.write_bytes(graph.model.SerializeToString(deterministic=True))
+    inputs = [
+        _tensor_spec(value, "weight" if value.name in graph.recipes else "token") for value in graph.model.graph.input
+    ]
+    outputs = [_tensor_spec(value, "result") for value in graph.model.graph.output]
+    return GraphIO(
+        file=file, sha256=sha256_file(path), inputs=tuple(inputs), outputs=tuple(outputs), aliases=graph.aliases
+    )
+
+
+def _tensor_spec(value: onnx.ValueInfoProto, otherwise: Role) -> TensorSpec:
+    """Describe a graph input or output; its name tells its role, or it has the role `otherwise`."""
+    tensor = value.type.tensor_type
+    return TensorSpec(
+        name=value.name,
+        dtype=FROM_ONNX[tensor.elem_type],
+        shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
+        role=role_of(value.name) or otherwise,
+    )
+
+
+def _count_ops(model: onnx.ModelProto, ops: dict[str, OpUse]) -> None:
+    """Add the custom nodes of `model` to `ops`."""
+    for node in model.graph.node:
+        spec = SPECS.get(node.op_type)
+        if spec is None:
+            continue
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name != "plugin_namespace"}
+        values = {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
+        before = ops.get(spec.name)
+        if before is not None and before.attributes != values:
+            raise ProgramError(f"{spec.name}: nodes differ in attributes {before.attributes} and {values}")
+        count = 1 if before is None else before.num_nodes + 1
+        ops[spec.name] = OpUse(version=spec.version, attributes=values, num_nodes=count)

@@ -1,0 +1,52 @@
+"""A graph without functions: every custom operator replaced by its body, so that standard runtimes read the file."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import onnx
+from onnx import inliner
+
+from seekforge.exporter.program.metadata import annotate_again
+from seekforge.exporter.program.specialize import specialise
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.plugins.functions.attach import attach
+from seekforge.plugins.functions.specialization import Specialisation
+
+#: The form that ONNX Runtime's CPU provider computes: it has no kernels for bf16.
+F32: Final = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
+
+_DESCRIPTION: Final = (
+    "The program in FP32, its custom operators replaced by operators of ONNX: for ONNX Runtime without seekforge, and "
+    "for viewers. Weights are inputs as in the canonical program, with f32 where that has bf16; caches are f32."
+)
+
+
+def plain(model: onnx.ModelProto, config: ModelConfig) -> onnx.ModelProto:
+    """Return a canonical graph in the form that ONNX Runtime opens as it is."""
+    concrete = specialise(model, F32, config)
+    attach(concrete, F32)
+    result = inline(concrete)
+    annotate_again(result, _DESCRIPTION, {"form": "plain program in f32", "custom_operators": "none"})
+    return result
+
+
+def inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy with the bodies of its functions in place of their calls, and only the domains that are left."""
+    result = inliner.inline_local_functions(model)
+    left = _domains(result.graph)
+    keep = [entry for entry in result.opset_import if entry.domain in left]
+    del result.opset_import[:]
+    result.opset_import.extend(keep)
+    return result
+
+
+def _domains(graph: onnx.GraphProto) -> set[str]:
+    """Domains of all nodes, bodies of Scan and If included, and the standard one."""
+    domains = {""}
+    for node in graph.node:
+        domains.add("" if node.domain == "ai.onnx" else node.domain)
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                domains |= _domains(attribute.g)
+    return domains

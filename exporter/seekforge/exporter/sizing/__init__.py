@@ -1,0 +1,1 @@
+"""What a model, its caches and its steps take in memory."""

@@ -1,0 +1,548 @@
+"""Bytes and FLOPs of a `deepseek_v32` model from its config alone. Pure arithmetic: no torch, no GPU, no file.
+
+The runtime sizes its cache with it, `build` decides whether an engine fits, `plan` shows it. Formulas are those of
+spec §2.4, §7.3 and §9, and tests hold them against the numbers there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
+from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.program import BLOCK_SIZE
+
+Precision = Literal["fp8", "bf16"]
+KvFormat = Literal["f32", "bf16", "fp8_ds"]
+#: How a matrix is divided among tensor-parallel ranks: not at all, by heads or columns, or by whole experts.
+Sharding = Literal["none", "tensor", "experts"]
+
+GIB = 1 << 30
+#: BF16 in the checkpoint and read as f32 in every step, so engines convert them once. What is multiplied stays BF16:
+#: `Bf16Linear` gives f32 results all the same (spec §5.3).
+_HELD_IN_F32 = ("norms", "mtp norms", "norm")
+#: What a rank needs beside weights, cache and scratch: CUDA context and libraries, captured graphs (of one shape each),
+#: communication buffers when there is more than one rank, and a share of memory that the allocator cannot use.
+CONTEXT_BYTES = 3 * GIB // 4
+GRAPH_BYTES = 1 * GIB
+COMMUNICATION_BYTES = 1 * GIB // 2
+UNUSABLE_SHARE = 0.02
+#: What TensorRT-RTX 1.7 keeps for its own matrix products, whatever their size, and a half more for splits of K.
+PRODUCT_BYTES = 12 << 20
+#: Tokens that one step may hold, in one prefill, when nothing else is said.
+DEFAULT_STEP_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One or several equal parameter tensors.
+
+    Attributes:
+        name: last parts of the checkpoint's name.
+        rows, cols: out and in features; cols 1 for a vector.
+        dtype: f8e4m3 (with f32 scales of 128×128 blocks), bf16 or f32.
+        sharding: what divides it.
+        count: how many; experts.
+        active: how many of them one token multiplies with; 0 for what is no matrix product.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    dtype: Literal["f8e4m3", "bf16", "f32"]
+    sharding: Sharding = "none"
+    count: int = 1
+    active: int = 1
+
+    @property
+    def elements(self) -> int:
+        """Parameters, all copies."""
+        return self.rows * self.cols * self.count
+
+    @property
+    def scales(self) -> int:
+        """f32 scales, all copies."""
+        blocks = -(-self.rows // FP8_BLOCK) * -(-self.cols // FP8_BLOCK)
+        return blocks * self.count if self.dtype == "f8e4m3" else 0
+
+    def num_bytes(self, precision: Precision = "fp8") -> int:
+        """Bytes of all copies; with `bf16`, FP8 weights are held dequantised."""
+        if self.dtype == "f8e4m3":
+            return self.elements + 4 * self.scales if precision == "fp8" else 2 * self.elements
+        return self.elements * (2 if self.dtype == "bf16" else 4)
+
+
+def layer_matrices(config: ModelConfig, layer: int) -> list[Matrix]:
+    """Return the parameters of a layer as the checkpoint holds them (spec §2.3), MTP extras included."""
+    c, heads = config, config.num_attention_heads
+    hidden, latent = c.hidden_size, c.kv_lora_rank
+    found = [
+        Matrix("q_a_proj", c.q_lora_rank, hidden, "f8e4m3"),
+        Matrix("q_b_proj", heads * c.qk_head_dim, c.q_lora_rank, "f8e4m3", "tensor"),
+        Matrix("kv_a_proj_with_mqa", c.latent_dim, hidden, "f8e4m3"),
+        Matrix("kv_b_proj", heads * (c.qk_nope_head_dim + c.v_head_dim), latent, "f8e4m3", "tensor"),
+        Matrix("o_proj", hidden, heads * c.v_head_dim, "f8e4m3", "tensor"),
+        Matrix("indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank, "f8e4m3"),
+        Matrix("indexer.wk", c.index_head_dim, hidden, "f8e4m3"),
+        Matrix("indexer.weights_proj", c.index_n_heads, hidden, "bf16"),
+        Matrix("indexer.k_norm", 2 * c.index_head_dim, 1, "f32", active=0),
+        Matrix("norms", 2 * hidden + c.q_lora_rank + latent, 1, "bf16", active=0),
+    ]
+    if c.is_moe_layer(layer):
+        inner, shared = c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts
+        experts, active = c.n_routed_experts, c.num_experts_per_tok
+        found += [
+            Matrix("experts.gate_up", inner, hidden, "f8e4m3", "experts", 2 * experts, 2 * active),
+            Matrix("experts.down", hidden, inner, "f8e4m3", "experts", experts, active),
+            Matrix("shared_experts.gate_up", shared, hidden, "f8e4m3", "tensor", 2, 2),
+            Matrix("shared_experts.down", hidden, shared, "f8e4m3", "tensor"),
+            Matrix("gate", experts, hidden, "bf16"),
+            Matrix("gate.e_score_correction_bias", experts, 1, "f32", active=0),
+        ]
+    else:
+        found += [
+            Matrix("mlp.gate_up", c.intermediate_size, hidden, "f8e4m3", "tensor", 2, 2),
+            Matrix("mlp.down", hidden, c.intermediate_size, "f8e4m3", "tensor"),
+        ]
+    if layer == c.mtp_layer:
+        found += [Matrix("eh_proj", hidden, 2 * hidden, "bf16"), Matrix("mtp norms", 3 * hidden, 1, "bf16", active=0)]
+    return found
+
+
+def end_matrices(config: ModelConfig) -> tuple[list[Matrix], list[Matrix]]:
+    """Return the parameters before the first layer and those behind the last one."""
+    embedding = Matrix("embed_tokens", config.vocab_size, config.hidden_size, "bf16", "tensor", active=0)
+    norm = Matrix("norm", config.hidden_size, 1, "bf16", active=0)
+    return [embedding], [norm, Matrix("lm_head", config.vocab_size, config.hidden_size, "bf16", "tensor")]
+
+
+def all_matrices(config: ModelConfig, *, mtp: bool) -> Iterator[Matrix]:
+    """All parameters, each once: embedding and head are shared with the MTP module."""
+    first, last = end_matrices(config)
+    yield from first
+    for layer in range(config.num_hidden_layers):
+        yield from layer_matrices(config, layer)
+    yield from last
+    if mtp and config.mtp_layer is not None:
+        yield from layer_matrices(config, config.mtp_layer)
+
+
+def num_parameters(config: ModelConfig, *, mtp: bool = False) -> int:
+    """Parameters without scales (spec §9.1)."""
+    return sum(matrix.elements for matrix in all_matrices(config, mtp=mtp))
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token meets in the main model, embedding and head included (spec §9.1)."""
+    return sum(
+        matrix.rows * matrix.cols * (matrix.active if matrix.sharding == "experts" else matrix.count)
+        for matrix in all_matrices(config, mtp=False)
+    )
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Tensor bytes of the whole checkpoint, whose MTP layer carries its own embedding and head (spec §2.4)."""
+    total = sum(matrix.num_bytes() for matrix in all_matrices(config, mtp=True))
+    if config.mtp_layer is not None:
+        first, last = end_matrices(config)
+        total += first[0].num_bytes() + last[1].num_bytes()
+    return total
+
+
+def weight_bytes(config: ModelConfig, *, mtp: bool = False, precision: Precision = "fp8") -> int:
+    """Weight bytes that engines hold on one GPU, see `held_bytes`."""
+    return sum(held_bytes(matrix, precision) for matrix in all_matrices(config, mtp=mtp))
+
+
+def held_bytes(matrix: Matrix, precision: Precision) -> int:
+    """Bytes of a matrix as an engine holds it.
+
+    `kv_b_proj` is dequantised to BF16 for the absorbed form; norms are f32.
+    """
+    if matrix.name in _HELD_IN_F32:
+        return 4 * matrix.elements
+    return matrix.num_bytes("bf16" if matrix.name == "kv_b_proj" else precision)
+
+
+# --- cache ----------------------------------------------------------------------------------------------------
+
+
+def cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, num_layers: int | None = None) -> int:
+    """Bytes of latent and indexer key per token (spec §7.3).
+
+    Args:
+        config: of the model.
+        kv_format: `fp8_ds`: 656 + 132 bytes at V3.2's sizes; bf16 and f32: both keys in that type.
+        num_layers: layers with a cache; None: all of the main model.
+    """
+    layers = config.num_hidden_layers if num_layers is None else num_layers
+    if kv_format == "fp8_ds":
+        latent = config.kv_lora_rank + 4 * -(-config.kv_lora_rank // FP8_BLOCK) + 2 * config.qk_rope_head_dim
+        return layers * (latent + config.index_head_dim + 4)
+    return layers * (config.latent_dim + config.index_head_dim) * (2 if kv_format == "bf16" else 4)
+
+
+def cache_bytes(config: ModelConfig, kv_format: KvFormat, *, context: int, batch: int, num_layers: int) -> int:
+    """Bytes for `batch` sequences of `context` tokens in whole blocks, and the scrap block."""
+    blocks = batch * -(-context // BLOCK_SIZE) + 1
+    return blocks * BLOCK_SIZE * cache_bytes_per_token(config, kv_format, num_layers=num_layers)
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by the precision that the reference multiplies in (2 per multiply and add)."""
+
+    fp8: float = 0.0
+    bf16: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.fp8 + other.fp8, self.bf16 + other.bf16)
+
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(self.fp8 * factor, self.bf16 * factor)
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.fp8 + self.bf16
+
+
+def linear_flops(config: ModelConfig, matrices: Sequence[Matrix] | None = None) -> Flops:
+    """FLOPs of all matrix products with weights for one token of the main model, head included (spec §9.2).
+
+    Args:
+        config: of the model.
+        matrices: of these only; None: the whole main model.
+    """
+    total = Flops()
+    for matrix in all_matrices(config, mtp=False) if matrices is None else matrices:
+        work = 2.0 * matrix.rows * matrix.cols * matrix.active
+        # kv_b_proj is absorbed: the same number of products, by head, in BF16
+        is_fp8 = matrix.dtype == "f8e4m3" and matrix.name != "kv_b_proj"
+        total += Flops(fp8=work) if is_fp8 else Flops(bf16=work)
+    return total
+
+
+def attention_flops(config: ModelConfig, keys: float, *, num_layers: int | None = None) -> Flops:
+    """FLOPs of sparse attention (BF16) and of the indexer's scores (FP8) for one token that sees `keys` keys."""
+    layers = config.num_hidden_layers if num_layers is None else num_layers
+    core = 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank) * min(keys, config.index_topk)
+    return Flops(fp8=layers * indexer_flops(config, keys), bf16=layers * core)
+
+
+def indexer_flops(config: ModelConfig, keys: float) -> float:
+    """FLOPs of one layer's indexer scores for one token."""
+    return 2.0 * config.index_n_heads * config.index_head_dim * keys
+
+
+def dense_attention_flops(config: ModelConfig, keys: float, *, absorbed: bool) -> float:
+    """What attention over all keys would cost, for comparison (spec §9.2)."""
+    width = config.latent_dim + config.kv_lora_rank if absorbed else config.qk_head_dim + config.v_head_dim
+    return 2.0 * config.num_hidden_layers * config.num_attention_heads * width * keys
+
+
+def prefill_attention_flops(config: ModelConfig, prompt: int, *, num_layers: int | None = None) -> Flops:
+    """FLOPs of attention and indexer over a whole prompt: the sum over its tokens, each seeing those before it."""
+    layers = config.num_hidden_layers if num_layers is None else num_layers
+    near = min(prompt, config.index_topk)
+    core_keys = near * (near + 1) / 2 + (prompt - near) * config.index_topk
+    core = 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank) * core_keys
+    return Flops(fp8=layers * indexer_flops(config, prompt * (prompt + 1) / 2), bf16=layers * core)
+
+
+# --- one rank -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over GPUs.
+
+    Attributes:
+        tp: ranks that divide heads, dense and shared MLPs, embedding and head. Each holds the whole latent cache.
+        dp: attention replicas, each with its own sequences; experts are divided over all tp·dp ranks.
+        pp: stages of consecutive layers.
+    """
+
+    tp: int = 1
+    dp: int = 1
+    pp: int = 1
+
+    @property
+    def num_gpus(self) -> int:
+        """All ranks."""
+        return self.tp * self.dp * self.pp
+
+    @property
+    def ep(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return self.tp * self.dp
+
+    def __str__(self) -> str:
+        parts = [f"{name}{n}" for name, n in (("TP", self.tp), ("DP", self.dp), ("PP", self.pp)) if n > 1]
+        if self.dp > 1:
+            parts.append(f"EP{self.ep}")
+        return "·".join(parts) or "1 GPU"
+
+
+def fault_of(layout: Layout, config: ModelConfig) -> str | None:
+    """Return why a model cannot be spread so, or None."""
+    if config.num_attention_heads % layout.tp:
+        return f"TP{layout.tp} does not divide num_attention_heads {config.num_attention_heads}"
+    for key in ("moe_intermediate_size", "intermediate_size"):
+        size = getattr(config, key) * (config.n_shared_experts if key == "moe_intermediate_size" else 1)
+        if size % (layout.tp * FP8_BLOCK):
+            return f"TP{layout.tp} does not cut {key} {size} into whole blocks of {FP8_BLOCK}"
+    if layout.ep > config.n_routed_experts:
+        return f"EP{layout.ep} is more than the {config.n_routed_experts} experts"
+    if layout.pp > config.num_hidden_layers:
+        return f"PP{layout.pp} is more than the {config.num_hidden_layers} layers"
+    return None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be served.
+
+    Attributes:
+        context: tokens of each sequence, prompt and answer.
+        batch: sequences at once, over all replicas.
+        step_tokens: most tokens of one prefill step.
+        draft_tokens: tokens that MTP drafts per step; 0 without.
+    """
+
+    context: int
+    batch: int = 1
+    step_tokens: int = DEFAULT_STEP_TOKENS
+    draft_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one GPU of the fullest rank; each part is counted once.
+
+    Attributes:
+        weights: of the rank, MTP module included where it is asked for.
+        cache: latents and indexer keys.
+        indexer_scores: scores of the indexer, part of the scratch memory that operators share.
+        scratch: how much longer that shared memory is for the greediest operator.
+        activations: see `activation_bytes`.
+        graphs: captured CUDA graphs.
+        cuda_context: CUDA and its libraries.
+        communication: buffers between ranks; 0 on one GPU.
+    """
+
+    weights: int
+    cache: int
+    indexer_scores: int
+    scratch: int
+    activations: int
+    graphs: int
+    cuda_context: int
+    communication: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def rank_weight_bytes(matrix: Matrix, layout: Layout, precision: Precision) -> int:
+    """Bytes of a matrix on one rank; the fullest rank where it does not divide."""
+    whole = held_bytes(matrix, precision)
+    match matrix.sharding:
+        case "tensor":
+            return -(-whole // layout.tp)
+        case "experts":
+            experts = _experts_of(matrix)
+            return whole // experts * -(-experts // layout.ep)
+        case _:
+            return whole
+
+
+def _experts_of(matrix: Matrix) -> int:
+    """Number of experts: gate and up of one expert count as one."""
+    return matrix.count // 2 if matrix.name.endswith("gate_up") else matrix.count
+
+
+def stages(config: ModelConfig, layout: Layout, precision: Precision, *, mtp: bool) -> tuple[tuple[range, int], ...]:
+    """Return each pipeline stage's layers and weight bytes per rank; cuts keep the fullest stage least full."""
+    return _stages(config, layout, precision, mtp)  # pyright: ignore[reportArgumentType] - frozen, so hashable
+
+
+@functools.lru_cache(maxsize=1024)
+def _stages(config: ModelConfig, layout: Layout, precision: Precision, mtp: bool) -> tuple[tuple[range, int], ...]:
+    first, last = end_matrices(config)
+
+    def size(matrices: Sequence[Matrix]) -> int:
+        return sum(rank_weight_bytes(matrix, layout, precision) for matrix in matrices)
+
+    weights = [size(layer_matrices(config, layer)) for layer in range(config.num_hidden_layers)]
+    weights[0] += size(first)
+    weights[-1] += size(last)
+    if mtp and config.mtp_layer is not None:
+        weights[-1] += size(layer_matrices(config, config.mtp_layer))
+        if layout.pp > 1:
+            weights[-1] += size(first)  # the MTP module embeds tokens too
+    low, high = max(weights), sum(weights)
+    while low < high:
+        limit = (low + high) // 2
+        if _count_stages(weights, limit) <= layout.pp:
+            high = limit
+        else:
+            low = limit + 1
+    result: list[tuple[range, int]] = []
+    start = 0
+    while start < len(weights):
+        stop, total = start, 0
+        left = layout.pp - len(result) - 1  # stages after this one need a layer each
+        while stop < len(weights) - left and total + weights[stop] <= low:
+            total += weights[stop]
+            stop += 1
+        result.append((range(start, stop), total))
+        start = stop
+    return tuple(result)
+
+
+def _count_stages(weights: Sequence[int], limit: int) -> int:
+    count, total = 1, 0
+    for weight in weights:
+        if total + weight > limit:
+            count, total = count + 1, 0
+        total += weight
+    return count
+
+
+def reserve_bytes(layout: Layout) -> int:
+    """What the runtime keeps for CUDA, graphs and communication."""
+    return CONTEXT_BYTES + GRAPH_BYTES + communication_bytes(layout)
+
+
+def communication_bytes(layout: Layout) -> int:
+    """Buffers between ranks."""
+    return COMMUNICATION_BYTES if layout.num_gpus > 1 else 0
+
+
+def scratch_bytes(
+    config: ModelConfig, layout: Layout, work: Workload, kv_format: KvFormat, *, kernels: Kernels = ANY_KERNELS
+) -> int:
+    """Scratch memory of the greediest operator in a prefill of one sequence and in a decode step of all.
+
+    Operators run one after another, so their scratch memory is shared.
+    """
+    return max(operator_scratch_bytes(config, layout, work, kv_format, kernels=kernels).values())
+
+
+def operator_scratch_bytes(
+    config: ModelConfig,
+    layout: Layout,
+    work: Workload,
+    kv_format: KvFormat,
+    *,
+    kernels: Kernels = ANY_KERNELS,
+    steps: Sequence[tuple[int, int]] | None = None,
+) -> dict[str, int]:
+    """Scratch memory that each operator asks for on one rank, by its name; the most over all steps.
+
+    Args:
+        config, layout, work: what runs where.
+        kv_format: of both caches.
+        kernels: that run it.
+        steps: largest (sequences of a replica, new tokens of each) of each kind of step; None: one prefill and one
+            decode step of the workload.
+    """
+    if steps is None:
+        steps = ((1, min(work.step_tokens, work.context)), (-(-work.batch // layout.dp), 1 + work.draft_tokens))
+    found = [
+        step_scratch_bytes(
+            config,
+            batch,
+            queries,
+            context=work.context,
+            kv_format=kv_format,
+            kernels=kernels,
+            tp=layout.tp,
+            dp=layout.dp,
+        )
+        for batch, queries in steps
+    ]
+    return {op: max(one[op] for one in found) for op in found[0]}
+
+
+def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
+    """Activations that live at once in the widest place of a step, and the logits of a decode step. An estimate.
+
+    The residual stream is counted ten times in bf16: as a layer takes it and as it hands it on, two values each, and
+    normed, summed in f32 and copied between. Beside it is the widest of three places. Attention: queries of all heads,
+    absorbed ones twice (in the order of the product and in that of the operator), outputs. Indexer: queries of all
+    heads, its own in bf16 and twice in f32. MLP: gate and up in bf16 and f32. TensorRT's own products have a workspace,
+    and those of a single token per head copy their weight. What TensorRT says of its plans is held against this by a
+    test.
+    """
+    heads, per_rank = config.num_attention_heads // layout.tp, -(-work.batch // layout.dp)
+    tokens = max(min(work.step_tokens, work.context), per_rank * (1 + work.draft_tokens))
+    attention = heads * (config.qk_head_dim + 2 * config.kv_lora_rank + config.v_head_dim) * 2
+    indexer = heads * config.qk_head_dim * 2 + config.index_n_heads * config.index_head_dim * (2 + 4 + 4)
+    mlp = max(config.intermediate_size, config.moe_intermediate_size * config.n_shared_experts) // layout.tp * 2 * 6
+    stream = config.hidden_size * 2 * 10
+    products = PRODUCT_BYTES + heads * max(config.qk_nope_head_dim, config.v_head_dim) * config.kv_lora_rank * 2
+    return (
+        tokens * (stream + max(attention, indexer, mlp) + selection_bytes(config))
+        + products
+        + logits_bytes(config, layout, work)
+    )
+
+
+def logits_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
+    """Logits of a decode step, which a runtime holds beside what plans share, twice."""
+    return -(-work.batch // layout.dp) * (1 + work.draft_tokens) * config.vocab_size * 4 * 2
+
+
+def selection_bytes(config: ModelConfig) -> int:
+    """Bytes per token of what one layer chooses, keys and experts, which every engine gives as outputs."""
+    return (config.index_topk + config.num_experts_per_tok) * 4
+
+
+def rank_memory(
+    config: ModelConfig,
+    layout: Layout,
+    work: Workload,
+    *,
+    precision: Precision,
+    kv_format: KvFormat,
+    mtp: bool,
+    kernels: Kernels = ANY_KERNELS,
+    steps: Sequence[tuple[int, int]] | None = None,
+) -> RankMemory:
+    """Return the bytes of the fullest rank; `kernels` and `steps` are those of `operator_scratch_bytes`."""
+    cut = stages(config, layout, precision, mtp=mtp)
+    per_rank = -(-work.batch // layout.dp)
+    fullest: tuple[int, int] | None = None
+    for number, (layers, weights) in enumerate(cut):
+        cached = len(layers) + (1 if mtp and config.mtp_layer is not None and number == len(cut) - 1 else 0)
+        cache = cache_bytes(config, kv_format, context=work.context, batch=per_rank, num_layers=cached)
+        if fullest is None or weights + cache > sum(fullest):
+            fullest = (weights, cache)
+    assert fullest is not None
+    scratch = operator_scratch_bytes(config, layout, work, kv_format, kernels=kernels, steps=steps)
+    return RankMemory(
+        weights=fullest[0],
+        cache=fullest[1],
+        indexer_scores=scratch["DsaIndexer"],
+        scratch=max(scratch.values()) - scratch["DsaIndexer"],
+        activations=activation_bytes(config, layout, work),
+        graphs=GRAPH_BYTES,
+        cuda_context=CONTEXT_BYTES,
+        communication=communication_bytes(layout),
+    )
+
+
+def usable_bytes(memory_gib: float) -> int:
+    """What an engine may use of a GPU with `memory_gib` GiB."""
+    return math.floor(memory_gib * GIB * (1 - UNUSABLE_SHARE))

@@ -1,0 +1,1 @@
+"""What every part stands on: errors, files, text for a terminal. It knows nothing of models, operators or engines."""

@@ -1,0 +1,1 @@
+"""What all commands share: types of options, progress, text for a terminal, charts."""

@@ -1,0 +1,69 @@
+"""What differs between operating systems: the one place that asks for calls which not every system has.
+
+Linux has everything, macOS what the CPU path needs; Windows lacks too much of it (signals, rename over an open file,
+memory maps that may be unlinked), and is refused with a sentence instead of failing somewhere in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from seekforge.common.errors import EnvironmentFault
+
+
+def check_platform() -> None:
+    """Refuse a system that seekforge does not run on.
+
+    Raises:
+        EnvironmentFault: it is Windows.
+    """
+    if sys.platform in ("win32", "cygwin", "msys"):
+        raise EnvironmentFault("seekforge runs on Linux and macOS, and this is Windows; use it inside WSL 2")
+
+
+def read_at(file: int, out: memoryview, offset: int) -> int:
+    """Read from a place of an open file into `out`, without moving the file's position.
+
+    Args:
+        file: descriptor.
+        out: bytes to fill.
+        offset: in the file.
+
+    Returns:
+        How many bytes came, 0 at the end of the file; possibly fewer than `out` holds.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [out], offset)
+    data = os.pread(file, len(out), offset)  # macOS before 11: one copy more
+    out[: len(data)] = data
+    return len(data)
+
+
+def peak_bytes() -> int:
+    """Return the most main memory that this process has held; 0 where nobody tells.
+
+    `ru_maxrss` will not do where there is better: it begins with what the process had that started this one.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def cpu_seconds() -> float:
+    """Return the processor time that this process has used."""
+    times = os.times()
+    return times.user + times.system

@@ -1,0 +1,1 @@
+"""Checkpoints as they are downloaded: config.json, safetensors, the tokenizer, the hub."""

@@ -1,0 +1,286 @@
+"""The forms in which `config.json` of one and the same model is written, brought to the plain one.
+
+transformers 5 writes other keys than the released checkpoint (`rope_parameters` for `rope_scaling` and `rope_theta`,
+`mlp_layer_types` beside `first_k_dense_replace`), `null` where nothing is said, and leaves out what its own class has
+fixed. What says the same is read as the same. What says something else is refused by its own name, since a key that
+is passed over in silence would give wrong text.
+
+Sources: transformers 5.24, models/deepseek_v32/configuration_deepseek_v32.py (`DeepseekV32Config`),
+modeling_rope_utils.py (`_compute_yarn_parameters`: defaults of beta_fast and beta_slow), utils/quantization_config.py
+(`FineGrainedFP8Config`); the modelling code of deepseek-ai/DeepSeek-V3 (`DeepseekV3YarnRotaryEmbedding`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from seekforge.common.errors import ConfigError
+
+#: What every model of this type has, and transformers 5 therefore does not write of a model that it made itself.
+_FIXED: Final[dict[str, Any]] = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+}
+#: Other names of a key, as transformers' class knows them.
+_ALIASES: Final = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
+_ROPE_KEYS: Final = (
+    "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+)  # fmt: skip
+#: Who writes other quantised formats, by `quant_method`.
+_OTHERS: Final = {
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "LLM Compressor",
+    "fbgemm_fp8": "FBGEMM",
+    "gptq": "GPTQ",
+    "modelopt": "NVIDIA ModelOpt",
+    "modelopt_fp4": "NVIDIA ModelOpt",
+    "mxfp4": "MXFP4",
+    "quark": "AMD Quark",
+    "torchao": "torchao",
+}
+#: Where a checkpoint is that seekforge reads; said where a file itself cannot be mended.
+TAKE: Final = "take a checkpoint in DeepSeek's own FP8 format, such as deepseek-ai/DeepSeek-V3.2"
+
+
+def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return a decoded `config.json` in the plain form: the keys of the released checkpoint.
+
+    Args:
+        raw: the decoded JSON, of `model_type` deepseek_v32.
+        origin: what to call it in an error.
+
+    Returns:
+        The plain form, and a sentence for each thing that was taken for granted and could be of interest.
+
+    Raises:
+        ConfigError: two keys contradict each other, or one asks for what this project does not compute.
+    """
+    config = dict(raw)
+    notes: list[str] = []
+    for alias, key in _ALIASES.items():
+        _same(config, alias, key, origin)
+    _layer_types(config, origin)
+    if config.get("mlp_bias", False):
+        raise ConfigError(f"{origin}: mlp_bias is {config['mlp_bias']!r}, expected false: DeepSeek-V3.2 has no biases")
+    if config.get("rope_parameters") is not None:  # written by transformers 5
+        for key, value in _FIXED.items():
+            config.setdefault(key, value)
+    _rope(config, origin)
+    _one_of(config, "eos_token_id")
+    _quantisation(config, origin, notes)
+    return config, tuple(notes)
+
+
+def _same(config: dict[str, Any], alias: str, key: str, origin: str) -> None:
+    """Move `alias` to `key`; both are fine where they agree."""
+    value = config.pop(alias, None)
+    if value is None:
+        return
+    if config.setdefault(key, value) != value:
+        raise ConfigError(
+            f"{origin}: {alias} is {value!r} and {key} is {config[key]!r}, two names of one thing; leave one out"
+        )
+
+
+def _one_of(config: dict[str, Any], key: str) -> None:
+    """Take the only value of a list of one."""
+    value = config.get(key)
+    if isinstance(value, list) and len(value) == 1:
+        config[key] = value[0]
+
+
+def _layer_types(config: dict[str, Any], origin: str) -> None:
+    """Compare the lists of layers that transformers writes with what a DeepSeek-V3.2 is."""
+    attention = config.pop("layer_types", None)
+    if isinstance(attention, list):
+        other = next((kind for kind in attention if kind != "indexed_attention"), None)
+        if other is not None:
+            raise ConfigError(f"{origin}: layer_types has {other!r}, expected indexed_attention in every layer")
+    mlps, layers = config.pop("mlp_layer_types", None), config.get("num_hidden_layers")
+    if not isinstance(mlps, list):
+        return
+    dense = next((number for number, kind in enumerate(mlps) if kind != "dense"), len(mlps))
+    if any(kind != "sparse" for kind in mlps[dense:]) or (type(layers) is int and len(mlps) != layers):
+        raise ConfigError(
+            f"{origin}: mlp_layer_types is no run of dense layers with sparse ones behind it, one for each of the "
+            f"{layers} layers; DeepSeek-V3.2 has only such"
+        )
+    first = config.setdefault("first_k_dense_replace", dense)
+    if type(first) is int and min(first, len(mlps)) != dense:
+        raise ConfigError(
+            f"{origin}: mlp_layer_types begins with {dense} dense layers and first_k_dense_replace is {first}, two "
+            "names of one thing; leave one of them out"
+        )
+
+
+# --- rotary embedding -----------------------------------------------------------------------------------------
+
+
+def _rope(config: dict[str, Any], origin: str) -> None:
+    """Bring `rope_parameters`, or the names within `rope_scaling`, to `rope_scaling` and `rope_theta`."""
+    parameters, scaling = config.pop("rope_parameters", None), config.get("rope_scaling")
+    if parameters is None and scaling is None:
+        return
+    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{origin}: {key} is {value!r}, expected an object with type, factor, ...")
+        if value and all(isinstance(part, dict) for part in value.values()):
+            raise ConfigError(
+                f"{origin}: {key} has one entry for each kind of layer ({', '.join(sorted(value))}), expected one for "
+                "all: DeepSeek-V3.2 has one kind"
+            )
+    first, second = (_rope_form(value, origin) for value in (parameters, scaling))
+    for key in first.keys() & second.keys():
+        if first[key] != second[key]:
+            raise ConfigError(
+                f"{origin}: rope_parameters.{key} is {first[key]!r} and rope_scaling.{key} is {second[key]!r}, two "
+                "names of one thing; leave one of them out"
+            )
+    rope = first | second
+    if "rope_theta" in rope:
+        theta = rope.pop("rope_theta")
+        if config.setdefault("rope_theta", theta) != theta:
+            raise ConfigError(
+                f"{origin}: rope_theta is {config['rope_theta']!r} and rope_parameters.rope_theta {theta!r}, two names "
+                "of one thing; leave one of them out"
+            )
+    if rope.get("type") == "default":
+        scaled = next((key for key in ("factor", "mscale", "mscale_all_dim") if rope.get(key, 1) != 1), None)
+        if scaled is not None:
+            raise ConfigError(
+                f"{origin}: rope_scaling has {scaled} {rope[scaled]!r} and the type default, which scales nothing; "
+                'write "type": "yarn" if it is YaRN'
+            )
+        config["rope_scaling"] = _no_scaling(config)
+        return
+    config["rope_scaling"] = _yarn(rope, config, origin)
+
+
+def _no_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain RoPE, as the YaRN of factor 1 that it is."""
+    return {
+        "type": "yarn",
+        "factor": 1,
+        "original_max_position_embeddings": config.get("max_position_embeddings", 1),
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1,
+        "mscale_all_dim": 1,
+    }
+
+
+def _rope_form(value: Mapping[str, Any] | None, origin: str) -> dict[str, Any]:
+    rope = {key: item for key, item in (value or {}).items() if item is not None}
+    _same(rope, "rope_type", "type", f"{origin}: in rope_scaling")
+    return rope
+
+
+def _yarn(rope: dict[str, Any], config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return what of YaRN is computed; what would change it otherwise is refused."""
+    rope.setdefault("beta_fast", 32)
+    rope.setdefault("beta_slow", 1)
+    if rope.get("truncate", True) is not True:
+        raise ConfigError(
+            f"{origin}: rope_scaling.truncate is {rope['truncate']!r}, expected true or absent: DeepSeek's YaRN rounds "
+            "the ends of its ramp"
+        )
+    partial = rope.get("partial_rotary_factor", 1)
+    if partial not in (1, _ratio(config)):
+        raise ConfigError(
+            f"{origin}: rope_scaling.partial_rotary_factor is {partial!r}, expected it absent: qk_rope_head_dim says "
+            "what is rotated"
+        )
+    if "attention_factor" in rope:
+        given, own = rope["attention_factor"], _magnitude(rope)
+        if own is not None and given != own:
+            raise ConfigError(
+                f"{origin}: rope_scaling.attention_factor is {given!r}, expected it absent, or {own!r} as mscale and "
+                "mscale_all_dim give it"
+            )
+    return {key: rope[key] for key in _ROPE_KEYS if key in rope}
+
+
+def _ratio(config: Mapping[str, Any]) -> float | None:
+    """What part of a head is rotated."""
+    nope, rope = config.get("qk_nope_head_dim"), config.get("qk_rope_head_dim")
+    if type(nope) is not int or type(rope) is not int or nope + rope <= 0:
+        return None
+    return rope / (nope + rope)
+
+
+def _magnitude(rope: Mapping[str, Any]) -> float | None:
+    """The factor on cosines and sines that mscale and mscale_all_dim give; None: they are not numbers."""
+    values = [rope.get(key) for key in ("factor", "mscale", "mscale_all_dim")]
+    if not all(type(value) in (int, float) for value in values):
+        return None
+    factor, mscale, mscale_all_dim = (float(value or 0) for value in values)
+    if factor <= 1:
+        return 1.0
+    first, second = (0.1 * weight * math.log(factor) + 1.0 for weight in (mscale, mscale_all_dim))
+    return first / second if second else None
+
+
+# --- quantisation ---------------------------------------------------------------------------------------------
+
+
+def _quantisation(config: dict[str, Any], origin: str, notes: list[str]) -> None:
+    """Complete `quantization_config` of DeepSeek's format; refuse other formats by their names."""
+    if config.get("quantization_config") is None:
+        kept = config.get("compression_config")
+        what = "missing" if kept is None else "missing (compression_config is LLM Compressor's)"
+        raise ConfigError(
+            f"{origin}: the key 'quantization_config' is {what}: the weights are not in DeepSeek's FP8 format of "
+            f"128×128 blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
+        )
+    given = config["quantization_config"]
+    if not isinstance(given, dict):
+        raise ConfigError(f"{origin}: quantization_config is {given!r}, expected an object with quant_method, ...")
+    form = {key: value for key, value in given.items() if value is not None}
+    method = form.get("quant_method", form.get("quant_algo"))
+    if method != "fp8":
+        who = _OTHERS.get(str(method).lower())
+        raise ConfigError(
+            f"{origin}: quantization_config.quant_method is {method!r}{f' ({who})' if who else ''}, expected 'fp8' "
+            f"with 128×128 blocks; {TAKE}"
+        )
+    expert = form.get("expert_dtype", "fp8")
+    if expert != "fp8":
+        raise ConfigError(f"{origin}: quantization_config.expert_dtype is {expert!r}, expected 'fp8'; {TAKE}")
+    block = form.get("weight_block_size")
+    if "weight_block_size" not in form or list(block if isinstance(block, list | tuple) else ()) != [128, 128]:
+        whole = "no weight_block_size (one scale for a whole matrix)"
+        raise ConfigError(
+            f"{origin}: quantization_config has {whole if block is None else f'weight_block_size {block!r}'}, expected "
+            f"[128, 128]; {TAKE}"
+        )
+    scheme = form.setdefault("activation_scheme", "dynamic")
+    if scheme != "dynamic":
+        raise ConfigError(
+            f"{origin}: quantization_config.activation_scheme is {scheme!r} (scales of activations fixed beforehand), "
+            f"expected 'dynamic'; {TAKE}"
+        )
+    form.setdefault("fmt", "e4m3")
+    if form["fmt"] != "e4m3":
+        raise ConfigError(f"{origin}: quantization_config.fmt is {form['fmt']!r}, expected 'e4m3'; {TAKE}")
+    scales = form.get("scale_fmt")
+    if scales in (None, "float"):
+        said = "is absent" if scales is None else "is 'float'"
+        notes.append(
+            f"quantization_config.scale_fmt {said}: scales of weights are read as they are, and those of activations "
+            "are powers of two (ue8m0), as in every DeepSeek-V3.2"
+        )
+        form["scale_fmt"] = "ue8m0"
+    elif scales != "ue8m0":
+        raise ConfigError(f"{origin}: quantization_config.scale_fmt is {scales!r}, expected 'ue8m0'; {TAKE}")
+    keys = ("quant_method", "fmt", "weight_block_size", "activation_scheme", "scale_fmt")
+    config["quantization_config"] = {key: form[key] for key in keys}

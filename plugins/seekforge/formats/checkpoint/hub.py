@@ -1,0 +1,275 @@
+"""Checkpoints of the Hugging Face hub: named as people name them, read by their headers, downloaded only for weights.
+
+A safetensors file says at its beginning what it holds, so a model of 690 GB is described by some 15 MB: `headers`
+fetches those by range requests into a temporary folder in which every shard has its true size and holes for weights,
+and whoever opens checkpoints opens it as any other. `download` fetches everything, with huggingface_hub's progress
+bars, cache and resuming.
+
+huggingface_hub gives names, addresses, tokens, retries, errors, its cache and downloads. Its own readers of headers are
+not used: `get_safetensors_metadata` keeps neither the header's bytes nor the file's size, which the digest of a
+checkpoint is made of, and reads the whole of a file from a server that ignores ranges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import re
+import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from seekforge.common.errors import CheckpointError, EnvironmentFault, SeekforgeError
+from seekforge.common.paths import name_fault
+from seekforge.common.requirements import install_module
+from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
+from seekforge.formats.program import TEXT_FILES
+
+_NAME: Final = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_REPO: Final = re.compile(rf"({_NAME})(?:@(\S+))?")
+#: Two slashes become one where a path was made of the URL.
+_URL: Final = re.compile(r"(https?):/+([^/?#]+)/([^?#]*)(?:[?#].*)?")
+_HOSTS: Final = ("huggingface.co", "hf.co", "www.huggingface.co")
+#: What of a repository is downloaded.
+PATTERNS: Final = ["*.safetensors", "*.json", "encoding/*"]
+_MAX_ENCODING_FILES: Final = 64
+_THREADS: Final = 8
+
+
+def parse_repo(source: str, revision: str | None = None) -> Repo | None:
+    """Return the repository that `source` names, or None where it names a folder.
+
+    Args:
+        source: `owner/name`, `owner/name@revision`, `hf://owner/name`, or the address of a page of the repository. A
+            local folder of the same spelling wins.
+        revision: given beside it; must not contradict one within.
+
+    Raises:
+        CheckpointError: an address that is none of a model, or two revisions.
+    """
+    text = source.strip()
+    if Path(text).exists():
+        return None
+    url = _URL.fullmatch(text)
+    if url is None and text.partition("/")[0] in _HOSTS:
+        url = _URL.fullmatch(f"https://{text}")
+    if url is not None:
+        found = _of_url(source, url[2], url[3])
+    else:
+        match = _REPO.fullmatch(re.sub(r"^hf:/+", "", text).rstrip("/"))
+        if match is None:
+            return None
+        found = Repo(match[1], match[2])
+    if revision is None or revision == found.revision:
+        return found
+    if found.revision is not None:
+        raise CheckpointError(
+            f"{source}: names revision {found.revision}, and --revision is {revision}; leave one of them out"
+        )
+    return replace(found, revision=revision)
+
+
+def _of_url(source: str, host: str, path: str) -> Repo:
+    parts = [urllib.parse.unquote(part) for part in path.split("/") if part]
+    if parts[:1] == ["models"]:
+        parts = parts[1:]
+    if len(parts) < 2 or parts[0] in ("datasets", "spaces", "api") or not re.fullmatch(_NAME, "/".join(parts[:2])):
+        raise CheckpointError(f"{source}: is no address of a model, expected https://huggingface.co/OWNER/NAME")
+    if host not in _HOSTS:
+        asked = urllib.parse.urlsplit(endpoint(_library(source))).netloc
+        if host != asked:
+            raise CheckpointError(
+                f"{source}: {host} is not the hub that is asked here ({asked}); set HF_ENDPOINT to it "
+                f"and pass {'/'.join(parts[:2])}"
+            )
+    revision = None
+    if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve", "commit"):
+        # refs/pr/1 is a revision with slashes when it is not written with %2F
+        revision = "/".join(parts[3:6]) if parts[3] == "refs" and len(parts) > 5 else parts[3]
+    return Repo("/".join(parts[:2]), revision)
+
+
+def _library(source: str) -> Any:
+    try:
+        hub: Any = importlib.import_module("huggingface_hub")
+    except ModuleNotFoundError:
+        raise EnvironmentFault(
+            f"{source}: no such folder; to read it as a Hugging Face repository {install_module('huggingface_hub')}, "
+            "or pass the folder of a downloaded checkpoint"
+        ) from None
+    for name in ("constants", "utils"):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(f"huggingface_hub.{name}")
+    if hasattr(hub, "utils") and not hasattr(hub.utils, "http_stream_backoff"):
+        raise EnvironmentFault(f"{source}: huggingface_hub is too old here; {install_module('huggingface_hub')}")
+    return hub
+
+
+# --- weights ----------------------------------------------------------------------------------------------------
+
+
+def resolve(source: str | Path, *, revision: str | None = None, quiet: bool = False) -> Path:
+    """Return the local folder of a checkpoint with its weights, downloading it if `source` names a repository.
+
+    Args:
+        source: a folder, or what `parse_repo` takes. A whole snapshot in the hub's cache is used as it is, without
+            asking the network.
+        revision: of the repository: a branch, tag or commit; None takes its main branch.
+        quiet: without progress bars.
+
+    Raises:
+        CheckpointError: the repository cannot be had, or the disk has no room for it.
+        EnvironmentFault: huggingface_hub is not installed.
+    """
+    repo = parse_repo(str(source), revision)
+    return Path(source) if repo is None else download(repo, quiet=quiet)
+
+
+def download(repo: Repo, *, quiet: bool = False) -> Path:
+    """Return the folder of a snapshot, from the cache or the network. Errors as `resolve`."""
+    hub = _library(str(repo))
+    cached = _snapshot(hub, repo)
+    if cached is not None and _is_whole(cached):
+        return cached
+    if hasattr(hub, "constants"):
+        _check_room(hub, repo)
+    if quiet and hasattr(hub, "utils"):
+        hub.utils.disable_progress_bars()
+    place = {"endpoint": endpoint(hub)} if hasattr(hub, "constants") else {}
+    try:
+        return Path(hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, **place))
+    except Exception as error:  # of a dozen classes, ours, of its HTTP client's and of the operating system
+        raise explained(error, repo) from None
+
+
+def _snapshot(hub: Any, repo: Repo) -> Path | None:
+    """Return what the cache has of a repository, whole or in part."""
+    try:
+        return Path(
+            hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, local_files_only=True)
+        )
+    except Exception:  # not in the cache
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether no file is missing that the folder itself says belongs to it. Broken links are missing files."""
+    # imported where it is needed, here and below: what serves an engine in a folder reads no checkpoint
+    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, parse_index, shards_without_index
+
+    if not (folder / "config.json").is_file():
+        return not any(folder.iterdir())  # nothing to judge by: the reader says what is wrong
+    if (folder / INDEX_FILE).is_file():
+        try:
+            files = parse_index((folder / INDEX_FILE).read_bytes(), folder / INDEX_FILE).values()
+        except (OSError, CheckpointError):
+            return False
+        return all((folder / file).is_file() for file in set(files))
+    try:
+        present = [path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.is_file()]
+        return bool(shards_without_index(present, folder))
+    except CheckpointError:
+        return False
+
+
+def _check_room(hub: Any, repo: Repo) -> None:
+    """Refuse a download that does not fit, if the index says how large it is."""
+    from seekforge.formats.checkpoint.safetensors import INDEX_FILE
+
+    with tempfile.TemporaryDirectory(prefix="seekforge-hub-") as scratch:
+        place = Path(scratch) / INDEX_FILE
+        if not Files(hub, repo).fetch(INDEX_FILE, place):
+            return
+        try:
+            needed = int(json.loads(place.read_bytes())["metadata"]["total_size"])
+        except (ValueError, KeyError, TypeError):
+            return
+    cache = Path(hub.constants.HF_HUB_CACHE)
+    where = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(where).free
+    if needed > free:
+        raise CheckpointError(
+            f"{repo}: has {needed / 1e9:,.0f} GB of weights and {where} has {free / 1e9:,.0f} GB free; set HF_HOME "
+            "to a folder on a larger disk, or pass the folder of a downloaded checkpoint"
+        )
+
+
+# --- headers ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def headers(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    config_only: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Iterator[Path]:
+    """Give the folder of a checkpoint for as long as the block runs; of a repository without its weights.
+
+    Args:
+        source: a folder, which is given as it is, or what `parse_repo` takes.
+        revision: as in `resolve`.
+        config_only: fetch config.json alone.
+        say: told what is fetched.
+
+    Raises:
+        CheckpointError: the repository cannot be had.
+        EnvironmentFault: huggingface_hub is not installed.
+    """
+    repo = parse_repo(str(source), revision)
+    if repo is None:
+        yield Path(source)
+        return
+    hub = _library(str(repo))
+    cached = _snapshot(hub, repo)
+    if cached is not None and (_is_whole(cached) or (config_only and (cached / "config.json").is_file())):
+        yield cached
+        return
+    with tempfile.TemporaryDirectory(prefix="seekforge-hub-") as scratch:
+        folder = Path(scratch)
+        try:
+            if say is not None:
+                say(f"read {'config.json' if config_only else 'headers'} of {repo} from the hub")
+            _fetch(Files(hub, repo), folder, config_only=config_only)
+            yield folder
+        except SeekforgeError as error:  # of whoever reads the folder, too: it has no place that a user knows
+            raise type(error)(str(error).replace(str(folder), str(repo))) from None
+
+
+def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
+    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, parse_index, shards_without_index
+
+    if not files.fetch("config.json", folder / "config.json"):
+        raise CheckpointError(f"{files.repo}: has no config.json; pass a repository with a model's checkpoint")
+    if config_only:
+        return
+    listed = files.listing()
+    encoding = [name for name in listed or ["encoding/encoding_dsv32.py"] if name.startswith("encoding/")]
+    for name in [*TEXT_FILES, *encoding[:_MAX_ENCODING_FILES]]:
+        if (listed is None or name in listed) and name_fault(name) is None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            files.fetch(name, folder / name)
+    if files.fetch(INDEX_FILE, folder / INDEX_FILE):
+        shards = sorted(set(parse_index((folder / INDEX_FILE).read_bytes(), folder / INDEX_FILE).values()))
+    elif listed is None:
+        shards = [SINGLE_FILE]
+    else:
+        present = [name for name in listed if "/" not in name and name.endswith(".safetensors")]
+        shards = shards_without_index([name for name in present if name_fault(name) is None], folder)
+    with ThreadPoolExecutor(_THREADS, "hub") as pool:
+        running = [pool.submit(files.fetch_header, name, folder / name) for name in shards]
+        try:
+            for future in running:
+                future.result()
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise

@@ -1,0 +1,252 @@
+"""`config.json` of a DeepSeek-V3.2 checkpoint: read, checked key by key, frozen.
+
+The keys are the checkpoint's own words (spec §1.1). A key that is missing, of the wrong type or of a
+value that this project does not compute is refused by name: a wrong constant would give wrong text.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from seekforge.common.errors import ConfigError
+from seekforge.common.reading import read_json
+from seekforge.formats.checkpoint.config_forms import plain_form
+
+#: An FP8 weight block and an activation block, both along K (spec §5).
+FP8_BLOCK = 128
+MODEL_TYPE = "deepseek_v32"
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+class RopeScaling(_Frozen):
+    """YaRN parameters (spec §3.2)."""
+
+    type: Literal["yarn"]
+    factor: float = Field(ge=1)
+    original_max_position_embeddings: Positive
+    beta_fast: float = Field(gt=0)
+    beta_slow: float = Field(gt=0)
+    mscale: float
+    mscale_all_dim: float
+
+
+class QuantizationConfig(_Frozen):
+    """How weights are stored and activations quantised (spec §5)."""
+
+    quant_method: Literal["fp8"]
+    fmt: Literal["e4m3"]
+    weight_block_size: tuple[Literal[128], Literal[128]] = Field(strict=False)
+    activation_scheme: Literal["dynamic"]
+    scale_fmt: Literal["ue8m0"]
+
+
+class ModelConfig(_Frozen):
+    """A model of type `deepseek_v32`. Field names are the keys of `config.json`."""
+
+    architectures: tuple[str, ...] = Field(strict=False)
+    model_type: Literal["deepseek_v32"]
+    hidden_size: Positive
+    num_hidden_layers: Positive
+    first_k_dense_replace: NotNegative
+    moe_layer_freq: Literal[1]
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    q_lora_rank: Positive
+    kv_lora_rank: Positive
+    qk_nope_head_dim: Positive
+    qk_rope_head_dim: Positive
+    v_head_dim: Positive
+    intermediate_size: Positive
+    moe_intermediate_size: Positive
+    n_routed_experts: Positive
+    num_experts_per_tok: Positive
+    n_shared_experts: Positive
+    n_group: Positive
+    topk_group: Positive
+    scoring_func: Literal["sigmoid"]
+    topk_method: Literal["noaux_tc"]
+    norm_topk_prob: Literal[True]
+    routed_scaling_factor: float = Field(gt=0)
+    index_n_heads: Positive
+    index_head_dim: Positive
+    index_topk: Positive
+    num_nextn_predict_layers: Literal[0, 1]
+    vocab_size: Positive
+    hidden_act: Literal["silu"]
+    rms_norm_eps: float = Field(gt=0)
+    rope_theta: float = Field(gt=0)
+    rope_scaling: RopeScaling
+    max_position_embeddings: Positive
+    attention_bias: Literal[False]
+    tie_word_embeddings: Literal[False]
+    bos_token_id: NotNegative
+    eos_token_id: NotNegative
+    quantization_config: QuantizationConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        extra = self.model_extra or {}
+        # Other DSA models carry these; a value other than V3.2's would change results without a sound.
+        if extra.get("indexer_rope_interleave", False):
+            raise ValueError("indexer_rope_interleave is true, expected false or absent")
+        for key in ("index_topk_freq", "index_topk_pattern"):
+            if extra.get(key) not in (None, 1):
+                raise ValueError(f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer")
+        for key in (
+            "hidden_size",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "intermediate_size",
+            "moe_intermediate_size",
+        ):
+            if getattr(self, key) % FP8_BLOCK:
+                raise ValueError(f"{key} is {getattr(self, key)}, expected a multiple of {FP8_BLOCK} (FP8 block)")
+        if self.num_attention_heads * self.v_head_dim % FP8_BLOCK:
+            raise ValueError(
+                f"num_attention_heads * v_head_dim is {self.num_attention_heads * self.v_head_dim}, "
+                f"expected a multiple of {FP8_BLOCK} (FP8 block)"
+            )
+        if self.index_head_dim != FP8_BLOCK:
+            raise ValueError(f"index_head_dim is {self.index_head_dim}, expected 128 (one FP8 block)")
+        if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.index_head_dim:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected even and at most index_head_dim")
+        if self.n_routed_experts % self.n_group or self.n_routed_experts // self.n_group < 2:
+            raise ValueError(
+                f"n_routed_experts is {self.n_routed_experts} over n_group {self.n_group}, "
+                "expected the same number in each group, at least 2"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group is {self.topk_group}, expected at most n_group {self.n_group}")
+        reachable = self.topk_group * (self.n_routed_experts // self.n_group)
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, expected at most the {reachable} experts "
+                "of topk_group groups"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace is {self.first_k_dense_replace}, expected at most num_hidden_layers"
+            )
+        return self
+
+    @staticmethod
+    def parse(raw: Any, origin: str) -> ModelConfig:
+        """Check a decoded `config.json`.
+
+        Args:
+            raw: the decoded JSON.
+            origin: what to call it in an error, normally its path.
+
+        Raises:
+            ConfigError: not an object, another model type, a key missing, of the wrong type or value.
+        """
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{origin}: holds a JSON {type(raw).__name__}, expected an object with model keys")
+        demo_keys = {"dim", "n_layers", "n_activated_experts", "inter_dim"} & set(raw)
+        if demo_keys and "hidden_size" not in raw:
+            raise ConfigError(
+                f"{origin}: has the key {sorted(demo_keys)[0]!r} of the demo's inference/config_671B_v3.2.json; "
+                "pass the checkpoint's config.json (with hidden_size, num_hidden_layers, ...)"
+            )
+        model_type = raw.get("model_type")
+        if model_type != MODEL_TYPE:
+            raise ConfigError(
+                f"{origin}: model_type is {model_type!r}, expected {MODEL_TYPE!r}; "
+                "seekforge does DeepSeek-V3.2 and models of the same type"
+            )
+        plain, _ = plain_form(raw, origin)
+        try:
+            return ModelConfig.model_validate(plain)
+        except ValidationError as error:
+            raise ConfigError(f"{origin}: {_first_fault(error)}") from None
+
+    @staticmethod
+    def load(path: Path) -> ModelConfig:
+        """Read `path` (a `config.json`, or a folder that holds one).
+
+        Raises:
+            ConfigError: as `parse`, and when the file is missing or not JSON.
+        """
+        return ModelConfig.read(path)[0]
+
+    @staticmethod
+    def read(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+        """Read as `load`, and return beside it what was taken for granted (`config_forms.plain_form`)."""
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = read_json(path)
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror}); a checkpoint folder must hold config.json"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
+        config = ModelConfig.parse(raw, str(path))
+        return config, plain_form(raw, str(path))[1]
+
+    # --- derived sizes -------------------------------------------------------------------------------------
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query and key width of one head in the naive form: nope + rope."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values cached per token and layer for attention: latent + rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def mtp_layer(self) -> int | None:
+        """Absolute number of the MTP layer, or None when the model has none."""
+        return self.num_hidden_layers if self.num_nextn_predict_layers else None
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim^-0.5 · m², m = 0.1·mscale_all_dim·ln(factor) + 1 (spec §1.2)."""
+        m = 0.1 * self.rope_scaling.mscale_all_dim * math.log(self.rope_scaling.factor) + 1.0
+        return self.qk_head_dim**-0.5 * m * m
+
+    @property
+    def index_scale(self) -> float:
+        """What the head weights of the indexer carry: index_head_dim^-0.5 · index_n_heads^-0.5."""
+        return self.index_head_dim**-0.5 * self.index_n_heads**-0.5
+
+    @property
+    def num_top_logits(self) -> int:
+        """How many of the largest logits a step returns per row."""
+        return min(256, self.vocab_size)
+
+    def first_difference(self, other: ModelConfig) -> tuple[str, Any, Any] | None:
+        """Return the first key with another value in `other`, ours and theirs; None: there is none."""
+        for key in type(self).model_fields:
+            ours, theirs = getattr(self, key), getattr(other, key)
+            if ours != theirs:
+                return key, ours, theirs
+        return None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` has routed experts (the MTP layer always does)."""
+        return layer >= self.first_k_dense_replace or layer == self.mtp_layer
+
+
+def _first_fault(error: ValidationError) -> str:
+    """One line for the first fault of a pydantic error, naming the key."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        return f"the key {key!r} is missing; take the config.json that came with these weights"
+    if not key:
+        return str(fault["msg"]).removeprefix("Value error, ")
+    expected = str(fault["msg"])
+    expected = expected[0].lower() + expected[1:]
+    return f"the key {key!r} is {fault['input']!r}: {expected}"

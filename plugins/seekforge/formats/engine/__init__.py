@@ -1,0 +1,1 @@
+"""An engine's folder: its manifest, and what proves that it is undamaged."""

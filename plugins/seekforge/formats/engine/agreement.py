@@ -1,0 +1,254 @@
+"""Do the values of a manifest agree with each other? It can be edited and sealed anew, so its digest says little.
+
+What a value means is said more than once: sizes of caches also by the shapes of the graphs, the vocabulary also by the
+logits, limits also by tables and profiles. All that is compared here, when a manifest is read; the graphs' own shapes
+are compared where they are opened (`runtime.backends`), so that an edit of one place is an error and not another text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from seekforge.common.dtypes import NUMPY, itemsize
+from seekforge.common.errors import ConfigError
+from seekforge.formats.numerics import numerics_from_dict
+from seekforge.formats.program import BLOCK_SIZE, GraphIO, TensorSpec, role_of
+
+if TYPE_CHECKING:
+    from seekforge.formats.engine.manifest import Cache, Manifest
+
+#: What a step of a whole model gives; the first axis is that of `logits_index`.
+RESULTS: Final = ("hidden", "top_logits", "top_ids", "logsumexp", "logits")
+#: Tables with one row for each position.
+ROPE_TABLES: Final = ("rope_cos", "rope_sin")
+_CACHES: Final = ("latent_cache", "index_cache")
+#: dtype of the latent cache, by format; packed caches are bytes.
+_CACHE_DTYPES: Final = {"f32": ("f32",), "bf16": ("bf16",), "fp8_ds": ("i8", "u8")}
+#: Roles of outputs that only parity asks for.
+_SHOWN: Final = ("tap", "debug")
+_MOST: Final = 2**31 - 1
+#: What a GPU's account says of one device; the cache is sized by it.
+_DEVICE_BYTES: Final = ("weights", "scratch", "activations", "reserve", "total", "usable")
+
+
+def disagreement(manifest: Manifest) -> str | None:
+    """Return the first value of a manifest that cannot be, with what it is held against; None: there is none."""
+    for faults in (_sizes, _graphs, _caches, _vocabulary, _self_check, _profiles, _others):
+        found = next(faults(manifest), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _sizes(manifest: Manifest) -> Iterator[str]:
+    limits = manifest.limits.model_dump()
+    for name, value in limits.items():
+        if not 1 <= value <= _MOST:
+            yield f"limits.{name} is {value}, expected 1 to {_MOST}"
+    longest = _whole(manifest.config, "max_position_embeddings")
+    if longest is not None and manifest.limits.max_model_len > longest:
+        yield f"limits.max_model_len is {manifest.limits.max_model_len}, config.max_position_embeddings {longest}"
+    for graph, face in manifest.graphs.items():
+        for spec in face.with_role("table"):
+            if spec.name in ROPE_TABLES and spec.shape and int(spec.shape[0]) < manifest.limits.max_model_len:
+                said = manifest.limits.max_model_len
+                yield f"limits.max_model_len is {said}, {spec.name} of graph {graph} has {spec.shape[0]} positions"
+    if manifest.cache.block_size != BLOCK_SIZE:
+        yield f"cache.block_size is {manifest.cache.block_size}, the graphs are made for {BLOCK_SIZE}"
+    first, last = manifest.layer_range
+    layers = _whole(manifest.config, "num_hidden_layers")
+    if not 0 <= first < last <= (layers if layers is not None else _MOST):
+        yield f"layer_range is {first} to {last}, expected layers of the {layers} in config.num_hidden_layers"
+
+
+def _graphs(manifest: Manifest) -> Iterator[str]:
+    sealed = {file.path: file.sha256 for file in manifest.files}
+    for graph in manifest.graphs:
+        if graph not in ("model", "mtp"):
+            yield f"graphs has {graph!r}, expected 'model' and perhaps 'mtp'"
+    for graph in manifest.stages:
+        if graph not in manifest.graphs or not manifest.stages[graph]:
+            yield f"stages.{graph} belongs to no graph or is empty"
+    for graph, face in manifest.graphs.items():
+        for where, one in [(f"graphs.{graph}", face), *((f"stages.{graph}", stage) for stage in manifest.plans(graph))]:
+            yield from (f"{where}: {fault}" for fault in _face(one))
+            if one.sha256 and sealed.get(one.file, one.sha256) != one.sha256:
+                yield f"{where}.sha256 is {one.sha256[:12]}, of {one.file} under 'files' {sealed[one.file][:12]}"
+
+
+def _face(face: GraphIO) -> Iterator[str]:
+    specs = (*face.inputs, *face.outputs)
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        yield f"the tensor {next(name for name in names if names.count(name) > 1)!r} is listed twice"
+    for spec in specs:
+        yield from _tensor(spec)
+    inputs, outputs = {spec.name for spec in face.inputs}, {spec.name for spec in face.outputs}
+    for output, source in face.aliases.items():
+        if output not in outputs or source not in inputs:
+            yield f"aliases pairs {output!r} with {source!r}, which are no output and input of the graph"
+        kind, _, layer = output.rpartition(".")
+        if f"{kind.removesuffix('_out')}.{layer}" != source:
+            yield f"aliases pairs {output!r} with {source!r}, expected the cache of the same name"
+        ours, theirs = face.named(output), face.named(source)
+        sizes = zip(ours.shape, theirs.shape)
+        alike = all(a == b or isinstance(a, str) or isinstance(b, str) for a, b in sizes)
+        if ours.dtype != theirs.dtype or len(ours.shape) != len(theirs.shape) or not alike:
+            yield f"{output!r} and {source!r} are one cache of different shapes or types"
+
+
+def _tensor(spec: TensorSpec) -> Iterator[str]:
+    if spec.dtype not in NUMPY:
+        yield f"{spec.name!r} has dtype {spec.dtype!r}, expected one of {', '.join(NUMPY)}"
+    if len(spec.shape) > 8 or not all(dim if isinstance(dim, str) else 0 <= dim <= _MOST for dim in spec.shape):
+        yield f"{spec.name!r} has the shape {list(spec.shape)!r:.100}, expected up to 8 sizes or names of sizes"
+    elif spec.role in ("weight", "table") and not all(isinstance(dim, int) for dim in spec.shape):
+        yield f"{spec.name!r} is a {spec.role} of the shape {list(spec.shape)}, expected fixed sizes"
+    if spec.role in _SHOWN:  # any value inside may be shown, under its own name
+        return
+    expected = "result" if spec.name in RESULTS else role_of(spec.name)
+    if expected is not None and spec.role != expected:
+        yield f"{spec.name!r} has the role {spec.role!r}, expected {expected!r}"
+    if expected is None and spec.role == "bookkeeping":
+        yield f"{spec.name!r} has the role {spec.role!r}, which no tensor of that name has"
+
+
+def _caches(manifest: Manifest) -> Iterator[str]:
+    cache = manifest.cache
+    if "model" not in manifest.graphs:  # which is refused by whoever runs it
+        return
+    widths = {"latent_cache": cache.latent_dim, "index_cache": cache.index_dim}
+    for graph, face in manifest.graphs.items():
+        layers: dict[str, list[int]] = {kind: [] for kind in _CACHES}
+        for spec in face.with_role("cache"):
+            kind, _, layer = spec.name.partition(".")
+            if kind not in layers:  # a model of other caches: the backend holds them against its graphs
+                return
+            if not layer.isdecimal() or len(spec.shape) < 2 or not all(isinstance(dim, int) for dim in spec.shape[1:]):
+                yield f"cache {spec.name!r} of graph {graph} has the shape {list(spec.shape)}, expected [slots, width]"
+                return
+            layers[kind].append(int(layer))
+            if spec.dtype not in _CACHE_DTYPES[cache.kv_format]:
+                yield f"cache.kv_format is {cache.kv_format}, {spec.name!r} of graph {graph} holds {spec.dtype}"
+            if cache.kv_format != "fp8_ds" and spec.shape[1:] != (widths[kind],):
+                yield f"{spec.name!r} of graph {graph} has rows {list(spec.shape[1:])}, cache says {widths[kind]}"
+        expected = [cache.mtp_layer] if graph == "mtp" else list(cache.layers)
+        for kind in _CACHES:
+            if layers[kind] != expected:
+                key = "mtp_layer" if graph == "mtp" else "layers"
+                yield f"cache.{key} is {expected!r:.100}, graph {graph} has {kind} of {layers[kind]!r:.100}"
+    if cache.layers != tuple(range(*manifest.layer_range)):
+        first, last = manifest.layer_range
+        yield f"cache.layers is {list(cache.layers)!r:.100}, layer_range is {first} to {last}"
+    if (cache.mtp_layer is None) != ("mtp" not in manifest.graphs):
+        yield f"cache.mtp_layer is {cache.mtp_layer}, graphs are {', '.join(manifest.graphs)}"
+    num_bytes = cache_block_bytes(manifest.graphs.values(), cache)
+    if cache.bytes_per_block != num_bytes:
+        yield f"cache.bytes_per_block is {cache.bytes_per_block}, the caches of the graphs take {num_bytes}"
+    config = manifest.config
+    ours, rope = _whole(config, "kv_lora_rank"), _whole(config, "qk_rope_head_dim")
+    if ours is not None and rope is not None and cache.latent_dim != ours + rope:
+        yield f"cache.latent_dim is {cache.latent_dim}, config.kv_lora_rank + qk_rope_head_dim is {ours + rope}"
+    if cache.index_dim != (_whole(config, "index_head_dim") or cache.index_dim):
+        yield f"cache.index_dim is {cache.index_dim}, config.index_head_dim {config['index_head_dim']}"
+
+
+def cache_block_bytes(graphs: Iterable[GraphIO], cache: Cache) -> int:
+    """Return what one block takes in the caches of some graphs: rows of a packed cache are blocks, others slots."""
+    rows = 1 if cache.kv_format == "fp8_ds" else cache.block_size
+    specs = [spec for face in graphs for spec in face.with_role("cache")]
+    return sum(rows * itemsize(spec.dtype) * math.prod(int(dim) for dim in spec.shape[1:]) for spec in specs)
+
+
+def _vocabulary(manifest: Manifest) -> Iterator[str]:
+    size = manifest.vocab_size
+    for key in ("vocab_size", "bos_token_id"):
+        said = _whole(manifest.config, key)
+        if said is not None and said != getattr(manifest, key):
+            yield f"{key} is {getattr(manifest, key)}, config.{key} {said}"
+    if not 1 <= manifest.num_top_logits <= size <= _MOST:
+        yield f"vocab_size is {size} and num_top_logits {manifest.num_top_logits}, expected at least one and not more"
+    said = _whole(manifest.config, "eos_token_id")
+    if not manifest.eos_token_ids or said not in (None, *manifest.eos_token_ids):
+        yield f"eos_token_id is {manifest.eos_token_id!r:.100}, config.eos_token_id {said}"
+    for key, token in [("bos_token_id", manifest.bos_token_id), *(("eos_token_id", i) for i in manifest.eos_token_ids)]:
+        if not 0 <= token < size:
+            yield f"{key} is {token}, expected an id below vocab_size {size}"
+    widths = {"logits": (size,), "top_logits": (manifest.num_top_logits,), "top_ids": (manifest.num_top_logits,)}
+    hidden = _whole(manifest.config, "hidden_size")
+    for graph, face in manifest.graphs.items():
+        for spec in face.outputs:
+            if spec.name in widths and spec.shape[1:] != widths[spec.name]:
+                rows, wanted = list(spec.shape[1:]), list(widths[spec.name])
+                yield f"{spec.name} of graph {graph} has rows {rows}, expected {wanted}"
+            if spec.name == "hidden" and hidden is not None and spec.shape[-1:] != (hidden,):
+                yield f"hidden of graph {graph} has the shape {list(spec.shape)}, config.hidden_size is {hidden}"
+
+
+def _self_check(manifest: Manifest) -> Iterator[str]:
+    check = manifest.self_check
+    if check is None:
+        return
+    length, size = len(check.prompt_ids), manifest.vocab_size
+    if not 1 <= length <= manifest.limits.max_model_len or not all(0 <= token < size for token in check.prompt_ids):
+        yield f"self_check.prompt_ids has {length} ids, expected 1 to max_model_len, each below vocab_size {size}"
+    if not 0 <= check.tolerance < math.inf:
+        yield f"self_check.tolerance is {check.tolerance}, expected a finite number"
+    for number, row in enumerate(check.rows):
+        if not 0 <= row.position < length:
+            yield f"self_check.rows.{number}.position is {row.position}, expected 0 to {length - 1}"
+        if len(row.top_ids) != len(row.top_logits) or not all(0 <= token < size for token in row.top_ids):
+            yield f"self_check.rows.{number}: expected a logit for each of top_ids, each below vocab_size {size}"
+
+
+def _profiles(manifest: Manifest) -> Iterator[str]:
+    plans: dict[str, GraphIO] = {}
+    for graph in manifest.graphs:
+        for one in manifest.plans(graph):
+            plans.setdefault(Path(one.file).stem, one)  # of stages that are alike the first names the plan's tensors
+    for name, by_plan in manifest.profiles.items():
+        for plan, shapes in by_plan.items():
+            face = plans.get(plan)
+            if face is None:
+                yield f"profiles.{name} has {plan!r}, which is no plan of the graphs"
+                continue
+            ranks = {spec.name: len(spec.shape) for spec in face.inputs}
+            for tensor, bounds in shapes.items():
+                where = f"profiles.{name}.{plan}.{tensor}"
+                if tensor not in ranks:
+                    yield f"{where}: the plan has no such input"
+                elif len(bounds) != 3 or any(len(bound) != ranks[tensor] for bound in bounds):
+                    yield f"{where}: expected three shapes of {ranks[tensor]} sizes"
+                elif not all(0 <= low <= mid <= high <= _MOST for low, mid, high in zip(*bounds, strict=True)):
+                    found = [list(bound) for bound in bounds]
+                    yield f"{where} is {found!r:.200}, expected smallest, typical and largest shape"
+    most = manifest.max_cache_blocks() if manifest.profiles else None
+    if most is not None and most * BLOCK_SIZE < manifest.limits.max_model_len:
+        longest = manifest.limits.max_model_len
+        yield f"limits.max_model_len is {longest}, the profiles take {most} blocks of {BLOCK_SIZE}"
+
+
+def _others(manifest: Manifest) -> Iterator[str]:
+    if manifest.numerics:
+        try:
+            numerics_from_dict(manifest.numerics)
+        except ConfigError as error:
+            yield str(error)
+    if manifest.audit is not None:
+        needed = ("total", "usable") if manifest.audit.oversize else _DEVICE_BYTES
+        missing = [key for key in needed if key not in manifest.audit.device_bytes]
+        if missing:
+            yield f"audit.device_bytes has no {missing[0]!r}, expected {', '.join(_DEVICE_BYTES)}"
+    if manifest.quantisation is not None and not 1 <= manifest.quantisation.block_size <= 1 << 16:
+        yield f"quantisation.block_size is {manifest.quantisation.block_size}, expected at least 1"
+    for file in manifest.files:
+        if file.bytes < 0:
+            yield f"files: {file.path} has {file.bytes} bytes"
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return value if type(value) is int else None

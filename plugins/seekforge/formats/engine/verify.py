@@ -1,0 +1,133 @@
+"""Compare every file of an engine with its digests, and say where one differs.
+
+All bytes are read at the first start on a machine; what was good then is remembered (`verified`), so that the next
+start reads nothing. A damaged file is named with the range of its bytes, and with what lies there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from seekforge.common.errors import EngineError, SeekforgeError
+from seekforge.common.files import sha256_file
+from seekforge.common.paths import inside
+from seekforge.formats.digests import Damage, chunk_bytes, damaged, num_chunks
+from seekforge.formats.engine import verified
+from seekforge.formats.engine.manifest import MANIFEST, FileDigest, Manifest, rebuild_command
+from seekforge.formats.program import load_bindings
+from seekforge.formats.weight_file import WEIGHTS, constants_in
+
+#: Tensors and places that one message names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared.
+
+    Attributes:
+        num_bytes: of all files.
+        read_bytes: of those that were read now; the others were verified before and are as they were.
+    """
+
+    num_bytes: int = 0
+    read_bytes: int = 0
+
+
+def verify_files(
+    folder: Path, manifest: Manifest, *, full: bool = False, progress: Callable[[int], None] | None = None
+) -> Verification:
+    """Compare every byte of every file of an engine with its digests.
+
+    Args:
+        folder: the engine folder.
+        manifest: of that folder.
+        full: read all files, whatever is remembered of them, and compare their SHA-256 as well.
+        progress: told how many more bytes were compared, by several threads.
+
+    Raises:
+        EngineError: a file is missing, leads out of the folder, is of another size, or its bytes differ.
+    """
+    remedy = f"copy it again or build it again: {rebuild_command(folder, manifest)}"
+    known = {} if full else verified.recall()
+    read: list[tuple[Path, FileDigest]] = []
+    before: dict[Path, str | None] = {}
+    for expected in manifest.files:
+        path = inside(folder, expected.path, error=EngineError, where=folder / MANIFEST, again=remedy)
+        try:
+            size, before[path] = path.stat().st_size, verified.identity(path)
+        except OSError:
+            raise EngineError(f"{path}: missing; {remedy}") from None
+        if size != expected.bytes:
+            raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; {remedy}")
+        if len(expected.chunks) != num_chunks(size):
+            raise EngineError(
+                f"{folder / MANIFEST}: {expected.path} has {len(expected.chunks)} digests, expected {num_chunks(size)} "
+                f"of {chunk_bytes(size)} bytes each; {remedy}"
+            )
+        if known.get(before[path] or "") != _digest(expected):
+            read.append((path, expected))
+    try:
+        places = damaged([(path, one.bytes, one.chunks) for path, one in read], progress=progress)
+        if not places and full:
+            places = [Damage(path, 0, one.bytes) for path, one in read if sha256_file(path) != one.sha256]
+    except OSError as error:
+        where = error.filename or folder
+        raise EngineError(f"{where}: cannot be read ({error.strerror or error}); {remedy}") from None
+    if places:
+        raise EngineError(f"{_describe(folder, manifest, places)}; it was changed or damaged, {remedy}")
+    _remember(read, before)
+    return Verification(sum(one.bytes for one in manifest.files), sum(one.bytes for _, one in read))
+
+
+def _digest(file: FileDigest) -> str:
+    """Return one digest for all that was compared."""
+    return hashlib.sha256("".join((file.sha256, *file.chunks)).encode()).hexdigest()[:32]
+
+
+def _remember(read: Sequence[tuple[Path, FileDigest]], before: dict[Path, str | None]) -> None:
+    """Note the files that nobody wrote to while they were read."""
+    found: dict[str, str] = {}
+    for path, expected in read:
+        key = before[path]
+        try:
+            same = key is not None and verified.identity(path) == key
+        except OSError:
+            same = False
+        if same and key is not None:
+            found[key] = _digest(expected)
+    verified.remember(found)
+
+
+def _describe(folder: Path, manifest: Manifest, places: Sequence[Damage]) -> str:
+    """Say which bytes of which file differ, and which tensors lie there."""
+    first = places[0]
+    ranges = [f"{place.begin:,} to {place.end - 1:,}" for place in places if place.path == first.path]
+    others = list(dict.fromkeys(place.path.name for place in places if place.path != first.path))
+    text = f"{first.path}: bytes {_words(ranges)} are not what was built"
+    names = _constants_at(folder, manifest, places)
+    if names:
+        text += f" ({'tensors' if len(names) > 1 else 'tensor'} {_words(names)})"
+    return text + (f", nor is {_words(others)}" if others else "")
+
+
+def _constants_at(folder: Path, manifest: Manifest, places: Sequence[Damage]) -> list[str]:
+    """Return the tensors of the weight file that lie where the first damaged file is damaged."""
+    path = places[0].path
+    listed = {file.path for file in manifest.files}
+    if path.name != WEIGHTS or "bindings.json" not in listed or any(p.path.name == "bindings.json" for p in places):
+        return []
+    try:
+        graphs = list(load_bindings(folder).values())
+        found = [constants_in(graphs, place.begin, place.end) for place in places if place.path == path]
+    except (SeekforgeError, ValueError, KeyError, TypeError):  # of an engine by somebody else
+        return []
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def _words(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

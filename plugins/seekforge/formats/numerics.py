@@ -1,0 +1,61 @@
+"""The named numeric settings of a program (spec §3.3, §3.6, §5): what is quantised, and where."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from seekforge.common.errors import ConfigError
+
+Activations = Literal["f32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Which roundings a program makes beside those of its activation dtype.
+
+    Attributes:
+        name: how a parity line and a manifest call this setting.
+        act_quant: FP8 linears quantise their input to e4m3 in blocks of 128 with UE8M0 scales, or do not.
+        kv_fp8: the latent is quantised and dequantised before it is cached.
+        hadamard: indexer queries and keys are rotated by a 128-point Hadamard matrix.
+        indexer_fp8: indexer queries and keys are quantised to FP8.
+        activations: dtype of activations. A canonical program is always traced with bf16 types; this is
+            what it computes in when nothing else is asked at build.
+    """
+
+    name: str
+    act_quant: Literal["ue8m0", "none"]
+    kv_fp8: bool
+    hadamard: bool
+    indexer_fp8: bool
+    activations: Activations
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+#: The official reference numerics (HF demo of V3.2, spec §3.6 "Project rule").
+FP8 = Numerics("fp8", act_quant="ue8m0", kv_fp8=True, hadamard=True, indexer_fp8=True, activations="bf16")
+#: FP32 throughout, weights dequantised: the setting in which `transformers` is an oracle.
+EXACT = Numerics("exact", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="f32")
+
+NUMERICS = {setting.name: setting for setting in (FP8, EXACT)}
+
+
+def numerics_from_dict(raw: dict[str, object]) -> Numerics:
+    """Rebuild a setting from program.json.
+
+    Raises:
+        ConfigError: a field is missing or unknown.
+    """
+    try:
+        made = Numerics(**raw)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        raise ConfigError(f"numerics {raw!r:.200}: {error}; export the program again") from None
+    flags = (made.kv_fp8, made.hadamard, made.indexer_fp8)
+    known = made.act_quant in ("ue8m0", "none") and made.activations in ("f32", "bf16")
+    if not known or not isinstance(made.name, str) or not all(isinstance(flag, bool) for flag in flags):
+        raise ConfigError(f"numerics {raw!r:.200}: expected values such as {FP8.to_dict()}; export the program again")
+    return made

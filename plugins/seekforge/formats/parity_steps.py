@@ -1,0 +1,241 @@
+"""What every side of a parity check is told to run: cases cut into steps over paged caches. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+
+from seekforge.common.errors import ConfigError
+from seekforge.common.records import Record, RecordError, at_least
+from seekforge.formats.program import BLOCK_SIZE
+
+Mode = Literal["whole", "chunked", "decode", "ragged", "mtp"]
+MODES: tuple[Mode, ...] = ("whole", "chunked", "decode", "ragged", "mtp")
+#: Rows of full logits that one step keeps at most, in bytes: 2,048 rows of 129,280 ids would be a gigabyte.
+_LOGIT_BYTES = 64 << 20
+
+
+class PlanStep(Record):
+    """One rectangular step.
+
+    Attributes:
+        graph: which program runs it. An `mtp` step is fed the `hidden` of the step before it.
+        sequences: which sequences of the case have new tokens.
+        tokens: their new tokens; starts: the position of the first of each.
+        logits_index: rows of the flattened [B, Q] whose logits are kept.
+    """
+
+    graph: Literal["model", "mtp"]
+    sequences: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+    logits_index: tuple[int, ...]
+
+
+class Case(Record):
+    """Steps that share caches. `tables`: the blocks of each sequence, in shuffled order; block 0 is scrap."""
+
+    name: str
+    mode: Mode
+    context: int
+    tables: tuple[tuple[int, ...], ...]
+    num_blocks: Annotated[int, at_least(1, 1 << 24)]
+    steps: tuple[PlanStep, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= block < self.num_blocks for table in self.tables for block in table):
+            raise RecordError(f"has blocks out of range, expected 0 to {self.num_blocks - 1}", ("tables",))
+        for number, step in enumerate(self.steps):
+            fault = self._fault(step)
+            if fault is not None:
+                raise RecordError(fault, ("steps", number))
+
+    def _fault(self, step: PlanStep) -> str | None:
+        """Return what is wrong with a step of this case."""
+        rows = len(step.sequences)
+        if not rows or not rows == len(step.tokens) == len(step.starts) or not all(step.tokens):
+            return "expected a sequence, its new tokens (at least one) and its start for each row"
+        if not all(0 <= one < len(self.tables) for one in step.sequences):
+            return f"has a sequence without a table, expected 0 to {len(self.tables) - 1}"
+        ends = [start + len(new) for start, new in zip(step.starts, step.tokens, strict=True)]
+        if min(step.starts) < 0 or max(ends) > self.context:
+            return f"has positions out of range, expected 0 to {self.context - 1}"
+        if any(end > len(self.tables[one]) * BLOCK_SIZE for one, end in zip(step.sequences, ends, strict=True)):
+            return "has positions beyond the blocks of its sequence"
+        if not all(0 <= token < 1 << 31 for new in step.tokens for token in new):
+            return "has token ids out of range"
+        width = max(len(new) for new in step.tokens)
+        if not all(0 <= row < rows * width for row in step.logits_index):
+            return f"has rows of logits out of range, expected 0 to {rows * width - 1}"
+        return None
+
+
+class Plan(Record):
+    """What every side runs."""
+
+    cases: tuple[Case, ...]
+
+    def steps(self) -> Iterator[tuple[int, Case, PlanStep]]:
+        """Yield (number over all cases, case, step) in order."""
+        number = 0
+        for case in self.cases:
+            for step in case.steps:
+                yield number, case, step
+                number += 1
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """The arrays of one step: input_ids, positions, slot_mapping [B, Q] int64, in padded places 0, −1, −1;
+    block_table [B, MB] int32; logits_index [N] int64."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    block_table: np.ndarray
+    logits_index: np.ndarray
+
+    @property
+    def real(self) -> np.ndarray:
+        """[B·Q] bool: rows that are not padding."""
+        return self.positions.reshape(-1) >= 0
+
+
+def lay_out(case: Case, step: PlanStep) -> StepArrays:
+    """Return the arrays of a step; short rows are padded on the right, tables reach to the last token."""
+    rows, width = len(step.tokens), max(len(row) for row in step.tokens)
+    ids = np.zeros((rows, width), np.int64)
+    positions = np.full((rows, width), -1, np.int64)
+    slots = np.full((rows, width), -1, np.int64)
+    reach = max(-(-(start + len(new)) // BLOCK_SIZE) for start, new in zip(step.starts, step.tokens, strict=True))
+    table = np.zeros((rows, reach), np.int32)
+    for row, (sequence, new, start) in enumerate(zip(step.sequences, step.tokens, step.starts, strict=True)):
+        n = len(new)
+        blocks = case.tables[sequence][:reach]
+        table[row, : len(blocks)] = blocks
+        ids[row, :n] = new
+        where = np.arange(start, start + n)
+        positions[row, :n] = where
+        slots[row, :n] = table[row, where // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + where % BLOCK_SIZE
+    return StepArrays(ids, positions, slots, table, np.array(step.logits_index, np.int64))
+
+
+def make_plan(
+    *,
+    contexts: Sequence[int],
+    vocab_size: int,
+    index_topk: int,
+    has_mtp: bool,
+    modes: Sequence[Mode] = MODES,
+    prompts: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+) -> Plan:
+    """Plan the cases of every mode and context, on random tokens or on prompts.
+
+    Args:
+        contexts: lengths of random token sequences; ignored where `prompts` are given.
+        vocab_size: of the model. Random ids leave out the first 16 and the padded end.
+        index_topk: chunks have a border there.
+        has_mtp: whether the MTP module can be run.
+        modes: which ways of cutting a sequence into steps.
+        prompts: token ids; each is run in the modes too, `ragged` batches all of them.
+        seed: of the random tokens and of the order of blocks.
+    """
+    rng = np.random.default_rng(seed)
+
+    def random_ids(length: int) -> list[int]:
+        return rng.integers(min(16, vocab_size // 2), vocab_size * 7 // 8, length).tolist()
+
+    cases: list[Case] = []
+    texts = [list(prompt) for prompt in prompts] or [random_ids(context) for context in contexts]
+    for number, text in enumerate(texts):
+        label = f"prompt {number}" if prompts else f"{len(text)}"
+        for mode in modes:
+            if mode == "mtp" and (not has_mtp or len(text) < 2):
+                continue
+            sequences = [text]
+            if mode == "ragged":
+                if len(text) < 3:
+                    continue
+                sequences = [text, text[: len(text) // 3 + 1], text[-min(5, len(text)) :]]
+            cases.append(_case(f"{mode} {label}", mode, sequences, vocab_size, index_topk, rng))
+    if not cases:
+        raise ConfigError("the plan is empty: no context or prompt is long enough for the modes asked for")
+    return Plan(cases=tuple(cases))
+
+
+def _case(
+    name: str, mode: Mode, sequences: list[list[int]], vocab_size: int, index_topk: int, rng: np.random.Generator
+) -> Case:
+    needed = [-(-len(sequence) // BLOCK_SIZE) for sequence in sequences]
+    order = (rng.permutation(sum(needed)) + 1).tolist()
+    tables = [tuple(order[sum(needed[:i]) : sum(needed[: i + 1])]) for i in range(len(needed))]
+    plans = [chunks(mode, len(sequence), index_topk) for sequence in sequences]
+    done = [0] * len(sequences)
+    steps: list[PlanStep] = []
+    for turn in range(max(len(plan) for plan in plans)):
+        active = [i for i, plan in enumerate(plans) if turn < len(plan)]
+        new = [tuple(sequences[i][done[i] : done[i] + plans[i][turn]]) for i in active]
+        starts = tuple(done[i] for i in active)
+        steps.append(_step("model", active, new, starts, vocab_size))
+        if mode == "mtp":  # t_{i+1} beside h_i: one token more than the model was fed is known
+            ahead = [tuple(sequences[i][s + 1 : s + 1 + len(row)]) for i, s, row in zip(active, starts, new)]
+            steps.append(_step("mtp", active, ahead, starts, vocab_size))
+        for i, row in zip(active, new, strict=True):
+            done[i] += len(row)
+    context = max(len(sequence) for sequence in sequences)
+    return Case(
+        name=name,
+        mode=mode,
+        context=context,
+        tables=tuple(tables),
+        num_blocks=sum(needed) + 2,
+        steps=tuple(steps),
+    )
+
+
+def chunks(mode: Mode, length: int, index_topk: int) -> list[int]:
+    """Return how many new tokens each step of one sequence has."""
+    if mode == "mtp":
+        length -= 1
+    if mode == "whole":
+        return [length]
+    if mode == "decode":
+        prefill = max(0, length - 8)
+        return ([prefill] if prefill else []) + [1] * (length - prefill)
+    if mode in ("mtp", "ragged"):
+        last = min(3, length - 1)
+        return [length - last] + [1] * last
+    sizes, done = [], 0
+    # a border at index_topk where that is in reach, and others that are no multiple of a block
+    for size in [min(index_topk, max(1, length // 2)), 37, *[max(131, length // 4)] * length]:
+        if done == length:
+            break
+        sizes.append(min(size, length - done))
+        done += sizes[-1]
+    return sizes
+
+
+def _step(
+    graph: Literal["model", "mtp"],
+    sequences: Sequence[int],
+    tokens: Sequence[tuple[int, ...]],
+    starts: Sequence[int],
+    vocab_size: int,
+) -> PlanStep:
+    width = max(len(row) for row in tokens)
+    rows = np.array([i * width + j for i, row in enumerate(tokens) for j in range(len(row))])
+    keep = max(1, _LOGIT_BYTES // (4 * vocab_size))
+    if len(rows) > keep:
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, keep).round().astype(int))]
+    return PlanStep(
+        graph=graph,
+        sequences=tuple(sequences),
+        tokens=tuple(tokens),
+        starts=tuple(starts),
+        logits_index=tuple(rows.tolist()),
+    )

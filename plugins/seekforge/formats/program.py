@@ -1,0 +1,209 @@
+"""program.json and bindings.json: what a canonical program computes, takes and gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+from seekforge.common.errors import ProgramError
+from seekforge.common.files import write_json
+from seekforge.common.paths import RelativePath, same_names
+from seekforge.common.reading import LISTING_BYTES, read_json
+from seekforge.common.records import Record, RecordError
+from seekforge.formats.weight_recipes import Recipe
+
+#: Raised when a reader of the previous number would misread a program.
+PROGRAM_FORMAT = 1
+
+#: Slots in a cache block. Fixed: the byte layouts of spec §7 and every kernel know it.
+BLOCK_SIZE = 64
+
+#: What text needs, carried from a checkpoint to a program and an engine: these, and the folder of the chat encoder.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+ENCODING = "encoding"
+
+#: `handover`: what one plan of an engine gives to a later one (see `Manifest.stages`).
+Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "handover"]
+
+
+#: Kind of tensor, its name before the layer -> role, where the name tells it.
+_ROLES: dict[str, Role] = {
+    "rope_cos": "table",
+    "rope_sin": "table",
+    "hadamard": "table",
+    "expert_map": "table",
+    "latent_cache": "cache",
+    "index_cache": "cache",
+    "latent_cache_out": "cache",
+    "index_cache_out": "cache",
+    "topk_indices": "tap",
+    "expert_ids": "tap",
+    "positions": "bookkeeping",
+    "slot_mapping": "bookkeeping",
+    "block_table": "bookkeeping",
+    "logits_index": "bookkeeping",
+    "input_ids": "token",
+    "hidden_in": "token",
+    "hidden_states": "token",
+    "residual": "token",
+}
+
+
+def role_of(name: str) -> Role | None:
+    """Return the role of a tensor by its name, such as `latent_cache.3`; None where the name does not tell."""
+    return _ROLES.get(name.partition(".")[0])
+
+
+class TensorSpec(Record):
+    """One input or output of a graph. A string in `shape` is a symbolic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    role: Role
+
+
+class GraphIO(Record):
+    """The face of one ONNX graph.
+
+    Attributes:
+        file: file name beside the JSON.
+        sha256: digest of that file.
+        inputs, outputs: in graph order.
+        aliases: output name -> input name of each cache that is updated in place.
+    """
+
+    file: RelativePath
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliases: dict[str, str]
+
+    def named(self, name: str) -> TensorSpec:
+        """Return the input or output called `name`."""
+        return next(spec for spec in (*self.inputs, *self.outputs) if spec.name == name)
+
+    def with_role(self, role: Role) -> list[TensorSpec]:
+        """Return the inputs of one role, in graph order."""
+        return [spec for spec in self.inputs if spec.role == role]
+
+
+class OpUse(Record):
+    """How the program uses one operator: all its nodes share version and attributes."""
+
+    version: int
+    attributes: dict[str, float | int | str]
+    num_nodes: int
+
+
+class Program(Record):
+    """program.json.
+
+    Attributes:
+        layer_range: [a, b): layers of the main model in `model.onnx`.
+        numerics: fields of `formats.numerics.Numerics`.
+        config: the checkpoint's config.json; of a truncated model, as it is for the first layers alone.
+        truncated_from: `num_hidden_layers` of the checkpoint, when the program is its first layers as a whole model.
+        ops: op name -> use, over all graphs.
+        graphs: "model", and "mtp" when the model has an MTP layer and the range ends at the last layer.
+        unused: checkpoint tensors that no input reads, with the reason.
+        outside: what other ranges read: `model.layers.7.*` or a tensor's name -> how many tensors.
+        tp, ep: how many ranks share the model (`bindings.Ranks`); the graphs are those of each rank.
+        shared: checkpoint tensors that several inputs read, with those inputs ("graph:input").
+        files: tokenizer and chat files carried along, relative to the program folder.
+    """
+
+    format: int
+    seekforge_version: str
+    opset: int
+    layer_range: tuple[int, int]
+    numerics: dict[str, Any]
+    config: dict[str, Any]
+    ops: dict[str, OpUse]
+    graphs: dict[str, GraphIO]
+    unused: dict[str, str]
+    shared: dict[str, list[str]]
+    files: tuple[RelativePath, ...]
+    truncated_from: int | None = None
+    outside: dict[str, int] = field(default_factory=dict)
+    tp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, name in enumerate(self.files):
+            if name not in TEXT_FILES and not name.startswith(f"{ENCODING}/"):
+                expected = f"{', '.join(TEXT_FILES)} or a file of {ENCODING}/"
+                raise RecordError(f"is {name!r}, expected {expected}", ("files", index))
+        twice = same_names(self.files)
+        if twice is not None:
+            raise RecordError(f"has {twice[0]!r} and {twice[1]!r}, expected each file once", ("files",))
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether `model.onnx` takes token ids and gives logits: a whole (or truncated) model, not a stage of one."""
+        return self.layer_range == (0, self.config["num_hidden_layers"])
+
+
+def save_program(folder: Path, program: Program, bindings: dict[str, dict[str, Recipe]]) -> None:
+    """Write program.json and bindings.json (graph name -> input name -> recipe) into `folder`."""
+    save_bindings(folder, bindings)
+    write_json(folder / "program.json", program.model_dump(mode="json"))
+
+
+def save_bindings(folder: Path, bindings: Mapping[str, Mapping[str, Recipe]]) -> None:
+    """Write bindings.json: graph name -> input name -> recipe. In a CPU engine: of the constants of each graph."""
+    raw = {graph: {name: recipe.to_dict() for name, recipe in recipes.items()} for graph, recipes in bindings.items()}
+    text = json.dumps({"format": PROGRAM_FORMAT, "graphs": raw}, ensure_ascii=False, separators=(",", ":"))
+    (folder / "bindings.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_program(folder: Path) -> Program:
+    """Read and check program.json.
+
+    Raises:
+        ProgramError: not a program folder, another format version, or malformed.
+    """
+    raw = _read(folder, "program.json")
+    try:
+        return Program.model_validate(raw)
+    except RecordError as error:
+        raise ProgramError(f"{folder / 'program.json'}: {error}; export the program again") from None
+
+
+def load_bindings(folder: Path) -> dict[str, dict[str, Recipe]]:
+    """Read bindings.json: graph name -> input name -> recipe.
+
+    Raises:
+        ProgramError: as `load_program`.
+    """
+    graphs = _read(folder, "bindings.json").get("graphs")
+    if not isinstance(graphs, dict) or not all(isinstance(recipes, dict) for recipes in graphs.values()):
+        raise ProgramError(
+            f"{folder / 'bindings.json'}: 'graphs' is malformed, expected graph -> input -> recipe; "
+            "export the program again"
+        )
+    return {
+        graph: {name: Recipe.from_dict(recipe) for name, recipe in recipes.items()} for graph, recipes in graphs.items()
+    }
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    try:
+        raw = read_json(path, most=LISTING_BYTES)
+    except OSError as error:
+        raise ProgramError(
+            f"{path}: cannot be read ({error.strerror}); expected a folder written by 'seekforge export'"
+        ) from None
+    except ValueError as error:
+        raise ProgramError(f"{path}: not valid JSON ({error}); export the program again") from None
+    if not isinstance(raw, dict) or raw.get("format") != PROGRAM_FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise ProgramError(
+            f"{path}: format {found!r}, this seekforge reads format {PROGRAM_FORMAT}; export the program again"
+        )
+    return raw

@@ -1,0 +1,245 @@
+"""Build targets: data files of `configs/targets/` or of the user, checked, and changed by `--set a.b=c`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from seekforge.common.configs import known, load_yaml
+from seekforge.common.errors import TargetError
+from seekforge.common.records import RecordError, UnknownKeyError
+from seekforge.common.yaml_file import YamlError, YamlNumberError, parse_yaml, read_yaml
+from seekforge.formats.engine.manifest import Limits
+
+Positive = Annotated[int, Field(gt=0)]
+#: Far above any hardware, and what is computed from it stays finite.
+Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+
+Precision = Literal["f32", "int8", "int4", "bf16", "fp8"]
+CPU_PRECISIONS = ("f32", "int8", "int4")
+GPU_PRECISIONS = ("bf16", "fp8")
+
+#: SMs that TensorRT-RTX compiles for, and those of data-centre GPUs that need TensorRT.
+RTX_SMS = (80, 86, 89, 120, 121)
+TENSORRT_SMS = (80, 86, 89, 90, 100, 103, 120, 121)
+#: The first SM with FP8 matrix units.
+FP8_SM = 89
+
+
+class Strict(BaseModel):
+    """A frozen model whose unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Gpu(Strict):
+    """What the GPU has. Rates are dense, per second; None where the hardware lacks the type."""
+
+    memory_gib: Rate
+    bandwidth_gb_s: Rate
+    bf16_tflops: Rate
+    fp8_tflops: Rate | None
+    fp4_tflops: Rate | None
+
+
+class Profile(Strict):
+    """Shapes that one optimisation profile covers; the limits of an engine cut it.
+
+    Attributes:
+        max_batch_size, max_query_len: largest number of sequences and of new tokens of each.
+        typical_*: what the compiler optimises for.
+    """
+
+    max_batch_size: Positive
+    max_query_len: Positive
+    typical_batch_size: Positive
+    typical_query_len: Positive
+    typical_context: Positive
+
+
+class TargetConfig(Strict):
+    """One target: which backend compiles for it, in which formats, with which default limits.
+
+    Attributes:
+        precision: of matrix products: f32 on a CPU, or f32 with int8 or int4 weights; fp8 means FP8 products from SM89
+            on, and FP8 weights with BF16 products before.
+        also: other SMs that the same plan shall run on (tensorrt-rtx).
+    """
+
+    name: str
+    title: str = ""
+    backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    sm: int | None
+    also: tuple[int, ...] = ()
+    gpu: Gpu | None = None
+    activations: Literal["f32", "bf16"]
+    precision: Precision
+    kv_format: Literal["f32", "bf16", "fp8_ds"]
+    limits: Annotated[Limits, BeforeValidator(Limits.model_validate)]
+    profiles: dict[str, Profile] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> TargetConfig:
+        if self.backend == "onnxruntime":
+            if self.sm is not None or self.gpu is not None:
+                raise ValueError("sm and gpu belong to a GPU backend, expected null with onnxruntime")
+            if self.precision not in CPU_PRECISIONS:
+                raise ValueError(f"precision {self.precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
+            return self
+        if self.sm is None or self.gpu is None or not self.profiles:
+            raise ValueError(f"sm, gpu and profiles are needed with backend {self.backend}")
+        allowed = RTX_SMS if self.backend == "tensorrt-rtx" else TENSORRT_SMS
+        for sm in (self.sm, *self.also):
+            if sm not in allowed:
+                raise ValueError(
+                    f"sm {sm} is not one that {self.backend} compiles for ({', '.join(map(str, allowed))})"
+                )
+        if self.also and self.backend != "tensorrt-rtx":
+            raise ValueError("also is for tensorrt-rtx; a TensorRT plan runs on one SM")
+        if self.activations != "bf16" or self.precision in CPU_PRECISIONS or self.kv_format == "f32":
+            raise ValueError(
+                "a GPU target computes in bf16: activations bf16, precision bf16 or fp8, kv_format not f32"
+            )
+        return self
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """All SMs that the plan shall run on, ascending; none on a CPU."""
+        return () if self.sm is None else tuple(sorted({self.sm, *self.also}))
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether every SM multiplies in FP8."""
+        return bool(self.sms) and min(self.sms) >= FP8_SM
+
+    @property
+    def products(self) -> Precision:
+        """The precision in which products of FP8 weights run: fp8 where it was asked and the hardware has it."""
+        return "bf16" if self.precision == "fp8" and not self.has_fp8 else self.precision
+
+    @property
+    def formats(self) -> str:
+        """Weights and products in words; weights of a GPU engine are those of the checkpoint, FP8."""
+        if self.backend == "onnxruntime":
+            return f"{self.precision} weights"
+        return f"FP8 weights, {self.products.upper()} products"
+
+    def changed(self, settings: Sequence[str]) -> TargetConfig:
+        """Return the target with changes such as `limits.max_batch_size=8`.
+
+        Raises:
+            TargetError: a change does not fit.
+        """
+        raw = self.model_dump(mode="json")
+        for setting in settings:
+            _apply(raw, setting)
+        return _validated(raw, f"target {self.name}")
+
+
+def _validated(raw: dict[str, Any], origin: str) -> TargetConfig:
+    try:
+        return TargetConfig.model_validate(raw)
+    except ValidationError as error:
+        raise TargetError(f"{origin}: {_first_fault(error)}") from None
+
+
+def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
+    """Return a target.
+
+    Args:
+        name: of a file in configs/targets, or the path of a YAML file.
+        settings: changes such as `limits.max_batch_size=8`, applied in order.
+
+    Raises:
+        TargetError: unknown (the message lists the known ones), its file is malformed, or a change does not fit.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            raw = read_yaml(path)
+        except OSError as error:
+            raise TargetError(f"{path}: cannot be read ({error.strerror})") from None
+        except YamlNumberError as error:
+            raise TargetError(f"{path}: {error}") from None
+        except YamlError as error:
+            raise TargetError(f"{path}: not valid YAML ({error})") from None
+        origin = str(path)
+    else:
+        raw = load_yaml("targets", name)
+        origin = f"configs/targets/{name}.yaml"
+        if raw is None:
+            names = known("targets")
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TargetError(
+                f"unknown target {name!r}, expected one of: {', '.join(names)}, or the path of a .yaml file{hint}"
+            )
+    if not isinstance(raw, dict):
+        raise TargetError(f"{origin}: holds a {type(raw).__name__}, expected keys such as backend and limits")
+    for setting in settings:
+        _apply(raw, setting)
+    return _validated(raw, origin)
+
+
+def asked_limits(settings: Sequence[str]) -> frozenset[str]:
+    """Return the limits that changes such as `limits.max_batch_size=8` name: what a user wants, and no default."""
+    found: set[str] = set()
+    for setting in settings:
+        first, *rest = setting.partition("=")[0].split(".")
+        if first == "limits":
+            found.update(rest or Limits.model_fields)
+    return frozenset(found)
+
+
+def all_targets() -> list[TargetConfig]:
+    """Return every target of configs/targets, CPU first, then by SM and memory."""
+    found = [load_target(name) for name in known("targets")]
+    return sorted(found, key=lambda t: (t.sm or 0, t.gpu.memory_gib if t.gpu else 0))
+
+
+def _apply(raw: dict[str, Any], setting: str) -> None:
+    """Write `a.b=c` into nested keys; the value is YAML."""
+    path, equals, text = setting.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise TargetError(f"--set {setting!r}: expected KEY=VALUE with dots, such as limits.max_batch_size=8")
+    place: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        inner = place.get(key)
+        if not isinstance(inner, dict):
+            groups = [name for name, value in place.items() if isinstance(value, dict)]
+            name = ".".join(keys[: depth + 1])
+            hint = f"known: {', '.join(groups or place)}" if inner is None else f"pass --set {name}=VALUE"
+            raise TargetError(f"--set {setting!r}: {name!r} is no group of keys; {hint}")
+        place = inner
+    try:
+        place[keys[-1]] = parse_yaml(text)
+    except YamlNumberError as error:
+        raise TargetError(f"--set {setting!r}: key {path!r}: {error.problem}") from None
+    except YamlError as error:
+        raise TargetError(f"--set {setting!r}: {text!r} is not valid YAML ({error})") from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    path, message = tuple(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")
+    inner = fault.get("ctx", {}).get("error")
+    if isinstance(inner, RecordError):  # of the limits, which are a record of the manifest
+        path, message = (*path, *inner.path), inner.problem
+    key = ".".join(map(str, path))
+    if fault["type"] == "extra_forbidden" or isinstance(inner, UnknownKeyError):
+        fields = _fields_at(path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), fields, n=1)
+        return f"unknown key {key!r}, known: {', '.join(fields)}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"key {key!r}: {message}" if key else message
+
+
+def _fields_at(path: Sequence[int | str]) -> list[str]:
+    """Return the keys that the schema knows below `path`."""
+    groups: dict[str, type[Strict | Limits]] = {"gpu": Gpu, "limits": Limits, "profiles": Profile}
+    model = groups.get(str(path[0]), TargetConfig) if path else TargetConfig
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""Operators as ONNX functions: bodies of standard operators for runtimes without plugins."""

@@ -1,0 +1,122 @@
+"""What each operator can do on which hardware: refused with a sentence before any work, and listed for the docs.
+
+The plugin's limits are those of its kernels, read from the `launch` modules; the inlined form's are TensorRT's and kept
+here. Only plain values are compared, so export, build and documentation read one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from seekforge.common.errors import ShapeError
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.weight_recipes import Ranks
+from seekforge.plugins.kernels.launch_plan import has_fp8, op_kernels
+from seekforge.plugins.kernels.sizes import WITH_KERNELS, operators
+from seekforge.plugins.registry import CACHE_OPS, FP8_OPS
+
+#: How an operator runs: as a plugin, or as standard operators in its place.
+Face = Literal["plugin", "inlined"]
+
+#: The operators of a layer, in the order in which it uses them.
+OPS: Final = WITH_KERNELS
+#: (op, key) -> most that TensorRT takes of the operator's inlined form, and what limits it.
+_INLINED_MOST: Final[dict[tuple[str, str], tuple[int, str]]] = {
+    ("DsaIndexer", "index_topk"): (3840, "TensorRT's TopK takes"),
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One line of the table of limits.
+
+    Attributes:
+        op: ONNX op_type.
+        faces: where it holds.
+        key: of config.json, or in words.
+        expected: in words.
+    """
+
+    op: str
+    faces: tuple[Face, ...]
+    key: str
+    expected: str
+
+
+def limits() -> list[Limit]:
+    """Return all limits, the operators in the order of a layer."""
+    found = []
+    for op in OPS:
+        found += [Limit(op, ("plugin",), rule.key, rule.expected) for rule in op_kernels(op).RULES]
+        for (inlined, key), (most, _) in _INLINED_MOST.items():
+            if inlined == op:
+                found.append(Limit(op, ("inlined",), key, f"at most {most}"))
+    return found
+
+
+def plugin_fault(op: str, sizes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return why an operator has no kernels for these sizes (`kernel_sizes.operators`), or nothing."""
+    if op not in sizes:
+        return f"{op}: there are no kernels for it"
+    module = op_kernels(op)
+    try:
+        module.check({name: sizes[op][name] for name in module.STATICS})
+    except ShapeError as error:
+        return str(error)
+    return ""
+
+
+def inlined_fault(op: str, config: ModelConfig) -> str:
+    """Return why TensorRT cannot build an operator's inlined form, or nothing."""
+    for (inlined, key), (most, what) in _INLINED_MOST.items():
+        value = getattr(config, key)
+        if inlined == op and value > most:
+            return f"{op}: {key} is {value}, {what} at most {most} where it is inlined"
+    return ""
+
+
+def refusals(config: ModelConfig, *, plugins: Collection[str], ops: Collection[str]) -> list[str]:
+    """Return one sentence for every operator that a model asks too much of; none: it can be built.
+
+    Args:
+        config: of the model.
+        plugins: op_types that run as plugins; the other `ops` are inlined.
+        ops: op_types of the program.
+    """
+    sizes = operators(config)
+    faults = [plugin_fault(op, sizes) if op in plugins else inlined_fault(op, config) for op in ops]
+    return [fault for fault in faults if fault]
+
+
+def export_warnings(config: ModelConfig, *, ops: Collection[str], ranks: Ranks) -> list[str]:
+    """Return one sentence for every operator of a program that has no kernels for the model.
+
+    An export does not know its target. What no target computes is refused with the config; what is said here is what
+    GPU targets will refuse or do without plugins, so that nobody learns of it only when an engine is built.
+    """
+    sizes = operators(config, ranks=ranks)
+    found = []
+    for op in ops:
+        fault = plugin_fault(op, sizes) if op in sizes else ""
+        if not fault:
+            continue
+        if inlined_fault(op, config):
+            found.append(
+                f"{fault}, and it cannot be inlined either ({inlined_fault(op, config)}): no GPU target builds it"
+            )
+            continue
+        needs = "--precision bf16" if op in FP8_OPS else "--kv-cache-dtype bf16" if op in CACHE_OPS else ""
+        found.append(f"{fault}: GPU targets inline it" + (f", which needs {needs}" if needs else ""))
+    return found
+
+
+def support(op: str, sm: int | None) -> str:
+    """Say in a few words how an operator runs on an SM; None is a CPU."""
+    if sm is None:
+        return "f32, inlined"
+    if op not in FP8_OPS:
+        return "plugin or inlined (f32)" if op in ("Bf16Linear", "DsaIndexer", "DsaAttention") else "plugin or inlined"
+    products = "FP8 products" if has_fp8(sm) else "FP8 weights, BF16 products"
+    return f"plugin: {products}; inlined: BF16 products"

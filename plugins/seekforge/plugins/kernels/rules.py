@@ -1,0 +1,95 @@
+"""What the compiler lets pass: kernels a GPU would not run, spills, lost tensor instructions. Pure text and numbers."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from seekforge.plugins.kernels import sass
+from seekforge.plugins.kernels.launch_plan import SHARED_LIMIT, Variant, is_datacentre
+
+#: Columns of tensor memory on SM100 and SM103; above it Triton writes a kernel that only traps.
+TMEM_COLUMNS: Final = 512
+
+_NARROW: Final = "bytes are widened by hand; smaller tiles spill more"
+_WIDE: Final = (
+    "64 heads, which wgmma and tcgen05 need, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
+)
+_TWO: Final = "gate and up keep two [128, 128] sums; 64 rows have no stack but read the weights twice as often"
+_ONCE: Final = "one register, stored once a row and loaded between passes and once per 2,048 scores of the last"
+#: (op, variant, SM) -> most bytes of stack that a kernel may have, and why.
+KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {
+    ("BlockFp8Linear", "swap-16x128", 80): (8, "one register, stored and loaded outside of the main loop"),
+    ("DsaIndexer", "select", 90): (8, _ONCE),
+    ("DsaIndexer", "select", 100): (8, _ONCE),
+    ("DsaIndexer", "select", 103): (8, _ONCE),
+    ("DsaAttention", "part", 80): (24, _NARROW),
+    ("DsaAttention", "attend", 80): (24, _NARROW),
+    ("DsaAttention", "attend-expanded", 90): (168, _WIDE),
+    ("DsaAttention", "attend-expanded", 100): (8, _WIDE),
+    ("DsaAttention", "attend-expanded", 103): (8, _WIDE),
+    ("MoeExperts", "up-64", 80): (88, _NARROW),
+    ("MoeExperts", "up-128", 90): (64, _TWO),
+    ("MoeExperts", "up-128", 100): (136, _TWO),
+    ("MoeExperts", "up-128", 103): (136, _TWO),
+}
+
+#: (op, variant) -> why a kernel multiplies with mma.sync on SMs that have wgmma or tcgen05.
+KNOWN_MMA_SYNC: Final[dict[tuple[str, str], str]] = {
+    ("DsaAttention", name): "32 heads: wgmma and tcgen05 need 64 rows, and widened bytes take their registers"
+    for name in ("attend", "part")
+}
+
+
+def tensor_unit(sm: int) -> str:
+    """Return the kind of tensor instruction that products should use on an SM (`sass.tensor_kind`)."""
+    return sass.MMA_SYNC if not is_datacentre(sm) else sass.WGMMA if sm == 90 else sass.TCGEN05
+
+
+def tensor_instruction(op: str, variant: Variant, sm: int) -> str:
+    """Return the tensor instruction that a kernel has to have, without shape and types; nothing if it has no products.
+
+    A variant multiplies FP8 where its constants say that activations are quantised (`QUANT`) and that the SM has FP8.
+    """
+    if not variant.main_loop:
+        return ""
+    unit = sass.MMA_SYNC if (op, variant.name) in KNOWN_MMA_SYNC else tensor_unit(sm)
+    letter = "Q" if variant.constants.get("QUANT") and variant.constants.get("FP8") else "H"
+    return {sass.MMA_SYNC: "{}MMA", sass.WGMMA: "{}GMMA", sass.TCGEN05: "UTC{}MMA"}[unit].format(letter)
+
+
+def unrunnable(ptx: str, *, sm: int, shared_bytes: int, tmem: int, scratch: int, profile: int) -> str:
+    """Return why a compiled kernel could not run, or nothing. Triton reports none of these."""
+    if shared_bytes > SHARED_LIMIT[sm]:
+        return f"{shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}; use smaller tiles"
+    if tmem > TMEM_COLUMNS or re.search(r"^\s*trap;", ptx, re.M):
+        return f"the compiled body only traps (tensor memory {tmem} of {TMEM_COLUMNS} columns); use smaller tiles"
+    if scratch:
+        return f"it asks for {scratch} bytes of global scratch per block, which no launcher gives; use plain pointers"
+    if profile:
+        return "it asks for profile scratch; compile without instrumentation"
+    return ""
+
+
+def faults(op: str, variant: Variant, sm: int, *, stack_bytes: int, code: sass.Code) -> list[str]:
+    """Return a line for each thing that slows a compiled kernel and is not known: spills, lost tensor instructions.
+
+    Args:
+        op: ONNX op_type.
+        variant: what was compiled.
+        sm: what for.
+        stack_bytes: per thread.
+        code: what was compiled to.
+    """
+    where, found = f"{op} {variant.name} sm{sm}", []
+    most = KNOWN_SPILLS.get((op, variant.name, sm), (0, ""))[0]
+    if stack_bytes > most:
+        found.append(f"{where}: {stack_bytes} bytes of stack, {most} known")
+    if not most and code.spill_stores + code.spill_loads:
+        found.append(f"{where}: spills, {code.spill_stores} stores and {code.spill_loads} loads")
+    wanted = tensor_instruction(op, variant, sm)
+    has = {name.split(".")[0] for name in code.tensor}
+    if has != ({wanted} if wanted else set()):
+        made = " and ".join(sorted(has)) or "no tensor instruction"
+        found.append(f"{where}: compiled to {made}, expected {wanted or 'none'}")
+    return found

@@ -1,0 +1,379 @@
+"""One graph of a GPU engine: its stages, what they read and write in device memory, and the buckets of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from seekforge.common.dtypes import NUMPY, itemsize
+from seekforge.common.errors import EngineError
+from seekforge.formats.program import GraphIO, TensorSpec
+from seekforge.runtime.backends.base import StepInputs
+from seekforge.runtime.backends.tensorrt.device import Bound, Call, Device, Plan
+
+#: Roles of the inputs that every step gives, and of all that lies in buffers of its own.
+_GIVEN: Final = ("token", "bookkeeping")
+_IN_BUFFERS: Final = (*_GIVEN, "result", "tap", "handover")
+
+#: Buffer of the n-th tap of every stage, while nobody looks at it.
+_UNREAD: Final = "unread.{}"
+
+#: Profile -> plan -> input -> shapes, as `Manifest.profiles` has them.
+Profiles = Mapping[str, Mapping[str, Mapping[str, Bound]]]
+
+
+def next_power_of_two(value: int, most: int) -> int:
+    """Return the least power of two that is at least `value`, but at most `most` (which is at least `value`)."""
+    return min(1 << (value - 1).bit_length(), most)
+
+
+def padded(inputs: StepInputs, *, max_batch_size: int, max_blocks: int) -> StepInputs:
+    """Return a step of a bucket's shape: rows, table columns and logits rows that nobody reads are added.
+
+    Padding rows have token 0 at position 0 and slot −1: they change no cache.
+    """
+    rows, width = inputs.input_ids.shape
+    more = next_power_of_two(rows, max(max_batch_size, rows)) - rows
+    columns = inputs.block_table.shape[1]
+    wider = next_power_of_two(columns, max(max_blocks, columns)) - columns
+    count = len(inputs.logits_index)
+    longer = next_power_of_two(count, max(max_batch_size * width, count)) - count
+    down = ((0, more), (0, 0))
+    return StepInputs(
+        np.pad(inputs.input_ids, down),
+        np.pad(inputs.positions, down),
+        np.pad(inputs.slot_mapping, down, constant_values=-1),
+        np.pad(inputs.block_table, ((0, more), (0, wider))),
+        np.pad(inputs.logits_index, (0, longer)),
+        None if inputs.hidden_in is None else np.pad(inputs.hidden_in, (*down, (0, 0))),
+        {name: np.pad(value, (*down, (0, 0))) for name, value in inputs.given.items()},
+    )
+
+
+def halves(inputs: StepInputs) -> list[tuple[StepInputs, np.ndarray]]:
+    """Return the upper and the lower rows of a step as two steps, each with the logits rows of the whole that it gives.
+
+    A half that gives none asks for its first row all the same, which a step must.
+    """
+    rows, width = inputs.input_ids.shape
+    middle = rows // 2
+    found = []
+    for start, stop in ((0, middle), (middle, rows)):
+        of_row = inputs.logits_index // width
+        wanted = np.nonzero((of_row >= start) & (of_row < stop))[0]
+        picked = inputs.logits_index[wanted] - start * width
+        part = StepInputs(
+            inputs.input_ids[start:stop],
+            inputs.positions[start:stop],
+            inputs.slot_mapping[start:stop],
+            inputs.block_table[start:stop],
+            picked if len(picked) else np.zeros(1, np.int64),
+            None if inputs.hidden_in is None else inputs.hidden_in[start:stop],
+            {name: value[start:stop] for name, value in inputs.given.items()},
+        )
+        found.append((part, wanted))
+    return found
+
+
+class Buffer:
+    """Device memory that grows."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.address = 0
+        self.num_bytes = 0
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Make room; returns whether the memory lies elsewhere now."""
+        if num_bytes <= self.num_bytes:
+            return False
+        if self.address:
+            self._device.free(self.address)
+            self.address = self.num_bytes = 0
+        self.address = self._device.allocate(num_bytes)
+        self.num_bytes = num_bytes
+        return True
+
+
+class Stage:
+    """One run of a plan within a step.
+
+    Args:
+        plan: that runs it; it may run others as well.
+        face: what the stage reads and gives, by the names of the step.
+        names: name in the step -> name in the plan.
+    """
+
+    def __init__(self, plan: Plan, face: GraphIO, names: Mapping[str, str]) -> None:
+        self.plan, self.face, self.names = plan, face, names
+        self.call = Call()
+        # what a step looks at: a handful of tensors among the weights
+        self.given = [spec for spec in face.inputs if spec.role in _GIVEN]
+        self.taken = face.with_role("handover")
+        self.made = [spec for spec in face.outputs if spec.role in _IN_BUFFERS]
+        self.taps = {spec.name: _UNREAD.format(i) for i, spec in enumerate(_of_role(face.outputs, "tap"))}
+        self._debug = {names[spec.name]: spec.name for spec in face.outputs if spec.role == "debug"}
+
+    def place(self, spec: TensorSpec, shown: Collection[str]) -> str:
+        """Name of a tensor's buffer: both ends of a handover have one, and all stages one for taps nobody looks at."""
+        if spec.role == "handover":
+            return spec.name.replace("handover_out.", "handover.")
+        return spec.name if spec.name in shown else self.taps.get(spec.name, spec.name)
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where a tensor lies."""
+        self.call.addresses[self.names[name]] = address
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Set the shape of an input."""
+        self.call.shapes[self.names[name]] = shape
+
+    def watch(self, wanted: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
+        """Have `seen` called with those of its debug tensors that are wanted."""
+        own = self._debug
+        self.call.watched = frozenset(inner for inner, name in own.items() if name in wanted)
+        self.call.seen = lambda inner, value: seen(own[inner], value)
+
+    def enqueue(self) -> None:
+        """Start it."""
+        self.plan.enqueue(self.call)
+
+
+class DeviceGraph:
+    """A graph's stages, which a step runs one after the other, with the memory of their inputs and outputs.
+
+    Args:
+        folder: the engine.
+        name: of the graph.
+        face: of the whole graph.
+        stages: faces of the stages, in order; values called `handover_out.N` of one are `handover.N` of a later one.
+            Those of one file are run by one plan.
+        profiles: of the manifest.
+        device: where they run.
+        constants: name of a weight or table -> its address.
+        capturable: whether steps can be captured in a CUDA graph, as far as the build knew.
+
+    Raises:
+        EngineError: a plan cannot be loaded, or is not what the manifest says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        face: GraphIO,
+        stages: Sequence[GraphIO],
+        profiles: Profiles,
+        device: Device,
+        constants: Mapping[str, int],
+        *,
+        capturable: bool = True,
+    ) -> None:
+        self.name, self.face, self.device, self.capturable = name, face, device, capturable
+        self._stages = _open(folder, stages, device, profiles)
+        self._bounds = [step_bounds(profile, stages) for profile in profiles.values()]
+        self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
+        self.buffers: dict[str, Buffer] = {}
+        self._given = [spec for spec in face.inputs if spec.role in _GIVEN]
+        self.dtypes = {spec.name: NUMPY[spec.dtype] for spec in face.outputs}
+        self.taps = frozenset(spec.name for spec in _of_role(face.outputs, "tap"))
+        self._placed: tuple[object, ...] | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for stage in self._stages:
+            for spec in (*stage.face.inputs, *stage.face.outputs):
+                if spec.role in _IN_BUFFERS:
+                    for name in (stage.place(spec, ()), stage.place(spec, self.taps)):
+                        self.buffers.setdefault(name, Buffer(device))
+                elif spec.role in ("weight", "table"):
+                    stage.set_shape(spec.name, tuple(int(dim) for dim in spec.shape))
+                    stage.set_address(spec.name, constants[spec.name])
+
+    def set_caches(self, caches: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
+        """Say where the caches lie: name -> address and shape."""
+        for stage in self._stages:
+            for spec in stage.face.with_role("cache"):
+                address, shape = caches[spec.name]
+                stage.set_shape(spec.name, shape)
+                stage.set_address(spec.name, address)
+            for output, source in stage.face.aliases.items():
+                stage.set_address(output, caches[source][0])
+
+    def place(self, inputs: StepInputs, shown: frozenset[str]) -> tuple[bool, dict[str, tuple[int, ...]]]:
+        """Make room for a step of this shape and tell the stages; for one like the last there is nothing to do.
+
+        Args:
+            inputs: of the step.
+            shown: taps that will be fetched. Of 61 layers all others lie in one place, each until the next is written.
+
+        Returns:
+            Whether memory moved, so that captured graphs are void, and the shapes of the outputs.
+        """
+        shapes = {spec.name: inputs.array(spec.name).shape for spec in self._given}
+        step = (*shapes.values(), shown)
+        if step == self._placed:
+            return False, self._shapes
+        sizes = {"B": inputs.input_ids.shape[0], "Q": inputs.input_ids.shape[1], "N": len(inputs.logits_index)}
+        for stage in self._stages:
+            for spec in (*stage.taken, *stage.made):
+                shapes[spec.name] = tuple(_size(dim, sizes) for dim in spec.shape)
+        moved, self._placed = False, None  # until all is done: there may not be enough memory
+        for stage in self._stages:
+            for spec in (*stage.given, *stage.made):
+                room = max(math.prod(shapes[spec.name]), 1) * itemsize(spec.dtype)
+                moved |= self.buffers[stage.place(spec, shown)].reserve(room)
+        for stage in self._stages:  # all have their room: only now is it known where each tensor lies
+            for spec in (*stage.given, *stage.taken, *stage.made):
+                stage.set_address(spec.name, self.buffers[stage.place(spec, shown)].address)
+            for spec in (*stage.given, *stage.taken):
+                stage.set_shape(spec.name, shapes[spec.name])
+        self._placed, self._shapes = step, shapes
+        return moved, shapes
+
+    def profile_of(self, inputs: StepInputs) -> int | None:
+        """Return the number of the first profile that takes a step of this shape, or None."""
+        if not self._bounds:
+            return 0
+        for number, bounds in enumerate(self._bounds):
+            if all(fits(inputs.array(name).shape, bound) for name, bound in bounds.items()):
+                return number
+        return None
+
+    def use(self, profile: int, context: int, *, specialised: bool) -> None:
+        """Choose the profile and the execution contexts of the next step; see `Call`."""
+        for stage in self._stages:
+            stage.call.profile, stage.call.context, stage.call.specialised = profile, context, specialised
+
+    def upload(self, inputs: StepInputs) -> None:
+        """Copy a step's inputs to the device."""
+        for spec in self._given:
+            array = np.ascontiguousarray(inputs.array(spec.name), NUMPY[spec.dtype])
+            self.device.upload(self.buffers[spec.name].address, array)
+
+    def enqueue(self) -> None:
+        """Start the step."""
+        for stage in self._stages:
+            stage.enqueue()
+
+    def is_stream_capturable(self) -> bool:
+        """Return whether every plan says that the step, which was enqueued just now, can be captured."""
+        return all(stage.plan.is_stream_capturable(stage.call) for stage in self._stages)
+
+    def release(self, context: int) -> None:
+        """Give back the execution contexts of a number."""
+        for plan in {id(stage.plan): stage.plan for stage in self._stages}.values():
+            plan.release(context)
+
+    def watch(self, names: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
+        """Have `seen` called with these debug tensors in the steps to come, and with no other."""
+        for stage in self._stages:
+            stage.watch(names, seen)
+
+
+def step_bounds(profile: Mapping[str, Mapping[str, Bound]], plans: Sequence[GraphIO]) -> dict[str, Bound]:
+    """Return the bounds that one profile sets to the inputs that every step gives."""
+    bounds: dict[str, Bound] = {}
+    for face in plans:
+        given = {spec.name for spec in face.inputs if spec.role in _GIVEN}
+        of_plan = profile.get(Path(face.file).stem, {})
+        bounds |= {name: bound for name, bound in of_plan.items() if name in given}
+    return bounds
+
+
+def fits(shape: tuple[int, ...], bound: Bound) -> bool:
+    """Return whether a shape lies within (smallest, typical, largest)."""
+    return all(low <= size <= high for low, size, high in zip(bound[0], shape, bound[2], strict=True))
+
+
+def _open(folder: Path, faces: Sequence[GraphIO], device: Device, profiles: Profiles) -> list[Stage]:
+    """Load each plan once and say what its tensors are called in every stage that it runs."""
+    plans: dict[str, tuple[Plan, GraphIO]] = {}
+    stages = []
+    for face in faces:
+        path = folder / face.file
+        if face.file not in plans:
+            plan = device.open_plan(path)
+            wanted = {spec.name for spec in _tensors(face) if spec.role != "debug"}
+            odd = sorted(wanted.symmetric_difference(plan.names()))
+            if odd:
+                raise EngineError(
+                    f"{path}: {odd[0]} is only in {'the manifest' if odd[0] in wanted else 'the plan'}; "
+                    "build the engine again"
+                )
+            _check_shapes(path, plan, face, profiles)
+            _check_aliases(path, face, plan.aliases())
+            plans[face.file] = plan, face
+        plan, first = plans[face.file]
+        if [_kind(spec) for spec in _tensors(first)] != [_kind(spec) for spec in _tensors(face)]:
+            raise EngineError(f"{path}: the stages that it runs are not alike; build the engine again")
+        names = {spec.name: inner.name for spec, inner in zip(_tensors(face), _tensors(first), strict=True)}
+        stages.append(Stage(plan, face, names))
+    return stages
+
+
+def _check_shapes(path: Path, plan: Plan, face: GraphIO, profiles: Profiles) -> None:
+    """Hold the shapes and profiles of the manifest against those of a plan."""
+    shapes = plan.shapes()
+    for spec in _tensors(face):
+        found = shapes.get(spec.name, spec.shape)  # TensorRT need not know a size that the graph fixes
+        known = [(ours, theirs) for ours, theirs in zip(spec.shape, found) if isinstance(ours, int) and theirs != -1]
+        if len(found) != len(spec.shape) or any(ours != theirs for ours, theirs in known):
+            raise EngineError(
+                f"{path}: {spec.name} has the shape {list(found)} in the plan and {list(spec.shape)} in the manifest; "
+                "build the engine again"
+            )
+    bounds = plan.bounds()
+    if profiles and bounds and len(bounds) != len(profiles):
+        raise EngineError(f"{path}: has {len(bounds)} profiles, the manifest {len(profiles)}; build the engine again")
+    for (label, by_plan), of_plan in zip(profiles.items(), bounds):
+        for name, said in by_plan.get(Path(face.file).stem, {}).items():
+            if name in of_plan and of_plan[name] != said:
+                raise EngineError(
+                    f"{path}: profile {label} takes {name} of {of_plan[name]}, the manifest says {said}; "
+                    "build the engine again"
+                )
+
+
+def _check_aliases(path: Path, face: GraphIO, told: Mapping[str, str]) -> None:
+    """Refuse a plan whose outputs share memory with other inputs than the manifest says.
+
+    Of outputs that a plugin aliases the library may tell nothing (TensorRT 11.2 does not): these are taken on trust.
+    """
+    for output in sorted(told.keys() | face.aliases.keys()):
+        wanted, found = face.aliases.get(output), told.get(output)
+        if found is not None and found != wanted:
+            raise EngineError(
+                f"{path}: {output} shares its memory with {found}, the manifest says with {wanted or 'none'}; "
+                "build the engine again"
+            )
+        if wanted is not None:
+            ours, theirs = (next(one for one in _tensors(face) if one.name == name) for name in (output, wanted))
+            if ours.dtype != theirs.dtype or not _may_be_equal(ours.shape, theirs.shape):
+                raise EngineError(
+                    f"{path}: {output} shares its memory with {wanted}, but is {ours.dtype} {list(ours.shape)} and not "
+                    f"{theirs.dtype} {list(theirs.shape)}; build the engine again"
+                )
+
+
+def _may_be_equal(one: Sequence[int | str], other: Sequence[int | str]) -> bool:
+    return len(one) == len(other) and all(a == b or str in (type(a), type(b)) for a, b in zip(one, other, strict=True))
+
+
+def _tensors(face: GraphIO) -> tuple[TensorSpec, ...]:
+    return (*face.inputs, *face.outputs)
+
+
+def _kind(spec: TensorSpec) -> tuple[object, ...]:
+    return spec.dtype, spec.shape, spec.role
+
+
+def _of_role(specs: Sequence[TensorSpec], role: str) -> list[TensorSpec]:
+    return [spec for spec in specs if spec.role == role]
+
+
+def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
+    """Return an axis; "B*Q" is a product."""
+    return dim if isinstance(dim, int) else math.prod(sizes[part] for part in dim.split("*"))

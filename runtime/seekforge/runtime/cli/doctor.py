@@ -1,0 +1,247 @@
+"""`seekforge doctor`: what is installed here, what can be done with it, and the command for what is missing.
+
+Versions come from package metadata: nothing heavy is imported, and a broken installation cannot break this command.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from seekforge.common.cli.options import command, json_option
+from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.requirements import Requirements, declared, fault, installed, lacking
+from seekforge.common.requirements import command as install_command
+from seekforge.common.yaml_file import read_yaml
+from seekforge.plugins.kernels.cuda_driver import KERNELS_NEED, needs, version_of_branch
+from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND
+
+_PACKAGES = (
+    "seekforge",
+    "numpy",
+    "tokenizers",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "safetensors",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "tensorrt",
+    "triton",
+    "llguidance",
+    "transformers",
+)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing that seekforge does.
+
+    Attributes:
+        name: what it is.
+        ready: whether it can be done here.
+        missing: why not; empty when ready.
+        remedy: the command that changes it; empty when ready or when there is none.
+    """
+
+    name: str
+    ready: bool
+    missing: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        versions: package or component -> version, None when absent.
+        gpus: "name, driver, compute capability" of each.
+        capabilities: what can be done.
+    """
+
+    versions: dict[str, str | None]
+    gpus: tuple[str, ...]
+    capabilities: tuple[Capability, ...]
+
+
+def capability(
+    name: str,
+    extras: tuple[str, ...],
+    requirements: Requirements,
+    version_of: Callable[[str], str | None] = installed,
+) -> Capability:
+    """Judge one capability that needs `extras`."""
+    wanted = lacking(extras, requirements=requirements, version_of=version_of)
+    if not wanted:
+        return Capability(name, True)
+    faults = (fault(one, version_of(one.name)) for one in wanted)
+    return Capability(name, False, "; ".join(faults), install_command(wanted))
+
+
+def examine() -> Report:
+    """Look at this machine."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {package: installed(package) for package in _PACKAGES}
+    gpus, no_gpu = _gpus()
+    versions["NVIDIA driver"] = gpus[0].split(", ")[1] if gpus else None
+    requirements = declared()
+    if not requirements:
+        missing = "seekforge is not installed, and its pyproject.toml is not here: nothing says what it needs"
+        capabilities = [Capability("everything", False, missing)]
+    else:
+        capabilities = [capability("export a checkpoint", ("export",), requirements)]
+        driver = versions["NVIDIA driver"]
+        for target, (backend, sm) in _targets().items():
+            capabilities += target_capabilities(
+                target, backend, requirements, has_gpu=bool(gpus), sm=sm, driver=driver, no_gpu=no_gpu
+            )
+    return Report(versions, gpus, tuple(capabilities))
+
+
+def target_capabilities(
+    target: str,
+    backend: str,
+    requirements: Requirements,
+    version_of: Callable[[str], str | None] = installed,
+    *,
+    has_gpu: bool,
+    sm: int | None = None,
+    driver: str | None = None,
+    no_gpu: str = "no NVIDIA GPU here",
+) -> list[Capability]:
+    """Judge building for one target and running on it.
+
+    Args:
+        target: its name.
+        backend: of its file.
+        requirements: of this distribution, by extra.
+        version_of: package -> installed version or None.
+        has_gpu: whether a GPU answers here.
+        sm: of the target; its kernels need a driver that loads them. None: nothing is said of drivers.
+        driver: version of the NVIDIA driver here, such as 580.65.06.
+        no_gpu: why none answers.
+    """
+    build, run = f"build for {target}", f"run on {target}"
+    if backend not in BACKENDS:
+        missing = f"this version of seekforge has no {backend} backend"
+        return [Capability(build, False, missing), Capability(run, False, missing)]
+    extra = EXTRA_OF_BACKEND[backend]
+    running = capability(run, (extra,), requirements, version_of)
+    if backend == "onnxruntime":
+        return [capability(build, ("export", extra), requirements, version_of), running]
+    building = capability(build, ("export", extra, "kernels"), requirements, version_of)
+    if not has_gpu:
+        if backend == "tensorrt" and building.ready:
+            building = Capability(build, False, f"{no_gpu}; TensorRT builds on the GPU that the engine is for")
+        wanted = "" if sm is None else f"; sm{sm} needs {needs(needed_driver(sm, version_of))}"
+        running = Capability(run, False, f"{no_gpu}{wanted}")
+    elif sm is not None and driver is not None:
+        old = driver_fault(sm, driver, version_of)
+        if old is not None and running.ready:
+            running = Capability(run, False, old)
+    return [building, running]
+
+
+def needed_driver(sm: int, version_of: Callable[[str], str | None]) -> int:
+    """Return the CUDA version that a driver must have for kernels of an SM and for the bindings that are installed.
+
+    Args:
+        sm: compute capability.
+        version_of: package -> installed version or None.
+    """
+    return max(KERNELS_NEED.get(sm, 0), _bindings_need(version_of))
+
+
+def driver_fault(sm: int, driver: str, version_of: Callable[[str], str | None]) -> str | None:
+    """Return why a driver is too old to run kernels of an SM, or None where it will do.
+
+    Args:
+        sm: compute capability.
+        driver: its version, such as 570.86.15.
+        version_of: package -> installed version or None.
+    """
+    branch = driver.partition(".")[0]
+    wanted = needed_driver(sm, version_of)
+    if not branch.isdecimal() or version_of_branch(int(branch)) >= wanted:
+        return None
+    bindings = _bindings_need(version_of) > KERNELS_NEED.get(sm, 0)
+    what = f"cuda-bindings {version_of('cuda-bindings')}" if bindings else f"kernels of sm{sm}"
+    return f"the NVIDIA driver {driver} is too old: {what} need {needs(wanted)}; install a newer driver"
+
+
+def _bindings_need(version_of: Callable[[str], str | None]) -> int:
+    """Return the CUDA version that the bindings' own runtime needs: any of its major version."""
+    major = (version_of("cuda-bindings") or "").partition(".")[0]
+    return 1000 * int(major) if major.isdecimal() else 0
+
+
+def _targets() -> dict[str, tuple[str, int | None]]:
+    """Target name -> backend and SM, from the target files in the source tree or in the installed package."""
+    here = Path(__file__).resolve()
+    targets: dict[str, tuple[str, int | None]] = {"cpu": ("onnxruntime", None)}
+    for root in (here.parents[4], here.parents[2]):
+        folder = root / "configs" / "targets"
+        if folder.is_dir():
+            for path in sorted(folder.glob("*.yaml")):
+                data = read_yaml(path)
+                known = data if isinstance(data, dict) else {}
+                sm = known.get("sm")
+                targets[path.stem] = str(known.get("backend", "unknown")), sm if isinstance(sm, int) else None
+            break
+    return targets
+
+
+def _gpus() -> tuple[tuple[str, ...], str]:
+    """Ask nvidia-smi for the GPUs that could be used; returns them, and why there are none."""
+    absent = "no NVIDIA GPU here"
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return (), absent
+    query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return (), f"nvidia-smi does not answer ({error})"
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    if done.returncode:  # such as a driver whose library and kernel module differ: that is no lack of a GPU
+        return (), f"nvidia-smi fails ({said[0] if said else f'exit code {done.returncode}'})"
+    return tuple(line for line in said if line.count(", ") == 2), absent
+
+
+@command("doctor", examples=("seekforge doctor", "seekforge doctor --json"))
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show versions, what can be exported, built and run here, and the command for what is missing."""
+    report = examine()
+    if as_json:
+        write_json(asdict(report), indent=1)
+        return
+    found = {name: version for name, version in report.versions.items() if version}
+    width = max(map(len, found))
+    for name, version in found.items():
+        echo(f"{name:<{width}}  {version}")
+    for gpu in report.gpus:
+        echo(f"{'GPU':<{width}}  {gpu}")
+    alike: dict[tuple[bool, str, str], list[str]] = {}
+    for item in report.capabilities:
+        alike.setdefault((item.ready, item.missing, item.remedy), []).append(item.name)
+    for (ready, missing, remedy), names in sorted(alike.items(), key=lambda entry: not entry[0][0]):
+        echo()
+        echo("ready:" if ready else f"not here, since {missing}{f' ({remedy})' if remedy else ''}:")
+        for line in _joined(names):
+            echo(f"  {line}")
+
+
+def _joined(names: list[str]) -> list[str]:
+    """Return names with a common beginning as one line: `build for a, b`."""
+    lines: dict[str, list[str]] = {}
+    for name in names:
+        what, between, target = name.partition(" for " if " for " in name else " on ")
+        lines.setdefault(what + between, []).append(target)
+    return [f"{what}{', '.join(filter(None, targets))}" for what, targets in lines.items()]

@@ -1,0 +1,1 @@
+"""An open engine and the loop that steps it: requests, scheduler, paged cache."""

@@ -1,0 +1,278 @@
+"""From a prompt and its parameters to a request on its way, or a refusal before any work is done."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from seekforge.common.errors import RequestError
+from seekforge.runtime.engine.engine_folder import Engine
+from seekforge.runtime.engine.kv_cache import Table, root_digest
+from seekforge.runtime.engine.outputs import Delta
+from seekforge.runtime.engine.request import Live
+from seekforge.runtime.engine.scheduler import Scheduler
+from seekforge.runtime.sampling.bad_words import BadWords, Bans
+from seekforge.runtime.sampling.guided import Grammars
+from seekforge.runtime.sampling.params import SamplingParams
+from seekforge.runtime.sequence import Grammar
+from seekforge.runtime.sequence import Sequence as _Sequence
+from seekforge.runtime.text.detokenizer import TextStream
+from seekforge.runtime.values import integer, is_integer, listed, number, shown
+
+#: Distance between the seeds of the completions of one request.
+_SEED_STEP = 0x9E3779B97F4A7C15
+#: How many sets of bad words are kept ready.
+_KEPT = 32
+
+#: Text, encoded as it is; token ids; or one of them as a mapping with the single key "prompt" or "prompt_token_ids".
+Prompt = str | Sequence[int] | Mapping[str, Any]
+_PROMPT = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
+#: Levels of priority: a request is served so many levels sooner or later at most.
+_MOST_PRIORITY = 1 << 31
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request that can be served.
+
+    Attributes:
+        prompt: the text that was given; None where token ids were.
+        prompt_ids: what is computed of it.
+        params: with `max_tokens` filled in.
+        grammar: makes a matcher of the form that the text must have; None where it is free.
+    """
+
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    grammar: Callable[[], Grammar] | None = None
+
+
+class Intake:
+    """Checks and makes requests for one engine.
+
+    Attributes:
+        num_requests: completions that were made so far; they are numbered so.
+        weights_version: counts the weights that were swapped in: blocks of other weights are other blocks.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        *,
+        tap_names: Mapping[str, Sequence[str]],
+        drafting: Callable[[], bool],
+        prefix_caching: bool,
+    ) -> None:
+        """Make one; no weight is needed until a request runs.
+
+        Args:
+            engine: opened.
+            scheduler: says what can run at all.
+            tap_names: kind of tap -> names of the model's outputs.
+            drafting: whether a request that is made now drafts.
+            prefix_caching: whether requests share what begins alike.
+        """
+        self.num_requests = 0
+        self.weights_version = 0
+        self._engine, self._scheduler = engine, scheduler
+        self._tap_names, self._drafting = tap_names, drafting
+        self._tokenizer = engine.tokenizer
+        self._prefix_caching = prefix_caching
+        self._numbers = itertools.count()
+        self._bans_of = functools.lru_cache(_KEPT)(self._make_bans)
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> Accepted:
+        """Encode one prompt and refuse it if it cannot be served.
+
+        Raises:
+            RequestError: it cannot.
+        """
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params is {shown(params)}, expected SamplingParams")
+        vocab_size, most = self._engine.manifest.vocab_size, self._scheduler.max_num_tokens
+        given = read_prompt(prompt)
+        if isinstance(given, tuple):
+            ids = given
+        elif params.truncate_prompt_tokens is None:
+            ids = tuple(self._tokenizer.encode_at_most(given, most))
+        else:
+            ids = tuple(self._tokenizer.encode(given))
+        named = (
+            ("prompt token", ids),
+            ("stop_token_ids entry", params.stop_token_ids),
+            ("allowed_token_ids entry", params.allowed_token_ids or ()),
+            ("logit_bias", params.logit_bias),
+        )
+        for name, tokens in named:
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise RequestError(f"{name} {token} is out of range, expected 0 to {vocab_size - 1}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > vocab_size:
+                raise RequestError(f"{name} is {getattr(params, name)}, expected at most {vocab_size}, or -1 for all")
+        for kind in params.taps:
+            if not self._tap_names.get(kind):
+                raise RequestError(f"taps asks for {kind}, which this engine does not give; build it with taps")
+        if params.truncate_prompt_tokens is not None:
+            room = max(most - (params.max_tokens or 1), 1)
+            ids = ids[-(room if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens) :]
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=max(most - len(ids), 1, params.min_tokens))
+        assert params.max_tokens is not None
+        self._scheduler.check_request(len(ids), params.max_tokens)
+        form = params.structured_outputs
+        grammar = None if form is None else self._grammars.compile(form, params.max_tokens)
+        self._bans(params)
+        return Accepted(given if isinstance(given, str) else None, ids, params, grammar)
+
+    def make(
+        self,
+        request: Accepted,
+        priority: int,
+        timeout_s: float | None,
+        on_delta: Callable[[Delta], None] | None,
+    ) -> Live:
+        """Return a request that was checked."""
+        params, ends = request.params, self._engine.manifest.eos_token_ids
+        early_ids = frozenset((*params.stop_token_ids, *ends))
+        stop_ids = frozenset(params.stop_token_ids) if params.ignore_eos else early_ids
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        now = time.monotonic()
+        bans = self._bans(params)
+        allowed = None
+        if params.allowed_token_ids is not None:
+            allowed = np.zeros(self._engine.manifest.vocab_size, bool)
+            allowed[list(params.allowed_token_ids)] = True
+        sequences: list[_Sequence] = []
+        texts: list[TextStream] = []
+        owner = self.num_requests + 1
+        for index in range(params.num_sequences):
+            self.num_requests += 1
+            text = TextStream(
+                self._tokenizer,
+                params.stop,
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                stop_ids=stop_ids,
+            )
+            sequence = _Sequence(
+                self.num_requests,
+                request.prompt_ids,
+                params,
+                seed=(seed + index * _SEED_STEP) % 2**64,
+                stop_ids=stop_ids,
+                early_ids=early_ids,
+                priority=priority,
+                deadline_s=None if timeout_s is None else now + timeout_s,
+                on_token=text.push if params.detokenize else None,
+                grammar=None if request.grammar is None else request.grammar(),
+                bad_words=None if bans is None else BadWords(bans),
+                allowed=allowed,
+                token_text=self._tokenizer.token_text if params.detokenize else None,
+                speculates=self._drafting(),
+                table=Table(b"", owner=owner),
+                arrived_s=now,
+            )
+            sequence.table.root = self.root(sequence)
+            sequences.append(sequence)
+            texts.append(text)
+        sequences[0].siblings = tuple(sequences[1:])
+        number = str(next(self._numbers))
+        quiet_end = None if params.ignore_eos else ends[0]
+        return Live(number, request.prompt, params, quiet_end, tuple(sequences), tuple(texts), on_delta)
+
+    def root(self, sequence: _Sequence) -> bytes:
+        """Return the start of its blocks' digests: what their contents depend on besides tokens."""
+        manifest = self._engine.manifest
+        facts = (manifest.program_sha256, manifest.numerics, manifest.cache.kv_format, self.weights_version)
+        alone = None if self._prefix_caching else sequence.table.owner
+        return root_digest(*facts, sequence.speculates, alone)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        manifest = self._engine.manifest
+        return Grammars(self._tokenizer, manifest.vocab_size, manifest.eos_token_ids)
+
+    def _bans(self, params: SamplingParams) -> Bans | None:
+        """Return what bans the bad words; made once for all requests that ban the same."""
+        if not params.bad_words:
+            return None
+        hidden = self._tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        if not params.include_stop_str_in_output:
+            hidden |= {*params.stop_token_ids, *(() if params.ignore_eos else self._engine.manifest.eos_token_ids)}
+        return self._bans_of(tuple(params.bad_words), hidden)
+
+    def _make_bans(self, words: tuple[str, ...], hidden: frozenset[int]) -> Bans:
+        return Bans(words, self._tokenizer.vocabulary, hidden)
+
+
+def split_prompts(prompts: object) -> tuple[list[Any], bool]:
+    """Return the prompts of one call, and whether one alone was given bare.
+
+    Raises:
+        RequestError: it is neither a prompt nor a list of them.
+    """
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts], True
+    found = None if isinstance(prompts, Set) else listed(prompts)
+    if found is None:
+        raise RequestError(f"the prompt is {shown(prompts)}, expected {_PROMPT}, or a list of these")
+    return ([found], True) if found and is_integer(found[0]) else (found, False)
+
+
+def read_prompt(prompt: object) -> str | tuple[int, ...]:
+    """Return the text or the token ids that a prompt gives.
+
+    Raises:
+        RequestError: it gives neither.
+    """
+    if isinstance(prompt, Mapping):
+        keys = list(prompt)
+        if keys == ["prompt"] and isinstance(prompt["prompt"], str):
+            return prompt["prompt"]
+        ids = listed(prompt["prompt_token_ids"]) if keys == ["prompt_token_ids"] else None
+    else:
+        if isinstance(prompt, str):
+            return prompt
+        ids = None if isinstance(prompt, Set) else listed(prompt)
+    if ids is None:
+        raise RequestError(f"the prompt is {shown(prompt)}, expected {_PROMPT}")
+    return tuple(map(_token_id, ids))
+
+
+def read_priority(value: object) -> int:
+    """Return a priority; None is 0.
+
+    Raises:
+        RequestError: it is no whole number.
+    """
+    return 0 if value is None else integer("priority", value, -_MOST_PRIORITY, _MOST_PRIORITY)
+
+
+def read_timeout(value: object) -> float | None:
+    """Return a timeout in seconds, or None for no bound.
+
+    Raises:
+        RequestError: it is no number that can be compared with a time.
+    """
+    if value is None:
+        return None
+    return number("timeout_s", value, "seconds: a finite number of at least 0, or None", lambda seconds: seconds >= 0)
+
+
+def _token_id(value: object) -> int:
+    if not is_integer(value):
+        raise RequestError(f"prompt token {shown(value)} is no token id; pass text, or a list of whole numbers")
+    return operator.index(value)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,125 @@
+"""From scheduled rows to the arrays of one step: padding, slots and block tables in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+
+from seekforge.runtime.backends.base import StepInputs
+from seekforge.runtime.engine.kv_cache import SCRAP_BLOCK, blocks_needed
+from seekforge.runtime.engine.scheduler import Row
+from seekforge.runtime.row_index import Places
+from seekforge.runtime.sequence import Sequence
+
+PAD_SLOT = -1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One rectangle, and where its logits are.
+
+    Attributes:
+        inputs: of the step.
+        sampling: indices of the rows that sample.
+        first_logit: [len(sampling)]: where the logits after each one's last known token are; those after its drafts
+            follow.
+        prompt_spans: row index -> logits of the prompt's positions in this row, one for each token that follows one.
+    """
+
+    inputs: StepInputs
+    sampling: list[int]
+    first_logit: np.ndarray
+    prompt_spans: dict[int, range]
+
+
+class Packer:
+    """Lays out groups of rows. Keeps the block tables of running sequences as one array, and copies what changed."""
+
+    def __init__(self, block_size: int, max_batch_size: int) -> None:
+        self.block_size = block_size
+        self._tables = np.full((max_batch_size, 16), SCRAP_BLOCK, np.int32)
+        self._versions = [-1] * max_batch_size
+        self._places = Places(max_batch_size)
+
+    def pack(self, rows: Rows[Row]) -> Packed:
+        """Lay out `rows` as one rectangle [B, Q], Q the longest row.
+
+        Padding has token 0, position 0 and slot −1. Block tables reach just to the last token of the longest
+        row, since a step's work may grow with their width; shorter ones are filled up with the scrap block.
+        When no row wants logits, `logits_index` names token 0, whose result is then ignored: no output has an
+        empty axis.
+        """
+        width = max([row.stop - row.start for row in rows])
+        places = self._update([row.sequence for row in rows])
+        if width == 1:
+            input_ids, positions, real = _column(rows)
+        else:
+            input_ids, positions, real = _rectangle(rows, width)
+        reach = blocks_needed(max([row.stop for row in rows]), self.block_size)
+        block_table = self._tables[places, :reach]
+        block, offset = np.divmod(positions, self.block_size)
+        slots = np.take_along_axis(block_table, block, axis=1).astype(np.int64) * self.block_size + offset
+        if real is not None:
+            slots = np.where(real, slots, PAD_SLOT)
+        if width == 1 and all(row.samples for row in rows):  # decode without drafts: nothing to work out
+            every = np.arange(len(rows))
+            return Packed(StepInputs(input_ids, positions, slots, block_table, every), every.tolist(), every, {})
+        wanted: list[int] = []
+        sampling: list[int] = []
+        first: list[int] = []
+        prompt_spans: dict[int, range] = {}
+        for index, row in enumerate(rows):
+            end = index * width + row.num_tokens
+            if row.samples:
+                sampling.append(index)
+                first.append(len(wanted))
+                wanted.extend(range(end - 1 - row.num_drafts, end))
+            if row.sequence.params.prompt_logprobs is not None:
+                count = min(row.stop, len(row.sequence.prompt_ids) - 1) - row.start
+                if count > 0:
+                    prompt_spans[index] = range(len(wanted), len(wanted) + count)
+                    wanted.extend(range(index * width, index * width + count))
+        inputs = StepInputs(input_ids, positions, slots, block_table, np.array(wanted or [0], np.int64))
+        return Packed(inputs, sampling, np.array(first, np.int64), prompt_spans)
+
+    def _update(self, sequences: list[Sequence]) -> np.ndarray:
+        """Return where each sequence's block table stands, up to date."""
+        places: list[int] = []
+        for sequence in sequences:
+            place = self._places.find(sequence)
+            if place is None:
+                place, _ = self._places.settle(sequence)
+                self._versions[place] = -1
+            if self._versions[place] != sequence.table.version:
+                blocks = sequence.table.blocks
+                if len(blocks) > self._tables.shape[1]:
+                    wide = np.full((len(self._versions), 2 * len(blocks)), SCRAP_BLOCK, np.int32)
+                    wide[:, : self._tables.shape[1]] = self._tables
+                    self._tables = wide
+                self._tables[place, : len(blocks)] = blocks
+                self._tables[place, len(blocks) :] = SCRAP_BLOCK
+                self._versions[place] = sequence.table.version
+            places.append(place)
+        return np.array(places)
+
+
+def _column(rows: Rows[Row]) -> tuple[np.ndarray, np.ndarray, None]:
+    ids = [row.sequence.last_id if row.samples else row.sequence.tokens(row.start, row.stop)[0] for row in rows]
+    return np.array(ids, np.int64)[:, None], np.array([row.start for row in rows], np.int64)[:, None], None
+
+
+def _rectangle(rows: Rows[Row], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return token ids, positions, and which of them are no padding, each [B, width]."""
+    input_ids = np.zeros((len(rows), width), np.int64)
+    for index, row in enumerate(rows):
+        known = row.num_tokens - row.num_drafts
+        input_ids[index, :known] = row.sequence.tokens(row.start, row.stop - row.num_drafts)
+        if row.num_drafts:
+            input_ids[index, known : row.num_tokens] = row.sequence.drafts[: row.num_drafts]
+    starts = np.array([row.start for row in rows], np.int64)[:, None]
+    lengths = np.array([row.stop - row.start for row in rows], np.int64)[:, None]
+    columns = np.arange(width)
+    real = columns < lengths
+    return input_ids, np.where(real, starts + columns, 0), real

@@ -1,0 +1,62 @@
+"""A loaded engine proves itself: stored prompt rows must give the stored logits before it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from seekforge.common.errors import EngineError
+from seekforge.formats.engine.manifest import SelfCheck
+from seekforge.runtime.backends.base import Backend, StepInputs
+from seekforge.runtime.engine.kv_cache import blocks_needed, slots_for
+
+
+@dataclass(frozen=True)
+class SelfCheckResult:
+    """How near a loaded engine came.
+
+    Attributes:
+        num_values: logits and logsumexps compared.
+        largest_difference: of those, in logits.
+        tolerance: what was allowed.
+    """
+
+    num_values: int
+    largest_difference: float
+    tolerance: float
+
+
+def run_self_check(backend: Backend, check: SelfCheck, block_size: int) -> SelfCheckResult:
+    """Prefill the stored prompt whole and compare. Leaves the backend with other caches: allocate them after.
+
+    Raises:
+        EngineError: a value differs by more than the tolerance or is not finite; row, id and values are named.
+    """
+    length = len(check.prompt_ids)
+    num_blocks = blocks_needed(length, block_size)
+    backend.allocate_caches(num_blocks + 1)
+    blocks = list(range(1, num_blocks + 1))
+    step = StepInputs(
+        input_ids=np.array([check.prompt_ids], np.int64),
+        positions=np.arange(length, dtype=np.int64)[None],
+        slot_mapping=np.array([slots_for(blocks, 0, length, block_size)], np.int64),
+        block_table=np.array([blocks], np.int32),
+        logits_index=np.array([row.position for row in check.rows], np.int64),
+    )
+    results = backend.run(step, outputs={"logits", "logsumexp"})
+    logits, logsumexp = results.fetch("logits"), results.fetch("logsumexp")
+    num_values, largest = 0, 0.0
+    for index, row in enumerate(check.rows):
+        values = [(f"the logit of id {token}", logits[index, token]) for token in row.top_ids]
+        values.append(("the logsumexp", logsumexp[index]))
+        for (what, found), expected in zip(values, (*row.top_logits, row.logsumexp), strict=True):
+            difference = abs(float(found) - expected)
+            if not difference <= check.tolerance:  # so written, NaN fails
+                raise EngineError(
+                    f"self-check failed at position {row.position}: {what} is {float(found):.6g}, expected "
+                    f"{expected:.6g} within {check.tolerance:.3g} ({check.source}); the engine does not compute what "
+                    "it was built for: check the files with --verify, then build it again"
+                )
+            num_values, largest = num_values + 1, max(largest, difference)
+    return SelfCheckResult(num_values, largest, check.tolerance)

@@ -1,0 +1,179 @@
+"""Many threads, one engine: who runs the next step, and how requests come in and go out meanwhile.
+
+One of the threads that wait for tokens runs the next step, for the requests of all. While a step runs nobody else
+touches the scheduler: what is asked of it then lies in an inbox until the step ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from seekforge.common.errors import EngineError
+from seekforge.runtime.engine.core import Core
+from seekforge.runtime.engine.request import Live
+from seekforge.runtime.sequence import FinishReason, Sequence
+
+
+class Turns:
+    """Runs the steps of a core, for requests that any thread may enter.
+
+    Attributes:
+        live: request id of a sequence -> its request.
+        closed: nothing enters any more.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self.live: dict[int, Live] = {}
+        self.closed = False
+        self._pid = os.getpid()
+        self._core, self._scheduler = core, core.scheduler
+        # Guards what follows, and the scheduler while no step is run.
+        self._turn = threading.Condition()
+        self._stepping = False
+        self._inbox: deque[tuple[Live, Callable[[Live], None]]] = deque()
+        self._num_entering = 0
+
+    def enter(self, count: int, make: Callable[[], list[Live]]) -> list[Live]:
+        """Put requests into the queue, all or none.
+
+        Args:
+            count: their sequences.
+            make: makes the requests, once it is known that they fit.
+
+        Raises:
+            QueueFullError: they do not.
+            EngineError: closed.
+        """
+        if os.getpid() != self._pid:  # before the lock, which another thread may have held at the fork
+            raise EngineError(
+                "this LLM was opened before the process was forked, and cannot run here; open another one"
+            )
+        with self._turn:
+            if self.closed:
+                raise EngineError("this LLM is closed; open another one")
+            self._scheduler.check_queue(count + self._num_entering)
+            lives = make()
+            self._num_entering += count
+            self._post(lives, self._enter)
+        return lives
+
+    def drop(self, lives: list[Live]) -> None:
+        """End requests; those that are done are merely forgotten."""
+        with self._turn:
+            self._post(lives, self._end)
+
+    def advance(self, done: Callable[[], bool]) -> None:
+        """Run steps, or wait while another thread runs them, until `done`."""
+        with self._turn:
+            while not done():
+                if self.closed:
+                    raise EngineError("this LLM was closed while requests were on their way")
+                if self._stepping:
+                    self._turn.wait()
+                else:
+                    self._step()
+
+    def serve(self, stopped: Callable[[], bool]) -> None:
+        """Run steps while there is work, and wait for it, until `stopped` or closed: for a thread of its own."""
+        with self._turn:
+            while not stopped() and not self.closed:
+                if self._stepping or not (self._inbox or self._scheduler.has_work):
+                    self._turn.wait()
+                    continue
+                try:
+                    self._step()
+                except Exception as error:  # a bug of ours: whoever waits must learn of it
+                    self.end_all("error", f"{type(error).__name__}: {error}")
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """A context in which no step runs and none begins."""
+        with self._turn:
+            while self._stepping:
+                self._turn.wait()
+            self._empty_inbox()
+            try:
+                yield
+            finally:
+                self._turn.notify_all()
+
+    def end_all(self, reason: FinishReason, error: str | None) -> None:
+        """End every request, between steps."""
+        for live in set(self.live.values()):
+            for sequence in live.sequences:
+                self._scheduler.abort(sequence, reason, error)
+                self._deliver(live, sequence)
+        self.live.clear()
+        self._turn.notify_all()
+
+    def _post(self, lives: list[Live], change: Callable[[Live], None]) -> None:
+        self._inbox.extend((live, change) for live in lives)
+        if not self._stepping:
+            self._empty_inbox()
+        self._turn.notify_all()
+
+    def _empty_inbox(self) -> None:
+        """Make the changes that were asked for. One that fails ends its own request and no other."""
+        while self._inbox:
+            live, change = self._inbox.popleft()
+            try:
+                change(live)
+            except Exception as error:
+                self._fail(live, f"{type(error).__name__}: {error}")
+
+    def _deliver(self, live: Live, sequence: Sequence) -> None:
+        """Hand on what a sequence gained; a text or a listener that fails ends its own request and no other."""
+        try:
+            live.deliver(sequence)
+        except Exception as error:
+            self._fail(live, f"{type(error).__name__}: {error}")
+
+    def _fail(self, live: Live, why: str) -> None:
+        """End one request whatever state it is in, and wake whoever waits for it."""
+        for sequence in live.sequences:
+            self.live.pop(sequence.request_id, None)
+            with contextlib.suppress(Exception):  # the scheduler may not know it, or not all of it
+                self._scheduler.abort(sequence, "error", why)
+            if sequence.finish_reason is None:
+                sequence.finish_reason, sequence.error, sequence.state = "error", why, "finished"
+            live.fail(sequence)
+        self._turn.notify_all()
+
+    def _enter(self, live: Live) -> None:
+        self._num_entering -= len(live.sequences)
+        for sequence in live.sequences:
+            self.live[sequence.request_id] = live
+        self._scheduler.add(live.sequences[0])
+
+    def _end(self, live: Live) -> None:
+        for sequence in live.sequences:
+            self._scheduler.abort(sequence)
+            self.live.pop(sequence.request_id, None)
+
+    def _step(self) -> None:
+        """Run one iteration, with the turn held at begin and end, and hand what is new to its requests."""
+        self._empty_inbox()
+        if not self._scheduler.has_work:
+            return
+        self._stepping = True
+        touched: list[Sequence] = []
+        self._turn.release()
+        try:
+            touched = self._core.step()
+        except BaseException:
+            touched = [s for live in set(self.live.values()) for s in live.sequences if s.state == "finished"]
+            raise
+        finally:
+            self._turn.acquire()
+            self._stepping = False
+            for sequence in touched:
+                live = self.live.get(sequence.request_id)
+                if live is not None:
+                    self._deliver(live, sequence)
+            self._empty_inbox()
+            self._turn.notify_all()

@@ -1,0 +1,214 @@
+"""The exported program, as ONNX Runtime runs it, against the PyTorch model it was traced from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support.parity import (
+    CONTEXTS,
+    GATE,
+    MAX_FLIPPED,
+    MODES,
+    assert_same,
+    drive,
+    lengths_of,
+    moved_rows,
+    num_blocks,
+    relative_error,
+    tokens,
+)
+
+from seekforge.exporter.builder.onnxruntime.build import build
+from seekforge.exporter.builder.onnxruntime.session import OrtSession
+from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.program.export import export
+from seekforge.exporter.progress import Stages
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.numerics import EXACT, FP8
+from seekforge.formats.targets import load_target
+
+BLOCK = 64
+
+
+def open_engine(folder: Path, blocks: int, graph: str = "model") -> OrtSession:
+    return OrtSession(folder, load_manifest(folder).graphs[graph], blocks * BLOCK, threads=2)
+
+
+def caches_of(session: TorchSession) -> dict[str, np.ndarray]:
+    """Cache name -> values, without the scrap block."""
+    values = [value for pair in zip(session.latent, session.index, strict=True) for value in pair]
+    return {name: value[BLOCK:].numpy() for name, value in zip(session.model.cache_names(), values, strict=True)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_exact_engine_equals_pytorch(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int, mode: str
+) -> None:
+    sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
+    blocks = num_blocks(sequences)
+    reference = TorchSession(Settings(tiny_config, EXACT), tiny_source, blocks)
+    engine = open_engine(tiny_engines["exact"], blocks)
+    pairs = list(zip(drive(engine.step, sequences, mode), drive(reference.step, sequences, mode), strict=True))
+    for ours, theirs in pairs:
+        assert_same(ours, theirs, f"{mode} at {context}")
+    moved = sum(moved_rows(ours, theirs).sum() for ours, theirs in pairs)
+    for name, theirs in caches_of(reference).items():
+        ours = engine.cache(name)[BLOCK:]
+        wrong = ~np.isclose(ours, theirs, rtol=1e-4, atol=1e-4).all(-1)
+        # every byte that nobody owns is untouched, and rows differ only where a layer before chose differently
+        assert not ours[(theirs == 0).all(-1)].any(), name
+        assert wrong.sum() <= 0.01 * len(wrong) + moved, f"{name}: {wrong.sum()} slots differ"
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_results_of_a_step_are_consistent(tiny_engines: dict[str, Path], context: int) -> None:
+    ids = tokens(context)
+    blocks = list(range(1, 2 + context // BLOCK))
+    got = open_engine(tiny_engines["exact"], len(blocks) + 1).step(make_step([ids], [0], [blocks]))
+    logits = got["logits"]
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, : got["top_ids"].shape[1]]
+    assert np.array_equal(got["top_ids"], order)
+    assert np.array_equal(got["top_logits"], np.take_along_axis(logits, order, -1))
+    peak = logits.max(-1, keepdims=True).astype(np.float64)
+    exact = (peak + np.log(np.exp(logits - peak).sum(-1, keepdims=True)))[:, 0]
+    assert np.allclose(got["logsumexp"], exact, rtol=0, atol=1e-5)
+
+
+def test_a_padded_row_changes_no_byte_outside_the_scrap_block(tiny_engines: dict[str, Path]) -> None:
+    for folder in tiny_engines.values():
+        engine = open_engine(folder, 6)
+        for name in engine.caches:
+            engine.caches[name].update_inplace(np.full_like(engine.cache(name), 7.5))
+        # the second sequence is two tokens long, the rectangle nine wide
+        engine.step(make_step([tokens(9), tokens(2)], [0, 0], [[2], [4]]))
+        for name in engine.caches:
+            after = engine.cache(name)
+            touched = np.flatnonzero((after[BLOCK:] != 7.5).any(-1)) + BLOCK
+            assert touched.tolist() == [*range(2 * BLOCK, 2 * BLOCK + 9), 4 * BLOCK, 4 * BLOCK + 1], name
+
+
+def test_rubbish_in_unused_slots_does_not_leak(tiny_engines: dict[str, Path]) -> None:
+    ids = tokens(100)
+    clean = open_engine(tiny_engines["exact"], 5)
+    dirty = open_engine(tiny_engines["exact"], 5)
+    for name in dirty.caches:
+        dirty.caches[name].update_inplace(np.full_like(dirty.cache(name), np.nan))
+    step = make_step([ids], [0], [[3, 1]])
+    assert np.array_equal(dirty.step(step)["logits"], clean.step(step)["logits"])
+
+
+@pytest.mark.parametrize("context", (10, 65, 200))
+def test_mtp_engine_equals_pytorch(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int
+) -> None:
+    hidden = np.random.default_rng(0).standard_normal((1, context, tiny_config.hidden_size), np.float32)
+    step = make_step([tokens(context)], [0], [list(range(1, 2 + context // BLOCK))])
+    reference = TorchSession(Settings(tiny_config, EXACT), tiny_source, 6, mtp=True)
+    theirs = reference.step(step, (torch.from_numpy(hidden),))
+    ours = open_engine(tiny_engines["exact"], 6, "mtp").step(step, hidden_in=hidden)
+    assert relative_error(ours["logits"], theirs["logits"].numpy()).max() <= GATE
+    assert np.abs(ours["hidden"] - theirs["hidden"].numpy()).max() <= 1e-4
+    layer = tiny_config.mtp_layer
+    assert np.array_equal(ours[f"topk_indices.{layer}"], theirs[f"topk_indices.{layer}"].numpy())
+
+
+# --- numerics fp8: rounding to e4m3 is discrete too ---------------------------------------------------------
+
+
+def _perturbed(config: ModelConfig, source: Checkpoint, blocks: int, seed: int) -> TorchSession:
+    """The PyTorch model with its embeddings changed by parts in a million."""
+    session = TorchSession(Settings(config, FP8, "f32"), source, blocks)
+    generator = torch.Generator().manual_seed(seed)
+
+    def perturb(module: torch.nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded * (1 + 1e-6 * torch.randn(embedded.shape, generator=generator))
+
+    session.model.embed_tokens.register_forward_hook(perturb)  # pyright: ignore
+    return session
+
+
+@pytest.mark.parametrize(("context", "mode"), [(10, "whole"), (10, "decode"), (64, "whole"), (200, "ragged")])
+def test_fp8_engine_differs_from_pytorch_no_more_than_pytorch_from_itself(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int, mode: str
+) -> None:
+    """A sum in another order can flip one e4m3 rounding, and the rows that attend to it then differ for good.
+
+    So whole-model FP8 logits are judged by quantiles: the engine against PyTorch must lie within 1.5 times
+    PyTorch against itself with embeddings changed by 1e-6 (ten times the noise of a sum in another order). The
+    strict comparison is layer by layer, below.
+    """
+    sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
+    blocks = num_blocks(sequences)
+    reference = drive(TorchSession(Settings(tiny_config, FP8, "f32"), tiny_source, blocks).step, sequences, mode)
+    engine = drive(open_engine(tiny_engines["fp8"], blocks).step, sequences, mode)
+    quantiles = (0.5, 0.9, 1.0)
+
+    def error(runs: list[Any]) -> np.ndarray:
+        rows = [relative_error(a.logits, b.logits) for a, b in zip(runs, reference, strict=True)]
+        return np.quantile(np.concatenate(rows), quantiles)
+
+    noise = [
+        error(drive(_perturbed(tiny_config, tiny_source, blocks, seed).step, sequences, mode)) for seed in range(8)
+    ]
+    bound = 1.5 * np.max(noise, axis=0) + GATE
+    found = error(engine)
+    assert (found <= bound).all(), f"quantiles {quantiles}: {found}, allowed {bound}"
+
+
+@pytest.fixture(scope="module")
+def layer_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """FP8 engines of single layers: the dense one and a MoE one in the middle."""
+    root = tmp_path_factory.mktemp("layers")
+    for layer in (0, 2):
+        export(tiny_checkpoint, root / f"p{layer}", numerics=FP8, layer_range=(layer, layer + 1))
+        build(
+            root / f"p{layer}",
+            root / f"e{layer}",
+            target=load_target("cpu"),
+            checkpoint_folder=tiny_checkpoint,
+            max_model_len=None,
+            force=False,
+            progress=Stages(quiet=True),
+        )
+    return {layer: root / f"e{layer}" for layer in (0, 2)}
+
+
+@pytest.mark.parametrize("layer", (0, 2))
+def test_fp8_layers_equal_pytorch_but_for_single_roundings(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, layer_engines: dict[int, Path], layer: int
+) -> None:
+    """One layer fed the same input on both sides: what is left is that layer's own arithmetic.
+
+    An e4m3 rounding flips where the two sums straddle a tie: about one element in 10^5. A flip moves its own row
+    by about 1e-2 of the spread, and rows that attend to it by far less.
+    """
+    ids, blocks = tokens(300), [3, 1, 5, 2, 4]
+    step = make_step([ids], [0], [blocks])
+    settings = Settings(tiny_config, FP8, "f32")
+    handed: tuple[torch.Tensor, ...] = ()
+    if layer:
+        before = TorchSession(settings, tiny_source, 7, layer_range=(0, layer)).step(step)
+        handed = (before["hidden_states"], before["residual"])
+    reference = TorchSession(settings, tiny_source, 7, layer_range=(layer, layer + 1))
+    theirs = reference.step(step, handed)
+    engine = open_engine(layer_engines[layer], 7)
+    names = ("hidden_states", "residual")
+    ours = engine.step(step, **{name: value.numpy() for name, value in zip(names, handed, strict=False)})
+    for name in names:
+        error = relative_error(ours[f"{name}_out"][0], theirs[name][0].numpy())
+        assert (error <= 1e-5).mean() >= 0.9, f"{name}: {(error > 1e-5).sum()} rows moved"
+        assert error.max() <= 0.3, f"{name}: a row moved by {error.max():.2e} of the spread"
+    assert (ours[f"topk_indices.{layer}"] != theirs[f"topk_indices.{layer}"].numpy()).any(-1).mean() <= MAX_FLIPPED
+    if tiny_config.is_moe_layer(layer):
+        assert (ours[f"expert_ids.{layer}"] != theirs[f"expert_ids.{layer}"].numpy()).any(-1).mean() <= MAX_FLIPPED
+    for name, value in caches_of(reference).items():
+        same = np.isclose(engine.cache(name)[BLOCK:], value, rtol=1e-5, atol=1e-5)
+        assert same.mean() >= 1 - 1e-4, f"{name}: {(~same).sum()} of {same.size} cached values differ"

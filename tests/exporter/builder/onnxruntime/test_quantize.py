@@ -1,0 +1,125 @@
+"""CPU engines with int8 and int4 weights: the graph, what the manifest says, and that the gate is tight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from seekforge.common.errors import EngineError, TargetError
+from seekforge.exporter.builder.onnxruntime.build import build
+from seekforge.exporter.builder.onnxruntime.quantize import CODED_KINDS, F32_KINDS, SENSITIVE_KINDS
+from seekforge.exporter.inspect.cli import inspect
+from seekforge.exporter.progress import Stages
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.int_quant import Quantisation, kind_of
+from seekforge.formats.targets import load_target
+from seekforge.runtime import LLM, SamplingParams
+
+
+def build_cpu(program: Path, out: Path, checkpoint: Path, precision: str) -> Path:
+    build(
+        program,
+        out,
+        target=load_target("cpu", [f"precision={precision}"]),
+        checkpoint_folder=checkpoint,
+        max_model_len=1024,
+        force=False,
+        progress=Stages(quiet=True),
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def engines(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("coded")
+    made = {name: build_cpu(tiny_programs["exact"], root / name, tiny_checkpoint, name) for name in ("int8", "int4")}
+    return made | {"fp8": build_cpu(tiny_programs["fp8"], root / "fp8", tiny_checkpoint, "int8")}
+
+
+@pytest.mark.parametrize("precision", ("int8", "int4"))
+def test_products_have_codes_and_the_manifest_lists_all_kinds(engines: dict[str, Path], precision: str) -> None:
+    manifest = load_manifest(engines[precision])
+    how = manifest.quantisation
+    assert how is not None and how.precision == precision and how.block_size == 32
+    kinds = dict.fromkeys(CODED_KINDS, precision) | dict.fromkeys(SENSITIVE_KINDS, "int8")
+    assert how.kinds == kinds | dict.fromkeys(F32_KINDS, "f32")
+    model = onnx.load(engines[precision] / "model.onnx", load_external_data=False)
+    codes = {t.name for t in model.graph.initializer if t.name.endswith(".codes")}
+    assert {kind_of(name.removesuffix(".codes")) for name in codes} == set(CODED_KINDS)
+    kinds = [node.op_type for node in model.graph.node if node.domain == "com.microsoft"]
+    layers = manifest.layer_range[1]
+    assert kinds.count("QMoE") == layers - 1
+    # qkv_a, q_b, wq_b, o of every layer; gate_up and down of the dense MLP and of shared experts; the head
+    assert kinds.count("MatMulNBits") == 6 * layers + 1
+    # whatever is still multiplied as f32 is of a kind that is listed so
+    constants = {t.name for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in constants:
+            assert kind_of(node.input[1].removesuffix(".transposed")) in F32_KINDS
+
+
+def test_weights_shrink_to_what_codes_and_scales_take(engines: dict[str, Path], tiny_engines: dict[str, Path]) -> None:
+    size = {name: (folder / "weights.bin").stat().st_size for name, folder in engines.items()}
+    assert size["int4"] < size["int8"] < 0.4 * (tiny_engines["exact"] / "weights.bin").stat().st_size
+
+
+@pytest.mark.parametrize("name", ("int8", "int4", "fp8"))
+def test_the_self_check_is_tight_and_passes_at_load(engines: dict[str, Path], name: str) -> None:
+    check = load_manifest(engines[name]).self_check
+    assert check is not None and len(check.prompt_ids) == 1
+    # rounding of inputs included: without it PyTorch would differ by 1e-2 of the spread and more
+    assert check.tolerance < 0.1 and "weights" in check.source
+    with LLM(engines[name], num_blocks=8) as llm:  # compares, or refuses to start
+        (output,) = llm.generate([[5, 6, 7, 8]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 4
+
+
+def test_a_scale_that_is_one_percent_off_is_noticed(
+    bent_engine: None, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match="differs from PyTorch"):
+        build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint, "int4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_updated_weights_are_quantised_again(engines: dict[str, Path], tiny_source: Checkpoint) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    names = [name.removesuffix("_scale_inv"), name]
+    tensors = {key: np.asarray(tiny_source.tensor(key)).copy() for key in names}
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, logprobs=1)
+    with LLM(engines["int8"], num_blocks=8) as llm:
+        before = llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs
+        llm.update_weights(tensors)
+        assert llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs == before
+        llm.update_weights({**tensors, name: tensors[name] * np.float32(4)})
+        assert llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs != before
+
+
+def test_inspect_lists_what_is_stored_how(engines: dict[str, Path]) -> None:
+    shown = CliRunner().invoke(inspect, [str(engines["int4"])], env={"COLUMNS": "400"}).output
+    assert (
+        "weights: int8 qkv_a_proj, wq_b, lm_head; int4 q_b_proj, o_proj, gate_up_proj, down_proj, experts; f32 gate"
+        in shown
+    )
+    told = json.loads(CliRunner().invoke(inspect, [str(engines["int4"]), "--json"]).output)
+    assert told["quantisation"]["kinds"]["experts"] == "int4"
+
+
+def test_only_a_cpu_has_such_weights_and_it_has_no_fp8() -> None:
+    with pytest.raises(TargetError, match="precision fp8 is for GPUs; a CPU knows f32, int8, int4"):
+        load_target("cpu", ["precision=fp8"])
+    with pytest.raises(TargetError, match="precision bf16 or fp8"):
+        load_target("h100", ["precision=int4"])
+
+
+def test_a_manifest_that_names_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="int3"):
+        Quantisation.model_validate({"precision": "int4", "block_size": 32, "kinds": {"o_proj": "int3"}})

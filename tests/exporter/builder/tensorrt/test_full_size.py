@@ -1,0 +1,74 @@
+"""Plugin engines at the widths of DeepSeek-V3.2, without a GPU: a layer for every SM of TensorRT-RTX, and the whole."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from seekforge.exporter.builder.tensorrt.build import build_gpu
+from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
+from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
+from seekforge.exporter.program.export import export
+from seekforge.exporter.progress import Stages
+from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.targets import RTX_SMS, load_target
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+pytestmark = pytest.mark.slow
+
+CHOICES = Choices(plugins="all", allow_oversize=True, kernels=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full") / "checkpoint"
+    new_sparse_checkpoint(folder, "full")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moe_layer(checkpoint: Path) -> Path:
+    folder = checkpoint.parent / "layer"
+    export(checkpoint, folder, numerics=NUMERICS["fp8"], layer_range=(3, 4))
+    return folder
+
+
+@pytest.mark.parametrize("sm", RTX_SMS)
+def test_one_layer_at_real_width(checkpoint: Path, moe_layer: Path, sm: int, tmp_path: Path) -> None:
+    inputs = open_inputs(moe_layer, checkpoint)
+    planned = check(inputs, load_target("rtx4090", [f"sm={sm}"]), CHOICES)
+    manifest = build_gpu(
+        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+    )
+    assert manifest.audit is not None
+    assert manifest.audit.layers["model"]["PLUGIN_V3"] == sum(inputs.ops.values())
+    assert manifest.audit.got == ("fp8" if sm >= 89 else "FP8 weights, BF16 products")
+    assert manifest.audit.plan_bytes["model"] < 64 << 20, "a plan holds no weights"
+    assert max(manifest.audit.workspaces.values()) == manifest.audit.device_bytes["scratch"]
+    assert any(math.prod(map(int, spec.shape)) > 2**31 for spec in manifest.graphs["model"].with_role("weight"))
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
+def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
+    program = checkpoint.parent / "program"
+    if not program.exists():
+        export(checkpoint, program, numerics=NUMERICS["fp8"])
+    inputs = open_inputs(program, checkpoint)
+    planned = check(inputs, load_target(name), CHOICES)
+    manifest = build_gpu(
+        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+    )
+    audit = manifest.audit
+    assert audit is not None and audit.oversize and audit.inlined == {}
+    # per layer 6 linears, head weights, a cache write, an indexer, an attention; per MoE layer the router's product,
+    # a choice and experts; then the head
+    runs = manifest.uses()
+    assert runs == {"model.0.plan": 1, "model.1.plan": 2, "model.3.plan": 57, "model.60.plan": 1, "mtp.plan": 1}
+    plugins = {plan: layers["PLUGIN_V3"] for plan, layers in audit.layers.items()}
+    assert plugins == {"model.0": 10, "model.1": 10, "model.3": 13, "model.60": 14, "mtp": 14}
+    assert sum(audit.plugins.values()) == 61 * (7 + 3) + 58 * 3 + 1 + 14
+    assert audit.share("fp8") > 0.6
+    assert manifest.capturable == dict.fromkeys(plugins, True)
+    assert max(audit.build_peak_bytes.values()) < 1 << 29

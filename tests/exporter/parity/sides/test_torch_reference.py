@@ -1,0 +1,115 @@
+"""The layer-by-layer walk is the model: the same bits as `TorchSession`, with one layer in memory."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seekforge.common.errors import ConfigError
+from seekforge.exporter.models.deepseek_v32.session import StepInputs, TorchSession
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.parity.sides import torch_reference as walking
+from seekforge.exporter.parity.sides.operations import LayerModule
+from seekforge.exporter.parity.sides.torch_reference import Reference
+from seekforge.exporter.parity.sides.torch_streams import Stream
+from seekforge.exporter.parity.sides.torch_walks import torch_side, without
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.dump import Dump, DumpWriter
+from seekforge.formats.numerics import EXACT, FP8, NUMERICS
+from seekforge.formats.parity_steps import make_plan
+
+
+def walk(folder: Path, settings: Settings, source: Checkpoint, plan: Any, **stream: Any) -> Dump:
+    folder.mkdir()
+    writer = DumpWriter(folder, torch_side(settings, "test", (0, settings.config.num_hidden_layers)), plan)
+    Reference(settings, source, plan, streams=[Stream(writer, **stream)]).run()
+    writer.close()
+    return Dump.open(folder)
+
+
+def plan_of(config: ModelConfig, context: int, *modes: Any) -> Any:
+    return make_plan(
+        contexts=(context,), vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=True, modes=modes
+    )
+
+
+@pytest.mark.parametrize(("numerics", "activations"), [("exact", "f32"), ("fp8", "f32"), ("fp8", "bf16")])
+def test_the_walk_gives_the_bits_of_the_whole_model(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path, numerics: str, activations: Any
+) -> None:
+    settings = Settings(tiny_config, NUMERICS[numerics], activations)
+    plan = plan_of(tiny_config, 70, "ragged", "mtp")
+    dump = walk(tmp_path / "walk", settings, tiny_source, plan)
+    case, sessions, hidden = None, {}, None
+    for number, current, step in plan.steps():
+        if current is not case:
+            case = current
+            sessions = {
+                graph: TorchSession(settings, tiny_source, case.num_blocks, mtp=graph == "mtp")
+                for graph in ("model", "mtp")
+            }
+        assert case is not None
+        inputs = StepInputs(**dump.arrays(number).__dict__)
+        taken = () if step.graph == "model" else (hidden,)
+        results = sessions[step.graph].step(inputs, taken)  # pyright: ignore
+        hidden = results["hidden"]
+        for name in ("hidden", "logits", *(n for n in results if n.startswith(("topk_indices", "expert_ids")))):
+            found = torch.from_numpy(dump.tensor(number, name).copy())
+            assert torch.equal(found, results[name].to(found.dtype)), (case.name, number, name)
+    last = max(n for n, (_, step) in enumerate(dump.cases) if step.graph == "model")
+    cache = torch.from_numpy(dump.tensor(last, "cache_latent.2").copy())
+    assert torch.equal(cache, sessions["model"].latent[2].float())
+
+
+def test_one_layer_is_in_memory_at_a_time(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    class Counted(LayerModule):
+        def __init__(self, *args: Any) -> None:
+            nonlocal most
+            super().__init__(*args)
+            alive.add(self)
+            most = max(most, len(alive))
+
+    monkeypatch.setattr(walking, "LayerModule", Counted)
+    walk(tmp_path / "walk", Settings(tiny_config, EXACT), tiny_source, plan_of(tiny_config, 5, "whole"), points=())
+    assert most == 1
+
+
+def test_a_perturbed_run_differs_a_little_and_repeats(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path
+) -> None:
+    settings, plan = Settings(tiny_config, EXACT), plan_of(tiny_config, 12, "whole")
+    names = ("plain", "one", "two")
+    runs = [
+        walk(tmp_path / name, settings, tiny_source, plan, perturbation=0.0 if name == "plain" else 1e-6, points=())
+        for name in names
+    ]
+    logits = [torch.from_numpy(run.tensor(0, "logits").copy()) for run in runs]
+    assert torch.equal(logits[1], logits[2])
+    moved = float((logits[0] - logits[1]).abs().max() / logits[0].std())
+    assert 0 < moved < 1e-4
+    assert runs[0].names(0) == ["hidden", "logits"]  # no points asked for
+
+
+def test_a_range_needs_what_goes_into_it(tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path) -> None:
+    settings, plan = Settings(tiny_config, EXACT), plan_of(tiny_config, 5, "whole")
+    writer = DumpWriter(tmp_path, torch_side(settings, "test", (2, 3)), plan)
+    with pytest.raises(ConfigError, match="--layers starts at 2"):
+        Reference(settings, tiny_source, plan, streams=[Stream(writer)]).run((2, 3))
+
+
+def test_roundings_are_switched_off_by_name() -> None:
+    assert without(FP8, ()) is FP8
+    changed = without(FP8, ("kv_fp8",))
+    assert not changed.kv_fp8 and changed.indexer_fp8 and changed.name == "fp8 without kv_fp8"
+    with pytest.raises(ConfigError, match="--without kv: expected some of act_quant"):
+        without(FP8, ("kv",))

@@ -1,0 +1,200 @@
+"""The graphs of all ranks, merged into one with a Sum at each collective, compute what the whole model computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import inliner
+
+from seekforge.common.errors import ConfigError, ProgramError
+from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
+from seekforge.exporter.checkpoint.new import new_checkpoint
+from seekforge.exporter.checkpoint.presets import Preset, load_preset
+from seekforge.exporter.models.deepseek_v32.model import StepModel
+from seekforge.exporter.models.deepseek_v32.session import StepInputs, TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.deepseek_v32.weights import recipes
+from seekforge.exporter.program.ranks import check_ranks, merge
+from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.trace import Traced, trace
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.loader import Loader, allocate
+from seekforge.formats.numerics import EXACT, FP8, Numerics
+from seekforge.formats.weight_recipes import Ranks, coverage, for_rank, retarget
+from seekforge.plugins.functions.attach import attach
+from seekforge.plugins.functions.specialization import Specialisation
+
+HOW = Specialisation("f32", "float8", "f32", "ort")
+SHARED = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index", "hidden_states", "residual")
+PROMPT = np.random.default_rng(5).integers(16, 900, 71).tolist()
+
+
+@pytest.fixture(scope="module")
+def preset() -> Preset:
+    """Two layers, one of each kind, wide enough to be cut in four between FP8 blocks."""
+    raw = load_preset("tiny").config_json | {
+        "num_hidden_layers": 2,
+        "moe_intermediate_size": 512,
+        "num_nextn_predict_layers": 0,
+    }
+    return Preset("wide", 1, raw, ModelConfig.parse(raw, "test"))
+
+
+@pytest.fixture(scope="module")
+def source(preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("ranks") / "checkpoint"
+    new_checkpoint(folder, preset)
+    with Checkpoint.open(folder) as checkpoint:
+        yield checkpoint
+
+
+def _merged(traced: Traced, config: ModelConfig, ranks: Ranks, source: Checkpoint, folder: Path) -> onnx.ModelProto:
+    """Specialise and fold the graph for each rank, and join them; weights go to one file in `folder`."""
+    weights = WeightFile("weights.bin")
+    graphs = []
+    for rank in range(ranks.count):
+        model = specialise(traced.model, HOW, config)
+        mine = {
+            name: retarget(for_rank(recipe, ranks, rank), activations="f32", fp8_dtype="f8e4m3")
+            for name, recipe in traced.recipes.items()
+        }
+        constants = fold_weights(model, limit_tables(mine, ("rope_cos", "rope_sin"), 512))
+        weights.attach(model, constants)
+        graphs.append(model)
+    folder.mkdir()
+    weights.write(folder, source, lambda done, total: None)
+    merged = merge(graphs, SHARED) if ranks.count > 1 else graphs[0]
+    attach(merged, HOW)
+    return inliner.inline_local_functions(merged)
+
+
+def _run(
+    model: onnx.ModelProto, folder: Path, step: StepInputs, hidden: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    feeds: dict[str, np.ndarray] = {}
+    for value in session.get_inputs():
+        if "_cache" in value.name:
+            feeds[value.name] = np.zeros((256, value.shape[1]), np.float32)
+        else:
+            feeds[value.name] = hidden[value.name] if value.name in hidden else getattr(step, value.name)
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def _assert_ranks_equal_whole(
+    preset: Preset,
+    source: Checkpoint,
+    tmp_path: Path,
+    ranks: Ranks,
+    *,
+    numerics: Numerics = EXACT,
+    stages: tuple[tuple[int, int], ...] = ((0, 2),),
+) -> None:
+    config = preset.config
+    whole = TorchSession(Settings(config, numerics, "f32"), source, 4).prefill(PROMPT)
+    step = make_step([PROMPT], [0], [[1, 2]])
+    hidden: dict[str, np.ndarray] = {}
+    got: dict[str, np.ndarray] = {}
+    for layers in stages:
+        settings = Settings(config, numerics, "bf16", ranks=ranks)
+        traced = trace(settings, layers, lambda stage: None)
+        sums = [node for node in traced.model.graph.node if node.op_type == "SumRanks"]
+        assert len(sums) == 2 * (layers[1] - layers[0])
+        folder = tmp_path / str(layers[0])
+        outputs = _run(_merged(traced, config, ranks, source, folder), folder, step, hidden)
+        for name, value in outputs.items():
+            rank, _, plain = name.partition(".")
+            # every rank ends with the same
+            np.testing.assert_array_equal(value, outputs[f"rank0.{plain}"], err_msg=name)
+            if rank == "rank0":
+                got[plain] = value
+        hidden = {name: got.pop(f"{name}_out") for name in ("hidden_states", "residual") if f"{name}_out" in got}
+    for name, expected in whole.items():
+        if expected.is_floating_point():
+            np.testing.assert_allclose(
+                got[name], expected.numpy(), atol=2e-4 * float(expected.std()), rtol=0, err_msg=name
+            )
+        elif name != "top_ids":
+            np.testing.assert_array_equal(got[name], expected.numpy(), err_msg=name)
+
+
+def test_two_by_two_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path) -> None:
+    _assert_ranks_equal_whole(preset, source, tmp_path, Ranks(tp=2, ep=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (4, 1), (1, 2), (1, 4)])
+def test_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path, tp: int, ep: int) -> None:
+    _assert_ranks_equal_whole(preset, source, tmp_path, Ranks(tp, ep))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (1, 2)])
+def test_ranks_of_two_stages_compute_the_whole(
+    preset: Preset, source: Checkpoint, tmp_path: Path, tp: int, ep: int
+) -> None:
+    _assert_ranks_equal_whole(preset, source, tmp_path, Ranks(tp, ep), stages=((0, 1), (1, 2)))
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_every_element_is_read_by_exactly_one_rank_or_by_all(
+    preset: Preset, source: Checkpoint, tp: int, ep: int
+) -> None:
+    """Load every rank; together they read what is split once, and what is whole once each."""
+    ranks = Ranks(tp, ep)
+    with torch.device("meta"):
+        named = recipes(StepModel(Settings(preset.config, FP8, ranks=ranks), (0, 2)))
+    used = coverage(named).used
+    assert used == {name: int(np.prod(source.info(name).shape)) for name in source.names}
+    split_bytes = whole_bytes = total = 0
+    for name in source.names:
+        size = source.info(name).num_bytes
+        is_split = any(part in name for part in ("q_b_proj", "kv_b_proj", "o_proj", "mlp.")) and "gate." not in name
+        split_bytes, whole_bytes = (split_bytes + size, whole_bytes) if is_split else (split_bytes, whole_bytes + size)
+    for rank in range(ranks.count):
+        mine = {name: for_rank(recipe, ranks, rank) for name, recipe in named.items()}
+        loader = Loader(source, mine, allocate(mine))
+        assert sum(loader.shard_bytes.values()) == loader.total_bytes
+        total += loader.total_bytes
+    assert total == split_bytes + ranks.count * whole_bytes
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "message"),
+    [
+        (0, 1, "expected 1 or more"),
+        (3, 1, "num_attention_heads is 128, expected equal heads for 3 ranks"),
+        (32, 1, "intermediate_size is 18432, expected equal rows in whole blocks of 128 for 32 ranks"),
+        (1, 9, "num_attention_heads is 128"),
+        (256, 1, "num_attention_heads is 128"),
+    ],
+)
+def test_ranks_that_do_not_divide_are_refused(tp: int, ep: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(load_preset("full").config, Ranks(tp, ep))
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (8, 1), (16, 1), (1, 8), (1, 16), (2, 8), (4, 4)])
+def test_usual_numbers_of_ranks_divide_the_full_model(tp: int, ep: int) -> None:
+    check_ranks(load_preset("full").config, Ranks(tp, ep))
+
+
+def test_graphs_without_a_collective_are_not_merged() -> None:
+    value = onnx.helper.make_tensor_value_info("x", 1, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", [value], [onnx.helper.make_tensor_value_info("y", 1, [1])])
+    )
+    with pytest.raises(ProgramError, match=r"\[0\] collectives"):
+        merge([model, model], ["x"])

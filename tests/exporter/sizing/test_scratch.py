@@ -1,0 +1,88 @@
+"""Scratch memory has one truth: what plugins ask TensorRT for, what a build expects, and what the planner counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from seekforge.exporter.builder.tensorrt.build import build_gpu
+from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, expected_bytes, open_inputs
+from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.exporter.planner.answer import Question, memory_of
+from seekforge.exporter.planner.cli import plan as plan_command
+from seekforge.exporter.program.export import export
+from seekforge.exporter.progress import Stages
+from seekforge.exporter.sizing.memory import Layout, Workload
+from seekforge.exporter.sizing.scratch import bf16_linear_shapes, linear_shapes
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.targets import all_targets, load_target
+
+CHOICES = Choices(plugins="all", kernels=False)
+
+
+@pytest.fixture(scope="module")
+def full() -> ModelConfig:
+    return ModelConfig.parse(load_preset("full").config_json, "full")
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
+    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
+
+
+def test_the_linears_that_are_counted_are_those_of_the_graph(inputs: Inputs) -> None:
+    found = set()
+    for graph in inputs.graphs.values():
+        shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.graph.input}
+        found |= {shapes[node.input[1]] for node in graph.graph.node if node.op_type == "BlockFp8Linear"}
+    assert found == set(linear_shapes(inputs.config))
+    narrow = {
+        tuple(map(int, inputs.program.graphs[graph].named(name).shape))
+        for graph, names in inputs.bf16_linears.items()
+        for name in names
+    }
+    assert narrow == set(bf16_linear_shapes(inputs.config))
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch_size": 3, "max_num_batched_tokens": 40}, {"max_model_len": 128}])
+@pytest.mark.parametrize("target", [target.name for target in all_targets() if target.gpu])
+def test_the_planner_counts_what_a_build_expects(inputs: Inputs, target: str, limits: dict[str, int]) -> None:
+    chosen = load_target(target, [f"limits.{key}={value}" for key, value in limits.items()])
+    known = chosen.limits
+    work = Workload(known.max_model_len, known.max_batch_size, known.max_num_batched_tokens)
+    question = Question("fp8", "fp8_ds", target=chosen)
+    memory = memory_of(inputs.config, Layout(), work, question)
+    assert memory.indexer_scores + memory.scratch == expected_bytes(inputs, chosen, known, 1)["scratch"]
+
+
+def test_the_command_plan_says_what_a_build_expects(full: ModelConfig) -> None:
+    """For one GPU of each kind; that the model does not fit does not matter."""
+    target = load_target("h200")
+    args = ["full", "--target", "h200", "--num-gpus", "1", "--contexts", str(target.limits.max_model_len)]
+    args += ["--batch-size", str(target.limits.max_batch_size), "--precision", "fp8", "--json"]
+    said = json.loads(CliRunner().invoke(plan_command, args, catch_exceptions=False).stdout)
+    held = said["answers"][0]["bytes_per_gpu"]
+    work = Workload(target.limits.max_model_len, target.limits.max_batch_size, target.limits.max_num_batched_tokens)
+    memory = memory_of(full, Layout(), work, Question("fp8", "fp8_ds", target=target))
+    assert held["indexer_scores"] + held["scratch"] == memory.indexer_scores + memory.scratch
+
+
+def test_the_plugins_of_an_engine_ask_for_what_was_expected(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Without quantised activations, whose experts keep rows of two bytes; for two SMs, and steps in three profiles."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    program = tmp_path / "layer"
+    export(tiny_checkpoint, program, numerics=NUMERICS["exact"], layer_range=(1, 2))
+    inputs = open_inputs(program, tiny_checkpoint)
+    target = load_target("rtx4090", ["also=[120]", "precision=bf16", "kv_format=bf16"])
+    planned = check(inputs, target, CHOICES)
+    manifest = build_gpu(
+        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+    )
+    audit = manifest.audit
+    assert audit is not None and len(manifest.profiles) == 3
+    assert set(audit.workspaces) == set(inputs.ops)
+    assert max(audit.workspaces.values()) == audit.device_bytes["scratch"]

@@ -1,0 +1,165 @@
+"""Reading a disassembly: which instructions are tensor instructions, what the main loop is, what is a spill."""
+
+from __future__ import annotations
+
+import pytest
+
+from seekforge.plugins.kernels import sass
+from seekforge.plugins.kernels.sass import Loop
+
+
+def listing(text: str) -> str:
+    """Return lines as nvdisasm writes them; a line that ends with a colon is a label."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return "\n".join(
+        line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
+        for i, line in enumerate(lines)
+    )
+
+
+@pytest.mark.parametrize(
+    ("opcode", "kind"),
+    [
+        ("HMMA.16816.F32.BF16", "mma.sync"),
+        ("IMMA.16832.S8.S8", "mma.sync"),
+        ("QMMA.16832.F32.E4M3.E4M3", "mma.sync"),
+        ("OMMA.SF.16864.F32.E2M1.E2M1.UE8.4X", "mma.sync"),
+        ("DMMA.884", "mma.sync"),
+        ("HGMMA.64x16x16.F32.BF16", "wgmma"),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", "wgmma"),
+        ("IGMMA.64x64x32.S8.S8", "wgmma"),
+        ("UTCHMMA", "tcgen05"),
+        ("UTCQMMA.2CTA", "tcgen05"),
+        ("UTCIMMA", "tcgen05"),
+        ("UTCBAR", ""),
+        ("FFMA", ""),
+        ("IMAD.WIDE", ""),
+        ("HFMA2.BF16", ""),
+        ("WARPGROUP.ARRIVE", ""),
+    ],
+)
+def test_tensor_instructions_are_told_by_their_unit(opcode: str, kind: str) -> None:
+    assert sass.tensor_kind(opcode) == kind
+
+
+LOOP = """
+    MOV R1, c[0x0][0x28]
+    .L_x_1:
+    LDG.E.128 R4, [R2]
+    HMMA.16816.F32.BF16 R8, R4, R6, R8
+    HMMA.16816.F32.BF16 R12, R4, R6, R12
+    ISETP.NE.AND P0, PT, R0, RZ, PT
+    @P0 BRA `(.L_x_1)
+    EXIT
+    .L_x_2:
+    BRA `(.L_x_2)
+    NOP
+"""
+
+
+def test_the_main_loop_is_from_the_target_of_the_jump_back_to_the_jump() -> None:
+    code = sass.read(listing(LOOP))
+    assert code.loop == Loop(instructions=5, tensor=2, spills=0)
+    assert code.tensor == {"HMMA.16816.F32.BF16": 2}
+    assert (code.instructions, code.spill_stores, code.spill_loads) == (8, 0, 0)
+
+
+def test_spills_are_counted_and_those_of_the_main_loop_told() -> None:
+    text = LOOP.replace("LDG.E", "LDL.LU R3, [R1+0x8]\nLDG.E").replace("EXIT", "STL.64 [R1], R4\nEXIT")
+    code = sass.read(listing(text))
+    assert (code.spill_stores, code.spill_loads) == (1, 1)
+    assert code.loop == Loop(instructions=6, tensor=2, spills=1)
+
+
+def test_of_nested_loops_the_innermost_counts() -> None:
+    text = """
+        MOV R1, R2
+        .L_x_0:
+        IADD3 R3, R3, 0x1, RZ
+        .L_x_1:
+        QMMA.16832.F32.E4M3.E4M3 R8, R4, R6, R8
+        @P0 BRA `(.L_x_1)
+        FMUL R8, R8, R9
+        @P1 BRA `(.L_x_0)
+        EXIT
+    """
+    assert sass.read(listing(text)).loop == Loop(instructions=2, tensor=1, spills=0)
+
+
+def test_a_wait_moved_behind_the_end_belongs_to_its_loop_and_makes_no_other() -> None:
+    text = """
+        MOV R1, R2
+        .L_x_0:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R4
+        @!P0 BRA `(.L_x_9)
+        .L_x_1:
+        UTCQMMA gdesc[UR8], gdesc[UR10], tmem[UR12], tmem[UR14], idesc[UR15]
+        @P1 BRA `(.L_x_0)
+        FMUL R1, R1, R1
+        FMUL R1, R1, R1
+        EXIT
+        .L_x_9:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R4
+        @!P0 BRA `(.L_x_9)
+        BRA `(.L_x_1)
+    """
+    assert sass.read(listing(text)).loop == Loop(instructions=7, tensor=1, spills=0), "4 inside, 3 of the wait"
+
+
+def test_a_jump_back_to_shared_code_behind_the_loop_is_no_loop() -> None:
+    text = """
+        @P3 BRA `(.L_x_5)
+        HGMMA.64x16x16.F32.BF16 R8, R4, gdesc[UR4], R8
+        .L_x_4:
+        EXIT
+        .L_x_5:
+        HGMMA.64x16x16.F32.BF16 R8, R4, gdesc[UR4], R8
+        BRA `(.L_x_4)
+    """
+    code = sass.read(listing(text))
+    assert code.loop is None, "nothing is run twice"
+    assert code.tensor == {"HGMMA.64x16x16.F32.BF16": 2}
+
+
+def test_threads_that_left_their_warp_are_not_followed() -> None:
+    text = """
+        .L_x_0:
+        HMMA.16816.F32.BF16 R8, R4, R6, R8
+        BRA.DIV ~URZ, `(.L_x_3)
+        .L_x_1:
+        @P0 BRA `(.L_x_0)
+        EXIT
+        .L_x_3:
+        MOV R2, 0x1f
+        CALL.REL.NOINC `($__internal_0_$__cuda_sm70_shflsync_bfly)
+        BRA `(.L_x_1)
+    """
+    assert sass.read(listing(text)).loop == Loop(instructions=3, tensor=1, spills=0)
+
+
+def test_a_call_to_a_label_of_the_kernel_is_a_jump() -> None:
+    text = """
+        .L_x_1:
+        HMMA.16816.F32.BF16 R8, R4, R6, R8
+        @!P0 CALL.REL.NOINC `(.L_x_0)
+        BRA `(.L_x_1)
+        .L_x_0:
+        EXIT
+    """
+    assert sass.read(listing(text)).loop == Loop(instructions=3, tensor=1, spills=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "no instruction"), ("BRA `(.L_x_7)", "does not have"), ("BRX R2 -0x50", "computed address")],
+)
+def test_what_cannot_be_understood_is_said(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        sass.read(listing(text) if text else "")
+
+
+def test_what_was_read_comes_back_from_its_line() -> None:
+    code = sass.read(listing(LOOP))
+    assert sass.from_json(sass.to_json(code)) == code
+    without = sass.read(listing("EXIT"))
+    assert sass.from_json(sass.to_json(without)) == without

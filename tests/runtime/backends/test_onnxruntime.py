@@ -1,0 +1,87 @@
+"""The ONNX Runtime backend: caches in place, outputs by subset, the MTP graph on demand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seekforge.common.errors import EngineError
+from seekforge.runtime.backends.base import MTP, StepInputs
+from seekforge.runtime.engine.engine_folder import Engine
+
+
+def step(ids: list[int], blocks: list[int], start: int = 0, hidden: np.ndarray | None = None) -> StepInputs:
+    positions = np.arange(start, start + len(ids))
+    slots = np.array(blocks)[positions // 64] * 64 + positions % 64
+    return StepInputs(
+        np.array([ids]), positions[None], slots[None], np.array([blocks], np.int32), np.array([len(ids) - 1]), hidden
+    )
+
+
+@pytest.fixture
+def backend(toy_engine: Path):
+    backend = Engine.open(toy_engine).open_backend(threads=1)
+    backend.allocate_caches(6)
+    yield backend
+    backend.close()
+
+
+def test_a_step_reads_what_earlier_steps_wrote(backend, toy) -> None:
+    ids = [(7 * i) % 300 for i in range(70)]
+    backend.run(step(ids[:66], [4, 2]), outputs=())
+    backend.run(step(ids[66:69], [4, 2], 66), outputs=())
+    found = backend.run(step(ids[69:], [4, 2], 69), outputs={"logits"}).fetch("logits")
+    np.testing.assert_allclose(found[0], toy.logits(ids), atol=1e-4)
+
+
+def test_caches_are_written_in_place(backend) -> None:
+    caches = backend._graphs["model"].caches
+    before = {name: value.data_ptr() for name, value in caches.items()}
+    backend.run(step([5, 6], [1]), outputs={"hidden"})
+    assert {name: value.data_ptr() for name, value in caches.items()} == before
+    rows = np.flatnonzero(caches["latent_cache.0"].numpy().any(axis=1))
+    assert rows.tolist() == [64, 65]
+
+
+def test_padding_touches_scrap_only(backend) -> None:
+    inputs = step([5, 6], [1])
+    inputs.slot_mapping[0, 1] = -1
+    backend.run(inputs, outputs=())
+    rows = np.flatnonzero(backend._graphs["model"].caches["latent_cache.0"].numpy().any(axis=1))
+    assert set(rows) - set(range(64)) == {64}
+
+
+def test_taps_do_not_change_the_logits(backend) -> None:
+    plain = backend.run(step([5, 6, 7], [1]), outputs={"logits"}).fetch("logits")
+    results = backend.run(step([5, 6, 7], [1]), outputs={"logits", "topk_indices.0"})
+    assert results.fetch("logits").tobytes() == plain.tobytes()
+    assert results.fetch("topk_indices.0").tolist() == [[[0], [1], [2]]]
+
+
+def test_any_block_gives_the_same_result(backend) -> None:
+    kept = backend.run(step([5], [1]), outputs={"logsumexp"}).fetch("logsumexp").copy()
+    again = backend.run(step([5], [2]), outputs={"logsumexp"}).fetch("logsumexp")
+    assert kept.tobytes() == again.tobytes()
+
+
+def test_the_mtp_graph_has_its_own_caches(backend, toy) -> None:
+    assert list(backend._graphs) == ["model"]
+    hidden = np.ones((1, 2, 16), np.float32)
+    found = backend.run(step([5, 6], [1], hidden=hidden), outputs={"logits"}, graph=MTP).fetch("logits")
+    np.testing.assert_allclose(found[0], toy.logits([5, 6]) + toy.head.sum(0), atol=1e-4)
+    assert not backend._graphs["model"].caches["latent_cache.0"].numpy().any()
+
+
+def test_an_absent_graph_is_named(backend) -> None:
+    with pytest.raises(EngineError, match="has no graph 'draft'"):
+        backend.run(step([5], [1]), outputs=(), graph="draft")
+
+
+def test_a_broken_graph_is_one_line(toy_copy: Path) -> None:
+    engine = Engine.open(toy_copy)
+    (toy_copy / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match="cannot load it") as caught:
+        engine.open_backend()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,107 @@
+"""The operators' vectors in the types of a GPU target: bf16 activations, bf16 or fp8_ds caches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.kernels.launch_plan import Image, KernelSet, Param, Resources, Scalar, op_kernels
+from seekforge.plugins.quant import pack_latent, quantise
+from seekforge.plugins.registry import SPECS
+from seekforge.plugins.testing import Case, cases
+
+HOW = Specialisation("bf16", "float8", "bf16", "trt")
+
+
+def gpu_cases(op: str) -> list[Case]:
+    """Return the vectors of an operator with bf16 activations and caches."""
+    return [case.typed(HOW) for case in cases(op)]
+
+
+def packed_latents(cache: Tensor, latent_dim: int) -> Tensor:
+    """[NB·64, C + R] -> fp8_ds records [NB, 64, bytes]."""
+    records = pack_latent(cache[:, :latent_dim].float(), cache[:, latent_dim:].float())
+    return records.view(-1, 64, records.shape[-1])
+
+
+def packed_index(cache: Tensor) -> Tensor:
+    """[NB·64, 128] -> fp8_ds pages [NB, 64·132]."""
+    q, scale = quantise(cache.float())
+    values = q.view(torch.int8).view(-1, 64 * 128)
+    return torch.cat([values, scale.contiguous().view(torch.int8).view(-1, 64 * 4)], dim=1)
+
+
+def _cache_write(case: Case, kv_format: str) -> Case | None:
+    latent, index, c, k_pe, key, slots = case.inputs
+    if kv_format == "fp8_ds":
+        if not case.attrs["kv_fp8"]:
+            return None
+        latent, index = packed_latents(latent, c.shape[-1]), packed_index(index)
+    attrs = case.attrs | {"kv_format": kv_format, "index_format": kv_format}
+    return dataclasses.replace(case, inputs=(latent, index, c, k_pe, key, slots), attrs=attrs)
+
+
+def _attention(case: Case, kv_format: str) -> Case | None:
+    q, q_pe, cache, table, indices = case.inputs
+    if kv_format == "fp8_ds":
+        packed = packed_latents(cache.nan_to_num(0.0), q.shape[-1])
+        unused = cache.isnan().any(-1)
+        packed.view(-1, packed.shape[-1])[unused] = -1  # NaN in every field
+        cache = packed
+    return dataclasses.replace(
+        case, inputs=(q, q_pe, cache, table, indices), attrs=case.attrs | {"kv_format": kv_format}
+    )
+
+
+def _indexer(case: Case, kv_format: str) -> Case | None:
+    q, w, cache, table, positions = case.inputs
+    if kv_format == "fp8_ds":
+        bad = ~cache.isfinite().all(-1)
+        cache = packed_index(cache.nan_to_num(0.0, 0.0, 0.0))
+        values, scales = cache.split([64 * 128, 64 * 4], dim=1)
+        values = values.reshape(-1, 128).masked_fill(bad.unsqueeze(-1), -1)  # NaN in every value
+        cache = torch.cat([values.view(-1, 64 * 128), scales], dim=1)
+    return dataclasses.replace(
+        case, inputs=(q, w, cache, table, positions), attrs=case.attrs | {"index_format": kv_format}
+    )
+
+
+#: op -> a function that gives a case another cache format, or None where that does not exist.
+ATTRS: Final[dict[str, Callable[[Case, str], Case | None]]] = {
+    "DsaCacheWrite": _cache_write,
+    "DsaAttention": _attention,
+    "DsaIndexer": _indexer,
+}
+
+
+def fake_kernels(op: str, statics: Mapping[str, Scalar], sm: int) -> KernelSet:
+    """Return a descriptor as if the variants had been compiled: for tests of packing and launching."""
+    sizes = {"i32": 4, "fp32": 4, "i64": 8}
+    images = {}
+    for variant in op_kernels(op).variants(statics, sm):
+        params, at = [], 0
+        for name, kind in [*variant.types.items(), ("", "*u8"), ("", "*u8")]:
+            size = sizes.get(kind, 8)
+            at = -(-at // size) * size
+            params.append(Param(name, kind, at, size))
+            at += size
+        images[variant.name] = Image(
+            variant=variant.name,
+            entry=variant.kernel,
+            cubin="none.cubin",
+            sha256="",
+            num_warps=variant.num_warps,
+            num_ctas=1,
+            scratch_bytes=0,
+            scratch_align=1,
+            params=tuple(params),
+            main_loop=variant.main_loop,
+            driver=12000,
+            resources=Resources(32, 0, 0, 1.0),
+        )
+    return KernelSet(op, SPECS[op].version, sm, "0" * 64, dict(statics), "none", images)
