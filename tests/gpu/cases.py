@@ -51,8 +51,8 @@ class Real:
 
     Attributes:
         statics: what its kernels are compiled for.
-        target: what a kernel should reach here (kernels.md §A), or nothing.
-        anchor: a published figure for this shape or the nearest one, with its source (kernels.md §F), or nothing.
+        target: what a kernel should reach here, a judgement that no GPU has confirmed yet, or nothing.
+        anchor: a published figure for this shape or the nearest one, with the GPU and the source, or nothing.
     """
 
     op: str
@@ -230,7 +230,7 @@ def write(tokens: int) -> Real:
 
 
 def real_cases() -> list[Real]:
-    """Return the shapes of kernels.md §A that have a published anchor, a target or a clear floor."""
+    """Return the shapes of DeepSeek-V3.2 that have a published anchor, a target or a clear floor."""
     found = [linear(t, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384)) for t in (1, 32, 4096)]
     found += [linear(4096, 7168, 2048)]
     found += [bf16_linear(t, 129280, 7168) for t in (1, 32)] + [bf16_linear(t, 256, 7168) for t in (1, 32, 2048)]

@@ -1,4 +1,4 @@
-"""The benchmark table of kernels.md §A: what was reached, of what this very GPU can do, beside published figures.
+"""The benchmark table: what was reached, of what this very GPU can do, beside published figures.
 
 The table cannot flatter. A call is timed on buffers in turns, so that weights and caches come from memory as they do in
 an engine; where that cannot be, its row has no share of the roof. The roof is the best that was seen: probes first,

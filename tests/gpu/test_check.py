@@ -172,7 +172,7 @@ def test_digests_tell_the_sets_of_kernels_apart() -> None:
 @pytest.mark.parametrize(
     ("work", "megabytes", "gigaflops"),
     [
-        # kernels.md §A: 2·T·N·K and N·K + 2·T·(K + N) with the scales; 2.2 KB a token; 1.1 KB a token
+        # 2·T·N·K and N·K + 2·T·(K + N) with the scales; 2.2 KB a token; 1.1 KB a token
         (linear_work(1, 2112, 7168), 15.16, 0.0303),
         (linear_work(4096, 24576, 1536), 251.7, 309.2),
         # 2·N·K of the weight, 2·T·K in, 4·T·N out: the head of one token, the router of a prompt

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs that an operator cannot do without, from its sizes (kernels.md §A). Pure arithmetic.
+"""Bytes and FLOPs that an operator cannot do without, from its sizes. Pure arithmetic.
 
 Bytes are those of a perfect kernel: each input that is needed is read once, each output written once. Scores of the
 indexer are written and read once, since selection is a launch of its own.

@@ -1,4 +1,4 @@
-"""Quantisation, Hadamard and cache bytes against the known answers of the spec (§13.1, §13.4, §13.5)."""
+"""Quantisation, Hadamard and cache bytes against the known answers (spec §13.1, §13.4, §13.5)."""
 
 import hashlib
 import math

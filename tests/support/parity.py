@@ -1,4 +1,4 @@
-"""Drive a model step by step in different ways, and judge two runs of the same tokens (design §10).
+"""Drive a model step by step in different ways, and judge two runs of the same tokens (spec §11.2).
 
 Selection of keys and experts is discrete. Two correct runs may choose differently where the score gap at the
 boundary is within numeric noise; such rows are counted, bounded, and judged with one side's choice injected

@@ -353,7 +353,7 @@ def as_bytes(part: Recipe) -> Recipe:
 def retarget(recipe: Recipe, *, activations: str, fp8_dtype: str) -> Recipe:
     """Return `recipe` for a specialised program: bf16 results become `activations`, FP8 ones `fp8_dtype`.
 
-    A dequantised weight is rounded to `activations` directly, so f32 keeps every bit (design §3).
+    A dequantised weight is rounded to `activations` directly, so f32 keeps every bit.
     """
     if recipe.op == "take":
         if recipe.dtype == "f8e4m3":
@@ -527,7 +527,7 @@ FP8_VALUES = _e4m3_values()
 
 
 def yarn_inv_freq(params: Mapping[str, float]) -> np.ndarray:
-    """Return the YaRN-scaled inverse frequencies g_i, f32 [dim / 2] (spec §3.2, checked against §13.2)."""
+    """Return the YaRN-scaled inverse frequencies g_i, f32 [dim / 2] (spec §3.2; its values: spec §13.2)."""
     dim, theta, factor = int(params["dim"]), params["rope_theta"], params["factor"]
     original = params["original_max_position_embeddings"]
 

@@ -1,4 +1,4 @@
-"""Faults that users meet, each planted in an engine, and what the check says about it (issue 7, R14 to R16).
+"""Faults that users meet, each planted in an engine, and what the check says about it.
 
 And what must not be called a fault: two correct engines that sum in another order.
 """
@@ -79,7 +79,7 @@ def gate(result: Result, name: str) -> bool:
     return next(gate.passed for gate in result.gates if gate.name == name)
 
 
-# --- one weight of layer 5 of 8 is off by 1 % (R15) ------------------------------------------------------------
+# --- one weight of layer 5 of 8 is off by 1 % ------------------------------------------------------------------
 
 O_PROJ = "model.layers.5.self_attn.o_proj.weight_scale_inv"
 
@@ -245,7 +245,7 @@ def test_a_cut_engine_gives_the_bits_of_the_whole_one(
         assert len(mtp) == num_mtp
 
 
-# --- the indexer's RoPE layout swapped in one layer (R16) ------------------------------------------------------
+# --- the indexer's RoPE layout swapped in one layer ------------------------------------------------------------
 
 
 def test_a_swapped_rope_layout_is_named_as_the_indexer_of_its_layer(

@@ -1,4 +1,4 @@
-"""Sizes and FLOPs against the numbers of the specification (§2.4, §7.3, §9)."""
+"""Sizes and FLOPs against published and derived numbers (spec §2.4, §7.3, §9)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.quant import dequantise_weight, fake_quantise
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
-#: Against the dequantised product, both rounded to bf16 (kernels.md §E). A bent scale (1 %) is at 5e-5.
+#: Against the dequantised product, both rounded to bf16 (spec §11.2). A bent scale (1 %) is at 5e-5.
 TOLERANCE = 1e-6
 
 

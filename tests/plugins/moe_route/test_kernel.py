@@ -12,7 +12,7 @@ from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.moe_route.reference import moe_route
 from seekforge.plugins.testing import Case, cases
 
-#: One exponential, a sum of at most 16 terms and a quotient in f32, relative (kernels.md §E).
+#: One exponential, a sum of at most 16 terms and a quotient in f32, relative.
 TOLERANCE = 1e-6
 ATTRS = {"n_group": 4, "topk_group": 2, "top_k": 4, "norm": True, "scale": 2.5}
 

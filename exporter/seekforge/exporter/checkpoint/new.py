@@ -2,7 +2,7 @@
 
 Random, but not any: a model with plain Gaussian weights is useless as a test. Its router has no opinion, its
 index scores tie, its block scales are all equal, so that a wrong rank, a wrong tie rule or a transposed scale
-passes unseen. The rules of `_draw` give every one of these something to be wrong about (recipes.md, "Ties").
+passes unseen. The rules of `_draw` give every one of these something to be wrong about (ties: spec §3.7, §14).
 Every tensor is drawn from the seed and its own name: same seed, same bytes, whatever the order.
 """
 

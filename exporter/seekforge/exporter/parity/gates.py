@@ -27,7 +27,7 @@ _FEW = 2.0
 _DEVIATIONS = 3.0
 #: Next-token agreement and divergence of two correct runs (spec §11).
 TOP1, KL = 0.99, 1e-3
-#: Rows that may choose otherwise where no noise was measured (design §10).
+#: Rows that may choose otherwise where no noise was measured (spec §11.2).
 FLIPPED = 0.01
 #: Gates of what becomes of the whole model, where e4m3 roundings flip by luck.
 WHOLE_RUN = frozenset(("logits", "KL", "top-1", "rows that chose otherwise"))

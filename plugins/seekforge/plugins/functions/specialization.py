@@ -10,7 +10,7 @@ from seekforge.common.errors import ProgramError
 
 @dataclass(frozen=True)
 class Specialisation:
-    """The choices that `build` makes per target (design §3).
+    """The choices that `build` makes per target.
 
     Attributes:
         activations: dtype of activations, and of weights that are bf16 in the checkpoint.

@@ -1,7 +1,8 @@
 """Compile kernels ahead of time: variants -> cubins, descriptors and an index, on any machine, without a GPU.
 
-Work is cut into one process per operator and SM, so that no target sees another's compiler state (kernels.md §C). An
-image is cached under a hash of everything that it is made from: the sources, the variant, the SM and the compiler.
+Work is cut into one process per operator and SM, so that no target sees another's compiler state
+(Triton 3.6 keeps the first conversion from FP8 that it compiles for every later target of the process). An image is
+cached under a hash of everything that it is made from: the sources, the variant, the SM and the compiler.
 Triton is imported only inside the worker processes.
 """
 

@@ -1,4 +1,4 @@
-"""Contract of `SumRanks`: y = Σ x over the ranks that share the model (design §8).
+"""Contract of `SumRanks`: y = Σ x over the ranks that share the model.
 
 Not called AllReduce: parsers look at the op_type alone, and ONNX Runtime has an operator of that name.
 """

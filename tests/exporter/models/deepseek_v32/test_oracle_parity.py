@@ -55,7 +55,7 @@ def mtp_oracle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def compare_with_oracle(config: ModelConfig, source: Checkpoint, oracle: Any, context: int, mode: str) -> None:
-    """Assert that every sequence of a mode gives the oracle's logits (design §10 for rows at a boundary)."""
+    """Assert that every sequence of a mode gives the oracle's logits (spec §11.2 for rows at a boundary)."""
     sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
     session = TorchSession(Settings(config, EXACT), source, num_blocks(sequences))
     for ids, ours in zip(sequences, drive(session.step, sequences, mode), strict=True):
@@ -121,7 +121,7 @@ def compare_mtp(
         assert error.max() <= GATE, f"MTP at {context}: {error.max():.2e} of the spread"
 
 
-# --- bend it, and the comparison must notice (users.md: these are the mistakes others shipped) --------------
+# --- bend it, and the comparison must notice (the mistakes that others shipped: spec §10) --------------
 
 
 def test_an_interleaved_indexer_rope_is_noticed_beyond_index_topk(
