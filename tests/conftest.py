@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine import verified

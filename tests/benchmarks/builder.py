@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.cores import usable_cores
 from seekforge.common.errors import SeekforgeError
 from seekforge.exporter.builder.tensorrt.build import build_gpu
@@ -33,7 +34,6 @@ from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, op
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.targets import RTX_SMS, TargetConfig, load_target
 

@@ -19,12 +19,12 @@ import pytest
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, processors
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.errors import SeekforgeError
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint, write_shard
 from seekforge.formats.loader import Loader, allocate

@@ -22,6 +22,7 @@ from tests.support.parity_faults import (
     split_products,
 )
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.models.deepseek_v32 import attention
 from seekforge.exporter.models.deepseek_v32.layers import rope_interleaved
@@ -36,7 +37,6 @@ from seekforge.exporter.parity.sides.torch_walks import Walker
 from seekforge.exporter.parity.taps import available_taps, tapped_copy
 from seekforge.exporter.program import trace as tracing
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.dump import Dump

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
@@ -16,7 +17,6 @@ from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_st
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.program.export import export
 from seekforge.exporter.program.layers import check_range, count_groups, outside, parse_layers, truncate
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import Manifest, load_manifest

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, expected_bytes, open_inputs
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.planner.answer import Question, memory_of
 from seekforge.exporter.planner.cli import plan as plan_command
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.exporter.sizing.memory import Layout, Workload
 from seekforge.exporter.sizing.scratch import bf16_linear_shapes, linear_shapes
 from seekforge.formats.checkpoint.model_config import ModelConfig

@@ -14,11 +14,11 @@ import pytest
 
 import seekforge.exporter.builder.onnxruntime.build as engine
 import seekforge.exporter.builder.onnxruntime.self_check as self_check
+from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, OutputError, ProgramError, TargetError
 from seekforge.common.files import write_json
 from seekforge.exporter.builder.onnxruntime.build import build, check
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest

@@ -22,12 +22,12 @@ from tests.support.parity import (
     tokens,
 )
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest

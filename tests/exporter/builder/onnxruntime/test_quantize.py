@@ -10,11 +10,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, TargetError
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.builder.onnxruntime.quantize import CODED_KINDS, F32_KINDS, SENSITIVE_KINDS
 from seekforge.exporter.inspect.cli import inspect
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.int_quant import Quantisation, kind_of

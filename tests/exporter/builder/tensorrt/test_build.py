@@ -21,6 +21,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
 from seekforge.exporter.builder.cli import build as build_command
@@ -50,7 +51,6 @@ from seekforge.exporter.builder.tensorrt.graph import prepare, widen_weights
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, pool_blocks, spanning
 from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.inspect.cli import inspect as inspect_command
-from seekforge.exporter.progress import Stages
 from seekforge.exporter.sizing.memory import Layout, Workload, activation_bytes, scratch_bytes, selection_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Manifest, Share, load_manifest

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt import worker
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.targets import load_target

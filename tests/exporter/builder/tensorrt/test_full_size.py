@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.targets import RTX_SMS, load_target
 

@@ -10,13 +10,13 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt import build as gpu_engine
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.program.export import export
-from seekforge.exporter.progress import Stages
 from seekforge.exporter.sizing.memory import Layout, Workload, logits_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Manifest

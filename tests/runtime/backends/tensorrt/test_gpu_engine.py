@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
 from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.exporter.progress import Stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS

@@ -85,7 +85,7 @@ _PRECISIONS: tuple[Precision, ...] = ("f32", "int8", "int4")
 
 
 class Progress(Protocol):
-    """What `build` tells about its work; `exporter.progress.Stages` is one."""
+    """What `build` tells about its work; `plugins.console.Stages` is one."""
 
     def __call__(self, stage: str) -> None: ...
 

@@ -46,7 +46,7 @@ LOG = "build.log"
 
 
 class Progress(Protocol):
-    """What a build tells about its work; `exporter.progress.Stages` is one."""
+    """What a build tells about its work; `plugins.console.Stages` is one."""
 
     def __call__(self, stage: str) -> None: ...
 
