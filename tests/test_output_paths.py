@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from seekforge.common.errors import OutputError
+from seekforge.common.outputs import check_output_file, check_output_folder, check_output_store
 from seekforge.runtime.cli import main as cli
-from seekforge.runtime.cli.output_paths import OUTPUTS, check_output_file, check_output_folder, check_output_store
+from seekforge.runtime.cli.output_paths import OUTPUTS
 
 #: Paths that commands read. A new one belongs here or among `OUTPUTS`.
 READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "dumps"}
