@@ -148,3 +148,20 @@ def test_json_options(grammars: Grammars, tokenizer: Tokenizer) -> None:
         assert {*json.loads(text)} == {"a"} and " " not in text
     ends = tokenizer.encode("}") + tokenizer.encode('"')
     assert isinstance(json.loads(tokenizer.decode(walk(grammars, Form(json_object=True), prefer={*ends}))), dict)
+
+
+def test_closing_objects_touches_schemas_and_nothing_else(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    """A property may be called like a keyword, and what `enum` holds is a value."""
+    pytest.importorskip("llguidance")
+    inner = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"]}
+    value = {"type": "object", "properties": {"x": 1}}
+    schema = {
+        "type": "object",
+        "properties": {"properties": inner, "items": {"enum": [value]}, "l": {"type": "array", "items": inner}},
+        "required": ["properties", "items", "l"],
+    }
+    closed = Form(json=schema, disable_additional_properties=True, disable_any_whitespace=True)
+    for seed in range(3):
+        found = json.loads(tokenizer.decode(walk(grammars, closed, prefer={*tokenizer.encode("]")}, seed=seed)))
+        assert {*found} == {"properties", "items", "l"} and found["properties"] == {"x": 1} and found["items"] == value
+        assert all(one == {"x": 1} for one in found["l"])

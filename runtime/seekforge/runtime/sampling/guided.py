@@ -31,6 +31,15 @@ _KEPT = 32
 #: of it: what is within takes some seconds to compile (of the thread that asks) and tenths of a second per token.
 _MAX_BYTES: Final = 256 << 10
 _LIMITS: Final = {"max_grammar_size": 20_000, "max_items_in_row": 20_000, "verbose_errors": False}
+#: Keywords of JSON Schema (2020-12, and `definitions` and `dependencies` of before) that hold schemas by name, and
+#: those that hold one or a list.
+_NAMED_SCHEMAS: Final = frozenset(
+    ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+)
+_SCHEMAS: Final = frozenset(
+    ("additionalProperties", "unevaluatedProperties", "propertyNames", "items", "prefixItems", "additionalItems")
+    + ("unevaluatedItems", "contains", "not", "if", "then", "else", "allOf", "anyOf", "oneOf", "contentSchema")
+)
 #: Stack of the thread that compiles: the library goes down once per rule, and a stack that ends ends the process.
 _STACK_BYTES: Final = 64 << 20
 _STACK_LOCK = threading.Lock()
@@ -243,13 +252,22 @@ def _bounded(name: str, text: str) -> str:
 
 
 def _closed(schema: Any) -> Any:
-    """Return a JSON schema whose objects have no properties but those that it names."""
+    """Return a JSON schema whose objects have no properties but those that it names; one that names none stays open.
+
+    Only where a keyword holds schemas they are looked at: what `enum` or `const` holds is a value, and a property may
+    be called like a keyword.
+    """
     if isinstance(schema, list):
         return [_closed(one) for one in schema]
     if not isinstance(schema, Mapping):
         return schema
-    out = {key: _closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), Mapping) or schema.get("type") == "object":
+    out = dict(schema)
+    for key, value in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(value, Mapping):
+            out[key] = {name: _closed(one) for name, one in value.items()}
+        elif key in _SCHEMAS:
+            out[key] = _closed(value)
+    if any(isinstance(schema.get(key), Mapping) for key in ("properties", "patternProperties")):
         out.setdefault("additionalProperties", False)
     return out
 
