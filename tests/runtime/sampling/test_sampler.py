@@ -77,10 +77,10 @@ class Draw:
         params, out = self.params, logits.astype(np.float64)
         for token in {*self.prompt, *self.output, *params.logit_bias}:
             count = self.output.count(token)
+            out[token] += params.logit_bias.get(token, 0.0)
             if params.repetition_penalty != 1 and (count or token in self.prompt):
                 out[token] *= 1 / params.repetition_penalty if out[token] > 0 else params.repetition_penalty
             out[token] -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
-            out[token] += params.logit_bias.get(token, 0.0)
         for word in self.bad_words:
             if len(word) == 1 or self.output[1 - len(word) :] == word[:-1]:
                 out[word[-1]] = -np.inf

@@ -22,6 +22,12 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "sampling.md"
 BEGIN, END = "<!-- table: tests/runtime/sampling/test_vllm_parameters.py -->\n", "<!-- end of table -->\n"
 EOS = "<｜end▁of▁sentence｜>"
 HOT: dict[str, Any] = {"temperature": 2.0, "max_tokens": 12, "ignore_eos": True}
+ONE_WAY: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"const": 1}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 
 
 def one(llm: LLM, prompt: Any = "the cat", **params: Any) -> Any:
@@ -122,7 +128,15 @@ def check_stop(llm: LLM) -> None:
     (eos,) = llm.get_tokenizer().encode(EOS)
     ended = one(llm, **HOT, stop=EOS, logit_bias={eos: 100})
     assert (ended.text, ended.finish_reason, ended.stop_reason) == ("", "stop", EOS)
+    for stop in (["aa", "aaa"], ["aaa", "aa"]):
+        ended = one(llm, **HOT, **only_a(llm), stop=stop, min_tokens=3)
+        assert (ended.text, ended.stop_reason) == ("a", "aaa")
     refused(stop=[""])
+
+
+def only_a(llm: LLM) -> dict[str, Any]:
+    """Parameters with which nothing but the letter is generated."""
+    return {"allowed_token_ids": llm.get_tokenizer().encode("a")}
 
 
 def check_include_stop(llm: LLM) -> None:
@@ -130,6 +144,12 @@ def check_include_stop(llm: LLM) -> None:
     middle = whole.text[4:6]
     found = one(llm, **HOT, stop=middle, include_stop_str_in_output=True)
     assert found.text == whole.text[: whole.text.index(middle) + len(middle)]
+    ids = llm.get_tokenizer().encode("a")
+    assert one(llm, **HOT, **only_a(llm), stop_token_ids=ids, include_stop_str_in_output=True).text == "a"
+    (eos,) = llm.get_tokenizer().encode(EOS)
+    for skip, text in ((True, ""), (False, EOS)):
+        params: dict[str, Any] = {"skip_special_tokens": skip, "include_stop_str_in_output": True}
+        assert one(llm, logit_bias={eos: 100}, **params).text == text
 
 
 def check_stop_token_ids(llm: LLM) -> None:
@@ -165,7 +185,11 @@ def check_min_tokens(llm: LLM) -> None:
     whole = one(llm, **HOT)
     early = whole.text[:1]
     held = one(llm, **HOT, stop=[early], min_tokens=5)
-    assert len(held.token_ids) >= 5
+    assert len(held.token_ids) > 5
+    for least, count in ((0, 3), (2, 3), (3, 4), (4, 5)):
+        assert len(one(llm, **HOT, **only_a(llm), stop=["aaa"], min_tokens=least).token_ids) == count
+    (a,) = llm.get_tokenizer().encode("a")
+    assert len(one(llm, **HOT, logit_bias={a: 100}, stop_token_ids=[a], min_tokens=3).token_ids) == 4
     refused(min_tokens=17)
 
 
@@ -183,6 +207,9 @@ def check_logprobs(llm: LLM) -> None:
     assert [value.rank for _, value in order] == [*range(1, len(whole) + 1)]
     assert all(a.logprob >= b.logprob for (_, a), (_, b) in itertools.pairwise(order))
     assert one(llm, **HOT).logprobs is None
+    assert [[*entry] for entry in one(llm, **HOT, logprobs=0).logprobs] == [[t] for t in one(llm, **HOT).token_ids]
+    shifted = one(llm, **HOT, logprobs=0, presence_penalty=2, repetition_penalty=2, logit_bias={5: 100}).logprobs[0]
+    assert shifted[5].logprob == pytest.approx(whole[5].logprob)
     refused(logprobs=-2), refused(logprobs=True)
 
 
@@ -191,6 +218,8 @@ def check_prompt_logprobs(llm: LLM) -> None:
     first, *rest = output.prompt_logprobs
     assert first is None and [next(iter(entry)) for entry in rest] == list(output.prompt_token_ids[1:])
     assert {len(entry) for entry in rest} == {llm.engine.manifest.vocab_size}
+    again = llm.generate("the cat", SamplingParams(prompt_logprobs=0, max_tokens=1))[0]
+    assert again.num_cached_tokens == 0 and [len(entry) for entry in again.prompt_logprobs[1:]] == [1] * len(rest)
 
 
 def check_detokenize(llm: LLM) -> None:
@@ -226,6 +255,9 @@ def check_logit_bias(llm: LLM) -> None:
     same(llm, {"logit_bias": {"40": 5, 41: -3}}, {"logit_bias": {40: 5.0, np.int64(41): np.float32(-3)}})
     same(llm, {"logit_bias": None}, {"logit_bias": {}})
     assert set(one(llm, **HOT, logit_bias={"40": 100}).token_ids) == {40}
+    # the penalty takes half of 40's bias, so 50 is first, and then 50's; penalties first would leave 40 its hundred
+    both: dict[str, Any] = {"logit_bias": {40: 100, 50: 75}, "repetition_penalty": 2, "temperature": 0}
+    assert one(llm, [40, 41], **both, max_tokens=2).token_ids == (50, 40)
     refused(logit_bias={1: 101}), refused(logit_bias={"one": 1}), refused(logit_bias={"1": 1, 1: 2})
 
 
@@ -250,6 +282,8 @@ def check_structured(llm: LLM) -> None:
     assert one(llm, **params, structured_outputs={"choice": ["yes"]}).text == "yes"
     assert "structured_outputs=" in refused(guided_decoding={}) and "structured_outputs=" in refused(guided={})
     refused(structured_outputs={"choice": ["a"], "regex": "b"}), refused(structured_outputs={})
+    for name in ("min_tokens", "ignore_eos"):
+        refused(structured_outputs={"choice": ["a"]}, **{name: 1 if name == "min_tokens" else True})
 
 
 def check_form(**form: Any) -> Callable[[LLM], None]:
@@ -258,6 +292,29 @@ def check_form(**form: Any) -> Callable[[LLM], None]:
         llm.check("x", SamplingParams(structured_outputs=StructuredOutputsParams(**form)))
 
     return check
+
+
+def check_json_form(expected: str, **form: Any) -> Callable[[LLM], None]:
+    """JSON that the form leaves only one way to write."""
+
+    def check(llm: LLM) -> None:
+        pytest.importorskip("llguidance")
+        params = StructuredOutputsParams(**form)
+        assert one(llm, temperature=2.0, max_tokens=60, structured_outputs=params).text == expected
+
+    return check
+
+
+def check_whitespace(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    form = StructuredOutputsParams(json=ONE_WAY, whitespace_pattern="~")
+    params = [SamplingParams(temperature=2.0, max_tokens=60, structured_outputs=form, seed=seed) for seed in range(8)]
+    texts = [output.outputs[0].text for output in llm.generate(["x"] * 8, params)]
+    assert {text.replace("~", "") for text in texts} == {'{"a":1}'} and any("~" in text for text in texts)
+
+
+def check_stop_reason(llm: LLM) -> None:
+    check_stop(llm), check_stop_token_ids(llm), check_ignore_eos(llm)
 
 
 def check_reading(llm: LLM) -> None:
@@ -309,33 +366,41 @@ class Row:
 
 
 ROWS = [
-    Row("n", "differs", "at most 128; with greedy choice too", check_n),
+    Row("n", "differs", "at most 128, not 16,384; with greedy choice too, which vLLM refuses", check_n),
     Row("best_of", "ours", "vLLM has none; the best have `index` 0 to n − 1; `generate` only", check_best_of),
     Row(
         "temperature",
         "differs",
-        "below 1e-5 is greedy, above that nothing is raised to 0.01 or ends at 2",
+        "below 1e-5 is greedy, else taken as given: vLLM raises to 0.01 and refuses above 2",
         check_temperature,
     ),
     Row("top_p", "same", "after `top_k`", check_top_p),
     Row("top_k", "same", "0 and −1 keep all", check_top_k),
     Row("min_p", "same", "before `top_k` and `top_p`", check_min_p),
-    Row("repetition_penalty", "same", "", check_penalty("repetition_penalty", 0)),
+    Row("repetition_penalty", "same", "after `logit_bias`, before the others", check_penalty("repetition_penalty", 0)),
     Row("presence_penalty", "same", "", check_penalty("presence_penalty", 2.1)),
     Row("frequency_penalty", "same", "", check_penalty("frequency_penalty", -2.1)),
     Row("seed", "differs", "−1 is None; other negative numbers are refused; the same tokens in any batch", check_seed),
-    Row("stop", "differs", "also found where it is or holds a special token", check_stop),
+    Row(
+        "stop",
+        "differs",
+        "special tokens are found too; of those that end together the longest, not the first",
+        check_stop,
+    ),
     Row("include_stop_str_in_output", "same", "", check_include_stop),
     Row("stop_token_ids", "same", "the text ends before the token", check_stop_token_ids),
     Row("ignore_eos", "same", "", check_ignore_eos),
     Row("max_tokens", "same", "None is the rest of the context", check_max_tokens),
     Row(
-        "min_tokens", "same", "holds back the end of sequence with `ignore_eos` too, and stop strings", check_min_tokens
+        "min_tokens",
+        "same",
+        "holds back the end of sequence with `ignore_eos` too; a stop string ends with a later token",
+        check_min_tokens,
     ),
     Row(
         "logprobs",
         "differs",
-        "any number, −1 for all; of the model alone; read like vLLM's: `entry[id].logprob`, `.rank`",
+        "any number, not 20 at most; equal ones rank by id; true is refused; of the model alone, as there",
         check_logprobs,
     ),
     Row("prompt_logprobs", "differs", "as `logprobs`", check_prompt_logprobs),
@@ -345,13 +410,23 @@ ROWS = [
     Row(
         "truncate_prompt_tokens",
         "differs",
-        "−1 leaves room for `max_tokens`; newer vLLM has it elsewhere",
+        "−1 leaves room for `max_tokens`; vLLM has it outside of these parameters now",
         check_truncate,
     ),
-    Row("logit_bias", "differs", "ids as text too; beyond ±100 is refused, not cut", check_logit_bias),
+    Row(
+        "logit_bias",
+        "differs",
+        "ids as text too; beyond ±100 is refused; vLLM's server cuts it, its class does not",
+        check_logit_bias,
+    ),
     Row("allowed_token_ids", "same", "", check_allowed),
     Row("bad_words", "differs", "no spelling of the text is generated; vLLM bans two spellings", check_bad_words),
-    Row("structured_outputs", "same", "or a mapping; without `min_tokens` and `ignore_eos`", check_structured),
+    Row(
+        "structured_outputs",
+        "differs",
+        "also as a mapping; refused with `min_tokens` or `ignore_eos`",
+        check_structured,
+    ),
     Row("structured_outputs.json", "same", "", check_form(json={"type": "integer"})),
     Row("structured_outputs.regex", "same", "", check_form(regex="[ab]+")),
     Row(
@@ -360,16 +435,36 @@ ROWS = [
         "never cut off: `max_tokens` too small for all is refused",
         check_form(choice=["a", "b"]),
     ),
-    Row("structured_outputs.grammar", "same", "Lark, as llguidance reads it", check_form(grammar='start: "a"')),
+    Row(
+        "structured_outputs.grammar",
+        "differs",
+        "Lark, as llguidance reads it; no EBNF",
+        check_form(grammar='start: "a"'),
+    ),
     Row("structured_outputs.json_object", "same", "", check_form(json_object=True)),
-    Row("structured_outputs.disable_any_whitespace", "same", "", check_form(json={}, disable_any_whitespace=True)),
+    Row(
+        "structured_outputs.disable_any_whitespace",
+        "differs",
+        "counts for its request; vLLM takes it from the engine's settings",
+        check_json_form('{"a":1}', json=ONE_WAY, disable_any_whitespace=True),
+    ),
     Row(
         "structured_outputs.disable_additional_properties",
-        "same",
-        "",
-        check_form(json={"type": "object"}, disable_additional_properties=True),
+        "differs",
+        "counts for its request; vLLM takes it from the engine's settings",
+        check_json_form(
+            '{"a":1}',
+            json={key: value for key, value in ONE_WAY.items() if key != "additionalProperties"},
+            disable_additional_properties=True,
+            disable_any_whitespace=True,
+        ),
     ),
-    Row("structured_outputs.whitespace_pattern", "same", "", check_form(json={}, whitespace_pattern=" ?")),
+    Row(
+        "structured_outputs.whitespace_pattern",
+        "differs",
+        "is obeyed; vLLM's backends xgrammar and guidance do not read it",
+        check_whitespace,
+    ),
     Row("skip_reading_prefix_cache", "same", "", check_reading),
     Row(
         "taps",
@@ -396,10 +491,15 @@ ROWS = [
     Row(
         "`CompletionOutput.stop_reason`",
         "same",
-        "the string or token; None for the model's end of sequence",
-        check_stop,
+        "the string or token; None for the model's first end of sequence, a further one is named",
+        check_stop_reason,
     ),
-    Row("`LLM.generate(priority=)`", "same", "a list, or one number for all", check_priority),
+    Row(
+        "`LLM.generate(priority=)`",
+        "differs",
+        "also one number for all; a level weighs 1,000 steps of waiting",
+        check_priority,
+    ),
     Row(
         "`LLM.get_tokenizer()`",
         "differs",

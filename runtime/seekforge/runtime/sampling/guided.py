@@ -37,8 +37,24 @@ _NAMED_SCHEMAS: Final = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 )
 _SCHEMAS: Final = frozenset(
-    ("additionalProperties", "unevaluatedProperties", "propertyNames", "items", "prefixItems", "additionalItems")
-    + ("unevaluatedItems", "contains", "not", "if", "then", "else", "allOf", "anyOf", "oneOf", "contentSchema")
+    (
+        "additionalProperties",
+        "unevaluatedProperties",
+        "propertyNames",
+        "items",
+        "prefixItems",
+        "additionalItems",
+        "unevaluatedItems",
+        "contains",
+        "not",
+        "if",
+        "then",
+        "else",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "contentSchema",
+    )
 )
 #: Stack of the thread that compiles: the library goes down once per rule, and a stack that ends ends the process.
 _STACK_BYTES: Final = 64 << 20

@@ -1,4 +1,4 @@
-"""What requests change of their logits before they choose: penalties, bias, bans, grammar. numpy only.
+"""What requests change of their logits before they choose: bias, bans, penalties, grammar. numpy only.
 
 How often a token was generated, and what a request adds to it, stands in tables with a row per running request and a
 column per token: a step looks up the tokens it cares about, for all requests at once, and counts one token more. A
@@ -21,7 +21,7 @@ from seekforge.runtime.sequence import Sequence
 
 @dataclass(frozen=True)
 class Edits:
-    """The changes of N rows, in this order: repetition, frequency and presence penalty, bias, bans, grammar.
+    """The changes of N rows, in this order: bias, repetition, frequency and presence penalty, bans, grammar.
 
     Attributes:
         places: [N], each row's place in the tables; 0, where nothing is written, for rows without changes.
@@ -77,6 +77,8 @@ class Edits:
         """
         places = self.places[:, None]
         out = logits.copy()
+        if self.bias is not None:
+            out += self.bias[places, ids]
         if self.counts is not None and self.in_prompt is not None:
             count = self.counts[places, ids]
             generated = count > 0
@@ -85,8 +87,6 @@ class Edits:
                 factor = self.repetition[:, None]
                 out = np.where(seen, np.where(out > 0, out / factor, out * factor), out)
             out -= self.frequency[:, None] * count + self.presence[:, None] * generated
-        if self.bias is not None:
-            out += self.bias[places, ids]
         if len(self.banned_rows):
             pair, column = np.nonzero(ids[self.banned_rows] == self.banned_ids[:, None])
             out[self.banned_rows[pair], column] = -np.inf

@@ -43,7 +43,8 @@ class StructuredOutputsParams:
         grammar: a Lark grammar of llguidance, with the rule `start`.
         json_object: any JSON object.
         disable_any_whitespace: with JSON, no white space between tokens; else it is free.
-        disable_additional_properties: with `json`, objects have no properties but those that the schema names.
+        disable_additional_properties: with `json`, objects have no properties but those that the schema names;
+            one of which it names none stays open.
         whitespace_pattern: with JSON, a regular expression of the white space between tokens.
     """
 
@@ -94,8 +95,8 @@ class SamplingParams:
     None is "not set" for every parameter: it gives the default, but `max_tokens=None` is the rest of the context.
     Numbers may be NumPy's.
 
-    Logits are changed in this order: repetition, frequency and presence penalty, bias, bans (bad words, stop tokens
-    before min_tokens, allowed tokens, structured outputs), temperature, min-p, top-k, top-p.
+    Logits are changed in vLLM's order: bias; repetition, frequency and presence penalty; temperature; min-p, top-k,
+    top-p. Bans (bad words, stop tokens before min_tokens, allowed tokens, structured outputs) hold whatever the rest.
 
     Attributes:
         n: completions to return.
@@ -114,8 +115,8 @@ class SamplingParams:
         allowed_token_ids: no other token is chosen; the end of sequence too only if it is named.
         seed: the same seed gives the same tokens; -1 and None draw one.
         max_tokens: most tokens to generate; None: as many as the context has room for.
-        min_tokens: the request does not end on a stop token, the end of sequence or a stop string before this many
-            tokens: until then these tokens cannot be chosen, and stop strings do not count.
+        min_tokens: of this many first tokens none ends the request: stop tokens and the end of sequence cannot be
+            chosen, and a stop string that is complete with one of them does not count.
         stop: texts that end the request; they do not appear in its text. Special tokens are found by their text.
         include_stop_str_in_output: what ended the request, stop string or token, does appear.
         stop_token_ids: end the request, besides the model's ends of sequence.

@@ -79,7 +79,7 @@ class TextStream:
             tokenizer: of the model.
             stop: strings that end the text.
             include_stop: keep what ended it, string or token.
-            min_tokens: stop strings that are complete before this many tokens do not count.
+            min_tokens: stop strings that are complete with one of this many first tokens do not count.
             skip_special_tokens: leave special tokens out of the text.
             stop_ids: tokens that end the text.
         """
@@ -126,7 +126,7 @@ class TextStream:
         self.text += new
         if self._search is None:
             return False
-        counts = self._num_tokens >= self._min_tokens
+        counts = self._num_tokens > self._min_tokens
         found = self._search.read(new, counts=counts) if new else None
         if found is not None:
             at, number = found
