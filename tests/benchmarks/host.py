@@ -13,8 +13,9 @@ import statistics
 import time
 
 from seekforge.runtime.backends.null import FixedBackend
+from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.engine.core import Core
-from seekforge.runtime.engine.kv_cache import BlockPool, KvCache, Table
+from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
 from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.sequence import Sequence
@@ -37,7 +38,7 @@ def decoding(batch: int, params: SamplingParams) -> Core:
     """A core with `batch` requests whose prompts are done."""
     core = make(batch, 40 * batch + 1)
     for number in range(batch):
-        core.scheduler.add(Sequence(number, tuple(range(100)), params, seed=number, table=Table(b"%d" % number)))
+        core.scheduler.add(Sequence(number, tuple(range(100)), params, seed=number, table=BlockTable(b"%d" % number)))
     while any(not s.output_ids for s in core.scheduler.running) or core.scheduler.num_waiting:
         core.step()
     return core
@@ -86,7 +87,7 @@ def soak(count: int) -> dict[str, float]:
     began = time.perf_counter()
     for number in range(count):
         prompt = tuple((number * 7 + i) % 5000 for i in range(20 + number % 90))
-        sequence = Sequence(number, prompt, params, table=Table(b"root"), deadline_s=time.monotonic() + 3600)
+        sequence = Sequence(number, prompt, params, table=BlockTable(b"root"), deadline_s=time.monotonic() + 3600)
         core.scheduler.add(sequence)
         if number % 13 == 0:
             core.scheduler.abort(sequence)

@@ -10,7 +10,7 @@ import numpy as np
 
 from seekforge.common.errors import ConfigError
 from seekforge.common.records import Record, RecordError, at_least
-from seekforge.formats.program import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE
 
 Mode = Literal["whole", "chunked", "decode", "ragged", "mtp"]
 MODES: tuple[Mode, ...] = ("whole", "chunked", "decode", "ragged", "mtp")

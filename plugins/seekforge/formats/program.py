@@ -18,9 +18,6 @@ from seekforge.formats.weight_recipes import Recipe
 #: Raised when a reader of the previous number would misread a program.
 PROGRAM_FORMAT = 1
 
-#: Slots in a cache block. Fixed: the byte layouts of spec §7 and every kernel know it.
-BLOCK_SIZE = 64
-
 #: What text needs, carried from a checkpoint to a program and an engine: these, and the folder of the chat encoder.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 ENCODING = "encoding"

@@ -10,14 +10,15 @@ import functools
 import torch
 from torch import Tensor
 
+from seekforge.formats.paged_cache import BLOCK_SIZE
+
 #: Largest finite e4m3 value, its reciprocal in f32 (0x3B124925), the floor of a block's amax, and the block.
 E4M3_MAX = 448.0
 E4M3_MAX_INVERSE = 0.002232142857142857
 AMAX_FLOOR = 1e-4
 BLOCK = 128
 
-#: Slots per cache page, bytes of one latent record per 512 latent values, bytes of one indexer key (spec §7).
-PAGE = 64
+#: Bytes of one latent record per 512 latent values, bytes of one indexer key (spec §7).
 INDEX_KEY_BYTES = 132
 
 
@@ -131,9 +132,9 @@ def unpack_latent(records: Tensor, kv_lora_rank: int) -> tuple[Tensor, Tensor]:
 
 def index_key_offsets(slots: Tensor) -> tuple[Tensor, Tensor]:
     """Where slot `slots` [T] lives in the split indexer page: byte offsets of its values and of its scale."""
-    page, offset = slots // PAGE, slots % PAGE
-    base = page * PAGE * INDEX_KEY_BYTES
-    return base + offset * BLOCK, base + PAGE * BLOCK + offset * 4
+    page, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    base = page * BLOCK_SIZE * INDEX_KEY_BYTES
+    return base + offset * BLOCK, base + BLOCK_SIZE * BLOCK + offset * 4
 
 
 def unpack_index_keys(pages: Tensor, slots: Tensor) -> Tensor:

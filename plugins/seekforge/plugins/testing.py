@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from seekforge.common import dtypes
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.onnx_schema import register_schemas
@@ -29,7 +30,7 @@ from seekforge.plugins.registry import SPECS
 from seekforge.plugins.torch_ops import DTYPE_NAMES, TORCH_DTYPES
 
 #: Slots of block 0: scrap, never compared.
-SCRAP = 64
+SCRAP = BLOCK_SIZE
 
 _BITS = {torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn), torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
 _CACHE_FORMATS = ("kv_format", "index_format")

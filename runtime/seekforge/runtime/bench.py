@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from seekforge.formats.paged_cache import blocks_needed
 from seekforge.runtime.backends.null import FixedBackend
+from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.engine.core import Core
 from seekforge.runtime.engine.engine_folder import Engine
-from seekforge.runtime.engine.kv_cache import BlockPool, KvCache, Table, blocks_needed
+from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
 from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import SamplingParams
@@ -151,7 +153,7 @@ def host_overhead_ms(engine: Engine, batch: int, params: SamplingParams, *, num_
     )
     core = Core(FixedBackend(manifest.vocab_size, manifest.num_top_logits), scheduler, manifest.vocab_size)
     for number in range(batch):
-        scheduler.add(Sequence(number, (2, 3, 4, 5), params, seed=number, table=Table(b"%d" % number)))
+        scheduler.add(Sequence(number, (2, 3, 4, 5), params, seed=number, table=BlockTable(b"%d" % number)))
     while scheduler.num_waiting or not all(sequence.output_ids for sequence in scheduler.running):
         core.step()
     times: list[float] = []

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from seekforge.runtime.engine.kv_cache import Table
+from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.sampling.bad_words import BadWords
 from seekforge.runtime.sampling.params import SamplingParams
 
@@ -149,7 +149,7 @@ class Sequence:
     max_tokens: int = 0
     speculates: bool = False
     siblings: tuple[Sequence, ...] = ()
-    table: Table = field(default_factory=lambda: Table(b""))
+    table: BlockTable = field(default_factory=lambda: BlockTable(b""))
     order: tuple[int, int] = (0, 0)
     state: State = "new"
     output_ids: list[int] = field(default_factory=list)

@@ -7,21 +7,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from seekforge.formats.paged_cache import blocks_needed
+from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.engine.kv_cache import (
     BlockAccountingError,
     BlockPool,
     KvCache,
-    Table,
-    blocks_needed,
     chain_digest,
     root_digest,
     slots_for,
 )
-
-
-@pytest.mark.parametrize(("num_tokens", "blocks"), [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2)])
-def test_last_block_may_be_part_full(num_tokens: int, blocks: int) -> None:
-    assert blocks_needed(num_tokens, block_size=64) == blocks
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (0, 12), (3, 4), (3, 5), (4, 8), (5, 11), (11, 12)])
@@ -107,7 +102,7 @@ def test_a_match_ends_at_a_block_and_before_the_last_token(same: int, found: int
 
     for lookahead, expected in ((0, found), (1, found_with_mtp)):
         cache = KvCache(BlockPool(20), 4, lookahead=lookahead)
-        first, second = Table(b"r"), Table(b"r")
+        first, second = BlockTable(b"r"), BlockTable(b"r")
         assert cache.admit(first, one, 12) == 0
         cache.publish(first, one, 11)
         assert cache.admit(second, two, 12) == expected
@@ -128,20 +123,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.pool = BlockPool(12)
         self.cache = KvCache(self.pool, BLOCK)
         self.slots: list[tuple[int, ...] | None] = [None] * (12 * BLOCK)
-        self.living: list[tuple[Table, list[int], list[int]]] = []  # table, tokens, [num_computed]
+        self.living: list[tuple[BlockTable, list[int], list[int]]] = []  # table, tokens, [num_computed]
 
-    def write(self, table: Table, tokens: list[int], start: int, stop: int) -> None:
+    def write(self, table: BlockTable, tokens: list[int], start: int, stop: int) -> None:
         """A slot's contents depend on every token so far, as a hidden state does."""
         for position, slot in zip(range(start, stop), slots_for(table.blocks, start, stop, BLOCK), strict=True):
             self.slots[slot] = tuple(tokens[: position + 1])
 
-    def pick(self, data: st.DataObject) -> tuple[Table, list[int], list[int]]:
+    def pick(self, data: st.DataObject) -> tuple[BlockTable, list[int], list[int]]:
         return data.draw(st.sampled_from(self.living))
 
     @rule(data=st.data(), length=st.integers(1, 18), reuse=st.booleans())
     def admit(self, data: st.DataObject, length: int, reuse: bool) -> None:
         tokens = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
-        table, free = Table(b"root"), self.pool.num_free
+        table, free = BlockTable(b"root"), self.pool.num_free
         found = self.cache.admit(table, lambda a, b: tokens[a:b], length, reuse=reuse)
         if found is None:
             assert not table.blocks and self.pool.num_free == free
@@ -182,7 +177,7 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         """Another sequence with the same tokens: it shares what is published."""
         _, tokens, _ = self.pick(data)
-        table, copy = Table(b"root"), list(tokens)
+        table, copy = BlockTable(b"root"), list(tokens)
         found = self.cache.admit(table, lambda a, b: copy[a:b], len(copy))
         if found is not None:
             self.write(table, copy, found, len(copy))

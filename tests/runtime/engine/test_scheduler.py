@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from seekforge.common.errors import RequestError
 from seekforge.runtime.backends.null import NullBackend, expected_token
+from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.engine.core import Core
-from seekforge.runtime.engine.kv_cache import BlockPool, KvCache, Table
+from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
 from seekforge.runtime.engine.scheduler import PRIORITY_STEPS, Iteration, QueueFullError, Scheduler, verify_width
 from seekforge.runtime.engine.speculative import SpeculationSwitch, Speculator
 from seekforge.runtime.sampling.params import SamplingParams
@@ -75,7 +76,7 @@ def request(
     prompt = prompt or tuple((number * 13 + i * 7) % VOCAB for i in range(length))
     known = {name: fields.pop(name) for name in ("priority", "deadline_s", "siblings", "stop_ids") if name in fields}
     params = SamplingParams(temperature=0, max_tokens=count, **fields)
-    return Sequence(number, prompt, params, speculates=drafts > 0, table=Table(b"root"), **known)
+    return Sequence(number, prompt, params, speculates=drafts > 0, table=BlockTable(b"root"), **known)
 
 
 def finish(core: Core) -> list[int]:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.common.errors import ProgramError
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.program import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.operator import DOMAIN
 from seekforge.plugins.quant import INDEX_KEY_BYTES, latent_record_bytes

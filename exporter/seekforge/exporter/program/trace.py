@@ -30,6 +30,7 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import recipes
 from seekforge.exporter.program.canonical_names import canonicalise
 from seekforge.exporter.program.replicate import layers_to_trace, stamp
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
@@ -43,7 +44,7 @@ _IR_VERSION = 11
 #: Symbolic axes: sequences, new tokens each, blocks per sequence, rows with logits, cache slots.
 AXES = ("B", "Q", "MB", "N", "NS")
 # Example sizes for the trace. None may be 0 or 1 (torch specialises those), nor the model's own sizes.
-_EXAMPLE = {"B": 2, "Q": 3, "MB": 5, "N": 4, "NS": 7 * 64}
+_EXAMPLE = {"B": 2, "Q": 3, "MB": 5, "N": 4, "NS": 7 * BLOCK_SIZE}
 
 
 @dataclass(frozen=True)

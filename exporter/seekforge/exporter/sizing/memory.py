@@ -14,7 +14,7 @@ from typing import Literal
 
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
-from seekforge.formats.program import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE
 
 Precision = Literal["fp8", "bf16"]
 KvFormat = Literal["f32", "bf16", "fp8_ds"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
-from seekforge.formats.program import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.kernels.launch_plan import SMS, workspace_bytes
 from seekforge.plugins.operator import cdiv
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 from seekforge.common.dtypes import NUMPY, itemsize
 from seekforge.common.errors import ConfigError
 from seekforge.formats.numerics import numerics_from_dict
-from seekforge.formats.program import BLOCK_SIZE, GraphIO, TensorSpec, role_of
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.program import GraphIO, TensorSpec, role_of
 
 if TYPE_CHECKING:
     from seekforge.formats.engine.manifest import Cache, Manifest

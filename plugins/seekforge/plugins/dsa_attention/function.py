@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 
 from seekforge.common.errors import ProgramError
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.dsa_attention.spec import SPEC
 from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, onnx_type, query_blocks
 from seekforge.plugins.functions.specialization import Specialisation
 
-_PAGE = 64
 #: Rows of a block: at most so many, and at most so many gathered keys per sequence.
 _MOST_ROWS, _MOST_KEYS = 64, 8192
 #: The masked form: from so many rows on, and up to so many columns per chosen key. Measured at 16 heads of 320.
@@ -41,9 +41,9 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     text = Text()
     text.add(f"""
   blocks = Cast<to = {onnx_type("i64")}>(block_table)
-  firsts = Mul(blocks, {text.i64(_PAGE)})
+  firsts = Mul(blocks, {text.i64(BLOCK_SIZE)})
   firsts3 = Unsqueeze(firsts, {text.ints(2)})
-  slots3 = Add(firsts3, {text.table(np.arange(_PAGE, dtype=np.int64))})
+  slots3 = Add(firsts3, {text.table(np.arange(BLOCK_SIZE, dtype=np.int64))})
   slot_of = Reshape(slots3, {text.ints(0, -1)})
   length = Shape<start = 1, end = 2>(slot_of)
   topk = Shape<start = 2, end = 3>(topk_indices)

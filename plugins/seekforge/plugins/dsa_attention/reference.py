@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from seekforge.plugins.quant import PAGE, unpack_latent
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.plugins.quant import unpack_latent
 
 _ROWS = 64  # queries per pass: bounds the gathered [B, _ROWS, TOPK, C + R]
 
@@ -37,8 +38,8 @@ def dsa_attention(
         chosen = topk_indices[:, rows].long()
         valid = chosen >= 0
         safe = chosen.clamp_min(0)
-        block = torch.gather(block_table.long(), 1, (safe // PAGE).flatten(1)).view_as(safe)
-        slots = block * PAGE + safe % PAGE
+        block = torch.gather(block_table.long(), 1, (safe // BLOCK_SIZE).flatten(1)).view_as(safe)
+        slots = block * BLOCK_SIZE + safe % BLOCK_SIZE
         if kv_format == "fp8_ds":
             c, k_pe = unpack_latent(latent_cache.view(-1, latent_cache.shape[-1])[slots], latent_dim)
         else:

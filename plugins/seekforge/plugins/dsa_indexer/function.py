@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from seekforge.common.errors import ProgramError
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.dsa_indexer.spec import SPEC
 from seekforge.plugins.functions.builder import (
     Attrs,
@@ -22,7 +23,6 @@ from seekforge.plugins.functions.builder import (
 )
 from seekforge.plugins.functions.specialization import Specialisation
 
-_PAGE = 64
 _NOWHERE = 2**30  # sorts behind every position
 _MAX = np.finfo(np.float32).max
 #: Rows of a block: at most so many, and at most so many scores per sequence and head.
@@ -46,9 +46,9 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     text = Text()
     text.add(f"""
   blocks = Cast<to = {onnx_type("i64")}>(block_table)
-  firsts = Mul(blocks, {text.i64(_PAGE)})
+  firsts = Mul(blocks, {text.i64(BLOCK_SIZE)})
   firsts3 = Unsqueeze(firsts, {text.ints(2)})
-  slots3 = Add(firsts3, {text.table(np.arange(_PAGE, dtype=np.int64))})
+  slots3 = Add(firsts3, {text.table(np.arange(BLOCK_SIZE, dtype=np.int64))})
   slots = Reshape(slots3, {text.ints(0, -1)})
   length1 = Shape<start = 1, end = 2>(slots)
   length = Squeeze(length1)

@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from seekforge.plugins.quant import PAGE, fake_quantise, unpack_index_keys
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.plugins.quant import fake_quantise, unpack_index_keys
 
 _MAX = torch.finfo(torch.float32).max
 
 
 def logical_slots(block_table: Tensor) -> Tensor:
     """Return the cache slot of every logical position: [B, MB] int32 -> [B, MB · 64] int64."""
-    offsets = torch.arange(PAGE, device=block_table.device)
-    return (block_table.long().unsqueeze(-1) * PAGE + offsets).flatten(1)
+    offsets = torch.arange(BLOCK_SIZE, device=block_table.device)
+    return (block_table.long().unsqueeze(-1) * BLOCK_SIZE + offsets).flatten(1)
 
 
 def index_scores(

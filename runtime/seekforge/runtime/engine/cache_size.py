@@ -12,7 +12,7 @@ from pathlib import Path
 
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.runtime.engine.kv_cache import blocks_needed
+from seekforge.formats.paged_cache import blocks_needed
 
 #: Part of the free memory of a CPU that caches take when no size is asked for: others live there too.
 _CPU_SHARE = 0.5

@@ -15,10 +15,10 @@ from seekforge.formats.checkpoint.hub import resolve
 from seekforge.formats.engine.agreement import ROPE_TABLES
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.engine.verify import Verification, verify_files
+from seekforge.formats.paged_cache import blocks_needed
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.compatibility import check_complete, check_versions, installed_versions
-from seekforge.runtime.engine.kv_cache import blocks_needed
 from seekforge.runtime.text.tokenizer import Tokenizer
 
 #: What a decoding loop reads of every step.

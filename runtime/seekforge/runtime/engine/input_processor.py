@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from seekforge.common.errors import RequestError
+from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.engine.engine_folder import Engine
-from seekforge.runtime.engine.kv_cache import Table, root_digest
+from seekforge.runtime.engine.kv_cache import root_digest
 from seekforge.runtime.engine.outputs import Delta
 from seekforge.runtime.engine.request import Live
 from seekforge.runtime.engine.scheduler import Scheduler
@@ -182,7 +183,7 @@ class Intake:
                 allowed=allowed,
                 token_text=self._tokenizer.token_text if params.detokenize else None,
                 speculates=self._drafting(),
-                table=Table(b"", owner=owner),
+                table=BlockTable(b"", owner=owner),
                 arrived_s=now,
             )
             sequence.table.root = self.root(sequence)

@@ -16,9 +16,9 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
-SCRAP_BLOCK = 0
+from seekforge.formats.paged_cache import SCRAP_BLOCK, blocks_needed
+from seekforge.runtime.block_table import BlockTable
 
 #: Returns the tokens at positions [start, stop) of a sequence.
 Tokens = Callable[[int, int], Sequence[int]]
@@ -26,11 +26,6 @@ Tokens = Callable[[int, int], Sequence[int]]
 
 class BlockAccountingError(RuntimeError):
     """Blocks were freed twice, shared while free, or taken when none was left: a bug of ours."""
-
-
-def blocks_needed(num_tokens: int, block_size: int) -> int:
-    """Return how many blocks hold `num_tokens` tokens; the last may be part full."""
-    return -(-num_tokens // block_size)
 
 
 def slots_for(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
@@ -206,29 +201,6 @@ class BlockPool:
             raise BlockAccountingError(f"block {block} {verb}, but it has no owner")
 
 
-@dataclass(eq=False, slots=True)
-class Table:
-    """The blocks of one sequence.
-
-    Attributes:
-        root: starts the chain of digests (`root_digest`).
-        blocks: block i holds positions i * block_size and on.
-        digests: of the first full blocks of the sequence, as far as they were needed; kept when blocks are not.
-        num_published: how many leading blocks were matched or published.
-        version: changes whenever `blocks` does.
-        owner: a number that the sequences of one request share.
-        publishes: whether others may find its blocks; off when something of them is missing (MTP entries).
-    """
-
-    root: bytes
-    blocks: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    num_published: int = 0
-    version: int = 0
-    owner: int = 0
-    publishes: bool = True
-
-
 class KvCache:
     """Tables over a pool.
 
@@ -252,7 +224,9 @@ class KvCache:
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
 
-    def admit(self, table: Table, tokens: Tokens, num_tokens: int, *, spare: int = 0, reuse: bool = True) -> int | None:
+    def admit(
+        self, table: BlockTable, tokens: Tokens, num_tokens: int, *, spare: int = 0, reuse: bool = True
+    ) -> int | None:
         """Give an empty table blocks for `num_tokens` known tokens, shared as far as others computed them.
 
         Args:
@@ -278,7 +252,7 @@ class KvCache:
         self.num_hit_tokens += len(hits) * self.block_size
         return len(hits) * self.block_size
 
-    def grow(self, table: Table, num_tokens: int) -> bool:
+    def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Add blocks until `num_tokens` fit; False, with nothing changed, when too few are free."""
         new = blocks_needed(num_tokens, self.block_size) - len(table.blocks)
         if new > self.pool.num_free:
@@ -288,7 +262,7 @@ class KvCache:
             table.version += 1
         return True
 
-    def publish(self, table: Table, tokens: Tokens, num_computed: int) -> None:
+    def publish(self, table: BlockTable, tokens: Tokens, num_computed: int) -> None:
         """Let others find the full blocks among the first `num_computed` positions; one more token is known too."""
         full = num_computed // self.block_size
         if full <= table.num_published or not table.publishes:
@@ -298,7 +272,7 @@ class KvCache:
             self.pool.publish(table.blocks[index], table.digests[index])
         table.num_published = full
 
-    def truncate(self, table: Table, num_tokens: int) -> None:
+    def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Give back the blocks beyond `num_tokens`; published ones are never among them."""
         keep = blocks_needed(num_tokens, self.block_size)
         assert keep >= table.num_published, f"{table.num_published} blocks are published, asked to keep {keep}"
@@ -307,7 +281,7 @@ class KvCache:
             del table.blocks[keep:]
             table.version += 1
 
-    def release(self, table: Table, *, forget: bool = False) -> None:
+    def release(self, table: BlockTable, *, forget: bool = False) -> None:
         """Give back all blocks; with `forget`, nobody finds them again (their contents are in doubt)."""
         if forget:
             for block in table.blocks:
@@ -317,7 +291,7 @@ class KvCache:
         table.num_published = 0
         table.version += 1
 
-    def _match(self, table: Table, tokens: Tokens, most: int) -> list[int]:
+    def _match(self, table: BlockTable, tokens: Tokens, most: int) -> list[int]:
         """Return the published blocks that hold the longest known beginning, at most `most` of them."""
         hits: list[int] = []
         for index in range(most):
@@ -328,7 +302,7 @@ class KvCache:
             hits.append(block)
         return hits
 
-    def _digest(self, table: Table, tokens: Tokens, count: int) -> None:
+    def _digest(self, table: BlockTable, tokens: Tokens, count: int) -> None:
         for index in range(len(table.digests), count):
             parent = table.digests[-1] if table.digests else table.root
             block = tokens(index * self.block_size, (index + 1) * self.block_size + self.lookahead)

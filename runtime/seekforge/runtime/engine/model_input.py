@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from seekforge.formats.paged_cache import SCRAP_BLOCK, blocks_needed
 from seekforge.runtime.backends.base import StepInputs
-from seekforge.runtime.engine.kv_cache import SCRAP_BLOCK, blocks_needed
 from seekforge.runtime.engine.scheduler import Row
 from seekforge.runtime.row_index import Places
 from seekforge.runtime.sequence import Sequence

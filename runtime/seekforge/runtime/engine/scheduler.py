@@ -21,7 +21,8 @@ from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 from seekforge.common.errors import RequestError
-from seekforge.runtime.engine.kv_cache import KvCache, blocks_needed
+from seekforge.formats.paged_cache import blocks_needed
+from seekforge.runtime.engine.kv_cache import KvCache
 from seekforge.runtime.sequence import FinishReason, Sequence
 
 #: Iterations of waiting that weigh as much as one level of priority.

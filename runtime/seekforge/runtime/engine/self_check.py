@@ -8,8 +8,9 @@ import numpy as np
 
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import SelfCheck
+from seekforge.formats.paged_cache import blocks_needed
 from seekforge.runtime.backends.base import Backend, StepInputs
-from seekforge.runtime.engine.kv_cache import blocks_needed, slots_for
+from seekforge.runtime.engine.kv_cache import slots_for
 
 
 @dataclass(frozen=True)

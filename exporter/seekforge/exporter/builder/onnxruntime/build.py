@@ -57,16 +57,8 @@ from seekforge.formats.engine.manifest import (
     save_manifest,
 )
 from seekforge.formats.int_quant import Quantisation
-from seekforge.formats.program import (
-    BLOCK_SIZE,
-    GraphIO,
-    Program,
-    Role,
-    TensorSpec,
-    load_bindings,
-    load_program,
-    save_bindings,
-)
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.program import GraphIO, Program, Role, TensorSpec, load_bindings, load_program, save_bindings
 from seekforge.formats.targets import Precision, TargetConfig
 from seekforge.formats.weight_file import ALIGNMENT, WEIGHTS
 from seekforge.formats.weight_recipes import Recipe, retarget, tensors_of

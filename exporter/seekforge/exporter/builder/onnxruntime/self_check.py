@@ -32,7 +32,8 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, SelfCheck, SelfCheckRow
 from seekforge.formats.int_quant import Quantisation
 from seekforge.formats.numerics import numerics_from_dict
-from seekforge.formats.program import BLOCK_SIZE, GraphIO
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import TensorSource
 from seekforge.plugins.operator import cdiv
 

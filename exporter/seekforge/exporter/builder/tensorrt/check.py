@@ -37,7 +37,8 @@ from seekforge.exporter.sizing.memory import (
 from seekforge.exporter.sizing.scratch import Kernels
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, WeightSource
-from seekforge.formats.program import BLOCK_SIZE, Program, Role, load_bindings, load_program
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.program import Program, Role, load_bindings, load_program
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.functions.specialization import Specialisation

@@ -32,7 +32,8 @@ from seekforge.formats.engine.manifest import (
     Target,
     digest_file,
 )
-from seekforge.formats.program import BLOCK_SIZE, PROGRAM_FORMAT, GraphIO
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.program import PROGRAM_FORMAT, GraphIO
 from seekforge.formats.weight_recipes import Recipe, cast, retarget
 from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.kernels.launch_plan import KernelSet

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from seekforge.formats.engine.manifest import Limits
-from seekforge.formats.program import BLOCK_SIZE, GraphIO
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.program import GraphIO
 from seekforge.formats.targets import Profile
 from seekforge.plugins.operator import cdiv
 from seekforge.plugins.tensorrt.library import MOST_ELEMENTS

@@ -27,6 +27,7 @@ from seekforge.exporter.models.deepseek_v32.layers import (
 )
 from seekforge.exporter.models.deepseek_v32.moe import Moe
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
+from seekforge.formats.paged_cache import BLOCK_SIZE
 
 
 class DecoderLayer(nn.Module):
@@ -118,7 +119,7 @@ class _StepModule(nn.Module):
 
     def new_caches(self, num_blocks: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return zeroed latent and indexer caches of `num_blocks` blocks, one each per layer."""
-        config, slots = self.settings.config, num_blocks * 64
+        config, slots = self.settings.config, num_blocks * BLOCK_SIZE
         return (
             [torch.zeros(slots, config.latent_dim, dtype=self.settings.dtype) for _ in self.layer_numbers],
             [torch.zeros(slots, config.index_head_dim, dtype=self.settings.dtype) for _ in self.layer_numbers],

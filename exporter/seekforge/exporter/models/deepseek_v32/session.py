@@ -12,7 +12,7 @@ from torch import Tensor
 from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import load_weights
-from seekforge.formats.program import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.weight_recipes import TensorSource
 from seekforge.plugins.operator import cdiv
 

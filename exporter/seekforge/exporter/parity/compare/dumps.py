@@ -22,7 +22,7 @@ from seekforge.exporter.parity.compare.selections import Choices, Keys, Sides, a
 from seekforge.exporter.parity.taps import HANDOVER, layer_points
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import INDEX, Dump
-from seekforge.formats.program import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE
 
 
 @dataclass

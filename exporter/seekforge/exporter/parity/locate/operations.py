@@ -23,6 +23,7 @@ from seekforge.exporter.parity.sides.torch_streams import Judged
 from seekforge.exporter.parity.taps import SELECTIONS
 from seekforge.formats.dump import Dump
 from seekforge.formats.numerics import Numerics
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.dsa_indexer.reference import index_scores
 
 #: Largest error of an operation that was given the same inputs, in parts of the root mean square of its output.
@@ -259,10 +260,9 @@ class LocalJudge:
             if found.shape != tuple(expected.shape):
                 record.detail = f"layout {found.shape} is not compared with {tuple(expected.shape)}"
                 continue
-            block_size = 64
-            wanted = expected.float().numpy()[block_size:]  # block 0 is scrap
+            wanted = expected.float().numpy()[BLOCK_SIZE:]  # block 0 is scrap
             rms = float(np.sqrt((wanted.astype(np.float64) ** 2).mean())) or 1.0
-            errors = row_errors(np.asarray(found)[block_size:], wanted, rms)
+            errors = row_errors(np.asarray(found)[BLOCK_SIZE:], wanted, rms)
             # one element of e4m3 may flip where the two sides quantise different bits of the same number
             quantised = self.numerics.kv_fp8 if kind == "latent" else self.numerics.indexer_fp8
             bad = np.flatnonzero(~(errors <= (0.5 if quantised else record.gate)))
@@ -273,10 +273,10 @@ class LocalJudge:
                 record.gate, record.reason = 0.5, reason + "; a value may round to the neighbouring e4m3 number"
             if len(bad) and not record.detail:
                 record.failed = True
-                record.detail = _where_in_cache(bad + block_size, case.tables, block_size)
-                owner = _owner((bad[0] + block_size) // block_size, case.tables)
+                record.detail = _where_in_cache(bad + BLOCK_SIZE, case.tables, BLOCK_SIZE)
+                owner = _owner((bad[0] + BLOCK_SIZE) // BLOCK_SIZE, case.tables)
                 if owner is not None:
-                    position = owner[1] * block_size + int(bad[0] % block_size)
+                    position = owner[1] * BLOCK_SIZE + int(bad[0] % BLOCK_SIZE)
                     record.where = {
                         "case": case.name,
                         "step": judged.step,

@@ -19,6 +19,7 @@ from torch import Tensor
 from seekforge.exporter.models.deepseek_v32.model import DecoderLayer, MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
 from seekforge.exporter.models.deepseek_v32.weights import recipes, to_torch
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate, tensors_of
 from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
 
@@ -93,7 +94,7 @@ class LayerModule:
 
     def new_state(self, num_blocks: int) -> LayerState:
         """Return zeroed caches."""
-        slots, dtype = num_blocks * 64, self.settings.dtype
+        slots, dtype = num_blocks * BLOCK_SIZE, self.settings.dtype
         return LayerState(
             torch.zeros(slots, self.config.latent_dim, dtype=dtype),
             torch.zeros(slots, self.config.index_head_dim, dtype=dtype),

@@ -21,6 +21,7 @@ from seekforge.common.errors import CheckpointError, EngineError
 from seekforge.formats import weight_digests
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import Manifest
+from seekforge.formats.paged_cache import blocks_needed
 from seekforge.formats.program import GraphIO, load_bindings
 from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, GraphMetrics, OnLoad, StepInputs, StepOutputs
 from seekforge.runtime.backends.tensorrt.cuda_graphs import CudaGraphs
@@ -29,7 +30,6 @@ from seekforge.runtime.backends.tensorrt.device_graph import DeviceGraph, halves
 from seekforge.runtime.backends.tensorrt.device_weights import DeviceWeights
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 from seekforge.runtime.compatibility import check_weights
-from seekforge.runtime.engine.kv_cache import blocks_needed
 
 #: Rows with at most so many tokens are padded to buckets and captured: decode, and verification of drafts.
 _CAPTURED_WIDTH = 8
