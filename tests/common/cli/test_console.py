@@ -90,7 +90,7 @@ import click
 from seekforge.common.cli.options import command
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import OutputError
-from seekforge.runtime import cli
+from seekforge.runtime.cli import main as cli
 
 @command("export", examples=("x",))
 @click.argument("how")

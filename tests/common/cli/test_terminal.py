@@ -92,7 +92,7 @@ def python(script: str, redirect: str = "", **env: str) -> subprocess.CompletedP
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_take_text_and_no_file_gets_it(redirect: str, tmp_path) -> None:
     script = (
-        "from seekforge.plugins import terminal\nterminal.prepare_streams()\n"
+        "from seekforge.common.cli import terminal\nterminal.prepare_streams()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w')\nterminal.echo('out')\nterminal.echo('err', err=True)\n"
         "terminal.write_generated('x')\nfile.write('mine')\nfile.close()\n"
         "raise SystemExit(0 if terminal.flush_streams() else 3)"
@@ -105,7 +105,7 @@ def test_closed_streams_take_text_and_no_file_gets_it(redirect: str, tmp_path) -
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_stream_that_cannot_hold_a_character_shows_its_escape(encoding: str) -> None:
     script = (
-        "from seekforge.plugins import terminal\nterminal.prepare_streams()\n"
+        "from seekforge.common.cli import terminal\nterminal.prepare_streams()\n"
         "terminal.echo('日…')\nterminal.write_json({'é': '日😀'})"
     )
     done = python(script, PYTHONIOENCODING=encoding)
@@ -116,7 +116,7 @@ def test_a_stream_that_cannot_hold_a_character_shows_its_escape(encoding: str) -
 
 def test_a_full_disk_behind_stdout_is_noticed() -> None:
     script = (
-        "from seekforge.plugins import terminal\nimport sys\nterminal.prepare_streams()\nsys.stdout.write('x')\n"
+        "from seekforge.common.cli import terminal\nimport sys\nterminal.prepare_streams()\nsys.stdout.write('x')\n"
         "raise SystemExit(7 if not terminal.flush_streams() else 0)"
     )
     done = python(script, ">/dev/full", PYTHONUNBUFFERED="")
