@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -115,6 +119,45 @@ def test_the_second_start_reads_nothing_and_verify_reads_all(engine: Path, reads
     again = Engine.open(engine).verification
     assert (again.num_bytes, again.read_bytes, reads.total()) == (total, 0, 0)
     assert Engine.open(engine, verify=True).verification.read_bytes == total == reads.total()
+
+
+def test_progress_is_told_of_what_is_read_and_of_nothing_else(engine: Path) -> None:
+    told: list[tuple[int, int]] = []
+    total = Engine.open(engine, progress=lambda done, all_: told.append((done, all_))).verification.read_bytes
+    assert told == sorted(told) and told[-1] == (total, total)
+    told.clear()
+    Engine.open(engine, progress=lambda done, all_: told.append((done, all_)))
+    assert told == []
+
+
+SHOWN = """
+import sys
+from pathlib import Path
+from seekforge.common.cli.console import Stages
+from seekforge.runtime.cli.options import open_engine
+stages = Stages(quiet=sys.argv[2] == "quiet")
+open_engine(Path(sys.argv[1]), stages, verify=True)
+stages.stop()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="the system has no pseudo-terminals")
+@pytest.mark.parametrize(
+    ("terminal", "how", "shows"), [(True, "loud", True), (True, "quiet", False), (False, "loud", False)]
+)
+def test_a_bar_is_shown_to_who_looks(engine: Path, terminal: bool, how: str, shows: bool) -> None:
+    ours, theirs = os.openpty() if terminal else os.pipe()
+    done = subprocess.Popen(
+        [sys.executable, "-c", SHOWN, str(engine), how], stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux ends a pseudo-terminal
+        while more := os.read(ours, 1 << 16):
+            seen += more
+    os.close(ours)
+    assert done.wait() == 0
+    assert (b"checking files" in seen and b"MB" in seen) if shows else seen == b"", seen
 
 
 def test_only_what_was_written_to_is_read_again(engine: Path, reads: Counter[str]) -> None:

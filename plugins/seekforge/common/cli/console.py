@@ -225,12 +225,18 @@ class Stages:
         self._console.print(text)
 
     @contextmanager
-    def bytes_bar(self, stage: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar with GB/s and time left; call what it yields with (bytes done, bytes in all)."""
-        columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    def bytes_bar(self, stage: str, *, closes: bool = True) -> Iterator[Callable[[int, int], None]]:
+        """A bar with GB/s and time left; call what it yields with (bytes done, bytes in all).
+
+        Args:
+            stage: its name.
+            closes: close the stage with the bar; else who goes on says of it what `done` prints.
+        """
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with self._bar(stage, columns, None) as (progress, task):
             yield lambda done, total: progress.update(task, completed=done, total=total)
-        self.done()
+        if closes:
+            self.done()
 
     @contextmanager
     def steps_bar(self, stage: str) -> Iterator[Callable[[float], None]]:

@@ -7,6 +7,7 @@ start reads nothing. A damaged file is named with the range of its bytes, and wi
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from seekforge.formats.engine.manifest import MANIFEST, FileDigest, Manifest, re
 from seekforge.formats.program import load_bindings
 from seekforge.formats.weight_file import WEIGHTS, constants_in
 
+#: Told (bytes that were read, bytes that will be).
+OnVerify = Callable[[int, int], None]
 #: Tensors and places that one message names.
 _NAMED = 3
 
@@ -38,7 +41,7 @@ class Verification:
 
 
 def verify_files(
-    folder: Path, manifest: Manifest, *, full: bool = False, progress: Callable[[int], None] | None = None
+    folder: Path, manifest: Manifest, *, full: bool = False, progress: OnVerify | None = None
 ) -> Verification:
     """Compare every byte of every file of an engine with its digests.
 
@@ -46,7 +49,7 @@ def verify_files(
         folder: the engine folder.
         manifest: of that folder.
         full: read all files, whatever is remembered of them, and compare their SHA-256 as well.
-        progress: told how many more bytes were compared, by several threads.
+        progress: told the bytes that were read, and all that will be; by one thread at a time.
 
     Raises:
         EngineError: a file is missing, leads out of the folder, is of another size, or its bytes differ.
@@ -71,7 +74,8 @@ def verify_files(
         if known.get(before[path] or "") != _digest(expected):
             read.append((path, expected))
     try:
-        places = damaged([(path, one.bytes, one.chunks) for path, one in read], progress=progress)
+        tell = None if progress is None else _total(progress, sum(one.bytes for _, one in read))
+        places = damaged([(path, one.bytes, one.chunks) for path, one in read], progress=tell)
         if not places and full:
             places = [Damage(path, 0, one.bytes) for path, one in read if sha256_file(path) != one.sha256]
     except OSError as error:
@@ -81,6 +85,19 @@ def verify_files(
         raise EngineError(f"{_describe(folder, manifest, places)}; it was changed or damaged, {remedy}")
     _remember(read, before)
     return Verification(sum(one.bytes for one in manifest.files), sum(one.bytes for _, one in read))
+
+
+def _total(progress: OnVerify, total: int) -> Callable[[int], None]:
+    """Return what adds up the bytes that several threads read, and tells the sum."""
+    lock, done = threading.Lock(), 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            progress(done, total)
+
+    return add
 
 
 def _digest(file: FileDigest) -> str:

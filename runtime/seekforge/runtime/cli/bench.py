@@ -21,8 +21,7 @@ from seekforge.common.cli.options import (
 )
 from seekforge.common.cli.terminal import write_json
 from seekforge.runtime.bench import Point, host_overhead_ms, measure
-from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option
-from seekforge.runtime.engine.engine_folder import Engine
+from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 from seekforge.runtime.sampling.params import SamplingParams
 
 
@@ -60,7 +59,9 @@ def bench(
     """Measure ENGINE: throughput and latency over concurrency and context, cache hits, drafts, the host's own cost."""
     if chart is not None:
         check_chart(chart)
-    opened = Engine.open(engine)
+    stages = Stages(quiet=quiet or as_json)
+    opened = open_engine(engine, stages)
+    stages.stop()
     check_checkpoint(opened, checkpoint)
     limits = opened.manifest.limits
     if max(concurrency) > limits.max_batch_size:
@@ -79,7 +80,7 @@ def bench(
         num_speculative_tokens=num_speculative_tokens,
         checkpoint=checkpoint,
         threads=threads,
-        say=Stages(quiet=quiet or as_json).say,
+        say=stages.say,
     )
     sampling = {"greedy": SamplingParams(temperature=0), "sampled": SamplingParams(temperature=1, top_p=0.95)}
     host = {n: {b: host_overhead_ms(opened, b, params) for b in host_batch_size} for n, params in sampling.items()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import (
     command,
     contexts_option,
@@ -24,9 +26,11 @@ from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.parity_steps import MODES, Mode, Plan, make_plan
-from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option
+from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, open_engine
 from seekforge.runtime.dump import write_dump
-from seekforge.runtime.engine.engine_folder import Engine
+
+if TYPE_CHECKING:
+    from seekforge.runtime.engine.engine_folder import Engine
 
 
 @command(
@@ -79,7 +83,9 @@ def dump(
     OUT is compared with another side by 'seekforge parity --from-dump OUT --from-dump OTHER'. An engine built with
     --taps gives the inside of every layer too.
     """
-    opened = Engine.open(engine, part=True)
+    stages = Stages(quiet=quiet or as_json)
+    opened = open_engine(engine, stages, part=True)
+    stages.stop()
     check_checkpoint(opened, checkpoint)
     kept = None if not taps else _known_taps(taps, opened)
     inputs = None if given is None else Dump.open(given)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import Whole
 from seekforge.runtime.engine.engine_folder import Engine
 
@@ -21,6 +22,12 @@ checkpoint_option = click.option(
 drafts_option = click.option(
     "--num-speculative-tokens", type=Whole(0, 5), default=0, show_default=True, help="Tokens to draft per step."
 )
+
+
+def open_engine(folder: Path, stages: Stages, *, verify: bool = False, part: bool = False) -> Engine:
+    """Open an engine and show how far its files are compared; the stage lasts on. Arguments as of `Engine.open`."""
+    with stages.bytes_bar("checking files", closes=False) as progress:
+        return Engine.open(folder, verify=verify, part=part, progress=progress)
 
 
 def check_checkpoint(engine: Engine, checkpoint: Path | None) -> None:

@@ -27,9 +27,8 @@ from seekforge.runtime.cli.batch_file import (
     read_requests,
     run_batch,
 )
-from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option
+from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 from seekforge.runtime.cli.sampling_options import params_of, sampling_options
-from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.outputs import RequestMetrics, RequestOutput
 from seekforge.runtime.llm import LLM, LLMMetrics
 from seekforge.runtime.sampling.params import SamplingParams
@@ -37,6 +36,7 @@ from seekforge.runtime.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from seekforge.formats.engine.verify import Verification
     from seekforge.formats.loader import LoadProgress
+    from seekforge.runtime.engine.engine_folder import Engine
 
 
 def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
@@ -118,8 +118,7 @@ def run(
     stages = Stages(quiet=quiet or as_json)
     loading = time.monotonic()
 
-    stages("checking files")
-    opened = Engine.open(engine, verify=verify)
+    opened = open_engine(engine, stages, verify=verify)
     target = opened.manifest.target
     check_checkpoint(opened, checkpoint)
     stages.done(f"engine   {engine}: target {target.name}, {_verified(opened.verification)}")

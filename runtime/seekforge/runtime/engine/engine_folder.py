@@ -14,7 +14,7 @@ from seekforge.common.system import check_platform
 from seekforge.formats.checkpoint.hub import resolve
 from seekforge.formats.engine.agreement import ROPE_TABLES
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
-from seekforge.formats.engine.verify import Verification, verify_files
+from seekforge.formats.engine.verify import OnVerify, Verification, verify_files
 from seekforge.formats.paged_cache import blocks_needed
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
@@ -40,7 +40,9 @@ class Engine:
     verification: Verification = field(default_factory=Verification)
 
     @staticmethod
-    def open(folder: Path | str, *, verify: bool = False, part: bool = False) -> Engine:
+    def open(
+        folder: Path | str, *, verify: bool = False, part: bool = False, progress: OnVerify | None = None
+    ) -> Engine:
         """Read and check an engine folder.
 
         Args:
@@ -48,6 +50,7 @@ class Engine:
             verify: read every byte, also of files that were compared with their digests at an earlier start and
                 that nobody wrote to since.
             part: some layers of a model will do: nothing is decoded, a parity check looks at them.
+            progress: told while files are compared with their digests.
 
         Raises:
             EngineError: not an engine folder, damaged, or made for another version.
@@ -58,7 +61,7 @@ class Engine:
         manifest = load_manifest(folder)
         _check_paths(folder, manifest)
         _check_face(folder, manifest, part)
-        verification = verify_files(folder, manifest, full=verify)
+        verification = verify_files(folder, manifest, full=verify, progress=progress)
         _check_tables(folder, manifest)
         check_versions(folder, manifest, installed_versions(manifest.runtime_versions))
         return Engine(folder, manifest, verification)
