@@ -25,7 +25,7 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import echo, write_json
 from seekforge.common.errors import EnvironmentFault, TargetError
 from seekforge.common.files import check_vacant
-from seekforge.exporter.builder.request import fit_limits, size_words
+from seekforge.exporter.builder.request import fit_limits, read_graph, size_words
 from seekforge.exporter.builder.tensorrt.audit_page import self_check_words
 from seekforge.exporter.checkpoint.source import headers, parse_repo, resolve
 from seekforge.exporter.option_types import TARGET
@@ -162,6 +162,7 @@ def build(
                 raise TargetError(f"--{name} is for GPU targets, target {config.name} does not know it")
         if checkpoint is None:
             raise TargetError(f"target {config.name} keeps the weights in the engine; pass --checkpoint FOLDER")
+        _look_at(program)
         if dry_run:
             _check_cpu(program, out, config, checkpoint, asked, force, quiet, as_json, stages)
         else:
@@ -172,6 +173,12 @@ def build(
         raise TargetError("--taps shows the layers of one plan; leave out --layers-per-engine")
     gpu |= {"taps": taps, "dry_run": dry_run}
     _build_gpu(program, out, config, checkpoint, asked, gpu, force, quiet, as_json, stages)
+
+
+def _look_at(program: Path) -> None:
+    """Say what is odd in a program before torch is imported, which takes seconds."""
+    for face in load_program(program).graphs.values():
+        read_graph(program, face)
 
 
 def _with_weights(
@@ -228,7 +235,6 @@ def _build_cpu(
     as_json: bool,
     stages: Stages,
 ) -> None:
-    load_program(program)  # what is odd in either is said before torch is imported, which takes seconds
     ModelConfig.load(checkpoint)
     from seekforge.exporter.builder.onnxruntime.build import (
         build as write_engine,  # brings torch, which GPU builds do without

@@ -14,6 +14,7 @@ from seekforge.common.dtypes import is_stored_as
 from seekforge.common.errors import EngineError, ProgramError, SeekforgeError, TargetError
 from seekforge.common.paths import inside
 from seekforge.common.reading import read_bytes
+from seekforge.exporter.builder.check_graph import GraphFault, check_graph
 from seekforge.exporter.program.layers import truncate
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -92,7 +93,7 @@ def read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
     """Read a graph of the program in `folder`.
 
     Raises:
-        ProgramError: it cannot be read, or is not the one that the program describes.
+        ProgramError: it cannot be read, is not the one that the program describes, or none that `export` writes.
     """
     return _read_onnx(folder, face, ProgramError, "program.json", "export the program again", checked=True)
 
@@ -120,9 +121,15 @@ def _read_onnx(
     import onnx  # here, so that what reads no graph needs no onnx
 
     try:
-        return onnx.load_from_string(raw)
+        model = onnx.load_from_string(raw)
     except Exception as problem:  # protobuf's and ONNX's have no common base
         raise error(f"{path}: is no ONNX file ({type(problem).__name__}); {again}") from None
+    if checked:
+        try:
+            check_graph(model, face)
+        except GraphFault as fault:
+            raise error(f"{path}: {fault}; {again}") from None
+    return model
 
 
 def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelConfig, folder: Path) -> None:

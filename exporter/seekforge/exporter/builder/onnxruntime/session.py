@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from seekforge.common.dtypes import NUMPY
+from seekforge.common.errors import EngineError
 from seekforge.exporter.models.deepseek_v32.session import StepInputs
 from seekforge.formats.program import GraphIO
 
@@ -30,7 +31,14 @@ class OrtSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(str(folder / face.file), options, providers=["CPUExecutionProvider"])
+        path = folder / face.file
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+            reason = " ".join(str(error).split())
+            raise EngineError(
+                f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}); export the program again"
+            ) from error
         self._face = face
         self.caches = {
             spec.name: ort.OrtValue.ortvalue_from_numpy(

@@ -1,14 +1,23 @@
-"""Plans that an interrupted build has finished, kept beside the engine until it is whole."""
+"""Plans that an interrupted build has finished, kept beside the engine until it is whole.
+
+What stands there may be anybody's: where a folder is shared, others can write beside an engine. It is read as any other
+artefact is, and what does not fit is made again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from seekforge.common.errors import OutputError
 from seekforge.common.files import sha256_file
+from seekforge.common.paths import inside
+from seekforge.common.reading import read_json
 from seekforge.exporter.builder.tensorrt.compiler import Compiled
 
 
@@ -24,13 +33,18 @@ class Parts:
         Returns what was known of it.
         """
         try:
-            known = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-            if sha256_file(self.folder / f"{key}.plan") != known.pop("sha256"):
+            about, kept, said = (
+                inside(self.folder, f"{key}.{ending}", error=OutputError, where=self.folder)
+                for ending in ("json", "plan", "log")
+            )
+            known = read_json(about)
+            sha256, compiled = known.pop("sha256"), _compiled(known)
+            if sha256_file(kept) != sha256 or kept.stat().st_size != compiled.plan_bytes:
                 return None
-            shutil.copyfile(self.folder / f"{key}.plan", plan)
-            shutil.copyfile(self.folder / f"{key}.log", log)
-            return Compiled(**known)
-        except (OSError, ValueError, KeyError, TypeError):
+            shutil.copyfile(kept, plan)
+            shutil.copyfile(said, log)
+            return compiled
+        except (OutputError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def keep(self, key: str, plan: Path, compiled: Compiled, log: Path) -> None:
@@ -54,3 +68,37 @@ class Parts:
     def drop(self) -> None:
         """Forget all."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _compiled(known: dict[str, Any]) -> Compiled:
+    """Make what the compiler said of plain values.
+
+    Raises:
+        TypeError: a field is unknown, missing, or of another type.
+    """
+    made = Compiled(**known)
+    for one in fields(made):
+        value = getattr(made, one.name)
+        if not _FITS[str(one.type)](value):
+            raise TypeError(f"{one.name} is {value!r:.60}, expected {one.type}")
+    return made
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+#: Type of a field of `Compiled` -> whether a value of JSON is one.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "dict[str, int]": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
+    "dict[str, str]": lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
+    "list[int]": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "int": _is_count,
+    "float": _is_number,
+    "str": lambda value: isinstance(value, str),
+    "bool | None": lambda value: value is None or isinstance(value, bool),
+}
