@@ -72,7 +72,9 @@ class Format:
 def run_case(one: Format, folder: Path, seed: int) -> str | None:
     """Run one case in a folder that was prepared; returns what was found, None: nothing."""
     raw = one.mutate(random.Random(seed))
-    (folder / one.file).write_bytes(raw)
+    spoilt = folder / one.file
+    spoilt.unlink(missing_ok=True)  # a file that is cut to nothing and written again is flushed by some file systems
+    spoilt.write_bytes(raw)
     return judge(one, folder)
 
 

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fuzz import other_formats
+from fuzz.formats import Format, judge, run_case
+from fuzz.mutate import mutated_text
+from fuzz.seeds import tiny_formats
 from tests.fuzz.formats import Format, judge, run_case
 from tests.fuzz.mutate import mutated_text
 from tests.fuzz.seeds import tiny_formats
@@ -22,7 +26,7 @@ from seekforge.runtime.cli.main import main
 
 NAMES = (
     "manifest", "gpu manifest", "program", "bindings", "dump", "config", "generation config", "tokenizer",
-    "target", "preset", "index", "shard", "kernel descriptor", "kernel index",
+    "target", "preset", "index", "shard", "kernel descriptor", "kernel index", *other_formats.NAMES,
 )  # fmt: skip
 _MANY = int(os.environ.get("SEEKFORGE_FUZZ_CASES", "100000"))
 #: Address space of a run: a reader that makes room for what a file claims ends in a MemoryError, not in swap.
@@ -37,7 +41,9 @@ def all_formats(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Format]:
     scratch = tmp_path_factory.mktemp("seeds")
-    return tiny_formats(tiny_checkpoint, tiny_programs["exact"], tiny_engines["exact"], scratch)
+    program, engine = tiny_programs["exact"], tiny_engines["exact"]
+    made = tiny_formats(tiny_checkpoint, program, engine, scratch)
+    return made | other_formats.other_formats(program, engine, tiny_checkpoint / "tokenizer.json", scratch)
 
 
 def fuzz(one: Format, folder: Path, seeds: range) -> None:

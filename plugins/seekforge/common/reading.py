@@ -9,13 +9,15 @@ anybody looks at a value, as the same two exceptions that reading and parsing ha
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -69,6 +71,21 @@ def read_bytes(path: Path, *, most: int) -> bytes:
         size = max(found.st_size, len(raw))
         raise OSError(errno.EFBIG, f"has {size:,} bytes, expected at most {most:,}", str(path))
     return raw
+
+
+def lines_of(file: BinaryIO, *, most: int) -> Iterator[bytes]:
+    """Yield the lines of an open file, each with its newline; only the last may be without.
+
+    Raises:
+        ValueError: a line has more than `most` bytes, which no more than these are read of.
+    """
+    for number in itertools.count(1):
+        line = file.readline(most + 1)
+        if not line:
+            return
+        if len(line) > most:
+            raise ValueError(f"line {number} has more than {most:,} bytes")
+        yield line
 
 
 def read_text(path: Path, *, most: int) -> str:

@@ -140,6 +140,17 @@ def test_a_file_that_is_none_is_one_line(batch: Batch, unloadable: None, tmp_pat
 # --- parameters -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("which", ["requests", "results"])
+def test_a_file_of_ten_terabytes_is_one_line(batch: Batch, unloadable: None, which: str) -> None:
+    """A hole takes no room on the disk, and as one line all of memory."""
+    batch.write({"prompt": "a"})
+    place = batch.requests if which == "requests" else batch.results
+    place.touch()
+    os.truncate(place, 10 << 40)
+    line = refused(*batch.args())
+    assert str(place) in line and "has more than 268,435,456 bytes" in line
+
+
 def test_every_parameter_is_an_option_or_says_why_not() -> None:
     every = {field.name for field in fields(SamplingParams)}
     assert OPTIONS.keys() | WITHOUT_OPTION.keys() == every and not OPTIONS.keys() & WITHOUT_OPTION.keys()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
+import io
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any, Final
 
 from seekforge.common.cli.terminal import shown
 from seekforge.common.errors import EnvironmentFault, OutputError
+from seekforge.common.files import replace_file
 from seekforge.common.requirements import install
+from seekforge.common.temporary import temporary_folder
 from seekforge.common.user_cache import user_cache
 
 _FORMATS: Final = (".png", ".svg")
@@ -58,11 +62,18 @@ def check_chart(path: Path) -> None:
         raise OutputError(f"{path}: charts are written as PNG or SVG; name a file that ends in .png or .svg")
     if not os.environ.get("MPLCONFIGDIR"):  # it would make folders for its settings and fonts below HOME
         cache = user_cache()
-        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp() if cache is None else str(cache / "matplotlib")
+        os.environ["MPLCONFIGDIR"] = str(_folder_of_this_process() if cache is None else cache / "matplotlib")
     try:
         importlib.import_module("matplotlib")
     except ImportError:
         raise EnvironmentFault(f"charts are drawn by matplotlib; {install('charts')}") from None
+
+
+def _folder_of_this_process() -> Path:
+    """Return a temporary folder that goes when the process ends."""
+    kept = contextlib.ExitStack()
+    atexit.register(kept.close)
+    return kept.enter_context(temporary_folder("seekforge-charts"))
 
 
 def write_charts(path: Path, panels: Sequence[Panel]) -> None:
@@ -97,18 +108,17 @@ def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], No
     # the same chart is the same file: no date, no random names, and text that stays text
     # and names are text: no formula in dollars, which may be wrong or mean something else
     fixed = {"svg.hashsalt": "seekforge", "svg.fonttype": "none", "text.parse_math": False}
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    drawn = io.BytesIO()
     with matplotlib.rc_context(fixed):
         figure = figures.Figure(figsize=size, layout="constrained")
         draw(figure)
         _show_text(figure)
-        try:
-            suffix = path.suffix.lower()[1:]
-            figure.savefig(unfinished, format=suffix, dpi=dpi, metadata={"Date": None} if suffix == "svg" else None)
-            unfinished.replace(path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+        suffix = path.suffix.lower()[1:]
+        figure.savefig(drawn, format=suffix, dpi=dpi, metadata={"Date": None} if suffix == "svg" else None)
+    try:
+        replace_file(path, drawn.getvalue())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _show_text(figure: Any) -> None:

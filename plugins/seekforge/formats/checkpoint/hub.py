@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import re
 import shutil
-import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,9 @@ from typing import Any, Final
 
 from seekforge.common.errors import CheckpointError, EnvironmentFault, SeekforgeError
 from seekforge.common.paths import name_fault
+from seekforge.common.reading import LISTING_BYTES, read_json
 from seekforge.common.requirements import install_module
+from seekforge.common.temporary import temporary_folder
 from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
 from seekforge.formats.program import TEXT_FILES
 
@@ -162,13 +162,13 @@ def _snapshot(hub: Any, repo: Repo) -> Path | None:
 def _is_whole(folder: Path) -> bool:
     """Whether no file is missing that the folder itself says belongs to it. Broken links are missing files."""
     # imported where it is needed, here and below: what serves an engine in a folder reads no checkpoint
-    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, parse_index, shards_without_index
+    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, read_index, shards_without_index
 
     if not (folder / "config.json").is_file():
         return not any(folder.iterdir())  # nothing to judge by: the reader says what is wrong
     if (folder / INDEX_FILE).is_file():
         try:
-            files = parse_index((folder / INDEX_FILE).read_bytes(), folder / INDEX_FILE).values()
+            files = read_index(folder / INDEX_FILE).values()
         except (OSError, CheckpointError):
             return False
         return all((folder / file).is_file() for file in set(files))
@@ -183,13 +183,13 @@ def _check_room(hub: Any, repo: Repo) -> None:
     """Refuse a download that does not fit, if the index says how large it is."""
     from seekforge.formats.checkpoint.safetensors import INDEX_FILE
 
-    with tempfile.TemporaryDirectory(prefix="seekforge-hub-") as scratch:
-        place = Path(scratch) / INDEX_FILE
+    with temporary_folder("seekforge-hub") as scratch:
+        place = scratch / INDEX_FILE
         if not Files(hub, repo).fetch(INDEX_FILE, place):
             return
         try:
-            needed = int(json.loads(place.read_bytes())["metadata"]["total_size"])
-        except (ValueError, KeyError, TypeError):
+            needed = int(read_json(place, most=LISTING_BYTES)["metadata"]["total_size"])
+        except (OSError, ValueError, KeyError, TypeError):
             return
     cache = Path(hub.constants.HF_HUB_CACHE)
     where = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
@@ -233,8 +233,7 @@ def headers(
     if cached is not None and (_is_whole(cached) or (config_only and (cached / "config.json").is_file())):
         yield cached
         return
-    with tempfile.TemporaryDirectory(prefix="seekforge-hub-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("seekforge-hub") as folder:
         try:
             if say is not None:
                 say(f"read {'config.json' if config_only else 'headers'} of {repo} from the hub")
@@ -245,7 +244,7 @@ def headers(
 
 
 def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
-    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, parse_index, shards_without_index
+    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, read_index, shards_without_index
 
     if not files.fetch("config.json", folder / "config.json"):
         raise CheckpointError(f"{files.repo}: has no config.json; pass a repository with a model's checkpoint")
@@ -258,7 +257,7 @@ def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files.fetch(name, folder / name)
     if files.fetch(INDEX_FILE, folder / INDEX_FILE):
-        shards = sorted(set(parse_index((folder / INDEX_FILE).read_bytes(), folder / INDEX_FILE).values()))
+        shards = sorted(set(read_index(folder / INDEX_FILE).values()))
     elif listed is None:
         shards = [SINGLE_FILE]
     else:

@@ -208,6 +208,15 @@ class Checkpoint:
 # --- index --------------------------------------------------------------------------------------------------
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Return weight_map (tensor name -> shard file name) of an index file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no regular file, too large, or malformed.
+    """
+    return parse_index(_read_bytes(path), path)
+
+
 def parse_index(raw: bytes, path: Path) -> dict[str, str]:
     """Return weight_map (tensor name -> shard file name) of an index."""
     index = _parse_json(raw, str(path))

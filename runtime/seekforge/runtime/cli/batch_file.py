@@ -15,17 +15,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, Protocol, TextIO
+from typing import Any, BinaryIO, Final, Protocol, TextIO
 
 from seekforge.common.cli.terminal import json_text
 from seekforge.common.errors import EngineError, OutputError, RequestError
-from seekforge.common.reading import parse_json
+from seekforge.common.reading import lines_of, parse_json
 from seekforge.runtime.cli import openai_batch
 from seekforge.runtime.engine.input_processor import Prompt
 from seekforge.runtime.engine.outputs import CompletionOutput, RequestOutput
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import SamplingParams
 
+#: Longest line: a prompt of a million tokens, or an answer with the log-probabilities of as many, has less.
+MOST_LINE_BYTES: Final = 256 << 20
 #: stdin, or stdout.
 DASH: Final = "-"
 #: Parameters whose results JSON has no room for, and what has.
@@ -108,8 +110,11 @@ def _lines(path: Path) -> Iterator[bytes]:
             raise RequestError(f"{path}: is {what}, expected a file of requests; - is stdin")
         file = path.open("rb")
     with file as source:
-        for number, line in enumerate(source):
-            yield (line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).rstrip(b"\r\n")
+        try:
+            for number, line in enumerate(lines_of(source, most=MOST_LINE_BYTES)):
+                yield (line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).rstrip(b"\r\n")
+        except ValueError as error:
+            raise RequestError(f"{path}: {error}; write one JSON object a line") from None
 
 
 def _read_line(raw: bytes, number: int, params: SamplingParams, checks: Checks, engine_digest: str) -> Request:
@@ -165,7 +170,7 @@ def answered(results: Path, requests: list[Request]) -> set[str | int]:
     done: set[str | int] = set()
     whole, size = 0, results.stat().st_size
     with results.open("rb") as file:
-        for line in file:
+        for line in _whole_lines(file, results):
             if not line.endswith(b"\n"):
                 break
             key, digest, good = _answer(line, results)
@@ -182,6 +187,15 @@ def answered(results: Path, requests: list[Request]) -> set[str | int]:
         with results.open("r+b") as file:
             file.truncate(whole)
     return done
+
+
+def _whole_lines(file: BinaryIO, results: Path) -> Iterator[bytes]:
+    try:
+        yield from lines_of(file, most=MOST_LINE_BYTES)
+    except ValueError as error:
+        raise OutputError(
+            f"{results}: {error}, so it holds something else than results; give another --output"
+        ) from None
 
 
 def _answer(line: bytes, results: Path) -> tuple[str | int, str, bool]:
