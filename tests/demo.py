@@ -1,37 +1,102 @@
-"""`make demo`: from nothing to streamed text, by the commands that a user would type, each shown before it runs."""
+"""`make demo`: from nothing to streamed text, and then the proof, by the commands that a user would type, each shown.
+
+Text comes as soon as there is an engine. What only the proof needs (a second program, transformers' side) is made on the
+second core meanwhile; its output is shown where its turn comes. Every command gets one thread for each library: the
+matrices are tiny, and threads that wait for each other made the demo seven times as slow on a busy machine.
+"""
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, NamedTuple
 
-#: Of the interpreter that runs this, so that nothing has to be on the PATH.
-BIN = Path(sys.executable).parent
+#: By the interpreter that runs this, so that nothing has to be on the PATH.
+SEEKFORGE = [sys.executable, "-m", "seekforge"]
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+class Running(NamedTuple):
+    """A command that runs behind what is shown, and what it has printed."""
+
+    words: list[str]
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+
+class Demo:
+    """Runs commands one after the other, or behind the others; ends all of them if one fails."""
+
+    def __init__(self) -> None:
+        self._behind: list[Running] = []
+
+    def __enter__(self) -> Demo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._behind:
+            running.process.terminate()  # which seekforge takes as a request to clean up
+            running.process.wait()
+            running.output.close()
+
+    def show(self, *arguments: str | Path) -> None:
+        """Show a seekforge command and run it; end with its exit code if it fails."""
+        words = _words(arguments)
+        _show(words)
+        _expect(subprocess.run(words, env=os.environ | ONE_THREAD, check=False).returncode)
+
+    def begin(self, *arguments: str | Path) -> Running:
+        """Start a command whose output is kept for `finish`."""
+        words = _words(arguments)
+        with ExitStack() as stack:
+            output = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(
+                words, env=os.environ | ONE_THREAD, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
+            stack.pop_all()
+        running = Running(words, process, output)
+        self._behind.append(running)
+        return running
+
+    def finish(self, running: Running) -> None:
+        """Wait for a command, and show it with what it printed as if it had been run now."""
+        _show(running.words)
+        code = running.process.wait()
+        running.output.seek(0)
+        sys.stdout.buffer.write(running.output.read())
+        sys.stdout.flush()
+        _expect(code)
 
 
 def main() -> None:
     """Run every step in the folder given on the command line."""
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
-    checkpoint = out / "checkpoint"
-    started = time.monotonic()
-    say("1. A checkpoint: file for file like a DeepSeek-V3.2 download, but tiny and with random weights.")
-    seekforge("new-checkpoint", checkpoint, "--preset", "tiny", "--force")
-    say("2. Export: one ONNX program with custom operators. No weight is read.")
-    seekforge("export", checkpoint, out / "program", "--force")
-    say("3. Build: an engine for a target, here ONNX Runtime on this CPU.")
-    seekforge("build", out / "program", out / "engine", "--target", "cpu", "--checkpoint", checkpoint, "--force")
-    say("4. Parity: the same with exact numerics (FP32, no FP8 rounding), where every difference counts.")
+    checkpoint, program, engine = out / "checkpoint", out / "program", out / "engine"
     exact, exact_engine = out / "program-exact", out / "engine-exact"
-    seekforge("export", checkpoint, exact, "--numerics", "exact", "--force")
-    seekforge("build", exact, exact_engine, "--target", "cpu", "--checkpoint", checkpoint, "--force")
-    check = ("parity", exact_engine, "--checkpoint", checkpoint, "--contexts", "10,65,200", "--brief")
-    seekforge(*check, "--modes", "whole,decode")
-    seekforge(*check, "--modes", "whole", "--against", "transformers")
-    say("5. Run: text streams as it is made. The weights are random, and so is the text.")
-    seekforge("run", out / "engine", "--prompt", "Hello", "--max-tokens", "64", "--greedy")
+    started = time.monotonic()
+    with Demo() as demo:
+        say("1. A checkpoint: file for file like a DeepSeek-V3.2 download, but tiny and with random weights.")
+        demo.show("new-checkpoint", checkpoint, "--preset", "tiny", "--force")
+        second = demo.begin("export", checkpoint, exact, "--numerics", "exact", "--force")
+        say("2. Export: one ONNX program with custom operators. No weight is read.")
+        demo.show("export", checkpoint, program, "--force")
+        say("3. Build: an engine for a target, here ONNX Runtime on this CPU.")
+        demo.show("build", program, engine, "--target", "cpu", "--checkpoint", checkpoint, "--force")
+        say("4. Run: text streams as it is made. The weights are random, and so is the text.")
+        demo.show("run", engine, "--prompt", "Hello", "--max-tokens", "64", "--greedy")
+        say("5. Parity: the same with exact numerics (FP32, no FP8 rounding), where every difference counts.")
+        demo.finish(second)
+        demo.show("build", exact, exact_engine, "--target", "cpu", "--checkpoint", checkpoint, "--force")
+        check = ("parity", exact_engine, "--checkpoint", checkpoint, "--contexts", "10,65,200", "--brief")
+        other = demo.begin(*check, "--modes", "whole", "--against", "transformers")
+        demo.show(*check, "--modes", "whole,decode")
+        demo.finish(other)
     say(f"Done in {time.monotonic() - started:.0f} s. It is all in {out}/; try: seekforge --help")
 
 
@@ -40,14 +105,21 @@ def say(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
-def seekforge(*arguments: str | Path) -> None:
-    """Show a seekforge command and run it; end with its exit code if it fails."""
-    words = [str(argument) for argument in arguments]
-    print(f"$ seekforge {shlex.join(words)}", flush=True)
-    done = subprocess.run([str(BIN / "seekforge"), *words], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+def _words(arguments: tuple[str | Path, ...]) -> list[str]:
+    return [*SEEKFORGE, *map(str, arguments)]
+
+
+def _show(words: list[str]) -> None:
+    print(f"$ seekforge {shlex.join(words[len(SEEKFORGE) :])}", flush=True)
+
+
+def _expect(code: int) -> None:
+    if code:
+        sys.exit(code if code > 0 else 128 - code)  # a signal, as a shell tells it
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

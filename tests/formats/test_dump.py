@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from seekforge.common.errors import ConfigError
+from seekforge.formats import dump as dump_format
 from seekforge.formats.dump import INDEX, Dump, DumpWriter, Side
 from seekforge.formats.parity_steps import MODES, Plan, chunks, lay_out, make_plan
 
@@ -100,6 +101,20 @@ def test_a_dump_gives_back_what_was_written(tmp_path: Path) -> None:
     real = dump.arrays(0).real
     assert dump.rows(0, "attn_out.0").shape == (real.sum(), 8)
     assert np.array_equal(dump.rows(0, "expert_ids.1"), tensors["expert_ids.1"][real])
+
+
+def test_a_file_s_header_is_read_once_for_all_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = plan(5, modes=("whole",))
+    writer = DumpWriter(tmp_path, SIDE, one)
+    writer.write(0, {f"{name}.0": np.full((5, 2), i, np.float32) for i, name in enumerate("abc")})
+    writer.close()
+    parsed: list[object] = []
+    read = dump_format.parse_json
+    monkeypatch.setattr(dump_format, "parse_json", lambda text: parsed.append(text) or read(text))
+    dump = Dump.open(tmp_path)
+    for _ in range(2):
+        assert [int(dump.rows(0, f"{name}.0")[0, 0]) for name in "abc"] == [0, 1, 2]
+    assert len(parsed) == 1
 
 
 def test_files_are_safetensors(tmp_path: Path) -> None:

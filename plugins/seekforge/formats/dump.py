@@ -7,11 +7,12 @@ engine's dump is made without torch, on another machine if need be.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from seekforge.formats.parity_steps import Plan, StepArrays, lay_out
 
 DUMP_FORMAT = 1
 INDEX = "dump.json"
+#: Headers, and layouts of steps, that a reader remembers: one walk through a layer reads a few hundred of each again and again.
+_REMEMBERED = 512
 #: Weights of a side that has them as they are in the checkpoint.
 CHECKPOINT = "checkpoint"
 
@@ -114,6 +117,8 @@ class Dump:
         self.folder, self.side, self.plan = folder, index.side, index.plan
         self._tensors = index.tensors
         self.cases = [(case, step) for _, case, step in self.plan.steps()]
+        self._header = functools.lru_cache(_REMEMBERED)(self._read_header)
+        self._layout = functools.lru_cache(_REMEMBERED)(lambda step: lay_out(*self.cases[step]))
 
     @staticmethod
     def open(folder: Path) -> Dump:
@@ -152,7 +157,7 @@ class Dump:
 
     def arrays(self, step: int) -> StepArrays:
         """Return the inputs of a step."""
-        return lay_out(*self.cases[step])
+        return self._layout(step)
 
     def tensor(self, step: int, name: str) -> np.ndarray:
         """Map one tensor.
@@ -163,15 +168,20 @@ class Dump:
         entry = self._tensors[step].get(name)
         if entry is None:
             raise ConfigError(f"{self.folder}: step {step} has no tensor {name!r}; make the dump again with taps")
-        path = inside(
-            self.folder, entry.file, error=ConfigError, where=self.folder / INDEX, again="make the dump again"
-        )
-        found = _read_safetensors(path, name)
+        try:
+            path, header = self._header(entry.file)
+        except (OSError, ValueError) as error:
+            raise _unreadable(self.folder / entry.file, name, error) from None
+        found = _map_tensor(path, header, name)
         if found.shape != entry.shape or found.dtype != _TYPES[entry.dtype]:
             raise ConfigError(
                 f"{path}: {name} is {found.dtype} {found.shape}, {INDEX} says {_TYPES[entry.dtype]} {entry.shape}"
             )
         return found
+
+    def _read_header(self, file: str) -> tuple[Path, _Header]:
+        path = inside(self.folder, file, error=ConfigError, where=self.folder / INDEX, again="make the dump again")
+        return path, _read_header(path)
 
     def rows(self, step: int, name: str) -> np.ndarray:
         """Return a tensor over tokens, [B·Q, width] or [B, Q, ...], as [real tokens, ...] without padding."""
@@ -199,22 +209,38 @@ def _write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             file.write(np.ascontiguousarray(array).data)
 
 
-def _read_safetensors(path: Path, name: str) -> np.ndarray:
+class _Header(NamedTuple):
+    """What the start of a safetensors file says: its entries, where their bytes begin, and where the file ends."""
+
+    entries: dict[str, Any]
+    begin: int
+    end: int
+
+
+def _read_header(path: Path) -> _Header:
+    num_bytes = check_regular(path).st_size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(num_bytes, SETTINGS_BYTES):
+            raise ValueError(f"its header of {size} bytes is larger than expected")
+        return _Header(parse_json(file.read(size)), 8 + size, num_bytes)
+
+
+def _map_tensor(path: Path, header: _Header, name: str) -> np.ndarray:
     try:
-        num_bytes = check_regular(path).st_size
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > min(num_bytes, SETTINGS_BYTES):
-                raise ValueError(f"its header of {size} bytes is larger than expected")
-            entry = parse_json(file.read(size))[name]
+        entry = header.entries[name]
         start, stop = entry["data_offsets"]
         dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
         if not all(type(value) is int and value >= 0 for value in (start, stop, *shape)):
             raise ValueError("sizes are no whole numbers")
-        if stop - start != dtype.itemsize * math.prod(shape) or 8 + size + stop > num_bytes:
+        if stop - start != dtype.itemsize * math.prod(shape) or header.begin + stop > header.end:
             raise ValueError("sizes do not fit")
         if start == stop:
             return np.zeros(shape, dtype)
-        return np.memmap(path, dtype, mode="r", offset=8 + size + start, shape=shape)
+        return np.memmap(path, dtype, mode="r", offset=header.begin + start, shape=shape)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: {name} cannot be read ({error}); copy the dump again") from None
+        raise _unreadable(path, name, error) from None
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: {name} cannot be read ({error}); copy the dump again")

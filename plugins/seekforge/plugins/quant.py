@@ -75,10 +75,11 @@ def dequantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """
     if weight.dtype == torch.int8:
         weight = weight.view(torch.float8_e4m3fn)
-    n, k = weight.shape
-    rows = torch.arange(n, device=weight.device) // BLOCK
-    columns = torch.arange(k, device=weight.device) // BLOCK
-    return weight.float() * scale[rows][:, columns]
+    wide = scale.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]]
+    values = weight.float()  # a copy of its own, so that one pass over it is enough
+    for rows, factors in zip(values.split(BLOCK), wide, strict=True):
+        rows *= factors
+    return values
 
 
 @functools.cache
