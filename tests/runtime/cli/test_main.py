@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,13 @@ def test_doctor() -> None:
     assert text.exit_code == 0 and "run on cpu" in text.stdout
 
 
+def test_doctor_says_each_cause_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    causes = [line for line in invoke("doctor").stdout.splitlines() if line.startswith("not possible, since")]
+    assert len([line for line in causes if "run" not in line and "it needs a driver" in line]) == 1
+    assert len(set(causes)) == len(causes) and not any("pip install 'tensorrt>" in line for line in causes)
+
+
 def test_doctor_names_the_command_for_what_is_missing() -> None:
     wanted = parse(
         ["click<9", "torch<3,>=2.13; extra == 'export'", "onnx-ir>=1; extra == 'export'", "a; extra == 'cpu'"]
@@ -258,6 +266,8 @@ def test_doctor_promises_no_gpu_run_that_would_be_refused() -> None:
     assert build.remedy == "pip install 'd>=1' 'k>=1'" and run.remedy == "pip install 'd>=1'"
     build, _ = target_capabilities("h100", "tensorrt", wanted, installed, has_gpu=False)
     assert not build.ready and "no NVIDIA GPU here" in build.missing
+    bare, _ = target_capabilities("h100", "tensorrt", wanted, {"a": "1"}.get, has_gpu=False)
+    assert bare == build, "installing TensorRT where no GPU is would lead nowhere"
     assert target_capabilities("h100", "tensorrt", wanted, installed, has_gpu=True)[0].ready
     assert not any(c.ready for c in target_capabilities("x", "unheard-of", wanted, installed, has_gpu=True))
 
@@ -280,7 +290,7 @@ def test_doctor_tells_a_driver_that_is_too_old_for_the_kernels_or_the_bindings()
     _, run = target_capabilities("h100", "tensorrt", wanted, found, driver="580.65.06", **common)
     assert run.ready
     _, run = target_capabilities("h100", "tensorrt", wanted, found, has_gpu=False, sm=90)
-    assert run.missing == "no NVIDIA GPU here; sm90 needs a driver of CUDA 13.0 or later (r580)"
+    assert run.missing == "no NVIDIA GPU here; it needs a driver of CUDA 13.0 or later (r580)"
 
 
 def test_doctor_tells_a_broken_driver_from_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,9 +137,9 @@ def target_capabilities(
         return [capability(build, ("export", extra), requirements, version_of), running]
     building = capability(build, ("export", extra, "kernels"), requirements, version_of)
     if not has_gpu:
-        if backend == "tensorrt" and building.ready:
+        if backend == "tensorrt":  # whatever else is missing: installing it here would lead nowhere
             building = Capability(build, False, f"{no_gpu}; TensorRT builds on the GPU that the engine is for")
-        wanted = "" if sm is None else f"; sm{sm} needs {needs(needed_driver(sm, version_of))}"
+        wanted = "" if sm is None else f"; it needs {needs(needed_driver(sm, version_of))}"
         running = Capability(run, False, f"{no_gpu}{wanted}")
     elif sm is not None and driver is not None:
         old = driver_fault(sm, driver, version_of)
@@ -233,7 +233,7 @@ def doctor(as_json: bool) -> None:
         alike.setdefault((item.ready, item.missing, item.remedy), []).append(item.name)
     for (ready, missing, remedy), names in sorted(alike.items(), key=lambda entry: not entry[0][0]):
         echo()
-        echo("ready:" if ready else f"not here, since {missing}{f' ({remedy})' if remedy else ''}:")
+        echo("ready:" if ready else f"not possible, since {missing}{f' ({remedy})' if remedy else ''}:")
         for line in _joined(names):
             echo(f"  {line}")
 
