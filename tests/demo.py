@@ -1,8 +1,8 @@
 """`make demo`: from nothing to streamed text, and then the proof, by the commands that a user would type, each shown.
 
-Text comes as soon as there is an engine. What only the proof needs (a second program, transformers' side) is made on the
-second core meanwhile; its output is shown where its turn comes. Every command gets one thread for each library: the
-matrices are tiny, and threads that wait for each other made the demo seven times as slow on a busy machine.
+Text comes as soon as there is an engine. What only the proof needs (a second program, the side of transformers) is made
+on the second core meanwhile; its output is shown where its turn comes. Every command gets one thread for each library:
+the matrices are tiny, and threads that wait for each other made the demo seven times as slow on a busy machine.
 """
 
 from __future__ import annotations
