@@ -1,5 +1,5 @@
 # Two commands, each alone enough on a machine that has only Python (3.11 to 3.14) and make:
-#   make demo    checkpoint -> program -> engine -> parity table -> text
+#   make demo    checkpoint -> program -> engine -> text, and then the proof
 #   make test    the test suite
 # On Linux plain torch brings gigabytes of CUDA libraries; a CPU build is enough for everything here:
 #   make demo TORCH_INDEX=<URL of a package index with CPU builds of torch>
@@ -26,17 +26,21 @@ export RUFF_CACHE_DIR := $(CACHE)/ruff
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TRITON_HOME := $(CACHE)
 
-.PHONY: demo test lint hooks wheel gpu-check clean help
+.PHONY: demo test docs lint hooks wheel gpu-check clean help
 
 help:
 	@sed -n 's/^#//; 1,6p' $(firstword $(MAKEFILE_LIST))
-	@echo ' also: make lint, make hooks (pre-commit), make wheel, make gpu-check, make clean'
+	@echo ' also: make docs (into .cache/site), make lint, make hooks (pre-commit), make wheel, make gpu-check, make clean'
 
 demo: $(VENV)/.demo
 	@$(BIN)/python tests/demo.py demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo 'wrote .cache/site; open .cache/site/index.html'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,9 +76,9 @@ clean:
 	rm -rf $(VENV) .cache demo dist
 
 # The stamps: a step is done again when what it reads has changed. torch comes first and alone, because its index
-# (TORCH_INDEX) is asked for nothing else.
-$(VENV)/.base: $(CONSTRAINTS)
-	@rm -f $(VENV)/.base $(VENV)/.demo $(VENV)/.dev
+# (TORCH_INDEX) is asked for nothing else; the docs need none.
+$(VENV)/.python: $(CONSTRAINTS)
+	@rm -f $(VENV)/.python $(VENV)/.base $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.gpu
 	@set -e; \
 	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
 		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then \
@@ -85,14 +89,22 @@ $(VENV)/.base: $(CONSTRAINTS)
 	done; \
 	test -x $(BIN)/python || { \
 		echo 'error: no Python 3.11 to 3.14 here; make ... PYTHON=/path/to/python3' >&2; exit 2; }
-	@echo 'installing torch'
 	@$(PIP) pip hatchling setuptools # what builds seekforge and the source-only packages: no build isolation below
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.python
+	@echo 'installing torch'
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml
 	@echo 'installing seekforge: exporter, CPU engine, and transformers to compare with'
 	@$(PIP) --no-build-isolation --editable '.[export,cpu]' transformers
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	@echo 'installing what makes the docs'
+	@$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml

@@ -1,72 +1,116 @@
-"""What the pages and the code refer to is there: sections of the specification, links and anchors."""
+"""Links of README, docs and examples lead somewhere; the site has all modules and loads nothing from other hosts."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
-import subprocess
-from functools import cache
 from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
-ROOT = Path(__file__).parents[1]
-SPEC = ROOT / "docs" / "spec.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_SECTION = re.compile(r"§\s*(\d+(?:\.\d+)*)")
-_REFERENCE = re.compile(r"\b[Ss]pec (?:§\d+(?:\.\d+)*(?:, (?:and )?(?=§)| and (?=§))?)+")
-
-
-def read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("examples/*.md")), *DOCS]
 
 
-@cache
-def sections() -> frozenset[str]:
-    return frozenset(re.findall(r"^#+ (\d+(?:\.\d+)*)\.? ", read(SPEC), re.MULTILINE))
+@functools.cache
+def site() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "docs" / "site.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def sources() -> list[Path]:
-    """Every text file of the tree that may refer to the specification, but the specification and this test."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("no git repository here: the files of the tree are not known")
-    kinds = {".py", ".md", ".yaml", ".toml", ".html", ".json", ""}
-    paths = [ROOT / line for line in listed.stdout.splitlines()]
-    return [path for path in paths if path.suffix in kinds and path.is_file() and path not in (SPEC, Path(__file__))]
+def prose(path: Path) -> str:
+    """The text of a page without blocks and spans of code."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", lambda code: code.group().strip("`") if "](" not in code.group() else "", text)
 
 
-def test_the_code_refers_to_sections_that_the_specification_has() -> None:
-    wrong = []
-    for path in sources():
-        text = re.sub(r"\n[ \t]*(?:#:?)?[ \t]*", " ", read(path))  # a reference may be broken over two lines
-        within = [span for match in _REFERENCE.finditer(text) for span in range(*match.span())]
-        for match in re.finditer(r"§", text):
-            number = _SECTION.match(text, match.start())
-            if number is None or number[1] not in sections() or match.start() not in within:
-                wrong.append(f"{path.relative_to(ROOT)}: ...{text[max(0, match.start() - 40) : match.end() + 10]}")
-    assert not wrong, "\n".join(["written as `spec §n`, with a heading n in docs/spec.md:", *wrong])
-
-
-def test_the_specification_refers_to_its_own_sections() -> None:
-    assert set(_SECTION.findall(read(SPEC))) <= sections()
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, made as GitHub makes them."""
-    prose = re.sub(r"^```.*?^```", "", read(page), flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#+ +(.+?) *$", prose, re.MULTILINE)
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site spell them."""
+    titles = re.findall(r"^#+ +(.*?) *$", prose(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    wrong = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
-        if re.match(r"\w+:", target):
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings_that_are_there(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        link = urlsplit(target)
+        if link.scheme:
+            assert link.scheme == "https", target
             continue
-        name, _, anchor = target.partition("#")
-        path = (page.parent / name) if name else page
-        if not path.exists() or (anchor and anchor not in anchors(path)):
-            wrong.append(target)
-    assert not wrong
+        file = (path.parent / unquote(link.path)).resolve() if link.path else path
+        assert file.exists() and ROOT in file.parents, f"{path.name}: {target}"
+        if link.fragment:
+            assert link.fragment in anchors(file), f"{path.name}: {target}"
+
+
+def test_a_heading_s_anchor_is_spelt_as_on_the_web(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Is it right? `parity`\n```\n# no heading\n```\n## Which GPUs, and how many\n", encoding="utf-8")
+    assert anchors(page) == {"is-it-right-parity", "which-gpus-and-how-many"}
+
+
+def test_the_navigation_names_every_page() -> None:
+    tree = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), yaml.BaseLoader)
+    named: list[str] = []
+
+    def walk(part: object) -> None:
+        if isinstance(part, str):
+            named.append(part)
+        for one in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            walk(one)
+
+    walk(tree["nav"])
+    assert sorted(named) == sorted([*(path.name for path in DOCS), *site().TOP_PAGES.values()])
+
+
+def test_the_api_has_every_module_of_every_source_root() -> None:
+    documented = {f"{name}.{module}" for name, modules in site().packages().items() for module in modules}
+    packages = set(site().packages())
+    for root in ("exporter", "plugins", "runtime"):
+        for path in (ROOT / root).glob("seekforge/*/**/*.py"):
+            name = ".".join(path.relative_to(ROOT / root).with_suffix("").parts)
+            if path.stem == "__init__":
+                assert name.removesuffix(".__init__") in packages
+            elif not path.stem.startswith("_"):
+                assert name in documented
+
+
+def test_the_page_of_public_names_has_what_the_package_exports() -> None:
+    import seekforge
+
+    page = site()._public_page()
+    for name in seekforge.__all__:
+        assert name.startswith("__") or re.search(rf"^::: seekforge\.\S+\.{name}$", page, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ('<script src="https://cdn.example/x.js"></script>', True),
+        ('<link rel="stylesheet" href="//fonts.example/css">', True),
+        ('<link rel="preconnect" href="https://fonts.example">', True),
+        ('<img src="https://pictures.example/a.png">', True),
+        ('<p style="background: url(https://pictures.example/b.png)">', True),
+        ('<a href="https://elsewhere.example">a link that is clicked</a>', False),
+        ('<link rel="canonical" href="https://own.example/page.html">', False),
+        ('<script src="assets/x.js"></script><img src="data:image/png;base64,AA==">', False),
+    ],
+)
+def test_what_a_page_loads_from_other_hosts_is_found(tmp_path: Path, text: str, loads: bool) -> None:
+    (tmp_path / "page.html").write_text(f"<html>{text}</html>", encoding="utf-8")
+    assert bool(list(site().foreign(tmp_path))) == loads
+
+
+def test_what_a_style_loads_from_other_hosts_is_found(tmp_path: Path) -> None:
+    (tmp_path / "own.css").write_text("@font-face{src:url(fonts/a.woff2)}", encoding="utf-8")
+    assert list(site().foreign(tmp_path)) == []
+    (tmp_path / "foreign.css").write_text('@import "https://fonts.example/css"; b{src:url("//c.example/d")}')
+    assert len(list(site().foreign(tmp_path))) == 2

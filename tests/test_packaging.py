@@ -35,7 +35,9 @@ def canonical(name: str) -> str:
 def requirements() -> list[str]:
     project = PYPROJECT["project"]
     # `trt` installs only where a data-centre GPU is
-    installed = [line for extra in ("export", "cpu", "rtx", "dev") for line in project["optional-dependencies"][extra]]
+    installed = [
+        line for extra in ("export", "cpu", "rtx", "dev", "docs") for line in project["optional-dependencies"][extra]
+    ]
     return [line for line in (*project["dependencies"], *installed) if not line.startswith("seekforge[")]
 
 
@@ -126,7 +128,7 @@ MODULES = {
 def test_every_extra_has_code_that_imports_it() -> None:
     sources = [path.read_text(encoding="utf-8") for root in SOURCE_ROOTS for path in (ROOT / root).rglob("*.py")]
     for extra, lines in PYPROJECT["project"]["optional-dependencies"].items():
-        if extra == "dev":
+        if extra in ("dev", "docs"):  # tools, which are run
             continue
         for one in map(Requirement, lines):
             module = MODULES.get(canonical(one.name), one.name.replace("-", "_"))
