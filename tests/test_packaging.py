@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,18 @@ def test_everything_that_make_installs_is_pinned() -> None:
     for requirement in requirements():
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         assert name and canonical(name.group()) in pinned, requirement
+
+
+def test_what_pinned_packages_need_is_pinned_too() -> None:
+    pinned = pins()
+    for name in pinned:
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # of an extra that is not here
+            continue
+        for one in map(Requirement, lines):
+            if one.marker is None:
+                assert canonical(one.name) in pinned, f"{name} needs {one}"
 
 
 def all_requirements() -> list[Requirement]:
