@@ -25,7 +25,7 @@ from seekforge.formats.parity_steps import Plan, StepArrays, lay_out
 
 DUMP_FORMAT = 1
 INDEX = "dump.json"
-#: Headers, and layouts of steps, that a reader remembers: one walk through a layer reads a few hundred of each again and again.
+#: Headers, and layouts of steps, that a reader remembers: a walk through a layer reads a few hundred again and again.
 _REMEMBERED = 512
 #: Weights of a side that has them as they are in the checkpoint.
 CHECKPOINT = "checkpoint"
