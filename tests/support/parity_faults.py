@@ -15,7 +15,7 @@ from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.parity.taps import engine_copy
+from seekforge.exporter.parity.engine_copy import engine_copy
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
 from seekforge.formats.program import GraphIO

@@ -29,12 +29,12 @@ from seekforge.exporter.models.deepseek_v32.layers import rope_interleaved
 from seekforge.exporter.models.deepseek_v32.model import StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.parity.check import Result, check_engine
+from seekforge.exporter.parity.compare.operations import LocalJudge
+from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
 from seekforge.exporter.parity.gates import first_divergence
-from seekforge.exporter.parity.locate.operations import LocalJudge
 from seekforge.exporter.parity.sides.engine import EngineSide
 from seekforge.exporter.parity.sides.torch_reference import Reference
-from seekforge.exporter.parity.sides.torch_walks import Walker
-from seekforge.exporter.parity.taps import available_taps, tapped_copy
+from seekforge.exporter.parity.torch_walks import Walker
 from seekforge.exporter.program import trace as tracing
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig

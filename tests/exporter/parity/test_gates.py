@@ -11,7 +11,7 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.parity.compare.dumps import CaseComparison, Comparison, draw_folder, more_draws
 from seekforge.exporter.parity.compare.metrics import Difference
 from seekforge.exporter.parity.gates import judge
-from seekforge.exporter.parity.sides.torch_walks import NOISE, Walker
+from seekforge.exporter.parity.torch_walks import NOISE, Walker
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.dump import Dump

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from seekforge.exporter.parity.taps import SELECTIONS, available_taps
+from seekforge.exporter.parity.engine_copy import available_taps
+from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.runtime.cli import main as cli
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.parity.compare.dumps import Comparison, compare
+from seekforge.exporter.parity.compare.operations import OpRecord
 from seekforge.exporter.parity.gates import WHOLE_RUN, Finding, Gate, first_divergence, judge
 from seekforge.exporter.parity.locate.bisect import first_bad_layer, segment_is_bad
 from seekforge.exporter.parity.locate.layers import FedLayer, judge_layers, look_inside
-from seekforge.exporter.parity.locate.operations import OpRecord
 from seekforge.exporter.parity.sides.engine import EngineSide
 from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS
-from seekforge.exporter.parity.sides.torch_walks import NOISE, NUDGED, REFERENCE, Walker, sensitivity_of_engine
-from seekforge.exporter.parity.taps import HANDOVER, layer_points, point_width
+from seekforge.exporter.parity.torch_walks import NOISE, NUDGED, REFERENCE, Walker, sensitivity_of_engine
+from seekforge.exporter.program.taps import HANDOVER, layer_points, point_width
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import CHECKPOINT, Dump, Side
 from seekforge.formats.numerics import numerics_from_dict

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from seekforge.exporter.parity.compare.dumps import Comparison
+from seekforge.exporter.parity.compare.operations import OpRecord
 from seekforge.exporter.parity.locate.bisect import SEGMENT_FACTOR, SEGMENT_FLOOR
 from seekforge.exporter.parity.locate.layers import FedLayer
-from seekforge.exporter.parity.locate.operations import OpRecord
-from seekforge.exporter.parity.sides.torch_streams import PERTURBATION
+from seekforge.exporter.tolerances import GATE, PERTURBATION
 
-#: Largest difference of FP32 logits in parts of their spread; also added to measured noise. Measured: 4e-6 between
-#: ONNX Runtime and torch over all modes and contexts of the tests.
-GATE = 1e-4
 #: The engine must lie within this many times PyTorch's distance from itself.
 NOISE_FACTOR = 1.5
 QUANTILES = (0.5, 0.9, 0.99)

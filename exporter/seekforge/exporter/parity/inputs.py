@@ -16,7 +16,7 @@ from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.checkpoint.validate import scan_values
-from seekforge.exporter.parity.sides.torch_walks import without
+from seekforge.exporter.parity.torch_walks import without
 from seekforge.exporter.program.layers import check_range, parse_layers, truncate
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint

@@ -17,10 +17,10 @@ from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.parity.check import Noise, Result, check_engine, conclude
 from seekforge.exporter.parity.compare.dumps import check_comparable, check_pair
+from seekforge.exporter.parity.compare.operations import OpRecord
 from seekforge.exporter.parity.inputs import Asked, need_checkpoint, numerics_of, open_source, plan_of, range_of
-from seekforge.exporter.parity.locate.operations import OpRecord
 from seekforge.exporter.parity.sides.engine import EngineSide
-from seekforge.exporter.parity.sides.torch_walks import Walker, sensitivity, without
+from seekforge.exporter.parity.torch_walks import Walker, sensitivity, without
 from seekforge.exporter.parity.write_self_check import stored_step
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump

@@ -14,7 +14,7 @@ import numpy as np
 
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.parity.compare.metrics import log_softmax
-from seekforge.exporter.parity.gates import GATE
+from seekforge.exporter.tolerances import GATE
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import SelfCheck, SelfCheckRow, load_manifest, save_manifest
 from seekforge.formats.parity_steps import Plan, PlanStep

@@ -16,7 +16,7 @@ from seekforge.exporter.parity.sides import torch_reference as walking
 from seekforge.exporter.parity.sides.operations import LayerModule
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import Stream
-from seekforge.exporter.parity.sides.torch_walks import torch_side, without
+from seekforge.exporter.parity.torch_walks import torch_side, without
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.dump import Dump, DumpWriter

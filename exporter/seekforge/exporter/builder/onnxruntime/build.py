@@ -40,10 +40,10 @@ from seekforge.exporter.builder.request import (
 )
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
-from seekforge.exporter.parity.taps import expose, name_taps
 from seekforge.exporter.program.inline import F32, inline
 from seekforge.exporter.program.metadata import annotate_again
 from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.taps import expose, name_taps
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import (

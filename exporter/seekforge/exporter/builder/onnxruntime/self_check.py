@@ -27,7 +27,7 @@ from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
 from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.exporter.parity.gates import GATE, PERTURBATION
+from seekforge.exporter.tolerances import GATE, PERTURBATION
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, SelfCheck, SelfCheckRow
 from seekforge.formats.int_quant import Quantisation

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, inliner
 
 from seekforge.exporter.builder.tensorrt.bf16_linears import use_bf16_linear
 from seekforge.exporter.builder.tensorrt.rope import write_out_rope
-from seekforge.exporter.parity.taps import name_taps, tap_shape
 from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.taps import name_taps, tap_shape
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import TensorSpec
 from seekforge.plugins.functions.attach import attach

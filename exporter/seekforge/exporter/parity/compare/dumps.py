@@ -19,7 +19,7 @@ from seekforge.exporter.parity.compare.metrics import (
     row_errors,
 )
 from seekforge.exporter.parity.compare.selections import Choices, Keys, Sides, add_experts, places_of
-from seekforge.exporter.parity.taps import HANDOVER, layer_points
+from seekforge.exporter.program.taps import HANDOVER, layer_points
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import INDEX, Dump
 from seekforge.formats.paged_cache import BLOCK_SIZE

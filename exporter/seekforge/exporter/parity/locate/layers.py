@@ -18,8 +18,8 @@ import numpy as np
 from seekforge.exporter.parity.compare.dumps import stream_rows
 from seekforge.exporter.parity.locate.bisect import spread
 from seekforge.exporter.parity.sides.engine import EngineSide
-from seekforge.exporter.parity.sides.torch_walks import NOISE, REFERENCE, Walker
-from seekforge.exporter.parity.taps import HANDOVER, SELECTIONS, layer_points
+from seekforge.exporter.parity.torch_walks import NOISE, REFERENCE, Walker
+from seekforge.exporter.program.taps import HANDOVER, SELECTIONS, layer_points
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump
 

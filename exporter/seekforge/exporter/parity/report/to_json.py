@@ -11,8 +11,8 @@ import numpy as np
 from seekforge.exporter.parity.check import Result
 from seekforge.exporter.parity.compare.dumps import CaseComparison, LayerComparison
 from seekforge.exporter.parity.compare.metrics import Difference, Flip
+from seekforge.exporter.parity.compare.operations import OpRecord
 from seekforge.exporter.parity.compare.selections import Choices
-from seekforge.exporter.parity.locate.operations import OpRecord
 
 REPORT_FORMAT = 1
 #: Columns of a heat map and points of a curve over positions: longer texts are binned by their largest value.

@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from seekforge.common.errors import EngineError
+from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
 from seekforge.exporter.parity.sides.split_engine import cut_copy
-from seekforge.exporter.parity.taps import SELECTIONS, available_taps, tapped_copy
+from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.parity_steps import Plan

@@ -15,7 +15,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from seekforge.common.errors import EngineError
-from seekforge.exporter.parity.taps import HANDOVER, SELECTIONS, engine_copy, expose, tap_specs, taps_in
+from seekforge.exporter.parity.engine_copy import engine_copy
+from seekforge.exporter.program.taps import HANDOVER, SELECTIONS, expose, tap_specs, taps_in
 from seekforge.formats.engine.agreement import cache_block_bytes
 from seekforge.formats.engine.manifest import load_manifest, save_manifest
 from seekforge.formats.program import GraphIO, TensorSpec

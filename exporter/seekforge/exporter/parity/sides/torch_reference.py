@@ -25,7 +25,7 @@ from seekforge.exporter.parity.sides.attention_ops import before_cache, behind_c
 from seekforge.exporter.parity.sides.mlp_ops import mlp_ops
 from seekforge.exporter.parity.sides.operations import NEXT, LayerModule, LayerState, Op, model_recipes
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
-from seekforge.exporter.parity.taps import HANDOVER
+from seekforge.exporter.program.taps import HANDOVER
 from seekforge.formats.dump import Dump
 from seekforge.formats.parity_steps import Plan, StepArrays, lay_out
 from seekforge.formats.weight_recipes import TensorSource, evaluate, tensors_of

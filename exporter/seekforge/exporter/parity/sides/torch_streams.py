@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from seekforge.exporter.parity.sides.operations import LayerModule, LayerState, Op
-from seekforge.exporter.parity.taps import HANDOVER, SELECTIONS
+from seekforge.exporter.program.taps import HANDOVER, SELECTIONS
 from seekforge.formats.dump import Dump, DumpWriter
 from seekforge.formats.numerics import Numerics
 
-#: Relative change that measures noise: ten times what f32 sums in another order do; in bf16 activations one rounding.
-PERTURBATION, PERTURBATION_BF16 = 1e-6, 2**-9
 #: What a free run keeps of each layer when it is only there to measure noise.
 NOISE_POINTS = (*HANDOVER, *SELECTIONS, "index_q", "index_w", "index_k", "biased_scores")
 

@@ -20,7 +20,7 @@ from seekforge.exporter.parity.compare.metrics import (
 )
 from seekforge.exporter.parity.sides.operations import Part
 from seekforge.exporter.parity.sides.torch_streams import Judged
-from seekforge.exporter.parity.taps import SELECTIONS
+from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump
 from seekforge.formats.numerics import Numerics
 from seekforge.formats.paged_cache import BLOCK_SIZE

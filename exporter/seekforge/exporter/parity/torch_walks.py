@@ -11,10 +11,11 @@ from typing import Any
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.parity.compare.dumps import compare, draw_folder
-from seekforge.exporter.parity.locate.operations import LocalJudge, OpRecord
+from seekforge.exporter.parity.compare.operations import LocalJudge, OpRecord
 from seekforge.exporter.parity.sides.torch_reference import Reference
-from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS, PERTURBATION, PERTURBATION_BF16, Stream
-from seekforge.exporter.parity.taps import HANDOVER
+from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS, Stream
+from seekforge.exporter.program.taps import HANDOVER
+from seekforge.exporter.tolerances import PERTURBATION, PERTURBATION_BF16
 from seekforge.formats.dump import Dump, DumpWriter, Side
 from seekforge.formats.numerics import Numerics, numerics_from_dict
 from seekforge.formats.parity_steps import Plan, lay_out

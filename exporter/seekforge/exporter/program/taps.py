@@ -1,28 +1,21 @@
 """Taps: the tensors inside a layer that a parity check looks at, found in a graph by its structure.
 
 `build` gives each of them a name of its own (`attn_out.3`), which costs nothing and changes nothing. An engine built
-with `--taps` also gives them as outputs; of an engine for the CPU built without, `tapped_copy` makes such an engine
-beside it: the same graph and the same weights with more outputs.
+with `--taps` also gives them as outputs; `parity/engine_copy.py` adds them to an engine that was built without.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Collection
 
 import onnx
 from onnx import TensorProto, helper
 
 from seekforge.common.dtypes import ONNX
-from seekforge.common.errors import EngineError, ProgramError
-from seekforge.common.paths import inside
-from seekforge.exporter.builder.request import read_engine_graph
+from seekforge.common.errors import ProgramError
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.engine.manifest import MANIFEST, Manifest, digest_file, load_manifest, save_manifest
-from seekforge.formats.program import GraphIO, TensorSpec
+from seekforge.formats.program import TensorSpec
 from seekforge.plugins.operator import DOMAIN
 
 #: What one layer hands to the next; the last layer's pair goes to the final norm under the number behind it.
@@ -204,14 +197,14 @@ def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
 
 
 #: A name that `name_taps` gives.
-_TAP = re.compile(rf"(?:{'|'.join((*HANDOVER, *ATTENTION, *DENSE, *MOE))})\.\d+")
+TAP_NAME = re.compile(rf"(?:{'|'.join((*HANDOVER, *ATTENTION, *DENSE, *MOE))})\.\d+")
 
 
 def taps_in(model: onnx.ModelProto) -> list[str]:
     """Return the tap points that a graph has, by name, in the order of its nodes, but for those that are outputs."""
     given = {value.name for value in model.graph.output}
     values = (name for node in model.graph.node for name in node.output)
-    return [name for name in values if _TAP.fullmatch(name) and name not in given]
+    return [name for name in values if TAP_NAME.fullmatch(name) and name not in given]
 
 
 def expose(model: onnx.ModelProto, names: Collection[str]) -> None:
@@ -240,95 +233,3 @@ def tap_specs(model: onnx.ModelProto, names: Collection[str]) -> tuple[TensorSpe
             shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
             specs.append(TensorSpec(name=value.name, dtype=words[tensor.elem_type], shape=shape, role="tap"))
     return tuple(specs)
-
-
-def available_taps(engine: Path) -> list[str]:
-    """Return the taps that an engine gives or could give, of all its graphs.
-
-    Raises:
-        EngineError: not an engine folder.
-    """
-    manifest = load_manifest(engine)
-    result = []
-    for face in manifest.graphs.values():
-        result += [spec.name for spec in face.outputs if spec.role in ("tap", "debug") and _TAP.fullmatch(spec.name)]
-        if manifest.target.backend == "onnxruntime":
-            result += taps_in(read_engine_graph(engine, face))
-    return result
-
-
-def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
-    """Write an engine for the CPU that also gives `names`, beside its weights, which are linked and not copied.
-
-    Args:
-        engine: an engine of target cpu.
-        out: folder to make.
-        names: taps to add; those that it gives already, or that are not there, are left as they are.
-
-    Raises:
-        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
-    """
-
-    def edit(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
-        added = [tap for tap in taps_in(model) if tap in names]
-        expose(model, added)
-        return face.model_copy(update={"outputs": (*face.outputs, *tap_specs(model, added))})
-
-    engine_copy(engine, out, edit)
-    return out
-
-
-def engine_copy(
-    engine: Path,
-    out: Path,
-    edit: Callable[[str, onnx.ModelProto, GraphIO], GraphIO],
-    *,
-    graphs: Collection[str] | None = None,
-) -> Manifest:
-    """Write an engine for the CPU with other graphs beside the same weights, which are linked and not copied.
-
-    Args:
-        engine: an engine of target cpu.
-        out: folder to make.
-        edit: (graph's name, model to change in place, its face) -> its new face.
-        graphs: which graphs to take; None: all.
-
-    Raises:
-        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
-    """
-    manifest = load_manifest(engine)
-    if manifest.target.backend != "onnxruntime":
-        raise EngineError(
-            f"{engine}: an engine of the {manifest.target.backend} backend shows no inner tensors; "
-            "build it with --taps to see inside layers"
-        )
-    out.mkdir(parents=True)
-    faces: dict[str, GraphIO] = {}
-    changed = {face.file for face in manifest.graphs.values()}
-    for file in manifest.files:
-        if file.path not in changed:
-            _link(inside(engine, file.path, error=EngineError, where=engine / MANIFEST), out / file.path)
-    for name, face in manifest.graphs.items():
-        if graphs is not None and name not in graphs:
-            continue
-        model = read_engine_graph(engine, face)
-        edited = edit(name, model, face)
-        (out / face.file).write_bytes(model.SerializeToString())
-        faces[name] = edited.model_copy(update={"sha256": digest_file(out, face.file).sha256})
-    written = {face.file for face in faces.values()}
-    files = tuple(
-        digest_file(out, file.path) if file.path in written else file
-        for file in manifest.files
-        if file.path in written or file.path not in changed
-    )
-    copy: Manifest = manifest.model_copy(update={"graphs": faces, "files": files, "digest": ""})
-    save_manifest(out, copy)
-    return copy
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another disk: no engine may have links that lead out of its folder, ONNX Runtime opens none
-        shutil.copyfile(source, target)
