@@ -13,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from fuzz.formats import Format, _json, _whole_json
-from fuzz.mutate import mutate_bytes, mutated_text
+from tests.fuzz.formats import Format, _json, _whole_json
+from tests.fuzz.mutate import mutate_bytes, mutated_text
 
 from seekforge.common.errors import ConfigError
 from seekforge.common.files import sha256_file

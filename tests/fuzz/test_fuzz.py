@@ -14,10 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fuzz import other_formats
-from fuzz.formats import Format, judge, run_case
-from fuzz.mutate import mutated_text
-from fuzz.seeds import tiny_formats
+from tests.fuzz import other_formats
 from tests.fuzz.formats import Format, judge, run_case
 from tests.fuzz.mutate import mutated_text
 from tests.fuzz.seeds import tiny_formats
