@@ -96,15 +96,6 @@ def allocate(recipes: Mapping[str, Recipe]) -> dict[str, np.ndarray]:
     return {name: np.empty(recipe.shape, NUMPY[recipe.dtype]) for name, recipe in recipes.items()}
 
 
-def mtp_copies(num_hidden_layers: int) -> dict[str, str]:
-    """Return the tensors that the MTP layer repeats and nothing reads -> those of the main model (spec §2.3)."""
-    prefix = f"model.layers.{num_hidden_layers}."
-    return {
-        prefix + "embed_tokens.weight": "model.embed_tokens.weight",
-        prefix + "shared_head.head.weight": "lm_head.weight",
-    }
-
-
 # --- jobs -----------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from seekforge.exporter.checkpoint.presets import load_preset
-from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, scale_shape, totals
+from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
+from seekforge.exporter.models.parameters import scale_shape
 from seekforge.formats.checkpoint.model_config import ModelConfig
 
 FULL = expected_tensors(load_preset("full").config)

@@ -21,8 +21,9 @@ from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import ConfigError
 from seekforge.common.files import atomic_folder, write_json
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, ExpectedTensor, expected_tensors, totals
+from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
+from seekforge.exporter.models.parameters import SCALE_SUFFIX
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
 from seekforge.formats.checkpoint.safetensors import INDEX_FILE, ShardWriter
 
@@ -208,11 +209,12 @@ def draw_tensors(
     """Yield every tensor of `tensors`, a scale right after its weight; one at a time."""
     for name, tensor in tensors.items():
         if tensor.dtype == "f8e4m3":
-            weight, scale = quantise(_draw(config, name, tensor.shape, seed))
+            weight, scale = quantise(_draw(config, name, tensor, seed))
             yield name, weight
             yield name + SCALE_SUFFIX, scale
         elif not name.endswith(SCALE_SUFFIX):
-            yield name, _draw(config, name, tensor.shape, seed).astype(NUMPY[tensor.dtype])
+            # the MTP layer's copies are drawn as what they repeat
+            yield name, _draw(config, tensor.copy_of or name, tensor, seed).astype(NUMPY[tensor.dtype])
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -242,48 +244,35 @@ def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return stored, scale
 
 
-def _draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _draw(config: ModelConfig, name: str, tensor: ExpectedTensor, seed: int) -> np.ndarray:
     """Draw one tensor in f32. The scales keep activations near one and decisions spread (module head)."""
-    name = _original(config, name)
-    random = np.random.Generator(np.random.PCG64(_entropy(seed, name)))
-    if name.endswith("e_score_correction_bias"):
-        # Near 2 neighbouring BF16 values are 1/64 apart: rounding this F32 bias would change the choice.
-        return random.uniform(2.0, 2.1, shape).astype(np.float32)
-    if name.endswith("k_norm.bias"):
-        return _normal(random, shape, 0.2)
-    if name.endswith(("norm.weight", "layernorm.weight")):
-        return 1 + _normal(random, shape, _NORM_SPREAD)
-    if name == "model.embed_tokens.weight":
-        return _normal(random, shape, 1.0)
+    random, shape = np.random.Generator(np.random.PCG64(_entropy(seed, name))), tensor.shape
     fan_in = shape[-1] ** -0.5
-    if name == "lm_head.weight":
-        return _normal(random, shape, _LOGIT_STD * fan_in)
-    if name.endswith("mlp.gate.weight"):
-        return _normal(random, shape, _ROUTER_LOGIT_STD * fan_in)
-    if name.endswith(("weights_proj.weight", "eh_proj.weight")):
-        return _normal(random, shape, fan_in)
-    gain = _BRANCH_GAIN if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-    weight = _normal(random, shape, gain * fan_in)
+    match tensor.draw:
+        case "bias":
+            # Near 2 neighbouring BF16 values are 1/64 apart: rounding this F32 bias would change the choice.
+            return random.uniform(2.0, 2.1, shape).astype(np.float32)
+        case "shift":
+            return _normal(random, shape, 0.2)
+        case "norm":
+            return 1 + _normal(random, shape, _NORM_SPREAD)
+        case "embedding":
+            return _normal(random, shape, 1.0)
+        case "head":
+            return _normal(random, shape, _LOGIT_STD * fan_in)
+        case "router":
+            return _normal(random, shape, _ROUTER_LOGIT_STD * fan_in)
+        case "plain":
+            return _normal(random, shape, fan_in)
+    weight = _normal(random, shape, (_BRANCH_GAIN if tensor.draw == "branch" else 1.0) * fan_in)
     _spread_blocks(weight, random)
-    if name.endswith("indexer.wq_b.weight"):
+    if tensor.draw == "paired_heads":
         # Antipodal head pairs: of each pair exactly one ReLU is open, so that no key scores an exact zero
         # and rank `index_topk` is never decided among ties. FP8 keeps the negation exact.
         heads = weight.reshape(-1, config.index_head_dim, shape[1])
         pairs = heads.shape[0] // 2
         heads[1 : 2 * pairs : 2] = -heads[0 : 2 * pairs : 2]
     return weight
-
-
-def _original(config: ModelConfig, name: str) -> str:
-    """Return the main model's name for the MTP layer's copies of embedding and head."""
-    if config.mtp_layer is None:
-        return name
-    prefix = f"model.layers.{config.mtp_layer}."
-    copies = {
-        prefix + "embed_tokens.weight": "model.embed_tokens.weight",
-        prefix + "shared_head.head.weight": "lm_head.weight",
-    }
-    return copies.get(name, name)
 
 
 def _entropy(seed: int, name: str) -> int:

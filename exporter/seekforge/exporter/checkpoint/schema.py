@@ -1,16 +1,17 @@
-"""Which tensors a DeepSeek-V3.2 checkpoint of a given config has: name, dtype, shape (spec §2.2, §2.3)."""
+"""Which tensors a checkpoint of a given config has: name, dtype, shape (spec §2.2, §2.3), by its family's table."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from seekforge.common.dtypes import itemsize
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import SCALE_SUFFIX, Draw, Tensor, in_order, scale_shape
+from seekforge.formats.checkpoint.model_config import ModelConfig
 
-SCALE_SUFFIX = "_scale_inv"
 #: A buffer that transformers once saved: what RoPE computes from the config.
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -22,10 +23,14 @@ class ExpectedTensor:
     Attributes:
         dtype: our name of the element type (f8e4m3, bf16 or f32).
         shape: sizes, outermost first.
+        draw: how random values are drawn.
+        copy_of: the main model's tensor that this one of the MTP layer repeats; such a one may be absent.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    draw: Draw = field(default="blocks", compare=False)
+    copy_of: str | None = field(default=None, compare=False)
 
     @property
     def num_elements(self) -> int:
@@ -63,17 +68,6 @@ def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
     return dict(_all(config))
 
 
-def optional_tensors(config: ModelConfig) -> dict[str, str]:
-    """Return the tensors of `expected_tensors` that may be absent -> those of the main model that they repeat."""
-    if config.mtp_layer is None:
-        return {}
-    prefix = f"model.layers.{config.mtp_layer}."
-    return {
-        prefix + "embed_tokens.weight": "model.embed_tokens.weight",
-        prefix + "shared_head.head.weight": "lm_head.weight",
-    }
-
-
 def needless_tensors(names: Iterable[str]) -> dict[str, str]:
     """Return those of `names` that hold nothing of a model, with the reason."""
     return {name: "left over: RoPE is computed from config.json" for name in names if _ROTARY.fullmatch(name)}
@@ -88,82 +82,16 @@ def totals(tensors: dict[str, ExpectedTensor]) -> Totals:
     )
 
 
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the shape of the block scales of an FP8 weight [N, K]: [⌈N/128⌉, ⌈K/128⌉]."""
-    n, k = shape
-    return -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)
-
-
 def _all(config: ModelConfig) -> Iterator[tuple[str, ExpectedTensor]]:
-    table = (config.vocab_size, config.hidden_size)
-    yield "model.embed_tokens.weight", ExpectedTensor("bf16", table)
-    for layer in range(config.num_hidden_layers):
-        yield from _layer(config, layer)
-    yield "model.norm.weight", ExpectedTensor("bf16", (config.hidden_size,))
-    yield "lm_head.weight", ExpectedTensor("bf16", table)
+    family = family_of(config)
+    first, last = family.end_tensors(config)
+    pieces: list[tuple[str, tuple[Tensor, ...]]] = [("", first)]
+    pieces += [(f"model.layers.{i}.", family.layer_tensors(config, i)) for i in range(config.num_hidden_layers)]
+    pieces.append(("", last))
     if config.mtp_layer is not None:
-        yield from _layer(config, config.mtp_layer)
-        yield from _mtp(config, config.mtp_layer)
-
-
-def _layer(config: ModelConfig, layer: int) -> Iterator[tuple[str, ExpectedTensor]]:
-    prefix = f"model.layers.{layer}."
-    hidden = config.hidden_size
-    yield prefix + "input_layernorm.weight", ExpectedTensor("bf16", (hidden,))
-    yield from _attention(config, prefix + "self_attn.")
-    yield prefix + "post_attention_layernorm.weight", ExpectedTensor("bf16", (hidden,))
-    if config.is_moe_layer(layer):
-        yield from _moe(config, prefix + "mlp.")
-    else:
-        yield from _mlp(prefix + "mlp.", hidden, config.intermediate_size)
-
-
-def _attention(config: ModelConfig, prefix: str) -> Iterator[tuple[str, ExpectedTensor]]:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_rows = config.qk_nope_head_dim + config.v_head_dim
-    yield from _fp8(prefix + "q_a_proj", config.q_lora_rank, hidden)
-    yield prefix + "q_a_layernorm.weight", ExpectedTensor("bf16", (config.q_lora_rank,))
-    yield from _fp8(prefix + "q_b_proj", heads * config.qk_head_dim, config.q_lora_rank)
-    yield from _fp8(prefix + "kv_a_proj_with_mqa", config.latent_dim, hidden)
-    yield prefix + "kv_a_layernorm.weight", ExpectedTensor("bf16", (config.kv_lora_rank,))
-    yield from _fp8(prefix + "kv_b_proj", heads * head_rows, config.kv_lora_rank)
-    yield from _fp8(prefix + "o_proj", hidden, heads * config.v_head_dim)
-    indexer = prefix + "indexer."
-    yield from _fp8(indexer + "wq_b", config.index_n_heads * config.index_head_dim, config.q_lora_rank)
-    yield from _fp8(indexer + "wk", config.index_head_dim, hidden)
-    yield indexer + "k_norm.weight", ExpectedTensor("f32", (config.index_head_dim,))
-    yield indexer + "k_norm.bias", ExpectedTensor("f32", (config.index_head_dim,))
-    yield indexer + "weights_proj.weight", ExpectedTensor("bf16", (config.index_n_heads, hidden))
-
-
-def _moe(config: ModelConfig, prefix: str) -> Iterator[tuple[str, ExpectedTensor]]:
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
-    yield prefix + "gate.weight", ExpectedTensor("bf16", (config.n_routed_experts, hidden))
-    yield prefix + "gate.e_score_correction_bias", ExpectedTensor("f32", (config.n_routed_experts,))
-    yield from _mlp(prefix + "shared_experts.", hidden, inner * config.n_shared_experts)
-    for expert in range(config.n_routed_experts):
-        yield from _mlp(f"{prefix}experts.{expert}.", hidden, inner)
-
-
-def _mlp(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, ExpectedTensor]]:
-    yield from _fp8(prefix + "gate_proj", inner, hidden)
-    yield from _fp8(prefix + "up_proj", inner, hidden)
-    yield from _fp8(prefix + "down_proj", hidden, inner)
-
-
-def _mtp(config: ModelConfig, layer: int) -> Iterator[tuple[str, ExpectedTensor]]:
-    prefix = f"model.layers.{layer}."
-    hidden = config.hidden_size
-    table = (config.vocab_size, hidden)
-    yield prefix + "enorm.weight", ExpectedTensor("bf16", (hidden,))
-    yield prefix + "hnorm.weight", ExpectedTensor("bf16", (hidden,))
-    yield prefix + "eh_proj.weight", ExpectedTensor("bf16", (hidden, 2 * hidden))
-    yield prefix + "shared_head.norm.weight", ExpectedTensor("bf16", (hidden,))
-    yield prefix + "shared_head.head.weight", ExpectedTensor("bf16", table)
-    yield prefix + "embed_tokens.weight", ExpectedTensor("bf16", table)
-
-
-def _fp8(prefix: str, n: int, k: int) -> Iterator[tuple[str, ExpectedTensor]]:
-    weight = prefix + ".weight"
-    yield weight, ExpectedTensor("f8e4m3", (n, k))
-    yield weight + SCALE_SUFFIX, ExpectedTensor("f32", scale_shape((n, k)))
+        pieces.append((f"model.layers.{config.mtp_layer}.", family.layer_tensors(config, config.mtp_layer)))
+    for prefix, tensors in pieces:
+        for name, tensor in in_order(tensors, prefix):
+            yield name, ExpectedTensor(tensor.dtype, tensor.shape, tensor.draw, tensor.copy_of)
+            if tensor.dtype == "f8e4m3":
+                yield name + SCALE_SUFFIX, ExpectedTensor("f32", scale_shape(tensor.shape))

@@ -14,7 +14,9 @@ import numpy as np
 
 from seekforge.common.dtypes import is_stored_as
 from seekforge.common.errors import CheckpointError
-from seekforge.exporter.checkpoint.schema import SCALE_SUFFIX, expected_tensors, needless_tensors, optional_tensors
+from seekforge.exporter.checkpoint.schema import expected_tensors, needless_tensors
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import SCALE_SUFFIX
 from seekforge.formats.checkpoint.config_forms import TAKE
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -68,14 +70,13 @@ def check_structure(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
     expected = expected_tensors(config)
-    optional = optional_tensors(config)
     foreign = _foreign_form(checkpoint)
     if foreign is not None:
         yield foreign
         return
     for name, want in expected.items():
         if name not in checkpoint:
-            if name in optional:
+            if want.copy_of is not None:
                 continue
             if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in checkpoint:
                 yield (
@@ -204,7 +205,7 @@ def _check_positive(checkpoint: Checkpoint, name: str, scale: np.ndarray) -> Non
 
 
 def _check_copies(checkpoint: Checkpoint, config: ModelConfig, chosen: set[str]) -> None:
-    for copy, main in optional_tensors(config).items():
+    for copy, main in family_of(config).mtp_copies(config).items():
         if not {copy, main} <= chosen:
             continue
         first, second = (checkpoint.tensor(name).reshape(-1).view(np.uint16) for name in (copy, main))

@@ -410,7 +410,7 @@ def _sum_weights(config: ModelConfig, matrices: Iterable[Matrix], layout: Layout
     total = _Weights()
     for matrix in matrices:
         held, flops = rank_weight_bytes(matrix, layout, precision), linear_flops(config, [matrix])
-        if matrix.name == "lm_head":
+        if matrix.is_head:
             total += _Weights(head_bytes=held, head=flops)
         elif matrix.sharding == "experts":
             total += _Weights(expert_bytes=held, experts=flops)

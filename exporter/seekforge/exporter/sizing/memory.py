@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of a `deepseek_v32` model from its config alone. Pure arithmetic: no torch, no GPU, no file.
+"""Bytes and FLOPs of a model from its config and its family's table. Pure arithmetic: no torch, no GPU, no file.
 
 The runtime sizes its cache with it, `build` decides whether an engine fits, `plan` shows it. Formulas are those of
 spec §2.4, §7.3 and §9, and tests hold them against the numbers there.
@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import EXPERT, Sharding, Tensor
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
 
 Precision = Literal["fp8", "bf16"]
 KvFormat = Literal["f32", "bf16", "fp8_ds"]
-#: How a matrix is divided among tensor-parallel ranks: not at all, by heads or columns, or by whole experts.
-Sharding = Literal["none", "tensor", "experts"]
 
 GIB = 1 << 30
-#: BF16 in the checkpoint and read as f32 in every step, so engines convert them once. What is multiplied stays BF16:
-#: `Bf16Linear` gives f32 results all the same (spec §5.3).
-_HELD_IN_F32 = ("norms", "mtp norms", "norm")
 #: What a rank needs beside weights, cache and scratch: CUDA context and libraries, captured graphs (of one shape each),
 #: communication buffers when there is more than one rank, and a share of memory that the allocator cannot use.
 CONTEXT_BYTES = 3 * GIB // 4
@@ -42,12 +39,14 @@ class Matrix:
     """One or several equal parameter tensors.
 
     Attributes:
-        name: last parts of the checkpoint's name.
+        name: of the module, or of the tensor where it is no weight; below its layer.
         rows, cols: out and in features; cols 1 for a vector.
         dtype: f8e4m3 (with f32 scales of 128×128 blocks), bf16 or f32.
         sharding: what divides it.
         count: how many; experts.
         active: how many of them one token multiplies with; 0 for what is no matrix product.
+        held: the type in which engines hold it, and multiply with it, where that is another.
+        is_head: whether only rows that get logits are multiplied with it.
     """
 
     name: str
@@ -57,6 +56,8 @@ class Matrix:
     sharding: Sharding = "none"
     count: int = 1
     active: int = 1
+    held: Literal["bf16", "f32"] | None = None
+    is_head: bool = False
 
     @property
     def elements(self) -> int:
@@ -76,48 +77,33 @@ class Matrix:
         return self.elements * (2 if self.dtype == "bf16" else 4)
 
 
+def _matrices(tensors: Iterable[Tensor]) -> list[Matrix]:
+    """Return rows of a family's table as matrices, but for copies of others."""
+    return [
+        Matrix(
+            one.module.replace(f".{EXPERT}", ""),
+            *(one.shape if len(one.shape) == 2 else (*one.shape, 1)),
+            one.dtype,
+            one.sharding,
+            one.count,
+            one.active,
+            one.held,
+            one.is_head,
+        )
+        for one in tensors
+        if one.copy_of is None
+    ]
+
+
 def layer_matrices(config: ModelConfig, layer: int) -> list[Matrix]:
     """Return the parameters of a layer as the checkpoint holds them (spec §2.3), MTP extras included."""
-    c, heads = config, config.num_attention_heads
-    hidden, latent = c.hidden_size, c.kv_lora_rank
-    found = [
-        Matrix("q_a_proj", c.q_lora_rank, hidden, "f8e4m3"),
-        Matrix("q_b_proj", heads * c.qk_head_dim, c.q_lora_rank, "f8e4m3", "tensor"),
-        Matrix("kv_a_proj_with_mqa", c.latent_dim, hidden, "f8e4m3"),
-        Matrix("kv_b_proj", heads * (c.qk_nope_head_dim + c.v_head_dim), latent, "f8e4m3", "tensor"),
-        Matrix("o_proj", hidden, heads * c.v_head_dim, "f8e4m3", "tensor"),
-        Matrix("indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank, "f8e4m3"),
-        Matrix("indexer.wk", c.index_head_dim, hidden, "f8e4m3"),
-        Matrix("indexer.weights_proj", c.index_n_heads, hidden, "bf16"),
-        Matrix("indexer.k_norm", 2 * c.index_head_dim, 1, "f32", active=0),
-        Matrix("norms", 2 * hidden + c.q_lora_rank + latent, 1, "bf16", active=0),
-    ]
-    if c.is_moe_layer(layer):
-        inner, shared = c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts
-        experts, active = c.n_routed_experts, c.num_experts_per_tok
-        found += [
-            Matrix("experts.gate_up", inner, hidden, "f8e4m3", "experts", 2 * experts, 2 * active),
-            Matrix("experts.down", hidden, inner, "f8e4m3", "experts", experts, active),
-            Matrix("shared_experts.gate_up", shared, hidden, "f8e4m3", "tensor", 2, 2),
-            Matrix("shared_experts.down", hidden, shared, "f8e4m3", "tensor"),
-            Matrix("gate", experts, hidden, "bf16"),
-            Matrix("gate.e_score_correction_bias", experts, 1, "f32", active=0),
-        ]
-    else:
-        found += [
-            Matrix("mlp.gate_up", c.intermediate_size, hidden, "f8e4m3", "tensor", 2, 2),
-            Matrix("mlp.down", hidden, c.intermediate_size, "f8e4m3", "tensor"),
-        ]
-    if layer == c.mtp_layer:
-        found += [Matrix("eh_proj", hidden, 2 * hidden, "bf16"), Matrix("mtp norms", 3 * hidden, 1, "bf16", active=0)]
-    return found
+    return _matrices(family_of(config).layer_tensors(config, layer))
 
 
 def end_matrices(config: ModelConfig) -> tuple[list[Matrix], list[Matrix]]:
     """Return the parameters before the first layer and those behind the last one."""
-    embedding = Matrix("embed_tokens", config.vocab_size, config.hidden_size, "bf16", "tensor", active=0)
-    norm = Matrix("norm", config.hidden_size, 1, "bf16", active=0)
-    return [embedding], [norm, Matrix("lm_head", config.vocab_size, config.hidden_size, "bf16", "tensor")]
+    first, last = family_of(config).end_tensors(config)
+    return _matrices(first), _matrices(last)
 
 
 def all_matrices(config: ModelConfig, *, mtp: bool) -> Iterator[Matrix]:
@@ -146,11 +132,9 @@ def active_parameters(config: ModelConfig) -> int:
 
 def checkpoint_bytes(config: ModelConfig) -> int:
     """Tensor bytes of the whole checkpoint, whose MTP layer carries its own embedding and head (spec §2.4)."""
-    total = sum(matrix.num_bytes() for matrix in all_matrices(config, mtp=True))
-    if config.mtp_layer is not None:
-        first, last = end_matrices(config)
-        total += first[0].num_bytes() + last[1].num_bytes()
-    return total
+    copied = set(family_of(config).mtp_copies(config).values())
+    copies = [matrix for matrices in end_matrices(config) for matrix in matrices if f"{matrix.name}.weight" in copied]
+    return sum(matrix.num_bytes() for matrix in (*all_matrices(config, mtp=True), *copies))
 
 
 def weight_bytes(config: ModelConfig, *, mtp: bool = False, precision: Precision = "fp8") -> int:
@@ -161,11 +145,11 @@ def weight_bytes(config: ModelConfig, *, mtp: bool = False, precision: Precision
 def held_bytes(matrix: Matrix, precision: Precision) -> int:
     """Bytes of a matrix as an engine holds it.
 
-    `kv_b_proj` is dequantised to BF16 for the absorbed form; norms are f32.
+    What is multiplied stays BF16 even where a step gives f32 results: `Bf16Linear` does both (spec §5.3).
     """
-    if matrix.name in _HELD_IN_F32:
+    if matrix.held == "f32":
         return 4 * matrix.elements
-    return matrix.num_bytes("bf16" if matrix.name == "kv_b_proj" else precision)
+    return matrix.num_bytes(precision if matrix.held is None else "bf16")
 
 
 # --- cache ----------------------------------------------------------------------------------------------------
@@ -224,8 +208,7 @@ def linear_flops(config: ModelConfig, matrices: Sequence[Matrix] | None = None) 
     total = Flops()
     for matrix in all_matrices(config, mtp=False) if matrices is None else matrices:
         work = 2.0 * matrix.rows * matrix.cols * matrix.active
-        # kv_b_proj is absorbed: the same number of products, by head, in BF16
-        is_fp8 = matrix.dtype == "f8e4m3" and matrix.name != "kv_b_proj"
+        is_fp8 = matrix.dtype == "f8e4m3" and matrix.held is None
         total += Flops(fp8=work) if is_fp8 else Flops(bf16=work)
     return total
 
@@ -360,15 +343,9 @@ def rank_weight_bytes(matrix: Matrix, layout: Layout, precision: Precision) -> i
         case "tensor":
             return -(-whole // layout.tp)
         case "experts":
-            experts = _experts_of(matrix)
-            return whole // experts * -(-experts // layout.ep)
+            return whole // matrix.count * -(-matrix.count // layout.ep)
         case _:
             return whole
-
-
-def _experts_of(matrix: Matrix) -> int:
-    """Number of experts: gate and up of one expert count as one."""
-    return matrix.count // 2 if matrix.name.endswith("gate_up") else matrix.count
 
 
 def stages(config: ModelConfig, layout: Layout, precision: Precision, *, mtp: bool) -> tuple[tuple[range, int], ...]:

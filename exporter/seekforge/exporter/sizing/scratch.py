@@ -7,10 +7,13 @@ what a build expects is what the plugins ask TensorRT for.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import linear_shapes_of
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.kernels.launch_plan import SMS, workspace_bytes
@@ -71,29 +74,21 @@ def _step(
 
 def linear_shapes(config: ModelConfig, *, tp: int = 1) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `BlockFp8Linear` in a model, on one rank."""
-    c, heads = config, config.num_attention_heads // tp
-    inners = (
-        {c.moe_intermediate_size * c.n_shared_experts // tp} if c.first_k_dense_replace < c.num_hidden_layers else set()
-    )
-    if c.first_k_dense_replace:
-        inners.add(c.intermediate_size // tp)
-    found = [
-        (c.q_lora_rank + c.index_head_dim + c.latent_dim, c.hidden_size),  # q_a_proj, indexer.wk, kv_a_proj_with_mqa
-        (heads * c.qk_head_dim, c.q_lora_rank),
-        (c.index_n_heads * c.index_head_dim, c.q_lora_rank),
-        (c.hidden_size, heads * c.v_head_dim),
-    ]
-    for inner in sorted(inners):
-        found += [(2 * inner, c.hidden_size), (c.hidden_size, inner)]
-    return found
+    return _shapes(config, "BlockFp8Linear", tp)
 
 
 def bf16_linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `Bf16Linear` in a model; every rank has them whole."""
-    outs = {config.index_n_heads, config.vocab_size}  # the indexer's head weights, the head
-    if config.first_k_dense_replace < config.num_hidden_layers:
-        outs.add(config.n_routed_experts)
-    return [(out, config.hidden_size) for out in sorted(outs)]
+    return _shapes(config, "Bf16Linear", 1)
+
+
+def _shapes(config: ModelConfig, op: str, tp: int) -> list[tuple[int, int]]:
+    """Return the sizes of the matrices that an operator multiplies with, each once."""
+    family = family_of(config)
+    kinds = {config.is_moe_layer(layer): layer for layer in range(config.num_hidden_layers)}
+    tables = [(family.layer_parameters(is_moe), family.layer_tensors(config, one)) for is_moe, one in kinds.items()]
+    tables.append((family.end_parameters(), tuple(itertools.chain(*family.end_tensors(config)))))
+    return list(dict.fromkeys(shape for rows, tensors in tables for shape in linear_shapes_of(rows, tensors, op, tp)))
 
 
 def _calls(

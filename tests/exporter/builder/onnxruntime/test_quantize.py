@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, TargetError
 from seekforge.exporter.builder.onnxruntime.build import build
-from seekforge.exporter.builder.onnxruntime.quantize import CODED_KINDS, F32_KINDS, SENSITIVE_KINDS
 from seekforge.exporter.inspect.cli import inspect
+from seekforge.exporter.models.deepseek_v32.parameters import CODES
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.int_quant import Quantisation, kind_of
@@ -49,11 +49,13 @@ def test_products_have_codes_and_the_manifest_lists_all_kinds(engines: dict[str,
     manifest = load_manifest(engines[precision])
     how = manifest.quantisation
     assert how is not None and how.precision == precision and how.block_size == 32
-    kinds = dict.fromkeys(CODED_KINDS, precision) | dict.fromkeys(SENSITIVE_KINDS, "int8")
-    assert how.kinds == kinds | dict.fromkeys(F32_KINDS, "f32")
+    assert set(CODES.values()) == {"int4", "int8", "f32"}
+    assert how.kinds == {kind: precision if codes == "int4" else codes for kind, codes in CODES.items()}
     model = onnx.load(engines[precision] / "model.onnx", load_external_data=False)
     codes = {t.name for t in model.graph.initializer if t.name.endswith(".codes")}
-    assert {kind_of(name.removesuffix(".codes")) for name in codes} == set(CODED_KINDS)
+    assert {kind_of(name.removesuffix(".codes")) for name in codes} == {
+        kind for kind, stored in CODES.items() if stored != "f32"
+    }
     kinds = [node.op_type for node in model.graph.node if node.domain == "com.microsoft"]
     layers = manifest.layer_range[1]
     assert kinds.count("QMoE") == layers - 1
@@ -63,7 +65,9 @@ def test_products_have_codes_and_the_manifest_lists_all_kinds(engines: dict[str,
     constants = {t.name for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in constants:
-            assert kind_of(node.input[1].removesuffix(".transposed")) in F32_KINDS
+            assert kind_of(node.input[1].removesuffix(".transposed")) in {
+                kind for kind, stored in CODES.items() if stored == "f32"
+            }
 
 
 def test_weights_shrink_to_what_codes_and_scales_take(engines: dict[str, Path], tiny_engines: dict[str, Path]) -> None:

@@ -146,7 +146,7 @@ def check(
     limits = fit_limits(limits, config, asked)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
-    sizes = {name: layer_bytes(bindings, _coded(name), limits.max_model_len) for name in _PRECISIONS}
+    sizes = {name: layer_bytes(bindings, _coded(name, config), limits.max_model_len) for name in _PRECISIONS}
     needed = sum(sizes[target.precision].values())
     if needed > free:
         raise OutputError(_what_would_fit(program, target.precision, sizes, free, place))
@@ -157,11 +157,11 @@ def check(
             f"the weights are {size_words(needed)} and this machine has {size_words(memory)} of memory: here the "
             "engine will run at the speed of the disk, if at all"
         )
-    return Planned(program, bindings, config, whole, limits, _coded(target.precision), needed, free, warning)
+    return Planned(program, bindings, config, whole, limits, _coded(target.precision, config), needed, free, warning)
 
 
-def _coded(precision: Precision) -> Quantisation | None:
-    return None if precision == "f32" else choose(precision)
+def _coded(precision: Precision, config: ModelConfig) -> Quantisation | None:
+    return None if precision == "f32" else choose(precision, config)
 
 
 def _memory_bytes() -> int | None:

@@ -14,6 +14,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from seekforge.common.dtypes import ONNX
+from seekforge.exporter.models import family_of
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.int_quant import Quantisation, dequantised, packed, quantised
 from seekforge.formats.weight_recipes import Recipe, reshape, stack, transpose
 
@@ -21,21 +23,12 @@ from seekforge.formats.weight_recipes import Recipe, reshape, stack, transpose
 MS_DOMAIN: Final = "com.microsoft"
 #: Values that share a scale. ONNX Runtime takes 16, 32, 64, 128 and 256; the smallest error for its bytes.
 BLOCK_SIZE: Final = 32
-#: Kinds of weights that become codes.
-CODED_KINDS: Final = ("qkv_a_proj", "q_b_proj", "wq_b", "o_proj", "gate_up_proj", "down_proj", "experts", "lm_head")
-#: Kinds that are int8 in int4 engines: a small part of the weights. With all in int4 the tiny model's KL is 0.14; each
-#: alone, qkv_a_proj, lm_head and wq_b cost 0.07, 0.03 and 0.02, and the first and last most of the keys that are chosen
-#: otherwise. With these three in int8 it is 0.09.
-SENSITIVE_KINDS: Final = ("qkv_a_proj", "wq_b", "lm_head")
-#: Kinds that stay f32: choices and head weights hang on them and they are small; W_UK and W_UV are products per head,
-#: for which ONNX Runtime has no quantised form; embeddings are looked up.
-F32_KINDS: Final = ("gate", "weights_proj", "w_uk", "w_uv", "eh_proj", "embed_tokens")
 
 
-def choose(precision: str) -> Quantisation:
-    """Return how each kind of weight is stored in an engine of `precision`."""
-    kinds = dict.fromkeys(CODED_KINDS, precision) | dict.fromkeys(SENSITIVE_KINDS, "int8")
-    kinds |= dict.fromkeys(F32_KINDS, "f32")
+def choose(precision: str, config: ModelConfig) -> Quantisation:
+    """Return how each kind of weight is stored in an engine of `precision`: as its family says, at most so small."""
+    codes = family_of(config).codes
+    kinds = {kind: precision if smallest == "int4" else smallest for kind, smallest in codes.items()}
     return Quantisation.model_validate({"precision": precision, "block_size": BLOCK_SIZE, "kinds": kinds})
 
 

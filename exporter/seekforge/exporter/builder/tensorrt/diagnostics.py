@@ -6,37 +6,11 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-#: Part of a node's name -> what it is.
-_PARTS: Final[dict[str, str]] = {
-    "self_attn.qkv_a_proj": "the joint projection to query and key latents",
-    "self_attn.q_a_layernorm": "the norm of the query latent",
-    "self_attn.q_b_proj": "the projection from the query latent to heads",
-    "self_attn.kv_a_layernorm": "the norm of the key latent",
-    "self_attn.o_proj": "the output projection of the attention",
-    "self_attn.indexer.wq_b": "the indexer's query projection",
-    "self_attn.indexer.k_norm": "the norm of the indexer's keys",
-    "self_attn.indexer.weights_proj": "the indexer's head weights",
-    "self_attn": "the attention",
-    "input_layernorm": "the norm before the attention",
-    "post_attention_layernorm": "the norm before the MLP",
-    "mlp.gate_up_proj": "the dense MLP's gate and up projection",
-    "mlp.down_proj": "the dense MLP's down projection",
-    "mlp.gate": "the router",
-    "mlp.experts": "the routed experts",
-    "mlp.shared_experts.gate_up_proj": "the shared expert's gate and up projection",
-    "mlp.shared_experts.down_proj": "the shared expert's down projection",
-}
-_ENDS: Final[dict[str, str]] = {
-    "embed_tokens": "the embedding",
-    "lm_head": "the head",
-    "head": "the results behind the last layer",
-    "norm": "the final norm",
-    "rope_cos": "the rotary tables",
-    "rope_sin": "the rotary tables",
-    "step": "what all layers share (shapes and positions)",
-}
-_NAME = re.compile(rf"\b(?:layers\.\d+(?:\.[A-Za-z_]\w*)*|{'|'.join(_ENDS)})/[A-Z]\w*")
+from seekforge.exporter.models import FAMILIES, load_family
 
+#: Part of a node's name -> what it is, of all families. What is outside layers has no layer's number before it.
+_WORDS: Final = {name: words for known in FAMILIES for name, words in load_family(known).words().items()}
+_NAME = re.compile(r"\b(?:layers\.\d+(?:\.[A-Za-z_]\w*)*|[a-z]\w*)/[A-Z]\w*")
 
 #: What the compilers say when the scratch memory that they may use is too little. An allocation that fails at that
 #: very size is TensorRT-RTX's way of saying it; a larger one is the machine's fault.
@@ -62,9 +36,9 @@ def place(name: str, alike: int = 0) -> str | None:
     operator = re.sub(r"(?:_\d+)+$", "", operator)
     match = re.fullmatch(r"layers\.(\d+)(?:\.(.+))?", module)
     if match is None:
-        return f"{_ENDS[module]} (operator {operator})" if module in _ENDS else None
+        return f"{_WORDS[module]} (operator {operator})" if module in _WORDS else None
     part = match[2]
-    inside = "" if part is None else f", {_PARTS.get(part, part)}"
+    inside = "" if part is None else f", {_WORDS.get(part, part)}"
     others = f" (and {alike} {'layer' if alike == 1 else 'layers'} like it)" if alike else ""
     return f"layer {match[1]}{others}{inside} (operator {operator})"
 

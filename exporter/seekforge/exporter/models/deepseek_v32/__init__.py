@@ -1,1 +1,18 @@
 """DeepSeek-V3.2 in plain PyTorch, written for reading: the model that is traced, and the reference for parity."""
+
+from typing import Final
+
+from seekforge.exporter.models.deepseek_v32 import parameters
+from seekforge.exporter.models.family import Family
+
+FAMILY: Final = Family(
+    model_type="deepseek_v32",
+    package=__name__,
+    layer_tensors=parameters.layer_tensors,
+    end_tensors=parameters.end_tensors,
+    layer_parameters=parameters.layer_parameters,
+    end_parameters=parameters.end_parameters,
+    mtp_parameters=parameters.mtp_parameters,
+    codes=parameters.CODES,
+    places=parameters.PLACES,
+)

@@ -1,0 +1,57 @@
+"""What a model family tells the rest of the exporter. Light: what needs torch is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from seekforge.exporter.models.parameters import Parameter, Tensor
+from seekforge.formats.checkpoint.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: a folder beside this file.
+
+    Attributes:
+        model_type: of `config.json`.
+        package: dotted name of the folder. `models.weights`, for instance, is `weights` of it: see `module`.
+        layer_tensors: tensors of a layer in a checkpoint's order, those of the MTP layer included.
+        end_tensors: tensors before the first layer, and those behind the last one.
+        layer_parameters: parameters of a layer of a program, with a mixture of experts or without.
+        end_parameters: parameters outside layers.
+        mtp_parameters: what the MTP module has outside its layer, instead of parameters of that name outside layers.
+        codes: kind of weight -> the smallest codes that an int4 engine stores it in, or f32.
+        places: what nodes are named after beside modules -> the same in words.
+    """
+
+    model_type: str
+    package: str
+    layer_tensors: Callable[[ModelConfig, int], tuple[Tensor, ...]]
+    end_tensors: Callable[[ModelConfig], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    layer_parameters: Callable[[bool], tuple[Parameter, ...]]
+    end_parameters: Callable[[], tuple[Parameter, ...]]
+    mtp_parameters: Callable[[], tuple[Parameter, ...]]
+    codes: Mapping[str, str]
+    places: Mapping[str, str]
+
+    def module(self, name: str) -> ModuleType:
+        """Import a module of the family's folder, which may need torch."""
+        return importlib.import_module(f"{self.package}.{name}")
+
+    def mtp_copies(self, config: ModelConfig) -> dict[str, str]:
+        """Return the MTP layer's tensors that nothing reads -> those of the main model that they repeat."""
+        layer = config.mtp_layer
+        if layer is None:
+            return {}
+        prefix = f"model.layers.{layer}."
+        tensors = sorted(self.layer_tensors(config, layer), key=lambda tensor: tensor.name)
+        return {prefix + tensor.name: tensor.copy_of for tensor in tensors if tensor.copy_of is not None}
+
+    def words(self) -> dict[str, str]:
+        """Return module, below its layer or outside layers -> what it is, for messages."""
+        layers = (*self.layer_parameters(False), *self.layer_parameters(True))
+        named = {row.module: row.does for row in (*layers, *self.end_parameters(), *self.mtp_parameters())}
+        return named | dict(self.places)

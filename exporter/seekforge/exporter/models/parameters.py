@@ -1,0 +1,214 @@
+"""What a table of parameters consists of, and what follows from one: tensors of a checkpoint, recipes of a program.
+
+A family's `parameters` module (`deepseek_v32.parameters`, for instance) lists the tensors that a checkpoint holds and
+the parameters that a program makes of them. Everything else that is known about weights is derived from those rows:
+the schema of checkpoints and the MTP layer's copies (`checkpoint.schema`), random values (`checkpoint.new`), recipes
+(here), bytes and FLOPs (`sizing`), and the words for a module in messages (`builder.tensorrt.diagnostics`). No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.weight_recipes import (
+    Ranks,
+    Recipe,
+    cast,
+    concat,
+    dequantise,
+    reshape,
+    slice_,
+    split,
+    stack,
+    take,
+)
+
+#: How a matrix is divided among tensor-parallel ranks: not at all, by heads or columns, or by whole experts.
+Sharding = Literal["none", "tensor", "experts"]
+#: How random values of a tensor are drawn: see `checkpoint.new`.
+Draw = Literal["blocks", "branch", "paired_heads", "plain", "norm", "shift", "bias", "router", "embedding", "head"]
+#: The operator that multiplies with a weight as it is in a GPU engine, where there is one.
+Product = Literal["BlockFp8Linear", "Bf16Linear", ""]
+SCALE_SUFFIX = "_scale_inv"
+#: Stands for the number of an expert in a tensor's name.
+EXPERT = "{expert}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint, or one of each routed expert. An FP8 weight has a tensor of block scales beside it.
+
+    Attributes:
+        name: below `model.layers.N.`, or the whole name outside layers; `EXPERT` stands for the number of an expert.
+        shape: sizes, outermost first.
+        dtype: element type in the checkpoint.
+        sharding: what divides it among ranks.
+        axis: the axis along which a program's ranks divide it; None: each rank reads it whole.
+        count: number of such tensors, which is the number of experts where the name has one.
+        active: how many of them one token is multiplied with; 0 for what is no matrix product.
+        held: element type in which engines hold it; None: as it is in the checkpoint.
+        draw: how random values are drawn.
+        copy_of: the main model's tensor that this one of the MTP layer repeats.
+        is_head: whether only rows that get logits are multiplied with it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["f8e4m3", "bf16", "f32"] = "f8e4m3"
+    sharding: Sharding = "none"
+    axis: int | None = None
+    count: int = 1
+    active: int = 1
+    held: Literal["bf16", "f32"] | None = None
+    draw: Draw = "blocks"
+    copy_of: str | None = None
+    is_head: bool = False
+
+    @property
+    def module(self) -> str:
+        """The name without the `.weight` at its end."""
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a program, or a weight with its scales.
+
+    Attributes:
+        name: below `layers.N.`, or the whole name outside layers. `linear` and `experts` add their own endings.
+        form: what is made of the tensors. `linear`: FP8 matrices stacked by rows, with their scales. `value`: one
+            tensor as it is, bf16 in the dtype of activations. `per_head`: some rows of each head of an FP8 matrix,
+            dequantised. `experts`: FP8 matrices of all routed experts stacked, each of them of one or more by rows.
+        tensors: modules or names of `Tensor`s, in the order in which their rows are stacked.
+        does: what it is, for people.
+        op: the operator that multiplies with it.
+        rows: of `per_head`: which rows of each head of `kv_b_proj`.
+    """
+
+    name: str
+    form: Literal["linear", "value", "per_head", "experts"]
+    tensors: tuple[str, ...]
+    does: str
+    op: Product = ""
+    rows: Literal["keys", "values"] = "keys"
+
+    @property
+    def module(self) -> str:
+        """The module whose parameter it is."""
+        return self.name if self.form == "linear" else self.name.rpartition(".")[0] or self.name
+
+
+def expert_names(tensor: Tensor, prefix: str = "") -> list[str]:
+    """Return the names of all tensors that a row stands for."""
+    if EXPERT not in tensor.name:
+        return [prefix + tensor.name]
+    return [prefix + tensor.name.replace(EXPERT, str(expert)) for expert in range(tensor.count)]
+
+
+def in_order(tensors: Sequence[Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full name of every tensor in a checkpoint's order: all those of an expert, then the next expert's."""
+    routed = [tensor for tensor in tensors if EXPERT in tensor.name]
+    last = routed[-1] if routed else None
+    for tensor in tensors:
+        if EXPERT not in tensor.name:
+            yield prefix + tensor.name, tensor
+        elif tensor is last:
+            for names in zip(*(expert_names(one, prefix) for one in routed), strict=True):
+                yield from zip(names, routed, strict=True)
+
+
+def scale_shape(shape: Iterable[int]) -> tuple[int, int]:
+    """Return the shape of the block scales of an FP8 weight [N, K]: [⌈N/128⌉, ⌈K/128⌉]."""
+    n, k = shape
+    return -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)
+
+
+def recipes_of(
+    parameters: Iterable[Parameter],
+    tensors: Iterable[Tensor],
+    config: ModelConfig,
+    *,
+    source: str,
+    target: str,
+    dtype: str,
+    ranks: Ranks,
+) -> dict[str, Recipe]:
+    """Return the recipes of some parameters.
+
+    Args:
+        parameters: rows of the program.
+        tensors: rows of the checkpoint that they name, and others.
+        config: of the model.
+        source: prefix of the tensors' names.
+        target: prefix of the parameters' names.
+        dtype: of activations.
+        ranks: that share the model.
+    """
+    named = {key: tensor for tensor in tensors for key in (tensor.name, tensor.module)}
+    result: dict[str, Recipe] = {}
+    for row in parameters:
+        rows, name = [named[part] for part in row.tensors], target + row.name
+        if row.form == "linear":
+            weights, scales = zip(*(_pair(tensor, source + tensor.name, ranks) for tensor in rows), strict=True)
+            _check_blocks(rows)
+            result[f"{name}.weight"] = _stacked(weights)
+            result[f"{name}.weight_scale"] = _stacked(scales)
+        elif row.form == "experts":
+            result[name], result[f"{name}_scale"] = _experts(rows, source, ranks)
+        elif row.form == "per_head":
+            result[name] = _per_head(row, rows[0], config, source, dtype, ranks)
+        else:
+            whole = take(source + rows[0].name, rows[0].shape, rows[0].dtype)
+            result[name] = cast(whole, dtype) if rows[0].dtype == "bf16" else whole
+    return result
+
+
+def _pair(tensor: Tensor, name: str, ranks: Ranks) -> tuple[Recipe, Recipe]:
+    """Return the recipes of an FP8 matrix and of its block scales, or of each rank's part of them."""
+    weight = take(name, tensor.shape, tensor.dtype)
+    scale = take(name + SCALE_SUFFIX, scale_shape(tensor.shape), "f32")
+    if tensor.axis is None:
+        return weight, scale
+    over = "tp" if tensor.sharding == "experts" else "all"
+    return split(weight, tensor.axis, over, ranks), split(scale, tensor.axis, over, ranks)
+
+
+def _check_blocks(rows: Sequence[Tensor]) -> None:
+    """Every matrix but the last has a multiple of 128 rows, so that each starts on a block."""
+    assert all(tensor.shape[0] % FP8_BLOCK == 0 for tensor in rows[:-1]), rows
+
+
+def _stacked(parts: Sequence[Recipe]) -> Recipe:
+    return parts[0] if len(parts) == 1 else concat(parts)
+
+
+def _experts(rows: Sequence[Tensor], source: str, ranks: Ranks) -> tuple[Recipe, Recipe]:
+    """Return the recipes of stacked matrices and scales; experts are dealt out to groups of ranks."""
+    columns = [[_pair(tensor, name, ranks) for name in expert_names(tensor, source)] for tensor in rows]
+    pairs = list(zip(*columns, strict=True))
+    weights, scales = (stack(_stacked([part[which] for part in parts]) for parts in pairs) for which in (0, 1))
+    return split(weights, 0, "ep", ranks), split(scales, 0, "ep", ranks)
+
+
+def _per_head(row: Parameter, tensor: Tensor, config: ModelConfig, source: str, dtype: str, ranks: Ranks) -> Recipe:
+    nope, size = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
+    matrix = take(source + tensor.name, tensor.shape, tensor.dtype)
+    scale = take(source + tensor.name + SCALE_SUFFIX, scale_shape(tensor.shape), "f32")
+    per_head = reshape(dequantise(matrix, scale, dtype), (config.num_attention_heads, size, tensor.shape[1]))
+    start, stop = (0, nope) if row.rows == "keys" else (nope, size)
+    return split(slice_(per_head, 1, start, stop), 0, "all", ranks)
+
+
+def linear_shapes_of(
+    parameters: Iterable[Parameter], tensors: Iterable[Tensor], op: str, tp: int
+) -> Iterator[tuple[int, int]]:
+    """Yield (out features, in features) of the matrices that an operator multiplies with on one of `tp` ranks."""
+    named = {key: tensor for tensor in tensors for key in (tensor.name, tensor.module)}
+    for parameter in parameters:
+        if parameter.op == op:
+            rows = [named[name] for name in parameter.tensors]
+            n, k = sum(tensor.shape[0] for tensor in rows), rows[0].shape[1]
+            yield (n // tp if rows[0].axis == 0 else n), (k // tp if rows[0].axis == 1 else k)
