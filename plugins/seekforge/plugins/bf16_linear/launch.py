@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Final
 
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, Workspace, is_datacentre, most_rows
+from seekforge.plugins.linear_tile import GROUP, Tile
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ()
@@ -28,32 +29,6 @@ MAX_SPLITS, MAX_LARGE_SPLITS, LARGE_TILES, SPLIT_ROWS = 16, 8, 8, 2048
 BLOCK_K, COMBINE_BLOCK = 64, 1024
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How one product is cut.
-
-    Attributes:
-        block_t: tokens per tile.
-        block_n: out features per tile.
-        swap: whether out features are the M side.
-        splits: parts of K.
-        num_warps: per program.
-        num_stages: of the load pipeline.
-    """
-
-    block_t: int
-    block_n: int
-    swap: bool
-    splits: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def name(self) -> str:
-        """Name of the variant, which is the same for any number of splits."""
-        return f"{'swap' if self.swap else 'tile'}-{self.block_t}x{self.block_n}"
-
-
 def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
     """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`.
 
@@ -66,7 +41,7 @@ def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
     if not few:
         blocks, most = blocks * LARGE_TILES, MAX_LARGE_SPLITS
     splits = max(1, min(cdiv(SPLIT_BLOCKS, blocks), most, k // BLOCK_K)) if rows <= SPLIT_ROWS else 1
-    return Tile(tile.block_t, tile.block_n, tile.swap, splits, tile.num_warps, tile.num_stages)
+    return replace(tile, splits=splits)
 
 
 def _small(block_t: int, sm: int) -> Tile:
@@ -101,7 +76,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "BLOCK_T": tile.block_t,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": BLOCK_K,
-            "GROUP": 8,
+            "GROUP": GROUP,
             "SWAP": tile.swap,
         }
         found.append(
@@ -144,7 +119,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
         "K": k,
         "splits": tile.splits,
     }
-    launches = [Launch(tile.name, (cdiv(rows, tile.block_t) * cdiv(n, tile.block_n), tile.splits, 1), arguments)]
+    launches = [Launch(tile.name, tile.grid(rows, n), arguments)]
     if parts is not None:
         sums: dict[str, Buffer | int | float] = {
             "part_ptr": parts,

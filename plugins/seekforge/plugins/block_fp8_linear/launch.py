@@ -19,6 +19,7 @@ from seekforge.plugins.kernels.launch_plan import (
     is_datacentre,
     most_rows,
 )
+from seekforge.plugins.linear_tile import GROUP, Tile
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("act_quant",)
@@ -31,33 +32,6 @@ SMALL_ROWS: Final = 64
 SPLIT_BLOCKS, MAX_SPLITS = 264, 16
 #: Rows per program of the quantiser, elements per program of the sum over splits.
 QUANTISE_ROWS, COMBINE_BLOCK = 8, 1024
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one product is cut.
-
-    Attributes:
-        block_t: tokens per tile.
-        block_n: out features per tile.
-        swap: whether out features are the M side.
-        splits: parts of K.
-        num_warps: per program.
-        num_stages: of the load pipeline.
-    """
-
-    block_t: int
-    block_n: int
-    swap: bool
-    splits: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def name(self) -> str:
-        """Name of the variant."""
-        side = "swap" if self.swap else "tile"
-        return f"{side}-{self.block_t}x{self.block_n}" + ("-split" if self.splits > 1 else "")
 
 
 def choose_splits(n: int, k: int) -> int:
@@ -85,6 +59,11 @@ def _large(sm: int) -> Tile:
         return Tile(128, 128, False, 1, 8, 3)
     # 99 KiB of shared memory, mma.sync
     return Tile(64, 128, False, 1, 4 if has_fp8(sm) else 8, 3)
+
+
+def _variant(tile: Tile) -> str:
+    """Return the name of a tile's kernel: one of splits writes its parts in FP32."""
+    return tile.name + ("-split" if tile.splits > 1 else "")
 
 
 def check(statics: Mapping[str, Any]) -> None:
@@ -116,7 +95,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         constants = {
             "BLOCK_T": tile.block_t,
             "BLOCK_N": tile.block_n,
-            "GROUP": 8,
+            "GROUP": GROUP,
             "SWAP": tile.swap,
             "QUANT": quant,
             "FP8": fp8,
@@ -124,7 +103,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         }
         found.append(
             Variant(
-                tile.name, "linear_kernel", types, constants, aligned=("K",),
+                _variant(tile), "linear_kernel", types, constants, aligned=("K",),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
             )
         )  # fmt: skip
@@ -199,8 +178,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
         "K": k,
         "splits": tile.splits,
     }
-    grid = (cdiv(rows, tile.block_t) * cdiv(n, tile.block_n), tile.splits, 1)
-    launches.append(Launch(tile.name, grid, arguments))
+    launches.append(Launch(_variant(tile), tile.grid(rows, n), arguments))
     if scratch.parts is not None:
         sums: dict[str, Buffer | int | float] = {
             "part_ptr": scratch.parts,
