@@ -16,7 +16,7 @@ from seekforge.runtime.cli import main as cli
 from seekforge.runtime.cli.output_paths import OUTPUTS
 
 #: Paths that commands read. A new one belongs here or among `OUTPUTS`.
-READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "dumps"}
+READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "from_dump"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from seekforge.common import requirements
 from seekforge.common.requirements import (
@@ -169,3 +170,11 @@ def test_outside_of_a_source_tree_the_installed_metadata_counts(
         assert [one.name for one in declared()["export"]] == ["torch", "onnx-ir"], "somebody else's tree"
     finally:
         declared.cache_clear()
+
+
+def test_a_source_tree_that_is_not_installed_has_the_version_of_its_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "installed", lambda package: None)
+    version = Version(requirements.own_version())
+    assert version.public == PROJECT["version"] and version.local == "source"
+    monkeypatch.setattr(requirements, "_PROJECT_FILE", Path("/nowhere"))
+    assert Version(requirements.own_version()).local == "source"

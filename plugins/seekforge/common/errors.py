@@ -53,6 +53,10 @@ class RequestError(SeekforgeError, ValueError):
     """A generation request cannot be served: empty prompt, too long, bad sampling parameter."""
 
 
+class OptionError(SeekforgeError, ValueError):
+    """An option has a value that it does not take, is missing, or does not go with another: wrong usage."""
+
+
 class OutputError(SeekforgeError):
     """A result cannot be written: folder not empty, disk full, no permission."""
 

@@ -48,6 +48,15 @@ def declared() -> Requirements:
         return {}
 
 
+def own_version() -> str:
+    """Return the version of this seekforge: that of its source tree, marked so, where it is not installed."""
+    found = installed(OURSELVES)
+    if found is not None:
+        return found
+    project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"] if _PROJECT_FILE.is_file() else {}
+    return f"{project.get('version', '0')}+source"
+
+
 def parse(lines: Iterable[str]) -> Requirements:
     """Group the requirement lines of a distribution's metadata by extra."""
     by_extra: dict[str, list[str]] = {"": []}

@@ -12,10 +12,10 @@ import yaml
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-import seekforge.exporter.builder.cli as cli
 import seekforge.exporter.builder.onnxruntime.build as engine
 from seekforge.common.errors import EnvironmentFault, OutputError, SeekforgeError, TargetError
 from seekforge.common.files import check_vacant, write_json
+from seekforge.exporter.builder import api
 from seekforge.exporter.builder.cli import build
 from seekforge.exporter.builder.request import fit_limits, size_words
 from seekforge.exporter.builder.tensorrt.audit_page import show_audit
@@ -196,7 +196,7 @@ def test_a_dry_run_says_what_is_missing_here(
 
     monkeypatch.setattr("seekforge.plugins.tensorrt.library.load", no_library)
     monkeypatch.setattr("seekforge.plugins.kernels.aot.compiler", no_compiler)
-    monkeypatch.setattr(cli, "_sms_here", lambda: [90])
+    monkeypatch.setattr(api, "_sms_here", lambda: [90])
     given = [tiny_programs["fp8"], tmp_path / "x", "--target"]
     library, gpu, compiler = dry(*given, "a100-80g")["missing"]
     assert library == "tensorrt is not installed" and compiler.startswith("triton is not installed")
@@ -217,12 +217,12 @@ def test_the_gpus_here_are_those_that_nvidia_smi_lists(
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\nprintf '%s' '{answer}'\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(cli.shutil, "which", lambda name: str(tool))
-    assert cli._sms_here() == sms
+    monkeypatch.setattr(api.shutil, "which", lambda name: str(tool))
+    assert api._sms_here() == sms
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert cli._sms_here() == []
-    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
-    assert cli._sms_here() == []
+    assert api._sms_here() == []
+    monkeypatch.setattr(api.shutil, "which", lambda name: None)
+    assert api._sms_here() == []
 
 
 # --- what an engine says of itself ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.support.parity_faults import (
     split_products,
 )
 
+from seekforge.common.requirements import declared
 from seekforge.exporter.parity.sides import engine as engine_side
 from seekforge.exporter.parity.sides.engine import EngineSide
 from seekforge.exporter.program.export import export
@@ -211,6 +213,17 @@ def test_numerics_that_differ_are_shown_as_a_cost(tiny_engines: dict[str, Path],
 
 
 @pytest.mark.slow
+def test_without_transformers_nothing_runs_and_the_line_says_what_to_install(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    monkeypatch.setattr(EngineSide, "dump", lambda *args, **kwargs: pytest.fail("the engine ran"))
+    line = refuse(tiny_engines["exact"], "--checkpoint", tiny_checkpoint, "--against", "transformers", *FEW[:2])
+    (wanted,) = [one for one in declared()["dev"] if one.name == "transformers"]
+    ranges = ",".join(sorted(map(str, wanted.specifier), reverse=True))
+    assert f"transformers, which is not installed; pip install 'transformers{ranges}'" in line
+
+
 def test_transformers_is_a_side(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     pytest.importorskip("transformers")
     args = (tiny_engines["exact"], "--checkpoint", tiny_checkpoint, "--against", "transformers")

@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+import seekforge
 from seekforge.common.errors import OutputError
 from seekforge.common.requirements import parse
 from seekforge.runtime.cli import doctor as doctor_module
@@ -41,7 +42,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
 
 
 def test_version() -> None:
-    assert invoke("--version").stdout == f"seekforge {cli.version()}\n"
+    assert invoke("--version").stdout == f"seekforge {seekforge.__version__}\n"
 
 
 def test_an_unknown_command_suggests_near_ones() -> None:

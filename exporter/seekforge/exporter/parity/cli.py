@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
-import torch
 from click.core import ParameterSource
 
 from seekforge.common.cli.console import Stages, console
@@ -23,23 +21,11 @@ from seekforge.common.cli.options import (
     threads_option,
 )
 from seekforge.common.cli.terminal import echo, write_json
-from seekforge.common.files import atomic_folder
-from seekforge.common.temporary import temporary_folder
-from seekforge.exporter.checkpoint.source import resolve
-from seekforge.exporter.parity.inputs import Asked
-from seekforge.exporter.parity.report.page import render
-from seekforge.exporter.parity.report.terminal import print_terminal
-from seekforge.exporter.parity.report.to_json import to_json
-from seekforge.exporter.parity.sources import from_dumps, from_engine, reference_only
-from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
-from seekforge.formats.dump import Dump
+from seekforge.common.errors import OptionError
+from seekforge.exporter.parity import api
+from seekforge.exporter.parity.refusals import refuse_unused
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.parity_steps import MODES
-
-#: Options that a way of comparing has no use for, by name of their parameter. A flag that is taken is a promise.
-_ENGINE_ALONE = ("against", "layers", "sensitivity", "max_dump_size", "write_self_check")
-_TORCH_ALONE = ("layers", "sensitivity", "numerics", "without", "max_dump_size")
-_STEPS = ("prompts", "contexts", "modes", "seed")
 
 
 @command(
@@ -81,7 +67,7 @@ _STEPS = ("prompts", "contexts", "modes", "seed")
     show_default=True,
     help="Tap all layers only if that takes no more; else bisect.",
 )
-@click.option("--from-dump", "dumps", type=click.Path(path_type=Path), multiple=True, help="Compare dumps; twice.")
+@click.option("--from-dump", type=click.Path(path_type=Path), multiple=True, help="Compare dumps; twice.")
 @click.option("--save", type=click.Path(path_type=Path), help="Keep the dumps of both sides in this folder.")
 @click.option("--force", is_flag=True, help="Replace what an earlier check wrote at --save.")
 @click.option(
@@ -94,57 +80,25 @@ _STEPS = ("prompts", "contexts", "modes", "seed")
 @seed_option("Of random prompts.", default=0)
 @click.option("--quiet", is_flag=True, help="Print nothing: the exit code is the verdict.")
 @click.pass_context
-def parity(
-    ctx: click.Context,
-    engine: Path | None,
-    dumps: tuple[Path, ...],
-    save: Path | None,
-    force: bool,
-    write_self_check: bool,
-    html: Path | None,
-    as_json: bool,
-    brief: bool,
-    quiet: bool,
-    threads: int | None,
-    **options: object,
-) -> None:
+def parity(ctx: click.Context, engine: Path | None, *, as_json: bool, brief: bool, quiet: bool, **options: Any) -> None:
     """Prove that ENGINE computes what PyTorch computes, or find the first place where it does not.
 
     Exit code 0: passed, 1: a gate failed, 2: bad input. Every gate says why it is what it is.
     """
     _refuse_unused(ctx)
-    if options["checkpoint"] is not None:
-        options["checkpoint"] = resolve(str(options["checkpoint"]), quiet=quiet or as_json)
-    asked = Asked(engine=engine, threads=threads, write_self_check=write_self_check, **options)  # pyright: ignore
-    stages = Stages(quiet=quiet or as_json)
-    if threads:
-        torch.set_num_threads(threads)
-    stored = False
-    with _workspace(save, force) as work:
-        if dumps:
-            result = from_dumps(dumps, asked, work, stages)
-        elif engine is None:
-            reference_only(asked, save, work, stages)
-            stages.done()
-            if not quiet:
-                echo(f"wrote {save}: reference, noise and plan.json of the PyTorch side")
-            return
-        else:
-            result = from_engine(engine, asked, work, stages)
-            stored = write_self_check and result.passed
-            if stored:
-                stages("write self-check")
-                sides = Dump.open(work / "judged"), Dump.open(work / "reference")
-                store_self_check(engine, *sides, f"{asked.against}, by parity")
-    stages.done()
-    report = to_json(result)
-    done = {"dumps": save, "report": html, "self-check, compared at each start": engine if stored else None}
-    if html is not None:
-        html.write_text(render(report), encoding="utf-8")
+    result = api.parity(engine, progress=Stages(quiet=quiet or as_json), **options)
+    if result.report is None:
+        if not quiet:
+            echo(f"wrote {result.dumps}: reference, noise and plan.json of the PyTorch side")
+        return
     if as_json:
-        write_json(report)
+        write_json(result.to_json())
     elif not quiet:
-        print_terminal(console(), report, brief=brief)
+        from seekforge.exporter.parity.report.terminal import print_terminal
+
+        print_terminal(console(), result.report, brief=brief)
+        stored = engine if result.stored_self_check else None
+        done = {"dumps": result.dumps, "report": result.html, "self-check, compared at each start": stored}
         for what, where in done.items():
             if where is not None:
                 echo(f"{what}: {where}")
@@ -152,47 +106,18 @@ def parity(
         sys.exit(1)
 
 
-@contextlib.contextmanager
-def _workspace(save: Path | None, force: bool) -> Iterator[Path]:
-    """The folder that dumps go to: kept at `save`, else temporary."""
-    if save is not None:
-        with atomic_folder(save, force=force, marker="plan.json") as folder:
-            yield folder
-        return
-    with temporary_folder("seekforge-parity") as folder:
-        yield folder
-
-
 def _refuse_unused(ctx: click.Context) -> None:
-    """Refuse options that would be taken and then do nothing.
+    """Refuse options that would be taken and then do nothing, also such as have the value of their default.
 
     Raises:
-        UsageError: names the first.
+        OptionError: names the first.
     """
-    given = {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     options = ctx.params
-
-    def refuse(names: Iterable[str], why: str) -> None:
-        for name in names:
+    given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    refuse_unused(given, options)
+    if options["engine"] is None and not options["from_dump"]:
+        for name, option in (("as_json", "--json"), ("brief", "--brief")):
             if name in given:
-                option = next(parameter.opts[0] for parameter in ctx.command.params if parameter.name == name)
-                raise click.UsageError(f"{option} {why}")
-
-    if options["dumps"]:
-        if options["engine"] is not None:
-            raise click.UsageError("--from-dump takes one or two dumps and no ENGINE")
-        refuse(_ENGINE_ALONE, "needs an ENGINE to run; dumps show what they show")
-        refuse(_STEPS, "says what to run; a dump has run its own steps")
-        if options["checkpoint"] is None:
-            refuse(("numerics", "without"), "says how PyTorch computes, which needs --checkpoint")
-    elif options["engine"] is None:
-        refuse(_ENGINE_ALONE, "needs an ENGINE")
-        refuse(("html", "as_json", "brief", "max_kl"), "is about a comparison; without ENGINE there is none")
-    elif options["against"] != "torch":
-        refuse(_TORCH_ALONE, "needs --against torch")
-        if options["against"] != "transformers":
-            refuse(("write_self_check",), "needs --against torch or transformers")
-    if options["save"] is None:
-        refuse(("force",), "replaces what stands at --save; give that too")
-    if options["as_json"]:
-        refuse(("brief",), "shortens the tables; --json prints everything")
+                raise OptionError(f"{option} is about a comparison; without ENGINE there is none")
+    if options["as_json"] and options["brief"]:
+        raise OptionError("--brief shortens the tables; --json prints everything")

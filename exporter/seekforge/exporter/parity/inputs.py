@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 
 from seekforge.common.dtypes import widen
-from seekforge.common.errors import ConfigError
+from seekforge.common.errors import ConfigError, OptionError
 from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import expected_tensors
@@ -58,7 +57,7 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
 
     Raises:
         ConfigError: a context is longer than `longest`, or an option is malformed.
-        UsageError: two options exclude each other.
+        OptionError: two options exclude each other.
     """
     modes: tuple[Mode, ...] = tuple(mode for mode in MODES if mode in asked.modes)
     who = "model" if asked.engine is None else "engine"
@@ -66,7 +65,7 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
     contexts: tuple[int, ...] = ()
     if asked.prompts is not None:
         if asked.contexts:
-            raise click.UsageError("--prompts has its own lengths; drop --contexts")
+            raise OptionError("--prompts has its own lengths; drop --contexts")
         prompts = _read_prompts(asked.prompts, tokenizer)
         most = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         if len(prompts[most]) > longest:
@@ -162,10 +161,10 @@ def need_checkpoint(asked: Asked, what: str) -> Path:
     """Return the checkpoint's folder.
 
     Raises:
-        UsageError: there is none.
+        OptionError: there is none.
     """
     if asked.checkpoint is None:
-        raise click.UsageError(f"{what} needs --checkpoint, the folder with the weights")
+        raise OptionError(f"{what} needs --checkpoint, the folder with the weights")
     return asked.checkpoint
 
 

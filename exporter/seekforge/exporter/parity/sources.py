@@ -9,9 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import click
-
-from seekforge.common.errors import ConfigError, OutputError
+from seekforge.common.errors import ConfigError, OptionError, OutputError
 from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.models.deepseek_v32.step import Settings
@@ -20,6 +18,8 @@ from seekforge.exporter.parity.compare.dumps import check_comparable, check_pair
 from seekforge.exporter.parity.compare.operations import OpRecord
 from seekforge.exporter.parity.inputs import Asked, need_checkpoint, numerics_of, open_source, plan_of, range_of
 from seekforge.exporter.parity.sides.engine import EngineSide
+from seekforge.exporter.parity.sides.torch_walks import Walker, sensitivity, without
+from seekforge.exporter.parity.sides.transformers import check_installed, write_oracle_dump
 from seekforge.exporter.parity.torch_walks import Walker, sensitivity, without
 from seekforge.exporter.parity.write_self_check import stored_step
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -35,8 +35,10 @@ def from_engine(engine: Path, asked: Asked, work: Path, stages: Say) -> Result:
     """Run an engine, and compare it with what `asked.against` names; dumps go to `work`.
 
     Raises:
-        UsageError, ConfigError, OutputError: what was asked cannot be; before anything runs.
+        OptionError, ConfigError, OutputError, EnvironmentFault: what was asked cannot be; before anything runs.
     """
+    if asked.against == "transformers":
+        check_installed()
     side = EngineSide(engine, work, asked.threads, asked.checkpoint)
     manifest = side.manifest
     config = ModelConfig.parse(manifest.config, str(engine / MANIFEST))
@@ -119,8 +121,6 @@ def _sensitivity(
 def _with_transformers(
     side: EngineSide, plan: Plan, settings: Settings, asked: Asked, work: Path, stages: Say
 ) -> Result:
-    from seekforge.exporter.parity.sides.transformers import write_oracle_dump
-
     folder = need_checkpoint(asked, "--against transformers")
     stages("transformers")
     (work / "reference").mkdir()
@@ -167,14 +167,14 @@ def from_dumps(folders: Sequence[Path], asked: Asked, work: Path, stages: Say) -
     """Compare two dumps, or one with PyTorch; with a checkpoint, PyTorch judges the operations of the first.
 
     Raises:
-        UsageError, ConfigError: they do not go together, or a checkpoint is missing.
+        OptionError, ConfigError: they do not go together, or a checkpoint is missing.
     """
     if len(folders) > 2:
-        raise click.UsageError(f"--from-dump was given {len(folders)} times; it takes one or two dumps")
+        raise OptionError(f"--from-dump was given {len(folders)} times; it takes one or two dumps")
     judged = Dump.open(folders[0])
     second = Dump.open(folders[1]) if len(folders) == 2 else None
     if asked.checkpoint is None and second is None:
-        raise click.UsageError("one --from-dump needs --checkpoint, or a second --from-dump to compare with")
+        raise OptionError("one --from-dump needs --checkpoint, or a second --from-dump to compare with")
     (work / "plan.json").write_text(judged.plan.model_dump_json(), encoding="utf-8")
     config = ModelConfig.parse(judged.side.config, str(folders[0]))
     settings = Settings(config, numerics_of(asked, judged.side.numerics), judged.side.activations)  # pyright: ignore
@@ -208,12 +208,10 @@ def reference_only(asked: Asked, save: Path | None, work: Path, stages: Say) -> 
     """No engine: write the PyTorch side, to be compared with an engine's dump made elsewhere.
 
     Raises:
-        UsageError, ConfigError: there is no `save` or no checkpoint, or the steps cannot be.
+        OptionError, ConfigError: there is no `save` or no checkpoint, or the steps cannot be.
     """
     if save is None:
-        raise click.UsageError(
-            "without ENGINE and --from-dump there is nothing to compare; --save writes PyTorch's side"
-        )
+        raise OptionError("without ENGINE and --from-dump there is nothing to compare; --save writes PyTorch's side")
     folder = need_checkpoint(asked, "--save without ENGINE")
     with open_checkpoint(folder) as opened:
         config = opened.config

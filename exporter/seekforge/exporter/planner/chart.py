@@ -46,6 +46,11 @@ class Row:
     work: Workload
     found: Answer | None
 
+    @property
+    def fits(self) -> bool:
+        """Whether there is a layout that holds the workload."""
+        return self.found is not None and self.found.fits
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from seekforge.common.cli.charts import check_chart, tokens
+from seekforge.common.cli.charts import tokens
 from seekforge.common.cli.console import Column, Table, console
 from seekforge.common.cli.options import (
     Whole,
@@ -20,32 +20,13 @@ from seekforge.common.cli.options import (
     list_option,
 )
 from seekforge.common.cli.terminal import echo, write_json
-from seekforge.common.configs import known, load_yaml
-from seekforge.common.errors import ConfigError, TargetError
-from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.option_types import MODEL, TARGET
-from seekforge.exporter.planner.answer import GPU_COUNTS, Answer, Question, answer, best, fewest, nearest_count
-from seekforge.exporter.planner.chart import Row, write_plan_chart
-from seekforge.exporter.sizing.memory import (
-    GIB,
-    KvFormat,
-    Layout,
-    Precision,
-    RankMemory,
-    Workload,
-    active_parameters,
-    cache_bytes_per_token,
-    checkpoint_bytes,
-    fault_of,
-    num_parameters,
-    weight_bytes,
-)
-from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.targets import TargetConfig, all_targets, load_target
+from seekforge.exporter.planner import api
+from seekforge.exporter.planner.answer import GPU_COUNTS, Answer
+from seekforge.exporter.planner.api import PlanResult
+from seekforge.exporter.planner.chart import Row
+from seekforge.exporter.sizing.memory import GIB, RankMemory
 
-_CONTEXTS = (1024, 8192, 32768, 64512, 128000, 163840)
-#: Contexts that a chart marks when none are asked for, of those below.
-_MARKED = (1024, 64512, 128000)
 #: Columns of a breakdown, by the parts of `RankMemory`.
 _PARTS = {
     "weights": "weights",
@@ -68,7 +49,7 @@ _PARTS = {
     ),
 )
 @click.argument("model", type=MODEL)
-@list_option("--target", "names", type=TARGET, help="GPUs of 'seekforge targets', or YAML files. Default: all.")
+@list_option("--target", type=TARGET, help="GPUs of 'seekforge targets', or YAML files. Default: all.")
 @click.option("--num-gpus", type=Whole(1), help="Exactly so many. Default: the fewest that fit.")
 @click.option("--tp", type=Whole(1), help="Tensor parallel ranks (with --target).")
 @click.option("--dp", type=Whole(1), help="Attention replicas; experts over all of them.")
@@ -77,7 +58,6 @@ _PARTS = {
 @click.option("--batch-size", type=Whole(1), default=1, show_default=True, help="Sequences at once.")
 @list_option(
     "--precision",
-    "precisions",
     type=click.Choice(["fp8", "bf16"]),
     metavar="fp8,bf16",
     help="Of weights. Default: both.",
@@ -87,23 +67,7 @@ _PARTS = {
 @click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw GPUs and memory: .png or .svg.")
 @click.option("--all", "everything", is_flag=True, help="Without --target too: every context, both precisions.")
 @json_option
-def plan(
-    model: str,
-    *,
-    names: tuple[str, ...],
-    num_gpus: int | None,
-    tp: int | None,
-    dp: int | None,
-    pp: int | None,
-    contexts: tuple[int, ...],
-    batch_size: int,
-    precisions: tuple[Precision, ...],
-    kv_cache_dtype: KvFormat,
-    mtp: bool,
-    chart: Path | None,
-    everything: bool,
-    as_json: bool,
-) -> None:
+def plan(model: str, *, everything: bool, as_json: bool, **options: Any) -> None:
     """Say which GPUs, and how many, MODEL needs, for which contexts and batches, and how fast they can be at best.
 
     MODEL is a checkpoint folder, a config.json, a Hugging Face repository (of which config.json is read), or a name of
@@ -112,167 +76,35 @@ def plan(
     Without --target it prints one line per GPU: the fewest of them that hold the longest context. --json always gives
     every answer.
     """
-    if chart is not None:
-        check_chart(chart)
-    config = read_config(model)
-    lengths = within(contexts, config) or [one for one in _CONTEXTS if one <= config.max_position_embeddings]
-    targets = [load_target(name) for name in dict.fromkeys(names)] or [
-        target for target in all_targets() if target.gpu is not None
-    ]
-    for target in targets:
-        if target.gpu is None:
-            raise TargetError(f"target {target.name} is no GPU; 'seekforge plan' sizes GPUs")
-    if mtp and config.mtp_layer is None:
-        raise ConfigError(f"{model}: has no MTP module (num_nextn_predict_layers is 0); leave --mtp out")
-    layout = _layout(tp, dp, pp, num_gpus, config)
-    wanted: Iterable[Precision] = dict.fromkeys(precisions) or ("fp8", "bf16")
-    questions = [Question(precision, kv_cache_dtype, mtp) for precision in wanted]
-    rows: list[Row] = []
-    for question in questions:
-        for target in targets:
-            for length in lengths or [config.max_position_embeddings]:
-                work = Workload(length, batch_size, target.limits.max_num_batched_tokens, 1 if mtp else 0)
-                found = _answer(config, target, work, question, layout, num_gpus)
-                rows.append(Row(question, target, work, found))
-    if chart is not None:
-        marked = lengths if contexts else [one for one in _MARKED if one in lengths] or lengths
-        write_plan_chart(chart, config, rows, model=Path(model).name, marked=marked)
+    result = api.plan(model, **options)
     if as_json:
-        write_json(_json(config, rows, kv_cache_dtype, mtp=mtp), indent=1)
+        write_json(result.to_json(), indent=1)
         return
-    if names or everything or contexts:
-        _print(config, rows, kv_cache_dtype, mtp=mtp)
+    if options["target"] or options["contexts"] or everything:
+        _print(result)
     else:
-        _print_best([row for row in rows if precisions or row.question.precision == questions[0].precision], config)
-    if chart is not None:
-        echo(f"wrote {chart}")
+        first = result.answers[0].question.precision
+        _print_best(result, [row for row in result.answers if options["precision"] or row.question.precision == first])
+    if options["chart"] is not None:
+        echo(f"wrote {options['chart']}")
 
 
-def read_config(model: str) -> ModelConfig:
-    """Return the config of a folder, a config.json, a repository of the hub, or a name of configs/models.
-
-    Raises:
-        ConfigError: nothing of that name, or not a model that seekforge does.
-    """
-    path = Path(model)
-    if path.exists():
-        return ModelConfig.load(path)
-    if parse_repo(model) is not None:
-        with headers(model, config_only=True) as folder:
-            return ModelConfig.load(folder)
-    raw = load_yaml("models", model)
-    if raw is None:
-        raise ConfigError(
-            f"{model}: neither a folder, nor a config.json, nor a name of configs/models "
-            f"({', '.join(known('models'))}), nor a Hugging Face repository (OWNER/NAME)"
-        )
-    return ModelConfig.parse(raw["config"], f"configs/models/{model}.yaml")
-
-
-def within(contexts: Iterable[int], config: ModelConfig) -> list[int]:
-    """Return contexts in ascending order, each once.
-
-    Raises:
-        ConfigError: one is longer than the model can.
-    """
-    most = config.max_position_embeddings
-    for context in contexts:
-        if context > most:
-            raise ConfigError(
-                f"--contexts {tokens(context)}: the model ends at {most} tokens ({tokens(most)}, "
-                "max_position_embeddings)"
-            )
-    return sorted(set(contexts))
-
-
-def _layout(tp: int | None, dp: int | None, pp: int | None, num_gpus: int | None, config: ModelConfig) -> Layout | None:
-    if tp is None and dp is None and pp is None:
-        if num_gpus is not None and (nearest := nearest_count(num_gpus, config)) != num_gpus:
-            raise ConfigError(f"--num-gpus {num_gpus}: no layout has so many GPUs; the nearest count is {nearest}")
-        return None
-    layout = Layout(tp or 1, dp or 1, pp or 1)
-    fault = fault_of(layout, config)
-    if fault is not None:
-        raise ConfigError(f"{layout}: {fault}; choose other --tp, --dp or --pp")
-    if num_gpus not in (None, layout.num_gpus):
-        raise ConfigError(f"{layout} is {layout.num_gpus} GPUs, --num-gpus says {num_gpus}; leave one of them out")
-    return layout
-
-
-def _answer(
-    config: ModelConfig,
-    target: TargetConfig,
-    work: Workload,
-    question: Question,
-    layout: Layout | None,
-    num_gpus: int | None,
-) -> Answer | None:
-    if layout is not None:
-        return answer(config, target, layout, work, question)
-    if num_gpus is not None:
-        return best(config, target, num_gpus, work, question)
-    return fewest(config, target, work, question)
-
-
-def _json(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bool) -> dict[str, Any]:
-    return {
-        "model": {
-            "parameters": num_parameters(config, mtp=mtp),
-            "active_parameters": active_parameters(config),
-            "checkpoint_bytes": checkpoint_bytes(config),
-            "weight_bytes": {p: weight_bytes(config, mtp=mtp, precision=p) for p in ("fp8", "bf16")},
-            "cache_bytes_per_token": _cache_bytes_per_token(config, kv_format, mtp=mtp),
-        },
-        "answers": [
-            {
-                "target": row.target.name,
-                "precision": row.question.precision,
-                "kv_cache_dtype": row.question.kv_format,
-                "mtp": row.question.mtp,
-                "context": row.work.context,
-                "batch": row.work.batch,
-                "fits": row.found is not None and row.found.fits,
-                **({} if row.found is None else _json_found(row.found)),
-            }
-            for row in rows
-        ],
-    }
-
-
-def _json_found(found: Answer) -> dict[str, Any]:
-    return {
-        "num_gpus": found.layout.num_gpus,
-        "tp": found.layout.tp,
-        "dp": found.layout.dp,
-        "pp": found.layout.pp,
-        "bytes_per_gpu": asdict(found.memory) | {"total": found.memory.total, "usable": found.usable},
-        "max_context": found.max_context,
-        "max_batch": found.max_batch,
-        "bounds": asdict(found.speed),
-    }
-
-
-def _cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, mtp: bool) -> int:
-    return cache_bytes_per_token(config, kv_format, num_layers=config.num_hidden_layers + mtp)
-
-
-def _summary(config: ModelConfig, kv_format: KvFormat, *, mtp: bool) -> str:
+def _summary(result: PlanResult) -> str:
+    model = result.model
     return (
-        f"{num_parameters(config, mtp=mtp) / 1e9:.2f} B parameters{' with MTP' if mtp else ''}, "
-        f"{active_parameters(config) / 1e9:.2f} B active per token, "
-        f"checkpoint {checkpoint_bytes(config) / GIB:.1f} GiB; weights on one GPU: FP8 "
-        f"{weight_bytes(config, mtp=mtp) / GIB:.1f} GiB, BF16 "
-        f"{weight_bytes(config, mtp=mtp, precision='bf16') / GIB:.1f} GiB; cache {kv_format}: "
-        f"{_cache_bytes_per_token(config, kv_format, mtp=mtp):,} B per token"
+        f"{model.parameters / 1e9:.2f} B parameters{' with MTP' if result.mtp else ''}, "
+        f"{model.active_parameters / 1e9:.2f} B active per token, "
+        f"checkpoint {model.checkpoint_bytes / GIB:.1f} GiB; weights on one GPU: FP8 "
+        f"{model.weight_bytes['fp8'] / GIB:.1f} GiB, BF16 {model.weight_bytes['bf16'] / GIB:.1f} GiB; "
+        f"cache {result.kv_cache_dtype}: {model.cache_bytes_per_token:,} B per token"
     )
 
 
-def _print_best(rows: list[Row], config: ModelConfig) -> None:
+def _print_best(result: PlanResult, rows: Sequence[Row]) -> None:
     """Print one line per GPU and precision: what the longest context takes."""
     longest = max(row.work.context for row in rows)
-    question = rows[0].question
     out = console()
-    out.print(_summary(config, question.kv_format, mtp=question.mtp))
+    out.print(_summary(result))
     columns = [Column("GPU", "code"), Column("GPUs", "number"), Column("as", "code")]
     columns += [Column(name, "number") for name in ("GiB of each", "of", "max batch", "decode tok/s", "prefill tok/s")]
     several = len({row.question.precision for row in rows}) > 1
@@ -293,9 +125,10 @@ def _print_best(rows: list[Row], config: ModelConfig) -> None:
     out.print(table)
 
 
-def _print(config: ModelConfig, rows: list[Row], kv_format: KvFormat, *, mtp: bool) -> None:
+def _print(result: PlanResult) -> None:
+    rows, mtp = result.answers, result.mtp
     out = console()
-    out.print(_summary(config, kv_format, mtp=mtp))
+    out.print(_summary(result))
     caption = (
         "GiB on the fullest GPU; tok/s are upper bounds from bandwidth and FLOPs, if experts are chosen evenly: decode "
         f"of all sequences{', if every draft is accepted' if mtp else ''}; prefill in steps full of prompts"
@@ -335,7 +168,7 @@ def _cells(found: Answer | None) -> tuple[str, ...]:
     )
 
 
-def _breakdown(rows: list[Row]) -> Table:
+def _breakdown(rows: Sequence[Row]) -> Table:
     """Every part of what one target's fullest GPU holds, per context."""
     caption = "GiB; 'other scratch' is what other operators need beyond the place of the scores, which they share"
     names = [part.name for part in fields(RankMemory)]

@@ -175,9 +175,16 @@ class Stages:
 
     Args:
         quiet: print nothing.
+        listener: told each stage and each line between stages.
+
+    Attributes:
+        quiet: as given.
+        seconds: of each stage that is over.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, listener: Callable[[str], object] | None = None) -> None:
+        self.quiet = quiet
+        self._listener = listener
         self._console = console(err=True, quiet=quiet)
         self._current: tuple[str, float] | None = None
         spinner = "line" if self._console.options.ascii_only else "dots"
@@ -192,6 +199,8 @@ class Stages:
         """Close the stage before and start `stage`."""
         self.done()
         self._current = (stage, time.perf_counter())
+        if self._listener is not None:
+            self._listener(stage)
         if self._status is not None:
             self._status.update(styled(f"{stage} …"))
             self._status.start()
@@ -222,6 +231,8 @@ class Stages:
     def say(self, text: str) -> None:
         """Print a line between stages."""
         self.done()
+        if self._listener is not None:
+            self._listener(text)
         self._console.print(text)
 
     @contextmanager

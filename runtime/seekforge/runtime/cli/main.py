@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
 import click
@@ -24,8 +22,9 @@ from click.shell_completion import CompletionItem
 from seekforge.common.cli.options import Group
 from seekforge.common.cli.terminal import drop, echo, flush_streams, one_line, prepare_streams, write
 from seekforge.common.errors import SeekforgeError
-from seekforge.common.requirements import install_module
+from seekforge.common.requirements import own_version
 from seekforge.common.system import check_platform
+from seekforge.plugins.faults import as_fault
 from seekforge.runtime.cli.output_paths import check_outputs_of
 
 
@@ -179,27 +178,16 @@ class LazyGroup(Group):
                 return super().invoke(ctx)
         except SeekforgeError as error:
             _fail(str(error))
-        except ModuleNotFoundError as error:
-            remedy = install_module(error.name or "")
-            if not remedy:
-                raise
-            command = ctx.meta.get(_COMMAND, "this command")
-            _fail(
-                f"{command}: the module {error.name!r} is not installed; {remedy} "
-                "('seekforge doctor' shows what else is missing)"
-            )
         except (KeyboardInterrupt, click.Abort) as error:
             sys.exit(EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED)
         except BrokenPipeError:
             drop(sys.stdout)  # who read our output is gone
             sys.exit(1)
-        except MemoryError:
-            _fail("out of memory; use a smaller model, --max-model-len or cache")
-        except OSError as error:
-            if error.errno is None:
+        except (ModuleNotFoundError, MemoryError, OSError) as error:
+            fault = as_fault(error, ctx.meta.get(_COMMAND, "this command"))
+            if fault is None:
                 raise
-            reason = "the disk is full; free space" if error.errno == errno.ENOSPC else error.strerror
-            _fail(f"{error.filename}: {reason}" if error.filename else str(reason))
+            _fail(str(fault))
 
 
 def _fail(message: str) -> NoReturn:
@@ -207,17 +195,9 @@ def _fail(message: str) -> NoReturn:
     sys.exit(EXIT_ERROR)
 
 
-def version() -> str:
-    """Return the installed version, or a word saying that it runs from a source tree."""
-    try:
-        return metadata.version("seekforge")
-    except metadata.PackageNotFoundError:
-        return "(source tree)"
-
-
 def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
-        echo(f"seekforge {version()}")
+        echo(f"seekforge {own_version()}")
         ctx.exit()
 
 

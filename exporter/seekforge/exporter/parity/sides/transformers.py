@@ -7,6 +7,7 @@ compared, with an engine of `exact` numerics. The whole model is in memory, in F
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from seekforge.common.errors import ConfigError
+from seekforge.common.errors import ConfigError, EnvironmentFault
+from seekforge.common.requirements import install_module
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -25,6 +27,21 @@ from seekforge.formats.numerics import EXACT
 from seekforge.formats.parity_steps import Plan
 from seekforge.formats.weight_recipes import TensorSource
 from seekforge.plugins.quant import dequantise_weight
+
+
+def check_installed() -> None:
+    """Refuse a comparison for which the library is missing, before anything is run.
+
+    Raises:
+        EnvironmentFault: with the command that installs it.
+    """
+    try:
+        importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise EnvironmentFault(
+            f"--against transformers needs {error.name}, which is not installed; {install_module('transformers')}, "
+            "or leave --against out to compare with PyTorch"
+        ) from None
 
 
 def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan, out: Path, work: Path) -> Dump:

@@ -1,0 +1,221 @@
+"""`seekforge.parity`: compare an engine with PyTorch, with transformers, with another engine, or two dumps."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from seekforge.common.errors import OutputError
+from seekforge.common.files import atomic_folder, replace_file
+from seekforge.common.outputs import check_distinct, check_output
+from seekforge.common.temporary import temporary_folder
+from seekforge.exporter.calls import (
+    AnyPath,
+    Bytes,
+    Counts,
+    Flag,
+    Modes,
+    Names,
+    NotNegative,
+    Paths,
+    Progress,
+    Seed,
+    Source,
+    Threads,
+    many,
+    public,
+    stages_of,
+)
+from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.parity.refusals import refuse_unused
+from seekforge.formats.parity_steps import MODES
+
+if TYPE_CHECKING:
+    from seekforge.exporter.parity.gates import Finding, Gate
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """The verdict of a check, or where PyTorch's side alone was written to be compared elsewhere.
+
+    Attributes:
+        passed: whether every gate holds; None where nothing was compared.
+        gates: what was asked of the engine, with what was found and why it is asked.
+        finding: the first place where the two sides differ by more than they may.
+        notes: what the reader should know, such as what was not looked at.
+        report: everything, as JSON values; None where nothing was compared.
+        dumps: folder that dumps were kept in. html: the page that was written.
+        stored_self_check: whether the results were stored in the engine.
+    """
+
+    passed: bool | None
+    gates: tuple[Gate, ...] = ()
+    finding: Finding | None = None
+    notes: tuple[str, ...] = ()
+    report: Mapping[str, Any] | None = None
+    dumps: Path | None = None
+    html: Path | None = None
+    stored_self_check: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `seekforge parity --json` prints; empty where nothing was compared."""
+        return dict(self.report or {})
+
+
+@public
+def parity(
+    engine: AnyPath | None = None,
+    *,
+    checkpoint: Source | None = None,
+    prompts: AnyPath | None = None,
+    contexts: Counts = (),
+    modes: Modes = MODES,
+    against: Source = "torch",
+    layers: str | None = None,
+    numerics: Literal["exact", "fp8"] | None = None,
+    without: Names = (),
+    sensitivity: Flag = False,
+    max_kl: NotNegative | None = None,
+    max_dump_size: Bytes = 8 << 30,
+    from_dump: Paths = (),
+    save: AnyPath | None = None,
+    force: Flag = False,
+    write_self_check: Flag = False,
+    html: AnyPath | None = None,
+    threads: Threads | None = None,
+    seed: Seed = 0,
+    progress: Progress | None = None,
+) -> ParityResult:
+    """Prove that an engine computes what PyTorch computes, or find the first place where it does not.
+
+    That it does not is no error: `passed` of the result is then False.
+
+    Args:
+        engine: its folder. Without it two dumps are compared, or PyTorch's side is written to `save`.
+        checkpoint: the weights for the PyTorch side; a Hugging Face repository is downloaded.
+        prompts: text file, one prompt a line; None: random ids.
+        contexts: lengths of random prompts; none: 16, and around index_topk.
+        modes: how prompts are cut into steps.
+        against: the other side: "torch", "transformers", or the folder of another engine.
+        layers: look at layers "A-B" only, from what the engine had at A.
+        numerics: of the PyTorch side; None: the engine's.
+        without: roundings that are switched off on the PyTorch side, such as "kv_fp8".
+        sensitivity: also tell what each layer's roundings cost alone.
+        max_kl: fail above this mean KL, also where numerics differ.
+        max_dump_size: bytes; all layers are tapped only if that takes no more, else the first bad one is searched.
+        from_dump: one or two dumps to compare instead of an engine.
+        save: keep the dumps of both sides in this folder. force: replace what an earlier check wrote there.
+        write_self_check: if it passes, store results in the engine, which are compared at each start.
+        html: write the report as one HTML page.
+        threads: CPU threads; None: the cores this process may use.
+        seed: of random prompts.
+        progress: told each stage.
+
+    Raises:
+        OptionError: an argument is none that it takes, or does not go with another.
+        ConfigError, CheckpointError, EngineError: what is compared is damaged, or does not belong together.
+        OutputError: `save` or `html` cannot be written.
+        EnvironmentFault: a library is not installed.
+    """
+    given = dict(locals())
+    refuse_unused(
+        {name for name, one in inspect.signature(parity).parameters.items() if given[name] != one.default}, given
+    )
+    folder = None if engine is None else Path(engine)
+    dumps = tuple(map(Path, many(from_dump)))
+    saved, page = (None if one is None else Path(one) for one in (save, html))
+    for place, kind in ((saved, "folder"), (page, "file")):
+        if place is not None:
+            check_output(place, kind)
+    check_distinct(
+        [(place, kind) for place, kind in ((saved, "folder"), (page, "file")) if place is not None],
+        [folder, checkpoint, prompts, against, *dumps],
+    )
+    stages = stages_of(progress)
+    source = None if checkpoint is None else resolve(checkpoint, quiet=stages.quiet)
+    # these bring torch
+    from seekforge.exporter.parity.inputs import Asked
+    from seekforge.exporter.parity.report.page import render
+    from seekforge.exporter.parity.report.to_json import to_json
+    from seekforge.exporter.parity.sources import from_dumps, from_engine, reference_only
+    from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
+    from seekforge.formats.dump import Dump
+
+    asked = Asked(
+        engine=folder,
+        checkpoint=source,
+        prompts=None if prompts is None else Path(prompts),
+        contexts=many(contexts),
+        modes=many(modes),
+        against=str(against),
+        layers=layers,
+        numerics=numerics,
+        without=many(without),
+        sensitivity=sensitivity,
+        write_self_check=write_self_check,
+        max_kl=max_kl,
+        max_dump_size=max_dump_size,
+        threads=threads,
+        seed=seed,
+    )
+    stored = False
+    with _threads(threads), _workspace(saved, force) as work:
+        if dumps:
+            result = from_dumps(dumps, asked, work, stages)
+        elif folder is None:
+            reference_only(asked, saved, work, stages)
+            stages.done()
+            return ParityResult(None, dumps=saved)
+        else:
+            result = from_engine(folder, asked, work, stages)
+            stored = write_self_check and result.passed
+            if stored:
+                stages("write self-check")
+                sides = Dump.open(work / "judged"), Dump.open(work / "reference")
+                store_self_check(folder, *sides, f"{asked.against}, by parity")
+    stages.done()
+    report = to_json(result)
+    if page is not None:
+        try:
+            replace_file(page, render(report).encode())
+        except OSError as error:
+            raise OutputError(f"{page}: cannot be written ({error.strerror}); choose another place") from None
+    return ParityResult(
+        passed=result.passed,
+        gates=tuple(result.gates),
+        finding=result.finding,
+        notes=tuple(result.notes),
+        report=report,
+        dumps=saved,
+        html=page,
+        stored_self_check=stored,
+    )
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Let PyTorch use so many threads; afterwards it uses as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _workspace(save: Path | None, force: bool) -> Iterator[Path]:
+    """The folder that dumps go to: kept at `save`, else temporary."""
+    if save is not None:
+        with atomic_folder(save, force=force, marker="plan.json") as folder:
+            yield folder
+        return
+    with temporary_folder("seekforge-parity") as folder:
+        yield folder

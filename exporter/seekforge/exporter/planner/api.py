@@ -1,0 +1,241 @@
+"""`seekforge.plan`: which GPUs a model needs, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from seekforge.common.cli.charts import check_chart, tokens
+from seekforge.common.configs import known, load_yaml
+from seekforge.common.errors import ConfigError, TargetError
+from seekforge.common.outputs import check_distinct, check_output
+from seekforge.exporter.calls import AnyPath, Count, Counts, Flag, Precisions, Source, Sources, many, public
+from seekforge.exporter.checkpoint.source import headers, parse_repo
+from seekforge.exporter.planner.answer import Answer, Question, answer, best, fewest, nearest_count
+from seekforge.exporter.planner.chart import Row, write_plan_chart
+from seekforge.exporter.sizing.memory import (
+    KvFormat,
+    Layout,
+    Precision,
+    Workload,
+    active_parameters,
+    cache_bytes_per_token,
+    checkpoint_bytes,
+    fault_of,
+    num_parameters,
+    weight_bytes,
+)
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.targets import TargetConfig, all_targets, load_target
+
+_CONTEXTS = (1024, 8192, 32768, 64512, 128000, 163840)
+#: Contexts that a chart marks when none are asked for, of those below.
+_MARKED = (1024, 64512, 128000)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How large a model is.
+
+    Attributes:
+        parameters, active_parameters: of all, and those that one token meets.
+        checkpoint_bytes: as it is downloaded.
+        weight_bytes: on one GPU, by precision.
+        cache_bytes_per_token: in the format that was asked for.
+    """
+
+    parameters: int
+    active_parameters: int
+    checkpoint_bytes: int
+    weight_bytes: Mapping[Precision, int]
+    cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """The answers of a plan.
+
+    Attributes:
+        config: of the model.
+        model: how large it is.
+        answers: one for each precision, target and context, in that order. `found` is None where no number of GPUs
+            does, else the layout, the memory of its fullest GPU by part, the bounds of speed, and whether it `fits`.
+        kv_cache_dtype: format of the caches.
+        mtp: whether the MTP module is there.
+    """
+
+    config: ModelConfig
+    model: ModelSize
+    answers: tuple[Row, ...]
+    kv_cache_dtype: KvFormat
+    mtp: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `seekforge plan --json` prints."""
+        return {"model": asdict(self.model), "answers": [_json(row) for row in self.answers]}
+
+
+@public
+def plan(
+    model: Source,
+    *,
+    target: Sources = (),
+    num_gpus: Count | None = None,
+    tp: Count | None = None,
+    dp: Count | None = None,
+    pp: Count | None = None,
+    contexts: Counts = (),
+    batch_size: Count = 1,
+    precision: Precisions = (),
+    kv_cache_dtype: Literal["fp8_ds", "bf16"] = "fp8_ds",
+    mtp: Flag = False,
+    chart: AnyPath | None = None,
+) -> PlanResult:
+    """Say which GPUs, and how many, a model needs, for which contexts and batches, and how fast they can be at best.
+
+    Args:
+        model: a checkpoint folder, a config.json, a Hugging Face repository (of which config.json is read), or a name
+            of configs/models, such as "full".
+        target: GPUs of `seekforge targets`, or YAML files; none: all.
+        num_gpus: exactly so many; None: the fewest that fit.
+        tp, dp, pp: tensor parallel ranks, attention replicas with experts over all of them, pipeline stages.
+        contexts: tokens of a sequence; none: 1K to 160K.
+        batch_size: sequences at once.
+        precision: of weights, "fp8", "bf16" or both, which none takes.
+        kv_cache_dtype: format of the caches.
+        mtp: with the MTP module, drafting one token per step.
+        chart: draw GPUs and memory into this .png or .svg.
+
+    Raises:
+        OptionError: an argument is none that it takes.
+        ConfigError, CheckpointError: there is no such model, or it cannot do what was asked.
+        TargetError: a target is unknown or no GPU.
+        OutputError: the chart cannot be written.
+        EnvironmentFault: matplotlib is not installed.
+    """
+    name, place = str(model), None if chart is None else Path(chart)
+    if place is not None:
+        check_output(place, "file")
+        check_distinct([(place, "file")], [name, *many(target)])
+        check_chart(place)
+    config = read_config(name)
+    asked = many(contexts)
+    lengths = within(asked, config) or [one for one in _CONTEXTS if one <= config.max_position_embeddings]
+    targets = [load_target(str(one)) for one in many(target)] or [one for one in all_targets() if one.gpu is not None]
+    for one in targets:
+        if one.gpu is None:
+            raise TargetError(f"target {one.name} is no GPU; 'seekforge plan' sizes GPUs")
+    if mtp and config.mtp_layer is None:
+        raise ConfigError(f"{name}: has no MTP module (num_nextn_predict_layers is 0); leave --mtp out")
+    layout = _layout(tp, dp, pp, num_gpus, config)
+    wanted: Iterable[Precision] = many(precision) or ("fp8", "bf16")
+    rows: list[Row] = []
+    for question in [Question(one, kv_cache_dtype, mtp) for one in wanted]:
+        for one in targets:
+            for length in lengths or [config.max_position_embeddings]:
+                work = Workload(length, batch_size, one.limits.max_num_batched_tokens, 1 if mtp else 0)
+                rows.append(Row(question, one, work, _answer(config, one, work, question, layout, num_gpus)))
+    if place is not None:
+        marked = lengths if asked else [one for one in _MARKED if one in lengths] or lengths
+        write_plan_chart(place, config, rows, model=Path(name).name, marked=marked)
+    size = ModelSize(
+        parameters=num_parameters(config, mtp=mtp),
+        active_parameters=active_parameters(config),
+        checkpoint_bytes=checkpoint_bytes(config),
+        weight_bytes={one: weight_bytes(config, mtp=mtp, precision=one) for one in ("fp8", "bf16")},
+        cache_bytes_per_token=cache_bytes_per_token(config, kv_cache_dtype, num_layers=config.num_hidden_layers + mtp),
+    )
+    return PlanResult(config, size, tuple(rows), kv_cache_dtype, mtp)
+
+
+def read_config(model: str) -> ModelConfig:
+    """Return the config of a folder, a config.json, a repository of the hub, or a name of configs/models.
+
+    Raises:
+        ConfigError: nothing of that name, or not a model that seekforge does.
+    """
+    path = Path(model)
+    if path.exists():
+        return ModelConfig.load(path)
+    if parse_repo(model) is not None:
+        with headers(model, config_only=True) as folder:
+            return ModelConfig.load(folder)
+    raw = load_yaml("models", model)
+    if raw is None:
+        raise ConfigError(
+            f"{model}: neither a folder, nor a config.json, nor a name of configs/models "
+            f"({', '.join(known('models'))}), nor a Hugging Face repository (OWNER/NAME)"
+        )
+    return ModelConfig.parse(raw["config"], f"configs/models/{model}.yaml")
+
+
+def within(contexts: Iterable[int], config: ModelConfig) -> list[int]:
+    """Return contexts in ascending order, each once.
+
+    Raises:
+        ConfigError: one is longer than the model can.
+    """
+    most = config.max_position_embeddings
+    for context in contexts:
+        if context > most:
+            raise ConfigError(
+                f"--contexts {tokens(context)}: the model ends at {most} tokens ({tokens(most)}, "
+                "max_position_embeddings)"
+            )
+    return sorted(set(contexts))
+
+
+def _layout(tp: int | None, dp: int | None, pp: int | None, num_gpus: int | None, config: ModelConfig) -> Layout | None:
+    if tp is None and dp is None and pp is None:
+        if num_gpus is not None and (nearest := nearest_count(num_gpus, config)) != num_gpus:
+            raise ConfigError(f"--num-gpus {num_gpus}: no layout has so many GPUs; the nearest count is {nearest}")
+        return None
+    layout = Layout(tp or 1, dp or 1, pp or 1)
+    fault = fault_of(layout, config)
+    if fault is not None:
+        raise ConfigError(f"{layout}: {fault}; choose other --tp, --dp or --pp")
+    if num_gpus not in (None, layout.num_gpus):
+        raise ConfigError(f"{layout} is {layout.num_gpus} GPUs, --num-gpus says {num_gpus}; leave one of them out")
+    return layout
+
+
+def _answer(
+    config: ModelConfig,
+    target: TargetConfig,
+    work: Workload,
+    question: Question,
+    layout: Layout | None,
+    num_gpus: int | None,
+) -> Answer | None:
+    if layout is not None:
+        return answer(config, target, layout, work, question)
+    if num_gpus is not None:
+        return best(config, target, num_gpus, work, question)
+    return fewest(config, target, work, question)
+
+
+def _json(row: Row) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "target": row.target.name,
+        "precision": row.question.precision,
+        "kv_cache_dtype": row.question.kv_format,
+        "mtp": row.question.mtp,
+        "context": row.work.context,
+        "batch": row.work.batch,
+        "fits": row.fits,
+    }
+    found = row.found
+    if found is None:
+        return facts
+    return facts | {
+        "num_gpus": found.layout.num_gpus,
+        "tp": found.layout.tp,
+        "dp": found.layout.dp,
+        "pp": found.layout.pp,
+        "bytes_per_gpu": asdict(found.memory) | {"total": found.memory.total, "usable": found.usable},
+        "max_context": found.max_context,
+        "max_batch": found.max_batch,
+        "bounds": asdict(found.speed),
+    }

@@ -1,0 +1,127 @@
+"""`seekforge.export`: checkpoint -> canonical ONNX program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from seekforge.common.outputs import check_distinct, check_output
+from seekforge.exporter.calls import AnyPath, Count, Flag, Progress, Source, public, stages_of
+from seekforge.exporter.checkpoint.source import headers
+from seekforge.exporter.checkpoint.text_files import check_files
+from seekforge.exporter.program.layers import parse_layers
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.weight_recipes import Ranks
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A program that was written.
+
+    Attributes:
+        path: its folder.
+        numerics: "fp8" or "exact".
+        num_nodes, num_weight_inputs: of each graph, "model" and perhaps "mtp".
+        tp, ep: ranks that share the model.
+        layer_range: [first, end) of the layers that it has.
+        num_tensors: that the checkpoint has. num_outside: those of them that belong to other stages.
+        warnings: a sentence for each thing of the checkpoint that was taken for granted or passed over.
+        ops: nodes of each custom operator.
+        seconds: of each stage of the work.
+    """
+
+    path: Path
+    numerics: str
+    num_nodes: Mapping[str, int]
+    num_weight_inputs: Mapping[str, int]
+    tp: int
+    ep: int
+    layer_range: tuple[int, int]
+    num_tensors: int
+    num_outside: int
+    warnings: tuple[str, ...]
+    ops: Mapping[str, int]
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `seekforge export --json` prints."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+@public
+def export(
+    checkpoint: Source,
+    out: AnyPath,
+    *,
+    revision: str | None = None,
+    numerics: Literal["exact", "fp8"] = "fp8",
+    layers: str | None = None,
+    num_layers: Count | None = None,
+    tp: Count = 1,
+    ep: Count = 1,
+    plain_f32: Flag = False,
+    force: Flag = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Trace the model of a checkpoint into a canonical ONNX program.
+
+    Reads config.json and the headers of the shards, no weight.
+
+    Args:
+        checkpoint: a folder, or a Hugging Face repository: `owner/name`, with `@revision`, or its address.
+        out: the folder to make.
+        revision: of a repository: branch, tag or commit.
+        numerics: fp8: the official reference's roundings. exact: no quantisation of activations or caches.
+        layers: a pipeline stage: "0-30", both included.
+        num_layers: a truncated model: the first `num_layers` layers, norm and head.
+        tp, ep: ranks that share each expert, and groups of ranks that share out the experts.
+        plain_f32: write model.f32.onnx besides, in FP32 without custom operators.
+        force: replace a program that stands at `out`.
+        progress: told each stage.
+
+    Raises:
+        OptionError: an argument is none that it takes.
+        ConfigError, CheckpointError: the checkpoint is not what a `deepseek_v32` model needs.
+        ProgramError: the traced graph misses a promise.
+        OutputError: `out` cannot be written.
+        EnvironmentFault: a library is not installed.
+    """
+    folder_out, stages = Path(out), stages_of(progress)
+    check_output(folder_out, "folder")
+    check_distinct([(folder_out, "folder")], [checkpoint])
+    with headers(checkpoint, revision=revision, say=stages) as folder:
+        if folder.is_dir():  # what is odd in it is said before torch is imported, which takes seconds
+            ModelConfig.load(folder)
+            check_files(folder)
+        from seekforge.exporter.program.export import export as write_program
+
+        exported = write_program(
+            folder,
+            folder_out,
+            numerics=NUMERICS[numerics],
+            layer_range=None if layers is None else parse_layers(layers),
+            num_layers=num_layers,
+            ranks=Ranks(tp, ep),
+            plain_f32=plain_f32,
+            force=force,
+            progress=stages,
+        )
+    stages.done()
+    program = exported.program
+    return ExportResult(
+        path=folder_out,
+        numerics=str(program.numerics["name"]),
+        num_nodes=exported.num_nodes,
+        num_weight_inputs=exported.num_weight_inputs,
+        tp=program.tp,
+        ep=program.ep,
+        layer_range=program.layer_range,
+        num_tensors=exported.num_tensors,
+        num_outside=exported.num_outside,
+        warnings=exported.warnings,
+        ops={name: use.num_nodes for name, use in program.ops.items()},
+        seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
+    )
