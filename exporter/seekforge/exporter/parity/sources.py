@@ -18,7 +18,6 @@ from seekforge.exporter.parity.compare.dumps import check_comparable, check_pair
 from seekforge.exporter.parity.compare.operations import OpRecord
 from seekforge.exporter.parity.inputs import Asked, need_checkpoint, numerics_of, open_source, plan_of, range_of
 from seekforge.exporter.parity.sides.engine import EngineSide
-from seekforge.exporter.parity.sides.torch_walks import Walker, sensitivity, without
 from seekforge.exporter.parity.sides.transformers import check_installed, write_oracle_dump
 from seekforge.exporter.parity.torch_walks import Walker, sensitivity, without
 from seekforge.exporter.parity.write_self_check import stored_step
