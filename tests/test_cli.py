@@ -157,9 +157,7 @@ def test_from_nothing_to_text_and_again_with_force(tmp_path: Path) -> None:
 
 def seekforge(*args: str) -> subprocess.CompletedProcess[str]:
     """Run the real command."""
-    return subprocess.run(
-        [sys.executable, "-m", "seekforge.runtime.cli.main", *args], capture_output=True, text=True, check=True
-    )
+    return subprocess.run([sys.executable, "-m", "seekforge", *args], capture_output=True, text=True, check=True)
 
 
 def test_run_streams_and_reports_speed(tiny_engines: dict[str, Path]) -> None:

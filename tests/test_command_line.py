@@ -227,9 +227,7 @@ def test_streams_that_take_nothing_are_no_traceback(args: str, redirect: str, tm
 def test_a_terminal_of_another_encoding_gets_every_command(encoding: str, tmp_path: Path) -> None:
     for args in (["targets"], ["plan", "full"], ["plan", "full", "--json"], ["doctor"], ["--help"]):
         env = {**os.environ, "PYTHONIOENCODING": encoding}
-        done = subprocess.run(
-            [sys.executable, "-m", "seekforge.runtime.cli.main", *args], capture_output=True, check=False, env=env
-        )
+        done = subprocess.run([sys.executable, "-m", "seekforge", *args], capture_output=True, check=False, env=env)
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
         done.stdout.decode(encoding)
 

@@ -54,7 +54,7 @@ class Watch:
         Returns:
             Families of the sockets that it made, and paths that it wrote outside of its folders.
         """
-        command = [sys.executable, "-m", "seekforge.runtime.cli.main", *map(str, args)]
+        command = [sys.executable, "-m", "seekforge", *map(str, args)]
         watch = ["strace", "-f", "-y", "-qq", "-e", _WATCHED, "-e", "signal=none", "-s", "4096", "-o", str(self._log)]
         done = subprocess.run(
             [*watch, *command], cwd=self.work, env=self._environment, capture_output=True, text=True, check=False
@@ -95,11 +95,10 @@ def test_the_watch_sees_what_it_should(watch: Watch) -> None:
         "(home / 'x').write_text('a'); os.mkdir('here'); fd = os.open(home, os.O_RDONLY);"
         "os.close(os.open('deep', os.O_CREAT | os.O_WRONLY, dir_fd=fd))"
     )
-    module = watch.work / "seekforge" / "runtime"
-    module.mkdir(parents=True)
-    for folder in (module, module.parent):
-        (folder / "__init__.py").touch()
-    (module / "cli.py").write_text(script, encoding="utf-8")
+    module = watch.work / "seekforge"
+    module.mkdir()
+    (module / "__init__.py").touch()
+    (module / "__main__.py").write_text(script, encoding="utf-8")
     watch._environment["PYTHONPATH"] = str(watch.work)
     families, written = watch.run()
     assert families == ["AF_INET"] and written == [str(watch.home / "deep"), str(watch.home / "x")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -413,6 +414,7 @@ def test_a_scan_is_done_once_per_checkpoint_and_set_of_inputs(
 ) -> None:
     memory = tmp_path / "cache" / "scans.json"
     recipes = _recipes()
+    time.sleep(0.05)  # what was written just now is not remembered
 
     def families(opened: Checkpoint, chosen: dict[str, Recipe]) -> int:
         report = Loader(opened, chosen, allocate(chosen), scan=True, memory=memory).run()

@@ -116,7 +116,7 @@ def test_fp8_caches_and_products_are_as_near_as_pytorch_is_to_itself(rig: Rig) -
 
 def test_sm80_reads_int8_bytes_through_the_stand_in_module(rig: Rig) -> None:
     walk = rig.with_past(rig.walk("fp8", "fp8_ds", 80, trt=stand_in_trt))
-    assert walk.walker.module == "stand_in_trt"
+    assert walk.walker.module == "tests.support.stand_in_trt"
     assert walk.walker.weights["layers.0.self_attn.o_proj.weight"].dtype == torch.int8
     step = rig.step((1, 1), PAST)
     noise = walk.noise(step)

@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*args: str | Path) -> tuple[str, int]:
     """Run a command; return what it printed and the largest memory of it or of a process that it started, in bytes."""
-    command = [sys.executable, "-m", "seekforge.runtime.cli.main", *map(str, args)]
+    command = [sys.executable, "-m", "seekforge", *map(str, args)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         printed = process.stdout.read()

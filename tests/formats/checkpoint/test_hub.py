@@ -251,7 +251,7 @@ def run(hub: Hub, *args: str | Path, **environment: str) -> subprocess.Completed
     """Run a command in a process of its own, as huggingface_hub reads its environment when it is imported."""
     usual = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     chosen = usual | {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.folder.parent / "home"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "seekforge.runtime.cli.main", *map(str, args)]
+    command = [sys.executable, "-m", "seekforge", *map(str, args)]
     return subprocess.run(command, env=chosen | environment, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -248,7 +248,7 @@ def test_options_are_checked_before_anything_is_loaded(
 
 def command(batch: Batch, output: str, requests: str | None = None) -> list[str]:
     places = ["--batch", requests or str(batch.requests), "--output", output]
-    return [sys.executable, "-m", "seekforge.runtime.cli.main", "run", str(batch.engine), *places, *OPTS]
+    return [sys.executable, "-m", "seekforge", "run", str(batch.engine), *places, *OPTS]
 
 
 @pytest.mark.parametrize("output", ["-", "/dev/stdout", "/dev/fd/1"])
