@@ -25,7 +25,7 @@ PACKAGE = "seekforge"
 SOURCE_ROOTS = sorted(path.parent for path in ROOT.glob(f"*/{PACKAGE}"))
 PUBLIC = "names"
 #: Markdown of the repository's top that is a page of the site, and what the page is called.
-TOP_PAGES = {"CHANGELOG.md": "changelog.md", "examples/README.md": "examples.md"}
+TOP_PAGES = {"CHANGELOG.md": "changelog.md", "examples/README.md": "examples.md", "CONTRIBUTING.md": "contributing.md"}
 _TOP_PLACES = {ROOT / source: target for source, target in TOP_PAGES.items()}
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
 

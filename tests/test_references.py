@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "docs" / "spec.md"
 #: Pages whose code spans name files and, behind a colon, what a file defines; and how they shorten the source roots.
-MAPS = [ROOT / "docs" / "architecture.md"]
+MAPS = [ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"]
 SHORT = {
     "exporter": "exporter/seekforge/exporter",
     "plugins": "plugins/seekforge/plugins",
