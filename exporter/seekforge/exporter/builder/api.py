@@ -28,6 +28,7 @@ from seekforge.exporter.calls import (
     stages_of,
 )
 from seekforge.exporter.checkpoint.source import headers, parse_repo, resolve
+from seekforge.exporter.checkpoint.text_files import check_weight_files
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Audit, Limits, Manifest, SelfCheck
 from seekforge.formats.program import load_program
@@ -268,6 +269,9 @@ def _build_cpu(
     for face in load_program(places.program).graphs.values():  # what is odd is said before torch is imported
         read_graph(places.program, face)
     from_hub = parse_repo(checkpoint) is not None
+    if not from_hub and Path(checkpoint).is_dir():
+        ModelConfig.load(Path(checkpoint))
+        check_weight_files(Path(checkpoint))
     if dry_run or from_hub:
         from seekforge.exporter.builder.onnxruntime.build import check  # brings torch, which GPU builds do without
 

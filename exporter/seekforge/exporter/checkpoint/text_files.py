@@ -28,14 +28,24 @@ def check_files(folder: Path) -> None:
         CheckpointError, ConfigError: a file that a checkpoint needs is no regular one; a text file is larger than any
             or leads out of the folder.
     """
-    for name in ("config.json", INDEX_FILE):
+    check_weight_files(folder)
+    text_files(folder)
+
+
+def check_weight_files(folder: Path) -> None:
+    """Refuse a checkpoint folder whose config.json, index or shards are no regular files; reads none of them.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in ("config.json", INDEX_FILE, *shards):
         path = folder / name
         if os.path.lexists(path):
             try:
                 check_regular(path)
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror}); download it again") from None
-    text_files(folder)
 
 
 def text_files(folder: Path) -> list[str]:

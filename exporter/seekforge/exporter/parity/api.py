@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +31,11 @@ from seekforge.exporter.calls import (
     stages_of,
 )
 from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.checkpoint.text_files import check_weight_files
 from seekforge.exporter.parity.refusals import refuse_unused
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.dump import Dump
+from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.parity_steps import MODES
 
 if TYPE_CHECKING:
@@ -137,13 +141,13 @@ def parity(
     )
     stages = stages_of(progress)
     source = None if checkpoint is None else resolve(checkpoint, quiet=stages.quiet)
+    _look_at(folder, source, dumps)
     # these bring torch
     from seekforge.exporter.parity.inputs import Asked
     from seekforge.exporter.parity.report.page import render
     from seekforge.exporter.parity.report.to_json import to_json
     from seekforge.exporter.parity.sources import from_dumps, from_engine, reference_only
     from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
-    from seekforge.formats.dump import Dump
 
     asked = Asked(
         engine=folder,
@@ -194,6 +198,17 @@ def parity(
         html=page,
         stored_self_check=stored,
     )
+
+
+def _look_at(engine: Path | None, checkpoint: Path | None, dumps: Iterable[Path]) -> None:
+    """Say what is odd in the folders that are going to be read."""
+    if checkpoint is not None:
+        ModelConfig.load(checkpoint)
+        check_weight_files(checkpoint)
+    if engine is not None:
+        load_manifest(engine)
+    for dump in dumps:
+        Dump.open(dump)
 
 
 @contextlib.contextmanager
