@@ -8,6 +8,8 @@ import importlib.metadata
 import itertools
 import json
 import math
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -53,7 +55,7 @@ from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.sizing.memory import Layout, Workload, activation_bytes, scratch_bytes, selection_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.engine.manifest import Manifest, Share, load_manifest
+from seekforge.formats.engine.manifest import MANIFEST, Manifest, Share, load_manifest
 from seekforge.formats.engine.verify import verify_files
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import TargetConfig, all_targets, load_target
@@ -62,6 +64,7 @@ from seekforge.plugins.kernels.launch_plan import Image
 from seekforge.plugins.kernels.launcher import KernelFolder, OpLauncher
 from seekforge.plugins.registry import FP8_OPS, SPECS
 from seekforge.runtime.compatibility import check_complete, check_loadable
+from seekforge.runtime.engine.engine_folder import Engine
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -181,12 +184,33 @@ def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_pat
         KernelFolder(engine, 120, driver).launcher(
             "MoeRoute", attrs={}, products="", digest=manifest.plugins["MoeRoute"].kernel_digest
         )
+    _every_flip_is_noticed(engine, manifest)
     with pytest.raises(EngineError, match=r"\.cubin: (missing|not what was compiled)"):
         (engine / "kernels" / "sm89" / cubins[0]).write_bytes(b"flipped")
         for op, use in manifest.plugins.items():
             OpLauncher.open(Descriptors(engine, 89).find(op, use.kernel_digest), _attrs(one_layer, op), driver)
     with pytest.raises(EngineError, match=rf"{cubins[0]}: 7 bytes, the manifest says"):
         verify_files(engine, manifest, full=False)
+
+
+def _every_flip_is_noticed(engine: Path, manifest: Manifest) -> None:
+    """In every file of the folder: plans, kernels and their descriptors, recipes, texts, logs."""
+    files = sorted(path for path in engine.rglob("*") if path.is_file())
+    names = {str(path.relative_to(engine)) for path in files}
+    assert names == {file.path for file in manifest.files} | {MANIFEST}, "a file that nobody verifies"
+    assert {".plan", ".cubin", ".json", ".yaml"} <= {path.suffix for path in files}
+    chance = random.Random(0)
+    Engine.open(engine, part=True)
+    for path in files:
+        good = path.read_bytes()
+        for _ in range(4):
+            bad, bit = bytearray(good), chance.randrange(8 * len(good))
+            bad[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(bad)
+            with pytest.raises(EngineError, match=re.escape(path.name)):
+                Engine.open(engine, part=True)
+        path.write_bytes(good)
+    Engine.open(engine, part=True)
 
 
 def test_without_the_compiler_of_kernels_a_build_says_so_before_it_works(

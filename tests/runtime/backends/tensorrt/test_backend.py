@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -36,6 +38,7 @@ from seekforge.runtime.backends.tensorrt import backend as tensorrt
 from seekforge.runtime.backends.tensorrt.device_graph import halves, next_power_of_two, padded
 from seekforge.runtime.backends.tensorrt.device_weights import DeviceWeights
 from seekforge.runtime.cli.main import main
+from seekforge.runtime.engine.engine_folder import Engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
@@ -459,16 +462,56 @@ def test_the_backend_imports_no_gpu_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_flipped_bit_of_a_weight_is_noticed_while_it_streams(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:
+def _load_all(engine: Path, checkpoint: Path) -> None:
+    """Load an engine as a start with drafts does: every graph and all of its weights."""
+    opened = Engine.open(engine)
+    with contextlib.closing(opened.open_backend(checkpoint=checkpoint)) as backend:
+        assert isinstance(backend, tensorrt.TensorRtBackend)
+        backend._open("mtp")
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_is_noticed(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:
+    """Of every tensor while it streams, of the header and its length, and of the index; and the place is named."""
     engine, weights = gpu_engine
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(weights, checkpoint)
-    LLM(engine, checkpoint=checkpoint, num_blocks=4).close()
-    path = checkpoint / "model.safetensors"
-    raw = bytearray(path.read_bytes())
-    (read,) = tensors_of(load_bindings(engine)["model"]["head"])
+    _load_all(engine, checkpoint)
+    chance = random.Random(0)
+    shard, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    length = int.from_bytes(shard.read_bytes()[:8], "little")
+    recipes = load_bindings(engine)
+    weights_of = {name: face.with_role("weight") for name, face in load_manifest(engine).graphs.items()}
+    read = {name for graph, specs in weights_of.items() for s in specs for name in tensors_of(recipes[graph][s.name])}
     with Checkpoint.open(checkpoint) as opened:
-        raw[opened.info(read).end - 4] ^= 1  # the lowest bit of a value
-    path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=f"'{read}': its bytes .* are not those that the engine was built with"):
-        LLM(engine, checkpoint=checkpoint, num_blocks=4)
+        places = [(shard, info.begin, info.end, f"{name!r}: its bytes") for name in read if (info := opened.info(name))]
+    places += [(shard, 0, 8, shard.name), (shard, 8, 8 + length, str(checkpoint))]
+    places += [(index, 0, index.stat().st_size, str(checkpoint))]
+    for path, begin, end, says in places:
+        good = path.read_bytes()
+        for _ in range(6):
+            bad, bit = bytearray(good), chance.randrange(8 * begin, 8 * end)
+            bad[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(bad)
+            with pytest.raises((CheckpointError, EngineError), match=re.escape(says)):
+                _load_all(engine, checkpoint)
+        path.write_bytes(good)
+    _load_all(engine, checkpoint)
+
+
+def test_a_flipped_bit_in_any_file_of_an_engine_is_noticed(gpu_engine, device: FakeDevice, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    shutil.copytree(gpu_engine[0], engine)
+    files = [path for path in sorted(engine.rglob("*")) if path.is_file()]
+    listed = {file.path for file in load_manifest(engine).files} | {"manifest.json"}
+    assert {str(path.relative_to(engine)) for path in files} == listed
+    chance = random.Random(1)
+    for path in files:
+        good = path.read_bytes()
+        for _ in range(6):
+            bad, bit = bytearray(good), chance.randrange(8 * len(good))
+            bad[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(bad)
+            with pytest.raises(EngineError, match=re.escape(path.name)):
+                Engine.open(engine)
+        path.write_bytes(good)
+    Engine.open(engine)
