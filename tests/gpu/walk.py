@@ -106,8 +106,8 @@ def fill_past(walk: Walk, lengths: Sequence[int], tables: Sequence[Sequence[int]
     """Give both sides the same random caches for the past tokens; PyTorch would take minutes to prefill them."""
     draw = torch.Generator().manual_seed(1)
     config, session = walk.config, walk.session
-    session.latent, session.index = session.model.new_caches(walk.num_blocks)
-    for latent, index in zip(session.latent, session.index, strict=True):
+    session.caches = session.model.new_caches(walk.num_blocks)
+    for latent, index in zip(*session.caches, strict=True):
         for length, blocks in zip(lengths, tables, strict=True):
             slots = (torch.tensor(blocks).unsqueeze(1) * 64 + torch.arange(64)).view(-1)[:length]
             c = fake_quantise(torch.randn(length, config.kv_lora_rank, generator=draw))

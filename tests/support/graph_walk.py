@@ -184,9 +184,7 @@ class Walk:
 
     def take_caches(self) -> None:
         """Copy PyTorch's caches into the walker's, in the walker's format."""
-        for i, latent, index in zip(
-            self.session.model.layer_numbers, self.session.latent, self.session.index, strict=True
-        ):
+        for i, latent, index in zip(self.session.model.layer_numbers, *self.session.caches, strict=True):
             if self.kv_format == "fp8_ds":
                 latent, index = packed_latents(latent, self.config.kv_lora_rank), packed_index(index)
             self.caches[f"latent_cache.{i}"].copy_(latent)
@@ -209,7 +207,7 @@ class Walk:
     def noise(self, step: StepInputs, trials: int = TRIALS) -> list[Compared]:
         """Compare PyTorch with itself on `step`, before it has run, with perturbed embeddings."""
         session = self.session
-        before = session.latent, session.index
+        before = session.caches
         draw = torch.Generator().manual_seed(0)
 
         def perturb(module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
@@ -220,10 +218,10 @@ class Walk:
         hook = session.model.embed_tokens.register_forward_hook(perturb)  # pyright: ignore
         found = []
         for _ in range(trials):
-            session.latent, session.index = before
+            session.caches = before
             found.append(self.compare(step, session.step(step), want))
         hook.remove()
-        session.latent, session.index = before
+        session.caches = before
         return found
 
     def compare(self, step: StepInputs, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Compared:

@@ -65,7 +65,7 @@ class Findings:
         self._tensors[tensor] = (before[0] and seen[0], min(before[1], seen[1]), max(before[2], seen[2]))
 
     def families(self) -> dict[str, Family]:
-        """Return kind of weight, such as `mlp.experts.up_proj` -> its scales."""
+        """Return kind of weight, which is its name without numbers -> its scales."""
         result: dict[str, Family] = {}
         for tensor, (power, low, high) in sorted(self._tensors.items()):
             name = _NUMBERED.sub("", tensor).removesuffix(".weight" + SCALE_SUFFIX)

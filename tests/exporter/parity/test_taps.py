@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.models.deepseek_v32.session import make_step
+from seekforge.exporter.models.deepseek_v32.taps import ATTENTION, DENSE, MOE
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
-from seekforge.exporter.program.taps import ATTENTION, DENSE, HANDOVER, MOE, layer_points, point_width
+from seekforge.exporter.program.taps import HANDOVER, layer_points, point_width
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import load_manifest, save_manifest
 from seekforge.formats.engine.verify import verify_files

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.validate import check_structure
+from seekforge.exporter.models import family_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 
@@ -59,8 +60,9 @@ def see(checkpoint: Checkpoint, config: ModelConfig, notes: tuple[str, ...]) -> 
 def as_stored(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
     """Return the config without an MTP layer that has no tensors, and a sentence for what is passed over."""
     layer = config.mtp_layer
-    marks = (f"model.layers.{layer}.", ".enorm.weight")  # of this MTP layer; of any, where the config is another's
-    if layer is not None and not any(name.startswith(marks[0]) or name.endswith(marks[1]) for name in checkpoint.names):
+    prefix = f"model.layers.{layer}."
+    marks = tuple(f".{name}" for name in family_of(config).mtp_only(config))  # of any, where the config is another's
+    if layer is not None and not any(name.startswith(prefix) or name.endswith(marks) for name in checkpoint.names):
         note = (
             f"num_nextn_predict_layers is 1 and there is no tensor of layer {layer}: the model is taken without its "
             "MTP layer, and cannot draft"

@@ -35,7 +35,7 @@ class ScanReport:
     Attributes:
         num_tensors: tensors read.
         num_bytes: bytes read.
-        scale_families: family, such as `self_attn.o_proj` or `mlp.experts.up_proj` -> its scales.
+        scale_families: kind of weight, which is its name without numbers -> its scales.
     """
 
     num_tensors: int

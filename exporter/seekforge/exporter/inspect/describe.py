@@ -130,7 +130,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def family_of(name: str) -> str:
-    """Return a tensor's kind: `model.layers.7.mlp.experts.3.up_proj.weight_scale_inv` -> `mlp.experts.up_proj`."""
+    """Return a tensor's kind, the same for all layers and experts: its name without numbers, and of its weight."""
     short = _EXPERT.sub("", _LAYER.sub("", name))
     return short.removesuffix(SCALE_SUFFIX).removesuffix(".weight").removeprefix("model.")
 

@@ -12,6 +12,30 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
+class Taps:
+    """Points of a layer that parity looks at, in the order of data; see `program.taps`, which finds them in a graph.
+
+    Attributes:
+        attention: from the norm before the attention to the norm behind it.
+        dense, moe: behind that in a layer of either kind.
+        linears: `BlockFp8Linear` by its module: (the point of its input, that of its output).
+        norm: the point of a LayerNormalization's result.
+        per_head: points with an axis of heads.
+        required: what every layer's graph shows, or it is not one of the family.
+        width: how many values a point has per token, for estimates of memory.
+    """
+
+    attention: tuple[str, ...]
+    dense: tuple[str, ...]
+    moe: tuple[str, ...]
+    linears: Mapping[str, tuple[str | None, str | None]]
+    norm: str
+    per_head: tuple[str, ...]
+    required: frozenset[str]
+    width: Callable[[ModelConfig, str], int]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: a folder beside this file.
 
@@ -25,6 +49,8 @@ class Family:
         mtp_parameters: what the MTP module has outside its layer, instead of parameters of that name outside layers.
         codes: kind of weight -> the smallest codes that an int4 engine stores it in, or f32.
         places: what nodes are named after beside modules -> the same in words.
+        caches: kind of paged cache of a layer -> values that one token has in it.
+        taps: where in a layer parity looks.
     """
 
     model_type: str
@@ -36,10 +62,24 @@ class Family:
     mtp_parameters: Callable[[], tuple[Parameter, ...]]
     codes: Mapping[str, str]
     places: Mapping[str, str]
+    caches: Callable[[ModelConfig], dict[str, int]]
+    taps: Taps
 
     def module(self, name: str) -> ModuleType:
         """Import a module of the family's folder, which may need torch."""
         return importlib.import_module(f"{self.package}.{name}")
+
+    def names_before(self, config: ModelConfig) -> set[str]:
+        """Return the names of parameters that are read before the first layer."""
+        first = {tensor.name for tensor in self.end_tensors(config)[0]}
+        return {row.name for row in self.end_parameters() if first.issuperset(row.tensors)}
+
+    def mtp_only(self, config: ModelConfig) -> set[str]:
+        """Return the names, below a layer, of tensors that the MTP layer alone has and that are no copies."""
+        layer = config.num_hidden_layers
+        with_mtp = self.layer_tensors(config.model_copy(update={"num_nextn_predict_layers": 1}), layer)
+        without = self.layer_tensors(config.model_copy(update={"num_nextn_predict_layers": 0}), layer)
+        return {one.name for one in with_mtp if one.copy_of is None} - {one.name for one in without}
 
     def mtp_copies(self, config: ModelConfig) -> dict[str, str]:
         """Return the MTP layer's tensors that nothing reads -> those of the main model that they repeat."""

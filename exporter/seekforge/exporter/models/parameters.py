@@ -86,6 +86,7 @@ class Parameter:
         does: what it is, for people.
         op: the operator that multiplies with it.
         rows: of `per_head`: which rows of each head of `kv_b_proj`.
+        is_behind: whether only results behind the last layer read it.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Parameter:
     does: str
     op: Product = ""
     rows: Literal["keys", "values"] = "keys"
+    is_behind: bool = False
 
     @property
     def module(self) -> str:

@@ -2,7 +2,7 @@
 
 A tracer numbers values in the order in which it met them, so the same graph has other names when it was traced in
 another way. Here a node is named after the module whose weight it reads, or after its layer, and its operator:
-`layers.3.self_attn.o_proj/BlockFp8Linear`, `layers.3/Mul_4`. Engines show these names in profiles and errors.
+`layers.3.mlp.down/BlockFp8Linear`, `layers.3/Mul_4`. Engines show these names in profiles and errors.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from collections.abc import Collection, Iterable, Mapping
 import onnx
 
 from seekforge.common.errors import ProgramError
+from seekforge.exporter.models import FAMILIES, load_family
 
 #: The layer whose weight, cache or tap an input or output is.
 _LAYER = re.compile(r"^(?:layers\.(\d+)\.|(?:latent_cache|index_cache|topk_indices|expert_ids)(?:_out)?\.(\d+)$)")
-#: Inputs that only the results behind the last layer read.
-_ENDS = {"norm.weight", "lm_head.weight", "logits_index"}
+#: Inputs that only the results behind the last layer read, in all families.
+_ENDS = {"logits_index"} | {
+    row.name for known in FAMILIES for row in load_family(known).end_parameters() if row.is_behind
+}
 #: What `segments` says of nodes that belong to no layer.
 BEFORE, AFTER = -1, 1 << 30
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from seekforge.common.errors import ConfigError
+from seekforge.exporter.models import family_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -80,11 +81,8 @@ def outside(
     start, stop = layer_range
     is_last = stop == config.num_hidden_layers
     inside = {*range(start, stop), *([config.mtp_layer] if has_mtp else [])}
-    ends = {
-        "model.embed_tokens.weight": start == 0 or has_mtp,
-        "model.norm.weight": is_last,
-        "lm_head.weight": is_last,
-    }
+    first, last = family_of(config).end_tensors(config)
+    ends = {one.name: start == 0 or has_mtp for one in first} | {one.name: is_last for one in last}
     result = {}
     for name in names:
         layer = _LAYER.match(name)

@@ -14,50 +14,22 @@ from onnx import TensorProto, helper
 
 from seekforge.common.dtypes import ONNX
 from seekforge.common.errors import ProgramError
+from seekforge.exporter.models import FAMILIES, family_of, load_family
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import TensorSpec
 from seekforge.plugins.operator import DOMAIN
 
 #: What one layer hands to the next; the last layer's pair goes to the final norm under the number behind it.
 HANDOVER = ("hidden_states", "residual")
-ATTENTION = (
-    "attn_norm",
-    "qkv_a",
-    "q_a_norm",
-    "q_b",
-    "q_pe",
-    "q_latent",
-    "kv_latent",
-    "k_pe",
-    "index_k_norm",
-    "index_k",
-    "wq_b",
-    "index_q",
-    "index_w",
-    "o_latent",
-    "o",
-    "attn_out",
-    "mlp_norm",
-)
-DENSE = ("gate_up", "act")
-MOE = ("router_logits", "expert_weights", "routed", "shared_gate_up", "shared_act", "shared")
-#: Points of [B, Q, heads, width]; those of `MOE`, and `mlp_norm` before it, are [B·Q, width]; others [B, Q, width].
-_PER_HEAD = ("q_pe", "q_latent", "index_q", "o_latent")
 #: Taps that every engine gives.
 SELECTIONS = ("topk_indices", "expert_ids")
 
 _WEIGHT = re.compile(r"layers\.(\d+)\.(.+)\.weight")
-#: BlockFp8Linear by its weight: (tap of its input, tap of its output).
-_LINEARS = {
-    "self_attn.qkv_a_proj": ("attn_norm", "qkv_a"),
-    "self_attn.q_b_proj": ("q_a_norm", "q_b"),
-    "self_attn.indexer.wq_b": (None, "wq_b"),
-    "self_attn.o_proj": ("o", "attn_out"),
-    "mlp.gate_up_proj": ("mlp_norm", "gate_up"),
-    "mlp.down_proj": ("act", None),
-    "mlp.shared_experts.gate_up_proj": ("mlp_norm", "shared_gate_up"),
-    "mlp.shared_experts.down_proj": ("shared_act", "shared"),
-}
+_FAMILIES = [load_family(name).taps for name in FAMILIES]
+#: What the families' taps are together: a point means the same wherever there is one.
+_LINEARS = {module: points for taps in _FAMILIES for module, points in taps.linears.items()}
+_MOE = {point for taps in _FAMILIES for point in taps.moe}
+_PER_HEAD = {point for taps in _FAMILIES for point in taps.per_head}
 #: Other operators: (their taps by input place, by output place).
 _NODES: dict[str, tuple[dict[int, str], dict[int, str]]] = {
     "DsaCacheWrite": ({2: "kv_latent", 3: "k_pe", 4: "index_k"}, {}),
@@ -70,40 +42,13 @@ _NODES: dict[str, tuple[dict[int, str], dict[int, str]]] = {
 
 def layer_points(config: ModelConfig, layer: int) -> tuple[str, ...]:
     """Return the tap points of a layer in the order of data, without its selections."""
-    return (*HANDOVER, *ATTENTION, *(MOE if config.is_moe_layer(layer) else DENSE))
+    taps = family_of(config).taps
+    return (*HANDOVER, *taps.attention, *(taps.moe if config.is_moe_layer(layer) else taps.dense))
 
 
 def point_width(config: ModelConfig, point: str) -> int:
     """Return how many values a point has per token, for estimates of memory."""
-    heads, latent, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
-    index_heads, dim, hidden = config.index_n_heads, config.index_head_dim, config.hidden_size
-    shared = config.n_shared_experts * config.moe_intermediate_size
-    widths = {
-        "qkv_a": config.q_lora_rank + dim + latent + rope,
-        "q_a_norm": config.q_lora_rank,
-        "q_b": heads * config.qk_head_dim,
-        "q_pe": heads * rope,
-        "q_latent": heads * latent,
-        "kv_latent": latent,
-        "k_pe": rope,
-        "index_k_norm": dim,
-        "index_k": dim,
-        "wq_b": index_heads * dim,
-        "index_q": index_heads * dim,
-        "index_w": index_heads,
-        "o_latent": heads * latent,
-        "o": heads * config.v_head_dim,
-        "gate_up": 2 * config.intermediate_size,
-        "act": config.intermediate_size,
-        "router_logits": config.n_routed_experts,
-        "expert_weights": config.num_experts_per_tok,
-        "biased_scores": config.n_routed_experts,
-        "topk_indices": config.index_topk,
-        "expert_ids": config.num_experts_per_tok,
-        "shared_gate_up": 2 * shared,
-        "shared_act": shared,
-    }
-    return widths.get(point, hidden)
+    return family_of(config).taps.width(config, point)
 
 
 def name_taps(model: onnx.ModelProto) -> list[str]:
@@ -119,6 +64,7 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
     fixed = {value.name for value in (*graph.input, *graph.output)}
     found: dict[str, str] = {}  # value -> tap
     norms: dict[str, onnx.NodeProto] = {}
+    norm_point = next(taps.norm for taps in _FAMILIES if taps.norm)
     casts = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Cast"}
 
     def note(value: str, point: str, layer: int) -> None:
@@ -154,7 +100,7 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
             if after:
                 note(node.output[0], after, int(match[1]))
         elif node.op_type == "LayerNormalization" and match:
-            note(casts.get(node.output[0], node.output[0]), "index_k_norm", int(match[1]))
+            note(casts.get(node.output[0], node.output[0]), norm_point, int(match[1]))
         elif node.op_type == "RMSNormalization" and weight.endswith(("input_layernorm.weight", "norm.weight")):
             norms[weight] = node
     layers = sorted(
@@ -174,7 +120,8 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
     _rename(graph, found)
     names = list(found.values())
     for layer in layers:
-        missing = {"attn_out", "index_q", "o_latent"} - {name.partition(".")[0] for name in names if _at(name, layer)}
+        shown = {name.partition(".")[0] for name in names if _at(name, layer)}
+        missing = min((taps.required - shown for taps in _FAMILIES), key=len)
         if missing:
             raise ProgramError(f"taps: layer {layer} shows no {sorted(missing)[0]}; its graph has another structure")
     return names
@@ -196,8 +143,12 @@ def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
         value.name = names.get(value.name, value.name)
 
 
+def _points() -> set[str]:
+    return set(HANDOVER).union(*((*taps.attention, *taps.dense, *taps.moe) for taps in _FAMILIES))
+
+
 #: A name that `name_taps` gives.
-TAP_NAME = re.compile(rf"(?:{'|'.join((*HANDOVER, *ATTENTION, *DENSE, *MOE))})\.\d+")
+TAP_NAME = re.compile(rf"(?:{'|'.join(sorted(_points()))})\.\d+")
 
 
 def taps_in(model: onnx.ModelProto) -> list[str]:
@@ -218,7 +169,7 @@ def expose(model: onnx.ModelProto, names: Collection[str]) -> None:
 def tap_shape(name: str, names: Collection[str]) -> tuple[str, ...]:
     """Return the symbolic shape of a tap; `names`: the taps that are shown, which tell MoE layers."""
     point, _, layer = name.rpartition(".")
-    flat = point in MOE or (point == "mlp_norm" and f"router_logits.{layer}" in names)
+    flat = point in _MOE or (point == "mlp_norm" and f"router_logits.{layer}" in names)
     widths = [f"{name}:{axis}" for axis in range(2 if point in _PER_HEAD else 1)]
     return (*(("T",) if flat else ("B", "Q")), *widths)
 

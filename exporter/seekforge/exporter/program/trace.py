@@ -25,12 +25,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from seekforge.common.dtypes import ONNX
 from seekforge.common.errors import ProgramError
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.deepseek_v32.model import HANDOVER, MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import recipes
 from seekforge.exporter.program.canonical_names import canonicalise
 from seekforge.exporter.program.replicate import layers_to_trace, stamp
 from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.program import role_of
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
@@ -92,7 +94,7 @@ def step_inputs(model: StepModel | MtpModel) -> list[_Input]:
         _Input("block_table", torch.int32, ("B", "MB")),
         _Input("logits_index", torch.int64, ("N",)),
     ]
-    sizes = {"latent_cache": config.latent_dim, "index_cache": config.index_head_dim}
+    sizes = family_of(config).caches(config)
     caches = [
         _Input(f"{kind}.{layer}", dtype, ("NS", size)) for kind, size in sizes.items() for layer in model.layer_numbers
     ]
@@ -132,12 +134,15 @@ def trace(
     progress("trace")
     # tables are parameters too, so no real constant is made inside the mode
     with FakeTensorMode(shape_env=ShapeEnv()):
-        whole = (StepModel(settings, layer_range) if layer_range else MtpModel(settings)).eval()
+        made = family_of(settings.config).module("model")
+        whole: StepModel | MtpModel = (
+            made.StepModel(settings, layer_range) if layer_range else made.MtpModel(settings)
+        ).eval()
         layers = tuple(whole.layer_numbers)
         some = layers if every_layer or not layer_range else layers_to_trace(settings.config, layer_range)
         part = whole
         if layer_range and some != layers:
-            part = StepModel(settings, layer_range, layers=some).eval()
+            part = made.StepModel(settings, layer_range, layers=some).eval()
         exported = _export(part, step_inputs(part))
     progress("convert")
     register_schemas()
@@ -174,16 +179,17 @@ def _arguments(inputs: list[_Input], make: Callable[[_Input], Any], num_tokens: 
     values = {spec.name: make(spec) for spec in inputs}
     names = list(values)
     tokens = tuple(values[name] for name in names[:num_tokens])
-    latent = [values[name] for name in names if name.startswith("latent_cache.")]
-    index = [values[name] for name in names if name.startswith("index_cache.")]
+    caches: dict[str, list[Any]] = {}
+    for name in names:
+        if role_of(name) == "cache":
+            caches.setdefault(name.partition(".")[0], []).append(values[name])
     return (
         tokens,
         values["positions"],
         values["slot_mapping"],
         values["block_table"],
         values["logits_index"],
-        latent,
-        index,
+        list(caches.values()),
     )
 
 

@@ -43,7 +43,7 @@ def open_engine(folder: Path, blocks: int, graph: str = "model") -> OrtSession:
 
 def caches_of(session: TorchSession) -> dict[str, np.ndarray]:
     """Cache name -> values, without the scrap block."""
-    values = [value for pair in zip(session.latent, session.index, strict=True) for value in pair]
+    values = [value for pair in zip(*session.caches, strict=True) for value in pair]
     return {name: value[BLOCK:].numpy() for name, value in zip(session.model.cache_names(), values, strict=True)}
 
 

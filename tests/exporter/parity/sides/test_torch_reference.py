@@ -63,7 +63,7 @@ def test_the_walk_gives_the_bits_of_the_whole_model(
             assert torch.equal(found, results[name].to(found.dtype)), (case.name, number, name)
     last = max(n for n, (_, step) in enumerate(dump.cases) if step.graph == "model")
     cache = torch.from_numpy(dump.tensor(last, "cache_latent.2").copy())
-    assert torch.equal(cache, sessions["model"].latent[2].float())
+    assert torch.equal(cache, sessions["model"].caches[0][2].float())
 
 
 def test_one_layer_is_in_memory_at_a_time(

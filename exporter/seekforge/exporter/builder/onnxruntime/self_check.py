@@ -142,7 +142,7 @@ def _candidates(settings: Settings, source: TensorSource, length: int, candidate
     def perturb(module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
         return embedded * (1 + PERTURBATION * noise)
 
-    hook = session.model.embed_tokens.register_forward_hook(perturb)  # pyright: ignore
+    hook = session.model.token_embedding().register_forward_hook(perturb)
     step = make_step(rows, [0] * len(rows), tables)
     positions = sorted({0, length // 2, length - 1})
     starts = np.arange(len(rows))[:, None] * length

@@ -97,7 +97,7 @@ def products(
 
 
 def _kind(weight: str) -> str:
-    """`layers.3.mlp.gate.weight` -> mlp.gate: the same for all layers."""
+    """Return the name of a weight's module, the same for all layers."""
     parts = weight.removesuffix(".weight").split(".")
     return ".".join(parts[2:] if parts[0] == "layers" else parts).removeprefix("self_attn.")
 

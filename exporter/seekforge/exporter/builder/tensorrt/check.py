@@ -23,6 +23,7 @@ from seekforge.exporter.builder.tensorrt.compiler import Options
 from seekforge.exporter.builder.tensorrt.graph import wide_weights
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.models import family_of
 from seekforge.exporter.sizing.memory import (
     GIB,
     Layout,
@@ -390,6 +391,7 @@ def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: C
     mtp = len(inputs.program.graphs) - 1
     per_cache = cache_bytes / (stop - start + mtp)
     layers = [per_cache] * (stop - start)
+    before = family_of(inputs.config).names_before(inputs.config)
     tables = embedding = behind = 0
     for one in _held(inputs, plugins):
         layer = _LAYER.match(one.name) if one.graph == "model" else None
@@ -397,7 +399,7 @@ def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: C
             layers[int(layer[1]) - start] += one.num_bytes
         elif one.role == "table":
             tables += one.num_bytes
-        elif one.name.startswith("embed_tokens."):
+        elif one.name in before:
             embedding += one.num_bytes
         else:
             behind += one.num_bytes

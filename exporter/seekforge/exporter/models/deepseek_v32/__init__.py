@@ -3,6 +3,7 @@
 from typing import Final
 
 from seekforge.exporter.models.deepseek_v32 import parameters
+from seekforge.exporter.models.deepseek_v32.taps import TAPS
 from seekforge.exporter.models.family import Family
 
 FAMILY: Final = Family(
@@ -15,4 +16,6 @@ FAMILY: Final = Family(
     mtp_parameters=parameters.mtp_parameters,
     codes=parameters.CODES,
     places=parameters.PLACES,
+    caches=parameters.caches,
+    taps=TAPS,
 )

@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, step: Step, latent_cache: Tensor, index_cache: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Attend.
 
         Args:
@@ -110,7 +110,7 @@ class Attention(nn.Module):
             latent_cache: [NB·64, latent_dim]. index_cache: [NB·64, index_head_dim].
 
         Returns:
-            Output [B, Q, hidden_size], both caches with this step's rows, topk_indices [B, Q, index_topk].
+            Output [B, Q, hidden_size], both caches with this step's rows, (topk_indices [B, Q, index_topk],).
         """
         config, numerics = self.config, self.settings.numerics
         kv_format = self.settings.dtype_name
@@ -151,7 +151,7 @@ class Attention(nn.Module):
                 q_latent, q_pe, latent_cache, step.block_table, topk_indices, config.softmax_scale, kv_format
             )
             o = product_per_head(o_latent.flatten(0, 1), self.w_uv.transpose(1, 2))
-        return self.sum_ranks(self.o_proj(o.reshape(*lead, -1))), latent_cache, index_cache, topk_indices
+        return self.sum_ranks(self.o_proj(o.reshape(*lead, -1))), (latent_cache, index_cache), (topk_indices,)
 
     def _naive(self, q_nope: Tensor, q_pe: Tensor, latent_cache: Tensor, step: Step, topk: Tensor) -> Tensor:
         """Multi-head form with expanded keys and values and a mask (spec §3.4): [B, Q, h, v_head_dim]."""

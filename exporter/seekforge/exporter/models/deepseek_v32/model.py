@@ -7,13 +7,13 @@ other gives that pair. Pipeline stages, truncated models and layer checks are al
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.deepseek_v32.attention import Attention
 from seekforge.exporter.models.deepseek_v32.layers import (
     CodedLinear,
@@ -33,11 +33,14 @@ from seekforge.formats.paged_cache import BLOCK_SIZE
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind an add-and-norm."""
 
+    #: What attends; a family of other attention has a subclass with its own.
+    attention: type[nn.Module] = Attention
+
     def __init__(self, settings: Settings, layer: int) -> None:
         super().__init__()
         config = settings.config
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-        self.self_attn = Attention(settings)
+        self.self_attn = self.attention(settings)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         ranks = settings.ranks.count
         dense = Mlp(settings, config.intermediate_size // ranks)
@@ -45,24 +48,28 @@ class DecoderLayer(nn.Module):
         self.sum_ranks = SumRanks(ranks)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, step: Step, latent_cache: Tensor, index_cache: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Return (x, residual, latent_cache, index_cache, topk_indices, expert_ids or None)."""
+        self, x: Tensor, residual: Tensor | None, step: Step, caches: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """Return (x, residual, the layer's caches, what its attention chose, expert_ids or None)."""
         if residual is None:
             a, residual = self.input_layernorm(x), x
         else:
             a, residual = self.input_layernorm.add(x, residual)
-        x, latent_cache, index_cache, topk_indices = self.self_attn(a, step, latent_cache, index_cache)
+        x, written, chosen = self.self_attn(a, step, *caches)
         a, residual = self.post_attention_layernorm.add(x, residual)
         if isinstance(self.mlp, Moe):
             x, expert_ids = self.mlp(a, step.expert_map)
         else:
             x, expert_ids = self.sum_ranks(self.mlp(a)), None
-        return x, residual, latent_cache, index_cache, topk_indices, expert_ids
+        return x, residual, written, chosen, expert_ids
 
 
 class _StepModule(nn.Module):
     """What both programs share: tables, layers, caches, and results from the last hidden state."""
+
+    #: What a layer is, and the selections that its attention gives beside its output.
+    layer: type[DecoderLayer] = DecoderLayer
+    selections: tuple[str, ...] = ("topk_indices",)
 
     def __init__(self, settings: Settings, layers: Sequence[int]) -> None:
         super().__init__()
@@ -75,7 +82,7 @@ class _StepModule(nn.Module):
         self.hadamard = weight(size, size, dtype=torch.float32) if settings.numerics.hadamard else None
         is_dealt = settings.ranks.ep > 1 and any(config.is_moe_layer(i) for i in layers)
         self.expert_map = weight(config.n_routed_experts, dtype=torch.int32) if is_dealt else None
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(settings, i) for i in layers})
+        self.layers = nn.ModuleDict({str(i): self.layer(settings, i) for i in layers})
 
     def _step(self, positions: Tensor, slot_mapping: Tensor, block_table: Tensor) -> Step:
         row = positions.clamp_min(0)  # a padded row has position −1
@@ -83,20 +90,18 @@ class _StepModule(nn.Module):
         return Step(positions, slot_mapping, block_table, cos, sin, self.hadamard, self.expert_map)
 
     def _run_layers(
-        self, x: Tensor, residual: Tensor | None, step: Step, latent: list[Tensor], index: list[Tensor]
+        self, x: Tensor, residual: Tensor | None, step: Step, caches: list[list[Tensor]]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return (x, residual, caches in the order of `cache_names`, taps in the order of `tap_names`)."""
-        caches, topk, experts = [], [], []
-        for layer, latent_cache, index_cache in zip(self.layers.values(), latent, index, strict=True):
-            x, residual, latent_cache, index_cache, topk_indices, expert_ids = layer(
-                x, residual, step, latent_cache, index_cache
-            )
-            caches += [latent_cache, index_cache]
-            topk.append(topk_indices)
+        written, chosen, experts = [], [], []
+        for layer, *one_of_each in zip(self.layers.values(), *caches, strict=True):
+            x, residual, layer_caches, selections, expert_ids = layer(x, residual, step, one_of_each)
+            written += layer_caches
+            chosen += selections
             if expert_ids is not None:
                 experts.append(expert_ids)
         assert residual is not None
-        return x, residual, tuple(caches), (*topk, *experts)
+        return x, residual, tuple(written), (*chosen, *experts)
 
     def _results(self, hidden: Tensor, head: LinearF32 | CodedLinear, logits_index: Tensor) -> tuple[Tensor, ...]:
         """Return top_logits, top_ids, logsumexp, logits of the rows `logits_index` of [B·Q, H]."""
@@ -107,23 +112,28 @@ class _StepModule(nn.Module):
         logsumexp = (peak + torch.log(torch.exp(logits - peak).sum(-1, keepdim=True))).squeeze(-1)
         return top.values, top.indices.to(torch.int32), logsumexp, logits
 
+    def token_embedding(self) -> nn.Module:
+        """Return the module that looks tokens up, of a program that takes tokens."""
+        assert isinstance(self.embed_tokens, nn.Module)
+        return self.embed_tokens
+
     def cache_names(self) -> list[str]:
         """Names of the cache inputs, in order; the output of each is its name with `_out` before the number."""
-        pairs = ((f"latent_cache.{i}", f"index_cache.{i}") for i in self.layer_numbers)
-        return list(itertools.chain.from_iterable(pairs))
+        kinds = family_of(self.settings.config).caches(self.settings.config)
+        return [f"{kind}.{layer}" for layer in self.layer_numbers for kind in kinds]
 
     def tap_names(self) -> list[str]:
         """Names of the optional outputs that show what was chosen."""
         moe = [i for i in self.layer_numbers if self.settings.config.is_moe_layer(i)]
-        return [f"topk_indices.{i}" for i in self.layer_numbers] + [f"expert_ids.{i}" for i in moe]
+        return [f"{kind}.{i}" for i in self.layer_numbers for kind in self.selections] + [
+            f"expert_ids.{i}" for i in moe
+        ]
 
-    def new_caches(self, num_blocks: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Return zeroed latent and indexer caches of `num_blocks` blocks, one each per layer."""
-        config, slots = self.settings.config, num_blocks * BLOCK_SIZE
-        return (
-            [torch.zeros(slots, config.latent_dim, dtype=self.settings.dtype) for _ in self.layer_numbers],
-            [torch.zeros(slots, config.index_head_dim, dtype=self.settings.dtype) for _ in self.layer_numbers],
-        )
+    def new_caches(self, num_blocks: int) -> list[list[Tensor]]:
+        """Return zeroed caches of `num_blocks` blocks: for each kind one per layer."""
+        config, slots, dtype = self.settings.config, num_blocks * BLOCK_SIZE, self.settings.dtype
+        widths = family_of(config).caches(config).values()
+        return [[torch.zeros(slots, width, dtype=dtype) for _ in self.layer_numbers] for width in widths]
 
 
 #: Result outputs of a program that ends with the last layer, in order.
@@ -171,8 +181,7 @@ class StepModel(_StepModule):
         slot_mapping: Tensor,
         block_table: Tensor,
         logits_index: Tensor | None,
-        latent_caches: list[Tensor],
-        index_caches: list[Tensor],
+        caches: list[list[Tensor]],
     ) -> tuple[Tensor, ...]:
         """Run one step.
 
@@ -180,7 +189,7 @@ class StepModel(_StepModule):
             tokens: (input_ids [B, Q] int64,) or (hidden_states, residual) [B, Q, H].
             positions, slot_mapping: [B, Q] int64; −1 pads. block_table: [B, MB] int32.
             logits_index: [N] int64, rows of the flattened B·Q that get logits; None unless the range is last.
-            latent_caches, index_caches: one [NB·64, latent_dim] and [NB·64, index_head_dim] per layer.
+            caches: for each kind of cache, one [NB·64, width] per layer.
 
         Returns:
             Outputs named by `result_names`, then caches, then `tap_names`.
@@ -190,12 +199,12 @@ class StepModel(_StepModule):
             x, residual = self.embed_tokens(tokens[0]), None
         else:
             x, residual = tokens
-        x, residual, caches, taps = self._run_layers(x, residual, step, latent_caches, index_caches)
+        x, residual, written, taps = self._run_layers(x, residual, step, caches)
         if not self.is_last:
-            return (x, residual, *caches, *taps)
+            return (x, residual, *written, *taps)
         assert logits_index is not None
         hidden, _ = self.norm.add(x, residual)
-        return (hidden, *self._results(hidden, self.lm_head, logits_index), *caches, *taps)
+        return (hidden, *self._results(hidden, self.lm_head, logits_index), *written, *taps)
 
 
 class Embedding(nn.Module):
@@ -239,16 +248,13 @@ class MtpModel(_StepModule):
         slot_mapping: Tensor,
         block_table: Tensor,
         logits_index: Tensor,
-        latent_caches: list[Tensor],
-        index_caches: list[Tensor],
+        caches: list[list[Tensor]],
     ) -> tuple[Tensor, ...]:
         """Run one step; as `StepModel.forward` with tokens = (input_ids t_{i+1}, hidden_in h_i [B, Q, H])."""
         input_ids, hidden_in = tokens
         step = self._step(positions, slot_mapping, block_table)
         # embedding first, hidden second: the paper writes it the other way round, the weights do not (spec §6)
         pair = torch.cat([self.enorm(self.embed_tokens(input_ids)), self.hnorm(hidden_in)], dim=-1)
-        x, residual, caches, taps = self._run_layers(
-            product(pair, self.eh_proj.T), None, step, latent_caches, index_caches
-        )
+        x, residual, written, taps = self._run_layers(product(pair, self.eh_proj.T), None, step, caches)
         hidden, _ = self.norm.add(x, residual)
-        return (hidden, *self._results(hidden, self.lm_head, logits_index), *caches, *taps)
+        return (hidden, *self._results(hidden, self.lm_head, logits_index), *written, *taps)

@@ -20,6 +20,10 @@ class Gate(LinearF32):
         super().__init__(config.hidden_size, config.n_routed_experts, settings.dtype)
         self.e_score_correction_bias = weight(config.n_routed_experts, dtype=torch.float32)
 
+    def biased_scores(self, logits: Tensor) -> Tensor:
+        """[T, n_routed_experts] router logits -> the scores by which experts are chosen."""
+        return torch.sigmoid(logits) + self.e_score_correction_bias
+
 
 class Experts(nn.Module):
     """Stacked expert weights: w13 [E, gate | up, hidden], w2 [E, hidden, inter]."""

@@ -214,8 +214,8 @@ def end_parameters() -> tuple[Parameter, ...]:
     """Return the parameters outside layers, whose tensors have their whole names."""
     return (
         value("embed_tokens.weight", "the embedding", "model.embed_tokens.weight"),
-        value("norm.weight", "the final norm", "model.norm.weight"),
-        value("lm_head.weight", "the head", op="Bf16Linear"),
+        value("norm.weight", "the final norm", "model.norm.weight", is_behind=True),
+        value("lm_head.weight", "the head", op="Bf16Linear", is_behind=True),
     )
 
 
@@ -225,7 +225,7 @@ def mtp_parameters() -> tuple[Parameter, ...]:
         value("enorm.weight", "the norm of the embedding"),
         value("hnorm.weight", "the norm of the hidden state"),
         value("eh_proj", "the projection of embedding and hidden state", "eh_proj.weight"),
-        value("norm.weight", "the final norm", "shared_head.norm.weight"),
+        value("norm.weight", "the final norm", "shared_head.norm.weight", is_behind=True),
     )
 
 
@@ -234,6 +234,14 @@ def linear(name: str, tensors: tuple[str, ...], does: str) -> Parameter:
     return Parameter(name, "linear", tensors, does, "BlockFp8Linear")
 
 
-def value(name: str, does: str, tensor: str = "", *, op: Product = "") -> Parameter:
+def value(name: str, does: str, tensor: str = "", *, op: Product = "", is_behind: bool = False) -> Parameter:
     """Return a parameter that is a tensor as it is, of the same name if none is given."""
-    return Parameter(name, "value", (tensor or name,), does, op)
+    return Parameter(name, "value", (tensor or name,), does, op, is_behind=is_behind)
+
+
+# --- caches ---------------------------------------------------------------------------------------------------
+
+
+def caches(config: ModelConfig) -> dict[str, int]:
+    """Return kind of paged cache of a layer -> values that one token has in it."""
+    return {"latent_cache": config.latent_dim, "index_cache": config.index_head_dim}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import load_weights
@@ -95,10 +96,11 @@ class TorchSession:
     ) -> None:
         config = settings.config
         with torch.device("meta"):
-            model = MtpModel(settings) if mtp else StepModel(settings, layer_range or (0, config.num_hidden_layers))
-        self.model: StepModel | MtpModel = model
-        load_weights(model, source)
-        self.latent, self.index = model.new_caches(num_blocks)
+            made = family_of(config).module("model")
+            layers = layer_range or (0, config.num_hidden_layers)
+            self.model: StepModel | MtpModel = made.MtpModel(settings) if mtp else made.StepModel(settings, layers)
+        load_weights(self.model, source)
+        self.caches = self.model.new_caches(num_blocks)
 
     def step(self, inputs: StepInputs, hidden: tuple[Tensor, ...] = ()) -> dict[str, Tensor]:
         """Run one step and keep its caches.
@@ -120,14 +122,13 @@ class TorchSession:
                 torch.from_numpy(inputs.slot_mapping),
                 torch.from_numpy(inputs.block_table),
                 torch.from_numpy(inputs.logits_index),
-                self.latent,
-                self.index,
+                self.caches,
             )
-        caches = model.cache_names()
-        names = [*model.result_names(), *caches, *model.tap_names()]
+        names = [*model.result_names(), *model.cache_names(), *model.tap_names()]
         named = dict(zip(names, outputs, strict=True))
-        pairs = [named.pop(name) for name in caches]
-        self.latent, self.index = list(pairs[0::2]), list(pairs[1::2])
+        written = [named.pop(name) for name in model.cache_names()]
+        kinds = len(self.caches)
+        self.caches = [written[kind::kinds] for kind in range(kinds)]
         return named
 
     def prefill(self, prompt: Sequence[int]) -> dict[str, Tensor]:

@@ -102,8 +102,7 @@ def _tables(config: ModelConfig) -> dict[str, Recipe]:
     return {
         "rope_cos": rope_table("rope_cos", rope=rope, **size),
         "rope_sin": rope_table("rope_sin", rope=rope, **size),
-        "hadamard": hadamard_table(config.index_head_dim),
-    }
+    } | ({"hadamard": hadamard_table(config.index_head_dim)} if config.index_head_dim else {})
 
 
 def _magnitude(scaling: RopeScaling) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seekforge.exporter.models import load_family
 from seekforge.exporter.models.deepseek_v32.moe import Moe
 from seekforge.exporter.parity.compare.metrics import (
     Flip,
@@ -24,7 +25,6 @@ from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump
 from seekforge.formats.numerics import Numerics
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.plugins.dsa_indexer.reference import index_scores
 
 #: Largest error of an operation that was given the same inputs, in parts of the root mean square of its output.
 #: Measured between ONNX Runtime and torch in f32 on the tiny model: up to 7e-6, in attention (a softmax) 1.5e-5.
@@ -36,7 +36,6 @@ GATE_BF16 = 2e-2
 #: not whether they are equal but whether the codes are right. On the tiny model 0.07 and 0.76 were measured; a wrong
 #: scale or a misplaced code gives 4, as two vectors that have nothing to do with each other.
 GATE_CODES = {"int8": 0.15, "int4": 1.5}
-_CODED = ("qkv_a_proj", "q_b_proj", "wq_b", "o_proj", "gate_up_proj", "down_proj", "experts", "lm_head")
 #: The routed experts quantise inside the operation, where no tap reaches: single e4m3 roundings may flip there.
 FLIPPED_ROWS, GATE_FLIPPED = 0.2, 0.1
 #: Score gaps that a sum in another order explains, in parts of a row's spread of scores; of experts absolute.
@@ -93,6 +92,8 @@ class LocalJudge:
     def __init__(self, subject: Dump, numerics: Numerics, activations: str) -> None:
         self.subject, self.numerics, self.activations = subject, numerics, activations
         self.codes = subject.side.weights if subject.side.weights in GATE_CODES else None
+        stored = load_family(str(subject.side.config["model_type"])).codes
+        self._coded = tuple(kind for kind, codes in stored.items() if codes != "f32")
         self.records: dict[tuple[str, int, str], OpRecord] = {}
         self._experts: dict[tuple[str, int], _Experts] = {}
         self._places: dict[int, list[tuple[int, int]]] = {}
@@ -115,10 +116,11 @@ class LocalJudge:
     def finish(self) -> list[OpRecord]:
         """Return the records in the order of data, each with its verdict."""
         for (graph, layer), experts in self._experts.items():
-            experts.conclude(self.records[graph, layer, "mlp.experts"])
+            experts.conclude(self.records[graph, layer, experts.module])
+        concluded = {(graph, layer, experts.module) for (graph, layer), experts in self._experts.items()}
         for record in self.records.values():
             record.flips = farthest(record.flips, _KEEP_FLIPS)
-            if record.module == "mlp.experts" and self.numerics.act_quant != "none":
+            if (record.graph, record.layer, record.module) in concluded and self.numerics.act_quant != "none":
                 continue
             if record.num_choices:
                 record.failed = record.num_flips["wrong"] > 0
@@ -144,7 +146,7 @@ class LocalJudge:
             )
         else:
             gate, reason = GATE_F32, "each given the engine's own inputs; f32 sums in another order (7e-6 measured)"
-        if self.codes is not None and judged.op.module.endswith(_CODED):
+        if self.codes is not None and judged.op.module.endswith(self._coded):
             gate, reason = GATE_CODES[self.codes], f"weights are {self.codes} codes: the price, unless codes are wrong"
         record = self._record(judged, part.module, part.tensors, gate, reason)
         if len(expected) == 0:
@@ -159,12 +161,12 @@ class LocalJudge:
             if judged.op.output == "logits":  # a row of the flattened [B, Q] -> its place among the real ones
                 worst = int(arrays.real[: arrays.logits_index[worst]].sum())
             record.where = self._where(judged.step, worst)
-        if judged.op.module == "mlp.experts":
+        if judged.op.output == "routed":
             graph = self.subject.cases[judged.step][1].graph
             ids = _rows(judged.inputs["expert_ids"], torch.from_numpy(self.subject.arrays(judged.step).real))
-            self._experts.setdefault((graph, judged.layer), _Experts(self.numerics.act_quant != "none")).add(
-                ids, errors
-            )
+            rounded = self.numerics.act_quant != "none"
+            experts = self._experts.setdefault((graph, judged.layer), _Experts(judged.op.module, rounded))
+            experts.add(ids, errors)
 
     def _where(self, step: int, row: int) -> dict[str, object]:
         case, _ = self.subject.cases[step]
@@ -226,23 +228,14 @@ class LocalJudge:
     def _key_scores(self, judged: Judged, real: Tensor) -> np.ndarray:
         state, module = judged.state, judged.module
         assert state is not None and module is not None
-        scores = index_scores(
-            judged.inputs["index_q"],
-            judged.inputs["index_w"],
-            state.index,
-            state.step.block_table,
-            state.step.positions,
-            module.settings.numerics.indexer_fp8,
-            module.settings.dtype_name,
-        )
-        return _rows(scores, real)
+        return _rows(module.key_scores(state, judged.inputs), real)
 
     def _expert_scores(self, judged: Judged, real: Tensor) -> np.ndarray:
         module = judged.module
         assert module is not None
         moe = module.module.mlp
         assert isinstance(moe, Moe)
-        return _rows(torch.sigmoid(judged.inputs["router_logits"]) + moe.gate.e_score_correction_bias, real)
+        return _rows(moe.gate.biased_scores(judged.inputs["router_logits"]), real)
 
     # --- caches ---------------------------------------------------------------------------------------------
 
@@ -251,11 +244,12 @@ class LocalJudge:
         assert judged.state is not None
         case, _ = self.subject.cases[judged.step]
         reason = "what is cached must be what was written, once rounded as the numerics ask"
-        for kind, expected in (("latent", judged.state.latent), ("index", judged.state.index)):
+        attention = judged.op.module.partition(" ")[0]
+        for kind, expected in ((name.removesuffix("_cache"), cache) for name, cache in judged.state.caches.items()):
             name = f"cache_{kind}.{judged.layer}"
             if not self.subject.has(judged.step, name):
                 continue
-            record = self._record(judged, f"self_attn ({kind} cache)", (), GATE_F32, reason)
+            record = self._record(judged, f"{attention} ({kind} cache)", (), GATE_F32, reason)
             found = self.subject.tensor(judged.step, name)
             if found.shape != tuple(expected.shape):
                 record.detail = f"layout {found.shape} is not compared with {tuple(expected.shape)}"
@@ -288,8 +282,8 @@ class LocalJudge:
 class _Experts:
     """Finds out which expert is wrong: the one whose every token is."""
 
-    def __init__(self, quantised: bool) -> None:
-        self.quantised = quantised
+    def __init__(self, module: str, quantised: bool) -> None:
+        self.module, self.quantised = module, quantised
         self._ids: list[np.ndarray] = []
         self._errors: list[np.ndarray] = []
 

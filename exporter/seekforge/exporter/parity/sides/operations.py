@@ -5,7 +5,8 @@ values that an engine had at each point, each operation answers for itself alone
 engine's value by the order of a sum and nothing else, in every numerics, since both sides quantise the same numbers.
 So the first operation that differs by more is where the fault is, and nothing before it or behind it is blamed.
 
-The lists are in `attention_ops` (up to the cache write, and behind it) and `mlp_ops`; here is what they are made of.
+The lists are in the model family's `attention_ops` (up to the cache write, and behind it) and `mlp_ops`; here is what
+they are made of.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from seekforge.exporter.models.deepseek_v32.model import DecoderLayer, MtpModel, StepModel
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.deepseek_v32.model import DecoderLayer
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
 from seekforge.exporter.models.deepseek_v32.weights import recipes, to_torch
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate, tensors_of
-from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
 
 #: Points of the next layer, as a layer's operations call them.
 NEXT = {"next_hidden_states": "hidden_states", "next_residual": "residual"}
@@ -65,8 +66,7 @@ class Op:
 class LayerState:
     """What one side has cached for one layer, and the step it is in."""
 
-    latent: Tensor
-    index: Tensor
+    caches: dict[str, Tensor]
     step: Step = field(init=False)
 
 
@@ -82,7 +82,9 @@ class LayerModule:
     def __init__(self, settings: Settings, layer: int, source: TensorSource) -> None:
         self.settings, self.config, self.layer = settings, settings.config, layer
         with torch.device("meta"):
-            self.module = DecoderLayer(settings, layer)
+            self.module: DecoderLayer = family_of(self.config).module("model").DecoderLayer(settings, layer)
+        attention, mlp = (family_of(self.config).module(name) for name in ("attention_ops", "mlp_ops"))
+        self._attention_ops, self._mlp_ops = attention, mlp
         prefix = f"layers.{layer}."
         self._recipes = {
             name.removeprefix(prefix): recipe
@@ -95,10 +97,8 @@ class LayerModule:
     def new_state(self, num_blocks: int) -> LayerState:
         """Return zeroed caches."""
         slots, dtype = num_blocks * BLOCK_SIZE, self.settings.dtype
-        return LayerState(
-            torch.zeros(slots, self.config.latent_dim, dtype=dtype),
-            torch.zeros(slots, self.config.index_head_dim, dtype=dtype),
-        )
+        widths = family_of(self.config).caches(self.config)
+        return LayerState({kind: torch.zeros(slots, width, dtype=dtype) for kind, width in widths.items()})
 
     def tensors(self, *modules: str) -> tuple[str, ...]:
         """Return the checkpoint tensors behind the parameters of modules of this layer."""
@@ -123,26 +123,30 @@ class LayerModule:
         """Return the operation of one module on one point; its tensors are those of the module's name."""
         return Op(module, does, (before,), after, lambda v: run(v[before]), self.tensors(module), parts)
 
+    def before_cache(self, state: LayerState) -> list[Op]:
+        """Return the operations up to the cache write."""
+        return self._attention_ops.before_cache(self, state)
+
+    def behind_cache(self, state: LayerState) -> list[Op]:
+        """Return the operations behind the cache write: the rest of the attention, and the MLP."""
+        return [*self._attention_ops.behind_cache(self, state), *self._mlp_ops.mlp_ops(self, state)]
+
+    def shows_cached(self, values: Values) -> bool:
+        """Whether all that goes into the caches is among `values`."""
+        return values.keys() >= set(self._attention_ops.CACHED)
+
     def write_cache(self, state: LayerState, values: Values) -> None:
         """Put this step's rows into the caches of `state`."""
-        numerics, kv = self.settings.numerics, self.settings.dtype_name
-        state.latent, state.index = dsa_cache_write(
-            state.latent,
-            state.index,
-            values["kv_latent"],
-            values["k_pe"],
-            values["index_k"],
-            state.step.slot_mapping,
-            kv,
-            kv,
-            numerics.kv_fp8,
-            numerics.indexer_fp8,
-        )
+        self._attention_ops.write_cache(self, state, values)
+
+    def key_scores(self, state: LayerState, values: Values) -> Tensor:
+        """Return [B, Q, L] scores by which keys are chosen, for a family that chooses keys."""
+        return self._attention_ops.key_scores(self, state, values)
 
 
 def model_recipes(settings: Settings, layer: int) -> dict[str, Recipe]:
     """Return the recipes of the program that holds `layer`, without any weight."""
     with torch.device("meta"):
-        mtp = layer == settings.config.mtp_layer
-        model = MtpModel(settings) if mtp else StepModel(settings, (layer, layer + 1))
+        made, mtp = family_of(settings.config).module("model"), layer == settings.config.mtp_layer
+        model = made.MtpModel(settings) if mtp else made.StepModel(settings, (layer, layer + 1))
     return recipes(model)

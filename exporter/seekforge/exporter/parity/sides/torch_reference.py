@@ -21,8 +21,6 @@ from seekforge.exporter.models.deepseek_v32.layers import LinearF32, RmsNorm, pr
 from seekforge.exporter.models.deepseek_v32.moe import Moe
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
 from seekforge.exporter.models.deepseek_v32.weights import to_torch
-from seekforge.exporter.parity.sides.attention_ops import before_cache, behind_cache
-from seekforge.exporter.parity.sides.mlp_ops import mlp_ops
 from seekforge.exporter.parity.sides.operations import NEXT, LayerModule, LayerState, Op, model_recipes
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
 from seekforge.exporter.program.taps import HANDOVER
@@ -163,33 +161,34 @@ class Reference:
     def _free(self, stream: Stream, module: LayerModule, state: LayerState, number: int) -> None:
         layer = module.layer
         values = dict(stream.carried[number])
-        for op in before_cache(module, state):
+        for op in module.before_cache(state):
             values[op.output] = op.run(values)
         module.write_cache(state, values)
-        for op in (*behind_cache(module, state), *mlp_ops(module, state)):
+        for op in module.behind_cache(state):
             values[op.output] = op.run(values)
         if "router_logits" in values:  # what decides about experts; an engine does not show it
             moe = module.module.mlp
             assert isinstance(moe, Moe)
-            values["biased_scores"] = torch.sigmoid(values["router_logits"]) + moe.gate.e_score_correction_bias
+            values["biased_scores"] = moe.gate.biased_scores(values["router_logits"])
         stream.carried[number] = {NEXT[name]: values.pop(name) for name in NEXT}
         if stream.beside is not None:
             stream.keep(number, {f"{name}.{layer + 1}": value for name, value in stream.carried[number].items()})
             return
         named = {f"{name}.{layer}": value for name, value in values.items()}
         if number in self.last_steps and stream.points is None:
-            named |= {f"cache_latent.{layer}": state.latent, f"cache_index.{layer}": state.index}
+            caches = state.caches.items()
+            named |= {f"cache_{kind.removesuffix('_cache')}.{layer}": cache for kind, cache in caches}
         stream.keep(number, named)
 
     def _judge_layer(self, module: LayerModule, state: LayerState, number: int) -> None:
         assert self.subject is not None
         theirs = self._subject_values(number, module.layer)
-        for op in before_cache(module, state):
+        for op in module.before_cache(state):
             self._judge_op(module.layer, number, op, theirs, state, module)
-        if not {"kv_latent", "k_pe", "index_k"} <= theirs.keys():
+        if not module.shows_cached(theirs):
             return
         module.write_cache(state, theirs)
-        for op in (*behind_cache(module, state), *mlp_ops(module, state)):
+        for op in module.behind_cache(state):
             self._judge_op(module.layer, number, op, theirs, state, module)
 
     def _judge_op(

@@ -1,4 +1,4 @@
-"""`transformers`' DeepSeek-V3.2 in FP32 as the other side: an implementation that shares no line with ours.
+"""`transformers`' model of the family in FP32 as the other side: an implementation that shares no line with ours.
 
 It has neither FP8 nor Hadamard nor an MTP module, and it is run on whole prompts, so only `whole` cases can be
 compared, with an engine of `exact` numerics. The whole model is in memory, in FP32: it is for small models.
@@ -6,11 +6,9 @@ compared, with an engine of `exact` numerics. The whole model is in memory, in F
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from seekforge.common.errors import ConfigError, EnvironmentFault
 from seekforge.common.requirements import install_module
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import needless_tensors
+from seekforge.exporter.models import load_family
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump, DumpWriter, Side
 from seekforge.formats.numerics import EXACT
@@ -59,6 +58,7 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan,
     if any(case.mode != "whole" for case in plan.cases):
         raise ConfigError("--against transformers runs whole prompts only; pass --modes whole")
     model, config = _load(checkpoint_folder, source, work)
+    family = load_family(config["model_type"])
     number = int(config["num_hidden_layers"])
     side = Side(
         kind="transformers",
@@ -71,7 +71,7 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan,
     )
     writer = DumpWriter(out, side, plan)
     for step_number, _, step in plan.steps():
-        with _watch(model) as seen, torch.inference_mode():
+        with family.module("oracle").watch(model) as seen, torch.inference_mode():
             output = model(torch.tensor(step.tokens), output_hidden_states=True)
         logits = output.logits.flatten(0, 1)[list(step.logits_index)].float().numpy()
         tensors: dict[str, np.ndarray] = {"logits": logits}
@@ -80,13 +80,8 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan,
             tensors[f"hidden_states.{layer + 1}"] = (out_ - mid).numpy()
             tensors[f"residual.{layer + 1}"] = mid.numpy()
         rows = len(step.tokens[0])
-        topk = int(config["index_topk"])
         for layer, chosen in seen["keys"].items():
-            visible = np.where(chosen <= np.arange(rows)[None, :, None], chosen, rows)
-            ordered = np.sort(visible, -1)
-            ordered = np.where(ordered == rows, -1, ordered)
-            padding = np.full((*ordered.shape[:2], topk - ordered.shape[2]), -1)
-            tensors[f"topk_indices.{layer}"] = np.concatenate([ordered, padding], -1).astype(np.int32)
+            tensors[f"topk_indices.{layer}"] = family.module("oracle").topk_indices(chosen, rows, config)
         for layer, chosen in seen["experts"].items():
             tensors[f"expert_ids.{layer}"] = chosen.reshape(-1, chosen.shape[-1]).astype(np.int32)
         writer.write(step_number, tensors)
@@ -97,7 +92,6 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan,
 def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[Any, dict[str, Any]]:
     """Write an FP32 copy and load it; nothing but the MTP layer may be left out."""
     from safetensors.torch import save_file
-    from transformers import DeepseekV32ForCausalLM
     from transformers.utils import logging
 
     from seekforge.exporter.models.deepseek_v32.weights import to_torch
@@ -119,8 +113,11 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
     (work / "config.json").write_text(json.dumps(known | {"torch_dtype": "float32"}), encoding="utf-8")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    loaded: Any = DeepseekV32ForCausalLM.from_pretrained(
-        work, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    loaded: Any = (
+        load_family(config["model_type"])
+        .module("oracle")
+        .model_class()
+        .from_pretrained(work, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     )
     model, info = loaded
     prefix = f"model.layers.{config['num_hidden_layers']}."
@@ -128,41 +125,3 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
     if foreign:
         raise ConfigError(f"{checkpoint_folder}: transformers does not know or does not find {sorted(foreign)[0]}")
     return model.eval(), config
-
-
-@contextlib.contextmanager
-def _watch(model: Any) -> Iterator[dict[str, dict[int, Any]]]:
-    """Collect per layer the stream before and behind the MLP, the chosen keys and the chosen experts."""
-    seen: dict[str, dict[int, Any]] = {"stream": {}, "keys": {}, "experts": {}}
-    with contextlib.ExitStack() as stack:
-        for number, layer in enumerate(model.model.layers):
-            middle: dict[str, torch.Tensor] = {}
-
-            def before(module: Any, args: Any, middle: dict[str, torch.Tensor] = middle) -> None:
-                middle["x"] = args[0]
-
-            def behind(
-                module: Any,
-                args: Any,
-                out: Any,
-                number: int = number,
-                middle: dict[str, torch.Tensor] = middle,
-            ) -> None:
-                seen["stream"][number] = (middle["x"], out[0] if isinstance(out, tuple) else out)
-
-            def keys(module: Any, args: Any, out: Any, number: int = number) -> None:
-                seen["keys"][number] = out.numpy()
-
-            def experts(module: Any, args: Any, out: Any, number: int = number) -> None:
-                seen["experts"][number] = out[2].numpy()
-
-            hooks = [
-                layer.post_attention_layernorm.register_forward_pre_hook(before),
-                layer.register_forward_hook(behind),
-                layer.self_attn.indexer.register_forward_hook(keys),
-            ]
-            if hasattr(layer.mlp, "gate"):
-                hooks.append(layer.mlp.gate.register_forward_hook(experts))
-            for hook in hooks:
-                stack.callback(hook.remove)
-        yield seen

@@ -1,4 +1,4 @@
-"""The operations of a layer behind its attention: residual stream, dense MLP or router and experts (see `ops`)."""
+"""The operations behind a layer's attention: residual stream, dense MLP or router and experts (see `parity.sides`)."""
 
 from __future__ import annotations
 

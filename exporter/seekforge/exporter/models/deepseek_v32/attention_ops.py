@@ -1,4 +1,4 @@
-"""The operations of a layer's attention, from its input to the output projection (see `ops`)."""
+"""The operations of a layer's attention, from its input to the output projection (see `parity.sides.operations`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from seekforge.exporter.models.deepseek_v32.layers import product_per_head, rope_interleaved
 from seekforge.exporter.parity.sides.operations import LayerModule, LayerState, Op, Part, Values
 from seekforge.plugins.dsa_attention.reference import dsa_attention
-from seekforge.plugins.dsa_indexer.reference import dsa_indexer
+from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
+from seekforge.plugins.dsa_indexer.reference import dsa_indexer, index_scores
 
 
 def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
@@ -119,6 +120,40 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
     ]
 
 
+#: Points that `write_cache` reads.
+CACHED = ("kv_latent", "k_pe", "index_k")
+
+
+def write_cache(owner: LayerModule, state: LayerState, values: Values) -> None:
+    """Put this step's rows into the caches of `state`."""
+    numerics, kv = owner.settings.numerics, owner.settings.dtype_name
+    state.caches["latent_cache"], state.caches["index_cache"] = dsa_cache_write(
+        state.caches["latent_cache"],
+        state.caches["index_cache"],
+        values["kv_latent"],
+        values["k_pe"],
+        values["index_k"],
+        state.step.slot_mapping,
+        kv,
+        kv,
+        numerics.kv_fp8,
+        numerics.indexer_fp8,
+    )
+
+
+def key_scores(owner: LayerModule, state: LayerState, values: Values) -> Tensor:
+    """Return [B, Q, L] scores by which the indexer chooses keys; -inf where a key is not visible."""
+    return index_scores(
+        values["index_q"],
+        values["index_w"],
+        state.caches["index_cache"],
+        state.step.block_table,
+        state.step.positions,
+        owner.settings.numerics.indexer_fp8,
+        owner.settings.dtype_name,
+    )
+
+
 def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
     """Return the operations behind the cache write: indexer and attention."""
     attention = owner.module.self_attn
@@ -157,7 +192,7 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             lambda v: dsa_indexer(
                 v["index_q"],
                 v["index_w"],
-                state.index,
+                state.caches["index_cache"],
                 step.block_table,
                 step.positions,
                 config.index_topk,
@@ -173,7 +208,7 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             lambda v: dsa_attention(
                 v["q_latent"],
                 v["q_pe"],
-                state.latent,
+                state.caches["latent_cache"],
                 step.block_table,
                 v["topk_indices"],
                 config.softmax_scale,
