@@ -12,8 +12,8 @@ import torch
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.models.deepseek_v32.session import StepInputs, TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.layer_operations import LayerModule
 from seekforge.exporter.parity.sides import torch_reference as walking
-from seekforge.exporter.parity.sides.operations import LayerModule
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import Stream
 from seekforge.exporter.parity.torch_walks import torch_side, without

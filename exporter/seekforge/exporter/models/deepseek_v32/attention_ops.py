@@ -1,4 +1,4 @@
-"""The operations of a layer's attention, from its input to the output projection (see `parity.sides.operations`)."""
+"""The operations of a layer's attention, from its input to the output projection (see `models.layer_operations`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from seekforge.exporter.models.deepseek_v32.layers import product_per_head, rope_interleaved
-from seekforge.exporter.parity.sides.operations import LayerModule, LayerState, Op, Part, Values
+from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op, Part, Values
 from seekforge.plugins.dsa_attention.reference import dsa_attention
 from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
 from seekforge.plugins.dsa_indexer.reference import dsa_indexer, index_scores

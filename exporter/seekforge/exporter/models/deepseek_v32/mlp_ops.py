@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seekforge.exporter.models.deepseek_v32.layers import Mlp, swiglu
 from seekforge.exporter.models.deepseek_v32.moe import Moe
-from seekforge.exporter.parity.sides.operations import LayerModule, LayerState, Op, Part, Values
+from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op, Part, Values
 from seekforge.plugins.moe_route.reference import moe_route
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seekforge.exporter.models import load_family
 from seekforge.exporter.models.deepseek_v32.moe import Moe
+from seekforge.exporter.models.layer_operations import Part
 from seekforge.exporter.parity.compare.metrics import (
     Flip,
     classify,
@@ -19,7 +20,6 @@ from seekforge.exporter.parity.compare.metrics import (
     key_gaps,
     row_errors,
 )
-from seekforge.exporter.parity.sides.operations import Part
 from seekforge.exporter.parity.sides.torch_streams import Judged
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump

@@ -21,7 +21,7 @@ from seekforge.exporter.models.deepseek_v32.layers import LinearF32, RmsNorm, pr
 from seekforge.exporter.models.deepseek_v32.moe import Moe
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
 from seekforge.exporter.models.deepseek_v32.weights import to_torch
-from seekforge.exporter.parity.sides.operations import NEXT, LayerModule, LayerState, Op, model_recipes
+from seekforge.exporter.models.layer_operations import NEXT, LayerModule, LayerState, Op, model_recipes
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
 from seekforge.exporter.program.taps import HANDOVER
 from seekforge.formats.dump import Dump

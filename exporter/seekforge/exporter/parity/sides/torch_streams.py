@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from seekforge.exporter.parity.sides.operations import LayerModule, LayerState, Op
+from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op
 from seekforge.exporter.program.taps import HANDOVER, SELECTIONS
 from seekforge.formats.dump import Dump, DumpWriter
 from seekforge.formats.numerics import Numerics
