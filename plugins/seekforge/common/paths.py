@@ -77,10 +77,10 @@ def inside(
     """Return the path of the file `name` of `folder`; whether it is there, its reader says.
 
     Args:
-        folder: of the artefact.
-        name: as the artefact has it.
+        folder: the folder of the artefact.
+        name: the name that the artefact has for it.
         error: what to raise.
-        where: which file names it, for the message.
+        where: the file that names it, for the message.
         again: what to do about it.
 
     Raises:

@@ -31,7 +31,7 @@ def read_at(file: int, out: memoryview, offset: int) -> int:
     Args:
         file: descriptor.
         out: bytes to fill.
-        offset: in the file.
+        offset: the offset in the file.
 
     Returns:
         How many bytes came, 0 at the end of the file; possibly fewer than `out` holds.

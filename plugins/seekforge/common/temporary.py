@@ -31,7 +31,7 @@ def temporary_folder(stem: str, *, parent: Path | None = None, kind: str = "part
 
     Args:
         stem: what its name begins with: `seekforge-` and what it is for, where it lies among those of other programs.
-        parent: where to make it; None: where the system has temporary files (TMPDIR).
+        parent: the folder to make it in; None: where the system has temporary files (TMPDIR).
         kind: `partial`, or `old` for a folder `old` that was put aside and is put back if its process is killed.
 
     Raises:

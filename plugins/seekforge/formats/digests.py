@@ -60,7 +60,7 @@ def chunk_digests(path: Path, *, threads: int | None = None) -> tuple[str, ...]:
 
     Args:
         path: a regular file that nobody writes to meanwhile.
-        threads: that read; None: the cores this process may use.
+        threads: number of threads that read; None: the cores this process may use.
 
     Raises:
         OSError: it cannot be read.
@@ -85,8 +85,8 @@ def damaged(
 
     Args:
         files: path, size in bytes and digest of each chunk.
-        threads: that read; None: the cores this process may use.
-        progress: told how many more bytes were compared, by the threads that read.
+        threads: number of threads that read; None: the cores this process may use.
+        progress: called with how many more bytes were compared, by the threads that read.
 
     Raises:
         OSError: a file cannot be read, or is shorter than it should be.

@@ -50,7 +50,7 @@ class Side(Record):
         weights: int8 or int4 where an engine rounded its weights to codes; else as the checkpoint has them.
         layers: [a, b) of the main model that it ran.
         config: the model's config.json.
-        versions: of what ran it.
+        versions: the versions of what ran it.
     """
 
     kind: Literal["engine", "torch", "transformers"]

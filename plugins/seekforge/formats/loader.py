@@ -74,7 +74,7 @@ class LoadReport:
 
     Attributes:
         num_bytes: checkpoint bytes that were needed; `read_bytes` of them in this run, the rest in one that failed.
-        seconds: of this run.
+        seconds: the time of this run.
         scanned: values were checked: now, or in an earlier load of the same files.
         families: kind of weight -> its scales, as far as they were read (spec §2.6); empty without a scan.
     """
@@ -401,7 +401,7 @@ class Loader:
     """Loads a set of weight inputs; after an error, `run` again goes on with what is missing.
 
     Args:
-        checkpoint: where the weights are.
+        checkpoint: the checkpoint that holds the weights.
         recipes: input name -> recipe; of one rank (`bindings.for_rank`).
         buffers: input name -> writable array of the recipe's shape and dtype.
         threads: parallel readers.
@@ -472,7 +472,7 @@ class Loader:
         """Read everything that is not yet in its buffer.
 
         Args:
-            progress: told ten times a second, and at the end.
+            progress: called ten times a second, and at the end.
 
         Raises:
             CheckpointError: a shard cannot be read, is not what it was when it was opened, or holds values that no

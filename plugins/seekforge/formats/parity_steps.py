@@ -22,8 +22,8 @@ class PlanStep(Record):
     """One rectangular step.
 
     Attributes:
-        graph: which program runs it. An `mtp` step is fed the `hidden` of the step before it.
-        sequences: which sequences of the case have new tokens.
+        graph: the graph that runs it. An `mtp` step is fed the `hidden` of the step before it.
+        sequences: the sequences of the case that have new tokens.
         tokens: their new tokens; starts: the position of the first of each.
         logits_index: rows of the flattened [B, Q] whose logits are kept.
     """
@@ -138,12 +138,12 @@ def make_plan(
 
     Args:
         contexts: lengths of random token sequences; ignored where `prompts` are given.
-        vocab_size: of the model. Random ids leave out the first 16 and the padded end.
+        vocab_size: the vocabulary size of the model. Random ids leave out the first 16 and the padded end.
         index_topk: chunks have a border there.
         has_mtp: whether the MTP module can be run.
-        modes: which ways of cutting a sequence into steps.
+        modes: the ways of cutting a sequence into steps.
         prompts: token ids; each is run in the modes too, `ragged` batches all of them.
-        seed: of the random tokens and of the order of blocks.
+        seed: the seed of the random tokens and of the order of blocks.
     """
     rng = np.random.default_rng(seed)
 

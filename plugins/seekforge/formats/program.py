@@ -69,7 +69,7 @@ class GraphIO(Record):
     Attributes:
         file: file name beside the JSON.
         sha256: digest of that file.
-        inputs, outputs: in graph order.
+        inputs, outputs: descriptions in graph order.
         aliases: output name -> input name of each cache that is updated in place.
     """
 

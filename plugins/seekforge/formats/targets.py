@@ -65,8 +65,8 @@ class TargetConfig(Strict):
     """One target: which backend compiles for it, in which formats, with which default limits.
 
     Attributes:
-        precision: of matrix products: f32 on a CPU, or f32 with int8 or int4 weights; fp8 means FP8 products from SM89
-            on, and FP8 weights with BF16 products before.
+        precision: the precision of matrix products: f32 on a CPU, or f32 with int8 or int4 weights; fp8 means FP8
+            products from SM89 on, and FP8 weights with BF16 products before.
         also: other SMs that the same plan shall run on (tensorrt-rtx).
     """
 
@@ -151,7 +151,7 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
     """Return a target.
 
     Args:
-        name: of a file in configs/targets, or the path of a YAML file.
+        name: the name of a file in configs/targets, or the path of a YAML file.
         settings: changes such as `limits.max_batch_size=8`, applied in order.
 
     Raises:

@@ -45,9 +45,9 @@ class WeightDigests:
         """Compare what was read of a tensor.
 
         Args:
-            name: of the tensor; one without digests is not compared.
-            num_bytes: of the whole tensor.
-            begin: where in the tensor `data` begins.
+            name: the name of the tensor; one without digests is not compared.
+            num_bytes: bytes of the whole tensor.
+            begin: the byte of the tensor at which `data` begins.
             data: bytes.
             read: fills an array from a byte of the tensor on; used for the rest of a chunk.
 
@@ -101,10 +101,10 @@ def write_weight_digests(
     """Digest tensors of a checkpoint into weight_digests.json of `folder`; holes in a file are not read.
 
     Args:
-        folder: of the engine.
-        checkpoint: where the weights are.
+        folder: the folder of the engine.
+        checkpoint: the checkpoint that holds the weights.
         names: tensors.
-        progress: told bytes that are done, and all.
+        progress: called with the bytes that are done, and all.
 
     Raises:
         CheckpointError: a shard cannot be read.

@@ -83,10 +83,10 @@ class Recipe:
         parts: operands. `dequantise` has two: FP8 weight and f32 scale.
         tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard or
             expert_map.
-        axis, start, stop: of slice; axis also of concat, stack and split.
-        over: of split: who shares `parts[0]`; each rank has an equal part along `axis`.
-        perm: of transpose.
-        params: of computed: the numbers that the table depends on; of codes: bits and block_size.
+        axis, start, stop: the bounds of slice; axis also that of concat, stack and split.
+        over: for split, who shares `parts[0]`; each rank has an equal part along `axis`.
+        perm: the order of axes of transpose.
+        params: for computed, the numbers that the table depends on; for codes, bits and block_size.
     """
 
     op: str

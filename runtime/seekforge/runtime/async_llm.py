@@ -39,7 +39,7 @@ class AsyncLLM:
         Args:
             engine: an opened engine or its folder.
             max_waiting: most completions that wait; a request beyond is refused with `QueueFullError`.
-            options: as for `LLM`.
+            options: the keyword arguments of `LLM`.
         """
         self.llm = LLM(engine, max_waiting=max_waiting, **options)
         self._stopping = False

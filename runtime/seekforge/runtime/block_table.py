@@ -12,7 +12,7 @@ class BlockTable:
     Attributes:
         root: starts the chain of digests (`engine.kv_cache.root_digest`).
         blocks: block i holds positions i * block_size and on.
-        digests: of the first full blocks of the sequence, as far as they were needed; kept when blocks are not.
+        digests: digests of the first full blocks of the sequence, as far as they were needed; kept when blocks are not.
         num_published: how many leading blocks were matched or published.
         version: changes whenever `blocks` does.
         owner: a number that the sequences of one request share.

@@ -50,7 +50,7 @@ def check_loadable(folder: Path, manifest: Manifest, *, sm: int, versions: Mappi
 
     Args:
         folder: the engine folder.
-        manifest: of that folder, its files verified.
+        manifest: the manifest of that folder, whose files are verified.
         sm: compute capability of the GPU, 89 for an L40S.
         versions: package -> version installed here.
 
@@ -89,7 +89,7 @@ def check_driver(folder: Path, manifest: Manifest, *, sm: int, driver: int) -> N
 
     Args:
         folder: the engine folder.
-        manifest: of that folder.
+        manifest: the manifest of that folder.
         sm: compute capability of the GPU.
         driver: CUDA version of the driver, 13000 for 13.0.
 
@@ -106,7 +106,7 @@ def check_versions(folder: Path, manifest: Manifest, versions: Mapping[str, str]
 
     Args:
         folder: the engine folder.
-        manifest: of that folder.
+        manifest: the manifest of that folder.
         versions: package -> version installed here; a local build such as 1.32.0+abc is a 1.32.0.
 
     Raises:
@@ -164,8 +164,8 @@ def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoin
 
     Args:
         folder: the engine folder.
-        manifest: of that folder.
-        index_digest: of `checkpoint`.
+        manifest: the manifest of that folder.
+        index_digest: the digest of the index of `checkpoint`.
         checkpoint: the weights' folder.
 
     Raises:

@@ -70,13 +70,13 @@ def write_dump(
 
     Args:
         backend: the opened engine.
-        manifest: of the engine.
+        manifest: the manifest of the engine.
         plan: what to run.
         out: an empty folder.
         name: what the report calls this side.
         taps: names of tap outputs to keep; None keeps all that the engine gives.
         given: another side's dump of the same plan: what goes into a part of a model, and into MTP steps.
-        progress: told each case.
+        progress: called with the name of each case.
 
     Raises:
         RequestError: a case is longer than the engine accepts.

@@ -55,7 +55,7 @@ class LLMMetrics:
         num_sampled: tokens generated.
         num_queried_tokens, num_hit_tokens: known tokens of admitted requests, and those found in the prefix cache.
         num_preemptions: requests that lost their blocks.
-        drafts_proposed, drafts_accepted: by position of the draft; empty without speculation.
+        drafts_proposed, drafts_accepted: numbers of drafts, by position of the draft; empty without speculation.
         num_running, num_waiting, num_free_blocks: now.
         graphs: CUDA graphs that were captured, launched, and that could not be captured; zeros on a CPU.
     """
@@ -106,7 +106,7 @@ class LLM:
         max_batch_size: most completions that run at the same time; more wait.
         num_blocks: cache blocks, the scrap block included.
         num_speculative_tokens: drafts per step; 0 is no speculation.
-        self_check: its result; None when it was switched off or the engine stores none.
+        self_check: the result of the self-check; None when it was switched off or the engine stores none.
         default_sampling_params: what the checkpoint recommends.
 
     Example:
@@ -161,8 +161,8 @@ class LLM:
             self_check: compare with the results stored in the engine before serving.
             trust_checkpoint_code: let `chat` execute the Python file that encodes messages. It came with the
                 checkpoint, from whoever made that.
-            on_step: told each iteration, by the thread that ran it.
-            on_load: told while weights are read from a checkpoint.
+            on_step: called with the metrics of each iteration, by the thread that ran it.
+            on_load: called while weights are read from a checkpoint.
             before_load: called when all but the weights is there: `check`, `chat_prompt` and `default_sampling_params`
                 work, so that what cannot be served is refused before hundreds of gigabytes are read.
 
@@ -264,7 +264,7 @@ class LLM:
         Args:
             prompts: each is text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; one alone
                 may be given bare.
-            sampling_params: for all of them, or one each; None takes `default_sampling_params`.
+            sampling_params: one for all of them, or one each; None takes `default_sampling_params`.
             priority: lower is served sooner.
             timeout_s: after this time a request ends with what it has, finish_reason "timeout"; None sets no bound.
 
@@ -315,7 +315,7 @@ class LLM:
         Args:
             prompt: text or token ids.
             sampling_params: None takes `default_sampling_params`.
-            priority, timeout_s: as for `generate`.
+            priority, timeout_s: the arguments of `generate`.
 
         Returns:
             Deltas; the last one has `output`. With n > 1, those of the completions are mixed.
@@ -383,7 +383,7 @@ class LLM:
             sampling_params: None takes `default_sampling_params`.
             thinking: let the model reason first.
             trust_checkpoint_code: as for `LLM`, where it need not be said again.
-            priority, timeout_s: as for `generate`.
+            priority, timeout_s: the arguments of `generate`.
 
         Raises:
             RequestError: messages that cannot stand like this, or as for `generate`.

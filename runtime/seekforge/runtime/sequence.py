@@ -34,7 +34,7 @@ class Logprob:
     """The log-probability of one token at one position.
 
     Attributes:
-        logprob: of the model alone: before temperature, penalties, bias and grammar.
+        logprob: log-probability by the model alone, before temperature, penalties, bias and grammar.
         rank: 1 for the likeliest token; of equally likely ones the lowest id comes first.
         decoded_token: what the token looks like by itself; None with `detokenize=False`.
     """
@@ -50,7 +50,7 @@ class TokenLogprobs(Mapping[int, Logprob]):
 
     Attributes:
         token_id: the token that stands there.
-        logprob, rank: of that token.
+        logprob, rank: log-probability and rank of that token.
         top: the most likely tokens with theirs, falling; as many as were asked for.
     """
 
@@ -101,13 +101,13 @@ class Sequence:
 
     Attributes:
         request_id: unique among living sequences.
-        prompt_ids: at least one token.
+        prompt_ids: the tokens of the prompt, at least one.
         params: what was asked.
-        seed: of the draws.
+        seed: the seed of the draws.
         stop_ids: tokens that end it.
         priority: lower is served sooner.
         deadline_s: monotonic time at which it is ended; None is never.
-        on_token: told each generated token; returns whether it completes a stop string.
+        on_token: called with each generated token; returns whether it completes a stop string.
         grammar: restricts the next token.
         bad_words: what must not be generated.
         allowed: [vocab_size] bool, the only tokens that may be chosen; None: all.
@@ -117,7 +117,7 @@ class Sequence:
         max_tokens: most tokens to generate; 0 takes what `params` say.
         speculates: whether tokens are drafted for it.
         siblings: sequences of the same request, which start when this one's prompt is computed and then share it.
-        table: its cache blocks.
+        table: the cache blocks of the sequence.
         order: place in the queue: lower goes first.
         output_ids: tokens generated so far.
         num_tokens: tokens known, prompt and generated.

@@ -38,9 +38,9 @@ class Panel:
     """One chart; several are drawn below one another.
 
     Attributes:
-        title: above it.
-        x_label, y_label: of the axes; the x axis is logarithmic to base 2, its marks are the points' own x.
-        lines: at least one.
+        title: the text above the chart.
+        x_label, y_label: labels of the axes; the x axis is logarithmic to base 2, its marks are the points' own x.
+        lines: the lines, at least one.
         limits: (name, value) of horizontal lines, such as the memory of a GPU.
     """
 
@@ -95,9 +95,9 @@ def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], No
 
     Args:
         path: .png or .svg.
-        size: of the figure in inches.
+        size: the size of the figure in inches.
         draw: is given the figure.
-        dpi: of a .png.
+        dpi: dots per inch of a .png.
 
     Raises:
         OutputError, EnvironmentFault: see `check_chart`; or the file cannot be written.

@@ -84,7 +84,7 @@ class Column:
     """One column of a `Table`.
 
     Attributes:
-        name: its head, folded between words.
+        name: the head of the column, folded between words.
         kind: "number" is set to the right and "code" to the left, and neither is ever broken; "words" may be folded.
     """
 
@@ -97,8 +97,8 @@ class Table:
     """A table that says everything at any width.
 
     Attributes:
-        columns: from the left. The first names the row where it must become a block.
-        title, caption: above and below it.
+        columns: the columns from the left. The first names the row where it must become a block.
+        title, caption: text above and below the table.
         lines: whether it is drawn with a frame; else with a line under its head.
         rows: cells, each text or a list of pieces for `styled`.
     """
@@ -175,11 +175,11 @@ class Stages:
 
     Args:
         quiet: print nothing.
-        listener: told each stage and each line between stages.
+        listener: called with each stage and each line between stages.
 
     Attributes:
-        quiet: as given.
-        seconds: of each stage that is over.
+        quiet: whether nothing is shown.
+        seconds: the time of each stage that is over.
     """
 
     def __init__(self, *, quiet: bool = False, listener: Callable[[str], object] | None = None) -> None:
@@ -240,7 +240,7 @@ class Stages:
         """A bar with GB/s and time left; call what it yields with (bytes done, bytes in all).
 
         Args:
-            stage: its name.
+            stage: the name of the stage.
             closes: close the stage with the bar; else who goes on says of it what `done` prints.
         """
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -121,8 +121,8 @@ def resolve(source: str | Path, *, revision: str | None = None, quiet: bool = Fa
     Args:
         source: a folder, or what `parse_repo` takes. A whole snapshot in the hub's cache is used as it is, without
             asking the network.
-        revision: of the repository: a branch, tag or commit; None takes its main branch.
-        quiet: without progress bars.
+        revision: a branch, tag or commit of the repository; None takes its main branch.
+        quiet: whether to show no progress bars.
 
     Raises:
         CheckpointError: the repository cannot be had, or the disk has no room for it.
@@ -216,9 +216,9 @@ def headers(
 
     Args:
         source: a folder, which is given as it is, or what `parse_repo` takes.
-        revision: as in `resolve`.
+        revision: the argument of `resolve`.
         config_only: fetch config.json alone.
-        say: told what is fetched.
+        say: called with the name of what is fetched.
 
     Raises:
         CheckpointError: the repository cannot be had.

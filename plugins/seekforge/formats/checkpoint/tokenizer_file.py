@@ -47,7 +47,7 @@ def open_tokenizer(path: Path, *, error: type[SeekforgeError], again: str) -> To
     """Read a tokenizer.
 
     Args:
-        path: of a tokenizer.json.
+        path: the path of a tokenizer.json.
         error: what to raise.
         again: what to do about it, for the message.
 

@@ -118,9 +118,9 @@ class PluginUse(Record):
     """How an operator runs inside the plan as a plugin.
 
     Attributes:
-        version: of the operator's contract.
+        version: the version of the operator's contract.
         products: precision of its matrix products, fp8 or bf16.
-        kernel_digest: of the kernels that it was built with; empty: there were none, and it cannot run.
+        kernel_digest: the digest of the kernels that it was built with; empty: there were none, and it cannot run.
         num_layers: over all graphs.
     """
 
@@ -137,7 +137,7 @@ class Share(Record):
         what: operator, or what the weight is.
         face: plugin, inlined or native.
         precision: fp8, bf16 or f32: what is multiplied.
-        share: of all matrix-product FLOPs of one token.
+        share: the share of all matrix-product FLOPs of one token.
     """
 
     what: str
@@ -151,7 +151,7 @@ class Audit(Record):
 
     Attributes:
         asked: the precision that was asked for.
-        got: in words: fp8, bf16, or that FP8 weights are multiplied in BF16.
+        got: the precision in words: fp8, bf16, or that FP8 weights are multiplied in BF16.
         context: keys that a token sees in the shares below.
         products: shares of the matrix-product FLOPs of one decoded token, largest first.
         layers: plan -> kind of TensorRT layer -> count, before fusion. A plan is a graph, or `graph.A-B` after the
@@ -161,7 +161,7 @@ class Audit(Record):
         kernels: op_type -> compiled kernels in the engine, over all its SMs.
         workspaces: op_type -> most scratch that a plugin asked TensorRT for, over all plans and profiles.
         inlined: op_type -> nodes of a step whose body was inlined.
-        weight_input_bytes: of all weight and table inputs.
+        weight_input_bytes: bytes of all weight and table inputs.
         plan_bytes: plan -> size.
         activation_bytes: plan -> profile -> memory that TensorRT says a step of it needs ("Total Activation Memory"):
             what lives between its operators and their scratch. Plans run one after another and share it. A plan whose
@@ -215,7 +215,7 @@ class Manifest(Record):
         tokenizer: path of tokenizer.json in the engine folder.
         config: the checkpoint's config.json.
         build: Python, platform and options, for people.
-        weights: where the weights come from, when the engine holds none.
+        weights: the checkpoint that the weights come from, when the engine holds none.
         plugins: op_type -> plugin, on a GPU.
         profiles: name -> graph -> input -> smallest, typical and largest shape, in the order of the plan's profiles.
         min_driver: SM of the kernels -> the CUDA version that a driver must have to load them, 13000 for 13.0.
@@ -223,7 +223,7 @@ class Manifest(Record):
             listed can be tried.
         audit: what a GPU build really made.
         quantisation: which weights of a CPU engine are int8 or int4; None: all are f32.
-        digest: of everything above.
+        digest: the digest of everything above.
     """
 
     format: int
@@ -289,8 +289,8 @@ def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = No
 
     Args:
         folder: the engine folder.
-        manifest: of that folder.
-        target: to build for, instead of what the engine was built for.
+        manifest: the manifest of that folder.
+        target: the target to build for, instead of what the engine was built for.
     """
     options: dict[str, object] = {"--target": target or manifest.target.name}
     if target is None and TARGET in {file.path for file in manifest.files}:

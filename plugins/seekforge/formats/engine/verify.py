@@ -32,8 +32,8 @@ class Verification:
     """What was compared.
 
     Attributes:
-        num_bytes: of all files.
-        read_bytes: of those that were read now; the others were verified before and are as they were.
+        num_bytes: bytes of all files.
+        read_bytes: bytes of the files that were read now; the others were verified before and are as they were.
     """
 
     num_bytes: int = 0
@@ -47,9 +47,9 @@ def verify_files(
 
     Args:
         folder: the engine folder.
-        manifest: of that folder.
+        manifest: the manifest of that folder.
         full: read all files, whatever is remembered of them, and compare their SHA-256 as well.
-        progress: told the bytes that were read, and all that will be; by one thread at a time.
+        progress: called with the bytes that were read, and all that will be; by one thread at a time.
 
     Raises:
         EngineError: a file is missing, leads out of the folder, is of another size, or its bytes differ.

@@ -127,10 +127,10 @@ class BackendFactory(Protocol):
 
         Args:
             folder: engine folder, its files verified.
-            manifest: of that folder.
+            manifest: the manifest of that folder.
             threads: CPU threads for one operator; None lets the library choose.
             checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
-            progress: told while weights are read from a checkpoint.
+            progress: called while weights are read from a checkpoint.
 
         Raises:
             EngineError: a graph cannot be loaded or has another face than the manifest says.

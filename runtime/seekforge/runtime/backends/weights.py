@@ -29,7 +29,7 @@ def changed_constants(
     """Return the constants that read any of `tensors`: graph -> name -> recipe.
 
     Args:
-        bindings: of the engine: graph -> constant -> recipe.
+        bindings: the bindings of the engine, graph -> constant -> recipe.
         tensors: checkpoint tensor -> new value.
 
     Raises:

@@ -52,10 +52,10 @@ class Request:
     """One line, checked.
 
     Attributes:
-        key: its id, its custom_id, or the number of its line.
+        key: the id of the request, its custom_id, or the number of its line.
         prompt: what is continued.
         params: all of them.
-        digest: of the request and the engine.
+        digest: the digest of the request and the engine.
         asked: of a line in OpenAI's form, which is answered in that form.
     """
 
@@ -74,7 +74,7 @@ def read_requests(path: Path, params: SamplingParams, checks: Checks, engine_dig
             stdin.
         params: what a request does not say itself.
         checks: refuses what cannot be served.
-        engine_digest: of the engine that answers.
+        engine_digest: the digest of the engine that answers.
 
     Raises:
         RequestError: naming the first line that is wrong.
@@ -214,9 +214,9 @@ def run_batch(llm: LLM, requests: list[Request], results: Path, say: Callable[[s
 
     Args:
         llm: a loaded engine.
-        requests: as `read_requests` returns them.
+        requests: what `read_requests` returns.
         results: JSONL, made or appended to; `-` is stdout.
-        say: told the progress, a line at a time.
+        say: called with each line of progress.
 
     Raises:
         RequestError: the engine failed on some.

@@ -118,12 +118,12 @@ def target_capabilities(
     """Judge building for one target and running on it.
 
     Args:
-        target: its name.
-        backend: of its file.
-        requirements: of this distribution, by extra.
+        target: the name of the target.
+        backend: the backend that its file names.
+        requirements: the requirements of this distribution, by extra.
         version_of: package -> installed version or None.
         has_gpu: whether a GPU answers here.
-        sm: of the target; its kernels need a driver that loads them. None: nothing is said of drivers.
+        sm: the SM of the target; its kernels need a driver that loads them. None: nothing is said of drivers.
         driver: version of the NVIDIA driver here, such as 580.65.06.
         no_gpu: why none answers.
     """
@@ -163,7 +163,7 @@ def driver_fault(sm: int, driver: str, version_of: Callable[[str], str | None]) 
 
     Args:
         sm: compute capability.
-        driver: its version, such as 570.86.15.
+        driver: the version of the driver, such as 570.86.15.
         version_of: package -> installed version or None.
     """
     branch = driver.partition(".")[0]

@@ -34,9 +34,9 @@ class Asked:
 
     Attributes:
         custom_id: whose it is.
-        url: where it would have been sent.
-        prompt: of a completion; None for a chat.
-        messages: of a chat.
+        url: the address that it would have been sent to.
+        prompt: the prompt of a completion; None for a chat.
+        messages: the messages of a chat.
         thinking: whether the model shall reason first.
         params: sampling parameters that the body gives, by field.
         model: what the body calls the model.
@@ -148,7 +148,7 @@ def answer_line(
 
     Args:
         asked: the line that it answers.
-        digest: of the request; `id` carries it.
+        digest: the digest of the request; `id` carries it.
         output: the result.
         token_bytes: what a token is.
     """

@@ -30,11 +30,11 @@ def decide_num_blocks(
     """Return the size of the cache in blocks, the scrap block included.
 
     Args:
-        manifest: of the engine.
+        manifest: the manifest of the engine.
         max_batch_size, max_model_len: what the cache holds when no size is asked for, if that fits.
         num_blocks: asked for.
         kv_cache_memory: bytes asked for.
-        free_bytes: of main memory, before the engine is loaded; None where nobody knows. For engines of a CPU.
+        free_bytes: free main memory before the engine is loaded; None where nobody knows. For engines of a CPU.
 
     Raises:
         EngineError: both sizes are given, or there is not room for two blocks; the message says what to pass.
@@ -104,7 +104,7 @@ def _container_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("
     """What the limits of this process's control group and those above it leave, or None where there are none.
 
     Args:
-        root: where control groups are mounted; of version 1 the controller `memory` is a folder below.
+        root: the folder where control groups are mounted; of version 1 the controller `memory` is a folder below.
         groups: lines "number:controllers:path"; inside a container the path may lie outside of what is mounted.
     """
     try:

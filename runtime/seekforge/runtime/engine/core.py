@@ -45,7 +45,7 @@ class Core:
     """Runs the requests of a scheduler on a backend whose caches are allocated.
 
     Attributes:
-        on_step: told each iteration.
+        on_step: called with the metrics of each iteration.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Core:
         """Put the parts together.
 
         Args:
-            backend: its caches are allocated.
-            scheduler: says what runs.
-            vocab_size: of the model.
+            backend: a backend whose caches are allocated.
+            scheduler: the scheduler that says what runs.
+            vocab_size: the vocabulary size of the model.
             tap_names: kind of tap -> names of the model's outputs.
             speculator: drafts tokens; None generates one at a time.
             switch: turns drafting off where it does not pay; None leaves it on.

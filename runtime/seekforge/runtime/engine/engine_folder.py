@@ -30,7 +30,7 @@ class Engine:
     """A checked engine folder; nothing is loaded yet.
 
     Attributes:
-        folder: where it is.
+        folder: the path of the folder.
         manifest: what it says of itself.
         verification: what of it was compared with its digests.
     """
@@ -50,7 +50,7 @@ class Engine:
             verify: read every byte, also of files that were compared with their digests at an earlier start and
                 that nobody wrote to since.
             part: some layers of a model will do: nothing is decoded, a parity check looks at them.
-            progress: told while files are compared with their digests.
+            progress: called while files are compared with their digests.
 
         Raises:
             EngineError: not an engine folder, damaged, or made for another version.
@@ -80,7 +80,7 @@ class Engine:
             threads: CPU threads for one operator; None takes the cores this process may use.
             checkpoint: where the weights are, of an engine that holds none: a folder, or a repository of the hub, which
                 is downloaded; None takes where they were at build.
-            progress: told while weights are read from a checkpoint.
+            progress: called while weights are read from a checkpoint.
 
         Raises:
             EngineError: the backend is unknown here or cannot load the graphs, or its plugins have no kernels.

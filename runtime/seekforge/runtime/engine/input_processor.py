@@ -48,7 +48,7 @@ class Accepted:
     Attributes:
         prompt: the text that was given; None where token ids were.
         prompt_ids: what is computed of it.
-        params: with `max_tokens` filled in.
+        params: the parameters, with `max_tokens` filled in.
         grammar: makes a matcher of the form that the text must have; None where it is free.
     """
 

@@ -205,14 +205,14 @@ class KvCache:
     """Tables over a pool.
 
     Attributes:
-        num_queried_tokens, num_hit_tokens: of all `admit`s so far: tokens known, and those found in the cache.
+        num_queried_tokens, num_hit_tokens: tokens that all `admit`s so far asked for, and those found in the cache.
     """
 
     def __init__(self, pool: BlockPool, block_size: int, *, lookahead: int = 0) -> None:
         """Make an idle cache.
 
         Args:
-            pool: where blocks come from; nobody else takes from it.
+            pool: the pool that blocks come from; nobody else takes from it.
             block_size: slots in a block.
             lookahead: tokens after a block on which its contents depend: 1 where the blocks hold MTP entries, which are
                 computed from the next token. A block whose next token differs is not found. (To drop the last matched
@@ -230,9 +230,9 @@ class KvCache:
         """Give an empty table blocks for `num_tokens` known tokens, shared as far as others computed them.
 
         Args:
-            table: without blocks.
-            tokens: of its sequence.
-            num_tokens: at least 1; the last one is always computed anew, since its logits are wanted.
+            table: a table without blocks.
+            tokens: the tokens of its sequence.
+            num_tokens: number of tokens, at least 1; the last one is always computed anew, since its logits are wanted.
             spare: free blocks that must be left.
             reuse: look for published blocks.
 

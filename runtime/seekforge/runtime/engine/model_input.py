@@ -21,7 +21,7 @@ class Packed:
     """One rectangle, and where its logits are.
 
     Attributes:
-        inputs: of the step.
+        inputs: the inputs of the step.
         sampling: indices of the rows that sample.
         first_logit: [len(sampling)]: where the logits after each one's last known token are; those after its drafts
             follow.

@@ -15,10 +15,10 @@ class RequestMetrics:
     """What a request cost.
 
     Attributes:
-        queue_s: from its arrival to its first step.
+        queue_s: seconds from its arrival to its first step.
         prefill_tokens, prefill_s: the prompt, from its first step to its first generated token.
         decode_tokens, decode_s: the generated tokens after the first, of all completions, to the last.
-        cached_tokens: of the prompt, found in the prefix cache.
+        cached_tokens: tokens of the prompt that were found in the prefix cache.
         preemptions: how often it lost its blocks and was computed anew.
     """
 
@@ -49,16 +49,16 @@ class CompletionOutput:
     """One completion.
 
     Attributes:
-        text: of `token_ids`, without special tokens, and without the stop string or stop token that ended it; what
-            `skip_special_tokens` and `include_stop_str_in_output` ask for is there.
+        text: the text of `token_ids`, without special tokens, and without the stop string or stop token that ended it;
+            what `skip_special_tokens` and `include_stop_str_in_output` ask for is there.
         token_ids: all that were generated, the one that ended the request included.
         finish_reason: "stop" (end of sequence, stop token or stop string), "length" (max_tokens), "timeout", "abort" or
             "error".
         stop_reason: the stop string, or the stop token, that ended it; None for the model's end of sequence and other
             finish reasons.
-        index: its place among the request's outputs.
+        index: the place of the completion among the request's outputs.
         cumulative_logprob: sum over `token_ids`; None unless `logprobs` or `best_of` was asked.
-        logprobs: of each token; None unless asked.
+        logprobs: log-probabilities of each token; None unless they were requested.
         taps: name ("expert_ids.3") -> [positions, k]: what was chosen at each position of prompt and completion but
             the last token's, which the model has not seen. Empty unless asked.
         error: what went wrong, with finish_reason "error".
@@ -80,12 +80,12 @@ class RequestOutput:
     """A finished request.
 
     Attributes:
-        request_id: of no other request of this `LLM`.
+        request_id: a number that no other request of this `LLM` has.
         prompt: the text that was given; None where token ids were.
         prompt_token_ids: what was computed: with `truncate_prompt_tokens` the end of the prompt.
         finished: always true: what a stream has so far is in its deltas.
         outputs: `n` completions; of `best_of` ones the best, best first.
-        prompt_logprobs: of each token of the prompt, None for the first; None unless asked.
+        prompt_logprobs: log-probabilities of each token of the prompt, None for the first; None unless requested.
     """
 
     request_id: str
@@ -112,9 +112,9 @@ class Delta:
             one completion are its whole text.
         token_ids: the new tokens.
         output: the whole request, in the last delta only.
-        index: which completion.
-        finish_reason, stop_reason: of that completion, in its last delta.
-        logprobs: of the new tokens; empty unless asked.
+        index: the index of the completion.
+        finish_reason, stop_reason: why that completion ended, in its last delta.
+        logprobs: log-probabilities of the new tokens; empty unless they were requested.
     """
 
     text: str
@@ -130,7 +130,7 @@ class GenerationError(EngineError):
     """Requests failed while others may have ended well.
 
     Attributes:
-        outputs: of all requests, in their order; the failed have a completion with `finish_reason` "error".
+        outputs: the outputs of all requests, in their order; the failed have a completion with `finish_reason` "error".
     """
 
     def __init__(self, message: str, outputs: list[RequestOutput]) -> None:

@@ -27,12 +27,12 @@ class Live:
     """A request on its way.
 
     Attributes:
-        request_id: of no other request.
+        request_id: a number that no other request has.
         prompt: the text that was given; None where token ids were.
         params: what was asked.
         eos_token_id: the end of sequence that is no reason worth telling; None where it is ignored.
-        sequences, texts: of its completions.
-        on_delta: told each delta; None: they are collected in `unread`.
+        sequences, texts: sequence and text of each of its completions.
+        on_delta: called with each delta; None: deltas are collected in `unread`.
         unread: deltas that nobody has read yet.
         output: the result, once all sequences have ended.
     """

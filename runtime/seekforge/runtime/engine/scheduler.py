@@ -76,7 +76,7 @@ def verify_width(lengths: Rows[int], most: int) -> int:
 
     Args:
         lengths: tokens that each row could have, at least 1.
-        most: at least 1.
+        most: the largest width, at least 1.
     """
     width = min(max(lengths), most)
     while 4 * sum(min(length, width) for length in lengths) < 3 * width * len(lengths):
@@ -105,7 +105,7 @@ class Scheduler:
         """Make an idle scheduler.
 
         Args:
-            cache: where blocks come from; nobody else takes from it.
+            cache: the cache that blocks come from; nobody else takes from it.
             max_batch_size: most sequences that run at the same time.
             max_num_batched_tokens: most tokens of one iteration, padding included.
             max_model_len: most tokens of one sequence, prompt and generated.

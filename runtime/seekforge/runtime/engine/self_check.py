@@ -19,7 +19,7 @@ class SelfCheckResult:
 
     Attributes:
         num_values: logits and logsumexps compared.
-        largest_difference: of those, in logits.
+        largest_difference: the largest difference among those, in logits.
         tolerance: what was allowed.
     """
 

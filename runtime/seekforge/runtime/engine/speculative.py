@@ -165,7 +165,7 @@ class SpeculationSwitch:
     costs. When drafting costs more per token than it brings, it is off for `rest` steps, then tried anew.
 
     Attributes:
-        probe_every, rest: in decode steps.
+        probe_every, rest: numbers of decode steps.
         margin: how many times dearer drafting must be to be switched off.
     """
 

@@ -27,8 +27,8 @@ class _Company:
     """What is fixed about sequences that sample together, kept while they do.
 
     Attributes:
-        key: who they are.
-        rules: of all.
+        key: the sequences, by which the same group is known again.
+        rules: the sampling rules of all rows.
         edited: None where none changes its logits.
         scoring: those that want log-probabilities.
         needs_full: whether a step must keep whole logits for them.
@@ -46,7 +46,7 @@ class Chooser:
     """Chooses the tokens of a scheduler's groups. Keeps what only changes when other sequences come together.
 
     Attributes:
-        on_verified: told of each verified row: drafts, and how many of them came true.
+        on_verified: called for each verified row with its drafts and how many of them came true.
     """
 
     def __init__(self, vocab_size: int, max_batch_size: int) -> None:
@@ -68,7 +68,7 @@ class Chooser:
         Args:
             group: rows of the step.
             packed: their layout.
-            results: of the model, which was asked for `outputs`.
+            results: the results of the model, which was asked for `outputs`.
 
         Returns:
             Rows that cannot go on, with the reason.

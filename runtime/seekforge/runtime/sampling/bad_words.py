@@ -27,7 +27,7 @@ class Bans:
 
         Args:
             words: none empty.
-            vocabulary: of the model.
+            vocabulary: the vocabulary of the model.
             hidden: tokens that have no text.
         """
         self._vocabulary = vocabulary

@@ -30,7 +30,7 @@ class Choices:
             texts: none empty.
             vocabulary: tokens that may be used; the others stand for nothing.
             ends: ends of sequence, allowed where the text is complete.
-            vocab_size: of the model.
+            vocab_size: the vocabulary size of the model.
 
         Raises:
             RequestError: they are too long together.

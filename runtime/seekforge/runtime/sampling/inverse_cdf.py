@@ -28,7 +28,7 @@ class Rules:
     """How each of N rows chooses; made once for a batch and kept while it stays together. All arrays are [N].
 
     Attributes:
-        temperature, top_k, top_p, min_p: as in `SamplingParams`; a temperature that is greedy is 0.
+        temperature, top_k, top_p, min_p: the values of `SamplingParams`; a temperature that is greedy is 0.
         power: 1 / temperature; 1 for greedy rows, whose mass nobody looks at.
         seed: hashed once.
         all_greedy, any_greedy, unscaled, has_top_k, has_top_p, all_top_p, has_min_p: what there is to do at all.
@@ -183,7 +183,7 @@ def tail_bounds(
         first: [N], l_0.
         logsumexp: [N], over all tokens.
         num_others: tokens that are not known.
-        rules: of these rows.
+        rules: the sampling rules of these rows.
         mass: [N, C], exp(r · shifted).
 
     Returns:

@@ -130,7 +130,7 @@ class EditTables:
 
     Attributes:
         version: counts up when a place gets another holder.
-        counts, in_prompt, bias: as in `Edits`; row 0 stays empty.
+        counts, in_prompt, bias: the tables of `Edits`; row 0 stays empty.
         num_generated, num_seen: [P], different tokens that were generated, and that were generated or in the prompt.
     """
 
@@ -234,7 +234,7 @@ class EditedRows:
         """Return what the next logits of some rows are changed by.
 
         Args:
-            alive: which rows.
+            alive: the rows that still get tokens.
 
         Returns:
             The changes, and of rows whose grammar failed the reason, by their index in `alive`.

@@ -22,8 +22,8 @@ def token_logprobs(
     Args:
         tokens: [N].
         counts: how many of the most likely to give, per row; −1: all.
-        top: of those rows.
-        full: of those rows; looked at where the top K do not reach.
+        top: the top K logits of those rows.
+        full: all logits of those rows; looked at where the top K do not reach.
         token_text: what decodes a token, per row.
     """
     found = top.ids == tokens[:, None]

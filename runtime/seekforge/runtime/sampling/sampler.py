@@ -97,11 +97,11 @@ def choose(rules: Rules, index: np.ndarray, edits: Edits | None, top: TopLogits,
     """Choose one token per row.
 
     Args:
-        rules: of N rows.
+        rules: the sampling rules of N rows.
         index: [N], which token of its completion each row chooses.
-        edits: of those rows; None changes nothing.
-        top: of those rows.
-        full: of those rows; asked for those that need it.
+        edits: the changes of those rows; None changes nothing.
+        top: the top K logits of those rows.
+        full: all logits of those rows; fetched for those that need them.
 
     Returns:
         [N] token ids, int64; `NO_TOKEN` where nothing may be chosen.
@@ -153,12 +153,12 @@ def _edited(
     can, unless it is raised. Those that a bias raises are looked up; where a penalty may raise one, nothing is known.
 
     Args:
-        layout: without the changes.
+        layout: the layout without the changes.
         logits: [N, C], f64, of its tokens.
-        edits: of those rows.
-        rules: of those rows.
+        edits: the changes of those rows.
+        rules: the sampling rules of those rows.
         num_others: tokens that are not known.
-        full: of those rows.
+        full: all logits of those rows.
     """
     ids, tail = layout.ids.astype(np.int64), layout.tail
     width = ids.shape[1]

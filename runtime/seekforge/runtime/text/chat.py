@@ -25,8 +25,8 @@ class ChatEncoder:
         """Load the encoder.
 
         Args:
-            folder: of the engine.
-            manifest: of that folder.
+            folder: the folder of the engine.
+            manifest: the manifest of that folder.
             trust_checkpoint_code: whether a Python file that came with the checkpoint may be executed.
 
         Raises:

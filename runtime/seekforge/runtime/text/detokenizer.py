@@ -13,7 +13,7 @@ class _Search:
     """Looks for stop strings in one way of writing the text.
 
     Attributes:
-        sizes: of each stop string, how many characters it takes from the visible text.
+        sizes: for each stop string, how many characters it takes from the visible text.
     """
 
     def __init__(self, stop: Sequence[str], hidden: re.Pattern[str] | None) -> None:
@@ -76,7 +76,7 @@ class TextStream:
         """Start with no text.
 
         Args:
-            tokenizer: of the model.
+            tokenizer: the tokenizer of the model.
             stop: strings that end the text.
             include_stop: keep what ended it, string or token.
             min_tokens: stop strings that are complete with one of this many first tokens do not count.

@@ -81,7 +81,7 @@ class TensorRtBackend:
             folder, manifest: the engine.
             threads: not used.
             checkpoint: where the weights are; None takes the folder that the engine was built with.
-            progress: told while weights are loaded.
+            progress: called while weights are loaded.
             device: None opens the GPU.
 
         Raises:

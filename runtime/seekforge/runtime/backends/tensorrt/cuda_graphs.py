@@ -46,7 +46,7 @@ class CudaGraphs:
 
     Args:
         folder: the engine, for messages.
-        device: that captures.
+        device: the device that captures.
     """
 
     def __init__(self, folder: Path, device: Device) -> None:
@@ -68,8 +68,8 @@ class CudaGraphs:
 
         Args:
             graph: whose inputs are in place.
-            bucket: of the step.
-            profile: that takes it.
+            bucket: the bucket of the step.
+            profile: the profile that takes it.
 
         Raises:
             EngineError: the step cannot be run, captured or not.

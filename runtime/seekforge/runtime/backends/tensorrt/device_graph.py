@@ -103,7 +103,7 @@ class Stage:
     """One run of a plan within a step.
 
     Args:
-        plan: that runs it; it may run others as well.
+        plan: the plan that runs it; it may run other stages as well.
         face: what the stage reads and gives, by the names of the step.
         names: name in the step -> name in the plan.
     """
@@ -148,12 +148,12 @@ class DeviceGraph:
 
     Args:
         folder: the engine.
-        name: of the graph.
-        face: of the whole graph.
+        name: the name of the graph.
+        face: inputs and outputs of the whole graph.
         stages: faces of the stages, in order; values called `handover_out.N` of one are `handover.N` of a later one.
             Those of one file are run by one plan.
-        profiles: of the manifest.
-        device: where they run.
+        profiles: the profiles of the manifest.
+        device: the device on which they run.
         constants: name of a weight or table -> its address.
         capturable: whether steps can be captured in a CUDA graph, as far as the build knew.
 
@@ -206,7 +206,7 @@ class DeviceGraph:
         """Make room for a step of this shape and tell the stages; for one like the last there is nothing to do.
 
         Args:
-            inputs: of the step.
+            inputs: the inputs of the step.
             shown: taps that will be fetched. Of 61 layers all others lie in one place, each until the next is written.
 
         Returns:

@@ -37,7 +37,7 @@ class Piece:
 
     Attributes:
         recipe: makes it from the checkpoint.
-        address: where it goes.
+        address: the device address that it goes to.
     """
 
     recipe: Recipe
@@ -100,9 +100,9 @@ class DeviceWeights:
     Args:
         folder: the engine, for messages.
         bindings: graph -> constant -> recipe.
-        device: where they go.
+        device: the device that they go to.
         checkpoint: opens the checkpoint when it is first needed.
-        progress: told while a graph is loaded.
+        progress: called while a graph is loaded.
         staging_bytes: size of each of the two buffers.
         digests: what the checkpoint's tensors must be; None: any of their structure.
     """
