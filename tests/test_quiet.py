@@ -18,6 +18,8 @@ _WATCHED = (
     "trace=socket,connect,openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2,symlink,symlinkat,link,linkat"
 )
 _SOCKET = re.compile(r"\bsocket\((AF_\w+)")
+#: Asks this machine's name service who the user is, as the C library's `getpwuid` does; it is no network.
+_NAME_SERVICE = re.compile(r"\bconnect\(\d+[^,]*, \{sa_family=AF_UNIX, sun_path=\"/(?:var/)?run/nscd/socket\"\}")
 _WRITES = re.compile(r"O_WRONLY|O_RDWR|O_CREAT|\b(?:creat|mkdir|rename|symlink|link)(?:at2?)?\(")
 #: A place that a call names: a path, or the folder that a descriptor stands for with a path in it.
 _PLACE = re.compile(r'(?:(?:AT_FDCWD|\d+)<(?P<folder>[^>]*)>, )?"(?P<path>[^"]*)"')
@@ -62,6 +64,8 @@ class Watch:
         assert done.returncode == 0, done.stderr
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         families = [match[1] for match in map(_SOCKET.search, lines) if match is not None]
+        for _ in filter(_NAME_SERVICE.search, lines):
+            families.remove("AF_UNIX")
         return families, sorted(self._foreign(line for line in lines if _WRITES.search(line) and " = -1 " not in line))
 
     def _foreign(self, lines: Iterable[str]) -> set[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from seekforge.common.user_cache import user_cache
 from seekforge.plugins.kernels import aot
 
 
@@ -30,3 +31,12 @@ def test_the_users_cache_and_the_folder_asked_for_stay(tmp_path: Path, monkeypat
     assert place.is_dir()
     with aot.cache_folder(tmp_path / "asked") as place:
         assert place == tmp_path / "asked"
+
+
+@pytest.mark.parametrize("home", ["", "folder", "./folder"])
+def test_a_home_that_is_no_absolute_path_is_none(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    assert user_cache() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert user_cache() == Path("/caches/seekforge")
