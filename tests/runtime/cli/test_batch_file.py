@@ -104,6 +104,8 @@ def test_byte_order_mark_carriage_returns_empty_lines_and_no_last_newline(batch:
         (b'{"prompt": "a", "id": true}\n', "id is True"),
         (b'{"prompt": "a", "id": 1.5}\n', "id is 1.5"),
         (b'{"prompt": "a", "id": 1}\n{"prompt": "a", "id": 1}\n', "line 2: id 1 stands there twice"),
+        (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n', "line 2: id '1' stands there twice"),
+        (b'{"prompt": "a", "id": "2"}\n{"prompt": "b"}\n', "line 2: id 2 stands there twice"),
         (b'{"prompt": "a", "taps": ["expert_ids"]}\n', "taps cannot be asked for in a batch"),
         (b'{"prompt": "a", "max_tokens": 99999}\n', "more than max_model_len"),
         (b'{"prompt": "a", "regex": "a"}\n', "unknown key 'regex'"),

@@ -80,19 +80,19 @@ def read_requests(path: Path, params: SamplingParams, checks: Checks, engine_dig
         RequestError: naming the first line that is wrong.
     """
     found: list[Request] = []
-    seen: set[str | int] = set()
+    seen: set[str] = set()  # 1 and "1" are one: answers are told apart by what is written
     for number, raw in enumerate(_lines(path), 1):
         if not raw.strip():
             continue
         try:
             request = _read_line(raw, number, params, checks, engine_digest)
-            if request.key in seen:
+            if str(request.key) in seen:
                 raise RequestError(f"id {request.key!r} stands there twice")
         except EngineError as error:  # of the chat encoding, which the whole file lacks
             raise EngineError(f"{path}, line {number}: {error}") from None
         except (ValueError, TypeError, RequestError) as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
-        seen.add(request.key)
+        seen.add(str(request.key))
         found.append(request)
     if not found:
         raise RequestError(f"{path}: holds no request; write one JSON object a line")
