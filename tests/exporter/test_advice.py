@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from tests.advice import (
+    OPTION,
+    invoke,
+    refusal,
+    with_option,
+    without_option,
+)
 
 from seekforge.common.errors import ConfigError, TargetError
 from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, open_inputs
@@ -23,43 +29,12 @@ from seekforge.exporter.program.ranks import check_ranks
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.targets import load_target
 from seekforge.formats.weight_recipes import Ranks
-from seekforge.runtime.cli import main as cli
-
-#: An option and, where it has one, its value, as advice writes them.
-_OPTION = re.compile(r"(--[a-z][a-z-]+)(?: ([\w.]+))?")
-
-
-def invoke(*args: str | Path) -> Result:
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def refusal(*args: str | Path) -> str:
-    result = invoke(*args)
-    assert result.exit_code == 2, result.output
-    return next(line for line in result.stderr.splitlines() if line.startswith("error: "))
-
-
-def with_option(args: list[str], name: str, value: str | None) -> list[str]:
-    """Return `args` with an option as advised, in place of what it was."""
-    kept = list(args)
-    if name in kept:
-        place = kept.index(name)
-        del kept[place : place + (1 if value is None else 2)]
-    return [*kept, name] if value is None else [*kept, name, value]
-
-
-def without_option(args: list[str], name: str, *, has_value: bool = True) -> list[str]:
-    place = args.index(name)
-    return args[:place] + args[place + 1 + has_value :]
 
 
 def as_advised(args: list[str], line: str) -> list[str]:
     """Return the command with the options that stand behind `pass`, up to an alternative."""
     advice = line.rpartition("pass ")[2].partition(" or ")[0]
-    options = _OPTION.findall(advice)
+    options = OPTION.findall(advice)
     assert options, line
     for name, value in options:
         flag = name in ("--sparse", "--force", "--allow-oversize")
@@ -141,6 +116,26 @@ CASES: dict[str, tuple[list[str], str, Follow]] = {
         "the nearest count is",
         lambda args, line, places: with_option(args, "--num-gpus", re.findall(r"count is (\d+)", line)[0]),
     ),
+    "an engine that does not fit": (
+        [*GPU, "--set", "gpu.memory_gib=2"],
+        "pass --max-model-len",
+        lambda args, line, places: with_option(args, "--max-model-len", re.findall(r"-len (\d+)", line)[0]),
+    ),
+    "an engine that shall not fit": (
+        [*GPU, "--set", "gpu.memory_gib=1"],
+        "pass --allow-oversize",
+        lambda args, line, places: [*args, "--allow-oversize"],
+    ),
+    "a context that a plan cannot hold": (
+        ["plan", "tiny", "--target", "h200", "--contexts", "100M"],
+        "the model ends at ",
+        lambda args, line, places: with_option(args, "--contexts", re.findall(r"\((\d+K)", line)[0]),
+    ),
+    "drafts of a model that has none": (
+        ["plan", "{no_mtp}", "--target", "h200", "--contexts", "1K", "--mtp"],
+        "leave --mtp out",
+        lambda args, line, places: without_option(args, "--mtp", has_value=False),
+    ),
     "two numbers of GPUs": (
         ["plan", "full", "--target", "h200", "--contexts", "1K", "--tp", "8", "--num-gpus", "16"],
         "leave one of them out",
@@ -155,6 +150,8 @@ def test_advice_leads_on(case: str, places: dict[str, str], tmp_path: Path) -> N
     if "{checkpoint2}" in form:
         assert invoke("new-checkpoint", tmp_path / "taken", "--preset", "tiny", "--quiet").exit_code == 0
         places["checkpoint2"] = str(tmp_path / "taken")
+    if "{no_mtp}" in form:
+        places["no_mtp"] = str(model(tmp_path / "no_mtp"))
     args = [part.format(**places) for part in form]
     line = refusal(*args)
     assert message in line, line
@@ -204,7 +201,7 @@ def test_every_number_of_ranks_is_answered_with_one_that_works(tiny_config: Mode
         except ConfigError as error:
             seen += 1
             advice = str(error).rpartition("; ")[2]
-            options = {} if "leave out --tp and --ep" in advice else dict(_OPTION.findall(advice))
+            options = {} if "leave out --tp and --ep" in advice else dict(OPTION.findall(advice))
             better = Ranks(int(options.get("--tp", 1)), int(options.get("--ep", 1)))
             assert better.count <= tp * ep
             check_ranks(config, better)
@@ -239,7 +236,7 @@ def test_every_combination_of_options_is_answered_with_one_that_works(tiny_input
                 assert "no options build this model" in str(error)
                 continue
             for advice in str(error).rpartition("pass ")[2].split(" or "):
-                options = dict(_OPTION.findall(advice))
+                options = dict(OPTION.findall(advice))
                 keys = {"--precision": "precision", "--kv-cache-dtype": "kv_format"}
                 better = target.changed(
                     [f"{key}={options[option]}" for option, key in keys.items() if option in options]

@@ -21,6 +21,7 @@ from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.parity_steps import Case, Plan, PlanStep, lay_out
 from seekforge.runtime.backends.base import StepInputs, StepOutputs
+from seekforge.runtime.values import is_integer, shown
 
 #: Results that are kept of every step; the first feeds an MTP step.
 _RESULTS = ("hidden", "logits")
@@ -53,6 +54,18 @@ def engine_side(manifest: Manifest, name: str) -> Side:
         versions=versions,
         weights=precision if (precision := manifest.build.get("precision")) in ("int8", "int4") else CHECKPOINT,
     )
+
+
+def model_size(manifest: Manifest, key: str) -> int:
+    """Return a size of the model from the checkpoint's config.json, which the manifest holds.
+
+    Raises:
+        EngineError: it is not there, or no whole number.
+    """
+    value = manifest.config.get(key)
+    if not is_integer(value):
+        raise EngineError(f"manifest.json, key 'config': {key} is {shown(value)}, expected a whole number; build again")
+    return int(value)
 
 
 def write_dump(
@@ -89,7 +102,7 @@ def write_dump(
     if longest > limit:
         raise RequestError(f"a case has {longest} tokens, the engine accepts {limit}; ask for shorter --contexts")
     writer = DumpWriter(out, engine_side(manifest, name), plan)
-    part = manifest.layer_range[1] < int(manifest.config["num_hidden_layers"])  # has no MTP module
+    part = manifest.layer_range[1] < model_size(manifest, "num_hidden_layers")  # has no MTP module
     current: Case | None = None
     last: dict[str, PlanStep] = {}  # graph -> its last step in this case
     hidden = np.zeros(0)

@@ -42,7 +42,7 @@ from seekforge.runtime.engine.step_loop import Turns
 from seekforge.runtime.sampling.params import TAPS, SamplingParams
 from seekforge.runtime.text.chat import ChatEncoder
 from seekforge.runtime.text.tokenizer import Tokenizer
-from seekforge.runtime.values import listed, shown
+from seekforge.runtime.values import is_integer, listed, shown
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ class LLM:
         self.max_batch_size = _limit("max_batch_size", max_batch_size, limits.max_batch_size)
         tokens = _limit("max_num_batched_tokens", max_num_batched_tokens, limits.max_num_batched_tokens)
         self.max_batch_size = min(self.max_batch_size, tokens)
-        longest = _limit("max_model_len", max_model_len, limits.max_model_len)
+        most = manifest.config.get("max_position_embeddings")
+        longest = _limit("max_model_len", max_model_len, limits.max_model_len, most if is_integer(most) else None)
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected at least 1")
         self.num_speculative_tokens = _drafts(manifest, num_speculative_tokens)
@@ -205,6 +206,7 @@ class LLM:
             max_num_batched_tokens=tokens,
             max_model_len=self.max_model_len,
             max_waiting=max_waiting,
+            most_model_len=limits.max_model_len,
         )
         outputs = [spec.name for spec in manifest.graphs["model"].outputs if spec.role == "tap"]
         tap_names = {kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS}
@@ -544,11 +546,17 @@ def refuse_best_of(params: SamplingParams) -> None:
         raise RequestError("best_of cannot be streamed, since the best are known at the end only; use generate")
 
 
-def _limit(name: str, asked: int | None, engine_limit: int) -> int:
+def _limit(name: str, asked: int | None, engine_limit: int, most: int | None = None) -> int:
+    """Return what is asked for, else the engine's limit; `most` is what an engine could be built with."""
     if asked is None:
         return engine_limit
     if not 1 <= asked <= engine_limit:
-        raise EngineError(f"{name} is {asked}, this engine allows 1 to {engine_limit}; build it with a higher limit")
+        could = asked > engine_limit and (most is None or most > engine_limit)
+        higher = "" if most is None else f", {most} at most"
+        raise EngineError(
+            f"{name} is {asked}, this engine allows 1 to {engine_limit}"
+            + (f"; build it with a higher limit{higher}" if could else "; choose one of these")
+        )
     return asked
 
 

@@ -10,7 +10,6 @@ import contextlib
 import io
 import itertools
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -135,7 +134,7 @@ def trace(
     """
     progress("trace")
     # tables are parameters too, so no real constant is made inside the mode
-    with _folder_of_torch(), FakeTensorMode(shape_env=ShapeEnv()):
+    with FakeTensorMode(shape_env=ShapeEnv()):
         made = family_of(settings.config).module("model")
         whole: StepModel | MtpModel = (
             made.StepModel(settings, layer_range) if layer_range else made.MtpModel(settings)
@@ -148,8 +147,7 @@ def trace(
         exported = _export(part, step_inputs(part))
     progress("convert")
     register_schemas()
-    with _folder_of_torch():
-        converted = _convert(exported, step_inputs(part), output_names(part))
+    converted = _convert(exported, step_inputs(part), output_names(part))
     if "logits" not in whole.result_names():
         _drop_input(converted, "logits_index")
     _weights_to_inputs(converted, [name for name, _ in part.named_parameters()])
@@ -164,21 +162,6 @@ def trace(
     canonicalise(proto, named)
     _check_promises(proto, step_inputs(whole))
     return Traced(proto, named, {cache_output(name): name for name in whole.cache_names()}, tuple(outputs))
-
-
-@contextlib.contextmanager
-def _folder_of_torch() -> Iterator[None]:
-    """Give torch a folder that is removed again: tracing looks for compiler settings in one, and would make
-    `torchinductor_NAME` among the temporary files of all for it."""
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        yield
-        return
-    with temporary_folder("seekforge-torch") as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-        try:
-            yield
-        finally:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
 def _input_infos(model: StepModel | MtpModel, named: Mapping[str, Recipe]) -> list[onnx.ValueInfoProto]:

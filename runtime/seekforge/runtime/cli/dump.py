@@ -27,7 +27,7 @@ from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.parity_steps import MODES, Mode, Plan, make_plan
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, open_engine
-from seekforge.runtime.dump import write_dump
+from seekforge.runtime.dump import model_size, write_dump
 
 if TYPE_CHECKING:
     from seekforge.runtime.engine.engine_folder import Engine
@@ -147,10 +147,13 @@ def _known_taps(taps: tuple[str, ...], engine: Engine) -> set[str]:
 
 
 def _random_plan(manifest: Manifest, contexts: tuple[int, ...], modes: tuple[Mode, ...], seed: int) -> Plan:
+    limit = manifest.limits.max_model_len
+    if max(contexts) > limit:  # before so many steps are planned
+        raise ConfigError(f"--contexts has {max(contexts)}, the engine accepts {limit} tokens")
     return make_plan(
         contexts=contexts,
         vocab_size=manifest.vocab_size,
-        index_topk=int(manifest.config["index_topk"]),
+        index_topk=model_size(manifest, "index_topk"),
         has_mtp="mtp" in manifest.graphs,
         modes=tuple(mode for mode in MODES if mode in modes),
         seed=seed,

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import click
@@ -146,6 +148,9 @@ class LazyGroup(Group):
     ) -> NoReturn:
         """Run and exit: 0 done, 2 an error (one line on stderr), 130 interrupted, 143 terminated."""
         prepare_streams()
+        # torch makes a folder for a compiler that nothing here uses, `torchinductor_NAME` among the temporary files of
+        # all, when it is imported; one that is there already it leaves as it is
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent))
         code: Any = EXIT_ERROR
         try:
             check_platform()

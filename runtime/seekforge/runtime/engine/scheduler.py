@@ -101,6 +101,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         max_waiting: int | None = None,
+        most_model_len: int | None = None,
     ) -> None:
         """Make an idle scheduler.
 
@@ -110,6 +111,7 @@ class Scheduler:
             max_num_batched_tokens: most tokens of one iteration, padding included.
             max_model_len: most tokens of one sequence, prompt and generated.
             max_waiting: most sequences that wait; None sets no bound.
+            most_model_len: what `max_model_len` could be raised to, as a refusal advises; None: no further.
         """
         if not 1 <= max_batch_size <= max_num_batched_tokens:
             raise ValueError(
@@ -122,6 +124,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.max_waiting = max_waiting
+        self._most_model_len = most_model_len or max_model_len
         self.num_preemptions = 0
         self._iteration = 0
         self._arrivals = itertools.count()
@@ -167,9 +170,10 @@ class Scheduler:
             raise RequestError("the prompt has no tokens; pass some text or token ids")
         total = num_prompt_tokens + max_tokens
         if total > self.max_model_len:
+            grow = f", or raise max_model_len to {total}" if total <= self._most_model_len else ""
             raise RequestError(
                 f"prompt {num_prompt_tokens} + max_tokens {max_tokens} = {total} tokens, more than max_model_len "
-                f"{self.max_model_len}; shorten the prompt, lower max_tokens, or raise max_model_len if the engine can"
+                f"{self.max_model_len}; shorten the prompt or lower max_tokens{grow}"
             )
         needed = blocks_needed(total, self.block_size)
         if needed > self.cache.pool.num_usable:
