@@ -194,8 +194,8 @@ def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_pat
 
 
 def _every_flip_is_noticed(engine: Path, manifest: Manifest) -> None:
-    """In every file of the folder: plans, kernels and their descriptors, recipes, texts, logs."""
-    files = sorted(path for path in engine.rglob("*") if path.is_file())
+    """In every file of the folder but what the compiler said, which nothing reads."""
+    files = sorted(path for path in engine.rglob("*") if path.is_file() and path.name != gpu_engine.LOG)
     names = {str(path.relative_to(engine)) for path in files}
     assert names == {file.path for file in manifest.files} | {MANIFEST}, "a file that nobody verifies"
     assert {".plan", ".cubin", ".json", ".yaml"} <= {path.suffix for path in files}
@@ -203,7 +203,7 @@ def _every_flip_is_noticed(engine: Path, manifest: Manifest) -> None:
     Engine.open(engine, part=True)
     for path in files:
         good = path.read_bytes()
-        for _ in range(4):
+        for _ in range(4 if good else 0):
             bad, bit = bytearray(good), chance.randrange(8 * len(good))
             bad[bit // 8] ^= 1 << bit % 8
             path.write_bytes(bad)
