@@ -138,7 +138,7 @@ def test_a_checkpoint_becomes_an_engine_and_is_proved_in_python(
     planned = build(*place, target="cpu", checkpoint=tiny_checkpoint, dry_run=True, **limits)
     assert planned.dry_run and planned.manifest is None and not (tmp_path / "engine").exists()
     engine = build(
-        *place, target="cpu", checkpoint=tiny_checkpoint, set={"limits.max_batch_size": 2}, **limits
+        *place, target="cpu", checkpoint=tiny_checkpoint, taps=True, set={"limits.max_batch_size": 2}, **limits
     )  # fmt: skip
     assert engine.limits.max_batch_size == 2 and engine.limits.max_model_len == 128
     assert engine.manifest == load_manifest(engine.path) and engine.weight_bytes == planned.weight_bytes

@@ -68,6 +68,7 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
         expose(model, added)
         kinds = (*SELECTIONS, "latent_cache_out", "index_cache_out")
         kept = {name for name in before if _is_of(name, kinds, range(start, stop))} | (set(_RESULTS) if last else set())
+        kept |= before & wanted  # what an engine with taps shows by itself
         if stop == manifest.layer_range[1]:  # a stage gives what goes out of it under names of its own
             kept |= before & {f"{point}_out" for point in HANDOVER}
         _keep(model.graph, kept | set(added))
