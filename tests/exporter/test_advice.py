@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.advice import (
+from tests.support.advice import (
     OPTION,
     invoke,
     refusal,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.advice import (
+from tests.support.advice import (
     invoke,
     refusal,
     with_option,

@@ -25,7 +25,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from seekforge.common.dtypes import ONNX
 from seekforge.common.errors import ProgramError
-from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.deepseek_v32.model import HANDOVER, MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
