@@ -21,7 +21,8 @@ from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.launch_plan import SMS, Variant, has_fp8, op_kernels, statics_of
 from seekforge.plugins.kernels.rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_unit
-from seekforge.plugins.kernels.sizes import WITH_KERNELS, operators
+from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.registry import WITH_KERNELS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESOURCES = DOCS / "kernel-resources.json"

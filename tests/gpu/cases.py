@@ -18,8 +18,8 @@ from torch import Tensor
 
 from seekforge.common.errors import SeekforgeError
 from seekforge.plugins.kernels.launch_plan import statics_of
-from seekforge.plugins.kernels.sizes import WITH_KERNELS
 from seekforge.plugins.quant import fake_quantise
+from seekforge.plugins.registry import WITH_KERNELS
 from seekforge.plugins.testing import Case, Draw
 
 #: Rows of a real case that are compared with the reference, which runs on a CPU; the rest is timed only.

@@ -55,7 +55,8 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import load_program
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.launch_plan import check_plan, op_kernels, statics_of, to_json
-from seekforge.plugins.kernels.sizes import WITH_KERNELS, operators
+from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.registry import WITH_KERNELS
 from seekforge.plugins.testing import Case
 
 

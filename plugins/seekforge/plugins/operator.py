@@ -1,20 +1,28 @@
-"""What an operator takes and gives, written once; torch schema, ONNX schema and checks are made from it.
+"""What an operator is, written once: its contract, and all that the rest of the tree knows of it.
 
-Every operator folder has a `spec.py` with one `OpSpec`. Shapes are symbolic: `("B", "Q", "Hi", 128)`. A
-symbol is bound where it first stands alone and compared everywhere else; an entry may also be an
-expression over bound symbols and attributes, such as `"cdiv(N, 128)"`. A leading `"*name"` stands for
-any number of axes.
+Every operator folder has a `spec.py` with one `OpSpec`; torch schema, ONNX schema and checks are made from it. Shapes
+are symbolic: `("B", "Q", "Hi", 128)`. A symbol is bound where it first stands alone and compared everywhere else; an
+entry may also be an expression over bound symbols and attributes, such as `"cdiv(N, 128)"`. A leading `"*name"` stands
+for any number of axes.
+
+Beside it `operator.py` has one `Operator`, which the registry lists. Its fields have no defaults: an operator that says
+nothing of its kernels, its taps or its products fails as it is imported. Descriptions import neither torch, onnx nor
+triton, since the runtime reads them as it starts; code that does is named, and `load` imports it when it is wanted.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from seekforge.common.errors import ShapeError
+
+if TYPE_CHECKING:  # the runtime starts without it
+    from seekforge.formats.checkpoint.model_config import ModelConfig
 
 #: ONNX domain of every operator, and the TensorRT plugin namespace.
 DOMAIN = "seekforge"
@@ -80,6 +88,10 @@ class OpSpec:
         args += [f"{attr.kind} {attr.name}" for attr in self.attrs]
         results = ", ".join("Tensor" for _ in self.outputs)
         return f"({', '.join(args)}) -> {results if len(self.outputs) == 1 else f'({results})'}"
+
+    def has_input_of(self, dtype: str) -> bool:
+        """Return whether an input has this dtype or type variable."""
+        return any(arg.dtype == dtype for arg in self.inputs)
 
     def check_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Compare `attrs` with the declared ones.
@@ -199,3 +211,163 @@ def evaluate_dim(dim: Dim, bound: Mapping[str, Any]) -> Any:
         raise ValueError(f"shape expression {dim!r} uses something else than + * // and cdiv")
 
     return walk(_parse(dim).body)
+
+
+# --- all that is known of an operator ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankModel:
+    """What one rank computes of a model.
+
+    Attributes:
+        config: the model's `config.json`.
+        numerics: the fields of `formats.numerics.Numerics`.
+        kv_format: layout and dtype of both caches.
+        num_heads: attention heads of the rank.
+        num_experts: routed experts of the rank.
+        moe_intermediate_size: width of what the rank has of each expert.
+    """
+
+    config: ModelConfig
+    numerics: Mapping[str, Any]
+    kv_format: str
+    num_heads: int
+    num_experts: int
+    moe_intermediate_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The largest step of a rank: what scratch memory is reserved for.
+
+    Attributes:
+        batch: sequences.
+        queries: new tokens of each.
+        num_blocks: blocks of the longest sequence.
+        expert_tokens: tokens that the rank's experts see.
+        fp8_linears: (out features, in features) of each kind of linear with FP8 weights.
+        bf16_linears: the same of linears with BF16 weights and f32 results.
+    """
+
+    batch: int
+    queries: int
+    num_blocks: int
+    expert_tokens: int
+    fp8_linears: Sequence[tuple[int, int]]
+    bf16_linears: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """The matrix products of an operator, as the audit of an engine counts them.
+
+    Attributes:
+        flops: (shapes of the inputs that are weights by name, config, keys that a token sees) -> FLOPs of one decoded
+            token, 2 per multiply and add.
+        in_plugin: attributes -> dtype in which the kernels multiply where the target multiplies FP8.
+        inlined: dtype in which the standard operators multiply that TensorRT gets in place of the plugin.
+    """
+
+    flops: Callable[[Mapping[str, Sequence[int]], ModelConfig, int], float]
+    in_plugin: Callable[[Mapping[str, Any]], Literal["fp8", "bf16"]]
+    inlined: Literal["bf16", "f32"]
+
+
+@dataclass(frozen=True)
+class InlinedLimit:
+    """What TensorRT takes of the standard operators in place of a plugin.
+
+    Attributes:
+        key: key of `config.json`.
+        most: its largest value.
+        reason: what limits it, the beginning of the sentence "... at most".
+    """
+
+    key: str
+    most: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taps:
+    """Names that `parity` gives to tensors of an operator: name of the input or output in the spec -> tap."""
+
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+#: Of an operator whose tensors have no names of their own: its neighbours, or its weight, tell what they are.
+NO_TAPS = Taps(inputs={}, outputs={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedForm:
+    """The form that an engine for the CPU has, in which FP8 weights are dequantised and transposed by the build.
+
+    Its inputs are those of the spec without the scales, which are the input `NAME_scale` of each FP8 weight `NAME`.
+
+    Attributes:
+        op_type: ONNX op_type of the form.
+        body: `module:function` that makes its ONNX function from the attributes.
+        quantized: operator of ONNX Runtime that takes the same weights as int8 or int4 codes.
+    """
+
+    op_type: str
+    body: str
+    quantized: Literal["MatMulNBits", "QMoE"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelForm:
+    """The operator as Triton kernels. Sizes stand under the symbols of the spec.
+
+    Attributes:
+        launch: module of the launch plans (`launch_plan.OpKernels`); `kernel.py` beside it has the device code.
+        static_sizes: what a model fixes: sizes and attributes that the kernels are compiled for, and limits look at.
+        step_sizes: what one step fixes beside them, for each kind of call.
+        known_spills: (variant, SM) -> most bytes of stack that a compiled kernel may have, and why.
+        known_mma_sync: variant -> why it multiplies with mma.sync on SMs that have wgmma or tcgen05.
+    """
+
+    launch: str
+    static_sizes: Callable[[RankModel], dict[str, Any]]
+    step_sizes: Callable[[RankModel, Step], Iterable[dict[str, Any]]]
+    known_spills: Mapping[tuple[str, int], tuple[int, str]]
+    known_mma_sync: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """All that is known of an operator.
+
+    Attributes:
+        spec: its contract.
+        in_programs: whether exported programs have it. If not, a build for GPUs puts it in place of a product with a
+            weight, and lists it under the name of that weight.
+        body: `module:function` that makes its ONNX function from the attributes and the specialisation.
+        inlined_limits: what TensorRT takes of that function.
+        inlined_weights: how the function stores FP8 weights for TensorRT: float8 where the target has it, or always
+            INT8-typed bytes. None without FP8 weights.
+        folded: the form for CPUs; None where nothing is folded.
+        products: its matrix products; None where it has none.
+        taps: what `parity` sees of it.
+        kernels: None for an operator that TensorRT itself has a layer for.
+    """
+
+    spec: OpSpec
+    in_programs: bool
+    body: str
+    inlined_limits: tuple[InlinedLimit, ...]
+    inlined_weights: Literal["float8", "int8"] | None
+    folded: FoldedForm | None
+    products: Products | None
+    taps: Taps
+    kernels: KernelForm | None
+
+
+def load(dotted: str) -> Any:
+    """Import what a description names, `module` or `module:attribute`, and return it."""
+    module, _, attribute = dotted.partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded

@@ -6,7 +6,8 @@ import onnxruntime
 import pytest
 import torch
 
-from seekforge.plugins.block_fp8_linear.function import FOLDED, folded_body
+from seekforge.plugins.block_fp8_linear.function import folded_body
+from seekforge.plugins.block_fp8_linear.spec import FOLDED
 from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.quant import dequantise_weight
 from seekforge.plugins.testing import Case, cases, max_error, run_function

@@ -26,9 +26,10 @@ from seekforge.plugins.kernels.constraints import (
     power_of_two,
     rule,
 )
-from seekforge.plugins.kernels.contracts import OPS, export_warnings, limits, refusals
+from seekforge.plugins.kernels.contracts import export_warnings, limits, refusals
 from seekforge.plugins.kernels.launch_plan import op_kernels, statics_of
 from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.registry import WITH_KERNELS
 
 V32 = load_preset("full").config
 
@@ -40,9 +41,9 @@ def changed(**values: int) -> ModelConfig:
 @pytest.mark.parametrize("preset", ["tiny", "small", "full"])
 def test_every_preset_can_be_built_with_plugins_and_inlined(preset: str) -> None:
     config = load_preset(preset).config
-    assert refusals(config, plugins=OPS, ops=OPS) == []
-    assert refusals(config, plugins=(), ops=OPS) == []
-    assert export_warnings(config, ops=OPS, ranks=Ranks()) == []
+    assert refusals(config, plugins=WITH_KERNELS, ops=WITH_KERNELS) == []
+    assert refusals(config, plugins=(), ops=WITH_KERNELS) == []
+    assert export_warnings(config, ops=WITH_KERNELS, ranks=Ranks()) == []
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,8 @@ def test_every_preset_can_be_built_with_plugins_and_inlined(preset: str) -> None
 )
 def test_plugins_refuse_what_their_kernels_refuse(values: dict[str, int], sentences: list[str]) -> None:
     config = changed(**values)
-    assert refusals(config, plugins=OPS, ops=OPS) == sentences
-    assert refusals(config, plugins=(), ops=OPS) == [], "the same operators can be inlined"
+    assert refusals(config, plugins=WITH_KERNELS, ops=WITH_KERNELS) == sentences
+    assert refusals(config, plugins=(), ops=WITH_KERNELS) == [], "the same operators can be inlined"
     for op, bound in operators(config).items():
         if any(sentence.startswith(op + ":") for sentence in sentences):
             with pytest.raises(ShapeError):
@@ -88,24 +89,24 @@ def test_plugins_refuse_what_their_kernels_refuse(values: dict[str, int], senten
 
 def test_the_inlined_indexer_is_refused_above_what_tensorrt_selects() -> None:
     sentence = "DsaIndexer: index_topk is 3841, TensorRT's TopK takes at most 3840 where it is inlined"
-    assert refusals(changed(index_topk=3841), plugins=(), ops=OPS) == [sentence]
-    assert refusals(changed(index_topk=3841), plugins=["DsaIndexer"], ops=OPS) == []
-    assert refusals(changed(index_topk=3840), plugins=(), ops=OPS) == []
+    assert refusals(changed(index_topk=3841), plugins=(), ops=WITH_KERNELS) == [sentence]
+    assert refusals(changed(index_topk=3841), plugins=["DsaIndexer"], ops=WITH_KERNELS) == []
+    assert refusals(changed(index_topk=3840), plugins=(), ops=WITH_KERNELS) == []
     assert refusals(changed(index_topk=3841), plugins=(), ops=["MoeRoute"]) == [], "not an operator of the program"
 
 
 def test_an_export_says_what_gpu_targets_will_do_without_kernels() -> None:
-    assert export_warnings(changed(num_experts_per_tok=22), ops=OPS, ranks=Ranks()) == [
+    assert export_warnings(changed(num_experts_per_tok=22), ops=WITH_KERNELS, ranks=Ranks()) == [
         "MoeRoute: num_experts_per_tok is 22, kernels take 1 to 16: GPU targets inline it",
         "MoeExperts: num_experts_per_tok is 22, kernels take 1 to 16: GPU targets inline it, "
         "which needs --precision bf16",
     ]
-    (both,) = export_warnings(changed(index_n_heads=8, index_topk=5000), ops=OPS, ranks=Ranks())
+    (both,) = export_warnings(changed(index_n_heads=8, index_topk=5000), ops=WITH_KERNELS, ranks=Ranks())
     assert both.endswith(
         "it cannot be inlined either (DsaIndexer: index_topk is 5000, TensorRT's TopK takes at most 3840 where it is "
         "inlined): no GPU target builds it"
     )
-    (alone,) = export_warnings(changed(index_n_heads=8), ops=OPS, ranks=Ranks())
+    (alone,) = export_warnings(changed(index_n_heads=8), ops=WITH_KERNELS, ranks=Ranks())
     assert alone.endswith("which needs --kv-cache-dtype bf16")
 
 
@@ -115,8 +116,9 @@ def test_sizes_are_those_of_one_rank() -> None:
     assert (sizes["DsaAttention"]["H"], sizes["MoeExperts"]["E"], sizes["MoeExperts"]["I2"]) == (16, 64, 2048)
     assert sizes["MoeRoute"]["E"] == 256, "every rank routes among all experts"
     many = changed(n_routed_experts=2048)
-    assert [w.partition(":")[0] for w in export_warnings(many, ops=OPS, ranks=Ranks())] == ["MoeRoute", "MoeExperts"]
-    assert [w.partition(":")[0] for w in export_warnings(many, ops=OPS, ranks=ranks)] == ["MoeRoute"]
+    warned = [w.partition(":")[0] for w in export_warnings(many, ops=WITH_KERNELS, ranks=Ranks())]
+    assert warned == ["MoeRoute", "MoeExperts"]
+    assert [w.partition(":")[0] for w in export_warnings(many, ops=WITH_KERNELS, ranks=ranks)] == ["MoeRoute"]
 
 
 def test_what_no_target_computes_is_refused_at_export_and_the_rest_is_said(tmp_path: Path) -> None:
@@ -139,13 +141,13 @@ def test_what_no_target_computes_is_refused_at_export_and_the_rest_is_said(tmp_p
 
 def test_the_table_is_that_of_the_launch_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = {(one.op, one.key, one.expected) for one in limits() if "plugin" in one.faces}
-    assert listed == {(op, one.key, one.expected) for op in OPS for one in op_kernels(op).RULES}
+    assert listed == {(op, one.key, one.expected) for op in WITH_KERNELS for one in op_kernels(op).RULES}
     assert ("DsaIndexer", "index_topk", "at most 3840") in {(one.op, one.key, one.expected) for one in limits()}
     module = op_kernels("DsaIndexer")
     stricter = dataclasses.replace(module.RULES[0], accepts=lambda value: value == 16, expected="16")
     monkeypatch.setattr(module, "RULES", (stricter,))
     assert [one.expected for one in limits() if one.key == "index_n_heads"] == ["16"]
-    assert refusals(V32, plugins=OPS, ops=OPS) == ["DsaIndexer: index_n_heads is 64, kernels take 16"]
+    assert refusals(V32, plugins=WITH_KERNELS, ops=WITH_KERNELS) == ["DsaIndexer: index_n_heads is 64, kernels take 16"]
 
 
 def test_every_rule_is_on_a_size_that_its_operator_has() -> None:

@@ -20,8 +20,8 @@ from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins.kernels import aot, sass
 from seekforge.plugins.kernels.launch_plan import SHARED_LIMIT, KernelSet, Variant, statics_of
 from seekforge.plugins.kernels.rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_instruction
-from seekforge.plugins.kernels.sizes import WITH_KERNELS, operators
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.registry import SPECS, WITH_KERNELS
 
 COMPILER = kernels_doc.read_record()["compiler"]
 RECORD = {(one["op"], one["sm"], one["kernel"]): one for one in kernels_doc.recorded()}

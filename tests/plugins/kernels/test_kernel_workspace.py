@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.launch_plan import SMS, most_rows, op_kernels, workspace_bytes
-from seekforge.plugins.kernels.sizes import WITH_KERNELS
 from seekforge.plugins.operator import cdiv
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.registry import SPECS, WITH_KERNELS
 
 #: Sizes that only a call fixes, under the symbols of the specs; all else is in the code of the kernels.
 Sizes = dict[str, int]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from seekforge.plugins.functions.specialization import Specialisation
-from seekforge.plugins.moe_experts.function import FOLDED, folded_body
+from seekforge.plugins.moe_experts.function import folded_body
+from seekforge.plugins.moe_experts.spec import FOLDED
 from seekforge.plugins.quant import dequantise_weight
 from seekforge.plugins.testing import Case, cases, max_error, run_function
 

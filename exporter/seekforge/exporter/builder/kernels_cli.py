@@ -26,9 +26,9 @@ from seekforge.exporter.checkpoint.source import headers
 from seekforge.exporter.option_types import MODEL
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.kernels import aot
-from seekforge.plugins.kernels.contracts import OPS
 from seekforge.plugins.kernels.launch_plan import SMS, KernelSet
 from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT, operators
+from seekforge.plugins.registry import WITH_KERNELS
 
 
 @click.group("kernels", cls=Group)
@@ -49,7 +49,7 @@ def kernels() -> None:
     "--model", type=MODEL, default="full", show_default=True, help="A name of configs/models, or a config.json."
 )
 @kv_cache_dtype_option("Format of the caches.", default=DEFAULT_FORMAT)
-@list_option("--op", "only", type=Named("operator", lambda: tuple(OPS)), help="Only these operators.")
+@list_option("--op", "only", type=Named("operator", lambda: WITH_KERNELS), help="Only these operators.")
 @click.option("--jobs", type=Whole(1, 4096), help="Processes. Default: one per core.")
 @click.option("--cache", type=click.Path(path_type=Path), default=None, help="Folder of compiled images.")
 @quiet_option

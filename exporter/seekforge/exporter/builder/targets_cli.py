@@ -9,7 +9,8 @@ from seekforge.common.cli.options import command, json_option, list_option
 from seekforge.common.cli.terminal import shown, write, write_json
 from seekforge.exporter.option_types import TARGET
 from seekforge.formats.targets import TargetConfig, all_targets, load_target
-from seekforge.plugins.kernels.contracts import OPS, limits, support
+from seekforge.plugins.kernels.contracts import limits, support
+from seekforge.plugins.registry import WITH_KERNELS
 
 
 @command("targets", examples=("seekforge targets", "seekforge targets --target h200,b200 --json"))
@@ -38,7 +39,7 @@ def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
 
 
 def _ops(target: TargetConfig) -> dict[str, str]:
-    return {op: support(op, target.sm) for op in OPS}
+    return {op: support(op, target.sm) for op in WITH_KERNELS}
 
 
 def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -56,7 +57,7 @@ def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[s
         for target in found
     ]
     header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "products", "cache"]
-    ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in OPS]
+    ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in WITH_KERNELS]
     listed = [[limit.op, " and ".join(limit.faces), limit.key, limit.expected] for limit in limits()]
     return [
         ("Targets (rates: dense TFLOPS)", [*header, "batch × context, tokens per step"], hardware),

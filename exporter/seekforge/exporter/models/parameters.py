@@ -30,8 +30,6 @@ from seekforge.formats.weight_recipes import (
 Sharding = Literal["none", "tensor", "experts"]
 #: How random values of a tensor are drawn: see `checkpoint.new`.
 Draw = Literal["blocks", "branch", "paired_heads", "plain", "norm", "shift", "bias", "router", "embedding", "head"]
-#: The operator that multiplies with a weight as it is in a GPU engine, where there is one.
-Product = Literal["BlockFp8Linear", "Bf16Linear", ""]
 SCALE_SUFFIX = "_scale_inv"
 #: Stands for the number of an expert in a tensor's name.
 EXPERT = "{expert}"
@@ -84,7 +82,7 @@ class Parameter:
             dequantised. `experts`: FP8 matrices of all routed experts stacked, each of them of one or more by rows.
         tensors: modules or names of `Tensor`s, in the order in which their rows are stacked.
         does: what it is, for people.
-        op: the operator that multiplies with it.
+        op: the operator that multiplies with it as it is in a GPU engine; empty where there is none.
         rows: of `per_head`: which rows of each head of `kv_b_proj`.
         is_behind: whether only results behind the last layer read it.
     """
@@ -93,7 +91,7 @@ class Parameter:
     form: Literal["linear", "value", "per_head", "experts"]
     tensors: tuple[str, ...]
     does: str
-    op: Product = ""
+    op: str = ""
     rows: Literal["keys", "values"] = "keys"
     is_behind: bool = False
 

@@ -17,7 +17,8 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import FAMILIES, family_of, load_family
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import TensorSpec
-from seekforge.plugins.operator import DOMAIN
+from seekforge.plugins.functions.attach import operator_of
+from seekforge.plugins.operator import DOMAIN, NO_TAPS
 
 #: What one layer hands to the next; the last layer's pair goes to the final norm under the number behind it.
 HANDOVER = ("hidden_states", "residual")
@@ -30,14 +31,6 @@ _FAMILIES = [load_family(name).taps for name in FAMILIES]
 _LINEARS = {module: points for taps in _FAMILIES for module, points in taps.linears.items()}
 _MOE = {point for taps in _FAMILIES for point in taps.moe}
 _PER_HEAD = {point for taps in _FAMILIES for point in taps.per_head}
-#: Other operators: (their taps by input place, by output place).
-_NODES: dict[str, tuple[dict[int, str], dict[int, str]]] = {
-    "DsaCacheWrite": ({2: "kv_latent", 3: "k_pe", 4: "index_k"}, {}),
-    "DsaIndexer": ({0: "index_q", 1: "index_w"}, {}),
-    "DsaAttention": ({0: "q_latent", 1: "q_pe"}, {0: "o_latent"}),
-    "MoeRoute": ({0: "router_logits"}, {1: "expert_weights"}),
-    "MoeExperts": ({}, {0: "routed"}),
-}
 
 
 def layer_points(config: ModelConfig, layer: int) -> tuple[str, ...]:
@@ -86,13 +79,15 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
         weights = [producer[name].input[0] if _is_cast(producer.get(name)) else name for name in node.input[1:2]]
         weight = weights[0] if weights else ""
         match = _WEIGHT.fullmatch(weight)
-        if node.domain == DOMAIN and node.op_type in _NODES:
+        operator = operator_of(node)
+        if operator is not None and operator.taps != NO_TAPS:
             layer = layer_of(node)
-            inputs, outputs = _NODES[node.op_type]
-            for place, point in inputs.items():
-                note(node.input[place], point, layer)
-            for place, point in outputs.items():
-                note(node.output[place], point, layer)
+            for arg, value in zip(operator.spec.inputs, node.input):
+                if arg.name in operator.taps.inputs:
+                    note(value, operator.taps.inputs[arg.name], layer)
+            for arg, value in zip(operator.spec.outputs, node.output):
+                if arg.name in operator.taps.outputs:
+                    note(value, operator.taps.outputs[arg.name], layer)
         elif node.domain == DOMAIN and match and match[2] in _LINEARS:
             before, after = _LINEARS[match[2]]
             if before:

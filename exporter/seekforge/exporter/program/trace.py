@@ -36,7 +36,7 @@ from seekforge.formats.program import role_of
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
-from seekforge.plugins.registry import BF16_LINEAR, SPECS
+from seekforge.plugins.registry import OPERATORS
 from seekforge.plugins.torch_ops import DTYPE_NAMES
 
 #: ONNX opset of every program. Converting between opsets would inline our functions, so it is traced at this.
@@ -228,9 +228,9 @@ def translation_table() -> dict[Any, Any]:
 
     namespace = getattr(torch.ops, DOMAIN)
     return {
-        getattr(namespace, spec.torch_name).default: translate(spec)
-        for spec in SPECS.values()
-        if spec.name != BF16_LINEAR
+        getattr(namespace, operator.spec.torch_name).default: translate(operator.spec)
+        for operator in OPERATORS.values()
+        if operator.in_programs
     }
 
 

@@ -17,6 +17,9 @@ from seekforge.exporter.models.parameters import EXPERT, Sharding, Tensor
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.plugins.dsa_attention.operator import flops_per_key as attention_flops_per_key
+from seekforge.plugins.dsa_indexer.operator import flops_per_key as indexer_flops_per_key
+from seekforge.plugins.dsa_indexer.spec import SPEC as DSA_INDEXER
 
 Precision = Literal["fp8", "bf16"]
 KvFormat = Literal["f32", "bf16", "fp8_ds"]
@@ -216,13 +219,13 @@ def linear_flops(config: ModelConfig, matrices: Sequence[Matrix] | None = None) 
 def attention_flops(config: ModelConfig, keys: float, *, num_layers: int | None = None) -> Flops:
     """FLOPs of sparse attention (BF16) and of the indexer's scores (FP8) for one token that sees `keys` keys."""
     layers = config.num_hidden_layers if num_layers is None else num_layers
-    core = 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank) * min(keys, config.index_topk)
+    core = attention_flops_per_key(config) * min(keys, config.index_topk)
     return Flops(fp8=layers * indexer_flops(config, keys), bf16=layers * core)
 
 
 def indexer_flops(config: ModelConfig, keys: float) -> float:
     """FLOPs of one layer's indexer scores for one token."""
-    return 2.0 * config.index_n_heads * config.index_head_dim * keys
+    return indexer_flops_per_key(config) * keys
 
 
 def dense_attention_flops(config: ModelConfig, keys: float, *, absorbed: bool) -> float:
@@ -236,7 +239,7 @@ def prefill_attention_flops(config: ModelConfig, prompt: int, *, num_layers: int
     layers = config.num_hidden_layers if num_layers is None else num_layers
     near = min(prompt, config.index_topk)
     core_keys = near * (near + 1) / 2 + (prompt - near) * config.index_topk
-    core = 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank) * core_keys
+    core = attention_flops_per_key(config) * core_keys
     return Flops(fp8=layers * indexer_flops(config, prompt * (prompt + 1) / 2), bf16=layers * core)
 
 
@@ -508,11 +511,12 @@ def rank_memory(
             fullest = (weights, cache)
     assert fullest is not None
     scratch = operator_scratch_bytes(config, layout, work, kv_format, kernels=kernels, steps=steps)
+    scores = scratch[DSA_INDEXER.name]
     return RankMemory(
         weights=fullest[0],
         cache=fullest[1],
-        indexer_scores=scratch["DsaIndexer"],
-        scratch=max(scratch.values()) - scratch["DsaIndexer"],
+        indexer_scores=scores,
+        scratch=max(scratch.values()) - scores,
         activations=activation_bytes(config, layout, work),
         graphs=GRAPH_BYTES,
         cuda_context=CONTEXT_BYTES,

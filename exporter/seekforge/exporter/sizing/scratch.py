@@ -1,6 +1,6 @@
 """Scratch memory of a model's operators in one step: what their launch plans ask for. No torch, no Triton, no file.
 
-The shapes are those that an exported graph gives the operators (a test compares them), so what the planner counts and
+The sizes are those that an exported graph gives the operators (a test compares them), so what the planner counts and
 what a build expects is what the plugins ask TensorRT for.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import linear_shapes_of
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.plugins.kernels.launch_plan import SMS, workspace_bytes
-from seekforge.plugins.operator import cdiv
+from seekforge.plugins.kernels.launch_plan import SMS, bound_workspace_bytes
+from seekforge.plugins.operator import RankModel, Step, cdiv
+from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,39 @@ def step_scratch_bytes(
 def _step(
     config: ModelConfig, batch: int, queries: int, context: int, kv_format: str, kernels: Kernels, tp: int, dp: int
 ) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for op, shapes, attrs in _calls(config, batch, queries, context, kv_format, kernels.act_quant, tp, dp):
-        found[op] = max(found.get(op, 0), workspace_bytes(op, shapes, attrs, kernels.sms))
-    return found
+    fp8_caches = kv_format == "fp8_ds"
+    model = RankModel(
+        config=config,
+        numerics={"act_quant": kernels.act_quant, "kv_fp8": fp8_caches, "indexer_fp8": fp8_caches},
+        kv_format=kv_format,
+        num_heads=config.num_attention_heads // tp,
+        num_experts=cdiv(config.n_routed_experts, tp * dp),
+        moe_intermediate_size=config.moe_intermediate_size,
+    )
+    step = Step(
+        batch=batch,
+        queries=queries,
+        num_blocks=cdiv(context, BLOCK_SIZE),
+        expert_tokens=batch * queries * dp,
+        fp8_linears=linear_shapes(config, tp=tp),
+        bf16_linears=bf16_linear_shapes(config),
+    )
+    scratch = {}
+    for op, form in KERNEL_FORMS.items():
+        static = form.static_sizes(model)
+        calls = (static | sizes for sizes in form.step_sizes(model, step))
+        scratch[op] = max((bound_workspace_bytes(op, call, kernels.sms) for call in calls), default=0)
+    return scratch
 
 
 def linear_shapes(config: ModelConfig, *, tp: int = 1) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `BlockFp8Linear` in a model, on one rank."""
-    return _shapes(config, "BlockFp8Linear", tp)
+    return _shapes(config, BLOCK_FP8_LINEAR, tp)
 
 
 def bf16_linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `Bf16Linear` in a model; every rank has them whole."""
-    return _shapes(config, "Bf16Linear", 1)
+    return _shapes(config, BF16_LINEAR, 1)
 
 
 def _shapes(config: ModelConfig, op: str, tp: int) -> list[tuple[int, int]]:
@@ -89,44 +108,3 @@ def _shapes(config: ModelConfig, op: str, tp: int) -> list[tuple[int, int]]:
     tables = [(family.layer_parameters(is_moe), family.layer_tensors(config, one)) for is_moe, one in kinds.items()]
     tables.append((family.end_parameters(), tuple(itertools.chain(*family.end_tensors(config)))))
     return list(dict.fromkeys(shape for rows, tensors in tables for shape in linear_shapes_of(rows, tensors, op, tp)))
-
-
-def _calls(
-    config: ModelConfig, batch: int, queries: int, context: int, kv_format: str, act_quant: str, tp: int, dp: int
-) -> Iterator[tuple[str, list[tuple[int, ...]], dict[str, Any]]]:
-    """Yield the operators that work in scratch memory, with shapes and attributes."""
-    c, blocks = config, cdiv(context, BLOCK_SIZE)
-    quant = {"act_quant": act_quant}
-    for n, k in linear_shapes(c, tp=tp):
-        yield "BlockFp8Linear", [(batch, queries, k), (n, k), (cdiv(n, FP8_BLOCK), cdiv(k, FP8_BLOCK))], quant
-    for n, k in bf16_linear_shapes(c):
-        yield "Bf16Linear", [(batch * queries, k), (n, k)], {}
-    pool = (BLOCK_SIZE,)  # how many slots the caches have does not matter
-    yield (
-        "DsaIndexer",
-        [
-            (batch, queries, c.index_n_heads, c.index_head_dim), (batch, queries, c.index_n_heads),
-            (*pool, c.index_head_dim), (batch, blocks), (batch, queries),
-        ],
-        {"index_topk": c.index_topk, "indexer_fp8": kv_format == "fp8_ds", "index_format": kv_format},
-    )  # fmt: skip
-    heads = c.num_attention_heads // tp
-    yield (
-        "DsaAttention",
-        [
-            (batch, queries, heads, c.kv_lora_rank), (batch, queries, heads, c.qk_rope_head_dim),
-            (*pool, c.latent_dim), (batch, blocks), (batch, queries, c.index_topk),
-        ],
-        {"scale": 1.0, "kv_format": kv_format},
-    )  # fmt: skip
-    tokens, experts = batch * queries * dp, cdiv(c.n_routed_experts, tp * dp)
-    hidden, inner, topk = c.hidden_size, c.moe_intermediate_size, c.num_experts_per_tok
-    yield (
-        "MoeExperts",
-        [
-            (tokens, hidden), (tokens, topk), (tokens, topk),
-            (experts, 2 * inner, hidden), (experts, cdiv(2 * inner, FP8_BLOCK), cdiv(hidden, FP8_BLOCK)),
-            (experts, hidden, inner), (experts, cdiv(hidden, FP8_BLOCK), cdiv(inner, FP8_BLOCK)),
-        ],
-        quant,
-    )  # fmt: skip

@@ -2,12 +2,9 @@
 
 import onnx
 
-from seekforge.plugins.block_fp8_linear.spec import SPEC
+from seekforge.plugins.block_fp8_linear.spec import FOLDED, SPEC
 from seekforge.plugins.functions.builder import Attrs, Text, dequantise_weight, fake_quantise, matmul_transposed
 from seekforge.plugins.functions.specialization import Specialisation
-
-#: The CPU build's form: weights folded to f32 and transposed.
-FOLDED = "FoldedLinear"
 
 
 def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:

@@ -6,43 +6,20 @@ on a string, and a parser knows one body per op_type. So all nodes of an operato
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import onnx
 
-import seekforge.plugins.bf16_linear.function as bf16_linear
-import seekforge.plugins.block_fp8_linear.function as block_fp8_linear
-import seekforge.plugins.dsa_attention.function as dsa_attention
-import seekforge.plugins.dsa_cache_write.function as dsa_cache_write
-import seekforge.plugins.dsa_indexer.function as dsa_indexer
-import seekforge.plugins.moe_experts.function as moe_experts
-import seekforge.plugins.moe_route.function as moe_route
-import seekforge.plugins.sum_ranks.function as sum_ranks
 from seekforge.common.errors import ProgramError
 from seekforge.plugins.functions.builder import Attrs
 from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
-from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, FoldedForm, Operator, OpSpec, load
+from seekforge.plugins.registry import OPERATORS, SPECS
 
-Body = Callable[[Attrs, Specialisation], onnx.FunctionProto]
-
-#: op_type -> what makes its body.
-BODIES: Final[dict[str, Body]] = {
-    "BlockFp8Linear": block_fp8_linear.body,
-    "Bf16Linear": bf16_linear.body,
-    "DsaCacheWrite": dsa_cache_write.body,
-    "DsaIndexer": dsa_indexer.body,
-    "DsaAttention": dsa_attention.body,
-    "MoeRoute": moe_route.body,
-    "MoeExperts": moe_experts.body,
-    "SumRanks": sum_ranks.body,
-}
-#: op_type of the CPU build's folded forms -> what makes its body.
-FOLDED_BODIES: Final[dict[str, Callable[[Attrs], onnx.FunctionProto]]] = {
-    block_fp8_linear.FOLDED: block_fp8_linear.folded_body,
-    moe_experts.FOLDED: moe_experts.folded_body,
+#: op_type -> the form for CPUs, whose weights the build folds.
+FOLDED_FORMS: Final[dict[str, FoldedForm]] = {
+    operator.folded.op_type: operator.folded for operator in OPERATORS.values() if operator.folded is not None
 }
 
 
@@ -82,11 +59,16 @@ def make_body(op_type: str, attrs: Attrs, how: Specialisation) -> onnx.FunctionP
     Raises:
         ProgramError: the operator is unknown or has no body for these values.
     """
-    if op_type in BODIES:
-        return BODIES[op_type](attrs, how)
-    if op_type in FOLDED_BODIES:
-        return FOLDED_BODIES[op_type](attrs)
-    raise ProgramError(f"no operator {DOMAIN}.{op_type}; known: {', '.join([*BODIES, *FOLDED_BODIES])}")
+    if op_type in OPERATORS:
+        return load(OPERATORS[op_type].body)(attrs, how)
+    if op_type in FOLDED_FORMS:
+        return load(FOLDED_FORMS[op_type].body)(attrs)
+    raise ProgramError(f"no operator {DOMAIN}.{op_type}; known: {', '.join([*OPERATORS, *FOLDED_FORMS])}")
+
+
+def operator_of(node: onnx.NodeProto) -> Operator | None:
+    """Return the description of a custom node's operator; None for other nodes."""
+    return OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
 
 
 def read_attrs(node: onnx.NodeProto) -> dict[str, int | float | str | bool]:

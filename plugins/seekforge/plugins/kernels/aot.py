@@ -94,9 +94,10 @@ def image_key(op: str, variant: Variant, sm: int, *, compiler: str) -> str:
 
 
 def _sources(op: str) -> bytes:
-    """Return the text that images of `op` depend on: device code, and the choices made in `launch.py`."""
+    """Return the text that images of `op` depend on: device code, and the choices of tiles and in `launch.py`."""
     folder = _OPERATORS / SPECS[op].torch_name
-    return b"\0".join(path.read_bytes() for path in (_DEVICE_LIB, folder / "kernel.py", folder / "launch.py"))
+    files = (_DEVICE_LIB, _OPERATORS / "linear_tile.py", folder / "kernel.py", folder / "launch.py")
+    return b"\0".join(path.read_bytes() for path in files)
 
 
 def set_digest(op: str, statics: Mapping[str, Scalar]) -> str:

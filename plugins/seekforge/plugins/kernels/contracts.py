@@ -1,31 +1,24 @@
 """What each operator can do on which hardware: refused with a sentence before any work, and listed for the docs.
 
-The plugin's limits are those of its kernels, read from the `launch` modules; the inlined form's are TensorRT's and kept
-here. Only plain values are compared, so export, build and documentation read one table.
+The plugin's limits are those of its kernels, read from the `launch` modules; the inlined form's are TensorRT's and
+stand in its description. Only plain values are compared, so export, build and documentation read one table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from seekforge.common.errors import ShapeError
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.weight_recipes import Ranks
 from seekforge.plugins.kernels.launch_plan import has_fp8, op_kernels
-from seekforge.plugins.kernels.sizes import WITH_KERNELS, operators
-from seekforge.plugins.registry import CACHE_OPS, FP8_OPS
+from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, OPERATORS, WITH_KERNELS
 
 #: How an operator runs: as a plugin, or as standard operators in its place.
 Face = Literal["plugin", "inlined"]
-
-#: The operators of a layer, in the order in which it uses them.
-OPS: Final = WITH_KERNELS
-#: (op, key) -> most that TensorRT takes of the operator's inlined form, and what limits it.
-_INLINED_MOST: Final[dict[tuple[str, str], tuple[int, str]]] = {
-    ("DsaIndexer", "index_topk"): (3840, "TensorRT's TopK takes"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,16 +41,14 @@ class Limit:
 def limits() -> list[Limit]:
     """Return all limits, the operators in the order of a layer."""
     found = []
-    for op in OPS:
+    for op in WITH_KERNELS:
         found += [Limit(op, ("plugin",), rule.key, rule.expected) for rule in op_kernels(op).RULES]
-        for (inlined, key), (most, _) in _INLINED_MOST.items():
-            if inlined == op:
-                found.append(Limit(op, ("inlined",), key, f"at most {most}"))
+        found += [Limit(op, ("inlined",), one.key, f"at most {one.most}") for one in OPERATORS[op].inlined_limits]
     return found
 
 
 def plugin_fault(op: str, sizes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return why an operator has no kernels for these sizes (`kernel_sizes.operators`), or nothing."""
+    """Return why an operator has no kernels for these sizes (`sizes.operators`), or nothing."""
     if op not in sizes:
         return f"{op}: there are no kernels for it"
     module = op_kernels(op)
@@ -70,10 +61,10 @@ def plugin_fault(op: str, sizes: Mapping[str, Mapping[str, Any]]) -> str:
 
 def inlined_fault(op: str, config: ModelConfig) -> str:
     """Return why TensorRT cannot build an operator's inlined form, or nothing."""
-    for (inlined, key), (most, what) in _INLINED_MOST.items():
-        value = getattr(config, key)
-        if inlined == op and value > most:
-            return f"{op}: {key} is {value}, {what} at most {most} where it is inlined"
+    for limit in OPERATORS[op].inlined_limits:
+        value = getattr(config, limit.key)
+        if value > limit.most:
+            return f"{op}: {limit.key} is {value}, {limit.reason} at most {limit.most} where it is inlined"
     return ""
 
 
@@ -116,7 +107,10 @@ def support(op: str, sm: int | None) -> str:
     """Say in a few words how an operator runs on an SM; None is a CPU."""
     if sm is None:
         return "f32, inlined"
+    products = OPERATORS[op].products
+    if products is None:
+        return "plugin or inlined"
     if op not in FP8_OPS:
-        return "plugin or inlined (f32)" if op in ("Bf16Linear", "DsaIndexer", "DsaAttention") else "plugin or inlined"
-    products = "FP8 products" if has_fp8(sm) else "FP8 weights, BF16 products"
-    return f"plugin: {products}; inlined: BF16 products"
+        return f"plugin or inlined ({products.inlined})"
+    in_plugin = "FP8 products" if has_fp8(sm) else "FP8 weights, BF16 products"
+    return f"plugin: {in_plugin}; inlined: {products.inlined.upper()} products"

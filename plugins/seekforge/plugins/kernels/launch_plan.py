@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import json
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +22,8 @@ from seekforge.common.paths import inside, name_fault
 from seekforge.common.reading import SETTINGS_BYTES, parse_json, read_bytes, read_text
 from seekforge.plugins.kernels.constraints import Rule
 from seekforge.plugins.kernels.index import kernel_sm
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.operator import load
+from seekforge.plugins.registry import KERNEL_FORMS, SPECS
 
 #: Version of the descriptor file.
 FORMAT: Final = 2
@@ -239,13 +239,9 @@ def op_kernels(op: str) -> OpKernels:
     Raises:
         ShapeError: the operator has no kernels.
     """
-    name = f"seekforge.plugins.{SPECS[op].torch_name}.launch"
-    try:
-        return importlib.import_module(name)  # pyright: ignore[reportReturnType]
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ShapeError(f"{op}: there are no kernels for it") from None
+    if op not in KERNEL_FORMS:
+        raise ShapeError(f"{op}: there are no kernels for it")
+    return load(KERNEL_FORMS[op].launch)
 
 
 def workspace_bytes(
@@ -264,7 +260,12 @@ def workspace_bytes(
     Raises:
         ShapeError: the shapes break the operator's contract, or it has no kernels.
     """
-    bound, kernels = SPECS[op].bind(shapes, attrs), op_kernels(op)
+    return bound_workspace_bytes(op, SPECS[op].bind(shapes, attrs), sms)
+
+
+def bound_workspace_bytes(op: str, bound: Mapping[str, Any], sms: Collection[int] = SMS) -> int:
+    """Return the same where sizes and attributes stand under the symbols of the spec already."""
+    kernels = op_kernels(op)
     return max(kernels.workspace_bytes(bound, sm) for sm in {kernel_sm(sm) for sm in sms})
 
 

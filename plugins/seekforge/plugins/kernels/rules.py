@@ -7,37 +7,19 @@ from typing import Final
 
 from seekforge.plugins.kernels import sass
 from seekforge.plugins.kernels.launch_plan import SHARED_LIMIT, Variant, is_datacentre
+from seekforge.plugins.registry import KERNEL_FORMS
 
 #: Columns of tensor memory on SM100 and SM103; above it Triton writes a kernel that only traps.
 TMEM_COLUMNS: Final = 512
 
-_NARROW: Final = "bytes are widened by hand; smaller tiles spill more"
-_WIDE: Final = (
-    "64 heads, which wgmma and tcgen05 need, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
-)
-_TWO: Final = "gate and up keep two [128, 128] sums; 64 rows have no stack but read the weights twice as often"
-_ONCE: Final = "one register, stored once a row and loaded between passes and once per 2,048 scores of the last"
 #: (op, variant, SM) -> most bytes of stack that a kernel may have, and why.
 KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {
-    ("BlockFp8Linear", "swap-16x128", 80): (8, "one register, stored and loaded outside of the main loop"),
-    ("DsaIndexer", "select", 90): (8, _ONCE),
-    ("DsaIndexer", "select", 100): (8, _ONCE),
-    ("DsaIndexer", "select", 103): (8, _ONCE),
-    ("DsaAttention", "part", 80): (24, _NARROW),
-    ("DsaAttention", "attend", 80): (24, _NARROW),
-    ("DsaAttention", "attend-expanded", 90): (168, _WIDE),
-    ("DsaAttention", "attend-expanded", 100): (8, _WIDE),
-    ("DsaAttention", "attend-expanded", 103): (8, _WIDE),
-    ("MoeExperts", "up-64", 80): (88, _NARROW),
-    ("MoeExperts", "up-128", 90): (64, _TWO),
-    ("MoeExperts", "up-128", 100): (136, _TWO),
-    ("MoeExperts", "up-128", 103): (136, _TWO),
+    (op, variant, sm): most for op, form in KERNEL_FORMS.items() for (variant, sm), most in form.known_spills.items()
 }
 
 #: (op, variant) -> why a kernel multiplies with mma.sync on SMs that have wgmma or tcgen05.
 KNOWN_MMA_SYNC: Final[dict[tuple[str, str], str]] = {
-    ("DsaAttention", name): "32 heads: wgmma and tcgen05 need 64 rows, and widened bytes take their registers"
-    for name in ("attend", "part")
+    (op, variant): reason for op, form in KERNEL_FORMS.items() for variant, reason in form.known_mma_sync.items()
 }
 
 

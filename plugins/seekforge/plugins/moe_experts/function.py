@@ -20,10 +20,7 @@ from seekforge.plugins.functions.builder import (
     swiglu,
 )
 from seekforge.plugins.functions.specialization import Specialisation
-from seekforge.plugins.moe_experts.spec import SPEC
-
-#: The CPU build's form: weights folded to f32 and transposed.
-FOLDED = "FoldedExperts"
+from seekforge.plugins.moe_experts.spec import FOLDED, SPEC
 
 
 def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:

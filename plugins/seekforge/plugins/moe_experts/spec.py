@@ -2,6 +2,9 @@
 
 from seekforge.plugins.operator import Arg, Attr, OpSpec
 
+#: op_type of the form that an engine for the CPU has: weights folded to f32 and transposed.
+FOLDED = "FoldedExperts"
+
 SPEC = OpSpec(
     name="MoeExperts",
     version=1,

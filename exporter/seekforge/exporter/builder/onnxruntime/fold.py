@@ -23,9 +23,8 @@ from seekforge.exporter.builder.onnxruntime.quantize import MS_DOMAIN, quantise_
 from seekforge.formats.int_quant import Quantisation
 from seekforge.formats.weight_file import WeightLayout, constant_bytes
 from seekforge.formats.weight_recipes import Recipe, TensorSource, dequantise, evaluate_into, transpose
-from seekforge.plugins.block_fp8_linear import function as block_fp8_linear
-from seekforge.plugins.moe_experts import function as moe_experts
-from seekforge.plugins.operator import DOMAIN
+from seekforge.plugins.functions.attach import operator_of
+from seekforge.plugins.operator import FoldedForm, OpSpec
 
 #: Bytes written at a time where a file cannot be allocated.
 _ZEROS = 1 << 22
@@ -55,14 +54,11 @@ def fold_weights(
     kept: list[onnx.NodeProto] = []
     for node in model.graph.node:
         node.input[:] = [alias.get(name, name) for name in node.input]
-        if node.domain == DOMAIN and node.op_type == "BlockFp8Linear":
-            _fold_linear(node, constants, how)
-        elif node.domain == DOMAIN and node.op_type == "MoeExperts":
-            if how is not None and how.bits(node.input[3]):
-                kept += quantise_experts(node, top_k, how, constants)
-                continue
-            _fold_experts(node, constants)
-        elif how is not None and node.op_type == "MatMul" and node.input[1] in transposed:
+        operator = operator_of(node)
+        if operator is not None and operator.folded is not None:
+            kept += _fold(node, operator.spec, operator.folded, constants, how, top_k)
+            continue
+        if how is not None and node.op_type == "MatMul" and node.input[1] in transposed:
             name = transposed[node.input[1]]
             if how.bits(name):
                 quantise_linear(node, constants[name], name, how, constants)
@@ -95,26 +91,32 @@ def fold_weights(
     return result
 
 
-def _fold_linear(node: onnx.NodeProto, constants: dict[str, Recipe], how: Quantisation | None) -> None:
-    x, weight, scale = node.input
-    if how is not None and how.bits(weight):
-        quantise_linear(node, dequantise(constants[weight], constants[scale], "f32"), weight, how, constants)
-        return
-    name = f"{weight}.folded"
-    constants[name] = transpose(dequantise(constants[weight], constants[scale], "f32"), (1, 0))
-    node.op_type = block_fp8_linear.FOLDED
-    node.input[:] = [x, name]
-
-
-def _fold_experts(node: onnx.NodeProto, constants: dict[str, Recipe]) -> None:
-    x, ids, weights, w13, w13_scale, w2, w2_scale = node.input
-    folded = []
-    for weight, scale in ((w13, w13_scale), (w2, w2_scale)):
-        name = f"{weight}.folded"
-        constants[name] = transpose(dequantise(constants[weight], constants[scale], "f32"), (0, 2, 1))
-        folded.append(name)
-    node.op_type = moe_experts.FOLDED
-    node.input[:] = [x, ids, weights, *folded]
+def _fold(
+    node: onnx.NodeProto,
+    spec: OpSpec,
+    form: FoldedForm,
+    constants: dict[str, Recipe],
+    how: Quantisation | None,
+    top_k: int,
+) -> list[onnx.NodeProto]:
+    """Return what computes an operator whose FP8 weights become codes or are folded, the node itself in most cases."""
+    inputs = dict(zip((arg.name for arg in spec.inputs), node.input))
+    weights = {arg.name: f"{arg.name}_scale" for arg in spec.inputs if arg.dtype == "fp8"}
+    if how is not None and all(how.bits(inputs[name]) for name in weights):
+        if form.quantized == "QMoE":
+            return quantise_experts(node, top_k, how, constants)
+        ((name, scale),) = weights.items()
+        weight = dequantise(constants[inputs[name]], constants[inputs[scale]], "f32")
+        quantise_linear(node, weight, inputs[name], how, constants)
+        return [node]
+    for name, scale in weights.items():
+        weight = dequantise(constants[inputs[name]], constants[inputs.pop(scale)], "f32")
+        *leading, rows, columns = range(len(weight.shape))
+        constants[f"{inputs[name]}.folded"] = transpose(weight, (*leading, columns, rows))
+        inputs[name] = f"{inputs[name]}.folded"
+    node.op_type = form.op_type
+    node.input[:] = list(inputs.values())
+    return [node]
 
 
 @dataclass

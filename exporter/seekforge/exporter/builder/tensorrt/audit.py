@@ -1,7 +1,7 @@
 """Which matrix products an engine makes, and in which precision. Pure functions over a specialised graph.
 
-Counted for one decoded token at a stated context, from the weights' own shapes; sparse attention and the indexer's
-scores by the formulas of spec §9.2. The Hadamard rotation, 0.3 % of the rest, is left out.
+Counted for one decoded token at a stated context: operators as their descriptions say, other products with weights from
+the weights' own shapes. The Hadamard rotation, 0.3 % of the rest, is left out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import onnx
 
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.common.errors import EngineError
-from seekforge.exporter.sizing.memory import attention_flops, indexer_flops
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Share
-from seekforge.plugins.operator import DOMAIN
-from seekforge.plugins.registry import BF16_LINEAR, FP8_OPS
+from seekforge.plugins.functions.attach import operator_of, read_attrs
+from seekforge.plugins.registry import FP8_OPS
 
 Face = Literal["plugin", "inlined", "native"]
 
@@ -62,48 +61,36 @@ def products(
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.input}
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     source = {name: name for name in weights}
-    found = []
+    counted = []
     for node in graph.node:
-        face: Face = "plugin" if node.op_type in plugins else "inlined"
+        operator = operator_of(node)
         if node.op_type in ("Cast", "Transpose") and node.input[0] in source:
             source[node.output[0]] = source[node.input[0]]
             types[node.output[0]] = types[node.input[0]]
             if node.op_type == "Cast":
                 types[node.output[0]] = next(a.i for a in node.attribute if a.name == "to")
-        elif node.domain == DOMAIN and node.op_type == "BlockFp8Linear":
-            work = 2.0 * math.prod(shapes[node.input[1]])
-            found.append(Product(node.op_type, face, precision if face == "plugin" else "bf16", work))
-        elif node.domain == DOMAIN and node.op_type == BF16_LINEAR:
-            found.append(Product(_kind(node.input[1]), face, "bf16", 2.0 * math.prod(shapes[node.input[1]])))
-        elif node.domain == DOMAIN and node.op_type == "MoeExperts":
-            per_expert = math.prod(shapes[node.input[3]][1:]) + math.prod(shapes[node.input[5]][1:])
-            work = 2.0 * config.num_experts_per_tok * per_expert
-            found.append(Product(node.op_type, face, precision if face == "plugin" else "bf16", work))
-        elif node.domain == DOMAIN and node.op_type == "DsaAttention":
-            core = attention_flops(config, context, num_layers=1).bf16
-            found.append(Product(node.op_type, face, "bf16" if face == "plugin" else "f32", core))
-        elif node.domain == DOMAIN and node.op_type == "DsaIndexer":
-            if face == "inlined":
-                scored = "f32"  # the bodies of indexer and attention compute in f32, as the reference does
-            else:
-                scored = precision if _flag(node, "indexer_fp8") else "bf16"
-            found.append(Product(node.op_type, face, scored, indexer_flops(config, context)))
+        elif operator is not None and operator.products is not None:
+            inputs = dict(zip((arg.name for arg in operator.spec.inputs), node.input))
+            known = {name: shapes[value] for name, value in inputs.items() if value in shapes}
+            what = node.op_type if operator.in_programs else _kind(inputs["weight"])
+            face: Face = "plugin" if node.op_type in plugins else "inlined"
+            dtype = operator.products.inlined
+            if face == "plugin":
+                dtype = precision if operator.products.in_plugin(read_attrs(node)) == "fp8" else "bf16"
+            counted.append(Product(what, face, dtype, operator.products.flops(known, config, context)))
         elif node.op_type == "MatMul":
             name = next((name for name in node.input if name in source), None)
             if name is not None:
                 weight = source[name]
-                found.append(Product(_kind(weight), "native", FROM_ONNX[types[name]], 2.0 * math.prod(shapes[weight])))
-    return found
+                work = 2.0 * math.prod(shapes[weight])
+                counted.append(Product(_kind(weight), "native", FROM_ONNX[types[name]], work))
+    return counted
 
 
 def _kind(weight: str) -> str:
     """Return the name of a weight's module, the same for all layers."""
     parts = weight.removesuffix(".weight").split(".")
     return ".".join(parts[2:] if parts[0] == "layers" else parts).removeprefix("self_attn.")
-
-
-def _flag(node: onnx.NodeProto, name: str) -> bool:
-    return bool(next((a.i for a in node.attribute if a.name == name), 0))
 
 
 def shares(found: Iterable[Product]) -> tuple[Share, ...]:

@@ -44,9 +44,8 @@ from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.kernels.contracts import refusals
-from seekforge.plugins.kernels.sizes import WITH_KERNELS
 from seekforge.plugins.operator import cdiv, evaluate_dim
-from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, SPECS
+from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS, WITH_KERNELS
 from seekforge.plugins.tensorrt.library import installed_version, large_tensor_fault
 
 #: The layer that a weight belongs to, in its name.
@@ -187,7 +186,8 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
     large = _large_tensor(inputs, target, limits)
     if large:
         raise TargetError(f"target {target.name}: {large}")
-    storage = "float8" if target.has_fp8 and "MoeExperts" not in inlined else "int8"
+    bytes_only = any(OPERATORS[op].inlined_weights == "int8" for op in inlined)
+    storage = "float8" if target.has_fp8 and not bytes_only else "int8"
     how = Specialisation("bf16", storage, target.kv_format, "trt")
     device = expected_bytes(inputs, target, limits, choices.most_layers, plugins)
     oversize = device["total"] > device["usable"]

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from seekforge.exporter.models.parameters import EXPERT, Parameter, Product, Tensor
+from seekforge.exporter.models.parameters import EXPERT, Parameter, Tensor
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR
 
 #: Kind of weight (`int_quant.kind_of`) -> the smallest codes that an int4 engine stores it in, f32 for those that stay.
 #: Those that are int8 are a small part of the weights. With all in int4 the tiny model's KL is 0.14; each alone,
@@ -161,7 +162,7 @@ def attention_parameters() -> tuple[Parameter, ...]:
         linear("self_attn.indexer.wq_b", ("self_attn.indexer.wq_b",), "the indexer's query projection"),
         value("self_attn.indexer.k_norm.weight", "the norm of the indexer's keys"),
         value("self_attn.indexer.k_norm.bias", "the norm of the indexer's keys"),
-        value("self_attn.indexer.weights_proj.weight", "the indexer's head weights", op="Bf16Linear"),
+        value("self_attn.indexer.weights_proj.weight", "the indexer's head weights", op=BF16_LINEAR),
     )
 
 
@@ -202,7 +203,7 @@ def _mlp_parameters(prefix: str, whose: str) -> tuple[Parameter, ...]:
 def _moe_parameters() -> tuple[Parameter, ...]:
     gate, up, down = (f"mlp.experts.{EXPERT}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
     return (
-        value("mlp.gate.weight", "the router", op="Bf16Linear"),
+        value("mlp.gate.weight", "the router", op=BF16_LINEAR),
         value("mlp.gate.e_score_correction_bias", "the router"),
         Parameter("mlp.experts.w13", "experts", (gate, up), "the routed experts"),
         Parameter("mlp.experts.w2", "experts", (down,), "the routed experts"),
@@ -215,7 +216,7 @@ def end_parameters() -> tuple[Parameter, ...]:
     return (
         value("embed_tokens.weight", "the embedding", "model.embed_tokens.weight"),
         value("norm.weight", "the final norm", "model.norm.weight", is_behind=True),
-        value("lm_head.weight", "the head", op="Bf16Linear", is_behind=True),
+        value("lm_head.weight", "the head", op=BF16_LINEAR, is_behind=True),
     )
 
 
@@ -231,10 +232,10 @@ def mtp_parameters() -> tuple[Parameter, ...]:
 
 def linear(name: str, tensors: tuple[str, ...], does: str) -> Parameter:
     """Return an FP8 linear."""
-    return Parameter(name, "linear", tensors, does, "BlockFp8Linear")
+    return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR)
 
 
-def value(name: str, does: str, tensor: str = "", *, op: Product = "", is_behind: bool = False) -> Parameter:
+def value(name: str, does: str, tensor: str = "", *, op: str = "", is_behind: bool = False) -> Parameter:
     """Return a parameter that is a tensor as it is, of the same name if none is given."""
     return Parameter(name, "value", (tensor or name,), does, op, is_behind=is_behind)
 

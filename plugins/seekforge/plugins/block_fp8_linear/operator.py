@@ -1,0 +1,48 @@
+"""`BlockFp8Linear` as the rest of the tree knows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from seekforge.plugins.block_fp8_linear.spec import FOLDED, SPEC
+from seekforge.plugins.operator import NO_TAPS, FoldedForm, KernelForm, Operator, Products, RankModel, Step
+
+
+def static_sizes(model: RankModel) -> dict[str, Any]:
+    """Return what the kernels are compiled for; they take any weight."""
+    return {"act_quant": model.numerics["act_quant"]}
+
+
+def step_sizes(model: RankModel, step: Step) -> Iterator[dict[str, Any]]:
+    """Yield the sizes of each kind of linear."""
+    for n, k in step.fp8_linears:
+        yield {"*lead": (step.batch, step.queries), "N": n, "K": k}
+
+
+OPERATOR = Operator(
+    spec=SPEC,
+    in_programs=True,
+    body="seekforge.plugins.block_fp8_linear.function:body",
+    inlined_limits=(),
+    inlined_weights="float8",
+    folded=FoldedForm(
+        op_type=FOLDED,
+        body="seekforge.plugins.block_fp8_linear.function:folded_body",
+        quantized="MatMulNBits",
+    ),
+    products=Products(
+        flops=lambda shapes, config, keys: 2.0 * math.prod(shapes["weight"]),
+        in_plugin=lambda attrs: "fp8" if attrs["act_quant"] == "ue8m0" else "bf16",
+        inlined="bf16",
+    ),
+    taps=NO_TAPS,  # which linear of a layer it is, its weight tells
+    kernels=KernelForm(
+        launch="seekforge.plugins.block_fp8_linear.launch",
+        static_sizes=static_sizes,
+        step_sizes=step_sizes,
+        known_spills={("swap-16x128", 80): (8, "one register, stored and loaded outside of the main loop")},
+        known_mma_sync={},
+    ),
+)

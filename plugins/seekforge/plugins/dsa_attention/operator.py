@@ -1,0 +1,65 @@
+"""`DsaAttention` as the rest of the tree knows it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from seekforge.plugins.dsa_attention.spec import SPEC
+from seekforge.plugins.operator import KernelForm, Operator, Products, RankModel, Step, Taps
+
+if TYPE_CHECKING:
+    from seekforge.formats.checkpoint.model_config import ModelConfig
+
+_NARROW = "bytes are widened by hand; smaller tiles spill more"
+_WIDE = "64 heads, which wgmma and tcgen05 need, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
+_HEADS = "32 heads: wgmma and tcgen05 need 64 rows, and widened bytes take their registers"
+
+
+def static_sizes(model: RankModel) -> dict[str, Any]:
+    """Return what the kernels are compiled for."""
+    config = model.config
+    return {
+        "H": model.num_heads,
+        "C": config.kv_lora_rank,
+        "R": config.qk_rope_head_dim,
+        "kv_format": model.kv_format,
+    }
+
+
+def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
+    """Return the sizes of a step."""
+    return [{"B": step.batch, "Q": step.queries, "MB": step.num_blocks, "TOPK": model.config.index_topk}]
+
+
+def flops_per_key(config: ModelConfig) -> float:
+    """Return the FLOPs of one layer for each key that a token attends to (spec §9.2)."""
+    return 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
+
+
+OPERATOR = Operator(
+    spec=SPEC,
+    in_programs=True,
+    body="seekforge.plugins.dsa_attention.function:body",
+    inlined_limits=(),
+    inlined_weights=None,
+    folded=None,
+    products=Products(
+        flops=lambda shapes, config, keys: flops_per_key(config) * min(keys, config.index_topk),
+        in_plugin=lambda attrs: "bf16",
+        inlined="f32",  # the body computes in f32, as the reference does
+    ),
+    taps=Taps(inputs={"q_latent": "q_latent", "q_pe": "q_pe"}, outputs={"o_latent": "o_latent"}),
+    kernels=KernelForm(
+        launch="seekforge.plugins.dsa_attention.launch",
+        static_sizes=static_sizes,
+        step_sizes=step_sizes,
+        known_spills={
+            ("part", 80): (24, _NARROW),
+            ("attend", 80): (24, _NARROW),
+            ("attend-expanded", 90): (168, _WIDE),
+            ("attend-expanded", 100): (8, _WIDE),
+            ("attend-expanded", 103): (8, _WIDE),
+        },
+        known_mma_sync={"attend": _HEADS, "part": _HEADS},
+    ),
+)

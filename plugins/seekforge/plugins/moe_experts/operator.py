@@ -1,0 +1,70 @@
+"""`MoeExperts` as the rest of the tree knows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from seekforge.plugins.moe_experts.spec import FOLDED, SPEC
+from seekforge.plugins.operator import FoldedForm, KernelForm, Operator, Products, RankModel, Step, Taps
+
+if TYPE_CHECKING:
+    from seekforge.formats.checkpoint.model_config import ModelConfig
+
+_NARROW = "bytes are widened by hand; smaller tiles spill more"
+_TWO = "gate and up keep two [128, 128] sums; 64 rows have no stack but read the weights twice as often"
+
+
+def static_sizes(model: RankModel) -> dict[str, Any]:
+    """Return what the kernels are compiled for."""
+    return {
+        "E": model.num_experts,
+        "TOPK": model.config.num_experts_per_tok,
+        "H": model.config.hidden_size,
+        "I2": 2 * model.moe_intermediate_size,
+        "act_quant": model.numerics["act_quant"],
+    }
+
+
+def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
+    """Return the sizes of a step."""
+    return [{"T": step.expert_tokens}]
+
+
+def flops(shapes: Mapping[str, Sequence[int]], config: ModelConfig, keys: int) -> float:
+    """Return the FLOPs of the experts that one token chooses."""
+    per_expert = math.prod(shapes["w13"][1:]) + math.prod(shapes["w2"][1:])
+    return 2.0 * config.num_experts_per_tok * per_expert
+
+
+OPERATOR = Operator(
+    spec=SPEC,
+    in_programs=True,
+    body="seekforge.plugins.moe_experts.function:body",
+    inlined_limits=(),
+    inlined_weights="int8",  # the body has a loop, and TensorRT takes no float8 in one
+    folded=FoldedForm(
+        op_type=FOLDED,
+        body="seekforge.plugins.moe_experts.function:folded_body",
+        quantized="QMoE",
+    ),
+    products=Products(
+        flops=flops,
+        in_plugin=lambda attrs: "fp8" if attrs["act_quant"] == "ue8m0" else "bf16",
+        inlined="bf16",
+    ),
+    taps=Taps(inputs={}, outputs={"y": "routed"}),
+    kernels=KernelForm(
+        launch="seekforge.plugins.moe_experts.launch",
+        static_sizes=static_sizes,
+        step_sizes=step_sizes,
+        known_spills={
+            ("up-64", 80): (88, _NARROW),
+            ("up-128", 90): (64, _TWO),
+            ("up-128", 100): (136, _TWO),
+            ("up-128", 103): (136, _TWO),
+        },
+        known_mma_sync={},
+    ),
+)
