@@ -198,7 +198,9 @@ ARGUMENTS: list[tuple[dict[str, Any], str, Callable[[str], dict[str, Any]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message", "follow"), ARGUMENTS, ids=lambda value: None if callable(value) else str(value)[:40])
+@pytest.mark.parametrize(
+    ("given", "message", "follow"), ARGUMENTS, ids=lambda value: None if callable(value) else str(value)[:40]
+)
 def test_advice_about_arguments_leads_on(
     toy_engine: Path, given: dict[str, Any], message: str, follow: Callable[[str], dict[str, Any]]
 ) -> None:

@@ -63,7 +63,7 @@ def model_size(manifest: Manifest, key: str) -> int:
         EngineError: it is not there, or no whole number.
     """
     value = manifest.config.get(key)
-    if not is_integer(value):
+    if not isinstance(value, int) or not is_integer(value):
         raise EngineError(f"manifest.json, key 'config': {key} is {shown(value)}, expected a whole number; build again")
     return int(value)
 

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EnvironmentFault, TargetError
@@ -213,7 +213,7 @@ def build(
     check_distinct(
         [(places.out, "folder"), *([] if cache is None else [(cache, "file")])], [program, target, checkpoint]
     )
-    settings = many(set)
+    settings = cast("tuple[str, ...]", many(set))  # `public` made them texts
     config = load_target(str(target), settings)
     stages = stages_of(progress)
     limits = {

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.deepseek_v32.model import DecoderLayer
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
 from seekforge.exporter.models.deepseek_v32.weights import recipes, to_torch
 from seekforge.formats.paged_cache import BLOCK_SIZE
@@ -82,7 +82,8 @@ class LayerModule:
     def __init__(self, settings: Settings, layer: int, source: TensorSource) -> None:
         self.settings, self.config, self.layer = settings, settings.config, layer
         with torch.device("meta"):
-            self.module: DecoderLayer = family_of(self.config).module("model").DecoderLayer(settings, layer)
+            # a family's own class: its operations know what it is made of
+            self.module: Any = family_of(self.config).module("model").DecoderLayer(settings, layer)
         attention, mlp = (family_of(self.config).module(name) for name in ("attention_ops", "mlp_ops"))
         self._attention_ops, self._mlp_ops = attention, mlp
         prefix = f"layers.{layer}."

@@ -168,8 +168,6 @@ def from_dumps(folders: Sequence[Path], asked: Asked, work: Path, stages: Say) -
     Raises:
         OptionError, ConfigError: they do not go together, or a checkpoint is missing.
     """
-    if len(folders) > 2:
-        raise OptionError(f"--from-dump was given {len(folders)} times; it takes one or two dumps")
     judged = Dump.open(folders[0])
     second = Dump.open(folders[1]) if len(folders) == 2 else None
     if asked.checkpoint is None and second is None:

@@ -85,7 +85,8 @@ def _matrices(tensors: Iterable[Tensor]) -> list[Matrix]:
     return [
         Matrix(
             one.module.replace(f".{EXPERT}", ""),
-            *(one.shape if len(one.shape) == 2 else (*one.shape, 1)),
+            one.shape[0],
+            one.shape[1] if len(one.shape) == 2 else 1,
             one.dtype,
             one.sharding,
             one.count,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import re
 import shutil
 import urllib.parse
@@ -115,7 +116,7 @@ def _library(source: str) -> Any:
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-def resolve(source: str | Path, *, revision: str | None = None, quiet: bool = False) -> Path:
+def resolve(source: str | os.PathLike[str], *, revision: str | None = None, quiet: bool = False) -> Path:
     """Return the local folder of a checkpoint with its weights, downloading it if `source` names a repository.
 
     Args:
@@ -206,7 +207,7 @@ def _check_room(hub: Any, repo: Repo) -> None:
 
 @contextmanager
 def headers(
-    source: str | Path,
+    source: str | os.PathLike[str],
     *,
     revision: str | None = None,
     config_only: bool = False,

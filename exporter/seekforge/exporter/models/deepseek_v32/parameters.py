@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from seekforge.exporter.models.parameters import EXPERT, Parameter, Tensor
+from seekforge.exporter.models.parameters import EXPERT, Draw, Parameter, Tensor
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR
 
@@ -116,13 +116,14 @@ def moe_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
 def mlp_tensors(prefix: str, hidden: int, inner: int, count: int = 1, active: int = 1) -> tuple[Tensor, ...]:
     """Return the three matrices of an MLP, or of `count` experts."""
     sharding = "experts" if EXPERT in prefix else "tensor"
+    matrices: tuple[tuple[str, tuple[int, int], int, Draw], ...] = (
+        ("gate_proj", (inner, hidden), 0, "blocks"),
+        ("up_proj", (inner, hidden), 0, "blocks"),
+        ("down_proj", (hidden, inner), 1, "branch"),
+    )
     return tuple(
         Tensor(f"{prefix}.{name}.weight", shape, sharding=sharding, axis=axis, count=count, active=active, draw=draw)
-        for name, shape, axis, draw in (
-            ("gate_proj", (inner, hidden), 0, "blocks"),
-            ("up_proj", (inner, hidden), 0, "blocks"),
-            ("down_proj", (hidden, inner), 1, "branch"),
-        )
+        for name, shape, axis, draw in matrices
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seekforge.common.cli.console import Column, Console, Table, styled
@@ -17,7 +17,7 @@ def number(value: Any) -> str:
     return "0" if value == 0 else f"{value:.1e}" if abs(value) < 1e-2 or abs(value) >= 1e4 else f"{value:.3g}"
 
 
-def print_terminal(out: Console, report: dict[str, Any], *, brief: bool = False) -> None:
+def print_terminal(out: Console, report: Mapping[str, Any], *, brief: bool = False) -> None:
     """Print the report as tables: verdict last, so that it is what one sees. `brief`: cases and verdict alone."""
     judged, reference = (report[side] for side in ("judged", "reference"))
     facts = [f" ({side['kind']}, {side['numerics']}, {side['activations']})" for side in (judged, reference)]
@@ -56,7 +56,7 @@ def _table(title: str, columns: Sequence[str], *, words: Sequence[str] = ()) -> 
     return Table([Column(name, "words" if name in words else "number") for name in columns], title=title)
 
 
-def _layers_table(report: dict[str, Any]) -> Table:
+def _layers_table(report: Mapping[str, Any]) -> Table:
     columns = ("layer", "stream error", "of PyTorch itself", "on its inputs", "worst operation", "keys", "experts")
     table = _table("layers", columns, words=("worst operation", "keys", "experts"))
     for layer in report["layers"]:
@@ -73,7 +73,7 @@ def _layers_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _cases_table(report: dict[str, Any]) -> Table:
+def _cases_table(report: Mapping[str, Any]) -> Table:
     columns = ("case", "rows", "logits, median", "largest", "KL", "top-1", "top-10", "chose otherwise", "perplexity")
     table = _table("cases: difference of logits in parts of their spread", columns, words=("case", "perplexity"))
     for case in report["cases"]:
@@ -94,14 +94,14 @@ def _cases_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _sensitivity_table(report: dict[str, Any]) -> Table:
+def _sensitivity_table(report: Mapping[str, Any]) -> Table:
     table = _table("what each layer costs alone", ("layer", "KL"))
     for row in sorted(report["sensitivity"], key=lambda row: -float(row["kl"])):
         table.add(str(row["layer"]), number(row["kl"]))
     return table
 
 
-def _gates_table(report: dict[str, Any]) -> Table:
+def _gates_table(report: Mapping[str, Any]) -> Table:
     names = ("", "gate", "found", "allowed", "reason")
     table = _table("gates", names, words=names)
     for gate in report["gates"]:
