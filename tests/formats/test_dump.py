@@ -11,7 +11,7 @@ import pytest
 from seekforge.common.errors import ConfigError
 from seekforge.formats import dump as dump_format
 from seekforge.formats.dump import INDEX, Dump, DumpWriter, Side
-from seekforge.formats.parity_steps import MODES, Plan, chunks, lay_out, make_plan
+from seekforge.formats.parity_steps import MODES, Plan, chunks, make_plan, step_inputs
 
 SIDE = Side(kind="torch", name="a", numerics={}, activations="f32", layers=(0, 2), config={}, versions={})
 
@@ -38,7 +38,7 @@ def test_steps_write_each_token_once_to_its_own_slot(context: int) -> None:
         written: dict[tuple[str, int], int] = {}
         seen: dict[int, int] = {}
         for step in case.steps:
-            arrays = lay_out(case, step)
+            arrays = step_inputs(case, step)
             slots = arrays.slot_mapping[arrays.slot_mapping >= 0]
             assert (slots >= 64).all() and (slots < case.num_blocks * 64).all()
             for slot in slots.tolist():

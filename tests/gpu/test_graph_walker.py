@@ -30,12 +30,13 @@ from tests.support.standard_ops import OPERATORS, run_standard
 from seekforge.common.errors import EngineError, ProgramError
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.models.deepseek_v32.session import StepInputs, make_step, shuffled_tables
+from seekforge.exporter.models.deepseek_v32.session import shuffled_tables
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.program import load_program
+from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.plugins.kernels.launcher import OpLauncher
 from seekforge.plugins.testing import calc_diff, run_model
 
@@ -82,7 +83,7 @@ class Rig:
 
     def step(self, new: Sequence[int], starts: Sequence[int], *, seed: int = 0) -> StepInputs:
         draw = np.random.default_rng(seed)
-        return make_step([draw.integers(16, 900, n).tolist() for n in new], starts, self.tables)
+        return lay_out([draw.integers(16, 900, n).tolist() for n in new], starts, self.tables)
 
 
 @pytest.fixture(scope="module")

@@ -26,12 +26,13 @@ from tests.support.graph_walker import CapturedStep, CudaPlace, Place
 from seekforge.common.errors import EnvironmentFault
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.models.deepseek_v32.session import StepInputs, make_step, shuffled_tables
+from seekforge.exporter.models.deepseek_v32.session import shuffled_tables
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.program import load_program
+from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import KERNELS
 from seekforge.plugins.quant import fake_quantise
@@ -136,7 +137,7 @@ def walk_model(folder: Path, name: str, kv_format: KvFormat, place: Place, *, re
             fill_past(walk, model.past, tables)
             draw = np.random.default_rng(0)
             tokens = [draw.integers(16, walk.config.vocab_size * 7 // 8, n).tolist() for n in new]
-            step = make_step(tokens, model.past, tables)
+            step = lay_out(tokens, model.past, tables)
             good, text = _walk_step(walk, step, repeats, model.trials)
             right = right and good
             shape = f"B={len(new)} Q={max(new)}"

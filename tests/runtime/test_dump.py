@@ -15,7 +15,7 @@ from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.parity_steps import make_plan
-from seekforge.runtime.backends.base import StepInputs
+from seekforge.formats.step_io import StepInputs
 from seekforge.runtime.cli import main as cli
 from seekforge.runtime.dump import write_dump
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import prepare, wide_weights
-from seekforge.exporter.models.deepseek_v32.session import StepInputs, TorchSession
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import to_torch
 from seekforge.exporter.parity.compare.metrics import compare_logits
@@ -26,6 +26,7 @@ from seekforge.exporter.parity.gates import KL, NOISE_FACTOR, TOP1
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.program import Program, load_bindings, load_program
+from seekforge.formats.step_io import StepInputs
 from seekforge.formats.weight_recipes import TensorSource, cast, evaluate, retarget
 from seekforge.plugins.functions.specialization import Specialisation
 from seekforge.plugins.kernels.index import KERNELS, kernel_sm, read_index

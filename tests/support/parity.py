@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from seekforge.exporter.models.deepseek_v32.session import StepInputs, make_step, shuffled_tables
+from seekforge.exporter.models.deepseek_v32.session import shuffled_tables
+from seekforge.formats.step_io import StepInputs, lay_out
 
 #: Contexts below, at, just above and far above the tiny model's index_topk of 64.
 CONTEXTS = (10, 64, 65, 200, 700)
@@ -93,7 +94,7 @@ def drive(step: Step, sequences: list[list[int]], mode: str) -> list[Run]:
     for turn in range(max(len(plan) for plan in plans)):
         active = [i for i, plan in enumerate(plans) if turn < len(plan)]
         new = [sequences[i][done[i] : done[i] + plans[i][turn]] for i in active]
-        inputs = make_step(new, [done[i] for i in active], [tables[i] for i in active])
+        inputs = lay_out(new, [done[i] for i in active], [tables[i] for i in active])
         outputs = {name: np.asarray(value) for name, value in step(inputs).items()}
         rows = np.cumsum([0] + [len(part) for part in new])
         width = inputs.input_ids.shape[1]

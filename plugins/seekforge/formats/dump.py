@@ -21,7 +21,8 @@ from seekforge.common.files import write_json
 from seekforge.common.paths import RelativePath, inside
 from seekforge.common.reading import LISTING_BYTES, SETTINGS_BYTES, check_regular, parse_json, read_json
 from seekforge.common.records import Record, RecordError, Size
-from seekforge.formats.parity_steps import Plan, StepArrays, lay_out
+from seekforge.formats.parity_steps import Plan, step_inputs
+from seekforge.formats.step_io import StepInputs
 
 DUMP_FORMAT = 1
 INDEX = "dump.json"
@@ -118,7 +119,7 @@ class Dump:
         self._tensors = index.tensors
         self.cases = [(case, step) for _, case, step in self.plan.steps()]
         self._header = functools.lru_cache(_REMEMBERED)(self._read_header)
-        self._layout = functools.lru_cache(_REMEMBERED)(lambda step: lay_out(*self.cases[step]))
+        self._layout = functools.lru_cache(_REMEMBERED)(lambda step: step_inputs(*self.cases[step]))
 
     @staticmethod
     def open(folder: Path) -> Dump:
@@ -155,7 +156,7 @@ class Dump:
         """Return whether a step has all of these tensors."""
         return all(name in self._tensors[step] for name in names)
 
-    def arrays(self, step: int) -> StepArrays:
+    def arrays(self, step: int) -> StepInputs:
         """Return the inputs of a step."""
         return self._layout(step)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from seekforge.common.errors import ConfigError
 from seekforge.common.records import Record, RecordError, at_least
 from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.step_io import StepInputs, lay_out
 
 Mode = Literal["whole", "chunked", "decode", "ragged", "mtp"]
 MODES: tuple[Mode, ...] = ("whole", "chunked", "decode", "ragged", "mtp")
@@ -88,40 +88,10 @@ class Plan(Record):
                 number += 1
 
 
-@dataclass(frozen=True)
-class StepArrays:
-    """The arrays of one step: input_ids, positions, slot_mapping [B, Q] int64, in padded places 0, −1, −1;
-    block_table [B, MB] int32; logits_index [N] int64."""
-
-    input_ids: np.ndarray
-    positions: np.ndarray
-    slot_mapping: np.ndarray
-    block_table: np.ndarray
-    logits_index: np.ndarray
-
-    @property
-    def real(self) -> np.ndarray:
-        """[B·Q] bool: rows that are not padding."""
-        return self.positions.reshape(-1) >= 0
-
-
-def lay_out(case: Case, step: PlanStep) -> StepArrays:
-    """Return the arrays of a step; short rows are padded on the right, tables reach to the last token."""
-    rows, width = len(step.tokens), max(len(row) for row in step.tokens)
-    ids = np.zeros((rows, width), np.int64)
-    positions = np.full((rows, width), -1, np.int64)
-    slots = np.full((rows, width), -1, np.int64)
+def step_inputs(case: Case, step: PlanStep) -> StepInputs:
+    """Return the arrays of a step; tables reach to the last token."""
     reach = max(-(-(start + len(new)) // BLOCK_SIZE) for start, new in zip(step.starts, step.tokens, strict=True))
-    table = np.zeros((rows, reach), np.int32)
-    for row, (sequence, new, start) in enumerate(zip(step.sequences, step.tokens, step.starts, strict=True)):
-        n = len(new)
-        blocks = case.tables[sequence][:reach]
-        table[row, : len(blocks)] = blocks
-        ids[row, :n] = new
-        where = np.arange(start, start + n)
-        positions[row, :n] = where
-        slots[row, :n] = table[row, where // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + where % BLOCK_SIZE
-    return StepArrays(ids, positions, slots, table, np.array(step.logits_index, np.int64))
+    return lay_out(step.tokens, step.starts, [case.tables[one][:reach] for one in step.sequences], step.logits_index)
 
 
 def make_plan(

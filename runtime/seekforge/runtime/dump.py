@@ -10,6 +10,7 @@ that comes from another side's dump.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
@@ -19,15 +20,10 @@ import numpy as np
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.formats.parity_steps import Case, Plan, PlanStep, lay_out
-from seekforge.runtime.backends.base import StepInputs, StepOutputs
+from seekforge.formats.parity_steps import Case, Plan, PlanStep, step_inputs
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, StepInputs
+from seekforge.runtime.backends.base import StepOutputs
 from seekforge.runtime.values import is_integer, shown
-
-#: Results that are kept of every step; the first feeds an MTP step.
-_RESULTS = ("hidden", "logits")
-#: What one layer hands to the next. A stage takes them by these names; an engine that was cut takes those of each
-#: layer as `hidden_states_in.3`; a stage gives them with `_out`.
-_HANDOVER = ("hidden_states", "residual")
 
 
 class CacheBackend(Protocol):
@@ -131,9 +127,9 @@ def _inputs_of(manifest: Manifest, graph: str, given: Dump | None, number: int) 
     names: dict[str, str] = {}
     for spec in manifest.graphs[graph].inputs:
         kind, _, layer = spec.name.partition(".")
-        if spec.name in _HANDOVER:
+        if spec.name in INTERMEDIATE_TENSORS:
             names[spec.name] = f"{spec.name}.{manifest.layer_range[0]}"
-        elif kind.removesuffix("_in") in _HANDOVER:
+        elif kind.removesuffix("_in") in INTERMEDIATE_TENSORS:
             names[spec.name] = f"{kind.removesuffix('_in')}.{layer}"
     if names and given is None:
         raise EngineError(
@@ -154,28 +150,23 @@ def _run(
     given: dict[str, tuple[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
     face = manifest.graphs[step.graph]
-    names = {spec.name: spec.name for spec in face.outputs if spec.name in _RESULTS}  # output -> name in the dump
-    names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in _HANDOVER}
+    names = {spec.name: spec.name for spec in face.outputs if spec.name in DUMPED_RESULTS}  # output -> name in the dump
+    names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in INTERMEDIATE_TENSORS}
     names = {name: kept for name, kept in names.items() if any(spec.name == name for spec in face.outputs)}
     names |= {
         spec.name: spec.name
         for spec in face.outputs
         if spec.role in ("tap", "debug") and (taps is None or spec.name in taps)
     }
-    arrays = lay_out(case, step)
-    inputs = StepInputs(
-        input_ids=arrays.input_ids,
-        positions=arrays.positions,
-        slot_mapping=arrays.slot_mapping,
-        block_table=arrays.block_table,
-        logits_index=arrays.logits_index,
+    inputs = replace(
+        step_inputs(case, step),
         hidden_in=hidden if step.graph == "mtp" else None,
         given={name: value for name, (_, value) in given.items()},
     )
     outputs = backend.run(inputs, outputs=list(names), graph=step.graph)
     found = {kept: np.array(outputs.fetch(name)) for name, kept in names.items()}
     # of a stage, what went in is part of what it shows
-    return {kept: value for name, (kept, value) in given.items() if name in _HANDOVER} | found
+    return {kept: value for name, (kept, value) in given.items() if name in INTERMEDIATE_TENSORS} | found
 
 
 def _caches(backend: CacheBackend, manifest: Manifest, graph: str) -> dict[str, np.ndarray]:

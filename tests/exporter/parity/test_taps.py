@@ -11,13 +11,13 @@ from click.testing import CliRunner
 
 from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.session import make_step
 from seekforge.exporter.models.deepseek_v32.taps import ATTENTION, DENSE, MOE
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
-from seekforge.exporter.program.taps import HANDOVER, layer_points, point_width
+from seekforge.exporter.program.taps import layer_points, point_width
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import load_manifest, save_manifest
 from seekforge.formats.engine.verify import verify_files
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, lay_out
 from seekforge.runtime.cli import main as cli
 
 LENGTH = 90
@@ -32,7 +32,7 @@ def results(folder: Path, graph: str = "model") -> dict[str, np.ndarray]:
     for number, (start, stop) in enumerate(((0, LENGTH), (LENGTH, LENGTH + 1))):
         if graph == "mtp":
             hidden = {"hidden_in": rng.standard_normal((1, stop - start, 512), np.float32)}
-        outputs = session.step(make_step([ids[start:stop]], [start], [[2, 1]]), **hidden)
+        outputs = session.step(lay_out([ids[start:stop]], [start], [[2, 1]]), **hidden)
         found |= {f"{name} {number}": value for name, value in outputs.items()}
     return found | {name: session.cache(name) for name in session.caches}
 
@@ -70,7 +70,7 @@ def test_every_point_of_every_layer_is_there(tiny_engines: dict[str, Path], tiny
         if layer in (0, tiny_config.mtp_layer):
             points -= {"residual"}  # the stream starts here
         assert points <= {name.partition(".")[0] for name in found if name.endswith(f".{layer}")}, layer
-    assert {f"{name}.{tiny_config.num_hidden_layers + 1}" for name in HANDOVER} <= found
+    assert {f"{name}.{tiny_config.num_hidden_layers + 1}" for name in INTERMEDIATE_TENSORS} <= found
 
 
 def test_a_tap_has_the_width_that_estimates_use(
@@ -79,7 +79,7 @@ def test_a_tap_has_the_width_that_estimates_use(
     tapped = tapped_copy(tiny_engines["exact"], tmp_path / "tapped", available_taps(tiny_engines["exact"]))
     found = results(tapped)
     for layer, kind in ((0, DENSE), (2, MOE)):
-        for point in (*HANDOVER, *ATTENTION, *kind):
+        for point in (*INTERMEDIATE_TENSORS, *ATTENTION, *kind):
             name = f"{point}.{layer} 0"
             if name in found:
                 assert found[name].size == LENGTH * point_width(tiny_config, point), name

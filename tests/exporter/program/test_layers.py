@@ -13,7 +13,7 @@ from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors
-from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.program.export import export
 from seekforge.exporter.program.layers import check_range, count_groups, outside, parse_layers, truncate
@@ -22,6 +22,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import Manifest, load_manifest
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.program import load_program
+from seekforge.formats.step_io import lay_out
 from seekforge.formats.targets import load_target
 
 PROMPT = np.random.default_rng(3).integers(16, 900, 70).tolist()
@@ -91,7 +92,7 @@ def test_two_stages_give_the_logits_of_the_whole_model(
     tiny_checkpoint: Path, tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path
 ) -> None:
     whole = TorchSession(Settings(tiny_config, EXACT, "f32"), tiny_source, 4).prefill(PROMPT)
-    step = make_step([PROMPT], [0], [[1, 2]])
+    step = lay_out([PROMPT], [0], [[1, 2]])
     hidden: dict[str, np.ndarray] = {}
     got: dict[str, np.ndarray] = {}
     for layers in ((0, 2), (2, 4)):

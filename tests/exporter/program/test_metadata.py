@@ -13,12 +13,12 @@ import pytest
 
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.session import make_step
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.program import load_bindings, load_program
+from seekforge.formats.step_io import lay_out
 from seekforge.formats.weight_recipes import evaluate, retarget
 
 GRAPHS = ("model", "mtp")
@@ -96,7 +96,7 @@ def test_the_canonical_form_does_not_open_alone_and_the_plain_one_does(program: 
 def test_the_plain_form_computes_what_the_engine_computes(
     program: Path, tiny_source: Checkpoint, tiny_engines: dict[str, Path]
 ) -> None:
-    step = make_step([[5, 6, 7, 8, 9]], [0], [[1]])
+    step = lay_out([[5, 6, 7, 8, 9]], [0], [[1]])
     folder = tiny_engines["exact"]
     expected = OrtSession(folder, load_manifest(folder).graphs["model"], 128, threads=1).step(step)["logits"]
     session = ort.InferenceSession(str(program / "model.f32.onnx"), providers=["CPUExecutionProvider"])

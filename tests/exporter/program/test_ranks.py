@@ -17,7 +17,7 @@ from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.models.deepseek_v32.model import StepModel
-from seekforge.exporter.models.deepseek_v32.session import StepInputs, TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import recipes
 from seekforge.exporter.program.ranks import check_ranks, merge
@@ -27,6 +27,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.loader import Loader, allocate
 from seekforge.formats.numerics import EXACT, FP8, Numerics
+from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.formats.weight_recipes import Ranks, coverage, for_rank, retarget
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialisation
@@ -103,7 +104,7 @@ def _assert_ranks_equal_whole(
 ) -> None:
     config = preset.config
     whole = TorchSession(Settings(config, numerics, "f32"), source, 4).prefill(PROMPT)
-    step = make_step([PROMPT], [0], [[1, 2]])
+    step = lay_out([PROMPT], [0], [[1, 2]])
     hidden: dict[str, np.ndarray] = {}
     got: dict[str, np.ndarray] = {}
     for layers in stages:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seekforge.common.errors import EngineError
-from seekforge.runtime.backends.base import MTP, StepInputs
+from seekforge.formats.step_io import MTP, StepInputs
 from seekforge.runtime.engine.engine_folder import Engine
 
 

@@ -16,11 +16,12 @@ from seekforge.exporter.parity.locate.layers import FedLayer, judge_layers, look
 from seekforge.exporter.parity.sides.engine import EngineSide
 from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS
 from seekforge.exporter.parity.torch_walks import NOISE, NUDGED, REFERENCE, Walker, sensitivity_of_engine
-from seekforge.exporter.program.taps import HANDOVER, layer_points, point_width
+from seekforge.exporter.program.taps import layer_points, point_width
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import CHECKPOINT, Dump, Side
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.parity_steps import Plan
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 
 #: The perturbed run, and what it is to be compared with where that is not the reference.
 Noise = Dump | tuple[Dump, Dump]
@@ -109,7 +110,7 @@ def check_engine(
     if not wanted:
         notes.append("the engine shows no inner tensors: operations were not judged; build it with --taps to see them")
     elif not fits:
-        wanted = [tap for tap in wanted if _layer(tap) in ends and tap.startswith(HANDOVER)]
+        wanted = [tap for tap in wanted if _layer(tap) in ends and tap.startswith(INTERMEDIATE_TENSORS)]
         notes.append(
             f"taps of all layers would take {size / 1e9:.3g} GB, allowed are {max_dump_bytes / 1e9:.3g} GB "
             "(--max-dump-size): the first bad layer was searched by bisection, and only its inside was looked at"
@@ -125,7 +126,7 @@ def check_engine(
         subject=judged,
         inside=fits,
         kinds=(REFERENCE, NOISE, *([NUDGED] if feed else [])),
-        points=None if fits else NOISE_POINTS if narrow else HANDOVER,
+        points=None if fits else NOISE_POINTS if narrow else INTERMEDIATE_TENSORS,
         kept_layers=None if narrow else ends,
     )
     reference, noise = Dump.open(work / REFERENCE), Dump.open(work / NOISE)
@@ -204,7 +205,7 @@ def _before(walker: Walker, plan: Plan, layer: int, work: Path) -> Dump | None:
     if layer == 0:
         return None
     work.mkdir(exist_ok=True)
-    walker.run(plan, work, layers=(0, layer), kinds=(REFERENCE,), points=HANDOVER, kept_layers=(layer,))
+    walker.run(plan, work, layers=(0, layer), kinds=(REFERENCE,), points=INTERMEDIATE_TENSORS, kept_layers=(layer,))
     return Dump.open(work / REFERENCE)
 
 
@@ -238,10 +239,10 @@ def _bisect(
 
     def bad(start: int, stop: int) -> bool:
         walker.progress(f"layers {start}-{stop - 1} from the engine's own input")
-        taps = [f"{point}.{layer}" for layer in (start, stop) for point in HANDOVER]
+        taps = [f"{point}.{layer}" for layer in (start, stop) for point in INTERMEDIATE_TENSORS]
         taps = [tap for tap in taps if tap in engine.taps]
         found = engine.dump(plan, probe / "judged", taps, selections=False, given=stage_input)
-        walker.run(plan, probe, layers=(start, stop), subject=found, points=HANDOVER, kept_layers=(stop,))
+        walker.run(plan, probe, layers=(start, stop), subject=found, points=INTERMEDIATE_TENSORS, kept_layers=(stop,))
         return segment_is_bad(found, Dump.open(probe / REFERENCE), Dump.open(probe / NOISE), stop)
 
     try:
@@ -251,7 +252,7 @@ def _bisect(
             return [], []
         walker.progress(f"inside of layer {layer}")
         taps = [tap for tap in engine.taps if _layer(tap) == layer]
-        taps += [tap for tap in engine.taps if _layer(tap) == layer + 1 and tap.startswith(HANDOVER)]
+        taps += [tap for tap in engine.taps if _layer(tap) == layer + 1 and tap.startswith(INTERMEDIATE_TENSORS)]
         found = engine.dump(plan, probe / "judged", taps, given=stage_input)
         records = walker.judge_only(found, (layer, layer + 1))
         stood = "was found" if any(record.failed for record in records) else "stood out, but is right inside,"
@@ -260,7 +261,7 @@ def _bisect(
         if engine.opens and stage_input is None and shown[0] == 0:
             walker.progress(f"layer {layer} on PyTorch's input")
             given = Dump.open(work / REFERENCE)
-            if layer > 0 and not given.has(0, *(f"{point}.{layer}" for point in HANDOVER)):
+            if layer > 0 and not given.has(0, *(f"{point}.{layer}" for point in INTERMEDIATE_TENSORS)):
                 given = _before(walker, plan, layer, probe) or given
             fed = [look_inside(engine, walker, given, layer, work / "fed")]
         return records, fed

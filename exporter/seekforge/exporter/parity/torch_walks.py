@@ -14,11 +14,11 @@ from seekforge.exporter.parity.compare.dumps import compare, draw_folder
 from seekforge.exporter.parity.compare.operations import LocalJudge, OpRecord
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS, Stream
-from seekforge.exporter.program.taps import HANDOVER
 from seekforge.exporter.tolerances import PERTURBATION, PERTURBATION_BF16
 from seekforge.formats.dump import Dump, DumpWriter, Side
 from seekforge.formats.numerics import Numerics, numerics_from_dict
-from seekforge.formats.parity_steps import Plan, lay_out
+from seekforge.formats.parity_steps import Plan, step_inputs
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 from seekforge.formats.weight_recipes import TensorSource
 
 Say = Callable[[str], None]
@@ -44,7 +44,7 @@ _DRAWN_ROWS, _MOST_DRAWS = 96, 3
 
 
 def _num_draws(plan: Plan) -> int:
-    rows = sum(len(lay_out(case, step).logits_index) for _, case, step in plan.steps())
+    rows = sum(len(step_inputs(case, step).logits_index) for _, case, step in plan.steps())
     return max(1, min(_MOST_DRAWS, -(-_DRAWN_ROWS // max(1, rows))))
 
 
@@ -101,7 +101,7 @@ class Walker:
                 few = NOISE_POINTS if points is None else points
                 streams[kind] = Stream(writer, change, points=few, layers=kept_layers)
             else:
-                streams[kind] = Stream(writer, change, points=HANDOVER, beside=streams[REFERENCE])
+                streams[kind] = Stream(writer, change, points=INTERMEDIATE_TENSORS, beside=streams[REFERENCE])
         local = None
         if inside:
             assert subject is not None

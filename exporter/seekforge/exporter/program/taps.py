@@ -17,11 +17,10 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import FAMILIES, family_of, load_family
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import TensorSpec
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 from seekforge.plugins.functions.attach import operator_of
 from seekforge.plugins.operator import DOMAIN, NO_TAPS
 
-#: What one layer hands to the next; the last layer's pair goes to the final norm under the number behind it.
-HANDOVER = ("hidden_states", "residual")
 #: Taps that every engine gives.
 SELECTIONS = ("topk_indices", "expert_ids")
 
@@ -36,7 +35,7 @@ _PER_HEAD = {point for taps in _FAMILIES for point in taps.per_head}
 def layer_points(config: ModelConfig, layer: int) -> tuple[str, ...]:
     """Return the tap points of a layer in the order of data, without its selections."""
     taps = family_of(config).taps
-    return (*HANDOVER, *taps.attention, *(taps.moe if config.is_moe_layer(layer) else taps.dense))
+    return (*INTERMEDIATE_TENSORS, *taps.attention, *(taps.moe if config.is_moe_layer(layer) else taps.dense))
 
 
 def point_width(config: ModelConfig, point: str) -> int:
@@ -109,7 +108,7 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
         pair = [node.input[0]]
         if total is not None and total.op_type == "Add":
             pair = list(total.input)
-        for point, value in zip(HANDOVER, pair):
+        for point, value in zip(INTERMEDIATE_TENSORS, pair):
             node = producer.get(value)
             note(node.input[0] if node is not None and _is_cast(node) else value, point, layer)
     _rename(graph, found)
@@ -139,7 +138,7 @@ def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
 
 
 def _points() -> set[str]:
-    return set(HANDOVER).union(*((*taps.attention, *taps.dense, *taps.moe) for taps in _FAMILIES))
+    return set(INTERMEDIATE_TENSORS).union(*((*taps.attention, *taps.dense, *taps.moe) for taps in _FAMILIES))
 
 
 #: A name that `name_taps` gives.

@@ -26,13 +26,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from seekforge.common.dtypes import ONNX
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.deepseek_v32.model import HANDOVER, MtpModel, StepModel
+from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import recipes
 from seekforge.exporter.program.canonical_names import canonicalise
 from seekforge.exporter.program.replicate import layers_to_trace, stamp
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import role_of
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
@@ -109,7 +110,7 @@ def cache_output(name: str) -> str:
 
 def output_names(model: StepModel | MtpModel) -> list[str]:
     """Return the names of all graph outputs, in order; what is handed over must not be called like what came in."""
-    results = [f"{name}_out" if name in HANDOVER else name for name in model.result_names()]
+    results = [f"{name}_out" if name in INTERMEDIATE_TENSORS else name for name in model.result_names()]
     return [*results, *map(cache_output, model.cache_names()), *model.tap_names()]
 
 

@@ -17,12 +17,11 @@ from seekforge.common.errors import ConfigError
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO, TensorSpec, role_of
+from seekforge.formats.step_io import RESULTS
 
 if TYPE_CHECKING:
     from seekforge.formats.engine.manifest import Cache, Manifest
 
-#: What a step of a whole model gives; the first axis is that of `logits_index`.
-RESULTS: Final = ("hidden", "top_logits", "top_ids", "logsumexp", "logits")
 #: Tables with one row for each position.
 ROPE_TABLES: Final = ("rope_cos", "rope_sin")
 _CACHES: Final = ("latent_cache", "index_cache")

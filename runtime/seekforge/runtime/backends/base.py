@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from seekforge.formats.engine.manifest import Manifest
+from seekforge.formats.step_io import MODEL, StepInputs
 
 if TYPE_CHECKING:
     from seekforge.formats.loader import LoadProgress  # what loads brings it; CPU engines start without
-
-#: Graph names of an engine.
-MODEL, MTP = "model", "mtp"
-#: Outputs with one row per entry of `logits_index`; others have one per token.
-ROW_RESULTS = ("top_logits", "top_ids", "logsumexp", "logits")
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One rectangle of B sequences by Q tokens (see `batch.pack`).
-
-    Attributes:
-        input_ids: [B, Q], int64.
-        positions: [B, Q], int64; 0 where a row is padded.
-        slot_mapping: [B, Q], int64. slot = block_id * block_size + offset; −1 pads.
-        block_table: [B, MB], int32; 0, the scrap block, fills rows up.
-        logits_index: [N], int64, N ≥ 1: rows of the flattened B·Q whose logits are wanted.
-        hidden_in: [B, Q, H], float32, for the MTP graph; None for the model.
-        given: other inputs by name: what a stage of a model takes from the stage before it, [B, Q, H], float32.
-    """
-
-    input_ids: np.ndarray
-    positions: np.ndarray
-    slot_mapping: np.ndarray
-    block_table: np.ndarray
-    logits_index: np.ndarray
-    hidden_in: np.ndarray | None = None
-    given: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def array(self, name: str) -> np.ndarray:
-        """Return the input called `name`."""
-        return self.given[name] if name in self.given else getattr(self, name)
 
 
 class StepOutputs(Protocol):

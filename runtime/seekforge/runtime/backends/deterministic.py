@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from seekforge.runtime.backends.base import MODEL, ROW_RESULTS, Backend, GraphMetrics, StepInputs, StepOutputs
+from seekforge.formats.step_io import MODEL, ROW_RESULTS, StepInputs
+from seekforge.runtime.backends.base import Backend, GraphMetrics, StepOutputs
 
 
 class _WithoutDoubles:

@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from seekforge.formats.paged_cache import SCRAP_BLOCK
-from seekforge.runtime.backends.base import MODEL, GraphMetrics, StepInputs
+from seekforge.formats.step_io import MODEL, StepInputs
+from seekforge.runtime.backends.base import GraphMetrics
 
 _PRIME = 1_000_003
 _START = 7

@@ -19,8 +19,9 @@ from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.program import GraphIO, TensorSpec, load_bindings
+from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import evaluate_into
-from seekforge.runtime.backends.base import MODEL, GraphMetrics, OnLoad, StepInputs
+from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 
 #: our name -> ONNX Runtime's words for a tensor type.

@@ -16,13 +16,11 @@ from seekforge.formats.engine.agreement import ROPE_TABLES
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.engine.verify import OnVerify, Verification, verify_files
 from seekforge.formats.paged_cache import blocks_needed
+from seekforge.formats.step_io import ROW_RESULTS
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.compatibility import check_complete, check_versions, installed_versions
 from seekforge.runtime.text.tokenizer import Tokenizer
-
-#: What a decoding loop reads of every step.
-_RESULTS = ("top_logits", "top_ids", "logsumexp", "logits")
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def _check_face(folder: Path, manifest: Manifest, part: bool) -> None:
         raise EngineError(f"{where}: graphs are {', '.join(manifest.graphs) or 'none'}, expected 'model'; build again")
     graph = manifest.graphs["model"]
     outputs = {spec.name for spec in graph.outputs}
-    missing = [name for name in _RESULTS if name not in outputs]
+    missing = [name for name in ROW_RESULTS if name not in outputs]
     takes_tokens = any(spec.name == "input_ids" for spec in graph.inputs)
     if (missing or not takes_tokens) and not part:
         first, last = manifest.layer_range

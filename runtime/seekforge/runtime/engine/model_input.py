@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from seekforge.formats.paged_cache import SCRAP_BLOCK, blocks_needed
-from seekforge.runtime.backends.base import StepInputs
+from seekforge.formats.step_io import PAD_POSITION, PAD_SLOT, StepInputs
 from seekforge.runtime.engine.scheduler import Row
 from seekforge.runtime.row_index import Places
 from seekforge.runtime.sequence import Sequence
-
-PAD_SLOT = -1
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Packer:
     def pack(self, rows: Rows[Row]) -> Packed:
         """Lay out `rows` as one rectangle [B, Q], Q the longest row.
 
-        Padding has token 0, position 0 and slot −1. Block tables reach just to the last token of the longest
+        Padding is that of `step_io`. Block tables reach just to the last token of the longest
         row, since a step's work may grow with their width; shorter ones are filled up with the scrap block.
         When no row wants logits, `logits_index` names token 0, whose result is then ignored: no output has an
         empty axis.
@@ -63,6 +61,7 @@ class Packer:
         slots = np.take_along_axis(block_table, block, axis=1).astype(np.int64) * self.block_size + offset
         if real is not None:
             slots = np.where(real, slots, PAD_SLOT)
+            positions = np.where(real, positions, PAD_POSITION)
         if width == 1 and all(row.samples for row in rows):  # decode without drafts: nothing to work out
             every = np.arange(len(rows))
             return Packed(StepInputs(input_ids, positions, slots, block_table, every), every.tolist(), every, {})

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import SelfCheck
 from seekforge.formats.paged_cache import blocks_needed
-from seekforge.runtime.backends.base import Backend, StepInputs
-from seekforge.runtime.engine.kv_cache import slots_for
+from seekforge.formats.step_io import lay_out
+from seekforge.runtime.backends.base import Backend
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,7 @@ def run_self_check(backend: Backend, check: SelfCheck, block_size: int) -> SelfC
     num_blocks = blocks_needed(length, block_size)
     backend.allocate_caches(num_blocks + 1)
     blocks = list(range(1, num_blocks + 1))
-    step = StepInputs(
-        input_ids=np.array([check.prompt_ids], np.int64),
-        positions=np.arange(length, dtype=np.int64)[None],
-        slot_mapping=np.array([slots_for(blocks, 0, length, block_size)], np.int64),
-        block_table=np.array([blocks], np.int32),
-        logits_index=np.array([row.position for row in check.rows], np.int64),
-    )
+    step = lay_out([check.prompt_ids], [0], [blocks], [row.position for row in check.rows])
     results = backend.run(step, outputs={"logits", "logsumexp"})
     logits, logsumexp = results.fetch("logits"), results.fetch("logsumexp")
     num_values, largest = 0, 0.0

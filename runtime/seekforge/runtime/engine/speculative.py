@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from seekforge.runtime.backends.base import MTP, Backend, StepInputs
-from seekforge.runtime.engine.model_input import PAD_SLOT, Packed
+from seekforge.formats.step_io import MTP, PAD_SLOT, StepInputs
+from seekforge.runtime.backends.base import Backend
+from seekforge.runtime.engine.model_input import Packed
 from seekforge.runtime.engine.scheduler import Row
 from seekforge.runtime.sampling.inverse_cdf import Rules
 from seekforge.runtime.sampling.sampler import FullLogits, TopLogits, choose

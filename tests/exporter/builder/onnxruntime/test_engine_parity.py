@@ -25,13 +25,14 @@ from tests.support.parity import (
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.numerics import EXACT, FP8
+from seekforge.formats.step_io import lay_out
 from seekforge.formats.targets import load_target
 
 BLOCK = 64
@@ -72,7 +73,7 @@ def test_exact_engine_equals_pytorch(
 def test_results_of_a_step_are_consistent(tiny_engines: dict[str, Path], context: int) -> None:
     ids = tokens(context)
     blocks = list(range(1, 2 + context // BLOCK))
-    got = open_engine(tiny_engines["exact"], len(blocks) + 1).step(make_step([ids], [0], [blocks]))
+    got = open_engine(tiny_engines["exact"], len(blocks) + 1).step(lay_out([ids], [0], [blocks]))
     logits = got["logits"]
     order = np.argsort(-logits, axis=-1, kind="stable")[:, : got["top_ids"].shape[1]]
     assert np.array_equal(got["top_ids"], order)
@@ -88,7 +89,7 @@ def test_a_padded_row_changes_no_byte_outside_the_scrap_block(tiny_engines: dict
         for name in engine.caches:
             engine.caches[name].update_inplace(np.full_like(engine.cache(name), 7.5))
         # the second sequence is two tokens long, the rectangle nine wide
-        engine.step(make_step([tokens(9), tokens(2)], [0, 0], [[2], [4]]))
+        engine.step(lay_out([tokens(9), tokens(2)], [0, 0], [[2], [4]]))
         for name in engine.caches:
             after = engine.cache(name)
             touched = np.flatnonzero((after[BLOCK:] != 7.5).any(-1)) + BLOCK
@@ -101,7 +102,7 @@ def test_rubbish_in_unused_slots_does_not_leak(tiny_engines: dict[str, Path]) ->
     dirty = open_engine(tiny_engines["exact"], 5)
     for name in dirty.caches:
         dirty.caches[name].update_inplace(np.full_like(dirty.cache(name), np.nan))
-    step = make_step([ids], [0], [[3, 1]])
+    step = lay_out([ids], [0], [[3, 1]])
     assert np.array_equal(dirty.step(step)["logits"], clean.step(step)["logits"])
 
 
@@ -110,7 +111,7 @@ def test_mtp_engine_equals_pytorch(
     tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int
 ) -> None:
     hidden = np.random.default_rng(0).standard_normal((1, context, tiny_config.hidden_size), np.float32)
-    step = make_step([tokens(context)], [0], [list(range(1, 2 + context // BLOCK))])
+    step = lay_out([tokens(context)], [0], [list(range(1, 2 + context // BLOCK))])
     reference = TorchSession(Settings(tiny_config, EXACT), tiny_source, 6, mtp=True)
     theirs = reference.step(step, (torch.from_numpy(hidden),))
     ours = open_engine(tiny_engines["exact"], 6, "mtp").step(step, hidden_in=hidden)
@@ -191,7 +192,7 @@ def test_fp8_layers_equal_pytorch_but_for_single_roundings(
     by about 1e-2 of the spread, and rows that attend to it by far less.
     """
     ids, blocks = tokens(300), [3, 1, 5, 2, 4]
-    step = make_step([ids], [0], [blocks])
+    step = lay_out([ids], [0], [blocks])
     settings = Settings(tiny_config, FP8, "f32")
     handed: tuple[torch.Tensor, ...] = ()
     if layer:

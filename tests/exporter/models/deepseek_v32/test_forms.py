@@ -20,11 +20,12 @@ from tests.support.parity import (
 )
 
 import seekforge.exporter.models.deepseek_v32.attention as attention
-from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import EXACT, FP8
+from seekforge.formats.step_io import lay_out
 
 
 def _logits(settings: Settings, source: Checkpoint, context: int) -> np.ndarray:
@@ -120,7 +121,7 @@ def test_two_layer_ranges_equal_the_whole_bit_for_bit(
     last = tiny_config.num_hidden_layers
     first = TorchSession(settings, tiny_source, 5, layer_range=(0, border))
     second = TorchSession(settings, tiny_source, 5, layer_range=(border, last))
-    step = make_step([ids], [0], [[1, 2]])
+    step = lay_out([ids], [0], [[1, 2]])
     handed = first.step(step)
     result = second.step(step, (handed["hidden_states"], handed["residual"]))
     assert torch.equal(result["logits"], whole["logits"])
@@ -140,9 +141,9 @@ def test_padding_changes_nothing_outside_the_scrap_block(tiny_config: ModelConfi
     settings = Settings(tiny_config, FP8, activations="f32")
     alone = TorchSession(settings, tiny_source, 6)
     padded = TorchSession(settings, tiny_source, 6)
-    plain = alone.step(make_step([ids[:3]], [0], [[2]]))
-    longer = padded.step(make_step([ids[:3], ids], [0, 0], [[2], [4]]))
-    for ours, theirs in zip(padded.latent + padded.index, alone.latent + alone.index, strict=True):
+    plain = alone.step(lay_out([ids[:3]], [0], [[2]]))
+    longer = padded.step(lay_out([ids[:3], ids], [0, 0], [[2], [4]]))
+    for ours, theirs in zip(*(itertools.chain(*one.caches) for one in (padded, alone)), strict=True):
         block = slice(2 * 64, 3 * 64)
         assert torch.allclose(ours[block], theirs[block], rtol=1e-4, atol=1e-4)
         assert not ours[block][3:].any(), "a padded row wrote into a block of its sequence"

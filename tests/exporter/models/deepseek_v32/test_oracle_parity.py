@@ -33,11 +33,12 @@ from tests.support.parity import (
 import seekforge.exporter.models.deepseek_v32.attention as attention
 import seekforge.exporter.models.deepseek_v32.layers as layers
 import seekforge.plugins.moe_route.reference as moe_route_reference
-from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import EXACT
+from seekforge.formats.step_io import lay_out
 
 #: A differing key must lie this close to the k-th score, in parts of the row's score spread.
 SCORE_NOISE = 1e-5
@@ -115,7 +116,7 @@ def compare_mtp(
         got = []
         for part in (slice(0, border), slice(border, context)):
             if ids[part]:
-                step = make_step([ids[part]], [part.start], [blocks])
+                step = lay_out([ids[part]], [part.start], [blocks])
                 got.append(session.step(step, (hidden[:, part],))["logits"].numpy())
         error = relative_error(np.concatenate(got), theirs)
         assert error.max() <= GATE, f"MTP at {context}: {error.max():.2e} of the spread"

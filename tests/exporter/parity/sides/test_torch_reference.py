@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seekforge.common.errors import ConfigError
-from seekforge.exporter.models.deepseek_v32.session import StepInputs, TorchSession
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.layer_operations import LayerModule
 from seekforge.exporter.parity.sides import torch_reference as walking
@@ -22,6 +22,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.dump import Dump, DumpWriter
 from seekforge.formats.numerics import EXACT, FP8, NUMERICS
 from seekforge.formats.parity_steps import make_plan
+from seekforge.formats.step_io import StepInputs
 
 
 def walk(folder: Path, settings: Settings, source: Checkpoint, plan: Any, **stream: Any) -> Dump:

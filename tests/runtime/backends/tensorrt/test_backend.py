@@ -31,9 +31,9 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
 from seekforge.formats.engine.manifest import digest_file, load_manifest
 from seekforge.formats.loader import LoadProgress
 from seekforge.formats.program import load_bindings
+from seekforge.formats.step_io import StepInputs
 from seekforge.formats.weight_recipes import tensors_of
 from seekforge.runtime import LLM, SamplingParams
-from seekforge.runtime.backends.base import StepInputs
 from seekforge.runtime.backends.tensorrt import backend as tensorrt
 from seekforge.runtime.backends.tensorrt.device_graph import halves, next_power_of_two, padded
 from seekforge.runtime.backends.tensorrt.device_weights import DeviceWeights

@@ -13,8 +13,9 @@ from tests.support.fake_gpu import FakeDevice, changed, with_layers_alike
 
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.step_io import StepInputs
 from seekforge.runtime import LLM, SamplingParams
-from seekforge.runtime.backends.base import GraphMetrics, StepInputs
+from seekforge.runtime.backends.base import GraphMetrics
 from seekforge.runtime.backends.tensorrt import backend as tensorrt
 from seekforge.runtime.backends.tensorrt import cuda_graphs
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.session import TorchSession, make_step
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.tolerances import GATE, PERTURBATION
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -34,6 +34,7 @@ from seekforge.formats.int_quant import Quantisation
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO
+from seekforge.formats.step_io import lay_out
 from seekforge.formats.weight_recipes import TensorSource
 from seekforge.plugins.operator import cdiv
 
@@ -143,7 +144,7 @@ def _candidates(settings: Settings, source: TensorSource, length: int, candidate
         return embedded * (1 + PERTURBATION * noise)
 
     hook = session.model.token_embedding().register_forward_hook(perturb)
-    step = make_step(rows, [0] * len(rows), tables)
+    step = lay_out(rows, [0] * len(rows), tables)
     positions = sorted({0, length // 2, length - 1})
     starts = np.arange(len(rows))[:, None] * length
     step = replace(step, logits_index=(starts + positions).reshape(-1))
@@ -185,7 +186,7 @@ def _candidates(settings: Settings, source: TensorSource, length: int, candidate
 def _difference(check: SelfCheck, session: OrtSession) -> str | None:
     """Prefill the stored prompt on the engine; say what differs by more than the tolerance, if anything."""
     blocks = cdiv(len(check.prompt_ids), BLOCK_SIZE)
-    step = make_step([check.prompt_ids], [0], [list(range(1, blocks + 1))])
+    step = lay_out([check.prompt_ids], [0], [list(range(1, blocks + 1))])
     got = session.step(replace(step, logits_index=np.array([row.position for row in check.rows], np.int64)))
     for i, row in enumerate(check.rows):
         error = np.abs(got["logits"][i, list(row.top_ids)] - np.array(row.top_logits)).max()

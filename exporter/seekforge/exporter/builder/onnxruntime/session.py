@@ -13,8 +13,8 @@ import onnxruntime as ort
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import EngineError
-from seekforge.exporter.models.deepseek_v32.session import StepInputs
 from seekforge.formats.program import GraphIO
+from seekforge.formats.step_io import StepInputs
 
 
 class OrtSession:

@@ -28,6 +28,7 @@ from seekforge.exporter.models.deepseek_v32.layers import (
 from seekforge.exporter.models.deepseek_v32.moe import Moe
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
 from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, RESULTS
 
 
 class DecoderLayer(nn.Module):
@@ -136,12 +137,6 @@ class _StepModule(nn.Module):
         return [[torch.zeros(slots, width, dtype=dtype) for _ in self.layer_numbers] for width in widths]
 
 
-#: Result outputs of a program that ends with the last layer, in order.
-RESULTS = ("hidden", "top_logits", "top_ids", "logsumexp", "logits")
-#: What a program that ends earlier gives, and one that starts later takes.
-HANDOVER = ("hidden_states", "residual")
-
-
 class StepModel(_StepModule):
     """Layers [start, stop) of the main model."""
 
@@ -168,11 +163,11 @@ class StepModel(_StepModule):
 
     def token_names(self) -> tuple[str, ...]:
         """Names of the inputs that carry the tokens."""
-        return ("input_ids",) if self.is_first else HANDOVER
+        return ("input_ids",) if self.is_first else INTERMEDIATE_TENSORS
 
     def result_names(self) -> tuple[str, ...]:
         """Names of the result outputs."""
-        return RESULTS if self.is_last else HANDOVER
+        return RESULTS if self.is_last else INTERMEDIATE_TENSORS
 
     def forward(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,50 +13,9 @@ from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import load_weights
 from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.formats.weight_recipes import TensorSource
 from seekforge.plugins.operator import cdiv
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """The inputs of one [B, Q] step beside caches and weights, as NumPy arrays.
-
-    Attributes:
-        input_ids, positions, slot_mapping: [B, Q] int64; in padded places 0, −1, −1.
-        block_table: [B, MB] int32. logits_index: [N] int64.
-    """
-
-    input_ids: np.ndarray
-    positions: np.ndarray
-    slot_mapping: np.ndarray
-    block_table: np.ndarray
-    logits_index: np.ndarray
-
-
-def make_step(tokens: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> StepInputs:
-    """Lay out a rectangular step; short rows are padded on the right.
-
-    Args:
-        tokens: new tokens of each sequence (at least one sequence with one token).
-        starts: position of each sequence's first new token.
-        tables: blocks that each sequence owns, enough for its last token.
-
-    Returns:
-        Inputs with logits for every real token, sequence after sequence.
-    """
-    rows, width = len(tokens), max(len(row) for row in tokens)
-    ids = np.zeros((rows, width), np.int64)
-    positions = np.full((rows, width), -1, np.int64)
-    slots = np.full((rows, width), -1, np.int64)
-    table = np.zeros((rows, max(len(blocks) for blocks in tables)), np.int32)
-    for row, (new, start, blocks) in enumerate(zip(tokens, starts, tables, strict=True)):
-        n = len(new)
-        ids[row, :n] = new
-        positions[row, :n] = np.arange(start, start + n)
-        table[row, : len(blocks)] = blocks
-        where = positions[row, :n]
-        slots[row, :n] = table[row, where // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + where % BLOCK_SIZE
-    return StepInputs(ids, positions, slots, table, np.flatnonzero(positions.reshape(-1) >= 0))
 
 
 def shuffled_tables(lengths: Sequence[int], seed: int = 0) -> tuple[list[list[int]], int]:
@@ -134,4 +92,4 @@ class TorchSession:
     def prefill(self, prompt: Sequence[int]) -> dict[str, Tensor]:
         """Run one whole prompt as a single step from an empty cache, with logits for every position."""
         blocks = list(range(1, 1 + cdiv(len(prompt), BLOCK_SIZE)))
-        return self.step(make_step([prompt], [0], [blocks]))
+        return self.step(lay_out([prompt], [0], [blocks]))

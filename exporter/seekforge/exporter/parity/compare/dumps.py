@@ -19,10 +19,11 @@ from seekforge.exporter.parity.compare.metrics import (
     row_errors,
 )
 from seekforge.exporter.parity.compare.selections import Choices, Keys, Sides, add_experts, places_of
-from seekforge.exporter.program.taps import HANDOVER, layer_points
+from seekforge.exporter.program.taps import layer_points
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import INDEX, Dump
 from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 
 
 @dataclass
@@ -204,7 +205,7 @@ def _compare_layer(sides: Sides, config: ModelConfig, graph: str, layer: int) ->
 
 def stream_rows(dump: Dump, number: int, layer: int) -> np.ndarray | None:
     """Return the residual stream that goes into `layer`: [rows, H] f32, or None where the dump does not show it."""
-    names = [f"{name}.{layer}" for name in HANDOVER]
+    names = [f"{name}.{layer}" for name in INTERMEDIATE_TENSORS]
     if not dump.has(number, *names):
         return None
     first, second = (dump.rows(number, name) for name in names)

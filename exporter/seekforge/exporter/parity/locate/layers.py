@@ -19,9 +19,10 @@ from seekforge.exporter.parity.compare.dumps import stream_rows
 from seekforge.exporter.parity.locate.bisect import spread
 from seekforge.exporter.parity.sides.engine import EngineSide
 from seekforge.exporter.parity.torch_walks import NOISE, REFERENCE, Walker
-from seekforge.exporter.program.taps import HANDOVER, SELECTIONS, layer_points
+from seekforge.exporter.program.taps import SELECTIONS, layer_points
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 
 Rows = Callable[[Dump, int], "np.ndarray | None"]
 
@@ -81,7 +82,7 @@ def look_inside(engine: EngineSide, walker: Walker, reference: Dump, layer: int,
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
-        taps = [tap for tap in engine.taps if tap.endswith(f".{layer}") and not tap.startswith(HANDOVER)]
+        taps = [tap for tap in engine.taps if tap.endswith(f".{layer}") and not tap.startswith(INTERMEDIATE_TENSORS)]
         found = engine.dump_fed(reference, work / "judged", only, taps)
         walker.run(reference.plan, work, layers=only, subject=reference, points=_all_points(config, layer))
         dumps = (found, Dump.open(work / REFERENCE), Dump.open(work / NOISE))

@@ -16,13 +16,13 @@ from onnx import TensorProto, helper
 
 from seekforge.common.errors import EngineError
 from seekforge.exporter.parity.engine_copy import engine_copy
-from seekforge.exporter.program.taps import HANDOVER, SELECTIONS, expose, tap_specs, taps_in
+from seekforge.exporter.program.taps import SELECTIONS, expose, tap_specs, taps_in
 from seekforge.formats.engine.agreement import cache_block_bytes
 from seekforge.formats.engine.manifest import load_manifest, save_manifest
 from seekforge.formats.program import GraphIO, TensorSpec
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS
 
 #: Results of the end of the model.
-_RESULTS = ("hidden", "logits")
 
 
 def given_name(value: str) -> str:
@@ -62,21 +62,23 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
         cuts = [layer for layer in range(start, stop + last) if layer > 0]
         _cut(model.graph, cuts, hidden, engine)
         inside = {tap for tap in taps if int(tap.rpartition(".")[2]) in range(start, stop)}
-        wanted = {f"{point}.{layer + 1}" for layer in range(start, stop) for point in HANDOVER}
-        wanted |= {tap for tap in inside if not tap.startswith(HANDOVER)}  # what goes in is given
+        wanted = {f"{point}.{layer + 1}" for layer in range(start, stop) for point in INTERMEDIATE_TENSORS}
+        wanted |= {tap for tap in inside if not tap.startswith(INTERMEDIATE_TENSORS)}  # what goes in is given
         added = [tap for tap in taps_in(model) if tap in wanted]
         expose(model, added)
         kinds = (*SELECTIONS, "latent_cache_out", "index_cache_out")
-        kept = {name for name in before if _is_of(name, kinds, range(start, stop))} | (set(_RESULTS) if last else set())
+        kept = {name for name in before if _is_of(name, kinds, range(start, stop))} | (
+            set(DUMPED_RESULTS) if last else set()
+        )
         kept |= before & wanted  # what an engine with taps shows by itself
         if stop == manifest.layer_range[1]:  # a stage gives what goes out of it under names of its own
-            kept |= before & {f"{point}_out" for point in HANDOVER}
+            kept |= before & {f"{point}_out" for point in INTERMEDIATE_TENSORS}
         _keep(model.graph, kept | set(added))
         inputs = {value.name for value in model.graph.input}
         given = tuple(
             TensorSpec(name=given_name(f"{point}.{layer}"), dtype="f32", shape=("B", "Q", hidden), role="token")
             for layer in cuts
-            for point in HANDOVER
+            for point in INTERMEDIATE_TENSORS
         )
         return face.model_copy(
             update={
@@ -106,7 +108,7 @@ def _is_of(name: str, kinds: Collection[str], layers: Collection[int]) -> bool:
 def _cut(graph: onnx.GraphProto, layers: Sequence[int], hidden: int, engine: Path) -> None:
     """Make what goes into each of `layers` a graph input, in place."""
     producer = {name: node for node in graph.node for name in node.output}
-    pairs = {layer: [f"{point}.{layer}" for point in HANDOVER] for layer in layers}
+    pairs = {layer: [f"{point}.{layer}" for point in INTERMEDIATE_TENSORS] for layer in layers}
     renamed = {value: given_name(value) for pair in pairs.values() for value in pair}
     for value in renamed:
         if value not in producer:

@@ -23,9 +23,9 @@ from seekforge.exporter.models.deepseek_v32.step import Settings, Step
 from seekforge.exporter.models.deepseek_v32.weights import to_torch
 from seekforge.exporter.models.layer_operations import NEXT, LayerModule, LayerState, Op, model_recipes
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
-from seekforge.exporter.program.taps import HANDOVER
 from seekforge.formats.dump import Dump
-from seekforge.formats.parity_steps import Plan, StepArrays, lay_out
+from seekforge.formats.parity_steps import Plan, step_inputs
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, StepInputs
 from seekforge.formats.weight_recipes import TensorSource, evaluate, tensors_of
 
 #: More than a plan has steps; PyTorch takes the lower 32 bits of a seed.
@@ -60,7 +60,7 @@ class Reference:
         self.streams, self.subject, self.judge, self.progress = streams, subject, judge, progress
         self._cases = {number: case for number, case, _ in plan.steps()}
         self._graphs = {number: step.graph for number, _, step in plan.steps()}
-        self._arrays = {number: lay_out(case, step) for number, case, step in plan.steps()}
+        self._arrays = {number: step_inputs(case, step) for number, case, step in plan.steps()}
         self._steps = {number: self._make_step(arrays) for number, arrays in self._arrays.items()}
         #: The last step of each graph in each case: there the caches are looked at.
         self.last_steps = set({(case.name, step.graph): number for number, case, step in plan.steps()}.values())
@@ -143,7 +143,8 @@ class Reference:
         if layer == stream.enters[0]:
             for number in numbers:
                 stream.carried[number] = {
-                    name: self._tensor(stream.enters[1].tensor(number, f"{name}.{layer}"), name) for name in HANDOVER
+                    name: self._tensor(stream.enters[1].tensor(number, f"{name}.{layer}"), name)
+                    for name in INTERMEDIATE_TENSORS
                 }
         return layer == stream.enters[0]
 
@@ -216,7 +217,7 @@ class Reference:
             point, _, tail = name.rpartition(".")
             if tail == str(layer) and not point.startswith("cache_"):
                 values[point] = self._tensor(subject.tensor(number, name), point)
-            elif tail == str(layer + 1) and point in HANDOVER:
+            elif tail == str(layer + 1) and point in INTERMEDIATE_TENSORS:
                 values[f"next_{point}"] = self._tensor(subject.tensor(number, name), point)
         return values
 
@@ -225,7 +226,7 @@ class Reference:
         in_f32 = point in ("index_w", "router_logits", "expert_weights", "routed", "logits")
         return tensor.to(self.settings.dtype) if tensor.is_floating_point() and not in_f32 else tensor
 
-    def _make_step(self, arrays: StepArrays) -> Step:
+    def _make_step(self, arrays: StepInputs) -> Step:
         if not hasattr(self, "_tables"):
             named = model_recipes(self.settings, 0)
             needed = 1 + max(int(a.positions.max()) for a in self._arrays.values())
@@ -278,14 +279,15 @@ class Reference:
         """Start free runs at `layer` from what the subject had there."""
         for number in numbers:
             theirs = self._subject_values(number, layer) if self.subject is not None else {}
-            if any(name not in theirs for name in HANDOVER):
+            if any(name not in theirs for name in INTERMEDIATE_TENSORS):
                 raise ConfigError(
                     f"--layers starts at {layer}: the engine's dump does not show what goes into that layer; "
                     "use an engine of target cpu or one built with --taps"
                 )
             for stream in self.streams:
                 stream.carried[number] = {
-                    name: self._perturb(theirs[name], stream, 2 * number + i) for i, name in enumerate(HANDOVER)
+                    name: self._perturb(theirs[name], stream, 2 * number + i)
+                    for i, name in enumerate(INTERMEDIATE_TENSORS)
                 }
 
     def _combine(self, layer: int, numbers: Sequence[int]) -> None:
@@ -332,8 +334,8 @@ class Reference:
         weight, head_names = self._weight(inside, "lm_head.weight")
         head.load_state_dict({"weight": weight}, assign=True)
         ops = [
-            Op("norm", "final norm", HANDOVER, "hidden", lambda v: norm.add(v["hidden_states"], v["residual"])[0],
-               norm_names),
+            Op("norm", "final norm", INTERMEDIATE_TENSORS, "hidden",
+               lambda v: norm.add(v["hidden_states"], v["residual"])[0], norm_names),
         ]  # fmt: skip
         self._nudge(numbers)
         for stream in self.streams:
@@ -359,7 +361,7 @@ class Reference:
                     for name in ("hidden", "logits")
                     if self.subject.has(number, name)
                 }
-                for point in HANDOVER:
+                for point in INTERMEDIATE_TENSORS:
                     if self.subject.has(number, f"{point}.{layer}"):
                         theirs[point] = self._tensor(self.subject.tensor(number, f"{point}.{layer}"), point)
                 for op in both:

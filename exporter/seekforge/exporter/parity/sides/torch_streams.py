@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op
-from seekforge.exporter.program.taps import HANDOVER, SELECTIONS
+from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump, DumpWriter
 from seekforge.formats.numerics import Numerics
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 
 #: What a free run keeps of each layer when it is only there to measure noise.
-NOISE_POINTS = (*HANDOVER, *SELECTIONS, "index_q", "index_w", "index_k", "biased_scores")
+NOISE_POINTS = (*INTERMEDIATE_TENSORS, *SELECTIONS, "index_q", "index_w", "index_k", "biased_scores")
 
 #: Told each operation of the side that is judged.
 Judge = Callable[["Judged"], None]

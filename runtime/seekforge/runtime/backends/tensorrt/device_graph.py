@@ -12,7 +12,7 @@ import numpy as np
 from seekforge.common.dtypes import NUMPY, itemsize
 from seekforge.common.errors import EngineError
 from seekforge.formats.program import GraphIO, TensorSpec
-from seekforge.runtime.backends.base import StepInputs
+from seekforge.formats.step_io import PAD_POSITION, PAD_SLOT, StepInputs
 from seekforge.runtime.backends.tensorrt.device import Bound, Call, Device, Plan
 
 #: Roles of the inputs that every step gives, and of all that lies in buffers of its own.
@@ -34,7 +34,7 @@ def next_power_of_two(value: int, most: int) -> int:
 def padded(inputs: StepInputs, *, max_batch_size: int, max_blocks: int) -> StepInputs:
     """Return a step of a bucket's shape: rows, table columns and logits rows that nobody reads are added.
 
-    Padding rows have token 0 at position 0 and slot −1: they change no cache.
+    Padding rows are those of `step_io`: they see nothing and change no cache.
     """
     rows, width = inputs.input_ids.shape
     more = next_power_of_two(rows, max(max_batch_size, rows)) - rows
@@ -45,8 +45,8 @@ def padded(inputs: StepInputs, *, max_batch_size: int, max_blocks: int) -> StepI
     down = ((0, more), (0, 0))
     return StepInputs(
         np.pad(inputs.input_ids, down),
-        np.pad(inputs.positions, down),
-        np.pad(inputs.slot_mapping, down, constant_values=-1),
+        np.pad(inputs.positions, down, constant_values=PAD_POSITION),
+        np.pad(inputs.slot_mapping, down, constant_values=PAD_SLOT),
         np.pad(inputs.block_table, ((0, more), (0, wider))),
         np.pad(inputs.logits_index, (0, longer)),
         None if inputs.hidden_in is None else np.pad(inputs.hidden_in, (*down, (0, 0))),
