@@ -47,9 +47,9 @@ ONNX: Final[dict[str, int]] = {
 FROM_ONNX: Final[dict[int, str]] = {number: name for name, number in ONNX.items()}
 
 
-def is_stored_as(found: str, wanted: str) -> bool:
+def is_stored_as(stored: str, wanted: str) -> bool:
     """Whether every value of the type `found` is one of the type `wanted`."""
-    return found == wanted or found in WIDENED_FROM.get(wanted, ())
+    return stored == wanted or stored in WIDENED_FROM.get(wanted, ())
 
 
 def widen(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -46,10 +46,10 @@ def check_regular(path: Path) -> os.stat_result:
     Raises:
         OSError: it is missing or something else, such as a folder, a FIFO or a device; `strerror` says what.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, f"is {kind_of_file(found.st_mode)}, expected a regular file", str(path))
-    return found
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, f"is {kind_of_file(status.st_mode)}, expected a regular file", str(path))
+    return status
 
 
 def read_bytes(path: Path, *, most: int) -> bytes:
@@ -62,13 +62,13 @@ def read_bytes(path: Path, *, most: int) -> bytes:
     # without waiting: it may be another file by now, and some of /proc block
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     with os.fdopen(os.open(path, flags), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, f"is {kind_of_file(found.st_mode)}, expected a regular file", str(path))
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, f"is {kind_of_file(status.st_mode)}, expected a regular file", str(path))
         # not `most` at once: so much would be set aside
-        raw = b"" if found.st_size > most else file.read(min(found.st_size, most) + 1)
-    if max(found.st_size, len(raw)) > most:
-        size = max(found.st_size, len(raw))
+        raw = b"" if status.st_size > most else file.read(min(status.st_size, most) + 1)
+    if max(status.st_size, len(raw)) > most:
+        size = max(status.st_size, len(raw))
         raise OSError(errno.EFBIG, f"has {size:,} bytes, expected at most {most:,}", str(path))
     return raw
 
@@ -161,12 +161,12 @@ def parse_json(raw: bytes | str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"it names {twice!r} twice")
-    return found
+    return unique
 
 
 def _no_constant(word: str) -> Any:

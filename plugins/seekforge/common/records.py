@@ -254,13 +254,13 @@ def _items(value: Any) -> Any:
 
 
 def _sequence(kind: type, convert: _Convert, value: Any) -> Any:
-    found = []
+    items = []
     for index, one in enumerate(_items(value)):
         try:
-            found.append(convert(one))
+            items.append(convert(one))
         except RecordError as error:
             raise error.under(index) from None
-    return kind(found)
+    return kind(items)
 
 
 def _fixed(converts: list[_Convert], value: Any) -> Any:
@@ -272,13 +272,13 @@ def _fixed(converts: list[_Convert], value: Any) -> Any:
 def _mapping(key_of: _Convert, convert: _Convert, value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise RecordError(f"is {_shown(value)}, expected an object")
-    found = {}
+    entries = {}
     for key, one in value.items():
         try:
-            found[key_of(key)] = convert(one)
+            entries[key_of(key)] = convert(one)
         except RecordError as error:
             raise error.under(key) from None
-    return found
+    return entries
 
 
 def _shown(value: Any) -> str:

@@ -50,9 +50,9 @@ def declared() -> Requirements:
 
 def own_version() -> str:
     """Return the version of this seekforge: that of its source tree, marked so, where it is not installed."""
-    found = installed(OURSELVES)
-    if found is not None:
-        return found
+    version = installed(OURSELVES)
+    if version is not None:
+        return version
     project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"] if _PROJECT_FILE.is_file() else {}
     return f"{project.get('version', '0')}+source"
 
@@ -78,11 +78,11 @@ def grouped(by_extra: Mapping[str, Sequence[str]]) -> Requirements:
                 one.marker = None
 
     def expand(extra: str) -> list[Requirement]:
-        found: list[Requirement] = []
+        requirements: list[Requirement] = []
         for one in known.get(extra, []):
             inner = [part for name in sorted(one.extras) for part in expand(name)]
-            found += [part for part in (inner if one.name == OURSELVES else [one]) if part not in found]
-        return found
+            requirements += [part for part in (inner if one.name == OURSELVES else [one]) if part not in requirements]
+        return requirements
 
     return {extra: expand(extra) for extra in known}
 
@@ -116,11 +116,11 @@ def lacking(
 ) -> list[Requirement]:
     """Return the requirements of extras that are absent or have another version than needed, each once."""
     wanted = declared() if requirements is None else requirements
-    found: list[Requirement] = []
+    missing: list[Requirement] = []
     for one in (one for extra in extras for one in wanted.get(extra, ())):
-        if fault(one, version_of(one.name)) and one not in found:
-            found.append(one)
-    return found
+        if fault(one, version_of(one.name)) and one not in missing:
+            missing.append(one)
+    return missing
 
 
 def command(requirements: Iterable[Requirement]) -> str:
@@ -154,12 +154,12 @@ def install_exactly(package: str, version: str) -> str:
 
     What comes from a file is not advised blindly: its name could be anybody's.
     """
-    ours = {canonicalize_name(one.name) for requirements in declared().values() for one in requirements}
+    declared_names = {canonicalize_name(one.name) for requirements in declared().values() for one in requirements}
     try:
         wanted = Requirement(f"{package}=={Version(version)}")
     except (InvalidRequirement, InvalidVersion):
         return ""
-    return command([wanted]) if canonicalize_name(wanted.name) in ours and wanted.url is None else ""
+    return command([wanted]) if canonicalize_name(wanted.name) in declared_names and wanted.url is None else ""
 
 
 def _range(one: Requirement) -> str:

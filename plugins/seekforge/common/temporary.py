@@ -95,10 +95,10 @@ def sweep(parent: Path) -> None:
     _SWEPT.add(parent)
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
-            found = _OURS.fullmatch(entry.name)
-            if found is not None:
+            match = _OURS.fullmatch(entry.name)
+            if match is not None:
                 with contextlib.suppress(OSError):
-                    _remove(parent, Path(entry.path), found["stem"], found["kind"])
+                    _remove(parent, Path(entry.path), match["stem"], match["kind"])
 
 
 def _remove(parent: Path, path: Path, stem: str, kind: str) -> None:
@@ -138,7 +138,7 @@ def _lock(number: int, *, wait: bool) -> bool:
 def _is_still(path: Path, number: int) -> bool:
     """Return whether `path` is the open file `number`."""
     try:
-        found, opened = path.lstat(), os.fstat(number)
+        status, opened = path.lstat(), os.fstat(number)
     except OSError:
         return False
-    return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
+    return (status.st_dev, status.st_ino) == (opened.st_dev, opened.st_ino)

@@ -55,15 +55,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        found: dict[Hashable, Any] = {}
+        mapping: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise YamlError(f"{_place(key_node)} has a key that is no text")
             key = self.construct_object(key_node, deep=deep)
-            if key in found:
+            if key in mapping:
                 raise YamlError(f"{_place(key_node)} names {key!r} twice")
-            found[key] = self.construct_object(value_node, deep=deep)
-        return found
+            mapping[key] = self.construct_object(value_node, deep=deep)
+        return mapping
 
     def integer(self, node: Any) -> int:
         text = self.construct_scalar(node)

@@ -66,13 +66,13 @@ def chunk_digests(path: Path, *, threads: int | None = None) -> tuple[str, ...]:
         OSError: it cannot be read.
     """
     size = path.stat().st_size
-    found = [""] * num_chunks(size)
+    digests = [""] * num_chunks(size)
 
     def note(_: Path, number: int, value: str) -> None:
-        found[number] = value
+        digests[number] = value
 
     _for_each_chunk([(path, size)], note, threads)
-    return tuple(found)
+    return tuple(digests)
 
 
 def damaged(

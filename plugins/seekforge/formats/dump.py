@@ -132,8 +132,8 @@ class Dump:
         try:
             raw = read_json(path, most=LISTING_BYTES)
             if not isinstance(raw, dict) or raw.get("format") != DUMP_FORMAT:
-                found = raw.get("format") if isinstance(raw, dict) else None
-                raise ConfigError(f"{path}: dump format {found!r}, this seekforge reads {DUMP_FORMAT}; make it again")
+                number = raw.get("format") if isinstance(raw, dict) else None
+                raise ConfigError(f"{path}: dump format {number!r}, this seekforge reads {DUMP_FORMAT}; make it again")
             index = _Index.model_validate(raw)
         except OSError as error:
             raise ConfigError(
@@ -173,12 +173,12 @@ class Dump:
             path, header = self._header(entry.file)
         except (OSError, ValueError) as error:
             raise _unreadable(self.folder / entry.file, name, error) from None
-        found = _map_tensor(path, header, name)
-        if found.shape != entry.shape or found.dtype != _TYPES[entry.dtype]:
+        mapped = _map_tensor(path, header, name)
+        if mapped.shape != entry.shape or mapped.dtype != _TYPES[entry.dtype]:
             raise ConfigError(
-                f"{path}: {name} is {found.dtype} {found.shape}, {INDEX} says {_TYPES[entry.dtype]} {entry.shape}"
+                f"{path}: {name} is {mapped.dtype} {mapped.shape}, {INDEX} says {_TYPES[entry.dtype]} {entry.shape}"
             )
-        return found
+        return mapped
 
     def _read_header(self, file: str) -> tuple[Path, _Header]:
         path = inside(self.folder, file, error=ConfigError, where=self.folder / INDEX, again="make the dump again")

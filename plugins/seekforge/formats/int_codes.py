@@ -55,5 +55,5 @@ def evaluate_codes(op: str, params: Mapping[str, float], part: np.ndarray) -> np
         return pack(part, bits, block_size)
     rows = part.reshape(-1, part.shape[-1])
     index = 0 if op == "codes" else 1
-    found = [quantise_rows(rows[i : i + _ROWS], bits, block_size)[index] for i in range(0, len(rows), _ROWS)]
-    return np.concatenate(found).reshape(*part.shape[:-1], -1)
+    parts = [quantise_rows(rows[i : i + _ROWS], bits, block_size)[index] for i in range(0, len(rows), _ROWS)]
+    return np.concatenate(parts).reshape(*part.shape[:-1], -1)

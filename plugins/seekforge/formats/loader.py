@@ -359,10 +359,10 @@ def _as_view(recipe: Recipe) -> tuple[Recipe, _View] | None:
         return (recipe, _View.whole(recipe.shape)) if plain else None
     if recipe.op not in ("slice", "reshape", "transpose"):
         return None
-    found = _as_view(recipe.parts[0])
-    if found is None:
+    inner = _as_view(recipe.parts[0])
+    if inner is None:
         return None
-    base, view = found
+    base, view = inner
     if recipe.op == "slice":
         assert recipe.axis is not None and recipe.start is not None and recipe.stop is not None
         return base, view.slice(recipe.axis, recipe.start, recipe.stop)
@@ -542,10 +542,10 @@ class Loader:
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror}); is it still there?") from None
             self._files[shard] = file
-            found, expected = os.fstat(file).st_size, self._checkpoint.shards[shard]
-            if found != expected:
+            num_bytes, expected = os.fstat(file).st_size, self._checkpoint.shards[shard]
+            if num_bytes != expected:
                 raise CheckpointError(
-                    f"{path}: is now {found} bytes, was {expected} when opened; do not write to a checkpoint in use"
+                    f"{path}: is now {num_bytes} bytes, was {expected} when opened; do not write to a checkpoint in use"
                 )
             return file
 

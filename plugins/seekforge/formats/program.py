@@ -199,8 +199,8 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise ProgramError(f"{path}: not valid JSON ({error}); export the program again") from None
     if not isinstance(raw, dict) or raw.get("format") != PROGRAM_FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        number = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise ProgramError(
-            f"{path}: format {found!r}, this seekforge reads format {PROGRAM_FORMAT}; export the program again"
+            f"{path}: format {number!r}, this seekforge reads format {PROGRAM_FORMAT}; export the program again"
         )
     return raw

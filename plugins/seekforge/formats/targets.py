@@ -187,18 +187,18 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
 
 def asked_limits(settings: Sequence[str]) -> frozenset[str]:
     """Return the limits that changes such as `limits.max_batch_size=8` name: what a user wants, and no default."""
-    found: set[str] = set()
+    names: set[str] = set()
     for setting in settings:
         first, *rest = setting.partition("=")[0].split(".")
         if first == "limits":
-            found.update(rest or Limits.model_fields)
-    return frozenset(found)
+            names.update(rest or Limits.model_fields)
+    return frozenset(names)
 
 
 def all_targets() -> list[TargetConfig]:
     """Return every target of configs/targets, CPU first, then by SM and memory."""
-    found = [load_target(name) for name in known("targets")]
-    return sorted(found, key=lambda t: (t.sm or 0, t.gpu.memory_gib if t.gpu else 0))
+    targets = [load_target(name) for name in known("targets")]
+    return sorted(targets, key=lambda t: (t.sm or 0, t.gpu.memory_gib if t.gpu else 0))
 
 
 def _apply(raw: dict[str, Any], setting: str) -> None:

@@ -85,8 +85,8 @@ def first_fault(values: np.ndarray, dtype: str, scratch: np.ndarray) -> int | No
         scratch: uint64 words; so much is checked at once.
     """
     if dtype == "f8e8m0":  # block scales alone, one for 16,384 weights: there are few
-        found = np.flatnonzero(values == _E8M0_NAN)
-        return int(found[0]) if found.size else None
+        places = np.flatnonzero(values == _E8M0_NAN)
+        return int(places[0]) if places.size else None
     lane, mask, one = _LANES[dtype]
     masks, ones, sign = _words(lane, mask), _words(lane, one), _words(lane, (mask + one) & ~mask)
     # whole words at any address: NumPy reads unaligned ones as well

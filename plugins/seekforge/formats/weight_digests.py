@@ -126,14 +126,14 @@ def write_weight_digests(
 
 
 def _digests_of(path: Path, info: TensorInfo) -> list[str]:
-    found = []
+    digests = []
     try:
         with io.FileIO(path) as file:
             buffer = memoryview(bytearray(min(CHUNK_BYTES, info.num_bytes)))
             for low in range(info.begin, info.end, CHUNK_BYTES):
                 size = min(CHUNK_BYTES, info.end - low)
                 if _is_hole(file, low, low + size):
-                    found.append(_of_zeros(size))
+                    digests.append(_of_zeros(size))
                     continue
                 file.seek(low)
                 filled = 0
@@ -142,10 +142,10 @@ def _digests_of(path: Path, info: TensorInfo) -> list[str]:
                     if not count:
                         raise CheckpointError(f"{path}: shrank while it was read; do not write to a checkpoint in use")
                     filled += count
-                found.append(xxhash.xxh3_64_hexdigest(buffer[:size]))
+                digests.append(xxhash.xxh3_64_hexdigest(buffer[:size]))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the disk") from None
-    return found
+    return digests
 
 
 def _is_hole(file: io.FileIO, low: int, high: int) -> bool:

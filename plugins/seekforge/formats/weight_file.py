@@ -48,10 +48,10 @@ def constants_in(graphs: Iterable[Mapping[str, Recipe]], begin: int, end: int) -
         graphs: the constants of each graph, as bindings.json of the engine lists them.
         begin, end: a range of the file.
     """
-    layout, found = WeightLayout(), []
+    layout, names = WeightLayout(), []
     for constants in graphs:
         for name, recipe in constants.items():
             start, new = layout.place(recipe)
             if new and start < end and begin < start + constant_bytes(recipe):
-                found.append(name)
-    return found
+                names.append(name)
+    return names

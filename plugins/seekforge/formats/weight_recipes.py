@@ -168,18 +168,20 @@ def _checked(recipe: Recipe) -> Recipe:
         raise ValueError(f"{op} of the shape {shape!r:.100}")
     if not isinstance(recipe.dtype, str) or recipe.dtype not in NUMPY:
         raise ValueError(f"{op} of dtype {recipe.dtype!r}")
-    given = {name for name in ("tensor", "axis", "start", "stop", "perm", "over") if getattr(recipe, name) is not None}
-    given |= {"params"} if recipe.params else set()
-    if given != _FIELDS[op]:
-        raise ValueError(f"{op} has {', '.join(sorted(given)) or 'no fields'}, expected {sorted(_FIELDS[op])}")
+    used = {name for name in ("tensor", "axis", "start", "stop", "perm", "over") if getattr(recipe, name) is not None}
+    used |= {"params"} if recipe.params else set()
+    if used != _FIELDS[op]:
+        raise ValueError(f"{op} has {', '.join(sorted(used)) or 'no fields'}, expected {sorted(_FIELDS[op])}")
     if not all(type(value) in (int, float) and abs(value) < _MOST for value in recipe.params.values()):
         raise ValueError(f"{op} has params that are no numbers")
     counts = {"take": 0, "computed": 0, "dequantise": 2}
     if len(parts) != counts.get(op, 1) and (op not in ("concat", "stack") or not parts):
         raise ValueError(f"{op} has {len(parts)} parts")
-    found = _shape_of(recipe)
-    if found != (shape, recipe.dtype):
-        raise ValueError(f"{op} says {list(shape)} {recipe.dtype}, its parts make {list(found[0])} {found[1]}")
+    shape_and_dtype = _shape_of(recipe)
+    if shape_and_dtype != (shape, recipe.dtype):
+        raise ValueError(
+            f"{op} says {list(shape)} {recipe.dtype}, its parts make {list(shape_and_dtype[0])} {shape_and_dtype[1]}"
+        )
     return recipe
 
 

@@ -132,11 +132,11 @@ def _install(package: str, version: str) -> str:
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Return package -> installed version; those that are not installed are left out."""
-    found = {}
+    versions = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def check_complete(folder: Path, manifest: Manifest) -> None:
@@ -189,9 +189,9 @@ def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoin
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: is no JSON object, expected keys such as hidden_size; copy it again")
         for key in STRUCTURE:
-            found, wanted = config.get(key), manifest.config.get(key)
-            if found != wanted:
+            actual, wanted = config.get(key), manifest.config.get(key)
+            if actual != wanted:
                 raise CheckpointError(
-                    f"{path}: {key} is {found}, the engine {folder} was built for {wanted}; "
+                    f"{path}: {key} is {actual}, the engine {folder} was built for {wanted}; "
                     "pass the right --checkpoint, or build it again"
                 )

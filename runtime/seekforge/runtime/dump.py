@@ -164,9 +164,9 @@ def _run(
         given={name: value for name, (_, value) in given.items()},
     )
     outputs = backend.run(inputs, outputs=list(names), graph=step.graph)
-    found = {kept: np.array(outputs.fetch(name)) for name, kept in names.items()}
+    tensors = {kept: np.array(outputs.fetch(name)) for name, kept in names.items()}
     # of a stage, what went in is part of what it shows
-    return {kept: value for name, (kept, value) in given.items() if name in INTERMEDIATE_TENSORS} | found
+    return {kept: value for name, (kept, value) in given.items() if name in INTERMEDIATE_TENSORS} | tensors
 
 
 def _caches(backend: CacheBackend, manifest: Manifest, graph: str) -> dict[str, np.ndarray]:

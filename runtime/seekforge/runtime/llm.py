@@ -494,10 +494,10 @@ class LLM:
             raise RequestError(f"{len(given)} sampling_params for {count} prompts; pass one, or one each")
         return [self.default_sampling_params if one is None else one for one in given]
 
-    def _priorities(self, count: int, given: int | Sequence[int] | None) -> Sequence[int]:
-        many = None if isinstance(given, Set) else listed(given)  # a set has no order
+    def _priorities(self, count: int, priority: int | Sequence[int] | None) -> Sequence[int]:
+        many = None if isinstance(priority, Set) else listed(priority)  # a set has no order
         if many is None:
-            return [read_priority(given)] * count
+            return [read_priority(priority)] * count
         if len(many) != count:
             raise RequestError(f"{len(many)} priorities for {count} prompts; pass one, or one each")
         return [read_priority(one) for one in many]
@@ -546,18 +546,18 @@ def refuse_best_of(params: SamplingParams) -> None:
         raise RequestError("best_of cannot be streamed, since the best are known at the end only; use generate")
 
 
-def _limit(name: str, asked: int | None, engine_limit: int, most: int | None = None) -> int:
+def _limit(name: str, requested: int | None, engine_limit: int, most: int | None = None) -> int:
     """Return what is asked for, else the engine's limit; `most` is what an engine could be built with."""
-    if asked is None:
+    if requested is None:
         return engine_limit
-    if not 1 <= asked <= engine_limit:
-        could = asked > engine_limit and (most is None or most > engine_limit)
+    if not 1 <= requested <= engine_limit:
+        could = requested > engine_limit and (most is None or most > engine_limit)
         higher = "" if most is None else f", {most} at most"
         raise EngineError(
-            f"{name} is {asked}, this engine allows 1 to {engine_limit}"
+            f"{name} is {requested}, this engine allows 1 to {engine_limit}"
             + (f"; build it with a higher limit{higher}" if could else "; choose one of these")
         )
-    return asked
+    return requested
 
 
 def _default_params(manifest: Manifest) -> SamplingParams:
@@ -568,21 +568,21 @@ def _default_params(manifest: Manifest) -> SamplingParams:
                 f"manifest.json, key 'eos_token_id': {shown(manifest.eos_token_id)}, expected a token id from 0 to "
                 f"{manifest.vocab_size - 1}, or some; build the engine again"
             )
-    given: dict[str, Any] = {**manifest.generation}
-    if float(given.get("top_k", 0)).is_integer():
-        given["top_k"] = int(given.get("top_k", 0))
+    recommended: dict[str, Any] = {**manifest.generation}
+    if float(recommended.get("top_k", 0)).is_integer():
+        recommended["top_k"] = int(recommended.get("top_k", 0))
     try:
-        return SamplingParams(**given)
+        return SamplingParams(**recommended)
     except RequestError as error:
         raise EngineError(f"manifest.json, key 'generation': {error}; build the engine again") from None
 
 
-def _drafts(manifest: Manifest, asked: int) -> int:
-    if not 0 <= asked <= MAX_DRAFTS:
-        raise EngineError(f"num_speculative_tokens is {asked}, expected 0 to {MAX_DRAFTS}")
-    if asked and "mtp" not in manifest.graphs:
+def _drafts(manifest: Manifest, requested: int) -> int:
+    if not 0 <= requested <= MAX_DRAFTS:
+        raise EngineError(f"num_speculative_tokens is {requested}, expected 0 to {MAX_DRAFTS}")
+    if requested and "mtp" not in manifest.graphs:
         raise EngineError(
             "num_speculative_tokens needs an engine with an MTP graph, this one has none; "
             "export a checkpoint that has the MTP layer, or leave it at 0"
         )
-    return asked
+    return requested

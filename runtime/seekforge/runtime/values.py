@@ -56,12 +56,12 @@ OTHER_NAMES: dict[str, dict[str, str]] = {
 }
 
 
-def none_is_unset(given: object) -> None:
+def none_is_unset(instance: object) -> None:
     """Give every field that is None its default; so None means "not set" everywhere."""
-    for one in fields(given):  # pyright: ignore[reportArgumentType]
-        if getattr(given, one.name) is None and one.default is not None:
+    for one in fields(instance):  # pyright: ignore[reportArgumentType]
+        if getattr(instance, one.name) is None and one.default is not None:
             default = one.default if one.default is not MISSING else one.default_factory()  # pyright: ignore
-            object.__setattr__(given, one.name, default)
+            object.__setattr__(instance, one.name, default)
 
 
 def names_checked(cls: type[_T]) -> type[_T]:
@@ -135,19 +135,19 @@ def listed(value: Any) -> list[Any] | None:
 
 
 def strings(name: str, value: Any) -> tuple[str, ...]:
-    found = listed(value)
-    if found is None or not all(isinstance(text, str) and text for text in found):
+    items = listed(value)
+    if items is None or not all(isinstance(text, str) and text for text in items):
         raise RequestError(f"{name} is {shown(value)}, expected a list of texts, none empty")
-    for text in found:
+    for text in items:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError(f"{name} holds {shown(text)}, which is not valid Unicode") from None
-    return tuple(dict.fromkeys(map(str, found)))
+    return tuple(dict.fromkeys(map(str, items)))
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    found = listed(value)
-    if found is None:
+    items = listed(value)
+    if items is None:
         raise RequestError(f"{name} is {shown(value)}, expected a list of token ids")
-    return tuple(dict.fromkeys(integer(name, token, 0) for token in found))
+    return tuple(dict.fromkeys(integer(name, token, 0) for token in items))

@@ -201,11 +201,11 @@ def _yarn(rope: dict[str, Any], config: Mapping[str, Any], origin: str) -> dict[
             "what is rotated"
         )
     if "attention_factor" in rope:
-        given, own = rope["attention_factor"], _magnitude(rope)
-        if own is not None and given != own:
+        stated, computed = rope["attention_factor"], _magnitude(rope)
+        if computed is not None and stated != computed:
             raise ConfigError(
-                f"{origin}: rope_scaling.attention_factor is {given!r}, expected it absent, or {own!r} as mscale and "
-                "mscale_all_dim give it"
+                f"{origin}: rope_scaling.attention_factor is {stated!r}, expected it absent, or {computed!r} as "
+                "mscale and mscale_all_dim give it"
             )
     return {key: rope[key] for key in _ROPE_KEYS if key in rope}
 
@@ -242,10 +242,12 @@ def _quantisation(config: dict[str, Any], origin: str, notes: list[str]) -> None
             f"{origin}: the key 'quantization_config' is {what}: the weights are not in DeepSeek's FP8 format of "
             f"128×128 blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
         )
-    given = config["quantization_config"]
-    if not isinstance(given, dict):
-        raise ConfigError(f"{origin}: quantization_config is {given!r}, expected an object with quant_method, ...")
-    form = {key: value for key, value in given.items() if value is not None}
+    quantization = config["quantization_config"]
+    if not isinstance(quantization, dict):
+        raise ConfigError(
+            f"{origin}: quantization_config is {quantization!r}, expected an object with quant_method, ..."
+        )
+    form = {key: value for key, value in quantization.items() if value is not None}
     method = form.get("quant_method", form.get("quant_algo"))
     if method != "fp8":
         who = _OTHERS.get(str(method).lower())

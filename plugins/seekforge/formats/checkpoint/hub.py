@@ -62,19 +62,19 @@ def parse_repo(source: str, revision: str | None = None) -> Repo | None:
     if url is None and text.partition("/")[0] in _HOSTS:
         url = _URL.fullmatch(f"https://{text}")
     if url is not None:
-        found = _of_url(source, url[2], url[3])
+        repo = _of_url(source, url[2], url[3])
     else:
         match = _REPO.fullmatch(re.sub(r"^hf:/+", "", text).rstrip("/"))
         if match is None:
             return None
-        found = Repo(match[1], match[2])
-    if revision is None or revision == found.revision:
-        return found
-    if found.revision is not None:
+        repo = Repo(match[1], match[2])
+    if revision is None or revision == repo.revision:
+        return repo
+    if repo.revision is not None:
         raise CheckpointError(
-            f"{source}: names revision {found.revision}, and --revision is {revision}; leave one of them out"
+            f"{source}: names revision {repo.revision}, and --revision is {revision}; leave one of them out"
         )
-    return replace(found, revision=revision)
+    return replace(repo, revision=revision)
 
 
 def _of_url(source: str, host: str, path: str) -> Repo:
@@ -84,10 +84,10 @@ def _of_url(source: str, host: str, path: str) -> Repo:
     if len(parts) < 2 or parts[0] in ("datasets", "spaces", "api") or not re.fullmatch(_NAME, "/".join(parts[:2])):
         raise CheckpointError(f"{source}: is no address of a model, expected https://huggingface.co/OWNER/NAME")
     if host not in _HOSTS:
-        asked = urllib.parse.urlsplit(endpoint(_library(source))).netloc
-        if host != asked:
+        hub_host = urllib.parse.urlsplit(endpoint(_library(source))).netloc
+        if host != hub_host:
             raise CheckpointError(
-                f"{source}: {host} is not the hub that is asked here ({asked}); set HF_ENDPOINT to it "
+                f"{source}: {host} is not the hub that is asked here ({hub_host}); set HF_ENDPOINT to it "
                 f"and pass {'/'.join(parts[:2])}"
             )
     revision = None

@@ -59,11 +59,11 @@ class Files:
         """Return the names of all files; None where the server does not tell."""
         api: Any = self._hub.HfApi(endpoint=endpoint(self._hub))
         revision = self._commit or self.repo.revision
-        asked: tuple[Callable[[], Iterable[str]], ...] = (
+        listings: tuple[Callable[[], Iterable[str]], ...] = (
             lambda: api.list_repo_files(self.repo.name, revision=revision),
             lambda: [file.rfilename for file in api.model_info(self.repo.name, revision=revision).siblings],
         )
-        for ask in asked:
+        for ask in listings:
             with contextlib.suppress(Exception):  # a mirror knows one of these addresses, or serves files alone
                 return list(ask())
         return None
@@ -148,12 +148,12 @@ class Files:
         """Ask for a file from byte `start` on, up to `stop`; None where there is no such file."""
         revision = urllib.parse.quote(self._commit or self.repo.revision or "main", safe="")
         url = f"{endpoint(self._hub)}/{self.repo.name}/resolve/{revision}/{urllib.parse.quote(name)}"
-        asked = {**self._utils.build_hf_headers(), "Accept-Encoding": "identity"}
+        headers = {**self._utils.build_hf_headers(), "Accept-Encoding": "identity"}
         if start or stop is not None:
-            asked["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         try:
             with self._utils.http_stream_backoff(
-                "GET", url, max_retries=2, headers=asked, timeout=_TIMEOUT_S
+                "GET", url, max_retries=2, headers=headers, timeout=_TIMEOUT_S
             ) as response:
                 if response.status_code == 404 and name != "config.json":
                     yield None

@@ -229,9 +229,9 @@ class ModelConfig(_Frozen):
     def first_difference(self, other: ModelConfig) -> tuple[str, Any, Any] | None:
         """Return the first key with another value in `other`, ours and theirs; None: there is none."""
         for key in type(self).model_fields:
-            ours, theirs = getattr(self, key), getattr(other, key)
-            if ours != theirs:
-                return key, ours, theirs
+            value, other_value = getattr(self, key), getattr(other, key)
+            if value != other_value:
+                return key, value, other_value
         return None
 
     def is_moe_layer(self, layer: int) -> bool:

@@ -277,15 +277,17 @@ def shards_without_index(present: Iterable[str], folder: Path) -> list[str]:
             f"{folder}: has no {INDEX_FILE}, and of its {len(files)} safetensors files ({files[0]}, {files[-1]}) it "
             "cannot be said which belong together; download the index too"
         )
-    ((stem, count), found) = next(iter(series.items()))
-    first = 0 if 0 in found else 1
-    missing = next((number for number in range(first, first + min(count, len(found) + 1)) if number not in found), None)
-    if missing is not None or len(found) != count:
+    ((stem, count), numbered) = next(iter(series.items()))
+    first = 0 if 0 in numbered else 1
+    missing = next(
+        (number for number in range(first, first + min(count, len(numbered) + 1)) if number not in numbered), None
+    )
+    if missing is not None or len(numbered) != count:
         raise CheckpointError(
-            f"{folder}: has {len(found)} of the {count} shards {stem}-*-of-{count} and no {INDEX_FILE}"
+            f"{folder}: has {len(numbered)} of the {count} shards {stem}-*-of-{count} and no {INDEX_FILE}"
             f"{'' if missing is None else f'; number {missing} is missing'}; finish the download"
         )
-    return [found[number] for number in sorted(found)]
+    return [numbered[number] for number in sorted(numbered)]
 
 
 def _locate(shards: Mapping[str, _Shard]) -> dict[str, str]:
@@ -306,9 +308,9 @@ def _match_index(weight_map: Mapping[str, str], shards: Mapping[str, _Shard], pa
     """Check that index and headers put the same tensors in the same shards, each once."""
     seen = _locate(shards)
     for tensor, file in weight_map.items():
-        found = seen.get(tensor)
-        if found != file:
-            where = f"{found} holds it" if found else "no shard holds it"
+        shard_of = seen.get(tensor)
+        if shard_of != file:
+            where = f"{shard_of} holds it" if shard_of else "no shard holds it"
             raise CheckpointError(
                 f"{path}: puts {tensor!r} in {file}, but {where}; index and shards are of different downloads, "
                 "download the folder again"

@@ -37,9 +37,9 @@ _DEVICE_BYTES: Final = ("weights", "scratch", "activations", "reserve", "total",
 def disagreement(manifest: Manifest) -> str | None:
     """Return the first value of a manifest that cannot be, with what it is held against; None: there is none."""
     for faults in (_sizes, _graphs, _caches, _vocabulary, _self_check, _profiles, _others):
-        found = next(faults(manifest), None)
-        if found is not None:
-            return found
+        fault = next(faults(manifest), None)
+        if fault is not None:
+            return fault
     return None
 
 
@@ -93,10 +93,10 @@ def _face(face: GraphIO) -> Iterator[str]:
         kind, _, layer = output.rpartition(".")
         if f"{kind.removesuffix('_out')}.{layer}" != source:
             yield f"aliases pairs {output!r} with {source!r}, expected the cache of the same name"
-        ours, theirs = face.named(output), face.named(source)
-        sizes = zip(ours.shape, theirs.shape)
+        output_spec, input_spec = face.named(output), face.named(source)
+        sizes = zip(output_spec.shape, input_spec.shape)
         alike = all(a == b or isinstance(a, str) or isinstance(b, str) for a, b in sizes)
-        if ours.dtype != theirs.dtype or len(ours.shape) != len(theirs.shape) or not alike:
+        if output_spec.dtype != input_spec.dtype or len(output_spec.shape) != len(input_spec.shape) or not alike:
             yield f"{output!r} and {source!r} are one cache of different shapes or types"
 
 
@@ -223,8 +223,8 @@ def _profiles(manifest: Manifest) -> Iterator[str]:
                 elif len(bounds) != 3 or any(len(bound) != ranks[tensor] for bound in bounds):
                     yield f"{where}: expected three shapes of {ranks[tensor]} sizes"
                 elif not all(0 <= low <= mid <= high <= _MOST for low, mid, high in zip(*bounds, strict=True)):
-                    found = [list(bound) for bound in bounds]
-                    yield f"{where} is {found!r:.200}, expected smallest, typical and largest shape"
+                    bound_lists = [list(bound) for bound in bounds]
+                    yield f"{where} is {bound_lists!r:.200}, expected smallest, typical and largest shape"
     most = manifest.max_cache_blocks() if manifest.profiles else None
     if most is not None and most * BLOCK_SIZE < manifest.limits.max_model_len:
         longest = manifest.limits.max_model_len

@@ -273,14 +273,14 @@ class Manifest(Record):
     def max_cache_blocks(self) -> int | None:
         """Return the most cache blocks that every profile of every plan takes; None where any number will do."""
         caches = {spec.name: spec.shape for face in self.graphs.values() for spec in face.with_role("cache")}
-        found = [
+        blocks = [
             bounds[2][0] // (self.cache.block_size if caches[name][0] == "NS" else 1)
             for plans in self.profiles.values()
             for shapes in plans.values()
             for name, bounds in shapes.items()
             if name in caches
         ]
-        return min(found, default=None)
+        return min(blocks, default=None)
 
 
 def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = None) -> str:
@@ -360,10 +360,10 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
     except ValueError as error:
         raise EngineError(f"{path}: not valid JSON ({error}); build the engine again") from None
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if found != ENGINE_FORMAT:
+    number = raw.get("format") if isinstance(raw, dict) else None
+    if number != ENGINE_FORMAT:
         raise EngineError(
-            f"{path}: engine format {found!r}, this seekforge runs format {ENGINE_FORMAT}; "
+            f"{path}: engine format {number!r}, this seekforge runs format {ENGINE_FORMAT}; "
             "build the engine again with 'seekforge build'"
         )
     try:

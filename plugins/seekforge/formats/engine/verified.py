@@ -35,9 +35,9 @@ _COARSE_TICK_NS: Final = 2_500_000_000
 
 def place() -> Path | None:
     """Return the file that remembers, None: nothing is remembered."""
-    asked = os.environ.get(VARIABLE)
-    if asked is not None:
-        return Path(asked) if asked else None
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        return Path(named) if named else None
     cache = user_cache()
     return None if cache is None else cache / "verified.json"
 
@@ -48,12 +48,12 @@ def identity(path: Path) -> str | None:
     Raises:
         OSError: it is not there.
     """
-    now, found = time.time_ns(), path.stat()
-    latest = max(found.st_mtime_ns, found.st_ctime_ns)
-    coarse = found.st_mtime_ns % 1_000_000_000 == 0 and found.st_ctime_ns % 1_000_000_000 == 0
+    now, status = time.time_ns(), path.stat()
+    latest = max(status.st_mtime_ns, status.st_ctime_ns)
+    coarse = status.st_mtime_ns % 1_000_000_000 == 0 and status.st_ctime_ns % 1_000_000_000 == 0
     if now - latest < (_COARSE_TICK_NS if coarse else _TICK_NS) and latest - now < _COARSE_TICK_NS:
         return None
-    parts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return ":".join([platform.node(), *map(str, parts)])
 
 
@@ -70,13 +70,13 @@ def recall() -> dict[str, str]:
     return {key: value for key, value in files.items() if isinstance(value, str)}
 
 
-def remember(found: Mapping[str, str]) -> None:
+def remember(digests: Mapping[str, str]) -> None:
     """Add identities and digests; where that cannot be written, files are only read again."""
     where = place()
-    if where is None or not found:
+    if where is None or not digests:
         return
-    known = {key: value for key, value in recall().items() if key not in found}
-    kept = dict([*known.items(), *found.items()][-_MOST:])
+    known = {key: value for key, value in recall().items() if key not in digests}
+    kept = dict([*known.items(), *digests.items()][-_MOST:])
     with contextlib.suppress(OSError):
         where.parent.mkdir(parents=True, exist_ok=True)
         write_json(where, {"format": _FORMAT, "files": kept})

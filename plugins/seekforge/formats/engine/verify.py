@@ -107,7 +107,7 @@ def _digest(file: FileDigest) -> str:
 
 def _remember(read: Sequence[tuple[Path, FileDigest]], before: dict[Path, str | None]) -> None:
     """Note the files that nobody wrote to while they were read."""
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path, expected in read:
         key = before[path]
         try:
@@ -115,8 +115,8 @@ def _remember(read: Sequence[tuple[Path, FileDigest]], before: dict[Path, str | 
         except OSError:
             same = False
         if same and key is not None:
-            found[key] = _digest(expected)
-    verified.remember(found)
+            digests[key] = _digest(expected)
+    verified.remember(digests)
 
 
 def _describe(folder: Path, manifest: Manifest, places: Sequence[Damage]) -> str:
@@ -139,10 +139,10 @@ def _constants_at(folder: Path, manifest: Manifest, places: Sequence[Damage]) ->
         return []
     try:
         graphs = list(load_bindings(folder).values())
-        found = [constants_in(graphs, place.begin, place.end) for place in places if place.path == path]
+        constants = [constants_in(graphs, place.begin, place.end) for place in places if place.path == path]
     except (SeekforgeError, ValueError, KeyError, TypeError):  # of an engine by somebody else
         return []
-    return list(dict.fromkeys(name for names in found for name in names))
+    return list(dict.fromkeys(name for names in constants for name in names))
 
 
 def _words(names: Sequence[str]) -> str:

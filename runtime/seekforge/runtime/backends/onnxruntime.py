@@ -225,6 +225,6 @@ def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: t
             )
 
 
-def _is_size(found: int | str | None, said: int | str) -> bool:
+def _is_size(actual: int | str | None, said: int | str) -> bool:
     """Whether an axis of a graph is what a manifest says; a graph need not name its free sizes."""
-    return found == said or (found is None and not isinstance(said, int)) or (found is None and said == 0)
+    return actual == said or (actual is None and not isinstance(said, int)) or (actual is None and said == 0)

@@ -79,7 +79,7 @@ def read_requests(path: Path, params: SamplingParams, checks: Checks, engine_dig
     Raises:
         RequestError: naming the first line that is wrong.
     """
-    found: list[Request] = []
+    requests: list[Request] = []
     seen: set[str] = set()  # 1 and "1" are one: answers are told apart by what is written
     for number, raw in enumerate(_lines(path), 1):
         if not raw.strip():
@@ -93,10 +93,10 @@ def read_requests(path: Path, params: SamplingParams, checks: Checks, engine_dig
         except (ValueError, TypeError, RequestError) as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
         seen.add(str(request.key))
-        found.append(request)
-    if not found:
+        requests.append(request)
+    if not requests:
         raise RequestError(f"{path}: holds no request; write one JSON object a line")
-    return found
+    return requests
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -124,20 +124,20 @@ def _read_line(raw: bytes, number: int, params: SamplingParams, checks: Checks, 
     asked = None
     if openai_batch.is_batch_line(value):
         asked = openai_batch.read_line(value)
-        key, given, thinking = asked.custom_id, dict(asked.params), asked.thinking
+        key, fields, thinking = asked.custom_id, dict(asked.params), asked.thinking
         prompt, messages = asked.prompt, asked.messages or None
     else:
-        given = dict(value)
-        key, prompt = given.pop("id", number), given.pop("prompt", None)
-        messages, thinking = given.pop("messages", None), given.pop("thinking", False)
+        fields = dict(value)
+        key, prompt = fields.pop("id", number), fields.pop("prompt", None)
+        messages, thinking = fields.pop("messages", None), fields.pop("thinking", False)
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise RequestError(f"id is {key!r}, expected text or a whole number")
         if not isinstance(thinking, bool):
             raise RequestError(f"thinking is {thinking!r}, expected true or false")
         for name, why in NOT_IN_BATCH.items():
-            if name in given:
+            if name in fields:
                 raise RequestError(f"{name} cannot be asked for in a batch: {why}")
-        unknown = sorted(given.keys() - _FIELDS)
+        unknown = sorted(fields.keys() - _FIELDS)
         if unknown:
             raise RequestError(f"unknown key {unknown[0]!r}, expected {', '.join((*_KEYS, *sorted(_FIELDS)))}")
     if (prompt is None) == (messages is None):
@@ -148,9 +148,9 @@ def _read_line(raw: bytes, number: int, params: SamplingParams, checks: Checks, 
         prompt = checks.chat_prompt(messages, thinking=thinking)
     if not isinstance(prompt, str | list):
         raise RequestError(f"prompt is {type(prompt).__name__}, expected text or a list of token ids")
-    own = replace(params, **given)
-    checks.check(prompt, own)
-    return Request(key, prompt, own, _digest(prompt, own, engine_digest), asked)
+    line_params = replace(params, **fields)
+    checks.check(prompt, line_params)
+    return Request(key, prompt, line_params, _digest(prompt, line_params, engine_digest), asked)
 
 
 def _digest(prompt: Prompt, params: SamplingParams, engine_digest: str) -> str:

@@ -22,6 +22,6 @@ _SHELLS = ("bash", "zsh", "fish")
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
     """Print what SHELL must run to complete seekforge: commands, options, targets, models, files."""
-    found = get_completion_class(shell)
-    assert found is not None
-    write(found(ctx.find_root().command, {}, "seekforge", "_SEEKFORGE_COMPLETE").source())
+    completer = get_completion_class(shell)
+    assert completer is not None
+    write(completer(ctx.find_root().command, {}, "seekforge", "_SEEKFORGE_COMPLETE").source())

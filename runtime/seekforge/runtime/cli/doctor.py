@@ -222,9 +222,9 @@ def doctor(as_json: bool) -> None:
     if as_json:
         write_json(asdict(report), indent=1)
         return
-    found = {name: version for name, version in report.versions.items() if version}
-    width = max(map(len, found))
-    for name, version in found.items():
+    installed_versions = {name: version for name, version in report.versions.items() if version}
+    width = max(map(len, installed_versions))
+    for name, version in installed_versions.items():
         echo(f"{name:<{width}}  {version}")
     for gpu in report.gpus:
         echo(f"{'GPU':<{width}}  {gpu}")

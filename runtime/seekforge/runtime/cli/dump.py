@@ -136,8 +136,8 @@ def _read(path: Path) -> Plan:
 def _known_taps(taps: tuple[str, ...], engine: Engine) -> set[str]:
     """Return the names, all of which the engine gives."""
     names = set(taps)
-    given = {spec.name for face in engine.manifest.graphs.values() for spec in face.outputs}
-    unknown = sorted(names - given)
+    output_names = {spec.name for face in engine.manifest.graphs.values() for spec in face.outputs}
+    unknown = sorted(names - output_names)
     if unknown:
         raise ConfigError(
             f"--taps has {unknown[0]!r}, which {engine.folder} does not give; 'seekforge inspect' lists what it gives, "

@@ -83,8 +83,8 @@ def free_memory() -> int | None:
 
     The least of what the system has, and of what the limits of control groups and of the process (`ulimit -v`) leave.
     """
-    found = (_system_memory(), _container_memory(), _process_memory())
-    return min((max(value, 0) for value in found if value is not None), default=None)
+    limits = (_system_memory(), _container_memory(), _process_memory())
+    return min((max(value, 0) for value in limits if value is not None), default=None)
 
 
 def _system_memory() -> int | None:

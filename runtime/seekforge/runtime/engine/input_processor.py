@@ -102,13 +102,13 @@ class Intake:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {shown(params)}, expected SamplingParams")
         vocab_size, most = self._engine.manifest.vocab_size, self._scheduler.max_num_tokens
-        given = read_prompt(prompt)
-        if isinstance(given, tuple):
-            ids = given
+        content = read_prompt(prompt)
+        if isinstance(content, tuple):
+            ids = content
         elif params.truncate_prompt_tokens is None:
-            ids = tuple(self._tokenizer.encode_at_most(given, most))
+            ids = tuple(self._tokenizer.encode_at_most(content, most))
         else:
-            ids = tuple(self._tokenizer.encode(given))
+            ids = tuple(self._tokenizer.encode(content))
         named = (
             ("prompt token", ids),
             ("stop_token_ids entry", params.stop_token_ids),
@@ -135,7 +135,7 @@ class Intake:
         form = params.structured_outputs
         grammar = None if form is None else self._grammars.compile(form, params.max_tokens)
         self._bans(params)
-        return Accepted(given if isinstance(given, str) else None, ids, params, grammar)
+        return Accepted(content if isinstance(content, str) else None, ids, params, grammar)
 
     def make(
         self,
@@ -227,10 +227,10 @@ def split_prompts(prompts: object) -> tuple[list[Any], bool]:
     """
     if isinstance(prompts, (str, Mapping)):
         return [prompts], True
-    found = None if isinstance(prompts, Set) else listed(prompts)
-    if found is None:
+    batch = None if isinstance(prompts, Set) else listed(prompts)
+    if batch is None:
         raise RequestError(f"the prompt is {shown(prompts)}, expected {_PROMPT}, or a list of these")
-    return ([found], True) if found and is_integer(found[0]) else (found, False)
+    return ([batch], True) if batch and is_integer(batch[0]) else (batch, False)
 
 
 def read_prompt(prompt: object) -> str | tuple[int, ...]:

@@ -185,9 +185,11 @@ class BlockPool:
         for block in self._free:
             if self._owners[block] or block == SCRAP_BLOCK:
                 raise BlockAccountingError(f"block {block} is free and has {self._owners[block]} owners; {terms}")
-        for block, (counted, found) in enumerate(zip(self._owners, held)):
-            if counted != found:
-                raise BlockAccountingError(f"block {block}: {counted} owners counted, {found} tables hold it; {terms}")
+        for block, (counted, num_owners) in enumerate(zip(self._owners, held)):
+            if counted != num_owners:
+                raise BlockAccountingError(
+                    f"block {block}: {counted} owners counted, {num_owners} tables hold it; {terms}"
+                )
         named = {block: digest for block, digest in enumerate(self._digest_of) if digest is not None}
         if named != {block: digest for digest, block in self._block_of.items()} or SCRAP_BLOCK in named:
             raise BlockAccountingError(

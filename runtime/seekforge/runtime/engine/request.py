@@ -151,9 +151,9 @@ def _completion(live: Live, index: int) -> CompletionOutput:
 
 
 def _stop_reason(live: Live, index: int) -> int | str | None:
-    sequence, found = live.sequences[index], live.texts[index].stop_reason
-    if sequence.finish_reason != "stop" or found is not None:
-        return found if sequence.finish_reason == "stop" else None
+    sequence, stop_reason = live.sequences[index], live.texts[index].stop_reason
+    if sequence.finish_reason != "stop" or stop_reason is not None:
+        return stop_reason if sequence.finish_reason == "stop" else None
     return None if sequence.last_id == live.eos_token_id else sequence.last_id
 
 

@@ -407,14 +407,14 @@ class Scheduler:
             return False
         # A few blocks stay free for those that run already: else the next block they need would preempt somebody.
         spare = min(len(self._running), self.cache.pool.num_usable // 16)
-        found = self.cache.admit(
+        num_cached = self.cache.admit(
             sequence.table, sequence.tokens, sequence.num_tokens, spare=spare, reuse=sequence.reads_cache
         )
-        if found is None:
+        if num_cached is None:
             return False
         heapq.heappop(self._waiting)
         self._num_waiting -= 1
-        sequence.num_computed = sequence.num_cached_tokens = found
+        sequence.num_computed = sequence.num_cached_tokens = num_cached
         sequence.state = "running"
         bisect.insort(self._running, sequence, key=lambda s: s.order)
         return True

@@ -43,11 +43,11 @@ def run_self_check(backend: Backend, check: SelfCheck, block_size: int) -> SelfC
     for index, row in enumerate(check.rows):
         values = [(f"the logit of id {token}", logits[index, token]) for token in row.top_ids]
         values.append(("the logsumexp", logsumexp[index]))
-        for (what, found), expected in zip(values, (*row.top_logits, row.logsumexp), strict=True):
-            difference = abs(float(found) - expected)
+        for (what, actual), expected in zip(values, (*row.top_logits, row.logsumexp), strict=True):
+            difference = abs(float(actual) - expected)
             if not difference <= check.tolerance:  # so written, NaN fails
                 raise EngineError(
-                    f"self-check failed at position {row.position}: {what} is {float(found):.6g}, expected "
+                    f"self-check failed at position {row.position}: {what} is {float(actual):.6g}, expected "
                     f"{expected:.6g} within {check.tolerance:.3g} ({check.source}); the engine does not compute what "
                     "it was built for: check the files with --verify, then build it again"
                 )

@@ -191,9 +191,9 @@ def _score_prompt(row: Row, places: np.ndarray, top: TopLogits, fetch: Callable[
     if not sequence.prompt_logprobs:
         sequence.prompt_logprobs.append(None)
     tokens = np.array(sequence.prompt_ids[row.start + 1 : row.start + 1 + count], np.int64)
-    asked = [sequence.params.prompt_logprobs or 0] * count
+    num_logprobs = [sequence.params.prompt_logprobs or 0] * count
     sequence.prompt_logprobs += token_logprobs(
-        tokens, asked, top.take(places), FullLogits(fetch, places), [sequence.token_text] * count
+        tokens, num_logprobs, top.take(places), FullLogits(fetch, places), [sequence.token_text] * count
     )
 
 

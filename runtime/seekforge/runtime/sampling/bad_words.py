@@ -65,8 +65,8 @@ class Bans:
 
     def completing(self, state: tuple[int, ...]) -> np.ndarray:
         """Return the tokens, rising, that would complete a word which the text has begun; not all of `always`."""
-        found = self._completing.get(state)
-        if found is None:
+        tokens = self._completing.get(state)
+        if tokens is None:
             parts = [np.array([], np.int64)]
             for node, (texts, automaton, written) in zip(state, self._ways, strict=True):
                 while node != ROOT:
@@ -74,8 +74,8 @@ class Bans:
                     rests = {texts[number][depth:] for number in automaton.words_through[node]} - {b""}
                     parts += [self._seen(self._vocabulary.starting(rest), written) for rest in rests]
                     node = automaton.fail[node]
-            found = self._completing[state] = np.unique(np.concatenate(parts))
-        return found
+            tokens = self._completing[state] = np.unique(np.concatenate(parts))
+        return tokens
 
     def _seen(self, ids: np.ndarray, written: bool) -> np.ndarray:
         return ids if written or not len(self._hidden_ids) else ids[~np.isin(ids, self._hidden_ids)]

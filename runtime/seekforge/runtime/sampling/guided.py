@@ -76,10 +76,10 @@ class Matcher:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise RequestError(f"guided decoding failed: {_line(self._matcher.get_error())}")
-        found = np.unpackbits(bits, bitorder="little").astype(bool)[: self._vocab_size]
-        found = np.pad(found, (0, self._vocab_size - len(found)))
-        found[self._ends] = found[self._end]
-        return found
+        mask = np.unpackbits(bits, bitorder="little").astype(bool)[: self._vocab_size]
+        mask = np.pad(mask, (0, self._vocab_size - len(mask)))
+        mask[self._ends] = mask[self._end]
+        return mask
 
     def advance(self, token: int) -> None:
         """Take a token that was allowed."""

@@ -148,11 +148,11 @@ class EditTables:
 
     def place(self, sequence: Sequence) -> int:
         """Return the place of a running sequence; what does not change about it is written when it gets one."""
-        found = self._places.find(sequence)
-        if found is not None:
-            return found + 1
-        found, before = self._places.settle(sequence)
-        place = found + 1
+        known_place = self._places.find(sequence)
+        if known_place is not None:
+            return known_place + 1
+        known_place, before = self._places.settle(sequence)
+        place = known_place + 1
         self.version += 1
         if before is not None:
             self._erase(place, before)

@@ -26,8 +26,8 @@ def token_logprobs(
         full: all logits of those rows; looked at where the top K do not reach.
         token_text: what decodes a token, per row.
     """
-    found = top.ids == tokens[:, None]
-    inside, column = found.any(1), found.argmax(1)
+    is_token = top.ids == tokens[:, None]
+    inside, column = is_token.any(1), is_token.argmax(1)
     logits = np.take_along_axis(top.logits, column[:, None], 1)[:, 0].astype(np.float64)
     ranks = column + 1
     width = top.ids.shape[1]
@@ -40,8 +40,8 @@ def token_logprobs(
             ranks[row] = 1 + larger + equal
     values = logits - top.logsumexp
     out: list[TokenLogprobs] = []
-    given = zip(tokens.tolist(), values.tolist(), ranks.tolist(), counts, token_text, strict=True)
-    for row, (token, value, rank, count, text) in enumerate(given):
+    rows_of_values = zip(tokens.tolist(), values.tolist(), ranks.tolist(), counts, token_text, strict=True)
+    for row, (token, value, rank, count, text) in enumerate(rows_of_values):
         count = top.vocab_size if count < 0 else count
         if count <= width:
             ids, best = top.ids[row, :count], top.logits[row, :count]

@@ -65,10 +65,10 @@ class StructuredOutputsParams:
         if self.json_object is False:
             object.__setattr__(self, "json_object", None)
         forms = ("json", "regex", "choice", "grammar", "json_object")
-        given = [name for name in forms if getattr(self, name) is not None]
-        if len(given) != 1:
+        chosen = [name for name in forms if getattr(self, name) is not None]
+        if len(chosen) != 1:
             raise RequestError(
-                f"structured_outputs sets {', '.join(given) or 'nothing'}, expected exactly one of {', '.join(forms)}"
+                f"structured_outputs sets {', '.join(chosen) or 'nothing'}, expected exactly one of {', '.join(forms)}"
             )
         for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)

@@ -169,10 +169,10 @@ def _edited(
     num_lowered = (changed < logits).sum(1)
     if edits.favoured is not None and num_others:
         raw = _others(edits.favoured, ids, full)
-        found = raw > -np.inf
-        raised = np.where(found, edits.apply(raw, edits.favoured), -np.inf)
+        is_finite = raw > -np.inf
+        raised = np.where(is_finite, edits.apply(raw, edits.favoured), -np.inf)
         ids, changed = np.concatenate([ids, edits.favoured], axis=1), np.concatenate([changed, raised], axis=1)
-        touched |= found.any(1)
+        touched |= is_finite.any(1)
         gone = np.exp((raw - first) * rules.power[:, None]).sum(1)  # they are part of the tail no more
         tail = np.maximum(tail - gone, [[0.0], [_SOME_MASS]])
     ids, changed = _in_order(ids, changed)

@@ -127,14 +127,14 @@ class TextStream:
         if self._search is None:
             return False
         counts = self._num_tokens > self._min_tokens
-        found = self._search.read(new, counts=counts) if new else None
-        if found is not None:
-            at, number = found
+        match = self._search.read(new, counts=counts) if new else None
+        if match is not None:
+            at, number = match
             return self._finish(before + at - self._search.sizes[number], self._stop[number])
         if self._written_search is not None:
-            found = self._written_search.read(written, counts=counts)
-            if found is not None:
-                at, number = found
+            match = self._written_search.read(written, counts=counts)
+            if match is not None:
+                at, number = match
                 # what follows the stop string in this piece is ordinary text, and stands at the end of `new` too
                 end = len(self.text) - min(len(written) - at, len(new))
                 start = end - self._written_search.sizes[number]

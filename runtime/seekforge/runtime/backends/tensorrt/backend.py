@@ -185,20 +185,20 @@ class TensorRtBackend:
         profile = one.profile_of(inputs)
         if profile is None:
             return self._run_halves(inputs, outputs, one.name)
-        found: dict[str, np.ndarray] = {}
+        watched: dict[str, np.ndarray] = {}
         shapes = self._prepare(one, inputs, one.taps.intersection(outputs))
-        one.watch(debug, found.__setitem__)
+        one.watch(debug, watched.__setitem__)
         try:
             self._enqueue(one, profile)
             self.device.synchronize()
         finally:
-            one.watch((), found.__setitem__)
-        missing = sorted(set(debug) - found.keys())
+            one.watch((), watched.__setitem__)
+        missing = sorted(set(debug) - watched.keys())
         if missing:
             raise EngineError(f"{self.folder}: TensorRT did not show {missing[0]}; build the engine again with --taps")
         kept = [name for name in outputs if name not in debug]
         device = TensorRtStepOutputs(self.device, self._places(one, shapes, inputs, kept))
-        return HostStepOutputs(found | {name: device.fetch(name) for name in kept})
+        return HostStepOutputs(watched | {name: device.fetch(name) for name in kept})
 
     def _run_halves(self, inputs: StepInputs, outputs: Collection[str], graph: str) -> HostStepOutputs:
         rows, width = inputs.input_ids.shape

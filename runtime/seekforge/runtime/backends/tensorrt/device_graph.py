@@ -61,7 +61,7 @@ def halves(inputs: StepInputs) -> list[tuple[StepInputs, np.ndarray]]:
     """
     rows, width = inputs.input_ids.shape
     middle = rows // 2
-    found = []
+    parts = []
     for start, stop in ((0, middle), (middle, rows)):
         of_row = inputs.logits_index // width
         wanted = np.nonzero((of_row >= start) & (of_row < stop))[0]
@@ -75,8 +75,8 @@ def halves(inputs: StepInputs) -> list[tuple[StepInputs, np.ndarray]]:
             None if inputs.hidden_in is None else inputs.hidden_in[start:stop],
             {name: value[start:stop] for name, value in inputs.given.items()},
         )
-        found.append((part, wanted))
-    return found
+        parts.append((part, wanted))
+    return parts
 
 
 class Buffer:
@@ -134,9 +134,9 @@ class Stage:
 
     def watch(self, wanted: Collection[str], seen: Callable[[str, np.ndarray], None]) -> None:
         """Have `seen` called with those of its debug tensors that are wanted."""
-        own = self._debug
-        self.call.watched = frozenset(inner for inner, name in own.items() if name in wanted)
-        self.call.seen = lambda inner, value: seen(own[inner], value)
+        debug_names = self._debug
+        self.call.watched = frozenset(inner for inner, name in debug_names.items() if name in wanted)
+        self.call.seen = lambda inner, value: seen(debug_names[inner], value)
 
     def enqueue(self) -> None:
         """Start it."""
@@ -277,9 +277,9 @@ def step_bounds(profile: Mapping[str, Mapping[str, Bound]], plans: Sequence[Grap
     """Return the bounds that one profile sets to the inputs that every step gives."""
     bounds: dict[str, Bound] = {}
     for face in plans:
-        given = {spec.name for spec in face.inputs if spec.role in _GIVEN}
+        step_names = {spec.name for spec in face.inputs if spec.role in _GIVEN}
         of_plan = profile.get(Path(face.file).stem, {})
-        bounds |= {name: bound for name, bound in of_plan.items() if name in given}
+        bounds |= {name: bound for name, bound in of_plan.items() if name in step_names}
     return bounds
 
 
@@ -318,12 +318,16 @@ def _check_shapes(path: Path, plan: Plan, face: GraphIO, profiles: Profiles) -> 
     """Hold the shapes and profiles of the manifest against those of a plan."""
     shapes = plan.shapes()
     for spec in _tensors(face):
-        found = shapes.get(spec.name, spec.shape)  # TensorRT need not know a size that the graph fixes
-        known = [(ours, theirs) for ours, theirs in zip(spec.shape, found) if isinstance(ours, int) and theirs != -1]
-        if len(found) != len(spec.shape) or any(ours != theirs for ours, theirs in known):
+        plan_shape = shapes.get(spec.name, spec.shape)  # TensorRT need not know a size that the graph fixes
+        known = [
+            (declared, compiled)
+            for declared, compiled in zip(spec.shape, plan_shape)
+            if isinstance(declared, int) and compiled != -1
+        ]
+        if len(plan_shape) != len(spec.shape) or any(declared != compiled for declared, compiled in known):
             raise EngineError(
-                f"{path}: {spec.name} has the shape {list(found)} in the plan and {list(spec.shape)} in the manifest; "
-                "build the engine again"
+                f"{path}: {spec.name} has the shape {list(plan_shape)} in the plan and {list(spec.shape)} in the "
+                "manifest; build the engine again"
             )
     bounds = plan.bounds()
     if profiles and bounds and len(bounds) != len(profiles):
@@ -343,18 +347,21 @@ def _check_aliases(path: Path, face: GraphIO, told: Mapping[str, str]) -> None:
     Of outputs that a plugin aliases the library may tell nothing (TensorRT 11.2 does not): these are taken on trust.
     """
     for output in sorted(told.keys() | face.aliases.keys()):
-        wanted, found = face.aliases.get(output), told.get(output)
-        if found is not None and found != wanted:
+        wanted, told_alias = face.aliases.get(output), told.get(output)
+        if told_alias is not None and told_alias != wanted:
             raise EngineError(
-                f"{path}: {output} shares its memory with {found}, the manifest says with {wanted or 'none'}; "
+                f"{path}: {output} shares its memory with {told_alias}, the manifest says with {wanted or 'none'}; "
                 "build the engine again"
             )
         if wanted is not None:
-            ours, theirs = (next(one for one in _tensors(face) if one.name == name) for name in (output, wanted))
-            if ours.dtype != theirs.dtype or not _may_be_equal(ours.shape, theirs.shape):
+            output_spec, input_spec = (
+                next(one for one in _tensors(face) if one.name == name) for name in (output, wanted)
+            )
+            if output_spec.dtype != input_spec.dtype or not _may_be_equal(output_spec.shape, input_spec.shape):
                 raise EngineError(
-                    f"{path}: {output} shares its memory with {wanted}, but is {ours.dtype} {list(ours.shape)} and not "
-                    f"{theirs.dtype} {list(theirs.shape)}; build the engine again"
+                    f"{path}: {output} shares its memory with {wanted}, but is {output_spec.dtype} "
+                    f"{list(output_spec.shape)} and not {input_spec.dtype} "
+                    f"{list(input_spec.shape)}; build the engine again"
                 )
 
 

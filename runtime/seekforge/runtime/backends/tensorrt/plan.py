@@ -129,11 +129,11 @@ class TrtPlan:
         mode = self._device.trt.TensorIOMode.INPUT
         free = [name for name, shape in self.shapes().items() if -1 in shape]
         inputs = [name for name in free if self._engine.get_tensor_mode(name) == mode]
-        found = []
+        profiles = []
         for number in range(self._engine.num_optimization_profiles):
             shapes = {name: self._engine.get_tensor_profile_shape(name, number) for name in inputs}
-            found.append({name: tuple(tuple(one) for one in bound) for name, bound in shapes.items()})
-        return found
+            profiles.append({name: tuple(tuple(one) for one in bound) for name, bound in shapes.items()})
+        return profiles
 
     def aliases(self) -> dict[str, str]:
         """Return output -> input whose memory it shares, as far as the library tells."""
