@@ -87,6 +87,56 @@ def test_asyncllm_checks_the_same(toy_engine: Path) -> None:
     asyncio.run(asyncio.wait_for(ask(), 120))
 
 
+_NO_INTEGERS = ["3", 2.5, math.nan, True, [1], np.float64(3), _Odd()]
+_NO_BOOLEANS = ["no", 1, None, _Odd()]
+_NO_FUNCTIONS = ["print", 3]
+_OPTIONS: dict[str, list] = {
+    **dict.fromkeys(
+        ("max_model_len", "max_batch_size", "max_num_batched_tokens", "num_blocks", "kv_cache_memory", "threads"),
+        _NO_INTEGERS,
+    ),
+    "num_speculative_tokens": [*_NO_INTEGERS, None],
+    "max_waiting": [*_NO_INTEGERS, 0, -1],
+    **dict.fromkeys(
+        ("deterministic", "prefix_caching", "speculation_off_switch", "self_check", "trust_checkpoint_code"),
+        _NO_BOOLEANS,
+    ),
+    **dict.fromkeys(("on_step", "on_load", "before_load"), _NO_FUNCTIONS),
+    "checkpoint": [3, b"x", "", "a\0b", _Odd()],
+}
+
+
+@pytest.mark.parametrize("name", _OPTIONS)
+@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+def test_options_of_the_wrong_type_are_refused_before_anything_is_read(kind: type, name: str) -> None:
+    for value in _OPTIONS[name]:
+        with pytest.raises(RequestError, match=f"^{name} is ") as told:
+            kind("/nowhere", **{name: value})
+        assert "\n" not in str(told.value) and len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize("place", [None, 3, b"/tmp", "", "a\0b", [], math.nan, _Odd()])
+@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+def test_an_engine_is_a_place(kind: type, place: object) -> None:
+    with pytest.raises(RequestError, match=r"^engine is .*expected the path of a folder"):
+        kind(place)
+
+
+def test_numpy_s_integers_are_numbers(toy_engine: Path) -> None:
+    one = {"max_model_len": 128, "max_batch_size": 2, "max_num_batched_tokens": 16, "num_blocks": 40, "threads": 1}
+    with LLM(toy_engine, self_check=False, **{name: np.int64(value) for name, value in one.items()}) as llm:
+        assert llm.generate([5, 6, 7], GREEDY)[0].outputs[0].finish_reason == "length"
+
+
+def test_requests_that_are_no_pairs(llm: LLM) -> None:
+    for request in (3, ("a",), "ab", ("a", GREEDY, 3), None, {"a": GREEDY, "b": GREEDY}):
+        with pytest.raises(RequestError, match=r"^request 0 is .*, expected \(prompt, sampling_params\)"):
+            list(llm.as_completed([request]))
+    for ahead in (0, -1, "x", math.nan, 2.5, True):
+        with pytest.raises(RequestError, match=r"^ahead is "):
+            list(llm.as_completed([([5], GREEDY)], ahead=ahead))
+
+
 def test_prompts_come_as_vllm_takes_them(llm: LLM) -> None:
     expected = llm.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
     for prompt in (

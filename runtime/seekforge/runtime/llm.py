@@ -33,6 +33,7 @@ from seekforge.runtime.engine.input_processor import (
     split_prompts,
 )
 from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
+from seekforge.runtime.engine.llm_options import check_place, options_checked
 from seekforge.runtime.engine.outputs import Delta, GenerationError, RequestOutput
 from seekforge.runtime.engine.request import Live, raise_if_failed
 from seekforge.runtime.engine.scheduler import Scheduler
@@ -42,7 +43,7 @@ from seekforge.runtime.engine.step_loop import Turns
 from seekforge.runtime.sampling.params import TAPS, SamplingParams
 from seekforge.runtime.text.chat import ChatEncoder
 from seekforge.runtime.text.tokenizer import Tokenizer
-from seekforge.runtime.values import is_integer, listed, shown
+from seekforge.runtime.values import integer, is_integer, listed, shown
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class LLM:
         ...     print(output.outputs[0].text, output.outputs[0].finish_reason)
     """
 
+    @options_checked
     def __init__(
         self,
         engine: Engine | Path | str,
@@ -167,9 +169,12 @@ class LLM:
                 work, so that what cannot be served is refused before hundreds of gigabytes are read.
 
         Raises:
+            RequestError: an argument has the wrong type.
             EngineError: the engine is damaged, fails its self-check, or cannot do what is asked.
             EnvironmentFault: a library that it needs is not installed.
         """
+        if not isinstance(engine, Engine):
+            check_place("engine", engine)
         self.engine = engine if isinstance(engine, Engine) else Engine.open(engine)
         manifest = self.engine.manifest
         check_complete(self.engine.folder, manifest)
@@ -347,13 +352,16 @@ class LLM:
         Raises:
             RequestError: a request cannot be served; those on their way are ended.
         """
-        most = ahead or 4 * self.max_batch_size
+        most = 4 * self.max_batch_size if ahead is None else integer("ahead", ahead, 1)
         source = enumerate(requests)
         lives: dict[int, Live] = {}
         try:
             while True:
                 while len(lives) < most and (entry := next(source, None)) is not None:
-                    number, (prompt, params) = entry
+                    number, request = entry
+                    if not isinstance(request, (tuple, list)) or len(request) != 2:
+                        raise RequestError(f"request {number} is {shown(request)}, expected (prompt, sampling_params)")
+                    prompt, params = request
                     accepted, priority, timeout = self.accept(prompt, params)
                     (lives[number],) = self._start([accepted], [priority], timeout)
                 if not lives:

@@ -109,6 +109,27 @@ def test_thousands_of_choices(grammars: Grammars, tokenizer: Tokenizer) -> None:
     assert found <= {*labels} and len(found) > 5
 
 
+def test_choices_that_no_completion_can_hold_are_not_counted(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    long = "xy" * 100_000
+    matcher = grammars.compile(Form(choice=[long, "z"]), 100)
+    choices = grammars._choices((long, "z"))
+    assert np.flatnonzero(matcher().allowed()).tolist() == tokenizer.encode("z")
+    assert choices._needed.cache_info().currsize == 1
+    with pytest.raises(RequestError, match="max_tokens is 100; raise it to"):
+        grammars.compile(Form(choice=[long]), 100)
+    with pytest.raises(RequestError, match="expected at most"):
+        grammars.compile(Form(choice=["x" * (1 << 20), "y"]), 100)
+
+
+def test_what_is_kept_of_choices_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    monkeypatch.setattr("seekforge.runtime.sampling.choices._MAX_MASK_BYTES", 3 * grammars._vocab_size)
+    form = Form(choice=[f"choice {number}" for number in range(300)])
+    assert {tokenizer.decode(walk(grammars, form, prefer=set(), seed=seed)) for seed in range(9)} <= {*form.choice}
+    assert len(grammars._choices(tuple(form.choice))._masks) == 3
+
+
 def test_the_model_s_other_ends_are_ends_of_a_form(tokenizer: Tokenizer, tiny_config) -> None:
     pytest.importorskip("llguidance")
     grammars = Grammars(tokenizer, tiny_config.vocab_size, (EOS, 1004))

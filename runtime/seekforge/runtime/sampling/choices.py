@@ -16,8 +16,10 @@ import numpy as np
 from seekforge.common.errors import RequestError
 from seekforge.runtime.text.vocabulary import Vocabulary
 
-#: Most bytes of all choices together.
-MAX_BYTES = 1 << 22
+#: Most bytes of all choices together: what is within takes some seconds to count, of the thread that asks.
+MAX_BYTES = 1 << 20
+#: Most bytes of the masks that are kept; the others are made again.
+_MAX_MASK_BYTES = 64 << 20
 
 
 class Choices:
@@ -55,7 +57,14 @@ class Choices:
         """
         if self._longest_text + 1 <= max_tokens:  # no token stands for less than a byte
             return
-        least = min(self._needed(text)[0] for text in self._texts)
+        may_fit = [text for text in self._texts if len(text) <= (max_tokens - 1) * self._longest]
+        if self._longest and not may_fit:  # none need be counted
+            least = -(-min(map(len, self._texts)) // self._longest) + 1
+            raise RequestError(
+                f"structured_outputs.choice: even the shortest choice takes at least {least} tokens with its end of "
+                f"sequence, max_tokens is {max_tokens}; raise it to {least} at least"
+            )
+        least = min((self._needed(text)[0] for text in may_fit), default=np.inf)
         if least == np.inf:
             raise RequestError("structured_outputs.choice: the vocabulary has no tokens for any of the texts")
         if least + 1 > max_tokens:
@@ -80,6 +89,8 @@ class Choices:
         mask = np.zeros(self._vocab_size, bool)
         seen: set[bytes] = set()
         for one in some:
+            if len(one) - at > (num_left - 1) * self._longest:
+                continue
             if len(one) == at:
                 mask[self._ends] = True
             needed = None if ample else self._needed(one)
@@ -91,7 +102,7 @@ class Choices:
                 ids = self._ids_of.get(piece)
                 if ids:
                     mask[list(ids)] = True
-        if ample:
+        if ample and (len(self._masks) + 1) * self._vocab_size <= _MAX_MASK_BYTES:
             self._masks[text] = mask
         return mask
 
