@@ -286,7 +286,7 @@ def test_each_config_key_that_is_missing_is_named(tiny_checkpoint: Path, checkpo
         ({"rope_scaling": None}, "key 'rope_scaling'"),
         ({"rope_scaling": {"type": "yarn"}}, "key 'rope_scaling.factor' is missing"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3', expected 'deepseek_v32'"),
+        ({"model_type": "deepseek_v3"}, "key 'index_n_heads' is 16"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"scoring_func": "softmax"}, "key 'scoring_func'"),
         ({"n_group": 3}, "n_group"),

@@ -94,10 +94,13 @@ def test_taps_and_folded_weights_name_tensors_of_the_contract(op: str) -> None:
     assert bool(fp8_weights) == (operator.folded is not None) == (operator.inlined_weights is not None)
 
 
-def test_names_of_taps_are_different() -> None:
+@pytest.mark.parametrize("absent", ["Dsa", "Mla"])
+def test_names_of_taps_of_one_program_are_different(absent: str) -> None:
+    """A program's attention is sparse or dense; what is alike in both has one name."""
     names = [
         name
-        for operator in OPERATORS.values()
+        for op, operator in OPERATORS.items()
+        if not op.startswith(absent)
         for name in (*operator.taps.inputs.values(), *operator.taps.outputs.values())
     ]
     assert len(names) == len(set(names))
@@ -131,7 +134,7 @@ def test_exceptions_are_of_kernels_that_there_are(op: str) -> None:
 
 def test_groups_follow_from_the_contracts() -> None:
     assert FP8_OPS == ("BlockFp8Linear", "MoeExperts")
-    assert CACHE_OPS == ("DsaCacheWrite", "DsaIndexer", "DsaAttention")
+    assert CACHE_OPS == ("DsaCacheWrite", "DsaIndexer", "DsaAttention", "MlaCacheWrite", "MlaAttention")
     assert [op for op, operator in OPERATORS.items() if not operator.in_programs] == [BF16_LINEAR]
     for op in FP8_OPS:
         assert OPERATORS[op].products is not None, "what precision is about multiplies"

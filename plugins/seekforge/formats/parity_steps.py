@@ -109,7 +109,7 @@ def make_plan(
     Args:
         contexts: lengths of random token sequences; ignored where `prompts` are given.
         vocab_size: the vocabulary size of the model. Random ids leave out the first 16 and the padded end.
-        index_topk: chunks have a border there.
+        index_topk: chunks have a border there; 0 for a model that attends to all keys.
         has_mtp: whether the MTP module can be run.
         modes: the ways of cutting a sequence into steps.
         prompts: token ids; each is run in the modes too, `ragged` batches all of them.
@@ -181,8 +181,9 @@ def chunks(mode: Mode, length: int, index_topk: int) -> list[int]:
         last = min(3, length - 1)
         return [length - last] + [1] * last
     sizes, done = [], 0
-    # a border at index_topk where that is in reach, and others that are no multiple of a block
-    for size in [min(index_topk, max(1, length // 2)), 37, *[max(131, length // 4)] * length]:
+    # a border at index_topk where there is one in reach, and others that are no multiple of a block
+    first = [min(index_topk, max(1, length // 2))] if index_topk else []
+    for size in [*first, 37, *[max(131, length // 4)] * length]:
         if done == length:
             break
         sizes.append(min(size, length - done))

@@ -352,7 +352,7 @@ class Operator:
         folded: the form for CPUs; None where nothing is folded.
         products: its matrix products; None where it has none.
         taps: what `parity` sees of it.
-        kernels: None for an operator that TensorRT itself has a layer for.
+        kernels: None for an operator that TensorRT itself has a layer for, or that engines for GPUs inline.
     """
 
     spec: OpSpec

@@ -12,6 +12,8 @@ from seekforge.plugins.block_fp8_linear.operator import OPERATOR as _BLOCK_FP8_L
 from seekforge.plugins.dsa_attention.operator import OPERATOR as _DSA_ATTENTION
 from seekforge.plugins.dsa_cache_write.operator import OPERATOR as _DSA_CACHE_WRITE
 from seekforge.plugins.dsa_indexer.operator import OPERATOR as _DSA_INDEXER
+from seekforge.plugins.mla_attention.operator import OPERATOR as _MLA_ATTENTION
+from seekforge.plugins.mla_cache_write.operator import OPERATOR as _MLA_CACHE_WRITE
 from seekforge.plugins.moe_experts.operator import OPERATOR as _MOE_EXPERTS
 from seekforge.plugins.moe_route.operator import OPERATOR as _MOE_ROUTE
 from seekforge.plugins.operator import KernelForm, Operator, OpSpec
@@ -26,6 +28,8 @@ OPERATORS: Final[dict[str, Operator]] = {
         _DSA_CACHE_WRITE,
         _DSA_INDEXER,
         _DSA_ATTENTION,
+        _MLA_CACHE_WRITE,
+        _MLA_ATTENTION,
         _MOE_ROUTE,
         _MOE_EXPERTS,
         _SUM_RANKS,

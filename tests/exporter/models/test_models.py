@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.models import FAMILIES, family_of, load_family
 from seekforge.exporter.models.parameters import in_order
+from seekforge.plugins.registry import OPERATORS
 
 
 def test_an_unknown_model_type_is_refused_with_those_that_are_known() -> None:
@@ -61,3 +66,14 @@ def test_parameters_are_made_of_tensors_that_the_checkpoint_has(is_moe: bool) ->
     tensors = family.layer_tensors(config, 1 if is_moe else 0)
     used = {name.removesuffix(".weight") for row in family.layer_parameters(is_moe) for name in row.tensors}
     assert used == {tensor.module for tensor in tensors}
+
+
+def test_a_trace_of_one_family_knows_the_operators_of_all() -> None:
+    """A process that has imported no other family's modules names their operators all the same."""
+    code = (
+        "from seekforge.exporter.program.trace import register_schemas, translation_table\n"
+        "register_schemas(); print(len(translation_table()))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == sum(operator.in_programs for operator in OPERATORS.values())

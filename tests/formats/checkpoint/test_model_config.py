@@ -52,7 +52,9 @@ def test_every_missing_key_is_named(raw: dict[str, Any], key: str) -> None:
         ("rope_scaling", None, "'rope_scaling' is None"),
         ("indexer_rope_interleave", True, "indexer_rope_interleave is true"),
         ("index_topk_freq", 4, "index_topk_freq is 4"),
-        ("model_type", "deepseek_v3", "model_type is 'deepseek_v3', expected 'deepseek_v32'"),
+        ("model_type", "deepseek_v2", "model_type is 'deepseek_v2', expected 'deepseek_v32' or 'deepseek_v3'"),
+        ("model_type", ["deepseek_v3"], r"model_type is \['deepseek_v3'\], expected 'deepseek_v32' or"),
+        ("model_type", "deepseek_v3", "'index_n_heads' is 16"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(raw: dict[str, Any], key: str, value: Any, message: str) -> None:

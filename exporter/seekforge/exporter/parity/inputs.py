@@ -21,6 +21,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.tokenizer_file import read_tokenizer
 from seekforge.formats.numerics import NUMERICS, Numerics, numerics_from_dict
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parity_steps import MODES, Mode, Plan, make_plan
 
 
@@ -75,7 +76,8 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
     elif asked.contexts:
         contexts = asked.contexts
     else:
-        contexts = tuple(sorted({min(n, longest) for n in (16, config.index_topk + 8, 2 * config.index_topk)}))
+        border = config.index_topk or BLOCK_SIZE
+        contexts = tuple(sorted({min(n, longest) for n in (16, border + 8, 2 * border)}))
     if max(contexts, default=0) > longest:
         raise ConfigError(f"--contexts has {max(contexts)}, the {who} accepts {longest} tokens")
     return make_plan(

@@ -30,6 +30,7 @@ from seekforge.exporter.sizing.memory import (
     prefill_attention_flops,
     rank_memory,
     rank_weight_bytes,
+    seen_keys,
     stages,
     usable_bytes,
 )
@@ -427,7 +428,7 @@ def _attention_flops(config: ModelConfig, context: int) -> Flops:
 
 def _prefill_attention_flops(config: ModelConfig, prompt: int) -> Flops:
     """Of a prompt in one layer, without the scores of tokens that see no more keys than are selected."""
-    near = min(prompt, config.index_topk)
+    near = seen_keys(config, prompt)
     unneeded = indexer_flops(config, near * (near + 1) / 2)
     flops = prefill_attention_flops(config, prompt, num_layers=1)
     return Flops(fp8=flops.fp8 - unneeded, bf16=flops.bf16)
@@ -446,12 +447,12 @@ def cache_read_bytes(config: ModelConfig, kv_format: KvFormat, context: int) -> 
     """Bytes that one decoded token reads of one layer's cache: every indexer key, and the selected latents."""
     both = cache_bytes_per_token(config, kv_format, num_layers=1)
     index = (
-        config.index_head_dim + 4
+        (config.index_head_dim + 4 if config.index_head_dim else 0)
         if kv_format == "fp8_ds"
         else both * config.index_head_dim // (config.index_head_dim + config.latent_dim)
     )
     scored = context if context > config.index_topk else 0  # a short context needs no scores
-    return index * scored + (both - index) * min(context, config.index_topk)
+    return index * scored + (both - index) * int(seen_keys(config, context))
 
 
 def experts_hit(num_experts: int, per_token: int, num_tokens: float) -> float:

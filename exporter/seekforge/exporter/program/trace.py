@@ -7,6 +7,7 @@ operators come out as single nodes of domain `seekforge`; their bodies are attac
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import logging
@@ -227,12 +228,11 @@ def translation_table() -> dict[Any, Any]:
 
         return node
 
-    namespace = getattr(torch.ops, DOMAIN)
-    return {
-        getattr(namespace, operator.spec.torch_name).default: translate(operator.spec)
-        for operator in OPERATORS.values()
-        if operator.in_programs
-    }
+    namespace, table = getattr(torch.ops, DOMAIN), {}
+    for spec in (operator.spec for operator in OPERATORS.values() if operator.in_programs):
+        importlib.import_module(f"seekforge.plugins.{spec.torch_name}.op")  # a model imports its own operators alone
+        table[getattr(namespace, spec.torch_name).default] = translate(spec)
+    return table
 
 
 def _convert(exported: torch.export.ExportedProgram, inputs: list[_Input], outputs: list[str]) -> ir.Model:

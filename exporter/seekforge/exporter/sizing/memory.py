@@ -170,7 +170,7 @@ def cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, num_layer
     layers = config.num_hidden_layers if num_layers is None else num_layers
     if kv_format == "fp8_ds":
         latent = config.kv_lora_rank + 4 * -(-config.kv_lora_rank // FP8_BLOCK) + 2 * config.qk_rope_head_dim
-        return layers * (latent + config.index_head_dim + 4)
+        return layers * (latent + (config.index_head_dim + 4 if config.index_head_dim else 0))
     return layers * (config.latent_dim + config.index_head_dim) * (2 if kv_format == "bf16" else 4)
 
 
@@ -218,10 +218,15 @@ def linear_flops(config: ModelConfig, matrices: Sequence[Matrix] | None = None) 
 
 
 def attention_flops(config: ModelConfig, keys: float, *, num_layers: int | None = None) -> Flops:
-    """FLOPs of sparse attention (BF16) and of the indexer's scores (FP8) for one token that sees `keys` keys."""
+    """FLOPs of attention (BF16) and of the indexer's scores (FP8) for one token that sees `keys` keys."""
     layers = config.num_hidden_layers if num_layers is None else num_layers
-    core = attention_flops_per_key(config) * min(keys, config.index_topk)
+    core = attention_flops_per_key(config) * seen_keys(config, keys)
     return Flops(fp8=layers * indexer_flops(config, keys), bf16=layers * core)
+
+
+def seen_keys(config: ModelConfig, keys: float) -> float:
+    """Return how many of `keys` keys a token attends to: what an indexer chooses, or all."""
+    return min(keys, config.index_topk) if config.index_topk else keys
 
 
 def indexer_flops(config: ModelConfig, keys: float) -> float:
@@ -238,7 +243,7 @@ def dense_attention_flops(config: ModelConfig, keys: float, *, absorbed: bool) -
 def prefill_attention_flops(config: ModelConfig, prompt: int, *, num_layers: int | None = None) -> Flops:
     """FLOPs of attention and indexer over a whole prompt: the sum over its tokens, each seeing those before it."""
     layers = config.num_hidden_layers if num_layers is None else num_layers
-    near = min(prompt, config.index_topk)
+    near = int(seen_keys(config, prompt))
     core_keys = near * (near + 1) / 2 + (prompt - near) * config.index_topk
     core = attention_flops_per_key(config) * core_keys
     return Flops(fp8=layers * indexer_flops(config, prompt * (prompt + 1) / 2), bf16=layers * core)

@@ -20,7 +20,6 @@ from seekforge.common.errors import ConfigError
 
 #: What every model of this type has, and transformers 5 therefore does not write of a model that it made itself.
 _FIXED: Final[dict[str, Any]] = {
-    "architectures": ["DeepseekV32ForCausalLM"],
     "moe_layer_freq": 1,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -30,6 +29,7 @@ _FIXED: Final[dict[str, Any]] = {
     "tie_word_embeddings": False,
     "num_nextn_predict_layers": 0,
 }
+_ARCHITECTURES: Final = {"deepseek_v32": "DeepseekV32ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 #: Other names of a key, as transformers' class knows them.
 _ALIASES: Final = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
 _ROPE_KEYS: Final = (
@@ -56,7 +56,7 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
     """Return a decoded `config.json` in the plain form: the keys of the released checkpoint.
 
     Args:
-        raw: the decoded JSON, of `model_type` deepseek_v32.
+        raw: the decoded JSON, of a `model_type` that is known.
         origin: what to call it in an error.
 
     Returns:
@@ -73,6 +73,7 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
     if config.get("mlp_bias", False):
         raise ConfigError(f"{origin}: mlp_bias is {config['mlp_bias']!r}, expected false: DeepSeek-V3.2 has no biases")
     if config.get("rope_parameters") is not None:  # written by transformers 5
+        config.setdefault("architectures", [_ARCHITECTURES[config["model_type"]]])
         for key, value in _FIXED.items():
             config.setdefault(key, value)
     _rope(config, origin)
@@ -279,7 +280,7 @@ def _quantisation(config: dict[str, Any], origin: str, notes: list[str]) -> None
         said = "is absent" if scales is None else "is 'float'"
         notes.append(
             f"quantization_config.scale_fmt {said}: scales of weights are read as they are, and those of activations "
-            "are powers of two (ue8m0), as in every DeepSeek-V3.2"
+            "are powers of two (ue8m0), as in every DeepSeek-V3.2 and DeepSeek-V3.1"
         )
         form["scale_fmt"] = "ue8m0"
     elif scales != "ue8m0":

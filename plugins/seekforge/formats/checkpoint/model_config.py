@@ -1,4 +1,4 @@
-"""`config.json` of a DeepSeek-V3.2 checkpoint: read, checked key by key, frozen.
+"""`config.json` of a checkpoint: read, checked key by key, frozen.
 
 The keys are the checkpoint's own words (spec §1.1). A key that is missing, of the wrong type or of a
 value that this project does not compute is refused by name: a wrong constant would give wrong text.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,7 +18,6 @@ from seekforge.formats.checkpoint.config_forms import plain_form
 
 #: An FP8 weight block and an activation block, both along K (spec §5).
 FP8_BLOCK = 128
-MODEL_TYPE = "deepseek_v32"
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 
@@ -50,10 +49,10 @@ class QuantizationConfig(_Frozen):
 
 
 class ModelConfig(_Frozen):
-    """A model of type `deepseek_v32`. Field names are the keys of `config.json`."""
+    """A model. Field names are the keys of `config.json`; those of an indexer are 0 where attention is dense."""
 
     architectures: tuple[str, ...] = Field(strict=False)
-    model_type: Literal["deepseek_v32"]
+    model_type: Literal["deepseek_v32", "deepseek_v3"]
     hidden_size: Positive
     num_hidden_layers: Positive
     first_k_dense_replace: NotNegative
@@ -76,9 +75,9 @@ class ModelConfig(_Frozen):
     topk_method: Literal["noaux_tc"]
     norm_topk_prob: Literal[True]
     routed_scaling_factor: float = Field(gt=0)
-    index_n_heads: Positive
-    index_head_dim: Positive
-    index_topk: Positive
+    index_n_heads: NotNegative = 0
+    index_head_dim: NotNegative = 0
+    index_topk: NotNegative = 0
     num_nextn_predict_layers: Literal[0, 1]
     vocab_size: Positive
     hidden_act: Literal["silu"]
@@ -94,13 +93,6 @@ class ModelConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        extra = self.model_extra or {}
-        # Other DSA models carry these; a value other than V3.2's would change results without a sound.
-        if extra.get("indexer_rope_interleave", False):
-            raise ValueError("indexer_rope_interleave is true, expected false or absent")
-        for key in ("index_topk_freq", "index_topk_pattern"):
-            if extra.get(key) not in (None, 1):
-                raise ValueError(f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer")
         for key in (
             "hidden_size",
             "q_lora_rank",
@@ -115,10 +107,8 @@ class ModelConfig(_Frozen):
                 f"num_attention_heads * v_head_dim is {self.num_attention_heads * self.v_head_dim}, "
                 f"expected a multiple of {FP8_BLOCK} (FP8 block)"
             )
-        if self.index_head_dim != FP8_BLOCK:
-            raise ValueError(f"index_head_dim is {self.index_head_dim}, expected 128 (one FP8 block)")
-        if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.index_head_dim:
-            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected even and at most index_head_dim")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected even")
         if self.n_routed_experts % self.n_group or self.n_routed_experts // self.n_group < 2:
             raise ValueError(
                 f"n_routed_experts is {self.n_routed_experts} over n_group {self.n_group}, "
@@ -158,14 +148,15 @@ class ModelConfig(_Frozen):
                 "pass the checkpoint's config.json (with hidden_size, num_hidden_layers, ...)"
             )
         model_type = raw.get("model_type")
-        if model_type != MODEL_TYPE:
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+            known = " or ".join(map(repr, MODEL_TYPES))
             raise ConfigError(
-                f"{origin}: model_type is {model_type!r}, expected {MODEL_TYPE!r}; "
-                "seekforge does DeepSeek-V3.2 and models of the same type"
+                f"{origin}: model_type is {model_type!r}, expected {known}; "
+                "seekforge does DeepSeek-V3.2, DeepSeek-V3 and models of the same types"
             )
         plain, _ = plain_form(raw, origin)
         try:
-            return ModelConfig.model_validate(plain)
+            return MODEL_TYPES[model_type].model_validate(plain)
         except ValidationError as error:
             raise ConfigError(f"{origin}: {_first_fault(error)}") from None
 
@@ -237,6 +228,53 @@ class ModelConfig(_Frozen):
     def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer` has routed experts (the MTP layer always does)."""
         return layer >= self.first_k_dense_replace or layer == self.mtp_layer
+
+
+class SparseAttentionConfig(ModelConfig):
+    """A model of type `deepseek_v32`, whose attention chooses its keys by an indexer."""
+
+    model_type: Literal["deepseek_v32"]
+    index_n_heads: Positive
+    index_head_dim: Positive
+    index_topk: Positive
+
+    @model_validator(mode="after")
+    def _check_indexer(self) -> SparseAttentionConfig:
+        extra = self.model_extra or {}
+        # Other DSA models carry these; a value other than V3.2's would change results without a sound.
+        if extra.get("indexer_rope_interleave", False):
+            raise ValueError("indexer_rope_interleave is true, expected false or absent")
+        for key in ("index_topk_freq", "index_topk_pattern"):
+            if extra.get(key) not in (None, 1):
+                raise ValueError(f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer")
+        if self.index_head_dim != FP8_BLOCK:
+            raise ValueError(f"index_head_dim is {self.index_head_dim}, expected 128 (one FP8 block)")
+        if self.qk_rope_head_dim > self.index_head_dim:
+            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected at most index_head_dim")
+        return self
+
+
+class DenseAttentionConfig(ModelConfig):
+    """A model of type `deepseek_v3` (V3, R1, V3.1): every token attends to all before it."""
+
+    model_type: Literal["deepseek_v3"]
+    index_n_heads: Literal[0] = 0
+    index_head_dim: Literal[0] = 0
+    index_topk: Literal[0] = 0
+
+    @model_validator(mode="after")
+    def _check_rope(self) -> DenseAttentionConfig:
+        interleaved = (self.model_extra or {}).get("rope_interleave", True)
+        if interleaved not in (None, True):
+            raise ValueError(f"rope_interleave is {interleaved!r}, expected true or absent")
+        return self
+
+
+#: `model_type` -> what its `config.json` must say.
+MODEL_TYPES: Final[dict[str, type[ModelConfig]]] = {
+    "deepseek_v32": SparseAttentionConfig,
+    "deepseek_v3": DenseAttentionConfig,
+}
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 #: Tables with one row for each position.
 ROPE_TABLES: Final = ("rope_cos", "rope_sin")
-_CACHES: Final = ("latent_cache", "index_cache")
 #: dtype of the latent cache, by format; packed caches are bytes.
 _CACHE_DTYPES: Final = {"f32": ("f32",), "bf16": ("bf16",), "fp8_ds": ("i8", "u8")}
 #: Roles of outputs that only parity asks for.
@@ -120,9 +119,9 @@ def _caches(manifest: Manifest) -> Iterator[str]:
     cache = manifest.cache
     if "model" not in manifest.graphs:  # which is refused by whoever runs it
         return
-    widths = {"latent_cache": cache.latent_dim, "index_cache": cache.index_dim}
+    widths = {"latent_cache": cache.latent_dim} | ({"index_cache": cache.index_dim} if cache.index_dim else {})
     for graph, face in manifest.graphs.items():
-        layers: dict[str, list[int]] = {kind: [] for kind in _CACHES}
+        layers: dict[str, list[int]] = {kind: [] for kind in widths}
         for spec in face.with_role("cache"):
             kind, _, layer = spec.name.partition(".")
             if kind not in layers:  # a model of other caches: the backend holds them against its graphs
@@ -136,7 +135,7 @@ def _caches(manifest: Manifest) -> Iterator[str]:
             if cache.kv_format != "fp8_ds" and spec.shape[1:] != (widths[kind],):
                 yield f"{spec.name!r} of graph {graph} has rows {list(spec.shape[1:])}, cache says {widths[kind]}"
         expected = [cache.mtp_layer] if graph == "mtp" else list(cache.layers)
-        for kind in _CACHES:
+        for kind in widths:
             if layers[kind] != expected:
                 key = "mtp_layer" if graph == "mtp" else "layers"
                 yield f"cache.{key} is {expected!r:.100}, graph {graph} has {kind} of {layers[kind]!r:.100}"

@@ -27,6 +27,8 @@ def static_sizes(model: RankModel) -> dict[str, Any]:
 
 def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
     """Return the sizes of a step."""
+    if not model.config.index_topk:  # a model without an indexer does not call it
+        return []
     return [{"B": step.batch, "Q": step.queries, "MB": step.num_blocks}]
 
 

@@ -75,7 +75,7 @@ def make_self_check(
         EngineError: the engine's results differ by more than the tolerance.
     """
     settings = Settings(config, numerics_from_dict(numerics), "f32", quantisation=quantisation)
-    longest = min(config.index_topk + 8, _LONGEST, limits.max_model_len)
+    longest = min((config.index_topk or _LONGEST) + 8, _LONGEST, limits.max_model_len)
     session = OrtSession(folder, face, (cdiv(longest, BLOCK_SIZE) + 1) * BLOCK_SIZE)
     if quantisation is not None:
         return _coded_check(settings, source, session, longest)

@@ -16,15 +16,42 @@ from seekforge.plugins.dsa_indexer.reference import dsa_indexer, index_scores
 def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
     """Return the operations up to the cache write."""
     attention, step = owner.module.self_attn, state.step
+    start = attention.splits[0]
+    stop = start + attention.splits[1]
+    return [
+        *mla_before_cache(owner, state),
+        Op(
+            "self_attn.indexer.k_norm",
+            "LayerNorm of the index key",
+            ("qkv_a",),
+            "index_k_norm",
+            lambda v: attention.indexer.k_norm(v["qkv_a"][..., start:stop]),
+            owner.tensors("self_attn.indexer.k_norm"),
+        ),
+        Op(
+            "self_attn.indexer (rotation of keys)",
+            "half-split RoPE and Hadamard of the index key",
+            ("index_k_norm",),
+            "index_k",
+            lambda v: attention.indexer.rotate(v["index_k_norm"], step),
+        ),
+    ]
+
+
+def mla_before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
+    """Return the operations of multi-head latent attention up to the cache write."""
+    attention, step = owner.module.self_attn, state.step
     config, splits = owner.config, attention.splits
     prefix = f"model.layers.{owner.layer}.self_attn."
-    starts = [sum(splits[:i]) for i in range(5)]
+    starts = [sum(splits[:i]) for i in range(len(splits) + 1)]
 
     def columns(part: int) -> Callable[[Values], Tensor]:
         return lambda v: v["qkv_a"][..., starts[part] : starts[part + 1]]
 
-    raw_q, raw_index, raw_c, raw_pe = (columns(i) for i in range(4))
-    fused = [("q_a_proj", 0, 1), ("indexer.wk", 1, 2), ("kv_a_proj_with_mqa", 2, 4)]
+    latent = len(splits) - 2  # the last two are the latent and the rotary key, of one module
+    raw_q, raw_c, raw_pe = columns(0), columns(latent), columns(latent + 1)
+    between = [("indexer.wk", 1, 2)] if latent == 2 else []
+    fused = [("q_a_proj", 0, 1), *between, ("kv_a_proj_with_mqa", latent, latent + 2)]
 
     def normed(v: Values) -> Tensor:
         if "residual" not in v:
@@ -55,7 +82,7 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
         ),
         owner.apply(
             "self_attn.qkv_a_proj",
-            "q_a, index key and kv_a as one product",
+            f"{'q_a, index key and kv_a' if between else 'q_a and kv_a'} as one product",
             "attn_norm",
             "qkv_a",
             attention.qkv_a_proj,
@@ -102,21 +129,6 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
             "k_pe",
             lambda v: rope_interleaved(raw_pe(v), step.cos, step.sin),
         ),
-        Op(
-            "self_attn.indexer.k_norm",
-            "LayerNorm of the index key",
-            ("qkv_a",),
-            "index_k_norm",
-            lambda v: attention.indexer.k_norm(raw_index(v)),
-            names("self_attn.indexer.k_norm"),
-        ),
-        Op(
-            "self_attn.indexer (rotation of keys)",
-            "half-split RoPE and Hadamard of the index key",
-            ("index_k_norm",),
-            "index_k",
-            lambda v: attention.indexer.rotate(v["index_k_norm"], step),
-        ),
     ]
 
 
@@ -158,15 +170,10 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
     """Return the operations behind the cache write: indexer and attention."""
     attention = owner.module.self_attn
     config, numerics, step = owner.config, owner.settings.numerics, state.step
-    kv, names = owner.settings.dtype_name, owner.tensors
+    kv = owner.settings.dtype_name
 
     def index_q(v: Values) -> Tensor:
         return attention.indexer.rotate(v["wq_b"], step, config.index_n_heads)
-
-    def o(v: Values) -> Tensor:
-        o_latent = v["o_latent"]
-        per_head = product_per_head(o_latent.flatten(0, 1), attention.w_uv.transpose(1, 2))
-        return per_head.reshape(*o_latent.shape[:2], -1)
 
     return [
         owner.apply("self_attn.indexer.wq_b", "index queries", "q_a_norm", "wq_b", attention.indexer.wq_b),
@@ -215,6 +222,20 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
                 kv,
             ),
         ),
+        *mla_output(owner),
+    ]
+
+
+def mla_output(owner: LayerModule) -> list[Op]:
+    """Return the operations behind the softmax."""
+    attention, names = owner.module.self_attn, owner.tensors
+
+    def o(v: Values) -> Tensor:
+        o_latent = v["o_latent"]
+        per_head = product_per_head(o_latent.flatten(0, 1), attention.w_uv.transpose(1, 2))
+        return per_head.reshape(*o_latent.shape[:2], -1)
+
+    return [
         Op("self_attn.kv_b_proj (values)", "values of all heads", ("o_latent",), "o", o, names("self_attn.w_uv")),
         owner.apply("self_attn.o_proj", "output projection", "o", "attn_out", attention.o_proj),
     ]

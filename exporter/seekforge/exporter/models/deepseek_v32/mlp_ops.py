@@ -1,4 +1,4 @@
-"""The operations behind a layer's attention: residual stream, dense MLP or router and experts (see `parity.sides`)."""
+"""The operations behind a layer's attention: residual stream, MLP or experts (see `models.layer_operations`)."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ class _StepModule(nn.Module):
         self.rope_cos = weight(config.max_position_embeddings, half, dtype=torch.float32)
         self.rope_sin = weight(config.max_position_embeddings, half, dtype=torch.float32)
         size = config.index_head_dim
-        self.hadamard = weight(size, size, dtype=torch.float32) if settings.numerics.hadamard else None
+        rotates = settings.numerics.hadamard and size > 0
+        self.hadamard = weight(size, size, dtype=torch.float32) if rotates else None
         is_dealt = settings.ranks.ep > 1 and any(config.is_moe_layer(i) for i in layers)
         self.expert_map = weight(config.n_routed_experts, dtype=torch.int32) if is_dealt else None
         self.layers = nn.ModuleDict({str(i): self.layer(settings, i) for i in layers})

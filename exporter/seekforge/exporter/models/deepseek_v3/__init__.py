@@ -1,0 +1,21 @@
+"""DeepSeek-V3 (V3, R1, V3.1): DeepSeek-V3.2 without its indexer; every token attends to all before it."""
+
+from typing import Final
+
+from seekforge.exporter.models.deepseek_v3 import parameters
+from seekforge.exporter.models.deepseek_v3.taps import TAPS
+from seekforge.exporter.models.family import Family
+
+FAMILY: Final = Family(
+    model_type="deepseek_v3",
+    package=__name__,
+    layer_tensors=parameters.layer_tensors,
+    end_tensors=parameters.end_tensors,
+    layer_parameters=parameters.layer_parameters,
+    end_parameters=parameters.end_parameters,
+    mtp_parameters=parameters.mtp_parameters,
+    codes=parameters.CODES,
+    places=parameters.PLACES,
+    caches=parameters.caches,
+    taps=TAPS,
+)

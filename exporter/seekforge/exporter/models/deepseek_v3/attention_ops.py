@@ -1,0 +1,50 @@
+"""The operations of a layer's attention, from its input to the output projection (see `models.layer_operations`)."""
+
+from __future__ import annotations
+
+from seekforge.exporter.models.deepseek_v32.attention_ops import mla_before_cache, mla_output
+from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op, Values
+from seekforge.plugins.mla_attention.reference import mla_attention
+from seekforge.plugins.mla_cache_write.reference import mla_cache_write
+
+#: Points that `write_cache` reads.
+CACHED = ("kv_latent", "k_pe")
+
+
+def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
+    """Return the operations up to the cache write."""
+    return mla_before_cache(owner, state)
+
+
+def write_cache(owner: LayerModule, state: LayerState, values: Values) -> None:
+    """Put this step's rows into the cache of `state`."""
+    state.caches["latent_cache"] = mla_cache_write(
+        state.caches["latent_cache"],
+        values["kv_latent"],
+        values["k_pe"],
+        state.step.slot_mapping,
+        owner.settings.dtype_name,
+    )
+
+
+def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
+    """Return the operations behind the cache write."""
+    step = state.step
+    return [
+        Op(
+            "self_attn (attention)",
+            "softmax over all keys up to the token",
+            ("q_latent", "q_pe"),
+            "o_latent",
+            lambda v: mla_attention(
+                v["q_latent"],
+                v["q_pe"],
+                state.caches["latent_cache"],
+                step.block_table,
+                step.positions,
+                owner.config.softmax_scale,
+                owner.settings.dtype_name,
+            ),
+        ),
+        *mla_output(owner),
+    ]

@@ -1,0 +1,16 @@
+"""What parity needs of `transformers`' DeepSeek-V3: its class, and what is seen inside while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from seekforge.exporter.models.deepseek_v32.oracle import watch
+
+__all__ = ["model_class", "watch"]
+
+
+def model_class() -> Any:
+    """Return the class, which has `from_pretrained`."""
+    from transformers import DeepseekV3ForCausalLM
+
+    return DeepseekV3ForCausalLM

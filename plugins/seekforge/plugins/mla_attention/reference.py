@@ -1,0 +1,45 @@
+"""`MlaAttention` in plain torch: all cached rows of a sequence, softmax in f32, one block of queries at a time."""
+
+import torch
+from torch import Tensor
+
+from seekforge.formats.paged_cache import BLOCK_SIZE
+
+_ROWS = 64  # queries per pass: bounds the scores [B, _ROWS, H, L]
+
+
+def mla_attention(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    latent_cache: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    scale: float,
+    kv_format: str,
+) -> Tensor:
+    """Return the attention output in the latent space.
+
+    Args:
+        q_latent: [B, Q, H, C]. q_pe: [B, Q, H, R]. f32 or bf16.
+        latent_cache: [NB·64, C + R], f32 or bf16 as `kv_format` says.
+        block_table: [B, MB] int32.
+        positions: [B, Q] int64; a row of −1 sees no key.
+
+    Returns:
+        [B, Q, H, C], dtype of `q_latent`; 0 for a padded row.
+    """
+    slots = (block_table.long().unsqueeze(-1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten(1)
+    at = torch.arange(slots.shape[1])
+    used = at <= positions.amax(1, keepdim=True)
+    # rubbish (NaN) behind the last position must not leak through 0 · NaN
+    cached = latent_cache[slots].float().masked_fill(~used.unsqueeze(-1), 0.0)
+    c = cached[..., : q_latent.shape[-1]]
+    query = torch.cat([q_latent, q_pe], dim=-1)
+    out = torch.empty_like(q_latent)
+    for start in range(0, q_latent.shape[1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        visible = (at <= positions[:, rows].unsqueeze(-1)).unsqueeze(2)
+        s = torch.einsum("bqhw,blw->bqhl", query[:, rows].float(), cached) * scale
+        p = torch.softmax(s.masked_fill(~visible, -torch.inf), dim=-1).masked_fill(~visible, 0.0)
+        out[:, rows] = torch.einsum("bqhl,blc->bqhc", p, c).to(out.dtype)
+    return out

@@ -1,0 +1,1 @@
+"""`MlaCacheWrite`: this step's latents go into the paged cache, in place."""

@@ -1,0 +1,21 @@
+"""`MlaCacheWrite` in standard ONNX operators: a scatter straight into the cache input, which is updated in place."""
+
+import onnx
+
+from seekforge.plugins.functions.builder import Attrs, Text, cast
+from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.mla_cache_write.spec import SPEC
+
+
+def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+    """Return the scatter. ONNX reads slot −1 as the last one, so padded rows are sent to slot 0, which is scrap."""
+    text = Text()
+    text.add(f"""
+  column = Reshape(slot_mapping, {text.ints(-1, 1)})
+  slots = Max(column, {text.i64(0)})
+  latent = Concat<axis = -1>(c, k_pe)
+  latent_rows = Flatten<axis = 2>(latent)
+""")
+    latent = cast(text, "latent_rows", "latent_cast", to=str(attrs["kv_format"]), given=how.activations)
+    text.add(f"latent_cache_out = ScatterND(latent_cache, slots, {latent})")
+    return text.body_of(SPEC)
