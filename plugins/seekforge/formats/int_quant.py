@@ -40,7 +40,7 @@ class Quantisation(Record):
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a parameter: `o_proj` for layers.3.self_attn.o_proj.weight, `experts` for …experts.w2."""
+    """Return the kind of a parameter: the last part of its module's name, `experts` for those of routed experts."""
     parts = name.split(".")
     return "experts" if "experts" in parts else parts[-2] if parts[-1].startswith("weight") else parts[-1]
 
@@ -83,7 +83,7 @@ def quantised_recipes(recipes: Mapping[str, Recipe], how: Quantisation) -> dict[
     """Return the recipes of a model's parameters with codes and scales where `how` says so.
 
     FP8 weights come as a pair of parameters and stay one: `x.weight` or `x` with `x_scale`, now [N, K] i8 and
-    [N, K / block_size] f32. A weight without scales (`lm_head.weight`) gets a new parameter with that name.
+    [N, K / block_size] f32. A weight without scales (that of the head) gets a new parameter with that name.
     """
     result = dict(recipes)
     for name, recipe in recipes.items():

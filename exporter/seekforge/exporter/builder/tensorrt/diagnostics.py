@@ -27,8 +27,7 @@ def place(name: str, alike: int = 0) -> str | None:
         name: of a node.
         alike: how many layers are compiled with this one.
 
-    `layers.3.self_attn.o_proj/BlockFp8Linear` is layer 3, the output projection of the attention (operator
-    BlockFp8Linear).
+    A name has the layer's number, the module below it and the operator; the family's table has words for the module.
     """
     module, slash, operator = name.partition("/")
     if not slash:
