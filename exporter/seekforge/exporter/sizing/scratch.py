@@ -93,18 +93,19 @@ def _step(
 
 def linear_shapes(config: ModelConfig, *, tp: int = 1) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `BlockFp8Linear` in a model, on one rank."""
-    return _shapes(config, BLOCK_FP8_LINEAR, tp)
+    return list(_shapes(config, BLOCK_FP8_LINEAR, tp))
 
 
 def bf16_linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `Bf16Linear` in a model; every rank has them whole."""
-    return _shapes(config, BF16_LINEAR, 1)
+    return list(_shapes(config, BF16_LINEAR, 1))
 
 
-def _shapes(config: ModelConfig, op: str, tp: int) -> list[tuple[int, int]]:
+@functools.lru_cache(maxsize=256)
+def _shapes(config: ModelConfig, op: str, tp: int) -> tuple[tuple[int, int], ...]:
     """Return the sizes of the matrices that an operator multiplies with, each once."""
     family = family_of(config)
     kinds = {config.is_moe_layer(layer): layer for layer in range(config.num_hidden_layers)}
     tables = [(family.layer_parameters(is_moe), family.layer_tensors(config, one)) for is_moe, one in kinds.items()]
     tables.append((family.end_parameters(), tuple(itertools.chain(*family.end_tensors(config)))))
-    return list(dict.fromkeys(shape for rows, tensors in tables for shape in linear_shapes_of(rows, tensors, op, tp)))
+    return tuple(dict.fromkeys(shape for rows, tensors in tables for shape in linear_shapes_of(rows, tensors, op, tp)))
