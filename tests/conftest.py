@@ -84,6 +84,18 @@ def tiny_programs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def tiny_layers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Numerics name -> program of layer 1 of `tiny_checkpoint` alone, its first MoE layer; do not write into it."""
+
+    def make(root: Path) -> None:
+        for name, numerics in NUMERICS.items():
+            export(tiny_checkpoint, root / name, numerics=numerics, layer_range=(1, 2))
+
+    root = made_once(tmp_path_factory, "layers", make)
+    return {name: root / name for name in NUMERICS}
+
+
+@pytest.fixture(scope="session")
 def tiny_engines(
     tiny_checkpoint: Path, tiny_programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:

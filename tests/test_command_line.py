@@ -212,7 +212,7 @@ def test_the_completion_script_is_printed(shell: str) -> None:
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", ">/dev/full"])
 @pytest.mark.parametrize(
-    "args", ["targets", "targets --json", "plan full", "doctor", "inspect /nowhere", "completion bash"]
+    "args", ["targets", "targets --json", "plan full --target h200", "doctor", "inspect /nowhere", "completion bash"]
 )
 def test_streams_that_take_nothing_are_no_traceback(args: str, redirect: str, tmp_path: Path) -> None:
     command = f"{sys.executable} -m seekforge.runtime.cli.main {args} {redirect}"
@@ -225,7 +225,7 @@ def test_streams_that_take_nothing_are_no_traceback(args: str, redirect: str, tm
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_terminal_of_another_encoding_gets_every_command(encoding: str, tmp_path: Path) -> None:
-    for args in (["targets"], ["plan", "full"], ["plan", "full", "--json"], ["doctor"], ["--help"]):
+    for args in (["targets"], ["plan", "full"], ["plan", "full", "--target", "h200", "--json"], ["doctor"], ["--help"]):
         env = {**os.environ, "PYTHONIOENCODING": encoding}
         done = subprocess.run([sys.executable, "-m", "seekforge", *args], capture_output=True, check=False, env=env)
         assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr

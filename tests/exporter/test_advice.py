@@ -67,7 +67,7 @@ EXACT = ["build", "{exact}", "{out}", "--target", "rtx5090", "--no-kernels", "--
 
 CASES: dict[str, tuple[list[str], str, Follow]] = {
     "too many ranks": (
-        ["export", "{checkpoint}", "{out}", "--tp", "3"],
+        ["export", "{checkpoint}", "{out}", "--num-layers", "1", "--tp", "3"],
         "leave out --tp and --ep",
         lambda args, line, places: without_option(args, "--tp"),
     ),

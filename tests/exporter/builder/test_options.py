@@ -20,11 +20,9 @@ from seekforge.exporter.builder.cli import build
 from seekforge.exporter.builder.request import fit_limits, size_words
 from seekforge.exporter.builder.tensorrt.audit_page import show_audit
 from seekforge.exporter.inspect.cli import inspect
-from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Limits, load_manifest
 from seekforge.formats.engine.verify import verify_files
-from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.targets import load_target
 from seekforge.runtime.cli.main import main
 
@@ -229,13 +227,12 @@ def test_the_gpus_here_are_those_that_nvidia_smi_lists(
 
 
 @pytest.fixture(scope="module")
-def gpu_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpu_engine(tiny_layers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One MoE layer for an RTX 4090, without kernels, by the command."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     folder = tmp_path_factory.mktemp("gpu")
-    export(tiny_checkpoint, folder / "layer", numerics=NUMERICS["fp8"], layer_range=(1, 2))
     out = folder / "engine"
-    page = run(folder / "layer", out, "--target", "rtx4090", "--no-kernels", "--max-batch-size", 2).stdout
+    page = run(tiny_layers["fp8"], out, "--target", "rtx4090", "--no-kernels", "--max-batch-size", 2).stdout
     (folder / "page").write_text(page)
     return out
 
@@ -281,9 +278,10 @@ def test_the_sums_of_the_audit_fall(gpu_engine: Path) -> None:
     assert "fp8 65.9 %, bf16 30.8 %, f32 3.3 % of the FLOPs" in capture.get()
 
 
-def test_a_part_of_a_model_for_a_cpu_says_why_nothing_proves_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    export(tiny_checkpoint, tmp_path / "layer", numerics=NUMERICS["exact"], layer_range=(1, 2))
-    given = [tmp_path / "layer", tmp_path / "engine", "--target", "cpu", "--checkpoint", tiny_checkpoint]
+def test_a_part_of_a_model_for_a_cpu_says_why_nothing_proves_it(
+    tiny_checkpoint: Path, tiny_layers: dict[str, Path], tmp_path: Path
+) -> None:
+    given = [tiny_layers["exact"], tmp_path / "engine", "--target", "cpu", "--checkpoint", tiny_checkpoint]
     said = "self-check: none, this is a part of a model ('seekforge run' needs a whole one)"
     assert said in run(*given).stdout
     assert said in CliRunner().invoke(inspect, [str(tmp_path / "engine")], env={"COLUMNS": "200"}).output

@@ -14,11 +14,9 @@ from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, ex
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.planner.answer import Question, memory_of
 from seekforge.exporter.planner.cli import plan as plan_command
-from seekforge.exporter.program.export import export
 from seekforge.exporter.sizing.memory import Layout, Workload
 from seekforge.exporter.sizing.scratch import bf16_linear_shapes, linear_shapes
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.targets import all_targets, load_target
 
 CHOICES = Choices(plugins="all", kernels=False)
@@ -71,12 +69,12 @@ def test_the_command_plan_says_what_a_build_expects(full: ModelConfig) -> None:
     assert held["indexer_scores"] + held["scratch"] == memory.indexer_scores + memory.scratch
 
 
-def test_the_plugins_of_an_engine_ask_for_what_was_expected(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_plugins_of_an_engine_ask_for_what_was_expected(
+    tiny_checkpoint: Path, tiny_layers: dict[str, Path], tmp_path: Path
+) -> None:
     """Without quantised activations, whose experts keep rows of two bytes; for two SMs, and steps in three profiles."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    program = tmp_path / "layer"
-    export(tiny_checkpoint, program, numerics=NUMERICS["exact"], layer_range=(1, 2))
-    inputs = open_inputs(program, tiny_checkpoint)
+    inputs = open_inputs(tiny_layers["exact"], tiny_checkpoint)
     target = load_target("rtx4090", ["also=[120]", "precision=bf16", "kv_format=bf16"])
     planned = check(inputs, target, CHOICES)
     manifest = build_gpu(

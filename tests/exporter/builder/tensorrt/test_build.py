@@ -77,14 +77,9 @@ def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
 
 
 @pytest.fixture(scope="module")
-def one_layer(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+def one_layer(tiny_checkpoint: Path, tiny_layers: dict[str, Path]) -> Inputs:
     """The first MoE layer alone."""
-    from seekforge.exporter.program.export import export
-    from seekforge.formats.numerics import NUMERICS
-
-    folder = tmp_path_factory.mktemp("one") / "layer"
-    export(tiny_checkpoint, folder, numerics=NUMERICS["fp8"], layer_range=(1, 2))
-    return open_inputs(folder, tiny_checkpoint)
+    return open_inputs(tiny_layers["fp8"], tiny_checkpoint)
 
 
 ONE_PLAN = Choices(kernels=False, layers_per_engine=4)
