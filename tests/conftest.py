@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from tests.support.made_once import made_once
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
@@ -30,22 +29,6 @@ def _own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(verified.VARIABLE, str(tmp_path_factory.mktemp("verified") / "verified.json"))
         yield
-
-
-def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder `name`, made by the first test process that asks for it and shared by all."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    folder = root / f"shared-{name}"
-    with FileLock(root / f"{name}.lock"):
-        if not folder.is_dir():
-            half = root / f"half-{name}"
-            shutil.rmtree(half, ignore_errors=True)
-            half.mkdir()
-            make(half)
-            half.rename(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

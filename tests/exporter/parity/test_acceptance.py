@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tests.support.made_once import made_once
 from tests.support.parity_faults import (
     bent_engine,
     build_engine,
@@ -87,12 +88,15 @@ O_PROJ = "model.layers.5.self_attn.o_proj.weight_scale_inv"
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An 8-layer model: its checkpoint, and an engine of a copy in which o_proj of layer 5 is 1 % too large."""
-    root = tmp_path_factory.mktemp("eight")
-    checkpoint = small_model(root / "checkpoint", num_hidden_layers=8, num_nextn_predict_layers=0)
-    export(checkpoint, root / "program", numerics=EXACT)
-    broken = edited_checkpoint(checkpoint, root / "broken", {O_PROJ: scaled(1.01)})
-    engine = build_engine(root / "program", broken, root / "engine")
-    return {"checkpoint": checkpoint, "broken": broken, "engine": engine, "program": root / "program"}
+
+    def make(root: Path) -> None:
+        checkpoint = small_model(root / "checkpoint", num_hidden_layers=8, num_nextn_predict_layers=0)
+        export(checkpoint, root / "program", numerics=EXACT)
+        broken = edited_checkpoint(checkpoint, root / "broken", {O_PROJ: scaled(1.01)})
+        build_engine(root / "program", broken, root / "engine")
+
+    root = made_once(tmp_path_factory, "eight", make)
+    return {name: root / name for name in ("checkpoint", "broken", "engine", "program")}
 
 
 def test_a_weight_off_by_one_percent_is_traced_to_its_layer_and_module(eight: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from tests.support.made_once import made_once
 
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
@@ -33,9 +34,11 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def program(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program of the tiny checkpoint with its plain form."""
-    out = tmp_path_factory.mktemp("plain") / "program"
-    export(tiny_checkpoint, out, numerics=EXACT, plain_f32=True)
-    return out
+
+    def make(root: Path) -> None:
+        export(tiny_checkpoint, root / "program", numerics=EXACT, plain_f32=True)
+
+    return made_once(tmp_path_factory, "plain", make) / "program"
 
 
 @pytest.mark.parametrize("name", GRAPHS)

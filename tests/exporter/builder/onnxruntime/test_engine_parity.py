@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.made_once import made_once
 from tests.support.parity import (
     CONTEXTS,
     GATE,
@@ -167,18 +168,21 @@ def test_fp8_engine_differs_from_pytorch_no_more_than_pytorch_from_itself(
 @pytest.fixture(scope="module")
 def layer_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """FP8 engines of single layers: the dense one and a MoE one in the middle."""
-    root = tmp_path_factory.mktemp("layers")
-    for layer in (0, 2):
-        export(tiny_checkpoint, root / f"p{layer}", numerics=FP8, layer_range=(layer, layer + 1))
-        build(
-            root / f"p{layer}",
-            root / f"e{layer}",
-            target=load_target("cpu"),
-            checkpoint_folder=tiny_checkpoint,
-            max_model_len=None,
-            force=False,
-            progress=Stages(quiet=True),
-        )
+
+    def make(root: Path) -> None:
+        for layer in (0, 2):
+            export(tiny_checkpoint, root / f"p{layer}", numerics=FP8, layer_range=(layer, layer + 1))
+            build(
+                root / f"p{layer}",
+                root / f"e{layer}",
+                target=load_target("cpu"),
+                checkpoint_folder=tiny_checkpoint,
+                max_model_len=None,
+                force=False,
+                progress=Stages(quiet=True),
+            )
+
+    root = made_once(tmp_path_factory, "layer-engines", make)
     return {layer: root / f"e{layer}" for layer in (0, 2)}
 
 

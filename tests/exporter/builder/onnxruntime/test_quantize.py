@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from tests.support.made_once import made_once
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, TargetError
@@ -39,9 +40,14 @@ def build_cpu(program: Path, out: Path, checkpoint: Path, precision: str) -> Pat
 def engines(
     tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("coded")
-    made = {name: build_cpu(tiny_programs["exact"], root / name, tiny_checkpoint, name) for name in ("int8", "int4")}
-    return made | {"fp8": build_cpu(tiny_programs["fp8"], root / "fp8", tiny_checkpoint, "int8")}
+    kinds = {"int8": ("exact", "int8"), "int4": ("exact", "int4"), "fp8": ("fp8", "int8")}
+
+    def make(root: Path) -> None:
+        for name, (numerics, precision) in kinds.items():
+            build_cpu(tiny_programs[numerics], root / name, tiny_checkpoint, precision)
+
+    root = made_once(tmp_path_factory, "coded", make)
+    return {name: root / name for name in kinds}
 
 
 @pytest.mark.parametrize("precision", ("int8", "int4"))
