@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,51 @@ main()
     args = ["run", str(tiny_engines["fp8"]), "--prompt", "Hello", "--max-tokens", "2", "--greedy", "--quiet"]
     done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+_CHILD = "from seekforge.common.system import end_with_parent; end_with_parent(); import time; print(1, flush=True); "
+_PARENT = """
+import subprocess, sys
+from seekforge.common.system import child_environment
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=child_environment(), stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.parametrize("platform", ["linux", "elsewhere"])
+def test_what_does_a_part_of_the_work_ends_with_a_killed_parent(platform: str) -> None:
+    child = f"import sys; sys.platform = {platform!r}; " if platform != "linux" else ""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _PARENT, f"{child}{_CHILD}time.sleep(120)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, 0)
+        parent.kill()
+    for _ in range(300):
+        if not _runs(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    raise AssertionError("the child goes on")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_anyone_else_starts_goes_on() -> None:
+    """A dump that a person starts, or one whose environment was handed on, has no parent to end with."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    code = (
+        "import os; from seekforge.common.system import end_with_parent; end_with_parent(); "
+        "os.environ['SEEKFORGE_PARENT_PID'] = str(os.getppid()); end_with_parent(); "
+        "print('SEEKFORGE_PARENT_PID' in os.environ)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

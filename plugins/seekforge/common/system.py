@@ -7,12 +7,21 @@ memory maps that may be unlinked), and is refused with a sentence instead of fai
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from seekforge.common.errors import EnvironmentFault
+
+#: Tells a process that was started to do a part of the work which process that was.
+_PARENT = "SEEKFORGE_PARENT_PID"
+#: Of Linux's <sys/prctl.h>.
+_PR_SET_PDEATHSIG = 1
 
 
 def check_platform() -> None:
@@ -67,3 +76,30 @@ def cpu_seconds() -> float:
     """Return the processor time that this process has used."""
     times = os.times()
     return times.user + times.system
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment for a process that does a part of this one's work, and calls `end_with_parent`."""
+    return {**os.environ, _PARENT: str(os.getpid())}
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it for a part of its work ends, however that ends.
+
+    A process that is killed cannot end those it started. Without effect where this one was started by anyone else.
+    """
+    parent = os.environ.pop(_PARENT, "")
+    if not parent.isdecimal():
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(int(parent),), name="seekforge-parent", daemon=True).start()
+    if os.getppid() != int(parent):  # it ended before it was asked
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

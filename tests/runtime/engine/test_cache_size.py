@@ -118,3 +118,11 @@ def test_the_planner_and_the_manifest_agree_on_blocks(tiny_engines: dict[str, Pa
         assert engine.cache_bytes(context, batch) == cache_bytes(
             config, manifest.cache.kv_format, context=context, batch=batch, num_layers=layers
         )
+
+
+@pytest.mark.parametrize("name", ["num_blocks", "kv_cache_memory"])
+def test_a_cache_that_no_memory_holds_is_refused_before_anything_is_made(manifest: Manifest, name: str) -> None:
+    """What counts blocks would fill the memory long before the cache itself does."""
+    for value in (10**30, 10**13):
+        with pytest.raises(EngineError, match=rf"^{name} is .*, expected at most .*; lower {name}$"):
+            decide(manifest, 1 << 30, **{name: value})

@@ -23,6 +23,7 @@ from seekforge.common.cli.terminal import echo, write_json
 from seekforge.common.errors import ConfigError
 from seekforge.common.files import atomic_folder
 from seekforge.common.reading import LISTING_BYTES, read_text
+from seekforge.common.system import end_with_parent
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.parity_steps import MODES, Mode, Plan, make_plan
@@ -161,6 +162,7 @@ def _random_plan(manifest: Manifest, contexts: tuple[int, ...], modes: tuple[Mod
 
 
 if __name__ == "__main__":
+    end_with_parent()
     from seekforge.runtime.cli.main import main
 
     main(["dump", *sys.argv[1:]])

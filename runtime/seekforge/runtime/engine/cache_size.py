@@ -16,6 +16,8 @@ from seekforge.formats.paged_cache import blocks_needed
 
 #: Part of the free memory of a CPU that caches take when no size is asked for: others live there too.
 _CPU_SHARE = 0.5
+#: Most blocks, some hundred million tokens: what counts them takes main memory too, whatever a block takes.
+_MOST_BLOCKS = 1 << 22
 
 
 def decide_num_blocks(
@@ -54,6 +56,11 @@ def decide_num_blocks(
         asked = "no memory is known to be free" if budget is None else f"{max(budget, 0):,} bytes are left for caches"
         if budget is not None:
             chosen = min(chosen, budget // size)
+    if chosen > _MOST_BLOCKS:
+        raise EngineError(
+            f"{asked}, {chosen:,} blocks, expected at most {_MOST_BLOCKS:,}; "
+            f"lower {'kv_cache_memory' if num_blocks is None else 'num_blocks'}"
+        )
     if chosen < 2:
         raise EngineError(
             f"{asked}, expected room for at least 2 blocks of {size:,} bytes (one is scrap); "

@@ -13,6 +13,7 @@ from typing import Any
 
 from seekforge.common import errors
 from seekforge.common.errors import EngineError, SeekforgeError
+from seekforge.common.system import child_environment
 from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.builder.tensorrt.diagnostics import explain, too_tight
 from seekforge.plugins.tensorrt.library import Flavour
@@ -189,7 +190,8 @@ def _run(
     phases = Phases()
     last: dict[str, Any] = {}
     stage = "start"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # also from a source tree
+    path = os.pathsep.join(filter(None, sys.path))  # also from a source tree
+    environment = child_environment() | {"PYTHONPATH": path}
     before = log.stat().st_size if log.is_file() else 0
     with log.open("a", encoding="utf-8") as errors_to:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors_to, text=True, env=environment)

@@ -21,7 +21,7 @@ from typing import Any
 from seekforge.common.cli.terminal import echo
 from seekforge.common.errors import EnvironmentFault, SeekforgeError
 from seekforge.common.files import replace_file
-from seekforge.common.system import cpu_seconds, peak_bytes
+from seekforge.common.system import cpu_seconds, end_with_parent, peak_bytes
 from seekforge.plugins.kernels.cuda_driver import startup_fault
 from seekforge.plugins.tensorrt.library import load
 from seekforge.plugins.tensorrt.plugin import register
@@ -333,4 +333,5 @@ def _monitor(trt: Any, reporter: Reporter) -> Any:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(sys.argv[1]))

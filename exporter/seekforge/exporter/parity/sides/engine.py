@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from seekforge.common.errors import EngineError
+from seekforge.common.system import child_environment
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
 from seekforge.exporter.parity.sides.split_engine import cut_copy
 from seekforge.exporter.program.taps import SELECTIONS
@@ -100,7 +101,7 @@ class EngineSide:
             command += ["--checkpoint", str(self.checkpoint)]
         if self.threads:
             command += ["--threads", str(self.threads)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
         if done.returncode != 0:
             line = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
             raise EngineError(f"{self.folder}: the runtime could not run it: {line.removeprefix('error: ')}")
