@@ -12,8 +12,8 @@ from seekforge import LLM, SamplingParams, StructuredOutputsParams
 
 SCHEMA = {
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "warm": {"type": "boolean"}},
-    "required": ["colour", "warm"],
+    "properties": {"color": {"enum": ["red", "green", "blue"]}, "warm": {"type": "boolean"}},
+    "required": ["color", "warm"],
     "additionalProperties": False,
 }
 
@@ -22,7 +22,7 @@ def main(engine: str) -> None:
     choice = StructuredOutputsParams(choice=["red", "green", "blue"])
     schema = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
     with LLM(engine) as llm:
-        (output,) = llm.generate("A colour: ", SamplingParams(max_tokens=16, structured_outputs=choice, logprobs=1))
+        (output,) = llm.generate("A color: ", SamplingParams(max_tokens=16, structured_outputs=choice, logprobs=1))
         completion = output.outputs[0]
         print(f"choice: {completion.text}")
         for token in completion.logprobs or ():

@@ -63,7 +63,7 @@ def test_choices_are_of_the_list_and_json_is_of_the_schema(tiny_engines: dict[st
     assert re.search(r"^choice: (red|green|blue)$", printed, re.MULTILINE)
     (found,) = re.findall(r"^json: (.*)$", printed, re.MULTILINE)
     value = ast.literal_eval(found)
-    assert value["colour"] in ("red", "green", "blue") and isinstance(value["warm"], bool)
+    assert value["color"] in ("red", "green", "blue") and isinstance(value["warm"], bool)
     assert len(re.findall(r"^sample \d: ", printed, re.MULTILINE)) == 3
 
 

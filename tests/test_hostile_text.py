@@ -21,7 +21,7 @@ from seekforge.common.cli.charts import Line, Panel, write_charts
 from seekforge.formats.checkpoint.safetensors import write_shard
 from seekforge.runtime.cli import main as cli
 
-#: Markup of rich, HTML, a colour, a window's title, a C1 sequence, an override of direction, a line break.
+#: Markup of rich, HTML, a color, a window's title, a C1 sequence, an override of direction, a line break.
 HOSTILE = "a[/x]b[bold]<script>alert(1)</script>$\\frac$\x1b[31m\x1b]0;t\x07\x9b1m\u202eb\u2028\x85c"
 NAMES = {
     "markup": "a[/]b[bold]c[/x]",
@@ -122,7 +122,7 @@ def poison(value: Any, key: str = "") -> Any:
 
 
 @pytest.mark.parametrize("file", ["program.json", "bindings.json", "config.json", "tokenizer.json"])
-def test_artefacts_full_of_hostile_text_are_one_line(
+def test_artifacts_full_of_hostile_text_are_one_line(
     tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path, file: str
 ) -> None:
     program = tmp_path / "prog"

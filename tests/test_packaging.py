@@ -35,7 +35,7 @@ def canonical(name: str) -> str:
 
 def requirements() -> list[str]:
     project = PYPROJECT["project"]
-    # `trt` installs only where a data-centre GPU is
+    # `trt` installs only where a data-center GPU is
     installed = [
         line for extra in ("export", "cpu", "rtx", "dev", "docs") for line in project["optional-dependencies"][extra]
     ]

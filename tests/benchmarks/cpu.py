@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tests.support.oracle import load_oracle, write_dequantised
+from tests.support.oracle import load_oracle, write_dequantized
 
 from seekforge.common.dtypes import itemsize
 from seekforge.formats.engine.manifest import load_manifest
@@ -55,7 +55,7 @@ class Transformers:
     def __init__(self, checkpoint: Path, clock: Clock) -> None:
         self.clock = clock
         with tempfile.TemporaryDirectory() as folder:
-            self.model = load_oracle(write_dequantised(checkpoint, Path(folder) / "f32"))
+            self.model = load_oracle(write_dequantized(checkpoint, Path(folder) / "f32"))
 
     @torch.inference_mode()
     def run(self, prompt: list[int], count: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A name in an artefact opens a regular file of its own folder, or nothing."""
+"""A name in an artifact opens a regular file of its own folder, or nothing."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ import pytest
 from seekforge.common.errors import ConfigError
 from seekforge.formats import dump as dump_format
 from seekforge.formats.dump import INDEX, Dump, DumpWriter, Side
-from seekforge.formats.parity_steps import MODES, Plan, chunks, make_plan, step_inputs
+from seekforge.formats.parity_steps import MODES, ParitySteps, chunks, make_plan, step_inputs
 
 SIDE = Side(kind="torch", name="a", numerics={}, activations="f32", layers=(0, 2), config={}, versions={})
 
 
-def plan(*contexts: int, modes: tuple[str, ...] = MODES) -> Plan:
+def plan(*contexts: int, modes: tuple[str, ...] = MODES) -> ParitySteps:
     return make_plan(contexts=contexts, vocab_size=1024, index_topk=64, has_mtp=True, modes=modes)  # pyright: ignore
 
 

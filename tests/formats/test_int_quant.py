@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 
 from seekforge.common.errors import ProgramError
-from seekforge.formats.int_codes import pack, quantise_rows
+from seekforge.formats.int_codes import pack, quantize_rows
 from seekforge.formats.int_quant import (
-    Quantisation,
-    dequantised,
+    Quantization,
+    dequantized,
     kind_of,
     packed,
-    quantised,
-    quantised_recipes,
+    quantized,
+    quantized_recipes,
 )
-from seekforge.formats.weight_recipes import Recipe, dequantise, evaluate, stack, take
+from seekforge.formats.weight_recipes import Recipe, dequantize, evaluate, stack, take
 
 WEIGHT = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float32)
 
@@ -25,7 +25,7 @@ class Source(dict):
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 127), (4, 7)])
 def test_a_code_is_at_most_half_a_step_off(bits: int, most: int) -> None:
-    codes, scales = quantise_rows(WEIGHT, bits, 32)
+    codes, scales = quantize_rows(WEIGHT, bits, 32)
     assert codes.min() == -most - 1 and codes.max() == most
     step = np.abs(scales).repeat(32, axis=-1)
     error = np.abs(codes * scales.repeat(32, axis=-1) - WEIGHT)
@@ -36,7 +36,7 @@ def test_a_code_is_at_most_half_a_step_off(bits: int, most: int) -> None:
 
 
 def test_zeros_stay_zeros() -> None:
-    codes, scales = quantise_rows(np.zeros((2, 64), np.float32), 4, 32)
+    codes, scales = quantize_rows(np.zeros((2, 64), np.float32), 4, 32)
     assert not codes.any() and not scales.any()
 
 
@@ -46,7 +46,7 @@ def test_two_codes_share_a_byte_the_first_one_below() -> None:
     assert pack(codes, 8, 2).tolist() == [[[120, 135], [128, 129]]]
 
 
-def test_recipes_give_codes_and_scales_of_the_dequantised_weight() -> None:
+def test_recipes_give_codes_and_scales_of_the_dequantized_weight() -> None:
     import ml_dtypes
 
     draw = np.random.default_rng(1)
@@ -57,10 +57,10 @@ def test_recipes_give_codes_and_scales_of_the_dequantised_weight() -> None:
         source[f"s{e}"] = draw.random((2, 1)).astype(np.float32)
         pairs.append((take(f"w{e}", (256, 128), "f8e4m3"), take(f"s{e}", (2, 1), "f32")))
     weights, scales = (stack(parts) for parts in zip(*pairs, strict=True))
-    codes, code_scales = quantised(dequantised(weights, scales), 4, 32)
+    codes, code_scales = quantized(dequantized(weights, scales), 4, 32)
     assert (codes.op, codes.shape, code_scales.shape) == ("stack", (2, 256, 128), (2, 256, 4))
-    real = evaluate(dequantise(*pairs[1], "f32"), source)
-    want = quantise_rows(real, 4, 32)
+    real = evaluate(dequantize(*pairs[1], "f32"), source)
+    want = quantize_rows(real, 4, 32)
     assert np.array_equal(evaluate(codes, source)[1], want[0])
     assert np.array_equal(evaluate(code_scales, source)[1], want[1])
     ready = packed(codes, 4, 32)
@@ -71,17 +71,17 @@ def test_recipes_give_codes_and_scales_of_the_dequantised_weight() -> None:
 
 def test_a_row_without_whole_blocks_is_refused() -> None:
     with pytest.raises(ProgramError, match="no whole blocks of 32"):
-        quantised(take("w", (4, 80), "f32"), 8, 32)
+        quantized(take("w", (4, 80), "f32"), 8, 32)
 
 
 def test_only_the_kinds_that_are_named_become_codes() -> None:
-    how = Quantisation(precision="int4", block_size=32, kinds={"o_proj": "int4", "lm_head": "int8", "wq_b": "f32"})
+    how = Quantization(precision="int4", block_size=32, kinds={"o_proj": "int4", "lm_head": "int8", "wq_b": "f32"})
     pair = {"weight": take("a", (128, 128), "f8e4m3"), "weight_scale": take("b", (1, 1), "f32")}
     recipes = {
         f"layers.0.self_attn.{kind}.{name}": r for kind in ("o_proj", "indexer.wq_b") for name, r in pair.items()
     }
     recipes["lm_head.weight"] = take("c", (256, 128), "bf16")
-    found = quantised_recipes(recipes, how)
+    found = quantized_recipes(recipes, how)
     assert found["layers.0.self_attn.indexer.wq_b.weight"] == pair["weight"]
     assert found["layers.0.self_attn.o_proj.weight"].params == {"bits": 4, "block_size": 32}
     assert found["lm_head.weight"].params["bits"] == 8

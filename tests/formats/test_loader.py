@@ -27,7 +27,7 @@ from seekforge.formats.weight_recipes import (
     as_bytes,
     cast,
     concat,
-    dequantise,
+    dequantize,
     evaluate,
     expert_map,
     for_rank,
@@ -87,7 +87,7 @@ def _expert(i: int) -> Recipe:
 
 
 def _recipes() -> dict[str, Recipe]:
-    kv = dequantise(take("kv.weight", (1024, 128), "f8e4m3"), take("kv.weight_scale_inv", (8, 1), "f32"), "bf16")
+    kv = dequantize(take("kv.weight", (1024, 128), "f8e4m3"), take("kv.weight_scale_inv", (8, 1), "f32"), "bf16")
     heads = reshape(kv, (4, 256, 128))
     table = take("table", (300, 200), "bf16")
     rope = {
@@ -121,7 +121,7 @@ def _recipes() -> dict[str, Recipe]:
         "w_uk": slice_(heads, 1, 0, 128),
         "w_uv": slice_(heads, 1, 128, 256),
         "one_head": slice_(slice_(heads, 1, 128, 256), 0, 3, 4),
-        "kv_f32": dequantise(*kv.parts, "f32"),
+        "kv_f32": dequantize(*kv.parts, "f32"),
         "rope_cos": rope_table("rope_cos", num_positions=20_000, dim=64, rope=rope),
         "hadamard": hadamard_table(128),
         "no_view": reshape(slice_(table, 1, 0, 100), (100, 300)),
@@ -204,7 +204,7 @@ def test_each_byte_is_read_once_though_inputs_share_it(checkpoint: Checkpoint, m
 
 
 @pytest.mark.parametrize(("activations", "fp8"), [("f32", "f8e4m3"), ("bf16", "i8"), ("f32", "i8")])
-def test_specialised_dtypes_are_made_on_the_way(checkpoint: Checkpoint, activations: str, fp8: str) -> None:
+def test_specialized_dtypes_are_made_on_the_way(checkpoint: Checkpoint, activations: str, fp8: str) -> None:
     recipes = {
         name: retarget(recipe, activations=activations, fp8_dtype=fp8)
         for name, recipe in _recipes().items()
@@ -280,7 +280,7 @@ def test_extra_memory_is_bounded(tmp_path: Path) -> None:
     )
     with Checkpoint.open(tmp_path) as checkpoint:
         a = take("a", (rows, 1024), "f8e4m3")
-        product = reshape(dequantise(a, take("a_scale", (rows // 128, 8), "f32"), "bf16"), (rows // 256, 256, 1024))
+        product = reshape(dequantize(a, take("a_scale", (rows // 128, 8), "f32"), "bf16"), (rows // 256, 256, 1024))
         b = take("b", (rows, 1024), "bf16")
         recipes = {
             "u": slice_(product, 1, 0, 128),

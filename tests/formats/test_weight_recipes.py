@@ -16,7 +16,7 @@ from seekforge.formats.weight_recipes import (
     cast,
     concat,
     coverage,
-    dequantise,
+    dequantize,
     evaluate,
     evaluate_into,
     hadamard,
@@ -75,7 +75,7 @@ def fp8(name: str, n: int, k: int) -> tuple[Recipe, Recipe]:
     return take(name, (n, k), "f8e4m3"), take(f"{name}_scale", scale, "f32")
 
 
-def dequantised(source: Source, name: str) -> np.ndarray:
+def dequantized(source: Source, name: str) -> np.ndarray:
     weight = source.tensor(name).astype(np.float32)
     scale = source.tensor(f"{name}_scale").repeat(128, 0).repeat(128, 1)
     return weight * scale[: weight.shape[0], : weight.shape[1]]
@@ -89,17 +89,17 @@ def test_take_slice_and_reshape_do_not_copy(source: Source) -> None:
     assert np.shares_memory(got, source.tensor("a"))
 
 
-def test_concat_stack_transpose_and_dequantise_equal_numpy(source: Source) -> None:
+def test_concat_stack_transpose_and_dequantize_equal_numpy(source: Source) -> None:
     (a, a_scale), (b, b_scale) = fp8("a", 256, 384), fp8("b", 192, 384)
-    both = np.concatenate([dequantised(source, "a"), dequantised(source, "b")])
-    recipe = dequantise(concat([a, b]), concat([a_scale, b_scale]), "f32")
+    both = np.concatenate([dequantized(source, "a"), dequantized(source, "b")])
+    recipe = dequantize(concat([a, b]), concat([a_scale, b_scale]), "f32")
     assert np.array_equal(evaluate(recipe, source), both)
     assert np.array_equal(evaluate(transpose(recipe, (1, 0)), source), both.T)
-    pair = dequantise(stack([a, a]), stack([a_scale, a_scale]), "f32")
-    assert np.array_equal(evaluate(pair, source), np.stack([dequantised(source, "a")] * 2))
+    pair = dequantize(stack([a, a]), stack([a_scale, a_scale]), "f32")
+    assert np.array_equal(evaluate(pair, source), np.stack([dequantized(source, "a")] * 2))
     out = np.empty((2, 384, 256), np.float32)
     evaluate_into(transpose(pair, (0, 2, 1)), source, out)
-    assert np.array_equal(out[1], dequantised(source, "a").T)
+    assert np.array_equal(out[1], dequantized(source, "a").T)
 
 
 def test_cast_and_retarget_keep_f32_whole(source: Source) -> None:
@@ -108,17 +108,17 @@ def test_cast_and_retarget_keep_f32_whole(source: Source) -> None:
     assert np.array_equal(evaluate(retarget(norm, activations="f32", fp8_dtype="f8e4m3"), source), source.tensor("n"))
     weight, scale = fp8("a", 256, 384)
     odd = Source({**source.tensors, "a_scale": source.tensor("a_scale") * np.float32(1.001)})
-    rounded = dequantise(weight, scale, "bf16")
+    rounded = dequantize(weight, scale, "bf16")
     whole = retarget(slice_(reshape(rounded, (2, 128, 384)), 1, 0, 64), activations="f32", fp8_dtype="f8e4m3")
     assert whole.dtype == "f32"
-    assert np.array_equal(evaluate(whole, odd), dequantised(odd, "a").reshape(2, 128, 384)[:, :64])
+    assert np.array_equal(evaluate(whole, odd), dequantized(odd, "a").reshape(2, 128, 384)[:, :64])
     stored = retarget(weight, activations="f32", fp8_dtype="i8")
     assert np.array_equal(evaluate(stored, source), source.tensor("a").view(np.int8))
 
 
 def test_a_recipe_survives_json(source: Source) -> None:
     weight, scale = fp8("a", 256, 384)
-    recipe = slice_(reshape(dequantise(weight, scale, "bf16"), (2, 128, 384)), 1, 64, 128)
+    recipe = slice_(reshape(dequantize(weight, scale, "bf16"), (2, 128, 384)), 1, 64, 128)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_dict(rope_table("rope_cos", num_positions=8, dim=64, rope=ROPE).to_dict()).params["factor"] == 40
 
@@ -182,7 +182,7 @@ def test_fp8_values_are_those_of_the_spec() -> None:
 
 def test_coverage_counts_parts_once_and_declares_sharing() -> None:
     weight, scale = take("kv", (512, 128), "f8e4m3"), take("kv_scale", (4, 1), "f32")
-    heads = reshape(dequantise(weight, scale, "bf16"), (2, 256, 128))
+    heads = reshape(dequantize(weight, scale, "bf16"), (2, 256, 128))
     read = coverage(
         {
             "w_uk": slice_(heads, 1, 0, 128),

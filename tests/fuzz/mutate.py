@@ -19,7 +19,7 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 WORDS = (
     "f32", "bf16", "f8e4m3", "i8", "u8", "i32", "i64", "bool", "F32", "BF16", "F8_E4M3", "U8", "take", "slice",
-    "reshape", "transpose", "concat", "stack", "dequantise", "cast", "bytes", "split", "computed", "codes",
+    "reshape", "transpose", "concat", "stack", "dequantize", "cast", "bytes", "split", "computed", "codes",
     "code_scales", "packed", "rope_cos", "hadamard", "expert_map", "cache", "weight", "table", "token", "result", "tap",
     "debug", "onnxruntime", "tensorrt", "tensorrt-rtx", "fp8_ds", "all", "tp", "ep", "model", "mtp", "whole", "decode",
 )  # fmt: skip

@@ -89,11 +89,11 @@ REGRESSIONS: dict[str, list[bytes]] = {
         b'{"format": 1, "\\ud800": 1}',
         b'{"format": ' + b"9" * 5000 + b"}",
     ],
-    "program": [b'{"format": 1, "graphs": ' + b'{"a":' * 2000, b'{"format": NaN}', b"\xff\xfe{}"],
+    "program": [b'{"format": 2, "graphs": ' + b'{"a":' * 2000, b'{"format": NaN}', b"\xff\xfe{}"],
     "bindings": [
-        b'{"format": 1, "graphs": {"model": {"x": {"op": "take", "shape": [4611686018427387904, 4], "dtype": "f32"}}}}',
-        b'{"format": 1, "graphs": {"model": {"x": {"op": "slice", "shape": [1], "dtype": "f32", "axis": 7}}}}',
-        b'{"format": 1, "graphs": {"model": {"x": {"op": "computed", "shape": [2, 2], "dtype": "f32", '
+        b'{"format": 2, "graphs": {"model": {"x": {"op": "take", "shape": [4611686018427387904, 4], "dtype": "f32"}}}}',
+        b'{"format": 2, "graphs": {"model": {"x": {"op": "slice", "shape": [1], "dtype": "f32", "axis": 7}}}}',
+        b'{"format": 2, "graphs": {"model": {"x": {"op": "computed", "shape": [2, 2], "dtype": "f32", '
         b'"tensor": "hadamard", "params": {"size": 1048576}}}}}',
     ],
     "target": [b"limits: 2001-99-01", b"name: &a [*a]", b"name: !!python/name:os.system"],

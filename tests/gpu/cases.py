@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seekforge.common.errors import SeekforgeError
 from seekforge.plugins.kernels.launch_plan import statics_of
-from seekforge.plugins.quant import fake_quantise
+from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.registry import WITH_KERNELS
 from seekforge.plugins.testing import Case, Draw
 
@@ -130,7 +130,7 @@ def attention(b: int, q: int, heads: int = 128) -> Real:
         draw, blocks = Draw(b), 64
         table = draw.block_table(b, blocks, b * blocks + 1)
         rows = (b * blocks + 1) * 64
-        latents = torch.cat([fake_quantise(draw.normal(rows, 512)), draw.normal(rows, 64)], 1)
+        latents = torch.cat([fake_quantize(draw.normal(rows, 512)), draw.normal(rows, 64)], 1)
         picked = torch.stack([draw.order(blocks * 64)[:2048].sort().values for _ in range(b * q)]).int()
         inputs = (
             draw.normal(b, q, heads, 512).bfloat16(),

@@ -44,7 +44,7 @@ def _judge_route(
 ) -> tuple[bool, str]:
     """Judge chosen experts as parity does: another one is right where it lies as near to the boundary as noise.
 
-    Experts come by falling biased score, and neighbours may change places within the same noise. Weights are those of
+    Experts come by falling biased score, and neighbors may change places within the same noise. Weights are those of
     the experts that were chosen.
     """
     logits, bias = inputs

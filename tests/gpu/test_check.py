@@ -101,7 +101,7 @@ def test_an_expert_that_is_as_near_as_noise_is_right_with_its_own_weight(gap: fl
     assert not judge(case, (ids, want[1] * 1.01), want)[0]
 
 
-def test_neighbours_within_noise_may_change_places_and_others_may_not() -> None:
+def test_neighbors_within_noise_may_change_places_and_others_may_not() -> None:
     case, want = near_tie(1e-6)
     case.inputs[1][2] = torch.sigmoid(case.inputs[0][0])[1] - torch.sigmoid(case.inputs[0][0])[2] - 1e-6
     want = [t.clone() for t in case.expected()]

@@ -35,7 +35,7 @@ from seekforge.formats.program import load_program
 from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import KERNELS
-from seekforge.plugins.quant import fake_quantise
+from seekforge.plugins.quant import fake_quantize
 
 CHECKPOINT, PROGRAM = "checkpoint", "program"
 
@@ -111,10 +111,10 @@ def fill_past(walk: Walk, lengths: Sequence[int], tables: Sequence[Sequence[int]
     for latent, index in zip(*session.caches, strict=True):
         for length, blocks in zip(lengths, tables, strict=True):
             slots = (torch.tensor(blocks).unsqueeze(1) * 64 + torch.arange(64)).view(-1)[:length]
-            c = fake_quantise(torch.randn(length, config.kv_lora_rank, generator=draw))
+            c = fake_quantize(torch.randn(length, config.kv_lora_rank, generator=draw))
             k_pe = torch.randn(length, config.qk_rope_head_dim, generator=draw)
             latent[slots] = torch.cat([c, k_pe], 1).to(latent.dtype)
-            keys = fake_quantise(torch.randn(length, config.index_head_dim, generator=draw))
+            keys = fake_quantize(torch.randn(length, config.index_head_dim, generator=draw))
             index[slots] = keys.to(index.dtype)
     walk.take_caches()
 

@@ -1,4 +1,4 @@
-"""Quantisation, Hadamard and cache bytes against the known answers (spec §13.1, §13.4, §13.5)."""
+"""Quantization, Hadamard and cache bytes against the known answers (spec §13.1, §13.4, §13.5)."""
 
 import hashlib
 import math
@@ -8,12 +8,12 @@ import torch
 
 from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
 from seekforge.plugins.quant import (
-    dequantise_weight,
-    fake_quantise,
+    dequantize_weight,
+    fake_quantize,
     hadamard_matrix,
     latent_record_bytes,
     pack_latent,
-    quantise,
+    quantize,
     ue8m0_scale,
     unpack_index_keys,
     unpack_latent,
@@ -30,7 +30,7 @@ def test_e4m3_rounds_to_nearest_even() -> None:
     values = torch.zeros(128)
     values[: len(E4M3)] = torch.tensor(list(E4M3))
     values[-1] = 448.0  # scale 1
-    q, scale = quantise(values)
+    q, scale = quantize(values)
     assert scale.item() == 1.0
     assert q.view(torch.uint8)[: len(E4M3)].tolist() == list(E4M3.values())
 
@@ -49,20 +49,20 @@ def test_scale_is_the_smallest_power_that_keeps_every_bf16_in_range() -> None:
     assert torch.all(floored / scale.double() > 224)
 
 
-def test_fake_quantise_keeps_dtype_and_is_idempotent() -> None:
+def test_fake_quantize_keeps_dtype_and_is_idempotent() -> None:
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)) * 50
-    once = fake_quantise(x)
-    assert torch.equal(fake_quantise(once), once)
+    once = fake_quantize(x)
+    assert torch.equal(fake_quantize(once), once)
     assert (once - x).abs().max() / x.abs().max() < 2**-4
-    assert fake_quantise(x.bfloat16()).dtype == torch.bfloat16
-    assert torch.equal(fake_quantise(torch.zeros(128)), torch.zeros(128))
+    assert fake_quantize(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(fake_quantize(torch.zeros(128)), torch.zeros(128))
 
 
 def test_partial_weight_blocks_use_their_own_scale() -> None:
     weight = torch.ones(192, 256).to(torch.float8_e4m3fn)
     scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    values = dequantise_weight(weight, scale)
-    assert torch.equal(values, dequantise_weight(weight.view(torch.int8), scale))
+    values = dequantize_weight(weight, scale)
+    assert torch.equal(values, dequantize_weight(weight.view(torch.int8), scale))
     corners = [(0, 0, 1), (127, 127, 1), (127, 128, 2), (128, 127, 3), (191, 255, 4)]
     assert all(values[row, column] == want for row, column, want in corners)
 
@@ -88,7 +88,7 @@ def test_latent_record_bytes() -> None:
     assert raw[528:536].hex() == "0000803c003d403d"
     assert hashlib.sha256(raw).hexdigest() == "8aa11314393cd2988404a41fe3bf8c9e45aae110fbb84a0defd39e452c4437bb"
     back, rotary = unpack_latent(record, 512)
-    assert torch.equal(back, fake_quantise(c).float())
+    assert torch.equal(back, fake_quantize(c).float())
     assert torch.equal(rotary, k_pe.float())
 
 
@@ -109,5 +109,5 @@ def test_index_page_bytes() -> None:
     assert raw[:8].hex() == "f8f2e8607076f6f0"
     assert raw[8192:8200].hex() == "0000003c0000003c"
     assert hashlib.sha256(raw).hexdigest() == "0e2b9c6a9083194d54cd45a8708ca86c7423569b70e74d4227b48460a8416016"
-    assert torch.equal(unpack_index_keys(pages, slots[0]), fake_quantise(keys).float())
+    assert torch.equal(unpack_index_keys(pages, slots[0]), fake_quantize(keys).float())
     assert not pages[0].any()

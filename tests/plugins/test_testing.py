@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.testing import (
     calc_diff,
     cases,
@@ -53,7 +53,7 @@ def test_tensors_survive_the_way_to_numpy(dtype: torch.dtype) -> None:
 
 
 def test_a_cache_bound_twice_is_updated_in_place() -> None:
-    how = Specialisation("f32", "float8", "bf16", "ort")
+    how = Specialization("f32", "float8", "bf16", "ort")
     case = next(c for c in cases("DsaCacheWrite") if c.name == "scattered-fp8").typed(how)
     kinds = ["bf16", "bf16", "f32", "f32", "f32", "i64"]
     types = [(kind, tuple(t.shape)) for kind, t in zip(kinds, case.inputs, strict=True)]

@@ -55,17 +55,17 @@ def bad_calls() -> list[tuple[str, tuple, dict]]:
 
 
 @pytest.mark.parametrize("number", range(len(bad_calls())))
-def test_whatever_is_wrong_is_one_line_and_neighbours_go_on(llm: LLM, number: int) -> None:
+def test_whatever_is_wrong_is_one_line_and_neighbors_go_on(llm: LLM, number: int) -> None:
     _, arguments, named = bad_calls()[number]
     expected = llm.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
-    neighbour = llm.stream([5, 6, 7], GREEDY)
-    tokens = list(next(neighbour).token_ids)
+    neighbor = llm.stream([5, 6, 7], GREEDY)
+    tokens = list(next(neighbor).token_ids)
     for call in (llm.generate, llm.stream):
         if call == llm.stream or arguments[1:] != ([GREEDY],):  # a list of one is right for `generate`
             with pytest.raises(RequestError) as told:
                 call(*arguments, **named)
             assert isinstance(told.value, ValueError) and "\n" not in str(told.value) and len(str(told.value)) < 400
-    tokens += [token for delta in neighbour for token in delta.token_ids]
+    tokens += [token for delta in neighbor for token in delta.token_ids]
     assert tuple(tokens) == expected
     llm._scheduler.check()
     assert not llm._scheduler.has_work
@@ -75,14 +75,14 @@ def test_asyncllm_checks_the_same(toy_engine: Path) -> None:
     async def ask() -> None:
         async with AsyncLLM(toy_engine, threads=1, num_blocks=40) as llm:
             expected = (await llm.generate([5, 6, 7], GREEDY)).outputs[0].token_ids
-            neighbour = asyncio.create_task(llm.generate([5, 6, 7], GREEDY))
+            neighbor = asyncio.create_task(llm.generate([5, 6, 7], GREEDY))
             for _, arguments, named in bad_calls():
                 with pytest.raises(RequestError):
                     await llm.generate(*arguments, **named)
                 with pytest.raises(RequestError):
                     async for _delta in llm.stream(*arguments, **named):
                         pass
-            assert (await neighbour).outputs[0].token_ids == expected
+            assert (await neighbor).outputs[0].token_ids == expected
 
     asyncio.run(asyncio.wait_for(ask(), 120))
 

@@ -146,6 +146,6 @@ def test_the_example_of_the_documentation_runs(toy_engine: Path, tmp_path: Path,
     monkeypatch.setattr(LLM, "chat_prompt", lambda self, messages, **_: json.dumps(messages))
     names: dict[str, object] = {}
     exec(compile(example, str(DOCS), "exec"), names)
-    assert names["colour"][0].outputs[0].text in ("red", "blue")  # pyright: ignore[reportIndexIssue]
+    assert names["color"][0].outputs[0].text in ("red", "blue")  # pyright: ignore[reportIndexIssue]
     assert len(names["answer"].outputs[0].token_ids) > 0  # pyright: ignore[reportAttributeAccessIssue]
     assert "length" in capsys.readouterr().out

@@ -70,8 +70,8 @@ class FakePlan:
         assert call.watched <= set(DEBUG)
         self.device.enqueues += 1
         self.device.profiles.append(call.profile)
-        self.device.enqueued.append((call.context, call.specialised, self.device.recording is not None))
-        key = call.profile, call.context, call.specialised
+        self.device.enqueued.append((call.context, call.specialized, self.device.recording is not None))
+        key = call.profile, call.context, call.specialized
         if key not in self.contexts:
             if call.context and self.device.most_contexts <= sum(len(plan.contexts) for plan in self.device.plans):
                 raise MemoryError("no memory for an execution context")
@@ -90,7 +90,7 @@ class FakePlan:
             self.device.recording.append(lambda: self.run(context, call))
 
     def is_stream_capturable(self, call: Call) -> bool:
-        assert not self.contexts[call.profile, call.context, call.specialised].dirty, "asked before its first run"
+        assert not self.contexts[call.profile, call.context, call.specialized].dirty, "asked before its first run"
         self.device.asked += 1
         return self.device.capturable
 
@@ -123,7 +123,7 @@ class FakeDevice:
         capture_fault: raised at the end of every capture, if any.
         most_contexts: there is no memory for more of captured graphs.
         aliases: what plans tell of theirs.
-        enqueued: (context, specialised, whether a capture went on) of every run that was asked for.
+        enqueued: (context, specialized, whether a capture went on) of every run that was asked for.
     """
 
     def __init__(self) -> None:

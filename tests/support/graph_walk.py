@@ -28,7 +28,7 @@ from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.program import Program, load_bindings, load_program
 from seekforge.formats.step_io import StepInputs
 from seekforge.formats.weight_recipes import TensorSource, cast, evaluate, retarget
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.index import KERNELS, kernel_sm, read_index
 from seekforge.plugins.kernels.launch_plan import has_fp8
 from seekforge.plugins.kernels.launcher import KernelFolder
@@ -52,9 +52,9 @@ def kernel_ops(program: Program, kv_format: KvFormat) -> dict[str, dict[str, Any
     return {op: bound for op, bound in found.items() if op in program.ops or op == BF16_LINEAR}
 
 
-def specialisation(sm: int, kv_format: KvFormat) -> Specialisation:
+def specialization(sm: int, kv_format: KvFormat) -> Specialization:
     """Return what a GPU target of this SM runs: bf16, FP8 weights as float8 or as bytes."""
-    return Specialisation("bf16", "float8" if has_fp8(sm) else "int8", kv_format, "trt")
+    return Specialization("bf16", "float8" if has_fp8(sm) else "int8", kv_format, "trt")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Walk:
         self.config = ModelConfig.parse(loaded.config, str(program))
         self.place, self.kv_format, self.num_blocks = place, kv_format, num_blocks
         sm = kernel_sm(place.sm)
-        how = specialisation(sm, kv_format)
+        how = specialization(sm, kv_format)
         digests = {one["op"]: one["digest"] for one in read_index(engine / KERNELS) if one["sm"] == sm}
         recipes = load_bindings(program)["model"]
         graph = onnx.load(program / loaded.graphs["model"].file)

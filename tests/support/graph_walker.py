@@ -1,7 +1,7 @@
 """Walk a program node by node: standard operators through torch, custom ones through the very `plugin.enqueue`.
 
 The nearest thing to an engine where no TensorRT runs. Plugins are made by the registered creators, from
-fields, in the run-time phase, as a deserialised engine makes them; launchers come from a kernel folder; pointers,
+fields, in the run-time phase, as a deserialized engine makes them; launchers come from a kernel folder; pointers,
 aliases and workspace are those that TensorRT would pass. Where tensors live and how launches run is a `Place`: a GPU
 (`CudaPlace`), or host memory and Triton's interpreter (`HostPlace`), so the same walk is tested without a GPU.
 """

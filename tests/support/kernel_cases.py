@@ -9,13 +9,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.launch_plan import Image, KernelSet, Param, Resources, Scalar, op_kernels
-from seekforge.plugins.quant import pack_latent, quantise
+from seekforge.plugins.quant import pack_latent, quantize
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.testing import Case, cases
 
-HOW = Specialisation("bf16", "float8", "bf16", "trt")
+HOW = Specialization("bf16", "float8", "bf16", "trt")
 
 
 def gpu_cases(op: str) -> list[Case]:
@@ -31,7 +31,7 @@ def packed_latents(cache: Tensor, latent_dim: int) -> Tensor:
 
 def packed_index(cache: Tensor) -> Tensor:
     """[NB·64, 128] -> fp8_ds pages [NB, 64·132]."""
-    q, scale = quantise(cache.float())
+    q, scale = quantize(cache.float())
     values = q.view(torch.int8).view(-1, 64 * 128)
     return torch.cat([values, scale.contiguous().view(torch.int8).view(-1, 64 * 4)], dim=1)
 

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
-def write_dequantised(checkpoint: Path, out: Path) -> Path:
+def write_dequantized(checkpoint: Path, out: Path) -> Path:
     """Write an FP32 copy of an FP8 checkpoint, with nothing of ours: safetensors and repeat_interleave.
 
-    transformers 5.24 can dequantise on load, but takes the block height as rows / scale rows: wrong for
+    transformers 5.24 can dequantize on load, but takes the block height as rows / scale rows: wrong for
     `kv_a_proj_with_mqa`, whose last block is part full (192 rows in 2 blocks: 96 instead of 128).
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -42,7 +42,7 @@ def write_dequantised(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def load_oracle(dequantised: Path) -> Any:
+def load_oracle(dequantized: Path) -> Any:
     """Load the FP32 oracle and check that nothing but the MTP layer was left out."""
     from transformers import DeepseekV32ForCausalLM
     from transformers.utils import logging
@@ -50,7 +50,7 @@ def load_oracle(dequantised: Path) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     model, info = DeepseekV32ForCausalLM.from_pretrained(
-        dequantised, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        dequantized, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     prefix = f"model.layers.{model.config.num_hidden_layers}."
     assert not info["missing_keys"], info["missing_keys"]
@@ -100,7 +100,7 @@ def write_mtp_oracle(checkpoint: Path, out: Path) -> Path:
 
     Fed `eh_proj([enorm(e) | hnorm(h)])` as `inputs_embeds`, it computes what the MTP module does after that.
     """
-    whole = write_dequantised(checkpoint, out / "whole")
+    whole = write_dequantized(checkpoint, out / "whole")
     config = json.loads((whole / "config.json").read_text())
     prefix = f"model.layers.{config['num_hidden_layers']}."
     with safe_open(whole / "model.safetensors", framework="pt") as file:

@@ -38,7 +38,7 @@ class ShapeError(SeekforgeError):
 
 
 class ProgramError(SeekforgeError):
-    """A program folder is damaged, of another version, or cannot be specialised as asked."""
+    """A program folder is damaged, of another version, or cannot be specialized as asked."""
 
 
 class TargetError(SeekforgeError):

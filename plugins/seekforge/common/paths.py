@@ -1,6 +1,6 @@
-"""The one rule for names of files that an artefact gives.
+"""The one rule for names of files that an artifact gives.
 
-A name in an artefact (`Manifest.files`, `GraphIO.file`, `Program.files`, a dump's tensors, an index of kernels or
+A name in an artifact (`Manifest.files`, `GraphIO.file`, `Program.files`, a dump's tensors, an index of kernels or
 shards) is relative, lies inside its folder also when links are followed, and is a regular file: `RelativePath` checks
 the name, `inside` the disk. What stands directly in a checkpoint was put there by a download tool, whose cache is made
 of links: see `checkpoint_file`.
@@ -24,7 +24,7 @@ _HUGGING_FACE_BLOB: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def name_fault(name: str) -> str | None:
-    """Return what is wrong with a file's name in an artefact, None: nothing.
+    """Return what is wrong with a file's name in an artifact, None: nothing.
 
     It has parts between slashes, none of them empty, `.` or `..`; no backslash, colon or control character, which
     lead elsewhere or show as something else on some systems.
@@ -77,8 +77,8 @@ def inside(
     """Return the path of the file `name` of `folder`; whether it is there, its reader says.
 
     Args:
-        folder: the folder of the artefact.
-        name: the name that the artefact has for it.
+        folder: the folder of the artifact.
+        name: the name that the artifact has for it.
         error: what to raise.
         where: the file that names it, for the message.
         again: what to do about it.

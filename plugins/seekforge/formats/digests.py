@@ -81,7 +81,7 @@ def damaged(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Damage]:
-    """Return the places where files differ from their digests, in order; neighbouring chunks are one place.
+    """Return the places where files differ from their digests, in order; neighboring chunks are one place.
 
     Args:
         files: path, size in bytes and digest of each chunk.

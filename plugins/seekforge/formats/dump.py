@@ -21,7 +21,7 @@ from seekforge.common.files import write_json
 from seekforge.common.paths import RelativePath, inside
 from seekforge.common.reading import LISTING_BYTES, SETTINGS_BYTES, check_regular, parse_json, read_json
 from seekforge.common.records import Record, RecordError, Size
-from seekforge.formats.parity_steps import Plan, step_inputs
+from seekforge.formats.parity_steps import ParitySteps, step_inputs
 from seekforge.formats.step_io import StepInputs
 
 DUMP_FORMAT = 1
@@ -73,7 +73,7 @@ class _Tensor(Record):
 class _Index(Record):
     format: int
     side: Side
-    plan: Plan
+    plan: ParitySteps
     tensors: tuple[dict[str, _Tensor], ...]
 
 
@@ -86,7 +86,7 @@ def layer_of(name: str) -> int | None:
 class DumpWriter:
     """Writes a dump into a folder that exists and is empty; `close` makes it readable."""
 
-    def __init__(self, folder: Path, side: Side, plan: Plan) -> None:
+    def __init__(self, folder: Path, side: Side, plan: ParitySteps) -> None:
         self.folder, self.side, self.plan = folder, side, plan
         self._tensors: list[dict[str, _Tensor]] = [{} for _ in plan.steps()]
         self._files = 0

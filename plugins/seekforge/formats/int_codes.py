@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-#: Rows that are quantised at a time: bounds the scratch memory.
+#: Rows that are quantized at a time: bounds the scratch memory.
 _ROWS = 1024
 
 
-def quantise_rows(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+def quantize_rows(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return codes and scales of a matrix.
 
     Args:
@@ -55,5 +55,5 @@ def evaluate_codes(op: str, params: Mapping[str, float], part: np.ndarray) -> np
         return pack(part, bits, block_size)
     rows = part.reshape(-1, part.shape[-1])
     index = 0 if op == "codes" else 1
-    parts = [quantise_rows(rows[i : i + _ROWS], bits, block_size)[index] for i in range(0, len(rows), _ROWS)]
+    parts = [quantize_rows(rows[i : i + _ROWS], bits, block_size)[index] for i in range(0, len(rows), _ROWS)]
     return np.concatenate(parts).reshape(*part.shape[:-1], -1)

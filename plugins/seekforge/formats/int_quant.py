@@ -11,13 +11,13 @@ from typing import Final, Literal
 
 from seekforge.common.errors import ProgramError
 from seekforge.common.records import Record
-from seekforge.formats.weight_recipes import Recipe, cast, dequantise, stack
+from seekforge.formats.weight_recipes import Recipe, cast, dequantize, stack
 
 Format = Literal["f32", "int8", "int4"]
 BITS: Final[dict[str, int]] = {"int8": 8, "int4": 4}
 
 
-class Quantisation(Record):
+class Quantization(Record):
     """How an engine stores its weights.
 
     Attributes:
@@ -45,7 +45,7 @@ def kind_of(name: str) -> str:
     return "experts" if "experts" in parts else parts[-2] if parts[-1].startswith("weight") else parts[-1]
 
 
-def quantised(weight: Recipe, bits: int, block_size: int) -> tuple[Recipe, Recipe]:
+def quantized(weight: Recipe, bits: int, block_size: int) -> tuple[Recipe, Recipe]:
     """Return the recipes of codes [..., N, K] i8 and scales [..., N, K / block_size] f32 of an f32 recipe.
 
     Raises:
@@ -54,7 +54,7 @@ def quantised(weight: Recipe, bits: int, block_size: int) -> tuple[Recipe, Recip
     if weight.shape[-1] % block_size:
         raise ProgramError(f"a weight of shape {weight.shape} has no whole blocks of {block_size} along its last axis")
     if weight.op == "stack":  # one expert at a time
-        codes, scales = zip(*(quantised(part, bits, block_size) for part in weight.parts), strict=True)
+        codes, scales = zip(*(quantized(part, bits, block_size) for part in weight.parts), strict=True)
         return stack(codes), stack(scales)
     params: dict[str, float] = {"bits": bits, "block_size": block_size}
     short = (*weight.shape[:-1], weight.shape[-1] // block_size)
@@ -72,14 +72,14 @@ def packed(codes: Recipe, bits: int, block_size: int) -> Recipe:
     return Recipe("packed", shape, "u8", (codes,), params={"bits": bits, "block_size": block_size})
 
 
-def dequantised(weight: Recipe, scale: Recipe) -> Recipe:
+def dequantized(weight: Recipe, scale: Recipe) -> Recipe:
     """Return the f32 recipe of an FP8 weight; of stacked ones a stack, so that each is evaluated by itself."""
     if weight.op == scale.op == "stack":
-        return stack(dequantised(w, s) for w, s in zip(weight.parts, scale.parts, strict=True))
-    return dequantise(weight, scale, "f32")
+        return stack(dequantized(w, s) for w, s in zip(weight.parts, scale.parts, strict=True))
+    return dequantize(weight, scale, "f32")
 
 
-def quantised_recipes(recipes: Mapping[str, Recipe], how: Quantisation) -> dict[str, Recipe]:
+def quantized_recipes(recipes: Mapping[str, Recipe], how: Quantization) -> dict[str, Recipe]:
     """Return the recipes of a model's parameters with codes and scales where `how` says so.
 
     FP8 weights come as a pair of parameters and stay one: `x.weight` or `x` with `x_scale`, now [N, K] i8 and
@@ -91,6 +91,6 @@ def quantised_recipes(recipes: Mapping[str, Recipe], how: Quantisation) -> dict[
         if bits is None or name.endswith("_scale"):
             continue
         scale = recipes.get(f"{name}_scale")
-        weight = cast(recipe, "f32") if scale is None else dequantised(recipe, scale)
-        result[name], result[f"{name}_scale"] = quantised(weight, bits, how.block_size)
+        weight = cast(recipe, "f32") if scale is None else dequantized(recipe, scale)
+        result[name], result[f"{name}_scale"] = quantized(weight, bits, how.block_size)
     return result

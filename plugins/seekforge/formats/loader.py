@@ -92,7 +92,7 @@ class LoadReport:
 
 
 def allocate(recipes: Mapping[str, Recipe]) -> dict[str, np.ndarray]:
-    """Return an uninitialised buffer for every input of `recipes`."""
+    """Return an uninitialized buffer for every input of `recipes`."""
     return {name: np.empty(recipe.shape, NUMPY[recipe.dtype]) for name, recipe in recipes.items()}
 
 
@@ -168,7 +168,7 @@ class _Copy:
 
 
 @dataclass(frozen=True)
-class _Dequantise:
+class _Dequantize:
     """Rows of one FP8 matrix times its block scales, and the parts of the product that go to places.
 
     Every view has the same first axis with the same stride.
@@ -209,7 +209,7 @@ class _Whole:
     num_bytes: int
 
 
-_Job = _Copy | _Dequantise | _Whole
+_Job = _Copy | _Dequantize | _Whole
 
 
 class _Planner:
@@ -294,11 +294,11 @@ class _Planner:
             if tensor in mains and view.size == self._checkpoint.info(tensor).num_bytes // itemsize(dtype):
                 checks += _pieces(_Copy(mains[tensor], dtype, view, (targets[0],), check=True))
         for (weight, scale), uses in self._products.items():
-            result += self._dequantise(weight, scale, uses)
+            result += self._dequantize(weight, scale, uses)
         place = self._place
         return [*sorted(result, key=place), *sorted(checks, key=place)]
 
-    def _dequantise(self, weight: str, scale: str, uses: list[tuple[_View, np.ndarray]]) -> Iterator[_Job]:
+    def _dequantize(self, weight: str, scale: str, uses: list[tuple[_View, np.ndarray]]) -> Iterator[_Job]:
         rows, columns = self._checkpoint.info(weight).shape
         grouped: dict[tuple[int, int], list[tuple[_View, np.ndarray]]] = defaultdict(list)
         for view, target in uses:
@@ -308,7 +308,7 @@ class _Planner:
             step = max(1, _READ_BYTES // 8 // max(stride, 1))
             for start in range(0, length, step):
                 stop = min(start + step, length)
-                yield _Dequantise(
+                yield _Dequantize(
                     weight,
                     scale,
                     self._checkpoint.info(scale).dtype,
@@ -351,10 +351,10 @@ def _push_slice(recipe: Recipe) -> Recipe | None:
 
 
 def _as_view(recipe: Recipe) -> tuple[Recipe, _View] | None:
-    """Return the `take` or `dequantise` (of two whole matrices) below `recipe`, and what is seen of it."""
+    """Return the `take` or `dequantize` (of two whole matrices) below `recipe`, and what is seen of it."""
     if recipe.op == "take":
         return recipe, _View.whole(recipe.shape)
-    if recipe.op == "dequantise":
+    if recipe.op == "dequantize":
         plain = all(part.op == "take" for part in recipe.parts) and len(recipe.shape) == 2
         return (recipe, _View.whole(recipe.shape)) if plain else None
     if recipe.op not in ("slice", "reshape", "transpose"):
@@ -460,7 +460,7 @@ class Loader:
         for job in self._jobs:
             if isinstance(job, _Copy):
                 result[self._checkpoint.info(job.tensor).shard] += job.num_bytes
-            elif isinstance(job, _Dequantise):
+            elif isinstance(job, _Dequantize):
                 result[self._checkpoint.info(job.weight).shard] += job.weight_bytes
                 result[self._checkpoint.info(job.scale).shard] += job.num_bytes - job.weight_bytes
             else:
@@ -569,8 +569,8 @@ class _Reader:
         """Read what `job` needs and put it where it belongs."""
         if isinstance(job, _Copy):
             self._copy(job)
-        elif isinstance(job, _Dequantise):
-            self._dequantise(job)
+        elif isinstance(job, _Dequantize):
+            self._dequantize(job)
         else:
             job.target[...] = evaluate(job.recipe, self)
 
@@ -626,7 +626,7 @@ class _Reader:
                         "it again"
                     )
 
-    def _dequantise(self, job: _Dequantise) -> None:
+    def _dequantize(self, job: _Dequantize) -> None:
         (first, last), k = job.rows, job.shape[1]
         columns = -(-k // _BLOCK)
         low, high = first // _BLOCK, (last - 1) // _BLOCK + 1

@@ -1,4 +1,4 @@
-"""The named numeric settings of a program (spec §3.3, §3.6, §5): what is quantised, and where."""
+"""The named numeric settings of a program (spec §3.3, §3.6, §5): what is quantized, and where."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Numerics:
 
     Attributes:
         name: how a parity line and a manifest call this setting.
-        act_quant: FP8 linears quantise their input to e4m3 in blocks of 128 with UE8M0 scales, or do not.
-        kv_fp8: the latent is quantised and dequantised before it is cached.
+        act_quant: FP8 linears quantize their input to e4m3 in blocks of 128 with UE8M0 scales, or do not.
+        kv_fp8: the latent is quantized and dequantized before it is cached.
         hadamard: indexer queries and keys are rotated by a 128-point Hadamard matrix.
-        indexer_fp8: indexer queries and keys are quantised to FP8.
+        indexer_fp8: indexer queries and keys are quantized to FP8.
         activations: dtype of activations. A canonical program is always traced with bf16 types; this is
             what it computes in when nothing else is asked at build.
     """
@@ -38,7 +38,7 @@ class Numerics:
 
 #: The official reference numerics (HF demo of V3.2, spec §3.6 "Project rule").
 FP8 = Numerics("fp8", act_quant="ue8m0", kv_fp8=True, hadamard=True, indexer_fp8=True, activations="bf16")
-#: FP32 throughout, weights dequantised: the setting in which `transformers` is an oracle.
+#: FP32 throughout, weights dequantized: the setting in which `transformers` is an oracle.
 EXACT = Numerics("exact", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="f32")
 
 NUMERICS = {setting.name: setting for setting in (FP8, EXACT)}

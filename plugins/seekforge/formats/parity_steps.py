@@ -74,7 +74,7 @@ class Case(Record):
         return None
 
 
-class Plan(Record):
+class ParitySteps(Record):
     """What every side runs."""
 
     cases: tuple[Case, ...]
@@ -103,8 +103,8 @@ def make_plan(
     modes: Sequence[Mode] = MODES,
     prompts: Sequence[Sequence[int]] = (),
     seed: int = 0,
-) -> Plan:
-    """Plan the cases of every mode and context, on random tokens or on prompts.
+) -> ParitySteps:
+    """ParitySteps the cases of every mode and context, on random tokens or on prompts.
 
     Args:
         contexts: lengths of random token sequences; ignored where `prompts` are given.
@@ -135,7 +135,7 @@ def make_plan(
             cases.append(_case(f"{mode} {label}", mode, sequences, vocab_size, index_topk, rng))
     if not cases:
         raise ConfigError("the plan is empty: no context or prompt is long enough for the modes asked for")
-    return Plan(cases=tuple(cases))
+    return ParitySteps(cases=tuple(cases))
 
 
 def _case(

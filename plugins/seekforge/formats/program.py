@@ -16,7 +16,7 @@ from seekforge.common.records import Record, RecordError
 from seekforge.formats.weight_recipes import Recipe
 
 #: Raised when a reader of the previous number would misread a program.
-PROGRAM_FORMAT = 1
+PROGRAM_FORMAT = 2
 
 #: What text needs, carried from a checkpoint to a program and an engine: these, and the folder of the chat encoder.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -23,7 +23,7 @@ Precision = Literal["f32", "int8", "int4", "bf16", "fp8"]
 CPU_PRECISIONS = ("f32", "int8", "int4")
 GPU_PRECISIONS = ("bf16", "fp8")
 
-#: SMs that TensorRT-RTX compiles for, and those of data-centre GPUs that need TensorRT.
+#: SMs that TensorRT-RTX compiles for, and those of data-center GPUs that need TensorRT.
 RTX_SMS = (80, 86, 89, 120, 121)
 TENSORRT_SMS = (80, 86, 89, 90, 100, 103, 120, 121)
 #: The first SM with FP8 matrix units.
@@ -47,11 +47,11 @@ class Gpu(Strict):
 
 
 class Profile(Strict):
-    """Shapes that one optimisation profile covers; the limits of an engine cut it.
+    """Shapes that one optimization profile covers; the limits of an engine cut it.
 
     Attributes:
         max_batch_size, max_query_len: largest number of sequences and of new tokens of each.
-        typical_*: what the compiler optimises for.
+        typical_*: what the compiler optimizes for.
     """
 
     max_batch_size: Positive

@@ -1,7 +1,7 @@
 """How each weight input of a program comes from checkpoint tensors: recipes, their evaluation, coverage.
 
 A recipe is a small tree. Leaves name a checkpoint tensor (`take`) or a table computed from the config
-(`computed`); inner nodes slice, reshape, concatenate, stack, dequantise, cast, or split among ranks. It is plain
+(`computed`); inner nodes slice, reshape, concatenate, stack, dequantize, cast, or split among ranks. It is plain
 data (bindings.json), so that any runtime can fill the inputs straight from the shards. One file serves all ranks:
 `for_rank` turns each split into the slice of one rank.
 """
@@ -76,11 +76,11 @@ class Recipe:
     """One node of a recipe tree.
 
     Attributes:
-        op: take, slice, reshape, transpose, concat, stack, dequantise, cast, bytes, split or computed; codes,
-            code_scales or packed (`formats.quantised`).
+        op: take, slice, reshape, transpose, concat, stack, dequantize, cast, bytes, split or computed; codes,
+            code_scales or packed (`formats.quantized`).
         shape: shape of the result.
         dtype: element type of the result (our names, `dtypes.NUMPY`).
-        parts: operands. `dequantise` has two: FP8 weight and f32 scale.
+        parts: operands. `dequantize` has two: FP8 weight and f32 scale.
         tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard or
             expert_map.
         axis, start, stop: the bounds of slice; axis also that of concat, stack and split.
@@ -151,7 +151,7 @@ _TABLE_PARAMS = {
 }
 _FIELDS = {"take": {"tensor"}, "computed": {"tensor", "params"}, "slice": {"axis", "start", "stop"}, "concat": {"axis"}}
 _FIELDS |= {"stack": {"axis"}, "split": {"axis", "over"}, "transpose": {"perm"}}
-_FIELDS |= {op: set() for op in ("reshape", "dequantise", "cast", "bytes")}
+_FIELDS |= {op: set() for op in ("reshape", "dequantize", "cast", "bytes")}
 _FIELDS |= {op: {"params"} for op in ("codes", "code_scales", "packed")}
 
 
@@ -174,7 +174,7 @@ def _checked(recipe: Recipe) -> Recipe:
         raise ValueError(f"{op} has {', '.join(sorted(used)) or 'no fields'}, expected {sorted(_FIELDS[op])}")
     if not all(type(value) in (int, float) and abs(value) < _MOST for value in recipe.params.values()):
         raise ValueError(f"{op} has params that are no numbers")
-    counts = {"take": 0, "computed": 0, "dequantise": 2}
+    counts = {"take": 0, "computed": 0, "dequantize": 2}
     if len(parts) != counts.get(op, 1) and (op not in ("concat", "stack") or not parts):
         raise ValueError(f"{op} has {len(parts)} parts")
     shape_and_dtype = _shape_of(recipe)
@@ -224,14 +224,14 @@ def _shape_of(recipe: Recipe) -> tuple[tuple[int, ...], str]:
         made = replace(
             first, shape=(*first.shape[: axis or 0], recipe.shape[axis or 0], *first.shape[(axis or 0) + 1 :])
         )
-    elif op == "dequantise":
+    elif op == "dequantize":
         weight, scale = parts
         blocks = (*weight.shape[:-2], *(-(-size // _BLOCK) for size in weight.shape[-2:]))
         if len(weight.shape) < 2 or (weight.dtype, scale.dtype, scale.shape) != ("f8e4m3", "f32", blocks):
-            raise ValueError(f"dequantise of {weight.dtype} {list(weight.shape)} by {scale.dtype} {list(scale.shape)}")
-        made = dequantise(weight, scale, recipe.dtype)
+            raise ValueError(f"dequantize of {weight.dtype} {list(weight.shape)} by {scale.dtype} {list(scale.shape)}")
+        made = dequantize(weight, scale, recipe.dtype)
         if recipe.dtype not in _FLOATS:
-            raise ValueError(f"dequantise to {recipe.dtype}")
+            raise ValueError(f"dequantize to {recipe.dtype}")
     elif op == "cast":
         if recipe.dtype not in _FLOATS or first.dtype not in (*_FLOATS, "f8e4m3"):
             raise ValueError(f"cast of {first.dtype} to {recipe.dtype}")
@@ -335,9 +335,9 @@ def stack(parts: Iterable[Recipe]) -> Recipe:
     return Recipe("stack", (len(parts), *parts[0].shape), parts[0].dtype, parts, axis=0)
 
 
-def dequantise(weight: Recipe, scale: Recipe, dtype: str) -> Recipe:
+def dequantize(weight: Recipe, scale: Recipe, dtype: str) -> Recipe:
     """`weight` [..., N, K] times its 128×128 block scales [..., ⌈N/128⌉, ⌈K/128⌉], rounded to `dtype`."""
-    return Recipe("dequantise", weight.shape, dtype, (weight, scale))
+    return Recipe("dequantize", weight.shape, dtype, (weight, scale))
 
 
 def cast(part: Recipe, dtype: str) -> Recipe:
@@ -353,15 +353,15 @@ def as_bytes(part: Recipe) -> Recipe:
 
 
 def retarget(recipe: Recipe, *, activations: str, fp8_dtype: str) -> Recipe:
-    """Return `recipe` for a specialised program: bf16 results become `activations`, FP8 ones `fp8_dtype`.
+    """Return `recipe` for a specialized program: bf16 results become `activations`, FP8 ones `fp8_dtype`.
 
-    A dequantised weight is rounded to `activations` directly, so f32 keeps every bit.
+    A dequantized weight is rounded to `activations` directly, so f32 keeps every bit.
     """
     if recipe.op == "take":
         if recipe.dtype == "f8e4m3":
             return recipe if fp8_dtype == "f8e4m3" else as_bytes(recipe)
         return cast(recipe, activations) if recipe.dtype == "bf16" else recipe
-    if recipe.op == "dequantise":
+    if recipe.op == "dequantize":
         return replace(recipe, dtype=activations if recipe.dtype == "bf16" else recipe.dtype)
     parts = tuple(retarget(part, activations=activations, fp8_dtype=fp8_dtype) for part in recipe.parts)
     if recipe.op == "cast":
@@ -431,7 +431,7 @@ def hadamard_table(size: int) -> Recipe:
 def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
     """Compute a recipe.
 
-    A `take`, `slice` or `reshape` is a view of the source (no copy); `concat`, `stack`, `dequantise` and
+    A `take`, `slice` or `reshape` is a view of the source (no copy); `concat`, `stack`, `dequantize` and
     `cast` allocate their result once.
 
     Returns:
@@ -460,9 +460,9 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         return np.ascontiguousarray(first).view(np.int8)
     if recipe.op == "cast":
         return first.astype(NUMPY[recipe.dtype])
-    if recipe.op == "dequantise":
+    if recipe.op == "dequantize":
         out = np.empty(recipe.shape, NUMPY[recipe.dtype])
-        dequantise_into(first, evaluate(recipe.parts[1], source), out)
+        dequantize_into(first, evaluate(recipe.parts[1], source), out)
         return out
     if recipe.op in ("codes", "code_scales", "packed"):
         return evaluate_codes(recipe.op, recipe.params, first)
@@ -488,8 +488,8 @@ def evaluate_into(recipe: Recipe, source: TensorSource, out: np.ndarray) -> None
     elif recipe.op == "transpose":
         assert recipe.perm is not None
         evaluate_into(recipe.parts[0], source, out.transpose(np.argsort(recipe.perm)))
-    elif recipe.op == "dequantise":
-        dequantise_into(evaluate(recipe.parts[0], source), evaluate(recipe.parts[1], source), out)
+    elif recipe.op == "dequantize":
+        dequantize_into(evaluate(recipe.parts[0], source), evaluate(recipe.parts[1], source), out)
     elif recipe.op == "cast" and rounds_once(recipe):
         out[...] = evaluate(recipe.parts[0], source)
     else:
@@ -504,14 +504,14 @@ def rounds_once(recipe: Recipe) -> bool:
     return part.op == "take"
 
 
-def dequantise_into(weight: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+def dequantize_into(weight: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
     """Write `weight` [..., N, K] times its 128×128 block scales into `out`, one block row at a time.
 
     The product is formed in f32 and rounded once to the dtype of `out`. Extra memory: 128 rows.
     """
     if weight.ndim > 2:
         for w, s, o in zip(weight, scale, out, strict=True):
-            dequantise_into(w, s, o)
+            dequantize_into(w, s, o)
         return
     k = weight.shape[1]
     for row, block_scale in enumerate(scale):
@@ -612,7 +612,7 @@ def _leaves(recipe: Recipe) -> Iterator[tuple[str, _Box]]:
                 start[recipe.axis] = max(start[recipe.axis], recipe.start)
                 stop[recipe.axis] = min(stop[recipe.axis], recipe.stop)
                 yield tensor, _Box(box.view, tuple(start), tuple(stop))
-            else:  # such as a scale under a sliced dequantise: read whole, shared by the slices
+            else:  # such as a scale under a sliced dequantize: read whole, shared by the slices
                 yield tensor, box
     elif recipe.op == "reshape":
         for tensor, box in _leaves(recipe.parts[0]):

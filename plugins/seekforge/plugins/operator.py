@@ -297,13 +297,13 @@ class Taps:
     outputs: Mapping[str, str]
 
 
-#: Of an operator whose tensors have no names of their own: its neighbours, or its weight, tell what they are.
+#: Of an operator whose tensors have no names of their own: its neighbors, or its weight, tell what they are.
 NO_TAPS = Taps(inputs={}, outputs={})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedForm:
-    """The form that an engine for the CPU has, in which FP8 weights are dequantised and transposed by the build.
+    """The form that an engine for the CPU has, in which FP8 weights are dequantized and transposed by the build.
 
     Its inputs are those of the spec without the scales, which are the input `NAME_scale` of each FP8 weight `NAME`.
 
@@ -345,7 +345,7 @@ class Operator:
         spec: its contract.
         in_programs: whether exported programs have it. If not, a build for GPUs puts it in place of a product with a
             weight, and lists it under the name of that weight.
-        body: `module:function` that makes its ONNX function from the attributes and the specialisation.
+        body: `module:function` that makes its ONNX function from the attributes and the specialization.
         inlined_limits: what TensorRT takes of that function.
         inlined_weights: how the function stores FP8 weights for TensorRT: float8 where the target has it, or always
             INT8-typed bytes. None without FP8 weights.

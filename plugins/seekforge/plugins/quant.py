@@ -1,4 +1,4 @@
-"""FP8 block quantisation, the Hadamard rotation and the cache byte layouts, in plain torch (spec §5, §7).
+"""FP8 block quantization, the Hadamard rotation and the cache byte layouts, in plain torch (spec §5, §7).
 
 These are the roundings of the official reference; every body and kernel is judged against them.
 """
@@ -39,8 +39,8 @@ def ue8m0_scale(amax: Tensor) -> Tensor:
     return (exponent << 23).view(torch.float32)
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise blocks of 128 along the last axis.
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize blocks of 128 along the last axis.
 
     Args:
         x: [..., K], f32 or bf16, K a multiple of 128.
@@ -54,16 +54,16 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.flatten(-2), scale
 
 
-def fake_quantise(x: Tensor) -> Tensor:
-    """Quantise and dequantise blocks of 128 along the last axis; keeps shape and dtype.
+def fake_quantize(x: Tensor) -> Tensor:
+    """Quantize and dequantize blocks of 128 along the last axis; keeps shape and dtype.
 
     e4m3 times a power of two is exact in bf16, so nothing but the FP8 rounding is lost.
     """
-    q, scale = quantise(x)
+    q, scale = quantize(x)
     return (q.float().unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)).flatten(-2).to(x.dtype)
 
 
-def dequantise_weight(weight: Tensor, scale: Tensor) -> Tensor:
+def dequantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """Return `weight` times its 128×128 block scales.
 
     Args:
@@ -117,7 +117,7 @@ def pack_latent(c: Tensor, k_pe: Tensor) -> Tensor:
 
     Source: FlashMLA @9241ae3, "FP8 with scale" layout; scale rule of HF (spec §7.1).
     """
-    q, scale = quantise(c)
+    q, scale = quantize(c)
     parts = (q.contiguous(), scale.contiguous(), k_pe.to(torch.bfloat16).contiguous())
     return torch.cat([part.view(torch.int8) for part in parts], dim=-1)
 
@@ -146,7 +146,7 @@ def unpack_index_keys(pages: Tensor, slots: Tensor) -> Tensor:
         slots: [...] int64.
 
     Returns:
-        [..., 128] f32, dequantised.
+        [..., 128] f32, dequantized.
     """
     flat = pages.reshape(-1)
     values, scales = index_key_offsets(slots)

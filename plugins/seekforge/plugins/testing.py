@@ -1,7 +1,7 @@
 """Test vectors, the faces that run them, and how results are compared. For tests; needs torch, onnx and onnxruntime.
 
 A `Case` holds inputs in the reference types (f32 activations and caches, float8 weights); `typed` turns it into
-those of a specialisation, so that one vector runs on every face.
+those of a specialization, so that one vector runs on every face.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from seekforge.common import dtypes
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
 from seekforge.plugins.registry import SPECS
@@ -60,8 +60,8 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
-    def typed(self, how: Specialisation) -> Case:
-        """Return the case in the dtypes of a specialisation; values are rounded where they must be."""
+    def typed(self, how: Specialization) -> Case:
+        """Return the case in the dtypes of a specialization; values are rounded where they must be."""
         variables = {"act": how.activations, "kv": how.kv_format}
         inputs = []
         for arg, tensor in zip(self.spec.inputs, self.inputs, strict=True):
@@ -254,7 +254,7 @@ def make_node(op: str, attrs: Mapping[str, Any], name: str = "") -> onnx.NodePro
 def one_node_model(
     op: str,
     attrs: Mapping[str, Any],
-    how: Specialisation,
+    how: Specialization,
     inputs: Sequence[tuple[str, Sequence[int | str]]],
     outputs: Sequence[tuple[str, Sequence[int | str]]],
 ) -> onnx.ModelProto:
@@ -296,7 +296,7 @@ def check_body(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def run_function(
-    op: str, inputs: Sequence[Tensor], attrs: Mapping[str, Any], how: Specialisation
+    op: str, inputs: Sequence[Tensor], attrs: Mapping[str, Any], how: Specialization
 ) -> tuple[Tensor, ...]:
     """Run an operator's function body in ONNX Runtime, after checking it.
 

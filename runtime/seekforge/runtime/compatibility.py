@@ -1,4 +1,4 @@
-"""Refuse a GPU engine that does not belong here, before anything is deserialised.
+"""Refuse a GPU engine that does not belong here, before anything is deserialized.
 
 `manifest.load_manifest` finds an edited manifest and `manifest.verify_files` a changed or truncated file; this finds
 another GPU, another operator version, kernels that are missing, and weights of another structure. `check_complete`

@@ -20,7 +20,7 @@ import numpy as np
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.formats.parity_steps import Case, Plan, PlanStep, step_inputs
+from seekforge.formats.parity_steps import Case, ParitySteps, PlanStep, step_inputs
 from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, StepInputs
 from seekforge.runtime.backends.base import StepOutputs
 from seekforge.runtime.values import is_integer, shown
@@ -67,7 +67,7 @@ def model_size(manifest: Manifest, key: str) -> int:
 def write_dump(
     backend: CacheBackend,
     manifest: Manifest,
-    plan: Plan,
+    plan: ParitySteps,
     out: Path,
     *,
     name: str,

@@ -26,7 +26,7 @@ from seekforge.runtime.engine.core import Core, StepMetrics
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.input_processor import (
     Accepted,
-    Intake,
+    InputProcessor,
     Prompt,
     read_priority,
     read_timeout,
@@ -35,11 +35,11 @@ from seekforge.runtime.engine.input_processor import (
 from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
 from seekforge.runtime.engine.llm_options import check_place, options_checked
 from seekforge.runtime.engine.outputs import Delta, GenerationError, RequestOutput
-from seekforge.runtime.engine.request import Live, raise_if_failed
+from seekforge.runtime.engine.request import RequestState, raise_if_failed
 from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.engine.self_check import SelfCheckResult, run_self_check
 from seekforge.runtime.engine.speculative import MAX_DRAFTS, SpeculationMetrics, SpeculationSwitch, Speculator
-from seekforge.runtime.engine.step_loop import Turns
+from seekforge.runtime.engine.step_loop import StepLoop
 from seekforge.runtime.sampling.params import TAPS, SamplingParams
 from seekforge.runtime.text.chat import ChatEncoder
 from seekforge.runtime.text.tokenizer import Tokenizer
@@ -217,7 +217,7 @@ class LLM:
         tap_names = {kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS}
         self._trust_checkpoint_code = trust_checkpoint_code
         self._chat: ChatEncoder | None = None
-        self._intake = Intake(
+        self._intake = InputProcessor(
             self.engine,
             self._scheduler,
             tap_names=tap_names,
@@ -256,7 +256,7 @@ class LLM:
         self._core.on_step = self._count
         self._on_step = on_step
         self._totals = np.zeros(5)
-        self._turns = Turns(self._core)
+        self._turns = StepLoop(self._core)
 
     def generate(
         self,
@@ -354,7 +354,7 @@ class LLM:
         """
         most = 4 * self.max_batch_size if ahead is None else integer("ahead", ahead, 1)
         source = enumerate(requests)
-        lives: dict[int, Live] = {}
+        lives: dict[int, RequestState] = {}
         try:
             while True:
                 while len(lives) < most and (entry := next(source, None)) is not None:
@@ -516,7 +516,7 @@ class LLM:
         priorities: Sequence[int],
         timeout_s: float | None,
         on_delta: Callable[[Delta], None] | None = None,
-    ) -> list[Live]:
+    ) -> list[RequestState]:
         """Put requests that were checked into the queue, all or none; they are dropped by whoever started them."""
         return self._turns.enter(
             sum(request.params.num_sequences for request in requests),

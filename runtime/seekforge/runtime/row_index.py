@@ -5,7 +5,7 @@ from __future__ import annotations
 from seekforge.runtime.sequence import Sequence
 
 
-class Places:
+class RowIndex:
     """Hands out rows 0 to `count` − 1. A sequence keeps its row while it runs."""
 
     def __init__(self, count: int) -> None:

@@ -88,7 +88,7 @@ def config(change: Callable[[Raw], object]) -> Change:
     return edit
 
 
-def quantisation(**values: Any) -> Change:
+def quantization(**values: Any) -> Change:
     return config(lambda raw: raw["quantization_config"].update(values))
 
 
@@ -208,12 +208,12 @@ SAME: dict[str, Change] = {
     "extra keys": config(lambda raw: raw.update(pretraining_tp=1, auto_map={"AutoConfig": "x.Y"}, head_dim=192)),
     "eos_token_id as a list": config(lambda raw: raw.update(eos_token_id=[1])),
     "scale_fmt absent": config(lambda raw: raw["quantization_config"].pop("scale_fmt")),
-    "scale_fmt null": quantisation(scale_fmt=None),
-    "scale_fmt float": quantisation(scale_fmt="float"),
+    "scale_fmt null": quantization(scale_fmt=None),
+    "scale_fmt float": quantization(scale_fmt="float"),
     "fmt and activation_scheme absent": config(
         lambda raw: [raw["quantization_config"].pop(key) for key in ("fmt", "activation_scheme")]
     ),
-    "modules_to_not_convert": quantisation(modules_to_not_convert=["lm_head", "model.embed_tokens"]),
+    "modules_to_not_convert": quantization(modules_to_not_convert=["lm_head", "model.embed_tokens"]),
     "shards without an index": without_index,
     "one file": tensors(lambda found: None),
     "files as links": through_links,
@@ -292,7 +292,7 @@ def test_many_forms_at_once_give_the_same_engine(
     tensors(add_rotary)(copy)
     tensors(drop_copies)(copy)
     config(as_transformers_5_makes)(copy)
-    quantisation(scale_fmt=None)(copy)
+    quantization(scale_fmt=None)(copy)
     tokenizer(cut_and_fill)(copy)
     tokenizer(begin_every_text)(copy)
     exported = export(copy, tmp_path / "program", numerics=NUMERICS["fp8"])
@@ -402,22 +402,22 @@ def two_series(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "no quantisation": (config(lambda raw: raw.pop("quantization_config")), "the key 'quantization_config' is missing"),
-    "null quantisation": (
+    "no quantization": (config(lambda raw: raw.pop("quantization_config")), "the key 'quantization_config' is missing"),
+    "null quantization": (
         config(lambda raw: raw.update(quantization_config=None)),
         "the key 'quantization_config' is missing",
     ),
-    "ModelOpt": (quantisation(quant_method="modelopt"), "'modelopt' (NVIDIA ModelOpt)"),
+    "ModelOpt": (quantization(quant_method="modelopt"), "'modelopt' (NVIDIA ModelOpt)"),
     "compressed-tensors": (config(compressed), "'compressed-tensors' (LLM Compressor)"),
-    "FBGEMM": (quantisation(quant_method="fbgemm_fp8"), "'fbgemm_fp8' (FBGEMM)"),
-    "AWQ": (quantisation(quant_method="awq", bits=4), "'awq' (AWQ)"),
-    "unknown": (quantisation(quant_method="magic"), "quant_method is 'magic'"),
-    "static": (quantisation(activation_scheme="static"), "activation_scheme is 'static'"),
-    "e5m2": (quantisation(fmt="e5m2"), "fmt is 'e5m2'"),
-    "per tensor": (quantisation(weight_block_size=None), "no weight_block_size"),
-    "other blocks": (quantisation(weight_block_size=[64, 64]), "weight_block_size [64, 64]"),
-    "fp4 experts": (quantisation(expert_dtype="fp4"), "expert_dtype is 'fp4'"),
-    "scale_fmt": (quantisation(scale_fmt="e3m4"), "scale_fmt is 'e3m4'"),
+    "FBGEMM": (quantization(quant_method="fbgemm_fp8"), "'fbgemm_fp8' (FBGEMM)"),
+    "AWQ": (quantization(quant_method="awq", bits=4), "'awq' (AWQ)"),
+    "unknown": (quantization(quant_method="magic"), "quant_method is 'magic'"),
+    "static": (quantization(activation_scheme="static"), "activation_scheme is 'static'"),
+    "e5m2": (quantization(fmt="e5m2"), "fmt is 'e5m2'"),
+    "per tensor": (quantization(weight_block_size=None), "no weight_block_size"),
+    "other blocks": (quantization(weight_block_size=[64, 64]), "weight_block_size [64, 64]"),
+    "fp4 experts": (quantization(expert_dtype="fp4"), "expert_dtype is 'fp4'"),
+    "scale_fmt": (quantization(scale_fmt="e3m4"), "scale_fmt is 'e3m4'"),
     "type against rope_type": (
         config(lambda raw: raw["rope_scaling"].update(rope_type="linear")),
         "rope_type is 'linear' and type is 'yarn'",

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from seekforge.common.errors import ConfigError, OutputError
-from seekforge.exporter.checkpoint.new import new_checkpoint, quantise, split_into_shards
+from seekforge.exporter.checkpoint.new import new_checkpoint, quantize, split_into_shards
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint, ShardWriter
-from seekforge.formats.weight_recipes import dequantise_into
+from seekforge.formats.weight_recipes import dequantize_into
 
 NUM_TOKENS = 300
 
@@ -134,12 +134,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (192, 256), (1, 1), (129, 300)])
-def test_quantising_keeps_three_mantissa_bits(shape: tuple[int, int]) -> None:
+def test_quantizing_keeps_three_mantissa_bits(shape: tuple[int, int]) -> None:
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    stored, scale = quantise(weight)
+    stored, scale = quantize(weight)
     assert scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
     back = np.empty(shape, np.float32)
-    dequantise_into(stored, scale, back)
+    dequantize_into(stored, scale, back)
     # e4m3 rounds to 2^-4 relative above its smallest normal number, 2^-6 of the scale
     assert np.all(np.abs(back - weight) <= np.maximum(np.abs(weight) * 2**-4, scale.max() * 2**-10))
 
@@ -148,7 +148,7 @@ def test_quantising_keeps_three_mantissa_bits(shape: tuple[int, int]) -> None:
     ("amax", "exponent"), [(448, 0), (449, 1), (447, 0), (1.75, -8), (1.0, -8), (2.0, -7), (0, -22)]
 )
 def test_scales_follow_the_published_rule(amax: float, exponent: int) -> None:
-    _, scale = quantise(np.full((1, 1), amax, np.float32))
+    _, scale = quantize(np.full((1, 1), amax, np.float32))
     assert scale.tolist() == [[2.0**exponent]]
 
 
@@ -215,28 +215,28 @@ def test_transformers_loads_every_tensor_but_the_mtp_layer(oracle: Any) -> None:
     assert all(key.startswith("model.layers.4.") for key in oracle["info"]["unexpected_keys"])
 
 
-def dequantised(folder: Path, name: str) -> np.ndarray:
+def dequantized(folder: Path, name: str) -> np.ndarray:
     with Checkpoint.open(folder) as checkpoint:
         values = np.empty(checkpoint.info(name).shape, np.float32)
-        dequantise_into(checkpoint.tensor(name), checkpoint.tensor(name + "_scale_inv"), values)
+        dequantize_into(checkpoint.tensor(name), checkpoint.tensor(name + "_scale_inv"), values)
     return values
 
 
 @pytest.mark.parametrize("part", ["self_attn.q_b_proj", "self_attn.o_proj", "self_attn.indexer.wk", "mlp.down_proj"])
-def test_transformers_dequantises_as_we_do(oracle: Any, tiny_checkpoint: Path, part: str) -> None:
+def test_transformers_dequantizes_as_we_do(oracle: Any, tiny_checkpoint: Path, part: str) -> None:
     name = f"model.layers.0.{part}.weight"
     theirs = oracle["model"].get_parameter(name).detach().numpy()
-    assert np.array_equal(theirs, dequantised(tiny_checkpoint, name))
+    assert np.array_equal(theirs, dequantized(tiny_checkpoint, name))
 
 
 def test_transformers_takes_a_partial_block_for_a_shorter_one(oracle: Any, tiny_checkpoint: Path) -> None:
     """transformers 5.24 has block height = rows / scale rows: 96 of 192 in two blocks, the format says 128.
 
-    So parity tests dequantise first. Once this test fails they need not.
+    So parity tests dequantize first. Once this test fails they need not.
     """
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
     theirs = oracle["model"].get_parameter(name).detach().numpy()
-    differs = np.any(theirs != dequantised(tiny_checkpoint, name), axis=1)
+    differs = np.any(theirs != dequantized(tiny_checkpoint, name), axis=1)
     assert differs[96:128].all() and not differs[:96].any() and not differs[128:].any()
 
 

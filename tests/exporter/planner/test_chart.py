@@ -67,7 +67,7 @@ def test_each_precision_says_how_many_gpus_each_context_needs(full: ModelConfig,
     assert counts["h200"] == [16, 16, 16]
 
 
-def test_a_colour_is_a_memory_size_in_every_column(full: ModelConfig, everything: list[Row]) -> None:
+def test_a_color_is_a_memory_size_in_every_column(full: ModelConfig, everything: list[Row]) -> None:
     columns = plan_columns(full, everything, marked=MARKED)
     of_gpu: dict[str, set[int]] = {}
     for column in columns:
@@ -77,7 +77,7 @@ def test_a_colour_is_a_memory_size_in_every_column(full: ModelConfig, everything
     assert set(of_gpu) == {target.name for target in GPUS}, "every GPU has a curve"
     assert all(len(groups) == 1 for groups in of_gpu.values())
     assert of_gpu["gh200"] == of_gpu["h20"] != of_gpu["h200"]
-    assert max(group for groups in of_gpu.values() for group in groups) < len(chart._COLOURS), "no colour comes twice"
+    assert max(group for groups in of_gpu.values() for group in groups) < len(chart._COLORS), "no color comes twice"
 
 
 def test_no_curve_is_drawn_twice(full: ModelConfig, everything: list[Row]) -> None:

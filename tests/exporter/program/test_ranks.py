@@ -21,7 +21,7 @@ from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import recipes
 from seekforge.exporter.program.ranks import check_ranks, merge
-from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -30,9 +30,9 @@ from seekforge.formats.numerics import EXACT, FP8, Numerics
 from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.formats.weight_recipes import Ranks, coverage, for_rank, retarget
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 
-HOW = Specialisation("f32", "float8", "f32", "ort")
+HOW = Specialization("f32", "float8", "f32", "ort")
 SHARED = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index", "hidden_states", "residual")
 PROMPT = np.random.default_rng(5).integers(16, 900, 71).tolist()
 
@@ -57,11 +57,11 @@ def source(preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _merged(traced: Traced, config: ModelConfig, ranks: Ranks, source: Checkpoint, folder: Path) -> onnx.ModelProto:
-    """Specialise and fold the graph for each rank, and join them; weights go to one file in `folder`."""
+    """Specialize and fold the graph for each rank, and join them; weights go to one file in `folder`."""
     weights = WeightFile("weights.bin")
     graphs = []
     for rank in range(ranks.count):
-        model = specialise(traced.model, HOW, config)
+        model = specialize(traced.model, HOW, config)
         mine = {
             name: retarget(for_rank(recipe, ranks, rank), activations="f32", fp8_dtype="f8e4m3")
             for name, recipe in traced.recipes.items()

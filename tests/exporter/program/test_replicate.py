@@ -133,7 +133,7 @@ def _renumber_last(model: onnx.ModelProto, last: int, number: int) -> onnx.Model
     return model
 
 
-def test_unequal_neighbours_are_not_stamped() -> None:
+def test_unequal_neighbors_are_not_stamped() -> None:
     part = _renumber_last(_chain(4, last_op="Sub"), 3, 5)
     with pytest.raises(ProgramError, match="layers 1 and 2 differ in 'b1' and 'b2'"):
         stamp(part, (0, 1, 2, 5), range(6), inputs=part.graph.input, outputs=["hidden"])

@@ -1,4 +1,4 @@
-"""Specialising retypes exactly what the choices say."""
+"""Specializing retypes exactly what the choices say."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from onnx import TensorProto
 
 from seekforge.common.errors import ProgramError
-from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.specialize import specialize
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import CANONICAL, Specialisation
+from seekforge.plugins.functions.specialization import CANONICAL, Specialization
 from seekforge.plugins.registry import BF16_LINEAR, SPECS
 
-CPU = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
-PORTABLE = Specialisation(activations="bf16", fp8_storage="int8", kv_format="bf16", bodies="trt")
-PLUGIN = Specialisation(activations="bf16", fp8_storage="float8", kv_format="fp8_ds", bodies="trt")
+CPU = Specialization(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
+PORTABLE = Specialization(activations="bf16", fp8_storage="int8", kv_format="bf16", bodies="trt")
+PLUGIN = Specialization(activations="bf16", fp8_storage="float8", kv_format="fp8_ds", bodies="trt")
 
 
 @pytest.fixture(scope="module")
@@ -32,29 +32,29 @@ def elem_types(model: onnx.ModelProto) -> set[int]:
 
 
 @pytest.mark.parametrize("how", (CANONICAL, CPU, PORTABLE), ids=lambda how: f"{how.activations}-{how.fp8_storage}")
-def test_a_specialised_program_passes_the_checker(
-    canonical: onnx.ModelProto, tiny_config: ModelConfig, how: Specialisation
+def test_a_specialized_program_passes_the_checker(
+    canonical: onnx.ModelProto, tiny_config: ModelConfig, how: Specialization
 ) -> None:
-    model = specialise(canonical, how, tiny_config)
+    model = specialize(canonical, how, tiny_config)
     attach(model, how)
     onnx.checker.check_model(model, full_check=True)
 
 
 def test_f32_leaves_no_bf16_anywhere(canonical: onnx.ModelProto, tiny_config: ModelConfig) -> None:
     assert TensorProto.BFLOAT16 in elem_types(canonical)
-    model = specialise(canonical, CPU, tiny_config)
+    model = specialize(canonical, CPU, tiny_config)
     assert TensorProto.BFLOAT16 not in elem_types(model)
     assert not any(tensor.data_type == TensorProto.BFLOAT16 for tensor in model.graph.initializer)
 
 
 def test_int8_storage_leaves_no_float8_anywhere(canonical: onnx.ModelProto, tiny_config: ModelConfig) -> None:
-    model = specialise(canonical, PORTABLE, tiny_config)
+    model = specialize(canonical, PORTABLE, tiny_config)
     assert TensorProto.FLOAT8E4M3FN not in elem_types(model)
     assert TensorProto.INT8 in elem_types(model)
 
 
 def test_fp8_ds_gives_caches_their_byte_layouts(canonical: onnx.ModelProto, tiny_config: ModelConfig) -> None:
-    model = specialise(canonical, PLUGIN, tiny_config)
+    model = specialize(canonical, PLUGIN, tiny_config)
     found = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.output)}
     record = tiny_config.kv_lora_rank + 4 * tiny_config.kv_lora_rank // 128 + 2 * tiny_config.qk_rope_head_dim
     for name in ("latent_cache.0", "latent_cache_out.0"):
@@ -67,12 +67,12 @@ def test_fp8_ds_gives_caches_their_byte_layouts(canonical: onnx.ModelProto, tiny
 
 def test_the_canonical_program_is_left_alone(canonical: onnx.ModelProto, tiny_config: ModelConfig) -> None:
     before = canonical.SerializeToString(deterministic=True)
-    specialise(canonical, CPU, tiny_config)
+    specialize(canonical, CPU, tiny_config)
     assert canonical.SerializeToString(deterministic=True) == before
 
 
 def test_nodes_of_one_operator_must_agree(canonical: onnx.ModelProto, tiny_config: ModelConfig) -> None:
-    model = specialise(canonical, CPU, tiny_config)
+    model = specialize(canonical, CPU, tiny_config)
     nodes = [node for node in model.graph.node if node.op_type == "DsaAttention"]
     next(a for a in nodes[1].attribute if a.name == "scale").f = 0.5
     with pytest.raises(ProgramError, match="DsaAttention: attribute scale"):
@@ -82,7 +82,7 @@ def test_nodes_of_one_operator_must_agree(canonical: onnx.ModelProto, tiny_confi
 def test_what_is_no_program_is_refused(tiny_config: ModelConfig) -> None:
     empty = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
     with pytest.raises(ProgramError, match="no cache input"):
-        specialise(empty, CPU, tiny_config)
+        specialize(empty, CPU, tiny_config)
 
 
 def test_every_operator_but_the_collective_that_of_gpu_builds_and_dense_attention_is_used_by_one_rank(

@@ -10,14 +10,14 @@ import onnxruntime as ort
 import pytest
 
 from seekforge.common.errors import ProgramError
-from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.stages import cut, stage_ranges
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import load_program
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 
-CPU = Specialisation("f32", "float8", "f32", "ort")
+CPU = Specialization("f32", "float8", "f32", "ort")
 _DTYPES = {1: np.float32, 6: np.int32, 7: np.int64}
 
 
@@ -86,7 +86,7 @@ def test_stages_compute_what_the_whole_computes(
     parts = cut(whole, ranges)
 
     def ready(model: onnx.ModelProto) -> onnx.ModelProto:
-        made = specialise(model, CPU, config)
+        made = specialize(model, CPU, config)
         attach(made, CPU)
         onnx.checker.check_model(made, full_check=True)
         return made

@@ -72,7 +72,7 @@ def test_the_command_plan_says_what_a_build_expects(full: ModelConfig) -> None:
 def test_the_plugins_of_an_engine_ask_for_what_was_expected(
     tiny_checkpoint: Path, tiny_layers: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Without quantised activations, whose experts keep rows of two bytes; for two SMs, and steps in three profiles."""
+    """Without quantized activations, whose experts keep rows of two bytes; for two SMs, and steps in three profiles."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     inputs = open_inputs(tiny_layers["exact"], tiny_checkpoint)
     target = load_target("rtx4090", ["also=[120]", "precision=bf16", "kv_format=bf16"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.testing import Case, cases, max_error, run_function
 
 #: f32 sums of up to 384 products in another order.
@@ -12,7 +12,7 @@ TOLERANCE = 2e-6
 @pytest.mark.parametrize("bodies", ["ort", "trt"])
 @pytest.mark.parametrize("case", cases("Bf16Linear"), ids=str)
 def test_body_computes_the_reference(case: Case, bodies: str) -> None:
-    how = Specialisation("f32", "float8", "f32", bodies)  # pyright: ignore[reportArgumentType]
+    how = Specialization("f32", "float8", "f32", bodies)  # pyright: ignore[reportArgumentType]
     typed = case.typed(how)
     (y,), (expected,) = run_function(case.op, typed.inputs, typed.attrs, how), typed.expected()
     assert max_error(y, expected) < TOLERANCE

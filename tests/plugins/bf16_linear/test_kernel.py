@@ -63,7 +63,7 @@ def test_sums_hold_what_bf16_cannot() -> None:
     assert run(x, weight).item() == 127.0 + 2.0**-15
 
 
-def test_rows_do_not_depend_on_their_neighbours() -> None:
+def test_rows_do_not_depend_on_their_neighbors() -> None:
     x, weight = drawn(16, 128, 256)
     all_rows, order = run(x, weight), Draw(9).order(16)
     assert equal_bits(run(x[order], weight), all_rows[order])

@@ -8,19 +8,19 @@ import torch
 
 from seekforge.plugins.block_fp8_linear.function import folded_body
 from seekforge.plugins.block_fp8_linear.spec import FOLDED
-from seekforge.plugins.functions.specialization import Specialisation
-from seekforge.plugins.quant import dequantise_weight
+from seekforge.plugins.functions.specialization import Specialization
+from seekforge.plugins.quant import dequantize_weight
 from seekforge.plugins.testing import Case, cases, max_error, run_function
 
 #: f32 sums of up to 384 products in another order.
 TOLERANCE = 2e-6
 
-HOWS = [Specialisation("f32", storage, "f32", bodies) for storage in ("float8", "int8") for bodies in ("ort", "trt")]
+HOWS = [Specialization("f32", storage, "f32", bodies) for storage in ("float8", "int8") for bodies in ("ort", "trt")]
 
 
 @pytest.mark.parametrize("how", HOWS, ids=lambda how: f"{how.bodies}-{how.fp8_storage}")
 @pytest.mark.parametrize("case", cases("BlockFp8Linear"), ids=str)
-def test_body_computes_the_reference(case: Case, how: Specialisation) -> None:
+def test_body_computes_the_reference(case: Case, how: Specialization) -> None:
     typed = case.typed(how)
     (y,), (expected,) = run_function(case.op, typed.inputs, typed.attrs, how), typed.expected()
     assert max_error(y, expected) < TOLERANCE
@@ -30,7 +30,7 @@ def test_body_computes_the_reference(case: Case, how: Specialisation) -> None:
 @pytest.mark.parametrize("case", cases("BlockFp8Linear"), ids=str)
 def test_folded_body_computes_the_reference(case: Case) -> None:
     x, weight, scale = case.inputs
-    folded = dequantise_weight(weight, scale).T.contiguous().numpy()
+    folded = dequantize_weight(weight, scale).T.contiguous().numpy()
     node = onnx.helper.make_node(FOLDED, ["x", "w"], ["y"], domain="seekforge", **case.attrs)
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(

@@ -12,10 +12,10 @@ from torch import Tensor
 from seekforge.plugins.block_fp8_linear import launch
 from seekforge.plugins.block_fp8_linear.reference import block_fp8_linear
 from seekforge.plugins.kernels.interpreter import interpret
-from seekforge.plugins.quant import dequantise_weight, fake_quantise
+from seekforge.plugins.quant import dequantize_weight, fake_quantize
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
-#: Against the dequantised product, both rounded to bf16 (spec §11.2). A bent scale (1 %) is at 5e-5.
+#: Against the dequantized product, both rounded to bf16 (spec §11.2). A bent scale (1 %) is at 5e-5.
 TOLERANCE = 1e-6
 
 
@@ -54,7 +54,7 @@ def test_splits_agree_within_a_step_of_bf16(splits: int, monkeypatch: pytest.Mon
     x, weight, scale = draw.normal(3, 2048).bfloat16(), draw.fp8(128, 2048), draw.weight_scale(1, 16)
     monkeypatch.setattr(launch, "choose_splits", lambda n, k: splits)
     got = run(x, weight, scale)
-    want = (fake_quantise(x).double() @ dequantise_weight(weight, scale).double().T).bfloat16()
+    want = (fake_quantize(x).double() @ dequantize_weight(weight, scale).double().T).bfloat16()
     step = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
     near_zero = want.float().abs() < 1e-3 * want.float().abs().max()
     assert (step[~near_zero] <= 1).all()
@@ -75,7 +75,7 @@ def test_int8_typed_bytes_are_the_same_weights(sm: int) -> None:
     assert equal_bits(run(x, weight.view(torch.int8), scale, sm=sm), run(x, weight, scale, sm=sm))
 
 
-def test_rows_do_not_depend_on_their_neighbours() -> None:
+def test_rows_do_not_depend_on_their_neighbors() -> None:
     draw = Draw(9)
     x, weight, scale = draw.normal(16, 256).bfloat16(), draw.fp8(128, 256), draw.weight_scale(1, 2)
     all_rows, order = run(x, weight, scale), draw.order(16)
@@ -99,8 +99,8 @@ def test_any_shape(rows: int, n: int, blocks: int, quant: str, sm: int) -> None:
     assert close(run(x, weight, scale, quant=quant, sm=sm), block_fp8_linear(x, weight, scale, quant))
 
 
-def test_the_quantiser_is_exact_to_the_bit() -> None:
-    """Through an identity weight: every value of the quantised rows comes out as it is."""
+def test_the_quantizer_is_exact_to_the_bit() -> None:
+    """Through an identity weight: every value of the quantized rows comes out as it is."""
     case = next(c for c in gpu_cases("BlockFp8Linear") if c.name == "ties-ue8m0")
     x = case.inputs[0]
     eye = torch.eye(128).repeat(1, x.shape[-1] // 128)
@@ -108,7 +108,7 @@ def test_the_quantiser_is_exact_to_the_bit() -> None:
         scale = torch.zeros(1, x.shape[-1] // 128)
         scale[0, block] = 1.0
         got = run(x, eye.to(torch.float8_e4m3fn), scale)
-        assert torch.equal(got, fake_quantise(x)[:, block * 128 : block * 128 + 128])
+        assert torch.equal(got, fake_quantize(x)[:, block * 128 : block * 128 + 128])
 
 
 @pytest.mark.slow

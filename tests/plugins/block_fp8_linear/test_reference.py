@@ -9,7 +9,7 @@ import pytest
 from seekforge.plugins.testing import Case, cases, max_error, to_numpy, to_torch
 
 
-def quantise_block(block: np.ndarray) -> tuple[np.ndarray, float]:
+def quantize_block(block: np.ndarray) -> tuple[np.ndarray, float]:
     p = np.float32(max(float(np.abs(block).max()), np.float32(1e-4))) * np.float32(1 / 448)
     mantissa, exponent = math.frexp(float(p))  # p = mantissa · 2^exponent, mantissa in [0.5, 1)
     scale = 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)
@@ -22,7 +22,7 @@ def naive(x: np.ndarray, weight: np.ndarray, weight_scale: np.ndarray, act_quant
     for m, row in enumerate(x):
         for kb in range(x.shape[1] // 128):
             part = slice(128 * kb, 128 * kb + 128)
-            q, scale = quantise_block(row[part]) if act_quant == "ue8m0" else (row[part].astype(np.float64), 1.0)
+            q, scale = quantize_block(row[part]) if act_quant == "ue8m0" else (row[part].astype(np.float64), 1.0)
             dots = weight[:, part].astype(np.float64) @ q
             for n in range(weight.shape[0]):
                 out[m, n] += dots[n] * scale * weight_scale[n // 128, kb]

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.testing import Case, Draw, cases, max_error, run_function
 
 #: f32 softmax and sums in another order; a scale bent by 1 % moves the result by 1e-3 and more.
 TOLERANCE = 3e-6
 
-ORT = Specialisation("f32", "float8", "f32", "ort")
-HOWS = [Specialisation("f32", "float8", kv, bodies) for kv in ("f32", "bf16") for bodies in ("ort", "trt")]
+ORT = Specialization("f32", "float8", "f32", "ort")
+HOWS = [Specialization("f32", "float8", kv, bodies) for kv in ("f32", "bf16") for bodies in ("ort", "trt")]
 
 
 @pytest.mark.parametrize("how", HOWS, ids=lambda how: f"{how.bodies}-{how.kv_format}")
 @pytest.mark.parametrize("case", cases("DsaAttention"), ids=str)
-def test_body_computes_the_reference(case: Case, how: Specialisation) -> None:
+def test_body_computes_the_reference(case: Case, how: Specialization) -> None:
     typed = case.typed(how)
     (out,), (expected,) = run_function(case.op, typed.inputs, typed.attrs, how), typed.expected()
     assert expected.isfinite().all()

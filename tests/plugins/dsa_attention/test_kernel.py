@@ -12,7 +12,7 @@ from torch import Tensor
 from seekforge.plugins.dsa_attention import launch
 from seekforge.plugins.dsa_attention.reference import dsa_attention
 from seekforge.plugins.kernels.interpreter import interpret
-from seekforge.plugins.quant import fake_quantise
+from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
 SCALE = 0.1352337788608801
@@ -77,7 +77,7 @@ def random_case(
     blocks = -(-visible // 64)
     num_blocks = b * blocks + 2
     table = draw.block_table(b, blocks, num_blocks)
-    rows = [fake_quantise(draw.normal(num_blocks * 64, c)), draw.normal(num_blocks * 64, 64)]
+    rows = [fake_quantize(draw.normal(num_blocks * 64, c)), draw.normal(num_blocks * 64, 64)]
     cache = packed_latents(torch.cat(rows, 1).bfloat16(), c)
     used = torch.zeros(num_blocks, dtype=torch.bool)
     used[table.long().flatten()] = True
@@ -148,7 +148,7 @@ def test_nan_of_a_chosen_key_stays_visible() -> None:
     assert got[0, 0].isnan().all() and got[0, 1].isfinite().all()
 
 
-def test_rows_do_not_depend_on_their_neighbours() -> None:
+def test_rows_do_not_depend_on_their_neighbors() -> None:
     case = random_case(b=3, q=1, topk=40, seed=8)
     got = run(case)
     assert equal_bits(run(case), got)

@@ -49,7 +49,7 @@ def test_a_scale_bent_by_one_percent_is_noticed(factor: float) -> None:
     assert max_error(bent.expected()[0], case.expected()[0]) > 1e-4
 
 
-def test_byte_records_read_like_their_dequantised_rows() -> None:
+def test_byte_records_read_like_their_dequantized_rows() -> None:
     case = next(c for c in CASES if c.name == "every-position")
     q_latent, q_pe, cache, table, indices = case.inputs
     cache = cache.nan_to_num(0.0)
@@ -59,8 +59,8 @@ def test_byte_records_read_like_their_dequantised_rows() -> None:
         inputs=(q_latent, q_pe, records.reshape(-1, 64, records.shape[-1]), table, indices),
         attrs=case.attrs | {"kv_format": "fp8_ds"},
     )
-    from seekforge.plugins.quant import fake_quantise
+    from seekforge.plugins.quant import fake_quantize
 
-    rows = torch.cat([fake_quantise(cache[:, :128]), cache[:, 128:].bfloat16().float()], -1)
+    rows = torch.cat([fake_quantize(cache[:, :128]), cache[:, 128:].bfloat16().float()], -1)
     plain = dataclasses.replace(case, inputs=(q_latent, q_pe, rows, table, indices))
     assert torch.equal(packed.expected()[0], plain.expected()[0])

@@ -28,7 +28,7 @@ CASES = [
     pytest.param(found, sm, id=f"{case}-{kv_format}-{sm}")
     for case in gpu_cases("DsaCacheWrite")
     for kv_format, sm in (("fp8_ds", 90), ("fp8_ds", 80), ("bf16", 90))
-    if (found := ATTRS["DsaCacheWrite"](case, kv_format)) is not None  # fp8_ds is always quantised
+    if (found := ATTRS["DsaCacheWrite"](case, kv_format)) is not None  # fp8_ds is always quantized
 ]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.dsa_cache_write.reference import dsa_cache_write
-from seekforge.plugins.quant import fake_quantise
+from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.testing import SCRAP, Case, cases, equal_bits
 
 
@@ -18,8 +18,8 @@ def test_rows_go_to_their_slots_and_nothing_else_changes(case: Case) -> None:
             slot = int(slots[b, q])
             if slot < 0:
                 continue
-            row_c = fake_quantise(c[b, q]) if case.attrs["kv_fp8"] else c[b, q]
-            row_k = fake_quantise(index_k[b, q]) if case.attrs["indexer_fp8"] else index_k[b, q]
+            row_c = fake_quantize(c[b, q]) if case.attrs["kv_fp8"] else c[b, q]
+            row_k = fake_quantize(index_k[b, q]) if case.attrs["indexer_fp8"] else index_k[b, q]
             want_latent[slot] = torch.cat([row_c, k_pe[b, q]])
             want_index[slot] = row_k
     got = case.expected()
@@ -34,7 +34,7 @@ def test_padding_changes_no_byte_outside_block_0() -> None:
 
 
 @pytest.mark.parametrize(("kv_fp8", "indexer_fp8", "words"), [(False, True, "kv_fp8"), (True, False, "indexer_fp8")])
-def test_byte_layouts_need_their_quantisation(kv_fp8: bool, indexer_fp8: bool, words: str) -> None:
+def test_byte_layouts_need_their_quantization(kv_fp8: bool, indexer_fp8: bool, words: str) -> None:
     latent, pages = torch.zeros(2, 64, 656, dtype=torch.int8), torch.zeros(2, 64 * 132, dtype=torch.int8)
     c, k_pe, k = torch.zeros(1, 1, 512), torch.zeros(1, 1, 64), torch.zeros(1, 1, 128)
     with pytest.raises(ShapeError, match=words):

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from seekforge.plugins.dsa_indexer.reference import index_scores
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.testing import Case, Draw, cases, run_function, same_selection
 
-HOWS = [Specialisation("f32", "float8", kv, bodies) for kv in ("f32", "bf16") for bodies in ("ort", "trt")]
+HOWS = [Specialization("f32", "float8", kv, bodies) for kv in ("f32", "bf16") for bodies in ("ort", "trt")]
 
 
 @pytest.mark.parametrize("how", HOWS, ids=lambda how: f"{how.bodies}-{how.kv_format}")
 @pytest.mark.parametrize("case", cases("DsaIndexer"), ids=str)
-def test_body_picks_what_the_reference_picks(case: Case, how: Specialisation) -> None:
+def test_body_picks_what_the_reference_picks(case: Case, how: Specialization) -> None:
     typed = case.typed(how)
     (got,), (want,) = run_function(case.op, typed.inputs, typed.attrs, how), typed.expected()
     scores = index_scores(*typed.inputs, typed.attrs["indexer_fp8"], typed.attrs["index_format"])
@@ -29,7 +29,7 @@ def test_body_picks_what_the_reference_picks(case: Case, how: Specialisation) ->
 @pytest.mark.parametrize("blocks", (1, 2))
 def test_short_tables_are_answered_without_reading_a_key(blocks: int) -> None:
     """With at most index_topk slots in the tables everything visible is picked, whatever the keys hold."""
-    how = Specialisation("f32", "float8", "f32", "ort")
+    how = Specialization("f32", "float8", "f32", "ort")
     attrs = {"index_topk": 64, "indexer_fp8": False, "index_format": "f32"}
     draw = torch.Generator().manual_seed(0)
     q, w = torch.randn(1, 1, 2, 128, generator=draw), torch.randn(1, 1, 2, generator=draw)
@@ -44,7 +44,7 @@ def test_short_tables_are_answered_without_reading_a_key(blocks: int) -> None:
 
 def test_long_prompts_go_in_blocks() -> None:
     """Blocks of rows that see few keys, that see many, and one that is part full, of two sequences."""
-    how = Specialisation("f32", "float8", "f32", "ort")
+    how = Specialization("f32", "float8", "f32", "ort")
     attrs = {"index_topk": 64, "indexer_fp8": False, "index_format": "f32"}
     draw = Draw(5)
     q, w = draw.normal(2, 150, 4, 128), draw.normal(2, 150, 4)

@@ -15,7 +15,7 @@ from seekforge.plugins.dsa_indexer.reference import index_scores
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits, same_selection
 
-#: Against the reference on the same quantised inputs (spec §11).
+#: Against the reference on the same quantized inputs (spec §11).
 TOLERANCE = 5e-6
 
 
@@ -39,7 +39,7 @@ CASES = [
     for index_format, sm in (("fp8_ds", 90), ("fp8_ds", 80), ("bf16", 90))
     if (sm != 80 or case.name in ON_SM80)
     and (case.name != "many-rows" or index_format != "bf16")
-    and (found := typed(case, index_format)) is not None  # fp8_ds is always quantised
+    and (found := typed(case, index_format)) is not None  # fp8_ds is always quantized
 ]
 
 

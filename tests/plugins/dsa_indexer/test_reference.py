@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seekforge.plugins.dsa_indexer.reference import index_scores
-from seekforge.plugins.quant import fake_quantise
+from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.testing import Case, cases
 
 CASES = cases("DsaIndexer")
@@ -17,7 +17,7 @@ LARGEST = torch.finfo(torch.float32).max
 def naive_scores(case: Case, b: int, row: int) -> list[float]:
     """Score of every visible key of one query, in f64 sums."""
     q, w, cache, table, positions = case.inputs
-    heads = fake_quantise(q[b, row]) if case.attrs["indexer_fp8"] else q[b, row]
+    heads = fake_quantize(q[b, row]) if case.attrs["indexer_fp8"] else q[b, row]
     scores = []
     for position in range(int(positions[b, row]) + 1):
         key = cache[int(table[b, position // 64]) * 64 + position % 64].double()

@@ -5,12 +5,12 @@ import pytest
 
 from seekforge.common.errors import ProgramError
 from seekforge.plugins.functions.attach import attach, make_body
-from seekforge.plugins.functions.specialization import CANONICAL, Specialisation
+from seekforge.plugins.functions.specialization import CANONICAL, Specialization
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.testing import Case, cases, check_body, make_node, one_node_model
 from seekforge.plugins.torch_ops import DTYPE_NAMES
 
-F32 = Specialisation("f32", "float8", "f32", "ort")
+F32 = Specialization("f32", "float8", "f32", "ort")
 
 
 def two_linears(first: str, second: str) -> onnx.ModelProto:
@@ -73,25 +73,25 @@ def test_every_operator_has_a_body_with_its_signature() -> None:
         ("DsaCacheWrite", {"index_format": "fp8_ds"}, F32),
         ("DsaIndexer", {"index_format": "fp8_ds"}, F32),
         ("DsaAttention", {"kv_format": "fp8_ds"}, F32),
-        ("MoeExperts", {}, Specialisation("f32", "float8", "f32", "trt")),
+        ("MoeExperts", {}, Specialization("f32", "float8", "f32", "trt")),
     ],
 )
-def test_what_has_no_body_says_what_to_do(op: str, changed: dict[str, str], how: Specialisation) -> None:
+def test_what_has_no_body_says_what_to_do(op: str, changed: dict[str, str], how: Specialization) -> None:
     with pytest.raises(ProgramError, match=f"{op}: .* plugin"):
         make_body(op, cases(op)[0].attrs | changed, how)
 
 
 TYPINGS = [
     CANONICAL,
-    Specialisation("bf16", "int8", "bf16", "ort"),
-    Specialisation("bf16", "int8", "bf16", "trt"),
-    Specialisation("f32", "int8", "bf16", "trt"),
+    Specialization("bf16", "int8", "bf16", "ort"),
+    Specialization("bf16", "int8", "bf16", "trt"),
+    Specialization("f32", "int8", "bf16", "trt"),
 ]
 
 
 @pytest.mark.parametrize("how", TYPINGS, ids=str)
 @pytest.mark.parametrize("case", {c.op: c for c in cases()}.values(), ids=str)
-def test_bodies_are_valid_onnx_in_every_typing(case: Case, how: Specialisation) -> None:
+def test_bodies_are_valid_onnx_in_every_typing(case: Case, how: Specialization) -> None:
     """ONNX Runtime cannot compute in bf16, but the program must type-check as it is shipped."""
     typed = case.typed(how)
     described = [[(DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in ts] for ts in (typed.inputs, typed.expected())]

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from seekforge.plugins.block_fp8_linear.vectors import rounding_ties
-from seekforge.plugins.functions.builder import Text, e4m3_table, fake_quantise
+from seekforge.plugins.functions.builder import Text, e4m3_table, fake_quantize
 from seekforge.plugins.quant import E4M3_MAX_INVERSE
-from seekforge.plugins.quant import fake_quantise as reference
+from seekforge.plugins.quant import fake_quantize as reference
 from seekforge.plugins.testing import Draw, equal_bits, run_model
 
 
-def run_fake_quantise(x: Tensor, bodies: str) -> Tensor:
+def run_fake_quantize(x: Tensor, bodies: str) -> Tensor:
     text = Text()
-    text.add(f"y = Identity({fake_quantise(text, 'x', 'q_', dtype='f32', bodies=bodies)})")
+    text.add(f"y = Identity({fake_quantize(text, 'x', 'q_', dtype='f32', bodies=bodies)})")
     function = text.function("Round", ["x"], ["y"], [], "")
     node = onnx.helper.make_node("Round", ["x"], ["y"], domain="seekforge")
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, tuple(x.shape)) for name in "xy"]
@@ -33,7 +33,7 @@ def with_amax(amax: Tensor) -> Tensor:
     return fill
 
 
-def neighbours(values: Tensor, reach: int) -> Tensor:
+def neighbors(values: Tensor, reach: int) -> Tensor:
     """Every f32 within `reach` steps of positive `values`."""
     bits = values.view(torch.int32).unsqueeze(-1) + torch.arange(-reach, reach + 1, dtype=torch.int32)
     return bits.flatten().view(torch.float32)
@@ -43,9 +43,9 @@ BF16 = (torch.arange(0x3586, 0x46EB, dtype=torch.int32) << 16).view(torch.float3
 POWERS = torch.exp2(torch.arange(-30.0, 100.0))
 PROBES = {
     "every bf16 as block maximum": with_amax(BF16),
-    "around the powers of two": with_amax(neighbours(POWERS, 3)),
-    "around 448 times a power": with_amax(neighbours(POWERS * 448, 3)),
-    "around the powers times the reciprocal": with_amax(neighbours(POWERS / E4M3_MAX_INVERSE, 3)),
+    "around the powers of two": with_amax(neighbors(POWERS, 3)),
+    "around 448 times a power": with_amax(neighbors(POWERS * 448, 3)),
+    "around the powers times the reciprocal": with_amax(neighbors(POWERS / E4M3_MAX_INVERSE, 3)),
     "every tie": rounding_ties(),
     "every tie, scaled": torch.cat([rounding_ties() * 2.0**e for e in (-20, -7, 1, 15)]),
     "next to every tie": torch.cat([torch.nextafter(rounding_ties(), rounding_ties() * s) for s in (0.5, 2.0)]),
@@ -55,9 +55,9 @@ PROBES = {
 
 @pytest.mark.parametrize("bodies", ["ort", "trt"])
 @pytest.mark.parametrize("probe", PROBES)
-def test_fake_quantise_is_exact(probe: str, bodies: str) -> None:
+def test_fake_quantize_is_exact(probe: str, bodies: str) -> None:
     x = PROBES[probe]
-    assert equal_bits(run_fake_quantise(x, bodies) + 0.0, reference(x) + 0.0)  # + 0.0: -0 and 0 are one value here
+    assert equal_bits(run_fake_quantize(x, bodies) + 0.0, reference(x) + 0.0)  # + 0.0: -0 and 0 are one value here
 
 
 def test_bytes_decode_to_torch_values() -> None:

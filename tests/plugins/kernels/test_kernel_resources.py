@@ -90,7 +90,7 @@ def test_the_instruction_that_a_kernel_must_have_follows_from_its_operands_and_s
     assert tensor_instruction(key[0], VARIANTS[key], key[1]) == instruction
 
 
-def test_without_quantised_rows_products_are_bf16() -> None:
+def test_without_quantized_rows_products_are_bf16() -> None:
     (variant,) = (
         one
         for one in kernels_doc.op_kernels("BlockFp8Linear").variants({"act_quant": "none"}, 90)

@@ -18,7 +18,7 @@ from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.kernels.launch_plan import statics_of
 from seekforge.plugins.kernels.sizes import operators
-from seekforge.plugins.quant import fake_quantise
+from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.testing import Case, Draw
 
 SIZES = operators(load_preset("full").config)
@@ -97,7 +97,7 @@ def test_an_indexer_that_picks_more_than_deepseek_does(topk: int, visible: int) 
 def test_attention() -> None:
     """128 heads; 100 of 192 keys, then −1."""
     draw, blocks = Draw(3), 3
-    latents = torch.cat([fake_quantise(draw.normal((blocks + 1) * 64, 512)), draw.normal((blocks + 1) * 64, 64)], 1)
+    latents = torch.cat([fake_quantize(draw.normal((blocks + 1) * 64, 512)), draw.normal((blocks + 1) * 64, 64)], 1)
     picked = torch.full((1, 1, 128), -1, dtype=torch.int32)
     picked[0, 0, :100] = draw.order(blocks * 64)[:100].sort().values.int()
     inputs = (

@@ -5,25 +5,25 @@ import onnxruntime
 import pytest
 import torch
 
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.moe_experts.function import folded_body
 from seekforge.plugins.moe_experts.spec import FOLDED
-from seekforge.plugins.quant import dequantise_weight
+from seekforge.plugins.quant import dequantize_weight
 from seekforge.plugins.testing import Case, cases, max_error, run_function
 
 #: f32 sums in another order, twice; a hidden value beside a rounding tie of e4m3 may still fall either way.
 TOLERANCE = 5e-6
 
 HOWS = [
-    Specialisation("f32", "float8", "f32", "ort"),
-    Specialisation("f32", "int8", "f32", "ort"),
-    Specialisation("f32", "int8", "f32", "trt"),
+    Specialization("f32", "float8", "f32", "ort"),
+    Specialization("f32", "int8", "f32", "ort"),
+    Specialization("f32", "int8", "f32", "trt"),
 ]
 
 
 @pytest.mark.parametrize("how", HOWS, ids=lambda how: f"{how.bodies}-{how.fp8_storage}")
 @pytest.mark.parametrize("case", cases("MoeExperts"), ids=str)
-def test_body_computes_the_reference(case: Case, how: Specialisation) -> None:
+def test_body_computes_the_reference(case: Case, how: Specialization) -> None:
     typed = case.typed(how)
     (y,), (expected,) = run_function(case.op, typed.inputs, typed.attrs, how), typed.expected()
     assert expected.isfinite().all()
@@ -35,7 +35,7 @@ def test_body_computes_the_reference(case: Case, how: Specialisation) -> None:
 def test_folded_body_computes_the_reference(case: Case) -> None:
     x, ids, weights, w13, w13_scale, w2, w2_scale = case.inputs
     folded = [
-        torch.stack([dequantise_weight(w, s).T for w, s in zip(stack, scales, strict=True)]).contiguous()
+        torch.stack([dequantize_weight(w, s).T for w, s in zip(stack, scales, strict=True)]).contiguous()
         for stack, scales in ((w13, w13_scale), (w2, w2_scale))
     ]
     names = ["x", "expert_ids", "expert_weights", "w13", "w2"]

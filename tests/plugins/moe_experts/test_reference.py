@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seekforge.plugins.moe_experts.reference import swiglu
-from seekforge.plugins.quant import dequantise_weight, fake_quantise
+from seekforge.plugins.quant import dequantize_weight, fake_quantize
 from seekforge.plugins.testing import Case, cases, max_error
 
 CASES = cases("MoeExperts")
@@ -15,16 +15,16 @@ CASES = cases("MoeExperts")
 
 def naive(case: Case) -> Tensor:
     x, ids, weights, w13, w13_scale, w2, w2_scale = case.inputs
-    quant = fake_quantise if case.attrs["act_quant"] == "ue8m0" else (lambda t: t)
+    quant = fake_quantize if case.attrs["act_quant"] == "ue8m0" else (lambda t: t)
     y = torch.zeros(x.shape, dtype=torch.float64)
     for token in range(x.shape[0]):
         for expert, weight in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
             if expert < 0:  # of another rank
                 continue
-            up = dequantise_weight(w13[expert], w13_scale[expert]).double()
+            up = dequantize_weight(w13[expert], w13_scale[expert]).double()
             gate, value = (up @ quant(x[token]).double()).chunk(2)
             hidden = quant((gate / (1 + torch.exp(-gate)) * value).float()).double()
-            y[token] += weight * (dequantise_weight(w2[expert], w2_scale[expert]).double() @ hidden)
+            y[token] += weight * (dequantize_weight(w2[expert], w2_scale[expert]).double() @ hidden)
     return y
 
 

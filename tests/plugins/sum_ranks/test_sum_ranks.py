@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.testing import Case, cases, equal_bits, run_function
 
 
 @pytest.mark.parametrize("bodies", ["ort", "trt"])
 @pytest.mark.parametrize("case", cases("SumRanks"), ids=str)
 def test_one_rank_gives_its_own_part(case: Case, bodies: str) -> None:
-    how = Specialisation("f32", "float8", "f32", bodies)  # pyright: ignore[reportArgumentType]
+    how = Specialization("f32", "float8", "f32", bodies)  # pyright: ignore[reportArgumentType]
     (x,) = case.inputs
     (y,) = run_function(case.op, case.inputs, case.attrs, how)
     (expected,) = case.expected()

@@ -152,7 +152,7 @@ def test_a_crash_of_the_parser_is_cured_in_this_process() -> None:
 
 
 @rtx
-def test_a_plugin_serialises_its_attributes_and_is_not_made_to_run_without_kernels() -> None:
+def test_a_plugin_serializes_its_attributes_and_is_not_made_to_run_without_kernels() -> None:
     trt = library.load("tensorrt-rtx")
     register(trt)
     creator = trt.get_plugin_registry().get_creator("DsaAttention", "1", "seekforge")
@@ -240,7 +240,7 @@ def test_a_plugin_of_an_opened_engine_raises_where_it_has_no_kernels(op: str, co
 
 @pytest.mark.parametrize("act_quant", ["none", "ue8m0"])
 def test_scratch_is_what_the_kernels_of_all_gpus_of_the_target_use(act_quant: str) -> None:
-    """At V3.2 sizes; experts without quantised activations keep bf16 rows between their products."""
+    """At V3.2 sizes; experts without quantized activations keep bf16 rows between their products."""
     tokens, experts, hidden, inner = 2048, 256, 7168, 2048
     weights = [(experts, 2 * inner, hidden), (experts, 32, 56), (experts, hidden, inner), (experts, 56, 16)]
     shapes = [(tokens, hidden), (tokens, 8), (tokens, 8), *weights]

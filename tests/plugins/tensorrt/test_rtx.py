@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.testing import check_body, one_node_model
 
 Type = tuple[str, list[int | str]]
@@ -19,7 +19,7 @@ Type = tuple[str, list[int | str]]
 SIZES = {"B": (1, 2, 8), "Q": (1, 4, 512), "MB": (1, 16, 2560), "NS": (128, 4096, 65536), "T": (1, 8, 512)}
 
 
-def described(op: str, how: Specialisation) -> tuple[dict[str, Any], list[Type], list[Type]]:
+def described(op: str, how: Specialization) -> tuple[dict[str, Any], list[Type], list[Type]]:
     """Attributes, inputs and outputs of one operator at the widths of DeepSeek-V3.2."""
     act, kv, fp8 = how.activations, how.kv_format, how.fp8_dtype
     latent: Type = (kv, ["NS", 576])
@@ -103,7 +103,7 @@ TYPES = [("f32", "f32"), ("f32", "bf16"), ("bf16", "bf16")]
 @pytest.mark.parametrize(("op", "storage"), FORMS)
 def test_body_builds(op: str, activations: str, kv: str, storage: str) -> None:
     """One plan for SM80, SM89 and SM120 with int8 storage; SM80 has no float8."""
-    how = Specialisation(activations, storage, kv, "trt")  # pyright: ignore[reportArgumentType]
+    how = Specialization(activations, storage, kv, "trt")  # pyright: ignore[reportArgumentType]
     attrs, inputs, outputs = described(op, how)
     model = one_node_model(op, attrs, how, inputs, outputs)
     shapes = {value.name: shape for value, (_, shape) in zip(model.graph.input, inputs, strict=True)}
@@ -114,7 +114,7 @@ def test_body_builds(op: str, activations: str, kv: str, storage: str) -> None:
 
 def test_float8_storage_does_not_build_for_sm80() -> None:
     """The reason for fp8_storage=int8; should this start to build, the rule can go."""
-    how = Specialisation("f32", "float8", "f32", "trt")
+    how = Specialization("f32", "float8", "f32", "trt")
     attrs, inputs, outputs = described("BlockFp8Linear", how)
     model = one_node_model("BlockFp8Linear", attrs, how, inputs, outputs)
     shapes = {value.name: shape for value, (_, shape) in zip(model.graph.input, inputs, strict=True)}

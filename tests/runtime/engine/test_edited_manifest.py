@@ -97,7 +97,7 @@ def tokens(folder: Path) -> list[int]:
 KEYS = (
     "format", "target", "versions", "runtime_versions", "numerics", "layer_range", "graphs", "cache", "limits",
     "vocab_size", "num_top_logits", "bos_token_id", "eos_token_id", "generation", "files", "self_check", "config",
-    "build", "weights", "audit", "quantisation", "min_driver", "capturable",
+    "build", "weights", "audit", "quantization", "min_driver", "capturable",
 )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def llm(toy_engine: Path):
     ids=repr,
 )
 def test_no_text_holds_a_bad_word(llm: LLM, words: list[str]) -> None:
-    """Among hot draws, with penalties that drive the model through its vocabulary, and among neighbours."""
+    """Among hot draws, with penalties that drive the model through its vocabulary, and among neighbors."""
     options = {"temperature": 8.0, "max_tokens": 200, "ignore_eos": True, "n": 6, "seed": 3}
     free, banned = llm.generate(
         ["the cat", "the cat"], [SamplingParams(**options), SamplingParams(**options, bad_words=words)]

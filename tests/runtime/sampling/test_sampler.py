@@ -10,7 +10,7 @@ import pytest
 from seekforge.common.errors import RequestError
 from seekforge.runtime.sampling import sampler
 from seekforge.runtime.sampling.bad_words import BadWords, Bans
-from seekforge.runtime.sampling.inverse_cdf import Rules
+from seekforge.runtime.sampling.inverse_cdf import SamplingMetadata
 from seekforge.runtime.sampling.logits_processors import EditedRows, EditTables
 from seekforge.runtime.sampling.params import SamplingParams, StructuredOutputsParams
 from seekforge.runtime.sampling.sampler import NO_TOKEN, FullLogits, TopLogits, choose, needs_full_logits
@@ -103,7 +103,7 @@ def sample(draws: list[Draw], top: TopLogits, full) -> list[int]:
     if any(draw.params.edits_logits for draw in draws):
         edits, broken = EditedRows(EditTables(len(draws), top.vocab_size), sequences).next(range(len(draws)))
         assert not broken
-    rules = Rules.of([d.params for d in draws], [d.seed for d in draws])
+    rules = SamplingMetadata.of([d.params for d in draws], [d.seed for d in draws])
     rows = FullLogits(full, np.arange(len(draws)))
     return choose(rules, np.array([d.index for d in draws]), edits, top, rows).tolist()
 
@@ -237,7 +237,7 @@ def test_a_partly_sorted_row_gives_what_a_sorted_one_does(monkeypatch, first_sor
 
 
 def uniforms(seeds: np.ndarray, index: np.ndarray) -> np.ndarray:
-    return Rules.of([SamplingParams()] * len(seeds), seeds.tolist()).draws(index)
+    return SamplingMetadata.of([SamplingParams()] * len(seeds), seeds.tolist()).draws(index)
 
 
 def test_draws_depend_on_seed_and_index_only_and_are_even() -> None:
@@ -360,7 +360,7 @@ def test_an_edit_that_only_lowers_needs_no_full_row_where_the_top_decide() -> No
     sample(draws, top_of(logits, 256), Never())
 
 
-def test_a_favoured_token_is_looked_up_by_itself() -> None:
+def test_a_favored_token_is_looked_up_by_itself() -> None:
     """A bias may make any token the likeliest. Its logit is fetched, and no row is sorted."""
     logits = logits_rows(50, 6.0, seed=4)
     last = np.argsort(logits, axis=1)[:, 0].tolist()
@@ -376,7 +376,7 @@ def test_a_favoured_token_is_looked_up_by_itself() -> None:
     sequences = [draw.sequence(number) for number, draw in enumerate(draws)]
     edits, _ = EditedRows(EditTables(50, VOCAB), sequences).next(range(50))
     tokens = choose(
-        Rules.of(params, [2] * 50),
+        SamplingMetadata.of(params, [2] * 50),
         np.arange(50),
         edits,
         top_of(logits, 256),

@@ -1,1 +1,1 @@
-"""From a canonical program to an engine for one target: specialise, fold or bind weights, compile, prove."""
+"""From a canonical program to an engine for one target: specialize, fold or bind weights, compile, prove."""

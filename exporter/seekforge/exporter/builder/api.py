@@ -82,7 +82,7 @@ class BuildResult:
         plugins, inlined: GPU, dry run: custom operators, name -> how many.
         device_bytes: GPU, dry run: expected memory by part, with `total` and `usable`.
         oversize: GPU, dry run: whether that does not fit.
-        profiles: GPU, dry run: names of the optimisation profiles.
+        profiles: GPU, dry run: names of the optimization profiles.
         missing: GPU, dry run: what this machine lacks for the build, a sentence each.
     """
 

@@ -31,7 +31,7 @@ _INVOKE_END = f"</{DSML}invoke"
 _PARAMETER = re.compile(rf'<{DSML}parameter name="([^"]*)" string="(true|false)">(.*?)</{DSML}parameter>\n', re.DOTALL)
 
 # The wording is part of the model: DeepSeek-V3.2, encoding/encoding_dsv32.py, Copyright (c) 2023 DeepSeek,
-# MIT licence. Byte for byte, line ends included.
+# MIT license. Byte for byte, line ends included.
 TOOLS_TEMPLATE = """\
 ## Tools
 

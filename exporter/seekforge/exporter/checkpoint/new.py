@@ -41,7 +41,7 @@ _NORM_SPREAD = 0.1
 #: What a block adds is small beside the residual stream, as in a trained deep model: rounding noise then stays
 #: near the size at which it arose (FP8 against FP32: 0.10 of the logits' spread on `tiny`; 0.39 with a gain of 1).
 _BRANCH_GAIN = 0.3
-#: Block magnitudes of an FP8 weight are spread over 2^±1.5, so that neighbouring blocks differ in scale.
+#: Block magnitudes of an FP8 weight are spread over 2^±1.5, so that neighboring blocks differ in scale.
 _BLOCK_SPREAD_LOG2 = 1.5
 
 
@@ -209,7 +209,7 @@ def draw_tensors(
     """Yield every tensor of `tensors`, a scale right after its weight; one at a time."""
     for name, tensor in tensors.items():
         if tensor.dtype == "f8e4m3":
-            weight, scale = quantise(_draw(config, name, tensor, seed))
+            weight, scale = quantize(_draw(config, name, tensor, seed))
             yield name, weight
             yield name + SCALE_SUFFIX, scale
         elif not name.endswith(SCALE_SUFFIX):
@@ -217,8 +217,8 @@ def draw_tensors(
             yield name, _draw(config, tensor.copy_of or name, tensor, seed).astype(NUMPY[tensor.dtype])
 
 
-def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise a weight to e4m3 in 128×128 blocks with power-of-two scales (the rule of spec §5.1, per block).
+def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a weight to e4m3 in 128×128 blocks with power-of-two scales (the rule of spec §5.1, per block).
 
     Args:
         weight: [N, K], f32. The last block of an axis may be partial.
@@ -250,7 +250,7 @@ def _draw(config: ModelConfig, name: str, tensor: ExpectedTensor, seed: int) -> 
     fan_in = shape[-1] ** -0.5
     match tensor.draw:
         case "bias":
-            # Near 2 neighbouring BF16 values are 1/64 apart: rounding this F32 bias would change the choice.
+            # Near 2 neighboring BF16 values are 1/64 apart: rounding this F32 bias would change the choice.
             return random.uniform(2.0, 2.1, shape).astype(np.float32)
         case "shift":
             return _normal(random, shape, 0.2)

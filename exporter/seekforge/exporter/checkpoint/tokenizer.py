@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer in DeepSeek's layout, trained on the text that this package carries.
 
-Same pre-tokenisation, special tokens and files as the released tokenizer, so that everything written against
+Same pre-tokenization, special tokens and files as the released tokenizer, so that everything written against
 it works here; only the merges are few. Any text round-trips exactly, since all 256 bytes are in the alphabet.
 
 Source: DeepSeek-V3.1 tokenizer.json, `pre_tokenizer`, `added_tokens`; spec §8.1.

@@ -129,7 +129,7 @@ def _foreign_form(checkpoint: Checkpoint) -> str | None:
                 f"pass the checkpoint that was converted, or {TAKE}"
             )
         if name.endswith((".weight_scale", ".weight_packed", ".qweight", ".weight_scale_2")):
-            return f"tensor {name!r} is of another quantised format, expected '….weight{SCALE_SUFFIX}'; {TAKE}"
+            return f"tensor {name!r} is of another quantized format, expected '….weight{SCALE_SUFFIX}'; {TAKE}"
     return None
 
 

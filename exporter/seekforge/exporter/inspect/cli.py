@@ -96,7 +96,7 @@ def show(about: dict[str, Any], out: Console) -> None:
         )
         manifest = load_manifest(Path(about["path"]))
         out.print(f"self-check: {self_check_words(manifest)}")
-        how = about["quantisation"]
+        how = about["quantization"]
         if how is not None:
             kinds = {
                 name: ", ".join(kind for kind, stored in how["kinds"].items() if stored == name)

@@ -170,7 +170,7 @@ def _ranks(program: Program, bindings: dict[str, dict[str, Recipe]]) -> dict[str
 
 
 def bytes_read(recipe: Recipe) -> int:
-    """Return the bytes of the checkpoint that a recipe of one rank selects (both operands of a dequantised one)."""
+    """Return the bytes of the checkpoint that a recipe of one rank selects (both operands of a dequantized one)."""
     if recipe.op == "slice":
         whole = recipe.parts[0]
         return bytes_read(whole) * math.prod(recipe.shape) // math.prod(whole.shape)
@@ -233,7 +233,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "plugins": {op: use.model_dump(mode="json") for op, use in manifest.plugins.items()},
         "audit": None if manifest.audit is None else manifest.audit.model_dump(mode="json"),
         "weights": None if manifest.weights is None else manifest.weights.model_dump(mode="json"),
-        "quantisation": None if manifest.quantisation is None else manifest.quantisation.model_dump(mode="json"),
+        "quantization": None if manifest.quantization is None else manifest.quantization.model_dump(mode="json"),
         "build": manifest.build,
         "digest": manifest.digest,
         "self_check": None

@@ -2,7 +2,7 @@
 
 Run from its own values, the list is the layer: the free run of the reference, whose every step is seen. Run from the
 values that an engine had at each point, each operation answers for itself alone: what it gives differs from the
-engine's value by the order of a sum and nothing else, in every numerics, since both sides quantise the same numbers.
+engine's value by the order of a sum and nothing else, in every numerics, since both sides quantize the same numbers.
 So the first operation that differs by more is where the fault is, and nothing before it or behind it is blamed.
 
 The lists are in the model family's `attention_ops` (up to the cache write, and behind it) and `mlp_ops`; here is what

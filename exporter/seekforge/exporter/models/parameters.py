@@ -18,7 +18,7 @@ from seekforge.formats.weight_recipes import (
     Recipe,
     cast,
     concat,
-    dequantise,
+    dequantize,
     reshape,
     slice_,
     split,
@@ -79,7 +79,7 @@ class Parameter:
         name: below `layers.N.`, or the whole name outside layers. `linear` and `experts` add their own endings.
         form: what is made of the tensors. `linear`: FP8 matrices stacked by rows, with their scales. `value`: one
             tensor as it is, bf16 in the dtype of activations. `per_head`: some rows of each head of an FP8 matrix,
-            dequantised. `experts`: FP8 matrices of all routed experts stacked, each of them of one or more by rows.
+            dequantized. `experts`: FP8 matrices of all routed experts stacked, each of them of one or more by rows.
         tensors: modules or names of `Tensor`s, in the order in which their rows are stacked.
         does: what it is, for people.
         op: the operator that multiplies with it as it is in a GPU engine; empty where there is none.
@@ -197,7 +197,7 @@ def _per_head(row: Parameter, tensor: Tensor, config: ModelConfig, source: str, 
     nope, size = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
     matrix = take(source + tensor.name, tensor.shape, tensor.dtype)
     scale = take(source + tensor.name + SCALE_SUFFIX, scale_shape(tensor.shape), "f32")
-    per_head = reshape(dequantise(matrix, scale, dtype), (config.num_attention_heads, size, tensor.shape[1]))
+    per_head = reshape(dequantize(matrix, scale, dtype), (config.num_attention_heads, size, tensor.shape[1]))
     start, stop = (0, nope) if row.rows == "keys" else (nope, size)
     return split(slice_(per_head, 1, start, stop), 0, "all", ranks)
 

@@ -20,7 +20,7 @@ from seekforge.exporter.program.taps import layer_points, point_width
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import CHECKPOINT, Dump, Side
 from seekforge.formats.numerics import numerics_from_dict
-from seekforge.formats.parity_steps import Plan
+from seekforge.formats.parity_steps import ParitySteps
 from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 
 #: The perturbed run, and what it is to be compared with where that is not the reference.
@@ -43,7 +43,7 @@ class Result:
 
     judged: Side
     reference: Side
-    plan: Plan
+    plan: ParitySteps
     comparison: Comparison
     gates: list[Gate]
     records: list[OpRecord]
@@ -55,7 +55,9 @@ class Result:
     fed: list[FedLayer] = field(default_factory=list)
 
 
-def dump_bytes(plan: Plan, config: ModelConfig, layers: Sequence[int], points: Sequence[str] | None = None) -> int:
+def dump_bytes(
+    plan: ParitySteps, config: ModelConfig, layers: Sequence[int], points: Sequence[str] | None = None
+) -> int:
     """Estimate the size of taps of some layers: of all their points, or of `points`."""
     tokens = dict.fromkeys(("model", "mtp"), 0)
     for _, _, step in plan.steps():
@@ -69,7 +71,7 @@ def dump_bytes(plan: Plan, config: ModelConfig, layers: Sequence[int], points: S
 def check_engine(
     engine: EngineSide,
     walker: Walker,
-    plan: Plan,
+    plan: ParitySteps,
     *,
     work: Path,
     layers: tuple[int, int] | None = None,
@@ -200,7 +202,7 @@ def _words(layers: tuple[int, int]) -> str:
     return f"{layers[0]}-{layers[1] - 1}"
 
 
-def _before(walker: Walker, plan: Plan, layer: int, work: Path) -> Dump | None:
+def _before(walker: Walker, plan: ParitySteps, layer: int, work: Path) -> Dump | None:
     """Run PyTorch up to a layer, and return the dump of what goes into that."""
     if layer == 0:
         return None
@@ -228,7 +230,7 @@ def _feed(
 def _bisect(
     engine: EngineSide,
     walker: Walker,
-    plan: Plan,
+    plan: ParitySteps,
     work: Path,
     shown: tuple[int, int],
     notes: list[str],

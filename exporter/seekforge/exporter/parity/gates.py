@@ -73,7 +73,7 @@ def judge(
             is plainly broken is gated: the difference is what the other numerics cost.
         same_weights: no side rounded its weights to codes. If one did, operations are still judged, those without
             weights as strictly as ever, and what becomes of the whole model is the price: shown, not gated.
-        exact: numerics without quantisation: then every row must agree.
+        exact: numerics without quantization: then every row must agree.
         max_kl: the largest mean KL that is accepted, when somebody decides about numerics.
     """
     finite = Gate(

@@ -22,7 +22,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.tokenizer_file import read_tokenizer
 from seekforge.formats.numerics import NUMERICS, Numerics, numerics_from_dict
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.parity_steps import MODES, Mode, Plan, make_plan
+from seekforge.formats.parity_steps import MODES, Mode, ParitySteps, make_plan
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Asked:
     seed: int
 
 
-def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool, longest: int) -> Plan:
+def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool, longest: int) -> ParitySteps:
     """Return the steps that were asked for.
 
     Args:

@@ -25,7 +25,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import MANIFEST
 from seekforge.formats.numerics import EXACT, NUMERICS, Numerics, numerics_from_dict
-from seekforge.formats.parity_steps import Plan
+from seekforge.formats.parity_steps import ParitySteps
 
 Say = Callable[[str], None]
 
@@ -65,7 +65,7 @@ def from_engine(engine: Path, asked: Asked, work: Path, stages: Say) -> Result:
     return _two_engines(sides, plan, settings, asked, work, stages)
 
 
-def _check_storable(side: EngineSide, asked: Asked, plan: Plan) -> None:
+def _check_storable(side: EngineSide, asked: Asked, plan: ParitySteps) -> None:
     """Refuse a self-check that could not be stored, before it is earned."""
     if side.layers is not None or asked.layers is not None:
         raise ConfigError("--write-self-check stores logits of a whole model; leave out --layers, and take no stage")
@@ -74,7 +74,9 @@ def _check_storable(side: EngineSide, asked: Asked, plan: Plan) -> None:
     stored_step(plan)
 
 
-def _with_torch(side: EngineSide, plan: Plan, settings: Settings, asked: Asked, work: Path, stages: Say) -> Result:
+def _with_torch(
+    side: EngineSide, plan: ParitySteps, settings: Settings, asked: Asked, work: Path, stages: Say
+) -> Result:
     folder = need_checkpoint(asked, "--against torch")
     layers = range_of(asked, settings.config)
     # the price of codes is measured with the engine's own layers, that of numerics in PyTorch
@@ -108,7 +110,7 @@ def _with_torch(side: EngineSide, plan: Plan, settings: Settings, asked: Asked, 
 
 
 def _sensitivity(
-    walker: Walker, plan: Plan, base: Numerics, other: Numerics, layers: tuple[int, int] | None, work: Path
+    walker: Walker, plan: ParitySteps, base: Numerics, other: Numerics, layers: tuple[int, int] | None, work: Path
 ) -> dict[int, float]:
     """Each layer alone in the engine's numerics, the others as in the reference (exact, where both are the same)."""
     settings = walker.settings
@@ -118,7 +120,7 @@ def _sensitivity(
 
 
 def _with_transformers(
-    side: EngineSide, plan: Plan, settings: Settings, asked: Asked, work: Path, stages: Say
+    side: EngineSide, plan: ParitySteps, settings: Settings, asked: Asked, work: Path, stages: Say
 ) -> Result:
     folder = need_checkpoint(asked, "--against transformers")
     stages("transformers")
@@ -135,7 +137,7 @@ def _with_transformers(
 
 
 def _two_engines(
-    sides: Sequence[EngineSide], plan: Plan, settings: Settings, asked: Asked, work: Path, stages: Say
+    sides: Sequence[EngineSide], plan: ParitySteps, settings: Settings, asked: Asked, work: Path, stages: Say
 ) -> Result:
     """Both engines run; with a checkpoint, PyTorch judges the operations of both and measures the noise."""
     dumps: list[Dump] = []

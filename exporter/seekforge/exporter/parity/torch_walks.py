@@ -17,7 +17,7 @@ from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS, Stream
 from seekforge.exporter.tolerances import PERTURBATION, PERTURBATION_BF16
 from seekforge.formats.dump import Dump, DumpWriter, Side
 from seekforge.formats.numerics import Numerics, numerics_from_dict
-from seekforge.formats.parity_steps import Plan, step_inputs
+from seekforge.formats.parity_steps import ParitySteps, step_inputs
 from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 from seekforge.formats.weight_recipes import TensorSource
 
@@ -43,7 +43,7 @@ def torch_side(settings: Settings, name: str, layers: tuple[int, int]) -> Side:
 _DRAWN_ROWS, _MOST_DRAWS = 96, 3
 
 
-def _num_draws(plan: Plan) -> int:
+def _num_draws(plan: ParitySteps) -> int:
     rows = sum(len(step_inputs(case, step).logits_index) for _, case, step in plan.steps())
     return max(1, min(_MOST_DRAWS, -(-_DRAWN_ROWS // max(1, rows))))
 
@@ -63,7 +63,7 @@ class Walker:
 
     def run(
         self,
-        plan: Plan,
+        plan: ParitySteps,
         work: Path,
         *,
         layers: tuple[int, int] | None = None,
@@ -124,7 +124,7 @@ class Walker:
         return PERTURBATION_BF16 if self.settings.dtype_name == "bf16" else PERTURBATION
 
     def draw_noise(
-        self, plan: Plan, work: Path, *, layers: tuple[int, int] | None = None, subject: Dump | None = None
+        self, plan: ParitySteps, work: Path, *, layers: tuple[int, int] | None = None, subject: Dump | None = None
     ) -> bool:
         """Draw the noise again, logits alone, into folders beside the first draw, if the plan has few rows.
 
@@ -161,7 +161,9 @@ class Walker:
         return self.run(judged.plan, work, layers=layers, subject=judged, inside=True)
 
 
-def sensitivity(walker: Walker, plan: Plan, *, other: Numerics, work: Path, layers: Sequence[int]) -> dict[int, float]:
+def sensitivity(
+    walker: Walker, plan: ParitySteps, *, other: Numerics, work: Path, layers: Sequence[int]
+) -> dict[int, float]:
     """Return layer -> mean KL of the next token when that layer alone computes in `other` numerics.
 
     One pass over the weights: each layer has a run of its own beside the base run. Memory grows with the number
@@ -171,7 +173,7 @@ def sensitivity(walker: Walker, plan: Plan, *, other: Numerics, work: Path, laye
     return _costs(walker, plan, work, runs)
 
 
-def sensitivity_of_engine(walker: Walker, plan: Plan, fed: Dump, work: Path) -> dict[int, float]:
+def sensitivity_of_engine(walker: Walker, plan: ParitySteps, fed: Dump, work: Path) -> dict[int, float]:
     """Return layer -> mean KL of the next token when that layer alone is the engine's, all others PyTorch's.
 
     Args:
@@ -184,7 +186,7 @@ def sensitivity_of_engine(walker: Walker, plan: Plan, fed: Dump, work: Path) -> 
     return _costs(walker, plan, work, {layer: {"enters": (layer + 1, fed)} for layer in range(start, stop)})
 
 
-def _costs(walker: Walker, plan: Plan, work: Path, runs: Mapping[int, dict[str, Any]]) -> dict[int, float]:
+def _costs(walker: Walker, plan: ParitySteps, work: Path, runs: Mapping[int, dict[str, Any]]) -> dict[int, float]:
     """Run PyTorch, and beside it once for each layer with that layer changed."""
     base = walker.settings
     side = torch_side(base, "sensitivity", (0, base.config.num_hidden_layers))

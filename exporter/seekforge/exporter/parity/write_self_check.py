@@ -17,7 +17,7 @@ from seekforge.exporter.parity.compare.metrics import log_softmax
 from seekforge.exporter.tolerances import GATE
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import SelfCheck, SelfCheckRow, load_manifest, save_manifest
-from seekforge.formats.parity_steps import Plan, PlanStep
+from seekforge.formats.parity_steps import ParitySteps, PlanStep
 
 #: Longest prompt that is taken where there is a shorter one: it is run at every start.
 _LONGEST: Final = 256
@@ -26,7 +26,7 @@ _ROWS, _TOP = 3, 20
 _FACTOR: Final = 2.0
 
 
-def stored_step(plan: Plan) -> tuple[int, PlanStep]:
+def stored_step(plan: ParitySteps) -> tuple[int, PlanStep]:
     """Return the step whose results are stored, and its number: of the prompts that were run whole and alone.
 
     Raises:

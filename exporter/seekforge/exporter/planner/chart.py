@@ -1,6 +1,6 @@
 """The chart of a plan: how many GPUs each context needs, and what it fills of one of them.
 
-For each precision a table of GPUs by contexts, coloured by their number, stands over the memory of one GPU for any
+For each precision a table of GPUs by contexts, colored by their number, stands over the memory of one GPU for any
 context. What is drawn is decided by pure functions; matplotlib is imported where it is drawn, as in `plugins.charts`.
 """
 
@@ -20,7 +20,7 @@ from seekforge.exporter.sizing.memory import GIB, Layout, Workload, usable_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.targets import TargetConfig
 
-#: Memories that differ by less are one group, with one colour.
+#: Memories that differ by less are one group, with one color.
 _ALIKE: Final = 0.02
 #: Inches: of one precision; of one line of small text.
 _WIDTH: Final = 8.4
@@ -31,7 +31,7 @@ _TICK_ROOM: Final = 0.7
 _LINEAR_PERCENT: Final = 250.0
 _DPI: Final = 130
 #: Twelve hues that differ in lightness too; GPUs have fewer memory sizes than that today.
-_COLOURS: Final = (
+_COLORS: Final = (
     "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf",
     "#8c564b", "#e377c2", "#6b7a00", "#000000", "#7f7f7f", "#003f88",
 )  # fmt: skip
@@ -71,7 +71,7 @@ class Curve:
 
     Attributes:
         name: number and names of the GPUs that share it.
-        group: number of the memory size, by which it is coloured.
+        group: number of the memory size, by which it is colored.
         points: (context, percent of the usable memory).
     """
 
@@ -218,24 +218,24 @@ def ticks(marked: Sequence[int], others: Sequence[int]) -> list[int]:
 def spread(values: Sequence[float], gap: float) -> list[float]:
     """Return places from 0 to 1 near `values`, each `gap` high, none over another; their order stays."""
     crowds: list[list[int]] = []
-    centres: list[float] = []
+    centers: list[float] = []
 
     def settle() -> None:
         reach = gap * len(crowds[-1]) / 2
         mean = sum(values[index] for index in crowds[-1]) / len(crowds[-1])
-        centres.append(min(max(mean, reach), 1 - reach))
+        centers.append(min(max(mean, reach), 1 - reach))
 
     for index in sorted(range(len(values)), key=values.__getitem__):
         crowds.append([index])
         settle()
-        while len(crowds) > 1 and centres[-1] - centres[-2] < gap * (len(crowds[-1]) + len(crowds[-2])) / 2:
+        while len(crowds) > 1 and centers[-1] - centers[-2] < gap * (len(crowds[-1]) + len(crowds[-2])) / 2:
             crowds[-2:] = [crowds[-2] + crowds[-1]]
-            del centres[-2:]
+            del centers[-2:]
             settle()
     moved = [0.0] * len(values)
-    for crowd, centre in zip(crowds, centres, strict=True):
+    for crowd, center in zip(crowds, centers, strict=True):
         for place, index in enumerate(crowd):
-            moved[index] = centre + gap * (place - (len(crowd) - 1) / 2)
+            moved[index] = center + gap * (place - (len(crowd) - 1) / 2)
     return moved
 
 
@@ -281,12 +281,12 @@ def _scale(columns: Sequence[Column]) -> _Scale:
 
 def _draw_table(axes: Any, column: Column) -> None:
     """Numbers of GPUs in cells, the more the darker; grey where it does not fit."""
-    colours = importlib.import_module("matplotlib").colormaps["YlGnBu"]
+    colors = importlib.import_module("matplotlib").colormaps["YlGnBu"]
     for y, (_, cells) in enumerate(column.targets):
         for x, cell in enumerate(cells):
             shade = 0.0 if cell.num_gpus is None else min(1.0, math.log2(cell.num_gpus) / math.log2(GPU_COUNTS[-1]))
-            colour = "0.88" if cell.num_gpus is None else colours(0.05 + 0.85 * shade)
-            axes.barh(y, 0.96, left=x - 0.48, height=0.9, color=colour)
+            color = "0.88" if cell.num_gpus is None else colors(0.05 + 0.85 * shade)
+            axes.barh(y, 0.96, left=x - 0.48, height=0.9, color=color)
             axes.text(x, y, cell.text, ha="center", va="center", color="white" if shade > 0.6 else "black")
     axes.set_xlim(-0.5, len(column.contexts) - 0.5)
     axes.set_ylim(len(column.targets) - 0.5, -0.5)
@@ -300,17 +300,17 @@ def _draw_table(axes: Any, column: Column) -> None:
 
 
 def _draw_curves(axes: Any, column: Column, scale: _Scale, height_inch: float) -> None:
-    """How full a GPU is; names stand right of the axes, in the colour of their curve, dots at the table's contexts."""
+    """How full a GPU is; names stand right of the axes, in the color of their curve, dots at the table's contexts."""
     names = [("usable memory", "black", 100.0)]
     axes.axhline(100.0, color="black", linestyle="--", linewidth=1.5)
     for curve in column.curves:
-        colour = _COLOURS[curve.group % len(_COLOURS)]
+        color = _COLORS[curve.group % len(_COLORS)]
         xs, ys = zip(*curve.points, strict=True)
         dots = [place for place, x in enumerate(xs) if x in column.contexts]
-        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=4.5, markevery=dots)
-        names.append((curve.name, colour, ys[-1]))
+        axes.plot(xs, ys, color=color, linewidth=1.8, marker="o", markersize=4.5, markevery=dots)
+        names.append((curve.name, color, ys[-1]))
     heights = spread([scale.place(y) for *_, y in names], _LABEL_INCH / height_inch)
-    for (name, colour, y), height in zip(names, heights, strict=True):
+    for (name, color, y), height in zip(names, heights, strict=True):
         axes.annotate(
             name,
             (1.0, y),
@@ -319,11 +319,11 @@ def _draw_curves(axes: Any, column: Column, scale: _Scale, height_inch: float) -
             textcoords="axes fraction",
             va="center",
             fontsize="small",
-            color=colour,
+            color=color,
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": colour,
+                "color": color,
                 "linewidth": 0.7,
                 "shrinkA": 0,
                 "shrinkB": 0,

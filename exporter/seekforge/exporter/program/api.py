@@ -74,7 +74,7 @@ def export(
         checkpoint: a folder, or a Hugging Face repository: `owner/name`, with `@revision`, or its address.
         out: the folder to make.
         revision: of a repository: branch, tag or commit.
-        numerics: fp8: the official reference's roundings. exact: no quantisation of activations or caches.
+        numerics: fp8: the official reference's roundings. exact: no quantization of activations or caches.
         layers: a pipeline stage: "0-30", both included.
         num_layers: a truncated model: the first `num_layers` layers, norm and head.
         tp, ep: ranks that share each expert, and groups of ranks that share out the experts.

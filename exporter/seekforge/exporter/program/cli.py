@@ -32,7 +32,7 @@ from seekforge.formats.numerics import NUMERICS
     type=click.Choice(sorted(NUMERICS)),
     default="fp8",
     show_default=True,
-    help="fp8: the official reference's roundings. exact: no quantisation of activations or caches.",
+    help="fp8: the official reference's roundings. exact: no quantization of activations or caches.",
 )
 @click.option("--layers", default=None, metavar="A-B", help="A pipeline stage: layers A to B, both included.")
 @click.option("--num-layers", type=Whole(1), metavar="N", help="A truncated model: the first N layers, norm and head.")

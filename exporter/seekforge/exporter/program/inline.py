@@ -8,13 +8,13 @@ import onnx
 from onnx import inliner
 
 from seekforge.exporter.program.metadata import annotate_again
-from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.specialize import specialize
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 
 #: The form that ONNX Runtime's CPU provider computes: it has no kernels for bf16.
-F32: Final = Specialisation(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
+F32: Final = Specialization(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
 
 _DESCRIPTION: Final = (
     "The program in FP32, its custom operators replaced by operators of ONNX: for ONNX Runtime without seekforge, and "
@@ -24,7 +24,7 @@ _DESCRIPTION: Final = (
 
 def plain(model: onnx.ModelProto, config: ModelConfig) -> onnx.ModelProto:
     """Return a canonical graph in the form that ONNX Runtime opens as it is."""
-    concrete = specialise(model, F32, config)
+    concrete = specialize(model, F32, config)
     attach(concrete, F32)
     result = inline(concrete)
     annotate_again(result, _DESCRIPTION, {"form": "plain program in f32", "custom_operators": "none"})

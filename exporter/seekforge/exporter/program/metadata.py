@@ -33,7 +33,7 @@ _TENSORS: Final[dict[str, str]] = {
     "index_cache_out": "the same buffer as index_cache, after the step",
     "rope_cos": "table of RoPE, a row per position",
     "rope_sin": "table of RoPE, a row per position",
-    "hadamard": "the rotation in front of the indexer's quantisation",
+    "hadamard": "the rotation in front of the indexer's quantization",
     "expert_map": "which experts this rank has",
     "hidden": "hidden states behind the last norm: what the draft (MTP) layer takes",
     "top_logits": "the best logits of each row, in descending order",

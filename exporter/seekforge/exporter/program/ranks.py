@@ -73,7 +73,7 @@ def merge(graphs: Sequence[onnx.ModelProto], shared: Sequence[str]) -> onnx.Mode
     cut and where sums stand.
 
     Args:
-        graphs: one per rank: the same nodes, each with its own weights as initialisers or inputs.
+        graphs: one per rank: the same nodes, each with its own weights as initializers or inputs.
         shared: inputs that all ranks are given alike. The others get the prefix `rank{r}.`, as do outputs.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Layers of one kind differ in their names only. So a few layers are traced: of each run of equal layers the first two
 (three at the start of a range, whose first layer reads what no other does), and the last layer, whose residual goes
-elsewhere. Two neighbours of a run are compared node by node; the second is then copied for each layer that was left
+elsewhere. Two neighbors of a run are compared node by node; the second is then copied for each layer that was left
 out. The graph that results is byte for byte the one that a trace of all layers gives (tests compare them).
 """
 
@@ -41,12 +41,12 @@ def stamp(
     Args:
         model: graph without functions.
         traced: the layers in it, ascending, under their own numbers.
-        layers: the layers wanted; those that are missing in `traced` follow two equal neighbours in it.
+        layers: the layers wanted; those that are missing in `traced` follow two equal neighbors in it.
         inputs: the inputs of the result, in order.
         outputs: the names of its outputs, in order.
 
     Raises:
-        ProgramError: two neighbours that should be equal differ (a bug of ours), or a name is missing.
+        ProgramError: two neighbors that should be equal differ (a bug of ours), or a name is missing.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -149,9 +149,9 @@ class _Writer:
         """Copy `template` as `layer`.
 
         Args:
-            template: a traced layer; its neighbour before is its equal.
+            template: a traced layer; its neighbor before is its equal.
             layer: the number of the copy.
-            counterpart: value of the neighbour before -> value of the template.
+            counterpart: value of the neighbor before -> value of the template.
             before: value of the template -> its name in the copy before; empty for the first copy.
 
         Returns:

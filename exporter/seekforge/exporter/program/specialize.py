@@ -14,14 +14,14 @@ from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.common.errors import ProgramError
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.operator import DOMAIN
 from seekforge.plugins.quant import INDEX_KEY_BYTES, latent_record_bytes
 
 _CACHE_KINDS = ("latent_cache", "index_cache")
 
 
-def specialise(model: onnx.ModelProto, how: Specialisation, config: ModelConfig) -> onnx.ModelProto:
+def specialize(model: onnx.ModelProto, how: Specialization, config: ModelConfig) -> onnx.ModelProto:
     """Return a retyped copy of a canonical graph, without functions.
 
     Args:
@@ -40,7 +40,7 @@ def specialise(model: onnx.ModelProto, how: Specialisation, config: ModelConfig)
     del graph.value_info[:]
     retyped = sum(_retype(value, how, config) for value in (*graph.input, *graph.output))
     if not any(_is_cache(value.name) for value in graph.input):
-        raise ProgramError("specialise: the graph has no cache input; expected a program written by 'seekforge export'")
+        raise ProgramError("specialize: the graph has no cache input; expected a program written by 'seekforge export'")
     for tensor in graph.initializer:
         _retype_constant(tensor, how)
     for node in graph.node:
@@ -54,7 +54,7 @@ def specialise(model: onnx.ModelProto, how: Specialisation, config: ModelConfig)
             if attribute.type == onnx.AttributeProto.TENSOR:
                 _retype_constant(attribute.t, how)
     if how.activations == "f32" and not retyped:
-        raise ProgramError("specialise: no bf16 input or output to retype; expected a canonical program")
+        raise ProgramError("specialize: no bf16 input or output to retype; expected a canonical program")
     return result
 
 
@@ -62,7 +62,7 @@ def _is_cache(name: str) -> bool:
     return name.partition(".")[0].removesuffix("_out") in _CACHE_KINDS
 
 
-def _retype(value: onnx.ValueInfoProto, how: Specialisation, config: ModelConfig) -> int:
+def _retype(value: onnx.ValueInfoProto, how: Specialization, config: ModelConfig) -> int:
     tensor = value.type.tensor_type
     if _is_cache(value.name):
         _retype_cache(value, how, config)
@@ -76,7 +76,7 @@ def _retype(value: onnx.ValueInfoProto, how: Specialisation, config: ModelConfig
     return 0
 
 
-def _retype_cache(value: onnx.ValueInfoProto, how: Specialisation, config: ModelConfig) -> None:
+def _retype_cache(value: onnx.ValueInfoProto, how: Specialization, config: ModelConfig) -> None:
     is_latent = value.name.startswith("latent_cache")
     if how.kv_format == "fp8_ds":
         record = latent_record_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
@@ -86,13 +86,13 @@ def _retype_cache(value: onnx.ValueInfoProto, how: Specialisation, config: Model
         value.type.tensor_type.elem_type = ONNX[how.kv_format]
 
 
-def _retype_constant(tensor: TensorProto, how: Specialisation) -> None:
+def _retype_constant(tensor: TensorProto, how: Specialization) -> None:
     if tensor.data_type == TensorProto.BFLOAT16 and how.activations == "f32":
         values = numpy_helper.to_array(tensor).astype(NUMPY["f32"])
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
-def _set_formats(node: onnx.NodeProto, how: Specialisation) -> None:
+def _set_formats(node: onnx.NodeProto, how: Specialization) -> None:
     for attribute in node.attribute:
         if attribute.name in ("kv_format", "index_format"):
             attribute.s = how.kv_format.encode()

@@ -44,7 +44,7 @@ def point_width(config: ModelConfig, point: str) -> int:
 
 
 def name_taps(model: onnx.ModelProto) -> list[str]:
-    """Give every tap point of a specialised graph its name, in place; return the names in the order of data.
+    """Give every tap point of a specialized graph its name, in place; return the names in the order of data.
 
     Call it while custom operators and weight inputs are still there. Graph inputs and outputs keep their names.
 

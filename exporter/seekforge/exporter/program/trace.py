@@ -1,6 +1,6 @@
 """Trace a step program under fake tensors and convert it to ONNX with its weights as inputs.
 
-No weight byte is read or allocated: parameters are fake tensors, and none becomes an initialiser. Custom
+No weight byte is read or allocated: parameters are fake tensors, and none becomes an initializer. Custom
 operators come out as single nodes of domain `seekforge`; their bodies are attached later.
 """
 
@@ -47,7 +47,7 @@ _IR_VERSION = 11
 
 #: Symbolic axes: sequences, new tokens each, blocks per sequence, rows with logits, cache slots.
 AXES = ("B", "Q", "MB", "N", "NS")
-# Example sizes for the trace. None may be 0 or 1 (torch specialises those), nor the model's own sizes.
+# Example sizes for the trace. None may be 0 or 1 (torch specializes those), nor the model's own sizes.
 _EXAMPLE = {"B": 2, "Q": 3, "MB": 5, "N": 4, "NS": 7 * BLOCK_SIZE}
 
 
@@ -152,7 +152,7 @@ def trace(
     if "logits" not in whole.result_names():
         _drop_input(converted, "logits_index")
     _weights_to_inputs(converted, [name for name, _ in part.named_parameters()])
-    progress("optimise")
+    progress("optimize")
     optimizer.optimize(converted)
     proto = _finish(converted)
     progress("stamp and name")
@@ -278,7 +278,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _weights_to_inputs(model: ir.Model, names: list[str]) -> None:
-    """Turn the initialiser of every parameter into a graph input, in parameter order."""
+    """Turn the initializer of every parameter into a graph input, in parameter order."""
     graph = model.graph
     missing = [name for name in names if name not in graph.initializers]
     if missing:

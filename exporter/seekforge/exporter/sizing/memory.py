@@ -74,7 +74,7 @@ class Matrix:
         return blocks * self.count if self.dtype == "f8e4m3" else 0
 
     def num_bytes(self, precision: Precision = "fp8") -> int:
-        """Bytes of all copies; with `bf16`, FP8 weights are held dequantised."""
+        """Bytes of all copies; with `bf16`, FP8 weights are held dequantized."""
         if self.dtype == "f8e4m3":
             return self.elements + 4 * self.scales if precision == "fp8" else 2 * self.elements
         return self.elements * (2 if self.dtype == "bf16" else 4)

@@ -1,6 +1,6 @@
 """Text on its way out: whatever a file, a path or a model says is shown, and never acts.
 
-A terminal obeys what it is sent: ESC and C1 sequences recolour, rename and overwrite, bidirectional controls let one
+A terminal obeys what it is sent: ESC and C1 sequences recolor, rename and overwrite, bidirectional controls let one
 name look like another. `shown` is the one place where such characters become visible escapes; `echo`, `write_json` and
 `console` go through it. Nothing here imports more than the standard library, since every command and
 every `--help` does.

@@ -7,7 +7,7 @@ is passed over in silence would give wrong text.
 
 Sources: transformers 5.24, models/deepseek_v32/configuration_deepseek_v32.py (`DeepseekV32Config`),
 modeling_rope_utils.py (`_compute_yarn_parameters`: defaults of beta_fast and beta_slow), utils/quantization_config.py
-(`FineGrainedFP8Config`); the modelling code of deepseek-ai/DeepSeek-V3 (`DeepseekV3YarnRotaryEmbedding`).
+(`FineGrainedFP8Config`); the modeling code of deepseek-ai/DeepSeek-V3 (`DeepseekV3YarnRotaryEmbedding`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ALIASES: Final = {"num_local_experts": "n_routed_experts", "num_experts": "n_ro
 _ROPE_KEYS: Final = (
     "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 )  # fmt: skip
-#: Who writes other quantised formats, by `quant_method`.
+#: Who writes other quantized formats, by `quant_method`.
 _OTHERS: Final = {
     "awq": "AWQ",
     "bitsandbytes": "bitsandbytes",
@@ -78,7 +78,7 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
             config.setdefault(key, value)
     _rope(config, origin)
     _one_of(config, "eos_token_id")
-    _quantisation(config, origin, notes)
+    _quantization(config, origin, notes)
     return config, tuple(notes)
 
 
@@ -231,10 +231,10 @@ def _magnitude(rope: Mapping[str, Any]) -> float | None:
     return first / second if second else None
 
 
-# --- quantisation ---------------------------------------------------------------------------------------------
+# --- quantization ---------------------------------------------------------------------------------------------
 
 
-def _quantisation(config: dict[str, Any], origin: str, notes: list[str]) -> None:
+def _quantization(config: dict[str, Any], origin: str, notes: list[str]) -> None:
     """Complete `quantization_config` of DeepSeek's format; refuse other formats by their names."""
     if config.get("quantization_config") is None:
         kept = config.get("compression_config")

@@ -39,7 +39,7 @@ class RopeScaling(_Frozen):
 
 
 class QuantizationConfig(_Frozen):
-    """How weights are stored and activations quantised (spec §5)."""
+    """How weights are stored and activations quantized (spec §5)."""
 
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"]

@@ -241,8 +241,8 @@ def _others(manifest: Manifest) -> Iterator[str]:
         missing = [key for key in needed if key not in manifest.audit.device_bytes]
         if missing:
             yield f"audit.device_bytes has no {missing[0]!r}, expected {', '.join(_DEVICE_BYTES)}"
-    if manifest.quantisation is not None and not 1 <= manifest.quantisation.block_size <= 1 << 16:
-        yield f"quantisation.block_size is {manifest.quantisation.block_size}, expected at least 1"
+    if manifest.quantization is not None and not 1 <= manifest.quantization.block_size <= 1 << 16:
+        yield f"quantization.block_size is {manifest.quantization.block_size}, expected at least 1"
     for file in manifest.files:
         if file.bytes < 0:
             yield f"files: {file.path} has {file.bytes} bytes"

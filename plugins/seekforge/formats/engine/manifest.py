@@ -17,11 +17,11 @@ from seekforge.common.reading import LISTING_BYTES, parse_json, read_bytes
 from seekforge.common.records import Record, RecordError
 from seekforge.formats.digests import chunk_digests
 from seekforge.formats.engine.agreement import disagreement
-from seekforge.formats.int_quant import Quantisation
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO
 
 #: Raised when an older runtime would misread an engine. 2: files have a digest for each chunk.
-ENGINE_FORMAT = 2
+ENGINE_FORMAT = 3
 MANIFEST = "manifest.json"
 #: The effective target, beside the engine.
 TARGET = "target.yaml"
@@ -222,7 +222,7 @@ class Manifest(Record):
         capturable: plan -> whether TensorRT says that its runs can be captured in a CUDA graph; a plan that is not
             listed can be tried.
         audit: what a GPU build really made.
-        quantisation: which weights of a CPU engine are int8 or int4; None: all are f32.
+        quantization: which weights of a CPU engine are int8 or int4; None: all are f32.
         digest: the digest of everything above.
     """
 
@@ -254,7 +254,7 @@ class Manifest(Record):
     min_driver: dict[str, int] = field(default_factory=dict)
     capturable: dict[str, bool] = field(default_factory=dict)
     audit: Audit | None = None
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     digest: str = ""
 
     @property

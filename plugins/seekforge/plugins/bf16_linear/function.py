@@ -4,10 +4,10 @@ import onnx
 
 from seekforge.plugins.bf16_linear.spec import SPEC
 from seekforge.plugins.functions.builder import Attrs, Text, cast
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return y = f32(x) · f32(weight)ᵀ."""
     text = Text()
     x = cast(text, "x", "x_wide", to="f32", given=how.activations)

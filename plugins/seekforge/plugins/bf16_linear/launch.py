@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Any, Final
 
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, Workspace, is_datacentre, most_rows
+from seekforge.plugins.kernels.launch_plan import (
+    Buffer,
+    Launch,
+    LaunchPlan,
+    Variant,
+    Workspace,
+    is_datacenter,
+    most_rows,
+)
 from seekforge.plugins.linear_tile import GROUP, Tile
 from seekforge.plugins.operator import cdiv
 
@@ -46,11 +54,11 @@ def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
 
 def _small(block_t: int, sm: int) -> Tile:
     num_warps = 8 if block_t == 64 else 4
-    return Tile(block_t, 128, True, 1, num_warps, 5 if is_datacentre(sm) else 3)
+    return Tile(block_t, 128, True, 1, num_warps, 5 if is_datacenter(sm) else 3)
 
 
 def _large(sm: int) -> Tile:
-    if is_datacentre(sm):
+    if is_datacenter(sm):
         return Tile(128, 128, False, 1, 8, 4)
     return Tile(64, 128, False, 1, 4, 3)  # 99 KiB of shared memory, mma.sync
 
@@ -102,12 +110,12 @@ def _parts(bound: Mapping[str, Any], rows: int, sm: int) -> tuple[Buffer | None,
     return parts, workspace.size
 
 
-def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return one launch or two."""
     rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
     check_rules("Bf16Linear", RULES, bound)
     if rows == 0 or n == 0:
-        return Plan(())
+        return LaunchPlan(())
     tile = choose_tile(rows, n, k, sm)
     parts, size = _parts(bound, rows, sm)
     arguments: dict[str, Buffer | int | float] = {
@@ -128,4 +136,4 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
             "splits": tile.splits,
         }
         launches.append(Launch("add-splits", (cdiv(rows * n, COMBINE_BLOCK), 1, 1), sums))
-    return Plan(tuple(launches), size)
+    return LaunchPlan(tuple(launches), size)

@@ -3,27 +3,27 @@
 import onnx
 
 from seekforge.plugins.block_fp8_linear.spec import FOLDED, SPEC
-from seekforge.plugins.functions.builder import Attrs, Text, dequantise_weight, fake_quantise, matmul_transposed
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.builder import Attrs, Text, dequantize_weight, fake_quantize, matmul_transposed
+from seekforge.plugins.functions.specialization import Specialization
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
-    """Return y = x · (weight · weight_scale)ᵀ with `x` quantised and dequantised first if `act_quant` says so."""
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
+    """Return y = x · (weight · weight_scale)ᵀ with `x` quantized and dequantized first if `act_quant` says so."""
     text = Text()
     x = "x"
     if attrs["act_quant"] == "ue8m0":
-        x = fake_quantise(text, x, "q_", dtype=how.activations, bodies=how.bodies)
-    weight = dequantise_weight(text, "weight", "weight_scale", "w_", how=how)
+        x = fake_quantize(text, x, "q_", dtype=how.activations, bodies=how.bodies)
+    weight = dequantize_weight(text, "weight", "weight_scale", "w_", how=how)
     y = matmul_transposed(text, x, weight, "mm_", dtype=how.activations)
     text.add(f"y = Identity({y})")
     return text.body_of(SPEC)
 
 
 def folded_body(attrs: Attrs) -> onnx.FunctionProto:
-    """Return `FoldedLinear(x, weight)`: y = x · weight, all f32, weight [K, N] dequantised at build time."""
+    """Return `FoldedLinear(x, weight)`: y = x · weight, all f32, weight [K, N] dequantized at build time."""
     text = Text()
     x = "x"
     if attrs["act_quant"] == "ue8m0":
-        x = fake_quantise(text, x, "q_", dtype="f32", bodies="ort")
+        x = fake_quantize(text, x, "q_", dtype="f32", bodies="ort")
     text.add(f"y = MatMul({x}, weight)")
     return text.function(FOLDED, ["x", "weight"], ["y"], ["act_quant"], "BlockFp8Linear with its weight folded to f32")

@@ -1,6 +1,6 @@
 """FP8 block linear: y = x · Wᵀ with one f32 promotion per 128 along K (spec §5.2).
 
-x is quantised first (`quantise_kernel`, shared), so a row is quantised once however many weight tiles read it. One
+x is quantized first (`quantize_kernel`, shared), so a row is quantized once however many weight tiles read it. One
 GEMM serves two shapes. Few tokens (`SWAP`): weight rows are the M side of the product, since FP8 tensor cores of SM90
 and SM100 need M >= 64, and K is cut into splits so that the weight, which bounds the time, is streamed by every SM; a
 second launch adds the splits in order and rounds once. Many tokens: square tiles, rows in groups of 8 for L2.
@@ -10,9 +10,9 @@ Each 128 block starts from a zero accumulator: that is the promotion; the tensor
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, quantise_kernel, to_bf16, widen
+from seekforge.plugins.kernels.device_lib import dot_bf16, quantize_kernel, to_bf16, widen
 
-__all__ = ["combine_splits_kernel", "linear_kernel", "quantise_kernel"]
+__all__ = ["combine_splits_kernel", "linear_kernel", "quantize_kernel"]
 
 
 @triton.jit

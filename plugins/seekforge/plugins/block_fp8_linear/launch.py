@@ -1,4 +1,4 @@
-"""Launches of `BlockFp8Linear`: quantise, multiply, and add splits. The tile is a function of shape and SM alone."""
+"""Launches of `BlockFp8Linear`: quantize, multiply, and add splits. The tile is a function of shape and SM alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
 from seekforge.plugins.kernels.launch_plan import (
     Buffer,
     Launch,
-    Plan,
+    LaunchPlan,
     Variant,
     Workspace,
     has_fp8,
-    is_datacentre,
+    is_datacenter,
     most_rows,
 )
 from seekforge.plugins.linear_tile import GROUP, Tile
@@ -30,8 +30,8 @@ NOTES: Final = ("out features any number below 2^31",)
 SMALL_ROWS: Final = 64
 #: Thread blocks that a split call aims at (two per SM of an H100), and most splits.
 SPLIT_BLOCKS, MAX_SPLITS = 264, 16
-#: Rows per program of the quantiser, elements per program of the sum over splits.
-QUANTISE_ROWS, COMBINE_BLOCK = 8, 1024
+#: Rows per program of the quantizer, elements per program of the sum over splits.
+QUANTIZE_ROWS, COMBINE_BLOCK = 8, 1024
 
 
 def choose_splits(n: int, k: int) -> int:
@@ -51,11 +51,11 @@ def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
 def _small(block_t: int, splits: int, sm: int) -> Tile:
     # the accumulator [128, 64] fills the registers of four warps; SM100 copies it out of tensor memory besides
     num_warps = 8 if block_t == 64 or (block_t == 32 and sm in (100, 103)) else 4
-    return Tile(block_t, 128, True, splits, num_warps, 4 if is_datacentre(sm) else 3)
+    return Tile(block_t, 128, True, splits, num_warps, 4 if is_datacenter(sm) else 3)
 
 
 def _large(sm: int) -> Tile:
-    if is_datacentre(sm):
+    if is_datacenter(sm):
         return Tile(128, 128, False, 1, 8, 3)
     # 99 KiB of shared memory, mma.sync
     return Tile(64, 128, False, 1, 4 if has_fp8(sm) else 8, 3)
@@ -73,12 +73,12 @@ def check(statics: Mapping[str, Any]) -> None:
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
-    """Return the quantiser, every tile, and the sums over splits."""
+    """Return the quantizer, every tile, and the sums over splits."""
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
     code = "*fp8e4nv" if fp8 else "*u8"
     found = []
     if quant:
-        found.append(quantiser(sm))
+        found.append(quantizer(sm))
     tiles = [_small(block_t, splits, sm) for block_t in (16, 32, 64) for splits in (1, 2)] + [_large(sm)]
     for tile in tiles:
         types = {
@@ -112,14 +112,14 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     return tuple(found)
 
 
-def quantiser(sm: int) -> Variant:
-    """Return the activation quantiser, which the experts use too."""
+def quantizer(sm: int) -> Variant:
+    """Return the activation quantizer, which the experts use too."""
     types = {"x_ptr": "*bf16", "q_ptr": "*u8", "scale_ptr": "*fp32", "num_rows": "i32", "K": "i32"}
-    return Variant("quantise", "quantise_kernel", types, {"ROWS": QUANTISE_ROWS, "FP8": has_fp8(sm)}, aligned=("K",))
+    return Variant("quantize", "quantize_kernel", types, {"ROWS": QUANTIZE_ROWS, "FP8": has_fp8(sm)}, aligned=("K",))
 
 
-def quantise(x: Buffer, rows: int, k: int, workspace: Workspace) -> tuple[Launch, Buffer, Buffer]:
-    """Return the launch that quantises x [rows, k], and where bytes and scales go."""
+def quantize(x: Buffer, rows: int, k: int, workspace: Workspace) -> tuple[Launch, Buffer, Buffer]:
+    """Return the launch that quantizes x [rows, k], and where bytes and scales go."""
     q, scale = workspace.take(rows * k), workspace.take(4 * rows * (k // 128))
     arguments: dict[str, Buffer | int | float] = {
         "x_ptr": x,
@@ -128,7 +128,7 @@ def quantise(x: Buffer, rows: int, k: int, workspace: Workspace) -> tuple[Launch
         "num_rows": rows,
         "K": k,
     }
-    return Launch("quantise", (cdiv(rows, QUANTISE_ROWS), k // 128, 1), arguments), q, scale
+    return Launch("quantize", (cdiv(rows, QUANTIZE_ROWS), k // 128, 1), arguments), q, scale
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
@@ -139,10 +139,10 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
 
 @dataclass(frozen=True)
 class _Scratch:
-    """What a call keeps in its workspace; `quantise` and `parts` are None where it needs none."""
+    """What a call keeps in its workspace; `quantize` and `parts` are None where it needs none."""
 
     size: int
-    quantise: Launch | None
+    quantize: Launch | None
     a: Buffer
     a_scale: Buffer
     parts: Buffer | None
@@ -151,22 +151,22 @@ class _Scratch:
 def _scratch(bound: Mapping[str, Any], rows: int, sm: int) -> _Scratch:
     n, k = bound["N"], bound["K"]
     workspace = Workspace()
-    launch, a, a_scale = None, Buffer("x"), Buffer("weight_scale")  # without quantisation the scales of x are not read
+    launch, a, a_scale = None, Buffer("x"), Buffer("weight_scale")  # without quantization the scales of x are not read
     if bound["act_quant"] == "ue8m0":
-        launch, a, a_scale = quantise(a, rows, k, workspace)
+        launch, a, a_scale = quantize(a, rows, k, workspace)
     splits = choose_tile(rows, n, k, sm).splits
     parts = workspace.take(4 * splits * rows * n) if splits > 1 else None
     return _Scratch(workspace.size, launch, a, a_scale, parts)
 
 
-def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return one to three launches."""
     rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
     check_rules("BlockFp8Linear", RULES, bound)
     if rows == 0 or n == 0:
-        return Plan(())
+        return LaunchPlan(())
     scratch, tile = _scratch(bound, rows, sm), choose_tile(rows, n, k, sm)
-    launches = [] if scratch.quantise is None else [scratch.quantise]
+    launches = [] if scratch.quantize is None else [scratch.quantize]
     arguments: dict[str, Buffer | int | float] = {
         "a_ptr": scratch.a,
         "a_scale_ptr": scratch.a_scale,
@@ -187,4 +187,4 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
             "splits": tile.splits,
         }
         launches.append(Launch("combine", (cdiv(rows * n, COMBINE_BLOCK), 1, 1), sums))
-    return Plan(tuple(launches), scratch.size)
+    return LaunchPlan(tuple(launches), scratch.size)

@@ -1,8 +1,8 @@
-"""`BlockFp8Linear` in plain torch: dequantise both operands to f32, multiply, round once."""
+"""`BlockFp8Linear` in plain torch: dequantize both operands to f32, multiply, round once."""
 
 from torch import Tensor
 
-from seekforge.plugins.quant import dequantise_weight, fake_quantise
+from seekforge.plugins.quant import dequantize_weight, fake_quantize
 
 
 def block_fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, act_quant: str) -> Tensor:
@@ -20,5 +20,5 @@ def block_fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, act_quant:
     Source: spec §5.2 "Reference equivalent"; DeepGEMM @54e22612 computes the same with f32 promotion per 128.
     """
     if act_quant == "ue8m0":
-        x = fake_quantise(x)
-    return (x.float() @ dequantise_weight(weight, weight_scale).T).to(x.dtype)
+        x = fake_quantize(x)
+    return (x.float() @ dequantize_weight(weight, weight_scale).T).to(x.dtype)

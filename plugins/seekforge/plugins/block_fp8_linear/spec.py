@@ -15,5 +15,5 @@ SPEC = OpSpec(
         Arg("weight_scale", "f32", ("cdiv(N, 128)", "cdiv(K, 128)"), "multiplies to recover"),
     ),
     outputs=(Arg("y", "act", ("*lead", "N"), "rounded once from the f32 sum"),),
-    attrs=(Attr("act_quant", "str", "ue8m0: quantise x to e4m3 per 128 with power-of-two scales", ("ue8m0", "none")),),
+    attrs=(Attr("act_quant", "str", "ue8m0: quantize x to e4m3 per 128 with power-of-two scales", ("ue8m0", "none")),),
 )

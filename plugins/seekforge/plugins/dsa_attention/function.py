@@ -18,7 +18,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.dsa_attention.spec import SPEC
 from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, onnx_type, query_blocks
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 
 #: Rows of a block: at most so many, and at most so many gathered keys per sequence.
 _MOST_ROWS, _MOST_KEYS = 64, 8192
@@ -26,7 +26,7 @@ _MOST_ROWS, _MOST_KEYS = 64, 8192
 _ROWS_FOR_ALL, _COLUMNS_PER_KEY = 8, 4
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return gather, scores, softmax in f32 and the weighted sum.
 
     A column without a key repeats one that was chosen, and is masked: rubbish in unused slots never enters a product.
@@ -57,7 +57,7 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     return text.body_of(SPEC)
 
 
-def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
+def _add_blocks(text: Text, attrs: Attrs, how: Specialization) -> None:
     text.add("query = Concat<axis = -1>(q_latent, q_pe)")
     query = cast(text, "query", "query_f", to="f32", given=how.activations)
     text.add(f"""
@@ -120,7 +120,7 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
     text.add("}>")
 
 
-def _add_result(text: Text, how: Specialisation, wide: str, chosen: str, p: str, out: str) -> None:
+def _add_result(text: Text, how: Specialization, wide: str, chosen: str, p: str, out: str) -> None:
     """Write `out`: `wide` cut to the latent values, zero in rows without a key, in the activation dtype."""
     text.add(f"""
       {p}narrow = Slice({wide}, {text.ints(0)}, latent_dim, {text.ints(3)})
@@ -208,7 +208,7 @@ def _add_own(text: Text, attrs: Attrs, p: str, q: str, chosen: str, rows: str) -
 """)
 
 
-def _add_rows(text: Text, attrs: Attrs, how: Specialisation) -> None:
+def _add_rows(text: Text, attrs: Attrs, how: Specialization) -> None:
     cache_type = str(attrs["kv_format"])
     text.add(f"""
   latent_dim = Shape<start = 3, end = 4>(q_latent)

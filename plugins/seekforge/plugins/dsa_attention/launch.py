@@ -12,11 +12,11 @@ from seekforge.plugins.kernels.constraints import check_rules, one_of, rule
 from seekforge.plugins.kernels.launch_plan import (
     Buffer,
     Launch,
-    Plan,
+    LaunchPlan,
     Variant,
     Workspace,
     has_fp8,
-    is_datacentre,
+    is_datacenter,
     most_rows,
 )
 from seekforge.plugins.operator import cdiv
@@ -50,7 +50,7 @@ def choose_tile(heads: int, sm: int, *, from_bytes: bool) -> Tile:
     """Return the tile; a function of the head count, the SM and whether keys are widened from bytes."""
     if heads <= 16:
         return Tile(16, 16 if sm in (120, 121) else 32, 4, 1)
-    if is_datacentre(sm) and not from_bytes:
+    if is_datacenter(sm) and not from_bytes:
         return Tile(64, 32, 8, 2)  # wgmma and tcgen05 need 64 rows
     # widening bytes takes the registers that 64 heads would need
     return Tile(32, 32, 8, 1 if from_bytes else 2)
@@ -152,12 +152,12 @@ def _take_expanded(bound: Mapping[str, Any], workspace: Workspace) -> Buffer:
     return workspace.take(2 * bound["MB"] * 64 * (bound["C"] + bound["R"]))
 
 
-def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return the launches: one or two for all rows, or two per sequence of a long prompt."""
     b, q, heads = (bound[name] for name in ("B", "Q", "H"))
     rows, topk = b * q, bound["TOPK"]
     if rows == 0 or heads == 0:
-        return Plan(())
+        return LaunchPlan(())
     from_bytes = bound["kv_format"] == "fp8_ds"
     slots = bound["*latent"][0] * (64 if from_bytes else 1)
     common: dict[str, Buffer | int | float] = {
@@ -195,10 +195,12 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
             "splits": splits,
         }
         launches.append(Launch("combine", (rows, heads, 1), arguments))
-    return Plan(tuple(launches), workspace.size)
+    return LaunchPlan(tuple(launches), workspace.size)
 
 
-def _prompt_plan(bound: Mapping[str, Any], common: Mapping[str, Buffer | int | float], *, slots: int, sm: int) -> Plan:
+def _prompt_plan(
+    bound: Mapping[str, Any], common: Mapping[str, Buffer | int | float], *, slots: int, sm: int
+) -> LaunchPlan:
     b, q, heads = (bound[name] for name in ("B", "Q", "H"))
     num_blocks = bound["MB"]
     workspace = Workspace()
@@ -228,4 +230,4 @@ def _prompt_plan(bound: Mapping[str, Any], common: Mapping[str, Buffer | int | f
         }
         grid = (q, cdiv(heads, tile.block_h), 1)
         launches.append(Launch("attend-expanded", grid, dict(common) | rest))
-    return Plan(tuple(launches), workspace.size)
+    return LaunchPlan(tuple(launches), workspace.size)

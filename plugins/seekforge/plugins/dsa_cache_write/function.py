@@ -9,11 +9,11 @@ import onnx
 
 from seekforge.common.errors import ProgramError
 from seekforge.plugins.dsa_cache_write.spec import SPEC
-from seekforge.plugins.functions.builder import Attrs, Text, cast, fake_quantise
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.builder import Attrs, Text, cast, fake_quantize
+from seekforge.plugins.functions.specialization import Specialization
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return the two scatters.
 
     Raises:
@@ -26,8 +26,8 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
             )
     text = Text()
     act = how.activations
-    c = fake_quantise(text, "c", "c_", dtype=act, bodies=how.bodies) if attrs["kv_fp8"] else "c"
-    k = fake_quantise(text, "index_k", "k_", dtype=act, bodies=how.bodies) if attrs["indexer_fp8"] else "index_k"
+    c = fake_quantize(text, "c", "c_", dtype=act, bodies=how.bodies) if attrs["kv_fp8"] else "c"
+    k = fake_quantize(text, "index_k", "k_", dtype=act, bodies=how.bodies) if attrs["indexer_fp8"] else "index_k"
     text.add(f"""
   column = Reshape(slot_mapping, {text.ints(-1, 1)})
   slots = Max(column, {text.i64(0)})

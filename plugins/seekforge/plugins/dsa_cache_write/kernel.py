@@ -1,4 +1,4 @@
-"""Cache write: one launch quantises latents and indexer keys and scatters them into the paged caches.
+"""Cache write: one launch quantizes latents and indexer keys and scatters them into the paged caches.
 
 Layouts (spec §7): `fp8_ds` latent record = C e4m3, C/128 f32 scales, R bf16; indexer page = 64 x 128 e4m3, then 64 f32
 scales. `bf16`: rows of C + R, and of 128. All SMs. Bound by launch latency below some 256 tokens, by memory
@@ -64,5 +64,5 @@ def cache_write_kernel(
 
 @triton.jit
 def _through_fp8(x, scale, inverse):
-    """Quantise and dequantise: rounding to e4m3 by integer operations, the same in both modes and on every SM."""
+    """Quantize and dequantize: rounding to e4m3 by integer operations, the same in both modes and on every SM."""
     return round_to_e4m3(tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)) * scale

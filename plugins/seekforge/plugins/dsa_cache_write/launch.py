@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, exactly, one_of, power_of_two, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, has_fp8
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, has_fp8
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("C", "R", "D", "kv_format", "index_format", "kv_fp8", "indexer_fp8")
@@ -16,7 +16,7 @@ RULES: Final = (
     rule("qk_rope_head_dim", "R", power_of_two(16, 128)),
     rule("index_head_dim", "D", exactly(128, "one FP8 block")),
 )
-NOTES: Final = ("caches in bf16 or fp8_ds; fp8_ds needs the matching quantisation switch",)
+NOTES: Final = ("caches in bf16 or fp8_ds; fp8_ds needs the matching quantization switch",)
 #: Tokens per program.
 ROWS: Final = 4
 
@@ -63,11 +63,11 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     return 0
 
 
-def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return one launch over the tokens."""
     tokens = bound["B"] * bound["Q"]
     if tokens == 0:
-        return Plan(())
+        return LaunchPlan(())
     slots = bound["*latent"][0] * (64 if bound["kv_format"] == "fp8_ds" else 1)
     arguments: dict[str, Buffer | int | float] = {
         "latent_ptr": Buffer("latent_cache_out"),
@@ -79,4 +79,4 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
         "num_tokens": tokens,
         "num_slots": slots,
     }
-    return Plan((Launch("write", (cdiv(tokens, ROWS), 1, 1), arguments),))
+    return LaunchPlan((Launch("write", (cdiv(tokens, ROWS), 1, 1), arguments),))

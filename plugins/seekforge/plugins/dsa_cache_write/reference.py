@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from seekforge.common.errors import ShapeError
-from seekforge.plugins.quant import BLOCK, fake_quantise, index_key_offsets, pack_latent, quantise
+from seekforge.plugins.quant import BLOCK, fake_quantize, index_key_offsets, pack_latent, quantize
 
 
 def dsa_cache_write(
@@ -31,7 +31,7 @@ def dsa_cache_write(
         The two caches, same shapes and dtypes.
 
     Raises:
-        ShapeError: fp8_ds without the matching quantisation switch.
+        ShapeError: fp8_ds without the matching quantization switch.
     """
     slots = slot_mapping.reshape(-1).clamp_min(0)
     c, k_pe, index_k = (t.reshape(-1, t.shape[-1]) for t in (c, k_pe, index_k))
@@ -41,16 +41,16 @@ def dsa_cache_write(
             raise ShapeError("DsaCacheWrite: kv_format fp8_ds needs kv_fp8; export with --numerics fp8 or use bf16")
         latent.view(-1, latent.shape[-1])[slots] = pack_latent(c, k_pe)
     else:
-        c = fake_quantise(c) if kv_fp8 else c
+        c = fake_quantize(c) if kv_fp8 else c
         latent[slots] = torch.cat([c, k_pe], dim=-1).to(latent.dtype)
     if index_format == "fp8_ds":
         if not indexer_fp8:
             raise ShapeError("DsaCacheWrite: index_format fp8_ds needs indexer_fp8; use bf16 instead")
-        q, scale = quantise(index_k)
+        q, scale = quantize(index_k)
         values, scales = index_key_offsets(slots)
         flat = index.view(-1)
         flat[values.unsqueeze(-1) + torch.arange(BLOCK)] = q.view(torch.int8)
         flat[scales.unsqueeze(-1) + torch.arange(4)] = scale.view(torch.int8)
     else:
-        index[slots] = (fake_quantise(index_k) if indexer_fp8 else index_k).to(index.dtype)
+        index[slots] = (fake_quantize(index_k) if indexer_fp8 else index_k).to(index.dtype)
     return latent, index

@@ -25,8 +25,8 @@ SPEC = OpSpec(
     attrs=(
         Attr("kv_format", "str", "layout and dtype of the latent cache", ("f32", "bf16", "fp8_ds")),
         Attr("index_format", "str", "layout and dtype of the indexer cache", ("f32", "bf16", "fp8_ds")),
-        Attr("kv_fp8", "bool", "quantise and dequantise the latent before it is stored"),
-        Attr("indexer_fp8", "bool", "quantise and dequantise the indexer key before it is stored"),
+        Attr("kv_fp8", "bool", "quantize and dequantize the latent before it is stored"),
+        Attr("indexer_fp8", "bool", "quantize and dequantize the indexer key before it is stored"),
     ),
     aliases=(("latent_cache_out", "latent_cache"), ("index_cache_out", "index_cache")),
 )

@@ -16,12 +16,12 @@ from seekforge.plugins.functions.builder import (
     Attrs,
     Text,
     cast,
-    fake_quantise,
+    fake_quantize,
     join_blocks,
     onnx_type,
     query_blocks,
 )
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 
 _NOWHERE = 2**30  # sorts behind every position
 _MAX = np.finfo(np.float32).max
@@ -29,7 +29,7 @@ _MAX = np.finfo(np.float32).max
 _MOST_ROWS, _MOST_SCORES = 64, 65536
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return scores, the top-k of the visible ones, and their positions in ascending order.
 
     `TopK` gives equal scores to the lowest position in ONNX Runtime; TensorRT promises no order among them.
@@ -85,7 +85,7 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     return text.body_of(SPEC)
 
 
-def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
+def _add_blocks(text: Text, attrs: Attrs, how: Specialization) -> None:
     """Write `chosen`: ascending positions of the `k` best keys of every row, `k` at most as many as there are keys.
 
     A row alone multiplies the keys where they lie; a block of rows packs them once. Every row chooses `k` places. Those
@@ -93,7 +93,7 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
     """
     q = "q"
     if attrs["indexer_fp8"]:
-        q = fake_quantise(text, q, "q_", dtype=how.activations, bodies=how.bodies)
+        q = fake_quantize(text, q, "q_", dtype=how.activations, bodies=how.bodies)
     q = cast(text, q, "q_wide", to="f32", given=how.activations)
     text.add("stored = Gather<axis = 0>(index_cache, slots)")
     keys = cast(text, "stored", "keys", to="f32", given=str(attrs["index_format"]))
@@ -158,7 +158,7 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialisation) -> None:
     join_blocks(text, "chosen_blocks", "k", "chosen")
 
 
-def _add_rows(text: Text, attrs: Attrs, how: Specialisation) -> None:
+def _add_rows(text: Text, attrs: Attrs, how: Specialization) -> None:
     """Write `picked`: ascending positions of the `index_topk` best keys of every row.
 
     A K that changes with L inside a scan does not build, so every row is widened by `index_topk` columns that nobody
@@ -167,7 +167,7 @@ def _add_rows(text: Text, attrs: Attrs, how: Specialisation) -> None:
     topk = int(attrs["index_topk"])
     q = "q"
     if attrs["indexer_fp8"]:
-        q = fake_quantise(text, q, "q_", dtype=how.activations, bodies=how.bodies)
+        q = fake_quantize(text, q, "q_", dtype=how.activations, bodies=how.bodies)
     text.add("stored = Gather<axis = 0>(index_cache, slots)")
     keys = cast(text, "stored", "keys", to="f32", given=str(attrs["index_format"]))
     text.add("""

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, exactly, one_of, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, Workspace, has_fp8
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, has_fp8
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("Hi", "D", "indexer_fp8", "index_format")
@@ -110,12 +110,12 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     return workspace.size
 
 
-def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return two launches per slice of rows; one when no row can see more keys than it takes."""
     b, q, num_blocks, topk = bound["B"], bound["Q"], bound["MB"], bound["index_topk"]
     rows, length = b * q, bound["MB"] * 64
     if rows == 0 or topk == 0:
-        return Plan(())
+        return LaunchPlan(())
     workspace = Workspace()
     group = rows_per_program(q, sm)
     pages = pages_per_program(rows, num_blocks)
@@ -154,4 +154,4 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
             "TOPK": topk,
         }
         launches.append(Launch("select", (last - first, 1, 1), chosen))
-    return Plan(tuple(launches), workspace.size)
+    return LaunchPlan(tuple(launches), workspace.size)

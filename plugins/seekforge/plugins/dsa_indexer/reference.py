@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.plugins.quant import fake_quantise, unpack_index_keys
+from seekforge.plugins.quant import fake_quantize, unpack_index_keys
 
 _MAX = torch.finfo(torch.float32).max
 
@@ -26,7 +26,7 @@ def index_scores(
     Returns:
         [B, Q, MB · 64] f32; finite for every visible key.
     """
-    q = (fake_quantise(q) if indexer_fp8 else q).float()
+    q = (fake_quantize(q) if indexer_fp8 else q).float()
     slots = logical_slots(block_table)
     keys = unpack_index_keys(index_cache, slots) if fmt == "fp8_ds" else index_cache[slots].float()  # [B, L, D]
     score = torch.zeros(*positions.shape, keys.shape[1], dtype=torch.float32, device=q.device)

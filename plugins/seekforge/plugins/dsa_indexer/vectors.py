@@ -52,7 +52,7 @@ def cases() -> list[Case]:
 
     ragged = torch.tensor([[3, 4, 5, 6, 7], [150, 151, 152, -1, -1], [-1, -1, -1, -1, -1]])
     add("ragged", ragged)
-    add("ragged-unquantised", ragged, fp8=False)
+    add("ragged-unquantized", ragged, fp8=False)
     add("one-token", torch.tensor([[100]]))
     add("three-single-tokens", torch.tensor([[0], [191], [64]]))
     add("many-rows", torch.arange(140, 188).reshape(2, 24))  # enough to notice one head weight that is 1 % off

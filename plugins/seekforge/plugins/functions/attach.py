@@ -1,6 +1,6 @@
 """Attach a reference decomposition in standard operators to every custom node of a model.
 
-Bodies are generated per program, from the attribute values and the specialisation: a function cannot branch
+Bodies are generated per program, from the attribute values and the specialization: a function cannot branch
 on a string, and a parser knows one body per op_type. So all nodes of an operator share their attributes.
 """
 
@@ -12,7 +12,7 @@ import onnx
 
 from seekforge.common.errors import ProgramError
 from seekforge.plugins.functions.builder import Attrs
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, FoldedForm, Operator, OpSpec, load
 from seekforge.plugins.registry import OPERATORS, SPECS
@@ -23,7 +23,7 @@ FOLDED_FORMS: Final[dict[str, FoldedForm]] = {
 }
 
 
-def attach(model: onnx.ModelProto, how: Specialisation) -> None:
+def attach(model: onnx.ModelProto, how: Specialization) -> None:
     """Give every custom operator of the main graph its function, in place of any it had.
 
     Also writes `plugin_namespace` on each node (TensorRT then prefers a registered plugin) and the opset import.
@@ -53,7 +53,7 @@ def attach(model: onnx.ModelProto, how: Specialisation) -> None:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 
 
-def make_body(op_type: str, attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def make_body(op_type: str, attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return the function of one operator, folded forms included.
 
     Raises:

@@ -23,7 +23,7 @@ import onnx
 import onnx.parser
 
 from seekforge.common import dtypes
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN, OpSpec
 
@@ -134,7 +134,7 @@ def cast(text: Text, x: str, out: str, *, to: str, given: str) -> str:
     return out
 
 
-def fake_quantise(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str:
+def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str:
     """Round `x` [..., K] to e4m3 with a power-of-two scale per 128 values and back (spec §5.1).
 
     The scale is 2^ceil(log2(amax / 448)). A logarithm only guesses the exponent (it is off by one on some
@@ -220,7 +220,7 @@ def _round_to_e4m3(text: Text, v: str, out: str, p: str) -> None:
 """)
 
 
-def dequantise_weight(text: Text, weight: str, scale: str, p: str, *, how: Specialisation) -> str:
+def dequantize_weight(text: Text, weight: str, scale: str, p: str, *, how: Specialization) -> str:
     """Write the [N, K] f32 values of an FP8 weight with 128×128 block scales, and return their name.
 
     Scale rows are repeated per weight row, so that the last, partial block of rows comes out right; K is a

@@ -9,7 +9,7 @@ from seekforge.common.errors import ProgramError
 
 
 @dataclass(frozen=True)
-class Specialisation:
+class Specialization:
     """The choices that `build` makes per target.
 
     Attributes:
@@ -36,4 +36,4 @@ class Specialisation:
 
 
 #: What a canonical program is written in: the form that `export` writes and `build` starts from.
-CANONICAL = Specialisation(activations="bf16", fp8_storage="float8", kv_format="bf16", bodies="ort")
+CANONICAL = Specialization(activations="bf16", fp8_storage="float8", kv_format="bf16", bodies="ort")

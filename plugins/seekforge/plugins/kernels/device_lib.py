@@ -1,4 +1,4 @@
-"""Device functions that kernels share: FP8 and bf16 rounding, decoding, and the activation quantiser.
+"""Device functions that kernels share: FP8 and bf16 rounding, decoding, and the activation quantizer.
 
 Kernels compute in f32 and convert at the border, since Triton's CPU interpreter does bf16 arithmetic on raw bits and
 narrows f32 wrongly: `to_bf16` and `to_e4m3` round with integer operations there, and the casts after them are
@@ -107,7 +107,7 @@ def ue8m0(amax):
 
 
 @triton.jit
-def quantise_kernel(x_ptr, q_ptr, scale_ptr, num_rows, K, ROWS: tl.constexpr, FP8: tl.constexpr):
+def quantize_kernel(x_ptr, q_ptr, scale_ptr, num_rows, K, ROWS: tl.constexpr, FP8: tl.constexpr):
     """x bf16 [T, K] -> q e4m3 bytes [T, K], scale f32 [T, K/128].
 
     One program: ROWS rows x one block of 128. Bound by memory: 3 bytes per element.

@@ -1,7 +1,7 @@
 """Compiled kernels as data: what was compiled, what a launch needs, and the launches of one operator call.
 
 Everything between `kernel.py` (Triton, build time) and a driver (run time) is a plain value here: no torch, no Triton,
-no CUDA. A `KernelSet` is one JSON file beside its cubins; a `Plan` says which images run in which order on which
+no CUDA. A `KernelSet` is one JSON file beside its cubins; a `LaunchPlan` says which images run in which order on which
 grid, with arguments that name the operator's tensors or a place in its workspace. So argument packing and launch
 plans are tested on a CPU, and the interpreter runs the very plan that a GPU would.
 """
@@ -53,7 +53,7 @@ def next_power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def is_datacentre(sm: int) -> bool:
+def is_datacenter(sm: int) -> bool:
     """Return whether `sm` has wgmma or tcgen05 and some 227 KiB of shared memory per block."""
     return sm in (90, 100, 103)
 
@@ -105,7 +105,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """The launches of one operator call, in order on one stream."""
 
     launches: tuple[Launch, ...]
@@ -227,7 +227,7 @@ class OpKernels(Protocol):
         """Return the most scratch of a plan for these sizes or for smaller run-time ones: no less, and hardly more."""
         ...
 
-    def plan(self, bound: Mapping[str, Any], sm: int) -> Plan:
+    def plan(self, bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         """Return the launches for these sizes."""
         ...
 
@@ -477,7 +477,7 @@ def read_cubin(path: Path, image: Image) -> bytes:
     return cubin
 
 
-def check_plan(plan: Plan, variants: Sequence[Variant]) -> None:
+def check_plan(plan: LaunchPlan, variants: Sequence[Variant]) -> None:
     """Check that a plan names known variants, gives exactly their arguments, and stays in grid limits. A bug if not."""
     known = {variant.name: variant for variant in variants}
     for launch in plan.launches:

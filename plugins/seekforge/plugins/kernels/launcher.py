@@ -22,7 +22,7 @@ from seekforge.plugins.kernels.launch_plan import (
     WORKSPACE,
     Image,
     KernelSet,
-    Plan,
+    LaunchPlan,
     argument_code,
     has_fp8,
     op_kernels,
@@ -126,7 +126,7 @@ class OpLauncher:
         self._spec.check_attrs(self._attrs)
         self._check(self._attrs)
         self._loaded = {name: driver.load(image, cubins[name]) for name, image in kernels.images.items()}
-        self._plans: dict[tuple[tuple[int, ...], ...], Plan] = {}
+        self._plans: dict[tuple[tuple[int, ...], ...], LaunchPlan] = {}
 
     @staticmethod
     def open(path: Path, attrs: Mapping[str, Any], driver: Driver) -> OpLauncher:
@@ -151,7 +151,7 @@ class OpLauncher:
         """Return scratch that is enough for inputs of these shapes and of all smaller ones."""
         return self._module.workspace_bytes(self._spec.bind(shapes, self._attrs), self.kernels.sm)
 
-    def plan(self, shapes: Sequence[Sequence[int]]) -> Plan:
+    def plan(self, shapes: Sequence[Sequence[int]]) -> LaunchPlan:
         """Return the launches for these input shapes; made once per shape.
 
         Raises:

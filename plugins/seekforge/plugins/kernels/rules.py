@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from seekforge.plugins.kernels import sass
-from seekforge.plugins.kernels.launch_plan import SHARED_LIMIT, Variant, is_datacentre
+from seekforge.plugins.kernels.launch_plan import SHARED_LIMIT, Variant, is_datacenter
 from seekforge.plugins.registry import KERNEL_FORMS
 
 #: Columns of tensor memory on SM100 and SM103; above it Triton writes a kernel that only traps.
@@ -25,13 +25,13 @@ KNOWN_MMA_SYNC: Final[dict[tuple[str, str], str]] = {
 
 def tensor_unit(sm: int) -> str:
     """Return the kind of tensor instruction that products should use on an SM (`sass.tensor_kind`)."""
-    return sass.MMA_SYNC if not is_datacentre(sm) else sass.WGMMA if sm == 90 else sass.TCGEN05
+    return sass.MMA_SYNC if not is_datacenter(sm) else sass.WGMMA if sm == 90 else sass.TCGEN05
 
 
 def tensor_instruction(op: str, variant: Variant, sm: int) -> str:
     """Return the tensor instruction that a kernel has to have, without shape and types; nothing if it has no products.
 
-    A variant multiplies FP8 where its constants say that activations are quantised (`QUANT`) and that the SM has FP8.
+    A variant multiplies FP8 where its constants say that activations are quantized (`QUANT`) and that the SM has FP8.
     """
     if not variant.main_loop:
         return ""

@@ -9,14 +9,14 @@ import onnx
 
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, onnx_type, query_blocks
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.mla_attention.spec import SPEC
 
 #: Rows of a block: at most so many, and at most so many scores of one head and sequence.
 _MOST_ROWS, _MOST_SCORES = 64, 1 << 18
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return scores, softmax in f32 and the weighted sum. Rows behind the last position never enter a product."""
     text = Text()
     text.add(f"""
@@ -51,7 +51,7 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     return text.body_of(SPEC)
 
 
-def _add_blocks(text: Text, how: Specialisation) -> None:
+def _add_blocks(text: Text, how: Specialization) -> None:
     text.add(f"""
   at_least1 = Max(length1, {text.ints(1)})
   fitting = Div({text.ints(_MOST_SCORES)}, at_least1)
@@ -88,7 +88,7 @@ def _add_blocks(text: Text, how: Specialisation) -> None:
     join_blocks(text, "result_blocks", "heads_latent", "o_latent")
 
 
-def _add_rows(text: Text, how: Specialisation) -> None:
+def _add_rows(text: Text, how: Specialization) -> None:
     text.add(f"""
   done, o_latent = Scan<num_scan_inputs = 2, scan_input_axes = [1, 1], scan_output_axes = [1], body = query_row
     (state, q_row, position) => (state_out, out) {{

@@ -3,11 +3,11 @@
 import onnx
 
 from seekforge.plugins.functions.builder import Attrs, Text, cast
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.mla_cache_write.spec import SPEC
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return the scatter. ONNX reads slot −1 as the last one, so padded rows are sent to slot 0, which is scrap."""
     text = Text()
     text.add(f"""

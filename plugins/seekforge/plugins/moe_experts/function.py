@@ -13,17 +13,17 @@ from seekforge.plugins.functions.builder import (
     Attrs,
     Text,
     cast,
-    dequantise_weight,
-    fake_quantise,
+    dequantize_weight,
+    fake_quantize,
     matmul_transposed,
     onnx_type,
     swiglu,
 )
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.moe_experts.spec import FOLDED, SPEC
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return the sum over experts.
 
     Raises:
@@ -36,7 +36,7 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
     text = Text()
     x = "x"
     if attrs["act_quant"] == "ue8m0":
-        x = fake_quantise(text, x, "q_", dtype=how.activations, bodies=how.bodies)
+        x = fake_quantize(text, x, "q_", dtype=how.activations, bodies=how.bodies)
     _start(text, "w13")
     if how.bodies == "ort":
         _exact_work(text, attrs, how, x)
@@ -48,19 +48,19 @@ def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
 def folded_body(attrs: Attrs) -> onnx.FunctionProto:
     """Return `FoldedExperts(x, expert_ids, expert_weights, w13, w2)`, all f32.
 
-    w13 [E, H, 2I] and w2 [E, I, H] are dequantised and transposed at build time; products read the Scan's slices.
+    w13 [E, H, 2I] and w2 [E, I, H] are dequantized and transposed at build time; products read the Scan's slices.
     """
     text = Text()
     x = "x"
     if attrs["act_quant"] == "ue8m0":
-        x = fake_quantise(text, x, "q_", dtype="f32", bodies="ort")
+        x = fake_quantize(text, x, "q_", dtype="f32", bodies="ort")
     _start(text, "w13")
     _open_scan(text, "w13_e, w2_e", 2)
     _own_rows(text, x)
     text.add("gate_up = MatMul(own, w13_e)")
     hidden = swiglu(text, "gate_up", "act_", dtype="f32")
     if attrs["act_quant"] == "ue8m0":
-        hidden = fake_quantise(text, hidden, "h_", dtype="f32", bodies="ort")
+        hidden = fake_quantize(text, hidden, "h_", dtype="f32", bodies="ort")
     text.add(f"out = MatMul({hidden}, w2_e)")
     _add_rows(text, "out")
     text.add("}>(y0, experts, hit, w13, w2)")
@@ -117,7 +117,7 @@ def _add_rows(text: Text, out: str) -> None:
 """)
 
 
-def _exact_work(text: Text, attrs: Attrs, how: Specialisation, x: str) -> None:
+def _exact_work(text: Text, attrs: Attrs, how: Specialization, x: str) -> None:
     _open_scan(text, "w13_e, w13_scale_e, w2_e, w2_scale_e", 4)
     _own_rows(text, x)
     out = _mlp(text, attrs, how, "own", ("w13_e", "w13_scale_e", "w2_e", "w2_scale_e"))
@@ -125,7 +125,7 @@ def _exact_work(text: Text, attrs: Attrs, how: Specialisation, x: str) -> None:
     text.add("}>(y0, experts, hit, w13, w13_scale, w2, w2_scale)")
 
 
-def _all_rows(text: Text, attrs: Attrs, how: Specialisation, x: str) -> None:
+def _all_rows(text: Text, attrs: Attrs, how: Specialization, x: str) -> None:
     names = ("w13", "w13_scale", "w2", "w2_scale")
     text.add(f"""
   y = Loop<body = expert
@@ -156,17 +156,17 @@ def _all_rows(text: Text, attrs: Attrs, how: Specialisation, x: str) -> None:
 """)
 
 
-def _mlp(text: Text, attrs: Attrs, how: Specialisation, x: str, names: tuple[str, str, str, str]) -> str:
-    """Write one expert's down(silu(gate) · up) for rows that are already quantised; returns its f32 name.
+def _mlp(text: Text, attrs: Attrs, how: Specialization, x: str, names: tuple[str, str, str, str]) -> str:
+    """Write one expert's down(silu(gate) · up) for rows that are already quantized; returns its f32 name.
 
     The output is rounded to the activation dtype first, as the operator promises.
     """
     w13, w13_scale, w2, w2_scale = names
     act = how.activations
-    up = dequantise_weight(text, w13, w13_scale, "up_", how=how)
+    up = dequantize_weight(text, w13, w13_scale, "up_", how=how)
     hidden = swiglu(text, matmul_transposed(text, x, up, "mu_", dtype=act), "act_", dtype=act)
     if attrs["act_quant"] == "ue8m0":
-        hidden = fake_quantise(text, hidden, "h_", dtype=act, bodies=how.bodies)
-    down = dequantise_weight(text, w2, w2_scale, "down_", how=how)
+        hidden = fake_quantize(text, hidden, "h_", dtype=act, bodies=how.bodies)
+    down = dequantize_weight(text, w2, w2_scale, "down_", how=how)
     out = matmul_transposed(text, hidden, down, "md_", dtype=act)
     return cast(text, out, "out_f", to="f32", given=act)

@@ -1,20 +1,20 @@
 """Routed experts: group assignments on the device, two grouped FP8 products, and an ordered sum (spec §4).
 
-An assignment is one (token, slot). `group_kernel` sorts them by expert, stably, by counting: no host synchronisation,
+An assignment is one (token, slot). `group_kernel` sorts them by expert, stably, by counting: no host synchronization,
 and grids depend on the number of tokens alone; tiles past the end find expert -1 and stop. `up_kernel` multiplies a
-token's quantised row with 128 gate and the matching 128 up columns, and since these are one scale block, forms
-SwiGLU and requantises in its epilogue. `down_kernel` gives each assignment's bf16 row; `combine_kernel` adds a
+token's quantized row with 128 gate and the matching 128 up columns, and since these are one scale block, forms
+SwiGLU and requantizes in its epilogue. `down_kernel` gives each assignment's bf16 row; `combine_kernel` adds a
 token's rows in slot order in f32, so the result does not depend on what else is in the batch. Bound by reading the
-weights of the experts that are hit: row tiles of one expert are neighbours. Few rows per expert (`SWAP`): weight rows
+weights of the experts that are hit: row tiles of one expert are neighbors. Few rows per expert (`SWAP`): weight rows
 are the M side. An id outside [0, E) is no assignment: it sorts nowhere and adds nothing.
 """
 
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, quantise_kernel, round_bf16, to_bf16, to_e4m3, ue8m0, widen
+from seekforge.plugins.kernels.device_lib import dot_bf16, quantize_kernel, round_bf16, to_bf16, to_e4m3, ue8m0, widen
 
-__all__ = ["combine_kernel", "down_kernel", "group_kernel", "quantise_kernel", "up_kernel"]
+__all__ = ["combine_kernel", "down_kernel", "group_kernel", "quantize_kernel", "up_kernel"]
 
 
 @triton.jit

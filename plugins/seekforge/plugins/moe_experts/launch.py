@@ -1,4 +1,4 @@
-"""Launches of `MoeExperts`: group, quantise, up, down, combine; in slices of tokens so that scratch stays bounded."""
+"""Launches of `MoeExperts`: group, quantize, up, down, combine; in slices of tokens so that scratch stays bounded."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from seekforge.plugins.block_fp8_linear.launch import quantise, quantiser
+from seekforge.plugins.block_fp8_linear.launch import quantize, quantizer
 from seekforge.plugins.kernels.constraints import between, check_rules, multiple, rule
 from seekforge.plugins.kernels.launch_plan import (
     Buffer,
     Launch,
-    Plan,
+    LaunchPlan,
     Variant,
     Workspace,
     has_fp8,
-    is_datacentre,
+    is_datacenter,
     next_power_of_two,
 )
 from seekforge.plugins.operator import cdiv
@@ -55,7 +55,7 @@ class Tile:
 def tiles(sm: int) -> dict[int, Tile]:
     """Return the tiles of an SM by rows."""
     found = {16: Tile(16, True, 8, 3), 64: Tile(64, False, 8, 3)}
-    if is_datacentre(sm):
+    if is_datacenter(sm):
         found[128] = Tile(128, False, 8, 3)
     return found
 
@@ -74,12 +74,12 @@ def check(statics: Mapping[str, Any]) -> None:
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
-    """Return the quantiser, and grouping and both products for every tile."""
+    """Return the quantizer, and grouping and both products for every tile."""
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
     code = "*fp8e4nv" if fp8 else "*u8"
     rows = code if quant else "*bf16"
     sizes = {"H": statics["H"], "INNER": statics["I2"] // 2}
-    found = [quantiser(sm)] if quant else []
+    found = [quantizer(sm)] if quant else []
     for tile in tiles(sm).values():
         flags = {"BLOCK_M": tile.block_m, "SWAP": tile.swap, "QUANT": quant, "FP8": fp8}
         types = {"ids_ptr": "*i32", "order_ptr": "*i32", "place_ptr": "*i32", "tile_ptr": "*i32"}
@@ -151,11 +151,11 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     workspace = Workspace()
     _scratch(bound, tokens, workspace)
     if bound["act_quant"] == "ue8m0":
-        quantise(Buffer("x"), tokens, bound["H"], workspace)
+        quantize(Buffer("x"), tokens, bound["H"], workspace)
     return workspace.size
 
 
-def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return four or five launches per slice of tokens."""
     launches: list[Launch] = []
     size = 0
@@ -163,7 +163,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
         workspace = Workspace()
         launches += _slice_plan(bound, first, min(SLICE_TOKENS, bound["T"] - first), sm, workspace)
         size = max(size, workspace.size)
-    return Plan(tuple(launches), size)
+    return LaunchPlan(tuple(launches), size)
 
 
 def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, workspace: Workspace) -> list[Launch]:
@@ -181,9 +181,9 @@ def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, work
         "max_tiles": max_tiles,
     }
     launches = [Launch(f"group-{tile.block_m}", (1, 1, 1), grouping)]
-    x, x_scale = Buffer("x", 2 * first * hidden), Buffer("w13_scale")  # unquantised rows have no scales to read
+    x, x_scale = Buffer("x", 2 * first * hidden), Buffer("w13_scale")  # unquantized rows have no scales to read
     if bound["act_quant"] == "ue8m0":
-        launch, x, x_scale = quantise(x, tokens, hidden, workspace)
+        launch, x, x_scale = quantize(x, tokens, hidden, workspace)
         launches.append(launch)
     up: dict[str, Buffer | int | float] = {
         "x_ptr": x,

@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 
 from seekforge.plugins.functions.builder import Attrs, Text, onnx_type
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.moe_route.spec import SPEC
 
 
-def body(attrs: Attrs, how: Specialisation) -> onnx.FunctionProto:
+def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return group-limited selection by biased scores, and weights from the unbiased ones."""
     text = Text()
     n_group = int(attrs["n_group"])

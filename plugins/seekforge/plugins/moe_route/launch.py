@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import between, check_rules, power_of_two, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, Plan, Variant, next_power_of_two
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, next_power_of_two
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("E", "n_group", "topk_group", "top_k", "norm")
@@ -61,11 +61,11 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     return 0
 
 
-def plan(bound: Mapping[str, Any], sm: int) -> Plan:
+def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return one launch over the tokens."""
     tokens = bound["T"]
     if tokens == 0:
-        return Plan(())
+        return LaunchPlan(())
     arguments: dict[str, Buffer | int | float] = {
         "logits_ptr": Buffer("logits"),
         "bias_ptr": Buffer("bias"),
@@ -74,4 +74,4 @@ def plan(bound: Mapping[str, Any], sm: int) -> Plan:
         "num_tokens": tokens,
         "scale": bound["scale"],
     }
-    return Plan((Launch("route", (cdiv(tokens, ROWS), 1, 1), arguments),))
+    return LaunchPlan((Launch("route", (cdiv(tokens, ROWS), 1, 1), arguments),))

@@ -20,7 +20,7 @@ def cases() -> list[Case]:
     none = torch.zeros(16)
     add("one-token", draw.normal(1, 16), none)
     add("random", draw.normal(33, 16) * 2, draw.normal(16) * 0.1)
-    add("not-normalised", draw.normal(5, 16), draw.normal(16) * 0.1, norm=False)
+    add("not-normalized", draw.normal(5, 16), draw.normal(16) * 0.1, norm=False)
     add("one-group", draw.normal(5, 16), draw.normal(16) * 0.1, n_group=1, topk_group=1)
     add("all-groups", draw.normal(5, 16), draw.normal(16) * 0.1, topk_group=4)
     add("top-one", draw.normal(5, 16), draw.normal(16) * 0.1, top_k=1, topk_group=1)

@@ -68,7 +68,7 @@ def register(trt: Any, source: LauncherSource | None = None, *, sms: Collection[
 
     Args:
         trt: a module from `library.load`.
-        source: gives the kernels of the engine that is about to be deserialised; None to build.
+        source: gives the kernels of the engine that is about to be deserialized; None to build.
         sms: that the engine which is about to be built shall run on, none: any; scratch is enough for each of them.
 
     Raises:
@@ -185,7 +185,7 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
         """An operator inside an engine; `runs` says that the engine is used, not built."""
 
         def __init__(self, spec: OpSpec, values: dict[str, Any], launcher: Launcher | None, *, runs: bool) -> None:
-            for base in bases:  # the bindings want each base initialised by hand
+            for base in bases:  # the bindings want each base initialized by hand
                 base.__init__(self)
             self.spec, self.values, self.launcher, self.runs = spec, values, launcher, runs
             self.attrs = {attr.name: values[attr.name] for attr in spec.attrs}

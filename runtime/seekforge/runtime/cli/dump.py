@@ -26,7 +26,7 @@ from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.common.system import end_with_parent
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.formats.parity_steps import MODES, Mode, Plan, make_plan
+from seekforge.formats.parity_steps import MODES, Mode, ParitySteps, make_plan
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, open_engine
 from seekforge.runtime.dump import model_size, write_dump
 
@@ -125,9 +125,9 @@ def dump(
         echo(f"wrote {out}: {num_steps} steps of {len(plan.cases)} cases")
 
 
-def _read(path: Path) -> Plan:
+def _read(path: Path) -> ParitySteps:
     try:
-        return Plan.model_validate_json(read_text(path, most=LISTING_BYTES))
+        return ParitySteps.model_validate_json(read_text(path, most=LISTING_BYTES))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # a RecordError is one
@@ -147,7 +147,7 @@ def _known_taps(taps: tuple[str, ...], engine: Engine) -> set[str]:
     return names
 
 
-def _random_plan(manifest: Manifest, contexts: tuple[int, ...], modes: tuple[Mode, ...], seed: int) -> Plan:
+def _random_plan(manifest: Manifest, contexts: tuple[int, ...], modes: tuple[Mode, ...], seed: int) -> ParitySteps:
     limit = manifest.limits.max_model_len
     if max(contexts) > limit:  # before so many steps are planned
         raise ConfigError(f"--contexts has {max(contexts)}, the engine accepts {limit} tokens")

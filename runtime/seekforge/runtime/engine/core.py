@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from seekforge.runtime.backends.base import Backend, StepOutputs
-from seekforge.runtime.engine.model_input import Packed, Packer
+from seekforge.runtime.engine.model_input import InputBuilder, ModelInput
 from seekforge.runtime.engine.scheduler import Iteration, Row, Scheduler
 from seekforge.runtime.engine.speculative import SpeculationSwitch, Speculator
-from seekforge.runtime.engine.token_sampler import Chooser
+from seekforge.runtime.engine.token_sampler import TokenSampler
 from seekforge.runtime.sampling.logits_processors import reason
 from seekforge.runtime.sequence import Sequence
 
@@ -75,8 +75,8 @@ class Core:
         self.speculator = speculator
         self.switch = switch
         self.on_step: Callable[[StepMetrics], None] | None = None
-        self._packer = Packer(scheduler.block_size, scheduler.max_batch_size)
-        self._chooser = Chooser(vocab_size, scheduler.max_batch_size)
+        self._packer = InputBuilder(scheduler.block_size, scheduler.max_batch_size)
+        self._chooser = TokenSampler(vocab_size, scheduler.max_batch_size)
         if speculator is not None:
             self._chooser.on_verified = speculator.metrics.count
 
@@ -148,7 +148,7 @@ class Core:
         failed += [sibling for row, _ in faults for sibling in row.sequence.siblings]
         return [group[index].sequence for index in packed.sampling] + failed
 
-    def _model(self, group: tuple[Row, ...], packed: Packed) -> tuple[StepOutputs, np.ndarray | None]:
+    def _model(self, group: tuple[Row, ...], packed: ModelInput) -> tuple[StepOutputs, np.ndarray | None]:
         """Run the model's graph and keep what was asked for of each token; `hidden` is for the speculator."""
         wanted = self._chooser.outputs(group, packed)
         drafting = self.speculator is not None and any(row.sequence.speculates for row in group)

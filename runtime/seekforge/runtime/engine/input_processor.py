@@ -19,7 +19,7 @@ from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.kv_cache import root_digest
 from seekforge.runtime.engine.outputs import Delta
-from seekforge.runtime.engine.request import Live
+from seekforge.runtime.engine.request import RequestState
 from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.sampling.bad_words import BadWords, Bans
 from seekforge.runtime.sampling.guided import Grammars
@@ -58,7 +58,7 @@ class Accepted:
     grammar: Callable[[], Grammar] | None = None
 
 
-class Intake:
+class InputProcessor:
     """Checks and makes requests for one engine.
 
     Attributes:
@@ -143,7 +143,7 @@ class Intake:
         priority: int,
         timeout_s: float | None,
         on_delta: Callable[[Delta], None] | None,
-    ) -> Live:
+    ) -> RequestState:
         """Return a request that was checked."""
         params, ends = request.params, self._engine.manifest.eos_token_ids
         early_ids = frozenset((*params.stop_token_ids, *ends))
@@ -192,7 +192,7 @@ class Intake:
         sequences[0].siblings = tuple(sequences[1:])
         number = str(next(self._numbers))
         quiet_end = None if params.ignore_eos else ends[0]
-        return Live(number, request.prompt, params, quiet_end, tuple(sequences), tuple(texts), on_delta)
+        return RequestState(number, request.prompt, params, quiet_end, tuple(sequences), tuple(texts), on_delta)
 
     def root(self, sequence: _Sequence) -> bytes:
         """Return the start of its blocks' digests: what their contents depend on besides tokens."""

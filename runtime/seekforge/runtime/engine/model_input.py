@@ -10,12 +10,12 @@ import numpy as np
 from seekforge.formats.paged_cache import SCRAP_BLOCK, blocks_needed
 from seekforge.formats.step_io import PAD_POSITION, PAD_SLOT, StepInputs
 from seekforge.runtime.engine.scheduler import Row
-from seekforge.runtime.row_index import Places
+from seekforge.runtime.row_index import RowIndex
 from seekforge.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Packed:
+class ModelInput:
     """One rectangle, and where its logits are.
 
     Attributes:
@@ -32,16 +32,16 @@ class Packed:
     prompt_spans: dict[int, range]
 
 
-class Packer:
+class InputBuilder:
     """Lays out groups of rows. Keeps the block tables of running sequences as one array, and copies what changed."""
 
     def __init__(self, block_size: int, max_batch_size: int) -> None:
         self.block_size = block_size
         self._tables = np.full((max_batch_size, 16), SCRAP_BLOCK, np.int32)
         self._versions = [-1] * max_batch_size
-        self._places = Places(max_batch_size)
+        self._places = RowIndex(max_batch_size)
 
-    def pack(self, rows: Rows[Row]) -> Packed:
+    def pack(self, rows: Rows[Row]) -> ModelInput:
         """Lay out `rows` as one rectangle [B, Q], Q the longest row.
 
         Padding is that of `step_io`. Block tables reach just to the last token of the longest
@@ -64,7 +64,7 @@ class Packer:
             positions = np.where(real, positions, PAD_POSITION)
         if width == 1 and all(row.samples for row in rows):  # decode without drafts: nothing to work out
             every = np.arange(len(rows))
-            return Packed(StepInputs(input_ids, positions, slots, block_table, every), every.tolist(), every, {})
+            return ModelInput(StepInputs(input_ids, positions, slots, block_table, every), every.tolist(), every, {})
         wanted: list[int] = []
         sampling: list[int] = []
         first: list[int] = []
@@ -81,7 +81,7 @@ class Packer:
                     prompt_spans[index] = range(len(wanted), len(wanted) + count)
                     wanted.extend(range(index * width, index * width + count))
         inputs = StepInputs(input_ids, positions, slots, block_table, np.array(wanted or [0], np.int64))
-        return Packed(inputs, sampling, np.array(first, np.int64), prompt_spans)
+        return ModelInput(inputs, sampling, np.array(first, np.int64), prompt_spans)
 
     def _update(self, sequences: list[Sequence]) -> np.ndarray:
         """Return where each sequence's block table stands, up to date."""

@@ -23,7 +23,7 @@ from seekforge.runtime.text.detokenizer import TextStream
 
 
 @dataclass(eq=False)
-class Live:
+class RequestState:
     """A request on its way.
 
     Attributes:
@@ -101,7 +101,7 @@ def raise_if_failed(delta: Delta) -> None:
                 raise GenerationError(completion.error or "the request failed", [delta.output])
 
 
-def _output(live: Live) -> RequestOutput:
+def _output(live: RequestState) -> RequestOutput:
     """Return the result of a request whose sequences have all ended."""
     params, first = live.params, live.sequences[0]
     completions = [_completion(live, index) for index in range(len(live.sequences))]
@@ -133,7 +133,7 @@ def _output(live: Live) -> RequestOutput:
     )
 
 
-def _completion(live: Live, index: int) -> CompletionOutput:
+def _completion(live: RequestState, index: int) -> CompletionOutput:
     sequence, params = live.sequences[index], live.params
     assert sequence.finish_reason is not None
     counted = params.logprobs is not None or params.best_of is not None
@@ -150,7 +150,7 @@ def _completion(live: Live, index: int) -> CompletionOutput:
     )
 
 
-def _stop_reason(live: Live, index: int) -> int | str | None:
+def _stop_reason(live: RequestState, index: int) -> int | str | None:
     sequence, stop_reason = live.sequences[index], live.texts[index].stop_reason
     if sequence.finish_reason != "stop" or stop_reason is not None:
         return stop_reason if sequence.finish_reason == "stop" else None

@@ -17,9 +17,9 @@ import numpy as np
 
 from seekforge.formats.step_io import MTP, PAD_SLOT, StepInputs
 from seekforge.runtime.backends.base import Backend
-from seekforge.runtime.engine.model_input import Packed
+from seekforge.runtime.engine.model_input import ModelInput
 from seekforge.runtime.engine.scheduler import Row
-from seekforge.runtime.sampling.inverse_cdf import Rules
+from seekforge.runtime.sampling.inverse_cdf import SamplingMetadata
 from seekforge.runtime.sampling.sampler import FullLogits, TopLogits, choose
 from seekforge.runtime.sequence import Sequence
 
@@ -55,7 +55,7 @@ class Speculator:
         self.vocab_size = vocab_size
         self.metrics = SpeculationMetrics([0] * num_drafts, [0] * num_drafts)
 
-    def propose(self, group: Rows[Row], packed: Packed, hidden: np.ndarray) -> None:
+    def propose(self, group: Rows[Row], packed: ModelInput, hidden: np.ndarray) -> None:
         """Bring the MTP cache up to date with a step, and set the drafts of the sequences that go on decoding.
 
         Args:
@@ -93,7 +93,7 @@ class Speculator:
         table = inputs.block_table[drafting]
         state = results.fetch("hidden")[drafting, [last[i] for i in drafting]]
         sequences = [rows[i].sequence for i in drafting]
-        rules = Rules.of([s.params for s in sequences], [s.seed for s in sequences])
+        rules = SamplingMetadata.of([s.params for s in sequences], [s.seed for s in sequences])
         position = np.array([s.num_tokens - 1 for s in sequences])
         for sequence in sequences:
             sequence.drafts = []

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 
 from seekforge.common.errors import EngineError
 from seekforge.runtime.engine.core import Core
-from seekforge.runtime.engine.request import Live
+from seekforge.runtime.engine.request import RequestState
 from seekforge.runtime.sequence import FinishReason, Sequence
 
 
-class Turns:
+class StepLoop:
     """Runs the steps of a core, for requests that any thread may enter.
 
     Attributes:
@@ -28,17 +28,17 @@ class Turns:
     """
 
     def __init__(self, core: Core) -> None:
-        self.live: dict[int, Live] = {}
+        self.live: dict[int, RequestState] = {}
         self.closed = False
         self._pid = os.getpid()
         self._core, self._scheduler = core, core.scheduler
         # Guards what follows, and the scheduler while no step is run.
         self._turn = threading.Condition()
         self._stepping = False
-        self._inbox: deque[tuple[Live, Callable[[Live], None]]] = deque()
+        self._inbox: deque[tuple[RequestState, Callable[[RequestState], None]]] = deque()
         self._num_entering = 0
 
-    def enter(self, count: int, make: Callable[[], list[Live]]) -> list[Live]:
+    def enter(self, count: int, make: Callable[[], list[RequestState]]) -> list[RequestState]:
         """Put requests into the queue, all or none.
 
         Args:
@@ -62,7 +62,7 @@ class Turns:
             self._post(lives, self._enter)
         return lives
 
-    def drop(self, lives: list[Live]) -> None:
+    def drop(self, lives: list[RequestState]) -> None:
         """End requests; those that are done are merely forgotten."""
         with self._turn:
             self._post(lives, self._end)
@@ -111,7 +111,7 @@ class Turns:
         self.live.clear()
         self._turn.notify_all()
 
-    def _post(self, lives: list[Live], change: Callable[[Live], None]) -> None:
+    def _post(self, lives: list[RequestState], change: Callable[[RequestState], None]) -> None:
         self._inbox.extend((live, change) for live in lives)
         if not self._stepping:
             self._empty_inbox()
@@ -126,14 +126,14 @@ class Turns:
             except Exception as error:
                 self._fail(live, f"{type(error).__name__}: {error}")
 
-    def _deliver(self, live: Live, sequence: Sequence) -> None:
+    def _deliver(self, live: RequestState, sequence: Sequence) -> None:
         """Hand on what a sequence gained; a text or a listener that fails ends its own request and no other."""
         try:
             live.deliver(sequence)
         except Exception as error:
             self._fail(live, f"{type(error).__name__}: {error}")
 
-    def _fail(self, live: Live, why: str) -> None:
+    def _fail(self, live: RequestState, why: str) -> None:
         """End one request whatever state it is in, and wake whoever waits for it."""
         for sequence in live.sequences:
             self.live.pop(sequence.request_id, None)
@@ -144,13 +144,13 @@ class Turns:
             live.fail(sequence)
         self._turn.notify_all()
 
-    def _enter(self, live: Live) -> None:
+    def _enter(self, live: RequestState) -> None:
         self._num_entering -= len(live.sequences)
         for sequence in live.sequences:
             self.live[sequence.request_id] = live
         self._scheduler.add(live.sequences[0])
 
-    def _end(self, live: Live) -> None:
+    def _end(self, live: RequestState) -> None:
         for sequence in live.sequences:
             self._scheduler.abort(sequence)
             self.live.pop(sequence.request_id, None)

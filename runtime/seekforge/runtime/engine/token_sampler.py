@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from seekforge.runtime.backends.base import StepOutputs
-from seekforge.runtime.engine.model_input import Packed
+from seekforge.runtime.engine.model_input import ModelInput
 from seekforge.runtime.engine.scheduler import Row
-from seekforge.runtime.sampling.inverse_cdf import Rules
+from seekforge.runtime.sampling.inverse_cdf import SamplingMetadata
 from seekforge.runtime.sampling.logits_processors import EditedRows, EditTables, reason
 from seekforge.runtime.sampling.logprobs import token_logprobs
 from seekforge.runtime.sampling.sampler import NO_TOKEN, FullLogits, TopLogits, choose, needs_full_logits
@@ -36,13 +36,13 @@ class _Company:
 
     key: tuple[int, ...]
     sequences: list[Sequence]
-    rules: Rules
+    rules: SamplingMetadata
     edited: EditedRows | None
     scoring: list[int]
     needs_full: bool
 
 
-class Chooser:
+class TokenSampler:
     """Chooses the tokens of a scheduler's groups. Keeps what only changes when other sequences come together.
 
     Attributes:
@@ -55,14 +55,14 @@ class Chooser:
         self._tables = EditTables(max_batch_size, vocab_size)
         self._company: _Company | None = None
 
-    def outputs(self, group: Rows[Row], packed: Packed) -> set[str]:
+    def outputs(self, group: Rows[Row], packed: ModelInput) -> set[str]:
         """Return which results of the model `sample` may look at."""
         if not packed.sampling and not packed.prompt_spans:
             return set()
         needs_full = packed.prompt_spans or self._together(group, packed).needs_full
         return {*TopLogits.OUTPUTS, "logits"} if needs_full else {*TopLogits.OUTPUTS}
 
-    def sample(self, group: Rows[Row], packed: Packed, results: StepOutputs) -> list[tuple[Row, str]]:
+    def sample(self, group: Rows[Row], packed: ModelInput, results: StepOutputs) -> list[tuple[Row, str]]:
         """Append a token to each row that samples, and further ones as long as drafts come true.
 
         Args:
@@ -96,7 +96,7 @@ class Chooser:
             sequence.drafts = []
         return [(group[index], fault) for index, fault in faults.items()]
 
-    def _together(self, group: Rows[Row], packed: Packed) -> _Company:
+    def _together(self, group: Rows[Row], packed: ModelInput) -> _Company:
         """Return what is fixed about the rows that sample, from the step before if they are the same."""
         sequences = [group[index].sequence for index in packed.sampling]
         key = (self._tables.version, *[s.request_id for s in sequences])
@@ -107,7 +107,7 @@ class Chooser:
             self._company = _Company(
                 (self._tables.version, *key[1:]),
                 sequences,
-                Rules.of(params, [s.seed for s in sequences]),
+                SamplingMetadata.of(params, [s.seed for s in sequences]),
                 edited,
                 [at for at, p in enumerate(params) if p.logprobs is not None or p.best_of is not None],
                 any(needs_full_logits(p) for p in params),
@@ -118,7 +118,7 @@ class Chooser:
         self,
         company: _Company,
         alive: list[int],
-        packed: Packed,
+        packed: ModelInput,
         top: TopLogits,
         fetch: Callable[[], np.ndarray],
         depth: int,
@@ -158,7 +158,7 @@ class Chooser:
         return appended
 
     def _coming_true(
-        self, group: Rows[Row], packed: Packed, company: _Company, appended: list[int], depth: int
+        self, group: Rows[Row], packed: ModelInput, company: _Company, appended: list[int], depth: int
     ) -> list[int]:
         """Return the rows whose draft number `depth` is the token they got: the token after it is known too."""
         going: list[int] = []
@@ -197,7 +197,7 @@ def _score_prompt(row: Row, places: np.ndarray, top: TopLogits, fetch: Callable[
     )
 
 
-def _prompt_faults(group: Rows[Row], packed: Packed, logsumexp: np.ndarray) -> dict[int, str]:
+def _prompt_faults(group: Rows[Row], packed: ModelInput, logsumexp: np.ndarray) -> dict[int, str]:
     """Name the rows of which some logits of the prompt, all asked for, are not finite."""
     faults: dict[int, str] = {}
     for index, span in packed.prompt_spans.items():
@@ -209,7 +209,7 @@ def _prompt_faults(group: Rows[Row], packed: Packed, logsumexp: np.ndarray) -> d
 
 
 def _drop_not_finite(
-    alive: list[int], depth: int, group: Rows[Row], packed: Packed, logsumexp: np.ndarray, faults: dict[int, str]
+    alive: list[int], depth: int, group: Rows[Row], packed: ModelInput, logsumexp: np.ndarray, faults: dict[int, str]
 ) -> list[int]:
     """Return the rows whose next logits are finite; the others are added to `faults`."""
     good: list[int] = []

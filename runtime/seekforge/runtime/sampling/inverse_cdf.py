@@ -24,7 +24,7 @@ _SIGNS = np.array([[-1.0], [1.0]])
 
 
 @dataclass(frozen=True)
-class Rules:
+class SamplingMetadata:
     """How each of N rows chooses; made once for a batch and kept while it stays together. All arrays are [N].
 
     Attributes:
@@ -50,7 +50,7 @@ class Rules:
     has_min_p: bool
 
     @staticmethod
-    def of(params: Sequence[SamplingParams], seeds: Sequence[int]) -> Rules:
+    def of(params: Sequence[SamplingParams], seeds: Sequence[int]) -> SamplingMetadata:
         """Collect the rules of rows with these parameters and seeds."""
         temperature = np.array([0.0 if p.greedy else p.temperature for p in params], np.float64)
         greedy = temperature == 0
@@ -58,7 +58,7 @@ class Rules:
         top_k = np.array([p.top_k for p in params], np.int64)
         top_p = np.array([p.top_p for p in params], np.float64)
         min_p = np.array([p.min_p for p in params], np.float64)
-        return Rules(
+        return SamplingMetadata(
             temperature,
             power,
             top_k,
@@ -74,7 +74,7 @@ class Rules:
             has_min_p=bool(min_p.any()),
         )
 
-    def take(self, rows: np.ndarray) -> Rules:
+    def take(self, rows: np.ndarray) -> SamplingMetadata:
         """Return some of the rows. What there is to do stays that of all."""
         arrays = {n: getattr(self, n)[rows] for n in ("temperature", "power", "top_k", "top_p", "min_p", "seed")}
         return replace(self, **arrays)
@@ -97,7 +97,7 @@ class Layout:
 
     Attributes:
         ids: [N, C] token ids, in the order in which they are laid out.
-        mass: [N, C], unnormalised probabilities, falling; 0 beyond `known`.
+        mass: [N, C], unnormalized probabilities, falling; 0 beyond `known`.
         known: [N] how many columns are certain to be the first; None: all.
         tail: [2, N] least and most mass that follows. When the second is 0, nothing follows.
     """
@@ -108,7 +108,7 @@ class Layout:
     tail: np.ndarray
 
 
-def pick(layout: Layout, rules: Rules, draws: np.ndarray) -> np.ndarray:
+def pick(layout: Layout, rules: SamplingMetadata, draws: np.ndarray) -> np.ndarray:
     """Return [N] which column each draw falls on, or −1 where the tail could change that.
 
     Min-p, top-k and top-p each cut the layout to a beginning; top-p counts what the others left.
@@ -170,7 +170,12 @@ def first_true(mask: np.ndarray) -> np.ndarray:
 
 
 def tail_bounds(
-    shifted: np.ndarray, first: np.ndarray, logsumexp: np.ndarray, num_others: int, rules: Rules, mass: np.ndarray
+    shifted: np.ndarray,
+    first: np.ndarray,
+    logsumexp: np.ndarray,
+    num_others: int,
+    rules: SamplingMetadata,
+    mass: np.ndarray,
 ) -> np.ndarray:
     """Bound Σ exp(r · (l − l_0)) over the tokens that are not among the known, per row; r is the row's power.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from seekforge.runtime.row_index import Places
+from seekforge.runtime.row_index import RowIndex
 from seekforge.runtime.sequence import Sequence
 
 
@@ -31,7 +31,7 @@ class Edits:
         bias: [P, V], f64, added; −inf bans. None: no row has any.
         num_lowered: [N], at most so many tokens become less likely, by other means than a grammar.
         num_raised: [N], so many tokens are of those that penalties may make more likely.
-        favoured: [N, X], tokens that a bias makes more likely; −1 fills up. None: there are none.
+        favored: [N, X], tokens that a bias makes more likely; −1 fills up. None: there are none.
         banned_rows, banned_ids: [M], stop tokens that come too early.
         completing: row -> further tokens that cannot be chosen now, rising: they would complete a bad word.
         allowed: row -> [V] bool: its other tokens cannot be chosen.
@@ -46,7 +46,7 @@ class Edits:
     bias: np.ndarray | None
     num_lowered: np.ndarray
     num_raised: np.ndarray
-    favoured: np.ndarray | None
+    favored: np.ndarray | None
     banned_rows: np.ndarray
     banned_ids: np.ndarray
     completing: dict[int, np.ndarray]
@@ -61,7 +61,7 @@ class Edits:
         return replace(
             self,
             **{name: getattr(self, name)[rows] for name in names},
-            favoured=None if self.favoured is None else self.favoured[rows],
+            favored=None if self.favored is None else self.favored[rows],
             banned_rows=banned_rows[banned_rows >= 0],
             banned_ids=self.banned_ids[banned_rows >= 0],
             completing={int(at[row]): tokens for row, tokens in self.completing.items() if at[row] >= 0},
@@ -137,7 +137,7 @@ class EditTables:
     def __init__(self, max_batch_size: int, vocab_size: int) -> None:
         """Make none yet."""
         self._shape = (max_batch_size + 1, vocab_size)
-        self._places = Places(max_batch_size)
+        self._places = RowIndex(max_batch_size)
         self.counts: np.ndarray | None = None
         self.in_prompt: np.ndarray | None = None
         self.bias: np.ndarray | None = None
@@ -226,9 +226,9 @@ class EditedRows:
         self._unlikely = np.array(
             [len(always_banned(s)) + sum(v < 0 for v in s.params.logit_bias.values()) for s in sequences]
         )
-        favoured = [[token for token, value in p.logit_bias.items() if value > 0] for p in params]
-        width = max(map(len, favoured))
-        self._favoured = np.array([ids + [-1] * (width - len(ids)) for ids in favoured]) if width else None
+        favored = [[token for token, value in p.logit_bias.items() if value > 0] for p in params]
+        width = max(map(len, favored))
+        self._favored = np.array([ids + [-1] * (width - len(ids)) for ids in favored]) if width else None
 
     def next(self, alive: Rows[int]) -> tuple[Edits, dict[int, str]]:
         """Return what the next logits of some rows are changed by.
@@ -269,7 +269,7 @@ class EditedRows:
             tables.bias if self._biased else None,
             lowered + unlikely + np.bincount(banned_rows, minlength=len(seen)),
             by_repetition * seen + by_others * generated,
-            self._favoured,
+            self._favored,
             np.array(banned_rows, np.int64),
             np.array(banned_ids, np.int64),
             completing,

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens: logit − logsumexp, of the model alone. Vectorised over rows; numpy only."""
+"""Log-probabilities of tokens: logit − logsumexp, of the model alone. Vectorized over rows; numpy only."""
 
 from __future__ import annotations
 

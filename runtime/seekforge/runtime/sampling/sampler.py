@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from seekforge.runtime.backends.base import StepOutputs
-from seekforge.runtime.sampling.inverse_cdf import Layout, Rules, first_true, pick, tail_bounds
+from seekforge.runtime.sampling.inverse_cdf import Layout, SamplingMetadata, first_true, pick, tail_bounds
 from seekforge.runtime.sampling.logits_processors import Edits
 from seekforge.runtime.sampling.params import SamplingParams
 
@@ -93,7 +93,9 @@ def needs_full_logits(params: SamplingParams) -> bool:
     return not params.greedy or params.edits_logits or params.logprobs is not None or params.best_of is not None
 
 
-def choose(rules: Rules, index: np.ndarray, edits: Edits | None, top: TopLogits, full: FullLogits) -> np.ndarray:
+def choose(
+    rules: SamplingMetadata, index: np.ndarray, edits: Edits | None, top: TopLogits, full: FullLogits
+) -> np.ndarray:
     """Choose one token per row.
 
     Args:
@@ -128,7 +130,7 @@ def choose(rules: Rules, index: np.ndarray, edits: Edits | None, top: TopLogits,
 
 
 def _from_top(
-    columns: int, rules: Rules, draws: np.ndarray, edits: Edits | None, top: TopLogits, full: FullLogits
+    columns: int, rules: SamplingMetadata, draws: np.ndarray, edits: Edits | None, top: TopLogits, full: FullLogits
 ) -> np.ndarray:
     """Choose from the first columns; `NO_TOKEN` where they do not decide."""
     ids, logits = top.ids[:, :columns], top.logits[:, :columns]
@@ -145,7 +147,7 @@ def _from_top(
 
 
 def _edited(
-    layout: Layout, logits: np.ndarray, edits: Edits, rules: Rules, num_others: int, full: FullLogits
+    layout: Layout, logits: np.ndarray, edits: Edits, rules: SamplingMetadata, num_others: int, full: FullLogits
 ) -> Layout:
     """Lay out anew rows of which some change their logits.
 
@@ -167,11 +169,11 @@ def _edited(
     touched = (changed != logits).any(1)
     unsure = edits.may_raise_others(ids) if num_others else np.zeros(len(ids), bool)
     num_lowered = (changed < logits).sum(1)
-    if edits.favoured is not None and num_others:
-        raw = _others(edits.favoured, ids, full)
+    if edits.favored is not None and num_others:
+        raw = _others(edits.favored, ids, full)
         is_finite = raw > -np.inf
-        raised = np.where(is_finite, edits.apply(raw, edits.favoured), -np.inf)
-        ids, changed = np.concatenate([ids, edits.favoured], axis=1), np.concatenate([changed, raised], axis=1)
+        raised = np.where(is_finite, edits.apply(raw, edits.favored), -np.inf)
+        ids, changed = np.concatenate([ids, edits.favored], axis=1), np.concatenate([changed, raised], axis=1)
         touched |= is_finite.any(1)
         gone = np.exp((raw - first) * rules.power[:, None]).sum(1)  # they are part of the tail no more
         tail = np.maximum(tail - gone, [[0.0], [_SOME_MASS]])
@@ -207,7 +209,7 @@ def _in_order(ids: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return ids, logits
 
 
-def _from_full(rules: Rules, draw: np.ndarray, logits: np.ndarray) -> int:
+def _from_full(rules: SamplingMetadata, draw: np.ndarray, logits: np.ndarray) -> int:
     """Choose from a whole row of logits, sorting no more of it than it takes."""
     largest = logits.max()
     if largest == -np.inf:

@@ -1,6 +1,6 @@
 """Text to token ids and back, byte by byte, so that streaming never shows half a character.
 
-A token of a byte-level BPE is a run of bytes. The detokeniser collects bytes and gives out what is complete
+A token of a byte-level BPE is a run of bytes. The detokenizer collects bytes and gives out what is complete
 UTF-8, so the deltas of a stream join to exactly the text of all its tokens.
 """
 

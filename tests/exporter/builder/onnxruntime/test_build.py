@@ -66,7 +66,7 @@ def test_embedding_head_and_tables_are_stored_once(tiny_engines: dict[str, Path]
     assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(places) if a != b)
 
 
-def test_folded_weights_are_the_dequantised_checkpoint(
+def test_folded_weights_are_the_dequantized_checkpoint(
     tiny_engines: dict[str, Path], tiny_source: Checkpoint, tiny_config: ModelConfig
 ) -> None:
     place = external(tiny_engines["exact"], "model")["layers.1.mlp.experts.w2.folded"]

@@ -18,7 +18,7 @@ from seekforge.exporter.inspect.cli import inspect
 from seekforge.exporter.models.deepseek_v32.parameters import CODES
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
-from seekforge.formats.int_quant import Quantisation, kind_of
+from seekforge.formats.int_quant import Quantization, kind_of
 from seekforge.formats.targets import load_target
 from seekforge.runtime import LLM, SamplingParams
 
@@ -53,7 +53,7 @@ def engines(
 @pytest.mark.parametrize("precision", ("int8", "int4"))
 def test_products_have_codes_and_the_manifest_lists_all_kinds(engines: dict[str, Path], precision: str) -> None:
     manifest = load_manifest(engines[precision])
-    how = manifest.quantisation
+    how = manifest.quantization
     assert how is not None and how.precision == precision and how.block_size == 32
     assert set(CODES.values()) == {"int4", "int8", "f32"}
     assert how.kinds == {kind: precision if codes == "int4" else codes for kind, codes in CODES.items()}
@@ -100,7 +100,7 @@ def test_a_scale_that_is_one_percent_off_is_noticed(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_updated_weights_are_quantised_again(engines: dict[str, Path], tiny_source: Checkpoint) -> None:
+def test_updated_weights_are_quantized_again(engines: dict[str, Path], tiny_source: Checkpoint) -> None:
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     names = [name.removesuffix("_scale_inv"), name]
     tensors = {key: np.asarray(tiny_source.tensor(key)).copy() for key in names}
@@ -120,7 +120,7 @@ def test_inspect_lists_what_is_stored_how(engines: dict[str, Path]) -> None:
         in shown
     )
     told = json.loads(CliRunner().invoke(inspect, [str(engines["int4"]), "--json"]).output)
-    assert told["quantisation"]["kinds"]["experts"] == "int4"
+    assert told["quantization"]["kinds"]["experts"] == "int4"
 
 
 def test_only_a_cpu_has_such_weights_and_it_has_no_fp8() -> None:
@@ -132,4 +132,4 @@ def test_only_a_cpu_has_such_weights_and_it_has_no_fp8() -> None:
 
 def test_a_manifest_that_names_an_unknown_format_is_refused() -> None:
     with pytest.raises(ValueError, match="int3"):
-        Quantisation.model_validate({"precision": "int4", "block_size": 32, "kinds": {"o_proj": "int3"}})
+        Quantization.model_validate({"precision": "int4", "block_size": 32, "kinds": {"o_proj": "int3"}})

@@ -510,7 +510,7 @@ def test_oversize_is_built_only_when_asked(inputs: Inputs) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((), "--precision fp8 multiplies quantised activations.*export with --numerics fp8"),
+        ((), "--precision fp8 multiplies quantized activations.*export with --numerics fp8"),
         (("precision=bf16",), "--kv-cache-dtype fp8_ds stores FP8.*export with --numerics fp8"),
     ],
 )

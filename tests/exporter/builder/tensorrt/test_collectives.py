@@ -15,7 +15,7 @@ from seekforge.exporter.program.trace import trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8
 from seekforge.formats.weight_recipes import Ranks
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.sum_ranks.collective import to_collectives
 from seekforge.plugins.testing import one_node_model
@@ -24,7 +24,7 @@ RTX_SMS = (80, 86, 89, 120, 121)
 
 
 def test_a_sum_over_ranks_becomes_the_collective_that_the_parser_knows() -> None:
-    how = Specialisation("bf16", "float8", "bf16", "trt")
+    how = Specialization("bf16", "float8", "bf16", "trt")
     model = one_node_model("SumRanks", {"num_ranks": 4}, how, [("bf16", [2, 256])], [("bf16", [2, 256])])
     assert to_collectives(model) == 1
     (node,) = model.graph.node
@@ -46,7 +46,7 @@ def test_a_layer_of_a_rank_builds_with_plugins_and_collectives(tmp_path: Path) -
     config = ModelConfig.parse(raw | {"moe_intermediate_size": 512}, "wide")
     ranks = Ranks(tp=2, ep=2)
     traced = trace(Settings(config, FP8, "bf16", ranks=ranks), (1, 2), lambda stage: None)
-    how = Specialisation("bf16", "int8", "fp8_ds", "trt")
+    how = Specialization("bf16", "int8", "fp8_ds", "trt")
     ready = prepare(traced.model, how, config, plugins=list(SPECS), products="bf16", digests={})
     assert ready.collectives == 2, "one for attention, one for the experts"
     assert "SumRanks" not in ready.plugins and not ready.inlined

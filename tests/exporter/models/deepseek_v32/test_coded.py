@@ -14,14 +14,14 @@ from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.int_codes import pack, quantise_rows
-from seekforge.formats.int_quant import Quantisation
+from seekforge.formats.int_codes import pack, quantize_rows
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.numerics import EXACT
 
 
 def matmul_nbits(x: np.ndarray, weight: np.ndarray, bits: int) -> np.ndarray:
     n, k = weight.shape
-    codes, scales = quantise_rows(weight, bits, 32)
+    codes, scales = quantize_rows(weight, bits, 32)
     attrs = {"K": k, "N": n, "bits": bits, "block_size": 32, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **attrs)
     constants = [
@@ -50,7 +50,7 @@ def test_the_product_is_that_of_onnx_runtime(bits: int, rows: int) -> None:
     x = draw.standard_normal((rows, 256)).astype(np.float32)
     x[0, 32:64] = 0
     linear = CodedLinear(256, 96, 32)
-    codes, scales = (torch.from_numpy(part) for part in quantise_rows(weight, bits, 32))
+    codes, scales = (torch.from_numpy(part) for part in quantize_rows(weight, bits, 32))
     linear.load_state_dict({"weight": codes, "weight_scale": scales}, assign=True)
     want = linear(torch.from_numpy(x)).numpy()
     # without the rounding of x this is 5e-3
@@ -63,8 +63,8 @@ def test_a_model_with_codes_differs_by_what_rounding_costs(tiny_source: Checkpoi
     exact = TorchSession(Settings(tiny_config, EXACT), tiny_source, 2).prefill(prompt)["logits"]
     error = {}
     for precision in ("int8", "int4"):
-        how = Quantisation(precision=precision, block_size=32, kinds=dict.fromkeys(kinds, precision))
-        session = TorchSession(Settings(tiny_config, EXACT, quantisation=how), tiny_source, 2)
+        how = Quantization(precision=precision, block_size=32, kinds=dict.fromkeys(kinds, precision))
+        session = TorchSession(Settings(tiny_config, EXACT, quantization=how), tiny_source, 2)
         assert session.model.lm_head.weight.dtype == torch.int8  # pyright: ignore
         logits = session.prefill(prompt)["logits"]
         error[precision] = float((logits - exact).abs().median() / exact.std())

@@ -14,7 +14,7 @@ from tests.support.oracle import (
     load_oracle,
     mtp_logits,
     record_selection,
-    write_dequantised,
+    write_dequantized,
     write_mtp_oracle,
 )
 from tests.support.parity import (
@@ -46,7 +46,7 @@ SCORE_NOISE = 1e-5
 
 @pytest.fixture(scope="module")
 def oracle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_oracle(write_dequantised(tiny_checkpoint, tmp_path_factory.mktemp("oracle") / "fp32"))
+    return load_oracle(write_dequantized(tiny_checkpoint, tmp_path_factory.mktemp("oracle") / "fp32"))
 
 
 @pytest.fixture(scope="module")

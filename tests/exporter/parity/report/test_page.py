@@ -17,7 +17,7 @@ from matplotlib import image as image
 from tests.support.parity_faults import build_engine, edited_checkpoint, scaled
 
 from seekforge.exporter.parity.report.page import render
-from seekforge.exporter.parity.report.svg import _COLOURS, _colour, line_chart
+from seekforge.exporter.parity.report.svg import _COLORS, _color, line_chart
 from seekforge.exporter.parity.report.terminal import number
 from seekforge.exporter.parity.report.to_json import _finite
 from seekforge.runtime.cli import main as cli
@@ -123,9 +123,9 @@ def test_charts_keep_all_points_inside(values: list[float], log: bool) -> None:
         assert 0 <= float(part.partition('"')[0]) <= 300
 
 
-def test_colours_go_from_noise_to_error() -> None:
-    assert _colour(0) == _colour(1e-9) == "#18305c" and _colour(1.0) == _colour(50.0) == "#cd302a"
-    assert len({_colour(10.0**e) for e in range(-8, 1)}) == 9 and _colour("inf") == "#000"
+def test_colors_go_from_noise_to_error() -> None:
+    assert _color(0) == _color(1e-9) == "#18305c" and _color(1.0) == _color(50.0) == "#cd302a"
+    assert len({_color(10.0**e) for e in range(-8, 1)}) == 9 and _color("inf") == "#000"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_numbers_are_short(value: Any, text: str) -> None:
 def test_a_browser_shows_it_without_a_sideways_scroll(
     tiny_checkpoint: Path, tiny_programs: dict[str, Path], tmp_path: Path, width: int, height: int
 ) -> None:
-    """A screenshot of a report with a fault in it: charts have their colours, nothing is wider than the screen, and a
+    """A screenshot of a report with a fault in it: charts have their colors, nothing is wider than the screen, and a
     finger beside a point of 2 pixels finds it. docs/parity-report.png is such a screenshot."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
@@ -175,10 +175,10 @@ def test_a_browser_shows_it_without_a_sideways_scroll(
     )
     pixels = (image.imread(shot)[..., :3] * 255).round().astype(int)
     assert pixels.shape[:2] == (height, max(width, 500))
-    for colour in ("#c22f2f", *_COLOURS[:4], _colour(1e-6)):  # the verdict, lines, cells of layers before the fault
-        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    for color in ("#c22f2f", *_COLORS[:4], _color(1e-6)):  # the verdict, lines, cells of layers before the fault
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         near = (np.abs(pixels - wanted).max(-1) <= 8).sum()
-        assert near > 20, f"{colour}: {near} pixels"
+        assert near > 20, f"{color}: {near} pixels"
 
 
 def faulty_report(checkpoint: Path, program: Path, folder: Path) -> Path:

@@ -306,14 +306,14 @@ def plan(libraries: Any, manifest: Manifest, tmp_path: Path) -> Any:
     return CudaDevice(tmp_path, manifest).open_plan(tmp_path / "model.plan")
 
 
-def call(context: int = 0, *, shape: tuple[int, ...] = (1, 1), specialised: bool = False) -> Call:
-    return Call({"input_ids": 64}, {"input_ids": shape}, context=context, specialised=specialised)
+def call(context: int = 0, *, shape: tuple[int, ...] = (1, 1), specialized: bool = False) -> Call:
+    return Call({"input_ids": 64}, {"input_ids": shape}, context=context, specialized=specialized)
 
 
 def test_contexts_of_captured_graphs_have_compiled_kernels_and_others_none(libraries: Any, plan: Any) -> None:
     """Never LAZY, which swaps kernels in under a graph; and no graphs of TensorRT-RTX's own inside ours."""
     _, trt = libraries
-    for one in (call(), call(specialised=True), call(1, specialised=True), call(1, specialised=True)):
+    for one in (call(), call(specialized=True), call(1, specialized=True), call(1, specialized=True)):
         plan.enqueue(one)
     kinds = trt_real.DynamicShapesKernelSpecializationStrategy
     off = trt_real.CudaGraphStrategy.DISABLED
@@ -323,7 +323,7 @@ def test_contexts_of_captured_graphs_have_compiled_kernels_and_others_none(libra
 def test_a_context_keeps_its_shapes_whatever_others_are_told(libraries: Any, plan: Any) -> None:
     _, trt = libraries
     for number, rows in ((1, 1), (2, 8), (1, 1), (2, 8)):
-        plan.enqueue(call(number, shape=(rows, 1), specialised=True))
+        plan.enqueue(call(number, shape=(rows, 1), specialized=True))
     assert [one.set_input_shape.call_count for one in trt.contexts] == [1, 1]
     assert {one.set_device_memory.call_args.args for one in trt.contexts} == {plan._device.scratch}, "it is shared"
 
@@ -331,18 +331,18 @@ def test_a_context_keeps_its_shapes_whatever_others_are_told(libraries: Any, pla
 def test_released_contexts_are_gone_and_others_stay(libraries: Any, plan: Any) -> None:
     _, trt = libraries
     for number in (0, 1, 2):
-        plan.enqueue(call(number, specialised=True))
+        plan.enqueue(call(number, specialized=True))
     plan.release(1)
     plan.release(9)
-    plan.enqueue(call(2, specialised=True))
+    plan.enqueue(call(2, specialized=True))
     assert len(trt.contexts) == 3
-    plan.enqueue(call(1, specialised=True))
+    plan.enqueue(call(1, specialized=True))
     assert len(trt.contexts) == 4, "made anew"
 
 
 def test_a_context_is_asked_whether_it_can_be_captured(libraries: Any, plan: Any) -> None:
     _, trt = libraries
-    one = call(1, specialised=True)
+    one = call(1, specialized=True)
     plan.enqueue(one)
     assert plan.is_stream_capturable(one)
     trt.contexts[0].is_stream_capturable.assert_called_once_with(77)
@@ -380,7 +380,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "memory": (refuse("set_device_memory", lambda trt: says(trt, "memory is too small")), "memory is too small"),
     "profile": (
         refuse("set_optimization_profile_async", lambda trt: lambda *_: False),
-        "no optimisation profile 0",
+        "no optimization profile 0",
     ),
     "shape": (refuse("set_input_shape", lambda trt: lambda *_: False), r"shape \(1, 1\) of input_ids is outside"),
     "step": (refuse("execute_async_v3", lambda trt: says(trt, "bad step")), "bad step"),

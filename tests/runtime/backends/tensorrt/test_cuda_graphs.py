@@ -100,7 +100,7 @@ def test_kernels_are_compiled_for_steps_that_come_again_and_for_no_prompt(
 ) -> None:
     for position in range(4):
         logits(backend, A, position)
-    assert all(specialised for _, specialised, _ in device.enqueued), "captured or not: a bucket gives the same bits"
+    assert all(specialized for _, specialized, _ in device.enqueued), "captured or not: a bucket gives the same bits"
     device.enqueued.clear()
     backend.run(prompts(1), outputs=["logits"])
     assert device.enqueued == [(0, False, False)]
@@ -214,8 +214,8 @@ def test_metrics_tell_of_graphs(gpu_engine: tuple[Path, Path], device: FakeDevic
 
 
 def _contexts(device: FakeDevice) -> list[tuple[int, bool]]:
-    """Return (number, specialised) of every context that lives."""
-    return [(number, specialised) for plan in device.plans for _, number, specialised in plan.contexts]
+    """Return (number, specialized) of every context that lives."""
+    return [(number, specialized) for plan in device.plans for _, number, specialized in plan.contexts]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`build --target cpu`: specialise to f32, fold or quantise the weights, inline the bodies, prove the result, write a
+"""`build --target cpu`: specialize to f32, fold or quantize the weights, inline the bodies, prove the result, write a
 manifest.
 
 A CPU engine holds its weights, so before any work their bytes are compared with the disk: a build that would fill it is
@@ -42,7 +42,7 @@ from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
 from seekforge.exporter.program.inline import F32, inline
 from seekforge.exporter.program.metadata import annotate_again
-from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.taps import expose, name_taps
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -56,19 +56,19 @@ from seekforge.formats.engine.manifest import (
     digest_file,
     save_manifest,
 )
-from seekforge.formats.int_quant import Quantisation
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO, Program, Role, TensorSpec, load_bindings, load_program, save_bindings
 from seekforge.formats.targets import Precision, TargetConfig
 from seekforge.formats.weight_file import ALIGNMENT, WEIGHTS
 from seekforge.formats.weight_recipes import Recipe, retarget, tensors_of
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.operator import cdiv
 
 #: The tensors that scale with the context an engine accepts.
 #: What a graph of an engine says of itself.
-_ENGINE_GRAPH = "The program specialised for ONNX Runtime on a CPU; weights are constants in the file beside this one."
+_ENGINE_GRAPH = "The program specialized for ONNX Runtime on a CPU; weights are constants in the file beside this one."
 _ROPE_TABLES = ("rope_cos", "rope_sin")
 #: What numbers become in an engine with f32 activations.
 _F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
@@ -113,7 +113,7 @@ class Planned:
     config: ModelConfig
     whole: ModelConfig
     limits: Limits
-    coded: Quantisation | None
+    coded: Quantization | None
     weight_bytes: int
     free_bytes: int
     warning: str
@@ -160,7 +160,7 @@ def check(
     return Planned(program, bindings, config, whole, limits, _coded(target.precision, config), needed, free, warning)
 
 
-def _coded(precision: Precision, config: ModelConfig) -> Quantisation | None:
+def _coded(precision: Precision, config: ModelConfig) -> Quantization | None:
     return None if precision == "f32" else choose(precision, config)
 
 
@@ -173,7 +173,7 @@ def _memory_bytes() -> int | None:
 
 
 def layer_bytes(
-    bindings: Mapping[str, Mapping[str, Recipe]], coded: Quantisation | None, max_model_len: int
+    bindings: Mapping[str, Mapping[str, Recipe]], coded: Quantization | None, max_model_len: int
 ) -> dict[int | None, int]:
     """Return layer -> bytes of its weights in an engine; None: what belongs to no layer.
 
@@ -187,7 +187,7 @@ def layer_bytes(
     for recipes in bindings.values():
         for name, recipe in recipes.items():
             if name.removesuffix("_scale") in recipes and name.endswith("_scale"):
-                continue  # of an FP8 weight, which is dequantised
+                continue  # of an FP8 weight, which is dequantized
             if recipe in stored[name]:
                 continue  # graphs share what they both read
             stored[name].append(recipe)
@@ -201,7 +201,7 @@ def _aligned(num_bytes: int) -> int:
     return cdiv(num_bytes, ALIGNMENT) * ALIGNMENT
 
 
-def _constant_bytes(name: str, recipe: Recipe, coded: Quantisation | None, max_model_len: int) -> list[int]:
+def _constant_bytes(name: str, recipe: Recipe, coded: Quantization | None, max_model_len: int) -> list[int]:
     """Return the bytes of what an engine makes of one weight or table: itself, or its codes and their scales."""
     elements = math.prod(recipe.shape)
     if name in _ROPE_TABLES:
@@ -294,13 +294,13 @@ def build(
     ):
         with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
             scan_values(checkpoint, planned.whole, names=_read_tensors(program, bindings, checkpoint), progress=bar)
-        progress("specialise and fold")
+        progress("specialize and fold")
         weights = WeightFile(WEIGHTS)
         graphs = {
             name: _fold_graph(program_folder, face, bindings[name], config, F32, coded, limits, weights, taps)
             for name, face in program.graphs.items()
         }
-        with progress.bytes_bar("dequantise weights" if coded is None else f"{target.precision} weights") as bar:
+        with progress.bytes_bar("dequantize weights" if coded is None else f"{target.precision} weights") as bar:
             weights.write(folder, checkpoint, bar)
         progress("inline, check, write")
         faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
@@ -339,7 +339,7 @@ def build(
                 "precision": target.precision,
                 "taps": taps,
             },
-            quantisation=coded,
+            quantization=coded,
         )
         manifest = save_manifest(folder, manifest)
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
@@ -360,15 +360,15 @@ def _fold_graph(
     face: GraphIO,
     recipes: dict[str, Recipe],
     config: ModelConfig,
-    how: Specialisation,
-    coded: Quantisation | None,
+    how: Specialization,
+    coded: Quantization | None,
     limits: Limits,
     weights: WeightFile,
     taps: bool,
 ) -> onnx.ModelProto:
-    """Load, check, specialise and fold one graph; bodies are inlined, so that it holds operators of ONNX and
+    """Load, check, specialize and fold one graph; bodies are inlined, so that it holds operators of ONNX and
     ONNX Runtime only."""
-    model = specialise(read_graph(program_folder, face), how, config)
+    model = specialize(read_graph(program_folder, face), how, config)
     names = name_taps(model)
     if taps:
         expose(model, names)

@@ -1,7 +1,7 @@
-"""Fold weights into a specialised graph: weight inputs become initialisers in one external file.
+"""Fold weights into a specialized graph: weight inputs become initializers in one external file.
 
-On a CPU this is where the speed is: FP8 weights are dequantised once, laid out as the product reads them
-([K, N]), or turned into int8 or int4 codes (`quantise`), and every Cast or Transpose of a weight is done here instead
+On a CPU this is where the speed is: FP8 weights are dequantized once, laid out as the product reads them
+([K, N]), or turned into int8 or int4 codes (`quantize`), and every Cast or Transpose of a weight is done here instead
 of at each load. Weights that two graphs share (embedding, head, tables) are stored once.
 """
 
@@ -19,10 +19,10 @@ from onnx import TensorProto, helper
 
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.common.errors import ProgramError
-from seekforge.exporter.builder.onnxruntime.quantize import MS_DOMAIN, quantise_experts, quantise_linear
-from seekforge.formats.int_quant import Quantisation
+from seekforge.exporter.builder.onnxruntime.quantize import MS_DOMAIN, quantize_experts, quantize_linear
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.weight_file import WeightLayout, constant_bytes
-from seekforge.formats.weight_recipes import Recipe, TensorSource, dequantise, evaluate_into, transpose
+from seekforge.formats.weight_recipes import Recipe, TensorSource, dequantize, evaluate_into, transpose
 from seekforge.plugins.functions.attach import operator_of
 from seekforge.plugins.operator import FoldedForm, OpSpec
 
@@ -31,13 +31,13 @@ _ZEROS = 1 << 22
 
 
 def fold_weights(
-    model: onnx.ModelProto, weights: Mapping[str, Recipe], how: Quantisation | None = None, *, top_k: int = 0
+    model: onnx.ModelProto, weights: Mapping[str, Recipe], how: Quantization | None = None, *, top_k: int = 0
 ) -> dict[str, Recipe]:
     """Rewrite `model` in place so that it reads constants in place of weight inputs.
 
     Args:
-        model: specialised graph without functions.
-        weights: weight input -> recipe, already in the dtypes of the specialisation.
+        model: specialized graph without functions.
+        weights: weight input -> recipe, already in the dtypes of the specialization.
         how: which weights become codes; None: none.
         top_k: experts of a token, where experts become codes.
 
@@ -61,7 +61,7 @@ def fold_weights(
         if how is not None and node.op_type == "MatMul" and node.input[1] in transposed:
             name = transposed[node.input[1]]
             if how.bits(name):
-                quantise_linear(node, constants[name], name, how, constants)
+                quantize_linear(node, constants[name], name, how, constants)
         elif node.op_type == "Cast" and node.input[0] in constants:
             to = next(a.i for a in node.attribute if a.name == "to")
             if to == ONNX[constants[node.input[0]].dtype]:
@@ -96,7 +96,7 @@ def _fold(
     spec: OpSpec,
     form: FoldedForm,
     constants: dict[str, Recipe],
-    how: Quantisation | None,
+    how: Quantization | None,
     top_k: int,
 ) -> list[onnx.NodeProto]:
     """Return what computes an operator whose FP8 weights become codes or are folded, the node itself in most cases."""
@@ -104,13 +104,13 @@ def _fold(
     weights = {arg.name: f"{arg.name}_scale" for arg in spec.inputs if arg.dtype == "fp8"}
     if how is not None and all(how.bits(inputs[name]) for name in weights):
         if form.quantized == "QMoE":
-            return quantise_experts(node, top_k, how, constants)
+            return quantize_experts(node, top_k, how, constants)
         ((name, scale),) = weights.items()
-        weight = dequantise(constants[inputs[name]], constants[inputs[scale]], "f32")
-        quantise_linear(node, weight, inputs[name], how, constants)
+        weight = dequantize(constants[inputs[name]], constants[inputs[scale]], "f32")
+        quantize_linear(node, weight, inputs[name], how, constants)
         return [node]
     for name, scale in weights.items():
-        weight = dequantise(constants[inputs[name]], constants[inputs.pop(scale)], "f32")
+        weight = dequantize(constants[inputs[name]], constants[inputs.pop(scale)], "f32")
         *leading, rows, columns = range(len(weight.shape))
         constants[f"{inputs[name]}.folded"] = transpose(weight, (*leading, columns, rows))
         inputs[name] = f"{inputs[name]}.folded"
@@ -140,7 +140,7 @@ class WeightFile:
         return self.layout.num_bytes
 
     def attach(self, model: onnx.ModelProto, constants: Mapping[str, Recipe]) -> None:
-        """Make `constants` initialisers of `model` with their place in this file."""
+        """Make `constants` initializers of `model` with their place in this file."""
         self.attached.append(constants)
         inputs = [value for value in model.graph.input if value.name not in constants]
         del model.graph.input[:]

@@ -1,4 +1,4 @@
-"""Turn products of a specialised f32 graph into ONNX Runtime's products with int8 or int4 weights.
+"""Turn products of a specialized f32 graph into ONNX Runtime's products with int8 or int4 weights.
 
 A graph pass like `fold`: linears become `MatMulNBits`, routed experts `QMoE` under the program's own router. Both
 round their inputs to int8 (`accuracy_level` 4): at one row exact inputs are 10 to 75 times slower with 8 bits.
@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from seekforge.common.dtypes import ONNX
 from seekforge.exporter.models import family_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.int_quant import Quantisation, dequantised, packed, quantised
+from seekforge.formats.int_quant import Quantization, dequantized, packed, quantized
 from seekforge.formats.weight_recipes import Recipe, reshape, stack, transpose
 
 #: Where MatMulNBits and QMoE live.
@@ -25,15 +25,15 @@ MS_DOMAIN: Final = "com.microsoft"
 BLOCK_SIZE: Final = 32
 
 
-def choose(precision: str, config: ModelConfig) -> Quantisation:
+def choose(precision: str, config: ModelConfig) -> Quantization:
     """Return how each kind of weight is stored in an engine of `precision`: as its family says, at most so small."""
     codes = family_of(config).codes
     kinds = {kind: precision if smallest == "int4" else smallest for kind, smallest in codes.items()}
-    return Quantisation.model_validate({"precision": precision, "block_size": BLOCK_SIZE, "kinds": kinds})
+    return Quantization.model_validate({"precision": precision, "block_size": BLOCK_SIZE, "kinds": kinds})
 
 
-def quantise_linear(
-    node: onnx.NodeProto, weight: Recipe, name: str, how: Quantisation, constants: dict[str, Recipe]
+def quantize_linear(
+    node: onnx.NodeProto, weight: Recipe, name: str, how: Quantization, constants: dict[str, Recipe]
 ) -> None:
     """Make `node`, a product whose first input is x, a `MatMulNBits` with the codes of a weight.
 
@@ -44,7 +44,7 @@ def quantise_linear(
     """
     bits = how.bits(name)
     assert bits is not None
-    codes, scales = quantised(weight, bits, how.block_size)
+    codes, scales = quantized(weight, bits, how.block_size)
     n, k = weight.shape
     constants[f"{name}.codes"], constants[f"{name}.scales"] = packed(codes, bits, how.block_size), scales
     node.op_type, node.domain = "MatMulNBits", MS_DOMAIN
@@ -53,8 +53,8 @@ def quantise_linear(
     _set_attributes(node, attributes)
 
 
-def quantise_experts(
-    node: onnx.NodeProto, top_k: int, how: Quantisation, constants: dict[str, Recipe]
+def quantize_experts(
+    node: onnx.NodeProto, top_k: int, how: Quantization, constants: dict[str, Recipe]
 ) -> list[onnx.NodeProto]:
     """Return what replaces a `MoeExperts` node: its routing spread over all experts, and `QMoE`.
 
@@ -66,7 +66,7 @@ def quantise_experts(
     assert bits is not None
     experts, inter2, _ = constants[w13].shape
     for name, scale, rows in ((w13, w13_scale, inter2), (w2, w2_scale, None)):
-        codes, scales = quantised(dequantised(constants[name], constants[scale]), bits, how.block_size)
+        codes, scales = quantized(dequantized(constants[name], constants[scale]), bits, how.block_size)
         ready = packed(codes, bits, how.block_size)
         flat = stack(reshape(part, (part.shape[0], part.shape[1] * part.shape[2])) for part in ready.parts)
         constants[f"{name}.codes"] = _interleaved(flat) if rows else flat

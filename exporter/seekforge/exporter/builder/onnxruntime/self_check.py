@@ -30,7 +30,7 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.tolerances import GATE, PERTURBATION
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, SelfCheck, SelfCheckRow
-from seekforge.formats.int_quant import Quantisation
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO
@@ -58,7 +58,7 @@ def make_self_check(
     numerics: dict[str, Any],
     source: TensorSource,
     limits: Limits,
-    quantisation: Quantisation | None = None,
+    quantization: Quantization | None = None,
 ) -> SelfCheck:
     """Run the PyTorch model and the new engine on one prompt, compare them, and return what to store.
 
@@ -68,16 +68,16 @@ def make_self_check(
         config, numerics: of the program.
         source: the checkpoint.
         limits: of the engine.
-        quantisation: of its weights. PyTorch then computes with the same codes and rounds the same inputs to int8, so
-            that the tolerance is about the engine, not about what quantisation costs.
+        quantization: of its weights. PyTorch then computes with the same codes and rounds the same inputs to int8, so
+            that the tolerance is about the engine, not about what quantization costs.
 
     Raises:
         EngineError: the engine's results differ by more than the tolerance.
     """
-    settings = Settings(config, numerics_from_dict(numerics), "f32", quantisation=quantisation)
+    settings = Settings(config, numerics_from_dict(numerics), "f32", quantization=quantization)
     longest = min((config.index_topk or _LONGEST) + 8, _LONGEST, limits.max_model_len)
     session = OrtSession(folder, face, (cdiv(longest, BLOCK_SIZE) + 1) * BLOCK_SIZE)
-    if quantisation is not None:
+    if quantization is not None:
         return _coded_check(settings, source, session, longest)
     tried: list[_Candidate] = []
     for length, count in ((longest, 1), (16, 6), (6, 12)):
@@ -177,7 +177,7 @@ def _candidates(settings: Settings, source: TensorSource, length: int, candidate
                 f"{PERTURBATION:g}, at least {_FLOOR:g} of the logits' spread ({spread:.2f})"
             ),
             source=f"PyTorch {torch.__version__}, numerics {settings.numerics.name}, f32 activations"
-            + (f", the engine's {settings.quantisation.precision} weights" if settings.quantisation else ""),
+            + (f", the engine's {settings.quantization.precision} weights" if settings.quantization else ""),
         )
         result.append(_Candidate(check, change, spread))
     return result

@@ -1,4 +1,4 @@
-"""Which matrix products an engine makes, and in which precision. Pure functions over a specialised graph.
+"""Which matrix products an engine makes, and in which precision. Pure functions over a specialized graph.
 
 Counted for one decoded token at a stated context: operators as their descriptions say, other products with weights from
 the weights' own shapes. The Hadamard rotation, 0.3 % of the rest, is left out.
@@ -47,7 +47,7 @@ def products(
     precision: str,
     context: int,
 ) -> list[Product]:
-    """Return the matrix products of a specialised graph before inlining.
+    """Return the matrix products of a specialized graph before inlining.
 
     Args:
         operators: the graph with its custom nodes.

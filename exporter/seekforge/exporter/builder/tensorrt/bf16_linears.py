@@ -21,7 +21,7 @@ def bf16_linear_weights(model: onnx.ModelProto, weights: Collection[str]) -> set
     """Return the weights that a graph reads in products of two operands cast to f32 and nowhere else.
 
     Args:
-        model: canonical, or specialised with bf16 activations.
+        model: canonical, or specialized with bf16 activations.
         weights: BF16 inputs that are cast to f32 wherever they are read (`prepare.wide_weights`).
     """
     readers, results = _readers(model), {value.name for value in model.graph.output}
@@ -46,7 +46,7 @@ def use_bf16_linear(model: onnx.ModelProto, weights: Collection[str]) -> None:
     """Put `Bf16Linear` in place of the products of `weights`, and drop the casts that nobody reads any more.
 
     Args:
-        model: specialised graph, changed in place.
+        model: specialized graph, changed in place.
         weights: found by `bf16_linear_weights`.
     """
     graph = model.graph

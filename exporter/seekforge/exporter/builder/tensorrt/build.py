@@ -1,4 +1,4 @@
-"""`build` for TensorRT and TensorRT-RTX: specialise, compile kernels and plans, audit, write a manifest.
+"""`build` for TensorRT and TensorRT-RTX: specialize, compile kernels and plans, audit, write a manifest.
 
 An engine holds no weights: they are inputs, and `bindings.json` in the engine says how a runtime makes them from the
 checkpoint. So the full model builds on a laptop. What cannot work is refused before (`gpu_checks`).
@@ -73,7 +73,7 @@ def build_gpu(
     with atomic_folder(out, force=force, marker=MANIFEST) as folder, _log_kept(folder / LOG, lost_log):
         jobs = []
         for name, canonical in program.graphs.items():
-            progress(f"{name}: specialise")
+            progress(f"{name}: specialize")
             jobs += _jobs(name, canonical, inputs, planned, choices, digests)
         _compile(jobs, target, choices, folder, parts, made, progress)
         if tasks:  # after the plans: a library or a GPU that is missing is said before minutes of work
@@ -223,7 +223,7 @@ def _renamed(face: GraphIO, names: Mapping[str, str]) -> GraphIO:
 
 
 def describe(model: onnx.ModelProto, canonical: GraphIO, file: str) -> GraphIO:
-    """Return the face of a specialised graph; roles and aliases are those of the canonical one."""
+    """Return the face of a specialized graph; roles and aliases are those of the canonical one."""
     roles: dict[str, Role] = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
 
     def spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -42,7 +42,7 @@ from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import Program, Role, load_bindings, load_program
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.contracts import refusals
 from seekforge.plugins.operator import cdiv, evaluate_dim
 from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS, WITH_KERNELS
@@ -87,7 +87,7 @@ class Planned:
 
     Attributes:
         plugins: op_types that become plugins.
-        how: dtypes of the specialisation.
+        how: dtypes of the specialization.
         limits: of the engine.
         device_bytes: expected use of one GPU.
         oversize: more is expected than there is.
@@ -98,7 +98,7 @@ class Planned:
     target: TargetConfig
     plugins: tuple[str, ...]
     inlined: tuple[str, ...]
-    how: Specialisation
+    how: Specialization
     limits: Limits
     device_bytes: dict[str, int]
     oversize: bool
@@ -188,7 +188,7 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
         raise TargetError(f"target {target.name}: {large}")
     bytes_only = any(OPERATORS[op].inlined_weights == "int8" for op in inlined)
     storage = "float8" if target.has_fp8 and not bytes_only else "int8"
-    how = Specialisation("bf16", storage, target.kv_format, "trt")
+    how = Specialization("bf16", storage, target.kv_format, "trt")
     device = expected_bytes(inputs, target, limits, choices.most_layers, plugins)
     oversize = device["total"] > device["usable"]
     if oversize and not choices.allow_oversize:
@@ -230,7 +230,7 @@ def _fault(
     numerics = program.numerics
     if target.precision == "fp8" and numerics["act_quant"] != "ue8m0":
         return (
-            f"--precision fp8 multiplies quantised activations, and the program has numerics {numerics['name']!r} "
+            f"--precision fp8 multiplies quantized activations, and the program has numerics {numerics['name']!r} "
             "without them"
         )
     if target.kv_format == "fp8_ds" and not (numerics["kv_fp8"] and numerics["indexer_fp8"]):
@@ -287,8 +287,8 @@ def _remedy(
                 changes.append((" ".join(said), plugins, other))
     working = [said for said, plugins, other in changes if not _fault(other, program, config, ops, plugins)]
     numerics = program.numerics
-    quantised = numerics["act_quant"] == "ue8m0" and numerics["kv_fp8"] and numerics["indexer_fp8"]
-    export = "" if quantised else "export with --numerics fp8, or "
+    quantized = numerics["act_quant"] == "ue8m0" and numerics["kv_fp8"] and numerics["indexer_fp8"]
+    export = "" if quantized else "export with --numerics fp8, or "
     if not working:
         return "no options build this model for a GPU; --target cpu takes it"
     fewest = min(len(said.split()) for said in working)

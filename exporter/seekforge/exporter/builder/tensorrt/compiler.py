@@ -137,11 +137,11 @@ def compile_graph(
 
     Args:
         flavour: which library.
-        model: serialised ONNX.
+        model: serialized ONNX.
         plan: file to write.
         plugins: op_type -> how many plugin layers there must be; others are an error.
         sms: SMs that the plan shall run on (TensorRT-RTX).
-        profiles: shapes of each optimisation profile.
+        profiles: shapes of each optimization profile.
         options: see `Options`.
         log: file that everything the library says is appended to.
         progress: told the fraction of compiling that is done.

@@ -1,4 +1,4 @@
-"""A canonical graph made ready for TensorRT: specialised, custom nodes left for plugins or inlined."""
+"""A canonical graph made ready for TensorRT: specialized, custom nodes left for plugins or inlined."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from onnx import TensorProto, helper, inliner
 
 from seekforge.exporter.builder.tensorrt.bf16_linears import use_bf16_linear
 from seekforge.exporter.builder.tensorrt.rope import write_out_rope
-from seekforge.exporter.program.specialize import specialise
+from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.taps import name_taps, tap_shape
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import TensorSpec
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN
 from seekforge.plugins.registry import SPECS
@@ -30,7 +30,7 @@ class Prepared:
 
     Attributes:
         model: without functions; custom nodes are plugins.
-        operators: the specialised graph before anything was inlined, for the audit.
+        operators: the specialized graph before anything was inlined, for the audit.
         plugins: op_type -> nodes left for plugins.
         inlined: op_type -> nodes inlined.
         taps: names of the tensors inside layers that the plan shall show.
@@ -47,7 +47,7 @@ class Prepared:
 
 def prepare(
     model: onnx.ModelProto,
-    how: Specialisation,
+    how: Specialization,
     config: ModelConfig,
     *,
     plugins: Collection[str],
@@ -57,7 +57,7 @@ def prepare(
     weights: Collection[str] = (),
     bf16_linears: Collection[str] = (),
 ) -> Prepared:
-    """Specialise a canonical graph and decide the face of every custom node.
+    """Specialize a canonical graph and decide the face of every custom node.
 
     Args:
         model: canonical graph.
@@ -73,23 +73,23 @@ def prepare(
     Raises:
         ProgramError: an operator that is to be inlined has no body for `how`.
     """
-    specialised = specialise(model, how, config)
-    use_bf16_linear(specialised, bf16_linears)
-    widen_weights(specialised, weights)
-    names = tuple(name_taps(specialised)) if taps else ()
-    collectives = to_collectives(specialised)
-    counts = Counter(node.op_type for node in specialised.graph.node if node.domain == DOMAIN)
+    specialized = specialize(model, how, config)
+    use_bf16_linear(specialized, bf16_linears)
+    widen_weights(specialized, weights)
+    names = tuple(name_taps(specialized)) if taps else ()
+    collectives = to_collectives(specialized)
+    counts = Counter(node.op_type for node in specialized.graph.node if node.domain == DOMAIN)
     operators = onnx.ModelProto()
-    operators.CopyFrom(specialised)
+    operators.CopyFrom(specialized)
     inlined = {op: count for op, count in counts.items() if op not in plugins}
     if inlined:
-        specialised = _inline(specialised, how, inlined)
-        write_out_rope(specialised)
-    for node in specialised.graph.node:
+        specialized = _inline(specialized, how, inlined)
+        write_out_rope(specialized)
+    for node in specialized.graph.node:
         if node.domain == DOMAIN:
             _describe(node, products, digests.get(node.op_type, ""))
     return Prepared(
-        specialised, operators, {op: n for op, n in counts.items() if op in plugins}, inlined, names, collectives
+        specialized, operators, {op: n for op, n in counts.items() if op in plugins}, inlined, names, collectives
     )
 
 
@@ -97,7 +97,7 @@ def wide_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
     """Return the BF16 weights that a graph only reads as f32: norms, router, head.
 
     Args:
-        model: canonical, or specialised with bf16 activations.
+        model: canonical, or specialized with bf16 activations.
         weights: inputs that are weights.
     """
     graph = model.graph
@@ -117,7 +117,7 @@ def widen_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
     DeepSeek-V3.2 3.7 GB written and read again per token.
 
     Args:
-        model: specialised graph, changed in place.
+        model: specialized graph, changed in place.
         weights: inputs that are weights.
 
     Returns:
@@ -155,7 +155,7 @@ def debug_specs(taps: Mapping[str, str]) -> tuple[TensorSpec, ...]:
     )
 
 
-def _inline(model: onnx.ModelProto, how: Specialisation, ops: Collection[str]) -> onnx.ModelProto:
+def _inline(model: onnx.ModelProto, how: Specialization, ops: Collection[str]) -> onnx.ModelProto:
     """Replace the nodes of `ops` by their bodies."""
     kept: list[onnx.NodeProto] = []
     for node in model.graph.node:  # hide the others: they may have no body at all

@@ -35,7 +35,7 @@ from seekforge.formats.engine.manifest import (
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import PROGRAM_FORMAT, GraphIO
 from seekforge.formats.weight_recipes import Recipe, cast, retarget
-from seekforge.plugins.functions.specialization import Specialisation
+from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.launch_plan import KernelSet
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt.library import MODULES
@@ -226,7 +226,7 @@ def make_manifest(
     )
 
 
-def _bindings_text(inputs: Inputs, how: Specialisation, wide: Mapping[str, set[str]]) -> str:
+def _bindings_text(inputs: Inputs, how: Specialization, wide: Mapping[str, set[str]]) -> str:
     """bindings.json of the engine: the program's recipes in the dtypes of the engine."""
 
     def recipe(canonical: Recipe, *, wide: bool) -> Recipe:

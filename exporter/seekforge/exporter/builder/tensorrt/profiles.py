@@ -1,4 +1,4 @@
-"""Optimisation profiles: which sizes an engine must take, from its limits. Pure functions over plain values."""
+"""Optimization profiles: which sizes an engine must take, from its limits. Pure functions over plain values."""
 
 from __future__ import annotations
 

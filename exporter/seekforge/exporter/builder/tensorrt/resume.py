@@ -1,7 +1,7 @@
 """Plans that an interrupted build has finished, kept beside the engine until it is whole.
 
 What stands there may be anybody's: where a folder is shared, others can write beside an engine. It is read as any other
-artefact is, and what does not fit is made again.
+artifact is, and what does not fit is made again.
 """
 
 from __future__ import annotations

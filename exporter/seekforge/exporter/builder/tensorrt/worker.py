@@ -31,7 +31,7 @@ from seekforge.plugins.tensorrt.plugin import register
 _INTERVAL_S, _ALWAYS_DEPTH = 0.1, 2
 #: What TensorRT-RTX 1.7 says of a network that cannot have the flag: for what it knows, and in general.
 _UNCAPTURABLE = re.compile("kREQUIRE_USER_ALLOCATION is not compatible|requireUserAllocation && !isStreamCapturable")
-#: What both libraries say once for every optimisation profile, in order: what a context needs, scratch included.
+#: What both libraries say once for every optimization profile, in order: what a context needs, scratch included.
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 

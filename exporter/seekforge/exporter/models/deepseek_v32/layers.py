@@ -15,7 +15,7 @@ from seekforge.plugins.sum_ranks.op import sum_ranks
 
 
 def weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised parameter that takes no gradient; filled by `weights.load_weights`."""
+    """An uninitialized parameter that takes no gradient; filled by `weights.load_weights`."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
@@ -132,7 +132,7 @@ def round_to_int8(x: Tensor, block_size: int) -> Tensor:
 
 def fp8_linear(settings: Settings, kind: str, in_features: int, out_features: int) -> Fp8Linear | CodedLinear:
     """Return the linear of a weight that is FP8 in the checkpoint, as `settings` want its kind."""
-    how = settings.quantisation
+    how = settings.quantization
     if how is not None and how.is_coded(kind):
         return CodedLinear(in_features, out_features, how.block_size)
     return Fp8Linear(in_features, out_features, settings.numerics.act_quant)
@@ -140,7 +140,7 @@ def fp8_linear(settings: Settings, kind: str, in_features: int, out_features: in
 
 def linear_f32(settings: Settings, kind: str, in_features: int, out_features: int) -> LinearF32 | CodedLinear:
     """Return the linear of a weight that is BF16 in the checkpoint and gives f32, as `settings` want its kind."""
-    how = settings.quantisation
+    how = settings.quantization
     if how is not None and how.is_coded(kind):
         return CodedLinear(in_features, out_features, how.block_size)
     return LinearF32(in_features, out_features, settings.dtype)

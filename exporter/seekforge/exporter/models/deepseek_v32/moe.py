@@ -79,7 +79,7 @@ class Moe(nn.Module):
         config = settings.config
         self.config = config
         self.gate = Gate(settings)
-        how = settings.quantisation
+        how = settings.quantization
         coded = how is not None and how.is_coded("experts")
         self.experts = CodedExperts(settings, how.block_size) if how is not None and coded else Experts(settings)
         shared = config.n_shared_experts * config.moe_intermediate_size // settings.ranks.count

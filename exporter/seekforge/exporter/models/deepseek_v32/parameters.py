@@ -16,7 +16,7 @@ from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR
 #: Those that are int8 are a small part of the weights. With all in int4 the tiny model's KL is 0.14; each alone,
 #: qkv_a_proj, lm_head and wq_b cost 0.07, 0.03 and 0.02, and the first and last most of the keys that are chosen
 #: otherwise. With these three in int8 it is 0.09. Choices and head weights hang on the router and on the indexer's head
-#: weights, which are small; W_UK and W_UV are products per head, for which ONNX Runtime has no quantised form;
+#: weights, which are small; W_UK and W_UV are products per head, for which ONNX Runtime has no quantized form;
 #: embeddings are looked up.
 CODES: Final[dict[str, str]] = {
     "qkv_a_proj": "int8",
@@ -59,7 +59,7 @@ def mla_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
         ),
         Tensor("self_attn.kv_a_proj_with_mqa.weight", (config.latent_dim, hidden)),
         _norm("self_attn.kv_a_layernorm.weight", latent),
-        # dequantised for the absorbed form: the same number of products, by head, in BF16
+        # dequantized for the absorbed form: the same number of products, by head, in BF16
         Tensor("self_attn.kv_b_proj.weight", (heads * head_rows, latent), sharding="tensor", axis=0, held="bf16"),
         Tensor(
             "self_attn.o_proj.weight", (hidden, heads * config.v_head_dim), sharding="tensor", axis=1, draw="branch"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.int_quant import Quantisation
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.numerics import Numerics
 from seekforge.formats.weight_recipes import Ranks
 from seekforge.plugins.torch_ops import TORCH_DTYPES
@@ -26,7 +26,7 @@ class Settings:
         numerics: which roundings it makes.
         activations: dtype of activations and caches; None takes that of `numerics`.
         ranks: how many ranks share the model; parameters and graph are those of one of them.
-        quantisation: which weights are codes, as in an int8 or int4 engine; None: none.
+        quantization: which weights are codes, as in an int8 or int4 engine; None: none.
         form: absorbed (what engines run) or naive attention (spec §3.4); only absorbed can be exported.
     """
 
@@ -35,7 +35,7 @@ class Settings:
     activations: Literal["f32", "bf16"] | None = None
     form: AttentionForm = "absorbed"
     ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
 
     @property
     def dtype_name(self) -> Literal["f32", "bf16"]:

@@ -14,7 +14,7 @@ from seekforge.exporter.models import family_of
 from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
 from seekforge.exporter.models.parameters import Parameter, Tensor, recipes_of
 from seekforge.formats.checkpoint.model_config import ModelConfig, RopeScaling
-from seekforge.formats.int_quant import quantised_recipes
+from seekforge.formats.int_quant import quantized_recipes
 from seekforge.formats.weight_recipes import (
     Recipe,
     TensorSource,
@@ -49,8 +49,8 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
         table |= made(family.layer_parameters(config.is_moe_layer(layer)), tensors, source, f"layers.{layer}.")
         if isinstance(model, MtpModel):
             table |= made(family.mtp_parameters(), tensors, source, "")
-    if model.settings.quantisation is not None:
-        table = quantised_recipes(table, model.settings.quantisation)
+    if model.settings.quantization is not None:
+        table = quantized_recipes(table, model.settings.quantization)
     result = {}
     for name, parameter in model.named_parameters():
         recipe = table.get(name)

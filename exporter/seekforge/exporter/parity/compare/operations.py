@@ -36,7 +36,7 @@ GATE_BF16 = 2e-2
 #: not whether they are equal but whether the codes are right. On the tiny model 0.07 and 0.76 were measured; a wrong
 #: scale or a misplaced code gives 4, as two vectors that have nothing to do with each other.
 GATE_CODES = {"int8": 0.15, "int4": 1.5}
-#: The routed experts quantise inside the operation, where no tap reaches: single e4m3 roundings may flip there.
+#: The routed experts quantize inside the operation, where no tap reaches: single e4m3 roundings may flip there.
 FLIPPED_ROWS, GATE_FLIPPED = 0.2, 0.1
 #: Score gaps that a sum in another order explains, in parts of a row's spread of scores; of experts absolute.
 NOISE_KEYS, NOISE_EXPERTS = 1e-5, 2e-6
@@ -257,14 +257,14 @@ class LocalJudge:
             wanted = expected.float().numpy()[BLOCK_SIZE:]  # block 0 is scrap
             rms = float(np.sqrt((wanted.astype(np.float64) ** 2).mean())) or 1.0
             errors = row_errors(np.asarray(found)[BLOCK_SIZE:], wanted, rms)
-            # one element of e4m3 may flip where the two sides quantise different bits of the same number
-            quantised = self.numerics.kv_fp8 if kind == "latent" else self.numerics.indexer_fp8
-            bad = np.flatnonzero(~(errors <= (0.5 if quantised else record.gate)))
+            # one element of e4m3 may flip where the two sides quantize different bits of the same number
+            quantized = self.numerics.kv_fp8 if kind == "latent" else self.numerics.indexer_fp8
+            bad = np.flatnonzero(~(errors <= (0.5 if quantized else record.gate)))
             record.num_rows += len(errors)
             record.num_bad += len(bad)
             record.error = max(record.error, float(errors.max()))
-            if quantised:
-                record.gate, record.reason = 0.5, reason + "; a value may round to the neighbouring e4m3 number"
+            if quantized:
+                record.gate, record.reason = 0.5, reason + "; a value may round to the neighboring e4m3 number"
             if len(bad) and not record.detail:
                 record.failed = True
                 record.detail = _where_in_cache(bad + BLOCK_SIZE, case.tables, BLOCK_SIZE)
@@ -282,8 +282,8 @@ class LocalJudge:
 class _Experts:
     """Finds out which expert is wrong: the one whose every token is."""
 
-    def __init__(self, module: str, quantised: bool) -> None:
-        self.module, self.quantised = module, quantised
+    def __init__(self, module: str, quantized: bool) -> None:
+        self.module, self.quantized = module, quantized
         self._ids: list[np.ndarray] = []
         self._errors: list[np.ndarray] = []
 
@@ -302,13 +302,13 @@ class _Experts:
             if own.sum() and bad[own].mean() >= 0.8 and left[own].any():
                 suspects.append(int(expert))
                 left &= ~own
-        if self.quantised:
+        if self.quantized:
             record.reason = (
                 "each given the engine's own inputs; single e4m3 roundings inside the experts may flip: no expert may "
                 f"be off on most of its tokens, at most {FLIPPED_ROWS:.0%} of the rows, by at most {GATE_FLIPPED:g}"
             )
             record.failed = bool(suspects) or bad.mean() > FLIPPED_ROWS or not record.error <= GATE_FLIPPED
-        if suspects and (self.quantised or bad.any()):
+        if suspects and (self.quantized or bad.any()):
             count = len(suspects)
             record.detail = f"expert{'s' if count > 1 else ''} {', '.join(map(str, suspects[:8]))}: " + (
                 f"{int(bad.sum())} of {len(bad)} rows are off, and all that chose "

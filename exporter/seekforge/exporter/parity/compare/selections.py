@@ -131,7 +131,7 @@ class Keys:
 
     def _append(self, label: str, places: Sequence[tuple[int, int]], rows: np.ndarray) -> None:
         cached = self._cached.setdefault(label, {})
-        rows = _fake_quantise(rows) if self.fp8 else rows
+        rows = _fake_quantize(rows) if self.fp8 else rows
         for sequence in dict.fromkeys(sequence for sequence, _ in places):
             chosen = [i for i, (s, _) in enumerate(places) if s == sequence]
             before = cached.get(sequence)
@@ -143,7 +143,7 @@ class Keys:
         if keys is None or not dump.has(number, *names) or len(keys) <= position:
             return None
         q, w = dump.rows(number, names[0])[row], dump.rows(number, names[1])[row]
-        q = _fake_quantise(q) if self.fp8 else q
+        q = _fake_quantize(q) if self.fp8 else q
         return w @ np.maximum(q @ keys[: position + 1].T, 0.0)
 
     def _measure(self, number: int, places: Sequence[tuple[int, int]], rows: Sequence[int]) -> None:
@@ -176,13 +176,13 @@ class Keys:
         self.result.note(number, sequence, position, keys, len(mine), gaps)
 
 
-def _fake_quantise(x: np.ndarray) -> np.ndarray:
+def _fake_quantize(x: np.ndarray) -> np.ndarray:
     """The indexer's FP8 rounding, in blocks of 128."""
     import torch
 
-    from seekforge.plugins.quant import fake_quantise
+    from seekforge.plugins.quant import fake_quantize
 
-    return fake_quantise(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+    return fake_quantize(torch.from_numpy(np.ascontiguousarray(x))).numpy()
 
 
 def add_experts(sides: Sides, config: ModelConfig, number: int, layer: int, result: Choices) -> None:

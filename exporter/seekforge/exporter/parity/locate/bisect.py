@@ -20,7 +20,7 @@ SEGMENT_FACTOR, SEGMENT_FLOOR = 3.0, 1e-5
 #: Quantiles of the rows' errors, of the engine and of the noise. Most rows decide, not the few that a discrete choice
 #: moved. Where e4m3 roundings flip, luck decides which rows they move, in either run: half of the engine's rows decide.
 _SMOOTH = ((0.5, 0.9), (0.5, 0.9))
-_QUANTISED = ((0.5,), (0.9,))
+_QUANTIZED = ((0.5,), (0.9,))
 
 
 def first_bad_layer(layers: tuple[int, int], bad: Callable[[int, int], bool]) -> int | None:
@@ -43,7 +43,7 @@ def first_bad_layer(layers: tuple[int, int], bad: Callable[[int, int], bool]) ->
     return low
 
 
-def is_quantised(numerics: Mapping[str, object]) -> bool:
+def is_quantized(numerics: Mapping[str, object]) -> bool:
     """Whether anything is rounded to FP8."""
     return numerics.get("act_quant") != "none" or bool(numerics.get("kv_fp8")) or bool(numerics.get("indexer_fp8"))
 
@@ -85,7 +85,7 @@ def spread(
             natural.append(row_errors(other, theirs))
     if not found:
         return None
-    quantiles = _QUANTISED if is_quantised(reference.side.numerics) else _SMOOTH
+    quantiles = _QUANTIZED if is_quantized(reference.side.numerics) else _SMOOTH
     pairs = zip((found, natural), quantiles, strict=True)
     errors, moved = (np.quantile(np.concatenate(parts), wanted, method="nearest") for parts, wanted in pairs)
     bounds = SEGMENT_FACTOR * moved + SEGMENT_FLOOR

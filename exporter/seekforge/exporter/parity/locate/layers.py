@@ -32,7 +32,7 @@ class FedLayer:
     """One layer of the engine on PyTorch's inputs; the number behind the last layer is final norm and head.
 
     Attributes:
-        error, allowed: of most rows, as `localise.Spread` has them.
+        error, allowed: of most rows, as `localize.Spread` has them.
         bad: beyond what is allowed.
         point: the first point inside beyond what is allowed, where the inside was looked at.
         detail: in words.

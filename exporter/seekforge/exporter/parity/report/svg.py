@@ -12,7 +12,7 @@ from markupsafe import Markup
 from seekforge.exporter.parity.report.html import piece
 from seekforge.exporter.parity.report.terminal import number
 
-_COLOURS = ("#2f6fde", "#d9822b", "#2e9e6b", "#b455c9", "#c0392b", "#5f7d8c", "#8a6d3b", "#17a2b8")
+_COLORS = ("#2f6fde", "#d9822b", "#2e9e6b", "#b455c9", "#c0392b", "#5f7d8c", "#8a6d3b", "#17a2b8")
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 24, 12, 40
 
@@ -60,7 +60,7 @@ def line_chart(
     drawn = [
         {
             "name": name,
-            "colour": _COLOURS[i % len(_COLOURS)],
+            "color": _COLORS[i % len(_COLORS)],
             "points": [(x(px), y(py), text) for px, py, text in values],
         }
         for i, (name, values) in enumerate(series.items())
@@ -71,7 +71,7 @@ def line_chart(
 
 
 def heat_map(case: dict[str, Any]) -> Markup:
-    """The error of each token behind each layer of a case, as coloured cells."""
+    """The error of each token behind each layer of a case, as colored cells."""
     columns, layers = len(case["positions"]), case["heat_layers"]
     width, height = (_WIDTH - _LEFT - _RIGHT) / columns, min(28.0, 360 / len(layers))
     total = _TOP + height * len(layers) + _BOTTOM
@@ -84,16 +84,16 @@ def heat_map(case: dict[str, Any]) -> Markup:
         for j, value in enumerate(row):
             where = case["positions"][j]
             text = f"layer {layer}, sequence {where['sequence']}, position {where['position']}: {number(value)}"
-            cells.append((_LEFT + j * width, y, _colour(value), text))
+            cells.append((_LEFT + j * width, y, _color(value), text))
     every = max(1, columns // 6)
     below = [(_LEFT + (j + 0.5) * width, case["positions"][j]["position"]) for j in range(0, columns, every)]
     middle = _TOP + height * len(layers) / 2
-    scale = [(_colour(10.0**e), f"1e{e}") for e in (-8, -6, -5, -4, -3, -2, -1, 0)]
+    scale = [(_color(10.0**e), f"1e{e}") for e in (-8, -6, -5, -4, -3, -2, -1, 0)]
     size = (_WIDTH, total, _TOP)
     return piece("heat_map", *size, cells, width + 0.3, height + 0.3, labels, below, middle, scale, case["name"], _HINT)
 
 
-def _colour(value: Any) -> str:
+def _color(value: Any) -> str:
     """Dark blue for rounding noise over green and yellow to red for an error of the size of the values."""
     if isinstance(value, str):
         return "#000"

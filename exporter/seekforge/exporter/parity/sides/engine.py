@@ -15,7 +15,7 @@ from seekforge.exporter.parity.sides.split_engine import cut_copy
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
-from seekforge.formats.parity_steps import Plan
+from seekforge.formats.parity_steps import ParitySteps
 
 
 class EngineSide:
@@ -48,7 +48,7 @@ class EngineSide:
         return self.manifest.build.get("precision") in ("int8", "int4")
 
     def dump(
-        self, plan: Plan, out: Path, taps: Collection[str], *, selections: bool = True, given: Dump | None = None
+        self, plan: ParitySteps, out: Path, taps: Collection[str], *, selections: bool = True, given: Dump | None = None
     ) -> Dump:
         """Run a plan and keep `taps` beside results, caches and, if asked for, selections.
 
@@ -87,7 +87,9 @@ class EngineSide:
     def _copy(self) -> Path:
         return self.work / f"copy-{self.num_runs}"
 
-    def _run(self, engine: Path, plan: Plan, out: Path, taps: Sequence[str] | None, given: Dump | None = None) -> Dump:
+    def _run(
+        self, engine: Path, plan: ParitySteps, out: Path, taps: Sequence[str] | None, given: Dump | None = None
+    ) -> Dump:
         self.num_runs += 1
         plan_file = self.work / "plan.json"
         plan_file.write_text(plan.model_dump_json(), encoding="utf-8")

@@ -24,7 +24,7 @@ from seekforge.exporter.models.deepseek_v32.weights import to_torch
 from seekforge.exporter.models.layer_operations import NEXT, LayerModule, LayerState, Op, model_recipes
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
 from seekforge.formats.dump import Dump
-from seekforge.formats.parity_steps import Plan, step_inputs
+from seekforge.formats.parity_steps import ParitySteps, step_inputs
 from seekforge.formats.step_io import INTERMEDIATE_TENSORS, StepInputs
 from seekforge.formats.weight_recipes import TensorSource, evaluate, tensors_of
 
@@ -49,7 +49,7 @@ class Reference:
         self,
         settings: Settings,
         source: TensorSource,
-        plan: Plan,
+        plan: ParitySteps,
         *,
         streams: Sequence[Stream] = (),
         subject: Dump | None = None,

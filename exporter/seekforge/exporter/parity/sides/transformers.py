@@ -23,9 +23,9 @@ from seekforge.exporter.models import load_family
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump, DumpWriter, Side
 from seekforge.formats.numerics import EXACT
-from seekforge.formats.parity_steps import Plan
+from seekforge.formats.parity_steps import ParitySteps
 from seekforge.formats.weight_recipes import TensorSource
-from seekforge.plugins.quant import dequantise_weight
+from seekforge.plugins.quant import dequantize_weight
 
 
 def check_installed() -> None:
@@ -43,14 +43,14 @@ def check_installed() -> None:
         ) from None
 
 
-def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Plan, out: Path, work: Path) -> Dump:
+def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: ParitySteps, out: Path, work: Path) -> Dump:
     """Run `transformers` on the whole prompts of a plan.
 
     Args:
         checkpoint_folder: the FP8 checkpoint. source: its tensors.
         plan: of `whole` cases only.
         out: an empty folder for the dump.
-        work: an empty folder for a dequantised copy, which is removed by its owner.
+        work: an empty folder for a dequantized copy, which is removed by its owner.
 
     Raises:
         ConfigError: the plan has other cases.
@@ -106,7 +106,7 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
                 continue
             value = to_torch(source.tensor(name))
             if value.dtype == torch.float8_e4m3fn:
-                value = dequantise_weight(value, to_torch(source.tensor(f"{name}_scale_inv")))
+                value = dequantize_weight(value, to_torch(source.tensor(f"{name}_scale_inv")))
             tensors[name] = value.float().contiguous()
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
     known = {key: config[key] for key in ModelConfig.model_fields if key != "quantization_config"}

@@ -279,7 +279,7 @@ class TensorRtBackend:
     @staticmethod
     def _enqueue(graph: DeviceGraph, profile: int) -> None:
         """Start a step as it is: its shapes hardly ever come again, so no kernels are compiled for them."""
-        graph.use(profile, SHARED, specialised=False)
+        graph.use(profile, SHARED, specialized=False)
         graph.enqueue()
 
     def _places(

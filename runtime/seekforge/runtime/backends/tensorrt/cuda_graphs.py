@@ -5,7 +5,7 @@ and other shapes change that state: so each bucket has contexts of its own, one 
 (they share the device's scratch memory). The first enqueue after a change of shapes updates the state and must not be
 captured: so the step that a capture belongs to is enqueued plainly, right before it, and that run is the step's result.
 TensorRT-RTX must not swap kernels behind a graph's back: kernels are compiled for the shapes before the first run
-(`Call.specialised`).
+(`Call.specialized`).
 
 Nothing depends on a capture: a bucket that cannot be captured is enqueued from then on, in the contexts that all such
 steps share.
@@ -99,7 +99,7 @@ class CudaGraphs:
 
     def _enqueue(self, graph: DeviceGraph, profile: int) -> None:
         # compiled for the shapes here too: a bucket gives the same bits captured or not
-        graph.use(profile, SHARED, specialised=True)
+        graph.use(profile, SHARED, specialized=True)
         graph.enqueue()
 
     def _capture(self, graph: DeviceGraph, bucket: Bucket, profile: int) -> None:
@@ -111,7 +111,7 @@ class CudaGraphs:
             kept = self._kept[bucket] = _Kept(graph, self._next_context)
             self._next_context += 1
         self._kept.move_to_end(bucket)
-        graph.use(profile, kept.context, specialised=True)
+        graph.use(profile, kept.context, specialized=True)
         try:
             graph.enqueue()
         except (EngineError, MemoryError) as error:

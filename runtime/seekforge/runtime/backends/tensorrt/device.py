@@ -22,9 +22,9 @@ class Call:
     Attributes:
         addresses: input or output -> where it lies.
         shapes: input -> its shape.
-        profile: number of the optimisation profile.
+        profile: number of the optimization profile.
         context: number of the execution context: `SHARED`, or one of a captured graph's own.
-        specialised: whether kernels are compiled for the very shapes before they run (`Plan.enqueue` then waits for
+        specialized: whether kernels are compiled for the very shapes before they run (`Plan.enqueue` then waits for
             that), which pays for shapes that come again. Contexts differ by it.
         watched: debug tensors that are handed to `seen` while the step runs, on the host (bf16 as f32); the others
             rest. A watched run cannot be captured.
@@ -34,13 +34,13 @@ class Call:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     profile: int = 0
     context: int = SHARED
-    specialised: bool = False
+    specialized: bool = False
     watched: frozenset[str] = frozenset()
     seen: Callable[[str, np.ndarray], None] = lambda name, value: None
 
 
 class Plan(Protocol):
-    """One deserialised engine with its execution contexts."""
+    """One deserialized engine with its execution contexts."""
 
     def names(self) -> list[str]:
         """Names of all inputs and outputs."""

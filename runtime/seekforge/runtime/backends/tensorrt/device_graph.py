@@ -242,10 +242,10 @@ class DeviceGraph:
                 return number
         return None
 
-    def use(self, profile: int, context: int, *, specialised: bool) -> None:
+    def use(self, profile: int, context: int, *, specialized: bool) -> None:
         """Choose the profile and the execution contexts of the next step; see `Call`."""
         for stage in self._stages:
-            stage.call.profile, stage.call.context, stage.call.specialised = profile, context, specialised
+            stage.call.profile, stage.call.context, stage.call.specialized = profile, context, specialized
 
     def upload(self, inputs: StepInputs) -> None:
         """Copy a step's inputs to the device."""

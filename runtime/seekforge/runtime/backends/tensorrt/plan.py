@@ -94,7 +94,7 @@ def _listener(device: CudaDevice, seen: Callable[[str, np.ndarray], None]) -> An
 
 
 class TrtPlan:
-    """A deserialised engine with execution contexts, which share the device's scratch memory.
+    """A deserialized engine with execution contexts, which share the device's scratch memory.
 
     A context runs one call after the other. TensorRT reads addresses and shapes while it enqueues, so the next call
     may have others although the last one still runs on the stream; of 57 layers that are alike, shapes are told once.
@@ -190,10 +190,10 @@ class TrtPlan:
         self._contexts.clear()
 
     def _context(self, call: Call) -> _Context:
-        key = call.profile, call.context, call.specialised
+        key = call.profile, call.context, call.specialized
         one = self._contexts.get(key)
         if one is None:
-            one = self._contexts[key] = self._open(call.profile, specialised=call.specialised)
+            one = self._contexts[key] = self._open(call.profile, specialized=call.specialized)
         return one
 
     def _require(self, taken: Any, since: tuple[int, int], default: str) -> None:
@@ -213,7 +213,7 @@ class TrtPlan:
                 raise EngineError(f"{self._path}: has no debug tensor {name}; build the engine again with --taps")
         one.watched = watched
 
-    def _open(self, profile: int, *, specialised: bool) -> _Context:
+    def _open(self, profile: int, *, specialized: bool) -> _Context:
         trt, since = self._device.trt, self._device.mark()
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is not None:
@@ -221,7 +221,7 @@ class TrtPlan:
             config.set_execution_context_allocation_strategy(strategy)
             # never LAZY, which swaps kernels in while a captured graph holds the old ones
             kernels = trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER if specialised else kernels.NONE
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER if specialized else kernels.NONE
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # graphs are captured here, of whole steps
             self._require(config.set_runtime_cache(self._cache), since, "the cache of compiled kernels was refused")
             context = self._engine.create_execution_context(config)
@@ -231,7 +231,7 @@ class TrtPlan:
             fault = self._device.reason(since, "no memory for an execution context")
             raise MemoryError(f"{self._path}: {fault}")
         if not context.set_optimization_profile_async(profile, self._device.stream):
-            fault = self._device.reason(since, f"has no optimisation profile {profile}")
+            fault = self._device.reason(since, f"has no optimization profile {profile}")
             raise EngineError(f"{self._path}: {fault}; build the engine again")
         return _Context(context)
 
