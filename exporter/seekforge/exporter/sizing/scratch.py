@@ -93,12 +93,12 @@ def _step(
 
 def linear_shapes(config: ModelConfig, *, tp: int = 1) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `BlockFp8Linear` in a model, on one rank."""
-    return list(_shapes(config, BLOCK_FP8_LINEAR, tp))
+    return list(_shapes(config, BLOCK_FP8_LINEAR, tp))  # pyright: ignore[reportArgumentType] - frozen, so hashable
 
 
 def bf16_linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """Return (out features, in features) of each kind of `Bf16Linear` in a model; every rank has them whole."""
-    return list(_shapes(config, BF16_LINEAR, 1))
+    return list(_shapes(config, BF16_LINEAR, 1))  # pyright: ignore[reportArgumentType] - frozen, so hashable
 
 
 @functools.lru_cache(maxsize=256)

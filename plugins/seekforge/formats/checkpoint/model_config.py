@@ -4,6 +4,9 @@ The keys are the checkpoint's own words (spec §1.1). A key that is missing, of 
 value that this project does not compute is refused by name: a wrong constant would give wrong text.
 """
 
+# pyright: reportIncompatibleVariableOverride=false, reportGeneralTypeIssues=false
+# A kind of config narrows what keys may be; the models are frozen, so nothing else can be assigned.
+
 from __future__ import annotations
 
 import math
