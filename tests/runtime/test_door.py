@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from seekforge.common.errors import RequestError
+from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from seekforge.runtime.engine.outputs import GenerationError
 from seekforge.runtime.sampling.guided import Grammars
@@ -216,16 +217,41 @@ def test_what_fails_inside_ends_its_own_request_and_wakes_the_others(
             assert "ZeroDivisionError" in str(failed)
 
 
-def test_a_hopeless_text_is_not_encoded_whole(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", [{}, {"truncate_prompt_tokens": 5}, {"truncate_prompt_tokens": -1}], ids=str)
+def test_a_hopeless_text_is_not_encoded_whole(llm: LLM, monkeypatch: pytest.MonkeyPatch, cut: dict[str, int]) -> None:
     encoded: list[int] = []
     encode = Tokenizer.encode
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encoded.append(len(text)) or encode(self, text))
     text = "1234567890" * 160_000
-    with pytest.raises(RequestError, match=r"1,600,000 characters, of which the first .* tokens; this engine takes"):
-        llm.generate(text, GREEDY)
+    params = SamplingParams(max_tokens=1, temperature=0, **cut)
+    with pytest.raises(RequestError, match=r"1,600,000 characters, of which the first .* tokens are taken here"):
+        llm.generate(text, params)
     assert sum(encoded) < len(text) / 10
     with pytest.raises(RequestError, match="max_model_len"):  # a little too long is told by its tokens
         llm.generate("z" * (llm.max_model_len + 10), GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (None, "tensors is None, expected a mapping"),
+        ([("a", np.zeros(1))], "expected a mapping"),
+        ({1: np.zeros(1)}, "expected a mapping of names"),
+        ({"model.norm.weight": [1.0]}, "model.norm.weight is .*expected a NumPy array"),
+    ],
+    ids=str,
+)
+def test_weights_of_odd_types_are_refused_and_nothing_is_changed(llm: LLM, tensors: Any, message: str) -> None:
+    before = llm.generate("a", GREEDY)
+    with pytest.raises(EngineError, match=message):
+        llm.update_weights(tensors)
+    assert [one.outputs for one in llm.generate("a", GREEDY)] == [one.outputs for one in before]
+
+
+@pytest.mark.parametrize("requests", [None, 3, 1.5])
+def test_what_holds_no_requests_is_refused(llm: LLM, requests: Any) -> None:
+    with pytest.raises(RequestError, match="expected pairs of a prompt and SamplingParams"):
+        list(llm.as_completed(requests))
 
 
 def test_a_text_of_few_long_tokens_is_served(llm: LLM) -> None:

@@ -352,6 +352,8 @@ class LLM:
         Raises:
             RequestError: a request cannot be served; those on their way are ended.
         """
+        if not isinstance(requests, Iterable):
+            raise RequestError(f"requests is {shown(requests)}, expected pairs of a prompt and SamplingParams")
         most = 4 * self.max_batch_size if ahead is None else integer("ahead", ahead, 1)
         source = enumerate(requests)
         lives: dict[int, RequestState] = {}
@@ -424,6 +426,11 @@ class LLM:
             EngineError: a name, shape or dtype is wrong, a tensor that belongs to them is missing, or the backend
                 cannot do this; nothing is changed.
         """
+        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+            raise EngineError(f"update_weights: tensors is {shown(tensors)}, expected a mapping of names to arrays")
+        for name, value in tensors.items():
+            if not isinstance(value, np.ndarray):
+                raise EngineError(f"update_weights: {name} is {shown(value)}, expected a NumPy array")
         with self._turns.between_steps():
             self._core.backend.update_weights(tensors)
             self._intake.weights_version += 1

@@ -33,6 +33,8 @@ from seekforge.runtime.values import integer, is_integer, listed, number, shown
 _SEED_STEP = 0x9E3779B97F4A7C15
 #: How many sets of bad words are kept ready.
 _KEPT = 32
+#: A prompt that is truncated may have so many times the tokens that the engine takes.
+_CUT_FROM = 8
 
 #: Text, encoded as it is; token ids; or one of them as a mapping with the single key "prompt" or "prompt_token_ids".
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -105,10 +107,9 @@ class InputProcessor:
         content = read_prompt(prompt)
         if isinstance(content, tuple):
             ids = content
-        elif params.truncate_prompt_tokens is None:
-            ids = tuple(self._tokenizer.encode_at_most(content, most))
-        else:
-            ids = tuple(self._tokenizer.encode(content))
+        else:  # what is cut off has to be encoded as well, since where tokens begin depends on what is before them
+            longest = most if params.truncate_prompt_tokens is None else _CUT_FROM * most
+            ids = tuple(self._tokenizer.encode_at_most(content, longest))
         named = (
             ("prompt token", ids),
             ("stop_token_ids entry", params.stop_token_ids),

@@ -116,7 +116,7 @@ class Tokenizer:
             if count > 2 * most:
                 raise RequestError(
                     f"the prompt has {len(text):,} characters, of which the first {size:,} are {count:,} tokens; "
-                    f"this engine takes {most:,} tokens at most with what it generates; shorten the prompt"
+                    f"at most {most:,} tokens are taken here, with what is generated; shorten the prompt"
                 )
             size *= 4
         return self.encode(text)
