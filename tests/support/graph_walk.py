@@ -26,7 +26,7 @@ from seekforge.exporter.parity.gates import KL, NOISE_FACTOR, TOP1
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.program import Program, load_bindings, load_program
-from seekforge.formats.step_io import StepInputs
+from seekforge.formats.step_io import STEP_ARRAYS, StepInputs
 from seekforge.formats.weight_recipes import TensorSource, cast, evaluate, retarget
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.index import KERNELS, kernel_sm, read_index
@@ -193,7 +193,7 @@ class Walk:
 
     def inputs(self, step: StepInputs) -> dict[str, Tensor]:
         """Return a step's graph inputs on the place's device, caches included."""
-        arrays = {name: getattr(step, name) for name in StepInputs.__dataclass_fields__}
+        arrays = {name: getattr(step, name) for name in STEP_ARRAYS}
         return {name: torch.from_numpy(array).to(self.place.device) for name, array in arrays.items()} | self.caches
 
     def step(self, step: StepInputs) -> Compared:

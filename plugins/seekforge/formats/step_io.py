@@ -24,6 +24,8 @@ RESULTS: Final = ("hidden", *ROW_RESULTS)
 DUMPED_RESULTS: Final = ("hidden", "logits")
 #: What one layer hands to the next, and a stage of a model to the next: [B, Q, H] each.
 INTERMEDIATE_TENSORS: Final = ("hidden_states", "residual")
+#: The inputs that every step has.
+STEP_ARRAYS: Final = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index")
 #: Position and slot of a padded place.
 PAD_POSITION, PAD_SLOT = -1, -1
 

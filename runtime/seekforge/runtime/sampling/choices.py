@@ -20,6 +20,9 @@ from seekforge.runtime.text.vocabulary import Vocabulary
 MAX_BYTES = 1 << 20
 #: Most bytes of the masks that are kept; the others are made again.
 _MAX_MASK_BYTES = 64 << 20
+#: Bytes of a text whose tokens are counted only to say how many it takes.
+_COUNTED = 4096
+_NO_TOKENS = "structured_outputs.choice: the vocabulary has no tokens for any of the texts"
 
 
 class Choices:
@@ -58,15 +61,18 @@ class Choices:
         if self._longest_text + 1 <= max_tokens:  # no token stands for less than a byte
             return
         may_fit = [text for text in self._texts if len(text) <= (max_tokens - 1) * self._longest]
-        if self._longest and not may_fit:  # none need be counted
-            least = -(-min(map(len, self._texts)) // self._longest) + 1
+        if self._longest and not may_fit:  # only the shortest need be counted, if it is not too long for that
+            shortest = min(self._texts, key=len)
+            least = self._needed(shortest)[0] if len(shortest) <= _COUNTED else len(shortest)
+            if least == np.inf:
+                raise RequestError(_NO_TOKENS)
             raise RequestError(
-                f"structured_outputs.choice: even the shortest choice takes at least {least} tokens with its end of "
-                f"sequence, max_tokens is {max_tokens}; raise it to {least} at least"
+                f"structured_outputs.choice: even the shortest choice has {len(shortest):,} bytes, max_tokens is "
+                f"{max_tokens}; raise it to {int(least) + 1} for that one and the end of sequence"
             )
         least = min((self._needed(text)[0] for text in may_fit), default=np.inf)
         if least == np.inf:
-            raise RequestError("structured_outputs.choice: the vocabulary has no tokens for any of the texts")
+            raise RequestError(_NO_TOKENS)
         if least + 1 > max_tokens:
             raise RequestError(
                 f"structured_outputs.choice: the shortest choice takes {int(least)} tokens and the end of sequence, "
