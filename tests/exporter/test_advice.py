@@ -243,3 +243,22 @@ def test_every_combination_of_options_is_answered_with_one_that_works(tiny_input
                 )
                 check(inputs, better, Choices(plugins=options.get("--plugins", plugins)))  # pyright: ignore
     assert seen > 20
+
+
+def test_as_many_layers_as_are_said_to_fit_do(tiny_inputs: Inputs, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one_block = load_target("rtx5090").changed(
+        ["limits.max_model_len=64", "limits.max_batch_size=1", "limits.max_num_batched_tokens=64"]
+    )
+    needed = check(tiny_inputs, one_block, Choices()).device_bytes["total"] / 2**20
+    for mib in range(int(needed) + 200, 0, -2):
+        target = one_block.changed([f"gpu.memory_gib={mib / 1024}"])
+        try:
+            check(tiny_inputs, target, Choices())
+        except TargetError as error:
+            match = re.search(r"at most (\d) of its 4 layers fit: export stages with --layers", str(error))
+            assert match is not None, error
+            if (count := int(match[1])) < 3:
+                break
+    result = invoke("export", tiny_checkpoint, tmp_path / "stage", "--layers", f"0-{count - 1}", "--quiet")
+    assert result.exit_code == 0, result.output
+    check(open_inputs(tmp_path / "stage", None), target, Choices())
