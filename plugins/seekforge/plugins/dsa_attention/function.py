@@ -15,9 +15,8 @@ import numpy as np
 import onnx
 
 from seekforge.common.errors import ProgramError
-from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.dsa_attention.spec import SPEC
-from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, onnx_type, query_blocks
+from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, onnx_type, paged_slots, query_blocks
 from seekforge.plugins.functions.specialization import Specialization
 
 #: Rows of a block: at most so many, and at most so many gathered keys per sequence.
@@ -39,12 +38,8 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
             "DsaAttention: kv_format fp8_ds has no decomposition; build with plugins, or with kv_format f32 or bf16"
         )
     text = Text()
+    paged_slots(text, "slot_of")
     text.add(f"""
-  blocks = Cast<to = {onnx_type("i64")}>(block_table)
-  firsts = Mul(blocks, {text.i64(BLOCK_SIZE)})
-  firsts3 = Unsqueeze(firsts, {text.ints(2)})
-  slots3 = Add(firsts3, {text.table(np.arange(BLOCK_SIZE, dtype=np.int64))})
-  slot_of = Reshape(slots3, {text.ints(0, -1)})
   length = Shape<start = 1, end = 2>(slot_of)
   topk = Shape<start = 2, end = 3>(topk_indices)
   k = Min(length, topk)

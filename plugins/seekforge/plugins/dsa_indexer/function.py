@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 
 from seekforge.common.errors import ProgramError
-from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.dsa_indexer.spec import SPEC
 from seekforge.plugins.functions.builder import (
     Attrs,
@@ -19,6 +18,7 @@ from seekforge.plugins.functions.builder import (
     fake_quantize,
     join_blocks,
     onnx_type,
+    paged_slots,
     query_blocks,
 )
 from seekforge.plugins.functions.specialization import Specialization
@@ -44,12 +44,8 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
         )
     topk = int(attrs["index_topk"])
     text = Text()
+    paged_slots(text, "slots")
     text.add(f"""
-  blocks = Cast<to = {onnx_type("i64")}>(block_table)
-  firsts = Mul(blocks, {text.i64(BLOCK_SIZE)})
-  firsts3 = Unsqueeze(firsts, {text.ints(2)})
-  slots3 = Add(firsts3, {text.table(np.arange(BLOCK_SIZE, dtype=np.int64))})
-  slots = Reshape(slots3, {text.ints(0, -1)})
   length1 = Shape<start = 1, end = 2>(slots)
   length = Squeeze(length1)
   logical = Range({text.i64(0)}, length, {text.i64(1)})

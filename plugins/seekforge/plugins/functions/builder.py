@@ -23,6 +23,7 @@ import onnx
 import onnx.parser
 
 from seekforge.common import dtypes
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN, OpSpec
@@ -132,6 +133,17 @@ def cast(text: Text, x: str, out: str, *, to: str, given: str) -> str:
         return x
     text.add(f"{out} = Cast<to = {onnx_type(to)}>({x})")
     return out
+
+
+def paged_slots(text: Text, out: str) -> None:
+    """Write `out` [B, MB · BLOCK_SIZE] i64: the cache slot of every position that the input `block_table` reaches."""
+    text.add(f"""
+  blocks = Cast<to = {onnx_type("i64")}>(block_table)
+  firsts = Mul(blocks, {text.i64(BLOCK_SIZE)})
+  firsts3 = Unsqueeze(firsts, {text.ints(2)})
+  slots3 = Add(firsts3, {text.table(np.arange(BLOCK_SIZE, dtype=np.int64))})
+  {out} = Reshape(slots3, {text.ints(0, -1)})
+""")
 
 
 def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str:

@@ -7,8 +7,7 @@ uncut, as values: cutting the H × (C + R) result is cheaper than copying the ro
 import numpy as np
 import onnx
 
-from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, onnx_type, query_blocks
+from seekforge.plugins.functions.builder import Attrs, Text, cast, join_blocks, paged_slots, query_blocks
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.mla_attention.spec import SPEC
 
@@ -19,12 +18,8 @@ _MOST_ROWS, _MOST_SCORES = 64, 1 << 18
 def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
     """Return scores, softmax in f32 and the weighted sum. Rows behind the last position never enter a product."""
     text = Text()
+    paged_slots(text, "slot_of")
     text.add(f"""
-  blocks = Cast<to = {onnx_type("i64")}>(block_table)
-  firsts = Mul(blocks, {text.i64(BLOCK_SIZE)})
-  firsts3 = Unsqueeze(firsts, {text.ints(2)})
-  slots3 = Add(firsts3, {text.table(np.arange(BLOCK_SIZE, dtype=np.int64))})
-  slot_of = Reshape(slots3, {text.ints(0, -1)})
   length1 = Shape<start = 1, end = 2>(slot_of)
   length = Squeeze(length1)
   at = Range({text.i64(0)}, length, {text.i64(1)})
