@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,8 +17,19 @@ from seekforge.runtime.engine.kv_cache import (
     KvCache,
     chain_digest,
     root_digest,
-    slots_for,
 )
+
+
+def slots_for(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
+    """Return the cache slot of each position in [start, stop).
+
+    Args:
+        blocks: the sequence's block table; it must reach position `stop - 1`.
+        start, stop: positions in the sequence.
+        block_size: slots in a block. slot = block_id * block_size + offset.
+    """
+    assert stop <= len(blocks) * block_size, f"position {stop - 1} is beyond a table of {len(blocks)} blocks"
+    return [blocks[p // block_size] * block_size + p % block_size for p in range(start, stop)]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (0, 12), (3, 4), (3, 5), (4, 8), (5, 11), (11, 12)])

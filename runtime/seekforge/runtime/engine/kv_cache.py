@@ -28,18 +28,6 @@ class BlockAccountingError(RuntimeError):
     """Blocks were freed twice, shared while free, or taken when none was left: a bug of ours."""
 
 
-def slots_for(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
-    """Return the cache slot of each position in [start, stop).
-
-    Args:
-        blocks: the sequence's block table; it must reach position `stop - 1`.
-        start, stop: positions in the sequence.
-        block_size: slots in a block. slot = block_id * block_size + offset.
-    """
-    assert stop <= len(blocks) * block_size, f"position {stop - 1} is beyond a table of {len(blocks)} blocks"
-    return [blocks[p // block_size] * block_size + p % block_size for p in range(start, stop)]
-
-
 def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Return the digest of a full block: it stands for these tokens after everything that `parent` stands for."""
     return hashlib.blake2b(array("q", tokens).tobytes(), key=parent, digest_size=16).digest()
