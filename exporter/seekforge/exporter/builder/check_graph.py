@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.common.errors import ShapeError
+from seekforge.exporter.program.graph_io import shape_of
 from seekforge.formats.program import GraphIO, TensorSpec
 from seekforge.plugins.operator import DOMAIN
 from seekforge.plugins.registry import SPECS
@@ -28,12 +29,12 @@ class GraphFault(ValueError):
     """What a graph has that no program has."""
 
 
-def check_graph(model: onnx.ModelProto, face: GraphIO) -> None:
+def check_graph(model: onnx.ModelProto, described: GraphIO) -> None:
     """Judge a graph.
 
     Args:
-        model: as it was read.
-        face: what program.json says of its inputs and outputs.
+        model: the graph as it was read.
+        described: what program.json says of its inputs and outputs.
 
     Raises:
         GraphFault: the first thing that does not fit.
@@ -61,8 +62,8 @@ def check_graph(model: onnx.ModelProto, face: GraphIO) -> None:
         elif any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise GraphFault(f"node {node.name!r} ({node.op_type}) has a graph of its own, which programs have not")
     for side, values, specs in (
-        ("input", model.graph.input, face.inputs),
-        ("output", model.graph.output, face.outputs),
+        ("input", model.graph.input, described.inputs),
+        ("output", model.graph.output, described.outputs),
     ):
         _check_side(side, list(values), specs)
 
@@ -92,13 +93,11 @@ def _check_operator(node: onnx.NodeProto) -> None:
 
 def _check_side(side: str, values: list[onnx.ValueInfoProto], specs: tuple[TensorSpec, ...]) -> None:
     if [value.name for value in values] != [spec.name for spec in specs]:
-        found, said = {value.name for value in values}, {spec.name for spec in specs}
-        name = min(found ^ said, default="in another order")
+        names = {value.name for value in values}.symmetric_difference(spec.name for spec in specs)
+        name = min(names, default="in another order")
         raise GraphFault(f"its {side}s are not those of program.json: {name!r}")
     for value, spec in zip(values, specs, strict=True):
-        tensor = value.type.tensor_type
-        shape = tuple(dim.dim_param if dim.HasField("dim_param") else dim.dim_value for dim in tensor.shape.dim)
-        dtype = FROM_ONNX.get(tensor.elem_type)
+        dtype, shape = FROM_ONNX.get(value.type.tensor_type.elem_type), shape_of(value)
         if (dtype, shape) != (spec.dtype, spec.shape):
             raise GraphFault(
                 f"its {side} {value.name!r} is {dtype} {list(shape)}, program.json says {spec.dtype} {list(spec.shape)}"

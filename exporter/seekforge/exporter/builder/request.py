@@ -1,14 +1,11 @@
-"""What builds for every kind of target share: what is checked before work, and what each engine carries along."""
+"""What builds for every kind of target check of a program before work, and how its graphs are read."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import yaml
 
 from seekforge.common.dtypes import is_stored_as
 from seekforge.common.errors import EngineError, ProgramError, SeekforgeError, TargetError
@@ -18,9 +15,8 @@ from seekforge.exporter.builder.check_graph import GraphFault, check_graph
 from seekforge.exporter.program.layers import truncate
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.engine.manifest import MANIFEST, TARGET, Limits
+from seekforge.formats.engine.manifest import MANIFEST, Limits
 from seekforge.formats.program import GraphIO, Program, TensorSpec
-from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
 
 if TYPE_CHECKING:
@@ -200,35 +196,3 @@ def size_words(num_bytes: int) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes} B"
-
-
-def write_target(folder: Path, target: TargetConfig, limits: Limits) -> str:
-    """Write the effective configuration of a build into an engine folder and return the file's name.
-
-    Args:
-        folder: of the engine.
-        target: as changed by options.
-        limits: of the engine.
-    """
-    effective = target.model_dump(mode="json") | {"limits": limits.model_dump()}
-    text = yaml.safe_dump(effective, sort_keys=False, allow_unicode=True)
-    (folder / TARGET).write_text(text, encoding="utf-8")
-    return TARGET
-
-
-def copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:
-    """Copy tokenizer and chat files into an engine folder and return their names.
-
-    Raises:
-        ProgramError: one is missing, or is none of those files: nothing else may be put into an engine.
-    """
-    where = program_folder / "program.json"
-    for name in program.files:
-        place = folder / name
-        source = inside(program_folder, name, error=ProgramError, where=where, again="export the program again")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(source, place)
-        except FileNotFoundError:
-            raise ProgramError(f"{source}: missing; export the program again") from None
-    return list(program.files)

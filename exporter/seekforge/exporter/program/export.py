@@ -11,7 +11,6 @@ from pathlib import Path
 
 import onnx
 
-from seekforge.common.dtypes import FROM_ONNX
 from seekforge.common.errors import ProgramError
 from seekforge.common.files import atomic_folder, sha256_file
 from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
@@ -20,6 +19,7 @@ from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import text_files
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import unused_tensors
+from seekforge.exporter.program.graph_io import graph_io
 from seekforge.exporter.program.inline import plain
 from seekforge.exporter.program.layers import check_range, count_groups, outside, truncate
 from seekforge.exporter.program.metadata import annotate
@@ -34,7 +34,6 @@ from seekforge.formats.program import (
     OpUse,
     Program,
     Role,
-    TensorSpec,
     role_of,
     save_program,
 )
@@ -199,27 +198,17 @@ def _write_plain(model: onnx.ModelProto, config: ModelConfig, path: Path) -> Non
 
 
 def _write_graph(graph: Traced, folder: Path, file: str) -> GraphIO:
-    onnx.checker.check_model(graph.model, full_check=True)
+    model = graph.model
+    onnx.checker.check_model(model, full_check=True)
     path = folder / file
-    path.write_bytes(graph.model.SerializeToString(deterministic=True))
-    inputs = [
-        _tensor_spec(value, "weight" if value.name in graph.recipes else "token") for value in graph.model.graph.input
-    ]
-    outputs = [_tensor_spec(value, "result") for value in graph.model.graph.output]
-    return GraphIO(
-        file=file, sha256=sha256_file(path), inputs=tuple(inputs), outputs=tuple(outputs), aliases=graph.aliases
-    )
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    inputs = {value.name for value in model.graph.input}
 
+    def role(name: str) -> Role:
+        otherwise = "weight" if name in graph.recipes else "token" if name in inputs else "result"
+        return role_of(name) or otherwise
 
-def _tensor_spec(value: onnx.ValueInfoProto, otherwise: Role) -> TensorSpec:
-    """Describe a graph input or output; its name tells its role, or it has the role `otherwise`."""
-    tensor = value.type.tensor_type
-    return TensorSpec(
-        name=value.name,
-        dtype=FROM_ONNX[tensor.elem_type],
-        shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
-        role=role_of(value.name) or otherwise,
-    )
+    return graph_io(model, file, role_of=role, aliases=graph.aliases, sha256=sha256_file(path))
 
 
 def _count_ops(model: onnx.ModelProto, ops: dict[str, OpUse]) -> None:

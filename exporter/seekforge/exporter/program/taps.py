@@ -12,9 +12,9 @@ from collections.abc import Collection
 import onnx
 from onnx import TensorProto, helper
 
-from seekforge.common.dtypes import ONNX
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import FAMILIES, family_of, load_family
+from seekforge.exporter.program.graph_io import tensor_spec
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import TensorSpec
 from seekforge.formats.step_io import INTERMEDIATE_TENSORS
@@ -170,11 +170,4 @@ def tap_shape(name: str, names: Collection[str]) -> tuple[str, ...]:
 
 def tap_specs(model: onnx.ModelProto, names: Collection[str]) -> tuple[TensorSpec, ...]:
     """Describe exposed taps for a manifest."""
-    words = {number: word for word, number in ONNX.items()}
-    specs = []
-    for value in model.graph.output:
-        if value.name in names:
-            tensor = value.type.tensor_type
-            shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-            specs.append(TensorSpec(name=value.name, dtype=words[tensor.elem_type], shape=shape, role="tap"))
-    return tuple(specs)
+    return tuple(tensor_spec(value, "tap") for value in model.graph.output if value.name in names)

@@ -734,9 +734,9 @@ def test_no_plan_converts_a_weight_in_every_step(inputs: Inputs, plugins: Litera
         assert narrow.keys() == linears and ready.plugins.get("Bf16Linear", 0) == len(linears)
         assert all(types[one] == onnx.TensorProto.BFLOAT16 and place(narrow[one]) for one in linears)
         assert types["embed_tokens.weight"] == onnx.TensorProto.BFLOAT16
-    recipes = json.loads(gpu_manifest._bindings_text(inputs, planned.how, planned.wide))["graphs"]
+    recipes = gpu_manifest.engine_bindings(inputs, planned.how, planned.wide)
     dtype = "bf16" if plugins == "all" else "f32"
-    assert {recipes[name]["lm_head.weight"]["dtype"] for name in inputs.graphs} == {dtype}
+    assert {recipes[name]["lm_head.weight"].dtype for name in inputs.graphs} == {dtype}
     whole = check(inputs, target, Choices()).device_bytes["weights"]
     more = sum(
         2 * math.prod(map(int, inputs.program.graphs[graph].named(one).shape))

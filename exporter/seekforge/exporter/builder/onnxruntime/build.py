@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-import platform
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -21,9 +20,10 @@ from typing import Protocol
 
 import onnx
 
-from seekforge.common.dtypes import FROM_ONNX, itemsize
+from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import OutputError, TargetError
 from seekforge.common.files import atomic_folder, sha256_file
+from seekforge.exporter.builder.engine_writer import EngineParts, write_engine
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.builder.onnxruntime.quantize import choose
@@ -32,33 +32,22 @@ from seekforge.exporter.builder.request import (
     check_program,
     check_same_model,
     check_takes,
-    copy_text_files,
     fit_limits,
     read_graph,
     size_words,
-    write_target,
 )
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
+from seekforge.exporter.program.graph_io import graph_io, roles_in
 from seekforge.exporter.program.inline import F32, inline
 from seekforge.exporter.program.metadata import annotate_again
 from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.taps import expose, name_taps
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.engine.manifest import (
-    ENGINE_FORMAT,
-    MANIFEST,
-    Cache,
-    Limits,
-    Manifest,
-    Target,
-    digest_file,
-    save_manifest,
-)
+from seekforge.formats.engine.manifest import MANIFEST, Limits, Manifest
 from seekforge.formats.int_quant import Quantization
-from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.program import GraphIO, Program, Role, TensorSpec, load_bindings, load_program, save_bindings
+from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
 from seekforge.formats.targets import Precision, TargetConfig
 from seekforge.formats.weight_file import ALIGNMENT, WEIGHTS
 from seekforge.formats.weight_recipes import Recipe, retarget, tensors_of
@@ -66,9 +55,9 @@ from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.operator import cdiv
 
-#: The tensors that scale with the context an engine accepts.
 #: What a graph of an engine says of itself.
 _ENGINE_GRAPH = "The program specialized for ONNX Runtime on a CPU; weights are constants in the file beside this one."
+#: The tensors that scale with the context an engine accepts.
 _ROPE_TABLES = ("rope_cos", "rope_sin")
 #: What numbers become in an engine with f32 activations.
 _F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
@@ -287,7 +276,6 @@ def build(
         progress.say(planned.warning)
     program, bindings, config = planned.program, planned.bindings, planned.config
     limits, coded = planned.limits, planned.coded
-    generation = read_generation(program_folder, config)
     with (
         Checkpoint.open(checkpoint_folder) as checkpoint,
         atomic_folder(out, force=force, marker=MANIFEST) as folder,
@@ -303,45 +291,25 @@ def build(
         with progress.bytes_bar("dequantize weights" if coded is None else f"{target.precision} weights") as bar:
             weights.write(folder, checkpoint, bar)
         progress("inline, check, write")
-        faces = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
-        files = [*copy_text_files(program, program_folder, folder), "bindings.json"]
-        save_bindings(folder, dict(zip(graphs, weights.attached, strict=True)))
-        files.append(write_target(folder, target, limits))
+        described = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
         self_check = None
         if program.gives_logits:
             progress("self-check against PyTorch")
-            self_check = make_self_check(folder, faces["model"], config, program.numerics, checkpoint, limits, coded)
-        manifest = Manifest(
-            format=ENGINE_FORMAT,
-            seekforge_version=importlib.metadata.version("seekforge"),
-            target=Target(name=target.name, backend=target.backend, sm=target.sm),
-            versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
-            runtime_versions={},
-            program_sha256=sha256_file(program_folder / "program.json"),
-            numerics=program.numerics,
-            layer_range=program.layer_range,
-            graphs=faces,
-            cache=_cache(config, faces),
+            model = described["model"]
+            self_check = make_self_check(folder, model, config, program.numerics, checkpoint, limits, coded)
+        parts = EngineParts(
+            target=target,
             limits=limits,
-            vocab_size=config.vocab_size,
-            num_top_logits=config.num_top_logits,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=generation.eos_token_id,
-            generation=generation.defaults,
-            tokenizer="tokenizer.json",
-            files=tuple(digest_file(folder, name) for name in [*files, *(f.file for f in faces.values()), WEIGHTS]),
+            kv_format="f32",
+            graphs=described,
+            bindings=dict(zip(graphs, weights.attached, strict=True)),
+            files=[*(graph.file for graph in described.values()), WEIGHTS],
+            versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
+            options={"activations": "f32", "precision": target.precision, "taps": taps},
             self_check=self_check,
-            config=program.config,
-            build={
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "activations": "f32",
-                "precision": target.precision,
-                "taps": taps,
-            },
             quantization=coded,
         )
-        manifest = save_manifest(folder, manifest)
+        manifest = write_engine(folder, parts, program_folder=program_folder, program=program, config=config)
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
 
 
@@ -385,38 +353,16 @@ def _fold_graph(
 
 
 def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> GraphIO:
-    """Write one engine graph beside its weights, check it as a file, and describe its face."""
+    """Write one engine graph beside its weights, check it as a file, and describe it. What it gives beside the
+    canonical graph's outputs are taps."""
     path = folder / canonical.file
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path))
-    roles: dict[str, Role] = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
-
-    def describe(value: onnx.ValueInfoProto) -> TensorSpec:
-        tensor = value.type.tensor_type
-        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-        return TensorSpec(
-            name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=roles.get(value.name, "tap")
-        )
-
-    return GraphIO(
-        file=canonical.file,
-        sha256=sha256_file(path),
-        inputs=tuple(describe(value) for value in model.graph.input),
-        outputs=tuple(describe(value) for value in model.graph.output),
+    roles = roles_in(canonical)
+    return graph_io(
+        model,
+        canonical.file,
+        role_of=lambda name: roles.get(name, "tap"),
         aliases=canonical.aliases,
-    )
-
-
-def _cache(config: ModelConfig, faces: dict[str, GraphIO]) -> Cache:
-    caches = [spec for face in faces.values() for spec in face.with_role("cache")]
-    per_slot = sum(itemsize(spec.dtype) * int(spec.shape[1]) for spec in caches)
-    layers = [int(spec.name.partition(".")[2]) for spec in faces["model"].with_role("cache")]
-    return Cache(
-        block_size=BLOCK_SIZE,
-        layers=tuple(dict.fromkeys(layers)),
-        mtp_layer=config.mtp_layer if "mtp" in faces else None,
-        kv_format="f32",
-        latent_dim=config.latent_dim,
-        index_dim=config.index_head_dim,
-        bytes_per_block=per_slot * BLOCK_SIZE,
+        sha256=sha256_file(path),
     )

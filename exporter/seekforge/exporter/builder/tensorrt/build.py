@@ -1,7 +1,7 @@
 """`build` for TensorRT and TensorRT-RTX: specialize, compile kernels and plans, audit, write a manifest.
 
 An engine holds no weights: they are inputs, and `bindings.json` in the engine says how a runtime makes them from the
-checkpoint. So the full model builds on a laptop. What cannot work is refused before (`gpu_checks`).
+checkpoint. So the full model builds on a laptop. What cannot work is refused before (`check`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from typing import Any, Protocol
 import onnx
 
 from seekforge.common.cores import usable_cores
-from seekforge.common.dtypes import FROM_ONNX
 from seekforge.common.errors import EngineError
 from seekforge.common.files import atomic_folder, sha256_file
+from seekforge.exporter.builder.engine_writer import write_engine
 from seekforge.exporter.builder.tensorrt import audit
 from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, Planned, block_bytes
 from seekforge.exporter.builder.tensorrt.compiler import Compiled, compile_graph
 from seekforge.exporter.builder.tensorrt.dedupe import Form, form_of
 from seekforge.exporter.builder.tensorrt.graph import Prepared, debug_specs, prepare
 from seekforge.exporter.builder.tensorrt.kernels import compile_kernels, digests_of, kernel_tasks
-from seekforge.exporter.builder.tensorrt.manifest import Made, make_audit, make_manifest
+from seekforge.exporter.builder.tensorrt.manifest import Made, engine_parts, make_audit
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, pool_blocks, shapes, spanning
 from seekforge.exporter.builder.tensorrt.resume import Parts
+from seekforge.exporter.program.graph_io import graph_io, roles_in
 from seekforge.exporter.program.stages import HANDOVER, cut, stage_ranges
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.engine.manifest import MANIFEST, Manifest, save_manifest
-from seekforge.formats.program import GraphIO, Role, TensorSpec
+from seekforge.formats.engine.manifest import MANIFEST, Manifest
+from seekforge.formats.program import GraphIO, TensorSpec
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_digests import write_weight_digests
 from seekforge.formats.weight_recipes import tensors_of
@@ -79,18 +80,19 @@ def build_gpu(
         if tasks:  # after the plans: a library or a GPU that is missing is said before minutes of work
             made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
         for name, canonical in program.graphs.items():
-            faces = _stage_faces([job for job in jobs if job.graph == name])
-            made.faces[name] = faces[0] if len(faces) == 1 else _joined(canonical, faces)
-            if len(faces) > 1:
-                made.stages[name] = faces
+            stages = _stages([job for job in jobs if job.graph == name])
+            made.graphs[name] = stages[0] if len(stages) == 1 else _joined(canonical, stages)
+            if len(stages) > 1:
+                made.stages[name] = stages
         made.uses = {job.plan: len(job.stages) for job in jobs}
         if inputs.weights.path is not None:
             with progress.steps_bar("digest weights") as advance:
                 _digest_weights(inputs, Path(inputs.weights.path), folder, advance)
         progress("audit, write")
-        found = make_audit(inputs, planned, made)
-        audit.require_precision(found.products, f"--precision {target.precision}", target.products)
-        manifest = save_manifest(folder, make_manifest(inputs, planned, choices, folder, made, found, digests))
+        audited = make_audit(inputs, planned, made)
+        audit.require_precision(audited.products, f"--precision {target.precision}", target.products)
+        engine = engine_parts(inputs, planned, choices, folder, made, audited, digests)
+        manifest = write_engine(folder, engine, program_folder=inputs.folder, program=program, config=inputs.config)
     parts.drop()
     lost_log.unlink(missing_ok=True)
     return manifest
@@ -133,7 +135,7 @@ class Job:
         graph: that it belongs to.
         plan: its name, after its first stage.
         ready: what is compiled: the first stage.
-        face: of the plan; the digest is filled in when it is compiled.
+        io: inputs and outputs of the plan; its digest is filled in when it is compiled.
         shapes: profile -> input -> smallest, typical and largest shape.
         stages: that it serves: they differ in names alone.
     """
@@ -141,7 +143,7 @@ class Job:
     graph: str
     plan: str
     ready: Prepared
-    face: GraphIO
+    io: GraphIO
     shapes: dict[str, dict[str, Any]]
     stages: list[Stage]
 
@@ -179,14 +181,14 @@ def _jobs(
             weights=planned.wide[name],
             bf16_linears=planned.bf16_linears.get(name, ()),
         )
-        face = describe(ready.model, canonical, f"{plan}.plan")
-        blocks = pool_blocks(face, planned.limits, budget, per_block)
+        described = _describe(ready.model, canonical, f"{plan}.plan")
+        blocks = pool_blocks(described, planned.limits, budget, per_block)
         bounds = {
-            label: shapes(face, axis_bounds(profile, planned.limits, pool_blocks=blocks))
+            label: shapes(described, axis_bounds(profile, planned.limits, pool_blocks=blocks))
             for label, profile in spanning(target.profiles, planned.limits).items()
         }
         forms[form.digest] = form
-        jobs[form.digest] = Job(name, plan, ready, face, bounds, [Stage(number, {})])
+        jobs[form.digest] = Job(name, plan, ready, described, bounds, [Stage(number, {})])
     return list(jobs.values())
 
 
@@ -200,51 +202,41 @@ def _ranges(name: str, inputs: Inputs, most_layers: int | None) -> list[tuple[st
     return list(zip(labels, cut(whole, ranges), strict=True))
 
 
-def _stage_faces(jobs: list[Job]) -> tuple[GraphIO, ...]:
-    """Return the faces of a graph's stages in order: those of their plans, by the names of the stage."""
-    faces: dict[int, GraphIO] = {}
+def _stages(jobs: list[Job]) -> tuple[GraphIO, ...]:
+    """Describe the stages of a graph in order: as their plans are, by the names of the stage."""
+    stages: dict[int, GraphIO] = {}
     for job in jobs:
         for stage in job.stages:
-            faces[stage.number] = _renamed(job.face, stage.names)
-    return tuple(faces[number] for number in sorted(faces))
+            stages[stage.number] = _renamed(job.io, stage.names)
+    return tuple(stages[number] for number in sorted(stages))
 
 
-def _renamed(face: GraphIO, names: Mapping[str, str]) -> GraphIO:
+def _renamed(plan: GraphIO, names: Mapping[str, str]) -> GraphIO:
     def spec(one: TensorSpec) -> TensorSpec:
         return one.model_copy(update={"name": names.get(one.name, one.name)})
 
-    return face.model_copy(
+    return plan.model_copy(
         update={
-            "inputs": tuple(map(spec, face.inputs)),
-            "outputs": tuple(map(spec, face.outputs)),
-            "aliases": {names.get(out, out): names.get(source, source) for out, source in face.aliases.items()},
+            "inputs": tuple(map(spec, plan.inputs)),
+            "outputs": tuple(map(spec, plan.outputs)),
+            "aliases": {names.get(out, out): names.get(source, source) for out, source in plan.aliases.items()},
         }
     )
 
 
-def describe(model: onnx.ModelProto, canonical: GraphIO, file: str) -> GraphIO:
-    """Return the face of a specialized graph; roles and aliases are those of the canonical one."""
-    roles: dict[str, Role] = {spec.name: spec.role for spec in (*canonical.inputs, *canonical.outputs)}
-
-    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
-        tensor = value.type.tensor_type
-        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-        role = "handover" if value.name.startswith(HANDOVER) else roles[value.name]
-        return TensorSpec(name=value.name, dtype=FROM_ONNX[tensor.elem_type], shape=shape, role=role)
-
-    outputs = tuple(spec(value) for value in model.graph.output)
-    made = {one.name for one in outputs}
-    return GraphIO(
-        file=file,
-        sha256="",
-        inputs=tuple(spec(value) for value in model.graph.input),
-        outputs=outputs,
-        aliases={output: source for output, source in canonical.aliases.items() if output in made},
+def _describe(model: onnx.ModelProto, canonical: GraphIO, file: str) -> GraphIO:
+    """Describe a specialized graph; roles and aliases are those of the canonical one."""
+    roles = roles_in(canonical)
+    return graph_io(
+        model,
+        file,
+        role_of=lambda name: "handover" if name.startswith(HANDOVER) else roles[name],
+        aliases=canonical.aliases,
     )
 
 
 def _joined(canonical: GraphIO, stages: Sequence[GraphIO]) -> GraphIO:
-    """Return the face of the whole graph from those of its stages, in the order of the canonical one."""
+    """Describe the whole graph by its stages, in the order of the canonical one."""
     inputs = {spec.name: spec for stage in stages for spec in stage.inputs}
     outputs = {spec.name: spec for stage in stages for spec in stage.outputs}
     return GraphIO(
@@ -300,8 +292,8 @@ def _compile(
             _join_logs(folder, [job.plan for job in jobs])
     for job in jobs:
         made.compiled[job.plan], made.prepared[job.plan] = running[job.plan].result(), job.ready
-        outputs = (*job.face.outputs, *debug_specs(made.compiled[job.plan].taps))
-        job.face = job.face.model_copy(update={"sha256": sha256_file(folder / job.face.file), "outputs": outputs})
+        outputs = (*job.io.outputs, *debug_specs(made.compiled[job.plan].taps))
+        job.io = job.io.model_copy(update={"sha256": sha256_file(folder / job.io.file), "outputs": outputs})
         for label, bounds in job.shapes.items():
             made.profiles[label][job.plan] = bounds
 
@@ -323,7 +315,7 @@ def _compile_one(
     model = job.ready.model.SerializeToString(deterministic=True)
     shapes_of = list(job.shapes.values())
     key = _key(model, target, shapes_of, choices)
-    plan, log = folder / job.face.file, folder / f"{job.plan}.{LOG}"
+    plan, log = folder / job.io.file, folder / f"{job.plan}.{LOG}"
     known = parts.take(key, plan, log)
     if known is not None:
         return known

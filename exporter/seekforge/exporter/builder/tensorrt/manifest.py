@@ -1,10 +1,7 @@
-"""What a GPU build says of the engine that it made: its audit and its manifest."""
+"""What a GPU build says of the engine that it made: its audit, and its parts of the manifest."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,33 +11,21 @@ from typing import Any
 import onnx
 
 from seekforge.common.errors import EngineError
-from seekforge.common.files import sha256_file
-from seekforge.exporter.builder.generation import read_generation
-from seekforge.exporter.builder.request import copy_text_files, write_target
+from seekforge.exporter.builder.engine_writer import EngineParts
 from seekforge.exporter.builder.tensorrt import audit
-from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, Planned, block_bytes
+from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, Planned
 from seekforge.exporter.builder.tensorrt.compiler import Compiled
 from seekforge.exporter.builder.tensorrt.graph import Prepared
 from seekforge.exporter.builder.tensorrt.kernels import count_images, kernel_files, min_drivers
 from seekforge.formats import weight_digests
-from seekforge.formats.engine.manifest import (
-    ENGINE_FORMAT,
-    Audit,
-    Cache,
-    Manifest,
-    PluginUse,
-    Target,
-    digest_file,
-)
-from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.program import PROGRAM_FORMAT, GraphIO
+from seekforge.formats.engine.manifest import Audit, PluginUse
+from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import Recipe, cast, retarget
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.launch_plan import KernelSet
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt.library import MODULES
 
-BINDINGS = "bindings.json"
 #: Keys that a token sees in the audit, unless the engine's limit is lower.
 _AUDIT_CONTEXT = 8192
 
@@ -50,10 +35,10 @@ class Made:
     """What a build has made so far.
 
     Attributes:
-        kernels: compiled for the plugins.
+        kernels: the kernels of the plugins, compiled.
         prepared, compiled: plan -> graph and result; a plan is a graph, or `graph.A-B` after its first layers.
-        faces: graph -> face of the whole graph.
-        stages: graph -> faces of what a step runs, where that is several.
+        graphs: graph -> its inputs and outputs as a whole.
+        stages: graph -> inputs and outputs of each plan that a step runs, where they are several.
         uses: plan -> how many of the stages it runs.
         profiles: profile -> plan -> input -> smallest, typical and largest shape.
     """
@@ -61,7 +46,7 @@ class Made:
     kernels: list[KernelSet] = field(default_factory=list)
     prepared: dict[str, Prepared] = field(default_factory=dict)
     compiled: dict[str, Compiled] = field(default_factory=dict)
-    faces: dict[str, GraphIO] = field(default_factory=dict)
+    graphs: dict[str, GraphIO] = field(default_factory=dict)
     stages: dict[str, tuple[GraphIO, ...]] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
     profiles: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -71,9 +56,9 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
     """Return what the compiled plans really are."""
     target = planned.target
     context = min(_AUDIT_CONTEXT, planned.limits.max_model_len)
-    weights = {spec.name for face in inputs.program.graphs.values() for spec in face.with_role("weight")}
+    weights = {spec.name for graph in inputs.program.graphs.values() for spec in graph.with_role("weight")}
     compiled = made.compiled
-    found = [
+    products = [
         product.times(made.uses[plan])
         for plan, graph in made.prepared.items()
         for product in audit.products(
@@ -90,7 +75,7 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
         asked=target.precision,
         got=got,
         context=context,
-        products=audit.shares(found),
+        products=audit.shares(products),
         layers={name: one.layers for name, one in compiled.items()},
         native_products={name: one.products for name, one in compiled.items()},
         plugins=_in_all({name: one.plugins for name, one in compiled.items()}, made.uses),
@@ -133,75 +118,51 @@ def _most_workspaces(compiled: Iterable[Compiled], planned: Planned) -> dict[str
 
 def _in_all(counts: Mapping[str, Mapping[str, int]], uses: Mapping[str, int]) -> dict[str, int]:
     """Add up counts per plan, each as often as its plan is used."""
-    found: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
     for plan, of_plan in counts.items():
-        found.update({op: count * uses[plan] for op, count in of_plan.items()})
-    return dict(found)
+        sums.update({op: count * uses[plan] for op, count in of_plan.items()})
+    return dict(sums)
 
 
-def make_manifest(
+def engine_parts(
     inputs: Inputs,
     planned: Planned,
     choices: Choices,
     folder: Path,
     made: Made,
-    found: Audit,
+    audited: Audit,
     digests: Mapping[str, str],
-) -> Manifest:
-    """Write the files beside the plans into `folder` and return the manifest that lists all.
+) -> EngineParts:
+    """Return what the engine writer needs to know of an engine for a GPU.
 
     Args:
-        inputs, planned, choices: what was asked.
-        folder: of the engine, with plans and kernels.
+        inputs: the program.
+        planned: what the checks decided.
+        choices: the options of the build.
+        folder: the engine's folder, with plans, kernels and perhaps digests of weights.
         made: what was compiled.
-        found: its audit.
-        digests: op_type -> digest of the kernels.
+        audited: what the compiled plans really are.
+        digests: op_type -> digest of its kernels.
     """
-    target, program, config, faces = planned.target, inputs.program, inputs.config, made.faces
+    target, graphs = planned.target, made.graphs
     assert target.backend != "onnxruntime"
     _, distribution, _ = MODULES[target.backend]
     version = next(iter(made.compiled.values())).version
-    files = copy_text_files(program, inputs.folder, folder)
-    (folder / BINDINGS).write_text(_bindings_text(inputs, planned.how, planned.wide), encoding="utf-8")
-    plans = dict.fromkeys(stage.file for name, face in faces.items() for stage in made.stages.get(name, (face,)))
-    files += [BINDINGS, write_target(folder, target, planned.limits), *plans, *kernel_files(folder, made.kernels)]
+    plans = dict.fromkeys(stage.file for name, graph in graphs.items() for stage in made.stages.get(name, (graph,)))
+    files = [*plans, *kernel_files(folder, made.kernels)]
     if (folder / weight_digests.FILE).exists():
         files.append(weight_digests.FILE)
-    generation = read_generation(inputs.folder, config)
-    cache_layers = [int(s.name.partition(".")[2]) for s in faces["model"].with_role("cache")]
-    return Manifest(
-        format=ENGINE_FORMAT,
-        seekforge_version=importlib.metadata.version("seekforge"),
-        target=Target(name=target.name, backend=target.backend, sm=target.sm, sms=target.sms),
+    return EngineParts(
+        target=target,
+        limits=planned.limits,
+        kv_format=target.kv_format,
+        graphs=graphs,
+        stages=made.stages,
+        bindings=engine_bindings(inputs, planned.how, planned.wide),
+        files=files,
         versions={"onnx": onnx.__version__, distribution: version},
         runtime_versions={distribution: version},
-        program_sha256=sha256_file(inputs.folder / "program.json"),
-        numerics=program.numerics,
-        layer_range=program.layer_range,
-        graphs=faces,
-        stages=made.stages,
-        cache=Cache(
-            block_size=BLOCK_SIZE,
-            layers=tuple(dict.fromkeys(cache_layers)),
-            mtp_layer=config.mtp_layer if "mtp" in faces else None,
-            kv_format=target.kv_format,
-            latent_dim=config.latent_dim,
-            index_dim=config.index_head_dim,
-            bytes_per_block=block_bytes(program, config, target.kv_format),
-        ),
-        limits=planned.limits,
-        vocab_size=config.vocab_size,
-        num_top_logits=config.num_top_logits,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=generation.eos_token_id,
-        generation=generation.defaults,
-        tokenizer="tokenizer.json",
-        files=tuple(digest_file(folder, name) for name in files),
-        self_check=None,
-        config=program.config,
-        build={
-            "python": platform.python_version(),
-            "platform": platform.platform(),
+        options={
             "activations": "bf16",
             "fp8_storage": planned.how.fp8_storage,
             "plugins": choices.plugins,
@@ -215,26 +176,31 @@ def make_manifest(
                 version=SPECS[op].version,
                 products=target.products,
                 kernel_digest=digests[op],
-                num_layers=found.plugins.get(op, 0),
+                num_layers=audited.plugins.get(op, 0),
             )
             for op in planned.plugins
         },
         profiles=made.profiles,
         min_driver=min_drivers(made.kernels),
         capturable={name: one.capturable for name, one in made.compiled.items() if one.capturable is not None},
-        audit=found,
+        audit=audited,
     )
 
 
-def _bindings_text(inputs: Inputs, how: Specialization, wide: Mapping[str, set[str]]) -> str:
-    """bindings.json of the engine: the program's recipes in the dtypes of the engine."""
+def engine_bindings(inputs: Inputs, how: Specialization, wide: Mapping[str, set[str]]) -> dict[str, dict[str, Recipe]]:
+    """Return the program's recipes in the dtypes of the engine: graph -> weight input -> recipe.
 
-    def recipe(canonical: Recipe, *, wide: bool) -> Recipe:
-        mine = retarget(canonical, activations=how.activations, fp8_dtype=how.fp8_dtype)
-        return cast(mine, "f32") if wide else mine
+    Args:
+        inputs: the program.
+        how: the dtypes of the specialization.
+        wide: graph -> weight inputs that the engine holds in f32.
+    """
 
-    graphs = {
-        graph: {name: recipe(one, wide=name in wide[graph]).to_dict() for name, one in recipes.items()}
+    def retyped(recipe: Recipe, *, wide: bool) -> Recipe:
+        stored = retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype)
+        return cast(stored, "f32") if wide else stored
+
+    return {
+        graph: {name: retyped(recipe, wide=name in wide[graph]) for name, recipe in recipes.items()}
         for graph, recipes in inputs.bindings.items()
     }
-    return json.dumps({"format": PROGRAM_FORMAT, "graphs": graphs}, ensure_ascii=False, separators=(",", ":")) + "\n"
