@@ -25,10 +25,10 @@ from seekforge.common.errors import ConfigError, TargetError
 from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, open_inputs
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.program.ranks import check_ranks
+from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import load_target
-from seekforge.formats.weight_recipes import Ranks
 
 
 def as_advised(args: list[str], line: str) -> list[str]:
@@ -68,8 +68,8 @@ EXACT = ["build", "{exact}", "{out}", "--target", "rtx5090", "--no-kernels", "--
 CASES: dict[str, tuple[list[str], str, Follow]] = {
     "too many ranks": (
         ["export", "{checkpoint}", "{out}", "--num-layers", "1", "--tp", "3"],
-        "leave out --tp and --ep",
-        lambda args, line, places: without_option(args, "--tp"),
+        "pass --tp 2",
+        advised,
     ),
     "a batch beyond a step": ([*CPU, "--max-batch-size", "100000"], "pass --max-num-batched-tokens", advised),
     "a context beyond the model": (
@@ -110,11 +110,6 @@ CASES: dict[str, tuple[list[str], str, Follow]] = {
         ["inspect", "{checkpoint}", "--graph", "dot"],
         "pass a folder that 'export' wrote",
         lambda args, line, places: ["inspect", places["program"], "--graph", "dot"],
-    ),
-    "no layout of so many GPUs": (
-        ["plan", "full", "--target", "h200", "--contexts", "1K", "--num-gpus", "100000"],
-        "the nearest count is",
-        lambda args, line, places: with_option(args, "--num-gpus", re.findall(r"count is (\d+)", line)[0]),
     ),
     "an engine that does not fit": (
         [*GPU, "--set", "gpu.memory_gib=2"],
@@ -170,7 +165,7 @@ def test_a_checkpoint_that_can_be_written_can_be_exported_and_built(tmp_path: Pa
     result = invoke("build", tmp_path / "program", tmp_path / "engine", *args)
     assert result.exit_code == 0, result.output
     line = refusal("export", folder, tmp_path / "more", "--tp", "2")
-    assert "runs on one rank only: leave out --tp and --ep" in line
+    assert line.endswith("on one rank of a stage only: leave out --tp")
 
 
 def test_heads_without_kernels_are_inlined_as_advised(tmp_path: Path) -> None:
@@ -192,19 +187,27 @@ def test_what_no_gpu_takes_is_not_advised_in_circles(tiny_inputs: Inputs) -> Non
             check(inputs, load_target("rtx5090"), Choices(plugins=plugins))
 
 
-def test_every_number_of_ranks_is_answered_with_one_that_works(tiny_config: ModelConfig) -> None:
+def test_every_layout_is_answered_with_one_that_works(tiny_config: ModelConfig) -> None:
+    """A refusal is followed, first alternative or last, until nothing is refused."""
     full = load_preset("full").config
     seen = 0
-    for config, tp, ep in product((tiny_config, full), (1, 2, 3, 5, 8, 48, 1000), (1, 2, 3, 7, 64, 300)):
-        try:
-            check_ranks(config, Ranks(tp, ep))
-        except ConfigError as error:
-            seen += 1
-            advice = str(error).rpartition("; ")[2]
-            options = {} if "leave out --tp and --ep" in advice else dict(OPTION.findall(advice))
-            better = Ranks(int(options.get("--tp", 1)), int(options.get("--ep", 1)))
-            assert better.count <= tp * ep
-            check_ranks(config, better)
+    sizes = product((tiny_config, full), (1, 2, 3, 5, 8, 48, 1000), (1, 2, 62), (False, True), (0, -1))
+    for config, tp, pp, ep, which in sizes:
+        layout = Parallelism(tp=tp, pp=pp, ep=ep)
+        for _ in range(3):
+            try:
+                check_parallelism(config, layout)
+                break
+            except ConfigError as error:
+                seen += 1
+                advice = str(error).rpartition("; ")[2].split(" or ")[which]
+                if "leave out --tp" in advice:
+                    changes: dict[str, Any] = {"tp": 1, "ep": False}
+                else:
+                    changes = {name.removeprefix("--"): int(size) for name, size in OPTION.findall(advice)}
+                layout = layout.model_copy(update=changes)
+        else:
+            pytest.fail(f"{layout} is refused by what was advised before")
     assert seen > 20
 
 

@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "a layer too many": ("export", ("{checkpoint}", "{new}"), {"num_layers": 99}, "expected 1 to 4"),
     "no layer": ("export", ("{checkpoint}", "{new}"), {"num_layers": 0}, "num_layers is 0, expected at least 1"),
     "a bool for a number": ("export", ("{checkpoint}", "{new}"), {"tp": True}, "tp is True, expected a whole number"),
-    "a text for a number": ("export", ("{checkpoint}", "{new}"), {"ep": "2"}, "ep is '2', expected a whole number"),
+    "a text for a number": ("export", ("{checkpoint}", "{new}"), {"tp": "2"}, "tp is '2', expected a whole number"),
     "a number for a flag": ("export", ("{checkpoint}", "{new}"), {"force": 1}, "force is 1, expected"),
     "no layers": ("export", ("{checkpoint}", "{new}"), {"layers": "a-b"}, "expected A-B"),
     "a place that is read": ("export", ("{checkpoint}", "{checkpoint}"), {"force": True}, "is read by the same"),

@@ -20,9 +20,9 @@ from seekforge.common.errors import CheckpointError, ProgramError
 from seekforge.formats import loader as loader_module
 from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
 from seekforge.formats.loader import EXTRA_BYTES, Loader, LoadProgress, allocate
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.value_check import first_fault
 from seekforge.formats.weight_recipes import (
-    Ranks,
     Recipe,
     as_bytes,
     cast,
@@ -216,18 +216,19 @@ def test_specialized_dtypes_are_made_on_the_way(checkpoint: Checkpoint, activati
         _assert_equal(buffers[name], evaluate(recipe, checkpoint), name)
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (1, 2), (2, 2), (1, 4)])
-def test_ranks_together_have_the_whole_once(checkpoint: Checkpoint, tp: int, ep: int) -> None:
-    ranks = Ranks(tp, ep)
+@pytest.mark.parametrize("ranks", [Parallelism(tp=2), Parallelism(tp=2, ep=True), Parallelism(tp=4, ep=True)], ids=str)
+def test_ranks_together_have_the_whole_once(checkpoint: Checkpoint, ranks: Parallelism) -> None:
+    tp = ranks.tp
     table = take("table", (300, 200), "bf16")
+    columns = 1 if ranks.ep else tp
     whole = {
-        "rows": (split(table, 0, "all", ranks), 0, "all"),
-        "columns": (split(table, 1, "all", ranks), 1, "all"),
-        "experts": (split(stack(split(_expert(i), 0, "tp", ranks) for i in range(4)), 0, "ep", ranks), None, "ep"),
+        "rows": split(table, 0, tp),
+        "columns": split(table, 1, tp),
+        "experts": split(stack(split(_expert(i), 0, columns) for i in range(4)), 0, ranks.ep_size),
     }
     parts: dict[str, list[np.ndarray]] = {name: [] for name in whole}
-    for rank in range(ranks.count):
-        recipes = {name: for_rank(entry[0], ranks, rank) for name, entry in whole.items()}
+    for rank in range(tp):
+        recipes = {name: for_rank(recipe, ranks, rank) for name, recipe in whole.items()}
         recipes["map"] = for_rank(expert_map(4, ranks), ranks, rank)
         buffers = allocate(recipes)
         Loader(checkpoint, recipes, buffers).run()
@@ -235,24 +236,27 @@ def test_ranks_together_have_the_whole_once(checkpoint: Checkpoint, tp: int, ep:
             _assert_equal(buffers[name], evaluate(recipes[name], checkpoint), name)
             parts[name].append(buffers[name])
         here = np.flatnonzero(buffers["map"] >= 0)
-        assert here.tolist() == [ranks.index("ep", rank) * 4 // ep + i for i in range(4 // ep)]
-        assert buffers["map"][here].tolist() == list(range(4 // ep))
+        held = 4 // ranks.ep_size
+        assert here.tolist() == [(rank if ranks.ep else 0) * held + i for i in range(held)]
+        assert buffers["map"][here].tolist() == list(range(held))
     bits = checkpoint.tensor("table").view(np.uint16)
     np.testing.assert_array_equal(np.concatenate([p.view(np.uint16) for p in parts["rows"]]), bits)
     np.testing.assert_array_equal(np.concatenate([p.view(np.uint16) for p in parts["columns"]], 1), bits)
     experts = np.stack([checkpoint.tensor(f"e{i}.weight").view(np.uint8) for i in range(4)])
-    groups = [np.concatenate([parts["experts"][g * tp + t].view(np.uint8) for t in range(tp)], 1) for g in range(ep)]
-    np.testing.assert_array_equal(np.concatenate(groups), experts)
+    together = np.concatenate([part.view(np.uint8) for part in parts["experts"]], 0 if ranks.ep else 1)
+    np.testing.assert_array_equal(together, experts)
 
 
 def test_a_shared_recipe_needs_a_rank(checkpoint: Checkpoint) -> None:
-    recipe = split(take("table", (300, 200), "bf16"), 0, "all", Ranks(2))
+    recipe = split(take("table", (300, 200), "bf16"), 0, 2)
     with pytest.raises(ProgramError, match="for_rank"):
         evaluate(recipe, checkpoint)
     with pytest.raises(ProgramError, match="rank 2: expected 0 to 1"):
-        for_rank(recipe, Ranks(2), 2)
+        for_rank(recipe, Parallelism(tp=2), 2)
+    with pytest.raises(ProgramError, match="is not one among 4 ranks"):
+        for_rank(recipe, Parallelism(tp=4), 2)
     with pytest.raises(ProgramError, match="does not divide"):
-        split(take("odd", (3,), "bf16"), 0, "all", Ranks(2))
+        split(take("odd", (3,), "bf16"), 0, 2)
 
 
 def test_a_buffer_that_does_not_fit_is_refused(checkpoint: Checkpoint) -> None:

@@ -31,9 +31,10 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import Manifest, load_manifest, manifest_digest, rebuild_command
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import load_target
-from seekforge.formats.weight_recipes import Ranks, Recipe, coverage, evaluate, for_rank, retarget
+from seekforge.formats.weight_recipes import Recipe, coverage, evaluate, for_rank, retarget
 from seekforge.plugins.kernels.index import Descriptors, read_index
 from seekforge.plugins.kernels.launch_plan import pack_arguments, read_kernels
 from seekforge.runtime.compatibility import check_complete
@@ -204,9 +205,9 @@ def _read_bindings(folder: Path, zeros: _Zeros) -> None:
         coverage(recipes)
         for recipe in recipes.values():
             retarget(recipe, activations="f32", fp8_dtype="f8e4m3")
-            bytes_read(for_rank(recipe, Ranks(1, 1), 0))
-            for_rank(recipe, Ranks(2, 2), 3)
-            mine = for_rank(recipe, Ranks(1, 1), 0)
+            bytes_read(for_rank(recipe, ONE_RANK, 0))
+            for_rank(recipe, Parallelism(tp=2), 1)
+            mine = for_rank(recipe, ONE_RANK, 0)
             if zeros.has(mine) and mine.op != "split" and not math.prod(mine.shape) > 1 << 17:
                 evaluate(mine, zeros)
 

@@ -14,6 +14,7 @@ import pytest
 import seekforge.plugins
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.formats.numerics import FP8
+from seekforge.formats.parallelism import ONE_RANK
 from seekforge.plugins.kernels.launch_plan import SMS, op_kernels
 from seekforge.plugins.operator import NO_TAPS, KernelForm, Operator, OpSpec, RankModel, Step, load
 from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, KERNEL_FORMS, OPERATORS, SPECS
@@ -23,14 +24,7 @@ PLUGINS = Path(seekforge.plugins.__path__[0])
 FOLDERS = {path.parent.name for path in PLUGINS.glob("*/spec.py")}
 
 CONFIG = load_preset("full").config
-MODEL = RankModel(
-    config=CONFIG,
-    numerics=FP8.to_dict(),
-    kv_format="fp8_ds",
-    num_heads=CONFIG.num_attention_heads,
-    num_experts=CONFIG.n_routed_experts,
-    moe_intermediate_size=CONFIG.moe_intermediate_size,
-)
+MODEL = RankModel(config=CONFIG, numerics=FP8.to_dict(), kv_format="fp8_ds", parallelism=ONE_RANK)
 STEP = Step(
     batch=2, queries=3, num_blocks=40, expert_tokens=6, fp8_linears=[(256, 384)], bf16_linears=[(128, 384), (64, 384)]
 )

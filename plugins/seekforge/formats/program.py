@@ -13,10 +13,11 @@ from seekforge.common.files import write_json
 from seekforge.common.paths import RelativePath, same_names
 from seekforge.common.reading import LISTING_BYTES, read_json
 from seekforge.common.records import Record, RecordError
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.weight_recipes import Recipe
 
 #: Raised when a reader of the previous number would misread a program.
-PROGRAM_FORMAT = 2
+PROGRAM_FORMAT = 3
 
 #: What text needs, carried from a checkpoint to a program and an engine: these, and the folder of the chat encoder.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -108,7 +109,7 @@ class Program(Record):
         graphs: "model", and "mtp" when the model has an MTP layer and the range ends at the last layer.
         unused: checkpoint tensors that no input reads, with the reason.
         outside: what other ranges read: `model.layers.7.*` or a tensor's name -> how many tensors.
-        tp, ep: how many ranks share the model (`bindings.Ranks`); the graphs are those of each rank.
+        parallelism: how many ranks share the model, and how; the graphs are those of each rank of a replica.
         shared: checkpoint tensors that several inputs read, with those inputs ("graph:input").
         files: tokenizer and chat files carried along, relative to the program folder.
     """
@@ -126,11 +127,14 @@ class Program(Record):
     files: tuple[RelativePath, ...]
     truncated_from: int | None = None
     outside: dict[str, int] = field(default_factory=dict)
-    tp: int = 1
-    ep: int = 1
+    parallelism: Parallelism = ONE_RANK
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.parallelism.dp != 1:
+            raise RecordError(
+                f"is {self.parallelism.dp}, expected 1: a program is that of one replica", ("parallelism", "dp")
+            )
         for index, name in enumerate(self.files):
             if name not in TEXT_FILES and not name.startswith(f"{ENCODING}/"):
                 expected = f"{', '.join(TEXT_FILES)} or a file of {ENCODING}/"

@@ -12,13 +12,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from seekforge.common.dtypes import NUMPY, itemsize, widen
 from seekforge.common.errors import ProgramError
 from seekforge.formats.int_codes import evaluate_codes
+from seekforge.formats.parallelism import Parallelism
 
 _BLOCK = 128
 #: Elements of any tensor are fewer.
@@ -42,35 +43,6 @@ class TensorSource(Protocol):
         ...
 
 
-#: Which ranks a tensor is split among: all, those that share an expert, or the groups of experts.
-Over = Literal["all", "tp", "ep"]
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many ranks share a model: `tp` · `ep`; rank = ep_rank · tp + tp_rank.
-
-    Attention, dense MLPs and shared experts are split among all ranks. Routed experts are dealt out to `ep` groups,
-    and each expert is split among the `tp` ranks of its group.
-    """
-
-    tp: int = 1
-    ep: int = 1
-
-    @property
-    def count(self) -> int:
-        """Ranks in all."""
-        return self.tp * self.ep
-
-    def size(self, over: Over) -> int:
-        """Return into how many parts a split over `over` goes."""
-        return {"all": self.count, "tp": self.tp, "ep": self.ep}[over]
-
-    def index(self, over: Over, rank: int) -> int:
-        """Return which of those parts `rank` has."""
-        return {"all": rank, "tp": rank % self.tp, "ep": rank // self.tp}[over]
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One node of a recipe tree.
@@ -83,8 +55,8 @@ class Recipe:
         parts: operands. `dequantize` has two: FP8 weight and f32 scale.
         tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard or
             expert_map.
-        axis, start, stop: the bounds of slice; axis also that of concat, stack and split.
-        over: for split, who shares `parts[0]`; each rank has an equal part along `axis`.
+        axis, start, stop: the bounds of slice; axis also that of concat, stack and split, of which each rank has an
+            equal part.
         perm: the order of axes of transpose.
         params: for computed, the numbers that the table depends on; for codes, bits and block_size.
     """
@@ -98,13 +70,12 @@ class Recipe:
     start: int | None = None
     stop: int | None = None
     perm: tuple[int, ...] | None = None
-    over: Over | None = None
     params: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; fields that are not set are left out."""
         raw: dict[str, Any] = {"op": self.op, "shape": list(self.shape), "dtype": self.dtype}
-        for key in ("tensor", "axis", "start", "stop", "over"):
+        for key in ("tensor", "axis", "start", "stop"):
             if getattr(self, key) is not None:
                 raw[key] = getattr(self, key)
         if self.perm is not None:
@@ -134,7 +105,6 @@ class Recipe:
                     start=raw.get("start"),
                     stop=raw.get("stop"),
                     perm=tuple(raw["perm"]) if "perm" in raw else None,
-                    over=raw.get("over"),
                     params=dict(raw.get("params", {})),
                 )
             )
@@ -150,7 +120,7 @@ _TABLE_PARAMS = {
     "expert_map": ("num_experts", "ep"),
 }
 _FIELDS = {"take": {"tensor"}, "computed": {"tensor", "params"}, "slice": {"axis", "start", "stop"}, "concat": {"axis"}}
-_FIELDS |= {"stack": {"axis"}, "split": {"axis", "over"}, "transpose": {"perm"}}
+_FIELDS |= {"stack": {"axis"}, "split": {"axis"}, "transpose": {"perm"}}
 _FIELDS |= {op: set() for op in ("reshape", "dequantize", "cast", "bytes")}
 _FIELDS |= {op: {"params"} for op in ("codes", "code_scales", "packed")}
 
@@ -168,7 +138,7 @@ def _checked(recipe: Recipe) -> Recipe:
         raise ValueError(f"{op} of the shape {shape!r:.100}")
     if not isinstance(recipe.dtype, str) or recipe.dtype not in NUMPY:
         raise ValueError(f"{op} of dtype {recipe.dtype!r}")
-    used = {name for name in ("tensor", "axis", "start", "stop", "perm", "over") if getattr(recipe, name) is not None}
+    used = {name for name in ("tensor", "axis", "start", "stop", "perm") if getattr(recipe, name) is not None}
     used |= {"params"} if recipe.params else set()
     if used != _FIELDS[op]:
         raise ValueError(f"{op} has {', '.join(sorted(used)) or 'no fields'}, expected {sorted(_FIELDS[op])}")
@@ -219,8 +189,8 @@ def _shape_of(recipe: Recipe) -> tuple[tuple[int, ...], str]:
         made = concat(parts, axis) if op == "concat" else stack(parts)
     elif op == "split":
         whole = first.shape[axis or 0]
-        if recipe.over not in ("all", "tp", "ep") or not recipe.shape[axis or 0] or whole % recipe.shape[axis or 0]:
-            raise ValueError(f"split of {list(first.shape)} into {list(recipe.shape)} over {recipe.over!r}")
+        if not recipe.shape[axis or 0] or whole % recipe.shape[axis or 0]:
+            raise ValueError(f"split of {list(first.shape)} into {list(recipe.shape)}")
         made = replace(
             first, shape=(*first.shape[: axis or 0], recipe.shape[axis or 0], *first.shape[(axis or 0) + 1 :])
         )
@@ -369,48 +339,52 @@ def retarget(recipe: Recipe, *, activations: str, fp8_dtype: str) -> Recipe:
     return replace(recipe, parts=parts, dtype=parts[0].dtype if parts else recipe.dtype)
 
 
-def split(part: Recipe, axis: int, over: Over, ranks: Ranks) -> Recipe:
-    """An equal part of `part` along `axis` for each rank of `over`; `part` itself when there is one.
+def split(part: Recipe, axis: int, num_ranks: int) -> Recipe:
+    """An equal part of `part` along `axis` for each of `num_ranks` ranks; `part` itself for one.
 
     Raises:
         ProgramError: the axis does not divide.
     """
-    count = ranks.size(over)
-    if count == 1:
+    if num_ranks == 1:
         return part
-    if part.shape[axis] % count:
-        raise ProgramError(f"axis {axis} of {part.shape} does not divide into {count} equal parts")
-    shape = (*part.shape[:axis], part.shape[axis] // count, *part.shape[axis + 1 :])
-    return Recipe("split", shape, part.dtype, (part,), axis=axis, over=over)
+    if part.shape[axis] % num_ranks:
+        raise ProgramError(f"axis {axis} of {part.shape} does not divide into {num_ranks} equal parts")
+    shape = (*part.shape[:axis], part.shape[axis] // num_ranks, *part.shape[axis + 1 :])
+    return Recipe("split", shape, part.dtype, (part,), axis=axis)
 
 
-def for_rank(recipe: Recipe, ranks: Ranks, rank: int) -> Recipe:
-    """Return what one rank reads: every split becomes that rank's slice.
+def for_rank(recipe: Recipe, parallelism: Parallelism, tp_rank: int) -> Recipe:
+    """Return what one rank of a stage reads: every split becomes that rank's slice.
 
     Raises:
-        ProgramError: there is no such rank.
+        ProgramError: there is no such rank, or a split is one among another number of ranks.
     """
-    if not 0 <= rank < ranks.count:
-        raise ProgramError(f"rank {rank}: expected 0 to {ranks.count - 1} of tp {ranks.tp} x ep {ranks.ep}")
-    if ranks.count == 1:
+    tp = parallelism.tp
+    if not 0 <= tp_rank < tp:
+        raise ProgramError(f"tensor-parallel rank {tp_rank}: expected 0 to {tp - 1} of {parallelism}")
+    if tp == 1:
         return recipe
     if recipe.tensor == "expert_map":
-        return replace(recipe, params=recipe.params | {"ep_rank": ranks.index("ep", rank)})
+        return replace(recipe, params=recipe.params | {"ep_rank": tp_rank if parallelism.ep else 0})
     if not recipe.parts:
         return recipe
     if recipe.op == "split":
-        assert recipe.axis is not None and recipe.over is not None
-        whole, index = recipe.parts[0], ranks.index(recipe.over, rank)
-        start = index * recipe.shape[recipe.axis]
+        assert recipe.axis is not None
+        whole, size = recipe.parts[0], recipe.shape[recipe.axis]
+        if whole.shape[recipe.axis] != size * tp:
+            raise ProgramError(
+                f"bindings: a split of {list(whole.shape)} into {list(recipe.shape)} is not one among {tp} ranks"
+            )
+        start, stop = tp_rank * size, (tp_rank + 1) * size
         if whole.op == "stack" and recipe.axis == 0:  # name only the parts that are read
-            return stack(for_rank(part, ranks, rank) for part in whole.parts[start : start + recipe.shape[0]])
-        return slice_(for_rank(whole, ranks, rank), recipe.axis, start, start + recipe.shape[recipe.axis])
-    return replace(recipe, parts=tuple(for_rank(part, ranks, rank) for part in recipe.parts))
+            return stack(for_rank(part, parallelism, tp_rank) for part in whole.parts[start:stop])
+        return slice_(for_rank(whole, parallelism, tp_rank), recipe.axis, start, stop)
+    return replace(recipe, parts=tuple(for_rank(part, parallelism, tp_rank) for part in recipe.parts))
 
 
-def expert_map(num_experts: int, ranks: Ranks) -> Recipe:
+def expert_map(num_experts: int, parallelism: Parallelism) -> Recipe:
     """The table [num_experts] i32 from an expert's number to its place on this rank, −1 where it is elsewhere."""
-    params: dict[str, float] = {"num_experts": num_experts, "ep": ranks.ep}
+    params: dict[str, float] = {"num_experts": num_experts, "ep": parallelism.ep_size}
     return Recipe("computed", (num_experts,), "i32", tensor="expert_map", params=params)
 
 

@@ -23,6 +23,7 @@ from seekforge.common.errors import ShapeError
 
 if TYPE_CHECKING:  # the runtime starts without it
     from seekforge.formats.checkpoint.model_config import ModelConfig
+    from seekforge.formats.parallelism import Parallelism, RankSizes
 
 #: ONNX domain of every operator, and the TensorRT plugin namespace.
 DOMAIN = "seekforge"
@@ -224,17 +225,18 @@ class RankModel:
         config: the model's `config.json`.
         numerics: the fields of `formats.numerics.Numerics`.
         kv_format: layout and dtype of both caches.
-        num_heads: attention heads of the rank.
-        num_experts: routed experts of the rank.
-        moe_intermediate_size: width of what the rank has of each expert.
+        parallelism: how ranks share the model.
     """
 
     config: ModelConfig
     numerics: Mapping[str, Any]
     kv_format: str
-    num_heads: int
-    num_experts: int
-    moe_intermediate_size: int
+    parallelism: Parallelism
+
+    @property
+    def sizes(self) -> RankSizes:
+        """What the rank has of the model's heads, MLPs and experts."""
+        return self.parallelism.rank_sizes(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)

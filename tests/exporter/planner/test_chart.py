@@ -101,7 +101,7 @@ def test_a_target_without_a_curve_is_named(full: ModelConfig) -> None:
     rows = rows_of(full, ["rtx4090", "h200"], ("fp8",))
     rows[2] = replace(rows[2], found=None)
     (column,) = plan_columns(full, rows, marked=MARKED)
-    assert [cell.text for cell in column.targets[0][1]] == ["32", "48", "> 128"]
+    assert [cell.text for cell in column.targets[0][1]] == ["48", "48", "> 128"]
     assert column.left_out == ("rtx4090",)
     assert len(column.curves) == 1
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import inliner
 
-from seekforge.common.errors import ConfigError, ProgramError
+from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
@@ -20,15 +20,16 @@ from seekforge.exporter.models.deepseek_v32.model import StepModel
 from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import recipes
-from seekforge.exporter.program.ranks import check_ranks, merge
+from seekforge.exporter.program.ranks import merge
 from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.loader import Loader, allocate
 from seekforge.formats.numerics import EXACT, FP8, Numerics
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.step_io import StepInputs, lay_out
-from seekforge.formats.weight_recipes import Ranks, coverage, for_rank, retarget
+from seekforge.formats.weight_recipes import coverage, for_rank, retarget
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
 
@@ -56,11 +57,13 @@ def source(preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield checkpoint
 
 
-def _merged(traced: Traced, config: ModelConfig, ranks: Ranks, source: Checkpoint, folder: Path) -> onnx.ModelProto:
+def _merged(
+    traced: Traced, config: ModelConfig, ranks: Parallelism, source: Checkpoint, folder: Path
+) -> onnx.ModelProto:
     """Specialize and fold the graph for each rank, and join them; weights go to one file in `folder`."""
     weights = WeightFile("weights.bin")
     graphs = []
-    for rank in range(ranks.count):
+    for rank in range(ranks.tp):
         model = specialize(traced.model, HOW, config)
         mine = {
             name: retarget(for_rank(recipe, ranks, rank), activations="f32", fp8_dtype="f8e4m3")
@@ -71,7 +74,7 @@ def _merged(traced: Traced, config: ModelConfig, ranks: Ranks, source: Checkpoin
         graphs.append(model)
     folder.mkdir()
     weights.write(folder, source, lambda done, total: None)
-    merged = merge(graphs, SHARED) if ranks.count > 1 else graphs[0]
+    merged = merge(graphs, SHARED) if ranks.tp > 1 else graphs[0]
     attach(merged, HOW)
     return inliner.inline_local_functions(merged)
 
@@ -97,7 +100,7 @@ def _assert_ranks_equal_whole(
     preset: Preset,
     source: Checkpoint,
     tmp_path: Path,
-    ranks: Ranks,
+    ranks: Parallelism,
     *,
     numerics: Numerics = EXACT,
     stages: tuple[tuple[int, int], ...] = ((0, 2),),
@@ -108,7 +111,7 @@ def _assert_ranks_equal_whole(
     hidden: dict[str, np.ndarray] = {}
     got: dict[str, np.ndarray] = {}
     for layers in stages:
-        settings = Settings(config, numerics, "bf16", ranks=ranks)
+        settings = Settings(config, numerics, "bf16", parallelism=ranks)
         traced = trace(settings, layers, lambda stage: None)
         sums = [node for node in traced.model.graph.node if node.op_type == "SumRanks"]
         assert len(sums) == 2 * (layers[1] - layers[0])
@@ -130,32 +133,37 @@ def _assert_ranks_equal_whole(
             np.testing.assert_array_equal(got[name], expected.numpy(), err_msg=name)
 
 
-def test_two_by_two_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path) -> None:
-    _assert_ranks_equal_whole(preset, source, tmp_path, Ranks(tp=2, ep=2))
+TWO, FOUR = Parallelism(tp=2), Parallelism(tp=4)
+TWO_EP, FOUR_EP = Parallelism(tp=2, ep=True), Parallelism(tp=4, ep=True)
+
+
+@pytest.mark.parametrize("ranks", [TWO, TWO_EP], ids=str)
+def test_two_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path, ranks: Parallelism) -> None:
+    """With experts cut in two, and with experts dealt out whole."""
+    _assert_ranks_equal_whole(preset, source, tmp_path, ranks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (4, 1), (1, 2), (1, 4)])
-def test_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path, tp: int, ep: int) -> None:
-    _assert_ranks_equal_whole(preset, source, tmp_path, Ranks(tp, ep))
+@pytest.mark.parametrize("ranks", [FOUR, FOUR_EP], ids=str)
+def test_four_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path, ranks: Parallelism) -> None:
+    _assert_ranks_equal_whole(preset, source, tmp_path, ranks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (1, 2)])
-def test_ranks_of_two_stages_compute_the_whole(
-    preset: Preset, source: Checkpoint, tmp_path: Path, tp: int, ep: int
+@pytest.mark.parametrize("ranks", [TWO, TWO_EP], ids=str)
+def test_ranks_of_two_layer_ranges_compute_the_whole(
+    preset: Preset, source: Checkpoint, tmp_path: Path, ranks: Parallelism
 ) -> None:
-    _assert_ranks_equal_whole(preset, source, tmp_path, Ranks(tp, ep), stages=((0, 1), (1, 2)))
+    _assert_ranks_equal_whole(preset, source, tmp_path, ranks, stages=((0, 1), (1, 2)))
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("ranks", [Parallelism(), TWO, FOUR_EP], ids=str)
 def test_every_element_is_read_by_exactly_one_rank_or_by_all(
-    preset: Preset, source: Checkpoint, tp: int, ep: int
+    preset: Preset, source: Checkpoint, ranks: Parallelism
 ) -> None:
-    """Load every rank; together they read what is split once, and what is whole once each."""
-    ranks = Ranks(tp, ep)
+    """Load every rank; together they read what is divided once, and what is whole once each."""
     with torch.device("meta"):
-        named = recipes(StepModel(Settings(preset.config, FP8, ranks=ranks), (0, 2)))
+        named = recipes(StepModel(Settings(preset.config, FP8, parallelism=ranks), (0, 2)))
     used = coverage(named).used
     assert used == {name: int(np.prod(source.info(name).shape)) for name in source.names}
     split_bytes = whole_bytes = total = 0
@@ -163,32 +171,12 @@ def test_every_element_is_read_by_exactly_one_rank_or_by_all(
         size = source.info(name).num_bytes
         is_split = any(part in name for part in ("q_b_proj", "kv_b_proj", "o_proj", "mlp.")) and "gate." not in name
         split_bytes, whole_bytes = (split_bytes + size, whole_bytes) if is_split else (split_bytes, whole_bytes + size)
-    for rank in range(ranks.count):
+    for rank in range(ranks.tp):
         mine = {name: for_rank(recipe, ranks, rank) for name, recipe in named.items()}
         loader = Loader(source, mine, allocate(mine))
         assert sum(loader.shard_bytes.values()) == loader.total_bytes
         total += loader.total_bytes
-    assert total == split_bytes + ranks.count * whole_bytes
-
-
-@pytest.mark.parametrize(
-    ("tp", "ep", "message"),
-    [
-        (0, 1, "expected 1 or more"),
-        (3, 1, "num_attention_heads is 128, expected equal heads for 3 ranks"),
-        (32, 1, "intermediate_size is 18432, expected equal rows in whole blocks of 128 for 32 ranks"),
-        (1, 9, "num_attention_heads is 128"),
-        (256, 1, "num_attention_heads is 128"),
-    ],
-)
-def test_ranks_that_do_not_divide_are_refused(tp: int, ep: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_ranks(load_preset("full").config, Ranks(tp, ep))
-
-
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (8, 1), (16, 1), (1, 8), (1, 16), (2, 8), (4, 4)])
-def test_usual_numbers_of_ranks_divide_the_full_model(tp: int, ep: int) -> None:
-    check_ranks(load_preset("full").config, Ranks(tp, ep))
+    assert total == split_bytes + ranks.tp * whole_bytes
 
 
 def test_graphs_without_a_collective_are_not_merged() -> None:

@@ -9,7 +9,6 @@ import yaml
 
 from seekforge.exporter.sizing.memory import (
     GIB,
-    Layout,
     Workload,
     active_parameters,
     attention_flops,
@@ -18,7 +17,6 @@ from seekforge.exporter.sizing.memory import (
     checkpoint_bytes,
     dense_attention_flops,
     end_matrices,
-    fault_of,
     held_bytes,
     layer_matrices,
     linear_flops,
@@ -30,6 +28,7 @@ from seekforge.exporter.sizing.memory import (
     weight_bytes,
 )
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.parallelism import Parallelism
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
 
@@ -119,23 +118,23 @@ def test_prefill_flops(full: ModelConfig, prompt: int, tflop: float) -> None:
     assert prefill_attention_flops(full, prompt).total / 1e12 == pytest.approx(tflop, rel=2e-3)
 
 
-def fits(config: ModelConfig, layout: Layout, memory_gib: float, context: int = 1024) -> bool:
+def fits(config: ModelConfig, layout: Parallelism, memory_gib: float, context: int = 1024) -> bool:
     memory = rank_memory(config, layout, Workload(context), precision="fp8", kv_format="fp8_ds", mtp=False)
     return memory.total <= usable_bytes(memory_gib)
 
 
 def test_eight_h100_are_too_small_and_eight_h200_are_enough(full: ModelConfig) -> None:
     h100, h200 = 79.6, 140.4
-    for layout in (Layout(tp=8), Layout(dp=8), Layout(pp=8), Layout(tp=4, pp=2)):
+    for layout in (Parallelism(tp=8), Parallelism(pp=8), Parallelism(tp=4, pp=2)):
         assert not fits(full, layout, h100)
         assert fits(full, layout, h200)
         assert fits(full, layout, h200, context=131072)
-    assert fits(full, Layout(tp=8, pp=2), h100, context=131072)
+    assert fits(full, Parallelism(tp=8, pp=2), h100, context=131072)
 
 
 def test_stages_hold_every_layer_once(full: ModelConfig) -> None:
     for pp in (1, 2, 7, 8, 61):
-        cut = stages(full, Layout(pp=pp), "fp8", mtp=True)
+        cut = stages(full, Parallelism(pp=pp), "fp8", mtp=True)
         assert [layer for layers, _ in cut for layer in layers] == list(range(61))
         assert len(cut) == pp
         assert sum(size for _, size in cut) >= weight_bytes(full, mtp=True)
@@ -143,23 +142,15 @@ def test_stages_hold_every_layer_once(full: ModelConfig) -> None:
 
 def test_tensor_parallel_ranks_add_up(full: ModelConfig) -> None:
     """What is divided adds up to the whole, and what is not is on every rank."""
-    one, eight = (stages(full, Layout(tp=n), "fp8", mtp=False)[0][1] for n in (1, 8))
+    one, eight = (stages(full, Parallelism(tp=n), "fp8", mtp=False)[0][1] for n in (1, 8))
     assert one == weight_bytes(full)
     replicated = (8 * eight - one) / 7
     assert 0 < replicated < 0.02 * one
 
 
-def test_what_does_not_divide_is_named(full: ModelConfig) -> None:
-    assert fault_of(Layout(tp=8, pp=2), full) is None
-    assert "num_attention_heads" in (fault_of(Layout(tp=3), full) or "")
-    assert "moe_intermediate_size" in (fault_of(Layout(tp=32), full) or "")
-    assert "layers" in (fault_of(Layout(pp=62), full) or "")
-    assert "experts" in (fault_of(Layout(dp=512), full) or "")
-
-
 def test_memory_grows_with_the_context_but_scratch_is_bounded(full: ModelConfig) -> None:
     small, large = (
-        rank_memory(full, Layout(tp=8), Workload(n), precision="fp8", kv_format="fp8_ds", mtp=False)
+        rank_memory(full, Parallelism(tp=8), Workload(n), precision="fp8", kv_format="fp8_ds", mtp=False)
         for n in (8192, 131072)
     )
     assert small.weights == large.weights

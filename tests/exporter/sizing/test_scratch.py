@@ -14,9 +14,10 @@ from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, ex
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.planner.answer import Question, memory_of
 from seekforge.exporter.planner.cli import plan as plan_command
-from seekforge.exporter.sizing.memory import Layout, Workload
+from seekforge.exporter.sizing.memory import Workload
 from seekforge.exporter.sizing.scratch import bf16_linear_shapes, linear_shapes
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import all_targets, load_target
 
 CHOICES = Choices(plugins="all", kernels=False)
@@ -53,7 +54,7 @@ def test_the_planner_counts_what_a_build_expects(inputs: Inputs, target: str, li
     known = chosen.limits
     work = Workload(known.max_model_len, known.max_batch_size, known.max_num_batched_tokens)
     question = Question("fp8", "fp8_ds", target=chosen)
-    memory = memory_of(inputs.config, Layout(), work, question)
+    memory = memory_of(inputs.config, Parallelism(), work, question)
     assert memory.indexer_scores + memory.scratch == expected_bytes(inputs, chosen, known, 1)["scratch"]
 
 
@@ -65,7 +66,7 @@ def test_the_command_plan_says_what_a_build_expects(full: ModelConfig) -> None:
     said = json.loads(CliRunner().invoke(plan_command, args, catch_exceptions=False).stdout)
     held = said["answers"][0]["bytes_per_gpu"]
     work = Workload(target.limits.max_model_len, target.limits.max_batch_size, target.limits.max_num_batched_tokens)
-    memory = memory_of(full, Layout(), work, Question("fp8", "fp8_ds", target=target))
+    memory = memory_of(full, Parallelism(), work, Question("fp8", "fp8_ds", target=target))
     assert held["indexer_scores"] + held["scratch"] == memory.indexer_scores + memory.scratch
 
 

@@ -15,7 +15,7 @@ from seekforge.exporter.program.cli import export as export_command
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import NUMERICS
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.formats.parallelism import Parallelism
 from seekforge.plugins.kernels.constraints import (
     Rule,
     between,
@@ -43,7 +43,7 @@ def test_every_preset_can_be_built_with_plugins_and_inlined(preset: str) -> None
     config = load_preset(preset).config
     assert refusals(config, plugins=WITH_KERNELS, ops=WITH_KERNELS) == []
     assert refusals(config, plugins=(), ops=WITH_KERNELS) == []
-    assert export_warnings(config, ops=WITH_KERNELS, ranks=Ranks()) == []
+    assert export_warnings(config, ops=WITH_KERNELS, parallelism=Parallelism()) == []
 
 
 @pytest.mark.parametrize(
@@ -96,29 +96,31 @@ def test_the_inlined_indexer_is_refused_above_what_tensorrt_selects() -> None:
 
 
 def test_an_export_says_what_gpu_targets_will_do_without_kernels() -> None:
-    assert export_warnings(changed(num_experts_per_tok=22), ops=WITH_KERNELS, ranks=Ranks()) == [
+    assert export_warnings(changed(num_experts_per_tok=22), ops=WITH_KERNELS, parallelism=Parallelism()) == [
         "MoeRoute: num_experts_per_tok is 22, kernels take 1 to 16: GPU targets inline it",
         "MoeExperts: num_experts_per_tok is 22, kernels take 1 to 16: GPU targets inline it, "
         "which needs --precision bf16",
     ]
-    (both,) = export_warnings(changed(index_n_heads=8, index_topk=5000), ops=WITH_KERNELS, ranks=Ranks())
+    (both,) = export_warnings(changed(index_n_heads=8, index_topk=5000), ops=WITH_KERNELS, parallelism=Parallelism())
     assert both.endswith(
         "it cannot be inlined either (DsaIndexer: index_topk is 5000, TensorRT's TopK takes at most 3840 where it is "
         "inlined): no GPU target builds it"
     )
-    (alone,) = export_warnings(changed(index_n_heads=8), ops=WITH_KERNELS, ranks=Ranks())
+    (alone,) = export_warnings(changed(index_n_heads=8), ops=WITH_KERNELS, parallelism=Parallelism())
     assert alone.endswith("which needs --kv-cache-dtype bf16")
 
 
 def test_sizes_are_those_of_one_rank() -> None:
-    ranks = Ranks(tp=2, ep=4)
-    sizes = operators(V32, ranks=ranks)
-    assert (sizes["DsaAttention"]["H"], sizes["MoeExperts"]["E"], sizes["MoeExperts"]["I2"]) == (16, 64, 2048)
+    dealt = Parallelism(tp=4, ep=True)
+    sizes = operators(V32, parallelism=dealt)
+    assert (sizes["DsaAttention"]["H"], sizes["MoeExperts"]["E"], sizes["MoeExperts"]["I2"]) == (32, 64, 4096)
+    cut = operators(V32, parallelism=Parallelism(tp=4))["MoeExperts"]
+    assert (cut["E"], cut["I2"]) == (256, 1024)
     assert sizes["MoeRoute"]["E"] == 256, "every rank routes among all experts"
     many = changed(n_routed_experts=2048)
-    warned = [w.partition(":")[0] for w in export_warnings(many, ops=WITH_KERNELS, ranks=Ranks())]
+    warned = [w.partition(":")[0] for w in export_warnings(many, ops=WITH_KERNELS, parallelism=Parallelism())]
     assert warned == ["MoeRoute", "MoeExperts"]
-    assert [w.partition(":")[0] for w in export_warnings(many, ops=WITH_KERNELS, ranks=ranks)] == ["MoeRoute"]
+    assert [w.partition(":")[0] for w in export_warnings(many, ops=WITH_KERNELS, parallelism=dealt)] == ["MoeRoute"]
 
 
 def test_what_no_target_computes_is_refused_at_export_and_the_rest_is_said(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], fold
     Raises:
         ProgramError: it is shared among ranks, or naming the first recipe that is wrong.
     """
-    if program.tp * program.ep > 1:
+    if program.parallelism.num_ranks > 1:
         raise ProgramError(
-            f"{folder}: is shared among {program.tp * program.ep} ranks (--tp {program.tp} --ep {program.ep}), and "
-            "engines of several ranks are not built yet; export it without --tp and --ep"
+            f"{folder}: is shared among {program.parallelism.num_ranks} ranks ({program.parallelism.options}), and "
+            "engines of several ranks are not built yet; export it without these options"
         )
     for graph, face in program.graphs.items():
         wanted = {spec.name for role in ("weight", "table") for spec in face.with_role(role)}

@@ -18,6 +18,7 @@ from seekforge.exporter.builder.tensorrt.audit_page import self_check_words, sho
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
 from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.program import load_program
 
 if TYPE_CHECKING:
@@ -107,10 +108,11 @@ def show(about: dict[str, Any], out: Console) -> None:
         show_audit(manifest, out)
     else:
         ranks = about["ranks"]
-        if ranks["tp"] * ranks["ep"] > 1:
+        parallelism = Parallelism.model_validate(ranks["parallelism"])
+        if parallelism.num_ranks > 1:
+            least, most = (size_words(extreme(ranks["bytes_read"])) for extreme in (min, max))
             out.print(
-                f"of each of {ranks['tp'] * ranks['ep']} ranks (tp {ranks['tp']} x ep {ranks['ep']}), which "
-                f"read {size_words(min(ranks['bytes_read']))} to {size_words(max(ranks['bytes_read']))} of the "
+                f"of each of {parallelism.num_ranks} ranks ({parallelism}), which read {least} to {most} of the "
                 "checkpoint each"
             )
         if about["outside"]:

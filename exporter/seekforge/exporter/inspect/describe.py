@@ -20,7 +20,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
-from seekforge.formats.weight_recipes import Ranks, Recipe, for_rank
+from seekforge.formats.weight_recipes import Recipe, for_rank
 
 if TYPE_CHECKING:
     import onnx
@@ -159,14 +159,16 @@ def _program(path: Path) -> dict[str, Any]:
 
 
 def _ranks(program: Program, bindings: dict[str, dict[str, Recipe]]) -> dict[str, Any]:
-    """Return how many ranks there are and the checkpoint bytes that each reads; computed tables count nothing."""
-    ranks = Ranks(program.tp, program.ep)
+    """Return how ranks share the program and the checkpoint bytes that each reads; computed tables count nothing."""
+    parallelism = program.parallelism
     listed = [recipe for named in bindings.values() for recipe in named.values()]
     # embedding and head are inputs of both graphs, read once
     whole = {recipe.tensor: recipe for recipe in listed if recipe.op == "take"}
     recipes = [*whole.values(), *(recipe for recipe in listed if recipe.op != "take")]
-    reads = [sum(bytes_read(for_rank(recipe, ranks, rank)) for recipe in recipes) for rank in range(ranks.count)]
-    return {"tp": ranks.tp, "ep": ranks.ep, "bytes_read": reads}
+    reads = [
+        sum(bytes_read(for_rank(recipe, parallelism, rank)) for recipe in recipes) for rank in range(parallelism.tp)
+    ]
+    return {"parallelism": parallelism.model_dump(mode="json"), "bytes_read": reads}
 
 
 def bytes_read(recipe: Recipe) -> int:

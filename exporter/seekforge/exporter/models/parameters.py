@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.weight_recipes import (
-    Ranks,
     Recipe,
     cast,
     concat,
@@ -26,7 +26,8 @@ from seekforge.formats.weight_recipes import (
     take,
 )
 
-#: How a matrix is divided among tensor-parallel ranks: not at all, by heads or columns, or by whole experts.
+#: How a tensor is divided among tensor-parallel ranks: not at all, along its axis, or as experts are: along the axis
+#: too, or dealt out whole with expert parallelism.
 Sharding = Literal["none", "tensor", "experts"]
 #: How random values of a tensor are drawn: see `checkpoint.new`.
 Draw = Literal["blocks", "branch", "paired_heads", "plain", "norm", "shift", "bias", "router", "embedding", "head"]
@@ -43,8 +44,10 @@ class Tensor:
         name: below `model.layers.N.`, or the whole name outside layers; `EXPERT` stands for the number of an expert.
         shape: sizes, outermost first.
         dtype: element type in the checkpoint.
-        sharding: what divides it among ranks.
-        axis: the axis along which a program's ranks divide it; None: each rank reads it whole.
+        sharding: how ranks divide it (`sharding`, `recipes_of`).
+        axis: the axis along which they do; None: each rank reads it whole.
+        units: parts along that axis that stay whole: heads, or columns.
+        units_key: what config.json calls their number.
         count: number of such tensors, which is the number of experts where the name has one.
         active: how many of them one token is multiplied with; 0 for what is no matrix product.
         held: element type in which engines hold it; None: as it is in the checkpoint.
@@ -58,6 +61,8 @@ class Tensor:
     dtype: Literal["f8e4m3", "bf16", "f32"] = "f8e4m3"
     sharding: Sharding = "none"
     axis: int | None = None
+    units: int = 1
+    units_key: str = ""
     count: int = 1
     active: int = 1
     held: Literal["bf16", "f32"] | None = None
@@ -134,7 +139,7 @@ def recipes_of(
     source: str,
     target: str,
     dtype: str,
-    ranks: Ranks,
+    parallelism: Parallelism,
 ) -> dict[str, Recipe]:
     """Return the recipes of some parameters.
 
@@ -145,35 +150,34 @@ def recipes_of(
         source: prefix of the tensors' names.
         target: prefix of the parameters' names.
         dtype: of activations.
-        ranks: that share the model.
+        parallelism: how ranks share the model.
     """
     named = {key: tensor for tensor in tensors for key in (tensor.name, tensor.module)}
     result: dict[str, Recipe] = {}
     for row in parameters:
         rows, name = [named[part] for part in row.tensors], target + row.name
         if row.form == "linear":
-            weights, scales = zip(*(_pair(tensor, source + tensor.name, ranks) for tensor in rows), strict=True)
+            weights, scales = zip(*(_pair(tensor, source + tensor.name, parallelism) for tensor in rows), strict=True)
             _check_blocks(rows)
             result[f"{name}.weight"] = _stacked(weights)
             result[f"{name}.weight_scale"] = _stacked(scales)
         elif row.form == "experts":
-            result[name], result[f"{name}_scale"] = _experts(rows, source, ranks)
+            result[name], result[f"{name}_scale"] = _experts(rows, source, parallelism)
         elif row.form == "per_head":
-            result[name] = _per_head(row, rows[0], config, source, dtype, ranks)
+            result[name] = _per_head(row, rows[0], config, source, dtype, parallelism)
         else:
             whole = take(source + rows[0].name, rows[0].shape, rows[0].dtype)
             result[name] = cast(whole, dtype) if rows[0].dtype == "bf16" else whole
     return result
 
 
-def _pair(tensor: Tensor, name: str, ranks: Ranks) -> tuple[Recipe, Recipe]:
+def _pair(tensor: Tensor, name: str, parallelism: Parallelism) -> tuple[Recipe, Recipe]:
     """Return the recipes of an FP8 matrix and of its block scales, or of each rank's part of them."""
     weight = take(name, tensor.shape, tensor.dtype)
     scale = take(name + SCALE_SUFFIX, scale_shape(tensor.shape), "f32")
-    if tensor.axis is None:
+    if tensor.axis is None or (tensor.sharding == "experts" and parallelism.ep):
         return weight, scale
-    over = "tp" if tensor.sharding == "experts" else "all"
-    return split(weight, tensor.axis, over, ranks), split(scale, tensor.axis, over, ranks)
+    return split(weight, tensor.axis, parallelism.tp), split(scale, tensor.axis, parallelism.tp)
 
 
 def _check_blocks(rows: Sequence[Tensor]) -> None:
@@ -185,30 +189,32 @@ def _stacked(parts: Sequence[Recipe]) -> Recipe:
     return parts[0] if len(parts) == 1 else concat(parts)
 
 
-def _experts(rows: Sequence[Tensor], source: str, ranks: Ranks) -> tuple[Recipe, Recipe]:
-    """Return the recipes of stacked matrices and scales; experts are dealt out to groups of ranks."""
-    columns = [[_pair(tensor, name, ranks) for name in expert_names(tensor, source)] for tensor in rows]
+def _experts(rows: Sequence[Tensor], source: str, parallelism: Parallelism) -> tuple[Recipe, Recipe]:
+    """Return the recipes of stacked matrices and scales; with expert parallelism each rank has some of them."""
+    columns = [[_pair(tensor, name, parallelism) for name in expert_names(tensor, source)] for tensor in rows]
     pairs = list(zip(*columns, strict=True))
     weights, scales = (stack(_stacked([part[which] for part in parts]) for parts in pairs) for which in (0, 1))
-    return split(weights, 0, "ep", ranks), split(scales, 0, "ep", ranks)
+    return split(weights, 0, parallelism.ep_size), split(scales, 0, parallelism.ep_size)
 
 
-def _per_head(row: Parameter, tensor: Tensor, config: ModelConfig, source: str, dtype: str, ranks: Ranks) -> Recipe:
+def _per_head(
+    row: Parameter, tensor: Tensor, config: ModelConfig, source: str, dtype: str, parallelism: Parallelism
+) -> Recipe:
     nope, size = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
     matrix = take(source + tensor.name, tensor.shape, tensor.dtype)
     scale = take(source + tensor.name + SCALE_SUFFIX, scale_shape(tensor.shape), "f32")
     per_head = reshape(dequantize(matrix, scale, dtype), (config.num_attention_heads, size, tensor.shape[1]))
     start, stop = (0, nope) if row.rows == "keys" else (nope, size)
-    return split(slice_(per_head, 1, start, stop), 0, "all", ranks)
+    return split(slice_(per_head, 1, start, stop), 0, parallelism.tp)
 
 
 def linear_shapes_of(
-    parameters: Iterable[Parameter], tensors: Iterable[Tensor], op: str, tp: int
+    parameters: Iterable[Parameter], tensors: Iterable[Tensor], op: str, parallelism: Parallelism
 ) -> Iterator[tuple[int, int]]:
-    """Yield (out features, in features) of the matrices that an operator multiplies with on one of `tp` ranks."""
+    """Yield (out features, in features) of the matrices that an operator multiplies with on one rank."""
     named = {key: tensor for tensor in tensors for key in (tensor.name, tensor.module)}
     for parameter in parameters:
         if parameter.op == op:
-            rows = [named[name] for name in parameter.tensors]
+            rows, tp = [named[name] for name in parameter.tensors], parallelism.tp
             n, k = sum(tensor.shape[0] for tensor in rows), rows[0].shape[1]
             yield (n // tp if rows[0].axis == 0 else n), (k // tp if rows[0].axis == 1 else k)

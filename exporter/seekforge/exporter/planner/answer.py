@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from seekforge.exporter.builder.tensorrt.profiles import largest_step, spanning
+from seekforge.exporter.models.sharding import fault_of
 from seekforge.exporter.sizing.memory import (
     Flops,
     KvFormat,
-    Layout,
     Matrix,
     Precision,
     RankMemory,
@@ -23,12 +23,12 @@ from seekforge.exporter.sizing.memory import (
     attention_flops,
     cache_bytes_per_token,
     end_matrices,
-    fault_of,
     indexer_flops,
     layer_matrices,
     linear_flops,
     prefill_attention_flops,
     rank_memory,
+    rank_share,
     rank_weight_bytes,
     seen_keys,
     stages,
@@ -36,6 +36,7 @@ from seekforge.exporter.sizing.memory import (
 )
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import FP8_SM, TargetConfig
 
 #: Numbers of GPUs that are tried: what servers and small clusters have.
@@ -52,6 +53,7 @@ class Question:
     Attributes:
         precision, kv_format: of weights and caches.
         mtp: whether the MTP module is there.
+        ep: whether layouts are with expert parallelism.
         target: whose engine it shall be: scratch is then that of its profiles and kernels. None: any GPU, and one
             prefill and one decode step of the workload.
     """
@@ -59,6 +61,7 @@ class Question:
     precision: Precision
     kv_format: KvFormat
     mtp: bool = False
+    ep: bool = False
     target: TargetConfig | None = None
 
 
@@ -86,12 +89,13 @@ class Answer:
     """One layout on one kind of GPU.
 
     Attributes:
+        parallelism: the layout.
         max_context: longest context at the asked batch, 0 when even one block does not fit.
         max_batch: most sequences at the asked context.
     """
 
     target: str
-    layout: Layout
+    parallelism: Parallelism
     memory: RankMemory
     usable: int
     max_context: int
@@ -104,33 +108,36 @@ class Answer:
         return self.memory.total <= self.usable
 
 
-def layouts(num_gpus: int, config: ModelConfig) -> Iterator[Layout]:
-    """Return the ways to use `num_gpus` that the model allows: TP, TP with PP, DP attention with EP, and PP alone."""
-    seen: set[Layout] = set()
-    tps = [tp for tp in (8, 4, 2, 1) if tp <= min(num_gpus, MAX_TP) and num_gpus % tp == 0]
-    candidates = [Layout(tp=tp, pp=num_gpus // tp) for tp in tps]
-    candidates += [Layout(tp=tp, dp=num_gpus // tp) for tp in tps]
-    for layout in candidates:
-        if layout not in seen and fault_of(layout, config) is None:
-            seen.add(layout)
-            yield layout
+def layouts(num_gpus: int, config: ModelConfig, *, ep: bool = False) -> Iterator[Parallelism]:
+    """Return the ways to use `num_gpus` that the model allows: tensor parallelism with pipeline stages or replicas.
+
+    Args:
+        num_gpus: how many.
+        config: of the model.
+        ep: with expert parallelism, where there are ranks to deal experts out to. The bounds are the same with it and
+            without, since they take experts to be chosen evenly; without, no rank has more to do than another.
+    """
+    seen: set[Parallelism] = set()
+    for tp in (8, 4, 2, 1):
+        if tp > min(num_gpus, MAX_TP) or num_gpus % tp:
+            continue
+        for name in ("pp", "dp"):
+            one = Parallelism.model_validate({"tp": tp, "ep": ep and tp > 1, name: num_gpus // tp})
+            if one not in seen and fault_of(config, one) is None:
+                seen.add(one)
+                yield one
 
 
-def nearest_count(num_gpus: int, config: ModelConfig) -> int:
-    """Return the number of GPUs nearest to `num_gpus` that has a layout, the smaller of two."""
-    most = MAX_TP * max(config.num_hidden_layers, config.n_routed_experts)
-    possible = (count for count in range(1, most + 1) if next(layouts(count, config), None) is not None)
-    return min(possible, key=lambda count: abs(count - num_gpus))
-
-
-def answer(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Answer:
+def answer(
+    config: ModelConfig, target: TargetConfig, parallelism: Parallelism, work: Workload, question: Question
+) -> Answer:
     """Size one layout."""
     assert target.gpu is not None
     usable = usable_bytes(target.gpu.memory_gib)
     question = replace(question, target=target)
 
     def total(context: int, batch: int) -> RankMemory:
-        return memory_of(config, layout, Workload(context, batch, work.step_tokens, work.draft_tokens), question)
+        return memory_of(config, parallelism, Workload(context, batch, work.step_tokens, work.draft_tokens), question)
 
     def largest(limit: int, step: int, fits: Callable[[int], bool]) -> int:
         low, high = 0, limit // step
@@ -144,19 +151,19 @@ def answer(config: ModelConfig, target: TargetConfig, layout: Layout, work: Work
 
     return Answer(
         target=target.name,
-        layout=layout,
+        parallelism=parallelism,
         memory=total(work.context, work.batch),
         usable=usable,
         max_context=largest(config.max_position_embeddings, 64, lambda n: total(n, work.batch).total <= usable),
         max_batch=largest(65536, 1, lambda n: total(work.context, n).total <= usable),
-        speed=speed(config, target, layout, work, question),
+        speed=speed(config, target, parallelism, work, question),
     )
 
 
 def best(config: ModelConfig, target: TargetConfig, num_gpus: int, work: Workload, question: Question) -> Answer | None:
     """Return the layout of `num_gpus` that decodes fastest among those that fit, else the one that is least over."""
-    found = list(layouts(num_gpus, config))
-    fitting = [layout for layout in found if _fits(config, target, layout, work, question)]
+    found = list(layouts(num_gpus, config, ep=question.ep))
+    fitting = [one for one in found if _fits(config, target, one, work, question)]
     if fitting:
         rates = {one: speed(config, target, one, work, question).decode_tokens_per_s for one in fitting}
         return answer(config, target, max(fitting, key=rates.__getitem__), work, question)
@@ -173,35 +180,38 @@ def fewest(
 ) -> Answer | None:
     """Return the answer with the fewest GPUs that fits, or None."""
     for count in counts:
-        if any(_fits(config, target, layout, work, question) for layout in layouts(count, config)):
+        found = layouts(count, config, ep=question.ep)
+        if any(_fits(config, target, one, work, question) for one in found):
             return best(config, target, count, work, question)
     return None
 
 
-def _fits(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> bool:
+def _fits(
+    config: ModelConfig, target: TargetConfig, parallelism: Parallelism, work: Workload, question: Question
+) -> bool:
     assert target.gpu is not None
-    held = memory_of(config, layout, work, replace(question, target=target))
+    held = memory_of(config, parallelism, work, replace(question, target=target))
     return held.total <= usable_bytes(target.gpu.memory_gib)
 
 
-def memory_of(config: ModelConfig, layout: Layout, work: Workload, question: Question) -> RankMemory:
+def memory_of(config: ModelConfig, parallelism: Parallelism, work: Workload, question: Question) -> RankMemory:
     """Return what the fullest GPU of a layout holds."""
     target = question.target
     return rank_memory(
         config,
-        layout,
+        parallelism,
         work,
         precision=question.precision,
         kv_format=question.kv_format,
         mtp=question.mtp,
         kernels=ANY_KERNELS if target is None else Kernels(target.sms),
-        steps=None if target is None else _largest_steps(target, layout, work),
+        steps=None if target is None else _largest_steps(target, parallelism, work),
     )
 
 
-def _largest_steps(target: TargetConfig, layout: Layout, work: Workload) -> list[tuple[int, int]]:
+def _largest_steps(target: TargetConfig, parallelism: Parallelism, work: Workload) -> list[tuple[int, int]]:
     """Return (sequences, new tokens of each) of every profile of an engine that is built for a workload."""
-    batch = -(-work.batch // layout.dp)
+    batch = -(-work.batch // parallelism.dp)
     asked = {
         "max_model_len": work.context,
         "max_batch_size": batch,
@@ -211,25 +221,25 @@ def _largest_steps(target: TargetConfig, layout: Layout, work: Workload) -> list
     return [largest_step(profile, limits) for profile in spanning(target.profiles, limits).values()]
 
 
-def speed(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workload, question: Question) -> Speed:
+def speed(
+    config: ModelConfig, target: TargetConfig, parallelism: Parallelism, work: Workload, question: Question
+) -> Speed:
     """Bound the decode and prefill speed of a layout."""
-    machine = _Machine(config, target, layout, question)
-    cut = machine.stages
+    machine = _Machine(config, target, parallelism, question)
+    cut, produced = machine.stages, work.batch * (1 + work.draft_tokens)
+    work = replace(work, batch=-(-work.batch // parallelism.dp))  # of the replica that has most
     cycle, bound = _decode_cycle(machine, work)
     whole = [_decode_s(machine, stage, work, work.batch) for stage in cut]
-    produced = work.batch * (1 + work.draft_tokens)
 
     chunk = work.context % work.step_tokens or work.step_tokens
     packed = [_prefill_s(machine, stage, work.context, work.context / work.step_tokens) for stage in cut]
-    alone = [
-        _prefill_s(machine, stage, work.context, -(-work.context // work.step_tokens), replicas=1) for stage in cut
-    ]
-    short = [_prefill_s(machine, stage, chunk, 1, replicas=1) for stage in cut]
+    alone = [_prefill_s(machine, stage, work.context, -(-work.context // work.step_tokens)) for stage in cut]
+    short = [_prefill_s(machine, stage, chunk, 1) for stage in cut]
     return Speed(
         decode_tokens_per_s=produced / cycle,
         decode_step_ms=1e3 * sum(map(max, whole)),
         decode_bound=bound,
-        prefill_tokens_per_s=layout.dp * work.context / max(packed),
+        prefill_tokens_per_s=parallelism.dp * work.context / max(packed),
         # while one stage works off the prompt, the others need at least the shortest chunk
         prefill_s=max(sum(short) - chunk_s + prompt_s for chunk_s, prompt_s in zip(short, alone, strict=True)),
     )
@@ -237,7 +247,7 @@ def speed(config: ModelConfig, target: TargetConfig, layout: Layout, work: Workl
 
 @dataclass(frozen=True)
 class _Weights:
-    """What a group of matrices costs on one rank: bytes read in a step, and FLOPs of one token on all ranks.
+    """What a group of matrices costs on one rank: bytes read in a step, and FLOPs of one token.
 
     Attributes:
         fixed_bytes, fixed: of what every token meets, without the head.
@@ -277,44 +287,42 @@ class _Stage:
 class _Machine:
     """A model on GPUs: what the times of its stages are made of."""
 
-    def __init__(self, config: ModelConfig, target: TargetConfig, layout: Layout, question: Question) -> None:
+    def __init__(self, config: ModelConfig, target: TargetConfig, parallelism: Parallelism, question: Question) -> None:
         assert target.gpu is not None
-        self.config, self.target, self.layout, self.question = config, target, layout, question
+        self.config, self.target, self.parallelism, self.question = config, target, parallelism, question
         self.bandwidth = target.gpu.bandwidth_gb_s * 1e9
-        cut = stages(config, layout, question.precision, mtp=question.mtp)
+        cut = stages(config, parallelism, question.precision, mtp=question.mtp)
         self.stages = [self._stage(layers, is_last=number == len(cut) - 1) for number, (layers, _) in enumerate(cut)]
 
     def _stage(self, layers: range, *, is_last: bool) -> _Stage:
-        config, layout, precision = self.config, self.layout, self.question.precision
+        config, parallelism, precision = self.config, self.parallelism, self.question.precision
         weights = _Weights()
         for is_moe in (False, True):
             alike = [layer for layer in layers if config.is_moe_layer(layer) == is_moe]
             if alike:
-                weights += _layer_weights(config, alike[0], layout, precision) * len(alike)  # pyright: ignore[reportArgumentType] - hashable
+                weights += _layer_weights(config, alike[0], parallelism, precision) * len(alike)  # pyright: ignore[reportArgumentType] - hashable
         if not is_last:
             return _Stage(len(layers), weights, None)
-        head = _sum_weights(config, end_matrices(config)[1], layout, precision)
+        head = _sum_weights(config, end_matrices(config)[1], parallelism, precision)
         draft = None
         if self.question.mtp and config.mtp_layer is not None:
-            draft = _layer_weights(config, config.mtp_layer, layout, precision)  # pyright: ignore[reportArgumentType]
+            draft = _layer_weights(config, config.mtp_layer, parallelism, precision)  # pyright: ignore[reportArgumentType]
             draft += _Weights(head_bytes=head.head_bytes, head=head.head)
         return _Stage(len(layers), weights + head, draft)
 
     def read_bytes(self, weights: _Weights, num_tokens: float) -> float:
-        """Bytes that a step of `num_tokens` tokens, of all replicas, reads of the weights but the head."""
+        """Bytes that a step of `num_tokens` tokens reads of the weights but the head."""
         config = self.config
         hit = experts_hit(config.n_routed_experts, config.num_experts_per_tok, num_tokens) / config.n_routed_experts
         return weights.fixed_bytes + weights.expert_bytes * hit
 
-    def products(self, weights: _Weights, *, on_rank: float, everyone: float, heads: float) -> Flops:
-        """FLOPs on one rank: `on_rank` tokens of its replica, `everyone`'s share of the experts, `heads` logits."""
-        layout = self.layout
-        own = weights.fixed * on_rank + weights.head * heads
-        return own * (1 / layout.tp) + weights.experts * (everyone / layout.ep)
+    def products(self, weights: _Weights, *, tokens: float, heads: float) -> Flops:
+        """FLOPs on one rank for `tokens` tokens, of which `heads` get logits."""
+        return (weights.fixed + weights.experts) * tokens + weights.head * heads
 
     def attention(self, flops: Flops) -> Flops:
         """FLOPs on one rank: heads of the attention are divided by TP; the indexer is not."""
-        return Flops(fp8=flops.fp8, bf16=flops.bf16 / self.layout.tp)
+        return Flops(fp8=flops.fp8, bf16=flops.bf16 / self.parallelism.tp)
 
     def seconds(self, flops: Flops) -> float:
         """Time of `flops` on one rank."""
@@ -328,13 +336,13 @@ def _decode_cycle(machine: _Machine, work: Workload) -> tuple[float, str]:
     many read the weights of a stage often. The number of groups is the best one: up to it the largest group's way
     through all stages is the longer time, behind it the work of the slowest stage on all groups.
     """
-    cut, replicas = machine.stages, machine.layout.dp
-    least = [_decode_s(machine, stage, work, min(replicas, work.batch))[0] for stage in cut]
+    cut = machine.stages
+    least = [_decode_s(machine, stage, work, 1)[0] for stage in cut]
     compute = max(_decode_s(machine, stage, work, work.batch)[1] for stage in cut)
 
     def busiest(groups: int) -> float:
-        # reads of all groups are least when all but one hold a single sequence per replica
-        most = [_decode_s(machine, stage, work, max(1, work.batch - (groups - 1) * replicas))[0] for stage in cut]
+        # reads of all groups are least when all but one hold a single sequence
+        most = [_decode_s(machine, stage, work, max(1, work.batch - groups + 1))[0] for stage in cut]
         return max(compute, *(large + (groups - 1) * small for large, small in zip(most, least, strict=True)))
 
     def passing(groups: int) -> list[tuple[float, float]]:
@@ -343,7 +351,7 @@ def _decode_cycle(machine: _Machine, work: Workload) -> tuple[float, str]:
     def cycle(groups: int) -> float:
         return max(busiest(groups), sum(map(max, passing(groups))))
 
-    low, high = 1, -(-work.batch // replicas) if len(cut) > 1 else 1
+    low, high = 1, work.batch if len(cut) > 1 else 1
     while low < high:
         middle = (low + high) // 2
         if busiest(middle) >= sum(map(max, passing(middle))):
@@ -357,60 +365,59 @@ def _decode_cycle(machine: _Machine, work: Workload) -> tuple[float, str]:
 
 
 def _decode_s(machine: _Machine, stage: _Stage, work: Workload, batch: int) -> tuple[float, float]:
-    """Return the seconds for bytes and for FLOPs of one decode step of `batch` sequences in one stage.
+    """Return the seconds for bytes and for FLOPs of one decode step of `batch` sequences of a replica in one stage.
 
     The MTP module sees every token of the step, drafts from the last and reads its weights once per draft.
     """
-    per_rank = -(-batch // machine.layout.dp)
     config, drafts = machine.config, work.draft_tokens
     queries = 1 + drafts
     cached = cache_read_bytes(config, machine.question.kv_format, work.context)
     core = _attention_flops(config, work.context)
-    read = machine.read_bytes(stage.weights, batch * queries) + stage.weights.head_bytes
-    read += per_rank * stage.num_layers * cached
-    rows = per_rank * queries
-    flops = machine.products(stage.weights, on_rank=rows, everyone=batch * queries, heads=rows)
+    rows = batch * queries
+    read = machine.read_bytes(stage.weights, rows) + stage.weights.head_bytes
+    read += batch * stage.num_layers * cached
+    flops = machine.products(stage.weights, tokens=rows, heads=rows)
     flops += machine.attention(core) * (stage.num_layers * rows)
     if stage.draft is not None and drafts:
-        read += machine.read_bytes(stage.draft, batch * queries)
+        read += machine.read_bytes(stage.draft, rows)
         read += (drafts - 1) * machine.read_bytes(stage.draft, batch)
-        read += drafts * (stage.draft.head_bytes + per_rank * cached)
-        seen = queries + drafts - 1
-        flops += machine.products(stage.draft, on_rank=per_rank * seen, everyone=batch * seen, heads=per_rank * drafts)
-        flops += machine.attention(core) * (per_rank * seen)
+        read += drafts * (stage.draft.head_bytes + batch * cached)
+        seen = batch * (queries + drafts - 1)
+        flops += machine.products(stage.draft, tokens=seen, heads=batch * drafts)
+        flops += machine.attention(core) * seen
     return read / machine.bandwidth, machine.seconds(flops)
 
 
-def _prefill_s(machine: _Machine, stage: _Stage, prompt: int, steps: float, *, replicas: int | None = None) -> float:
-    """Return the seconds of one stage for one prompt per replica.
+def _prefill_s(machine: _Machine, stage: _Stage, prompt: int, steps: float) -> float:
+    """Return the seconds of one stage for one prompt.
 
     Args:
         machine, stage: where.
         prompt: tokens.
         steps: in which its weights are read; less than one when prompts share a step.
-        replicas: of the attention that have such a prompt, None: all.
     """
-    config = machine.config
-    prompts = machine.layout.dp if replicas is None else replicas
-    whole = _prefill_attention_flops(config, prompt)
+    whole = _prefill_attention_flops(machine.config, prompt)
     modules = [(stage.weights, stage.num_layers)] + ([(stage.draft, 1)] if stage.draft is not None else [])
     read, flops = 0.0, Flops()
     for weights, num_layers in modules:
-        read += steps * machine.read_bytes(weights, prompts * prompt / steps) + min(steps, 1) * weights.head_bytes
-        flops += machine.products(weights, on_rank=prompt, everyone=prompts * prompt, heads=1)
+        read += steps * machine.read_bytes(weights, prompt / steps) + min(steps, 1) * weights.head_bytes
+        flops += machine.products(weights, tokens=prompt, heads=1)
         flops += machine.attention(whole) * num_layers
     return max(read / machine.bandwidth, machine.seconds(flops))
 
 
 @functools.lru_cache(maxsize=1024)
-def _layer_weights(config: ModelConfig, layer: int, layout: Layout, precision: Precision) -> _Weights:
-    return _sum_weights(config, layer_matrices(config, layer), layout, precision)
+def _layer_weights(config: ModelConfig, layer: int, parallelism: Parallelism, precision: Precision) -> _Weights:
+    return _sum_weights(config, layer_matrices(config, layer), parallelism, precision)
 
 
-def _sum_weights(config: ModelConfig, matrices: Iterable[Matrix], layout: Layout, precision: Precision) -> _Weights:
+def _sum_weights(
+    config: ModelConfig, matrices: Iterable[Matrix], parallelism: Parallelism, precision: Precision
+) -> _Weights:
     total = _Weights()
     for matrix in matrices:
-        held, flops = rank_weight_bytes(matrix, layout, precision), linear_flops(config, [matrix])
+        held = rank_weight_bytes(matrix, parallelism, precision)
+        flops = linear_flops(config, [matrix]) * (1 / rank_share(matrix, parallelism))
         if matrix.is_head:
             total += _Weights(head_bytes=held, head=flops)
         elif matrix.sharding == "experts":

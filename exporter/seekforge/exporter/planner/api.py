@@ -13,21 +13,21 @@ from seekforge.common.errors import ConfigError, TargetError
 from seekforge.common.outputs import check_distinct, check_output
 from seekforge.exporter.calls import AnyPath, Count, Counts, Flag, Precisions, Source, Sources, many, public
 from seekforge.exporter.checkpoint.source import headers, parse_repo
-from seekforge.exporter.planner.answer import Answer, Question, answer, best, fewest, nearest_count
+from seekforge.exporter.models.sharding import check_parallelism
+from seekforge.exporter.planner.answer import Answer, Question, answer, best, fewest
 from seekforge.exporter.planner.chart import Row, write_plan_chart
 from seekforge.exporter.sizing.memory import (
     KvFormat,
-    Layout,
     Precision,
     Workload,
     active_parameters,
     cache_bytes_per_token,
     checkpoint_bytes,
-    fault_of,
     num_parameters,
     weight_bytes,
 )
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig, all_targets, load_target
 
 _CONTEXTS = (1024, 8192, 32768, 64512, 128000, 163840)
@@ -84,8 +84,9 @@ def plan(
     target: Sources = (),
     num_gpus: Count | None = None,
     tp: Count | None = None,
-    dp: Count | None = None,
     pp: Count | None = None,
+    dp: Count | None = None,
+    ep: Flag = False,
     contexts: Counts = (),
     batch_size: Count = 1,
     precision: Precisions = (),
@@ -100,7 +101,8 @@ def plan(
             of configs/models, such as "full".
         target: GPUs of `seekforge targets`, or YAML files; none: all.
         num_gpus: exactly so many; None: the fewest that fit.
-        tp, dp, pp: tensor parallel ranks, attention replicas with experts over all of them, pipeline stages.
+        tp, pp, dp: tensor-parallel ranks, pipeline stages, replicas of the whole model.
+        ep: with expert parallelism: experts dealt out whole among the tensor-parallel ranks.
         contexts: tokens of a sequence; none: 1K to 160K.
         batch_size: sequences at once.
         precision: of weights, "fp8", "bf16" or both, which none takes.
@@ -129,10 +131,10 @@ def plan(
             raise TargetError(f"target {one.name} is no GPU; 'seekforge plan' sizes GPUs")
     if mtp and config.mtp_layer is None:
         raise ConfigError(f"{name}: has no MTP module (num_nextn_predict_layers is 0); leave --mtp out")
-    layout = _layout(tp, dp, pp, num_gpus, config)
+    layout = _layout(tp, pp, dp, num_gpus, config, ep=ep)
     wanted: Iterable[Precision] = many(precision) or ("fp8", "bf16")
     rows: list[Row] = []
-    for question in [Question(one, kv_cache_dtype, mtp) for one in wanted]:
+    for question in [Question(one, kv_cache_dtype, mtp, ep) for one in wanted]:
         for one in targets:
             for length in lengths or [config.max_position_embeddings]:
                 work = Workload(length, batch_size, one.limits.max_num_batched_tokens, 1 if mtp else 0)
@@ -187,15 +189,13 @@ def within(contexts: Iterable[int], config: ModelConfig) -> list[int]:
     return sorted(set(contexts))
 
 
-def _layout(tp: int | None, dp: int | None, pp: int | None, num_gpus: int | None, config: ModelConfig) -> Layout | None:
+def _layout(
+    tp: int | None, pp: int | None, dp: int | None, num_gpus: int | None, config: ModelConfig, *, ep: bool
+) -> Parallelism | None:
     if tp is None and dp is None and pp is None:
-        if num_gpus is not None and (nearest := nearest_count(num_gpus, config)) != num_gpus:
-            raise ConfigError(f"--num-gpus {num_gpus}: no layout has so many GPUs; the nearest count is {nearest}")
         return None
-    layout = Layout(tp or 1, dp or 1, pp or 1)
-    fault = fault_of(layout, config)
-    if fault is not None:
-        raise ConfigError(f"{layout}: {fault}; choose other --tp, --dp or --pp")
+    layout = Parallelism(tp=tp or 1, pp=pp or 1, dp=dp or 1, ep=ep)
+    check_parallelism(config, layout)
     if num_gpus not in (None, layout.num_gpus):
         raise ConfigError(f"{layout} is {layout.num_gpus} GPUs, --num-gpus says {num_gpus}; leave one of them out")
     return layout
@@ -206,7 +206,7 @@ def _answer(
     target: TargetConfig,
     work: Workload,
     question: Question,
-    layout: Layout | None,
+    layout: Parallelism | None,
     num_gpus: int | None,
 ) -> Answer | None:
     if layout is not None:
@@ -230,10 +230,9 @@ def _json(row: Row) -> dict[str, Any]:
     if found is None:
         return facts
     return facts | {
-        "num_gpus": found.layout.num_gpus,
-        "tp": found.layout.tp,
-        "dp": found.layout.dp,
-        "pp": found.layout.pp,
+        "num_gpus": found.parallelism.num_gpus,
+        **found.parallelism.model_dump(),
+        "export_options": found.parallelism.options,
         "bytes_per_gpu": asdict(found.memory) | {"total": found.memory.total, "usable": found.usable},
         "max_context": found.max_context,
         "max_batch": found.max_batch,

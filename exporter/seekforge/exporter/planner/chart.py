@@ -16,8 +16,9 @@ from typing import Any, Final
 from seekforge.common.cli.charts import tokens, write_figure
 from seekforge.common.errors import TargetError
 from seekforge.exporter.planner.answer import GPU_COUNTS, Answer, Question, memory_of
-from seekforge.exporter.sizing.memory import GIB, Layout, Workload, usable_bytes
+from seekforge.exporter.sizing.memory import GIB, Workload, usable_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig
 
 #: Memories that differ by less are one group, with one color.
@@ -176,30 +177,30 @@ def _cell(found: Answer | None) -> Cell:
         return Cell(f"> {GPU_COUNTS[-1]}", None)
     if not found.fits:
         return Cell(f"{(found.memory.total - found.usable) / GIB:.0f} GiB over", None)
-    return Cell(str(found.layout.num_gpus), found.layout.num_gpus)
+    return Cell(str(found.parallelism.num_gpus), found.parallelism.num_gpus)
 
 
 def _curves(config: ModelConfig, rows: Sequence[Row], marked: Sequence[int], groups: dict[float, int]) -> list[Curve]:
     """A curve per row that has an answer; GPUs of one memory group in the same layout share one, the fullest."""
     most = config.max_position_embeddings
     contexts = sorted({2**power for power in range(10, most.bit_length()) if 2**power < most} | {most, *marked})
-    shared: dict[tuple[int, Layout], list[Curve]] = {}
+    shared: dict[tuple[int, Parallelism], list[Curve]] = {}
 
-    def filled(row: Row, layout: Layout, context: int) -> int:
+    def filled(row: Row, parallelism: Parallelism, context: int) -> int:
         return memory_of(
-            config, layout, replace(row.work, context=context), replace(row.question, target=row.target)
+            config, parallelism, replace(row.work, context=context), replace(row.question, target=row.target)
         ).total
 
     for row in rows:
         if row.found is not None:
             group, usable = groups[_usable_gib(row.target)], row.found.usable
-            points = tuple((n, 100 * filled(row, row.found.layout, n) / usable) for n in contexts)
-            shared.setdefault((group, row.found.layout), []).append(Curve(row.target.name, group, points))
+            points = tuple((n, 100 * filled(row, row.found.parallelism, n) / usable) for n in contexts)
+            shared.setdefault((group, row.found.parallelism), []).append(Curve(row.target.name, group, points))
     curves = []
-    for (group, layout), members in shared.items():
+    for (group, parallelism), members in shared.items():
         fullest = max(members, key=lambda curve: curve.points[-1][1])
-        names = f"{layout.num_gpus} × {', '.join(curve.name for curve in members)}"
-        curves.append(Curve(names if layout.num_gpus == 1 else f"{names} ({layout})", group, fullest.points))
+        names = f"{parallelism.num_gpus} × {', '.join(curve.name for curve in members)}"
+        curves.append(Curve(names if parallelism.num_gpus == 1 else f"{names} ({parallelism})", group, fullest.points))
     return curves
 
 

@@ -51,9 +51,10 @@ _PARTS = {
 @click.argument("model", type=MODEL)
 @list_option("--target", type=TARGET, help="GPUs of 'seekforge targets', or YAML files. Default: all.")
 @click.option("--num-gpus", type=Whole(1), help="Exactly so many. Default: the fewest that fit.")
-@click.option("--tp", type=Whole(1), help="Tensor parallel ranks (with --target).")
-@click.option("--dp", type=Whole(1), help="Attention replicas; experts over all of them.")
+@click.option("--tp", type=Whole(1), help="Tensor-parallel ranks.")
 @click.option("--pp", type=Whole(1), help="Pipeline stages.")
+@click.option("--dp", type=Whole(1), help="Replicas of the whole model.")
+@click.option("--ep", is_flag=True, help="Expert parallelism: experts dealt out whole among the tensor-parallel ranks.")
 @contexts_option("Tokens of a sequence. Default: 1K to 160K.")
 @click.option("--batch-size", type=Whole(1), default=1, show_default=True, help="Sequences at once.")
 @list_option(
@@ -156,10 +157,18 @@ def _cells(found: Answer | None) -> tuple[str, ...]:
     sizes = [f"{size / GIB:.1f}" for size in (memory.weights, memory.cache, other, found.usable)]
     if not found.fits:
         over = f"{(memory.total - found.usable) / GIB:.1f} GiB over"
-        return (str(found.layout.num_gpus), f"{found.layout}: {over}", *sizes, tokens(found.max_context), "0", "", "")
+        return (
+            str(found.parallelism.num_gpus),
+            f"{found.parallelism}: {over}",
+            *sizes,
+            tokens(found.max_context),
+            "0",
+            "",
+            "",
+        )
     return (
-        str(found.layout.num_gpus),
-        str(found.layout),
+        str(found.parallelism.num_gpus),
+        str(found.parallelism),
         *sizes,
         tokens(found.max_context),
         f"{found.max_batch:,}",

@@ -14,7 +14,7 @@ from seekforge.exporter.checkpoint.text_files import check_files
 from seekforge.exporter.program.layers import parse_layers
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import NUMERICS
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.formats.parallelism import Parallelism
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ExportResult:
         path: its folder.
         numerics: "fp8" or "exact".
         num_nodes, num_weight_inputs: of each graph, "model" and perhaps "mtp".
-        tp, ep: ranks that share the model.
+        parallelism: how ranks share the model.
         layer_range: [first, end) of the layers that it has.
         num_tensors: that the checkpoint has. num_outside: those of them that belong to other stages.
         warnings: a sentence for each thing of the checkpoint that was taken for granted or passed over.
@@ -37,8 +37,7 @@ class ExportResult:
     numerics: str
     num_nodes: Mapping[str, int]
     num_weight_inputs: Mapping[str, int]
-    tp: int
-    ep: int
+    parallelism: Parallelism
     layer_range: tuple[int, int]
     num_tensors: int
     num_outside: int
@@ -61,7 +60,7 @@ def export(
     layers: str | None = None,
     num_layers: Count | None = None,
     tp: Count = 1,
-    ep: Count = 1,
+    ep: Flag = False,
     plain_f32: Flag = False,
     force: Flag = False,
     progress: Progress | None = None,
@@ -77,7 +76,8 @@ def export(
         numerics: fp8: the official reference's roundings. exact: no quantization of activations or caches.
         layers: a pipeline stage: "0-30", both included.
         num_layers: a truncated model: the first `num_layers` layers, norm and head.
-        tp, ep: ranks that share each expert, and groups of ranks that share out the experts.
+        tp: tensor-parallel ranks.
+        ep: expert parallelism: experts dealt out whole among those ranks.
         plain_f32: write model.f32.onnx besides, in FP32 without custom operators.
         force: replace a program that stands at `out`.
         progress: told each stage.
@@ -104,7 +104,7 @@ def export(
             numerics=NUMERICS[numerics],
             layer_range=None if layers is None else parse_layers(layers),
             num_layers=num_layers,
-            ranks=Ranks(tp, ep),
+            parallelism=Parallelism(tp=tp, ep=ep),
             plain_f32=plain_f32,
             force=force,
             progress=stages,
@@ -116,8 +116,7 @@ def export(
         numerics=str(program.numerics["name"]),
         num_nodes=exported.num_nodes,
         num_weight_inputs=exported.num_weight_inputs,
-        tp=program.tp,
-        ep=program.ep,
+        parallelism=program.parallelism,
         layer_range=program.layer_range,
         num_tensors=exported.num_tensors,
         num_outside=exported.num_outside,

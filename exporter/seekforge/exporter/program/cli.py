@@ -36,8 +36,8 @@ from seekforge.formats.numerics import NUMERICS
 )
 @click.option("--layers", default=None, metavar="A-B", help="A pipeline stage: layers A to B, both included.")
 @click.option("--num-layers", type=Whole(1), metavar="N", help="A truncated model: the first N layers, norm and head.")
-@click.option("--tp", type=Whole(1), default=1, show_default=True, help="Ranks that share each expert.")
-@click.option("--ep", type=Whole(1), default=1, show_default=True, help="Groups of ranks that share out the experts.")
+@click.option("--tp", type=Whole(1), default=1, show_default=True, help="Tensor-parallel ranks.")
+@click.option("--ep", is_flag=True, help="Expert parallelism: experts dealt out whole among the tensor-parallel ranks.")
 @click.option(
     "--plain-f32",
     is_flag=True,
@@ -53,8 +53,8 @@ def export(checkpoint: str, out: Path, *, quiet: bool, as_json: bool, **options:
 
     Reads config.json and the headers of the shards, no weight: the full model exports on a laptop, from the hub too.
 
-    With --tp and --ep the program is that of each of tp x ep ranks: attention, dense MLPs and shared experts are split
-    among all of them, routed experts are dealt out to ep groups and split among the tp ranks of a group.
+    With --tp the program is that of each of so many ranks, which divide heads, dense MLPs and experts; with --ep each
+    routed expert is whole on one of them. The words are vLLM's: -tp, and -ep within one replica.
     """
     result = api.export(checkpoint, out, progress=Stages(quiet=quiet or as_json), **options)
     for warning in result.warnings:
@@ -73,7 +73,7 @@ def _sentences(result: ExportResult, checkpoint: str) -> list[str]:
     inputs = " + ".join(str(count) for count in result.num_weight_inputs.values())
     inside = result.num_tensors - result.num_outside
     away = f" of this part ({result.num_outside:,} lie outside)" if result.num_outside else ""
-    count, out = result.tp * result.ep, result.path
+    count, out = result.parallelism.num_ranks, result.path
     following = f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}"
     if count > 1:
         following = f"the program is that of each of {count} ranks; see what each loads: seekforge inspect {out}"

@@ -19,15 +19,16 @@ from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import text_files
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import unused_tensors
+from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.program.graph_io import graph_io
 from seekforge.exporter.program.inline import plain
 from seekforge.exporter.program.layers import check_range, count_groups, outside, truncate
 from seekforge.exporter.program.metadata import annotate
-from seekforge.exporter.program.ranks import check_ranks
 from seekforge.exporter.program.trace import OPSET, Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.tokenizer_file import without_limits
 from seekforge.formats.numerics import Numerics
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.program import (
     PROGRAM_FORMAT,
     GraphIO,
@@ -37,13 +38,11 @@ from seekforge.formats.program import (
     role_of,
     save_program,
 )
-from seekforge.formats.weight_recipes import Ranks, Recipe, coverage
+from seekforge.formats.weight_recipes import Recipe, coverage
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import CANONICAL
 from seekforge.plugins.kernels.contracts import export_warnings
 from seekforge.plugins.registry import SPECS
-
-_ONE_RANK = Ranks()
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def export(
     numerics: Numerics,
     layer_range: tuple[int, int] | None = None,
     num_layers: int | None = None,
-    ranks: Ranks = _ONE_RANK,
+    parallelism: Parallelism = ONE_RANK,
     plain_f32: bool = False,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
@@ -82,7 +81,7 @@ def export(
         numerics: which roundings the program makes.
         layer_range: [a, b), layers of the main model; None takes all. The MTP module goes with the last one.
         num_layers: export the model's first `num_layers` layers as a whole model, without MTP; None: all.
-        ranks: how many ranks share the model; the program is that of each of them.
+        parallelism: how ranks share the model; the program is that of each of them.
         plain_f32: write `model.f32.onnx` (and of MTP) besides, which ONNX Runtime opens without seekforge. No engine
             is built from it.
         force: replace a program that stands at `out`.
@@ -101,10 +100,10 @@ def export(
     config = whole if num_layers is None else truncate(whole, num_layers)
     layer_range = layer_range or (0, config.num_hidden_layers)
     check_range(layer_range, config)
-    check_ranks(config, ranks)
+    check_parallelism(config, parallelism)
     files = text_files(checkpoint_folder)
     notes = (*notes, *check_tokenizer(checkpoint_folder, config))
-    settings = Settings(config, numerics, activations=CANONICAL.activations, ranks=ranks)
+    settings = Settings(config, numerics, activations=CANONICAL.activations, parallelism=parallelism)
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
     if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:
         graphs["mtp"] = None
@@ -130,7 +129,7 @@ def export(
                 config=config,
                 numerics=numerics.name,
                 layer_range=layer_range,
-                ranks=ranks,
+                parallelism=parallelism,
             )
             faces[name] = _write_graph(graph, folder, f"{name}.onnx")
             _count_ops(graph.model, ops)
@@ -152,8 +151,7 @@ def export(
             graphs=faces,
             unused=unused | needless,
             outside=count_groups(away),
-            tp=ranks.tp,
-            ep=ranks.ep,
+            parallelism=parallelism,
             shared=shared,
             files=tuple(files),
         )
@@ -164,7 +162,7 @@ def export(
         num_weight_inputs={name: len(graph.recipes) for name, graph in traced.items()},
         num_tensors=len(sizes),
         num_outside=len(away),
-        warnings=(*notes, *export_warnings(config, ops=[op for op in SPECS if op in ops], ranks=ranks)),
+        warnings=(*notes, *export_warnings(config, ops=[op for op in SPECS if op in ops], parallelism=parallelism)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Final
 import onnx
 
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.formats.parallelism import Parallelism
 from seekforge.plugins.operator import DOMAIN
 
 PRODUCER: Final = "seekforge"
@@ -53,7 +53,7 @@ def annotate(
     config: ModelConfig,
     numerics: str,
     layer_range: tuple[int, int],
-    ranks: Ranks,
+    parallelism: Parallelism,
 ) -> None:
     """Describe the graph `graph` ("model" or "mtp") of a program. What stood there before is replaced.
 
@@ -62,7 +62,7 @@ def annotate(
         config: of the model.
         numerics: name of the numerics.
         layer_range: [a, b), layers of the main model.
-        ranks: that share the model.
+        parallelism: how ranks share the model.
     """
     first, last = layer_range[0], layer_range[1] - 1
     what = f"layers {first} to {last} of {config.num_hidden_layers}" if graph == "model" else "the draft (MTP) layer"
@@ -84,8 +84,7 @@ def annotate(
             "num_experts_per_tok": str(config.num_experts_per_tok),
             "index_topk": str(config.index_topk),
             "numerics": numerics,
-            "tp": str(ranks.tp),
-            "ep": str(ranks.ep),
+            "parallelism": str(parallelism),
             "custom_operators": ", ".join(custom),
         },
     )

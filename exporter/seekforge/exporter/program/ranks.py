@@ -1,8 +1,6 @@
-"""How a model is shared by several ranks: what must divide, what each loads, and the proof without GPUs.
+"""What all ranks compute together, as one graph: the proof without GPUs that a model is shared out right.
 
-Attention, dense MLPs and shared experts are split among all tp · ep ranks; routed experts are dealt out to ep groups
-and split among the tp ranks of a group; embedding, head, router, indexer, norms and caches are whole on every rank.
-All ranks run one graph: what differs is in the bindings, and in the input `expert_map`.
+The tensor-parallel ranks of a stage run one graph. What differs is in the bindings, and in the input `expert_map`.
 """
 
 from __future__ import annotations
@@ -11,59 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import onnx
 
-from seekforge.common.errors import ConfigError, ProgramError
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.common.errors import ProgramError
 from seekforge.plugins.sum_ranks.spec import SPEC as SUM_RANKS
-
-
-def check_ranks(config: ModelConfig, ranks: Ranks) -> None:
-    """Compare a number of ranks with the sizes of the model.
-
-    Raises:
-        ConfigError: something does not divide; FP8 matrices are only cut between their 128x128 blocks.
-    """
-    if ranks.tp < 1 or ranks.ep < 1:
-        raise ConfigError(f"--tp is {ranks.tp} and --ep is {ranks.ep}, expected 1 or more")
-    fault = _fault(config, ranks)
-    if fault:
-        raise ConfigError(f"--tp {ranks.tp} --ep {ranks.ep}: {fault}; {_remedy(config, ranks)}")
-
-
-def _fault(config: ModelConfig, ranks: Ranks) -> str:
-    """Return what does not divide, or nothing. Where there is one part, nothing is cut."""
-    count = ranks.count
-    shared = config.n_shared_experts * config.moe_intermediate_size
-    blocks = f"rows in whole blocks of {FP8_BLOCK}"
-    heads = config.num_attention_heads
-    rules = (
-        (heads, count, 1, "num_attention_heads", "heads"),
-        (heads * config.qk_head_dim, count, FP8_BLOCK, "num_attention_heads * (nope + rope)", blocks),
-        (heads * config.v_head_dim, count, FP8_BLOCK, "num_attention_heads * v_head_dim", blocks),
-        (config.intermediate_size, count, FP8_BLOCK, "intermediate_size", blocks),
-        (shared, count, FP8_BLOCK, "n_shared_experts * moe_intermediate_size", blocks),
-        (config.moe_intermediate_size, ranks.tp, FP8_BLOCK, "moe_intermediate_size", blocks),
-        (config.n_routed_experts, ranks.ep, 1, "n_routed_experts", "experts"),
-    )
-    for size, parts, unit, name, what in rules:
-        if parts > 1 and size % (parts * unit):
-            return f"{name} is {size}, expected equal {what} for {parts} ranks"
-    return ""
-
-
-def _remedy(config: ModelConfig, ranks: Ranks) -> str:
-    """Say how many ranks, at most as many as were asked for, can share the model."""
-    bound = min(ranks.count, config.num_attention_heads)
-    counts = (
-        Ranks(count // ep, ep)
-        for count in range(bound, 1, -1)
-        for ep in sorted(range(1, count + 1), key=lambda ep: abs(ep - ranks.ep))
-        if count % ep == 0
-    )
-    fitting = next((one for one in counts if not _fault(config, one)), None)
-    if fitting is None:
-        return "this model runs on one rank only: leave out --tp and --ep"
-    return f"pass --tp {fitting.tp} --ep {fitting.ep}, the most ranks up to that which can share it"
 
 
 def merge(graphs: Sequence[onnx.ModelProto], shared: Sequence[str]) -> onnx.ModelProto:
@@ -128,10 +75,10 @@ def _prefixed(graph: onnx.GraphProto, prefix: str, shared: Sequence[str]) -> onn
     """Return a copy whose names have a prefix, those of shared inputs excepted."""
     result = onnx.GraphProto()
     result.CopyFrom(graph)
-    own = set(shared)
+    kept = set(shared)
 
     def name(old: str) -> str:
-        return old if not old or old in own else prefix + old
+        return old if not old or old in kept else prefix + old
 
     for node in result.node:
         node.name = prefix + node.name

@@ -17,6 +17,7 @@ from seekforge.exporter.models.parameters import EXPERT, Sharding, Tensor
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
 from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.parallelism import Parallelism
 from seekforge.plugins.dsa_attention.operator import flops_per_key as attention_flops_per_key
 from seekforge.plugins.dsa_indexer.operator import flops_per_key as indexer_flops_per_key
 from seekforge.plugins.dsa_indexer.spec import SPEC as DSA_INDEXER
@@ -253,52 +254,6 @@ def prefill_attention_flops(config: ModelConfig, prompt: int, *, num_layers: int
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model is spread over GPUs.
-
-    Attributes:
-        tp: ranks that divide heads, dense and shared MLPs, embedding and head. Each holds the whole latent cache.
-        dp: attention replicas, each with its own sequences; experts are divided over all tp·dp ranks.
-        pp: stages of consecutive layers.
-    """
-
-    tp: int = 1
-    dp: int = 1
-    pp: int = 1
-
-    @property
-    def num_gpus(self) -> int:
-        """All ranks."""
-        return self.tp * self.dp * self.pp
-
-    @property
-    def ep(self) -> int:
-        """Ranks that share the experts of a layer."""
-        return self.tp * self.dp
-
-    def __str__(self) -> str:
-        parts = [f"{name}{n}" for name, n in (("TP", self.tp), ("DP", self.dp), ("PP", self.pp)) if n > 1]
-        if self.dp > 1:
-            parts.append(f"EP{self.ep}")
-        return "·".join(parts) or "1 GPU"
-
-
-def fault_of(layout: Layout, config: ModelConfig) -> str | None:
-    """Return why a model cannot be spread so, or None."""
-    if config.num_attention_heads % layout.tp:
-        return f"TP{layout.tp} does not divide num_attention_heads {config.num_attention_heads}"
-    for key in ("moe_intermediate_size", "intermediate_size"):
-        size = getattr(config, key) * (config.n_shared_experts if key == "moe_intermediate_size" else 1)
-        if size % (layout.tp * FP8_BLOCK):
-            return f"TP{layout.tp} does not cut {key} {size} into whole blocks of {FP8_BLOCK}"
-    if layout.ep > config.n_routed_experts:
-        return f"EP{layout.ep} is more than the {config.n_routed_experts} experts"
-    if layout.pp > config.num_hidden_layers:
-        return f"PP{layout.pp} is more than the {config.num_hidden_layers} layers"
-    return None
-
-
-@dataclass(frozen=True)
 class Workload:
     """What is to be served.
 
@@ -327,7 +282,7 @@ class RankMemory:
         activations: see `activation_bytes`.
         graphs: captured CUDA graphs.
         cuda_context: CUDA and its libraries.
-        communication: buffers between ranks; 0 on one GPU.
+        communication: buffers between ranks; 0 where a replica has one.
     """
 
     weights: int
@@ -345,41 +300,43 @@ class RankMemory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def rank_weight_bytes(matrix: Matrix, layout: Layout, precision: Precision) -> int:
-    """Bytes of a matrix on one rank; the fullest rank where it does not divide."""
-    whole = held_bytes(matrix, precision)
-    match matrix.sharding:
-        case "tensor":
-            return -(-whole // layout.tp)
-        case "experts":
-            return whole // matrix.count * -(-matrix.count // layout.ep)
-        case _:
-            return whole
+def rank_share(matrix: Matrix, parallelism: Parallelism) -> int:
+    """Return into how many equal parts ranks divide a matrix, or all of its copies."""
+    return 1 if matrix.sharding == "none" else parallelism.tp
 
 
-def stages(config: ModelConfig, layout: Layout, precision: Precision, *, mtp: bool) -> tuple[tuple[range, int], ...]:
+def rank_weight_bytes(matrix: Matrix, parallelism: Parallelism, precision: Precision) -> int:
+    """Bytes of a matrix on one rank."""
+    return held_bytes(matrix, precision) // rank_share(matrix, parallelism)
+
+
+def stages(
+    config: ModelConfig, parallelism: Parallelism, precision: Precision, *, mtp: bool
+) -> tuple[tuple[range, int], ...]:
     """Return each pipeline stage's layers and weight bytes per rank; cuts keep the fullest stage least full."""
-    return _stages(config, layout, precision, mtp)  # pyright: ignore[reportArgumentType] - frozen, so hashable
+    return _stages(config, parallelism, precision, mtp)  # pyright: ignore[reportArgumentType] - frozen, so hashable
 
 
 @functools.lru_cache(maxsize=1024)
-def _stages(config: ModelConfig, layout: Layout, precision: Precision, mtp: bool) -> tuple[tuple[range, int], ...]:
+def _stages(
+    config: ModelConfig, parallelism: Parallelism, precision: Precision, mtp: bool
+) -> tuple[tuple[range, int], ...]:
     first, last = end_matrices(config)
 
     def size(matrices: Sequence[Matrix]) -> int:
-        return sum(rank_weight_bytes(matrix, layout, precision) for matrix in matrices)
+        return sum(rank_weight_bytes(matrix, parallelism, precision) for matrix in matrices)
 
     weights = [size(layer_matrices(config, layer)) for layer in range(config.num_hidden_layers)]
     weights[0] += size(first)
     weights[-1] += size(last)
     if mtp and config.mtp_layer is not None:
         weights[-1] += size(layer_matrices(config, config.mtp_layer))
-        if layout.pp > 1:
+        if parallelism.pp > 1:
             weights[-1] += size(first)  # the MTP module embeds tokens too
     low, high = max(weights), sum(weights)
     while low < high:
         limit = (low + high) // 2
-        if _count_stages(weights, limit) <= layout.pp:
+        if _count_stages(weights, limit) <= parallelism.pp:
             high = limit
         else:
             low = limit + 1
@@ -387,7 +344,7 @@ def _stages(config: ModelConfig, layout: Layout, precision: Precision, mtp: bool
     start = 0
     while start < len(weights):
         stop, total = start, 0
-        left = layout.pp - len(result) - 1  # stages after this one need a layer each
+        left = parallelism.pp - len(result) - 1  # stages after this one need a layer each
         while stop < len(weights) - left and total + weights[stop] <= low:
             total += weights[stop]
             stop += 1
@@ -405,29 +362,34 @@ def _count_stages(weights: Sequence[int], limit: int) -> int:
     return count
 
 
-def reserve_bytes(layout: Layout) -> int:
+def reserve_bytes(parallelism: Parallelism) -> int:
     """What the runtime keeps for CUDA, graphs and communication."""
-    return CONTEXT_BYTES + GRAPH_BYTES + communication_bytes(layout)
+    return CONTEXT_BYTES + GRAPH_BYTES + communication_bytes(parallelism)
 
 
-def communication_bytes(layout: Layout) -> int:
-    """Buffers between ranks."""
-    return COMMUNICATION_BYTES if layout.num_gpus > 1 else 0
+def communication_bytes(parallelism: Parallelism) -> int:
+    """Buffers between the ranks of a replica."""
+    return COMMUNICATION_BYTES if parallelism.num_ranks > 1 else 0
 
 
 def scratch_bytes(
-    config: ModelConfig, layout: Layout, work: Workload, kv_format: KvFormat, *, kernels: Kernels = ANY_KERNELS
+    config: ModelConfig,
+    parallelism: Parallelism,
+    work: Workload,
+    kv_format: KvFormat,
+    *,
+    kernels: Kernels = ANY_KERNELS,
 ) -> int:
     """Scratch memory of the greediest operator in a prefill of one sequence and in a decode step of all.
 
     Operators run one after another, so their scratch memory is shared.
     """
-    return max(operator_scratch_bytes(config, layout, work, kv_format, kernels=kernels).values())
+    return max(operator_scratch_bytes(config, parallelism, work, kv_format, kernels=kernels).values())
 
 
 def operator_scratch_bytes(
     config: ModelConfig,
-    layout: Layout,
+    parallelism: Parallelism,
     work: Workload,
     kv_format: KvFormat,
     *,
@@ -437,14 +399,14 @@ def operator_scratch_bytes(
     """Scratch memory that each operator asks for on one rank, by its name; the most over all steps.
 
     Args:
-        config, layout, work: what runs where.
+        config, parallelism, work: what runs where.
         kv_format: of both caches.
         kernels: that run it.
         steps: largest (sequences of a replica, new tokens of each) of each kind of step; None: one prefill and one
             decode step of the workload.
     """
     if steps is None:
-        steps = ((1, min(work.step_tokens, work.context)), (-(-work.batch // layout.dp), 1 + work.draft_tokens))
+        steps = ((1, min(work.step_tokens, work.context)), (-(-work.batch // parallelism.dp), 1 + work.draft_tokens))
     found = [
         step_scratch_bytes(
             config,
@@ -453,15 +415,14 @@ def operator_scratch_bytes(
             context=work.context,
             kv_format=kv_format,
             kernels=kernels,
-            tp=layout.tp,
-            dp=layout.dp,
+            parallelism=parallelism,
         )
         for batch, queries in steps
     ]
     return {op: max(one[op] for one in found) for op in found[0]}
 
 
-def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
+def activation_bytes(config: ModelConfig, parallelism: Parallelism, work: Workload) -> int:
     """Activations that live at once in the widest place of a step, and the logits of a decode step. An estimate.
 
     The residual stream is counted ten times in bf16: as a layer takes it and as it hands it on, two values each, and
@@ -471,23 +432,24 @@ def activation_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int
     and those of a single token per head copy their weight. What TensorRT says of its plans is held against this by a
     test.
     """
-    heads, per_rank = config.num_attention_heads // layout.tp, -(-work.batch // layout.dp)
+    rank, per_rank = parallelism.rank_sizes(config), -(-work.batch // parallelism.dp)
+    heads = rank.num_attention_heads
     tokens = max(min(work.step_tokens, work.context), per_rank * (1 + work.draft_tokens))
     attention = heads * (config.qk_head_dim + 2 * config.kv_lora_rank + config.v_head_dim) * 2
     indexer = heads * config.qk_head_dim * 2 + config.index_n_heads * config.index_head_dim * (2 + 4 + 4)
-    mlp = max(config.intermediate_size, config.moe_intermediate_size * config.n_shared_experts) // layout.tp * 2 * 6
+    mlp = max(rank.intermediate_size, rank.shared_intermediate_size) * 2 * 6
     stream = config.hidden_size * 2 * 10
     products = PRODUCT_BYTES + heads * max(config.qk_nope_head_dim, config.v_head_dim) * config.kv_lora_rank * 2
     return (
         tokens * (stream + max(attention, indexer, mlp) + selection_bytes(config))
         + products
-        + logits_bytes(config, layout, work)
+        + logits_bytes(config, parallelism, work)
     )
 
 
-def logits_bytes(config: ModelConfig, layout: Layout, work: Workload) -> int:
+def logits_bytes(config: ModelConfig, parallelism: Parallelism, work: Workload) -> int:
     """Logits of a decode step, which a runtime holds beside what plans share, twice."""
-    return -(-work.batch // layout.dp) * (1 + work.draft_tokens) * config.vocab_size * 4 * 2
+    return -(-work.batch // parallelism.dp) * (1 + work.draft_tokens) * config.vocab_size * 4 * 2
 
 
 def selection_bytes(config: ModelConfig) -> int:
@@ -497,7 +459,7 @@ def selection_bytes(config: ModelConfig) -> int:
 
 def rank_memory(
     config: ModelConfig,
-    layout: Layout,
+    parallelism: Parallelism,
     work: Workload,
     *,
     precision: Precision,
@@ -507,8 +469,8 @@ def rank_memory(
     steps: Sequence[tuple[int, int]] | None = None,
 ) -> RankMemory:
     """Return the bytes of the fullest rank; `kernels` and `steps` are those of `operator_scratch_bytes`."""
-    cut = stages(config, layout, precision, mtp=mtp)
-    per_rank = -(-work.batch // layout.dp)
+    cut = stages(config, parallelism, precision, mtp=mtp)
+    per_rank = -(-work.batch // parallelism.dp)
     fullest: tuple[int, int] | None = None
     for number, (layers, weights) in enumerate(cut):
         cached = len(layers) + (1 if mtp and config.mtp_layer is not None and number == len(cut) - 1 else 0)
@@ -516,17 +478,17 @@ def rank_memory(
         if fullest is None or weights + cache > sum(fullest):
             fullest = (weights, cache)
     assert fullest is not None
-    scratch = operator_scratch_bytes(config, layout, work, kv_format, kernels=kernels, steps=steps)
+    scratch = operator_scratch_bytes(config, parallelism, work, kv_format, kernels=kernels, steps=steps)
     scores = scratch[DSA_INDEXER.name]
     return RankMemory(
         weights=fullest[0],
         cache=fullest[1],
         indexer_scores=scores,
         scratch=max(scratch.values()) - scores,
-        activations=activation_bytes(config, layout, work),
+        activations=activation_bytes(config, parallelism, work),
         graphs=GRAPH_BYTES,
         cuda_context=CONTEXT_BYTES,
-        communication=communication_bytes(layout),
+        communication=communication_bytes(parallelism),
     )
 
 

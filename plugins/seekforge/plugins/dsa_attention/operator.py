@@ -19,7 +19,7 @@ def static_sizes(model: RankModel) -> dict[str, Any]:
     """Return what the kernels are compiled for."""
     config = model.config
     return {
-        "H": model.num_heads,
+        "H": model.sizes.num_attention_heads,
         "C": config.kv_lora_rank,
         "R": config.qk_rope_head_dim,
         "kv_format": model.kv_format,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from seekforge.common.errors import ShapeError
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.formats.parallelism import Parallelism
 from seekforge.plugins.kernels.launch_plan import has_fp8, op_kernels
 from seekforge.plugins.kernels.sizes import operators
 from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, OPERATORS, WITH_KERNELS
@@ -81,13 +81,13 @@ def refusals(config: ModelConfig, *, plugins: Collection[str], ops: Collection[s
     return [fault for fault in faults if fault]
 
 
-def export_warnings(config: ModelConfig, *, ops: Collection[str], ranks: Ranks) -> list[str]:
+def export_warnings(config: ModelConfig, *, ops: Collection[str], parallelism: Parallelism) -> list[str]:
     """Return one sentence for every operator of a program that has no kernels for the model.
 
     An export does not know its target. What no target computes is refused with the config; what is said here is what
     GPU targets will refuse or do without plugins, so that nobody learns of it only when an engine is built.
     """
-    sizes = operators(config, ranks=ranks)
+    sizes = operators(config, parallelism=parallelism)
     found = []
     for op in ops:
         fault = plugin_fault(op, sizes) if op in sizes else ""

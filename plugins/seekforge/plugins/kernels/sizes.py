@@ -7,14 +7,13 @@ from typing import Any, Final
 
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.plugins.operator import RankModel
 from seekforge.plugins.registry import KERNEL_FORMS
 
 #: Cache format of GPU targets unless asked otherwise.
 DEFAULT_FORMAT: Final = "fp8_ds"
 _FP8: Final = FP8.to_dict()
-_ONE_RANK: Final = Ranks()
 
 
 def operators(
@@ -22,7 +21,7 @@ def operators(
     *,
     kv_format: str = DEFAULT_FORMAT,
     numerics: Mapping[str, Any] = _FP8,
-    ranks: Ranks = _ONE_RANK,
+    parallelism: Parallelism = ONE_RANK,
 ) -> dict[str, dict[str, Any]]:
     """Return op_type -> the static sizes and attributes of a model, under the symbols of the specs.
 
@@ -30,14 +29,7 @@ def operators(
         config: the model's.
         kv_format: layout and dtype of both caches.
         numerics: fields of `formats.numerics.Numerics`; by default those of the official reference.
-        ranks: they share the model; sizes are those of one of them.
+        parallelism: how ranks share the model; sizes are those of one of them.
     """
-    model = RankModel(
-        config=config,
-        numerics=numerics,
-        kv_format=kv_format,
-        num_heads=config.num_attention_heads // ranks.count,
-        num_experts=config.n_routed_experts // ranks.ep,
-        moe_intermediate_size=config.moe_intermediate_size // ranks.tp,
-    )
+    model = RankModel(config=config, numerics=numerics, kv_format=kv_format, parallelism=parallelism)
     return {op: form.static_sizes(model) for op, form in KERNEL_FORMS.items()}

@@ -19,10 +19,10 @@ _TWO = "gate and up keep two [128, 128] sums; 64 rows have no stack but read the
 def static_sizes(model: RankModel) -> dict[str, Any]:
     """Return what the kernels are compiled for."""
     return {
-        "E": model.num_experts,
+        "E": model.sizes.n_routed_experts,
         "TOPK": model.config.num_experts_per_tok,
         "H": model.config.hidden_size,
-        "I2": 2 * model.moe_intermediate_size,
+        "I2": 2 * model.sizes.moe_intermediate_size,
         "act_quant": model.numerics["act_quant"],
     }
 

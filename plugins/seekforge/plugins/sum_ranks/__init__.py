@@ -1,1 +1,1 @@
-"""`SumRanks`: the one collective, the sum of a tensor over all ranks that share the model."""
+"""`SumRanks`: the one collective, the sum of a tensor over all tensor-parallel ranks."""

@@ -8,9 +8,9 @@ def sum_ranks(x: Tensor, num_ranks: int) -> Tensor:
 
     Args:
         x: [..., H], f32 or bf16.
-        num_ranks: ranks that share the model.
+        num_ranks: tensor-parallel ranks.
 
     Returns:
-        A copy of `x`; `rewrite.merge` joins the graphs of all ranks to have the sum.
+        A copy of `x`; `program.ranks.merge` joins the graphs of all ranks to have the sum.
     """
     return x.clone()

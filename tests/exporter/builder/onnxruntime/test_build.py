@@ -263,8 +263,11 @@ def test_a_program_that_is_shared_among_ranks_is_refused(
     program = tmp_path / "program"
     shutil.copytree(tiny_programs["exact"], program)
     document = load_program(program)
-    write_json(program / "program.json", document.model_copy(update={"tp": 2, "ep": 2}).model_dump(mode="json"))
-    with pytest.raises(ProgramError, match="shared among 4 ranks"):
+    write_json(
+        program / "program.json",
+        document.model_copy(update={"parallelism": {"tp": 2, "ep": True}}).model_dump(mode="json"),
+    )
+    with pytest.raises(ProgramError, match=r"shared among 2 ranks \(--tp 2 --ep\)"):
         build_cpu(program, tmp_path / "engine", tiny_checkpoint)
 
 

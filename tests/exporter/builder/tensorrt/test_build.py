@@ -53,10 +53,11 @@ from seekforge.exporter.builder.tensorrt.graph import prepare, widen_weights
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, pool_blocks, spanning
 from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.inspect.cli import inspect as inspect_command
-from seekforge.exporter.sizing.memory import Layout, Workload, activation_bytes, scratch_bytes, selection_bytes
+from seekforge.exporter.sizing.memory import Workload, activation_bytes, scratch_bytes, selection_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, Share, load_manifest
 from seekforge.formats.engine.verify import verify_files
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import TargetConfig, all_targets, load_target
 from seekforge.plugins.kernels.index import Descriptors
@@ -836,9 +837,9 @@ def test_expected_memory_covers_the_largest_step_of_each_profile(
         assert max(b * q for b, q in corners) == target.limits.max_num_batched_tokens, "and no more than a step has"
     for batch, queries in corners:
         one = Workload(target.limits.max_model_len, batch, 1, queries - 1)
-        assert found["scratch"] >= scratch_bytes(inputs.config, Layout(), one, target.kv_format)
+        assert found["scratch"] >= scratch_bytes(inputs.config, Parallelism(), one, target.kv_format)
         logits = batch * (queries - 1) * inputs.config.vocab_size * 4 * 2  # a step that samples needs one row of each
-        assert found["activations"] >= activation_bytes(inputs.config, Layout(), one) - logits
+        assert found["activations"] >= activation_bytes(inputs.config, Parallelism(), one) - logits
 
 
 @pytest.mark.parametrize("name", [target.name for target in all_targets() if target.gpu])

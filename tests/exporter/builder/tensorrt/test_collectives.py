@@ -14,7 +14,7 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.program.trace import trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.formats.parallelism import Parallelism
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.sum_ranks.collective import to_collectives
@@ -44,8 +44,8 @@ def test_a_layer_of_a_rank_builds_with_plugins_and_collectives(tmp_path: Path) -
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     raw = load_preset("tiny").config_json | {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}
     config = ModelConfig.parse(raw | {"moe_intermediate_size": 512}, "wide")
-    ranks = Ranks(tp=2, ep=2)
-    traced = trace(Settings(config, FP8, "bf16", ranks=ranks), (1, 2), lambda stage: None)
+    settings = Settings(config, FP8, "bf16", parallelism=Parallelism(tp=2, ep=True))
+    traced = trace(settings, (1, 2), lambda stage: None)
     how = Specialization("bf16", "int8", "fp8_ds", "trt")
     ready = prepare(traced.model, how, config, plugins=list(SPECS), products="bf16", digests={})
     assert ready.collectives == 2, "one for attention, one for the experts"

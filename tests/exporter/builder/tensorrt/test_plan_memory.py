@@ -17,10 +17,11 @@ from seekforge.exporter.builder.tensorrt.check import Choices, check, open_input
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.program.export import export
-from seekforge.exporter.sizing.memory import Layout, Workload, logits_bytes
+from seekforge.exporter.sizing.memory import Workload, logits_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig, load_target
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -63,7 +64,7 @@ def built(program: Path, target: TargetConfig, out: Path) -> tuple[Manifest, int
     planned = check(inputs, target, CHOICES)
     manifest = build_gpu(inputs, planned, out, choices=CHOICES, force=True, progress=Stages(quiet=True))
     work = Workload(target.limits.max_model_len, target.limits.max_batch_size)
-    beside = logits_bytes(inputs.config, Layout(), work)
+    beside = logits_bytes(inputs.config, Parallelism(), work)
     return manifest, planned.device_bytes["scratch"] + planned.device_bytes["activations"] - beside
 
 

@@ -26,7 +26,6 @@ from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.models import family_of
 from seekforge.exporter.sizing.memory import (
     GIB,
-    Layout,
     Workload,
     activation_bytes,
     cache_bytes_per_token,
@@ -334,15 +333,16 @@ def expected_bytes(
         "scratch": max(
             operator_scratch_bytes(
                 config,
-                Layout(),
+                inputs.program.parallelism,
                 Workload(limits.max_model_len, limits.max_batch_size),
                 target.kv_format,
                 kernels=Kernels(target.sms, inputs.program.numerics["act_quant"]),
                 steps=steps,
             ).values()
         ),
-        "activations": activation_bytes(config, Layout(), widest) + more_layers * tokens * selection_bytes(config),
-        "reserve": reserve_bytes(Layout()),
+        "activations": activation_bytes(config, inputs.program.parallelism, widest)
+        + more_layers * tokens * selection_bytes(config),
+        "reserve": reserve_bytes(inputs.program.parallelism),
     }
     return found | {"total": sum(found.values()), "usable": usable_bytes(target.gpu.memory_gib)}
 

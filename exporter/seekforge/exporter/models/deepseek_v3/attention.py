@@ -24,7 +24,7 @@ class Attention(nn.Module):
         super().__init__()
         config = settings.config
         self.settings, self.config = settings, config
-        self.heads = heads = config.num_attention_heads // settings.ranks.count
+        self.heads = heads = settings.rank.num_attention_heads
         self.splits = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
         self.qkv_a_proj = fp8_linear(settings, "qkv_a_proj", config.hidden_size, sum(self.splits))
         self.q_a_layernorm = RmsNorm(config.q_lora_rank, config.rms_norm_eps, settings.dtype)
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.w_uk = weight(heads, config.qk_nope_head_dim, config.kv_lora_rank, dtype=settings.dtype)
         self.w_uv = weight(heads, config.v_head_dim, config.kv_lora_rank, dtype=settings.dtype)
         self.o_proj = fp8_linear(settings, "o_proj", heads * config.v_head_dim, config.hidden_size)
-        self.sum_ranks = SumRanks(settings.ranks.count)
+        self.sum_ranks = SumRanks(settings.parallelism.tp)
 
     def forward(
         self, x: Tensor, step: Step, latent_cache: Tensor

@@ -187,7 +187,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class SumRanks(nn.Module):
-    """Sum over the ranks that share the model (`SumRanks`); nothing for one rank."""
+    """Sum over the tensor-parallel ranks (`SumRanks`); nothing for one rank."""
 
     def __init__(self, num_ranks: int) -> None:
         super().__init__()

@@ -43,10 +43,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         self.self_attn = self.attention(settings)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-        ranks = settings.ranks.count
-        dense = Mlp(settings, config.intermediate_size // ranks)
+        dense = Mlp(settings, settings.rank.intermediate_size)
         self.mlp = Moe(settings) if config.is_moe_layer(layer) else dense
-        self.sum_ranks = SumRanks(ranks)
+        self.sum_ranks = SumRanks(settings.parallelism.tp)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, step: Step, caches: Sequence[Tensor]
@@ -82,7 +81,7 @@ class _StepModule(nn.Module):
         size = config.index_head_dim
         rotates = settings.numerics.hadamard and size > 0
         self.hadamard = weight(size, size, dtype=torch.float32) if rotates else None
-        is_dealt = settings.ranks.ep > 1 and any(config.is_moe_layer(i) for i in layers)
+        is_dealt = settings.parallelism.ep_size > 1 and any(config.is_moe_layer(i) for i in layers)
         self.expert_map = weight(config.n_routed_experts, dtype=torch.int32) if is_dealt else None
         self.layers = nn.ModuleDict({str(i): self.layer(settings, i) for i in layers})
 

@@ -32,9 +32,8 @@ class Experts(nn.Module):
         super().__init__()
         config = settings.config
         self.act_quant = settings.numerics.act_quant
-        ranks = settings.ranks
-        experts, hidden = config.n_routed_experts // ranks.ep, config.hidden_size
-        inter = config.moe_intermediate_size // ranks.tp
+        hidden = config.hidden_size
+        experts, inter = settings.rank.n_routed_experts, settings.rank.moe_intermediate_size
         h, i = hidden // FP8_BLOCK, inter // FP8_BLOCK
         self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.float8_e4m3fn)
         self.w13_scale = weight(experts, 2 * i, h, dtype=torch.float32)
@@ -82,9 +81,8 @@ class Moe(nn.Module):
         how = settings.quantization
         coded = how is not None and how.is_coded("experts")
         self.experts = CodedExperts(settings, how.block_size) if how is not None and coded else Experts(settings)
-        shared = config.n_shared_experts * config.moe_intermediate_size // settings.ranks.count
-        self.shared_experts = Mlp(settings, shared)
-        self.sum_ranks = SumRanks(settings.ranks.count)
+        self.shared_experts = Mlp(settings, settings.rank.shared_intermediate_size)
+        self.sum_ranks = SumRanks(settings.parallelism.tp)
 
     def forward(self, x: Tensor, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, Q, hidden_size] -> the same, and expert_ids [B·Q, num_experts_per_tok] int32.

@@ -6,7 +6,7 @@ Both lists of a layer are here and nowhere else; see `models.parameters` for wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Literal
 
 from seekforge.exporter.models.parameters import EXPERT, Draw, Parameter, Tensor
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -50,21 +50,31 @@ PLACES: Final[dict[str, str]] = {
 def mla_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     """Return the tensors of multi-head latent attention."""
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    head_rows = config.qk_nope_head_dim + config.v_head_dim
+    queries, keys = config.qk_head_dim, config.qk_nope_head_dim + config.v_head_dim
     return (
         Tensor("self_attn.q_a_proj.weight", (config.q_lora_rank, hidden)),
         _norm("self_attn.q_a_layernorm.weight", config.q_lora_rank),
-        Tensor(
-            "self_attn.q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank), sharding="tensor", axis=0
-        ),
+        _by_heads("self_attn.q_b_proj.weight", (heads * queries, config.q_lora_rank), heads, axis=0),
         Tensor("self_attn.kv_a_proj_with_mqa.weight", (config.latent_dim, hidden)),
         _norm("self_attn.kv_a_layernorm.weight", latent),
         # dequantized for the absorbed form: the same number of products, by head, in BF16
-        Tensor("self_attn.kv_b_proj.weight", (heads * head_rows, latent), sharding="tensor", axis=0, held="bf16"),
-        Tensor(
-            "self_attn.o_proj.weight", (hidden, heads * config.v_head_dim), sharding="tensor", axis=1, draw="branch"
-        ),
+        _by_heads("self_attn.kv_b_proj.weight", (heads * keys, latent), heads, axis=0, held="bf16"),
+        _by_heads("self_attn.o_proj.weight", (hidden, heads * config.v_head_dim), heads, axis=1, draw="branch"),
     )
+
+
+def _by_heads(
+    name: str,
+    shape: tuple[int, int],
+    heads: int,
+    *,
+    axis: int,
+    held: Literal["bf16"] | None = None,
+    draw: Draw = "blocks",
+) -> Tensor:
+    """Return a matrix of which each tensor-parallel rank has some heads."""
+    key = "num_attention_heads"
+    return Tensor(name, shape, sharding="tensor", axis=axis, units=heads, units_key=key, held=held, draw=draw)
 
 
 def indexer_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
@@ -92,7 +102,11 @@ def layer_tensors(
 ) -> tuple[Tensor, ...]:
     """Return the tensors of a layer in a checkpoint's order, the MTP layer's further ones included."""
     hidden = config.hidden_size
-    mlp = moe_tensors(config) if config.is_moe_layer(layer) else mlp_tensors("mlp", hidden, config.intermediate_size)
+    mlp = (
+        moe_tensors(config)
+        if config.is_moe_layer(layer)
+        else mlp_tensors("mlp", hidden, config.intermediate_size, "intermediate_size")
+    )
     return (
         _norm("input_layernorm.weight", hidden),
         *attention(config),
@@ -105,16 +119,17 @@ def layer_tensors(
 def moe_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     """Return the tensors of a mixture of experts: the router, the shared expert, the routed ones."""
     hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    key = "moe_intermediate_size"
     return (
         Tensor("mlp.gate.weight", (experts, hidden), "bf16", draw="router"),
         Tensor("mlp.gate.e_score_correction_bias", (experts,), "f32", active=0, draw="bias"),
-        *mlp_tensors("mlp.shared_experts", hidden, inner * config.n_shared_experts),
-        *mlp_tensors(f"mlp.experts.{EXPERT}", hidden, inner, experts, config.num_experts_per_tok),
+        *mlp_tensors("mlp.shared_experts", hidden, inner * config.n_shared_experts, f"n_shared_experts * {key}"),
+        *mlp_tensors(f"mlp.experts.{EXPERT}", hidden, inner, key, experts, config.num_experts_per_tok),
     )
 
 
-def mlp_tensors(prefix: str, hidden: int, inner: int, count: int = 1, active: int = 1) -> tuple[Tensor, ...]:
-    """Return the three matrices of an MLP, or of `count` experts."""
+def mlp_tensors(prefix: str, hidden: int, inner: int, key: str, count: int = 1, active: int = 1) -> tuple[Tensor, ...]:
+    """Return the three matrices of an MLP whose width is `key` of config.json, or of `count` experts."""
     sharding = "experts" if EXPERT in prefix else "tensor"
     matrices: tuple[tuple[str, tuple[int, int], int, Draw], ...] = (
         ("gate_proj", (inner, hidden), 0, "blocks"),
@@ -122,7 +137,17 @@ def mlp_tensors(prefix: str, hidden: int, inner: int, count: int = 1, active: in
         ("down_proj", (hidden, inner), 1, "branch"),
     )
     return tuple(
-        Tensor(f"{prefix}.{name}.weight", shape, sharding=sharding, axis=axis, count=count, active=active, draw=draw)
+        Tensor(
+            f"{prefix}.{name}.weight",
+            shape,
+            sharding=sharding,
+            axis=axis,
+            units=inner,
+            units_key=key,
+            count=count,
+            active=active,
+            draw=draw,
+        )
         for name, shape, axis, draw in matrices
     )
 
@@ -143,8 +168,8 @@ def mtp_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
 def end_tensors(config: ModelConfig) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the tensors before the first layer and those behind the last one."""
     table = (config.vocab_size, config.hidden_size)
-    embedding = Tensor("model.embed_tokens.weight", table, "bf16", "tensor", active=0, draw="embedding")
-    head = Tensor("lm_head.weight", table, "bf16", "tensor", draw="head", is_head=True)
+    embedding = Tensor("model.embed_tokens.weight", table, "bf16", active=0, draw="embedding")
+    head = Tensor("lm_head.weight", table, "bf16", draw="head", is_head=True)
     return (embedding,), (_norm("model.norm.weight", config.hidden_size), head)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.numerics import Numerics
-from seekforge.formats.weight_recipes import Ranks
+from seekforge.formats.parallelism import ONE_RANK, Parallelism, RankSizes
 from seekforge.plugins.torch_ops import TORCH_DTYPES
 
 AttentionForm = Literal["absorbed", "naive"]
@@ -25,7 +25,7 @@ class Settings:
         config: the checkpoint's configuration.
         numerics: which roundings it makes.
         activations: dtype of activations and caches; None takes that of `numerics`.
-        ranks: how many ranks share the model; parameters and graph are those of one of them.
+        parallelism: how ranks share the model; parameters and graph are those of one of them.
         quantization: which weights are codes, as in an int8 or int4 engine; None: none.
         form: absorbed (what engines run) or naive attention (spec §3.4); only absorbed can be exported.
     """
@@ -34,8 +34,13 @@ class Settings:
     numerics: Numerics
     activations: Literal["f32", "bf16"] | None = None
     form: AttentionForm = "absorbed"
-    ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
+    parallelism: Parallelism = ONE_RANK
     quantization: Quantization | None = None
+
+    @property
+    def rank(self) -> RankSizes:
+        """What one rank has of the model's heads, MLPs and experts."""
+        return self.parallelism.rank_sizes(self.config)
 
     @property
     def dtype_name(self) -> Literal["f32", "bf16"]:

@@ -35,12 +35,14 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
     Raises:
         ProgramError: a parameter has no recipe, or one of another shape (a bug of ours, found at export).
     """
-    config, dtype, ranks = model.settings.config, model.settings.dtype_name, model.settings.ranks
-    table = _tables(config) | {"expert_map": expert_map(config.n_routed_experts, ranks)}
+    config, dtype, parallelism = model.settings.config, model.settings.dtype_name, model.settings.parallelism
+    table = _tables(config) | {"expert_map": expert_map(config.n_routed_experts, parallelism)}
     family = family_of(config)
 
     def made(parameters: Sequence[Parameter], tensors: Sequence[Tensor], source: str, target: str) -> dict[str, Recipe]:
-        return recipes_of(parameters, tensors, config, source=source, target=target, dtype=dtype, ranks=ranks)
+        return recipes_of(
+            parameters, tensors, config, source=source, target=target, dtype=dtype, parallelism=parallelism
+        )
 
     first, last = family.end_tensors(config)
     table |= made(family.end_parameters(), (*first, *last), "", "")

@@ -1,0 +1,47 @@
+"""The layout of ranks: their numbers, their sizes, and how it is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from seekforge.common.errors import ConfigError
+from seekforge.common.records import RecordError
+from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.formats.parallelism import ONE_RANK, Coordinates, Parallelism
+
+
+def test_ranks_are_numbered_as_vllm_does() -> None:
+    layout = Parallelism(tp=2, pp=3, dp=2)
+    assert (layout.num_ranks, layout.num_gpus) == (6, 12)
+    places = [layout.coordinates(rank) for rank in range(layout.num_gpus)]
+    assert places[:3] == [Coordinates(0, 0, 0), Coordinates(0, 0, 1), Coordinates(0, 1, 0)]
+    assert places[-1] == Coordinates(1, 2, 1) and len(set(places)) == 12
+    with pytest.raises(ConfigError, match="rank 12: expected 0 to 11 of TP2·PP3·DP2"):
+        layout.coordinates(12)
+
+
+def test_experts_are_dealt_out_among_tensor_parallel_ranks() -> None:
+    config = load_preset("full").config
+    cut, dealt = Parallelism(tp=8).rank_sizes(config), Parallelism(tp=8, pp=2, dp=4, ep=True).rank_sizes(config)
+    assert (cut.n_routed_experts, cut.moe_intermediate_size) == (256, 256)
+    assert (dealt.n_routed_experts, dealt.moe_intermediate_size) == (32, 2048)
+    assert cut.num_attention_heads == dealt.num_attention_heads == 16
+    assert cut.shared_intermediate_size == dealt.shared_intermediate_size == 256
+
+
+@pytest.mark.parametrize(
+    ("layout", "words", "options"),
+    [
+        (ONE_RANK, "1 GPU", ""),
+        (Parallelism(tp=8), "TP8", "--tp 8"),
+        (Parallelism(tp=8, pp=2, dp=3, ep=True), "TP8·EP8·PP2·DP3", "--tp 8 --pp 2 --ep"),
+    ],
+)
+def test_a_layout_is_written(layout: Parallelism, words: str, options: str) -> None:
+    assert (str(layout), layout.options) == (words, options)
+    assert Parallelism.model_validate(layout.model_dump(mode="json")) == layout
+
+
+def test_sizes_are_positive_numbers() -> None:
+    with pytest.raises(RecordError, match="is 0, expected at least 1"):
+        Parallelism(tp=0)
