@@ -15,7 +15,7 @@ def as_fault(error: BaseException, doing: str) -> SeekforgeError | None:
     """Return an error that says what this machine lacks, or None where it may be a bug of ours.
 
     Args:
-        error: that was raised.
+        error: what was raised.
         doing: what was done, such as the name of the command.
     """
     if isinstance(error, ModuleNotFoundError):

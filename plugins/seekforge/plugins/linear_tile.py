@@ -20,8 +20,8 @@ class Tile:
         block_n: out features per tile.
         swap: whether out features are the M side.
         splits: parts of K.
-        num_warps: per program.
-        num_stages: of the load pipeline.
+        num_warps: warps of a program.
+        num_stages: stages of the load pipeline.
     """
 
     block_t: int

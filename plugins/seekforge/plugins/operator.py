@@ -166,13 +166,13 @@ class OpSpec:
         """
         variables: dict[str, str] = {}
         for arg in self.inputs:
-            found = input_dtypes[arg.name]
+            dtype = input_dtypes[arg.name]
             allowed = TYPE_VARIABLES.get(arg.dtype, (arg.dtype,))
-            if found not in allowed:
-                raise ShapeError(f"{self.name}: {arg.name} is {found}, expected {' or '.join(allowed)}")
-            if arg.dtype in TYPE_VARIABLES and variables.setdefault(arg.dtype, found) != found:
+            if dtype not in allowed:
+                raise ShapeError(f"{self.name}: {arg.name} is {dtype}, expected {' or '.join(allowed)}")
+            if arg.dtype in TYPE_VARIABLES and variables.setdefault(arg.dtype, dtype) != dtype:
                 raise ShapeError(
-                    f"{self.name}: {arg.name} is {found}, expected {variables[arg.dtype]} like the inputs before it"
+                    f"{self.name}: {arg.name} is {dtype}, expected {variables[arg.dtype]} like the inputs before it"
                 )
         return [variables.get(arg.dtype, arg.dtype) for arg in self.outputs]
 

@@ -1,7 +1,7 @@
-"""Test vectors, the faces that run them, and how results are compared. For tests; needs torch, onnx and onnxruntime.
+"""Test vectors, what runs them, and how results are compared. For tests; needs torch, onnx and onnxruntime.
 
 A `Case` holds inputs in the reference types (f32 activations and caches, float8 weights); `typed` turns it into
-those of a specialization, so that one vector runs on every face.
+those of a specialization, so that one vector serves them all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Case:
     Attributes:
         op: ONNX op_type.
         name: what it probes; unique within the operator.
-        inputs: in the order of the spec; f32 activations and caches, float8 weights.
+        inputs: tensors in the order of the spec; f32 activations and caches, float8 weights.
         attrs: attribute values.
     """
 
@@ -82,10 +82,10 @@ class Case:
 
 def cases(*ops: str) -> list[Case]:
     """Return the vectors of the operators named (all, if none is), as `pytest.mark.parametrize` takes them."""
-    found: list[Case] = []
+    result: list[Case] = []
     for op in ops or SPECS:
-        found.extend(importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.vectors").cases())
-    return found
+        result.extend(importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.vectors").cases())
+    return result
 
 
 class Draw:
@@ -174,14 +174,14 @@ def same_selection(actual: Tensor, expected: Tensor, scores: Tensor, gap: float)
         return False
     flat = (actual.flatten(0, -2), expected.flatten(0, -2), scores.flatten(0, -2))
     for got, want, score in zip(*flat, strict=True):
-        ours, theirs = got[got >= 0].tolist(), want[want >= 0].tolist()
-        if len(ours) != len(theirs) or len(set(ours)) != len(ours):
+        chosen, expected = got[got >= 0].tolist(), want[want >= 0].tolist()
+        if len(chosen) != len(expected) or len(set(chosen)) != len(chosen):
             return False
-        differ = list(set(ours) ^ set(theirs))
+        differ = list(set(chosen) ^ set(expected))
         if not differ:
             continue
         finite = score[score.isfinite()]
-        last = score[theirs].min()
+        last = score[expected].min()
         if (score[differ] - last).abs().max() > gap * (finite.max() - finite.min()):
             return False
     return True

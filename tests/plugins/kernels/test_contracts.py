@@ -142,7 +142,7 @@ def test_what_no_target_computes_is_refused_at_export_and_the_rest_is_said(tmp_p
 
 
 def test_the_table_is_that_of_the_launch_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = {(one.op, one.key, one.expected) for one in limits() if "plugin" in one.faces}
+    listed = {(one.op, one.key, one.expected) for one in limits() if "plugin" in one.forms}
     assert listed == {(op, one.key, one.expected) for op in WITH_KERNELS for one in op_kernels(op).RULES}
     assert ("DsaIndexer", "index_topk", "at most 3840") in {(one.op, one.key, one.expected) for one in limits()}
     module = op_kernels("DsaIndexer")

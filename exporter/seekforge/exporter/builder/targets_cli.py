@@ -58,7 +58,7 @@ def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[s
     ]
     header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "products", "cache"]
     ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in WITH_KERNELS]
-    listed = [[limit.op, " and ".join(limit.faces), limit.key, limit.expected] for limit in limits()]
+    listed = [[limit.op, " and ".join(limit.forms), limit.key, limit.expected] for limit in limits()]
     return [
         ("Targets (rates: dense TFLOPS)", [*header, "batch × context, tokens per step"], hardware),
         ("Operators", ["operator", *_classes(found)], ops),

@@ -24,13 +24,13 @@ class ExportResult:
     Attributes:
         path: its folder.
         numerics: "fp8" or "exact".
-        num_nodes, num_weight_inputs: of each graph, "model" and perhaps "mtp".
+        num_nodes, num_weight_inputs: how many each graph has, "model" and perhaps "mtp".
         parallelism: how ranks share the model.
         layer_range: [first, end) of the layers that it has.
-        num_tensors: that the checkpoint has. num_outside: those of them that belong to other stages.
+        num_tensors: how many the checkpoint has. num_outside: how many of them belong to other stages.
         warnings: a sentence for each thing of the checkpoint that was taken for granted or passed over.
         ops: nodes of each custom operator.
-        seconds: of each stage of the work.
+        seconds: how long each stage of the work took.
     """
 
     path: Path
@@ -72,7 +72,7 @@ def export(
     Args:
         checkpoint: a folder, or a Hugging Face repository: `owner/name`, with `@revision`, or its address.
         out: the folder to make.
-        revision: of a repository: branch, tag or commit.
+        revision: branch, tag or commit of a repository.
         numerics: fp8: the official reference's roundings. exact: no quantization of activations or caches.
         layers: a pipeline stage: "0-30", both included.
         num_layers: a truncated model: the first `num_layers` layers, norm and head.

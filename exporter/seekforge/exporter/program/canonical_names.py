@@ -57,9 +57,9 @@ def segments(graph: onnx.GraphProto) -> list[int]:
         level[value.name] = layer if layer is not None else AFTER if value.name in _ENDS else BEFORE
     result = []
     for node in graph.node:
-        found = max((level.get(name, BEFORE) for name in node.input), default=BEFORE)
-        result.append(found)
-        level.update((name, found) for name in node.output)
+        deepest = max((level.get(name, BEFORE) for name in node.input), default=BEFORE)
+        result.append(deepest)
+        level.update((name, deepest) for name in node.output)
     return result
 
 

@@ -74,7 +74,7 @@ def outside(
 
     Args:
         names: the checkpoint's tensors.
-        config: of the model that is exported (truncated or not).
+        config: the model that is exported (truncated or not).
         layer_range: [a, b).
         has_mtp: the MTP module is part of the program.
     """

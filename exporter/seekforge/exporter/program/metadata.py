@@ -58,8 +58,8 @@ def annotate(
     """Describe the graph `graph` ("model" or "mtp") of a program. What stood there before is replaced.
 
     Args:
-        version: of seekforge.
-        config: of the model.
+        version: the version of seekforge.
+        config: the model.
         numerics: name of the numerics.
         layer_range: [a, b), layers of the main model.
         parallelism: how ranks share the model.

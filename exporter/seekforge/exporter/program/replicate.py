@@ -122,12 +122,14 @@ class _Writer:
 
     def _match(self, first: int, second: int) -> dict[str, str]:
         """Compare two layers node by node; return value of `first` -> the same value of `second`."""
-        ours, theirs = self._nodes[first], self._nodes[second]
-        if len(ours) != len(theirs):
-            raise ProgramError(f"stamp: layer {first} has {len(ours)} nodes, layer {second} has {len(theirs)}")
+        first_nodes, second_nodes = self._nodes[first], self._nodes[second]
+        if len(first_nodes) != len(second_nodes):
+            raise ProgramError(
+                f"stamp: layer {first} has {len(first_nodes)} nodes, layer {second} has {len(second_nodes)}"
+            )
         counterpart: dict[str, str] = {}
-        for a, b in zip(ours, theirs, strict=True):
-            if _face(a) != _face(b):
+        for a, b in zip(first_nodes, second_nodes, strict=True):
+            if _signature(a) != _signature(b):
                 raise ProgramError(f"stamp: layers {first} and {second} differ in {a.name!r} and {b.name!r}")
             for x, y in zip(a.input, b.input, strict=True):
                 if not self._same(x, y, first, second, counterpart):
@@ -165,8 +167,8 @@ class _Writer:
             if where == template:
                 return names[name]
             if where != BEFORE:
-                mine = counterpart[name]
-                return before.get(mine, mine)
+                in_template = counterpart[name]
+                return before.get(in_template, in_template)
             return renumber(name, layer) if layer_of(name) == template else name
 
         for original in self._nodes[template]:
@@ -198,7 +200,7 @@ def _named(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     return copy
 
 
-def _face(node: onnx.NodeProto) -> tuple[str, str, int, int, list[bytes]]:
+def _signature(node: onnx.NodeProto) -> tuple[str, str, int, int, list[bytes]]:
     """Return all of a node but its names."""
     attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
     return node.op_type, node.domain, len(node.input), len(node.output), attributes

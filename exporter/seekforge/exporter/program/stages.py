@@ -74,7 +74,7 @@ class _Whole:
 
     def stage(self, number: int) -> onnx.ModelProto:
         """Return one stage as a graph of its own."""
-        own = {name for node in self._nodes[number] for name in node.output}
+        produced = {name for node in self._nodes[number] for name in node.output}
         nodes = self._with_outside([*self._recast(number), *self._nodes[number]])
         read = {name for node in nodes for name in node.input}
         made = [name for node in nodes for name in node.output]
@@ -89,12 +89,12 @@ class _Whole:
             copy.input[:] = [renamed.get(name, name) for name in node.input]
             copy.output[:] = [renamed.get(name, name) for name in node.output]
         graph.input.extend(value for name, value in self._inputs.items() if name in read)
-        graph.input.extend(self._face(name, renamed[name]) for name in arrives)
-        given = own.intersection(self._outputs)
-        graph.output.extend(value for name, value in self._outputs.items() if name in given)
-        graph.output.extend(self._face(name, renamed[name]) for name in leaves)
+        graph.input.extend(self._value(name, renamed[name]) for name in arrives)
+        results = produced.intersection(self._outputs)
+        graph.output.extend(value for name, value in self._outputs.items() if name in results)
+        graph.output.extend(self._value(name, renamed[name]) for name in leaves)
         graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
-        inner = [name for name in made if name not in renamed and name not in given]
+        inner = [name for name in made if name not in renamed and name not in results]
         graph.value_info.extend(self._infos[name] for name in inner if name in self._infos)
         model = self._model
         return onnx.ModelProto(
@@ -110,20 +110,20 @@ class _Whole:
     def _with_outside(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         """Return nodes behind those outside layers that they read."""
         wanted = {name for node in nodes for name in node.input}
-        found = []
+        chain = []
         for node in reversed(self._outside):
             if not wanted.isdisjoint(node.output):
-                found.append(node)
+                chain.append(node)
                 wanted.update(node.input)
-        return [*reversed(found), *nodes]
+        return [*reversed(chain), *nodes]
 
     def _recast(self, number: int) -> list[onnx.NodeProto]:
         """Return the casts that lead from what is handed over to what a stage reads, in order."""
-        found: dict[str, onnx.NodeProto] = {}
+        result: dict[str, onnx.NodeProto] = {}
         for name in self._foreign(number):
             chain, _ = self._source(name)
-            found.update((node.output[0], node) for node in chain)
-        return list(found.values())
+            result.update((node.output[0], node) for node in chain)
+        return list(result.values())
 
     def _foreign(self, number: int) -> list[str]:
         """Return the values of earlier stages that a stage reads, in the order of reading."""
@@ -161,17 +161,17 @@ class _Whole:
         values of one type.
         """
         places: list[tuple[int, bytes]] = []  # the stage in which each is read last, and its type
-        found: dict[str, str] = {}
+        result: dict[str, str] = {}
         for name in sorted(self._last, key=self._stage_of.__getitem__):  # within a stage in the order of reading
             made = self._stage_of[name]
             kind = self._infos[name].type.SerializeToString(deterministic=True) if name in self._infos else b""
             free = (i for i, (busy, of) in enumerate(places) if busy < made and of == kind)
             number = next(free, len(places))
             places[number : number + 1] = [(self._last[name], kind)]
-            found[name] = str(number)
-        return found
+            result[name] = str(number)
+        return result
 
-    def _face(self, name: str, called: str) -> onnx.ValueInfoProto:
+    def _value(self, name: str, called: str) -> onnx.ValueInfoProto:
         if name not in self._infos:
             raise ProgramError(
                 f"stages: the type of {name!r} between two layers is not known; export the program again"

@@ -54,14 +54,14 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
     graph = model.graph
     producer = {name: node for node in graph.node for name in node.output}
     fixed = {value.name for value in (*graph.input, *graph.output)}
-    found: dict[str, str] = {}  # value -> tap
+    tap_of: dict[str, str] = {}  # value -> tap
     norms: dict[str, onnx.NodeProto] = {}
     norm_point = next(taps.norm for taps in _FAMILIES if taps.norm)
     casts = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Cast"}
 
     def note(value: str, point: str, layer: int) -> None:
         if value not in fixed:
-            found.setdefault(value, f"{point}.{layer}")
+            tap_of.setdefault(value, f"{point}.{layer}")
 
     def layer_of(node: onnx.NodeProto) -> int:
         """The layer of a node that reads no weight, by the cache or selection that it touches."""
@@ -111,8 +111,8 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
         for point, value in zip(INTERMEDIATE_TENSORS, pair):
             node = producer.get(value)
             note(node.input[0] if node is not None and _is_cast(node) else value, point, layer)
-    _rename(graph, found)
-    names = list(found.values())
+    _rename(graph, tap_of)
+    names = list(tap_of.values())
     for layer in layers:
         shown = {name.partition(".")[0] for name in names if _at(name, layer)}
         missing = min((taps.required - shown for taps in _FAMILIES), key=len)
@@ -147,9 +147,9 @@ TAP_NAME = re.compile(rf"(?:{'|'.join(sorted(_points()))})\.\d+")
 
 def taps_in(model: onnx.ModelProto) -> list[str]:
     """Return the tap points that a graph has, by name, in the order of its nodes, but for those that are outputs."""
-    given = {value.name for value in model.graph.output}
+    outputs = {value.name for value in model.graph.output}
     values = (name for node in model.graph.node for name in node.output)
-    return [name for name in values if TAP_NAME.fullmatch(name) and name not in given]
+    return [name for name in values if TAP_NAME.fullmatch(name) and name not in outputs]
 
 
 def expose(model: onnx.ModelProto, names: Collection[str]) -> None:

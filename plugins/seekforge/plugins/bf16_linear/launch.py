@@ -78,7 +78,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         "K": "i32",
         "splits": "i32",
     }
-    found = []
+    result = []
     for tile in (*(_small(block_t, sm) for block_t in (16, 32, 64)), _large(sm)):
         constants = {
             "BLOCK_T": tile.block_t,
@@ -87,15 +87,15 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "GROUP": GROUP,
             "SWAP": tile.swap,
         }
-        found.append(
+        result.append(
             Variant(
                 tile.name, "linear_kernel", types, constants, aligned=("K",),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
             )
         )  # fmt: skip
     types = {"part_ptr": "*fp32", "y_ptr": "*fp32", "num_elements": "i64", "splits": "i32"}
-    found.append(Variant("add-splits", "add_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
-    return tuple(found)
+    result.append(Variant("add-splits", "add_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
+    return tuple(result)
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:

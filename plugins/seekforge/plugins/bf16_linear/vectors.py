@@ -10,11 +10,11 @@ from seekforge.plugins.testing import Case, Draw
 def cases() -> list[Case]:
     """Return the vectors; values are those of bf16, whatever the type."""
     draw = Draw(11)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(name: str, rows: tuple[int, ...], n: int, k: int) -> None:
         x, weight = draw.normal(*rows, k).bfloat16().float(), draw.normal(n, k).bfloat16().float()
-        found.append(Case("Bf16Linear", name, (x, weight), {}))
+        result.append(Case("Bf16Linear", name, (x, weight), {}))
 
     add("one-token", (1, 1), 128, 128)
     add("three-sequences-of-five", (3, 5), 384, 256)
@@ -27,6 +27,6 @@ def cases() -> list[Case]:
     weight = torch.full((16, 128), 256.0)
     weight[:, 0] += 2.0
     weight[:, 127] = 2.0**-8
-    found.append(Case("Bf16Linear", "sums-beyond-bf16", (x, weight), {}))
-    found.append(Case("Bf16Linear", "zeros", (torch.zeros(3, 128), draw.normal(5, 128).bfloat16().float()), {}))
-    return found
+    result.append(Case("Bf16Linear", "sums-beyond-bf16", (x, weight), {}))
+    result.append(Case("Bf16Linear", "zeros", (torch.zeros(3, 128), draw.normal(5, 128).bfloat16().float()), {}))
+    return result

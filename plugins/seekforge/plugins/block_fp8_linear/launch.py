@@ -76,9 +76,9 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     """Return the quantizer, every tile, and the sums over splits."""
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
     code = "*fp8e4nv" if fp8 else "*u8"
-    found = []
+    result = []
     if quant:
-        found.append(quantizer(sm))
+        result.append(quantizer(sm))
     tiles = [_small(block_t, splits, sm) for block_t in (16, 32, 64) for splits in (1, 2)] + [_large(sm)]
     for tile in tiles:
         types = {
@@ -101,15 +101,15 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "FP8": fp8,
             "PARTIAL": tile.splits > 1,
         }
-        found.append(
+        result.append(
             Variant(
                 _variant(tile), "linear_kernel", types, constants, aligned=("K",),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
             )
         )  # fmt: skip
     types = {"part_ptr": "*fp32", "y_ptr": "*bf16", "num_elements": "i64", "splits": "i32"}
-    found.append(Variant("combine", "combine_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
-    return tuple(found)
+    result.append(Variant("combine", "combine_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
+    return tuple(result)
 
 
 def quantizer(sm: int) -> Variant:

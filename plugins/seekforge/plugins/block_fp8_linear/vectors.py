@@ -14,13 +14,13 @@ AMAXES = (448.0, 449.0, 447.0, 1.75, 1.0, 2.0, 3.5, 7.0, 100.0, 0.0, 1e-5, 1e-4,
 def cases() -> list[Case]:
     """Return the vectors."""
     draw = Draw(1)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(name: str, x: Tensor, out_features: int, *, quants: tuple[str, ...] = ("ue8m0", "none")) -> None:
         k = x.shape[-1]
         weight, scale = draw.fp8(out_features, k), draw.weight_scale(-(-out_features // 128), -(-k // 128))
         for act_quant in quants:
-            found.append(Case("BlockFp8Linear", f"{name}-{act_quant}", (x, weight, scale), {"act_quant": act_quant}))
+            result.append(Case("BlockFp8Linear", f"{name}-{act_quant}", (x, weight, scale), {"act_quant": act_quant}))
 
     add("one-token", draw.normal(1, 1, 128), 128)
     add("three-sequences-of-five", draw.normal(3, 5, 256), 384)
@@ -35,7 +35,7 @@ def cases() -> list[Case]:
     every = torch.arange(256, dtype=torch.uint8)
     every = every[(every & 0x7F) != 0x7F].view(torch.float8_e4m3fn)  # without the two NaN
     weight = every.repeat(130)[: 128 * 256].reshape(128, 256)
-    found.append(
+    result.append(
         Case(
             "BlockFp8Linear",
             "every-byte",
@@ -43,7 +43,7 @@ def cases() -> list[Case]:
             {"act_quant": "none"},
         )
     )
-    return found
+    return result
 
 
 def rounding_ties() -> Tensor:

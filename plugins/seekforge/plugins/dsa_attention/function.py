@@ -54,7 +54,7 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
 
 def _add_blocks(text: Text, attrs: Attrs, how: Specialization) -> None:
     text.add("query = Concat<axis = -1>(q_latent, q_pe)")
-    query = cast(text, "query", "query_f", to="f32", given=how.activations)
+    query = cast(text, "query", "query_f", to="f32", from_=how.activations)
     text.add(f"""
   heads_latent = Shape<start = 2, end = 4>(q_latent)
   latent_dim = Shape<start = 3, end = 4>(q_latent)
@@ -124,7 +124,7 @@ def _add_result(text: Text, how: Specialization, wide: str, chosen: str, p: str,
       {p}some4 = Unsqueeze({p}some, {text.ints(3)})
       {p}result = Where({p}some4, {p}narrow, {text.f32(0)})
 """)
-    result = cast(text, f"{p}result", f"{p}cast", to=how.activations, given="f32")
+    result = cast(text, f"{p}result", f"{p}cast", to=how.activations, from_="f32")
     text.add(f"{out} = Identity({result})")
 
 
@@ -159,7 +159,7 @@ def _add_shared(text: Text, attrs: Attrs) -> None:
           slots = Where(is_used, first_slots, last_slot)
           stored = Gather<axis = 0>(latent_cache, slots)
 """)
-    shared = cast(text, "stored", "shared", to="f32", given=str(attrs["kv_format"]))
+    shared = cast(text, "stored", "shared", to="f32", from_=str(attrs["kv_format"]))
     text.add(f"""
           q_rows = Reshape(q_block, shared_shape)
           shared_t = Transpose<perm = [0, 2, 1]>({shared})
@@ -189,7 +189,7 @@ def _add_own(text: Text, attrs: Attrs, p: str, q: str, chosen: str, rows: str) -
           {p}slots = GatherElements<axis = 1>(slot_of, {p}flat)
           {p}stored = Gather<axis = 0>(latent_cache, {p}slots)
 """)
-    rows = cast(text, f"{p}stored", f"{p}rows", to="f32", given=str(attrs["kv_format"]))
+    rows = cast(text, f"{p}stored", f"{p}rows", to="f32", from_=str(attrs["kv_format"]))
     text.add(f"""
           {p}keys = Reshape({rows}, {p}shape)
           {p}q = Reshape({q}, {p}q_shape)
@@ -219,9 +219,9 @@ def _add_rows(text: Text, attrs: Attrs, how: Specialization) -> None:
       slots = GatherElements<axis = 1>(slot_of, safe)
       stored = Gather<axis = 0>(latent_cache, slots)
 """)
-    rows = cast(text, "stored", "rows", to="f32", given=cache_type)
+    rows = cast(text, "stored", "rows", to="f32", from_=cache_type)
     text.add("query = Concat<axis = -1>(latent_row, pe_row)")
-    query = cast(text, "query", "query_f", to="f32", given=how.activations)
+    query = cast(text, "query", "query_f", to="f32", from_=how.activations)
     text.add(f"""
       scaled = Mul({query}, {text.f32(float(attrs["scale"]))})
       rows_t = Transpose<perm = [0, 2, 1]>({rows})
@@ -234,5 +234,5 @@ def _add_rows(text: Text, attrs: Attrs, how: Specialization) -> None:
       some3 = Unsqueeze(some, {text.ints(1)})
       result = Where(some3, narrow, {text.f32(0)})
 """)
-    out = cast(text, "result", "result_cast", to=how.activations, given="f32")
+    out = cast(text, "result", "result_cast", to=how.activations, from_="f32")
     text.add(f"      out = Identity({out})\n  }}>({text.f32(0)}, q_latent, q_pe, columns)")

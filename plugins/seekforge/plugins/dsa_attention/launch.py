@@ -104,11 +104,11 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
         )  # fmt: skip
 
-    found = [
+    result = [
         attend(name, bytes_=from_bytes, partial=p, linear=False) for name, p in (("attend", False), ("part", True))
     ]
     types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32"}
-    found.append(Variant("combine", "combine_kernel", types, {"H": statics["H"], "C": statics["C"]}))
+    result.append(Variant("combine", "combine_kernel", types, {"H": statics["H"], "C": statics["C"]}))
     if from_bytes:
         types = {
             "cache_ptr": "*u8",
@@ -119,9 +119,9 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "sequence": "i32",
         }
         constants = {"C": statics["C"], "R": statics["R"], "ROWS": _EXPAND_POSITIONS, "FP8": has_fp8(sm)}
-        found.append(Variant("expand", "expand_kernel", types, constants))
-        found.append(attend("attend-expanded", bytes_=False, partial=False, linear=True))
-    return tuple(found)
+        result.append(Variant("expand", "expand_kernel", types, constants))
+        result.append(attend("attend-expanded", bytes_=False, partial=False, linear=True))
+    return tuple(result)
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:

@@ -12,7 +12,7 @@ _H, _C, _R = 4, 128, 64
 def cases() -> list[Case]:
     """Return the vectors."""
     draw = Draw(4)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(name: str, counts: list[list[int]], *, visible: int, topk: int = 16, q_scale: float = 1.0) -> None:
         """`counts` [B][Q]: how many of the first `visible` positions each query has chosen."""
@@ -31,7 +31,7 @@ def cases() -> list[Case]:
             table[i, int(indices[i].max()) // 64 + 1 :] = 0  # as the runtime leaves entries that it does not need
         q_latent, q_pe = draw.normal(b, n, _H, _C) * q_scale, draw.normal(b, n, _H, _R) * q_scale
         attrs = {"scale": 0.1352337788608801, "kv_format": "f32"}
-        found.append(Case("DsaAttention", name, (q_latent, q_pe, cache, table, indices), attrs))
+        result.append(Case("DsaAttention", name, (q_latent, q_pe, cache, table, indices), attrs))
 
     add("one-token", [[16]], visible=40)
     add("ragged", [[1, 2, 3, 4, 5], [16, 15, 16, 0, 0], [0, 0, 0, 0, 0]], visible=150)
@@ -42,4 +42,4 @@ def cases() -> list[Case]:
     add("more-columns-than-positions", [[60, 64, 0]], visible=64, topk=128)
     add("peaked-softmax", [[16, 16]], visible=130, q_scale=40.0)
     add("flat-softmax", [[16, 3]], visible=130, q_scale=1e-6)
-    return found
+    return result

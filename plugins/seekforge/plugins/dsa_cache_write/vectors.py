@@ -13,7 +13,7 @@ _C, _R, _D = 128, 64, 128
 def cases() -> list[Case]:
     """Return the vectors."""
     draw = Draw(2)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(name: str, slots: Tensor, *, c: Tensor | None = None, num_blocks: int = 5, fp8: bool = True) -> None:
         b, q = slots.shape
@@ -27,7 +27,7 @@ def cases() -> list[Case]:
             slots,
         )
         attrs = {"kv_format": "f32", "index_format": "f32", "kv_fp8": fp8, "indexer_fp8": fp8}
-        found.append(Case("DsaCacheWrite", f"{name}-{'fp8' if fp8 else 'plain'}", inputs, attrs))
+        result.append(Case("DsaCacheWrite", f"{name}-{'fp8' if fp8 else 'plain'}", inputs, attrs))
 
     scattered = (draw.order(4 * 64)[:15] + 64).reshape(3, 5)
     for fp8 in (True, False):
@@ -41,4 +41,4 @@ def cases() -> list[Case]:
     magnitudes = torch.tensor([0.0, 1e-6, 1e-4, 448.0, 449.0, 3e4]).reshape(1, 6, 1)
     unit = draw.uniform(1, 6, _C, low=-1.0)
     add("latent-maxima", torch.arange(64, 70).reshape(1, 6), c=unit / unit.abs().amax(-1, keepdim=True) * magnitudes)
-    return found
+    return result

@@ -90,9 +90,9 @@ def _add_blocks(text: Text, attrs: Attrs, how: Specialization) -> None:
     q = "q"
     if attrs["indexer_fp8"]:
         q = fake_quantize(text, q, "q_", dtype=how.activations, bodies=how.bodies)
-    q = cast(text, q, "q_wide", to="f32", given=how.activations)
+    q = cast(text, q, "q_wide", to="f32", from_=how.activations)
     text.add("stored = Gather<axis = 0>(index_cache, slots)")
-    keys = cast(text, "stored", "keys", to="f32", given=str(attrs["index_format"]))
+    keys = cast(text, "stored", "keys", to="f32", from_=str(attrs["index_format"]))
     text.add(f"""
       dim = Shape<start = 2, end = 3>({keys})
       fitting = Div({text.ints(_MOST_SCORES)}, length1)
@@ -165,13 +165,13 @@ def _add_rows(text: Text, attrs: Attrs, how: Specialization) -> None:
     if attrs["indexer_fp8"]:
         q = fake_quantize(text, q, "q_", dtype=how.activations, bodies=how.bodies)
     text.add("stored = Gather<axis = 0>(index_cache, slots)")
-    keys = cast(text, "stored", "keys", to="f32", given=str(attrs["index_format"]))
+    keys = cast(text, "stored", "keys", to="f32", from_=str(attrs["index_format"]))
     text.add("""
   done, picked = Scan<num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1], body = query_row
     (state, q_row, w_row, position) => (state_out, row) {
       state_out = Identity(state)
 """)
-    q_row = cast(text, "q_row", "q_row_f", to="f32", given=how.activations)
+    q_row = cast(text, "q_row", "q_row_f", to="f32", from_=how.activations)
     text.add(f"""
       q_columns = Transpose<perm = [0, 2, 1]>({q_row})
       dots = MatMul({keys}, q_columns)

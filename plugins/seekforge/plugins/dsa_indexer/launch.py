@@ -61,7 +61,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         "pages": "i32",
         "TOPK": "i32",
     }
-    found = []
+    result = []
     for rows in (1, 2, 4) if has_fp8(sm) else (1, 2):
         constants = {
             "HEADS": statics["Hi"],
@@ -70,7 +70,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "QUANT": statics["indexer_fp8"],
             "FP8": has_fp8(sm),
         }
-        found.append(
+        result.append(
             Variant(
                 f"scores-{rows}", "scores_kernel", types, constants,
                 num_warps=4 if rows * statics["Hi"] <= 64 else 8, num_stages=3, main_loop=True,
@@ -84,8 +84,8 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         "first_row": "i32",
         "TOPK": "i32",
     }
-    found.append(Variant("select", "select_kernel", types, {"BLOCK": SELECT_BLOCK}, ("length_limit",), num_warps=8))
-    return tuple(found)
+    result.append(Variant("select", "select_kernel", types, {"BLOCK": SELECT_BLOCK}, ("length_limit",), num_warps=8))
+    return tuple(result)
 
 
 def _slice_rows(rows: int, length: int) -> int:

@@ -17,7 +17,7 @@ _HEADS, _D = 16, 128
 def cases() -> list[Case]:
     """Return the vectors."""
     draw = Draw(3)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(
         name: str,
@@ -48,7 +48,7 @@ def cases() -> list[Case]:
             positions,
         )
         attrs = {"index_topk": topk, "indexer_fp8": fp8, "index_format": "f32"}
-        found.append(Case("DsaIndexer", name, inputs, attrs))
+        result.append(Case("DsaIndexer", name, inputs, attrs))
 
     ragged = torch.tensor([[3, 4, 5, 6, 7], [150, 151, 152, -1, -1], [-1, -1, -1, -1, -1]])
     add("ragged", ragged)
@@ -83,4 +83,4 @@ def cases() -> list[Case]:
     nan_weights = eighths.clone()
     nan_weights[0, 1, 3] = torch.nan
     add("nan-weight", late, w=nan_weights)
-    return found
+    return result

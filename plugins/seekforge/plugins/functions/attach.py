@@ -77,8 +77,8 @@ def read_attrs(node: onnx.NodeProto) -> dict[str, int | float | str | bool]:
     Raises:
         ProgramError: they are not those that the operator's contract lists.
     """
-    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name != PLUGIN_NAMESPACE}
-    attrs = {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
+    raw = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name != PLUGIN_NAMESPACE}
+    attrs = {name: value.decode() if isinstance(value, bytes) else value for name, value in raw.items()}
     spec: OpSpec | None = SPECS.get(node.op_type)
     if spec is None:
         return attrs

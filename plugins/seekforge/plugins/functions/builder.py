@@ -127,9 +127,9 @@ def e4m3_table() -> np.ndarray:
     return np.arange(-128, 128).astype(np.int8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
-def cast(text: Text, x: str, out: str, *, to: str, given: str) -> str:
-    """Cast `x` from dtype `given`; returns `out`, or `x` where there is nothing to do."""
-    if to == given:
+def cast(text: Text, x: str, out: str, *, to: str, from_: str) -> str:
+    """Cast `x` from dtype `from_`; returns `out`, or `x` where there is nothing to do."""
+    if to == from_:
         return x
     text.add(f"{out} = Cast<to = {onnx_type(to)}>({x})")
     return out
@@ -157,7 +157,7 @@ def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str
     Args:
         x: name of the tensor, K a multiple of 128.
         p: prefix of the names made here.
-        dtype: of `x`: f32 or bf16.
+        dtype: element type of `x`, f32 or bf16.
         bodies: `ort` rounds by a cast to float8; `trt` by arithmetic, as TensorRT casts no computed float8.
 
     Returns:
@@ -167,7 +167,7 @@ def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str
     powers = text.table(np.exp2(exponents).astype(np.float32))
     inverse = text.table(np.exp2(-exponents).astype(np.float32))
     last = len(exponents) - 2
-    xf = cast(text, x, f"{p}f", to="f32", given=dtype)
+    xf = cast(text, x, f"{p}f", to="f32", from_=dtype)
     text.add(f"""
   {p}shape = Shape({xf})
   {p}b = Reshape({xf}, {text.ints(-1, _BLOCK)})
@@ -202,7 +202,7 @@ def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str
         _round_to_e4m3(text, f"{p}v", f"{p}q", f"{p}m")
     text.add(f"{p}qs = Mul({p}q, {p}s)")
     text.add(f"{p}y = Reshape({p}qs, {p}shape)")
-    return cast(text, f"{p}y", f"{p}yb", to=dtype, given="f32")
+    return cast(text, f"{p}y", f"{p}yb", to=dtype, from_="f32")
 
 
 def _round_to_e4m3(text: Text, v: str, out: str, p: str) -> None:
@@ -275,21 +275,21 @@ def matmul_transposed(text: Text, x: str, weight: str, p: str, *, dtype: str) ->
             of two, and the sum is rounded once.
     """
     text.add(f"{p}t = Transpose<perm = [1, 0]>({weight})")
-    operand = cast(text, f"{p}t", f"{p}tb", to=dtype, given="f32")
+    operand = cast(text, f"{p}t", f"{p}tb", to=dtype, from_="f32")
     text.add(f"{p}y = MatMul({x}, {operand})")
     return f"{p}y"
 
 
 def swiglu(text: Text, gate_up: str, p: str, *, dtype: str) -> str:
     """Write silu(gate) · up for [..., gate | up], formed in f32 and rounded once, and return its name."""
-    wide = cast(text, gate_up, f"{p}f", to="f32", given=dtype)
+    wide = cast(text, gate_up, f"{p}f", to="f32", from_=dtype)
     text.add(f"""
   {p}gate, {p}up = Split<axis = -1, num_outputs = 2>({wide})
   {p}sig = Sigmoid({p}gate)
   {p}silu = Mul({p}gate, {p}sig)
   {p}y = Mul({p}silu, {p}up)
 """)
-    return cast(text, f"{p}y", f"{p}yb", to=dtype, given="f32")
+    return cast(text, f"{p}y", f"{p}yb", to=dtype, from_="f32")
 
 
 def query_blocks(text: Text, most: str, tensors: Mapping[str, str]) -> None:

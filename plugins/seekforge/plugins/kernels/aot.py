@@ -122,13 +122,13 @@ def tasks(ops: Mapping[str, Mapping[str, Any]], sms: Iterable[int]) -> list[Task
     for sm in sms:
         if sm not in SHARED_LIMIT:
             raise TargetError(f"sm {sm}: kernels are compiled for {', '.join(map(str, SHARED_LIMIT))}")
-    found = []
+    tasks = []
     for op, bound in ops.items():
         statics = statics_of(op, bound)
         digest = set_digest(op, statics)
-        found += [Task(op, sm, digest, statics) for sm in sms]
+        tasks += [Task(op, sm, digest, statics) for sm in sms]
     loops = {op: sum(v.main_loop for v in op_kernels(op).variants(statics_of(op, ops[op]), 90)) for op in ops}
-    return sorted(found, key=lambda task: -loops[task.op])
+    return sorted(tasks, key=lambda task: -loops[task.op])
 
 
 def build(
@@ -303,8 +303,8 @@ def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
             return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
 
         elf, usage = dump("-elf"), dump("--dump-resource-usage")
-    found = re.findall(r"Ordinal\s*:\s*(0x\w+)\s*Offset\s*:\s*(0x\w+)\s*Size\s*:\s*(0x\w+)", elf)
-    layout = [(off, size) for _, off, size in sorted((int(o, 16), int(a, 16), int(s, 16)) for o, a, s in found)]
+    parameters = re.findall(r"Ordinal\s*:\s*(0x\w+)\s*Offset\s*:\s*(0x\w+)\s*Size\s*:\s*(0x\w+)", elf)
+    layout = [(off, size) for _, off, size in sorted((int(o, 16), int(a, 16), int(s, 16)) for o, a, s in parameters)]
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if match is None:
         raise TargetError(f"cuobjdump reports no registers; {install('kernels')}")
@@ -357,14 +357,14 @@ def default_cache() -> Path:
 
 
 @contextlib.contextmanager
-def cache_folder(asked: Path | None = None) -> Iterator[Path]:
-    """Give the folder that images are kept in: the one asked for, else the user's cache, else a temporary one.
+def cache_folder(folder: Path | None = None) -> Iterator[Path]:
+    """Give the folder that images are kept in: `folder`, else the user's cache, else a temporary one.
 
     A user without a home, or with one that cannot be written, compiles anew each time; nothing fails for want of it.
     """
-    cache = user_cache() if asked is None else None
-    place = asked if cache is None else cache / "kernels"
-    if asked is None and place is not None:
+    cache = user_cache() if folder is None else None
+    place = folder if cache is None else cache / "kernels"
+    if folder is None and place is not None:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -374,5 +374,5 @@ def cache_folder(asked: Path | None = None) -> Iterator[Path]:
     if place is not None:
         yield place
         return
-    with temporary_folder("seekforge-kernels") as folder:
-        yield folder
+    with temporary_folder("seekforge-kernels") as temporary:
+        yield temporary

@@ -18,7 +18,7 @@ from seekforge.plugins.kernels.sizes import operators
 from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, OPERATORS, WITH_KERNELS
 
 #: How an operator runs: as a plugin, or as standard operators in its place.
-Face = Literal["plugin", "inlined"]
+Form = Literal["plugin", "inlined"]
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,24 @@ class Limit:
 
     Attributes:
         op: ONNX op_type.
-        faces: where it holds.
-        key: of config.json, or in words.
-        expected: in words.
+        forms: where it holds.
+        key: a key of config.json, or a size in words.
+        expected: what it must be, in words.
     """
 
     op: str
-    faces: tuple[Face, ...]
+    forms: tuple[Form, ...]
     key: str
     expected: str
 
 
 def limits() -> list[Limit]:
     """Return all limits, the operators in the order of a layer."""
-    found = []
+    result = []
     for op in WITH_KERNELS:
-        found += [Limit(op, ("plugin",), rule.key, rule.expected) for rule in op_kernels(op).RULES]
-        found += [Limit(op, ("inlined",), one.key, f"at most {one.most}") for one in OPERATORS[op].inlined_limits]
-    return found
+        result += [Limit(op, ("plugin",), rule.key, rule.expected) for rule in op_kernels(op).RULES]
+        result += [Limit(op, ("inlined",), one.key, f"at most {one.most}") for one in OPERATORS[op].inlined_limits]
+    return result
 
 
 def plugin_fault(op: str, sizes: Mapping[str, Mapping[str, Any]]) -> str:
@@ -72,7 +72,7 @@ def refusals(config: ModelConfig, *, plugins: Collection[str], ops: Collection[s
     """Return one sentence for every operator that a model asks too much of; none: it can be built.
 
     Args:
-        config: of the model.
+        config: the model.
         plugins: op_types that run as plugins; the other `ops` are inlined.
         ops: op_types of the program.
     """
@@ -88,19 +88,19 @@ def export_warnings(config: ModelConfig, *, ops: Collection[str], parallelism: P
     GPU targets will refuse or do without plugins, so that nobody learns of it only when an engine is built.
     """
     sizes = operators(config, parallelism=parallelism)
-    found = []
+    lines = []
     for op in ops:
         fault = plugin_fault(op, sizes) if op in sizes else ""
         if not fault:
             continue
         if inlined_fault(op, config):
-            found.append(
+            lines.append(
                 f"{fault}, and it cannot be inlined either ({inlined_fault(op, config)}): no GPU target builds it"
             )
             continue
         needs = "--precision bf16" if op in FP8_OPS else "--kv-cache-dtype bf16" if op in CACHE_OPS else ""
-        found.append(f"{fault}: GPU targets inline it" + (f", which needs {needs}" if needs else ""))
-    return found
+        lines.append(f"{fault}: GPU targets inline it" + (f", which needs {needs}" if needs else ""))
+    return lines
 
 
 def support(op: str, sm: int | None) -> str:

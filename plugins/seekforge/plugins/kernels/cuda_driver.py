@@ -66,7 +66,7 @@ def needed_driver(cubin: bytes) -> int:
             f"cubins of OS ABI {abi[0]} version {abi[1]} are not known here, so neither is the driver that loads them; "
             "install the triton of the 'kernels' extra"
         )
-    tools = [int(found) for found in _TOOL.findall(cubin)]
+    tools = [int(tool) for tool in _TOOL.findall(cubin)]
     return max(_ABIS[abi], 1000 * max(tools, default=0))
 
 
@@ -74,9 +74,9 @@ def too_old(what: str, version: int, driver: int) -> str | None:
     """Return the sentence that refuses a driver, or None where it will do.
 
     Args:
-        what: that needs it, in the plural.
-        version: that it must have.
-        driver: that it has.
+        what: who needs it, in the plural.
+        version: CUDA version that the driver must have.
+        driver: CUDA version that it has.
     """
     if driver >= version:
         return None

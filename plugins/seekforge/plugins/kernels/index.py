@@ -51,7 +51,7 @@ class LauncherSource(Protocol):
             op: ONNX op_type.
             attrs: attribute values of the spec.
             products: fp8 or bf16, the precision of matrix products.
-            digest: of the kernels that the engine was built with.
+            digest: that of the kernels with which the engine was built.
 
         Raises:
             EngineError: there are no such kernels.

@@ -140,8 +140,8 @@ class Resources:
     """What an image costs, read from the compiled code.
 
     Attributes:
-        registers: per thread.
-        stack_bytes: per thread; more than 0 nearly always means spilled registers.
+        registers: how many a thread has.
+        stack_bytes: bytes of stack per thread; more than 0 nearly always means spilled registers.
         shared_bytes: dynamic shared memory per block.
         occupancy: resident warps over the most an SM holds, from the three above.
     """
@@ -160,12 +160,12 @@ class Image:
         variant: name of the `Variant` that it was made from.
         entry: symbol in the cubin.
         cubin: file name beside the descriptor.
-        sha256: of that file.
+        sha256: digest of that file.
         num_warps: warps per block of the launch; can be more than was asked for.
         num_ctas: blocks per cluster.
         scratch_bytes: hidden global scratch per block.
         scratch_align: its alignment.
-        params: in order, the two hidden ones last.
+        params: the parameters in order, the two hidden ones last.
         main_loop: as in `Variant`.
         driver: the CUDA version that a driver must have to load it, 13000 for 13.0 (`cuda_driver.needed_driver`).
         resources: registers and the like.
@@ -190,7 +190,7 @@ class KernelSet:
     """All images of one operator for one SM and one set of static sizes: the content of a descriptor file.
 
     Attributes:
-        digest: of everything that the images are made from, without the SM: an engine for several SMs carries one.
+        digest: that of everything from which the images are made, without the SM: an engine for several SMs has one.
         statics: sizes and attributes that are fixed in the code.
         compiler: name and version.
     """
@@ -255,7 +255,7 @@ def workspace_bytes(
         op: ONNX op_type.
         shapes: the largest shape of each input, in the order of the spec; smaller ones need no more.
         attrs: attribute values of the spec.
-        sms: that the engine shall run on.
+        sms: SMs on which the engine shall run.
 
     Raises:
         ShapeError: the shapes break the operator's contract, or it has no kernels.
@@ -273,7 +273,7 @@ def most_rows(limit: int, axes: Sequence[int]) -> int:
     """Return the most rows, at most `limit`, that a step can have whose axes are at most so long.
 
     Args:
-        limit: of rows.
+        limit: most rows.
         axes: largest size of each axis; rows are their product.
     """
     if not axes:
@@ -307,7 +307,7 @@ def resolve(arguments: Mapping[str, Buffer | int | float], addresses: Mapping[st
     """Return arguments with addresses in place of buffers.
 
     Args:
-        arguments: of a `Launch`.
+        arguments: those of a `Launch`.
         addresses: tensor name, or `WORKSPACE` -> device address.
     """
     return {

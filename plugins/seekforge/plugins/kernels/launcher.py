@@ -78,9 +78,11 @@ class CudaDriver:
         if fault is not None:
             raise EnvironmentFault(fault)
         kernel = self._core.ObjectCode.from_cubin(cubin).get_kernel(image.entry)
-        found = [(int(p.offset), int(p.size)) for p in kernel.arguments_info]
-        if found != [(p.offset, p.size) for p in image.params]:
-            raise EngineError(f"{image.entry}: takes {found}, its descriptor says otherwise; compile the kernels again")
+        layout = [(int(p.offset), int(p.size)) for p in kernel.arguments_info]
+        if layout != [(p.offset, p.size) for p in image.params]:
+            raise EngineError(
+                f"{image.entry}: takes {layout}, its descriptor says otherwise; compile the kernels again"
+            )
         shared = image.resources.shared_bytes
         if shared > _SHARED_DEFAULT:
             attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -180,7 +182,7 @@ class OpLauncher:
         """Launch on `stream`.
 
         Args:
-            input_shapes: in the order of the spec.
+            input_shapes: shapes of the inputs in the order of the spec.
             output_shapes: not used; they follow from the inputs.
             inputs: device addresses, in the order of the spec.
             outputs: the same. An aliased output has the address of its input.
@@ -218,11 +220,11 @@ class KernelFolder:
                 than the engine was built for.
         """
         key = (op, digest, tuple(sorted(attrs.items())))
-        found = self._launchers.get(key)
-        if found is None:
-            found = OpLauncher.open(self._descriptors.find(op, digest), attrs, self._driver)
-            self._launchers[key] = found
-        ours = "fp8" if has_fp8(found.kernels.sm) else "bf16"
-        if op in FP8_OPS and products not in ("", ours):
-            raise EngineError(f"{op}: built for {products} products, kernels of sm{found.kernels.sm} have {ours}")
-        return found
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            launcher = OpLauncher.open(self._descriptors.find(op, digest), attrs, self._driver)
+            self._launchers[key] = launcher
+        native = "fp8" if has_fp8(launcher.kernels.sm) else "bf16"
+        if op in FP8_OPS and products not in ("", native):
+            raise EngineError(f"{op}: built for {products} products, kernels of sm{launcher.kernels.sm} have {native}")
+        return launcher

@@ -60,18 +60,18 @@ def faults(op: str, variant: Variant, sm: int, *, stack_bytes: int, code: sass.C
         op: ONNX op_type.
         variant: what was compiled.
         sm: what for.
-        stack_bytes: per thread.
+        stack_bytes: bytes of stack per thread.
         code: what was compiled to.
     """
-    where, found = f"{op} {variant.name} sm{sm}", []
+    where, faults = f"{op} {variant.name} sm{sm}", []
     most = KNOWN_SPILLS.get((op, variant.name, sm), (0, ""))[0]
     if stack_bytes > most:
-        found.append(f"{where}: {stack_bytes} bytes of stack, {most} known")
+        faults.append(f"{where}: {stack_bytes} bytes of stack, {most} known")
     if not most and code.spill_stores + code.spill_loads:
-        found.append(f"{where}: spills, {code.spill_stores} stores and {code.spill_loads} loads")
+        faults.append(f"{where}: spills, {code.spill_stores} stores and {code.spill_loads} loads")
     wanted = tensor_instruction(op, variant, sm)
     has = {name.split(".")[0] for name in code.tensor}
     if has != ({wanted} if wanted else set()):
         made = " and ".join(sorted(has)) or "no tensor instruction"
-        found.append(f"{where}: compiled to {made}, expected {wanted or 'none'}")
-    return found
+        faults.append(f"{where}: compiled to {made}, expected {wanted or 'none'}")
+    return faults

@@ -28,7 +28,7 @@ class Loop:
     """The innermost loop with the most tensor instructions, in instructions of one warp.
 
     Attributes:
-        instructions: of one pass, all branches counted.
+        instructions: how many one pass has, all branches counted.
         tensor: tensor instructions among them.
         spills: loads and stores of spilled registers among them.
     """
@@ -43,7 +43,7 @@ class Code:
     """What one kernel's instructions are.
 
     Attributes:
-        instructions: of the whole kernel, without padding.
+        instructions: how many the whole kernel has, without padding.
         tensor: tensor instruction with its shape and types -> how often it is in the kernel.
         spill_stores: stores to local memory, where registers that do not fit go.
         spill_loads: loads from there.
@@ -69,7 +69,7 @@ def read(listing: str) -> Code:
     """Return what a listing says.
 
     Args:
-        listing: of one kernel, as `nvdisasm -c` writes it.
+        listing: one kernel, as `nvdisasm -c` writes it.
 
     Raises:
         ValueError: it has no instruction, jumps to a label that it lacks, or to a computed address.
@@ -81,9 +81,9 @@ def read(listing: str) -> Code:
     loads = {i for i, opcode in enumerate(opcodes) if opcode.split(".")[0] == "LDL"}
     main: Loop | None = None
     for body in _innermost(code.successors, tensor):
-        found = Loop(len(body), len(body.intersection(tensor)), len(body & (stores | loads)))
-        if main is None or (found.tensor, found.instructions) > (main.tensor, main.instructions):
-            main = found
+        loop = Loop(len(body), len(body.intersection(tensor)), len(body & (stores | loads)))
+        if main is None or (loop.tensor, loop.instructions) > (main.tensor, main.instructions):
+            main = loop
     return Code(
         instructions=sum(opcode != "NOP" for opcode in opcodes),
         tensor=dict(sorted(Counter(opcodes[i] for i in tensor).items())),
@@ -149,12 +149,12 @@ class _Listing:
 def _innermost(successors: list[list[int]], wanted: Collection[int]) -> list[set[int]]:
     """Return the bodies of all loops in which a wanted instruction is, and in no smaller one."""
     bodies = list(_loops(set(range(len(successors))), successors))
-    found = []
+    bodies = []
     for i in wanted:
         body = min((one for one in bodies if i in one), key=len, default=None)
-        if body is not None and body not in found:
-            found.append(body)
-    return found
+        if body is not None and body not in bodies:
+            bodies.append(body)
+    return bodies
 
 
 def _loops(nodes: set[int], successors: list[list[int]]) -> Iterator[set[int]]:
@@ -173,7 +173,7 @@ def _cycles(nodes: set[int], successors: list[list[int]]) -> list[set[int]]:
     low: dict[int, int] = {}
     stack: list[int] = []
     open_: set[int] = set()
-    found = []
+    bodies = []
     for root in sorted(nodes):
         if root in order:
             continue
@@ -202,5 +202,5 @@ def _cycles(nodes: set[int], successors: list[list[int]]) -> list[set[int]]:
                         body.add(stack.pop())
                     open_ -= body
                     if len(body) > 1 or at in successors[at]:
-                        found.append(body)
-    return found
+                        bodies.append(body)
+    return bodies

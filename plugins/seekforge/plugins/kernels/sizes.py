@@ -11,7 +11,7 @@ from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.plugins.operator import RankModel
 from seekforge.plugins.registry import KERNEL_FORMS
 
-#: Cache format of GPU targets unless asked otherwise.
+#: Cache format of GPU targets unless a build says otherwise.
 DEFAULT_FORMAT: Final = "fp8_ds"
 _FP8: Final = FP8.to_dict()
 

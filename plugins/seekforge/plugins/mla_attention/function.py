@@ -28,7 +28,7 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
   is_used3 = Unsqueeze(is_used, {text.ints(2)})
   stored = Gather<axis = 0>(latent_cache, slot_of)
 """)
-    stored = cast(text, "stored", "stored_f", to="f32", given=str(attrs["kv_format"]))
+    stored = cast(text, "stored", "stored_f", to="f32", from_=str(attrs["kv_format"]))
     text.add(f"""
   keys = Where(is_used3, {stored}, {text.f32(0)})
   keys_t = Transpose<perm = [0, 2, 1]>(keys)
@@ -37,7 +37,7 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
   width = Shape<start = 1, end = 2>(latent_cache)
   query = Concat<axis = -1>(q_latent, q_pe)
 """)
-    query = cast(text, "query", "query_f", to="f32", given=how.activations)
+    query = cast(text, "query", "query_f", to="f32", from_=how.activations)
     text.add(f"scaled = Mul({query}, {text.f32(float(attrs['scale']))})")
     if how.bodies == "ort":
         _add_blocks(text, how)
@@ -78,7 +78,7 @@ def _add_blocks(text: Text, how: Specialization) -> None:
       is_real4 = Unsqueeze(is_real, {text.ints(3)})
       result = Where(is_real4, narrow, {text.f32(0)})
 """)
-    out = cast(text, "result", "result_cast", to=how.activations, given="f32")
+    out = cast(text, "result", "result_cast", to=how.activations, from_="f32")
     text.add(f"out = Identity({out})\n  }}>({text.f32(0)}, scaled_blocks, positions3_blocks)")
     join_blocks(text, "result_blocks", "heads_latent", "o_latent")
 
@@ -100,5 +100,5 @@ def _add_rows(text: Text, how: Specialization) -> None:
       is_real3 = Unsqueeze(is_real, {text.ints(2)})
       result = Where(is_real3, narrow, {text.f32(0)})
 """)
-    out = cast(text, "result", "result_cast", to=how.activations, given="f32")
+    out = cast(text, "result", "result_cast", to=how.activations, from_="f32")
     text.add(f"out = Identity({out})\n  }}>({text.f32(0)}, scaled, positions)")

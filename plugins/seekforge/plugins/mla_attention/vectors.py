@@ -12,7 +12,7 @@ _H, _C, _R = 4, 128, 64
 def cases() -> list[Case]:
     """Return the vectors."""
     draw = Draw(14)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(name: str, positions: list[list[int]], *, q_scale: float = 1.0) -> None:
         """`positions` [B][Q]: where each query stands; −1 pads."""
@@ -29,7 +29,7 @@ def cases() -> list[Case]:
             table[i, len(seen) // 64 + 1 :] = 0  # as the runtime leaves entries that it does not need
         q_latent, q_pe = draw.normal(b, n, _H, _C) * q_scale, draw.normal(b, n, _H, _R) * q_scale
         attrs = {"scale": 0.1352337788608801, "kv_format": "f32"}
-        found.append(Case("MlaAttention", name, (q_latent, q_pe, cache, table, at), attrs))
+        result.append(Case("MlaAttention", name, (q_latent, q_pe, cache, table, at), attrs))
 
     add("one-token", [[39]])
     add("first-token", [[0]])
@@ -39,4 +39,4 @@ def cases() -> list[Case]:
     add("around-a-block", [[62, 63, 64, 65]])
     add("peaked-softmax", [[128, 129]], q_scale=40.0)
     add("flat-softmax", [[128, 129]], q_scale=1e-6)
-    return found
+    return result

@@ -16,6 +16,6 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
   latent = Concat<axis = -1>(c, k_pe)
   latent_rows = Flatten<axis = 2>(latent)
 """)
-    latent = cast(text, "latent_rows", "latent_cast", to=str(attrs["kv_format"]), given=how.activations)
+    latent = cast(text, "latent_rows", "latent_cast", to=str(attrs["kv_format"]), from_=how.activations)
     text.add(f"latent_cache_out = ScatterND(latent_cache, slots, {latent})")
     return text.body_of(SPEC)

@@ -169,4 +169,4 @@ def _mlp(text: Text, attrs: Attrs, how: Specialization, x: str, names: tuple[str
         hidden = fake_quantize(text, hidden, "h_", dtype=act, bodies=how.bodies)
     down = dequantize_weight(text, w2, w2_scale, "down_", how=how)
     out = matmul_transposed(text, hidden, down, "md_", dtype=act)
-    return cast(text, out, "out_f", to="f32", given=act)
+    return cast(text, out, "out_f", to="f32", from_=act)

@@ -42,8 +42,8 @@ class Tile:
     Attributes:
         block_m: sorted rows per tile; a tile has rows of one expert.
         swap: whether weight rows are the M side.
-        num_warps: per program.
-        num_stages: of the load pipeline.
+        num_warps: warps of a program.
+        num_stages: stages of the load pipeline.
     """
 
     block_m: int
@@ -54,10 +54,10 @@ class Tile:
 
 def tiles(sm: int) -> dict[int, Tile]:
     """Return the tiles of an SM by rows."""
-    found = {16: Tile(16, True, 8, 3), 64: Tile(64, False, 8, 3)}
+    tiles = {16: Tile(16, True, 8, 3), 64: Tile(64, False, 8, 3)}
     if is_datacenter(sm):
-        found[128] = Tile(128, False, 8, 3)
-    return found
+        tiles[128] = Tile(128, False, 8, 3)
+    return tiles
 
 
 def choose_tile(assignments: int, experts: int, sm: int) -> Tile:
@@ -79,7 +79,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     code = "*fp8e4nv" if fp8 else "*u8"
     rows = code if quant else "*bf16"
     sizes = {"H": statics["H"], "INNER": statics["I2"] // 2}
-    found = [quantizer(sm)] if quant else []
+    result = [quantizer(sm)] if quant else []
     for tile in tiles(sm).values():
         flags = {"BLOCK_M": tile.block_m, "SWAP": tile.swap, "QUANT": quant, "FP8": fp8}
         types = {"ids_ptr": "*i32", "order_ptr": "*i32", "place_ptr": "*i32", "tile_ptr": "*i32"}
@@ -90,7 +90,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "BLOCK_M": tile.block_m,
             "CHUNK": CHUNK,
         }
-        found.append(Variant(f"group-{tile.block_m}", "group_kernel", types, constants, num_warps=8))
+        result.append(Variant(f"group-{tile.block_m}", "group_kernel", types, constants, num_warps=8))
         types = {
             "x_ptr": rows,
             "x_scale_ptr": "*fp32",
@@ -104,7 +104,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         }
         loop: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "main_loop": True}
         constants = sizes | {"TOPK": statics["TOPK"]} | flags
-        found.append(Variant(f"up-{tile.block_m}", "up_kernel", types, constants, **loop))
+        result.append(Variant(f"up-{tile.block_m}", "up_kernel", types, constants, **loop))
         types = {
             "h_ptr": rows,
             "h_scale_ptr": "*fp32",
@@ -114,11 +114,11 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "tile_ptr": "*i32",
             "max_tiles": "i32",
         }
-        found.append(Variant(f"down-{tile.block_m}", "down_kernel", types, sizes | flags, **loop))
+        result.append(Variant(f"down-{tile.block_m}", "down_kernel", types, sizes | flags, **loop))
     types = {"out_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "y_ptr": "*fp32"}
     constants = {"H": statics["H"], "TOPK": statics["TOPK"], "BLOCK": COMBINE_BLOCK}
-    found.append(Variant("combine", "combine_kernel", types, constants))
-    return tuple(found)
+    result.append(Variant("combine", "combine_kernel", types, constants))
+    return tuple(result)
 
 
 @dataclass(frozen=True)

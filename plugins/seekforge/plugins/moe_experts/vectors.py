@@ -13,7 +13,7 @@ _H, _I, _E = 256, 128, 6
 def cases() -> list[Case]:
     """Return the vectors."""
     draw = Draw(6)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(name: str, ids: Tensor, *, x: Tensor | None = None, nan_expert: int | None = None, inner: int = _I) -> None:
         tokens, top_k = ids.shape
@@ -30,7 +30,7 @@ def cases() -> list[Case]:
             draw.weight_scale(_E, _H // 128, inner // 128),
         )
         for act_quant in ("ue8m0", "none"):
-            found.append(Case("MoeExperts", f"{name}-{act_quant}", inputs, {"act_quant": act_quant}))
+            result.append(Case("MoeExperts", f"{name}-{act_quant}", inputs, {"act_quant": act_quant}))
 
     def random_ids(tokens: int, top_k: int) -> Tensor:
         return torch.stack([draw.order(_E)[:top_k] for _ in range(tokens)])
@@ -49,4 +49,4 @@ def cases() -> list[Case]:
     add("zero-and-large-tokens", random_ids(3, 2), x=x)
     # expert parallelism: −1 marks an expert of another rank, and the last token has none here
     add("experts-of-other-ranks", torch.tensor([[-1, 0], [3, -1], [2, 5], [-1, -1]]))
-    return found
+    return result

@@ -11,11 +11,11 @@ from seekforge.plugins.testing import Case, Draw
 def cases() -> list[Case]:
     """Return the vectors."""
     draw = Draw(5)
-    found: list[Case] = []
+    result: list[Case] = []
 
     def add(name: str, logits: Tensor, bias: Tensor, **changed: object) -> None:
         attrs = {"n_group": 4, "topk_group": 2, "top_k": 4, "norm": True, "scale": 2.5} | changed
-        found.append(Case("MoeRoute", name, (logits, bias), attrs))
+        result.append(Case("MoeRoute", name, (logits, bias), attrs))
 
     none = torch.zeros(16)
     add("one-token", draw.normal(1, 16), none)
@@ -38,4 +38,4 @@ def cases() -> list[Case]:
     add("best-two-decide-the-group", pairs, none)
     add("saturated", torch.cat([draw.normal(4, 16) * 30, draw.normal(4, 16).abs() * -30]), draw.normal(16) * 0.1)
     add("far-below-zero", draw.normal(4, 16) * 5 - 40, none)
-    return found
+    return result

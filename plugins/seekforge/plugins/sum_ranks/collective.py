@@ -22,8 +22,8 @@ _NO_ROOT: Final = -1
 
 def to_collectives(model: onnx.ModelProto) -> int:
     """Replace every `SumRanks` of a graph, in place; returns how many there were."""
-    found = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == SPEC.name]
-    for node in found:
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type == SPEC.name]
+    for node in nodes:
         (num_ranks,) = (one.i for one in node.attribute if one.name == "num_ranks")
         new = helper.make_node(
             OP_TYPE,
@@ -38,6 +38,6 @@ def to_collectives(model: onnx.ModelProto) -> int:
             group_size=0,
         )
         node.CopyFrom(new)
-    if found:
+    if nodes:
         model.opset_import.append(helper.make_opsetid(COLLECTIVE_DOMAIN, 1))
-    return len(found)
+    return len(nodes)

@@ -83,8 +83,8 @@ def check_version(flavour: Flavour, version: str) -> None:
     """
     first, beyond = VERSIONS[flavour]
     _, distribution, extra = MODULES[flavour]
-    found = _release(version)
-    if not first <= found < beyond:
+    installed = _release(version)
+    if not first <= installed < beyond:
         low, high = (".".join(map(str, bound)) for bound in (first, beyond))
         raise EnvironmentFault(
             f"{distribution} is {version}, expected at least {low} and below {high}; {install(extra)}"
@@ -110,8 +110,8 @@ def large_tensor_fault(flavour: Flavour, version: str | None, name: str, shape: 
 
     Args:
         flavour: which library.
-        version: of it; None: unknown.
-        name, shape: of the tensor, at its largest.
+        version: its version; None: unknown.
+        name, shape: name of the tensor, and its shape at its largest.
     """
     first, count = _COUNTS_IN_64_BITS[flavour], math.prod(shape)
     release = _release(version or "")

@@ -47,7 +47,7 @@ class Registration:
         creators: one per operator.
         made: op_type -> plugins that a creator made so far, in any phase.
         sources: where launchers come from; empty while an engine is built.
-        sms: that the engine which is built shall run on.
+        sms: SMs on which the engine that is built shall run.
         workspaces: op_type -> the most scratch that a plugin asked for while an engine was built.
         failures: what went wrong inside a callback. TensorRT only reports that one failed.
     """
@@ -69,7 +69,7 @@ def register(trt: Any, source: LauncherSource | None = None, *, sms: Collection[
     Args:
         trt: a module from `library.load`.
         source: gives the kernels of the engine that is about to be deserialized; None to build.
-        sms: that the engine which is about to be built shall run on, none: any; scratch is enough for each of them.
+        sms: SMs on which the engine that is about to be built shall run, none: any; scratch is enough for each of them.
 
     Raises:
         EngineError: another library has registered plugins of these names.
@@ -178,7 +178,7 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
         trt.IPluginV3OneBuildV2 if aliased else trt.IPluginV3OneBuild,
         trt.IPluginV3OneRuntime,
     )
-    names = {getattr(trt.DataType, theirs): ours for ours, theirs in TYPES.items()}
+    names = {getattr(trt.DataType, name): dtype for dtype, name in TYPES.items()}
     failures = registration.failures
 
     class Plugin(*bases):
@@ -206,8 +206,8 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
 
         def get_output_data_types(self, input_types: Any) -> list[Any]:
             with _Reported(self.spec.name, failures):
-                found = {arg.name: names.get(t, str(t)) for arg, t in zip(self.spec.inputs, input_types, strict=True)}
-                return [getattr(trt.DataType, TYPES[dtype]) for dtype in self.spec.output_dtypes(found)]
+                dtypes = {arg.name: names.get(t, str(t)) for arg, t in zip(self.spec.inputs, input_types, strict=True)}
+                return [getattr(trt.DataType, TYPES[dtype]) for dtype in self.spec.output_dtypes(dtypes)]
 
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
             with _Reported(self.spec.name, failures):
@@ -233,8 +233,8 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
                 if self.launcher is not None:
                     return self.launcher.workspace_bytes(shapes)
                 size = workspace_bytes(self.spec.name, shapes, self.attrs, registration.sms)
-                asked = registration.workspaces
-                asked[self.spec.name] = max(size, asked.get(self.spec.name, 0))
+                workspaces = registration.workspaces
+                workspaces[self.spec.name] = max(size, workspaces.get(self.spec.name, 0))
                 return size
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
@@ -299,24 +299,26 @@ class _Reported:
             self.failures.append(str(error) if self.name in str(error) else f"{self.name}: {error}")
 
 
-def allowed(spec: OpSpec, input_types: Sequence[str], pos: int, found: str) -> bool:
-    """Return whether tensor `pos` of an operator may have the type `found`.
+def allowed(spec: OpSpec, input_types: Sequence[str], pos: int, dtype: str) -> bool:
+    """Return whether tensor `pos` of an operator may have a type.
 
     Args:
+        spec: the operator.
         input_types: types of the inputs up to `pos`, or of all of them for an output.
-        pos: inputs, then outputs.
+        pos: number of the tensor; inputs come first, then outputs.
+        dtype: the type.
     """
-    given = dict(zip((arg.name for arg in spec.inputs), input_types))
+    types = dict(zip((arg.name for arg in spec.inputs), input_types))
     variables: dict[str, str] = {}
     for arg in spec.inputs[: len(input_types)]:
-        given_type = given[arg.name]
+        input_type = types[arg.name]
         possible = TYPE_VARIABLES.get(arg.dtype, (arg.dtype,))
-        if given_type not in possible or variables.setdefault(arg.dtype, given_type) != given_type:
+        if input_type not in possible or variables.setdefault(arg.dtype, input_type) != input_type:
             return False
     if pos < len(spec.inputs):
         return True
     out = spec.outputs[pos - len(spec.inputs)]
-    return found == variables.get(out.dtype, out.dtype)
+    return dtype == variables.get(out.dtype, out.dtype)
 
 
 class Symbol:
