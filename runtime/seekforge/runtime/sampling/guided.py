@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ import numpy as np
 from seekforge.common.errors import EnvironmentFault, RequestError
 from seekforge.common.requirements import install
 from seekforge.runtime.sampling.choices import ChoiceMatcher, Choices
+from seekforge.runtime.sampling.grammar_compiler import CompiledGrammar, trial
 from seekforge.runtime.sampling.params import StructuredOutputsParams
 from seekforge.runtime.sequence import Grammar
 from seekforge.runtime.text.tokenizer import Tokenizer
@@ -27,10 +28,8 @@ from seekforge.runtime.text.vocabulary import Vocabulary
 
 #: How many sets of choices, and how many grammars, are kept ready.
 _KEPT = 32
-#: Most bytes of a schema, an expression or a grammar, and most symbols and entries of a row that the library may make
-#: of it: what is within takes some seconds to compile (of the thread that asks) and tenths of a second per token.
+#: Most bytes of a schema, an expression or a grammar.
 _MAX_BYTES: Final = 256 << 10
-_LIMITS: Final = {"max_grammar_size": 20_000, "max_items_in_row": 20_000, "verbose_errors": False}
 #: Keywords of JSON Schema (2020-12, and `definitions` and `dependencies` of before) that hold schemas by name, and
 #: those that hold one or a list.
 _NAMED_SCHEMAS: Final = frozenset(
@@ -56,9 +55,9 @@ _SCHEMAS: Final = frozenset(
         "contentSchema",
     )
 )
-#: Stack of the thread that compiles: the library goes down once per rule, and a stack that ends ends the process.
-_STACK_BYTES: Final = 64 << 20
-_STACK_LOCK = threading.Lock()
+#: Processor time in seconds that the masks of a text may take: at all, and more for each of its tokens. Others wait.
+_MASK_SECONDS: Final = 0.5
+_MASK_SECONDS_PER_TOKEN: Final = 0.1
 #: Of a Lark grammar: what is no name of a token: texts, regular expressions, comments.
 _LARK_LITERALS = r'"(?:\\.|[^"\\\n])*"|/(?![/*])(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*'
 
@@ -66,25 +65,54 @@ _LARK_LITERALS = r'"(?:\\.|[^"\\\n])*"|/(?![/*])(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\
 class Matcher:
     """The state of one text in its grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int, ends: Sequence[int]) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: CompiledGrammar, vocab_size: int, ends: Sequence[int]) -> None:
+        """Begin a text."""
+        self._compiled, self._root = compiled, compiled.root()
+        self._matcher = self._root.deep_copy()
         self._vocab_size = vocab_size
         self._end, self._ends = ends[0], list(ends)
+        self._tokens: list[int] = []
+        self._mask_seconds = 0.0
+        self._is_renewed = False
 
     def allowed(self) -> np.ndarray:
         """Return [vocab_size] bool: the tokens that may come next; the ends of sequence when the text is complete."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise RequestError(f"guided decoding failed: {_line(self._matcher.get_error())}")
-        mask = np.unpackbits(bits, bitorder="little").astype(bool)[: self._vocab_size]
+        began = time.thread_time()
+        bits = self._matcher.compute_bitmask()
+        while self._matcher.is_error():
+            fault = self._matcher.get_error()
+            if not self._renew():
+                raise RequestError(f"guided decoding failed: {_line(fault)}")
+            bits = self._matcher.compute_bitmask()
+        self._mask_seconds += time.thread_time() - began
+        most = _MASK_SECONDS + _MASK_SECONDS_PER_TOKEN * len(self._tokens)
+        if self._mask_seconds > most:
+            raise RequestError(
+                f"guided decoding took {self._mask_seconds:.1f} s for {len(self._tokens) + 1} tokens, expected at most "
+                f"{most:.1f} s; make the form simpler"
+            )
+        mask = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").astype(bool)[: self._vocab_size]
         mask = np.pad(mask, (0, self._vocab_size - len(mask)))
         mask[self._ends] = mask[self._end]
         return mask
 
     def advance(self, token: int) -> None:
         """Take a token that was allowed."""
-        if not self._matcher.consume_token(self._end if token in self._ends else token):
-            raise RequestError(f"guided decoding does not allow token {token}: {_line(self._matcher.get_error())}")
+        token = self._end if token in self._ends else token
+        while not self._matcher.consume_token(token):
+            fault = self._matcher.get_error()
+            if not self._renew():
+                raise RequestError(f"guided decoding does not allow token {token}: {_line(fault)}")
+        self._tokens.append(token)
+
+    def _renew(self) -> bool:
+        """Go on with what is compiled anew, if others may have used up what the texts of a grammar share."""
+        root = self._compiled.renewed(self._root)
+        if root is None or root is self._root or self._is_renewed:
+            return False
+        self._root, self._is_renewed = root, True
+        self._matcher = root.deep_copy()
+        return self._matcher.consume_tokens(self._tokens)
 
 
 class _Described:
@@ -148,32 +176,18 @@ class Grammars:
             choices.check(max_tokens)
             return lambda: ChoiceMatcher(choices, self._visible, self._ends, max_tokens)
         compiled = self._compiled(self._grammar(form))
-        return lambda: Matcher(compiled.deep_copy(), self._vocab_size, self._ends)
+        compiled.root()
+        return lambda: Matcher(compiled, self._vocab_size, self._ends)
 
-    def _compile(self, grammar: str) -> Any:
-        """Return the library's matcher of a grammar in its own language, at the beginning of the text."""
-        library, described, made = self._library, self._described, list[Any]()
-        limits = library.LLParserLimits(**_LIMITS)
-
-        def make() -> None:
-            matcher = library.LLMatcher(described, grammar, log_level=0, limits=limits)
-            made.extend((matcher, None if matcher.is_error() else _fault_of(matcher.deep_copy())))
-
-        work = threading.Thread(target=make, name="seekforge-grammar")
-        with _STACK_LOCK:
-            before = threading.stack_size(_STACK_BYTES)
-            try:
-                work.start()
-            except RuntimeError:
-                raise RequestError("structured_outputs: there is no memory to compile the grammar; try later") from None
-            finally:
-                threading.stack_size(before)
-        work.join()
-        matcher, fault = made
-        if matcher.is_error() or fault is not None:
-            why = fault or matcher.get_error()
-            raise RequestError(f"structured_outputs: the grammar cannot be used: {_line(why)}")
-        return matcher
+    def _compile(self, grammar: str) -> CompiledGrammar:
+        """Compile a grammar in the library's own language, if it is not too complex."""
+        try:
+            fault = trial.fault(grammar, self._vocab_size)
+            if fault is not None:
+                raise RequestError(fault)
+            return CompiledGrammar(self._library, self._described, grammar)
+        except RequestError as error:
+            raise RequestError(f"structured_outputs: the grammar cannot be used: {_line(str(error))}") from None
 
     def _make_choices(self, texts: tuple[str, ...]) -> Choices:
         return Choices(texts, self._visible, self._ends, self._vocab_size)
@@ -242,19 +256,6 @@ class Grammars:
             lambda match: f"<[{names[match['name']]}]>" if match["name"] else match[0],
             lark,
         )
-
-
-def _fault_of(matcher: Any) -> str | None:
-    """Return what goes wrong on the first tokens of a text: much that is too complex is noticed only there."""
-    for _ in range(2):
-        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
-        if matcher.is_error() or not len(allowed):
-            return matcher.get_error() or "no token may begin its text"
-        if not matcher.consume_token(int(allowed[0])):
-            return matcher.get_error()
-        if matcher.is_stopped():
-            return None
-    return None
 
 
 def _bounded(name: str, text: str) -> str:
