@@ -91,7 +91,6 @@ def tiny_engines(
                 root / name,
                 target=load_target("cpu"),
                 checkpoint_folder=tiny_checkpoint,
-                max_model_len=None,
                 force=False,
                 progress=Stages(quiet=True),
             )

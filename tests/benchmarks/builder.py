@@ -22,15 +22,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
+
+from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.cores import usable_cores
 from seekforge.common.errors import SeekforgeError
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
@@ -100,7 +102,7 @@ def measure(
 ) -> list[Row]:
     """Build one engine; returns a row per plan and one for all, or one with the reason why there is none."""
     target = target_of(form, sm, profiles)
-    choices = Choices(
+    options = gpu_options(
         plugins="all" if form == "plugins" else "none",
         allow_oversize=True,
         kernels=False,
@@ -108,10 +110,10 @@ def measure(
     )
     began, own_cpu = time.perf_counter(), time.process_time()
     try:
-        planned = replace(check(inputs, target, choices), target=target)
+        planned = check(inputs, target, options)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "engine")
-            manifest = build_gpu(inputs, planned, out, choices=choices, force=False, progress=Stages(quiet=True))
+            manifest = build_gpu(inputs, planned, out, options=options, force=False, progress=Stages(quiet=True))
     except SeekforgeError as error:
         return [Row(program, form, sm, profiles, "model", fault=str(error))]
     seconds, own_cpu = time.perf_counter() - began, time.process_time() - own_cpu

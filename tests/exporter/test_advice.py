@@ -20,9 +20,10 @@ from tests.support.advice import (
     with_option,
     without_option,
 )
+from tests.support.build_options import gpu_options
 
 from seekforge.common.errors import ConfigError, TargetError
-from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.models.sharding import check_parallelism
@@ -184,7 +185,7 @@ def test_what_no_gpu_takes_is_not_advised_in_circles(tiny_inputs: Inputs) -> Non
     inputs = dataclasses.replace(tiny_inputs, config=_changed(tiny_inputs.config, index_n_heads=24, index_topk=8192))
     for plugins in ("auto", "all", "none"):
         with pytest.raises(TargetError, match="no options build this model for a GPU"):
-            check(inputs, load_target("rtx5090"), Choices(plugins=plugins))
+            check(inputs, load_target("rtx5090"), gpu_options(plugins=plugins))
 
 
 def test_every_layout_is_answered_with_one_that_works(tiny_config: ModelConfig) -> None:
@@ -232,7 +233,7 @@ def test_every_combination_of_options_is_answered_with_one_that_works(tiny_input
         inputs = dataclasses.replace(tiny_inputs, config=config)
         target = load_target(name).changed([f"precision={precision}", f"kv_format={kv_format}"])
         try:
-            check(inputs, target, Choices(plugins=plugins))  # pyright: ignore[reportArgumentType]
+            check(inputs, target, gpu_options(plugins=plugins))  # pyright: ignore[reportArgumentType]
         except TargetError as error:
             seen += 1
             if heads == 24 and topk == 5000:
@@ -244,7 +245,7 @@ def test_every_combination_of_options_is_answered_with_one_that_works(tiny_input
                 better = target.changed(
                     [f"{key}={options[option]}" for option, key in keys.items() if option in options]
                 )
-                check(inputs, better, Choices(plugins=options.get("--plugins", plugins)))  # pyright: ignore
+                check(inputs, better, gpu_options(plugins=options.get("--plugins", plugins)))  # pyright: ignore
     assert seen > 20
 
 
@@ -252,11 +253,11 @@ def test_as_many_layers_as_are_said_to_fit_do(tiny_inputs: Inputs, tiny_checkpoi
     one_block = load_target("rtx5090").changed(
         ["limits.max_model_len=64", "limits.max_batch_size=1", "limits.max_num_batched_tokens=64"]
     )
-    needed = check(tiny_inputs, one_block, Choices()).device_bytes["total"] / 2**20
+    needed = check(tiny_inputs, one_block, gpu_options()).device_bytes["total"] / 2**20
     for mib in range(int(needed) + 200, 0, -2):
         target = one_block.changed([f"gpu.memory_gib={mib / 1024}"])
         try:
-            check(tiny_inputs, target, Choices())
+            check(tiny_inputs, target, gpu_options())
         except TargetError as error:
             match = re.search(r"at most (\d) of its 4 layers fit: export stages with --layers", str(error))
             assert match is not None, error
@@ -264,4 +265,4 @@ def test_as_many_layers_as_are_said_to_fit_do(tiny_inputs: Inputs, tiny_checkpoi
                 break
     result = invoke("export", tiny_checkpoint, tmp_path / "stage", "--layers", f"0-{count - 1}", "--quiet")
     assert result.exit_code == 0, result.output
-    check(open_inputs(tmp_path / "stage", None), target, Choices())
+    check(open_inputs(tmp_path / "stage", None), target, gpu_options())

@@ -8,7 +8,7 @@ import pytest
 
 from seekforge.common.errors import TargetError
 from seekforge.exporter.builder.targets_cli import markdown_tables
-from seekforge.formats.targets import all_targets, asked_limits, load_target
+from seekforge.formats.targets import all_targets, limits_named, load_target
 
 NAMES = {
     "cpu", "a100-80g", "l40s", "rtx4090", "rtx5090", "rtx-pro-6000", "dgx-spark",
@@ -74,10 +74,10 @@ def test_a_wrong_change_is_named(setting: str, message: str) -> None:
 
 
 def test_what_a_user_asks_for_is_told_from_defaults() -> None:
-    assert asked_limits(["limits.max_batch_size=3", "gpu.memory_gib=3", "precision=bf16"]) == {"max_batch_size"}
+    assert limits_named(["limits.max_batch_size=3", "gpu.memory_gib=3", "precision=bf16"]) == {"max_batch_size"}
     everything = "limits={max_model_len: 1, max_batch_size: 1, max_num_batched_tokens: 1}"
-    assert asked_limits([everything]) == {"max_model_len", "max_batch_size", "max_num_batched_tokens"}
-    assert asked_limits([]) == frozenset()
+    assert limits_named([everything]) == {"max_model_len", "max_batch_size", "max_num_batched_tokens"}
+    assert limits_named([]) == frozenset()
 
 
 def test_the_formats_of_a_target_in_words() -> None:

@@ -68,7 +68,6 @@ def build_engine(program: Path, checkpoint: Path, out: Path) -> Path:
         out,
         target=load_target("cpu"),
         checkpoint_folder=checkpoint,
-        max_model_len=None,
         force=False,
         progress=Stages(quiet=True),
     )

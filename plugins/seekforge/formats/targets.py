@@ -185,7 +185,7 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
     return _validated(raw, origin)
 
 
-def asked_limits(settings: Sequence[str]) -> frozenset[str]:
+def limits_named(settings: Sequence[str]) -> frozenset[str]:
     """Return the limits that changes such as `limits.max_batch_size=8` name: what a user wants, and no default."""
     names: set[str] = set()
     for setting in settings:

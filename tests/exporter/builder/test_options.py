@@ -15,7 +15,7 @@ from rich.console import Console
 import seekforge.exporter.builder.onnxruntime.build as engine
 from seekforge.common.errors import EnvironmentFault, OutputError, SeekforgeError, TargetError
 from seekforge.common.files import check_vacant, write_json
-from seekforge.exporter.builder import api
+from seekforge.exporter.builder import machine
 from seekforge.exporter.builder.cli import build
 from seekforge.exporter.builder.request import fit_limits, size_words
 from seekforge.exporter.builder.tensorrt.audit_page import show_audit
@@ -59,9 +59,9 @@ def test_defaults_are_cut_to_the_model(tiny_config: ModelConfig) -> None:
     [
         ({"max_model_len": 0}, "--max-model-len is 0, expected 1 to 163840"),
         ({"max_model_len": 163841}, "--max-model-len is 163841, expected 1 to 163840"),
-        ({"max_batch_size": 0}, "--max-batch-size is 0, expected at least 1"),
-        ({"max_num_batched_tokens": -1}, "--max-num-batched-tokens is -1, expected at least 1"),
-        ({"max_num_batched_tokens": 10**400}, "expected at most 2147483647"),
+        ({"max_batch_size": 0}, "--max-batch-size is 0, expected 1 to 2147483647"),
+        ({"max_num_batched_tokens": -1}, "--max-num-batched-tokens is -1, expected 1 to 2147483647"),
+        ({"max_num_batched_tokens": 10**400}, "expected 1 to 2147483647"),
         ({"max_batch_size": 4096}, "pass --max-num-batched-tokens 4096 too"),
         (
             {"max_batch_size": 9, "max_num_batched_tokens": 8},
@@ -78,7 +78,7 @@ def test_what_was_asked_for_is_refused(tiny_config: ModelConfig, changes: dict[s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "limits.max_batch_size=0"], "--max-batch-size is 0, expected at least 1"),
+        (["--set", "limits.max_batch_size=0"], "--max-batch-size is 0, expected 1 to 2147483647"),
         (["--set", "limits.max_model_len=999999"], "--max-model-len is 999999, expected 1 to 163840"),
         (["--max-model-len", "999999"], "--max-model-len is 999999, expected 1 to 163840"),
         (["--max-num-batched-tokens", "3", "--max-batch-size", "4"], "expected at least --max-batch-size 4"),
@@ -194,7 +194,7 @@ def test_a_dry_run_says_what_is_missing_here(
 
     monkeypatch.setattr("seekforge.plugins.tensorrt.library.load", no_library)
     monkeypatch.setattr("seekforge.plugins.kernels.aot.compiler", no_compiler)
-    monkeypatch.setattr(api, "_sms_here", lambda: [90])
+    monkeypatch.setattr(machine, "sms_here", lambda: [90])
     given = [tiny_programs["fp8"], tmp_path / "x", "--target"]
     library, gpu, compiler = dry(*given, "a100-80g")["missing"]
     assert library == "tensorrt is not installed" and compiler.startswith("triton is not installed")
@@ -215,12 +215,12 @@ def test_the_gpus_here_are_those_that_nvidia_smi_lists(
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\nprintf '%s' '{answer}'\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(api.shutil, "which", lambda name: str(tool))
-    assert api._sms_here() == sms
+    monkeypatch.setattr(machine.shutil, "which", lambda name: str(tool))
+    assert machine.sms_here() == sms
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert api._sms_here() == []
-    monkeypatch.setattr(api.shutil, "which", lambda name: None)
-    assert api._sms_here() == []
+    assert machine.sms_here() == []
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert machine.sms_here() == []
 
 
 # --- what an engine says of itself ----------------------------------------------------------------------------

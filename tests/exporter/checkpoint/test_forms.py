@@ -309,7 +309,7 @@ def test_many_forms_at_once_give_the_same_engine(
     assert load_bindings(tmp_path / "program") == load_bindings(tiny_programs["fp8"])
     build(
         tmp_path / "program", tmp_path / "engine", target=load_target("cpu"), checkpoint_folder=copy,
-        max_model_len=None, force=False, progress=Stages(quiet=True),
+        force=False, progress=Stages(quiet=True),
     )  # fmt: skip
     for name in ("weights.bin", "model.onnx", "mtp.onnx"):
         ours, theirs = (folder / name for folder in (tmp_path / "engine", tiny_engines["fp8"]))

@@ -411,7 +411,7 @@ def test_int8_codes_are_a_price_and_a_broken_operation_beside_them_is_a_fault(
     target = load_target("cpu", ["precision=int8"])
     build(
         tiny_programs["exact"], tmp_path / "int8", target=target, checkpoint_folder=tiny_checkpoint,
-        max_model_len=None, force=False, progress=Stages(quiet=True),
+        force=False, progress=Stages(quiet=True),
     )  # fmt: skip
     plan = plan_of(tiny_config, (70,), "whole")
     result = check(tmp_path / "int8", tiny_checkpoint, tmp_path / "w", plan, costs=True)

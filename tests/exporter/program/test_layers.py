@@ -75,13 +75,12 @@ def test_every_tensor_of_the_full_model_is_in_one_of_two_stages() -> None:
 
 def _engine(program: Path, checkpoint: Path) -> tuple[Path, Manifest]:
     out = program.with_name(program.name + "-engine")
-    target = load_target("cpu")
+    target = load_target("cpu", ["limits.max_model_len=512"])
     build(
         program,
         out,
         target=target,
         checkpoint_folder=checkpoint,
-        max_model_len=512,
         force=False,
         progress=Stages(quiet=True),
     )

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, expected_bytes, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check, expected_bytes, open_inputs
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.planner.answer import Question, memory_of
 from seekforge.exporter.planner.cli import plan as plan_command
@@ -20,7 +21,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import all_targets, load_target
 
-CHOICES = Choices(plugins="all", kernels=False)
+OPTIONS = gpu_options(plugins="all", kernels=False)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +78,9 @@ def test_the_plugins_of_an_engine_ask_for_what_was_expected(
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     inputs = open_inputs(tiny_layers["exact"], tiny_checkpoint)
     target = load_target("rtx4090", ["also=[120]", "precision=bf16", "kv_format=bf16"])
-    planned = check(inputs, target, CHOICES)
+    planned = check(inputs, target, OPTIONS)
     manifest = build_gpu(
-        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+        inputs, planned, tmp_path / "engine", options=OPTIONS, force=False, progress=Stages(quiet=True)
     )
     audit = manifest.audit
     assert audit is not None and len(manifest.profiles) == 3

@@ -145,6 +145,11 @@ def test_an_edited_value_is_refused_or_changes_nothing(
         (("layer_range",), [0, 3], "cache.layers is [0, 1, 2, 3], layer_range is 0 to 3"),
         (("limits", "max_model_len"), 10**6, "limits.max_model_len is 1000000"),
         (("limits", "max_batch_size"), 0, "limits.max_batch_size is 0, expected 1 to 2147483647"),
+        (
+            ("limits", "max_num_batched_tokens"),
+            1,
+            "limits.max_num_batched_tokens is 1, expected at least limits.max_batch_size",
+        ),
         (("vocab_size",), 1000, "vocab_size is 1000, config.vocab_size 1024"),
         (("num_top_logits",), 128, "top_logits of graph model has rows [256], expected [128]"),
         (("graphs", "model", "inputs", 0, "role"), "cache", "'input_ids' has the role 'cache', expected 'token'"),

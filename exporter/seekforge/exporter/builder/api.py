@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from seekforge.common.cli.console import Stages
-from seekforge.common.errors import EnvironmentFault, TargetError
+from seekforge.common.errors import TargetError
 from seekforge.common.files import check_vacant
-from seekforge.common.outputs import check_distinct, check_output
-from seekforge.exporter.builder.request import fit_limits, read_graph
+from seekforge.common.outputs import Kind, check_distinct, check_output
+from seekforge.exporter.builder.machine import missing_here
+from seekforge.exporter.builder.options import (
+    DEFAULTS,
+    BuildOptions,
+    OptimizationLevel,
+    PluginChoice,
+    TensorRtOptions,
+)
+from seekforge.exporter.builder.request import read_graph
 from seekforge.exporter.calls import (
     AnyPath,
     Count,
@@ -32,30 +38,11 @@ from seekforge.exporter.checkpoint.text_files import check_weight_files
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Audit, Limits, Manifest, SelfCheck
 from seekforge.formats.program import load_program
-from seekforge.formats.targets import (
-    CPU_PRECISIONS,
-    GPU_PRECISIONS,
-    RTX_SMS,
-    TargetConfig,
-    asked_limits,
-    load_target,
-)
+from seekforge.formats.targets import Precision, TargetConfig
 
 if TYPE_CHECKING:
-    from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, Planned
+    from seekforge.exporter.builder.tensorrt.check import Inputs
 
-#: Keywords that only a GPU build knows: name -> value when it was not given.
-_GPU_OPTIONS = {
-    "kv_cache_dtype": None,
-    "sm": (),
-    "plugins": None,
-    "workspace": None,
-    "timing_cache": None,
-    "builder_optimization_level": None,
-    "layers_per_engine": None,
-    "kernels": True,
-    "allow_oversize": False,
-}
 #: Facts that JSON has also where they are None.
 _ALWAYS = ("self_check", "warning")
 
@@ -152,18 +139,18 @@ def build(
     max_batch_size: Count | None = None,
     max_model_len: Count | None = None,
     max_num_batched_tokens: Count | None = None,
-    precision: Literal["f32", "int8", "int4", "bf16", "fp8"] | None = None,
+    precision: Precision | None = None,
     kv_cache_dtype: Literal["fp8_ds", "bf16"] | None = None,
     sm: Counts = (),
-    plugins: Literal["auto", "all", "none"] | None = None,
+    plugins: PluginChoice = DEFAULTS.tensorrt.plugins,
     workspace: Size | None = None,
     timing_cache: AnyPath | None = None,
-    builder_optimization_level: Literal[0, 1, 2, 3, 4, 5] | None = None,
+    builder_optimization_level: OptimizationLevel | None = None,
     layers_per_engine: Count | None = None,
-    kernels: Flag = True,
-    allow_oversize: Flag = False,
+    kernels: Flag = DEFAULTS.tensorrt.kernels,
+    allow_oversize: Flag = DEFAULTS.tensorrt.allow_oversize,
     dry_run: Flag = False,
-    taps: Flag = False,
+    taps: Flag = DEFAULTS.taps,
     force: Flag = False,
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -205,109 +192,125 @@ def build(
         OutputError: `out` cannot be written.
         EnvironmentFault: a library is not installed.
     """
-    places = _Places(Path(program), Path(out), None if checkpoint is None else str(checkpoint), force)
-    cache = None if timing_cache is None else Path(timing_cache)
-    check_output(places.out, "folder")
+    out_folder, cache = Path(out), None if timing_cache is None else Path(timing_cache)
+    check_output(out_folder, "folder")
     if cache is not None:
         check_output(cache, "file")
-    check_distinct(
-        [(places.out, "folder"), *([] if cache is None else [(cache, "file")])], [program, target, checkpoint]
+    outputs: list[tuple[Path, Kind]] = [(out_folder, "folder")]
+    check_distinct(outputs if cache is None else [*outputs, (cache, "file")], [program, target, checkpoint])
+    options = BuildOptions(
+        settings=cast("tuple[str, ...]", many(set)),  # `public` made them texts
+        max_batch_size=max_batch_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        precision=precision,
+        taps=taps,
+        tensorrt=TensorRtOptions(
+            kv_cache_dtype=kv_cache_dtype,
+            sm=many(sm),
+            plugins=plugins,
+            workspace=workspace,
+            timing_cache=cache,
+            builder_optimization_level=builder_optimization_level,
+            layers_per_engine=layers_per_engine,
+            kernels=kernels,
+            allow_oversize=allow_oversize,
+        ),
     )
-    settings = cast("tuple[str, ...]", many(set))  # `public` made them texts
-    config = load_target(str(target), settings)
-    stages = stages_of(progress)
-    limits = {
-        "max_batch_size": max_batch_size,
-        "max_model_len": max_model_len,
-        "max_num_batched_tokens": max_num_batched_tokens,
-    }
-    config = with_options(config, limits, precision)
-    asked = asked_limits(settings) | {name for name, value in limits.items() if value is not None}
-    gpu: dict[str, Any] = {
-        "kv_cache_dtype": kv_cache_dtype,
-        "sm": many(sm),
-        "plugins": plugins,
-        "workspace": workspace,
-        "timing_cache": cache,
-        "builder_optimization_level": builder_optimization_level,
-        "layers_per_engine": layers_per_engine,
-        "kernels": kernels,
-        "allow_oversize": allow_oversize,
-    }
-    if config.backend == "onnxruntime":
-        for name, value in gpu.items():
-            if value != _GPU_OPTIONS[name]:
-                option = "no-kernels" if name == "kernels" else name.replace("_", "-")
-                raise TargetError(f"--{option} is for GPU targets, target {config.name} does not know it")
-        return _build_cpu(places, config, asked, stages, taps=taps, dry_run=dry_run)
-    if taps and layers_per_engine is not None:
-        raise TargetError("--taps shows the layers of one plan; leave out --layers-per-engine")
-    return _build_gpu(places, config, asked, stages, gpu, taps=taps, dry_run=dry_run)
+    call = _Call(
+        program=Path(program),
+        out=out_folder,
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        options=options,
+        target=options.target(str(target)),
+        force=force,
+        dry_run=dry_run,
+        stages=stages_of(progress),
+    )
+    return _build_cpu(call) if call.target.backend == "onnxruntime" else _build_gpu(call)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """What a build reads and writes."""
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A call of `build`: what is read and written, and how.
+
+    Attributes:
+        target: the target as the options change it.
+    """
 
     program: Path
     out: Path
     checkpoint: str | None
+    options: BuildOptions
+    target: TargetConfig
     force: bool
+    dry_run: bool
+    stages: Stages
 
     def check_vacant(self) -> None:
         """Refuse a place that is taken."""
         check_vacant(self.out, force=self.force, marker=MANIFEST)
 
+    def result(self, target: TargetConfig, limits: Limits) -> BuildResult:
+        """Return what every backend has a word for."""
+        return BuildResult(
+            path=self.out,
+            target=target.name,
+            backend=target.backend,
+            sms=target.sms,
+            precision=target.precision,
+            formats=target.formats,
+            limits=limits,
+            dry_run=self.dry_run,
+            seconds={stage: round(value, 3) for stage, value in self.stages.seconds.items()},
+        )
 
-def _build_cpu(
-    places: _Places, target: TargetConfig, asked: Collection[str], stages: Stages, *, taps: bool, dry_run: bool
-) -> BuildResult:
+
+def _build_cpu(call: _Call) -> BuildResult:
     """Build for a CPU. A repository is downloaded once its headers say that it can be built."""
-    checkpoint = places.checkpoint
+    checkpoint, target, stages = call.checkpoint, call.target, call.stages
     if checkpoint is None:
         raise TargetError(f"target {target.name} keeps the weights in the engine; pass --checkpoint FOLDER")
-    for face in load_program(places.program).graphs.values():  # what is odd is said before torch is imported
-        read_graph(places.program, face)
+    for graph in load_program(call.program).graphs.values():  # what is odd is said before torch is imported
+        read_graph(call.program, graph)
     from_hub = parse_repo(checkpoint) is not None
     if not from_hub and Path(checkpoint).is_dir():
         ModelConfig.load(Path(checkpoint))
         check_weight_files(Path(checkpoint))
-    if dry_run or from_hub:
+    if call.dry_run or from_hub:
         from seekforge.exporter.builder.onnxruntime.build import check  # brings torch, which GPU builds do without
 
         stages("read program and checkpoint")
         with headers(checkpoint, say=stages) as folder:
-            planned = check(places.program, places.out, target=target, checkpoint_folder=folder, asked=asked)
-        places.check_vacant()
-        if dry_run:
+            checked = check(call.program, call.out, target=target, checkpoint_folder=folder, options=call.options)
+        call.check_vacant()
+        if call.dry_run:
             stages.done()
             return replace(
-                _result(places, target, planned.limits, stages, dry_run=True),
-                layers=planned.program.layer_range,
-                weight_bytes=planned.weight_bytes,
-                disk_free_bytes=planned.free_bytes,
-                warning=planned.warning or None,
+                call.result(target, checked.limits),
+                layers=checked.program.layer_range,
+                weight_bytes=checked.weight_bytes,
+                disk_free_bytes=checked.free_bytes,
+                warning=checked.warning or None,
             )
     if from_hub:
         stages(f"download {checkpoint}")
     folder = resolve(checkpoint, quiet=stages.quiet)
     ModelConfig.load(folder)
-    from seekforge.exporter.builder.onnxruntime.build import build as write_engine
+    from seekforge.exporter.builder.onnxruntime.build import build as build_for_cpu
 
-    built = write_engine(
-        places.program,
-        places.out,
+    built = build_for_cpu(
+        call.program,
+        call.out,
         target=target,
         checkpoint_folder=folder,
-        max_model_len=None,
-        force=places.force,
+        options=call.options,
+        force=call.force,
         progress=stages,
-        taps=taps,
-        asked=asked,
     )
     stages.done()
     return replace(
-        _result(places, target, built.manifest.limits, stages, dry_run=False),
+        call.result(target, built.manifest.limits),
         precision=str(built.manifest.build["precision"]),
         manifest=built.manifest,
         num_nodes=built.num_nodes,
@@ -315,73 +318,34 @@ def _build_cpu(
     )
 
 
-def _build_gpu(
-    places: _Places,
-    target: TargetConfig,
-    asked: Collection[str],
-    stages: Stages,
-    gpu: Mapping[str, Any],
-    *,
-    taps: bool,
-    dry_run: bool,
-) -> BuildResult:
+def _build_gpu(call: _Call) -> BuildResult:
+    """Build for a GPU, or check that it can be."""
     from seekforge.exporter.builder.tensorrt.build import build_gpu
-    from seekforge.exporter.builder.tensorrt.check import Choices, check
-    from seekforge.exporter.builder.tensorrt.compiler import Options
+    from seekforge.exporter.builder.tensorrt.check import check
 
-    target = _with_gpu_options(target, gpu)
-    if gpu["timing_cache"] is not None and target.backend == "tensorrt-rtx":
-        raise TargetError("--timing-cache is for tensorrt; tensorrt-rtx measures on the GPU that runs the engine")
-    choices = Choices(
-        plugins=gpu["plugins"] or "auto",
-        allow_oversize=gpu["allow_oversize"],
-        kernels=gpu["kernels"],
-        layers_per_engine=gpu["layers_per_engine"],
-        taps=taps,
-        compiler=Options(
-            workspace_bytes=gpu["workspace"],
-            optimization_level=gpu["builder_optimization_level"],
-            timing_cache=gpu["timing_cache"],
-        ),
-    )
+    options, stages = call.options, call.stages
     stages("read program and check")
-    inputs = _open_inputs(places.program, places.checkpoint, stages)
-    target = target.model_copy(update={"limits": fit_limits(target.limits, inputs.config, asked)})
-    planned = check(inputs, target, choices)
-    if not dry_run:
-        manifest = build_gpu(inputs, planned, places.out, choices=choices, force=places.force, progress=stages)
+    inputs = _open_inputs(call.program, call.checkpoint, stages)
+    checked = check(inputs, call.target, options)
+    if not call.dry_run:
+        manifest = build_gpu(inputs, checked, call.out, options=options, force=call.force, progress=stages)
         stages.done()
-        made = _result(places, planned.target, manifest.limits, stages, dry_run=False)
-        return replace(made, sms=tuple(manifest.target.sms), manifest=manifest)
-    places.check_vacant()
-    missing = _missing_here(inputs, planned, choices)
+        result = call.result(checked.target, manifest.limits)
+        return replace(result, sms=tuple(manifest.target.sms), manifest=manifest)
+    call.check_vacant()
+    missing = missing_here(inputs, checked, options)
     stages.done()
     return replace(
-        _result(places, planned.target, planned.limits, stages, dry_run=True),
-        products=planned.target.products,
-        kv_cache_dtype=planned.target.kv_format,
-        fp8_storage=planned.how.fp8_storage,
-        plugins={op: inputs.ops[op] for op in planned.plugins},
-        inlined={op: inputs.ops[op] for op in planned.inlined},
-        device_bytes=planned.device_bytes,
-        oversize=planned.oversize,
-        profiles=tuple(planned.target.profiles),
+        call.result(checked.target, checked.limits),
+        products=checked.target.products,
+        kv_cache_dtype=checked.target.kv_format,
+        fp8_storage=checked.how.fp8_storage,
+        plugins={op: inputs.ops[op] for op in checked.plugins},
+        inlined={op: inputs.ops[op] for op in checked.inlined},
+        device_bytes=checked.device_bytes,
+        oversize=checked.oversize,
+        profiles=tuple(checked.target.profiles),
         missing=tuple(missing),
-    )
-
-
-def _result(places: _Places, target: TargetConfig, limits: Limits, stages: Stages, *, dry_run: bool) -> BuildResult:
-    """Return what is the same of every target."""
-    return BuildResult(
-        path=places.out,
-        target=target.name,
-        backend=target.backend,
-        sms=target.sms,
-        precision=target.precision,
-        formats=target.formats,
-        limits=limits,
-        dry_run=dry_run,
-        seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
     )
 
 
@@ -396,79 +360,3 @@ def _open_inputs(program: Path, checkpoint: str | None, stages: Stages) -> Input
     if parse_repo(checkpoint) is None:
         return inputs
     return replace(inputs, weights=inputs.weights.model_copy(update={"path": None}))
-
-
-def with_options(target: TargetConfig, limits: Mapping[str, int | None], precision: str | None) -> TargetConfig:
-    """Return the target as the options change it that all targets know, checked again.
-
-    Raises:
-        TargetError: the target does not take one.
-    """
-    settings = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
-    if precision is not None:
-        on_cpu = target.backend == "onnxruntime"
-        if on_cpu and precision not in CPU_PRECISIONS:
-            raise TargetError(f"--precision {precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
-        if not on_cpu and precision not in GPU_PRECISIONS:
-            known = " or ".join(GPU_PRECISIONS)
-            raise TargetError(f"--precision {precision} is for CPUs; target {target.name} takes {known}")
-        settings.append(f"precision={precision}")
-    return target.changed(settings)
-
-
-def _with_gpu_options(target: TargetConfig, gpu: Mapping[str, Any]) -> TargetConfig:
-    settings = []
-    if gpu["kv_cache_dtype"] is not None:
-        settings.append(f"kv_format={gpu['kv_cache_dtype']}")
-    if gpu["sm"]:
-        if target.backend == "tensorrt":
-            raise TargetError(
-                f"--sm {gpu['sm'][0]} is for tensorrt-rtx; target {target.name} is built by TensorRT, whose "
-                f"plans run on one SM, here sm{target.sm}: pass the target of the other GPU "
-                "('seekforge targets' lists them)"
-            )
-        wrong = next((sm for sm in gpu["sm"] if sm not in RTX_SMS), None)
-        if wrong is not None:
-            known = ", ".join(map(str, RTX_SMS))
-            raise TargetError(f"--sm {wrong} is not one that tensorrt-rtx compiles for ({known})")
-        settings.append(f"also={[*target.also, *gpu['sm']]}")
-    return target.changed(settings)
-
-
-def _missing_here(inputs: Inputs, planned: Planned, choices: Choices) -> list[str]:
-    """Return what this machine lacks for a build, one sentence each. A plan may be made where the build is not.
-
-    Raises:
-        ShapeError: there are no kernels for the model's sizes, on no machine.
-    """
-    from seekforge.exporter.builder.tensorrt.kernels import kernel_tasks
-    from seekforge.plugins.tensorrt.library import load
-
-    target = planned.target
-    assert target.backend != "onnxruntime" and target.sm is not None
-    missing = []
-    try:
-        load(target.backend)
-    except EnvironmentFault as error:
-        missing.append(str(error))
-    if target.backend == "tensorrt" and target.sm not in _sms_here():
-        missing.append(f"no GPU of sm{target.sm} here; TensorRT measures on the GPU that it builds for")
-    if choices.kernels:
-        try:
-            kernel_tasks(inputs.program, inputs.config, target, planned.plugins)
-        except EnvironmentFault as error:
-            missing.append(str(error))
-    return missing
-
-
-def _sms_here() -> list[int]:
-    """Ask nvidia-smi for the SMs of the GPUs here; none where there is no answer."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    question = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(line.replace(".", "")) for line in answer.split() if line.replace(".", "").isdigit()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -21,11 +21,14 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import echo, write_json
 from seekforge.exporter.builder import api
 from seekforge.exporter.builder.api import BuildResult
+from seekforge.exporter.builder.options import DEFAULTS, LAYERS_PER_ENGINE, OptimizationLevel, PluginChoice
 from seekforge.exporter.builder.request import size_words
 from seekforge.exporter.builder.tensorrt.audit_page import self_check_words
 from seekforge.exporter.option_types import TARGET
+from seekforge.formats.targets import Precision
 
 _GIB = 1 << 30
+_GPU = DEFAULTS.tensorrt
 
 
 @command(
@@ -51,17 +54,18 @@ _GIB = 1 << 30
 @click.option("--max-num-batched-tokens", type=Tokens(), help="Most tokens of a step.")
 @click.option(
     "--precision",
-    type=click.Choice(["f32", "int8", "int4", "bf16", "fp8"]),
-    default=None,
+    type=click.Choice(get_args(Precision)),
+    default=DEFAULTS.precision,
     help="cpu: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8.",
 )
 @kv_cache_dtype_option("GPU: format of the caches.")
 @list_option("--sm", type=Whole(1), help="tensorrt-rtx: other SMs that the plan shall run on.")
 @click.option(
     "--plugins",
-    type=click.Choice(["auto", "all", "none"]),
-    default=None,
-    help="GPU: operators as plugins: all, none (inlined), or auto: all that the model's sizes allow.  [default: auto]",
+    type=click.Choice(get_args(PluginChoice)),
+    default=_GPU.plugins,
+    show_default=True,
+    help="GPU: operators as plugins: all, none (inlined), or auto: all that the model's sizes allow.",
 )
 @click.option(
     "--workspace",
@@ -70,18 +74,25 @@ _GIB = 1 << 30
     "[default: the library's]",
 )
 @click.option(
-    "--timing-cache", type=click.Path(path_type=Path), default=None, help="tensorrt: file of measured tactics."
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    default=_GPU.timing_cache,
+    help="tensorrt: file of measured tactics.",
 )
-@click.option("--builder-optimization-level", type=Whole(0, 5), help="GPU: the library's.")
+@click.option(
+    "--builder-optimization-level", type=Whole(0, max(get_args(OptimizationLevel))), help="GPU: the library's."
+)
 @click.option(
     "--layers-per-engine",
     type=Whole(1),
-    help="GPU: most layers of one plan; layers that are alike share one.  [default: 1, with --taps all]",
+    help="GPU: most layers of one plan; layers that are alike share one.  "
+    f"[default: {LAYERS_PER_ENGINE}, with --taps all]",
 )
 @click.option(
     "--kernels/--no-kernels",
-    default=True,
-    help="GPU: compile the plugins' kernels; an engine without can be looked at, not run.  [default: kernels]",
+    default=_GPU.kernels,
+    show_default=True,
+    help="GPU: compile the plugins' kernels; an engine without can be looked at, not run.",
 )
 @click.option("--allow-oversize", is_flag=True, help="GPU: build what does not fit; it is marked and does not load.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be built, build nothing.")

@@ -15,6 +15,7 @@ from seekforge.exporter.builder.check_graph import GraphFault, check_graph
 from seekforge.exporter.program.layers import truncate
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.engine.limits import ONE_TOKEN_EACH, range_fault, step_fault
 from seekforge.formats.engine.manifest import MANIFEST, Limits
 from seekforge.formats.program import GraphIO, Program, TensorSpec
 from seekforge.formats.weight_recipes import Recipe
@@ -22,8 +23,6 @@ from seekforge.formats.weight_recipes import Recipe
 if TYPE_CHECKING:
     import onnx
 
-#: Sizes of a step are 31-bit numbers.
-_MOST = 2**31 - 1
 #: Protobuf's own limit.
 _MOST_GRAPH_BYTES = 1 << 31
 
@@ -150,44 +149,38 @@ def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelCon
         )
 
 
-def fit_limits(limits: Limits, config: ModelConfig, asked: Collection[str]) -> Limits:
-    """Return the limits of an engine: what was asked for as it is, a target's own defaults cut to what is possible.
+def fit_limits(limits: Limits, config: ModelConfig, named: Collection[str]) -> Limits:
+    """Return the limits of an engine: those that the user named as they are, others cut to what is possible.
 
     Args:
-        limits: of the target, as changed by the user.
-        config: of the model.
-        asked: the limits that the user named; the others are defaults.
+        limits: the limits of the target, as options changed it.
+        config: the program's config.
+        named: the limits that the user named; the others are the target's defaults.
 
     Raises:
         TargetError: what was asked for cannot be.
     """
-    given = limits.model_dump()
     longest = config.max_position_embeddings
-    if "max_model_len" not in asked:
-        given["max_model_len"] = min(given["max_model_len"], longest)
-    elif not 0 < given["max_model_len"] <= longest:
-        raise TargetError(
-            f"--max-model-len is {given['max_model_len']}, expected 1 to {longest} "
-            "(max_position_embeddings of the model)"
-        )
-    for name, value in given.items():
-        if not 0 < value <= _MOST:
-            bound = "at least 1" if value < 1 else f"at most {_MOST}"
-            raise TargetError(f"--{name.replace('_', '-')} is {value}, expected {bound}")
-    batch, tokens = given["max_batch_size"], given["max_num_batched_tokens"]
-    why = "a decode step has one token of each sequence"
-    if batch > tokens:
-        if "max_num_batched_tokens" not in asked:
+    if "max_model_len" not in named:
+        limits = limits.model_copy(update={"max_model_len": min(limits.max_model_len, longest)})
+    fault = range_fault(limits, longest, _option)
+    if fault is None and limits.max_batch_size > limits.max_num_batched_tokens:
+        batch, tokens = limits.max_batch_size, limits.max_num_batched_tokens
+        if "max_num_batched_tokens" not in named:
             raise TargetError(
-                f"--max-batch-size is {batch}, and --max-num-batched-tokens is {tokens} where nothing is asked: {why}; "
-                f"pass --max-num-batched-tokens {batch} too"
+                f"--max-batch-size is {batch}, and --max-num-batched-tokens is {tokens} where nothing is asked: "
+                f"{ONE_TOKEN_EACH}; pass --max-num-batched-tokens {batch} too"
             )
-        if "max_batch_size" in asked:
-            raise TargetError(
-                f"--max-num-batched-tokens is {tokens}, expected at least --max-batch-size {batch}: {why}"
-            )
-        given["max_batch_size"] = tokens
-    return Limits(**given)
+        if "max_batch_size" not in named:
+            return limits.model_copy(update={"max_batch_size": tokens})
+        fault = step_fault(limits, _option)
+    if fault is not None:
+        raise TargetError(fault)
+    return limits
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def size_words(num_bytes: int) -> str:

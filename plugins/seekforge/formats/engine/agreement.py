@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from seekforge.common.dtypes import NUMPY, itemsize
 from seekforge.common.errors import ConfigError
+from seekforge.formats.engine.limits import MOST, range_fault, step_fault
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO, TensorSpec, role_of
@@ -28,7 +29,6 @@ ROPE_TABLES: Final = ("rope_cos", "rope_sin")
 _CACHE_DTYPES: Final = {"f32": ("f32",), "bf16": ("bf16",), "fp8_ds": ("i8", "u8")}
 #: Roles of outputs that only parity asks for.
 _SHOWN: Final = ("tap", "debug")
-_MOST: Final = 2**31 - 1
 #: What a GPU's account says of one device; the cache is sized by it.
 _DEVICE_BYTES: Final = ("weights", "scratch", "activations", "reserve", "total", "usable")
 
@@ -43,13 +43,13 @@ def disagreement(manifest: Manifest) -> str | None:
 
 
 def _sizes(manifest: Manifest) -> Iterator[str]:
-    limits = manifest.limits.model_dump()
-    for name, value in limits.items():
-        if not 1 <= value <= _MOST:
-            yield f"limits.{name} is {value}, expected 1 to {_MOST}"
     longest = _whole(manifest.config, "max_position_embeddings")
-    if longest is not None and manifest.limits.max_model_len > longest:
-        yield f"limits.max_model_len is {manifest.limits.max_model_len}, config.max_position_embeddings {longest}"
+    for fault in (
+        range_fault(manifest.limits, longest, "limits.{}".format),
+        step_fault(manifest.limits, "limits.{}".format),
+    ):
+        if fault is not None:
+            yield fault
     for graph, face in manifest.graphs.items():
         for spec in face.with_role("table"):
             if spec.name in ROPE_TABLES and spec.shape and int(spec.shape[0]) < manifest.limits.max_model_len:
@@ -59,7 +59,7 @@ def _sizes(manifest: Manifest) -> Iterator[str]:
         yield f"cache.block_size is {manifest.cache.block_size}, the graphs are made for {BLOCK_SIZE}"
     first, last = manifest.layer_range
     layers = _whole(manifest.config, "num_hidden_layers")
-    if not 0 <= first < last <= (layers if layers is not None else _MOST):
+    if not 0 <= first < last <= (layers if layers is not None else MOST):
         yield f"layer_range is {first} to {last}, expected layers of the {layers} in config.num_hidden_layers"
 
 
@@ -102,7 +102,7 @@ def _face(face: GraphIO) -> Iterator[str]:
 def _tensor(spec: TensorSpec) -> Iterator[str]:
     if spec.dtype not in NUMPY:
         yield f"{spec.name!r} has dtype {spec.dtype!r}, expected one of {', '.join(NUMPY)}"
-    if len(spec.shape) > 8 or not all(dim if isinstance(dim, str) else 0 <= dim <= _MOST for dim in spec.shape):
+    if len(spec.shape) > 8 or not all(dim if isinstance(dim, str) else 0 <= dim <= MOST for dim in spec.shape):
         yield f"{spec.name!r} has the shape {list(spec.shape)!r:.100}, expected up to 8 sizes or names of sizes"
     elif spec.role in ("weight", "table") and not all(isinstance(dim, int) for dim in spec.shape):
         yield f"{spec.name!r} is a {spec.role} of the shape {list(spec.shape)}, expected fixed sizes"
@@ -168,7 +168,7 @@ def _vocabulary(manifest: Manifest) -> Iterator[str]:
         said = _whole(manifest.config, key)
         if said is not None and said != getattr(manifest, key):
             yield f"{key} is {getattr(manifest, key)}, config.{key} {said}"
-    if not 1 <= manifest.num_top_logits <= size <= _MOST:
+    if not 1 <= manifest.num_top_logits <= size <= MOST:
         yield f"vocab_size is {size} and num_top_logits {manifest.num_top_logits}, expected at least one and not more"
     said = _whole(manifest.config, "eos_token_id")
     if not manifest.eos_token_ids or said not in (None, *manifest.eos_token_ids):
@@ -221,7 +221,7 @@ def _profiles(manifest: Manifest) -> Iterator[str]:
                     yield f"{where}: the plan has no such input"
                 elif len(bounds) != 3 or any(len(bound) != ranks[tensor] for bound in bounds):
                     yield f"{where}: expected three shapes of {ranks[tensor]} sizes"
-                elif not all(0 <= low <= mid <= high <= _MOST for low, mid, high in zip(*bounds, strict=True)):
+                elif not all(0 <= low <= mid <= high <= MOST for low, mid, high in zip(*bounds, strict=True)):
                     bound_lists = [list(bound) for bound in bounds]
                     yield f"{where} is {bound_lists!r:.200}, expected smallest, typical and largest shape"
     most = manifest.max_cache_blocks() if manifest.profiles else None

@@ -18,6 +18,7 @@ from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, OutputError, ProgramError, TargetError
 from seekforge.common.files import write_json
 from seekforge.exporter.builder.onnxruntime.build import build, check
+from seekforge.exporter.builder.options import BuildOptions
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -25,19 +26,20 @@ from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.engine.verify import verify_files
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.program import load_program
-from seekforge.formats.targets import load_target
+from seekforge.formats.targets import Precision, load_target
 from seekforge.formats.weight_file import WEIGHTS
 
 
 def build_cpu(
-    program: Path, out: Path, checkpoint: Path, max_model_len: int | None = None, precision: str = "f32"
+    program: Path, out: Path, checkpoint: Path, max_model_len: int | None = None, precision: Precision = "f32"
 ) -> None:
+    options = BuildOptions(max_model_len=max_model_len, precision=precision)
     build(
         program,
         out,
-        target=load_target("cpu", [f"precision={precision}"]),
+        target=options.target("cpu"),
         checkpoint_folder=checkpoint,
-        max_model_len=max_model_len,
+        options=options,
         force=False,
         progress=Stages(quiet=True),
     )
@@ -151,20 +153,19 @@ def test_a_folder_that_is_taken_is_said_before_the_weights_are_scanned(
 def test_the_effective_target_lies_beside_the_engine(
     tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    asked = load_target("cpu", ["precision=int8", "limits.max_batch_size=3", "title=mine"])
+    target = load_target("cpu", ["precision=int8", "limits.max_batch_size=3", "limits.max_model_len=512", "title=mine"])
     build(
         tiny_programs["exact"],
         tmp_path / "engine",
-        target=asked,
+        target=target,
         checkpoint_folder=tiny_checkpoint,
-        max_model_len=512,
         force=False,
         progress=Stages(quiet=True),
     )
-    found = load_target(str(tmp_path / "engine" / "target.yaml"))
-    assert found == asked.changed(["limits.max_model_len=512"]), "it can be built from again"
+    effective = load_target(str(tmp_path / "engine" / "target.yaml"))
+    assert effective == target, "it can be built from again"
     manifest = load_manifest(tmp_path / "engine")
-    assert found.limits == manifest.limits
+    assert effective.limits == manifest.limits
     assert "target.yaml" in {file.path for file in manifest.files}
 
 
@@ -173,13 +174,13 @@ def test_the_weights_are_as_large_as_was_said_before_work(
     tiny_programs: dict[str, Path],
     tiny_checkpoint: Path,
     tmp_path: Path,
-    precision: str,
+    precision: Precision,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine, "make_self_check", lambda *args: None)
-    target = load_target("cpu", [f"precision={precision}"])
+    target = load_target("cpu", [f"precision={precision}", "limits.max_model_len=1000"])
     out = tmp_path / "engine"
-    said = check(tiny_programs["fp8"], out, target=target, checkpoint_folder=tiny_checkpoint, max_model_len=1000)
+    said = check(tiny_programs["fp8"], out, target=target, checkpoint_folder=tiny_checkpoint)
     build_cpu(tiny_programs["fp8"], out, tiny_checkpoint, 1000, precision)
     assert (out / WEIGHTS).stat().st_size == said.weight_bytes
 
@@ -208,7 +209,7 @@ def test_a_disk_that_is_too_small_is_said_before_work(
     tiny_checkpoint: Path,
     tmp_path: Path,
     free: int,
-    precision: str,
+    precision: Precision,
     message: str,
 ) -> None:
     _full_disk(monkeypatch, free)

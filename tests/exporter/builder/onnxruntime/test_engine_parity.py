@@ -177,7 +177,6 @@ def layer_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
                 root / f"e{layer}",
                 target=load_target("cpu"),
                 checkpoint_folder=tiny_checkpoint,
-                max_model_len=None,
                 force=False,
                 progress=Stages(quiet=True),
             )

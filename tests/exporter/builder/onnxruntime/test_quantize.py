@@ -27,9 +27,8 @@ def build_cpu(program: Path, out: Path, checkpoint: Path, precision: str) -> Pat
     build(
         program,
         out,
-        target=load_target("cpu", [f"precision={precision}"]),
+        target=load_target("cpu", [f"precision={precision}", "limits.max_model_len=1024"]),
         checkpoint_folder=checkpoint,
-        max_model_len=1024,
         force=False,
         progress=Stages(quiet=True),
     )

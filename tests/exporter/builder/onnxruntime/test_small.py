@@ -35,9 +35,8 @@ def test_a_prefill_of_2048_tokens_stays_under_2_gb_beyond_the_weights(tmp_path: 
     build(
         tmp_path / "program",
         tmp_path / "engine",
-        target=load_target("cpu"),
+        target=load_target("cpu", ["limits.max_model_len=4096"]),
         checkpoint_folder=tmp_path / "ck",
-        max_model_len=4096,
         force=False,
         progress=Stages(quiet=True),
     )

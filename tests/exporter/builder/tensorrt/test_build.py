@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
@@ -16,17 +15,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import onnx
 import pytest
 from click.testing import CliRunner
+from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
 from seekforge.exporter.builder.cli import build as build_command
+from seekforge.exporter.builder.options import BuildOptions, CompilerOptions
 from seekforge.exporter.builder.tensorrt import (
     audit,
     compiler,
@@ -39,15 +41,14 @@ from seekforge.exporter.builder.tensorrt import (
 )
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import (
-    Choices,
+    GpuBuild,
     Inputs,
-    Planned,
     check,
     expected_bytes,
     layers_that_fit,
     open_inputs,
 )
-from seekforge.exporter.builder.tensorrt.compiler import Options, Phases, compile_graph
+from seekforge.exporter.builder.tensorrt.compiler import Phases, compile_graph
 from seekforge.exporter.builder.tensorrt.diagnostics import explain, place
 from seekforge.exporter.builder.tensorrt.graph import prepare, widen_weights
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, pool_blocks, spanning
@@ -83,14 +84,14 @@ def one_layer(tiny_checkpoint: Path, tiny_layers: dict[str, Path]) -> Inputs:
     return open_inputs(tiny_layers["fp8"], tiny_checkpoint)
 
 
-ONE_PLAN = Choices(kernels=False, layers_per_engine=4)
+ONE_PLAN = gpu_options(kernels=False, layers_per_engine=4)
 
 
-def build(inputs: Inputs, target: TargetConfig, out: Path, choices: Choices | None = None) -> Manifest:
+def build(inputs: Inputs, target: TargetConfig, out: Path, options: BuildOptions | None = None) -> Manifest:
     """Build for the decode profile alone, widened to the limits: each more costs a third of the time."""
     target = target.model_copy(update={"profiles": {"decode": target.profiles["decode"]}})
-    choices = choices or Choices(kernels=False)
-    return build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=QUIET)
+    options = options or gpu_options(kernels=False)
+    return build_gpu(inputs, check(inputs, target, options), out, options=options, force=False, progress=QUIET)
 
 
 # --- builds -------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_pat
     """Built without a GPU for a GPU, the engine folder has all that a plugin asks for on that GPU, and only there."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
     engine = tmp_path / "engine"
-    manifest = build(one_layer, load_target("rtx4090"), engine, Choices())
+    manifest = build(one_layer, load_target("rtx4090"), engine, gpu_options())
     check_complete(engine, manifest)
     check_loadable(engine, manifest, sm=89, versions=manifest.runtime_versions)
     verify_files(engine, manifest, full=True)
@@ -217,7 +218,7 @@ def test_without_the_compiler_of_kernels_a_build_says_so_before_it_works(
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(EnvironmentFault, match=r"triton is not installed.*--no-kernels"):
-        build(one_layer, load_target("rtx4090"), tmp_path / "engine", Choices())
+        build(one_layer, load_target("rtx4090"), tmp_path / "engine", gpu_options())
     assert not list(tmp_path.iterdir())
 
 
@@ -231,7 +232,7 @@ def test_without_the_compiler_of_kernels_a_build_says_so_before_it_works(
 )
 def test_a_model_in_several_plans(inputs: Inputs, tmp_path: Path, most: int | None, files: list[str]) -> None:
     manifest = build(
-        inputs, load_target("rtx4090"), tmp_path / "engine", Choices(kernels=False, layers_per_engine=most)
+        inputs, load_target("rtx4090"), tmp_path / "engine", gpu_options(kernels=False, layers_per_engine=most)
     )
     stages = manifest.stages["model"]
     assert [stage.file for stage in stages] == files
@@ -267,8 +268,8 @@ def test_the_audit_is_the_same_however_the_model_is_cut(inputs: Inputs, tmp_path
     """But for the memory of what each layer of a plan chooses."""
     found = []
     for most in (1, 4):
-        choices = Choices(kernels=False, layers_per_engine=most)
-        audit = build(inputs, load_target("rtx4090"), tmp_path / str(most), choices).audit
+        options = gpu_options(kernels=False, layers_per_engine=most)
+        audit = build(inputs, load_target("rtx4090"), tmp_path / str(most), options).audit
         assert audit is not None
         found.append(audit)
     cut, whole = found
@@ -293,7 +294,7 @@ def test_one_plan_for_ampere_carries_fp8_as_bytes(one_layer: Inputs, tmp_path: P
 def test_functions_are_inlined_where_plugins_are_not_wanted(inputs: Inputs, tmp_path: Path) -> None:
     """The whole model: what compiles as one layer need not compile as four."""
     target = load_target("rtx5090", ["precision=bf16", "kv_format=bf16"])
-    manifest = build(inputs, target, tmp_path / "engine", Choices(plugins="none"))
+    manifest = build(inputs, target, tmp_path / "engine", gpu_options(plugins="none"))
     assert manifest.audit is not None
     assert not any("PLUGIN_V3" in layers for layers in manifest.audit.layers.values())
     assert manifest.capturable and all(manifest.capturable.values()), "loops over experts are captured too"
@@ -384,7 +385,7 @@ def test_when_a_plan_fails_the_others_are_stopped(
 
 
 def test_a_failing_node_is_named_by_its_place(one_layer: Inputs, tmp_path: Path) -> None:
-    planned = check(one_layer, load_target("rtx4090"), Choices())
+    planned = check(one_layer, load_target("rtx4090"), gpu_options())
     canonical = onnx.load(one_layer.folder / "model.onnx")
     for value in canonical.graph.input:
         if value.name == "layers.1.self_attn.o_proj.weight":
@@ -398,14 +399,14 @@ def test_a_failing_node_is_named_by_its_place(one_layer: Inputs, tmp_path: Path)
             plugins=ready.plugins,
             sms=[89],
             profiles=[],
-            options=Options(),
+            options=CompilerOptions(),
             log=tmp_path / "build.log",
         )
     assert (tmp_path / "build.log").stat().st_size > 0
 
 
 def test_an_operator_that_was_not_taken_as_plugin_is_an_error(one_layer: Inputs, tmp_path: Path) -> None:
-    planned = check(one_layer, load_target("rtx4090"), Choices())
+    planned = check(one_layer, load_target("rtx4090"), gpu_options())
     ready = prepare(
         onnx.load(one_layer.folder / "model.onnx"),
         planned.how,
@@ -422,7 +423,7 @@ def test_an_operator_that_was_not_taken_as_plugin_is_an_error(one_layer: Inputs,
             plugins=ready.plugins | {"MoeRoute": 2},
             sms=[89],
             profiles=[],
-            options=Options(),
+            options=CompilerOptions(),
             log=tmp_path / "build.log",
         )
 
@@ -445,28 +446,28 @@ def test_tensorrt_says_where_to_build(one_layer: Inputs, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "choices", "message"),
+    ("settings", "options", "message"),
     [
-        ((), Choices(plugins="none"), "--precision fp8 needs BlockFp8Linear and MoeExperts as plugin"),
-        (("precision=bf16",), Choices(plugins="none"), "fp8_ds is read and written by plugins only"),
-        (("limits.max_model_len=1000000",), Choices(), "the model ends at 163840"),
-        (("limits.max_model_len=0",), Choices(), "--max-model-len is 0, expected at least 1"),
-        (("limits.max_batch_size=4096",), Choices(), "expected at least --max-batch-size 4096"),
-        (("gpu.memory_gib=2.05",), Choices(), r"needs 2\.\d GiB.*pass --max-model-len \d+ at most"),
-        (("gpu.memory_gib=1",), Choices(), "of it .* of weights; not one layer fits"),
+        ((), gpu_options(plugins="none"), "--precision fp8 needs BlockFp8Linear and MoeExperts as plugin"),
+        (("precision=bf16",), gpu_options(plugins="none"), "fp8_ds is read and written by plugins only"),
+        (("limits.max_model_len=1000000",), gpu_options(), "--max-model-len is 1000000, expected 1 to 163840"),
+        (("limits.max_model_len=0",), gpu_options(), "--max-model-len is 0, expected 1 to 163840"),
+        (("limits.max_batch_size=4096",), gpu_options(), "pass --max-num-batched-tokens 4096 too"),
+        (("gpu.memory_gib=2.05",), gpu_options(), r"needs 2\.\d GiB.*pass --max-model-len \d+ at most"),
+        (("gpu.memory_gib=1",), gpu_options(), "of it .* of weights; not one layer fits"),
     ],
 )
-def test_refusals(inputs: Inputs, settings: tuple[str, ...], choices: Choices, message: str) -> None:
+def test_refusals(inputs: Inputs, settings: tuple[str, ...], options: BuildOptions, message: str) -> None:
     with pytest.raises(TargetError, match=message):
-        check(inputs, load_target("rtx4090", settings), choices)
+        check(inputs, load_target("rtx4090", settings), replace(options, settings=settings))
 
 
 def test_the_number_that_would_work_works(inputs: Inputs) -> None:
     small = ["gpu.memory_gib=2.05"]
     with pytest.raises(TargetError) as caught:
-        check(inputs, load_target("rtx4090", small), Choices())
+        check(inputs, load_target("rtx4090", small), gpu_options())
     fits = str(caught.value).partition("--max-model-len ")[2].partition(" ")[0]
-    planned = check(inputs, load_target("rtx4090", [*small, f"limits.max_model_len={fits}"]), Choices())
+    planned = check(inputs, load_target("rtx4090", [*small, f"limits.max_model_len={fits}"]), gpu_options())
     assert not planned.oversize
 
 
@@ -500,11 +501,11 @@ def test_layers_that_fit_count_what_the_ends_hold_beside_them(inputs: Inputs) ->
     device = expected_bytes(inputs, load_target("rtx4090", small), load_target("rtx4090", small).limits, 1)
     there = device["total"] - device["weights"] - device["cache"] + device["cache"] + stages[1, 3]
     with pytest.raises(TargetError, match="; at most 2 of its 4 layers fit: export stages with --layers"):
-        check(inputs, load_target("rtx4090", [*small, f"gpu.memory_gib={there / 0.98 / 2**30}"]), Choices())
+        check(inputs, load_target("rtx4090", [*small, f"gpu.memory_gib={there / 0.98 / 2**30}"]), gpu_options())
 
 
 def test_oversize_is_built_only_when_asked(inputs: Inputs) -> None:
-    planned = check(inputs, load_target("rtx4090", ["gpu.memory_gib=1"]), Choices(allow_oversize=True))
+    planned = check(inputs, load_target("rtx4090", ["gpu.memory_gib=1"]), gpu_options(allow_oversize=True))
     assert planned.oversize
 
 
@@ -520,7 +521,7 @@ def test_the_program_must_carry_what_is_asked(
 ) -> None:
     exact = open_inputs(tiny_programs["exact"], None)
     with pytest.raises(TargetError, match=message):
-        check(exact, load_target("rtx4090", settings), Choices())
+        check(exact, load_target("rtx4090", settings), gpu_options())
 
 
 @pytest.mark.parametrize(
@@ -534,15 +535,15 @@ def test_the_program_must_carry_what_is_asked(
     ],
 )
 def test_an_operator_refuses_sizes_it_cannot_do(inputs: Inputs, change: dict[str, int], message: str) -> None:
-    bent = dataclasses.replace(inputs, config=inputs.config.model_copy(update=change))
+    bent = replace(inputs, config=inputs.config.model_copy(update=change))
     with pytest.raises(TargetError, match=message):
-        check(bent, load_target("rtx4090"), Choices(plugins="all"))
+        check(bent, load_target("rtx4090"), gpu_options(plugins="all"))
 
 
 def test_auto_inlines_what_has_no_plugin(inputs: Inputs) -> None:
     config = inputs.config.model_copy(update={"n_routed_experts": 160, "n_group": 8})
-    bent = dataclasses.replace(inputs, config=config)
-    planned = check(bent, load_target("rtx4090"), Choices())
+    bent = replace(inputs, config=config)
+    planned = check(bent, load_target("rtx4090"), gpu_options())
     assert planned.inlined == ("MoeRoute",)
 
 
@@ -669,11 +670,11 @@ def test_a_pool_is_no_larger_than_a_tensor_can_count(inputs: Inputs) -> None:
 
 
 @pytest.fixture(scope="module")
-def planned(inputs: Inputs) -> Planned:
-    return check(inputs, load_target("rtx4090"), Choices())
+def planned(inputs: Inputs) -> GpuBuild:
+    return check(inputs, load_target("rtx4090"), gpu_options())
 
 
-def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: Planned) -> None:
+def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: GpuBuild) -> None:
     """The FLOPs of the graph's products are those of the formulas, over main model and MTP module."""
     from seekforge.exporter.sizing.memory import attention_flops, layer_matrices, linear_flops
 
@@ -709,7 +710,7 @@ def test_no_plan_converts_a_weight_in_every_step(inputs: Inputs, plugins: Litera
     """What is only multiplied keeps its two bytes where a plugin multiplies it; all else that is read as f32 is f32,
     and what converts it is the recipe. Memory is counted like that."""
     target = load_target("rtx4090", ["precision=bf16", "kv_format=bf16"])
-    planned = check(inputs, target, Choices(plugins=plugins))
+    planned = check(inputs, target, gpu_options(plugins=plugins))
     for name, graph in inputs.graphs.items():
         wide, linears = planned.wide[name], planned.bf16_linears.get(name, set())
         ready = prepare(
@@ -738,7 +739,7 @@ def test_no_plan_converts_a_weight_in_every_step(inputs: Inputs, plugins: Litera
     recipes = gpu_manifest.engine_bindings(inputs, planned.how, planned.wide)
     dtype = "bf16" if plugins == "all" else "f32"
     assert {recipes[name]["lm_head.weight"].dtype for name in inputs.graphs} == {dtype}
-    whole = check(inputs, target, Choices()).device_bytes["weights"]
+    whole = check(inputs, target, gpu_options()).device_bytes["weights"]
     more = sum(
         2 * math.prod(map(int, inputs.program.graphs[graph].named(one).shape))
         for graph, names in inputs.bf16_linears.items()
@@ -768,7 +769,7 @@ def test_a_weight_that_something_else_reads_too_keeps_its_type() -> None:
     onnx.checker.check_model(graph, full_check=True)
 
 
-def test_expected_weights_are_those_of_the_planner(inputs: Inputs, planned: Planned) -> None:
+def test_expected_weights_are_those_of_the_planner(inputs: Inputs, planned: GpuBuild) -> None:
     from seekforge.exporter.sizing.memory import weight_bytes
 
     tables = {

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt import worker
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import check, open_inputs
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
@@ -39,14 +40,14 @@ def test_every_kind_of_layer_is_capturable_at_real_width(tmp_path: Path) -> None
     new_sparse_checkpoint(checkpoint, preset)
     export(checkpoint, program, numerics=NUMERICS["fp8"])
     inputs = open_inputs(program, checkpoint)
-    choices = Choices(plugins="all", allow_oversize=True, kernels=False)
+    options = gpu_options(plugins="all", allow_oversize=True, kernels=False)
     target = load_target("rtx5090")
     target = target.model_copy(update={"profiles": {"decode": target.profiles["decode"]}})
     manifest = build_gpu(
         inputs,
-        check(inputs, target, choices),
+        check(inputs, target, options),
         tmp_path / "engine",
-        choices=choices,
+        options=options,
         force=False,
         progress=Stages(quiet=True),
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from seekforge.exporter.builder.tensorrt.compiler import Options, compile_graph
+from seekforge.exporter.builder.options import CompilerOptions
+from seekforge.exporter.builder.tensorrt.compiler import compile_graph
 from seekforge.exporter.builder.tensorrt.graph import prepare
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.models.deepseek_v32.step import Settings
@@ -65,7 +66,7 @@ def test_a_layer_of_a_rank_builds_with_plugins_and_collectives(tmp_path: Path) -
         plugins=ready.plugins,
         sms=RTX_SMS,
         profiles=[shapes],
-        options=Options(),
+        options=CompilerOptions(),
         log=tmp_path / "log",
     )
     assert made.layers["DIST_COLLECTIVE"] == ready.collectives

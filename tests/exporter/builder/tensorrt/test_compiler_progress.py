@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.support.build_options import gpu_options
 
 from seekforge.exporter.builder.tensorrt import worker
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import check, open_inputs
 from seekforge.exporter.builder.tensorrt.compiler import Phases
 from seekforge.formats.targets import load_target
 
@@ -106,9 +107,9 @@ def test_progress_of_a_real_build_rises_to_its_end(
     tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    inputs, choices, bar = open_inputs(tiny_programs["fp8"], tiny_checkpoint), Choices(kernels=False), Bar()
-    planned = check(inputs, load_target("rtx4090"), choices)
-    build_gpu(inputs, planned, tmp_path / "engine", choices=choices, force=False, progress=bar)
+    inputs, options, bar = open_inputs(tiny_programs["fp8"], tiny_checkpoint), gpu_options(kernels=False), Bar()
+    planned = check(inputs, load_target("rtx4090"), options)
+    build_gpu(inputs, planned, tmp_path / "engine", options=options, force=False, progress=bar)
     (seen,) = bar.seen
     assert seen == sorted(seen)
     assert seen[-1] == 1.0

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import check, open_inputs
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
 from seekforge.formats.numerics import NUMERICS
@@ -18,7 +19,7 @@ from seekforge.formats.targets import RTX_SMS, load_target
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytestmark = pytest.mark.slow
 
-CHOICES = Choices(plugins="all", allow_oversize=True, kernels=False)
+OPTIONS = gpu_options(plugins="all", allow_oversize=True, kernels=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def moe_layer(checkpoint: Path) -> Path:
 @pytest.mark.parametrize("sm", RTX_SMS)
 def test_one_layer_at_real_width(checkpoint: Path, moe_layer: Path, sm: int, tmp_path: Path) -> None:
     inputs = open_inputs(moe_layer, checkpoint)
-    planned = check(inputs, load_target("rtx4090", [f"sm={sm}"]), CHOICES)
+    planned = check(inputs, load_target("rtx4090", [f"sm={sm}"]), OPTIONS)
     manifest = build_gpu(
-        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+        inputs, planned, tmp_path / "engine", options=OPTIONS, force=False, progress=Stages(quiet=True)
     )
     assert manifest.audit is not None
     assert manifest.audit.layers["model"]["PLUGIN_V3"] == sum(inputs.ops.values())
@@ -56,9 +57,9 @@ def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
     if not program.exists():
         export(checkpoint, program, numerics=NUMERICS["fp8"])
     inputs = open_inputs(program, checkpoint)
-    planned = check(inputs, load_target(name), CHOICES)
+    planned = check(inputs, load_target(name), OPTIONS)
     manifest = build_gpu(
-        inputs, planned, tmp_path / "engine", choices=CHOICES, force=False, progress=Stages(quiet=True)
+        inputs, planned, tmp_path / "engine", options=OPTIONS, force=False, progress=Stages(quiet=True)
     )
     audit = manifest.audit
     assert audit is not None and audit.oversize and audit.inlined == {}

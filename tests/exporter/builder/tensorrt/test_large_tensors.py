@@ -7,14 +7,15 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
+from tests.support.build_options import gpu_options
 
 from seekforge.common.errors import TargetError
-from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
 from seekforge.formats.targets import load_target
 from seekforge.plugins.tensorrt.library import large_tensor_fault
 
 W13 = "layers.1.mlp.experts.w13"
-CHOICES = Choices(allow_oversize=True, kernels=False)
+OPTIONS = gpu_options(allow_oversize=True, kernels=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_an_old_tensorrt_is_refused_with_tensor_count_and_remedy(
     pretend(monkeypatch, "tensorrt", version)
     large = with_shape(inputs, W13, (256, 4096, 7168))
     with pytest.raises(TargetError) as raised:
-        check(large, load_target("h100"), CHOICES)
+        check(large, load_target("h100"), OPTIONS)
     said = str(raised.value)
     assert said == (
         f"target h100: {W13} [256, 4096, 7168] has 7516192768 elements, tensorrt {version} takes at most 2147483647 "
@@ -67,16 +68,16 @@ def test_a_new_tensorrt_takes_it_and_of_none_nothing_is_known(
     inputs: Inputs, version: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, "tensorrt", version)
-    assert check(with_shape(inputs, W13, (256, 4096, 7168)), load_target("h100"), CHOICES).plugins
+    assert check(with_shape(inputs, W13, (256, 4096, 7168)), load_target("h100"), OPTIONS).plugins
 
 
 def test_small_models_build_with_the_oldest_version(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "tensorrt", "10.15.1.29")
-    assert check(inputs, load_target("h100"), CHOICES).plugins
+    assert check(inputs, load_target("h100"), OPTIONS).plugins
 
 
 def test_tensorrt_rtx_takes_it(inputs: Inputs) -> None:
-    assert check(with_shape(inputs, W13, (256, 4096, 7168)), load_target("rtx5090"), CHOICES).plugins
+    assert check(with_shape(inputs, W13, (256, 4096, 7168)), load_target("rtx5090"), OPTIONS).plugins
 
 
 def test_results_that_grow_with_the_limits_are_counted_at_their_largest(
@@ -85,9 +86,9 @@ def test_results_that_grow_with_the_limits_are_counted_at_their_largest(
     """Logits of every row of a step may be asked for."""
     pretend(monkeypatch, "tensorrt", "10.15.1.29")
     wide = with_shape(inputs, "logits", ("N", 1_000_000))
-    assert check(wide, load_target("h100", ["limits.max_num_batched_tokens=2147"]), CHOICES).plugins
+    assert check(wide, load_target("h100", ["limits.max_num_batched_tokens=2147"]), OPTIONS).plugins
     with pytest.raises(TargetError, match=r"logits \[2148, 1000000\] has 2148000000 elements"):
-        check(wide, load_target("h100", ["limits.max_num_batched_tokens=2148"]), CHOICES)
+        check(wide, load_target("h100", ["limits.max_num_batched_tokens=2148"]), OPTIONS)
 
 
 @pytest.mark.parametrize(("shape", "refused"), [((2**31 - 1,), False), ((2**31,), True), ((2**16, 2**15), True)])

@@ -9,11 +9,12 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
+from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt import build as gpu_engine
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import check, open_inputs
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.program.export import export
@@ -26,7 +27,7 @@ from seekforge.formats.targets import TargetConfig, load_target
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-CHOICES = Choices(plugins="all", allow_oversize=True, kernels=False)
+OPTIONS = gpu_options(plugins="all", allow_oversize=True, kernels=False)
 #: By how much the planner may be above what plans say.
 FACTOR = 2
 
@@ -61,8 +62,8 @@ def decoding(batch: int, queries: int = 1) -> TargetConfig:
 def built(program: Path, target: TargetConfig, out: Path) -> tuple[Manifest, int]:
     """Return the manifest of an engine, and the bytes that the planner expected of what its plans share."""
     inputs = open_inputs(program, None)
-    planned = check(inputs, target, CHOICES)
-    manifest = build_gpu(inputs, planned, out, choices=CHOICES, force=True, progress=Stages(quiet=True))
+    planned = check(inputs, target, OPTIONS)
+    manifest = build_gpu(inputs, planned, out, options=OPTIONS, force=True, progress=Stages(quiet=True))
     work = Workload(target.limits.max_model_len, target.limits.max_batch_size)
     beside = logits_bytes(inputs.config, Parallelism(), work)
     return manifest, planned.device_bytes["scratch"] + planned.device_bytes["activations"] - beside

@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Choices, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import check, open_inputs
 from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -166,8 +167,8 @@ def test_a_real_gpu_answers_as_pytorch_does(
         pytest.skip(f"no target of {backend} for a GPU of sm{sm}")
     checkpoint = request.getfixturevalue("tiny_checkpoint")
     inputs = open_inputs(request.getfixturevalue("tiny_programs")["fp8"], checkpoint)
-    choices = Choices(layers_per_engine=most_layers)
+    options = gpu_options(layers_per_engine=most_layers)
     out, progress = tmp_path / "engine", Stages(quiet=True)
-    build_gpu(inputs, check(inputs, target, choices), out, choices=choices, force=False, progress=progress)
+    build_gpu(inputs, check(inputs, target, options), out, options=options, force=False, progress=progress)
     oracle, vocab_size, tolerance = pytorch(checkpoint)
     assert judge(out, oracle, vocab_size, drafts=drafts, tolerance=tolerance, most_wrong=0.05) > 0.2

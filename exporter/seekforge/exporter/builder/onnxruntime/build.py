@@ -12,11 +12,9 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import onnx
 
@@ -28,6 +26,8 @@ from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.builder.onnxruntime.quantize import choose
 from seekforge.exporter.builder.onnxruntime.self_check import make_self_check
+from seekforge.exporter.builder.options import DEFAULTS, BuildOptions
+from seekforge.exporter.builder.progress import BuildProgress
 from seekforge.exporter.builder.request import (
     check_program,
     check_same_model,
@@ -65,16 +65,6 @@ _F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
 _PRECISIONS: tuple[Precision, ...] = ("f32", "int8", "int4")
 
 
-class Progress(Protocol):
-    """What `build` tells about its work; `plugins.console.Stages` is one."""
-
-    def __call__(self, stage: str) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def bytes_bar(self, stage: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
-
-
 @dataclass(frozen=True)
 class Built:
     """What `build` wrote."""
@@ -85,15 +75,17 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What will be built: the result of all checks, before any work.
+class CpuBuild:
+    """What will be built for a CPU: the result of all checks, before any work.
 
     Attributes:
-        config: of the program.
-        whole: config of the checkpoint.
+        program, bindings: the program.
+        config: the program's config.
+        whole: the checkpoint's config, of all layers.
+        limits: the limits of the engine.
         coded: which weights become codes; None: none.
-        weight_bytes: that the engine will hold.
-        free_bytes: of the disk that it will lie on.
+        weight_bytes: bytes of weights that the engine will hold.
+        free_bytes: what is free on the disk where the engine will lie.
         warning: what the engine will meet on this machine; empty: nothing.
     """
 
@@ -109,15 +101,9 @@ class Planned:
 
 
 def check(
-    program_folder: Path,
-    out: Path,
-    *,
-    target: TargetConfig,
-    checkpoint_folder: Path,
-    max_model_len: int | None = None,
-    asked: Collection[str] = (),
-) -> Planned:
-    """Decide what will be built, or refuse with one sentence that names what would work. Arguments as in `build`."""
+    program_folder: Path, out: Path, *, target: TargetConfig, checkpoint_folder: Path, options: BuildOptions = DEFAULTS
+) -> CpuBuild:
+    """Decide what will be built, or refuse with one sentence that names what would work. Arguments as of `build`."""
     if target.backend != "onnxruntime":
         raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
     program = load_program(program_folder)
@@ -129,16 +115,13 @@ def check(
         whole = opened.config
         check_same_model(program, config, whole, checkpoint_folder)
         check_takes(bindings, opened.checkpoint, program_folder)
-    limits = target.limits
-    if max_model_len is not None:
-        limits, asked = limits.model_copy(update={"max_model_len": max_model_len}), {*asked, "max_model_len"}
-    limits = fit_limits(limits, config, asked)
+    limits = fit_limits(target.limits, config, options.named_limits)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     sizes = {name: layer_bytes(bindings, _coded(name, config), limits.max_model_len) for name in _PRECISIONS}
     needed = sum(sizes[target.precision].values())
     if needed > free:
-        raise OutputError(_what_would_fit(program, target.precision, sizes, free, place))
+        raise OutputError(_disk_refusal(program, target.precision, sizes, free, place))
     memory = _memory_bytes()
     warning = ""
     if memory is not None and needed > memory:
@@ -146,7 +129,7 @@ def check(
             f"the weights are {size_words(needed)} and this machine has {size_words(memory)} of memory: here the "
             "engine will run at the speed of the disk, if at all"
         )
-    return Planned(program, bindings, config, whole, limits, _coded(target.precision, config), needed, free, warning)
+    return CpuBuild(program, bindings, config, whole, limits, _coded(target.precision, config), needed, free, warning)
 
 
 def _coded(precision: Precision, config: ModelConfig) -> Quantization | None:
@@ -171,7 +154,7 @@ def layer_bytes(
         coded: which weights become codes.
         max_model_len: rows of the RoPE tables.
     """
-    found: dict[int | None, int] = defaultdict(int)
+    sizes: dict[int | None, int] = defaultdict(int)
     stored: dict[str, list[Recipe]] = defaultdict(list)
     for recipes in bindings.values():
         for name, recipe in recipes.items():
@@ -182,8 +165,8 @@ def layer_bytes(
             stored[name].append(recipe)
             parts = name.split(".")
             layer = int(parts[1]) if parts[0] == "layers" else None
-            found[layer] += sum(map(_aligned, _constant_bytes(name, recipe, coded, max_model_len)))
-    return dict(found)
+            sizes[layer] += sum(map(_aligned, _constant_bytes(name, recipe, coded, max_model_len)))
+    return dict(sizes)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -201,7 +184,7 @@ def _constant_bytes(name: str, recipe: Recipe, coded: Quantization | None, max_m
     return [elements * bits // 8, elements // coded.block_size * 4]
 
 
-def _what_would_fit(
+def _disk_refusal(
     program: Program, precision: Precision, sizes: Mapping[str, dict[int | None, int]], free: int, place: Path
 ) -> str:
     """Say by how much an engine does not fit on the disk, and what would."""
@@ -238,24 +221,21 @@ def build(
     *,
     target: TargetConfig,
     checkpoint_folder: Path,
-    max_model_len: int | None,
+    options: BuildOptions = DEFAULTS,
     force: bool,
-    progress: Progress,
-    taps: bool = False,
-    asked: Collection[str] = (),
+    progress: BuildProgress,
 ) -> Built:
     """Build an engine folder.
 
     Args:
-        program_folder: written by `export`.
-        out: folder to make.
-        target: what to build for.
-        checkpoint_folder: the weights; must have the program's config.
-        max_model_len: longest sequence that the engine accepts; None takes the target's.
+        program_folder: a program, written by `export`.
+        out: the folder to make.
+        target: the target as options changed it.
+        checkpoint_folder: the weights; it must have the program's config.
+        options: the options of the build: here its limits, and whether the graphs also give the tensors inside each
+            layer, for `parity`.
         force: replace an engine that stands at `out`.
         progress: told each stage.
-        taps: the graphs also give the tensors inside each layer, for `parity`.
-        asked: limits of the target that a user named; the others are defaults, which are cut to what the model has.
 
     Raises:
         ProgramError, CheckpointError: program or weights are damaged or do not belong together.
@@ -264,29 +244,24 @@ def build(
         OutputError: `out` cannot be written, or the disk is too small.
     """
     progress("read program and checkpoint")
-    planned = check(
-        program_folder,
-        out,
-        target=target,
-        checkpoint_folder=checkpoint_folder,
-        max_model_len=max_model_len,
-        asked=asked,
-    )
-    if planned.warning:
-        progress.say(planned.warning)
-    program, bindings, config = planned.program, planned.bindings, planned.config
-    limits, coded = planned.limits, planned.coded
+    checked = check(program_folder, out, target=target, checkpoint_folder=checkpoint_folder, options=options)
+    if checked.warning:
+        progress.say(checked.warning)
+    program, bindings, config = checked.program, checked.bindings, checked.config
+    limits, coded = checked.limits, checked.coded
     with (
         Checkpoint.open(checkpoint_folder) as checkpoint,
         atomic_folder(out, force=force, marker=MANIFEST) as folder,
     ):
         with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
-            scan_values(checkpoint, planned.whole, names=_read_tensors(program, bindings, checkpoint), progress=bar)
+            scan_values(checkpoint, checked.whole, names=_read_tensors(program, bindings, checkpoint), progress=bar)
         progress("specialize and fold")
         weights = WeightFile(WEIGHTS)
         graphs = {
-            name: _fold_graph(program_folder, face, bindings[name], config, F32, coded, limits, weights, taps)
-            for name, face in program.graphs.items()
+            name: _fold_graph(
+                program_folder, canonical, bindings[name], config, F32, coded, limits, weights, options.taps
+            )
+            for name, canonical in program.graphs.items()
         }
         with progress.bytes_bar("dequantize weights" if coded is None else f"{target.precision} weights") as bar:
             weights.write(folder, checkpoint, bar)
@@ -305,7 +280,7 @@ def build(
             bindings=dict(zip(graphs, weights.attached, strict=True)),
             files=[*(graph.file for graph in described.values()), WEIGHTS],
             versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
-            options={"activations": "f32", "precision": target.precision, "taps": taps},
+            options={"activations": "f32", "precision": target.precision, "taps": options.taps},
             self_check=self_check,
             quantization=coded,
         )
@@ -325,7 +300,7 @@ def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]], chec
 
 def _fold_graph(
     program_folder: Path,
-    face: GraphIO,
+    canonical: GraphIO,
     recipes: dict[str, Recipe],
     config: ModelConfig,
     how: Specialization,
@@ -336,7 +311,7 @@ def _fold_graph(
 ) -> onnx.ModelProto:
     """Load, check, specialize and fold one graph; bodies are inlined, so that it holds operators of ONNX and
     ONNX Runtime only."""
-    model = specialize(read_graph(program_folder, face), how, config)
+    model = specialize(read_graph(program_folder, canonical), how, config)
     names = name_taps(model)
     if taps:
         expose(model, names)

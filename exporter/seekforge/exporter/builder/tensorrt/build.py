@@ -12,10 +12,10 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx
 
@@ -23,8 +23,10 @@ from seekforge.common.cores import usable_cores
 from seekforge.common.errors import EngineError
 from seekforge.common.files import atomic_folder, sha256_file
 from seekforge.exporter.builder.engine_writer import write_engine
+from seekforge.exporter.builder.options import BuildOptions
+from seekforge.exporter.builder.progress import BuildProgress
 from seekforge.exporter.builder.tensorrt import audit
-from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, Planned, block_bytes
+from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, block_bytes
 from seekforge.exporter.builder.tensorrt.compiler import Compiled, compile_graph
 from seekforge.exporter.builder.tensorrt.dedupe import Form, form_of
 from seekforge.exporter.builder.tensorrt.graph import Prepared, debug_specs, prepare
@@ -46,16 +48,8 @@ from seekforge.plugins.tensorrt.library import installed_version
 LOG = "build.log"
 
 
-class Progress(Protocol):
-    """What a build tells about its work; `plugins.console.Stages` is one."""
-
-    def __call__(self, stage: str) -> None: ...
-
-    def steps_bar(self, stage: str) -> AbstractContextManager[Callable[[float], None]]: ...
-
-
 def build_gpu(
-    inputs: Inputs, planned: Planned, out: Path, *, choices: Choices, force: bool, progress: Progress
+    inputs: Inputs, checked: GpuBuild, out: Path, *, options: BuildOptions, force: bool, progress: BuildProgress
 ) -> Manifest:
     """Build the engine folder `out`.
 
@@ -65,9 +59,9 @@ def build_gpu(
         OutputError: `out` cannot be written.
         ShapeError, TargetError: there are no kernels for the model's sizes, or one does not compile.
     """
-    target, program = planned.target, inputs.program
-    tasks = kernel_tasks(program, inputs.config, target, planned.plugins) if choices.kernels else []
-    digests = dict.fromkeys(planned.plugins, NO_KERNELS) | digests_of(tasks)
+    target, program = checked.target, inputs.program
+    tasks = kernel_tasks(program, inputs.config, target, checked.plugins) if options.tensorrt.kernels else []
+    digests = dict.fromkeys(checked.plugins, NO_KERNELS) | digests_of(tasks)
     parts = Parts(out.parent / f".{out.name}.parts")
     lost_log = out.parent / f"{out.name}.{LOG}"
     made = Made(profiles={name: {} for name in target.profiles})
@@ -75,8 +69,8 @@ def build_gpu(
         jobs = []
         for name, canonical in program.graphs.items():
             progress(f"{name}: specialize")
-            jobs += _jobs(name, canonical, inputs, planned, choices, digests)
-        _compile(jobs, target, choices, folder, parts, made, progress)
+            jobs += _jobs(name, canonical, inputs, checked, options, digests)
+        _compile(jobs, target, options, folder, parts, made, progress)
         if tasks:  # after the plans: a library or a GPU that is missing is said before minutes of work
             made.kernels = compile_kernels(tasks, folder, progress.steps_bar)
         for name, canonical in program.graphs.items():
@@ -89,9 +83,9 @@ def build_gpu(
             with progress.steps_bar("digest weights") as advance:
                 _digest_weights(inputs, Path(inputs.weights.path), folder, advance)
         progress("audit, write")
-        audited = make_audit(inputs, planned, made)
+        audited = make_audit(inputs, checked, made)
         audit.require_precision(audited.products, f"--precision {target.precision}", target.products)
-        engine = engine_parts(inputs, planned, choices, folder, made, audited, digests)
+        engine = engine_parts(inputs, checked, options, folder, made, audited, digests)
         manifest = write_engine(folder, engine, program_folder=inputs.folder, program=program, config=inputs.config)
     parts.drop()
     lost_log.unlink(missing_ok=True)
@@ -152,40 +146,40 @@ def _jobs(
     name: str,
     canonical: GraphIO,
     inputs: Inputs,
-    planned: Planned,
-    choices: Choices,
+    checked: GpuBuild,
+    options: BuildOptions,
     digests: dict[str, str],
 ) -> list[Job]:
     """Return what must be compiled for one graph: one plan, or one for every kind of layer range."""
-    target, config = planned.target, inputs.config
-    budget = planned.device_bytes["usable"] - sum(
-        planned.device_bytes[key] for key in ("weights", "scratch", "activations", "reserve")
+    target, config = checked.target, inputs.config
+    budget = checked.device_bytes["usable"] - sum(
+        checked.device_bytes[key] for key in ("weights", "scratch", "activations", "reserve")
     )
     per_block = block_bytes(inputs.program, config, target.kv_format)
     jobs: dict[str, Job] = {}
     forms: dict[str, Form] = {}
-    for number, (plan, graph) in enumerate(_ranges(name, inputs, choices.most_layers)):
-        form = form_of(graph, planned.wide[name])
+    for number, (plan, graph) in enumerate(_ranges(name, inputs, options.layers_per_plan)):
+        form = form_of(graph, checked.wide[name])
         if form.digest in jobs:
             names = dict(zip(forms[form.digest].names, form.names, strict=True))
             jobs[form.digest].stages.append(Stage(number, names))
             continue
         ready = prepare(
             graph,
-            planned.how,
+            checked.how,
             config,
-            plugins=planned.plugins,
+            plugins=checked.plugins,
             products=target.products,
             digests=digests,
-            taps=choices.taps,
-            weights=planned.wide[name],
-            bf16_linears=planned.bf16_linears.get(name, ()),
+            taps=options.taps,
+            weights=checked.wide[name],
+            bf16_linears=checked.bf16_linears.get(name, ()),
         )
         described = _describe(ready.model, canonical, f"{plan}.plan")
-        blocks = pool_blocks(described, planned.limits, budget, per_block)
+        blocks = pool_blocks(described, checked.limits, budget, per_block)
         bounds = {
-            label: shapes(described, axis_bounds(profile, planned.limits, pool_blocks=blocks))
-            for label, profile in spanning(target.profiles, planned.limits).items()
+            label: shapes(described, axis_bounds(profile, checked.limits, pool_blocks=blocks))
+            for label, profile in spanning(target.profiles, checked.limits).items()
         }
         forms[form.digest] = form
         jobs[form.digest] = Job(name, plan, ready, described, bounds, [Stage(number, {})])
@@ -251,11 +245,11 @@ def _joined(canonical: GraphIO, stages: Sequence[GraphIO]) -> GraphIO:
 def _compile(
     jobs: list[Job],
     target: TargetConfig,
-    choices: Choices,
+    options: BuildOptions,
     folder: Path,
     parts: Parts,
     made: Made,
-    progress: Progress,
+    progress: BuildProgress,
 ) -> None:
     """Compile all plans, as many at a time as there are cores, and note what was made.
 
@@ -276,7 +270,7 @@ def _compile(
                     done[job.plan] = max(done[job.plan], fraction)
                     bar(sum(done.values()) / len(done))
 
-            compiled = _compile_one(job, target, choices, folder, parts, tell)
+            compiled = _compile_one(job, target, options, folder, parts, tell)
             tell(1.0)
             return compiled
 
@@ -309,12 +303,12 @@ def _join_logs(folder: Path, plans: list[str]) -> None:
 
 
 def _compile_one(
-    job: Job, target: TargetConfig, choices: Choices, folder: Path, parts: Parts, tell: Callable[[float], None]
+    job: Job, target: TargetConfig, options: BuildOptions, folder: Path, parts: Parts, tell: Callable[[float], None]
 ) -> Compiled:
     assert target.backend != "onnxruntime"
     model = job.ready.model.SerializeToString(deterministic=True)
     shapes_of = list(job.shapes.values())
-    key = _key(model, target, shapes_of, choices)
+    key = _key(model, target, shapes_of, options)
     plan, log = folder / job.io.file, folder / f"{job.plan}.{LOG}"
     known = parts.take(key, plan, log)
     if known is not None:
@@ -328,7 +322,7 @@ def _compile_one(
             taps=job.ready.taps,
             sms=target.sms,
             profiles=shapes_of,
-            options=choices.compiler,
+            options=options.tensorrt.compiler,
             log=log,
             progress=tell,
             target=target.name,
@@ -340,9 +334,9 @@ def _compile_one(
     return compiled
 
 
-def _key(model: bytes, target: TargetConfig, profiles: list[dict[str, Any]], choices: Choices) -> str:
+def _key(model: bytes, target: TargetConfig, profiles: list[dict[str, Any]], options: BuildOptions) -> str:
     """Digest of all that a plan depends on."""
     assert target.backend != "onnxruntime"
     version = installed_version(target.backend) or "missing"
-    rest = json.dumps([target.backend, version, target.sms, profiles, asdict(choices.compiler)], default=str)
+    rest = json.dumps([target.backend, version, target.sms, profiles, asdict(options.tensorrt.compiler)], default=str)
     return hashlib.sha256(hashlib.sha256(model).digest() + rest.encode()).hexdigest()[:32]

@@ -8,18 +8,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import onnx
 
 from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import TargetError
 from seekforge.exporter.builder.generation import read_generation
-from seekforge.exporter.builder.request import check_program, check_same_model, check_takes, read_graph
+from seekforge.exporter.builder.options import BuildOptions, PluginChoice
+from seekforge.exporter.builder.request import (
+    check_program,
+    check_same_model,
+    check_takes,
+    fit_limits,
+    read_graph,
+)
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
-from seekforge.exporter.builder.tensorrt.compiler import Options
 from seekforge.exporter.builder.tensorrt.graph import wide_weights
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
@@ -51,43 +56,14 @@ from seekforge.plugins.tensorrt.library import installed_version, large_tensor_f
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-PluginChoice = Literal["auto", "all", "none"]
-
-
 @dataclass(frozen=True)
-class Choices:
-    """What a user may choose beside the target.
+class GpuBuild:
+    """What will be built for a GPU: the result of all checks, before any work.
 
     Attributes:
-        plugins: all operators, none (inlined everywhere), or auto: those whose limits the model keeps.
-        allow_oversize: build although it will not fit; such an engine is marked and does not load.
-        kernels: compile the kernels of the plugins into the engine; without, it can be looked at but not run.
-        layers_per_engine: most layers of one plan; None: one, or all of them with `taps`.
-        taps: the tensors inside each layer are debug tensors of the plan, for `parity`.
-        compiler: passed on.
-    """
-
-    plugins: PluginChoice = "auto"
-    allow_oversize: bool = False
-    kernels: bool = True
-    layers_per_engine: int | None = None
-    taps: bool = False
-    compiler: Options = field(default_factory=Options)
-
-    @property
-    def most_layers(self) -> int | None:
-        """Most layers of one plan; None: all."""
-        return self.layers_per_engine or (None if self.taps else 1)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What will be built: the result of all checks, before any work.
-
-    Attributes:
-        plugins: op_types that become plugins.
+        target: the target as options changed it, with the engine's limits.
+        plugins, inlined: op_types that become plugins, and those whose bodies are inlined.
         how: dtypes of the specialization.
-        limits: of the engine.
         device_bytes: expected use of one GPU.
         oversize: more is expected than there is.
         wide: graph -> weight inputs that the engine holds in f32.
@@ -98,11 +74,15 @@ class Planned:
     plugins: tuple[str, ...]
     inlined: tuple[str, ...]
     how: Specialization
-    limits: Limits
     device_bytes: dict[str, int]
     oversize: bool
     wide: dict[str, set[str]]
     bf16_linears: dict[str, set[str]]
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the engine."""
+        return self.target.limits
 
 
 @dataclass(frozen=True)
@@ -168,19 +148,25 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
 # --- checks before work -----------------------------------------------------------------------------------------
 
 
-def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
+def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBuild:
     """Decide what will be built, or refuse with one sentence that names what would work.
+
+    Args:
+        inputs: the program.
+        target: the target as options changed it.
+        options: the options of the build.
 
     Raises:
         TargetError: precision, cache format, limits, operators or memory do not go together.
     """
-    program, config = inputs.program, inputs.config
-    limits = _check_limits(target.limits, config)
+    program, config, wanted = inputs.program, inputs.config, options.tensorrt.plugins
+    limits = fit_limits(target.limits, config, options.named_limits)
+    target = target.model_copy(update={"limits": limits})
     ops = tuple(inputs.ops)
-    fault = _fault(target, program, config, ops, choices.plugins)
+    fault = _fault(target, program, config, ops, wanted)
     if fault:
-        raise TargetError(f"{fault}; {_remedy(target, program, config, ops, choices.plugins)}")
-    plugins = _choose_plugins(config, ops, choices.plugins)
+        raise TargetError(f"{fault}; {_remedy(target, program, config, ops, wanted)}")
+    plugins = _choose_plugins(config, ops, wanted)
     inlined = tuple(op for op in ops if op not in plugins)
     large = _large_tensor(inputs, target, limits)
     if large:
@@ -188,38 +174,20 @@ def check(inputs: Inputs, target: TargetConfig, choices: Choices) -> Planned:
     bytes_only = any(OPERATORS[op].inlined_weights == "int8" for op in inlined)
     storage = "float8" if target.has_fp8 and not bytes_only else "int8"
     how = Specialization("bf16", storage, target.kv_format, "trt")
-    device = expected_bytes(inputs, target, limits, choices.most_layers, plugins)
+    device = expected_bytes(inputs, target, limits, options.layers_per_plan, plugins)
     oversize = device["total"] > device["usable"]
-    if oversize and not choices.allow_oversize:
-        raise TargetError(_what_would_fit(inputs, target, limits, choices.most_layers, plugins, device))
-    return Planned(
+    if oversize and not options.tensorrt.allow_oversize:
+        raise TargetError(_memory_refusal(inputs, target, limits, options.layers_per_plan, plugins, device))
+    return GpuBuild(
         target=target,
         plugins=plugins,
         inlined=inlined,
         how=how,
-        limits=limits,
         device_bytes=device,
         oversize=oversize,
         wide=inputs.wide(plugins),
         bf16_linears=inputs.bf16_linears if BF16_LINEAR in plugins else {},
     )
-
-
-def _check_limits(limits: Limits, config: ModelConfig) -> Limits:
-    for name, value in limits.model_dump().items():
-        if value < 1:
-            raise TargetError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if limits.max_model_len > config.max_position_embeddings:
-        raise TargetError(
-            f"--max-model-len is {limits.max_model_len}, the model ends at {config.max_position_embeddings} "
-            "(max_position_embeddings)"
-        )
-    if limits.max_num_batched_tokens < limits.max_batch_size:
-        raise TargetError(
-            f"--max-num-batched-tokens is {limits.max_num_batched_tokens}, expected at least --max-batch-size "
-            f"{limits.max_batch_size}: a decode step has one token of each sequence"
-        )
-    return limits
 
 
 def _fault(
@@ -419,7 +387,7 @@ def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
     return BLOCK_SIZE * cache_bytes_per_token(config, kv_format, num_layers=layers)  # pyright: ignore[reportArgumentType]
 
 
-def _what_would_fit(
+def _memory_refusal(
     inputs: Inputs,
     target: TargetConfig,
     limits: Limits,

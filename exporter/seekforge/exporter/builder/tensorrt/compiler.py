@@ -15,26 +15,12 @@ from seekforge.common import errors
 from seekforge.common.errors import EngineError, SeekforgeError
 from seekforge.common.system import child_environment
 from seekforge.common.temporary import temporary_folder
+from seekforge.exporter.builder.options import CompilerOptions
 from seekforge.exporter.builder.tensorrt.diagnostics import explain, too_tight
 from seekforge.plugins.tensorrt.library import Flavour
 
 #: Input name -> smallest, typical and largest shape.
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the compiler is told beside the graph.
-
-    Attributes:
-        workspace_bytes: most scratch memory of one layer; None: the library's default.
-        optimization_level: the library's; None: its default.
-        timing_cache: file of measured tactics to read and write (TensorRT alone).
-    """
-
-    workspace_bytes: int | None = None
-    optimization_level: int | None = None
-    timing_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +112,7 @@ def compile_graph(
     plugins: Mapping[str, int],
     sms: Sequence[int],
     profiles: Sequence[Shapes],
-    options: Options,
+    options: CompilerOptions,
     log: Path,
     progress: Callable[[float], None] = lambda fraction: None,
     taps: Sequence[str] = (),
@@ -142,7 +128,7 @@ def compile_graph(
         plugins: op_type -> how many plugin layers there must be; others are an error.
         sms: SMs that the plan shall run on (TensorRT-RTX).
         profiles: shapes of each optimization profile.
-        options: see `Options`.
+        options: what the library is told beside the graph.
         log: file that everything the library says is appended to.
         progress: told the fraction of compiling that is done.
         taps: tensors that become debug tensors of the plan: they cost nothing until a runtime asks for them.

@@ -12,8 +12,9 @@ import onnx
 
 from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.engine_writer import EngineParts
+from seekforge.exporter.builder.options import BuildOptions
 from seekforge.exporter.builder.tensorrt import audit
-from seekforge.exporter.builder.tensorrt.check import Choices, Inputs, Planned
+from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs
 from seekforge.exporter.builder.tensorrt.compiler import Compiled
 from seekforge.exporter.builder.tensorrt.graph import Prepared
 from seekforge.exporter.builder.tensorrt.kernels import count_images, kernel_files, min_drivers
@@ -52,10 +53,10 @@ class Made:
     profiles: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
-def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
+def make_audit(inputs: Inputs, checked: GpuBuild, made: Made) -> Audit:
     """Return what the compiled plans really are."""
-    target = planned.target
-    context = min(_AUDIT_CONTEXT, planned.limits.max_model_len)
+    target = checked.target
+    context = min(_AUDIT_CONTEXT, checked.limits.max_model_len)
     weights = {spec.name for graph in inputs.program.graphs.values() for spec in graph.with_role("weight")}
     compiled = made.compiled
     products = [
@@ -65,7 +66,7 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
             graph.operators,
             inputs.config,
             weights=weights,
-            plugins=planned.plugins,
+            plugins=checked.plugins,
             precision=target.products,
             context=context,
         )
@@ -80,24 +81,24 @@ def make_audit(inputs: Inputs, planned: Planned, made: Made) -> Audit:
         native_products={name: one.products for name, one in compiled.items()},
         plugins=_in_all({name: one.plugins for name, one in compiled.items()}, made.uses),
         kernels=count_images(made.kernels),
-        workspaces=_most_workspaces(compiled.values(), planned),
+        workspaces=_most_workspaces(compiled.values(), checked),
         inlined=_in_all({name: one.inlined for name, one in made.prepared.items()}, made.uses),
-        weight_input_bytes=planned.device_bytes["weights"],
+        weight_input_bytes=checked.device_bytes["weights"],
         plan_bytes={name: one.plan_bytes for name, one in compiled.items()},
         activation_bytes={
             name: dict(zip(made.profiles, one.activation_bytes, strict=True))
             for name, one in compiled.items()
             if one.activation_bytes
         },
-        device_bytes=planned.device_bytes,
-        oversize=planned.oversize,
+        device_bytes=checked.device_bytes,
+        oversize=checked.oversize,
         build_seconds={name: round(one.seconds, 3) for name, one in compiled.items()},
         build_cpu_seconds={name: round(one.cpu_seconds, 3) for name, one in compiled.items()},
         build_peak_bytes={name: one.peak_bytes for name, one in compiled.items()},
     )
 
 
-def _most_workspaces(compiled: Iterable[Compiled], planned: Planned) -> dict[str, int]:
+def _most_workspaces(compiled: Iterable[Compiled], checked: GpuBuild) -> dict[str, int]:
     """Return op_type -> most scratch that a plugin asked for.
 
     Raises:
@@ -107,7 +108,7 @@ def _most_workspaces(compiled: Iterable[Compiled], planned: Planned) -> dict[str
     for plan in compiled:
         for op, size in plan.workspaces.items():
             most[op] = max(size, most.get(op, 0))
-    expected = planned.device_bytes["scratch"]
+    expected = checked.device_bytes["scratch"]
     for op, size in most.items():
         if size > expected:
             raise EngineError(
@@ -126,8 +127,8 @@ def _in_all(counts: Mapping[str, Mapping[str, int]], uses: Mapping[str, int]) ->
 
 def engine_parts(
     inputs: Inputs,
-    planned: Planned,
-    choices: Choices,
+    checked: GpuBuild,
+    options: BuildOptions,
     folder: Path,
     made: Made,
     audited: Audit,
@@ -137,14 +138,14 @@ def engine_parts(
 
     Args:
         inputs: the program.
-        planned: what the checks decided.
-        choices: the options of the build.
+        checked: what the checks decided.
+        options: the options of the build.
         folder: the engine's folder, with plans, kernels and perhaps digests of weights.
         made: what was compiled.
         audited: what the compiled plans really are.
         digests: op_type -> digest of its kernels.
     """
-    target, graphs = planned.target, made.graphs
+    target, graphs = checked.target, made.graphs
     assert target.backend != "onnxruntime"
     _, distribution, _ = MODULES[target.backend]
     version = next(iter(made.compiled.values())).version
@@ -154,21 +155,21 @@ def engine_parts(
         files.append(weight_digests.FILE)
     return EngineParts(
         target=target,
-        limits=planned.limits,
+        limits=checked.limits,
         kv_format=target.kv_format,
         graphs=graphs,
         stages=made.stages,
-        bindings=engine_bindings(inputs, planned.how, planned.wide),
+        bindings=engine_bindings(inputs, checked.how, checked.wide),
         files=files,
         versions={"onnx": onnx.__version__, distribution: version},
         runtime_versions={distribution: version},
         options={
             "activations": "bf16",
-            "fp8_storage": planned.how.fp8_storage,
-            "plugins": choices.plugins,
+            "fp8_storage": checked.how.fp8_storage,
+            "plugins": options.tensorrt.plugins,
             **({} if not made.kernels else {"kernel_compiler": made.kernels[0].compiler}),
-            **({} if choices.most_layers is None else {"layers_per_engine": choices.most_layers}),
-            "compiler": {key: str(v) for key, v in asdict(choices.compiler).items() if v is not None},
+            **({} if options.layers_per_plan is None else {"layers_per_engine": options.layers_per_plan}),
+            "compiler": {key: str(v) for key, v in asdict(options.tensorrt.compiler).items() if v is not None},
         },
         weights=inputs.weights,
         plugins={
@@ -178,7 +179,7 @@ def engine_parts(
                 kernel_digest=digests[op],
                 num_layers=audited.plugins.get(op, 0),
             )
-            for op in planned.plugins
+            for op in checked.plugins
         },
         profiles=made.profiles,
         min_driver=min_drivers(made.kernels),
