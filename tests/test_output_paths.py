@@ -10,10 +10,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from seekforge.common import outputs
 from seekforge.common.errors import OutputError
-from seekforge.common.outputs import check_output_file, check_output_folder, check_output_store
+from seekforge.common.outputs import OUTPUTS, check_output_file, check_output_folder, check_output_store
 from seekforge.runtime.cli import main as cli
-from seekforge.runtime.cli.output_paths import OUTPUTS
 
 #: Paths that commands read. A new one belongs here or among `OUTPUTS`.
 READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "from_dump"}
@@ -48,6 +48,34 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(tmp_path: Path, args
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert words in result.stderr and str(tmp_path) in result.stderr and "/nowhere" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["export", "build", "plan", "parity", "dump"])
+def test_a_place_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By the function of `seekforge` that a command calls, or by the command line where there is none."""
+    out = str(tmp_path / "new")
+    args = {
+        "export": ("/nowhere", out),
+        "build": ("/nowhere", out, "--target", "cpu", "--checkpoint", "/nowhere"),
+        "plan": ("/nowhere", "--chart", f"{out}.svg"),
+        "parity": ("/nowhere", "--html", out),
+        "dump": ("/nowhere", out),
+    }
+    seen: list[Path] = []
+    for kind, check in list(outputs._CHECKS.items()):
+        monkeypatch.setitem(outputs._CHECKS, kind, lambda path, check=check: (seen.append(path), check(path)))
+    result = CliRunner().invoke(cli.main, [name, *args[name]])
+    assert result.exit_code == 2 and "/nowhere" in result.stderr
+    assert [path.stem for path in seen] == ["new"]
+
+
+def test_a_word_of_an_option_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output may be called as a choice is, also when it is there already."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fp8").mkdir()
+    for args in (("export", "/nowhere", "fp8", "--numerics", "fp8"), ("build", "/nowhere", "fp8", "--target", "cpu")):
+        result = CliRunner().invoke(cli.main, [*args, "--force"])
+        assert result.exit_code == 2 and "read by the same command" not in result.stderr, result.stderr
 
 
 def test_every_path_of_every_command_is_read_or_checked() -> None:

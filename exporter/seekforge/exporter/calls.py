@@ -13,15 +13,16 @@ import json
 import operator
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_type_hints
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import MOST, MOST_SEED
 from seekforge.common.errors import OptionError, SeekforgeError
+from seekforge.common.outputs import OUTPUTS, check_outputs
 from seekforge.formats.parity_steps import Mode
 from seekforge.plugins.faults import as_fault
 
@@ -122,8 +123,12 @@ def stages_of(progress: Progress | None) -> Stages:
 def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let a function check its arguments, and raise errors that callers can catch by `SeekforgeError`.
 
+    Arguments that are named as outputs (`common/outputs.py:OUTPUTS`) are held against the disk and against those that
+    the function reads.
+
     Raises:
         OptionError: an argument is none that its annotation takes. It names the argument.
+        OutputError: an output cannot be written, or is read by the same call.
         EnvironmentFault, OutputError: a library is missing, memory or a disk is full.
     """
     signature = inspect.signature(function)
@@ -132,6 +137,11 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def readers() -> dict[str, TypeAdapter[Any]]:
         hints = get_type_hints(function, include_extras=True)
         return {name: TypeAdapter(hints[name]) for name in signature.parameters}
+
+    @functools.cache
+    def inputs() -> list[str]:
+        hints = get_type_hints(function, include_extras=True)
+        return [name for name in signature.parameters if name not in OUTPUTS and _names_places(hints[name])]
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -143,6 +153,7 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
             except ValidationError as error:
                 raise OptionError(f"{function.__name__}: {_fault(name, error)}") from None
         try:
+            check_outputs(bound.arguments, _flat(bound.arguments[name] for name in inputs()))
             return function(*bound.args, **bound.kwargs)
         except SeekforgeError:
             raise
@@ -153,6 +164,16 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
             raise fault from error
 
     return call
+
+
+def _names_places(annotation: object) -> bool:
+    """Whether an argument may be a path: `AnyPath` and `Source`, or something of them."""
+    return annotation in (AnyPath, Source) or any(map(_names_places, get_args(annotation)))
+
+
+def _flat(values: Iterable[object]) -> Iterator[object]:
+    for value in values:
+        yield from value if isinstance(value, tuple) else (value,)
 
 
 def _fault(name: str, error: ValidationError) -> str:

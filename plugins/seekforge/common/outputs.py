@@ -1,12 +1,13 @@
 """Where work writes: looked at before it begins, so that nothing is lost to a folder that is not there.
 
-The command line looks while it reads its arguments, a function that is called from Python before it does anything.
+The command line looks while it reads its arguments, a function that is called from Python before it does anything; a
+command that calls such a function leaves it to that.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,6 +15,35 @@ from seekforge.common.errors import OutputError
 
 #: A folder is made beside its place and renamed, a store is filled where it is.
 Kind = Literal["file", "folder", "store"]
+#: Name of a parameter, of every command and of every function -> what it names.
+OUTPUTS: Final[dict[str, Kind]] = {
+    "out": "folder",
+    "save": "folder",
+    "store": "store",
+    "cache": "store",
+    "output": "file",
+    "html": "file",
+    "chart": "file",
+    "timing_cache": "file",
+}
+
+
+def check_outputs(arguments: Mapping[str, object], inputs: Iterable[object]) -> None:
+    """Refuse arguments that name a place which could not be written to, or which the same call reads.
+
+    Args:
+        arguments: name of a parameter -> its value; those of `OUTPUTS` that are paths are looked at.
+        inputs: what is read, as `check_distinct` takes it.
+
+    Raises:
+        OutputError: as `check_output` and `check_distinct`.
+    """
+    outputs = [
+        (value, OUTPUTS[name]) for name, value in arguments.items() if name in OUTPUTS and isinstance(value, Path)
+    ]
+    for place, kind in outputs:
+        check_output(place, kind)
+    check_distinct(outputs, inputs)
 
 
 def check_output(path: Path, kind: Kind) -> None:

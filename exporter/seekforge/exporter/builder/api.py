@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import TargetError
 from seekforge.common.files import check_vacant
-from seekforge.common.outputs import Kind, check_distinct, check_output
 from seekforge.exporter.builder.machine import missing_here
 from seekforge.exporter.builder.options import (
     DEFAULTS,
@@ -192,12 +191,6 @@ def build(
         OutputError: `out` cannot be written.
         EnvironmentFault: a library is not installed.
     """
-    out_folder, cache = Path(out), None if timing_cache is None else Path(timing_cache)
-    check_output(out_folder, "folder")
-    if cache is not None:
-        check_output(cache, "file")
-    outputs: list[tuple[Path, Kind]] = [(out_folder, "folder")]
-    check_distinct(outputs if cache is None else [*outputs, (cache, "file")], [program, target, checkpoint])
     options = BuildOptions(
         settings=cast("tuple[str, ...]", many(set)),  # `public` made them texts
         max_batch_size=max_batch_size,
@@ -210,7 +203,7 @@ def build(
             sm=many(sm),
             plugins=plugins,
             workspace=workspace,
-            timing_cache=cache,
+            timing_cache=None if timing_cache is None else Path(timing_cache),
             builder_optimization_level=builder_optimization_level,
             layers_per_engine=layers_per_engine,
             kernels=kernels,
@@ -219,7 +212,7 @@ def build(
     )
     call = _Call(
         program=Path(program),
-        out=out_folder,
+        out=Path(out),
         checkpoint=None if checkpoint is None else str(checkpoint),
         options=options,
         target=options.target(str(target)),

@@ -38,6 +38,7 @@ _GPU = DEFAULTS.tensorrt
         "seekforge build program engine --target h200 --checkpoint checkpoint --max-model-len 64K",
         "seekforge build program engine --target rtx4090 --sm 120 --dry-run",
     ),
+    function=api.build,
 )
 @click.argument("program", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from seekforge.common.errors import OptionError, OutputError
 from seekforge.common.files import atomic_folder, replace_file
-from seekforge.common.outputs import Kind, check_distinct, check_output
 from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.calls import (
     AnyPath,
@@ -132,11 +131,6 @@ def parity(
     folder = None if engine is None else Path(engine)
     dumps = tuple(map(Path, many(from_dump)))
     saved, page = (None if one is None else Path(one) for one in (save, html))
-    kinds: tuple[tuple[Path | None, Kind], ...] = ((saved, "folder"), (page, "file"))
-    outputs: list[tuple[Path, Kind]] = [(place, kind) for place, kind in kinds if place is not None]
-    for place, kind in outputs:
-        check_output(place, kind)
-    check_distinct(outputs, [folder, checkpoint, prompts, against, *dumps])
     if len(dumps) > 2:
         raise OptionError(f"--from-dump was given {len(dumps)} times; it takes one or two dumps")
     stages = stages_of(progress)

@@ -35,6 +35,7 @@ from seekforge.formats.parity_steps import MODES
         "seekforge parity engine --checkpoint checkpoint --contexts 16,2K --html report.html",
         "seekforge parity --from-dump here --from-dump there",
     ),
+    function=api.parity,
 )
 @click.argument("engine", type=click.Path(path_type=Path), required=False)
 @click.option(

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from seekforge.common.cli.charts import check_chart, tokens
 from seekforge.common.configs import known, load_yaml
 from seekforge.common.errors import ConfigError, TargetError
-from seekforge.common.outputs import check_distinct, check_output
 from seekforge.exporter.calls import AnyPath, Count, Counts, Flag, Precisions, Source, Sources, many, public
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.models.sharding import check_parallelism
@@ -119,8 +118,6 @@ def plan(
     """
     name, place = str(model), None if chart is None else Path(chart)
     if place is not None:
-        check_output(place, "file")
-        check_distinct([(place, "file")], [name, *many(target)])
         check_chart(place)
     config = read_config(name)
     asked = many(contexts)

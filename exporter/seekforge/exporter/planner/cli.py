@@ -47,6 +47,7 @@ _PARTS = {
         "seekforge plan full --target h200,b200 --contexts 63K,125K --batch-size 32",
         "seekforge plan checkpoint/config.json --target rtx4090 --tp 8 --pp 6 --json",
     ),
+    function=api.plan,
 )
 @click.argument("model", type=MODEL)
 @list_option("--target", type=TARGET, help="GPUs of 'seekforge targets', or YAML files. Default: all.")

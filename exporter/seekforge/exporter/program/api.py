@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from seekforge.common.outputs import check_distinct, check_output
 from seekforge.exporter.calls import AnyPath, Count, Flag, Progress, Source, public, stages_of
 from seekforge.exporter.checkpoint.source import headers
 from seekforge.exporter.checkpoint.text_files import check_files
@@ -90,8 +89,6 @@ def export(
         EnvironmentFault: a library is not installed.
     """
     folder_out, stages = Path(out), stages_of(progress)
-    check_output(folder_out, "folder")
-    check_distinct([(folder_out, "folder")], [checkpoint])
     with headers(checkpoint, revision=revision, say=stages) as folder:
         if folder.is_dir():  # what is odd in it is said before torch is imported, which takes seconds
             ModelConfig.load(folder)

@@ -23,6 +23,7 @@ from seekforge.formats.numerics import NUMERICS
         "seekforge export deepseek-ai/DeepSeek-V3.2 program --numerics exact",
         "seekforge export checkpoint stage --layers 0-30",
     ),
+    function=api.export,
 )
 @click.argument("checkpoint")
 @click.option("--revision", default=None, help="Of a hub repository: branch, tag or commit.")

@@ -43,11 +43,19 @@ class Command(click.Command, _Once):
 
     Args:
         examples: lines as they are typed, without the prompt; a comment may follow two spaces and `#`.
+        function: the function of `seekforge` that the command calls, which checks where it writes; None: there is none.
     """
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        examples: Sequence[str] = (),
+        function: Callable[..., object] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
+        self.function = function
         #: Called with the context when every argument is read.
         self.checks: tuple[Callable[[click.Context], None], ...] = ()
 
@@ -82,9 +90,11 @@ class Group(click.Group, _Once):
         return super().parse_args(ctx, args)
 
 
-def command(name: str, *, examples: Sequence[str]) -> Callable[[Callable[..., Any]], Command]:
-    """Return a decorator that makes a function a `Command`."""
-    return click.command(name, cls=Command, examples=examples)
+def command(
+    name: str, *, examples: Sequence[str], function: Callable[..., object] | None = None
+) -> Callable[[Callable[..., Any]], Command]:
+    """Return a decorator that makes a function a `Command`. Arguments as of that."""
+    return click.command(name, cls=Command, examples=examples, function=function)
 
 
 class Whole(click.ParamType):

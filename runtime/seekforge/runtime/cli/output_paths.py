@@ -1,34 +1,24 @@
 """Where commands write: looked at before they begin, while their arguments are read.
 
-Every parameter that names a file or folder to write has one of the names below, in every command; the root of the
-command line checks those, and a test asks that a new path is either here or something that is read.
+Every parameter that names a file or folder to write has one of the names of `common/outputs.py:OUTPUTS`, in every
+command; the root of the command line checks those, and a test asks that a new path is either there or something that is
+read. A command that calls a function of `seekforge` leaves it to the function, which checks the same names.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import click
 
 from seekforge.common.cli.options import Command
-from seekforge.common.outputs import Kind, check_distinct, check_output
-
-#: Name of a parameter -> what it names.
-OUTPUTS: Final[dict[str, Kind]] = {
-    "out": "folder",
-    "save": "folder",
-    "store": "store",
-    "cache": "store",
-    "output": "file",
-    "html": "file",
-    "chart": "file",
-    "timing_cache": "file",
-}
+from seekforge.common.outputs import OUTPUTS, Kind, check_distinct, check_output
 
 
 def check_outputs_of(command: click.Command) -> click.Command:
     """Let a command, and those below it, check its outputs while its arguments are read."""
+    if isinstance(command, Command) and command.function is not None:
+        return command
     for parameter in command.params:
         if parameter.name in OUTPUTS:
             assert parameter.callback in (None, _check), f"{command.name}: {parameter.name} has a callback of its own"
@@ -47,6 +37,8 @@ def _check_distinct(ctx: click.Context) -> None:
     for parameter in ctx.command.params:
         value = ctx.params.get(parameter.name or "")
         kind = OUTPUTS.get(parameter.name or "")
+        if kind is None and isinstance(parameter.type, click.Choice):
+            continue  # its values are words, also where a folder of that name lies here
         if kind is None:
             inputs += value if isinstance(value, tuple) else (value,)
         elif isinstance(value, Path) and str(value) != "-":
