@@ -41,9 +41,9 @@ def test_what_settings_never_need_is_refused(text: str, problem: str) -> None:
 
 
 def test_plain_values_are_read() -> None:
-    text = "a: 1\nb: [-2, 0.5, 1e3, yes, null, 'x']\nc: {d: 2001-99-01, e: 1_000}\n"
+    text = "a: 1\nb: [-2, 0.5, 1e3, yes, null, 'x', 1e-6]\nc: {d: 2001-99-01, e: 1_000}\n"
     assert parse_yaml(text) == {
-        "a": 1, "b": [-2, 0.5, "1e3", True, None, "x"], "c": {"d": "2001-99-01", "e": 1000},
+        "a": 1, "b": [-2, 0.5, 1000.0, True, None, "x", 1e-6], "c": {"d": "2001-99-01", "e": 1000},
     }  # fmt: skip
 
 

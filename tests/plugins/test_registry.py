@@ -24,7 +24,7 @@ PLUGINS = Path(seekforge.plugins.__path__[0])
 FOLDERS = {path.parent.name for path in PLUGINS.glob("*/spec.py")}
 
 CONFIG = load_preset("full").config
-MODEL = RankModel(config=CONFIG, numerics=FP8.to_dict(), kv_format="fp8_ds", parallelism=ONE_RANK)
+MODEL = RankModel(config=CONFIG, numerics=FP8.model_dump(), kv_format="fp8_ds", parallelism=ONE_RANK)
 STEP = Step(
     batch=2, queries=3, num_blocks=40, expert_tokens=6, fp8_linears=[(256, 384)], bf16_linears=[(128, 384), (64, 384)]
 )

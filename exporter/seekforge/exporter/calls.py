@@ -10,19 +10,16 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import operator
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_type_hints
-
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import MOST, MOST_SEED
 from seekforge.common.errors import OptionError, SeekforgeError
 from seekforge.common.outputs import OUTPUTS, check_outputs
+from seekforge.common.records import RecordError, at_least, converter, finite, shown
 from seekforge.formats.parity_steps import Mode
 from seekforge.plugins.faults import as_fault
 
@@ -34,29 +31,23 @@ _T = TypeVar("_T")
 Progress = Callable[[str], object]
 
 
-def _whole(value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError("expected a whole number")
-    return operator.index(value)  # pyright: ignore[reportArgumentType]
-
-
 def _listed(value: object) -> tuple[object, ...]:
     """Return several values, each once; one alone may be given bare."""
     if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
         return (value,)
-    given = tuple(value)
+    values = tuple(value)
     try:
-        return tuple(dict.fromkeys(given))
+        return tuple(dict.fromkeys(values))
     except TypeError:  # what cannot be looked up is refused by whoever reads it
-        return given
+        return values
 
 
 def _path(value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
-        raise ValueError("expected a path")
+        raise RecordError(f"is {shown(value)}, expected a path")
     path = os.fspath(value)
     if not isinstance(path, str) or "\0" in path or not path:
-        raise ValueError("expected a path")
+        raise RecordError(f"is {shown(path)}, expected a path")
     return Path(path)
 
 
@@ -69,8 +60,17 @@ def _settings(value: object) -> tuple[str, ...]:
         try:
             return tuple(f"{key}={json.dumps(one)}" for key, one in value.items())
         except (TypeError, ValueError):
-            raise ValueError("expected values that JSON has") from None
-    return _listed(value)  # pyright: ignore[reportReturnType]
+            raise RecordError(f"is {shown(value)}, expected values that JSON has") from None
+    return _texts(_listed(value))
+
+
+def _not_negative(value: float) -> float:
+    if finite(value) < 0:
+        raise RecordError(f"is {value}, expected at least 0")
+    return value
+
+
+_texts = converter(tuple[str, ...])
 
 
 if TYPE_CHECKING:  # what callers may pass
@@ -91,22 +91,22 @@ if TYPE_CHECKING:  # what callers may pass
     Sources = Source | Sequence[Source]
     Settings = Mapping[str, Any] | Sequence[str]
 else:  # what a function gets
-    Flag = Annotated[bool, Field(strict=True)]
-    Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST)]
-    Bytes = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=1 << 63)]
-    Size = Annotated[int, BeforeValidator(_whole), Field(ge=1, lt=1 << 63)]
-    Threads = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=4096)]
-    Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_SEED)]
-    NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-    AnyPath = Annotated[Path, BeforeValidator(_path)]
-    Source = Annotated[str, BeforeValidator(_source)]
-    Paths = Annotated[tuple[AnyPath, ...], BeforeValidator(_listed)]
-    Counts = Annotated[tuple[Count, ...], BeforeValidator(_listed)]
-    Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-    Precisions = Annotated[tuple[Literal["fp8", "bf16"], ...], BeforeValidator(_listed)]
-    Modes = Annotated[tuple[Mode, ...], BeforeValidator(_listed)]
-    Sources = Annotated[tuple[Source, ...], BeforeValidator(_listed)]
-    Settings = Annotated[tuple[str, ...], BeforeValidator(_settings)]
+    Flag = bool
+    Count = Annotated[int, at_least(1, MOST)]
+    Bytes = Annotated[int, at_least(0)]
+    Size = Annotated[int, at_least(1)]
+    Threads = Annotated[int, at_least(1, 4096)]
+    Seed = Annotated[int, at_least(0, MOST_SEED)]
+    NotNegative = Annotated[float, _not_negative]
+    AnyPath = Annotated[Any, _path]
+    Source = Annotated[Any, _source]
+    Paths = Annotated[Any, _listed, converter(tuple[AnyPath, ...])]
+    Counts = Annotated[Any, _listed, converter(tuple[Count, ...])]
+    Names = Annotated[Any, _listed, _texts]
+    Precisions = Annotated[Any, _listed, converter(tuple[Literal["fp8", "bf16"], ...])]
+    Modes = Annotated[Any, _listed, converter(tuple[Mode, ...])]
+    Sources = Annotated[Any, _listed, converter(tuple[Source, ...])]
+    Settings = Annotated[Any, _settings]
 
 
 def many(value: _T | Sequence[_T]) -> tuple[_T, ...]:
@@ -134,9 +134,9 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     signature = inspect.signature(function)
 
     @functools.cache
-    def readers() -> dict[str, TypeAdapter[Any]]:
+    def readers() -> dict[str, Callable[[Any], Any]]:
         hints = get_type_hints(function, include_extras=True)
-        return {name: TypeAdapter(hints[name]) for name in signature.parameters}
+        return {name: converter(hints[name]) for name in signature.parameters}
 
     @functools.cache
     def inputs() -> list[str]:
@@ -147,11 +147,12 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        for name, reader in readers().items():
+        for name, read in readers().items():
             try:
-                bound.arguments[name] = reader.validate_python(bound.arguments[name])
-            except ValidationError as error:
-                raise OptionError(f"{function.__name__}: {_fault(name, error)}") from None
+                bound.arguments[name] = read(bound.arguments[name])
+            except RecordError as error:
+                place = name + "".join(f"[{part}]" for part in error.path)
+                raise OptionError(f"{function.__name__}: {place} {error.problem}") from None
         try:
             check_outputs(bound.arguments, _flat(bound.arguments[name] for name in inputs()))
             return function(*bound.args, **bound.kwargs)
@@ -167,24 +168,10 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _names_places(annotation: object) -> bool:
-    """Whether an argument may be a path: `AnyPath` and `Source`, or something of them."""
-    return annotation in (AnyPath, Source) or any(map(_names_places, get_args(annotation)))
+    """Whether an argument may be one path or several, or lead to them."""
+    return annotation in (AnyPath, Source, Paths, Sources) or any(map(_names_places, get_args(annotation)))
 
 
 def _flat(values: Iterable[object]) -> Iterator[object]:
     for value in values:
         yield from value if isinstance(value, tuple) else (value,)
-
-
-def _fault(name: str, error: ValidationError) -> str:
-    """Say what came and what was expected."""
-    first = error.errors(include_url=False)[0]
-    place = name + "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
-    limits = first.get("ctx", {})
-    if "ge" in limits:
-        expected = f"expected at least {limits['ge']}"
-    elif "le" in limits or "lt" in limits:
-        expected = f"expected at most {limits.get('le', limits.get('lt', 1) - 1)}"
-    else:
-        expected = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    return f"{place} is {reprlib.repr(first['input'])}, {expected}"

@@ -87,6 +87,10 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge", ":value"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+# numbers as JSON writes them, 1e6 too, which YAML 1.1 takes for text
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
+)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.real)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Literal
 
 from seekforge.common.errors import ConfigError
+from seekforge.common.records import Record, RecordError
+
+#: Elements of K that share one scale, of weights (with as many rows) and of activations (spec §5).
+FP8_BLOCK = 128
 
 Activations = Literal["f32", "bf16"]
 
 
-@dataclass(frozen=True)
-class Numerics:
+class Numerics(Record):
     """Which roundings a program makes beside those of its activation dtype.
 
     Attributes:
@@ -31,15 +33,11 @@ class Numerics:
     indexer_fp8: bool
     activations: Activations
 
-    def to_dict(self) -> dict[str, object]:
-        """Return the fields as plain JSON values."""
-        return asdict(self)
-
 
 #: The official reference numerics (HF demo of V3.2, spec §3.6 "Project rule").
-FP8 = Numerics("fp8", act_quant="ue8m0", kv_fp8=True, hadamard=True, indexer_fp8=True, activations="bf16")
+FP8 = Numerics(name="fp8", act_quant="ue8m0", kv_fp8=True, hadamard=True, indexer_fp8=True, activations="bf16")
 #: FP32 throughout, weights dequantized: the setting in which `transformers` is an oracle.
-EXACT = Numerics("exact", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="f32")
+EXACT = Numerics(name="exact", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="f32")
 
 NUMERICS = {setting.name: setting for setting in (FP8, EXACT)}
 
@@ -51,11 +49,6 @@ def numerics_from_dict(raw: dict[str, object]) -> Numerics:
         ConfigError: a field is missing or unknown.
     """
     try:
-        made = Numerics(**raw)  # pyright: ignore[reportArgumentType]
-    except TypeError as error:
-        raise ConfigError(f"numerics {raw!r:.200}: {error}; export the program again") from None
-    flags = (made.kv_fp8, made.hadamard, made.indexer_fp8)
-    known = made.act_quant in ("ue8m0", "none") and made.activations in ("f32", "bf16")
-    if not known or not isinstance(made.name, str) or not all(isinstance(flag, bool) for flag in flags):
-        raise ConfigError(f"numerics {raw!r:.200}: expected values such as {FP8.to_dict()}; export the program again")
-    return made
+        return Numerics.model_validate(raw)
+    except RecordError as error:
+        raise ConfigError(f"numerics: {error}; export the program again") from None

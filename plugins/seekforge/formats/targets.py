@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
 from seekforge.common.configs import known, load_yaml
 from seekforge.common.errors import TargetError
-from seekforge.common.records import RecordError, UnknownKeyError
+from seekforge.common.records import Positive, Record, RecordError, above_zero
 from seekforge.common.yaml_file import YamlError, YamlNumberError, parse_yaml, read_yaml
 from seekforge.formats.engine.manifest import Limits
 
-Positive = Annotated[int, Field(gt=0)]
 #: Far above any hardware, and what is computed from it stays finite.
-Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Rate = Annotated[float, above_zero(1e9)]
 
 Precision = Literal["f32", "int8", "int4", "bf16", "fp8"]
 CPU_PRECISIONS = ("f32", "int8", "int4")
@@ -30,13 +28,7 @@ TENSORRT_SMS = (80, 86, 89, 90, 100, 103, 120, 121)
 FP8_SM = 89
 
 
-class Strict(BaseModel):
-    """A frozen model whose unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Gpu(Strict):
+class Gpu(Record):
     """What the GPU has. Rates are dense, per second; None where the hardware lacks the type."""
 
     memory_gib: Rate
@@ -46,7 +38,7 @@ class Gpu(Strict):
     fp4_tflops: Rate | None
 
 
-class Profile(Strict):
+class Profile(Record):
     """Shapes that one optimization profile covers; the limits of an engine cut it.
 
     Attributes:
@@ -61,7 +53,7 @@ class Profile(Strict):
     typical_context: Positive
 
 
-class TargetConfig(Strict):
+class TargetConfig(Record):
     """One target: which backend compiles for it, in which formats, with which default limits.
 
     Attributes:
@@ -79,32 +71,31 @@ class TargetConfig(Strict):
     activations: Literal["f32", "bf16"]
     precision: Precision
     kv_format: Literal["f32", "bf16", "fp8_ds"]
-    limits: Annotated[Limits, BeforeValidator(Limits.model_validate)]
-    profiles: dict[str, Profile] = Field(default_factory=dict)
+    limits: Limits
+    profiles: dict[str, Profile] = field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _check(self) -> TargetConfig:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.backend == "onnxruntime":
             if self.sm is not None or self.gpu is not None:
-                raise ValueError("sm and gpu belong to a GPU backend, expected null with onnxruntime")
+                raise RecordError("sm and gpu belong to a GPU backend, expected null with onnxruntime")
             if self.precision not in CPU_PRECISIONS:
-                raise ValueError(f"precision {self.precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
-            return self
+                raise RecordError(f"precision {self.precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
+            return
         if self.sm is None or self.gpu is None or not self.profiles:
-            raise ValueError(f"sm, gpu and profiles are needed with backend {self.backend}")
+            raise RecordError(f"sm, gpu and profiles are needed with backend {self.backend}")
         allowed = RTX_SMS if self.backend == "tensorrt-rtx" else TENSORRT_SMS
         for sm in (self.sm, *self.also):
             if sm not in allowed:
-                raise ValueError(
+                raise RecordError(
                     f"sm {sm} is not one that {self.backend} compiles for ({', '.join(map(str, allowed))})"
                 )
         if self.also and self.backend != "tensorrt-rtx":
-            raise ValueError("also is for tensorrt-rtx; a TensorRT plan runs on one SM")
+            raise RecordError("also is for tensorrt-rtx; a TensorRT plan runs on one SM")
         if self.activations != "bf16" or self.precision in CPU_PRECISIONS or self.kv_format == "f32":
-            raise ValueError(
+            raise RecordError(
                 "a GPU target computes in bf16: activations bf16, precision bf16 or fp8, kv_format not f32"
             )
-        return self
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -143,8 +134,8 @@ class TargetConfig(Strict):
 def _validated(raw: dict[str, Any], origin: str) -> TargetConfig:
     try:
         return TargetConfig.model_validate(raw)
-    except ValidationError as error:
-        raise TargetError(f"{origin}: {_first_fault(error)}") from None
+    except RecordError as error:
+        raise TargetError(f"{origin}: {error}") from None
 
 
 def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
@@ -222,24 +213,3 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
         raise TargetError(f"--set {setting!r}: key {path!r}: {error.problem}") from None
     except YamlError as error:
         raise TargetError(f"--set {setting!r}: {text!r} is not valid YAML ({error})") from None
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    path, message = tuple(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")
-    inner = fault.get("ctx", {}).get("error")
-    if isinstance(inner, RecordError):  # of the limits, which are a record of the manifest
-        path, message = (*path, *inner.path), inner.problem
-    key = ".".join(map(str, path))
-    if fault["type"] == "extra_forbidden" or isinstance(inner, UnknownKeyError):
-        fields = _fields_at(path[:-1])
-        close = difflib.get_close_matches(str(path[-1]), fields, n=1)
-        return f"unknown key {key!r}, known: {', '.join(fields)}" + (f"; did you mean {close[0]}?" if close else "")
-    return f"key {key!r}: {message}" if key else message
-
-
-def _fields_at(path: Sequence[int | str]) -> list[str]:
-    """Return the keys that the schema knows below `path`."""
-    groups: dict[str, type[Strict | Limits]] = {"gpu": Gpu, "limits": Limits, "profiles": Profile}
-    model = groups.get(str(path[0]), TargetConfig) if path else TargetConfig
-    return list(model.model_fields)

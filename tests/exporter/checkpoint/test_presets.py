@@ -48,11 +48,11 @@ def test_an_unknown_preset_lists_the_known_ones(name: str) -> None:
     ("text", "message"),
     [
         ("num_shards: 0\nconfig: {}", "'num_shards'"),
-        ("num_shards: 1\nconfig: {}\nseed: 3", "'seed'.*expected the keys num_shards, config"),
+        ("num_shards: 1\nconfig: {}\nseed: 3", "unknown key 'seed', known: num_shards, config"),
         ("num_shards: 1", "'config'"),
         ("{", "not valid YAML"),
         ("num_shards: 1\nconfig: {rope_theta: .inf}", r"x\.yaml: line 2 is '\.inf', expected a finite number"),
-        ("3", "expected the keys"),
+        ("3", "is 3, expected an object with the keys num_shards, config"),
         ("num_shards: 1\nconfig: {model_type: llama}", "model_type is 'llama'"),
     ],
 )

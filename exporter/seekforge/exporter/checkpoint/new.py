@@ -24,8 +24,9 @@ from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
 from seekforge.exporter.models.parameters import SCALE_SUFFIX
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import INDEX_FILE, ShardWriter
+from seekforge.formats.numerics import FP8_BLOCK
 
 #: Called as progress(bytes written so far, bytes in all).
 Progress = Callable[[int, int], None]

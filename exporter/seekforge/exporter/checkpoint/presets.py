@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from seekforge.common.configs import configs_folder, known
 from seekforge.common.errors import ConfigError
+from seekforge.common.records import Positive, Record, RecordError
 from seekforge.common.yaml_file import YamlError, YamlNumberError, read_yaml
 from seekforge.formats.checkpoint.model_config import ModelConfig
 
 
-class _PresetFile(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    num_shards: int = Field(ge=1)
+class _PresetFile(Record):
+    num_shards: Positive
     config: dict[str, Any]
 
 
@@ -69,9 +66,6 @@ def read_preset(path: Path) -> Preset:
         raise ConfigError(f"{path}: {error}") from None
     except YamlError as error:
         raise ConfigError(f"{path}: not valid YAML ({error})") from None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        expected = ", ".join(_PresetFile.model_fields)
-        raise ConfigError(f"{path}: key {key!r}: {fault['msg']}; expected the keys {expected}") from None
+    except RecordError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return Preset(path.stem, file.num_shards, file.config, ModelConfig.parse(file.config, str(path)))

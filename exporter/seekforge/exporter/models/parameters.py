@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.weight_recipes import (
     Recipe,

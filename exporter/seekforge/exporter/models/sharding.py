@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import Tensor
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.parallelism import Parallelism
 
 

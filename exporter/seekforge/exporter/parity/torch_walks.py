@@ -31,7 +31,7 @@ def torch_side(settings: Settings, name: str, layers: tuple[int, int]) -> Side:
     return Side(
         kind="torch",
         name=name,
-        numerics=settings.numerics.to_dict(),
+        numerics=settings.numerics.model_dump(),
         activations=settings.dtype_name,
         layers=layers,
         config=settings.config.model_dump(mode="json"),
@@ -220,5 +220,5 @@ def without(numerics: Numerics, names: Sequence[str]) -> Numerics:
         raise ConfigError(f"--without {unknown[0]}: expected some of {', '.join(off)}")
     if not names:
         return numerics
-    values = numerics.to_dict() | {name: off[name] for name in names}
+    values = numerics.model_dump() | {name: off[name] for name in names}
     return numerics_from_dict(values | {"name": f"{numerics.name} without {', '.join(names)}"})

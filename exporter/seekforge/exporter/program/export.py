@@ -144,7 +144,7 @@ def export(
             seekforge_version=importlib.metadata.version("seekforge"),
             opset=OPSET,
             layer_range=layer_range,
-            numerics=numerics.to_dict(),
+            numerics=numerics.model_dump(),
             config=config.model_dump(mode="json"),
             truncated_from=None if config is whole else whole.num_hidden_layers,
             ops=ops,

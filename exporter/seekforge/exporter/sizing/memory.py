@@ -15,7 +15,8 @@ from typing import Literal
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import EXPERT, Sharding, Tensor
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK, ModelConfig
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parallelism import Parallelism
 from seekforge.plugins.dsa_attention.operator import flops_per_key as attention_flops_per_key

@@ -5,7 +5,7 @@ value that this project does not compute is refused by name: a wrong constant wo
 """
 
 # pyright: reportIncompatibleVariableOverride=false, reportGeneralTypeIssues=false
-# A kind of config narrows what keys may be; the models are frozen, so nothing else can be assigned.
+# A kind of config narrows what keys may be; the records are frozen, so nothing else can be assigned.
 
 from __future__ import annotations
 
@@ -13,52 +13,57 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
 from seekforge.common.errors import ConfigError
 from seekforge.common.reading import read_json
+from seekforge.common.records import MISSING, OpenRecord, Positive, Record, RecordError, Size, above_zero, finite
 from seekforge.formats.checkpoint.config_forms import plain_form
+from seekforge.formats.numerics import FP8_BLOCK
 
-#: An FP8 weight block and an activation block, both along K (spec §5).
-FP8_BLOCK = 128
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+Factor = Annotated[float, above_zero()]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+def _at_least_one(value: float) -> float:
+    if value < 1:
+        raise RecordError(f"is {value}, expected at least 1")
+    return value
 
 
-class RopeScaling(_Frozen):
+def _blocks(value: tuple[int, int]) -> tuple[int, int]:
+    if value != (FP8_BLOCK, FP8_BLOCK):
+        raise RecordError(f"is {list(value)}, expected {[FP8_BLOCK, FP8_BLOCK]}")
+    return value
+
+
+class RopeScaling(Record):
     """YaRN parameters (spec §3.2)."""
 
     type: Literal["yarn"]
-    factor: float = Field(ge=1)
+    factor: Annotated[float, finite, _at_least_one]
     original_max_position_embeddings: Positive
-    beta_fast: float = Field(gt=0)
-    beta_slow: float = Field(gt=0)
-    mscale: float
-    mscale_all_dim: float
+    beta_fast: Factor
+    beta_slow: Factor
+    mscale: Annotated[float, finite]
+    mscale_all_dim: Annotated[float, finite]
 
 
-class QuantizationConfig(_Frozen):
+class QuantizationConfig(Record):
     """How weights are stored and activations quantized (spec §5)."""
 
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"]
-    weight_block_size: tuple[Literal[128], Literal[128]] = Field(strict=False)
+    weight_block_size: Annotated[tuple[int, int], _blocks]
     activation_scheme: Literal["dynamic"]
     scale_fmt: Literal["ue8m0"]
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(OpenRecord):
     """A model. Field names are the keys of `config.json`; those of an indexer are 0 where attention is dense."""
 
-    architectures: tuple[str, ...] = Field(strict=False)
+    architectures: tuple[str, ...]
     model_type: Literal["deepseek_v32", "deepseek_v3"]
     hidden_size: Positive
     num_hidden_layers: Positive
-    first_k_dense_replace: NotNegative
+    first_k_dense_replace: Size
     moe_layer_freq: Literal[1]
     num_attention_heads: Positive
     num_key_value_heads: Positive
@@ -77,25 +82,25 @@ class ModelConfig(_Frozen):
     scoring_func: Literal["sigmoid"]
     topk_method: Literal["noaux_tc"]
     norm_topk_prob: Literal[True]
-    routed_scaling_factor: float = Field(gt=0)
-    index_n_heads: NotNegative = 0
-    index_head_dim: NotNegative = 0
-    index_topk: NotNegative = 0
+    routed_scaling_factor: Factor
+    index_n_heads: Size
+    index_head_dim: Size
+    index_topk: Size
     num_nextn_predict_layers: Literal[0, 1]
     vocab_size: Positive
     hidden_act: Literal["silu"]
-    rms_norm_eps: float = Field(gt=0)
-    rope_theta: float = Field(gt=0)
+    rms_norm_eps: Factor
+    rope_theta: Factor
     rope_scaling: RopeScaling
     max_position_embeddings: Positive
     attention_bias: Literal[False]
     tie_word_embeddings: Literal[False]
-    bos_token_id: NotNegative
-    eos_token_id: NotNegative
+    bos_token_id: Size
+    eos_token_id: Size
     quantization_config: QuantizationConfig
 
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for key in (
             "hidden_size",
             "q_lora_rank",
@@ -104,32 +109,31 @@ class ModelConfig(_Frozen):
             "moe_intermediate_size",
         ):
             if getattr(self, key) % FP8_BLOCK:
-                raise ValueError(f"{key} is {getattr(self, key)}, expected a multiple of {FP8_BLOCK} (FP8 block)")
+                raise RecordError(f"{key} is {getattr(self, key)}, expected a multiple of {FP8_BLOCK} (FP8 block)")
         if self.num_attention_heads * self.v_head_dim % FP8_BLOCK:
-            raise ValueError(
+            raise RecordError(
                 f"num_attention_heads * v_head_dim is {self.num_attention_heads * self.v_head_dim}, "
                 f"expected a multiple of {FP8_BLOCK} (FP8 block)"
             )
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected even")
+            raise RecordError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected even")
         if self.n_routed_experts % self.n_group or self.n_routed_experts // self.n_group < 2:
-            raise ValueError(
+            raise RecordError(
                 f"n_routed_experts is {self.n_routed_experts} over n_group {self.n_group}, "
                 "expected the same number in each group, at least 2"
             )
         if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group is {self.topk_group}, expected at most n_group {self.n_group}")
+            raise RecordError(f"topk_group is {self.topk_group}, expected at most n_group {self.n_group}")
         reachable = self.topk_group * (self.n_routed_experts // self.n_group)
         if self.num_experts_per_tok > reachable:
-            raise ValueError(
+            raise RecordError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}, expected at most the {reachable} experts "
                 "of topk_group groups"
             )
         if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ValueError(
+            raise RecordError(
                 f"first_k_dense_replace is {self.first_k_dense_replace}, expected at most num_hidden_layers"
             )
-        return self
 
     @staticmethod
     def parse(raw: Any, origin: str) -> ModelConfig:
@@ -160,8 +164,8 @@ class ModelConfig(_Frozen):
         plain, _ = plain_form(raw, origin)
         try:
             return MODEL_TYPES[model_type].model_validate(plain)
-        except ValidationError as error:
-            raise ConfigError(f"{origin}: {_first_fault(error)}") from None
+        except RecordError as error:
+            raise ConfigError(f"{origin}: {_line(error)}") from None
 
     @staticmethod
     def load(path: Path) -> ModelConfig:
@@ -241,20 +245,19 @@ class SparseAttentionConfig(ModelConfig):
     index_head_dim: Positive
     index_topk: Positive
 
-    @model_validator(mode="after")
-    def _check_indexer(self) -> SparseAttentionConfig:
-        extra = self.model_extra or {}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        extra = self.model_extra
         # Other DSA models carry these; a value other than V3.2's would change results without a sound.
         if extra.get("indexer_rope_interleave", False):
-            raise ValueError("indexer_rope_interleave is true, expected false or absent")
+            raise RecordError("indexer_rope_interleave is true, expected false or absent")
         for key in ("index_topk_freq", "index_topk_pattern"):
             if extra.get(key) not in (None, 1):
-                raise ValueError(f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer")
+                raise RecordError(f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer")
         if self.index_head_dim != FP8_BLOCK:
-            raise ValueError(f"index_head_dim is {self.index_head_dim}, expected 128 (one FP8 block)")
+            raise RecordError(f"index_head_dim is {self.index_head_dim}, expected {FP8_BLOCK} (one FP8 block)")
         if self.qk_rope_head_dim > self.index_head_dim:
-            raise ValueError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected at most index_head_dim")
-        return self
+            raise RecordError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected at most index_head_dim")
 
 
 class DenseAttentionConfig(ModelConfig):
@@ -265,12 +268,11 @@ class DenseAttentionConfig(ModelConfig):
     index_head_dim: Literal[0] = 0
     index_topk: Literal[0] = 0
 
-    @model_validator(mode="after")
-    def _check_rope(self) -> DenseAttentionConfig:
-        interleaved = (self.model_extra or {}).get("rope_interleave", True)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        interleaved = self.model_extra.get("rope_interleave", True)
         if interleaved not in (None, True):
-            raise ValueError(f"rope_interleave is {interleaved!r}, expected true or absent")
-        return self
+            raise RecordError(f"rope_interleave is {interleaved!r}, expected true or absent")
 
 
 #: `model_type` -> what its `config.json` must say.
@@ -280,14 +282,9 @@ MODEL_TYPES: Final[dict[str, type[ModelConfig]]] = {
 }
 
 
-def _first_fault(error: ValidationError) -> str:
-    """One line for the first fault of a pydantic error, naming the key."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "missing":
+def _line(fault: RecordError) -> str:
+    """Say what is wrong with a key, or with several that do not go together."""
+    key = ".".join(map(str, fault.path))
+    if fault.problem == MISSING:
         return f"the key {key!r} is missing; take the config.json that came with these weights"
-    if not key:
-        return str(fault["msg"]).removeprefix("Value error, ")
-    expected = str(fault["msg"])
-    expected = expected[0].lower() + expected[1:]
-    return f"the key {key!r} is {fault['input']!r}: {expected}"
+    return f"the key {key!r} {fault.problem}" if key else fault.problem

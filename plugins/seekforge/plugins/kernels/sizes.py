@@ -13,7 +13,7 @@ from seekforge.plugins.registry import KERNEL_FORMS
 
 #: Cache format of GPU targets unless a build says otherwise.
 DEFAULT_FORMAT: Final = "fp8_ds"
-_FP8: Final = FP8.to_dict()
+_FP8: Final = FP8.model_dump()
 
 
 def operators(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.onnx.ops import rotary_embedding
 
 from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.plugins.block_fp8_linear.op import block_fp8_linear
 from seekforge.plugins.operator import cdiv
 from seekforge.plugins.sum_ranks.op import sum_ranks

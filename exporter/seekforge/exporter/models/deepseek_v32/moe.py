@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from seekforge.exporter.models.deepseek_v32.layers import LinearF32, Mlp, SumRanks, coded_product, swiglu, weight
 from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.formats.checkpoint.model_config import FP8_BLOCK
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.plugins.moe_experts.op import moe_experts
 from seekforge.plugins.moe_route.op import moe_route
 

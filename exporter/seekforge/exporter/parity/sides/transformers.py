@@ -63,7 +63,7 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Parit
     side = Side(
         kind="transformers",
         name=checkpoint_folder.resolve().name,
-        numerics=EXACT.to_dict(),
+        numerics=EXACT.model_dump(),
         activations="f32",
         layers=(0, number),
         config=config,
