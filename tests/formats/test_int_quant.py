@@ -13,7 +13,7 @@ from seekforge.formats.int_quant import (
     quantized,
     quantized_recipes,
 )
-from seekforge.formats.weight_recipes import Recipe, dequantize, evaluate, stack, take
+from seekforge.formats.weight_recipes import dequantize, evaluate, read_recipe, stack, take
 
 WEIGHT = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float32)
 
@@ -66,7 +66,7 @@ def test_recipes_give_codes_and_scales_of_the_dequantized_weight() -> None:
     ready = packed(codes, 4, 32)
     assert ready.shape == (2, 256, 4, 16)
     assert np.array_equal(evaluate(ready, source)[1], pack(want[0], 4, 32))
-    assert Recipe.from_dict(ready.to_dict()) == ready
+    assert read_recipe(ready.to_dict()) == ready
 
 
 def test_a_row_without_whole_blocks_is_refused() -> None:

@@ -14,7 +14,7 @@ from seekforge.common.paths import RelativePath, same_names
 from seekforge.common.reading import LISTING_BYTES, read_json
 from seekforge.common.records import Record, RecordError
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
-from seekforge.formats.weight_recipes import Recipe
+from seekforge.formats.weight_recipes import Recipe, read_recipe
 
 #: Raised when a reader of the previous number would misread a program.
 PROGRAM_FORMAT = 3
@@ -187,9 +187,7 @@ def load_bindings(folder: Path) -> dict[str, dict[str, Recipe]]:
             f"{folder / 'bindings.json'}: 'graphs' is malformed, expected graph -> input -> recipe; "
             "export the program again"
         )
-    return {
-        graph: {name: Recipe.from_dict(recipe) for name, recipe in recipes.items()} for graph, recipes in graphs.items()
-    }
+    return {graph: {name: read_recipe(recipe) for name, recipe in recipes.items()} for graph, recipes in graphs.items()}
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from seekforge.common.errors import CheckpointError
 
+#: What the name of a weight's block scales has behind that of the weight.
 SCALE_SUFFIX: Final = "_scale_inv"
 _NUMBERED = re.compile(r"^model\.layers\.\d+\.|(?<=experts)\.\d+(?=\.)")
 
@@ -104,15 +105,24 @@ def first_fault(values: np.ndarray, dtype: str, scratch: np.ndarray) -> int | No
     return whole.size * 8 // np.dtype(lane).itemsize + int(np.argmax(bad)) if bad.any() else None
 
 
-def check_scales(scales: np.ndarray, where: str) -> None:
-    """Check that every block scale is above 0.
+def first_not_positive(scales: np.ndarray) -> int | None:
+    """Return the place of the first block scale that is not above 0, or None."""
+    flat = scales.reshape(-1)
+    if not flat.size or flat.min() > 0:
+        return None
+    return int(np.argmax(flat <= 0))
 
-    Raises:
-        CheckpointError: one is not.
-    """
-    if scales.size and scales.min() <= 0:
-        value = float(scales[scales <= 0].flat[0])
-        raise CheckpointError(
-            f"{where} holds {value}, expected every scale above 0; the file is damaged or was written without values, "
-            "download it again"
-        )
+
+def not_finite(tensor: str, value: float, place: object) -> CheckpointError:
+    """Return the error for a NaN or infinity of a tensor."""
+    return CheckpointError(
+        f"{tensor} holds {value} at {place}, expected finite values; the file is damaged, download it again"
+    )
+
+
+def not_positive(tensor: str, value: float, place: object) -> CheckpointError:
+    """Return the error for a block scale that is not above 0."""
+    return CheckpointError(
+        f"{tensor} holds {value} at {place}, expected every scale above 0; the file is damaged or was written without "
+        "values, download it again"
+    )

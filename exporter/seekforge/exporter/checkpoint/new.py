@@ -23,10 +23,10 @@ from seekforge.common.files import atomic_folder, write_json
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
-from seekforge.exporter.models.parameters import SCALE_SUFFIX
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import INDEX_FILE, ShardWriter
 from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.value_check import SCALE_SUFFIX
 
 #: Called as progress(bytes written so far, bytes in all).
 Progress = Callable[[int, int], None]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from seekforge.common.dtypes import itemsize
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.parameters import SCALE_SUFFIX, Draw, Tensor, in_order, scale_shape
+from seekforge.exporter.models.parameters import Draw, Tensor, in_order, scale_shape
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.value_check import SCALE_SUFFIX
 
 #: A buffer that transformers once saved: what RoPE computes from the config.
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")

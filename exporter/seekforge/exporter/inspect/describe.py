@@ -15,11 +15,11 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.request import read_engine_graph, read_graph
 from seekforge.exporter.checkpoint.opened import as_stored
 from seekforge.exporter.checkpoint.schema import expected_tensors
-from seekforge.exporter.models.parameters import SCALE_SUFFIX
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
+from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes import Recipe, for_rank
 
 if TYPE_CHECKING:

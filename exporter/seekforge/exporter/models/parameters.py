@@ -15,6 +15,7 @@ from typing import Literal
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes import (
     Recipe,
     cast,
@@ -32,7 +33,6 @@ from seekforge.formats.weight_recipes import (
 Sharding = Literal["none", "tensor", "experts"]
 #: How random values of a tensor are drawn: see `checkpoint.new`.
 Draw = Literal["blocks", "branch", "paired_heads", "plain", "norm", "shift", "bias", "router", "embedding", "head"]
-SCALE_SUFFIX = "_scale_inv"
 #: Stands for the number of an expert in a tensor's name.
 EXPERT = "{expert}"
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from seekforge.common.errors import ConfigError
+from seekforge.formats.numerics import FP8_BLOCK
 
 #: What every model of this type has, and transformers 5 therefore does not write of a model that it made itself.
 _FIXED: Final[dict[str, Any]] = {
@@ -241,7 +242,7 @@ def _quantization(config: dict[str, Any], origin: str, notes: list[str]) -> None
         what = "missing" if kept is None else "missing (compression_config is LLM Compressor's)"
         raise ConfigError(
             f"{origin}: the key 'quantization_config' is {what}: the weights are not in DeepSeek's FP8 format of "
-            f"128×128 blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
+            f"{FP8_BLOCK}×{FP8_BLOCK} blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
         )
     quantization = config["quantization_config"]
     if not isinstance(quantization, dict):
@@ -254,17 +255,17 @@ def _quantization(config: dict[str, Any], origin: str, notes: list[str]) -> None
         who = _OTHERS.get(str(method).lower())
         raise ConfigError(
             f"{origin}: quantization_config.quant_method is {method!r}{f' ({who})' if who else ''}, expected 'fp8' "
-            f"with 128×128 blocks; {TAKE}"
+            f"with {FP8_BLOCK}×{FP8_BLOCK} blocks; {TAKE}"
         )
     expert = form.get("expert_dtype", "fp8")
     if expert != "fp8":
         raise ConfigError(f"{origin}: quantization_config.expert_dtype is {expert!r}, expected 'fp8'; {TAKE}")
     block = form.get("weight_block_size")
-    if "weight_block_size" not in form or list(block if isinstance(block, list | tuple) else ()) != [128, 128]:
+    if not isinstance(block, list | tuple) or list(block) != [FP8_BLOCK, FP8_BLOCK]:
         whole = "no weight_block_size (one scale for a whole matrix)"
         raise ConfigError(
             f"{origin}: quantization_config has {whole if block is None else f'weight_block_size {block!r}'}, expected "
-            f"[128, 128]; {TAKE}"
+            f"{[FP8_BLOCK, FP8_BLOCK]}; {TAKE}"
         )
     scheme = form.setdefault("activation_scheme", "dynamic")
     if scheme != "dynamic":

@@ -17,9 +17,8 @@ import pytest
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import CheckpointError, ProgramError
-from seekforge.formats import loader as loader_module
 from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
-from seekforge.formats.loader import EXTRA_BYTES, Loader, LoadProgress, allocate
+from seekforge.formats.loader import EXTRA_BYTES, Loader, LoadProgress, allocate, jobs, loader, planner, reader
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.value_check import first_fault
 from seekforge.formats.weight_recipes import (
@@ -154,7 +153,7 @@ def test_what_only_selects_or_widens_is_never_held_whole(
     names = ("as_f32", "rows_f32", "rows", "columns", "both", "turned", "stacked", "cut_stack", "cut_concat", "w_uk")
     recipes = {name: recipe for name, recipe in _recipes().items() if name in names}
     expected = {name: evaluate(recipe, checkpoint) for name, recipe in recipes.items()}
-    monkeypatch.setattr(loader_module, "evaluate", lambda *args: pytest.fail("evaluated as a whole"))
+    monkeypatch.setattr(reader, "evaluate", lambda *args: pytest.fail("evaluated as a whole"))
     buffers = allocate(recipes)
     Loader(checkpoint, recipes, buffers).run()
     for name, value in expected.items():
@@ -165,9 +164,10 @@ def test_what_only_selects_or_widens_is_never_held_whole(
 def test_a_small_scratch_only_makes_more_pieces(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, scratch: int
 ) -> None:
-    monkeypatch.setattr(loader_module, "_READ_BYTES", scratch)
-    monkeypatch.setattr(loader_module, "_JOB_BYTES", 10_000)
-    monkeypatch.setattr(loader_module, "_SCAN_BYTES", 512)
+    for module in (loader, planner, reader):
+        monkeypatch.setattr(module, "READ_BYTES", scratch)
+    monkeypatch.setattr(jobs, "JOB_BYTES", 10_000)
+    monkeypatch.setattr(reader, "_SCAN_BYTES", 512)
     recipes = _recipes()
     buffers = allocate(recipes)
     Loader(checkpoint, recipes, buffers, scan=True).run()
@@ -338,8 +338,14 @@ def _poke(tensor: str, at: int, value: bytes) -> Callable[[Checkpoint, Path], No
         (_poke("e1.weight", 256 * 384 - 1, b"\xff"), r"'e1.weight' holds nan at element 98303"),
         (_poke("table", 401 * 2, b"\x80\x7f"), r"'table' holds inf at element 401"),
         (_poke("norm", 128 * 4, b"\x00\x00\x80\xff"), r"'norm' holds -inf at element 128"),
-        (_poke("e0.weight_scale_inv", 4, b"\x00\x00\x00\x00"), r"'e0.weight_scale_inv' holds 0.0, expected every"),
-        (_poke("e0.weight_scale_inv", 4, b"\x00\x00\x80\xbf"), r"'e0.weight_scale_inv' holds -1.0, expected every"),
+        (
+            _poke("e0.weight_scale_inv", 4, b"\x00\x00\x00\x00"),
+            r"'e0.weight_scale_inv' holds 0.0 at element 1, expected every",
+        ),
+        (
+            _poke("e0.weight_scale_inv", 4, b"\x00\x00\x80\xbf"),
+            r"'e0.weight_scale_inv' holds -1.0 at element 1, expected every",
+        ),
         (_poke("copy", 402, b"\x00\x00"), r"'copy' differs from the tensor"),
     ],
 )

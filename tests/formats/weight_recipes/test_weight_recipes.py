@@ -20,6 +20,7 @@ from seekforge.formats.weight_recipes import (
     evaluate,
     evaluate_into,
     hadamard,
+    read_recipe,
     reshape,
     retarget,
     rope_table,
@@ -119,14 +120,14 @@ def test_cast_and_retarget_keep_f32_whole(source: Source) -> None:
 def test_a_recipe_survives_json(source: Source) -> None:
     weight, scale = fp8("a", 256, 384)
     recipe = slice_(reshape(dequantize(weight, scale, "bf16"), (2, 128, 384)), 1, 64, 128)
-    assert Recipe.from_dict(recipe.to_dict()) == recipe
-    assert Recipe.from_dict(rope_table("rope_cos", num_positions=8, dim=64, rope=ROPE).to_dict()).params["factor"] == 40
+    assert read_recipe(recipe.to_dict()) == recipe
+    assert read_recipe(rope_table("rope_cos", num_positions=8, dim=64, rope=ROPE).to_dict()).params["factor"] == 40
 
 
 @pytest.mark.parametrize("raw", ({}, {"op": "take", "shape": [1], "dtype": "f32", "parts": 3}))
 def test_a_malformed_recipe_is_refused(raw: dict[str, object]) -> None:
     with pytest.raises(ProgramError, match="malformed recipe"):
-        Recipe.from_dict(raw)
+        read_recipe(raw)
 
 
 def test_shapes_that_cannot_be_are_refused() -> None:

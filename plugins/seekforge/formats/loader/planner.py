@@ -1,0 +1,153 @@
+"""Recipes and buffers become jobs, in the order of shards and bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from seekforge.common.dtypes import NUMPY, is_stored_as, itemsize
+from seekforge.common.errors import ProgramError
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Job, Whole, pieces
+from seekforge.formats.loader.views import View, as_view
+from seekforge.formats.weight_recipes import Recipe, cast, rounds_once, slice_, stack, tensors_of
+
+
+class Planner:
+    """Turns recipes and buffers into jobs."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._copies: dict[tuple[str, View], list[np.ndarray]] = defaultdict(list)
+        self._products: dict[tuple[str, str], list[tuple[View, np.ndarray]]] = defaultdict(list)
+        self._jobs: list[Job] = []
+        self.computed: list[tuple[Recipe, np.ndarray]] = []
+
+    def add(self, recipe: Recipe, target: np.ndarray) -> None:
+        """Plan `recipe` into `target`, which has its shape; another dtype rounds."""
+        if recipe.op == "stack":
+            for part, row in zip(recipe.parts, target, strict=True):
+                self.add(part, row)
+        elif recipe.op == "concat":
+            assert recipe.axis is not None
+            start = 0
+            for part in recipe.parts:
+                stop = start + part.shape[recipe.axis]
+                self.add(part, target[(*[slice(None)] * recipe.axis, slice(start, stop))])
+                start = stop
+        elif recipe.op == "transpose":
+            assert recipe.perm is not None
+            self.add(recipe.parts[0], target.transpose(np.argsort(recipe.perm)))
+        elif recipe.op == "bytes":
+            self.add(recipe.parts[0], target.view(NUMPY["f8e4m3"]))
+        elif recipe.op == "cast" and rounds_once(recipe):
+            self.add(recipe.parts[0], target)
+        elif recipe.op == "computed":
+            self.computed.append((recipe, target))
+        else:
+            self._add_view(recipe, target)
+
+    def _add_view(self, recipe: Recipe, target: np.ndarray) -> None:
+        pushed = _push_slice(recipe)
+        if pushed is not None:
+            self.add(pushed, target)
+            return
+        found = as_view(recipe)
+        if found is None:
+            from_tensors = sum(self._checkpoint.info(name).num_bytes for name in tensors_of(recipe))
+            self._jobs.append(Whole(recipe, target, from_tensors))
+            return
+        base, view = found
+        if base.op == "take":
+            assert base.tensor is not None
+            self._check(base)
+            self._copies[base.tensor, view].append(target)
+        else:
+            for part in base.parts:
+                self._check(part)
+            weight, scale = (part.tensor for part in base.parts)
+            assert weight is not None and scale is not None
+            # products are formed in f32 and rounded by the buffer's dtype: that of the recipe does not matter here
+            self._products[weight, scale].append((view, target))
+
+    def _check(self, leaf: Recipe) -> None:
+        """Compare a `take` with what the checkpoint has; a narrower type of the same values will do."""
+        assert leaf.tensor is not None
+        info = self._checkpoint.info(leaf.tensor)
+        if info.shape != leaf.shape or not is_stored_as(info.dtype, leaf.dtype):
+            raise ProgramError(
+                f"bindings expect {leaf.tensor} as {list(leaf.shape)} {leaf.dtype}, the checkpoint has "
+                f"{list(info.shape)} {info.dtype}; pass the checkpoint that the program was exported from"
+            )
+
+    def jobs(self, copies: Mapping[str, str]) -> list[Job]:
+        """Return the jobs in the order of shards and bytes; those that compare come last.
+
+        Args:
+            copies: tensor that nothing reads -> the tensor it must equal; compared where that is read whole.
+        """
+        result = list(self._jobs)
+        checks: list[Job] = []
+        mains = {main: copy for copy, main in copies.items() if copy in self._checkpoint}
+        for (tensor, view), targets in self._copies.items():
+            dtype = self._checkpoint.info(tensor).dtype
+            result += pieces(Copy(tensor, dtype, view, tuple(targets)))
+            if tensor in mains and view.size == self._checkpoint.info(tensor).num_bytes // itemsize(dtype):
+                checks += pieces(Copy(mains[tensor], dtype, view, (targets[0],), check=True))
+        for (weight, scale), uses in self._products.items():
+            result += self._dequantize(weight, scale, uses)
+        place = self._place
+        return [*sorted(result, key=place), *sorted(checks, key=place)]
+
+    def _dequantize(self, weight: str, scale: str, uses: list[tuple[View, np.ndarray]]) -> Iterator[Job]:
+        rows, columns = self._checkpoint.info(weight).shape
+        grouped: dict[tuple[int, int], list[tuple[View, np.ndarray]]] = defaultdict(list)
+        for view, target in uses:
+            grouped[view.shape[0], view.strides[0]].append((view, target))
+        for (length, stride), group in grouped.items():
+            # f32 products and the values looked up take 8 bytes for each byte read
+            step = max(1, READ_BYTES // 8 // max(stride, 1))
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                yield Dequantize(
+                    weight,
+                    scale,
+                    self._checkpoint.info(scale).dtype,
+                    (rows, columns),
+                    tuple(view.slice(0, start, stop) for view, _ in group),
+                    tuple(target[start:stop] for _, target in group),
+                )
+
+    def _place(self, job: Job) -> tuple[str, int]:
+        if isinstance(job, Whole):
+            return "", 0
+        name, offset = (job.tensor, job.view.offset) if isinstance(job, Copy) else (job.weight, job.rows[0])
+        info = self._checkpoint.info(name)
+        return info.shard, info.begin + offset * itemsize(info.dtype)
+
+
+def _push_slice(recipe: Recipe) -> Recipe | None:
+    """Move a slice below a cast, concat or stack; None for everything else."""
+    if recipe.op != "slice" or recipe.parts[0].op not in ("cast", "concat", "stack"):
+        return None
+    whole = recipe.parts[0]
+    assert recipe.axis is not None and recipe.start is not None and recipe.stop is not None
+    if whole.op == "cast":
+        return cast(slice_(whole.parts[0], recipe.axis, recipe.start, recipe.stop), whole.dtype)
+    if whole.op == "stack":
+        if recipe.axis == 0:
+            return stack(whole.parts[recipe.start : recipe.stop])
+        return stack(slice_(part, recipe.axis - 1, recipe.start, recipe.stop) for part in whole.parts)
+    if whole.axis != recipe.axis:
+        parts = tuple(slice_(part, recipe.axis, recipe.start, recipe.stop) for part in whole.parts)
+        return Recipe("concat", recipe.shape, recipe.dtype, parts, axis=whole.axis)
+    parts, start = [], 0
+    for part in whole.parts:
+        stop = start + part.shape[recipe.axis]
+        low, high = max(recipe.start, start), min(recipe.stop, stop)
+        if low < high:
+            parts.append(slice_(part, recipe.axis, low - start, high - start))
+        start = stop
+    return Recipe("concat", recipe.shape, recipe.dtype, tuple(parts), axis=recipe.axis)

@@ -1,0 +1,122 @@
+"""Recipes are computed: from any source of checkpoint tensors, into arrays."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from seekforge.common.dtypes import NUMPY, widen
+from seekforge.common.errors import ProgramError
+from seekforge.formats.int_codes import evaluate_codes
+from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.weight_recipes.recipe import Recipe
+from seekforge.formats.weight_recipes.tables import computed
+
+
+class TensorSource(Protocol):
+    """Where checkpoint tensors come from. `formats.checkpoint.safetensors.Checkpoint` is one."""
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Return the tensor without copying where possible (float8 and bfloat16 as ml_dtypes)."""
+        ...
+
+
+def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
+    """Compute a recipe.
+
+    A `take`, `slice` or `reshape` is a view of the source (no copy); `concat`, `stack`, `dequantize` and
+    `cast` allocate their result once.
+
+    Returns:
+        Array of `recipe.shape` and `recipe.dtype`.
+    """
+    if recipe.op == "take":
+        assert recipe.tensor is not None
+        return widen(source.tensor(recipe.tensor), recipe.dtype)
+    if recipe.op == "computed":
+        return computed(recipe)
+    if recipe.op in ("concat", "stack"):
+        out = np.empty(recipe.shape, NUMPY[recipe.dtype])
+        evaluate_into(recipe, source, out)
+        return out
+    first = evaluate(recipe.parts[0], source)
+    if recipe.op == "slice":
+        assert recipe.axis is not None
+        index = [slice(None)] * first.ndim
+        index[recipe.axis] = slice(recipe.start, recipe.stop)
+        return first[tuple(index)]
+    if recipe.op == "reshape":
+        return first.reshape(recipe.shape)
+    if recipe.op == "transpose":
+        return first.transpose(recipe.perm)
+    if recipe.op == "bytes":
+        return np.ascontiguousarray(first).view(np.int8)
+    if recipe.op == "cast":
+        return first.astype(NUMPY[recipe.dtype])
+    if recipe.op == "dequantize":
+        out = np.empty(recipe.shape, NUMPY[recipe.dtype])
+        dequantize_into(first, evaluate(recipe.parts[1], source), out)
+        return out
+    if recipe.op in ("codes", "code_scales", "packed"):
+        return evaluate_codes(recipe.op, recipe.params, first)
+    if recipe.op == "split":
+        raise ProgramError("bindings: this recipe is shared by several ranks; apply for_rank first")
+    raise ProgramError(f"bindings.json: unknown recipe op {recipe.op!r}; it was written by a newer version")
+
+
+def evaluate_into(recipe: Recipe, source: TensorSource, out: np.ndarray) -> None:
+    """Compute a recipe into `out`, which has its shape and dtype; parts are written in place."""
+    if recipe.op == "stack":
+        for part, row in zip(recipe.parts, out, strict=True):
+            evaluate_into(part, source, row)
+    elif recipe.op == "concat":
+        assert recipe.axis is not None
+        start = 0
+        for part in recipe.parts:
+            stop = start + part.shape[recipe.axis]
+            index = [slice(None)] * out.ndim
+            index[recipe.axis] = slice(start, stop)
+            evaluate_into(part, source, out[tuple(index)])
+            start = stop
+    elif recipe.op == "transpose":
+        assert recipe.perm is not None
+        evaluate_into(recipe.parts[0], source, out.transpose(np.argsort(recipe.perm)))
+    elif recipe.op == "dequantize":
+        dequantize_into(evaluate(recipe.parts[0], source), evaluate(recipe.parts[1], source), out)
+    elif recipe.op == "cast" and rounds_once(recipe):
+        out[...] = evaluate(recipe.parts[0], source)
+    else:
+        out[...] = evaluate(recipe, source)
+
+
+def rounds_once(recipe: Recipe) -> bool:
+    """Whether assigning the operand of a cast gives the same as the cast: the operand itself rounds nothing."""
+    part = recipe.parts[0]
+    while part.op in ("slice", "reshape", "transpose"):
+        part = part.parts[0]
+    return part.op == "take"
+
+
+def dequantize_into(weight: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+    """Write `weight` [..., N, K] times its 128×128 block scales into `out`, one block row at a time.
+
+    The product is formed in f32 and rounded once to the dtype of `out`. Extra memory: one block of rows.
+    """
+    if weight.ndim > 2:
+        for w, s, o in zip(weight, scale, out, strict=True):
+            dequantize_into(w, s, o)
+        return
+    k = weight.shape[1]
+    for row, block_scale in enumerate(scale):
+        rows = slice(row * FP8_BLOCK, (row + 1) * FP8_BLOCK)
+        along_k = np.repeat(np.asarray(block_scale, np.float32), FP8_BLOCK)[:k]
+        out[rows] = FP8_VALUES[weight[rows].view(np.uint8)] * along_k
+
+
+def _e4m3_values() -> np.ndarray:
+    return np.arange(256, dtype=np.uint8).view(NUMPY["f8e4m3"]).astype(np.float32)
+
+
+#: The value of each e4m3 byte, f32; 0x7F and 0xFF are NaN.
+FP8_VALUES = _e4m3_values()
