@@ -30,7 +30,7 @@ def main(engine: str, checkpoint: str) -> None:
 
     settings = Settings(ModelConfig.load(Path(checkpoint)), numerics)
     with Checkpoint.open(Path(checkpoint)) as source:
-        logits = TorchSession(settings, source, num_blocks=4).prefill(TOKENS)["logits"]
+        logits = TorchSession(settings, source).prefill(TOKENS)["logits"]
     rows = torch.log_softmax(logits[:-1].double(), dim=-1)
     from_torch = rows.gather(1, torch.tensor(TOKENS[1:])[:, None]).flatten().tolist()
 

@@ -30,11 +30,11 @@ from tests.support.standard_ops import OPERATORS, run_standard
 from seekforge.common.errors import EngineError, ProgramError
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.models.deepseek_v32.session import shuffled_tables
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.parity_steps import shuffled_tables
 from seekforge.formats.program import load_program
 from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.plugins.kernels.launcher import OpLauncher
@@ -56,7 +56,7 @@ class Rig:
         root.mkdir(exist_ok=True)
         self.root, self.checkpoint = root, checkpoint
         self.source = stack.enter_context(Checkpoint.open(checkpoint))
-        self.tables, self.num_blocks = shuffled_tables([past + 12 for past in PAST], seed=1)
+        self.tables, self.num_blocks = shuffled_tables([past + 12 for past in PAST], np.random.default_rng(1))
 
     def program(self, numerics: str, num_layers: int) -> Path:
         folder = self.root / f"{numerics}-{num_layers}"
@@ -77,7 +77,7 @@ class Rig:
 
     def with_past(self, walk: Walk) -> Walk:
         """Let PyTorch prefill both sequences, and give the walker its caches."""
-        walk.session.step(self.step(PAST, (0, 0), seed=9))
+        walk.session.run(self.step(PAST, (0, 0), seed=9))
         walk.take_caches()
         return walk
 
@@ -141,10 +141,10 @@ def test_a_captured_step_gives_the_bytes_of_an_eager_one_and_a_bent_weight_is_no
     assert same_outputs(before, walk.caches, list(before)) == list(before), "the step wrote both caches"
 
     noise = walk.noise(second, 3)
-    want = walk.session.step(second)
-    assert walk.compare(second, replayed, want).within(noise, 1)
+    expected = walk.session.run(second)
+    assert walk.compare(second, replayed, expected).within(noise, 1)
     walk.walker.weights["layers.0.self_attn.w_uv"] = walk.walker.weights["layers.0.self_attn.w_uv"].flip(0)
-    bent = walk.compare(second, walk.walker.run(walk.inputs(second)), want)
+    bent = walk.compare(second, walk.walker.run(walk.inputs(second)), expected)
     assert not bent.within(noise, 1), (bent, noise)
 
 

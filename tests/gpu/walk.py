@@ -26,11 +26,11 @@ from tests.support.graph_walker import CapturedStep, CudaPlace, Place
 from seekforge.common.errors import EnvironmentFault
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.models.deepseek_v32.session import shuffled_tables
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.parity_steps import shuffled_tables
 from seekforge.formats.program import load_program
 from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.plugins.kernels import aot
@@ -107,8 +107,9 @@ def fill_past(walk: Walk, lengths: Sequence[int], tables: Sequence[Sequence[int]
     """Give both sides the same random caches for the past tokens; PyTorch would take minutes to prefill them."""
     draw = torch.Generator().manual_seed(1)
     config, session = walk.config, walk.session
-    session.caches = session.model.new_caches(walk.num_blocks)
-    for latent, index in zip(*session.caches, strict=True):
+    session.allocate_caches(walk.num_blocks)
+    for layer in session.module().layer_numbers:
+        latent, index = (session.caches[f"{kind}.{layer}"] for kind in ("latent_cache", "index_cache"))
         for length, blocks in zip(lengths, tables, strict=True):
             slots = (torch.tensor(blocks).unsqueeze(1) * 64 + torch.arange(64)).view(-1)[:length]
             c = fake_quantize(torch.randn(length, config.kv_lora_rank, generator=draw))
@@ -129,7 +130,7 @@ def walk_model(folder: Path, name: str, kv_format: KvFormat, place: Place, *, re
     if not (folder / PROGRAM).is_dir():
         raise EnvironmentFault(f"{folder}: not made; gpu_check.py compile {folder.parent.parent} --sm {place.sm}")
     longest = max(max(new) for new in model.steps)
-    tables, num_blocks = shuffled_tables([past + longest for past in model.past], seed=1)
+    tables, num_blocks = shuffled_tables([past + longest for past in model.past], np.random.default_rng(1))
     with Checkpoint.open(folder / CHECKPOINT) as source:
         engine = engine_folder(folder, kv_format)
         walk = Walk(source, folder / PROGRAM, engine, place, kv_format=kv_format, num_blocks=num_blocks)

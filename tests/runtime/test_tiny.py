@@ -174,7 +174,7 @@ def test_logprobs_are_those_of_pytorch(engine: Engine, tiny_checkpoint: Path) ->
     completion = output.outputs[0]
     whole = [*prompt, *completion.token_ids]
     with Checkpoint.open(tiny_checkpoint) as source:
-        session = TorchSession(Settings(config, NUMERICS["exact"]), source, num_blocks=4)
+        session = TorchSession(Settings(config, NUMERICS["exact"]), source)
         logits = session.prefill(whole)["logits"].double()
     wanted = (logits - logits.logsumexp(-1, keepdim=True)).numpy()
     assert output.prompt_logprobs is not None and completion.logprobs is not None

@@ -26,7 +26,7 @@ from seekforge.exporter.parity.gates import KL, NOISE_FACTOR, TOP1
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.program import Program, load_bindings, load_program
-from seekforge.formats.step_io import STEP_ARRAYS, StepInputs
+from seekforge.formats.step_io import StepInputs
 from seekforge.formats.weight_recipes import TensorSource, cast, evaluate, retarget
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.index import KERNELS, kernel_sm, read_index
@@ -48,8 +48,8 @@ LAYER_DIFF: Final = 1e-5
 def kernel_ops(program: Program, kv_format: KvFormat) -> dict[str, dict[str, Any]]:
     """Return op_type -> sizes and attributes of the kernels that a program's engines need."""
     config = ModelConfig.parse(program.config, "program")
-    found = operators(config, kv_format=kv_format, numerics=program.numerics)
-    return {op: bound for op, bound in found.items() if op in program.ops or op == BF16_LINEAR}
+    needed = operators(config, kv_format=kv_format, numerics=program.numerics)
+    return {op: bound for op, bound in needed.items() if op in program.ops or op == BF16_LINEAR}
 
 
 def specialization(sm: int, kv_format: KvFormat) -> Specialization:
@@ -63,9 +63,11 @@ class Compared:
 
     Attributes:
         hidden: calc_diff of the hidden states behind the last layer, real rows only.
-        kl: mean KL of the next token. top1: share of rows with the same most likely token.
-        keys, experts: rows in which a layer chose other keys or experts, of all rows of all layers.
-        rows: of the step.
+        kl: mean KL of the next token.
+        top1: the share of rows with the same most likely token.
+        keys: how many rows chose other keys, of all rows of all layers.
+        experts: how many rows chose other experts, of all rows of all layers.
+        rows: how many rows the step has.
     """
 
     hidden: float
@@ -81,7 +83,7 @@ class Compared:
         Args:
             noise: PyTorch against itself with the last bit of some embeddings flipped, as the kernels' other order
                 of sums flips last bits: one FP8 rounding or one choice that flips then moves a row for good.
-            num_layers: of the program; hidden states are compared behind the last.
+            num_layers: how many layers the program has; hidden states are compared behind the last.
         """
         flips = max((one.keys + one.experts for one in noise), default=0)
         return (
@@ -119,12 +121,12 @@ class Walk:
 
     Args:
         source: the checkpoint; must stay open.
-        program: folder of the canonical program.
-        engine: folder whose `kernels/` has the launch descriptors.
+        program: the folder of the canonical program.
+        engine: the folder whose `kernels/` has the launch descriptors.
         place: where the program is walked; PyTorch runs on the CPU.
-        kv_format: of the walker's caches.
-        num_blocks: size of the paged caches.
-        trt: as `Walker` takes it.
+        kv_format: the format of the walker's caches.
+        num_blocks: the size of the paged caches.
+        trt: the module of plugin classes, as `Walker` takes it.
     """
 
     def __init__(
@@ -170,22 +172,23 @@ class Walk:
 
     def new_caches(self) -> dict[str, Tensor]:
         """Return zeroed caches of the walker, by input name."""
-        config, found = self.config, {}
+        config, caches = self.config, {}
         record = latent_record_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
-        for i in self.session.model.layer_numbers:
+        for i in self.session.module().layer_numbers:
             for name, wide, packed in (
                 (f"latent_cache.{i}", config.latent_dim, (self.num_blocks, 64, record)),
                 (f"index_cache.{i}", config.index_head_dim, (self.num_blocks, 64 * 132)),
             ):
                 if self.kv_format == "fp8_ds":
-                    found[name] = self.place.empty(packed, torch.int8).zero_()
+                    caches[name] = self.place.empty(packed, torch.int8).zero_()
                 else:
-                    found[name] = self.place.empty((self.num_blocks * 64, wide), torch.bfloat16).zero_()
-        return found
+                    caches[name] = self.place.empty((self.num_blocks * 64, wide), torch.bfloat16).zero_()
+        return caches
 
     def take_caches(self) -> None:
         """Copy PyTorch's caches into the walker's, in the walker's format."""
-        for i, latent, index in zip(self.session.model.layer_numbers, *self.session.caches, strict=True):
+        for i in self.session.module().layer_numbers:
+            latent, index = (self.session.caches[f"{kind}.{i}"] for kind in ("latent_cache", "index_cache"))
             if self.kv_format == "fp8_ds":
                 latent, index = packed_latents(latent, self.config.kv_lora_rank), packed_index(index)
             self.caches[f"latent_cache.{i}"].copy_(latent)
@@ -193,8 +196,9 @@ class Walk:
 
     def inputs(self, step: StepInputs) -> dict[str, Tensor]:
         """Return a step's graph inputs on the place's device, caches included."""
-        arrays = {name: getattr(step, name) for name in STEP_ARRAYS}
-        return {name: torch.from_numpy(array).to(self.place.device) for name, array in arrays.items()} | self.caches
+        others = self.caches.keys() | self.walker.weights.keys() | self.walker.constants.keys()
+        names = [name for name in self.walker.inputs if name not in others]
+        return {name: torch.from_numpy(step.array(name)).to(self.place.device) for name in names} | self.caches
 
     def step(self, step: StepInputs) -> Compared:
         """Run one step on both sides. Every custom node is judged by its own inputs; then the results are compared.
@@ -202,8 +206,8 @@ class Walk:
         Raises:
             WrongNode: a node differs from its operator's reference by more than its tolerance.
         """
-        got = self.walker.run(self.inputs(step), judge_node)
-        return self.compare(step, got, self.session.step(step))
+        results = self.walker.run(self.inputs(step), judge_node)
+        return self.compare(step, results, self.session.run(step))
 
     def noise(self, step: StepInputs, trials: int = TRIALS) -> list[Compared]:
         """Compare PyTorch with itself on `step`, before it has run, with perturbed embeddings."""
@@ -215,30 +219,30 @@ class Walk:
             flip = torch.rand(embedded.shape, generator=draw) < FLIPPED
             return (embedded.view(torch.int16) ^ flip.to(torch.int16)).view(torch.bfloat16)
 
-        want = session.step(step)
-        hook = session.model.embed_tokens.register_forward_hook(perturb)  # pyright: ignore
-        found = []
+        expected = session.run(step)
+        hook = session.module().token_embedding().register_forward_hook(perturb)
+        runs = []
         for _ in range(trials):
             session.caches = before
-            found.append(self.compare(step, session.step(step), want))
+            runs.append(self.compare(step, session.run(step), expected))
         hook.remove()
         session.caches = before
-        return found
+        return runs
 
-    def compare(self, step: StepInputs, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Compared:
+    def compare(self, step: StepInputs, results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Compared:
         """Compare the outputs of one step, padded rows left out."""
         real = torch.from_numpy(step.positions >= 0)
         logits = compare_logits(
-            got["logits"].cpu().numpy(), want["logits"].numpy(), np.full(len(step.logits_index), -1)
+            results["logits"].cpu().numpy(), expected["logits"].numpy(), np.full(len(step.logits_index), -1)
         )
         flips = {"topk_indices": 0, "expert_ids": 0}
-        for name, theirs in want.items():
+        for name, selection in expected.items():
             kind = name.partition(".")[0]
             if kind in flips:
-                ours = got[name].cpu().view(*real.shape, -1)[real].sort().values
-                flips[kind] += int((ours != theirs.view(*real.shape, -1)[real].sort().values).any(-1).sum())
+                pair = (one.cpu().view(*real.shape, -1)[real].sort().values for one in (results[name], selection))
+                flips[kind] += int(torch.ne(*pair).any(-1).sum())
         return Compared(
-            hidden=calc_diff(got["hidden"].cpu()[real], want["hidden"][real]),
+            hidden=calc_diff(results["hidden"].cpu()[real], expected["hidden"][real]),
             kl=float(logits.kl.mean()),
             top1=float(logits.top1.mean()),
             keys=flips["topk_indices"],

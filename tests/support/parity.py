@@ -7,25 +7,26 @@ into the other. Never a loosened tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from seekforge.exporter.models.deepseek_v32.session import shuffled_tables
-from seekforge.formats.step_io import StepInputs, lay_out
+from seekforge.exporter.builder.onnxruntime.session import OrtSession
+from seekforge.exporter.models.deepseek_v32.session import TorchSession
+from seekforge.exporter.program.taps import SELECTIONS
+from seekforge.exporter.tolerances import GATE
+from seekforge.formats import parity_steps
+from seekforge.formats.parity_steps import Mode, ParitySteps, make_case, ragged_lengths
+from seekforge.formats.step_runner import run_steps
 
 #: Contexts below, at, just above and far above the tiny model's index_topk of 64.
 CONTEXTS = (10, 64, 65, 200, 700)
-MODES = ("whole", "chunked", "decode", "ragged")
-#: Largest difference of FP32 logits in parts of their spread. Measured: 5e-6 against transformers, 4e-6 between
-#: ONNX Runtime and torch, over all contexts and modes here; twenty times that is still far below any mistake.
-GATE = 1e-4
+INDEX_TOPK = 64
+#: The ways of cutting sequences that run the main model alone.
+MODES = tuple(mode for mode in parity_steps.MODES if mode != "mtp")
 #: At most this part of the rows may have chosen other keys or experts.
 MAX_FLIPPED = 0.01
-
-Step = Callable[[StepInputs], Mapping[str, Any]]
 
 
 def tokens(length: int, seed: int = 1, vocab_size: int = 1024) -> list[int]:
@@ -50,80 +51,54 @@ class _Collect:
         return Run(np.concatenate(self.logits), {name: np.concatenate(rows) for name, rows in self.taps.items()})
 
 
-def lengths_of(mode: str, context: int) -> list[int]:
+def lengths_of(mode: Mode, context: int) -> list[int]:
     """Lengths of the sequences that a mode runs: one, or three very different ones."""
-    return [context, context // 3 + 1, min(5, context)] if mode == "ragged" else [context]
+    return list(ragged_lengths(context)) if mode == "ragged" else [context]
 
 
-def chunks(mode: str, length: int) -> list[int]:
-    """How a mode cuts one sequence into steps."""
-    if mode == "whole":
-        return [length]
-    if mode == "chunked":
-        # a border at index_topk, and others that are no multiple of a block
-        sizes = [64, 37, 100] + [131] * (length // 131)
-    elif mode == "decode":
-        # token by token from the start where that is quick, else the last tokens
-        prefill = 0 if length <= 80 else length - 12
-        sizes = ([prefill] if prefill else []) + [1] * length
-    else:
-        sizes = [max(1, length - 4)] + [1] * 4
-    result: list[int] = []
-    for size in sizes:
-        left = length - sum(result)
-        if left:
-            result.append(min(size, left))
-    return result
+def chunks(mode: Mode, length: int) -> list[int]:
+    """How a mode cuts a sequence into steps: as parity does, but token by token from the start where that is quick."""
+    if mode == "decode" and length <= 80:
+        return [1] * length
+    return parity_steps.chunks(mode, length, INDEX_TOPK)
 
 
-def drive(step: Step, sequences: list[list[int]], mode: str) -> list[Run]:
+def drive(session: TorchSession | OrtSession, sequences: Sequence[Sequence[int]], mode: Mode) -> list[Run]:
     """Run sequences together in the given mode over shuffled block tables.
 
     Args:
-        step: takes inputs, returns logits [N, V] and taps by name, arrays or tensors.
+        session: what runs the steps.
         sequences: token ids; as many as `lengths_of` says.
         mode: one of MODES.
 
     Returns:
         One `Run` per sequence.
     """
-    tables, _ = shuffled_tables([len(sequence) for sequence in sequences])
-    plans = [chunks(mode, len(sequence)) for sequence in sequences]
-    done = [0] * len(sequences)
+    sizes = [chunks(mode, len(sequence)) for sequence in sequences]
+    case = make_case(mode, mode, sequences, sizes, 1024, np.random.default_rng(0))
+    names = ["logits", *(name for name in session.output_names() if name.startswith(SELECTIONS))]
     collected = [_Collect() for _ in sequences]
-    for turn in range(max(len(plan) for plan in plans)):
-        active = [i for i, plan in enumerate(plans) if turn < len(plan)]
-        new = [sequences[i][done[i] : done[i] + plans[i][turn]] for i in active]
-        inputs = lay_out(new, [done[i] for i in active], [tables[i] for i in active])
-        outputs = {name: np.asarray(value) for name, value in step(inputs).items()}
-        rows = np.cumsum([0] + [len(part) for part in new])
-        width = inputs.input_ids.shape[1]
-        for row, i in enumerate(active):
-            n = len(new[row])
-            collected[i].logits.append(outputs["logits"][rows[row] : rows[row + 1]])
-            for name, value in outputs.items():
-                if name.startswith(("topk_indices", "expert_ids")):
-                    per_row = value.reshape(len(active), width, -1)
-                    collected[i].taps.setdefault(name, []).append(per_row[row, :n])
-            done[i] += n
+    for ran in run_steps(session, ParitySteps(cases=(case,)), lambda step: names):
+        rows = np.cumsum([0] + [len(new) for new in ran.step.tokens])
+        for row, sequence in enumerate(ran.step.sequences):
+            collect, n = collected[sequence], len(ran.step.tokens[row])
+            collect.logits.append(ran.tensors["logits"][rows[row] : rows[row + 1]])
+            for name in names[1:]:
+                per_row = ran.tensors[name].reshape(*ran.inputs.input_ids.shape, -1)
+                collect.taps.setdefault(name, []).append(per_row[row, :n])
     return [collect.run() for collect in collected]
 
 
-def num_blocks(sequences: Iterable[list[int]]) -> int:
-    """Blocks that `drive` needs for these sequences, scrap and spare included."""
-    return shuffled_tables([len(sequence) for sequence in sequences])[1]
+def relative_error(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Largest |difference| of each row of logits, in parts of the spread of `reference`."""
+    return np.abs(logits - reference).max(-1) / reference.std()
 
 
-def relative_error(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Largest |difference| of each row of logits, in parts of the spread of `theirs`."""
-    return np.abs(ours - theirs).max(-1) / theirs.std()
-
-
-def flipped_rows(ours: Run, theirs: Run) -> np.ndarray:
+def flipped_rows(run: Run, reference: Run) -> np.ndarray:
     """Rows where any layer chose another set of keys or experts: [n] bool."""
-    flipped = np.zeros(len(ours.logits), bool)
-    for name, mine in ours.taps.items():
-        flipped |= (np.sort(mine, -1) != np.sort(theirs.taps[name], -1)).any(-1)
+    flipped = np.zeros(len(run.logits), bool)
+    for name, chosen in run.taps.items():
+        flipped |= (np.sort(chosen, -1) != np.sort(reference.taps[name], -1)).any(-1)
     return flipped
 
 
@@ -132,7 +107,7 @@ def readers_of(rows: np.ndarray, run: Run) -> np.ndarray:
 
     Args:
         rows: [n] bool, by position.
-        run: with the keys that each row chose, in every layer.
+        run: a run that has the keys that each row chose, in every layer.
     """
     keys = np.concatenate([value for name, value in run.taps.items() if name.startswith("topk_indices")], -1)
     reached = rows.copy()
@@ -142,23 +117,23 @@ def readers_of(rows: np.ndarray, run: Run) -> np.ndarray:
     return reached
 
 
-def moved_rows(ours: Run, theirs: Run) -> np.ndarray:
+def moved_rows(run: Run, reference: Run) -> np.ndarray:
     """Rows that chose differently, and rows out of the gate: [n] bool."""
-    return flipped_rows(ours, theirs) | (relative_error(ours.logits, theirs.logits) > GATE)
+    return flipped_rows(run, reference) | (relative_error(run.logits, reference.logits) > GATE)
 
 
-def assert_same(ours: Run, theirs: Run, what: str = "") -> None:
+def assert_same(run: Run, reference: Run, what: str = "") -> None:
     """Two FP32 runs agree: few rows chose differently, and only rows that read those have other logits.
 
     Two scores that differ by less than the noise of f32 may change places, and whoever attends to such a row moves with
     it. A row that reads none of them, such as every row before the first, has no excuse; nor have more than a tenth.
     """
-    error = relative_error(ours.logits, theirs.logits)
-    flipped = flipped_rows(ours, theirs)
+    error = relative_error(run.logits, reference.logits)
+    flipped = flipped_rows(run, reference)
     assert np.isfinite(error).all(), f"{what}: logits are not finite"
     assert flipped.mean() <= MAX_FLIPPED, f"{what}: {flipped.sum()} of {len(flipped)} rows chose differently"
     out = (error > GATE) & ~flipped
-    unexplained = out & ~readers_of(flipped, theirs)
+    unexplained = out & ~readers_of(flipped, reference)
     assert not unexplained.any() and out.mean() <= 0.1, (
         f"{what}: {out.sum()} of {len(error)} rows differ by up to {error.max():.2e} of the spread, gate {GATE:g}; "
         f"{unexplained.sum()} of them read no row that chose differently"

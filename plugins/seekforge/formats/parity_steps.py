@@ -1,4 +1,7 @@
-"""What every side of a parity check is told to run: cases cut into steps over paged caches. NumPy only."""
+"""What every side of a parity check is told to run: cases cut into steps over paged caches. NumPy only.
+
+`step_runner.run_steps` runs them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import numpy as np
 
 from seekforge.common.errors import ConfigError
 from seekforge.common.records import Record, RecordError, at_least
-from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.step_io import StepInputs, lay_out
+from seekforge.formats.paged_cache import BLOCK_SIZE, blocks_needed
+from seekforge.formats.step_io import MODEL, MTP, StepInputs, lay_out
 
 Mode = Literal["whole", "chunked", "decode", "ragged", "mtp"]
 MODES: tuple[Mode, ...] = ("whole", "chunked", "decode", "ragged", "mtp")
@@ -24,7 +27,8 @@ class PlanStep(Record):
     Attributes:
         graph: the graph that runs it. An `mtp` step is fed the `hidden` of the step before it.
         sequences: the sequences of the case that have new tokens.
-        tokens: their new tokens; starts: the position of the first of each.
+        tokens: their new tokens.
+        starts: the position of the first new token of each.
         logits_index: rows of the flattened [B, Q] whose logits are kept.
     """
 
@@ -34,9 +38,26 @@ class PlanStep(Record):
     starts: tuple[int, ...]
     logits_index: tuple[int, ...]
 
+    def places(self) -> list[tuple[int, int]]:
+        """Return (sequence, position) of each new token: of each row that is not padding."""
+        return [
+            (sequence, start + i)
+            for sequence, start, new in zip(self.sequences, self.starts, self.tokens, strict=True)
+            for i in range(len(new))
+        ]
+
 
 class Case(Record):
-    """Steps that share caches. `tables`: the blocks of each sequence, in shuffled order; block 0 is scrap."""
+    """Steps that share caches.
+
+    Attributes:
+        name: what reports call it.
+        mode: how its sequences are cut.
+        context: tokens of its longest sequence.
+        tables: the blocks of each sequence, in shuffled order; block 0 is scrap.
+        num_blocks: blocks of the caches.
+        steps: what is run, in order.
+    """
 
     name: str
     mode: Mode
@@ -75,7 +96,7 @@ class Case(Record):
 
 
 class ParitySteps(Record):
-    """What every side runs."""
+    """The cases that every side runs."""
 
     cases: tuple[Case, ...]
 
@@ -87,10 +108,14 @@ class ParitySteps(Record):
                 yield number, case, step
                 number += 1
 
+    def last_steps(self) -> set[int]:
+        """Return the number of the last step of each graph in each case: there the caches are looked at."""
+        return set({(case.name, step.graph): number for number, case, step in self.steps()}.values())
+
 
 def step_inputs(case: Case, step: PlanStep) -> StepInputs:
     """Return the arrays of a step; tables reach to the last token."""
-    reach = max(-(-(start + len(new)) // BLOCK_SIZE) for start, new in zip(step.starts, step.tokens, strict=True))
+    reach = max(blocks_needed(start + len(new)) for start, new in zip(step.starts, step.tokens, strict=True))
     return lay_out(step.tokens, step.starts, [case.tables[one][:reach] for one in step.sequences], step.logits_index)
 
 
@@ -104,7 +129,7 @@ def make_plan(
     prompts: Sequence[Sequence[int]] = (),
     seed: int = 0,
 ) -> ParitySteps:
-    """ParitySteps the cases of every mode and context, on random tokens or on prompts.
+    """Return the cases of every mode and context, on random tokens or on prompts.
 
     Args:
         contexts: lengths of random token sequences; ignored where `prompts` are given.
@@ -131,41 +156,63 @@ def make_plan(
             if mode == "ragged":
                 if len(text) < 3:
                     continue
-                sequences = [text, text[: len(text) // 3 + 1], text[-min(5, len(text)) :]]
-            cases.append(_case(f"{mode} {label}", mode, sequences, vocab_size, index_topk, rng))
+                lengths = ragged_lengths(len(text))
+                sequences = [text, text[: lengths[1]], text[-lengths[2] :]]
+            sizes = [chunks(mode, len(sequence), index_topk) for sequence in sequences]
+            cases.append(make_case(f"{mode} {label}", mode, sequences, sizes, vocab_size, rng))
     if not cases:
         raise ConfigError("the plan is empty: no context or prompt is long enough for the modes asked for")
     return ParitySteps(cases=tuple(cases))
 
 
-def _case(
-    name: str, mode: Mode, sequences: list[list[int]], vocab_size: int, index_topk: int, rng: np.random.Generator
-) -> Case:
-    needed = [-(-len(sequence) // BLOCK_SIZE) for sequence in sequences]
+def shuffled_tables(lengths: Sequence[int], rng: np.random.Generator) -> tuple[list[tuple[int, ...]], int]:
+    """Give each sequence blocks for `lengths` tokens in random order; returns (tables, number of blocks).
+
+    Block 0 is scrap and never handed out; one spare block at the end belongs to nobody.
+    """
+    needed = [blocks_needed(length) for length in lengths]
     order = (rng.permutation(sum(needed)) + 1).tolist()
-    tables = [tuple(order[sum(needed[:i]) : sum(needed[: i + 1])]) for i in range(len(needed))]
-    plans = [chunks(mode, len(sequence), index_topk) for sequence in sequences]
+    return [tuple(order[sum(needed[:i]) : sum(needed[: i + 1])]) for i in range(len(needed))], sum(needed) + 2
+
+
+def make_case(
+    name: str,
+    mode: Mode,
+    sequences: Sequence[Sequence[int]],
+    sizes: Sequence[Sequence[int]],
+    vocab_size: int,
+    rng: np.random.Generator,
+) -> Case:
+    """Cut sequences that share caches into steps.
+
+    Args:
+        name: what reports call the case.
+        mode: `mtp` runs the MTP module behind every step of the model; the others differ by `sizes` alone.
+        sequences: the tokens of each.
+        sizes: how many new tokens each step of a sequence has, as `chunks` returns them.
+        vocab_size: bounds the rows of logits that a step keeps.
+        rng: draws the order of the blocks.
+    """
+    tables, num_blocks = shuffled_tables([len(sequence) for sequence in sequences], rng)
     done = [0] * len(sequences)
     steps: list[PlanStep] = []
-    for turn in range(max(len(plan) for plan in plans)):
-        active = [i for i, plan in enumerate(plans) if turn < len(plan)]
-        new = [tuple(sequences[i][done[i] : done[i] + plans[i][turn]]) for i in active]
+    for turn in range(max(len(one) for one in sizes)):
+        active = [i for i, one in enumerate(sizes) if turn < len(one)]
+        new = [tuple(sequences[i][done[i] : done[i] + sizes[i][turn]]) for i in active]
         starts = tuple(done[i] for i in active)
-        steps.append(_step("model", active, new, starts, vocab_size))
+        steps.append(_step(MODEL, active, new, starts, vocab_size))
         if mode == "mtp":  # t_{i+1} beside h_i: one token more than the model was fed is known
             ahead = [tuple(sequences[i][s + 1 : s + 1 + len(row)]) for i, s, row in zip(active, starts, new)]
-            steps.append(_step("mtp", active, ahead, starts, vocab_size))
+            steps.append(_step(MTP, active, ahead, starts, vocab_size))
         for i, row in zip(active, new, strict=True):
             done[i] += len(row)
     context = max(len(sequence) for sequence in sequences)
-    return Case(
-        name=name,
-        mode=mode,
-        context=context,
-        tables=tuple(tables),
-        num_blocks=sum(needed) + 2,
-        steps=tuple(steps),
-    )
+    return Case(name=name, mode=mode, context=context, tables=tuple(tables), num_blocks=num_blocks, steps=tuple(steps))
+
+
+def ragged_lengths(length: int) -> tuple[int, int, int]:
+    """Return the lengths of the very different sequences that one ragged case runs together."""
+    return length, length // 3 + 1, min(5, length)
 
 
 def chunks(mode: Mode, length: int, index_topk: int) -> list[int]:

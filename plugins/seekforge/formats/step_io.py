@@ -15,7 +15,8 @@ import numpy as np
 from seekforge.formats.paged_cache import BLOCK_SIZE
 
 #: Graph names of an engine: the model, and its multi-token prediction module.
-MODEL, MTP = "model", "mtp"
+MODEL: Final = "model"
+MTP: Final = "mtp"
 #: Results with one row per entry of `logits_index`.
 ROW_RESULTS: Final = ("top_logits", "top_ids", "logsumexp", "logits")
 #: What the last layers of a model give: `hidden` [B, Q, H] has one row per token.
@@ -24,8 +25,6 @@ RESULTS: Final = ("hidden", *ROW_RESULTS)
 DUMPED_RESULTS: Final = ("hidden", "logits")
 #: What one layer hands to the next, and a stage of a model to the next: [B, Q, H] each.
 INTERMEDIATE_TENSORS: Final = ("hidden_states", "residual")
-#: The inputs that every step has.
-STEP_ARRAYS: Final = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index")
 #: Position and slot of a padded place.
 PAD_POSITION, PAD_SLOT = -1, -1
 
@@ -41,7 +40,7 @@ class StepInputs:
         block_table: [B, MB], int32; 0, the scrap block, fills rows up.
         logits_index: [N], int64, N ≥ 1: rows of the flattened B·Q whose logits are wanted.
         hidden_in: [B, Q, H], float32, for the MTP graph; None for the model.
-        given: other inputs by name: what a stage of a model takes from the stage before it, [B, Q, H], float32.
+        intermediate_tensors: what a part of a model takes from the layer before it, by name: [B, Q, H], float32.
     """
 
     input_ids: np.ndarray
@@ -50,11 +49,11 @@ class StepInputs:
     block_table: np.ndarray
     logits_index: np.ndarray
     hidden_in: np.ndarray | None = None
-    given: Mapping[str, np.ndarray] = field(default_factory=dict)
+    intermediate_tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def array(self, name: str) -> np.ndarray:
         """Return the input called `name`."""
-        return self.given[name] if name in self.given else getattr(self, name)
+        return self.intermediate_tensors[name] if name in self.intermediate_tensors else getattr(self, name)
 
     @property
     def real(self) -> np.ndarray:

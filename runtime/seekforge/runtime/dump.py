@@ -10,30 +10,18 @@ that comes from another side's dump.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.formats.parity_steps import Case, ParitySteps, PlanStep, step_inputs
-from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, StepInputs
-from seekforge.runtime.backends.base import StepOutputs
+from seekforge.formats.parity_steps import ParitySteps, PlanStep
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, MTP
+from seekforge.formats.step_runner import CacheReader, run_steps
 from seekforge.runtime.values import is_integer, shown
-
-
-class CacheBackend(Protocol):
-    """The part of a backend that a dump needs: `Backend`, and a look at the caches."""
-
-    def allocate_caches(self, num_blocks: int) -> None: ...
-
-    def run(self, inputs: StepInputs, *, outputs: Collection[str], graph: str = "model") -> StepOutputs: ...
-
-    def cache(self, name: str) -> np.ndarray: ...
 
 
 def engine_side(manifest: Manifest, name: str) -> Side:
@@ -65,14 +53,14 @@ def model_size(manifest: Manifest, key: str) -> int:
 
 
 def write_dump(
-    backend: CacheBackend,
+    backend: CacheReader,
     manifest: Manifest,
     plan: ParitySteps,
     out: Path,
     *,
     name: str,
     taps: Collection[str] | None = None,
-    given: Dump | None = None,
+    inputs: Dump | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> None:
     """Run every step of `plan` and store results, taps and, after the last step of a graph in a case, its caches.
@@ -84,46 +72,81 @@ def write_dump(
         out: an empty folder.
         name: what the report calls this side.
         taps: names of tap outputs to keep; None keeps all that the engine gives.
-        given: another side's dump of the same plan: what goes into a part of a model, and into MTP steps.
+        inputs: another side's dump of the same plan: what goes into a part of a model, and into MTP steps.
         progress: called with the name of each case.
 
     Raises:
         RequestError: a case is longer than the engine accepts.
-        ConfigError: `given` does not have what goes into this part.
+        ConfigError: `inputs` does not have what goes into this part.
         EngineError: the plan needs a graph that the engine does not have, or the engine is a part of a model and
-            nothing is given.
+            there is no dump of what goes into it.
     """
+    _check_runs(manifest, plan)
+    kept = {graph: _kept_outputs(manifest, graph, taps) for graph in manifest.graphs}
+    taken = {graph: _taken_inputs(manifest, graph, inputs) for graph in manifest.graphs}
+    last = plan.last_steps()
+    writer = DumpWriter(out, engine_side(manifest, name), plan)
+
+    def inputs_of(number: int, step: PlanStep) -> dict[str, np.ndarray]:
+        if inputs is None:
+            return {}
+        tensors = {of_graph: inputs.tensor(number, of_dump) for of_graph, of_dump in taken[step.graph].items()}
+        return tensors | ({"hidden_in": inputs.tensor(number - 1, "hidden")} if step.graph == MTP else {})
+
+    for ran in run_steps(
+        backend,
+        plan,
+        lambda step: list(kept[step.graph]),
+        graphs=manifest.graphs,
+        inputs=inputs_of,
+        on_case=lambda case: progress(case.name),
+    ):
+        graph = ran.step.graph
+        # of a stage, what went in is part of what it shows
+        tensors = {
+            taken[graph][of_graph]: value
+            for of_graph, value in ran.inputs.intermediate_tensors.items()
+            if of_graph in INTERMEDIATE_TENSORS
+        }
+        tensors |= {kept[graph][of_graph]: value for of_graph, value in ran.tensors.items()}
+        if ran.number in last:
+            tensors |= {f"cache_{kind}": value for kind, value in _caches(backend, manifest, graph).items()}
+        writer.write(ran.number, tensors)
+    writer.close()
+
+
+def _check_runs(manifest: Manifest, plan: ParitySteps) -> None:
+    """Refuse steps that the engine cannot run, before any is run."""
     limit = manifest.limits.max_model_len
     longest = max(case.context for case in plan.cases)
     if longest > limit:
         raise RequestError(f"a case has {longest} tokens, the engine accepts {limit}; ask for shorter --contexts")
-    writer = DumpWriter(out, engine_side(manifest, name), plan)
-    part = manifest.layer_range[1] < model_size(manifest, "num_hidden_layers")  # has no MTP module
-    current: Case | None = None
-    last: dict[str, PlanStep] = {}  # graph -> its last step in this case
-    hidden = np.zeros(0)
-    for number, case, step in plan.steps():
-        if case is not current:
-            progress(case.name)
-            backend.allocate_caches(case.num_blocks)
-            current, last = case, {step.graph: step for step in case.steps}
-        if step.graph not in manifest.graphs:
-            if part and step.graph == "mtp":
-                continue
+    is_part = manifest.layer_range[1] < model_size(manifest, "num_hidden_layers")  # has no MTP module
+    for _, case, step in plan.steps():
+        if step.graph not in manifest.graphs and not (is_part and step.graph == MTP):
             raise EngineError(f"case {case.name!r} runs the graph {step.graph!r}, which the engine does not have")
-        if given is not None and step.graph == "mtp":
-            hidden = given.tensor(number - 1, "hidden")
-        results = _run(backend, manifest, case, step, hidden, taps, _inputs_of(manifest, step.graph, given, number))
-        if step.graph == "model" and "hidden" in results:
-            hidden = results["hidden"]
-        if step is last[step.graph]:
-            results |= {f"cache_{kind}": value for kind, value in _caches(backend, manifest, step.graph).items()}
-        writer.write(number, results)
-    writer.close()
 
 
-def _inputs_of(manifest: Manifest, graph: str, given: Dump | None, number: int) -> dict[str, tuple[str, np.ndarray]]:
-    """Return what a step takes of another side: input -> (name in dumps, value)."""
+def _kept_outputs(manifest: Manifest, graph: str, taps: Collection[str] | None) -> dict[str, str]:
+    """Return the outputs of a graph that are stored -> their names in a dump."""
+    outputs = manifest.graphs[graph].outputs
+    names = {name: name for name in DUMPED_RESULTS}
+    names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in INTERMEDIATE_TENSORS}
+    names |= {spec.name: spec.name for spec in outputs if spec.role in ("tap", "debug")}
+    is_tap = {spec.name: spec.role in ("tap", "debug") for spec in outputs}
+    return {
+        name: of_dump
+        for name, of_dump in names.items()
+        if name in is_tap and (not is_tap[name] or taps is None or name in taps)
+    }
+
+
+def _taken_inputs(manifest: Manifest, graph: str, inputs: Dump | None) -> dict[str, str]:
+    """Return the inputs of a graph that another side's dump holds -> their names there.
+
+    Raises:
+        EngineError: there are such inputs, and no dump.
+    """
     names: dict[str, str] = {}
     for spec in manifest.graphs[graph].inputs:
         kind, _, layer = spec.name.partition(".")
@@ -131,45 +154,15 @@ def _inputs_of(manifest: Manifest, graph: str, given: Dump | None, number: int) 
             names[spec.name] = f"{spec.name}.{manifest.layer_range[0]}"
         elif kind.removesuffix("_in") in INTERMEDIATE_TENSORS:
             names[spec.name] = f"{kind.removesuffix('_in')}.{layer}"
-    if names and given is None:
+    if names and inputs is None:
         raise EngineError(
-            f"the engine holds layers {manifest.layer_range[0]} to {manifest.layer_range[1] - 1} only: pass --given, a "
-            "dump that shows what goes into them"
+            f"the engine holds layers {manifest.layer_range[0]} to {manifest.layer_range[1] - 1} only: pass --inputs, "
+            "a dump that shows what goes into them"
         )
-    assert given is not None or not names
-    return {name: (kept, given.tensor(number, kept)) for name, kept in names.items()}  # pyright: ignore
+    return names
 
 
-def _run(
-    backend: CacheBackend,
-    manifest: Manifest,
-    case: Case,
-    step: PlanStep,
-    hidden: np.ndarray,
-    taps: Collection[str] | None,
-    given: dict[str, tuple[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    face = manifest.graphs[step.graph]
-    names = {spec.name: spec.name for spec in face.outputs if spec.name in DUMPED_RESULTS}  # output -> name in the dump
-    names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in INTERMEDIATE_TENSORS}
-    names = {name: kept for name, kept in names.items() if any(spec.name == name for spec in face.outputs)}
-    names |= {
-        spec.name: spec.name
-        for spec in face.outputs
-        if spec.role in ("tap", "debug") and (taps is None or spec.name in taps)
-    }
-    inputs = replace(
-        step_inputs(case, step),
-        hidden_in=hidden if step.graph == "mtp" else None,
-        given={name: value for name, (_, value) in given.items()},
-    )
-    outputs = backend.run(inputs, outputs=list(names), graph=step.graph)
-    tensors = {kept: np.array(outputs.fetch(name)) for name, kept in names.items()}
-    # of a stage, what went in is part of what it shows
-    return {kept: value for name, (kept, value) in given.items() if name in INTERMEDIATE_TENSORS} | tensors
-
-
-def _caches(backend: CacheBackend, manifest: Manifest, graph: str) -> dict[str, np.ndarray]:
+def _caches(backend: CacheReader, manifest: Manifest, graph: str) -> dict[str, np.ndarray]:
     """Return `latent.3` and `index.3` of every layer of a graph, whole: [NB·64, width]; not those that are bytes."""
     names = [spec.name for spec in manifest.graphs[graph].with_role("cache") if spec.dtype in ("f32", "bf16")]
     return {name.replace("_cache", ""): np.array(backend.cache(name)) for name in names}

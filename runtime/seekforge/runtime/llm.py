@@ -236,7 +236,7 @@ class LLM:
             backend = DeterministicBackend(backend)
         self.self_check: SelfCheckResult | None = None
         if self_check and manifest.self_check is not None:
-            self.self_check = run_self_check(backend, manifest.self_check, block_size)
+            self.self_check = run_self_check(backend, manifest.self_check)
         try:
             backend.allocate_caches(self.num_blocks)
         except MemoryError:

@@ -264,7 +264,7 @@ def test_a_stage_is_checked_from_what_pytorch_has_before_it(tiny_checkpoint: Pat
     assert fault.exit_code == 1 and (finding["layer"], finding["module"]) == (2, "self_attn.o_proj")
     assert "is a stage of layers 1-2" in refuse(stage, *args, "--layers", "0-1")
     dump = CliRunner().invoke(cli.main, ["dump", str(stage), str(tmp_path / "dump"), "--quiet", "--modes", "whole"])
-    assert dump.exit_code == 2 and "holds layers 1 to 2 only: pass --given" in dump.stderr
+    assert dump.exit_code == 2 and "holds layers 1 to 2 only: pass --inputs" in dump.stderr
 
 
 def test_the_first_layer_alone_is_checked(tiny_checkpoint: Path, tmp_path: Path) -> None:

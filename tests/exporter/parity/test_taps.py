@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from seekforge.exporter.program.taps import layer_points, point_width
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import load_manifest, save_manifest
 from seekforge.formats.engine.verify import verify_files
-from seekforge.formats.step_io import INTERMEDIATE_TENSORS, lay_out
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, MTP, lay_out
 from seekforge.runtime.cli import main as cli
 
 LENGTH = 90
@@ -25,16 +26,16 @@ LENGTH = 90
 
 def results(folder: Path, graph: str = "model") -> dict[str, np.ndarray]:
     """Prefill, then one token; outputs of both, and caches."""
-    session = OrtSession(folder, load_manifest(folder).graphs[graph], 4 * 64, threads=1)
+    session = OrtSession(folder, {graph: load_manifest(folder).graphs[graph]}, 4, threads=1)
     rng = np.random.default_rng(1)
-    ids, hidden = rng.integers(16, 900, LENGTH + 1).tolist(), {}
-    found: dict[str, np.ndarray] = {}
+    ids = rng.integers(16, 900, LENGTH + 1).tolist()
+    values: dict[str, np.ndarray] = {}
     for number, (start, stop) in enumerate(((0, LENGTH), (LENGTH, LENGTH + 1))):
-        if graph == "mtp":
-            hidden = {"hidden_in": rng.standard_normal((1, stop - start, 512), np.float32)}
-        outputs = session.step(lay_out([ids[start:stop]], [start], [[2, 1]]), **hidden)
-        found |= {f"{name} {number}": value for name, value in outputs.items()}
-    return found | {name: session.cache(name) for name in session.caches}
+        step = lay_out([ids[start:stop]], [start], [[2, 1]])
+        if graph == MTP:
+            step = replace(step, hidden_in=rng.standard_normal((1, stop - start, 512), np.float32))
+        values |= {f"{name} {number}": value for name, value in session.run(step, graph=graph).items()}
+    return values | {name: session.cache(name) for name in session.caches}
 
 
 @pytest.mark.parametrize("graph", ("model", "mtp"))
@@ -64,25 +65,25 @@ def test_an_engine_built_with_taps_gives_the_same_bits(
 
 def test_every_point_of_every_layer_is_there(tiny_engines: dict[str, Path], tiny_config: ModelConfig) -> None:
     engine = tiny_engines["fp8"]
-    found = set(available_taps(engine))
+    taps = set(available_taps(engine))
     for layer in range(tiny_config.num_hidden_layers + 1):
         points = set(layer_points(tiny_config, layer))
         if layer in (0, tiny_config.mtp_layer):
             points -= {"residual"}  # the stream starts here
-        assert points <= {name.partition(".")[0] for name in found if name.endswith(f".{layer}")}, layer
-    assert {f"{name}.{tiny_config.num_hidden_layers + 1}" for name in INTERMEDIATE_TENSORS} <= found
+        assert points <= {name.partition(".")[0] for name in taps if name.endswith(f".{layer}")}, layer
+    assert {f"{name}.{tiny_config.num_hidden_layers + 1}" for name in INTERMEDIATE_TENSORS} <= taps
 
 
 def test_a_tap_has_the_width_that_estimates_use(
     tiny_engines: dict[str, Path], tiny_config: ModelConfig, tmp_path: Path
 ) -> None:
     tapped = tapped_copy(tiny_engines["exact"], tmp_path / "tapped", available_taps(tiny_engines["exact"]))
-    found = results(tapped)
+    shown = results(tapped)
     for layer, kind in ((0, DENSE), (2, MOE)):
         for point in (*INTERMEDIATE_TENSORS, *ATTENTION, *kind):
             name = f"{point}.{layer} 0"
-            if name in found:
-                assert found[name].size == LENGTH * point_width(tiny_config, point), name
+            if name in shown:
+                assert shown[name].size == LENGTH * point_width(tiny_config, point), name
 
 
 def test_a_copy_shares_the_weights_and_leaves_the_engine_alone(tiny_engines: dict[str, Path], tmp_path: Path) -> None:

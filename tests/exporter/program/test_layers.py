@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import Manifest, load_manifest
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.program import load_program
-from seekforge.formats.step_io import lay_out
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, MODEL, lay_out
 from seekforge.formats.targets import load_target
 
 PROMPT = np.random.default_rng(3).integers(16, 900, 70).tolist()
@@ -90,10 +91,9 @@ def _engine(program: Path, checkpoint: Path) -> tuple[Path, Manifest]:
 def test_two_stages_give_the_logits_of_the_whole_model(
     tiny_checkpoint: Path, tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path
 ) -> None:
-    whole = TorchSession(Settings(tiny_config, EXACT, "f32"), tiny_source, 4).prefill(PROMPT)
+    whole = TorchSession(Settings(tiny_config, EXACT, "f32"), tiny_source).prefill(PROMPT)
     step = lay_out([PROMPT], [0], [[1, 2]])
-    hidden: dict[str, np.ndarray] = {}
-    got: dict[str, np.ndarray] = {}
+    results: dict[str, np.ndarray] = {}
     for layers in ((0, 2), (2, 4)):
         program = tmp_path / f"program{layers[0]}"
         exported = export(tiny_checkpoint, program, numerics=EXACT, layer_range=layers)
@@ -102,15 +102,16 @@ def test_two_stages_give_the_logits_of_the_whole_model(
         assert sum(exported.program.outside.values()) == exported.num_outside
         engine, manifest = _engine(program, tiny_checkpoint)
         assert manifest.self_check is None and manifest.cache.layers == tuple(range(*layers))
-        got |= OrtSession(engine, manifest.graphs["model"], 4 * 64).step(step, **hidden)
+        results |= OrtSession(engine, {MODEL: manifest.graphs[MODEL]}, 4).run(step)
         if layers[1] < 4:
-            hidden = {name: got.pop(f"{name}_out") for name in ("hidden_states", "residual")}
+            tensors = {name: results.pop(f"{name}_out") for name in INTERMEDIATE_TENSORS}
+            step = replace(step, intermediate_tensors=tensors)
     for name, expected in whole.items():
         if expected.is_floating_point():
             spread = float(expected.std())
-            np.testing.assert_allclose(got[name], expected.numpy(), atol=1e-3 * spread, rtol=0, err_msg=name)
+            np.testing.assert_allclose(results[name], expected.numpy(), atol=1e-3 * spread, rtol=0, err_msg=name)
         elif name != "top_ids":
-            np.testing.assert_array_equal(got[name], expected.numpy(), err_msg=name)
+            np.testing.assert_array_equal(results[name], expected.numpy(), err_msg=name)
 
 
 def test_a_truncated_model_proves_itself_like_a_whole_one(tiny_checkpoint: Path, tmp_path: Path) -> None:

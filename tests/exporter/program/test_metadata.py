@@ -21,7 +21,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.program import load_bindings, load_program
-from seekforge.formats.step_io import lay_out
+from seekforge.formats.step_io import MODEL, lay_out
 from seekforge.formats.weight_recipes import evaluate, retarget
 
 GRAPHS = ("model", "mtp")
@@ -107,7 +107,7 @@ def test_the_plain_form_computes_what_the_engine_computes(
 ) -> None:
     step = lay_out([[5, 6, 7, 8, 9]], [0], [[1]])
     folder = tiny_engines["exact"]
-    expected = OrtSession(folder, load_manifest(folder).graphs["model"], 128, threads=1).step(step)["logits"]
+    expected = OrtSession(folder, {MODEL: load_manifest(folder).graphs[MODEL]}, 2, threads=1).run(step)["logits"]
     session = ort.InferenceSession(str(program / "model.f32.onnx"), providers=["CPUExecutionProvider"])
     recipes = load_bindings(program)["model"]
     feeds: dict[str, Any] = {}
@@ -121,6 +121,6 @@ def test_the_plain_form_computes_what_the_engine_computes(
         elif "_cache" in value.name:
             feeds[value.name] = ort.OrtValue.ortvalue_from_numpy(np.zeros((128, value.shape[1]), np.float32))
         else:
-            feeds[value.name] = ort.OrtValue.ortvalue_from_numpy(getattr(step, value.name))
+            feeds[value.name] = ort.OrtValue.ortvalue_from_numpy(step.array(value.name))
     (found,) = session.run_with_ort_values(["logits"], feeds)
     assert np.abs(found.numpy() - expected).max() <= 1e-4 * expected.std()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.loader import Loader, allocate
 from seekforge.formats.numerics import EXACT, FP8, Numerics
 from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.step_io import StepInputs, lay_out
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, StepInputs, lay_out
 from seekforge.formats.weight_recipes import coverage, for_rank, retarget
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
@@ -65,11 +66,11 @@ def _merged(
     graphs = []
     for rank in range(ranks.tp):
         model = specialize(traced.model, HOW, config)
-        mine = {
+        of_rank = {
             name: retarget(for_rank(recipe, ranks, rank), activations="f32", fp8_dtype="f8e4m3")
             for name, recipe in traced.recipes.items()
         }
-        constants = fold_weights(model, limit_tables(mine, ("rope_cos", "rope_sin"), 512))
+        constants = fold_weights(model, limit_tables(of_rank, ("rope_cos", "rope_sin"), 512))
         weights.attach(model, constants)
         graphs.append(model)
     folder.mkdir()
@@ -79,9 +80,7 @@ def _merged(
     return inliner.inline_local_functions(merged)
 
 
-def _run(
-    model: onnx.ModelProto, folder: Path, step: StepInputs, hidden: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _run(model: onnx.ModelProto, folder: Path, step: StepInputs) -> dict[str, np.ndarray]:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -91,7 +90,7 @@ def _run(
         if "_cache" in value.name:
             feeds[value.name] = np.zeros((256, value.shape[1]), np.float32)
         else:
-            feeds[value.name] = hidden[value.name] if value.name in hidden else getattr(step, value.name)
+            feeds[value.name] = step.array(value.name)
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
 
@@ -106,31 +105,31 @@ def _assert_ranks_equal_whole(
     stages: tuple[tuple[int, int], ...] = ((0, 2),),
 ) -> None:
     config = preset.config
-    whole = TorchSession(Settings(config, numerics, "f32"), source, 4).prefill(PROMPT)
+    whole = TorchSession(Settings(config, numerics, "f32"), source).prefill(PROMPT)
     step = lay_out([PROMPT], [0], [[1, 2]])
-    hidden: dict[str, np.ndarray] = {}
-    got: dict[str, np.ndarray] = {}
+    results: dict[str, np.ndarray] = {}
     for layers in stages:
         settings = Settings(config, numerics, "bf16", parallelism=ranks)
         traced = trace(settings, layers, lambda stage: None)
         sums = [node for node in traced.model.graph.node if node.op_type == "SumRanks"]
         assert len(sums) == 2 * (layers[1] - layers[0])
         folder = tmp_path / str(layers[0])
-        outputs = _run(_merged(traced, config, ranks, source, folder), folder, step, hidden)
+        outputs = _run(_merged(traced, config, ranks, source, folder), folder, step)
         for name, value in outputs.items():
             rank, _, plain = name.partition(".")
             # every rank ends with the same
             np.testing.assert_array_equal(value, outputs[f"rank0.{plain}"], err_msg=name)
             if rank == "rank0":
-                got[plain] = value
-        hidden = {name: got.pop(f"{name}_out") for name in ("hidden_states", "residual") if f"{name}_out" in got}
+                results[plain] = value
+        names = [name for name in INTERMEDIATE_TENSORS if f"{name}_out" in results]
+        step = replace(step, intermediate_tensors={name: results.pop(f"{name}_out") for name in names})
     for name, expected in whole.items():
         if expected.is_floating_point():
             np.testing.assert_allclose(
-                got[name], expected.numpy(), atol=2e-4 * float(expected.std()), rtol=0, err_msg=name
+                results[name], expected.numpy(), atol=2e-4 * float(expected.std()), rtol=0, err_msg=name
             )
         elif name != "top_ids":
-            np.testing.assert_array_equal(got[name], expected.numpy(), err_msg=name)
+            np.testing.assert_array_equal(results[name], expected.numpy(), err_msg=name)
 
 
 TWO, FOUR = Parallelism(tp=2), Parallelism(tp=4)
@@ -172,8 +171,8 @@ def test_every_element_is_read_by_exactly_one_rank_or_by_all(
         is_split = any(part in name for part in ("q_b_proj", "kv_b_proj", "o_proj", "mlp.")) and "gate." not in name
         split_bytes, whole_bytes = (split_bytes + size, whole_bytes) if is_split else (split_bytes, whole_bytes + size)
     for rank in range(ranks.tp):
-        mine = {name: for_rank(recipe, ranks, rank) for name, recipe in named.items()}
-        loader = Loader(source, mine, allocate(mine))
+        of_rank = {name: for_rank(recipe, ranks, rank) for name, recipe in named.items()}
+        loader = Loader(source, of_rank, allocate(of_rank))
         assert sum(loader.shard_bytes.values()) == loader.total_bytes
         total += loader.total_bytes
     assert total == split_bytes + ranks.tp * whole_bytes

@@ -11,7 +11,7 @@ they are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class LayerModule:
         prefix = f"layers.{layer}."
         self._recipes = {
             name.removeprefix(prefix): recipe
-            for name, recipe in model_recipes(settings, layer).items()
+            for name, recipe in recipes(_program(settings, layer)).items()
             if name.startswith(prefix)
         }
         state = {name: to_torch(evaluate(recipe, source)) for name, recipe in self._recipes.items()}
@@ -103,14 +103,7 @@ class LayerModule:
 
     def tensors(self, *modules: str) -> tuple[str, ...]:
         """Return the checkpoint tensors behind the parameters of modules of this layer."""
-        found = [
-            tensor
-            for name, recipe in self._recipes.items()
-            for module in modules
-            if name == module or name.startswith(f"{module}.")
-            for tensor in sorted(tensors_of(recipe))
-        ]
-        return tuple(dict.fromkeys(found))
+        return _tensors_behind(self._recipes, modules)
 
     def apply(
         self,
@@ -145,9 +138,46 @@ class LayerModule:
         return self._attention_ops.key_scores(self, state, values)
 
 
-def model_recipes(settings: Settings, layer: int) -> dict[str, Recipe]:
-    """Return the recipes of the program that holds `layer`, without any weight."""
+class OuterModule:
+    """What the program that holds a layer has outside its layers: tables, embedding, norms, projection and head.
+
+    Args:
+        settings: how it computes.
+        layer: absolute number; the MTP layer's for the MTP module.
+        source: the checkpoint.
+        modules: names of the modules, or parameters, that get their weights. No others are in memory.
+    """
+
+    def __init__(self, settings: Settings, layer: int, source: TensorSource, modules: Sequence[str]) -> None:
+        #: The family's own step program without layers.
+        self.module: Any = _program(settings, layer, layers=())
+        self._recipes = {
+            name: recipe for name, recipe in recipes(self.module).items() if name.partition(".")[0] in modules
+        }
+        state = {name: to_torch(evaluate(recipe, source)) for name, recipe in self._recipes.items()}
+        self.module.load_state_dict(state, strict=False, assign=True)
+
+    def tensors(self, *modules: str) -> tuple[str, ...]:
+        """Return the checkpoint tensors behind some of the modules."""
+        return tuple(tensor for module in modules for tensor in _tensors_behind(self._recipes, (module,)))
+
+
+def _tensors_behind(named: Mapping[str, Recipe], modules: Sequence[str]) -> tuple[str, ...]:
+    """Return the checkpoint tensors of recipes of these modules, in the order of the recipes."""
+    tensors = [
+        tensor
+        for name, recipe in named.items()
+        for module in modules
+        if name == module or name.startswith(f"{module}.")
+        for tensor in sorted(tensors_of(recipe))
+    ]
+    return tuple(dict.fromkeys(tensors))
+
+
+def _program(settings: Settings, layer: int, *, layers: Sequence[int] | None = None) -> Any:
+    """Return the family's step program that holds `layer`, with all of its layers or `layers`; without any weight."""
     with torch.device("meta"):
-        made, mtp = family_of(settings.config).module("model"), layer == settings.config.mtp_layer
-        model = made.MtpModel(settings) if mtp else made.StepModel(settings, (layer, layer + 1))
-    return recipes(model)
+        made = family_of(settings.config).module("model")
+        if layer == settings.config.mtp_layer:
+            return made.MtpModel(settings, layers=layers)
+        return made.StepModel(settings, (layer, layer + 1), layers=layers)

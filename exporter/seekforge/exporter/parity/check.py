@@ -32,13 +32,18 @@ class Result:
     """A finished check.
 
     Attributes:
-        judged, reference: who was compared.
-        comparison, gates, records, finding: what was found.
-        passed: all gates.
-        sensitivity: layer -> mean KL when that layer alone is computed in the engine's numerics.
+        judged: the side that was judged.
+        reference: the side that it was compared with.
+        plan: the steps that both ran.
+        comparison: how far the two are apart.
+        gates: the conditions, each passed or failed.
+        records: the operations, each judged by its own inputs.
+        finding: the first divergence; None where there is none.
+        passed: whether all gates were passed.
         num_engine_runs: how often the engine was run.
-        fed: layers of the engine on PyTorch's inputs.
         notes: what the reader should know, such as what was not looked at.
+        sensitivity: layer -> mean KL when that layer alone is computed in the engine's numerics.
+        fed: the layers of the engine on PyTorch's inputs.
     """
 
     judged: Side
@@ -82,25 +87,25 @@ def check_engine(
     """Compare an engine with PyTorch.
 
     Args:
-        engine: what is judged.
+        engine: the side that is judged.
         walker: the PyTorch side.
         plan: the steps.
-        work: folder for dumps: judged, reference, noise.
+        work: the folder for dumps: judged, reference, noise.
         layers: look at layers [a, b) only, from what the engine had at a.
         max_dump_bytes: above this, taps of all layers are not kept; the first bad layer is found by bisection.
-        max_kl: gate when numerics or weights differ.
+        max_kl: the largest mean KL that passes when numerics or weights differ.
         costs: also tell what each layer of the engine costs alone, where it can be cut.
 
     Raises:
         ConfigError, EngineError: see `Reference`, `EngineSide`.
     """
     config, progress = walker.settings.config, walker.progress
-    given = None
+    inputs: Dump | None = None
     if engine.layers is not None:
         layers = layers or engine.layers
         if layers != engine.layers:
             raise ConfigError(f"--layers: the engine is a stage of layers {_words(engine.layers)}; leave it out")
-        given = _before(walker, plan, layers[0], work / "given")
+        inputs = _before(walker, plan, layers[0], work / "inputs")
     shown = layers or (0, config.num_hidden_layers)
     numbers = [*range(*shown), *([config.mtp_layer] if layers is None and config.mtp_layer is not None else [])]
     wanted = [tap for tap in engine.taps if _layer(tap) in {*numbers, shown[1], config.num_hidden_layers + 1}]
@@ -118,9 +123,9 @@ def check_engine(
             "(--max-dump-size): the first bad layer was searched by bisection, and only its inside was looked at"
         )
     progress(f"engine {engine.folder.name}")
-    judged = engine.dump(plan, work / "judged", wanted, selections=narrow, given=given)
+    judged = engine.dump(plan, work / "judged", wanted, selections=narrow, inputs=inputs)
     same = numerics_from_dict(judged.side.numerics) == walker.settings.numerics
-    feed = fits and same and engine.opens and given is None and shown[0] == 0
+    feed = fits and same and engine.opens and inputs is None and shown[0] == 0
     records = walker.run(
         plan,
         work,
@@ -140,7 +145,7 @@ def check_engine(
             sensitivity = sensitivity_of_engine(walker, plan, Dump.open(work / "fed"), work)
         shutil.rmtree(work / "fed")
     elif not fits and engine.taps:
-        records, fed = _bisect(engine, walker, plan, work, shown, notes, given)
+        records, fed = _bisect(engine, walker, plan, work, shown, notes, inputs)
     if same and not fed and engine.taps and not engine.opens:
         notes.append("the engine is compiled: PyTorch ran on its inputs, its layers could not be run on PyTorch's")
     progress("compare")
@@ -214,10 +219,10 @@ def _before(walker: Walker, plan: ParitySteps, layer: int, work: Path) -> Dump |
 def _feed(
     engine: EngineSide, walker: Walker, reference: Dump, layers: tuple[int, int], work: Path, *, inside: bool
 ) -> list[FedLayer]:
-    """Run all layers of the engine on PyTorch's inputs, and look into the first that differs, if asked to."""
+    """Run all layers of the engine on PyTorch's inputs; if `inside`, look into the first that differs."""
     walker.progress("the engine's layers on PyTorch's inputs")
-    found = engine.dump_fed(reference, work / "fed", layers)
-    fed = judge_layers(found, reference, Dump.open(work / NUDGED))
+    judged = engine.dump_fed(reference, work / "fed", layers)
+    fed = judge_layers(judged, reference, Dump.open(work / NUDGED))
     shutil.rmtree(work / NUDGED)
     for i, one in enumerate(fed if inside else ()):
         if one.bad and one.layer < layers[1]:
@@ -243,9 +248,9 @@ def _bisect(
         walker.progress(f"layers {start}-{stop - 1} from the engine's own input")
         taps = [f"{point}.{layer}" for layer in (start, stop) for point in INTERMEDIATE_TENSORS]
         taps = [tap for tap in taps if tap in engine.taps]
-        found = engine.dump(plan, probe / "judged", taps, selections=False, given=stage_input)
-        walker.run(plan, probe, layers=(start, stop), subject=found, points=INTERMEDIATE_TENSORS, kept_layers=(stop,))
-        return segment_is_bad(found, Dump.open(probe / REFERENCE), Dump.open(probe / NOISE), stop)
+        judged = engine.dump(plan, probe / "judged", taps, selections=False, inputs=stage_input)
+        walker.run(plan, probe, layers=(start, stop), subject=judged, points=INTERMEDIATE_TENSORS, kept_layers=(stop,))
+        return segment_is_bad(judged, Dump.open(probe / REFERENCE), Dump.open(probe / NOISE), stop)
 
     try:
         layer = first_bad_layer(shown, bad)
@@ -255,17 +260,17 @@ def _bisect(
         walker.progress(f"inside of layer {layer}")
         taps = [tap for tap in engine.taps if _layer(tap) == layer]
         taps += [tap for tap in engine.taps if _layer(tap) == layer + 1 and tap.startswith(INTERMEDIATE_TENSORS)]
-        found = engine.dump(plan, probe / "judged", taps, given=stage_input)
-        records = walker.judge_only(found, (layer, layer + 1))
+        judged = engine.dump(plan, probe / "judged", taps, inputs=stage_input)
+        records = walker.judge_only(judged, (layer, layer + 1))
         stood = "was found" if any(record.failed for record in records) else "stood out, but is right inside,"
         notes.append(f"layer {layer} {stood} in {engine.num_runs} runs of the engine")
         fed: list[FedLayer] = []
         if engine.opens and stage_input is None and shown[0] == 0:
             walker.progress(f"layer {layer} on PyTorch's input")
-            given = Dump.open(work / REFERENCE)
-            if layer > 0 and not given.has(0, *(f"{point}.{layer}" for point in INTERMEDIATE_TENSORS)):
-                given = _before(walker, plan, layer, probe) or given
-            fed = [look_inside(engine, walker, given, layer, work / "fed")]
+            reference = Dump.open(work / REFERENCE)
+            if layer > 0 and not reference.has(0, *(f"{point}.{layer}" for point in INTERMEDIATE_TENSORS)):
+                reference = _before(walker, plan, layer, probe) or reference
+            fed = [look_inside(engine, walker, reference, layer, work / "fed")]
         return records, fed
     finally:
         shutil.rmtree(probe, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.formats.step_io import MODEL, StepInputs
+from seekforge.formats.step_runner import StepRunner
 
 if TYPE_CHECKING:
     from seekforge.formats.loader import LoadProgress  # what loads brings it; CPU engines start without
-
-
-class StepOutputs(Protocol):
-    """Results of one step, still where the backend computed them."""
-
-    def fetch(self, name: str) -> np.ndarray:
-        """Return the output `name` on the host. Valid until the next step of the same graph; call it before."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -39,22 +31,8 @@ class GraphMetrics:
     failed: int = 0
 
 
-class Backend(Protocol):
-    """An opened engine. Not thread-safe: one caller at a time."""
-
-    def allocate_caches(self, num_blocks: int) -> None:
-        """Make zeroed caches of `num_blocks` blocks for every graph; earlier ones are given back."""
-        ...
-
-    def run(self, inputs: StepInputs, *, outputs: Collection[str], graph: str = MODEL) -> StepOutputs:
-        """Run one step and update the caches in place.
-
-        Args:
-            inputs: the step.
-            outputs: names that may be fetched afterwards; others are dropped as early as possible.
-            graph: `MODEL` or `MTP`.
-        """
-        ...
+class Backend(StepRunner, Protocol):
+    """An opened engine, which runs steps; caches are updated in place."""
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Swap weights; caches stay as they are. Called between steps.

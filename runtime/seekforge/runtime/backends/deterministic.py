@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from seekforge.formats.step_io import MODEL, ROW_RESULTS, StepInputs
-from seekforge.runtime.backends.base import Backend, GraphMetrics, StepOutputs
+from seekforge.formats.step_runner import StepOutputs
+from seekforge.runtime.backends.base import Backend, GraphMetrics
 
 
 class _WithoutDoubles:

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 )
 @seed_option("Of the random prompts.", default=0)
 @list_option("--taps", type=click.STRING, help="Tap outputs to keep. Default: all that the engine gives.")
-@click.option("--given", type=click.Path(path_type=Path), help="Dump with what goes into ENGINE, a part of a model.")
+@click.option("--inputs", type=click.Path(path_type=Path), help="Dump with what goes into ENGINE, a part of a model.")
 @checkpoint_option
 @threads_option
 @click.option("--name", help="What reports call this side. Default: the folder's name.")
@@ -71,7 +71,7 @@ def dump(
     modes: tuple[Mode, ...],
     seed: int,
     taps: tuple[str, ...],
-    given: Path | None,
+    inputs: Path | None,
     checkpoint: Path | None,
     threads: int | None,
     name: str | None,
@@ -89,13 +89,13 @@ def dump(
     stages.stop()
     check_checkpoint(opened, checkpoint)
     kept = None if not taps else _known_taps(taps, opened)
-    inputs = None if given is None else Dump.open(given)
+    taken = None if inputs is None else Dump.open(inputs)
     if plan_file is not None:
         plan = _read(plan_file)
     else:
-        plan = inputs.plan if inputs is not None else _random_plan(opened.manifest, contexts, modes, seed)
-    if inputs is not None and inputs.plan != plan:
-        raise ConfigError(f"{given}: ran other steps than the plan has; leave out --plan to run the steps of --given")
+        plan = taken.plan if taken is not None else _random_plan(opened.manifest, contexts, modes, seed)
+    if taken is not None and taken.plan != plan:
+        raise ConfigError(f"{inputs}: ran other steps than the plan has; leave out --plan to run the steps of --inputs")
 
     def say(case: str) -> None:
         if not quiet and not as_json:
@@ -115,7 +115,7 @@ def dump(
             folder,
             name=name or engine.resolve().name,
             taps=kept,
-            given=inputs,
+            inputs=taken,
             progress=say,
         )
     num_steps = sum(1 for _ in plan.steps())

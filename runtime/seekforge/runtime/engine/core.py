@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seekforge.runtime.backends.base import Backend, StepOutputs
+from seekforge.formats.step_runner import StepOutputs
+from seekforge.runtime.backends.base import Backend
 from seekforge.runtime.engine.model_input import InputBuilder, ModelInput
 from seekforge.runtime.engine.scheduler import Iteration, Row, Scheduler
 from seekforge.runtime.engine.speculative import SpeculationSwitch, Speculator

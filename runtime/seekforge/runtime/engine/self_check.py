@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import SelfCheck
-from seekforge.formats.paged_cache import blocks_needed
-from seekforge.formats.step_io import lay_out
-from seekforge.runtime.backends.base import Backend
+from seekforge.formats.engine.self_check import self_check_values
+from seekforge.formats.step_runner import StepRunner
 
 
 @dataclass(frozen=True)
@@ -26,30 +25,19 @@ class SelfCheckResult:
     tolerance: float
 
 
-def run_self_check(backend: Backend, check: SelfCheck, block_size: int) -> SelfCheckResult:
-    """Prefill the stored prompt whole and compare. Leaves the backend with other caches: allocate them after.
+def run_self_check(runner: StepRunner, check: SelfCheck) -> SelfCheckResult:
+    """Prefill the stored prompt whole and compare. Leaves the runner with other caches: allocate them after.
 
     Raises:
         EngineError: a value differs by more than the tolerance or is not finite; row, id and values are named.
     """
-    length = len(check.prompt_ids)
-    num_blocks = blocks_needed(length, block_size)
-    backend.allocate_caches(num_blocks + 1)
-    blocks = list(range(1, num_blocks + 1))
-    step = lay_out([check.prompt_ids], [0], [blocks], [row.position for row in check.rows])
-    results = backend.run(step, outputs={"logits", "logsumexp"})
-    logits, logsumexp = results.fetch("logits"), results.fetch("logsumexp")
     num_values, largest = 0, 0.0
-    for index, row in enumerate(check.rows):
-        values = [(f"the logit of id {token}", logits[index, token]) for token in row.top_ids]
-        values.append(("the logsumexp", logsumexp[index]))
-        for (what, actual), expected in zip(values, (*row.top_logits, row.logsumexp), strict=True):
-            difference = abs(float(actual) - expected)
-            if not difference <= check.tolerance:  # so written, NaN fails
-                raise EngineError(
-                    f"self-check failed at position {row.position}: {what} is {float(actual):.6g}, expected "
-                    f"{expected:.6g} within {check.tolerance:.3g} ({check.source}); the engine does not compute what "
-                    "it was built for: check the files with --verify, then build it again"
-                )
-            num_values, largest = num_values + 1, max(largest, difference)
+    for one in self_check_values(runner, check):
+        if not one.agrees(check.tolerance):
+            raise EngineError(
+                f"self-check failed at position {one.position}: {one.what} is {one.value:.6g}, expected "
+                f"{one.expected:.6g} within {check.tolerance:.3g} ({check.source}); the engine does not compute what "
+                "it was built for: check the files with --verify, then build it again"
+            )
+        num_values, largest = num_values + 1, max(largest, one.difference)
     return SelfCheckResult(num_values, largest, check.tolerance)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seekforge.runtime.backends.base import StepOutputs
+from seekforge.formats.step_runner import StepOutputs
 from seekforge.runtime.engine.model_input import ModelInput
 from seekforge.runtime.engine.scheduler import Row
 from seekforge.runtime.sampling.inverse_cdf import SamplingMetadata

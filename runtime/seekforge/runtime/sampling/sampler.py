@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from seekforge.runtime.backends.base import StepOutputs
+from seekforge.formats.step_runner import StepOutputs
 from seekforge.runtime.sampling.inverse_cdf import Layout, SamplingMetadata, first_true, pick, tail_bounds
 from seekforge.runtime.sampling.logits_processors import Edits
 from seekforge.runtime.sampling.params import SamplingParams

@@ -121,8 +121,8 @@ def test_an_engine_that_is_wrong_beyond_index_topk_only_is_not_written(
     monkeypatch: pytest.MonkeyPatch, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     class BentLate(self_check.OrtSession):
-        def step(self, inputs: Any, **hidden: np.ndarray) -> dict[str, np.ndarray]:
-            outputs = super().step(inputs, **hidden)
+        def run(self, inputs: Any, **options: Any) -> Any:
+            outputs = super().run(inputs, **options)
             if inputs.input_ids.shape[1] > 64:
                 outputs["logits"][-1] += np.float32(0.1)
             return outputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from tests.support.parity import (
     drive,
     lengths_of,
     moved_rows,
-    num_blocks,
     relative_error,
     tokens,
 )
@@ -29,24 +30,27 @@ from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.models.deepseek_v32.session import TorchSession
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.program.export import export
+from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.numerics import EXACT, FP8
-from seekforge.formats.step_io import lay_out
+from seekforge.formats.parity_steps import make_plan
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, MTP, lay_out
+from seekforge.formats.step_runner import run_steps
 from seekforge.formats.targets import load_target
+from seekforge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 BLOCK = 64
 
 
-def open_engine(folder: Path, blocks: int, graph: str = "model") -> OrtSession:
-    return OrtSession(folder, load_manifest(folder).graphs[graph], blocks * BLOCK, threads=2)
+def open_engine(folder: Path, num_blocks: int | None = None, graph: str = "model") -> OrtSession:
+    return OrtSession(folder, {graph: load_manifest(folder).graphs[graph]}, num_blocks, threads=2)
 
 
 def caches_of(session: TorchSession) -> dict[str, np.ndarray]:
     """Cache name -> values, without the scrap block."""
-    values = [value for pair in zip(*session.caches, strict=True) for value in pair]
-    return {name: value[BLOCK:].numpy() for name, value in zip(session.model.cache_names(), values, strict=True)}
+    return {name: session.cache(name)[BLOCK:] for name in session.caches}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -55,18 +59,17 @@ def test_exact_engine_equals_pytorch(
     tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int, mode: str
 ) -> None:
     sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
-    blocks = num_blocks(sequences)
-    reference = TorchSession(Settings(tiny_config, EXACT), tiny_source, blocks)
-    engine = open_engine(tiny_engines["exact"], blocks)
-    pairs = list(zip(drive(engine.step, sequences, mode), drive(reference.step, sequences, mode), strict=True))
-    for ours, theirs in pairs:
-        assert_same(ours, theirs, f"{mode} at {context}")
-    moved = sum(moved_rows(ours, theirs).sum() for ours, theirs in pairs)
-    for name, theirs in caches_of(reference).items():
-        ours = engine.cache(name)[BLOCK:]
-        wrong = ~np.isclose(ours, theirs, rtol=1e-4, atol=1e-4).all(-1)
+    reference = TorchSession(Settings(tiny_config, EXACT), tiny_source)
+    engine = open_engine(tiny_engines["exact"])
+    pairs = list(zip(drive(engine, sequences, mode), drive(reference, sequences, mode), strict=True))
+    for from_engine, from_torch in pairs:
+        assert_same(from_engine, from_torch, f"{mode} at {context}")
+    moved = sum(moved_rows(from_engine, from_torch).sum() for from_engine, from_torch in pairs)
+    for name, expected in caches_of(reference).items():
+        cache = engine.cache(name)[BLOCK:]
+        wrong = ~np.isclose(cache, expected, rtol=1e-4, atol=1e-4).all(-1)
         # every byte that nobody owns is untouched, and rows differ only where a layer before chose differently
-        assert not ours[(theirs == 0).all(-1)].any(), name
+        assert not cache[(expected == 0).all(-1)].any(), name
         assert wrong.sum() <= 0.01 * len(wrong) + moved, f"{name}: {wrong.sum()} slots differ"
 
 
@@ -74,7 +77,7 @@ def test_exact_engine_equals_pytorch(
 def test_results_of_a_step_are_consistent(tiny_engines: dict[str, Path], context: int) -> None:
     ids = tokens(context)
     blocks = list(range(1, 2 + context // BLOCK))
-    got = open_engine(tiny_engines["exact"], len(blocks) + 1).step(lay_out([ids], [0], [blocks]))
+    got = open_engine(tiny_engines["exact"], len(blocks) + 1).run(lay_out([ids], [0], [blocks]))
     logits = got["logits"]
     order = np.argsort(-logits, axis=-1, kind="stable")[:, : got["top_ids"].shape[1]]
     assert np.array_equal(got["top_ids"], order)
@@ -90,7 +93,7 @@ def test_a_padded_row_changes_no_byte_outside_the_scrap_block(tiny_engines: dict
         for name in engine.caches:
             engine.caches[name].update_inplace(np.full_like(engine.cache(name), 7.5))
         # the second sequence is two tokens long, the rectangle nine wide
-        engine.step(lay_out([tokens(9), tokens(2)], [0, 0], [[2], [4]]))
+        engine.run(lay_out([tokens(9), tokens(2)], [0, 0], [[2], [4]]))
         for name in engine.caches:
             after = engine.cache(name)
             touched = np.flatnonzero((after[BLOCK:] != 7.5).any(-1)) + BLOCK
@@ -104,7 +107,7 @@ def test_rubbish_in_unused_slots_does_not_leak(tiny_engines: dict[str, Path]) ->
     for name in dirty.caches:
         dirty.caches[name].update_inplace(np.full_like(dirty.cache(name), np.nan))
     step = lay_out([ids], [0], [[3, 1]])
-    assert np.array_equal(dirty.step(step)["logits"], clean.step(step)["logits"])
+    assert np.array_equal(dirty.run(step)["logits"], clean.run(step)["logits"])
 
 
 @pytest.mark.parametrize("context", (10, 65, 200))
@@ -112,28 +115,49 @@ def test_mtp_engine_equals_pytorch(
     tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int
 ) -> None:
     hidden = np.random.default_rng(0).standard_normal((1, context, tiny_config.hidden_size), np.float32)
-    step = lay_out([tokens(context)], [0], [list(range(1, 2 + context // BLOCK))])
-    reference = TorchSession(Settings(tiny_config, EXACT), tiny_source, 6, mtp=True)
-    theirs = reference.step(step, (torch.from_numpy(hidden),))
-    ours = open_engine(tiny_engines["exact"], 6, "mtp").step(step, hidden_in=hidden)
-    assert relative_error(ours["logits"], theirs["logits"].numpy()).max() <= GATE
-    assert np.abs(ours["hidden"] - theirs["hidden"].numpy()).max() <= 1e-4
+    step = replace(lay_out([tokens(context)], [0], [range(1, 2 + context // BLOCK)]), hidden_in=hidden)
+    expected = TorchSession(Settings(tiny_config, EXACT), tiny_source, 6).run(step, graph=MTP)
+    results = open_engine(tiny_engines["exact"], 6, MTP).run(step, graph=MTP)
+    assert relative_error(results["logits"], expected.fetch("logits")).max() <= GATE
+    assert np.abs(results["hidden"] - expected.fetch("hidden")).max() <= 1e-4
     layer = tiny_config.mtp_layer
-    assert np.array_equal(ours[f"topk_indices.{layer}"], theirs[f"topk_indices.{layer}"].numpy())
+    assert np.array_equal(results[f"topk_indices.{layer}"], expected.fetch(f"topk_indices.{layer}"))
+
+
+def test_one_loop_drives_pytorch_the_graphs_and_the_backend_that_serves(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path]
+) -> None:
+    plan = make_plan(contexts=(20,), vocab_size=1024, index_topk=64, has_mtp=True, modes=("ragged", "mtp"))
+    engine, manifest = tiny_engines["exact"], load_manifest(tiny_engines["exact"])
+    with contextlib.closing(OnnxRuntimeBackend(engine, manifest, threads=1)) as backend:
+        runners = (
+            TorchSession(Settings(tiny_config, EXACT), tiny_source),
+            OrtSession(engine, manifest.graphs),
+            backend,
+        )
+        runs = [list(run_steps(runner, plan, lambda step: DUMPED_RESULTS)) for runner in runners]
+        assert [ran.step.graph for ran in runs[0]].count(MTP) > 1
+        for expected, *others in zip(*runs, strict=True):
+            for ran in others:
+                assert ran.number == expected.number
+                assert relative_error(ran.tensors["logits"], expected.tensors["logits"]).max() <= GATE
+                assert np.allclose(ran.tensors["hidden"], expected.tensors["hidden"], rtol=0, atol=1e-4)
+        for name in runners[1].caches:
+            np.testing.assert_array_equal(backend.cache(name), runners[1].cache(name), err_msg=name)
 
 
 # --- numerics fp8: rounding to e4m3 is discrete too ---------------------------------------------------------
 
 
-def _perturbed(config: ModelConfig, source: Checkpoint, blocks: int, seed: int) -> TorchSession:
+def _perturbed(config: ModelConfig, source: Checkpoint, seed: int) -> TorchSession:
     """The PyTorch model with its embeddings changed by parts in a million."""
-    session = TorchSession(Settings(config, FP8, "f32"), source, blocks)
+    session = TorchSession(Settings(config, FP8, "f32"), source)
     generator = torch.Generator().manual_seed(seed)
 
     def perturb(module: torch.nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         return embedded * (1 + 1e-6 * torch.randn(embedded.shape, generator=generator))
 
-    session.model.embed_tokens.register_forward_hook(perturb)  # pyright: ignore
+    session.module().token_embedding().register_forward_hook(perturb)
     return session
 
 
@@ -148,21 +172,18 @@ def test_fp8_engine_differs_from_pytorch_no_more_than_pytorch_from_itself(
     strict comparison is layer by layer, below.
     """
     sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
-    blocks = num_blocks(sequences)
-    reference = drive(TorchSession(Settings(tiny_config, FP8, "f32"), tiny_source, blocks).step, sequences, mode)
-    engine = drive(open_engine(tiny_engines["fp8"], blocks).step, sequences, mode)
+    reference = drive(TorchSession(Settings(tiny_config, FP8, "f32"), tiny_source), sequences, mode)
+    engine = drive(open_engine(tiny_engines["fp8"]), sequences, mode)
     quantiles = (0.5, 0.9, 1.0)
 
     def error(runs: list[Any]) -> np.ndarray:
         rows = [relative_error(a.logits, b.logits) for a, b in zip(runs, reference, strict=True)]
         return np.quantile(np.concatenate(rows), quantiles)
 
-    noise = [
-        error(drive(_perturbed(tiny_config, tiny_source, blocks, seed).step, sequences, mode)) for seed in range(8)
-    ]
+    noise = [error(drive(_perturbed(tiny_config, tiny_source, seed), sequences, mode)) for seed in range(8)]
     bound = 1.5 * np.max(noise, axis=0) + GATE
-    found = error(engine)
-    assert (found <= bound).all(), f"quantiles {quantiles}: {found}, allowed {bound}"
+    of_engine = error(engine)
+    assert (of_engine <= bound).all(), f"quantiles {quantiles}: {of_engine}, allowed {bound}"
 
 
 @pytest.fixture(scope="module")
@@ -197,22 +218,19 @@ def test_fp8_layers_equal_pytorch_but_for_single_roundings(
     ids, blocks = tokens(300), [3, 1, 5, 2, 4]
     step = lay_out([ids], [0], [blocks])
     settings = Settings(tiny_config, FP8, "f32")
-    handed: tuple[torch.Tensor, ...] = ()
     if layer:
-        before = TorchSession(settings, tiny_source, 7, layer_range=(0, layer)).step(step)
-        handed = (before["hidden_states"], before["residual"])
+        before = TorchSession(settings, tiny_source, 7, layer_range=(0, layer)).run(step)
+        step = replace(step, intermediate_tensors={name: before.fetch(name) for name in INTERMEDIATE_TENSORS})
     reference = TorchSession(settings, tiny_source, 7, layer_range=(layer, layer + 1))
-    theirs = reference.step(step, handed)
+    expected = reference.run(step)
     engine = open_engine(layer_engines[layer], 7)
-    names = ("hidden_states", "residual")
-    ours = engine.step(step, **{name: value.numpy() for name, value in zip(names, handed, strict=False)})
-    for name in names:
-        error = relative_error(ours[f"{name}_out"][0], theirs[name][0].numpy())
+    results = engine.run(step)
+    for name in INTERMEDIATE_TENSORS:
+        error = relative_error(results[f"{name}_out"][0], expected.fetch(name)[0])
         assert (error <= 1e-5).mean() >= 0.9, f"{name}: {(error > 1e-5).sum()} rows moved"
         assert error.max() <= 0.3, f"{name}: a row moved by {error.max():.2e} of the spread"
-    assert (ours[f"topk_indices.{layer}"] != theirs[f"topk_indices.{layer}"].numpy()).any(-1).mean() <= MAX_FLIPPED
-    if tiny_config.is_moe_layer(layer):
-        assert (ours[f"expert_ids.{layer}"] != theirs[f"expert_ids.{layer}"].numpy()).any(-1).mean() <= MAX_FLIPPED
+    for name in [name for name in results if name.startswith(SELECTIONS)]:
+        assert (results[name] != expected.fetch(name)).any(-1).mean() <= MAX_FLIPPED, name
     for name, value in caches_of(reference).items():
         same = np.isclose(engine.cache(name)[BLOCK:], value, rtol=1e-5, atol=1e-5)
         assert same.mean() >= 1 - 1e-4, f"{name}: {(~same).sum()} of {same.size} cached values differ"

@@ -60,12 +60,12 @@ def test_the_product_is_that_of_onnx_runtime(bits: int, rows: int) -> None:
 def test_a_model_with_codes_differs_by_what_rounding_costs(tiny_source: Checkpoint, tiny_config: ModelConfig) -> None:
     prompt = list(range(20, 40))
     kinds = ("qkv_a_proj", "q_b_proj", "wq_b", "o_proj", "gate_up_proj", "down_proj", "experts", "lm_head")
-    exact = TorchSession(Settings(tiny_config, EXACT), tiny_source, 2).prefill(prompt)["logits"]
+    exact = TorchSession(Settings(tiny_config, EXACT), tiny_source).prefill(prompt)["logits"]
     error = {}
     for precision in ("int8", "int4"):
         how = Quantization(precision=precision, block_size=32, kinds=dict.fromkeys(kinds, precision))
-        session = TorchSession(Settings(tiny_config, EXACT, quantization=how), tiny_source, 2)
-        assert session.model.lm_head.weight.dtype == torch.int8  # pyright: ignore
+        session = TorchSession(Settings(tiny_config, EXACT, quantization=how), tiny_source)
+        assert session.module().lm_head.weight.dtype == torch.int8  # pyright: ignore
         logits = session.prefill(prompt)["logits"]
         error[precision] = float((logits - exact).abs().median() / exact.std())
     assert 1e-4 < error["int8"] < 0.05

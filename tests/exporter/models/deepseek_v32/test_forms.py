@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +25,11 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import EXACT, FP8
-from seekforge.formats.step_io import lay_out
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, lay_out
 
 
 def _logits(settings: Settings, source: Checkpoint, context: int) -> np.ndarray:
-    return TorchSession(settings, source, 3 + context // 64).prefill(tokens(context))["logits"].numpy()
+    return TorchSession(settings, source).prefill(tokens(context))["logits"].numpy()
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -100,15 +100,15 @@ def test_cached_bytes_do_not_depend_on_how_a_prompt_is_cut(
     tiny_config: ModelConfig, tiny_source: Checkpoint, mode: str
 ) -> None:
     ids = tokens(80)
-    sessions = [TorchSession(Settings(tiny_config, EXACT), tiny_source, 4) for _ in range(2)]
-    whole = drive(sessions[0].step, [ids], "whole")[0]
-    cut = drive(sessions[1].step, [ids], mode)[0]
+    sessions = [TorchSession(Settings(tiny_config, EXACT), tiny_source) for _ in range(2)]
+    whole = drive(sessions[0], [ids], "whole")[0]
+    cut = drive(sessions[1], [ids], mode)[0]
     assert_same(cut, whole, mode)
-    for ours, theirs in zip(*(itertools.chain(*one.caches) for one in sessions[1::-1]), strict=True):
-        used = theirs[64:].abs().amax(1) > 0
+    for name, of_whole in sessions[0].caches.items():
+        used = of_whole[64:].abs().amax(1) > 0
         assert int(used.sum()) == 80
         # rows of a larger product may be summed in another order: equal but for the last bits
-        assert torch.allclose(ours[64:], theirs[64:], rtol=1e-4, atol=2e-5)
+        assert torch.allclose(sessions[1].caches[name][64:], of_whole[64:], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("border", (1, 2, 3))
@@ -117,13 +117,14 @@ def test_two_layer_ranges_equal_the_whole_bit_for_bit(
     tiny_config: ModelConfig, tiny_source: Checkpoint, border: int, numerics: Any
 ) -> None:
     settings, ids = Settings(tiny_config, numerics), tokens(100)
-    whole = TorchSession(settings, tiny_source, 5).prefill(ids)
+    whole = TorchSession(settings, tiny_source).prefill(ids)
     last = tiny_config.num_hidden_layers
     first = TorchSession(settings, tiny_source, 5, layer_range=(0, border))
     second = TorchSession(settings, tiny_source, 5, layer_range=(border, last))
     step = lay_out([ids], [0], [[1, 2]])
-    handed = first.step(step)
-    result = second.step(step, (handed["hidden_states"], handed["residual"]))
+    between = first.run(step)
+    tensors = {name: between.fetch(name) for name in INTERMEDIATE_TENSORS}
+    result = second.run(replace(step, intermediate_tensors=tensors))
     assert torch.equal(result["logits"], whole["logits"])
     assert torch.equal(result[f"topk_indices.{last - 1}"], whole[f"topk_indices.{last - 1}"])
 
@@ -141,13 +142,13 @@ def test_padding_changes_nothing_outside_the_scrap_block(tiny_config: ModelConfi
     settings = Settings(tiny_config, FP8, activations="f32")
     alone = TorchSession(settings, tiny_source, 6)
     padded = TorchSession(settings, tiny_source, 6)
-    plain = alone.step(lay_out([ids[:3]], [0], [[2]]))
-    longer = padded.step(lay_out([ids[:3], ids], [0, 0], [[2], [4]]))
-    for ours, theirs in zip(*(itertools.chain(*one.caches) for one in (padded, alone)), strict=True):
+    plain = alone.run(lay_out([ids[:3]], [0], [[2]]))
+    longer = padded.run(lay_out([ids[:3], ids], [0, 0], [[2], [4]]))
+    for name, cache in padded.caches.items():
         block = slice(2 * 64, 3 * 64)
-        assert torch.allclose(ours[block], theirs[block], rtol=1e-4, atol=1e-4)
-        assert not ours[block][3:].any(), "a padded row wrote into a block of its sequence"
-        assert not ours[64 : 2 * 64].any() and not ours[3 * 64 : 4 * 64].any() and not ours[5 * 64 :].any()
+        assert torch.allclose(cache[block], alone.caches[name][block], rtol=1e-4, atol=1e-4)
+        assert not cache[block][3:].any(), "a padded row wrote into a block of its sequence"
+        assert not cache[64 : 2 * 64].any() and not cache[3 * 64 : 4 * 64].any() and not cache[5 * 64 :].any()
     assert relative_error(longer["logits"][:3].numpy(), plain["logits"].numpy()).max() <= GATE
 
 

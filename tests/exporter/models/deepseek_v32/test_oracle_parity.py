@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from tests.support.parity import (
     Run,
     drive,
     lengths_of,
-    num_blocks,
     relative_error,
     tokens,
 )
@@ -38,7 +38,7 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import EXACT
-from seekforge.formats.step_io import lay_out
+from seekforge.formats.step_io import MTP, lay_out
 
 #: A differing key must lie this close to the k-th score, in parts of the row's score spread.
 SCORE_NOISE = 1e-5
@@ -58,28 +58,28 @@ def mtp_oracle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def compare_with_oracle(config: ModelConfig, source: Checkpoint, oracle: Any, context: int, mode: str) -> None:
     """Assert that every sequence of a mode gives the oracle's logits (spec §11.2 for rows at a boundary)."""
     sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
-    session = TorchSession(Settings(config, EXACT), source, num_blocks(sequences))
-    for ids, ours in zip(sequences, drive(session.step, sequences, mode), strict=True):
+    session = TorchSession(Settings(config, EXACT), source)
+    for ids, run in zip(sequences, drive(session, sequences, mode), strict=True):
         with torch.inference_mode(), record_selection(oracle) as chosen:
-            theirs = oracle(torch.tensor([ids])).logits[0].numpy()
-        flipped = _flipped(config, ours, [layer[0].numpy() for layer in chosen])
+            expected = oracle(torch.tensor([ids])).logits[0].numpy()
+        flipped = _flipped(config, run, [layer[0].numpy() for layer in chosen])
         assert flipped.mean() <= MAX_FLIPPED, f"{flipped.sum()} of {len(ids)} rows chose other keys"
         if flipped.any():
-            ours_chosen = [torch.from_numpy(ours.taps[f"topk_indices.{i}"])[None] for i in range(len(chosen))]
-            with torch.inference_mode(), inject_selection(oracle, ours_chosen):
-                theirs = oracle(torch.tensor([ids])).logits[0].numpy()
-        error = relative_error(ours.logits, theirs)
+            chosen_by_run = [torch.from_numpy(run.taps[f"topk_indices.{i}"])[None] for i in range(len(chosen))]
+            with torch.inference_mode(), inject_selection(oracle, chosen_by_run):
+                expected = oracle(torch.tensor([ids])).logits[0].numpy()
+        error = relative_error(run.logits, expected)
         assert error.max() <= GATE, f"{mode} at {context}: {error.max():.2e} of the spread, gate {GATE:g}"
 
 
-def _flipped(config: ModelConfig, ours: Run, chosen: list[np.ndarray]) -> np.ndarray:
+def _flipped(config: ModelConfig, run: Run, chosen: list[np.ndarray]) -> np.ndarray:
     """Rows whose set of keys differs in any layer; the oracle fills rows with fewer visible keys at will."""
-    length = len(ours.logits)
+    length = len(run.logits)
     rows = np.zeros(length, bool)
-    for layer, theirs in enumerate(chosen):
-        mine = ours.taps[f"topk_indices.{layer}"]
+    for layer, expected in enumerate(chosen):
+        keys = run.taps[f"topk_indices.{layer}"]
         for position in range(min(config.index_topk, length), length):
-            rows[position] |= set(mine[position].tolist()) != set(theirs[position].tolist())
+            rows[position] |= set(keys[position].tolist()) != set(expected[position].tolist())
     return rows
 
 
@@ -109,16 +109,16 @@ def compare_mtp(
     ids = tokens(context, seed=3)
     hidden = torch.randn(1, context, config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        theirs = mtp_logits(model, combine, torch.tensor([ids]), hidden)[0].numpy()
+        expected = mtp_logits(model, combine, torch.tensor([ids]), hidden)[0].numpy()
     blocks = list(range(1, 2 + context // 64))
     for border in (context, context // 2):
-        session = TorchSession(Settings(config, EXACT), source, len(blocks) + 1, mtp=True)
-        got = []
+        session = TorchSession(Settings(config, EXACT), source, len(blocks) + 1)
+        logits = []
         for part in (slice(0, border), slice(border, context)):
             if ids[part]:
-                step = lay_out([ids[part]], [part.start], [blocks])
-                got.append(session.step(step, (hidden[:, part],))["logits"].numpy())
-        error = relative_error(np.concatenate(got), theirs)
+                step = replace(lay_out([ids[part]], [part.start], [blocks]), hidden_in=hidden[:, part].numpy())
+                logits.append(session.run(step, graph=MTP).fetch("logits"))
+        error = relative_error(np.concatenate(logits), expected)
         assert error.max() <= GATE, f"MTP at {context}: {error.max():.2e} of the spread"
 
 

@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,12 +18,14 @@ from seekforge.exporter.parity.sides import torch_reference as walking
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import Stream
 from seekforge.exporter.parity.torch_walks import torch_side, without
+from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.dump import Dump, DumpWriter
 from seekforge.formats.numerics import EXACT, FP8, NUMERICS
-from seekforge.formats.parity_steps import make_plan
-from seekforge.formats.step_io import StepInputs
+from seekforge.formats.parity_steps import PlanStep, make_plan
+from seekforge.formats.step_io import DUMPED_RESULTS
+from seekforge.formats.step_runner import run_steps
 
 
 def walk(folder: Path, settings: Settings, source: Checkpoint, plan: Any, **stream: Any) -> Dump:
@@ -46,25 +49,17 @@ def test_the_walk_gives_the_bits_of_the_whole_model(
     settings = Settings(tiny_config, NUMERICS[numerics], activations)
     plan = plan_of(tiny_config, 70, "ragged", "mtp")
     dump = walk(tmp_path / "walk", settings, tiny_source, plan)
-    case, sessions, hidden = None, {}, None
-    for number, current, step in plan.steps():
-        if current is not case:
-            case = current
-            sessions = {
-                graph: TorchSession(settings, tiny_source, case.num_blocks, mtp=graph == "mtp")
-                for graph in ("model", "mtp")
-            }
-        assert case is not None
-        inputs = StepInputs(**dump.arrays(number).__dict__)
-        taken = () if step.graph == "model" else (hidden,)
-        results = sessions[step.graph].step(inputs, taken)  # pyright: ignore
-        hidden = results["hidden"]
-        for name in ("hidden", "logits", *(n for n in results if n.startswith(("topk_indices", "expert_ids")))):
-            found = torch.from_numpy(dump.tensor(number, name).copy())
-            assert torch.equal(found, results[name].to(found.dtype)), (case.name, number, name)
+    session = TorchSession(settings, tiny_source)
+
+    def outputs(step: PlanStep) -> list[str]:
+        return [name for name in session.output_names(step.graph) if name.startswith((*DUMPED_RESULTS, *SELECTIONS))]
+
+    for ran in run_steps(session, plan, outputs):
+        assert {"hidden", "logits"} < ran.tensors.keys()
+        for name, value in ran.tensors.items():
+            assert np.array_equal(dump.tensor(ran.number, name), value), (ran.case.name, ran.number, name)
     last = max(n for n, (_, step) in enumerate(dump.cases) if step.graph == "model")
-    cache = torch.from_numpy(dump.tensor(last, "cache_latent.2").copy())
-    assert torch.equal(cache, sessions["model"].caches[0][2].float())
+    assert np.array_equal(dump.tensor(last, "cache_latent.2"), session.cache("latent_cache.2"))
 
 
 def test_one_layer_is_in_memory_at_a_time(

@@ -80,7 +80,7 @@ def pytorch(checkpoint: Path) -> tuple[Oracle, int, float]:
 
     def logits(ids: Sequence[int], activations: Literal["f32", "bf16"]) -> np.ndarray:
         with Checkpoint.open(checkpoint) as source:
-            session = TorchSession(Settings(config, NUMERICS["fp8"], activations), source, num_blocks=4)
+            session = TorchSession(Settings(config, NUMERICS["fp8"], activations), source)
             return session.prefill(list(ids))["logits"].double().numpy()
 
     ids = np.random.default_rng(1).integers(2, config.vocab_size, 80).tolist()

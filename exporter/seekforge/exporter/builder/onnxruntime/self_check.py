@@ -15,7 +15,7 @@ gives most to the last digits, one must agree tightly; the stillest that does is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.tolerances import GATE, PERTURBATION
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, SelfCheck, SelfCheckRow
+from seekforge.formats.engine.self_check import self_check_values
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.numerics import numerics_from_dict
-from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.paged_cache import blocks_needed
 from seekforge.formats.program import GraphIO
-from seekforge.formats.step_io import lay_out
+from seekforge.formats.step_io import MODEL, lay_out
 from seekforge.formats.weight_recipes import TensorSource
-from seekforge.plugins.operator import cdiv
 
 #: Stored logits per row.
 _TOP = 20
@@ -53,7 +53,7 @@ _LONGEST = 136
 
 def make_self_check(
     folder: Path,
-    face: GraphIO,
+    graph: GraphIO,
     config: ModelConfig,
     numerics: dict[str, Any],
     source: TensorSource,
@@ -64,33 +64,34 @@ def make_self_check(
 
     Args:
         folder: the engine's files.
-        face: its main graph.
-        config, numerics: of the program.
+        graph: inputs and outputs of its main graph.
+        config: the model's configuration.
+        numerics: the roundings of the program.
         source: the checkpoint.
-        limits: of the engine.
-        quantization: of its weights. PyTorch then computes with the same codes and rounds the same inputs to int8, so
-            that the tolerance is about the engine, not about what quantization costs.
+        limits: what the engine accepts at most.
+        quantization: which of its weights are codes. PyTorch then computes with the same codes and rounds the same
+            inputs to int8, so that the tolerance is about the engine, not about what quantization costs.
 
     Raises:
         EngineError: the engine's results differ by more than the tolerance.
     """
     settings = Settings(config, numerics_from_dict(numerics), "f32", quantization=quantization)
     longest = min((config.index_topk or _LONGEST) + 8, _LONGEST, limits.max_model_len)
-    session = OrtSession(folder, face, (cdiv(longest, BLOCK_SIZE) + 1) * BLOCK_SIZE)
+    session = OrtSession(folder, {MODEL: graph})
     if quantization is not None:
         return _coded_check(settings, source, session, longest)
     tried: list[_Candidate] = []
     for length, count in ((longest, 1), (16, 6), (6, 12)):
         if length > longest:
             continue
-        found = _candidates(settings, source, length, count)
-        for candidate in filter(lambda candidate: candidate.holds_still, found):
+        candidates = _candidates(settings, source, length, count)
+        for candidate in filter(lambda candidate: candidate.holds_still, candidates):
             fault = _difference(candidate.check, session)
             if fault is None:
                 return candidate.check
             if settings.numerics.act_quant == "none":
                 raise EngineError(fault)  # nothing is rounded to FP8: no other prompt can excuse this one
-        tried += found
+        tried += candidates
     # none holds still, or the engine disagrees on all that do: the stillest decides
     best = min(tried, key=lambda candidate: candidate.change).check
     fault = _difference(best, session)
@@ -116,7 +117,13 @@ def _coded_check(settings: Settings, source: TensorSource, session: OrtSession, 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A prompt. `change`: how far its logits move when embeddings are perturbed; `spread`: of its logits."""
+    """A prompt that may be stored.
+
+    Attributes:
+        check: what would be stored of it.
+        change: how far its logits move when embeddings are perturbed.
+        spread: the standard deviation of its logits.
+    """
 
     check: SelfCheck
     change: float
@@ -127,15 +134,15 @@ class _Candidate:
         return self.change <= _STILL * self.spread
 
 
-def _candidates(settings: Settings, source: TensorSource, length: int, candidates: int) -> list[_Candidate]:
+def _candidates(settings: Settings, source: TensorSource, length: int, count: int) -> list[_Candidate]:
     """Try random prompts of one length in one batch; return them, the one that moves least first."""
     config = settings.config
     rng = np.random.default_rng(length)
     # no special token: ids below 16 and the padded end of the vocabulary are left out
-    prompts = rng.integers(min(16, config.vocab_size // 2), config.vocab_size * 7 // 8, (candidates, length))
+    prompts = rng.integers(min(16, config.vocab_size // 2), config.vocab_size * 7 // 8, (count, length))
     rows = [prompt.tolist() for prompt in prompts for _ in range(_TRIALS)]
-    blocks = cdiv(length, BLOCK_SIZE)
-    tables = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(len(rows))]
+    blocks = blocks_needed(length)
+    tables = [range(1 + i * blocks, 1 + (i + 1) * blocks) for i in range(len(rows))]
     session = TorchSession(settings, source, 1 + len(rows) * blocks)
     noise = torch.randn(len(rows), length, config.hidden_size, generator=torch.Generator().manual_seed(0))
     noise[::_TRIALS] = 0
@@ -143,15 +150,14 @@ def _candidates(settings: Settings, source: TensorSource, length: int, candidate
     def perturb(module: torch.nn.Module, args: Any, embedded: Tensor) -> Tensor:
         return embedded * (1 + PERTURBATION * noise)
 
-    hook = session.model.token_embedding().register_forward_hook(perturb)
-    step = lay_out(rows, [0] * len(rows), tables)
+    hook = session.module().token_embedding().register_forward_hook(perturb)
     positions = sorted({0, length // 2, length - 1})
     starts = np.arange(len(rows))[:, None] * length
-    step = replace(step, logits_index=(starts + positions).reshape(-1))
-    results = session.step(step)
+    step = lay_out(rows, [0] * len(rows), tables, (starts + positions).reshape(-1).tolist())
+    results = session.run(step, outputs=("logits", "logsumexp"))
     hook.remove()
-    logits = results["logits"].unflatten(0, (candidates, _TRIALS, len(positions)))
-    total = results["logsumexp"].unflatten(0, (candidates, _TRIALS, len(positions)))
+    logits = results["logits"].unflatten(0, (count, _TRIALS, len(positions)))
+    total = results["logsumexp"].unflatten(0, (count, _TRIALS, len(positions)))
     top = torch.topk(logits[:, 0], min(_TOP, config.vocab_size), dim=-1)
     same = torch.gather(logits, -1, top.indices.unsqueeze(1).expand(-1, _TRIALS, -1, -1))
     moved = torch.maximum(
@@ -185,15 +191,11 @@ def _candidates(settings: Settings, source: TensorSource, length: int, candidate
 
 def _difference(check: SelfCheck, session: OrtSession) -> str | None:
     """Prefill the stored prompt on the engine; say what differs by more than the tolerance, if anything."""
-    blocks = cdiv(len(check.prompt_ids), BLOCK_SIZE)
-    step = lay_out([check.prompt_ids], [0], [list(range(1, blocks + 1))])
-    got = session.step(replace(step, logits_index=np.array([row.position for row in check.rows], np.int64)))
-    for i, row in enumerate(check.rows):
-        error = np.abs(got["logits"][i, list(row.top_ids)] - np.array(row.top_logits)).max()
-        error = max(float(error), abs(float(got["logsumexp"][i]) - row.logsumexp))
-        if not error <= check.tolerance:
+    for one in self_check_values(session, check):
+        if not one.agrees(check.tolerance):
             return (
-                f"the built engine differs from PyTorch by {error:.3g} logits at position {row.position} of the "
-                f"self-check prompt, allowed {check.tolerance:.3g}; nothing was written, please report this"
+                f"the built engine differs from PyTorch by {one.difference:.3g} logits at position {one.position} of "
+                f"the self-check prompt, in {one.what}, allowed {check.tolerance:.3g}; nothing was written, please "
+                "report this"
             )
     return None

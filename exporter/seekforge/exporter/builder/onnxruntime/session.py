@@ -1,11 +1,12 @@
-"""Run a CPU engine's graph step by step in ONNX Runtime: the other side of parity and of self-checks at build.
+"""A CPU engine's graphs in ONNX Runtime as something that runs steps: the other side of self-checks at build.
 
-The runtime has its own, faster backend; this one is for proving, takes the same `StepInputs` as
-`TorchSession`, and returns every output.
+The runtime has its own, faster backend, which the builder does not know; this one returns every output. Both are a
+`StepRunner`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,74 +14,101 @@ import onnxruntime as ort
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import EngineError
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO
-from seekforge.formats.step_io import StepInputs
+from seekforge.formats.step_io import MODEL, StepInputs
+
+
+class OrtOutputs(dict[str, np.ndarray]):
+    """Outputs of one step as arrays, by name."""
+
+    def fetch(self, name: str) -> np.ndarray:
+        """Return one output."""
+        return self[name]
 
 
 class OrtSession:
-    """One graph with its caches, bound in place.
+    """Graphs of one engine with their caches, bound in place.
 
     Args:
         folder: engine folder.
-        face: the graph's inputs and outputs.
-        num_slots: cache slots (blocks · 64).
+        graphs: inputs and outputs of the graphs to open, by name.
+        num_blocks: size of the paged caches; None: `allocate_caches` comes before the first step.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load a graph.
     """
 
-    def __init__(self, folder: Path, face: GraphIO, num_slots: int, *, threads: int = 0) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        path = folder / face.file
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-            reason = " ".join(str(error).split())
-            raise EngineError(
-                f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}); export the program again"
-            ) from error
-        self._face = face
+    def __init__(
+        self, folder: Path, graphs: Mapping[str, GraphIO], num_blocks: int | None = None, *, threads: int = 0
+    ) -> None:
+        self._graphs = dict(graphs)
+        self._sessions = {name: _open(folder / graph.file, threads) for name, graph in graphs.items()}
+        #: By name: [NB·64, width].
+        self.caches: dict[str, ort.OrtValue] = {}
+        if num_blocks is not None:
+            self.allocate_caches(num_blocks)
+
+    def output_names(self, graph: str = MODEL) -> list[str]:
+        """Return the results and taps that a graph gives."""
+        signature = self._graphs[graph]
+        return [spec.name for spec in signature.outputs if spec.name not in signature.aliases]
+
+    def allocate_caches(self, num_blocks: int) -> None:
+        """Make zeroed caches of `num_blocks` blocks; earlier ones are given back."""
+        num_slots = num_blocks * BLOCK_SIZE
         self.caches = {
             spec.name: ort.OrtValue.ortvalue_from_numpy(
-                np.zeros([num_slots if isinstance(dim, str) else dim for dim in spec.shape], NUMPY[spec.dtype])
+                np.zeros([num_slots if isinstance(size, str) else size for size in spec.shape], NUMPY[spec.dtype])
             )
-            for spec in face.with_role("cache")
+            for graph in self._graphs.values()
+            for spec in graph.with_role("cache")
         }
 
-    def step(self, inputs: StepInputs, **hidden: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, inputs: StepInputs, *, outputs: Collection[str] | None = None, graph: str = MODEL) -> OrtOutputs:
         """Run one step; caches are updated in place.
 
         Args:
-            inputs: token ids and bookkeeping.
-            hidden: `hidden_in` for the MTP graph; `hidden_states` and `residual` for a range that starts later.
-
-        Returns:
-            Results and taps by name.
+            inputs: the step.
+            outputs: names of results and taps to return; None returns all.
+            graph: `MODEL` or `MTP`.
         """
-        binding = self._session.io_binding()
-        feeds = {
-            "input_ids": inputs.input_ids,
-            "positions": inputs.positions,
-            "slot_mapping": inputs.slot_mapping,
-            "block_table": inputs.block_table,
-            "logits_index": inputs.logits_index,
-            **hidden,
+        signature, session = self._graphs[graph], self._sessions[graph]
+        binding = session.io_binding()
+        arrays = {
+            spec.name: np.ascontiguousarray(inputs.array(spec.name))
+            for spec in signature.inputs
+            if spec.role != "cache"
         }
-        for spec in self._face.inputs:
-            if spec.name in self.caches:
-                binding.bind_ortvalue_input(spec.name, self.caches[spec.name])
-            else:
-                binding.bind_cpu_input(spec.name, np.ascontiguousarray(feeds[spec.name]))
-        for spec in self._face.outputs:
-            source = self._face.aliases.get(spec.name)
-            if source is None:
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        for spec in signature.with_role("cache"):
+            binding.bind_ortvalue_input(spec.name, self.caches[spec.name])
+        for spec in signature.outputs:
+            cache = signature.aliases.get(spec.name)
+            if cache is None:
                 binding.bind_output(spec.name)
             else:
-                binding.bind_ortvalue_output(spec.name, self.caches[source])
-        self._session.run_with_iobinding(binding)
-        values = zip(self._face.outputs, binding.get_outputs(), strict=True)
-        return {spec.name: value.numpy() for spec, value in values if spec.name not in self._face.aliases}
+                binding.bind_ortvalue_output(spec.name, self.caches[cache])
+        session.run_with_iobinding(binding)
+        values = {spec.name: value for spec, value in zip(signature.outputs, binding.get_outputs(), strict=True)}
+        names = (name for name in self.output_names(graph) if outputs is None or name in outputs)
+        return OrtOutputs({name: values[name].numpy() for name in names})
 
     def cache(self, name: str) -> np.ndarray:
-        """Return a copy of one cache."""
+        """Return a copy of one cache, such as `latent_cache.3`."""
         return self.caches[name].numpy().copy()
+
+
+def _open(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        reason = " ".join(str(error).split())
+        raise EngineError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}); export the program again"
+        ) from error

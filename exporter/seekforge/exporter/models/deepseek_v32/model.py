@@ -85,7 +85,14 @@ class _StepModule(nn.Module):
         self.expert_map = weight(config.n_routed_experts, dtype=torch.int32) if is_dealt else None
         self.layers = nn.ModuleDict({str(i): self.layer(settings, i) for i in layers})
 
-    def _step(self, positions: Tensor, slot_mapping: Tensor, block_table: Tensor) -> Step:
+    def make_step(self, positions: Tensor, slot_mapping: Tensor, block_table: Tensor) -> Step:
+        """Look up what all layers of one step share.
+
+        Args:
+            positions: [B, Q] int64; −1 pads.
+            slot_mapping: [B, Q] int64; −1 pads.
+            block_table: [B, MB] int32.
+        """
         row = positions.clamp_min(0)  # a padded row has position −1
         cos, sin = F.embedding(row, self.rope_cos), F.embedding(row, self.rope_sin)
         return Step(positions, slot_mapping, block_table, cos, sin, self.hadamard, self.expert_map)
@@ -104,9 +111,14 @@ class _StepModule(nn.Module):
         assert residual is not None
         return x, residual, tuple(written), (*chosen, *experts)
 
-    def _results(self, hidden: Tensor, head: LinearF32 | CodedLinear, logits_index: Tensor) -> tuple[Tensor, ...]:
+    def logits(self, hidden: Tensor, logits_index: Tensor) -> Tensor:
+        """Return [N, V] f32, the logits of the rows `logits_index` [N] of the flattened [B, Q, H]."""
+        assert isinstance(self.lm_head, LinearF32 | CodedLinear)
+        return self.lm_head(hidden.flatten(0, 1).index_select(0, logits_index))
+
+    def _results(self, hidden: Tensor, logits_index: Tensor) -> tuple[Tensor, ...]:
         """Return top_logits, top_ids, logsumexp, logits of the rows `logits_index` of [B·Q, H]."""
-        logits = head(hidden.flatten(0, 1).index_select(0, logits_index))
+        logits = self.logits(hidden, logits_index)
         # topk, not a stable sort: it exports as one TopK, whose tie rule in ONNX Runtime is the lowest id
         top = torch.topk(logits, self.settings.config.num_top_logits, dim=-1)
         peak = top.values[:, :1]
@@ -130,11 +142,12 @@ class _StepModule(nn.Module):
             f"expert_ids.{i}" for i in moe
         ]
 
-    def new_caches(self, num_blocks: int) -> list[list[Tensor]]:
-        """Return zeroed caches of `num_blocks` blocks: for each kind one per layer."""
+    def new_caches(self, num_blocks: int) -> dict[str, Tensor]:
+        """Return zeroed caches of `num_blocks` blocks, by name in the order of `cache_names`."""
         config, slots, dtype = self.settings.config, num_blocks * BLOCK_SIZE, self.settings.dtype
         widths = family_of(config).caches(config).values()
-        return [[torch.zeros(slots, width, dtype=dtype) for _ in self.layer_numbers] for width in widths]
+        shapes = [(slots, width) for _ in self.layer_numbers for width in widths]
+        return {name: torch.zeros(shape, dtype=dtype) for name, shape in zip(self.cache_names(), shapes, strict=True)}
 
 
 class StepModel(_StepModule):
@@ -189,7 +202,7 @@ class StepModel(_StepModule):
         Returns:
             Outputs named by `result_names`, then caches, then `tap_names`.
         """
-        step = self._step(positions, slot_mapping, block_table)
+        step = self.make_step(positions, slot_mapping, block_table)
         if self.is_first:
             x, residual = self.embed_tokens(tokens[0]), None
         else:
@@ -199,7 +212,7 @@ class StepModel(_StepModule):
             return (x, residual, *written, *taps)
         assert logits_index is not None
         hidden, _ = self.norm.add(x, residual)
-        return (hidden, *self._results(hidden, self.lm_head, logits_index), *written, *taps)
+        return (hidden, *self._results(hidden, logits_index), *written, *taps)
 
 
 class Embedding(nn.Module):
@@ -217,10 +230,16 @@ class Embedding(nn.Module):
 class MtpModel(_StepModule):
     """The multi-token-prediction module: predicts t_{i+2} from h_i and t_{i+1} (spec §6)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, layers: Sequence[int] | None = None) -> None:
+        """Make the module.
+
+        Args:
+            settings: how it computes.
+            layers: none of its one layer, for what lies around that alone; None: the layer.
+        """
         config = settings.config
         assert config.mtp_layer is not None
-        super().__init__(settings, range(config.mtp_layer, config.mtp_layer + 1))
+        super().__init__(settings, range(config.mtp_layer, config.mtp_layer + 1) if layers is None else layers)
         self.embed_tokens = Embedding(settings)
         self.enorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         self.hnorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
@@ -247,9 +266,13 @@ class MtpModel(_StepModule):
     ) -> tuple[Tensor, ...]:
         """Run one step; as `StepModel.forward` with tokens = (input_ids t_{i+1}, hidden_in h_i [B, Q, H])."""
         input_ids, hidden_in = tokens
-        step = self._step(positions, slot_mapping, block_table)
+        step = self.make_step(positions, slot_mapping, block_table)
+        x, residual, written, taps = self._run_layers(self.combine(input_ids, hidden_in), None, step, caches)
+        hidden, _ = self.norm.add(x, residual)
+        return (hidden, *self._results(hidden, logits_index), *written, *taps)
+
+    def combine(self, input_ids: Tensor, hidden_in: Tensor) -> Tensor:
+        """Return what goes into the layer, [B, Q, H], of input_ids t_{i+1} [B, Q] and hidden_in h_i [B, Q, H]."""
         # embedding first, hidden second: the paper writes it the other way round, the weights do not (spec §6)
         pair = torch.cat([self.enorm(self.embed_tokens(input_ids)), self.hnorm(hidden_in)], dim=-1)
-        x, residual, written, taps = self._run_layers(product(pair, self.eh_proj.T), None, step, caches)
-        hidden, _ = self.norm.add(x, residual)
-        return (hidden, *self._results(hidden, self.lm_head, logits_index), *written, *taps)
+        return product(pair, self.eh_proj.T)

@@ -49,17 +49,19 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
     for layer in model.layer_numbers:
         source, tensors = f"model.layers.{layer}.", family.layer_tensors(config, layer)
         table |= made(family.layer_parameters(config.is_moe_layer(layer)), tensors, source, f"layers.{layer}.")
-        if isinstance(model, MtpModel):
-            table |= made(family.mtp_parameters(), tensors, source, "")
+    if isinstance(model, MtpModel):
+        layer = config.mtp_layer
+        assert layer is not None
+        table |= made(family.mtp_parameters(), family.layer_tensors(config, layer), f"model.layers.{layer}.", "")
     if model.settings.quantization is not None:
         table = quantized_recipes(table, model.settings.quantization)
     result = {}
     for name, parameter in model.named_parameters():
         recipe = table.get(name)
-        found = None if recipe is None else (recipe.shape, recipe.dtype)
+        made_of = None if recipe is None else (recipe.shape, recipe.dtype)
         expected = (tuple(parameter.shape), DTYPE_NAMES[parameter.dtype])
-        if recipe is None or found != expected:
-            raise ProgramError(f"weight input {name}: recipe gives {found}, the model needs {expected}")
+        if recipe is None or made_of != expected:
+            raise ProgramError(f"weight input {name}: recipe gives {made_of}, the model needs {expected}")
         result[name] = recipe
     return result
 

@@ -1,7 +1,7 @@
 """Two dumps side by side: hidden states, caches, logits, and which keys and experts each side chose.
 
 A pure reading of two (or, with measured noise, three) dumps; which side ran where does not matter. It says how far the
-sides are apart. Why, and whether that is a fault, is for `local` and `verdict`.
+sides are apart. Why, and whether that is a fault, is for `operations` and `gates`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from seekforge.exporter.parity.compare.metrics import (
     compare_logits,
     row_errors,
 )
-from seekforge.exporter.parity.compare.selections import Choices, Keys, Sides, add_experts, places_of
+from seekforge.exporter.parity.compare.selections import Choices, Keys, Sides, add_experts
 from seekforge.exporter.program.taps import layer_points
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import INDEX, Dump
@@ -28,7 +28,18 @@ from seekforge.formats.step_io import INTERMEDIATE_TENSORS
 
 @dataclass
 class LayerComparison:
-    """One layer. `points`: tap -> difference. `stream`: residual stream behind it; `noise`: of PyTorch itself."""
+    """One layer.
+
+    Attributes:
+        layer: its absolute number.
+        graph: model or mtp.
+        points: tap -> difference.
+        caches: kind of cache -> difference.
+        stream: the difference of the residual stream behind it.
+        noise: that of PyTorch and PyTorch from embeddings changed by rounding noise.
+        keys: which keys were chosen.
+        experts: which experts were chosen; None in a dense layer.
+    """
 
     layer: int
     graph: str
@@ -45,13 +56,19 @@ class CaseComparison:
     """One case: rows in the order of (step, sequence, position), the model graph's and the MTP graph's.
 
     Attributes:
-        graph, rows: which rows; (sequence, position) of each.
+        name: what reports call it.
+        mode: how its sequences are cut.
+        context: tokens of its longest sequence.
+        graph: model or mtp.
+        rows: (sequence, position) of each row.
+        heat_layers: the layers that both sides show.
         heat: [layers, rows] error of the residual stream in parts of its root mean square.
-        logits: of all rows with logits together.
-        error, kl, top1, top10, nll, nll_reference: of the rows with logits, at `logit_rows`.
+        logits: the difference of all rows with logits together.
+        logit_rows: which of the rows have logits.
+        error: of each of those, as `metrics.LogitRows` has it; `kl`, `top1`, `top10`, `nll` and `nll_reference` too.
         noise_error: PyTorch against itself, the same rows; empty without noise.
-        drawn_error, drawn_kl, drawn_top1: the same in all draws of the noise, one after the other.
-        flipped: rows in which any layer chose otherwise.
+        drawn_error: the same in all draws of the noise, one after the other; `drawn_kl` and `drawn_top1` too.
+        flipped: [rows] bool, whether any layer chose otherwise.
     """
 
     name: str
@@ -78,7 +95,14 @@ class CaseComparison:
 
 @dataclass
 class Comparison:
-    """Everything that two dumps say."""
+    """Everything that two dumps say.
+
+    Attributes:
+        layers: each layer, in the order of data.
+        cases: each case, the model's rows and the MTP module's apart.
+        not_finite: how many values are NaN or inf on one side only.
+        has_noise: whether PyTorch was compared with itself too.
+    """
 
     layers: list[LayerComparison]
     cases: list[CaseComparison]
@@ -119,10 +143,10 @@ def draw_folder(noise: Path, draw: int) -> Path:
 
 def more_draws(noise: Dump) -> list[Dump]:
     """Open the draws beside the first."""
-    found: list[Dump] = []
-    while (draw_folder(noise.folder, len(found) + 1) / INDEX).is_file():
-        found.append(Dump.open(draw_folder(noise.folder, len(found) + 1)))
-    return found
+    draws: list[Dump] = []
+    while (draw_folder(noise.folder, len(draws) + 1) / INDEX).is_file():
+        draws.append(Dump.open(draw_folder(noise.folder, len(draws) + 1)))
+    return draws
 
 
 def check_pair(judged: Dump, reference: Dump) -> None:
@@ -139,15 +163,21 @@ def check_pair(judged: Dump, reference: Dump) -> None:
     check_comparable(judged.side.config, reference.side.config, (str(judged.folder), str(reference.folder)))
 
 
-def check_comparable(ours: Mapping[str, object], theirs: Mapping[str, object], names: tuple[str, str]) -> None:
+def check_comparable(judged: Mapping[str, object], reference: Mapping[str, object], names: tuple[str, str]) -> None:
     """Refuse configs of models whose tensors do not belong together.
+
+    Args:
+        judged: config.json of the one side.
+        reference: config.json of the other.
+        names: what to call the two.
 
     Raises:
         ConfigError: naming the first key that differs.
     """
     for key in ("hidden_size", "num_hidden_layers", "vocab_size", "index_topk", "n_routed_experts"):
-        if ours.get(key) != theirs.get(key):
-            raise ConfigError(f"{names[0]} has {key} {ours.get(key)}, {names[1]} has {theirs.get(key)}: other models")
+        if judged.get(key) != reference.get(key):
+            values = judged.get(key), reference.get(key)
+            raise ConfigError(f"{names[0]} has {key} {values[0]}, {names[1]} has {values[1]}: other models")
 
 
 def _layers(dump: Dump) -> list[tuple[str, int]]:
@@ -179,21 +209,21 @@ def _compare_layer(sides: Sides, config: ModelConfig, graph: str, layer: int) ->
             if judged.has(number, name) and reference.has(number, name):
                 pair = judged.rows(number, name), reference.rows(number, name)
                 result.points.setdefault(point, Difference()).add(*pair)
-        ours, theirs = stream_rows(judged, number, layer + 1), stream_rows(reference, number, layer + 1)
-        if ours is not None and theirs is not None:
+        actual, expected = (stream_rows(dump, number, layer + 1) for dump in (judged, reference))
+        if actual is not None and expected is not None:
             result.stream = result.stream or Difference()
-            result.stream.add(ours, theirs)
+            result.stream.add(actual, expected)
         if sides.noise is not None:
-            ours, theirs = (stream_rows(dump, number, layer + 1) for dump in (sides.noise, sides.base))
-            if ours is not None and theirs is not None:
+            actual, expected = (stream_rows(dump, number, layer + 1) for dump in (sides.noise, sides.base))
+            if actual is not None and expected is not None:
                 result.noise = result.noise or Difference()
-                result.noise.add(ours, theirs)
+                result.noise.add(actual, expected)
         for kind in ("latent", "index"):
             name = f"cache_{kind}.{layer}"
             if judged.has(number, name) and reference.has(number, name):
-                ours, theirs = judged.tensor(number, name), reference.tensor(number, name)
-                if ours.shape == theirs.shape:
-                    result.caches.setdefault(kind, Difference()).add(ours[BLOCK_SIZE:], theirs[BLOCK_SIZE:])
+                actual, expected = judged.tensor(number, name), reference.tensor(number, name)
+                if actual.shape == expected.shape:
+                    result.caches.setdefault(kind, Difference()).add(actual[BLOCK_SIZE:], expected[BLOCK_SIZE:])
         keys.add(number)
         if result.experts is not None:
             add_experts(sides, config, number, layer, result.experts)
@@ -220,7 +250,7 @@ def _compare_case(sides: Sides, name: str, graph: str) -> CaseComparison:
     numbers = [n for n, (case, step) in enumerate(reference.cases) if case.name == name and step.graph == graph]
     case = reference.cases[numbers[0]][0]
     texts = _texts(reference, numbers)
-    rows = [place for number in numbers for place in places_of(reference, number)]
+    rows = [place for number in numbers for place in reference.cases[number][1].places()]
     layers = [layer for g, layer in _layers(reference) if g == graph]
     heat_layers = [
         layer for layer in layers if all(dump.has(numbers[0], f"residual.{layer + 1}") for dump in (judged, reference))
@@ -231,11 +261,11 @@ def _compare_case(sides: Sides, name: str, graph: str) -> CaseComparison:
         whole = [np.concatenate([p[side] for p in pairs]) for side in (0, 1)]  # pyright: ignore
         heat[i] = row_errors(whole[0], whole[1])
     flipped = np.concatenate([_flipped(judged, reference, number) for number in numbers])
-    found: dict[str, list[np.ndarray]] = {}
+    columns: dict[str, list[np.ndarray]] = {}
     logits, offset = Difference(), 0
     for number in numbers:
         arrays = reference.arrays(number)
-        places = places_of(reference, number)
+        places = reference.cases[number][1].places()
         if judged.has(number, "logits") and reference.has(number, "logits"):
             index = np.array([int(arrays.real[:row].sum()) for row in arrays.logits_index])
             following = np.array([texts.get((places[i][0], places[i][1] + 1), -1) for i in index])
@@ -244,16 +274,17 @@ def _compare_case(sides: Sides, name: str, graph: str) -> CaseComparison:
             result = compare_logits(*pair, following)
             values = {**result.__dict__, "logit_rows": index + offset}
             if noise is not None and noise.has(number, "logits") and base.has(number, "logits"):
-                own = base.tensor(number, "logits")
-                others = [compare_logits(d.tensor(number, "logits"), own, following) for d in (noise, *sides.draws)]
-                values |= {"noise_error": others[0].error}
+                unchanged = base.tensor(number, "logits")
+                changed = [dump.tensor(number, "logits") for dump in (noise, *sides.draws)]
+                draws = [compare_logits(one, unchanged, following) for one in changed]
+                values |= {"noise_error": draws[0].error}
                 for key in ("error", "kl", "top1"):
-                    values[f"drawn_{key}"] = np.concatenate([getattr(other, key) for other in others])
+                    values[f"drawn_{key}"] = np.concatenate([getattr(draw, key) for draw in draws])
             for key, value in values.items():
-                found.setdefault(key, []).append(value)
+                columns.setdefault(key, []).append(value)
         offset += len(places)
     empty = np.zeros(0)
-    merged = {key: np.concatenate(parts) for key, parts in found.items()}
+    merged = {key: np.concatenate(parts) for key, parts in columns.items()}
     keys = (
         "error",
         "kl",
@@ -287,7 +318,7 @@ def _texts(dump: Dump, numbers: Sequence[int]) -> dict[tuple[int, int], int]:
     for number in numbers:
         _, step = dump.cases[number]
         tokens = [token for new in step.tokens for token in new]
-        result |= dict(zip(places_of(dump, number), tokens, strict=True))
+        result |= dict(zip(step.places(), tokens, strict=True))
     return result
 
 

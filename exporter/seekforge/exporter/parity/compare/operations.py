@@ -51,12 +51,18 @@ class OpRecord:
         order: place in the order of data.
         layer: absolute number; the number behind the last layer for final norm and head.
         graph: model or mtp.
-        module, does, tensors: which part of the checkpoint it is.
-        error: largest row error. gate: what is allowed. reason: why.
-        num_rows, num_bad: rows compared and rows beyond the gate.
+        module: the checkpoint's module that computes it.
+        does: what it computes, in words.
+        tensors: the checkpoint tensors that it reads.
+        gate: the largest error that is allowed.
+        reason: why the gate is what it is.
+        error: the largest row error.
+        num_rows: how many rows were compared.
+        num_bad: how many of them lie beyond the gate.
         where: case, step, sequence and position of the worst row.
         flips: keys or experts chosen on one side only, with gaps: the farthest, farthest first.
-        num_flips: by kind. num_choices: choices compared.
+        num_flips: kind of flip -> how many there were.
+        num_choices: how many choices were compared.
         failed: whether the operation is at fault.
         detail: what is known beyond that, in words.
     """
@@ -85,8 +91,8 @@ class LocalJudge:
 
     Args:
         subject: the dump that is judged.
-        numerics: of the comparison.
-        activations: f32 or bf16.
+        numerics: the roundings that both sides make.
+        activations: the dtype that they compute in, f32 or bf16.
     """
 
     def __init__(self, subject: Dump, numerics: Numerics, activations: str) -> None:
@@ -96,9 +102,7 @@ class LocalJudge:
         self._coded = tuple(kind for kind, codes in stored.items() if codes != "f32")
         self.records: dict[tuple[str, int, str], OpRecord] = {}
         self._experts: dict[tuple[str, int], _Experts] = {}
-        self._places: dict[int, list[tuple[int, int]]] = {}
-        steps = self.subject.plan.steps()
-        self._last = set({(case.name, step.graph): number for number, case, step in steps}.values())
+        self._last_steps = subject.plan.last_steps()
 
     def __call__(self, judged: Judged) -> None:
         """Take one operation of one step."""
@@ -106,11 +110,11 @@ class LocalJudge:
             self._selection(judged)
             return
         real = torch.from_numpy(self.subject.arrays(judged.step).real)
-        expected, found = _rows(judged.expected, real), _rows(judged.found, real)
+        expected, actual = _rows(judged.expected, real), _rows(judged.actual, real)
         parts = judged.op.parts or (Part(0, expected.shape[1], judged.op.module, judged.op.tensors),)
         for part in parts:
-            self._numbers(judged, part, expected[:, part.start : part.stop], found[:, part.start : part.stop])
-        if judged.op.output == "o_latent" and judged.step in self._last:
+            self._numbers(judged, part, expected[:, part.start : part.stop], actual[:, part.start : part.stop])
+        if judged.op.output == "o_latent" and judged.step in self._last_steps:
             self._caches(judged)
 
     def finish(self) -> list[OpRecord]:
@@ -136,7 +140,7 @@ class LocalJudge:
             self.records[key] = OpRecord(order, judged.layer, graph, module, judged.op.does, tensors, gate, reason)
         return self.records[key]
 
-    def _numbers(self, judged: Judged, part: Part, expected: np.ndarray, found: np.ndarray) -> None:
+    def _numbers(self, judged: Judged, part: Part, expected: np.ndarray, actual: np.ndarray) -> None:
         if self.activations == "bf16":
             gate, reason = GATE_BF16, "each given the engine's own inputs; both sides round their results to bf16"
         elif judged.op.output == "o_latent":
@@ -151,7 +155,7 @@ class LocalJudge:
         record = self._record(judged, part.module, part.tensors, gate, reason)
         if len(expected) == 0:
             return
-        errors = row_errors(found, expected)
+        errors = row_errors(actual, expected)
         record.num_rows += len(errors)
         record.num_bad += int((errors > gate).sum())
         worst = int(errors.argmax())
@@ -169,20 +173,9 @@ class LocalJudge:
             experts.add(ids, errors)
 
     def _where(self, step: int, row: int) -> dict[str, object]:
-        case, _ = self.subject.cases[step]
-        sequence, position = self.places(step)[row]
+        case, plan_step = self.subject.cases[step]
+        sequence, position = plan_step.places()[row]
         return {"case": case.name, "step": step, "sequence": sequence, "position": position}
-
-    def places(self, step: int) -> list[tuple[int, int]]:
-        """Return (sequence, position) of each real row of a step."""
-        if step not in self._places:
-            _, plan = self.subject.cases[step]
-            self._places[step] = [
-                (sequence, start + i)
-                for sequence, start, new in zip(plan.sequences, plan.starts, plan.tokens, strict=True)
-                for i in range(len(new))
-            ]
-        return self._places[step]
 
     # --- selections -----------------------------------------------------------------------------------------
 
@@ -194,31 +187,31 @@ class LocalJudge:
             else f"same router logits: biased scores agree to {NOISE_EXPERTS:g}"
         )
         record = self._record(judged, judged.op.module, judged.op.tensors, 0.0, reason)
-        mask = self.subject.arrays(judged.step).real
-        real = torch.from_numpy(mask)
-        expected, found = _rows(judged.expected, real), _rows(judged.found, real)
+        real = torch.from_numpy(self.subject.arrays(judged.step).real)
+        expected, actual = _rows(judged.expected, real), _rows(judged.actual, real)
         record.num_rows += len(expected)
         record.num_choices += int((expected >= 0).sum())
-        rows = np.flatnonzero((np.sort(expected, -1) != np.sort(found, -1)).any(-1))
+        rows = np.flatnonzero((np.sort(expected, -1) != np.sort(actual, -1)).any(-1))
         if len(rows) == 0:
             return
         record.num_bad += len(rows)
         scores = self._key_scores(judged, real) if keys else self._expert_scores(judged, real)
+        places = self.subject.cases[judged.step][1].places()
         for row in rows:
-            ours, theirs = different(found[row], expected[row])
-            changed = np.concatenate([ours, theirs])
+            by_judged, by_reference = different(actual[row], expected[row])
+            changed = np.concatenate([by_judged, by_reference])
             if keys:
                 visible = scores[row][np.isfinite(scores[row])]
                 gaps = key_gaps(visible, expected[row], changed)
             else:
                 config = judged.module.config  # pyright: ignore[reportOptionalMemberAccess]
                 gaps = expert_gaps(scores[row], expected[row], changed, config.n_group, config.topk_group)
-            sequence, position = self.places(judged.step)[row]
+            sequence, position = places[row]
             for i, (choice, gap) in enumerate(zip(changed.tolist(), gaps.tolist(), strict=True)):
                 kind = classify(gap, NOISE_KEYS if keys else NOISE_EXPERTS)
                 record.num_flips[kind] += 1
                 record.error = max(record.error, gap)
-                by = "judged" if i < len(ours) else "reference"
+                by = "judged" if i < len(by_judged) else "reference"
                 record.flips.append(Flip(judged.step, sequence, position, choice, by, gap, kind))
                 if not record.where and kind == "wrong":
                     record.where = self._where(judged.step, int(row))
@@ -245,18 +238,19 @@ class LocalJudge:
         case, _ = self.subject.cases[judged.step]
         reason = "what is cached must be what was written, once rounded as the numerics ask"
         attention = judged.op.module.partition(" ")[0]
-        for kind, expected in ((name.removesuffix("_cache"), cache) for name, cache in judged.state.caches.items()):
+        for cache_name, expected in judged.state.caches.items():
+            kind = cache_name.removesuffix("_cache")
             name = f"cache_{kind}.{judged.layer}"
             if not self.subject.has(judged.step, name):
                 continue
             record = self._record(judged, f"{attention} ({kind} cache)", (), GATE_F32, reason)
-            found = self.subject.tensor(judged.step, name)
-            if found.shape != tuple(expected.shape):
-                record.detail = f"layout {found.shape} is not compared with {tuple(expected.shape)}"
+            cache = self.subject.tensor(judged.step, name)
+            if cache.shape != tuple(expected.shape):
+                record.detail = f"layout {cache.shape} is not compared with {tuple(expected.shape)}"
                 continue
             wanted = expected.float().numpy()[BLOCK_SIZE:]  # block 0 is scrap
             rms = float(np.sqrt((wanted.astype(np.float64) ** 2).mean())) or 1.0
-            errors = row_errors(np.asarray(found)[BLOCK_SIZE:], wanted, rms)
+            errors = row_errors(np.asarray(cache)[BLOCK_SIZE:], wanted, rms)
             # one element of e4m3 may flip where the two sides quantize different bits of the same number
             quantized = self.numerics.kv_fp8 if kind == "latent" else self.numerics.indexer_fp8
             bad = np.flatnonzero(~(errors <= (0.5 if quantized else record.gate)))
@@ -298,10 +292,10 @@ class _Experts:
         left = bad.copy()
         # greedily: the expert that explains most bad rows and whose own rows are mostly bad
         for expert in sorted(set(ids.ravel().tolist()), key=lambda e: -int(bad[(ids == e).any(-1)].sum())):
-            own = (ids == expert).any(-1)
-            if own.sum() and bad[own].mean() >= 0.8 and left[own].any():
+            chose_it = (ids == expert).any(-1)
+            if chose_it.sum() and bad[chose_it].mean() >= 0.8 and left[chose_it].any():
                 suspects.append(int(expert))
-                left &= ~own
+                left &= ~chose_it
         if self.quantized:
             record.reason = (
                 "each given the engine's own inputs; single e4m3 roundings inside the experts may flip: no expert may "
@@ -321,7 +315,7 @@ class _Experts:
 
 
 def _rows(tensor: Tensor, real: Tensor) -> np.ndarray:
-    """[B, Q, ...] or [B·Q, ...] -> [real rows, width]; logits, which have a row for each that was asked for, whole."""
+    """Return [real rows, width] of [B, Q, ...] or [B·Q, ...]; of logits, whose rows are those wanted, all."""
     flat = tensor if tensor.dim() == 2 else tensor.flatten(0, 1)
     if len(flat) == len(real):
         flat = flat[real]

@@ -23,9 +23,12 @@ class Choices:
     """What one layer's indexer or router chose, over all rows. Kinds and flips are there once it is settled.
 
     Attributes:
-        rows: rows that chose among more than they may take. other: rows whose sets differ.
-        overlap: sum of overlaps over `rows`. tolerance: gap that counts as noise.
-        kinds: keys or experts of the symmetric difference by kind. flips: the farthest of them, farthest first.
+        rows: how many rows chose among more than they may take.
+        other: how many of them chose another set.
+        overlap: the sum of overlaps over `rows`.
+        tolerance: the gap that counts as noise.
+        kinds: kind -> how many keys or experts of the symmetric difference are of it.
+        flips: the farthest of them, farthest first.
         curve: context length -> (sum of overlaps, rows).
         noise_rows: rows in which PyTorch differs from itself when embeddings change by parts in a million.
     """
@@ -66,9 +69,14 @@ class Choices:
 
 @dataclass(frozen=True)
 class Sides:
-    """The dumps. `noise` is to be compared with `base`: the reference, or PyTorch where that is another engine.
+    """The dumps of one comparison.
 
-    `draws`: more of the noise, logits alone.
+    Attributes:
+        judged: the side in question.
+        reference: what it is compared with.
+        noise: PyTorch from embeddings changed by rounding noise; None where that was not measured.
+        base: what the noise is compared with: the reference, or PyTorch where that is another engine.
+        draws: more of the noise, logits alone.
     """
 
     judged: Dump
@@ -76,16 +84,6 @@ class Sides:
     noise: Dump | None
     base: Dump
     draws: Sequence[Dump] = ()
-
-
-def places_of(dump: Dump, number: int) -> list[tuple[int, int]]:
-    """Return (sequence, position) of each real token of a step."""
-    _, step = dump.cases[number]
-    return [
-        (sequence, start + i)
-        for sequence, start, new in zip(step.sequences, step.starts, step.tokens, strict=True)
-        for i in range(len(new))
-    ]
 
 
 class Keys:
@@ -104,30 +102,30 @@ class Keys:
         name = f"topk_indices.{self.layer}"
         if not (self.judged.has(number, name) and self.reference.has(number, name)):
             return
-        case, _ = self.reference.cases[number]
+        case, step = self.reference.cases[number]
         if case.name != self._case:
             self._case, self._cached = case.name, {}
-        places = places_of(self.reference, number)
+        places = step.places()
         for label, dump in (("reference", self.reference), ("base", self.base), ("noise", self.noise)):
             if dump is not None and dump.has(number, f"index_k.{self.layer}"):
                 self._append(label, places, dump.rows(number, f"index_k.{self.layer}"))
-        ours, theirs = self.judged.rows(number, name), self.reference.rows(number, name)
+        judged, reference = self.judged.rows(number, name), self.reference.rows(number, name)
         selecting = [i for i, (_, position) in enumerate(places) if position + 1 > self.topk]
         if self.noise is not None and self.noise.has(number, name):
             other = self.noise.rows(number, name)
             self.result.noise_rows += int((other != self.base.rows(number, name)).any(-1).sum())
             self._measure(number, places, selecting)
         for i, (sequence, position) in enumerate(places):
-            mine, yours = different(ours[i], theirs[i])
+            by_judged, by_reference = different(judged[i], reference[i])
             if position + 1 > self.topk:
-                share = 1.0 - len(yours) / self.topk
+                share = 1.0 - len(by_reference) / self.topk
                 self.result.rows += 1
                 self.result.overlap += share
                 total, count = self.result.curve.get(position + 1, (0.0, 0))
                 self.result.curve[position + 1] = (total + share, count + 1)
-            if len(mine) + len(yours):
+            if len(by_judged) + len(by_reference):
                 self.result.other += 1
-                self._flips(number, i, sequence, position, mine, yours, theirs[i])
+                self._flips(number, i, sequence, position, by_judged, by_reference, reference[i])
 
     def _append(self, label: str, places: Sequence[tuple[int, int]], rows: np.ndarray) -> None:
         cached = self._cached.setdefault(label, {})
@@ -163,17 +161,17 @@ class Keys:
         row: int,
         sequence: int,
         position: int,
-        mine: np.ndarray,
-        yours: np.ndarray,
+        by_judged: np.ndarray,
+        by_reference: np.ndarray,
         reference: np.ndarray,
     ) -> None:
         scores = self._scores("reference", self.reference, number, row, sequence, position)
-        keys = np.concatenate([mine, yours])
+        keys = np.concatenate([by_judged, by_reference])
         if scores is None:
             self.result.kinds["unknown"] += len(keys)
             return
         gaps = key_gaps(scores, reference, keys)
-        self.result.note(number, sequence, position, keys, len(mine), gaps)
+        self.result.note(number, sequence, position, keys, len(by_judged), gaps)
 
 
 def _fake_quantize(x: np.ndarray) -> np.ndarray:
@@ -191,7 +189,7 @@ def add_experts(sides: Sides, config: ModelConfig, number: int, layer: int, resu
     name, scores_name = f"expert_ids.{layer}", f"biased_scores.{layer}"
     if not (judged.has(number, name) and reference.has(number, name)):
         return
-    ours, theirs = judged.rows(number, name), reference.rows(number, name)
+    chosen, expected = judged.rows(number, name), reference.rows(number, name)
     result.tolerance = max(result.tolerance, FLOOR_EXPERTS)
     # an engine does not show its biases: where it is the reference, those of PyTorch beside it serve
     scored = next((dump for dump in (reference, base) if dump.has(number, scores_name)), None)
@@ -201,16 +199,16 @@ def add_experts(sides: Sides, config: ModelConfig, number: int, layer: int, resu
         result.tolerance = max(result.tolerance, _FACTOR * float(moved.max(initial=0.0)))
         pair = np.sort(noise.rows(number, name), -1), np.sort(base.rows(number, name), -1)
         result.noise_rows += int((pair[0] != pair[1]).any(-1).sum())
-    for i, (sequence, position) in enumerate(places_of(reference, number)):
-        mine, yours = different(ours[i], theirs[i])
+    for i, (sequence, position) in enumerate(reference.cases[number][1].places()):
+        by_judged, by_reference = different(chosen[i], expected[i])
         result.rows += 1
-        result.overlap += 1.0 - len(yours) / theirs.shape[1]
-        if len(mine) + len(yours) == 0:
+        result.overlap += 1.0 - len(by_reference) / expected.shape[1]
+        if len(by_judged) + len(by_reference) == 0:
             continue
         result.other += 1
-        experts = np.concatenate([mine, yours])
+        experts = np.concatenate([by_judged, by_reference])
         if scores is None:
             result.kinds["unknown"] += len(experts)
             continue
-        gaps = expert_gaps(scores[i], theirs[i], experts, config.n_group, config.topk_group)
-        result.note(number, sequence, position, experts, len(mine), gaps)
+        gaps = expert_gaps(scores[i], expected[i], experts, config.n_group, config.topk_group)
+        result.note(number, sequence, position, experts, len(by_judged), gaps)

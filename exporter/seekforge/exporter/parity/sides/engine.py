@@ -22,7 +22,7 @@ class EngineSide:
     """Makes dumps of one engine.
 
     Args:
-        folder: the engine.
+        folder: the engine's folder.
         work: a folder for changed copies.
         threads: CPU threads for one operator.
         checkpoint: where the weights are, of an engine that holds none; None takes where they were at build.
@@ -48,16 +48,22 @@ class EngineSide:
         return self.manifest.build.get("precision") in ("int8", "int4")
 
     def dump(
-        self, plan: ParitySteps, out: Path, taps: Collection[str], *, selections: bool = True, given: Dump | None = None
+        self,
+        plan: ParitySteps,
+        out: Path,
+        taps: Collection[str],
+        *,
+        selections: bool = True,
+        inputs: Dump | None = None,
     ) -> Dump:
-        """Run a plan and keep `taps` beside results, caches and, if asked for, selections.
+        """Run a plan and keep `taps` beside results, caches and, if `selections`, what was chosen.
 
         Args:
             plan: the steps.
-            out: folder to make.
-            taps: names of taps.
+            out: the folder to make.
+            taps: the names of taps.
             selections: whether to keep which keys and experts were chosen.
-            given: what goes into a stage.
+            inputs: another side's dump, of what goes into a stage.
 
         Raises:
             EngineError: the runtime refused, with its own words.
@@ -65,22 +71,22 @@ class EngineSide:
         outputs = {spec.name for face in self.manifest.graphs.values() for spec in face.outputs}
         kept = [*taps, *(name for name in outputs if selections and name.startswith(_SELECTIONS))]
         if set(taps) <= outputs:
-            return self._run(self.folder, plan, out, kept, given)
+            return self._run(self.folder, plan, out, kept, inputs)
         copy = self._copy()
         try:
-            return self._run(tapped_copy(self.folder, copy, taps), plan, out, kept, given)
+            return self._run(tapped_copy(self.folder, copy, taps), plan, out, kept, inputs)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def dump_fed(self, given: Dump, out: Path, layers: tuple[int, int], taps: Collection[str] = ()) -> Dump:
-        """Run layers [a, b), each on what `given` had before it; what comes out of each is kept, and `taps`.
+    def dump_fed(self, inputs: Dump, out: Path, layers: tuple[int, int], taps: Collection[str] = ()) -> Dump:
+        """Run layers [a, b), each on what `inputs` had before it; what comes out of each is kept, and `taps`.
 
         Raises:
             EngineError: the engine is compiled, or the runtime refused.
         """
         copy = self._copy()
         try:
-            return self._run(cut_copy(self.folder, copy, layers, taps), given.plan, out, None, given)
+            return self._run(cut_copy(self.folder, copy, layers, taps), inputs.plan, out, None, inputs)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
@@ -88,7 +94,7 @@ class EngineSide:
         return self.work / f"copy-{self.num_runs}"
 
     def _run(
-        self, engine: Path, plan: ParitySteps, out: Path, taps: Sequence[str] | None, given: Dump | None = None
+        self, engine: Path, plan: ParitySteps, out: Path, taps: Sequence[str] | None, inputs: Dump | None = None
     ) -> Dump:
         self.num_runs += 1
         plan_file = self.work / "plan.json"
@@ -97,8 +103,8 @@ class EngineSide:
         command += ["--plan", str(plan_file), "--name", self.folder.resolve().name]
         if taps is not None:
             command += ["--taps", ",".join(taps)]
-        if given is not None:
-            command += ["--given", str(given.folder)]
+        if inputs is not None:
+            command += ["--inputs", str(inputs.folder)]
         if self.checkpoint is not None and self.manifest.weights is not None:
             command += ["--checkpoint", str(self.checkpoint)]
         if self.threads:

@@ -14,32 +14,29 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from seekforge.common.errors import ConfigError
-from seekforge.exporter.models.deepseek_v32.layers import LinearF32, RmsNorm, product
 from seekforge.exporter.models.deepseek_v32.moe import Moe
 from seekforge.exporter.models.deepseek_v32.step import Settings, Step
-from seekforge.exporter.models.deepseek_v32.weights import to_torch
-from seekforge.exporter.models.layer_operations import NEXT, LayerModule, LayerState, Op, model_recipes
+from seekforge.exporter.models.layer_operations import NEXT, LayerModule, LayerState, Op, OuterModule, Values
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
 from seekforge.formats.dump import Dump
 from seekforge.formats.parity_steps import ParitySteps, step_inputs
-from seekforge.formats.step_io import INTERMEDIATE_TENSORS, StepInputs
-from seekforge.formats.weight_recipes import TensorSource, evaluate, tensors_of
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS
+from seekforge.formats.weight_recipes import TensorSource
 
 #: More than a plan has steps; PyTorch takes the lower 32 bits of a seed.
 _SEEDS_PER_DRAW = 1 << 24
 
 
 class Reference:
-    """Walks the model.
+    """Walks the model layer after layer.
 
     Args:
-        settings: numerics and activations.
+        settings: the numerics and activations.
         source: the checkpoint, open.
         plan: what to run.
-        streams: free runs.
+        streams: the free runs.
         subject: an engine's dump with taps, to be judged operation by operation.
         judge: told each operation of the subject.
         progress: told each layer.
@@ -61,9 +58,8 @@ class Reference:
         self._cases = {number: case for number, case, _ in plan.steps()}
         self._graphs = {number: step.graph for number, _, step in plan.steps()}
         self._arrays = {number: step_inputs(case, step) for number, case, step in plan.steps()}
-        self._steps = {number: self._make_step(arrays) for number, arrays in self._arrays.items()}
-        #: The last step of each graph in each case: there the caches are looked at.
-        self.last_steps = set({(case.name, step.graph): number for number, case, step in plan.steps()}.values())
+        self._steps = self._make_steps()
+        self._last_steps = plan.last_steps()
 
     @torch.inference_mode()
     def run(self, layers: tuple[int, int] | None = None) -> None:
@@ -91,12 +87,12 @@ class Reference:
                         stream.keep(number, {f"{name}.{stop}": value for name, value in values.items()})
         else:
             self.progress("PyTorch head")
-            self._head(stop, numbers["model"], mtp=False)
+            self._head(stop, numbers["model"])
         if whole and numbers["mtp"] and config.mtp_layer is not None:
             self.progress("PyTorch MTP module")
             self._combine(config.mtp_layer, numbers["mtp"])
             self._layer(config.mtp_layer, numbers["mtp"])
-            self._head(config.mtp_layer + 1, numbers["mtp"], mtp=True)
+            self._head(config.mtp_layer + 1, numbers["mtp"])
 
     def judged_layers(self, layer: int) -> bool:
         """Whether the subject shows the inside of a layer."""
@@ -111,9 +107,9 @@ class Reference:
         for stream in self.streams:
             if not self._entered(stream, layer, numbers):
                 continue
-            own = stream.numerics.get(layer)
-            if own is not None:
-                module = LayerModule(replace(self.settings, numerics=own), layer, self.source)
+            numerics = stream.numerics.get(layer)
+            if numerics is not None:
+                module = LayerModule(replace(self.settings, numerics=numerics), layer, self.source)
             elif module.settings is not self.settings:
                 module = LayerModule(self.settings, layer, self.source)
             for state, number in self._states(module, numbers):
@@ -176,37 +172,36 @@ class Reference:
             stream.keep(number, {f"{name}.{layer + 1}": value for name, value in stream.carried[number].items()})
             return
         named = {f"{name}.{layer}": value for name, value in values.items()}
-        if number in self.last_steps and stream.points is None:
+        if number in self._last_steps and stream.points is None:
             caches = state.caches.items()
             named |= {f"cache_{kind.removesuffix('_cache')}.{layer}": cache for kind, cache in caches}
         stream.keep(number, named)
 
     def _judge_layer(self, module: LayerModule, state: LayerState, number: int) -> None:
-        assert self.subject is not None
-        theirs = self._subject_values(number, module.layer)
+        values = self._subject_values(number, module.layer)
         for op in module.before_cache(state):
-            self._judge_op(module.layer, number, op, theirs, state, module)
-        if not module.shows_cached(theirs):
+            self._judge_op(module.layer, number, op, values, state, module)
+        if not module.shows_cached(values):
             return
-        module.write_cache(state, theirs)
+        module.write_cache(state, values)
         for op in module.behind_cache(state):
-            self._judge_op(module.layer, number, op, theirs, state, module)
+            self._judge_op(module.layer, number, op, values, state, module)
 
     def _judge_op(
         self,
         layer: int,
         number: int,
         op: Op,
-        theirs: dict[str, Tensor],
+        values: dict[str, Tensor],
         state: LayerState | None,
         module: LayerModule | None,
     ) -> None:
-        if op.output not in theirs or any(name not in theirs for name in op.inputs if name != "residual"):
+        """Have one operation judged, if the subject shows its inputs and its output."""
+        if op.output not in values or any(name not in values for name in op.inputs if name != "residual"):
             return
         assert self.judge is not None
-        inputs = {name: theirs[name] for name in op.inputs if name in theirs}
-        expected = op.run(theirs)
-        self.judge(Judged(number, layer, op, inputs, expected, theirs[op.output], state, module))
+        inputs = {name: values[name] for name in op.inputs if name in values}
+        self.judge(Judged(number, layer, op, inputs, op.run(values), values[op.output], state, module))
 
     def _subject_values(self, number: int, layer: int) -> dict[str, Tensor]:
         """Return what the subject shows of one layer in one step, in the activation dtype where it is one."""
@@ -226,47 +221,32 @@ class Reference:
         in_f32 = point in ("index_w", "router_logits", "expert_weights", "routed", "logits")
         return tensor.to(self.settings.dtype) if tensor.is_floating_point() and not in_f32 else tensor
 
-    def _make_step(self, arrays: StepInputs) -> Step:
-        if not hasattr(self, "_tables"):
-            named = model_recipes(self.settings, 0)
-            needed = 1 + max(int(a.positions.max()) for a in self._arrays.values())
-            tables = {}
-            for name in ("rope_cos", "rope_sin", "hadamard"):
-                if name in named:
-                    tables[name] = to_torch(evaluate(named[name], self.source))
-            for name in ("rope_cos", "rope_sin"):
-                tables[name] = tables[name][:needed].clone()
-            self._tables = tables
-        row = torch.from_numpy(arrays.positions).clamp_min(0)
-        cos, sin = F.embedding(row, self._tables["rope_cos"]), F.embedding(row, self._tables["rope_sin"])
-        return Step(
-            torch.from_numpy(arrays.positions),
-            torch.from_numpy(arrays.slot_mapping),
-            torch.from_numpy(arrays.block_table),
-            cos,
-            sin,
-            self._tables.get("hadamard"),
-        )
+    def _make_steps(self) -> dict[int, Step]:
+        """Return what all layers of each step share; the tables that it is looked up in are forgotten."""
+        tables = OuterModule(self.settings, 0, self.source, ("rope_cos", "rope_sin", "hadamard"))
+        return {
+            number: tables.module.make_step(
+                torch.from_numpy(arrays.positions),
+                torch.from_numpy(arrays.slot_mapping),
+                torch.from_numpy(arrays.block_table),
+            )
+            for number, arrays in self._arrays.items()
+        }
 
     # --- the ends of the model ------------------------------------------------------------------------------
 
-    def _weight(self, layer: int, name: str) -> tuple[Tensor, tuple[str, ...]]:
-        """Evaluate one weight outside layers of the program that holds `layer`; also the tensors behind it."""
-        recipe = model_recipes(self.settings, layer)[name]
-        return to_torch(evaluate(recipe, self.source)), tuple(sorted(tensors_of(recipe)))
-
     def _embed(self, numbers: Iterable[int]) -> None:
-        weight, tensors = self._weight(0, "embed_tokens.weight")
+        outer = OuterModule(self.settings, 0, self.source, ("embed_tokens",))
+        tensors = outer.tensors("embed_tokens")
         op = Op("embed_tokens", "token embedding", (), "hidden_states", lambda v: v["hidden_states"], tensors)
         for number in numbers:
-            embedded = F.embedding(torch.from_numpy(self._arrays[number].input_ids), weight)
+            embedded = outer.module.embed_tokens(torch.from_numpy(self._arrays[number].input_ids))
             for stream in self.streams:
                 stream.carried[number] = {"hidden_states": self._perturb(embedded, stream, number)}
             if self.judge is not None:
-                theirs = self._subject_values(number, 0)
-                if "hidden_states" in theirs:
-                    found = theirs["hidden_states"]
-                    self.judge(Judged(number, 0, op, {}, embedded, found, None, None))
+                values = self._subject_values(number, 0)
+                if "hidden_states" in values:
+                    self.judge(Judged(number, 0, op, {}, embedded, values["hidden_states"], None, None))
 
     def _perturb(self, embedded: Tensor, stream: Stream, number: int) -> Tensor:
         if not stream.perturbation:
@@ -278,91 +258,75 @@ class Reference:
     def _enter(self, numbers: Iterable[int], layer: int) -> None:
         """Start free runs at `layer` from what the subject had there."""
         for number in numbers:
-            theirs = self._subject_values(number, layer) if self.subject is not None else {}
-            if any(name not in theirs for name in INTERMEDIATE_TENSORS):
+            values = self._subject_values(number, layer) if self.subject is not None else {}
+            if any(name not in values for name in INTERMEDIATE_TENSORS):
                 raise ConfigError(
                     f"--layers starts at {layer}: the engine's dump does not show what goes into that layer; "
                     "use an engine of target cpu or one built with --taps"
                 )
             for stream in self.streams:
                 stream.carried[number] = {
-                    name: self._perturb(theirs[name], stream, 2 * number + i)
+                    name: self._perturb(values[name], stream, 2 * number + i)
                     for i, name in enumerate(INTERMEDIATE_TENSORS)
                 }
 
     def _combine(self, layer: int, numbers: Sequence[int]) -> None:
-        """The entry of the MTP module: embedding of t_{i+1} beside the main model's hidden state."""
-        config, dtype = self.config, self.settings.dtype
-        embed, embed_names = self._weight(layer, "embed_tokens.weight")
-        project, project_names = self._weight(layer, "eh_proj")
-        norms = {}
-        names: list[str] = [*embed_names, *project_names]
-        for name in ("enorm", "hnorm"):
-            weight, found = self._weight(layer, f"{name}.weight")
-            norms[name] = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-            norms[name].load_state_dict({"weight": weight}, assign=True)
-            names += found
-
-        def combine(ids: Tensor, hidden: Tensor) -> Tensor:
-            pair = torch.cat([norms["enorm"](F.embedding(ids, embed)), norms["hnorm"](hidden)], dim=-1)
-            return product(pair, project.T)
-
+        """Make what goes into the MTP module's layer: embedding of t_{i+1} beside the main model's hidden state."""
+        modules = ("embed_tokens", "eh_proj", "enorm", "hnorm")
+        outer = OuterModule(self.settings, layer, self.source, modules)
+        does = "embedding and hidden state as one"
+        op = Op("eh_proj", does, (), "hidden_states", lambda v: v["hidden_states"], outer.tensors(*modules))
         for number in numbers:
             ids = torch.from_numpy(self._arrays[number].input_ids)
             for stream in self.streams:
                 hidden = stream.hidden[number - 1]
                 if stream.beside is not None:
                     hidden = self._perturb(stream.beside.hidden[number - 1], stream, number)
-                stream.carried[number] = {"hidden_states": combine(ids, hidden)}
+                stream.carried[number] = {"hidden_states": outer.module.combine(ids, hidden)}
             if self.judge is not None and self.subject is not None:
-                theirs = self._subject_values(number, layer)
-                if "hidden_states" in theirs and self.subject.has(number - 1, "hidden"):
+                values = self._subject_values(number, layer)
+                if "hidden_states" in values and self.subject.has(number - 1, "hidden"):
                     hidden = self._tensor(self.subject.tensor(number - 1, "hidden"), "hidden")
-                    does = "embedding and hidden state as one"
-                    op = Op("eh_proj", does, (), "hidden_states", lambda v: v["hidden_states"], tuple(names))
-                    found = theirs["hidden_states"]
-                    self.judge(Judged(number, layer, op, {}, combine(ids, hidden), found, None, None))
+                    expected = outer.module.combine(ids, hidden)
+                    self.judge(Judged(number, layer, op, {}, expected, values["hidden_states"], None, None))
 
-    def _head(self, layer: int, numbers: Sequence[int], *, mtp: bool) -> None:
-        """Final norm and LM head, for free runs and for the subject."""
-        config, dtype = self.config, self.settings.dtype
-        inside = layer - 1
-        norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        weight, norm_names = self._weight(inside, "norm.weight")
-        norm.load_state_dict({"weight": weight}, assign=True)
-        head = LinearF32(config.hidden_size, config.vocab_size, dtype)
-        weight, head_names = self._weight(inside, "lm_head.weight")
-        head.load_state_dict({"weight": weight}, assign=True)
-        ops = [
-            Op("norm", "final norm", INTERMEDIATE_TENSORS, "hidden",
-               lambda v: norm.add(v["hidden_states"], v["residual"])[0], norm_names),
-        ]  # fmt: skip
+    def _head(self, layer: int, numbers: Sequence[int]) -> None:
+        """Run final norm and LM head of the program that ends before `layer`, for free runs and for the subject."""
+        outer = OuterModule(self.settings, layer - 1, self.source, ("norm", "lm_head"))
         self._nudge(numbers)
         for stream in self.streams:
             self._entered(stream, layer, numbers)
         for number in numbers:
-            rows = torch.from_numpy(self._arrays[number].logits_index)
-
-            def logits(v: dict[str, Tensor], rows: Tensor = rows) -> Tensor:
-                return head(v["hidden"].flatten(0, 1).index_select(0, rows))
-
-            both = [*ops, Op("lm_head", "logits", ("hidden",), "logits", logits, head_names)]  # pyright: ignore
+            ops = self._head_ops(outer, number)
             for stream in self.streams:
                 values = dict(stream.carried.pop(number))
                 named = {f"{name}.{layer}": value for name, value in values.items()}
-                for op in both:
+                for op in ops:
                     values[op.output] = op.run(values)
                 stream.hidden[number] = values["hidden"]
                 named = named if stream.beside is None else {}
-                stream.keep(number, named | {name: values[name] for name in ("hidden", "logits")})
+                stream.keep(number, named | {name: values[name] for name in DUMPED_RESULTS})
             if self.judge is not None and self.subject is not None:
-                theirs = {
-                    name: self._tensor(self.subject.tensor(number, name), name)
-                    for name in ("hidden", "logits")
+                names = {name: name for name in DUMPED_RESULTS}
+                names |= {f"{point}.{layer}": point for point in INTERMEDIATE_TENSORS}
+                values = {
+                    point: self._tensor(self.subject.tensor(number, name), point)
+                    for name, point in names.items()
                     if self.subject.has(number, name)
                 }
-                for point in INTERMEDIATE_TENSORS:
-                    if self.subject.has(number, f"{point}.{layer}"):
-                        theirs[point] = self._tensor(self.subject.tensor(number, f"{point}.{layer}"), point)
-                for op in both:
-                    self._judge_op(layer, number, op, theirs, None, None)
+                for op in ops:
+                    self._judge_op(layer, number, op, values, None, None)
+
+    def _head_ops(self, outer: OuterModule, number: int) -> list[Op]:
+        module, rows = outer.module, torch.from_numpy(self._arrays[number].logits_index)
+
+        def normed(values: Values) -> Tensor:
+            return module.norm.add(values["hidden_states"], values["residual"])[0]
+
+        def logits(values: Values) -> Tensor:
+            return module.logits(values["hidden"], rows)
+
+        return [
+            Op("norm", "final norm", INTERMEDIATE_TENSORS, "hidden", normed, outer.tensors("norm")),
+            Op("lm_head", "logits", ("hidden",), "logits", logits, outer.tensors("lm_head")),
+        ]

@@ -25,11 +25,14 @@ class Judged:
     """One operation of one step: what PyTorch makes of the engine's inputs, and what the engine made of them.
 
     Attributes:
-        step, layer: where.
-        op: which.
-        inputs: the engine's, by name, as `op` takes them.
-        expected, found: PyTorch's and the engine's result, of one shape.
-        state, module: PyTorch's of that step and layer, where there are.
+        step: the number of the step over all cases.
+        layer: the absolute number of the layer.
+        op: the operation.
+        inputs: the engine's values by name, as `op` takes them.
+        expected: PyTorch's result.
+        actual: the engine's result, of the same shape.
+        state: what PyTorch has cached for the layer; None outside layers.
+        module: PyTorch's layer; None outside layers.
     """
 
     step: int
@@ -37,7 +40,7 @@ class Judged:
     op: Op
     inputs: dict[str, Tensor]
     expected: Tensor
-    found: Tensor
+    actual: Tensor
     state: LayerState | None
     module: LayerModule | None
 
@@ -47,13 +50,17 @@ class Stream:
     """A free run.
 
     Attributes:
-        writer: of its dump.
-        perturbation: relative change of the embeddings. draw: which of the random changes.
-        points: what to keep; None keeps all. layers: of which layers; None: of all.
+        writer: writes its dump.
+        perturbation: relative change of the embeddings.
+        draw: which of the random changes is made.
+        points: the points to keep; None keeps all.
+        layers: the layers of which points are kept; None: all.
         numerics: layer -> other numerics there, to see what one layer costs.
         beside: a run whose inputs each layer takes, changed by `perturbation`: what one layer makes of noise, while
             noise from the embeddings on grows from layer to layer. It keeps what comes out of each layer.
         enters: (layer, dump): the run begins there, with what that dump has there.
+        carried: step -> what goes into the next layer, by point.
+        hidden: step -> the normed hidden state behind the last layer.
     """
 
     writer: DumpWriter

@@ -24,7 +24,8 @@ from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.paged_cache import blocks_needed
 from seekforge.formats.program import GraphIO, load_bindings
 from seekforge.formats.step_io import MODEL, ROW_RESULTS, StepInputs
-from seekforge.runtime.backends.base import GraphMetrics, OnLoad, StepOutputs
+from seekforge.formats.step_runner import StepOutputs
+from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.tensorrt.cuda_graphs import CudaGraphs
 from seekforge.runtime.backends.tensorrt.device import SHARED, Device
 from seekforge.runtime.backends.tensorrt.device_graph import DeviceGraph, halves, padded

@@ -50,7 +50,7 @@ def padded(inputs: StepInputs, *, max_batch_size: int, max_blocks: int) -> StepI
         np.pad(inputs.block_table, ((0, more), (0, wider))),
         np.pad(inputs.logits_index, (0, longer)),
         None if inputs.hidden_in is None else np.pad(inputs.hidden_in, (*down, (0, 0))),
-        {name: np.pad(value, (*down, (0, 0))) for name, value in inputs.given.items()},
+        {name: np.pad(value, (*down, (0, 0))) for name, value in inputs.intermediate_tensors.items()},
     )
 
 
@@ -73,7 +73,7 @@ def halves(inputs: StepInputs) -> list[tuple[StepInputs, np.ndarray]]:
             inputs.block_table[start:stop],
             picked if len(picked) else np.zeros(1, np.int64),
             None if inputs.hidden_in is None else inputs.hidden_in[start:stop],
-            {name: value[start:stop] for name, value in inputs.given.items()},
+            {name: value[start:stop] for name, value in inputs.intermediate_tensors.items()},
         )
         parts.append((part, wanted))
     return parts
