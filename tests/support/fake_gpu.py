@@ -90,8 +90,8 @@ class FakePlan:
             self.device.recording.append(lambda: self.run(context, call))
 
     def is_stream_capturable(self, call: Call) -> bool:
-        assert not self.contexts[call.profile, call.context, call.specialized].dirty, "asked before its first run"
-        self.device.asked += 1
+        assert not self.contexts[call.profile, call.context, call.specialized].dirty, "queried before its first run"
+        self.device.capture_queries += 1
         return self.device.capturable
 
     def release(self, context: int) -> None:
@@ -122,8 +122,8 @@ class FakeDevice:
         capturable: what contexts say of themselves.
         capture_fault: raised at the end of every capture, if any.
         most_contexts: there is no memory for more of captured graphs.
-        aliases: what plans tell of theirs.
-        enqueued: (context, specialized, whether a capture went on) of every run that was asked for.
+        aliases: the aliases that plans tell of.
+        enqueued: (context, specialized, whether a capture went on) of every run.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class FakeDevice:
         self.capturable = True
         self.capture_fault: Exception | None = None
         self.most_contexts = 10**6
-        self.enqueues = self.launches = self.uploaded_bytes = self.asked = self.captures = 0
+        self.enqueues = self.launches = self.uploaded_bytes = self.capture_queries = self.captures = 0
         self.closed = False
 
     def allocate(self, num_bytes: int) -> int:
@@ -329,7 +329,7 @@ def with_layers_alike(engine: Path, folder: Path) -> Path:
     onnx.save(model, folder / "model.scale.onnx")
     raw = json.loads((folder / "manifest.json").read_text())
 
-    def stage(gain: str, taken: int, given: int) -> dict[str, Any]:
+    def stage(gain: str, taken: int, made: int) -> dict[str, Any]:
         handed = {"dtype": "f32", "shape": shape, "role": "handover"}
         weight = {"name": f"layers.{gain}", "dtype": "f32", "shape": [16], "role": "weight"}
         raw["graphs"]["model"]["inputs"].append(weight)
@@ -338,7 +338,7 @@ def with_layers_alike(engine: Path, folder: Path) -> Path:
         kept = {"name": f"kept.{taken}", "dtype": "f32", "shape": slots, "role": "cache"}
         written = kept | {"name": f"kept_out.{taken}"}
         inputs.append(kept)
-        outputs = [handed | {"name": f"handover_out.{given}"}, tap, written]
+        outputs = [handed | {"name": f"handover_out.{made}"}, tap, written]
         face = raw["graphs"]["model"]
         face["inputs"].append(kept)
         face["outputs"] += [tap, written]

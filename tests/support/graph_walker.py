@@ -61,8 +61,8 @@ class Place(Protocol):
         """Return an aligned buffer that nobody has written."""
         ...
 
-    def call(self, work: Callable[[], None], *, given: Sequence[Tensor], written: Sequence[Tensor]) -> None:
-        """Run one plugin that may read `given` and write `written`."""
+    def call(self, work: Callable[[], None], *, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """Run one plugin that may read `read` and write `written`."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -84,12 +84,12 @@ class HostPlace:
         self.driver, self.sm = HostDriver(), sm
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Poisoned and guarded."""
+        """Return a poisoned and guarded buffer."""
         return guarded(shape, dtype)
 
-    def call(self, work: Callable[[], None], *, given: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    def call(self, work: Callable[[], None], *, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
         """Allow the plugin its own buffers only, and look behind those that it wrote."""
-        self.driver.memory = {one.data_ptr(): one.nbytes for one in (*given, *written)}
+        self.driver.memory = {one.data_ptr(): one.nbytes for one in (*read, *written)}
         work()
         for one in written:
             check_guard(one)
@@ -123,15 +123,15 @@ class CudaPlace:
 
     @property
     def stream(self) -> int:
-        """The current one: inside a capture, that of the capture."""
+        """Return the current stream: inside a capture, that of the capture."""
         return torch.cuda.current_stream().cuda_stream
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """From torch's allocator, which aligns to 512 bytes."""
+        """Return a buffer of torch's allocator, which aligns to 512 bytes."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
-    def call(self, work: Callable[[], None], *, given: Sequence[Tensor], written: Sequence[Tensor]) -> None:
-        """Run it."""
+    def call(self, work: Callable[[], None], *, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """Run the plugin."""
         work()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -182,7 +182,7 @@ class Walker:
     Args:
         model: from `build.prepare`, every custom node a plugin.
         weights: weight input -> tensor on the place's device, in the dtype that the program says.
-        place: where.
+        place: where it is walked.
         source: gives the launchers.
         trt: module whose plugin classes are used; None takes `plugin_module`.
 
@@ -235,18 +235,17 @@ class Walker:
         Returns:
             Every output by name; a cache output is its input.
         """
-        given = self.constants | self.weights | dict(inputs)
-        missing = [name for name in self.inputs if name not in given]
+        values: dict[str, Tensor] = self.constants | self.weights | dict(inputs)
+        missing = [name for name in self.inputs if name not in values]
         if missing:
-            raise ProgramError(f"graph walker: {len(missing)} inputs are not given, the first is {missing[0]}")
-        values: dict[str, Tensor] = dict(given)
+            raise ProgramError(f"graph walker: {len(missing)} inputs are missing, the first is {missing[0]}")
         for step in self._steps:
             node = step.node
-            found = [values[name] if name else None for name in node.input]
+            arguments = [values[name] if name else None for name in node.input]
             if step.plugin is None:
-                results = run_standard(node.op_type, found, step.attrs)
+                results = run_standard(node.op_type, arguments, step.attrs)
             else:
-                tensors = [one for one in found if one is not None]
+                tensors = [one for one in arguments if one is not None]
                 before = [] if check is None else [one.detach().to("cpu", copy=True) for one in tensors]
                 results = self._enqueue(step.plugin, tensors)
                 if check is not None:
@@ -257,12 +256,12 @@ class Walker:
                 values.pop(name, None)
         return {name: values[name] for name in self.outputs}
 
-    def _enqueue(self, plugin: Any, found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _enqueue(self, plugin: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Call one plugin as TensorRT does: linear, aligned buffers, aliased outputs at the address of their input."""
         spec, place = plugin.spec, self.place
         aliases = dict(spec.aliases)
         inputs = {}
-        for arg, tensor in zip(spec.inputs, found, strict=True):
+        for arg, tensor in zip(spec.inputs, tensors, strict=True):
             if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
                 inputs[arg.name] = tensor
                 continue
@@ -297,7 +296,7 @@ class Walker:
                 place.stream,
             )
 
-        place.call(work, given=list(inputs.values()), written=[*fresh, self._workspace])
+        place.call(work, read=list(inputs.values()), written=[*fresh, self._workspace])
         return tuple(outputs)
 
 
@@ -318,7 +317,7 @@ class CapturedStep:
     """One step of fixed shapes, recorded once and replayed on new inputs.
 
     Args:
-        walker: of the program.
+        walker: the walker of the program.
         inputs: first inputs; the caches among them are the ones that every replay updates.
         caches: names of the inputs that are updated in place.
     """

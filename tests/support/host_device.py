@@ -46,15 +46,15 @@ STREAM: Final = 0x5EEC
 def host_kernels(op: str, statics: Mapping[str, Any], sm: int) -> tuple[KernelSet, dict[str, bytes]]:
     """Return a descriptor and the cubins that `HostDriver` runs."""
     variants = {variant.name: variant for variant in op_kernels(op).variants(statics, sm)}
-    found = fake_kernels(op, statics, sm)
+    kernels = fake_kernels(op, statics, sm)
     images, cubins = {}, {}
-    for name, image in found.images.items():
+    for name, image in kernels.images.items():
         module = f"seekforge.plugins.{SPECS[op].torch_name}.kernel"
         text = json.dumps([module, variants[name].kernel, dict(variants[name].constants)]).encode()
         cubins[name] = text
         sha256 = hashlib.sha256(text).hexdigest()
         images[name] = replace(image, cubin=f"{sha256[:20]}.cubin", sha256=sha256)
-    return replace(found, images=images, digest=aot.set_digest(op, statics)), cubins
+    return replace(kernels, images=images, digest=aot.set_digest(op, statics)), cubins
 
 
 def write_host_kernels(engine: Path, ops: Mapping[str, Mapping[str, Any]], sm: int) -> dict[str, str]:

@@ -18,17 +18,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What the server does, and what it was asked.
+    """What the server does, and what was requested of it.
 
     Attributes:
-        folder: the repository's files. url: of the server.
-        name, revisions: of the repository.
+        folder: the repository's files.
+        name: the repository's name.
+        revisions: the revisions that it has.
         ranges: answers range requests with parts; False: with everything, as a plain file server does.
         lists: knows the API's list of files.
         token: needed for everything; None: nothing is.
         redirects: gives shards from another address, as the hub does.
         cut: file name -> how many bytes its answers end after, without warning.
-        sent: body bytes so far. asked: (method, path, range, authorization) of each request.
+        sent: body bytes so far.
+        requests: (method, path, range, authorization) of each request.
+        url: the server's address.
     """
 
     folder: Path
@@ -40,7 +43,7 @@ class Hub:
     redirects: bool = False
     cut: dict[str, int] = field(default_factory=dict)
     sent: int = 0
-    asked: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
+    requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
     url: str = ""
 
 
@@ -85,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         hub, path = self.state, urllib.parse.unquote(self.path.partition("?")[0])
-        hub.asked.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
+        hub.requests.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
         if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
             anonymous = self.headers.get("Authorization") is None
             self._refuse(401 if anonymous else 403, "GatedRepo")

@@ -60,7 +60,7 @@ def load_oracle(dequantized: Path) -> Any:
 
 @contextmanager
 def inject_selection(oracle: Any, topk_indices: Sequence[torch.Tensor]):
-    """Make the oracle attend to given keys: one [B, Q, k] int tensor with −1 fill per layer."""
+    """Make the oracle attend to these keys: one [B, Q, k] int tensor with −1 fill per layer."""
     saved: list[tuple[Any, Callable[..., Any]]] = []
     for layer, chosen in zip(oracle.model.layers, topk_indices, strict=True):
         indexer = layer.self_attn.indexer
@@ -106,8 +106,8 @@ def write_mtp_oracle(checkpoint: Path, out: Path) -> Path:
     with safe_open(whole / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
         embed, head = file.get_tensor("model.embed_tokens.weight"), file.get_tensor("lm_head.weight")
-    own = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
-    extra = {name: tensors.pop(prefix + name) for name in own}
+    combining = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
+    extra = {name: tensors.pop(prefix + name) for name in combining}
     result = {
         "model.embed_tokens.weight": embed,
         "lm_head.weight": head,
@@ -125,7 +125,7 @@ def write_mtp_oracle(checkpoint: Path, out: Path) -> Path:
 
 
 def mtp_logits(oracle: Any, combine: dict[str, torch.Tensor], ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [B, Q, V] of the composed MTP oracle for next tokens `ids` [B, Q] and main hidden states [B, Q, H]."""
+    """Return the composed MTP oracle's logits [B, Q, V] for next tokens `ids` [B, Q] and hidden states [B, Q, H]."""
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + oracle.config.rms_norm_eps) * weight

@@ -27,8 +27,8 @@ def run_standard(op: str, inputs: Sequence[Tensor | None], attrs: Attrs) -> tupl
 
     Args:
         op: op_type of the ONNX domain.
-        inputs: in order; None where an optional one is left out.
-        attrs: by name, strings decoded.
+        inputs: its inputs in order; None where an optional one is left out.
+        attrs: its attributes by name, strings decoded.
 
     Raises:
         ProgramError: the operator is not known here.
@@ -129,21 +129,21 @@ def _split(x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, num_outputs
 
 
 def _squeeze(x: Tensor, axes: Tensor) -> Tensor:
-    found = _ints(axes)
-    assert all(x.shape[axis] == 1 for axis in found)
-    return x.squeeze(tuple(found))
+    numbers = _ints(axes)
+    assert all(x.shape[axis] == 1 for axis in numbers)
+    return x.squeeze(tuple(numbers))
 
 
 def _unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
-    found = _ints(axes)
-    for axis in sorted(axis % (x.dim() + len(found)) for axis in found):
+    numbers = _ints(axes)
+    for axis in sorted(axis % (x.dim() + len(numbers)) for axis in numbers):
         x = x.unsqueeze(axis)
     return x
 
 
 def _top_k(x: Tensor, k: Tensor, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> tuple[Tensor, ...]:
-    found = torch.topk(x, _ints(k)[0], dim=axis, largest=bool(largest), sorted=bool(sorted))
-    return found.values, found.indices
+    top = torch.topk(x, _ints(k)[0], dim=axis, largest=bool(largest), sorted=bool(sorted))
+    return top.values, top.indices
 
 
 #: op_type -> function of its inputs in order and its attributes by name.

@@ -32,7 +32,7 @@ Progress = Callable[[str], object]
 
 
 def _listed(value: object) -> tuple[object, ...]:
-    """Return several values, each once; one alone may be given bare."""
+    """Return several values, each once; one alone may stand bare."""
     if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
         return (value,)
     values = tuple(value)

@@ -235,17 +235,17 @@ def test_a_cut_engine_gives_the_bits_of_the_whole_one(
         contexts=(80,), vocab_size=tiny_config.vocab_size, index_topk=tiny_config.index_topk, has_mtp=True,
         modes=("chunked", "mtp"),
     )  # fmt: skip
-    own = engine.dump(plan, tmp_path / "own", engine.taps)
+    whole = engine.dump(plan, tmp_path / "whole", engine.taps)
     for layers, num_mtp in (((0, 4), 4), ((1, 3), 0), ((3, 4), 4)):
         taps = [f"o_latent.{layer}" for layer in range(*layers)]
-        found = engine.dump_fed(own, tmp_path / "fed", layers, taps)
-        assert found.side.layers == layers
-        names = [(step, name) for step in range(len(found.cases)) for name in found.names(step)]
+        fed = engine.dump_fed(whole, tmp_path / "fed", layers, taps)
+        assert fed.side.layers == layers
+        names = [(step, name) for step in range(len(fed.cases)) for name in fed.names(step)]
         # caches are shown at a case's last step, and layers before the last run no MTP steps
-        shared = [one for one in names if own.has(*one)]
-        assert len(shared) >= len(names) - 4 and all(np.array_equal(found.tensor(*o), own.tensor(*o)) for o in shared)
+        shared = [one for one in names if whole.has(*one)]
+        assert len(shared) >= len(names) - 4 and all(np.array_equal(fed.tensor(*o), whole.tensor(*o)) for o in shared)
         assert {name for _, name in names} >= {*taps, f"residual.{layers[1]}", f"cache_latent.{layers[0]}"}
-        mtp = [n for n, (_, step) in enumerate(found.cases) if step.graph == "mtp" and found.has(n, "logits")]
+        mtp = [n for n, (_, step) in enumerate(fed.cases) if step.graph == "mtp" and fed.has(n, "logits")]
         assert len(mtp) == num_mtp
 
 

@@ -128,7 +128,7 @@ def test_headers_are_read_and_weights_are_not(how: str, hub: Hub, tiny_source: C
     assert not folder.exists()
     # a server that ignores ranges has some of a file on the way before it notices that nobody reads on
     assert hub.sent < weight_bytes(hub.folder) // (1 if how == "without ranges" else 10)
-    pinned = [path for _, path, _, _ in hub.asked if "/resolve/" in path][1:]
+    pinned = [path for _, path, _, _ in hub.requests if "/resolve/" in path][1:]
     assert all(f"/resolve/{COMMIT}/" in path for path in pinned)
 
 
@@ -148,7 +148,7 @@ def test_shards_without_an_index_are_found_by_the_listing(hub: Hub, tiny_source:
 
 def test_a_plan_reads_config_alone(hub: Hub) -> None:
     assert invoke("plan", "owner/name", "--target", "h200", "--contexts", "1K", "--json").exit_code == 0
-    assert [path.rpartition("/")[2] for _, path, _, _ in hub.asked if "/resolve/" in path] == ["config.json"]
+    assert [path.rpartition("/")[2] for _, path, _, _ in hub.requests if "/resolve/" in path] == ["config.json"]
 
 
 def test_export_and_inspect_take_a_repository(hub: Hub, tmp_path: Path, tiny_programs: dict[str, Path]) -> None:
@@ -270,14 +270,14 @@ def test_weights_are_downloaded_once_and_then_used_offline(
     )
     offline = run(hub, *args, HF_HUB_OFFLINE="1")
     assert offline.returncode == 2 and offline.stderr.count("\n") == 1, offline.stderr
-    assert "HF_HUB_OFFLINE" in offline.stderr and not hub.asked
+    assert "HF_HUB_OFFLINE" in offline.stderr and not hub.requests
     built = run(hub, *args)
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "engine" / "weights.bin").is_file()
-    hub.asked.clear()
+    hub.requests.clear()
     about = run(hub, "inspect", "owner/name", "--json", HF_HUB_OFFLINE="1")
     assert about.returncode == 0 and json.loads(about.stdout)["num_shards"] == 3, about.stderr
-    assert not hub.asked
+    assert not hub.requests
 
 
 def test_a_snapshot_in_part_is_not_taken_for_a_whole_one(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,11 +47,12 @@ class ParityResult:
 
     Attributes:
         passed: whether every gate holds; None where nothing was compared.
-        gates: what was asked of the engine, with what was found and why it is asked.
+        gates: what must hold, with what was measured and why it must.
         finding: the first place where the two sides differ by more than they may.
         notes: what the reader should know, such as what was not looked at.
         report: everything, as JSON values; None where nothing was compared.
-        dumps: folder that dumps were kept in. html: the page that was written.
+        dumps: the folder that dumps were kept in.
+        html: the page that was written.
         stored_self_check: whether the results were stored in the engine.
     """
 
@@ -105,17 +106,18 @@ def parity(
         modes: how prompts are cut into steps.
         against: the other side: "torch", "transformers", or the folder of another engine.
         layers: look at layers "A-B" only, from what the engine had at A.
-        numerics: of the PyTorch side; None: the engine's.
+        numerics: how the PyTorch side computes; None: as the engine.
         without: roundings that are switched off on the PyTorch side, such as "kv_fp8".
         sensitivity: also tell what each layer's roundings cost alone.
         max_kl: fail above this mean KL, also where numerics differ.
         max_dump_size: bytes; all layers are tapped only if that takes no more, else the first bad one is searched.
         from_dump: one or two dumps to compare instead of an engine.
-        save: keep the dumps of both sides in this folder. force: replace what an earlier check wrote there.
+        save: keep the dumps of both sides in this folder.
+        force: replace what an earlier check wrote there.
         write_self_check: if it passes, store results in the engine, which are compared at each start.
         html: write the report as one HTML page.
         threads: CPU threads; None: the cores this process may use.
-        seed: of random prompts.
+        seed: the seed of random prompts.
         progress: told each stage.
 
     Raises:
@@ -124,10 +126,9 @@ def parity(
         OutputError: `save` or `html` cannot be written.
         EnvironmentFault: a library is not installed.
     """
-    given = dict(locals())
-    refuse_unused(
-        {name for name, one in inspect.signature(parity).parameters.items() if given[name] != one.default}, given
-    )
+    arguments = dict(locals())
+    parameters = inspect.signature(parity).parameters
+    refuse_unused({name for name, one in parameters.items() if arguments[name] != one.default}, arguments)
     folder = None if engine is None else Path(engine)
     dumps = tuple(map(Path, many(from_dump)))
     saved, page = (None if one is None else Path(one) for one in (save, html))
@@ -137,13 +138,13 @@ def parity(
     source = None if checkpoint is None else resolve(checkpoint, quiet=stages.quiet)
     _look_at(folder, source, dumps)
     # these bring torch
-    from seekforge.exporter.parity.inputs import Asked
+    from seekforge.exporter.parity.inputs import ParityOptions
     from seekforge.exporter.parity.report.page import render
     from seekforge.exporter.parity.report.to_json import to_json
     from seekforge.exporter.parity.sources import from_dumps, from_engine, reference_only
     from seekforge.exporter.parity.write_self_check import write_self_check as store_self_check
 
-    asked = Asked(
+    options = ParityOptions(
         engine=folder,
         checkpoint=source,
         prompts=None if prompts is None else Path(prompts),
@@ -163,18 +164,18 @@ def parity(
     stored = False
     with _threads(threads), _workspace(saved, force) as work:
         if dumps:
-            result = from_dumps(dumps, asked, work, stages)
+            result = from_dumps(dumps, options, work, stages)
         elif folder is None:
-            reference_only(asked, saved, work, stages)
+            reference_only(options, saved, work, stages)
             stages.done()
             return ParityResult(None, dumps=saved)
         else:
-            result = from_engine(folder, asked, work, stages)
+            result = from_engine(folder, options, work, stages)
             stored = write_self_check and result.passed
             if stored:
                 stages("write self-check")
                 sides = Dump.open(work / "judged"), Dump.open(work / "reference")
-                store_self_check(folder, *sides, f"{asked.against}, by parity")
+                store_self_check(folder, *sides, f"{options.against}, by parity")
     stages.done()
     report = to_json(result)
     if page is not None:
@@ -221,7 +222,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workspace(save: Path | None, force: bool) -> Iterator[Path]:
-    """The folder that dumps go to: kept at `save`, else temporary."""
+    """Make the folder that dumps go to: kept at `save`, else temporary."""
     if save is not None:
         with atomic_folder(save, force=force, marker="plan.json") as folder:
             yield folder

@@ -114,11 +114,11 @@ def _refuse_unused(ctx: click.Context) -> None:
         OptionError: names the first.
     """
     options = ctx.params
-    given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    refuse_unused(given, options)
+    passed = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    refuse_unused(passed, options)
     if options["engine"] is None and not options["from_dump"]:
         for name, option in (("as_json", "--json"), ("brief", "--brief")):
-            if name in given:
+            if name in passed:
                 raise OptionError(f"{option} is about a comparison; without ENGINE there is none")
     if options["as_json"] and options["brief"]:
         raise OptionError("--brief shortens the tables; --json prints everything")

@@ -39,8 +39,8 @@ def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
 
     Args:
         engine: an engine of target cpu.
-        out: folder to make.
-        names: taps to add; those that it gives already, or that are not there, are left as they are.
+        out: the folder to make.
+        names: the taps to add; those that it gives already, or that are not there, are left as they are.
 
     Raises:
         EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
@@ -66,8 +66,9 @@ def engine_copy(
 
     Args:
         engine: an engine of target cpu.
-        out: folder to make.
-        edit: (graph's name, model to change in place, its face) -> its new face.
+        out: the folder to make.
+        edit: takes a graph's name, its model, which it changes in place, and its inputs and outputs; returns the new
+            inputs and outputs.
         graphs: which graphs to take; None: all.
 
     Raises:

@@ -32,7 +32,16 @@ WHOLE_RUN = frozenset(("logits", "KL", "top-1", "rows that chose otherwise"))
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition. `gated` is False for a number that is shown and not judged."""
+    """One condition.
+
+    Attributes:
+        name: what it is about.
+        passed: whether it holds.
+        value: what was measured, in words.
+        allowed: what may be, in words.
+        reason: why that is what may be.
+        gated: False for a number that is shown and not judged.
+    """
 
     name: str
     passed: bool
@@ -44,7 +53,15 @@ class Gate:
 
 @dataclass(frozen=True)
 class Finding:
-    """The first divergence. `record` is None where only a layer could be named."""
+    """The first divergence.
+
+    Attributes:
+        layer: the absolute number of the layer.
+        module: the checkpoint's module, or the whole layer where only that could be named.
+        text: what is wrong, in words.
+        tensors: the checkpoint tensors that the module reads.
+        others: how many more operations are off by themselves.
+    """
 
     layer: int
     module: str
@@ -66,14 +83,14 @@ def judge(
     """Judge two sides.
 
     Args:
-        comparison: of the two dumps.
+        comparison: how far the two dumps are apart.
         records: operations judged by their own inputs; empty where no side shows them.
         fed: layers of the engine on PyTorch's inputs; empty where it cannot be cut.
-        same_numerics: both sides make the same roundings. If not, numbers are shown and only what is asked for or
+        same_numerics: both sides make the same roundings. If not, numbers are shown and only what `max_kl` bounds or
             is plainly broken is gated: the difference is what the other numerics cost.
         same_weights: no side rounded its weights to codes. If one did, operations are still judged, those without
             weights as strictly as ever, and what becomes of the whole model is the price: shown, not gated.
-        exact: numerics without quantization: then every row must agree.
+        exact: the numerics have no quantization: then every row must agree.
         max_kl: the largest mean KL that is accepted, when somebody decides about numerics.
     """
     finite = Gate(
@@ -130,8 +147,8 @@ def _logits(comparison: Comparison, *, same_numerics: bool, exact: bool, max_kl:
     top1 = _all(comparison, lambda c: c.top1)
     noise, noise_kl = _all(comparison, lambda c: c.drawn_error), _all(comparison, lambda c: c.drawn_kl)
     noise_top1 = _all(comparison, lambda c: c.drawn_top1)
-    found = np.quantile(error, QUANTILES)
-    text = " / ".join(f"{value:.1e}" for value in found)
+    quantiles = np.quantile(error, QUANTILES)
+    text = " / ".join(f"{value:.1e}" for value in quantiles)
     names = "/".join(f"{q:.0%}" for q in QUANTILES)
     gates = []
     if not same_numerics:
@@ -157,7 +174,7 @@ def _logits(comparison: Comparison, *, same_numerics: bool, exact: bool, max_kl:
             "luck decides how early; twice as much where no row lies beyond the quantile"
         )
         allowed_text = " / ".join(f"{value:.1e}" for value in bound)
-        gates.append(Gate("logits", bool((found <= bound).all()), text, allowed_text, reason))
+        gates.append(Gate("logits", bool((quantiles <= bound).all()), text, allowed_text, reason))
     mean_kl, agree = float(kl.mean()), float(top1.mean())
     kl_bound, top1_bound = KL, TOP1
     reason = "mean KL of the next token (spec §11)"
@@ -185,7 +202,7 @@ def _logits(comparison: Comparison, *, same_numerics: bool, exact: bool, max_kl:
 
 
 def _luck(one: float, other: float, rows: int) -> float:
-    """How far the shares of rare events in two runs may lie apart by luck."""
+    """Return how far the shares of rare events in two runs may lie apart by luck."""
     return _DEVIATIONS * float(np.sqrt((one + other) / max(1, rows)))
 
 

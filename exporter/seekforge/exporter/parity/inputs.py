@@ -1,4 +1,4 @@
-"""What a check is given, read and checked at the border: prompts and the plan made of them, the checkpoint."""
+"""What a check reads, and checks at the border: prompts and the plan made of them, the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from seekforge.formats.parity_steps import MODES, Mode, ParitySteps, make_plan
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The options of `seekforge parity` that say what to compare, as they were given; its help explains them."""
+class ParityOptions:
+    """The options of `seekforge parity` that say what to compare; its help explains them."""
 
     engine: Path | None
     checkpoint: Path | None
@@ -46,13 +46,15 @@ class Asked:
     seed: int
 
 
-def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool, longest: int) -> ParitySteps:
-    """Return the steps that were asked for.
+def plan_of(
+    options: ParityOptions, config: ModelConfig, tokenizer: Path, *, has_mtp: bool, longest: int
+) -> ParitySteps:
+    """Return the steps that the options say.
 
     Args:
-        asked: the options.
-        config: of the model.
-        tokenizer: file that encodes prompts.
+        options: the options.
+        config: the model's configuration.
+        tokenizer: the file that encodes prompts.
         has_mtp: whether the draft layer takes part.
         longest: tokens that the engine, or without one the model, accepts.
 
@@ -60,21 +62,21 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
         ConfigError: a context is longer than `longest`, or an option is malformed.
         OptionError: two options exclude each other.
     """
-    modes: tuple[Mode, ...] = tuple(mode for mode in MODES if mode in asked.modes)
-    who = "model" if asked.engine is None else "engine"
+    modes: tuple[Mode, ...] = tuple(mode for mode in MODES if mode in options.modes)
+    who = "model" if options.engine is None else "engine"
     prompts: list[list[int]] = []
     contexts: tuple[int, ...] = ()
-    if asked.prompts is not None:
-        if asked.contexts:
+    if options.prompts is not None:
+        if options.contexts:
             raise OptionError("--prompts has its own lengths; drop --contexts")
-        prompts = _read_prompts(asked.prompts, tokenizer)
+        prompts = _read_prompts(options.prompts, tokenizer)
         most = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         if len(prompts[most]) > longest:
             raise ConfigError(
-                f"{asked.prompts}: prompt {most} has {len(prompts[most])} tokens, the {who} accepts {longest}"
+                f"{options.prompts}: prompt {most} has {len(prompts[most])} tokens, the {who} accepts {longest}"
             )
-    elif asked.contexts:
-        contexts = asked.contexts
+    elif options.contexts:
+        contexts = options.contexts
     else:
         border = config.index_topk or BLOCK_SIZE
         contexts = tuple(sorted({min(n, longest) for n in (16, border + 8, 2 * border)}))
@@ -82,7 +84,7 @@ def plan_of(asked: Asked, config: ModelConfig, tokenizer: Path, *, has_mtp: bool
         raise ConfigError(f"--contexts has {max(contexts)}, the {who} accepts {longest} tokens")
     return make_plan(
         contexts=contexts, vocab_size=config.vocab_size, index_topk=config.index_topk, has_mtp=has_mtp, modes=modes,
-        prompts=prompts, seed=asked.seed,
+        prompts=prompts, seed=options.seed,
     )  # fmt: skip
 
 
@@ -105,10 +107,10 @@ def _read_prompts(path: Path, tokenizer: Path) -> list[list[int]]:
     return prompts
 
 
-def numerics_of(asked: Asked, side: dict[str, object]) -> Numerics:
-    """Return the numerics of the PyTorch side: those asked for, or the other side's."""
-    chosen = NUMERICS[asked.numerics] if asked.numerics else numerics_from_dict(side)
-    return without(chosen, asked.without)
+def numerics_of(options: ParityOptions, side: dict[str, object]) -> Numerics:
+    """Return the numerics of the PyTorch side: those of the options, or else the other side's."""
+    chosen = NUMERICS[options.numerics] if options.numerics else numerics_from_dict(side)
+    return without(chosen, options.without)
 
 
 class ScannedCheckpoint:
@@ -143,37 +145,36 @@ def open_source(folder: Path, config: ModelConfig) -> Iterator[ScannedCheckpoint
         ConfigError, CheckpointError: it belongs to another model, or is damaged.
     """
     with open_checkpoint(folder) as opened:
-        found = opened.config
-        _check_config(folder, found, config)
+        _check_config(folder, opened.config, config)
         yield ScannedCheckpoint(opened.checkpoint, opened.config)
 
 
-def _check_config(folder: Path, found: ModelConfig, config: ModelConfig) -> None:
-    if found.num_hidden_layers > config.num_hidden_layers and config.mtp_layer is None:
-        found = truncate(found, config.num_hidden_layers)
-    different = config.first_difference(found)
+def _check_config(folder: Path, of_checkpoint: ModelConfig, config: ModelConfig) -> None:
+    if of_checkpoint.num_hidden_layers > config.num_hidden_layers and config.mtp_layer is None:
+        of_checkpoint = truncate(of_checkpoint, config.num_hidden_layers)
+    different = config.first_difference(of_checkpoint)
     if different is not None:
-        key, ours, theirs = different
+        key, expected, actual = different
         raise ConfigError(
-            f"{folder}: {key} is {theirs}, the engine's model has {ours}; pass the checkpoint of that model"
+            f"{folder}: {key} is {actual}, the engine's model has {expected}; pass the checkpoint of that model"
         )
 
 
-def need_checkpoint(asked: Asked, what: str) -> Path:
+def need_checkpoint(options: ParityOptions, what: str) -> Path:
     """Return the checkpoint's folder.
 
     Raises:
         OptionError: there is none.
     """
-    if asked.checkpoint is None:
+    if options.checkpoint is None:
         raise OptionError(f"{what} needs --checkpoint, the folder with the weights")
-    return asked.checkpoint
+    return options.checkpoint
 
 
-def range_of(asked: Asked, config: ModelConfig) -> tuple[int, int] | None:
+def range_of(options: ParityOptions, config: ModelConfig) -> tuple[int, int] | None:
     """Return the layers [a, b) to look at; None: all."""
-    if asked.layers is None:
+    if options.layers is None:
         return None
-    layers = parse_layers(asked.layers)
+    layers = parse_layers(options.layers)
     check_range(layers, config)
     return layers

@@ -12,12 +12,12 @@ _TORCH_ALONE = ("layers", "sensitivity", "numerics", "without", "max_dump_size")
 _STEPS = ("prompts", "contexts", "modes", "seed")
 
 
-def refuse_unused(given: Collection[str], options: Mapping[str, object]) -> None:
+def refuse_unused(passed: Collection[str], options: Mapping[str, object]) -> None:
     """Refuse options that would be taken and then do nothing.
 
     Args:
-        given: names of those that somebody asked for.
-        options: the values of all.
+        passed: the names of the options that somebody passed.
+        options: the values of all options.
 
     Raises:
         OptionError: names the first.
@@ -25,7 +25,7 @@ def refuse_unused(given: Collection[str], options: Mapping[str, object]) -> None
 
     def refuse(names: Iterable[str], why: str) -> None:
         for name in names:
-            if name in given:
+            if name in passed:
                 raise OptionError(f"--{name.replace('_', '-')} {why}")
 
     if options["from_dump"]:

@@ -16,7 +16,7 @@ from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.parity.check import Noise, Result, check_engine, conclude
 from seekforge.exporter.parity.compare.dumps import check_comparable, check_pair
 from seekforge.exporter.parity.compare.operations import OpRecord
-from seekforge.exporter.parity.inputs import Asked, need_checkpoint, numerics_of, open_source, plan_of, range_of
+from seekforge.exporter.parity.inputs import ParityOptions, need_checkpoint, numerics_of, open_source, plan_of, range_of
 from seekforge.exporter.parity.sides.engine import EngineSide
 from seekforge.exporter.parity.sides.transformers import check_installed, write_oracle_dump
 from seekforge.exporter.parity.torch_walks import Walker, sensitivity, without
@@ -30,44 +30,44 @@ from seekforge.formats.parity_steps import ParitySteps
 Say = Callable[[str], None]
 
 
-def from_engine(engine: Path, asked: Asked, work: Path, stages: Say) -> Result:
-    """Run an engine, and compare it with what `asked.against` names; dumps go to `work`.
+def from_engine(engine: Path, options: ParityOptions, work: Path, stages: Say) -> Result:
+    """Run an engine, and compare it with what `options.against` names; dumps go to `work`.
 
     Raises:
-        OptionError, ConfigError, OutputError, EnvironmentFault: what was asked cannot be; before anything runs.
+        OptionError, ConfigError, OutputError, EnvironmentFault: the options cannot be met; before anything runs.
     """
-    if asked.against == "transformers":
+    if options.against == "transformers":
         check_installed()
-    side = EngineSide(engine, work, asked.threads, asked.checkpoint)
+    side = EngineSide(engine, work, options.threads, options.checkpoint)
     manifest = side.manifest
     config = ModelConfig.parse(manifest.config, str(engine / MANIFEST))
     sides = [side]
-    if asked.against not in ("torch", "transformers"):
-        if not (Path(asked.against) / MANIFEST).is_file():
-            raise ConfigError(f"--against is {asked.against!r}, expected torch, transformers, or an engine's folder")
-        sides.append(EngineSide(Path(asked.against), work, asked.threads, asked.checkpoint))
-        check_comparable(manifest.config, sides[1].manifest.config, (str(engine), asked.against))
+    if options.against not in ("torch", "transformers"):
+        if not (Path(options.against) / MANIFEST).is_file():
+            raise ConfigError(f"--against is {options.against!r}, expected torch, transformers, or an engine's folder")
+        sides.append(EngineSide(Path(options.against), work, options.threads, options.checkpoint))
+        check_comparable(manifest.config, sides[1].manifest.config, (str(engine), options.against))
     plan = plan_of(
-        asked,
+        options,
         config,
         engine / manifest.tokenizer,
         has_mtp=all("mtp" in one.manifest.graphs for one in sides),
         longest=min(one.manifest.limits.max_model_len for one in sides),
     )
-    settings = Settings(config, numerics_of(asked, manifest.numerics), manifest.build.get("activations", "bf16"))
-    if asked.write_self_check:
-        _check_storable(side, asked, plan)
+    settings = Settings(config, numerics_of(options, manifest.numerics), manifest.build.get("activations", "bf16"))
+    if options.write_self_check:
+        _check_storable(side, options, plan)
     (work / "plan.json").write_text(plan.model_dump_json(), encoding="utf-8")
-    if asked.against == "torch":
-        return _with_torch(side, plan, settings, asked, work, stages)
-    if asked.against == "transformers":
-        return _with_transformers(side, plan, settings, asked, work, stages)
-    return _two_engines(sides, plan, settings, asked, work, stages)
+    if options.against == "torch":
+        return _with_torch(side, plan, settings, options, work, stages)
+    if options.against == "transformers":
+        return _with_transformers(side, plan, settings, options, work, stages)
+    return _two_engines(sides, plan, settings, options, work, stages)
 
 
-def _check_storable(side: EngineSide, asked: Asked, plan: ParitySteps) -> None:
+def _check_storable(side: EngineSide, options: ParityOptions, plan: ParitySteps) -> None:
     """Refuse a self-check that could not be stored, before it is earned."""
-    if side.layers is not None or asked.layers is not None:
+    if side.layers is not None or options.layers is not None:
         raise ConfigError("--write-self-check stores logits of a whole model; leave out --layers, and take no stage")
     if not os.access(side.folder, os.W_OK):
         raise OutputError(f"{side.folder}: cannot be written, and --write-self-check changes its manifest")
@@ -75,15 +75,15 @@ def _check_storable(side: EngineSide, asked: Asked, plan: ParitySteps) -> None:
 
 
 def _with_torch(
-    side: EngineSide, plan: ParitySteps, settings: Settings, asked: Asked, work: Path, stages: Say
+    side: EngineSide, plan: ParitySteps, settings: Settings, options: ParityOptions, work: Path, stages: Say
 ) -> Result:
-    folder = need_checkpoint(asked, "--against torch")
-    layers = range_of(asked, settings.config)
+    folder = need_checkpoint(options, "--against torch")
+    layers = range_of(options, settings.config)
     # the price of codes is measured with the engine's own layers, that of numerics in PyTorch
     other = numerics_from_dict(side.manifest.numerics)
     codes = side.has_codes and other == settings.numerics
     base = settings.numerics if settings.numerics != other else EXACT
-    if asked.sensitivity and not codes and base == other:
+    if options.sensitivity and not codes and base == other:
         raise ConfigError("--sensitivity: the engine computes exactly, no layer costs anything")
     with open_source(folder, settings.config) as source:
         walker = Walker(settings, source, folder.resolve().name, stages)
@@ -93,16 +93,16 @@ def _with_torch(
             plan,
             work=work,
             layers=layers,
-            max_dump_bytes=asked.max_dump_size,
-            max_kl=asked.max_kl,
-            costs=asked.sensitivity,
+            max_dump_bytes=options.max_dump_size,
+            max_kl=options.max_kl,
+            costs=options.sensitivity,
         )
-        if asked.sensitivity and codes and not result.sensitivity:
+        if options.sensitivity and codes and not result.sensitivity:
             result.notes.append(
                 "what the codes of each layer cost is measured with all layers from the first on in memory: leave out "
                 "--layers, or give more --max-dump-size"
             )
-        elif asked.sensitivity and not codes:
+        elif options.sensitivity and not codes:
             result.sensitivity = _sensitivity(walker, plan, base, other, layers, work)
             if side.has_codes:
                 result.notes.append("sensitivity is that of numerics alone: codes of weights are left out of it")
@@ -112,7 +112,7 @@ def _with_torch(
 def _sensitivity(
     walker: Walker, plan: ParitySteps, base: Numerics, other: Numerics, layers: tuple[int, int] | None, work: Path
 ) -> dict[int, float]:
-    """Each layer alone in the engine's numerics, the others as in the reference (exact, where both are the same)."""
+    """Run each layer alone in the engine's numerics, the others in the reference's (exact, where both are the same)."""
     settings = walker.settings
     start, stop = layers or (0, settings.config.num_hidden_layers)
     exact = Walker(Settings(settings.config, base, settings.activations), walker.source, walker.name, walker.progress)
@@ -120,9 +120,9 @@ def _sensitivity(
 
 
 def _with_transformers(
-    side: EngineSide, plan: ParitySteps, settings: Settings, asked: Asked, work: Path, stages: Say
+    side: EngineSide, plan: ParitySteps, settings: Settings, options: ParityOptions, work: Path, stages: Say
 ) -> Result:
-    folder = need_checkpoint(asked, "--against transformers")
+    folder = need_checkpoint(options, "--against transformers")
     stages("transformers")
     (work / "reference").mkdir()
     with (
@@ -133,11 +133,11 @@ def _with_transformers(
     stages(f"engine {side.folder.name}")
     judged = side.dump(plan, work / "judged", [tap for tap in side.taps if tap.startswith(("hidden", "resid"))])
     same = numerics_from_dict(side.manifest.numerics) == EXACT
-    return conclude(judged, reference, None, [], same=same, max_kl=asked.max_kl, num_runs=1)
+    return conclude(judged, reference, None, [], same=same, max_kl=options.max_kl, num_runs=1)
 
 
 def _two_engines(
-    sides: Sequence[EngineSide], plan: ParitySteps, settings: Settings, asked: Asked, work: Path, stages: Say
+    sides: Sequence[EngineSide], plan: ParitySteps, settings: Settings, options: ParityOptions, work: Path, stages: Say
 ) -> Result:
     """Both engines run; with a checkpoint, PyTorch judges the operations of both and measures the noise."""
     dumps: list[Dump] = []
@@ -148,23 +148,23 @@ def _two_engines(
     noise: Noise | None = None
     notes: list[str] = []
     numerics = [numerics_from_dict(dump.side.numerics) for dump in dumps]
-    if asked.checkpoint is None:
+    if options.checkpoint is None:
         notes.append("without --checkpoint operations were not judged, and noise was not measured")
     else:
-        with open_source(asked.checkpoint, settings.config) as source:
+        with open_source(options.checkpoint, settings.config) as source:
             walk = work / "walk"
             walk.mkdir()
-            name = asked.checkpoint.resolve().name
+            name = options.checkpoint.resolve().name
             records = Walker(settings, source, name, stages).judge_dump(dumps[0], walk)
-            theirs = Settings(settings.config, numerics[1], dumps[1].side.activations)  # pyright: ignore
-            records += Walker(theirs, source, name, stages).judge_only(dumps[1])
+            other = Settings(settings.config, numerics[1], dumps[1].side.activations)  # pyright: ignore
+            records += Walker(other, source, name, stages).judge_only(dumps[1])
             noise = (Dump.open(walk / "noise"), Dump.open(walk / "reference"))
     stages("compare")
     same = numerics[0] == numerics[1]
-    return conclude(dumps[0], dumps[1], noise, records, same=same, max_kl=asked.max_kl, notes=notes, num_runs=2)
+    return conclude(dumps[0], dumps[1], noise, records, same=same, max_kl=options.max_kl, notes=notes, num_runs=2)
 
 
-def from_dumps(folders: Sequence[Path], asked: Asked, work: Path, stages: Say) -> Result:
+def from_dumps(folders: Sequence[Path], options: ParityOptions, work: Path, stages: Say) -> Result:
     """Compare two dumps, or one with PyTorch; with a checkpoint, PyTorch judges the operations of the first.
 
     Raises:
@@ -172,19 +172,19 @@ def from_dumps(folders: Sequence[Path], asked: Asked, work: Path, stages: Say) -
     """
     judged = Dump.open(folders[0])
     second = Dump.open(folders[1]) if len(folders) == 2 else None
-    if asked.checkpoint is None and second is None:
+    if options.checkpoint is None and second is None:
         raise OptionError("one --from-dump needs --checkpoint, or a second --from-dump to compare with")
     (work / "plan.json").write_text(judged.plan.model_dump_json(), encoding="utf-8")
     config = ModelConfig.parse(judged.side.config, str(folders[0]))
-    settings = Settings(config, numerics_of(asked, judged.side.numerics), judged.side.activations)  # pyright: ignore
+    settings = Settings(config, numerics_of(options, judged.side.numerics), judged.side.activations)  # pyright: ignore
     records: list[OpRecord] = []
     noise: Noise | None = None
     notes: list[str] = []
     if second is not None:
         check_pair(judged, second)
-    if asked.checkpoint is not None:
-        with open_source(asked.checkpoint, config) as source:
-            name = asked.checkpoint.resolve().name
+    if options.checkpoint is not None:
+        with open_source(options.checkpoint, config) as source:
+            name = options.checkpoint.resolve().name
             records = Walker(settings, source, name, stages).judge_dump(judged, work)
         noise = Dump.open(work / "noise")
     if second is None:
@@ -198,30 +198,29 @@ def from_dumps(folders: Sequence[Path], asked: Asked, work: Path, stages: Say) -
         else:
             notes.append("no noise was measured: there is none beside the second dump, and no --checkpoint")
     stages("compare")
-    theirs = numerics_from_dict(reference.side.numerics)
-    same = numerics_from_dict(judged.side.numerics) == theirs
-    return conclude(judged, reference, noise, records, same=same, max_kl=asked.max_kl, notes=notes)
+    same = numerics_from_dict(judged.side.numerics) == numerics_from_dict(reference.side.numerics)
+    return conclude(judged, reference, noise, records, same=same, max_kl=options.max_kl, notes=notes)
 
 
-def reference_only(asked: Asked, save: Path | None, work: Path, stages: Say) -> None:
-    """No engine: write the PyTorch side, to be compared with an engine's dump made elsewhere.
+def reference_only(options: ParityOptions, save: Path | None, work: Path, stages: Say) -> None:
+    """Write the PyTorch side alone, to be compared with an engine's dump made elsewhere.
 
     Raises:
         OptionError, ConfigError: there is no `save` or no checkpoint, or the steps cannot be.
     """
     if save is None:
         raise OptionError("without ENGINE and --from-dump there is nothing to compare; --save writes PyTorch's side")
-    folder = need_checkpoint(asked, "--save without ENGINE")
+    folder = need_checkpoint(options, "--save without ENGINE")
     with open_checkpoint(folder) as opened:
         config = opened.config
     plan = plan_of(
-        asked,
+        options,
         config,
         folder / "tokenizer.json",
         has_mtp=config.mtp_layer is not None,
         longest=config.max_position_embeddings,
     )
     (work / "plan.json").write_text(plan.model_dump_json(), encoding="utf-8")
-    settings = Settings(config, without(NUMERICS[asked.numerics or "fp8"], asked.without), "f32")
+    settings = Settings(config, without(NUMERICS[options.numerics or "fp8"], options.without), "f32")
     with open_source(folder, config) as source:
         Walker(settings, source, folder.resolve().name, stages).run(plan, work)

@@ -52,7 +52,7 @@ class Walker:
     """Runs PyTorch for one check.
 
     Args:
-        settings: numerics and activations.
+        settings: the numerics and activations.
         source: the checkpoint.
         name: what reports call this side.
         progress: told each layer.
@@ -77,13 +77,13 @@ class Walker:
 
         Args:
             plan: the steps.
-            work: folder of the dumps.
+            work: the folder of the dumps.
             layers: [a, b); None: the whole model.
             subject: an engine's dump: what goes into layer a, if that is not 0, and what is judged.
             inside: judge the operations that `subject` shows, each by its own inputs.
             kinds: which runs to make.
             points: what the reference keeps of each layer; None: all.
-            kept_layers: of which layers it and the noise keep that; None: of all.
+            kept_layers: the layers of which it and the noise keep that; None: all.
 
         Returns:
             Records of the operations; empty if not `inside`.
@@ -129,7 +129,10 @@ class Walker:
         """Draw the noise again, logits alone, into folders beside the first draw, if the plan has few rows.
 
         Args:
-            plan, work, layers, subject: of the run that made the first draw.
+            plan: the steps of the run that made the first draw.
+            work: its folder.
+            layers: its layers.
+            subject: its subject.
 
         Returns:
             Whether there are more draws now.
@@ -180,7 +183,7 @@ def sensitivity_of_engine(walker: Walker, plan: ParitySteps, fed: Dump, work: Pa
         walker: the PyTorch side.
         plan: the steps.
         fed: what the engine's layers made of PyTorch's inputs.
-        work: folder for dumps.
+        work: the folder for dumps.
     """
     start, stop = fed.side.layers
     return _costs(walker, plan, work, {layer: {"enters": (layer + 1, fed)} for layer in range(start, stop)})

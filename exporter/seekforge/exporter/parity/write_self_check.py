@@ -49,20 +49,21 @@ def make_self_check(judged: Dump, reference: Dump, source: str) -> SelfCheck:
     """Return the results of the reference on one prompt that was prefilled whole.
 
     Args:
-        judged, reference: dumps of one plan.
+        judged: the engine's dump.
+        reference: another side's dump of the same plan.
         source: what computed the reference.
 
     Raises:
         ConfigError: no prompt of the plan was run whole and alone.
     """
     number, step = stored_step(reference.plan)
-    expected, found = (dump.tensor(number, "logits").astype(np.float64) for dump in (reference, judged))
+    expected, actual = (dump.tensor(number, "logits").astype(np.float64) for dump in (reference, judged))
     picked = sorted({round(i) for i in np.linspace(0, len(step.logits_index) - 1, _ROWS)})
     rows, largest = [], 0.0
     for index in picked:
         ids = np.argsort(-expected[index], kind="stable")[:_TOP]
-        sums = [float(values[index].max() - log_softmax(values[index]).max()) for values in (expected, found)]
-        largest = max(largest, float(np.abs(expected[index, ids] - found[index, ids]).max()), abs(sums[0] - sums[1]))
+        sums = [float(values[index].max() - log_softmax(values[index]).max()) for values in (expected, actual)]
+        largest = max(largest, float(np.abs(expected[index, ids] - actual[index, ids]).max()), abs(sums[0] - sums[1]))
         rows.append(
             SelfCheckRow(
                 position=step.logits_index[index],

@@ -22,8 +22,8 @@ from seekforge.exporter.parity.locate.bisect import first_bad_layer
 
 def accumulate(x: np.ndarray, y: np.ndarray, parts: int) -> Difference:
     result = Difference()
-    for ours, theirs in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
-        result.add(ours, theirs)
+    for pair in zip(np.array_split(x, parts), np.array_split(y, parts), strict=True):
+        result.add(*pair)
     return result
 
 
@@ -32,19 +32,20 @@ def test_differences_add_up_over_steps(parts: int) -> None:
     rng = np.random.default_rng(0)
     y = rng.standard_normal((12, 7))
     x = y + 1e-3 * rng.standard_normal(y.shape)
-    found = accumulate(x, y, parts)
-    assert found.max_abs == pytest.approx(np.abs(x - y).max())
-    assert found.rms_relative == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y))
-    assert found.cosine_difference == pytest.approx(1 - (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-4)
-    assert found.calc_diff == pytest.approx(1 - 2 * (x * y).sum() / (x * x + y * y).sum(), rel=1e-4)
+    result = accumulate(x, y, parts)
+    assert result.max_abs == pytest.approx(np.abs(x - y).max())
+    assert result.rms_relative == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y))
+    difference = 1 - (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+    assert result.cosine_difference == pytest.approx(difference, rel=1e-4)
+    assert result.calc_diff == pytest.approx(1 - 2 * (x * y).sum() / (x * x + y * y).sum(), rel=1e-4)
 
 
 def test_differences_at_the_edges() -> None:
     nothing = accumulate(np.zeros((0, 3)), np.zeros((0, 3)), 1)
     zero = accumulate(np.zeros(5), np.zeros(5), 1)
-    for found in (nothing, zero):
-        assert (found.max_abs, found.max_relative, found.rms_relative) == (0, 0, 0)
-        assert (found.calc_diff, found.cosine_difference, found.not_finite) == (0, 0, 0)
+    for result in (nothing, zero):
+        assert (result.max_abs, result.max_relative, result.rms_relative) == (0, 0, 0)
+        assert (result.calc_diff, result.cosine_difference, result.not_finite) == (0, 0, 0)
     broken = accumulate(np.array([1.0, np.nan, np.inf]), np.array([1.0, 2.0, np.inf]), 1)
     assert broken.not_finite == 1 and broken.max_abs == 0
 
@@ -62,17 +63,17 @@ def test_logits_of_equal_and_other_distributions() -> None:
     y = np.log(np.array([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]))
     x = y + np.array([[3.0], [0.0]])  # a constant changes no distribution
     x[1] = np.log([0.6, 0.2, 0.2])
-    found = compare_logits(x, y, np.array([1, -1]))
-    assert found.kl[0] == pytest.approx(0, abs=1e-12)
-    assert found.kl[1] == pytest.approx(0.2 * np.log(0.2 / 0.6) + 0.6 * np.log(0.6 / 0.2))
-    assert found.top1.tolist() == [True, False] and found.top10.tolist() == [1, 1]
-    assert found.nll[0] == pytest.approx(-np.log(0.25)) and np.isnan(found.nll[1])
+    result = compare_logits(x, y, np.array([1, -1]))
+    assert result.kl[0] == pytest.approx(0, abs=1e-12)
+    assert result.kl[1] == pytest.approx(0.2 * np.log(0.2 / 0.6) + 0.6 * np.log(0.6 / 0.2))
+    assert result.top1.tolist() == [True, False] and result.top10.tolist() == [1, 1]
+    assert result.nll[0] == pytest.approx(-np.log(0.25)) and np.isnan(result.nll[1])
     assert np.isinf(compare_logits(np.full((1, 3), np.nan), y[:1], np.array([0])).error[0])
 
 
 def test_sets_are_compared_without_order_and_fill() -> None:
-    ours, theirs = different(np.array([3, 1, -1, -1]), np.array([1, 2, 5, -1]))
-    assert ours.tolist() == [3] and theirs.tolist() == [2, 5]
+    by_judged, by_reference = different(np.array([3, 1, -1, -1]), np.array([1, 2, 5, -1]))
+    assert by_judged.tolist() == [3] and by_reference.tolist() == [2, 5]
 
 
 def test_key_gaps_reach_over_the_boundary_from_both_sides() -> None:

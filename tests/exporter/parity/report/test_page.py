@@ -91,17 +91,17 @@ def test_hostile_text_in_any_place_of_a_report_stays_text(report: dict[str, Any]
     class Tags(HTMLParser):
         def __init__(self) -> None:
             super().__init__()
-            self.found: Counter[str] = Counter()
+            self.counts: Counter[str] = Counter()
 
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            self.found[tag] += 1
+            self.counts[tag] += 1
             assert not any(name.startswith("on") for name, _ in attrs), attrs
 
     seen = []
     for text in (page, clean):
         tags = Tags()
         tags.feed(text)
-        seen.append(tags.found)
+        seen.append(tags.counts)
     assert seen[0] == seen[1] and seen[0]["script"] == 1
 
 
@@ -142,7 +142,7 @@ def test_a_browser_shows_it_without_a_sideways_scroll(
 ) -> None:
     """A screenshot of a report with a fault in it: charts have their colors, nothing is wider than the screen, and a
     finger beside a point of 2 pixels finds it. docs/parity-report.png is such a screenshot."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (Debian: apt-get install chromium)")
     page = faulty_report(tiny_checkpoint, tiny_programs["exact"], tmp_path)
@@ -164,8 +164,8 @@ def test_a_browser_shows_it_without_a_sideways_scroll(
     address = (tmp_path / "frame.html").as_uri()
     done = subprocess.run([browser, *flags, "--dump-dom", address], capture_output=True, text=True, timeout=120)
     assert "<title>measured " in done.stdout, done.stderr[-2000:]
-    found = done.stdout.partition("<title>measured ")[2].partition("<")[0].split()
-    assert int(found[0]) <= width and int(found[1]) >= 4 and found[2] == "true"
+    measured = done.stdout.partition("<title>measured ")[2].partition("<")[0].split()
+    assert int(measured[0]) <= width and int(measured[1]) >= 4 and measured[2] == "true"
     shot = tmp_path / "shot.png"
     subprocess.run(
         [browser, *flags, f"--screenshot={shot}", f"--window-size={max(width, 500)},{height}", address],

@@ -92,7 +92,7 @@ def test_buckets_that_take_turns_are_captured_right_after_a_run_of_their_own_sha
     assert first != second and 0 not in (first, second), "each bucket has its own context"
     own = [(context, captured) for context, _, captured in device.enqueued if context]
     assert own == [(first, False), (first, True), (second, False), (second, True)]
-    assert device.asked == 2
+    assert device.capture_queries == 2
 
 
 def test_kernels_are_compiled_for_steps_that_come_again_and_for_no_prompt(
@@ -182,7 +182,7 @@ def test_a_plan_that_was_built_without_the_promise_is_never_tried(
     with caplog.at_level(logging.WARNING):
         for position in range(5):
             logits(backend, A, position)
-    assert not device.captures and not device.asked
+    assert not device.captures and not device.capture_queries
     assert backend.graph_metrics() == GraphMetrics()
     (told,) = caplog.messages
     assert "graph model was built without the promise" in told

@@ -16,8 +16,11 @@ class Difference:
     """Accumulates one point over many steps; all in f64.
 
     Attributes:
-        max_abs: largest |x − y|. max_relative: that, in parts of the root mean square of y.
-        count: values compared; not_finite: values that are NaN or inf on one side only.
+        max_abs: the largest |x − y|.
+        sum_square_error: the sum of (x − y)².
+        sum_xy: the sum of x · y; `sum_xx` and `sum_yy` likewise.
+        count: how many values were compared.
+        not_finite: how many are NaN or inf on one side only.
     """
 
     max_abs: float = 0.0
@@ -72,7 +75,10 @@ class Difference:
 
 
 def row_errors(x: np.ndarray, y: np.ndarray, scale: float | None = None) -> np.ndarray:
-    """Largest |x − y| of each row in parts of the root mean square of `y` (or of `scale`): [n]; not finite is inf."""
+    """Return [n], the largest |x − y| of each row in parts of the root mean square of `y` (or of `scale`).
+
+    What is not finite is inf.
+    """
     if x.size == 0:
         return np.zeros(len(x))
     x, y = x.reshape(len(x), -1).astype(np.float64), y.reshape(len(y), -1).astype(np.float64)
@@ -82,7 +88,7 @@ def row_errors(x: np.ndarray, y: np.ndarray, scale: float | None = None) -> np.n
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In f64 over the last axis."""
+    """Return the logarithm of the softmax over the last axis, in f64."""
     x = logits.astype(np.float64)
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -90,13 +96,15 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Per row of logits: [n] each.
+    """What is measured of each row of logits: [n] each.
 
     Attributes:
-        error: largest |difference| in parts of the spread (standard deviation) of the reference's logits.
+        error: the largest |difference| in parts of the spread (standard deviation) of the reference's logits.
         kl: KL(reference ‖ judged) of the next token, in nats.
-        top1: whether both like the same token best. top10: overlap of the ten best, 0 to 1.
-        nll: −log p of the token that follows, judged and reference; NaN where none is known.
+        top1: whether both like the same token best.
+        top10: the overlap of the ten best, 0 to 1.
+        nll: −log p of the token that follows, by the judged side; NaN where none is known.
+        nll_reference: the same by the reference.
     """
 
     error: np.ndarray
@@ -111,7 +119,8 @@ def compare_logits(x: np.ndarray, y: np.ndarray, following: np.ndarray) -> Logit
     """Compare rows of logits.
 
     Args:
-        x, y: [n, V], judged and reference.
+        x: [n, V], the judged side's.
+        y: [n, V], the reference's.
         following: [n] int, the token that follows in the text; −1 where none is known.
     """
     px, py = log_softmax(x), log_softmax(y)
@@ -137,11 +146,13 @@ class Flip:
     """One key or expert that only one side chose.
 
     Attributes:
-        step, sequence, position: of the row that chose.
+        step: the number of the step in which a row chose it.
+        sequence: the sequence of that row.
+        position: the position of that row.
         chosen: the key's position or the expert's id.
-        by: which side chose it.
-        gap: distance of its score to the boundary, in parts of the row's spread of scores.
-        kind: tie, noise or wrong.
+        by: the side that chose it.
+        gap: the distance of its score to the boundary, in parts of the row's spread of scores.
+        kind: what the gap says: tie, noise or wrong.
     """
 
     step: int
@@ -166,13 +177,13 @@ def farthest(flips: Iterable[Flip], most: int) -> list[Flip]:
 
 
 def different(judged: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compare two sets (−1 is none): (only in `judged`, only in `reference`)."""
-    ours, theirs = judged[judged >= 0], reference[reference >= 0]
-    return np.setdiff1d(ours, theirs), np.setdiff1d(theirs, ours)
+    """Return what is only in `judged`, and what is only in `reference`, of two sets; −1 is none."""
+    by_judged, by_reference = judged[judged >= 0], reference[reference >= 0]
+    return np.setdiff1d(by_judged, by_reference), np.setdiff1d(by_reference, by_judged)
 
 
 def key_gaps(scores: np.ndarray, reference: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Distance of `keys` to the boundary of a row, in parts of the spread of its scores.
+    """Return the distance of `keys` to the boundary of a row, in parts of the spread of its scores.
 
     Args:
         scores: [L] of the visible keys (a key beyond them has an infinite gap).
@@ -196,7 +207,7 @@ def key_gaps(scores: np.ndarray, reference: np.ndarray, keys: np.ndarray) -> np.
 def expert_gaps(
     biased: np.ndarray, reference: np.ndarray, experts: np.ndarray, n_group: int, topk_group: int
 ) -> np.ndarray:
-    """Distance of `experts` to the boundary that decides about them, in units of the biased score.
+    """Return the distance of `experts` to the boundary that decides about them, in units of the biased score.
 
     An expert is judged by its own score, or by that of a group (the sum of its best two) where that is nearer: when
     a group is dropped its experts go with it, and others that are far below take their places.
@@ -205,6 +216,8 @@ def expert_gaps(
         biased: [E] score plus bias, no group masked.
         reference: experts that the reference chose.
         experts: those to measure.
+        n_group: how many groups the experts are in.
+        topk_group: how many groups are kept.
     """
     groups = biased.reshape(n_group, -1)
     group_score = np.sort(groups, -1)[:, -2:].sum(-1)
@@ -215,16 +228,16 @@ def expert_gaps(
     last = masked[reference].min()
     rest = np.setdiff1d(np.flatnonzero(np.isfinite(masked)), reference)
     first_out = masked[rest].max() if len(rest) else -np.inf
-    own, through = [], [np.inf]
+    gaps, through = [], [np.inf]
     for expert in experts:
         group = expert // size
         if not np.isfinite(masked[expert]):  # its group was dropped
-            own.append(np.inf)
+            gaps.append(np.inf)
             through.append(group_score[kept[-1]] - group_score[group])
         elif expert in reference:
-            own.append(masked[expert] - first_out)
+            gaps.append(masked[expert] - first_out)
             if topk_group < n_group:
                 through.append(group_score[group] - group_score[order[topk_group]])
         else:
-            own.append(last - masked[expert])
-    return np.minimum(np.abs(np.array(own, np.float64)), min(through))
+            gaps.append(last - masked[expert])
+    return np.minimum(np.abs(np.array(gaps, np.float64)), min(through))

@@ -28,7 +28,7 @@ def first_bad_layer(layers: tuple[int, int], bad: Callable[[int, int], bool]) ->
 
     Args:
         layers: the range.
-        bad: whether layers [a, b), given the right input, give a wrong output. Called at most
+        bad: says whether layers [a, b) make a wrong output of the right input. Called at most
             1 + ⌈log2(number of layers)⌉ times.
     """
     low, high = layers
@@ -50,14 +50,19 @@ def is_quantized(numerics: Mapping[str, object]) -> bool:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far most rows of two runs lie apart, the quantile that stands worst against what is allowed."""
+    """How far most rows of two runs lie apart, by the quantile that stands worst against what is allowed.
+
+    Attributes:
+        error: how far they lie apart at that quantile.
+        allowed: how far they may.
+    """
 
     error: float
     allowed: float
 
     @property
     def bad(self) -> bool:
-        """Beyond what is allowed; NaN is."""
+        """Whether the error is beyond what is allowed; NaN is."""
         return not self.error <= self.allowed
 
 
@@ -67,30 +72,33 @@ def spread(
     """Compare an engine with PyTorch by how far PyTorch is from itself, `noise`, over all steps of a graph.
 
     Args:
-        engine, reference, noise: dumps of one plan.
-        rows: (dump, step) -> rows to compare, or None where a dump does not have them; such steps are left out.
+        engine: the engine's dump.
+        reference: PyTorch's dump of the same plan.
+        noise: PyTorch's from inputs changed by rounding noise.
+        rows: takes a dump and a step; returns rows to compare, or None where the dump does not have them. Such steps
+            are left out.
         graph: model or mtp.
 
     Returns:
         None where no step has these rows on all sides.
     """
-    found: list[np.ndarray] = []
+    errors: list[np.ndarray] = []
     natural: list[np.ndarray] = []
     for number, (_, step) in enumerate(reference.cases):
         if step.graph != graph:
             continue
-        ours, theirs, other = (rows(dump, number) for dump in (engine, reference, noise))
-        if ours is not None and theirs is not None and other is not None:
-            found.append(row_errors(ours, theirs))
-            natural.append(row_errors(other, theirs))
-    if not found:
+        actual, expected, moved = (rows(dump, number) for dump in (engine, reference, noise))
+        if actual is not None and expected is not None and moved is not None:
+            errors.append(row_errors(actual, expected))
+            natural.append(row_errors(moved, expected))
+    if not errors:
         return None
     quantiles = _QUANTIZED if is_quantized(reference.side.numerics) else _SMOOTH
-    pairs = zip((found, natural), quantiles, strict=True)
-    errors, moved = (np.quantile(np.concatenate(parts), wanted, method="nearest") for parts, wanted in pairs)
-    bounds = SEGMENT_FACTOR * moved + SEGMENT_FLOOR
-    worst = int(np.argmax(errors / bounds))
-    return Spread(float(errors[worst]), float(bounds[worst]))
+    pairs = zip((errors, natural), quantiles, strict=True)
+    of_engine, of_noise = (np.quantile(np.concatenate(parts), wanted, method="nearest") for parts, wanted in pairs)
+    bounds = SEGMENT_FACTOR * of_noise + SEGMENT_FLOOR
+    worst = int(np.argmax(of_engine / bounds))
+    return Spread(float(of_engine[worst]), float(bounds[worst]))
 
 
 def segment_is_bad(engine: Dump, reference: Dump, noise: Dump, stop: int) -> bool:

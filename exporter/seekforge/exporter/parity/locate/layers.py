@@ -1,9 +1,9 @@
 """The engine's layers on PyTorch's inputs: each layer of the engine is given what PyTorch had before it.
 
-This is the other direction of `local`, where each operation of PyTorch is given what the engine had. It also judges
-layers behind one whose output is useless (NaN, or so far off that nothing after it means anything), and layers whose
-inside the engine does not show. What is allowed is what the same layer of PyTorch makes of its input when that
-changes by parts in a million.
+This is the other direction of `compare.operations`, where each operation of PyTorch is given what the engine had. It
+also judges layers behind one whose output is useless (NaN, or so far off that nothing after it means anything), and
+layers whose inside the engine does not show. What is allowed is what the same layer of PyTorch makes of its input when
+that changes by parts in a million.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ class FedLayer:
     """One layer of the engine on PyTorch's inputs; the number behind the last layer is final norm and head.
 
     Attributes:
-        error, allowed: of most rows, as `localize.Spread` has them.
-        bad: beyond what is allowed.
+        layer: its absolute number.
+        graph: model or mtp.
+        error: how far most rows lie apart, as `bisect.Spread` has it.
+        allowed: how far they may.
+        bad: whether the error is beyond what is allowed.
         point: the first point inside beyond what is allowed, where the inside was looked at.
-        detail: in words.
+        detail: what is known beyond that, in words.
     """
 
     layer: int
@@ -47,23 +50,23 @@ class FedLayer:
     detail: str = ""
 
 
-def judge_layers(found: Dump, reference: Dump, nudged: Dump) -> list[FedLayer]:
+def judge_layers(judged: Dump, reference: Dump, nudged: Dump) -> list[FedLayer]:
     """Compare what the engine's layers made of PyTorch's inputs with what PyTorch made of them.
 
     Args:
-        found: of `EngineSide.dump_fed`.
-        reference: PyTorch's, what `found` was fed with.
+        judged: what `EngineSide.dump_fed` wrote.
+        reference: PyTorch's dump, which `judged` was fed with.
         nudged: each layer of PyTorch on inputs changed a little.
     """
-    start, stop = found.side.layers
+    start, stop = judged.side.layers
     number = int(reference.side.config["num_hidden_layers"])
     result = []
     for layer in range(start, stop):
-        result.append(_fed(layer, "model", (found, reference, nudged), _stream(layer + 1)))
+        result.append(_fed(layer, "model", (judged, reference, nudged), _stream(layer + 1)))
     if stop == number:
-        result.append(_fed(number, "model", (found, reference, nudged), _logits))
-        if any(step.graph == "mtp" and found.has(n, "logits") for n, (_, step) in enumerate(found.cases)):
-            result.append(_fed(number, "mtp", (found, reference, nudged), _logits))
+        result.append(_fed(number, "model", (judged, reference, nudged), _logits))
+        if any(step.graph == "mtp" and judged.has(n, "logits") for n, (_, step) in enumerate(judged.cases)):
+            result.append(_fed(number, "mtp", (judged, reference, nudged), _logits))
     return result
 
 
@@ -71,11 +74,11 @@ def look_inside(engine: EngineSide, walker: Walker, reference: Dump, layer: int,
     """Run one layer of both on PyTorch's inputs and name the first point inside that differs.
 
     Args:
-        engine: of target cpu.
-        walker: PyTorch.
-        reference: has what goes into `layer`, if that is not 0.
-        layer: of the main model.
-        work: folder for what is compared; it is removed.
+        engine: an engine of target cpu.
+        walker: the PyTorch side.
+        reference: a dump with what goes into `layer`, if that is not 0.
+        layer: a layer of the main model.
+        work: the folder for what is compared; it is removed.
     """
     only = (layer, layer + 1)
     config = walker.settings.config
@@ -83,9 +86,9 @@ def look_inside(engine: EngineSide, walker: Walker, reference: Dump, layer: int,
     try:
         work.mkdir(parents=True)
         taps = [tap for tap in engine.taps if tap.endswith(f".{layer}") and not tap.startswith(INTERMEDIATE_TENSORS)]
-        found = engine.dump_fed(reference, work / "judged", only, taps)
+        judged = engine.dump_fed(reference, work / "judged", only, taps)
         walker.run(reference.plan, work, layers=only, subject=reference, points=_all_points(config, layer))
-        dumps = (found, Dump.open(work / REFERENCE), Dump.open(work / NOISE))
+        dumps = (judged, Dump.open(work / REFERENCE), Dump.open(work / NOISE))
         whole = _fed(layer, "model", dumps, _stream(layer + 1))
         for point in _all_points(config, layer):
             one = spread(*dumps, _choices(f"{point}.{layer}") if point in SELECTIONS else _point(f"{point}.{layer}"))
@@ -99,7 +102,7 @@ def look_inside(engine: EngineSide, walker: Walker, reference: Dump, layer: int,
 
 
 def _all_points(config: ModelConfig, layer: int) -> tuple[str, ...]:
-    """The points of a layer in the order of data, selections where they are made."""
+    """Return the points of a layer in the order of data, selections where they are made."""
     points = list(layer_points(config, layer))
     points.insert(points.index("o_latent"), SELECTIONS[0])
     if config.is_moe_layer(layer):

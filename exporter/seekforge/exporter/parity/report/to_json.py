@@ -99,9 +99,9 @@ def _curve(choices: Choices) -> list[dict[str, float]]:
 
 def _layer(layer: LayerComparison, result: Result) -> dict[str, Any]:
     fed = next((one.error for one in result.fed if (one.layer, one.graph) == (layer.layer, layer.graph)), None)
-    own = [r for r in result.records if r.layer == layer.layer and r.graph == layer.graph and not r.num_choices]
-    own = [r for r in own if not r.module.endswith("cache)")]
-    worst = max(own, key=lambda r: r.error, default=None)
+    records = [r for r in result.records if r.layer == layer.layer and r.graph == layer.graph and not r.num_choices]
+    records = [r for r in records if not r.module.endswith("cache)")]
+    worst = max(records, key=lambda r: r.error, default=None)
     return {
         "layer": layer.layer,
         "graph": layer.graph,
@@ -129,8 +129,12 @@ def _case(case: CaseComparison) -> dict[str, Any]:
     known = np.isfinite(case.nll) & np.isfinite(case.nll_reference)
     perplexity = {}
     if known.any():
-        ours, theirs = float(np.exp(case.nll[known].mean())), float(np.exp(case.nll_reference[known].mean()))
-        perplexity = {"perplexity": ours, "perplexity_reference": theirs, "perplexity_difference": ours - theirs}
+        judged, reference = (float(np.exp(nll[known].mean())) for nll in (case.nll, case.nll_reference))
+        perplexity = {
+            "perplexity": judged,
+            "perplexity_reference": reference,
+            "perplexity_difference": judged - reference,
+        }
     numbers = {}
     if len(case.error):
         numbers = {

@@ -1,4 +1,4 @@
-"""An engine cut between its layers: each layer takes what it is given instead of what the layer before it made.
+"""An engine cut between its layers: each layer takes an input instead of what the layer before it made.
 
 So a layer of the engine can be run on PyTorch's own inputs, all layers in one run, and what is wrong before a layer
 does not reach it. The cut engine is a folder beside the weights (linked, not copied) that the runtime opens like any
@@ -22,11 +22,9 @@ from seekforge.formats.engine.manifest import load_manifest, save_manifest
 from seekforge.formats.program import GraphIO, TensorSpec
 from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS
 
-#: Results of the end of the model.
 
-
-def given_name(value: str) -> str:
-    """Return the input that stands for a handover: `residual.3` -> `residual_in.3`."""
+def input_name(value: str) -> str:
+    """Return the input that stands for what one layer hands to the next: `residual.3` -> `residual_in.3`."""
     kind, _, layer = value.rpartition(".")
     return f"{kind}_in.{layer}"
 
@@ -35,15 +33,15 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
     """Write an engine for the CPU that holds layers [a, b) of another, each fed from outside.
 
     What goes into each layer but layer 0, and into the final norm where b is the last layer, is an input
-    `hidden_states_in.{i}`, `residual_in.{i}` [B, Q, H]. Given are the handovers behind each layer, their selections and
-    caches, `taps`, and at the end of the model its results. The graph of the MTP module stays as it is: it begins at
-    the hidden state that it is fed.
+    `hidden_states_in.{i}`, `residual_in.{i}` [B, Q, H]. What comes out is what each layer gives, its selections and
+    caches, `taps`, and at the end of the model its results. The graph of the MTP module stays: it begins at the
+    hidden state that it is fed.
 
     Args:
         engine: an engine of target cpu.
-        out: folder to make.
+        out: the folder to make.
         layers: [a, b).
-        taps: names of tap points inside these layers to give too.
+        taps: the names of tap points inside these layers that come out too.
 
     Raises:
         EngineError: the engine is compiled, or its layers cannot be told apart.
@@ -63,7 +61,7 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
         _cut(model.graph, cuts, hidden, engine)
         inside = {tap for tap in taps if int(tap.rpartition(".")[2]) in range(start, stop)}
         wanted = {f"{point}.{layer + 1}" for layer in range(start, stop) for point in INTERMEDIATE_TENSORS}
-        wanted |= {tap for tap in inside if not tap.startswith(INTERMEDIATE_TENSORS)}  # what goes in is given
+        wanted |= {tap for tap in inside if not tap.startswith(INTERMEDIATE_TENSORS)}  # what goes in is an input
         added = [tap for tap in taps_in(model) if tap in wanted]
         expose(model, added)
         kinds = (*SELECTIONS, "latent_cache_out", "index_cache_out")
@@ -75,14 +73,14 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
             kept |= before & {f"{point}_out" for point in INTERMEDIATE_TENSORS}
         _keep(model.graph, kept | set(added))
         inputs = {value.name for value in model.graph.input}
-        given = tuple(
-            TensorSpec(name=given_name(f"{point}.{layer}"), dtype="f32", shape=("B", "Q", hidden), role="token")
+        taken = tuple(
+            TensorSpec(name=input_name(f"{point}.{layer}"), dtype="f32", shape=("B", "Q", hidden), role="token")
             for layer in cuts
             for point in INTERMEDIATE_TENSORS
         )
         return face.model_copy(
             update={
-                "inputs": (*(spec for spec in face.inputs if spec.name in inputs), *given),
+                "inputs": (*(spec for spec in face.inputs if spec.name in inputs), *taken),
                 "outputs": (*(spec for spec in face.outputs if spec.name in kept), *tap_specs(model, added)),
                 "aliases": {output: source for output, source in face.aliases.items() if output in kept},
             }
@@ -109,15 +107,15 @@ def _cut(graph: onnx.GraphProto, layers: Sequence[int], hidden: int, engine: Pat
     """Make what goes into each of `layers` a graph input, in place."""
     producer = {name: node for node in graph.node for name in node.output}
     pairs = {layer: [f"{point}.{layer}" for point in INTERMEDIATE_TENSORS] for layer in layers}
-    renamed = {value: given_name(value) for pair in pairs.values() for value in pair}
+    renamed = {value: input_name(value) for pair in pairs.values() for value in pair}
     for value in renamed:
         if value not in producer:
             raise EngineError(f"{engine}: its graph shows no {value}, so it cannot be cut there; build it again")
     for node in graph.node:
         node.input[:] = [renamed.get(value, value) for value in node.input]
     for layer, pair in pairs.items():
-        # a value that the layer before reads too would make that layer depend on what the next one is given
-        if not {given_name(value) for value in pair}.isdisjoint(_values_behind(producer, pair)):
+        # a value that the layer before reads too would make that layer depend on what the next one takes
+        if not {input_name(value) for value in pair}.isdisjoint(_values_behind(producer, pair)):
             raise EngineError(f"{engine}: layer {layer - 1} reads what goes into layer {layer}; build the engine again")
     graph.input.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "Q", hidden]) for name in renamed.values()
@@ -126,15 +124,15 @@ def _cut(graph: onnx.GraphProto, layers: Sequence[int], hidden: int, engine: Pat
 
 def _values_behind(producer: Mapping[str, onnx.NodeProto], values: Iterable[str]) -> set[str]:
     """Return all values that `values` are made of, themselves included."""
-    found: set[str] = set()
+    behind: set[str] = set()
     left = list(values)
     while left:
         value = left.pop()
-        if value not in found:
-            found.add(value)
+        if value not in behind:
+            behind.add(value)
             if value in producer:
                 left += _reads(producer[value])
-    return found
+    return behind
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`transformers`' model of the family in FP32 as the other side: an implementation that shares no line with ours.
+"""`transformers`' model of the family in FP32 as the other side: an implementation that shares no line with it.
 
 It has neither FP8 nor Hadamard nor an MTP module, and it is run on whole prompts, so only `whole` cases can be
 compared, with an engine of `exact` numerics. The whole model is in memory, in FP32: it is for small models.
@@ -47,8 +47,9 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Parit
     """Run `transformers` on the whole prompts of a plan.
 
     Args:
-        checkpoint_folder: the FP8 checkpoint. source: its tensors.
-        plan: of `whole` cases only.
+        checkpoint_folder: the FP8 checkpoint.
+        source: its tensors.
+        plan: steps of `whole` cases only.
         out: an empty folder for the dump.
         work: an empty folder for a dequantized copy, which is removed by its owner.
 
