@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tests.support.graph_walk import (
 )
 from tests.support.graph_walker import CapturedStep, HostPlace, plugin_module
 from tests.support.host_device import write_host_kernels
+from tests.support.made_once import made_once
 from tests.support.standard_ops import OPERATORS, run_standard
 
 from seekforge.common.errors import EngineError, ProgramError
@@ -49,28 +50,33 @@ SMALL |= {"num_key_value_heads": 4, "num_hidden_layers": NUM_LAYERS, "num_nextn_
 PAST = (70, 5)
 
 
-class Rig:
-    """Opens walks over programs of a small checkpoint, which are exported once."""
+#: Takes the name of a folder and what fills it; returns the folder, made once.
+Once = Callable[[str, Callable[[Path], None]], Path]
 
-    def __init__(self, checkpoint: Path, root: Path, stack: ExitStack) -> None:
-        root.mkdir(exist_ok=True)
-        self.root, self.checkpoint = root, checkpoint
+
+class Rig:
+    """Opens walks over programs of a small checkpoint, which are exported once for all workers."""
+
+    def __init__(self, checkpoint: Path, once: Once, stack: ExitStack) -> None:
+        self.checkpoint, self.once = checkpoint, once
         self.source = stack.enter_context(Checkpoint.open(checkpoint))
         self.tables, self.num_blocks = shuffled_tables([past + 12 for past in PAST], np.random.default_rng(1))
 
     def program(self, numerics: str, num_layers: int) -> Path:
-        folder = self.root / f"{numerics}-{num_layers}"
-        if not folder.is_dir():
-            export(self.checkpoint, folder, numerics=NUMERICS[numerics], num_layers=num_layers)
-        return folder
+        def make(root: Path) -> None:
+            export(self.checkpoint, root / "program", numerics=NUMERICS[numerics], num_layers=num_layers)
+
+        return self.once(f"{numerics}-{num_layers}", make) / "program"
 
     def walk(
         self, numerics: str, kv_format: KvFormat, sm: int, *, trt: Any = None, num_layers: int = NUM_LAYERS
     ) -> Walk:
         program = self.program(numerics, num_layers)
-        engine = self.root / f"kernels-{numerics}-{num_layers}-{kv_format}-{sm}"
-        if not engine.is_dir():
-            write_host_kernels(engine, kernel_ops(load_program(program), kv_format), sm)
+
+        def make(root: Path) -> None:
+            write_host_kernels(root, kernel_ops(load_program(program), kv_format), sm)
+
+        engine = self.once(f"kernels-{numerics}-{num_layers}-{kv_format}-{sm}", make)
         return Walk(
             self.source, program, engine, HostPlace(sm), kv_format=kv_format, num_blocks=self.num_blocks, trt=trt
         )
@@ -88,11 +94,16 @@ class Rig:
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory):
-    root = tmp_path_factory.mktemp("walks")
     raw = load_preset("tiny").config_json | SMALL
-    new_checkpoint(root / "small", Preset("small", 1, raw, ModelConfig.parse(raw, "small")))
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        return made_once(tmp_path_factory, f"walks-{name}", make)
+
+    def make_checkpoint(root: Path) -> None:
+        new_checkpoint(root / "small", Preset("small", 1, raw, ModelConfig.parse(raw, "small")))
+
     with ExitStack() as stack:
-        yield Rig(root / "small", root / "walks", stack)
+        yield Rig(once("checkpoint", make_checkpoint) / "small", once, stack)
 
 
 def test_prefill_then_decode_without_fp8_rounding_meets_the_gates_of_two_runs(rig: Rig) -> None:
@@ -164,8 +175,8 @@ def test_a_node_that_is_wrong_by_its_own_inputs_is_named(rig: Rig, monkeypatch: 
             walk.walker.run(walk.inputs(step), judge_node)
 
 
-def test_kernels_of_another_digest_are_refused(rig: Rig) -> None:
-    engine = rig.root / "empty"
+def test_kernels_of_another_digest_are_refused(rig: Rig, tmp_path: Path) -> None:
+    engine = tmp_path / "empty"
     (engine / "kernels").mkdir(parents=True)
     with pytest.raises(EngineError, match="built without compiled kernels"):
         Walk(rig.source, rig.program("exact", 1), engine, HostPlace(), kv_format="bf16", num_blocks=rig.num_blocks)
@@ -185,11 +196,15 @@ def test_tensorrt_rtx_gives_the_plugin_classes_where_it_is_installed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("sm", "kv_format"), [(80, "fp8_ds"), (90, "fp8_ds"), (90, "bf16"), (120, "fp8_ds")])
 def test_the_whole_tiny_model_prefills_and_decodes(
-    tiny_checkpoint: Path, tmp_path: Path, sm: int, kv_format: KvFormat
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, sm: int, kv_format: KvFormat
 ) -> None:
     """All four layers, and a prompt that is longer than `index_topk`."""
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        return made_once(tmp_path_factory, f"whole-walks-{name}", make)
+
     stack = ExitStack()
-    rig = Rig(tiny_checkpoint, tmp_path, stack)
+    rig = Rig(tiny_checkpoint, once, stack)
     walk = rig.walk("fp8", kv_format, sm, num_layers=4)
     for step in (rig.step((70, 9), (0, 0)), rig.step((1, 1), (70, 9), seed=1), rig.step((3, 2), (71, 10), seed=2)):
         noise = walk.noise(step)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from tests.support.made_once import made_once
 from tests.support.parity_faults import (
     bent_engine,
     build_engine,
@@ -69,20 +71,37 @@ class Page(HTMLParser):
                 self.values.append(value or "")
 
 
+@dataclass(frozen=True)
+class Saved:
+    """One check of the right fp8 engine, with everything kept; do not write into its folder."""
+
+    root: Path
+
+    @property
+    def exit_code(self) -> int:
+        return int((self.root / "exit_code").read_text())
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.root / "report.json").read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
-def saved(
-    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """One check of the right fp8 engine, with everything kept."""
-    root = tmp_path_factory.mktemp("parity")
-    args = (tiny_engines["fp8"], "--checkpoint", tiny_checkpoint, *FEW, "--save", root / "dumps")
-    result = invoke(*args, "--html", root / "report.html", "--json")
-    return {"result": result, "root": root, "report": json.loads(result.stdout)}
+def saved(tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The check, made once for all tests."""
+
+    def make(root: Path) -> None:
+        args = (tiny_engines["fp8"], "--checkpoint", tiny_checkpoint, *FEW, "--save", root / "dumps")
+        result = invoke(*args, "--html", root / "report.html", "--json")
+        (root / "exit_code").write_text(str(result.exit_code))
+        (root / "report.json").write_text(result.stdout, encoding="utf-8")
+
+    return Saved(made_once(tmp_path_factory, "saved-parity", make))
 
 
-def test_a_right_engine_passes_and_says_why(saved: dict[str, Any]) -> None:
-    result, report = saved["result"], saved["report"]
-    assert result.exit_code == 0 and report["passed"] and report["finding"] is None, result.output
+def test_a_right_engine_passes_and_says_why(saved: Saved) -> None:
+    report = saved.report
+    assert saved.exit_code == 0 and report["passed"] and report["finding"] is None, report["gates"]
     assert {gate["name"] for gate in report["gates"]} >= {"operations", "choices", "caches", "logits", "KL", "top-1"}
     assert all(gate["reason"] for gate in report["gates"])
     assert len(report["operations"]) > 100 and report["num_engine_runs"] == 2  # as it is, and fed by PyTorch
@@ -93,8 +112,8 @@ def test_a_right_engine_passes_and_says_why(saved: dict[str, Any]) -> None:
     assert case["perplexity_reference"] > 1 and len(case["heat"]) == 4 and len(case["heat"][0]) == 70
 
 
-def test_the_page_stands_alone_and_has_numbers_behind_every_point(saved: dict[str, Any]) -> None:
-    text = (saved["root"] / "report.html").read_text(encoding="utf-8")
+def test_the_page_stands_alone_and_has_numbers_behind_every_point(saved: Saved) -> None:
+    text = (saved.root / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.fetched == [] and "http" not in text and "@import" not in text
     assert page.tags["svg"] >= 3 and page.tags["table"] >= 4 and page.tags["meta"] >= 2
@@ -103,23 +122,21 @@ def test_the_page_stands_alone_and_has_numbers_behind_every_point(saved: dict[st
     assert any(value.startswith("layer 3, sequence 0, position") for value in page.values)
 
 
-def test_dumps_are_compared_elsewhere(saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
-    dumps = saved["root"] / "dumps"
+def test_dumps_are_compared_elsewhere(saved: Saved, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    dumps = saved.root / "dumps"
     moved = shutil.copytree(dumps, tmp_path / "other machine")
     both = invoke("--from-dump", moved / "judged", "--from-dump", moved / "reference", "--json")
     report = json.loads(both.stdout)
     assert both.exit_code == 0 and report["operations"] == []  # there are no weights here
-    assert report["cases"][0]["kl_mean"] == saved["report"]["cases"][0]["kl_mean"]
+    assert report["cases"][0]["kl_mean"] == saved.report["cases"][0]["kl_mean"]
     assert report["layers"][0]["noise"] is not None  # noise lies beside the reference
     judged = invoke("--from-dump", moved / "judged", "--checkpoint", tiny_checkpoint, "--json")
     assert judged.exit_code == 0 and len(json.loads(judged.stdout)["operations"]) > 100
 
 
-def test_a_fault_fails_with_1_and_is_named_in_the_terminal(
-    saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_fault_fails_with_1_and_is_named_in_the_terminal(saved: Saved, tiny_checkpoint: Path, tmp_path: Path) -> None:
     wrong = edited_checkpoint(tiny_checkpoint, tmp_path / "wrong", {NORM: scaled(1.05, 3)})
-    judged = saved["root"] / "dumps" / "judged"
+    judged = saved.root / "dumps" / "judged"
     page = tmp_path / "report.html"
     result = invoke("--from-dump", judged, "--checkpoint", wrong, "--html", page)
     assert result.exit_code == 1
@@ -134,15 +151,15 @@ def test_a_fault_fails_with_1_and_is_named_in_the_terminal(
 
 @pytest.mark.parametrize("name", [NORM, "model.layers.1.mlp.gate.e_score_correction_bias"])
 def test_a_damaged_checkpoint_is_no_fault_of_the_engine(
-    saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path, name: str
+    saved: Saved, tiny_checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
     damaged = edited_checkpoint(tiny_checkpoint, tmp_path / "damaged", {name: scaled(float("nan"), 3)})
-    line = refuse("--from-dump", saved["root"] / "dumps" / "judged", "--checkpoint", damaged)
+    line = refuse("--from-dump", saved.root / "dumps" / "judged", "--checkpoint", damaged)
     assert name in line and "holds nan at [3]" in line and "download it again" in line
 
 
-def test_the_brief_report_is_the_cases_and_the_verdict(saved: dict[str, Any]) -> None:
-    dumps = saved["root"] / "dumps"
+def test_the_brief_report_is_the_cases_and_the_verdict(saved: Saved) -> None:
+    dumps = saved.root / "dumps"
     result = invoke("--from-dump", dumps / "judged", "--from-dump", dumps / "reference", "--brief")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[-1].strip() == "passed" and len(lines) < 16, result.stdout
@@ -297,12 +314,12 @@ def test_the_first_layer_alone_is_checked(tiny_checkpoint: Path, tmp_path: Path)
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(
-    saved: dict[str, Any], tiny_engines: dict[str, Path], tiny_checkpoint: Path, args: tuple[str, ...], words: str
+    saved: Saved, tiny_engines: dict[str, Path], tiny_checkpoint: Path, args: tuple[str, ...], words: str
 ) -> None:
     places = {
         "engine": tiny_engines["exact"],
         "checkpoint": tiny_checkpoint,
-        "dump": saved["root"] / "dumps" / "judged",
+        "dump": saved.root / "dumps" / "judged",
     }
     assert words in refuse(*(arg.format(**places) for arg in args))
 
@@ -326,9 +343,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(
-    saved: dict[str, Any], tiny_engines: dict[str, Path], tiny_checkpoint: Path, args: tuple[str, ...], words: str
+    saved: Saved, tiny_engines: dict[str, Path], tiny_checkpoint: Path, args: tuple[str, ...], words: str
 ) -> None:
-    dump = saved["root"] / "dumps" / "judged"
+    dump = saved.root / "dumps" / "judged"
     places = {"engine": tiny_engines["exact"], "checkpoint": tiny_checkpoint, "dump": dump}
     assert words in refuse(*(arg.format(**places) for arg in args))
 
@@ -396,15 +413,15 @@ def test_an_engine_without_weights_gets_them_from_the_checkpoint_that_judges_it(
     assert "--checkpoint" not in commands[1]
 
 
-def test_dumps_of_other_steps_are_refused(saved: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_dumps_of_other_steps_are_refused(saved: Saved, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "torch"
     invoke("--checkpoint", tiny_checkpoint, "--save", out, "--contexts", "5", "--modes", "whole", "--quiet")
-    judged = saved["root"] / "dumps" / "judged"
+    judged = saved.root / "dumps" / "judged"
     assert "ran different steps" in refuse("--from-dump", judged, "--from-dump", out / "reference")
 
 
-def test_damaged_results_do_not_pass(saved: dict[str, Any], tmp_path: Path) -> None:
-    copy = shutil.copytree(saved["root"] / "dumps", tmp_path / "copy")
+def test_damaged_results_do_not_pass(saved: Saved, tmp_path: Path) -> None:
+    copy = shutil.copytree(saved.root / "dumps", tmp_path / "copy")
     dump = Dump.open(copy / "judged")
     file = copy / "judged" / dump._tensors[0]["logits"].file
     value = np.array(dump.tensor(0, "logits"))
