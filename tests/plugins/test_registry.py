@@ -8,6 +8,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,19 @@ from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.formats.numerics import FP8
 from seekforge.formats.parallelism import ONE_RANK
 from seekforge.plugins.kernels.launch_plan import SMS, op_kernels
-from seekforge.plugins.operator import NO_TAPS, KernelForm, Operator, OpSpec, RankModel, Step, load
-from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, KERNEL_FORMS, OPERATORS, SPECS
+from seekforge.plugins.operator import (
+    NO_TAPS,
+    FoldedForm,
+    KernelForm,
+    Operator,
+    OpSpec,
+    Products,
+    RankModel,
+    Step,
+    Taps,
+    load,
+)
+from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, CACHE_OPS, FP8_OPS, KERNEL_FORMS, OPERATORS, SPECS
 
 ROOTS = [Path(__file__).parents[2] / root for root in ("exporter", "plugins", "runtime")]
 PLUGINS = Path(seekforge.plugins.__path__[0])
@@ -45,16 +57,26 @@ def test_every_folder_has_the_parts_of_an_operator() -> None:
         assert wanted <= names, op
 
 
-@pytest.mark.parametrize("kind", [Operator, KernelForm])
-def test_a_description_that_leaves_something_out_is_an_error(kind: type[Operator] | type[KernelForm]) -> None:
-    operator = OPERATORS[BF16_LINEAR]
-    whole = operator if kind is Operator else operator.kernels
-    assert whole is not None
-    fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(kind)}
+@pytest.mark.parametrize("kind", [Operator, KernelForm, Products, Taps, FoldedForm])
+def test_a_description_that_leaves_something_out_is_an_error(kind: type[Any]) -> None:
+    operator = OPERATORS[BLOCK_FP8_LINEAR]
+    parts = (operator, operator.kernels, operator.products, operator.taps, operator.folded)
+    whole = next(part for part in parts if type(part) is kind)
+    fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
     assert kind(**fields) == whole
     for name in fields:
         with pytest.raises(TypeError, match=f"missing 1 required keyword-only argument: '{name}'"):
             kind(**{key: value for key, value in fields.items() if key != name})
+
+
+def test_what_is_always_inlined_says_what_it_holds() -> None:
+    """An operator with kernels has a workspace instead."""
+    for op, operator in OPERATORS.items():
+        assert operator.kernels is None or operator.inlined_scratch is None, op
+    dense = dataclasses.replace(MODEL, config=load_preset("tiny-v3").config)
+    scratch = OPERATORS["MlaAttention"].inlined_scratch
+    assert scratch is not None and scratch(MODEL, STEP) == 0
+    assert scratch(dense, dataclasses.replace(STEP, batch=4)) == 2 * scratch(dense, STEP) > 0
 
 
 def named(operator: Operator) -> Iterator[str]:

@@ -351,6 +351,8 @@ class Operator:
         inlined_limits: what TensorRT takes of that function.
         inlined_weights: how the function stores FP8 weights for TensorRT: float8 where the target has it, or always
             INT8-typed bytes. None without FP8 weights.
+        inlined_scratch: (model, step) -> bytes that the function's operators hold at once on a GPU, of an operator that
+            engines for GPUs always inline; None with kernels, or where those hold no more than it gives.
         folded: the form for CPUs; None where nothing is folded.
         products: its matrix products; None where it has none.
         taps: what `parity` sees of it.
@@ -362,6 +364,7 @@ class Operator:
     body: str
     inlined_limits: tuple[InlinedLimit, ...]
     inlined_weights: Literal["float8", "int8"] | None
+    inlined_scratch: Callable[[RankModel, Step], int] | None
     folded: FoldedForm | None
     products: Products | None
     taps: Taps

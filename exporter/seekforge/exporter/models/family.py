@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 from seekforge.exporter.models.parameters import Parameter, Tensor
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -50,6 +51,7 @@ class Family:
         codes: kind of weight -> the smallest codes that an int4 engine stores it in, or f32.
         places: what nodes are named after beside modules -> the same in words.
         caches: kind of paged cache of a layer -> values that one token has in it.
+        kv_formats: formats of the caches that engines for GPUs can have, the default first.
         taps: where in a layer parity looks.
     """
 
@@ -63,6 +65,7 @@ class Family:
     codes: Mapping[str, str]
     places: Mapping[str, str]
     caches: Callable[[ModelConfig], dict[str, int]]
+    kv_formats: tuple[Literal["fp8_ds", "bf16"], ...]
     taps: Taps
 
     def module(self, name: str) -> ModuleType:

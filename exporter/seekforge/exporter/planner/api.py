@@ -12,6 +12,7 @@ from seekforge.common.configs import known, load_yaml
 from seekforge.common.errors import ConfigError, TargetError
 from seekforge.exporter.calls import AnyPath, Count, Counts, Flag, Precisions, Source, Sources, many, public
 from seekforge.exporter.checkpoint.source import headers, parse_repo
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.planner.answer import Answer, Question, answer, best, fewest
 from seekforge.exporter.planner.chart import Row, write_plan_chart
@@ -89,7 +90,7 @@ def plan(
     contexts: Counts = (),
     batch_size: Count = 1,
     precision: Precisions = (),
-    kv_cache_dtype: Literal["fp8_ds", "bf16"] = "fp8_ds",
+    kv_cache_dtype: Literal["fp8_ds", "bf16"] | None = None,
     mtp: Flag = False,
     chart: AnyPath | None = None,
 ) -> PlanResult:
@@ -105,7 +106,7 @@ def plan(
         contexts: tokens of a sequence; none: 1K to 160K.
         batch_size: sequences at once.
         precision: of weights, "fp8", "bf16" or both, which none takes.
-        kv_cache_dtype: format of the caches.
+        kv_cache_dtype: format of the caches; None: fp8_ds, or bf16 of a model whose attention has no kernels for that.
         mtp: with the MTP module, drafting one token per step.
         chart: draw GPUs and memory into this .png or .svg.
 
@@ -128,10 +129,11 @@ def plan(
             raise TargetError(f"target {one.name} is no GPU; 'seekforge plan' sizes GPUs")
     if mtp and config.mtp_layer is None:
         raise ConfigError(f"{name}: has no MTP module (num_nextn_predict_layers is 0); leave --mtp out")
+    kv_format = _kv_format(name, config, kv_cache_dtype)
     layout = _layout(tp, pp, dp, num_gpus, config, ep=ep)
     wanted: Iterable[Precision] = many(precision) or ("fp8", "bf16")
     rows: list[Row] = []
-    for question in [Question(one, kv_cache_dtype, mtp, ep) for one in wanted]:
+    for question in [Question(one, kv_format, mtp, ep) for one in wanted]:
         for one in targets:
             for length in lengths or [config.max_position_embeddings]:
                 work = Workload(length, batch_size, one.limits.max_num_batched_tokens, 1 if mtp else 0)
@@ -144,9 +146,19 @@ def plan(
         active_parameters=active_parameters(config),
         checkpoint_bytes=checkpoint_bytes(config),
         weight_bytes={one: weight_bytes(config, mtp=mtp, precision=one) for one in ("fp8", "bf16")},
-        cache_bytes_per_token=cache_bytes_per_token(config, kv_cache_dtype, num_layers=config.num_hidden_layers + mtp),
+        cache_bytes_per_token=cache_bytes_per_token(config, kv_format, num_layers=config.num_hidden_layers + mtp),
     )
-    return PlanResult(config, size, tuple(rows), kv_cache_dtype, mtp)
+    return PlanResult(config, size, tuple(rows), kv_format, mtp)
+
+
+def _kv_format(name: str, config: ModelConfig, wanted: Literal["fp8_ds", "bf16"] | None) -> KvFormat:
+    formats = family_of(config).kv_formats
+    if wanted is not None and wanted not in formats:
+        raise ConfigError(
+            f"{name}: the caches of a {config.model_type} model are {' or '.join(formats)} on GPUs, "
+            f"--kv-cache-dtype is {wanted}; leave it out"
+        )
+    return wanted or formats[0]
 
 
 def read_config(model: str) -> ModelConfig:

@@ -64,7 +64,7 @@ _PARTS = {
     metavar="fp8,bf16",
     help="Of weights. Default: both.",
 )
-@kv_cache_dtype_option("Format of the caches.", default="fp8_ds")
+@kv_cache_dtype_option("Format of the caches. Default: fp8_ds where the model's attention has kernels, else bf16.")
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")
 @click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw GPUs and memory: .png or .svg.")
 @click.option("--all", "everything", is_flag=True, help="Without --target too: every context, both precisions.")

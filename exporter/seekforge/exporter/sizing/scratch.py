@@ -1,4 +1,6 @@
-"""Scratch memory of a model's operators in one step: what their launch plans ask for. No torch, no Triton, no file.
+"""Scratch memory of a model's operators in one step: what their launch plans ask for, or their bodies hold.
+
+No torch, no Triton, no file.
 
 The sizes are those that an exported graph gives the operators (a test compares them), so what the planner counts and
 what a build expects is what the plugins ask TensorRT for.
@@ -18,7 +20,7 @@ from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.plugins.kernels.launch_plan import SMS, bound_workspace_bytes
 from seekforge.plugins.operator import RankModel, Step, cdiv
-from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
+from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS, OPERATORS
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ def _step(
         static = form.static_sizes(model)
         calls = (static | sizes for sizes in form.step_sizes(model, step))
         scratch[op] = max((bound_workspace_bytes(op, call, kernels.sms) for call in calls), default=0)
+    for op, operator in OPERATORS.items():
+        if operator.inlined_scratch is not None:
+            scratch[op] = operator.inlined_scratch(model, step)
     return scratch
 
 

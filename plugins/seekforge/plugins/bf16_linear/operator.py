@@ -27,6 +27,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.bf16_linear.function:body",
     inlined_limits=(),
     inlined_weights=None,
+    inlined_scratch=None,
     folded=None,
     products=Products(
         flops=lambda shapes, config, keys: 2.0 * math.prod(shapes["weight"]),

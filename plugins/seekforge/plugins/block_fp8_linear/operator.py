@@ -27,6 +27,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.block_fp8_linear.function:body",
     inlined_limits=(),
     inlined_weights="float8",
+    inlined_scratch=None,
     folded=FoldedForm(
         op_type=FOLDED,
         body="seekforge.plugins.block_fp8_linear.function:folded_body",

@@ -44,6 +44,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.dsa_attention.function:body",
     inlined_limits=(),
     inlined_weights=None,
+    inlined_scratch=None,
     folded=None,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * min(keys, config.index_topk),

@@ -43,6 +43,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.dsa_indexer.function:body",
     inlined_limits=(InlinedLimit("index_topk", 3840, "TensorRT's TopK takes"),),
     inlined_weights=None,
+    inlined_scratch=None,
     folded=None,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * keys,

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.dsa_attention.operator import flops_per_key
 from seekforge.plugins.mla_attention.spec import SPEC
-from seekforge.plugins.operator import Operator, Products, Taps
+from seekforge.plugins.operator import Operator, Products, RankModel, Step, Taps
+
+
+def inlined_scratch(model: RankModel, step: Step) -> int:
+    """Return bytes for one row of queries: cached rows and their transpose, scores and weights of all heads, in f32."""
+    if model.config.index_topk:  # a model with an indexer does not call it
+        return 0
+    values = 2 * (model.config.latent_dim + model.sizes.num_attention_heads)
+    return step.batch * step.num_blocks * BLOCK_SIZE * values * 4
+
 
 OPERATOR = Operator(
     spec=SPEC,
@@ -12,6 +22,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.mla_attention.function:body",
     inlined_limits=(),
     inlined_weights=None,
+    inlined_scratch=inlined_scratch,
     folded=None,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * keys,

@@ -11,6 +11,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.mla_cache_write.function:body",
     inlined_limits=(),
     inlined_weights=None,
+    inlined_scratch=None,
     folded=None,
     products=None,
     taps=Taps(inputs={"c": "kv_latent", "k_pe": "k_pe"}, outputs={}),

@@ -44,6 +44,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.moe_experts.function:body",
     inlined_limits=(),
     inlined_weights="int8",  # the body has a loop, and TensorRT takes no float8 in one
+    inlined_scratch=None,
     folded=FoldedForm(
         op_type=FOLDED,
         body="seekforge.plugins.moe_experts.function:folded_body",

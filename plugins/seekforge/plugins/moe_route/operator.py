@@ -31,6 +31,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.moe_route.function:body",
     inlined_limits=(),
     inlined_weights=None,
+    inlined_scratch=None,
     folded=None,
     products=None,
     taps=Taps(inputs={"logits": "router_logits"}, outputs={"expert_weights": "expert_weights"}),

@@ -9,6 +9,7 @@ OPERATOR = Operator(
     body="seekforge.plugins.sum_ranks.function:body",
     inlined_limits=(),
     inlined_weights=None,
+    inlined_scratch=None,
     folded=None,
     products=None,
     taps=NO_TAPS,

@@ -17,5 +17,6 @@ FAMILY: Final = Family(
     codes=parameters.CODES,
     places=parameters.PLACES,
     caches=parameters.caches,
+    kv_formats=("bf16",),  # what reads fp8_ds are kernels, which its attention has not
     taps=TAPS,
 )

@@ -17,5 +17,6 @@ FAMILY: Final = Family(
     codes=parameters.CODES,
     places=parameters.PLACES,
     caches=parameters.caches,
+    kv_formats=("fp8_ds", "bf16"),
     taps=TAPS,
 )
