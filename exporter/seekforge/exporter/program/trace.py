@@ -31,6 +31,7 @@ from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
 from seekforge.exporter.models.deepseek_v32.step import Settings
 from seekforge.exporter.models.deepseek_v32.weights import recipes
 from seekforge.exporter.program.canonical_names import canonicalise
+from seekforge.exporter.program.lower import lower
 from seekforge.exporter.program.replicate import layers_to_trace, stamp
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import role_of
@@ -148,7 +149,7 @@ def trace(
         exported = _export(part, step_inputs(part))
     progress("convert")
     register_schemas()
-    converted = _convert(exported, step_inputs(part), output_names(part))
+    converted = _convert(lower(exported), step_inputs(part), output_names(part))
     if "logits" not in whole.result_names():
         _drop_input(converted, "logits_index")
     _weights_to_inputs(converted, [name for name, _ in part.named_parameters()])
