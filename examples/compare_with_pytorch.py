@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from seekforge import LLM, SamplingParams
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import numerics_from_dict

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from seekforge.common.errors import EngineError, RequestError
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import digest_file, save_manifest

@@ -18,9 +18,9 @@ from torch import Tensor
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import prepare, wide_weights
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.exporter.models.deepseek_v32.weights import to_torch
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.models.shared.weights import to_torch
 from seekforge.exporter.parity.compare.metrics import compare_logits
 from seekforge.exporter.parity.gates import KL, NOISE_FACTOR, TOP1
 from seekforge.formats.checkpoint.model_config import ModelConfig

@@ -28,7 +28,7 @@ from tests.support.standard_ops import attributes, run_standard
 from torch import Tensor
 
 from seekforge.common.errors import EnvironmentFault, ProgramError
-from seekforge.exporter.models.deepseek_v32.weights import to_torch
+from seekforge.exporter.models.shared.weights import to_torch
 from seekforge.plugins.kernels.index import LauncherSource
 from seekforge.plugins.kernels.launcher import CudaDriver, Driver
 from seekforge.plugins.operator import DOMAIN

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
+from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.exporter.tolerances import GATE
 from seekforge.formats import parity_steps

@@ -26,9 +26,9 @@ from tests.support.parity_faults import (
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.models.deepseek_v32 import attention
-from seekforge.exporter.models.deepseek_v32.layers import rope_interleaved
-from seekforge.exporter.models.deepseek_v32.model import StepModel
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.layers import rope_interleaved
+from seekforge.exporter.models.shared.model import StepModel
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.check import Result, check_engine
 from seekforge.exporter.parity.compare.operations import LocalJudge
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.compare.dumps import CaseComparison, Comparison, draw_folder, more_draws
 from seekforge.exporter.parity.compare.metrics import Difference
 from seekforge.exporter.parity.gates import judge

@@ -18,7 +18,7 @@ import pytest
 import seekforge.exporter.program.export as export_module
 from seekforge.common.errors import CheckpointError, OutputError, SeekforgeError
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.export import export
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig

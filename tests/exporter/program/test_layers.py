@@ -14,8 +14,8 @@ from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.export import export
 from seekforge.exporter.program.layers import check_range, count_groups, outside, parse_layers, truncate
 from seekforge.formats.checkpoint.model_config import ModelConfig

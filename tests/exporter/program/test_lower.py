@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.checkpoint.presets import load_preset
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.lower import lower
 from seekforge.exporter.program.trace import trace
 from seekforge.formats.numerics import NUMERICS

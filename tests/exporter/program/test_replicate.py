@@ -7,7 +7,7 @@ import pytest
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.checkpoint.presets import load_preset
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.canonical_names import AFTER, BEFORE, canonicalise, layer_of, renumber, segments
 from seekforge.exporter.program.replicate import layers_to_trace, stamp
 from seekforge.exporter.program.trace import Traced, trace

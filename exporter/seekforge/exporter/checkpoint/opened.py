@@ -43,7 +43,7 @@ def open_checkpoint(folder: Path) -> Iterator[Opened]:
         folder: of a checkpoint.
 
     Raises:
-        ConfigError, CheckpointError: it is not what a `deepseek_v32` model needs.
+        ConfigError, CheckpointError: it is not what a model of its type needs.
     """
     config, notes = ModelConfig.read(folder)
     with Checkpoint.open(folder) as checkpoint:

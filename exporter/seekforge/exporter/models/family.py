@@ -17,8 +17,8 @@ class Taps:
     """Points of a layer that parity looks at, in the order of data; see `program.taps`, which finds them in a graph.
 
     Attributes:
-        attention: from the norm before the attention to the norm behind it.
-        dense, moe: behind that in a layer of either kind.
+        attention: points from the norm before the attention to the norm behind it.
+        dense, moe: points behind those in a layer of either kind.
         linears: `BlockFp8Linear` by its module: (the point of its input, that of its output).
         norm: the point of a LayerNormalization's result.
         per_head: points with an axis of heads.
@@ -41,7 +41,7 @@ class Family:
     """One model family: a folder beside this file.
 
     Attributes:
-        model_type: of `config.json`.
+        model_type: value of that key in `config.json`.
         package: dotted name of the folder. `models.weights`, for instance, is `weights` of it: see `module`.
         layer_tensors: tensors of a layer in a checkpoint's order, those of the MTP layer included.
         end_tensors: tensors before the first layer, and those behind the last one.

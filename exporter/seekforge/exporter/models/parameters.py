@@ -1,9 +1,10 @@
 """What a table of parameters consists of, and what follows from one: tensors of a checkpoint, recipes of a program.
 
 A family's `parameters` module (`deepseek_v32.parameters`, for instance) lists the tensors that a checkpoint holds and
-the parameters that a program makes of them. Everything else that is known about weights is derived from those rows:
-the schema of checkpoints and the MTP layer's copies (`checkpoint.schema`), random values (`checkpoint.new`), recipes
-(here), bytes and FLOPs (`sizing`), and the words for a module in messages (`builder.tensorrt.diagnostics`). No torch.
+the parameters that a program makes of them; `shared.parameters` has the rows of several families. Everything else that
+is known about weights is derived from those rows: the schema of checkpoints and the MTP layer's copies
+(`checkpoint.schema`), random values (`checkpoint.new`), recipes (here), bytes and FLOPs (`sizing`), and the words for a
+module in messages (`builder.tensorrt.diagnostics`). No torch.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Parameter:
         tensors: modules or names of `Tensor`s, in the order in which their rows are stacked.
         does: what it is, for people.
         op: the operator that multiplies with it as it is in a GPU engine; empty where there is none.
-        rows: of `per_head`: which rows of each head of `kv_b_proj`.
+        rows: which rows of each head of `kv_b_proj` a `per_head` parameter takes.
         is_behind: whether only results behind the last layer read it.
     """
 
@@ -147,10 +148,10 @@ def recipes_of(
     Args:
         parameters: rows of the program.
         tensors: rows of the checkpoint that they name, and others.
-        config: of the model.
+        config: the model.
         source: prefix of the tensors' names.
         target: prefix of the parameters' names.
-        dtype: of activations.
+        dtype: element type of activations.
         parallelism: how ranks share the model.
     """
     named = {key: tensor for tensor in tensors for key in (tensor.name, tensor.module)}

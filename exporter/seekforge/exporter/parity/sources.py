@@ -12,7 +12,7 @@ from pathlib import Path
 from seekforge.common.errors import ConfigError, OptionError, OutputError
 from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.checkpoint.opened import open_checkpoint
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.check import Noise, Result, check_engine, conclude
 from seekforge.exporter.parity.compare.dumps import check_comparable, check_pair
 from seekforge.exporter.parity.compare.operations import OpRecord

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.common.errors import ConfigError
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.compare.dumps import compare, draw_folder
 from seekforge.exporter.parity.compare.operations import LocalJudge, OpRecord
 from seekforge.exporter.parity.sides.torch_reference import Reference

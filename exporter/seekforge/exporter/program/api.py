@@ -83,7 +83,7 @@ def export(
 
     Raises:
         OptionError: an argument is none that it takes.
-        ConfigError, CheckpointError: the checkpoint is not what a `deepseek_v32` model needs.
+        ConfigError, CheckpointError: the checkpoint is not what a model of its type needs.
         ProgramError: the traced graph misses a promise.
         OutputError: `out` cannot be written.
         EnvironmentFault: a library is not installed.

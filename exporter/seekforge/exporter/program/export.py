@@ -17,9 +17,9 @@ from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import text_files
-from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.exporter.models.deepseek_v32.weights import unused_tensors
 from seekforge.exporter.models.sharding import check_parallelism
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.models.shared.weights import unused_tensors
 from seekforge.exporter.program.graph_io import graph_io
 from seekforge.exporter.program.inline import plain
 from seekforge.exporter.program.layers import check_range, count_groups, outside, truncate
@@ -88,7 +88,7 @@ def export(
         progress: told each stage.
 
     Raises:
-        ConfigError, CheckpointError: the checkpoint is not what a `deepseek_v32` model needs.
+        ConfigError, CheckpointError: the checkpoint is not what a model of its type needs.
         ProgramError: the traced graph misses a promise.
         OutputError: `out` cannot be written.
     """
@@ -119,7 +119,7 @@ def export(
         unused = {name: reason for name, reason in unused.items() if name in sizes}
         shared = _account(bindings, sizes, unused, away)
         progress("attach function bodies, check, write")
-        faces, ops = {}, {}
+        written, ops = {}, {}
         for name, graph in traced.items():
             attach(graph.model, CANONICAL)
             annotate(
@@ -131,7 +131,7 @@ def export(
                 layer_range=layer_range,
                 parallelism=parallelism,
             )
-            faces[name] = _write_graph(graph, folder, f"{name}.onnx")
+            written[name] = _write_graph(graph, folder, f"{name}.onnx")
             _count_ops(graph.model, ops)
             if plain_f32:
                 _write_plain(graph.model, config, folder / f"{name}.f32.onnx")
@@ -148,7 +148,7 @@ def export(
             config=config.model_dump(mode="json"),
             truncated_from=None if config is whole else whole.num_hidden_layers,
             ops=ops,
-            graphs=faces,
+            graphs=written,
             unused=unused | needless,
             outside=count_groups(away),
             parallelism=parallelism,

@@ -27,9 +27,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from seekforge.common.dtypes import ONNX
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
-from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.exporter.models.deepseek_v32.weights import recipes
+from seekforge.exporter.models.shared.model import MtpModel, StepModel
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.models.shared.weights import recipes
 from seekforge.exporter.program.canonical_names import canonicalise
 from seekforge.exporter.program.lower import lower
 from seekforge.exporter.program.replicate import layers_to_trace, stamp
@@ -315,12 +315,12 @@ def _finish(model: ir.Model) -> onnx.ModelProto:
 
 def _check_promises(model: onnx.ModelProto, inputs: list[_Input]) -> None:
     """Every declared dynamic axis must still be symbolic, under its own name, and every operator be known."""
-    found = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     for spec in inputs:
-        if spec.name not in found:
+        if spec.name not in shapes:
             continue
         for axis, dim in enumerate(spec.shape):
-            got = found[spec.name][axis]
+            got = shapes[spec.name][axis]
             if isinstance(dim, str) and got.dim_param != dim:
                 raise ProgramError(f"trace fixed axis {dim} of {spec.name} to {got.dim_value}; it must stay symbolic")
     known = {"", DOMAIN}

@@ -27,8 +27,8 @@ from tests.support.parity import (
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.export import export
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.checkpoint.model_config import ModelConfig

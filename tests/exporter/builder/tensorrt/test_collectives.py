@@ -11,7 +11,7 @@ from seekforge.exporter.builder.options import CompilerOptions
 from seekforge.exporter.builder.tensorrt.compiler import compile_graph
 from seekforge.exporter.builder.tensorrt.graph import prepare
 from seekforge.exporter.checkpoint.presets import load_preset
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.trace import trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8

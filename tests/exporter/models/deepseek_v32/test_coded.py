@@ -9,9 +9,9 @@ import pytest
 import torch
 from onnx import helper
 
-from seekforge.exporter.models.deepseek_v32.layers import CodedLinear
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.layers import CodedLinear
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.int_codes import pack, quantize_rows

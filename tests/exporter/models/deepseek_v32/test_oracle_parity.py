@@ -31,10 +31,10 @@ from tests.support.parity import (
 )
 
 import seekforge.exporter.models.deepseek_v32.attention as attention
-import seekforge.exporter.models.deepseek_v32.layers as layers
+import seekforge.exporter.models.shared.layers as layers
 import seekforge.plugins.moe_route.reference as moe_route_reference
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import EXACT

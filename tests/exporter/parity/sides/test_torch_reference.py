@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from seekforge.common.errors import ConfigError
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.exporter.models.layer_operations import LayerModule
+from seekforge.exporter.models.shared.layer_operations import LayerModule
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.sides import torch_reference as walking
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import Stream

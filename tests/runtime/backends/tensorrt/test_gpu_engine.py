@@ -18,8 +18,8 @@ from tests.support.build_options import gpu_options
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import check, open_inputs
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS

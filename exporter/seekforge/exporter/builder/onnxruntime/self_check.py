@@ -25,8 +25,8 @@ from torch import Tensor
 
 from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.tolerances import GATE, PERTURBATION
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, SelfCheck, SelfCheckRow

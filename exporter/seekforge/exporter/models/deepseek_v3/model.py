@@ -1,26 +1,31 @@
-"""The step programs of DeepSeek-V3: those of DeepSeek-V3.2 with another attention."""
+"""The step programs of DeepSeek-V3: those of all families, with its attention."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from seekforge.exporter.models.deepseek_v3.attention import Attention
-from seekforge.exporter.models.deepseek_v32 import model as v32
+from seekforge.exporter.models.shared import model
+
+#: What the attention of a layer chooses.
+SELECTIONS: Final[tuple[str, ...]] = ()
 
 
-class DecoderLayer(v32.DecoderLayer):
+class DecoderLayer(model.DecoderLayer):
     """Attention and MLP, each behind an add-and-norm."""
 
     attention = Attention
 
 
-class StepModel(v32.StepModel):
+class StepModel(model.StepModel):
     """Layers [start, stop) of the main model."""
 
     layer = DecoderLayer
-    selections = ()
+    selections = SELECTIONS
 
 
-class MtpModel(v32.MtpModel):
+class MtpModel(model.MtpModel):
     """The multi-token-prediction module."""
 
     layer = DecoderLayer
-    selections = ()
+    selections = SELECTIONS

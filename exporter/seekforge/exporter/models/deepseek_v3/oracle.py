@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from seekforge.exporter.models.deepseek_v32.oracle import watch
+from seekforge.exporter.models.shared.oracle import selections, watch
 
-__all__ = ["model_class", "watch"]
+__all__ = ["model_class", "selections", "watch"]
 
 
 def model_class() -> Any:

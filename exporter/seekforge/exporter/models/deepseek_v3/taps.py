@@ -1,20 +1,34 @@
-"""The points of a DeepSeek-V3 layer that parity looks at: those of DeepSeek-V3.2 without the indexer's."""
+"""The points of a DeepSeek-V3 layer that parity looks at: those of every family."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Final
 
-from seekforge.exporter.models.deepseek_v32.taps import TAPS as _V32
 from seekforge.exporter.models.family import Taps
+from seekforge.exporter.models.shared import taps
 
-_INDEXER: Final = ("index_k_norm", "index_k", "wq_b", "index_q", "index_w")
+ATTENTION = (
+    "attn_norm",
+    "qkv_a",
+    "q_a_norm",
+    "q_b",
+    "q_pe",
+    "q_latent",
+    "kv_latent",
+    "k_pe",
+    "o_latent",
+    "o",
+    "attn_out",
+    "mlp_norm",
+)
 
-TAPS: Final[Taps] = dataclasses.replace(
-    _V32,
-    attention=tuple(point for point in _V32.attention if point not in _INDEXER),
-    linears={module: points for module, points in _V32.linears.items() if points[1] not in _INDEXER},
+TAPS: Final = Taps(
+    attention=ATTENTION,
+    dense=taps.DENSE,
+    moe=taps.MOE,
+    linears=taps.LINEARS,
     norm="",
-    per_head=tuple(point for point in _V32.per_head if point not in _INDEXER),
-    required=_V32.required - set(_INDEXER),
+    per_head=taps.PER_HEAD,
+    required=taps.REQUIRED,
+    width=taps.width,
 )

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seekforge.exporter.models.deepseek_v32.layers import (
+from seekforge.exporter.models.shared.latent_attention import LatentAttention
+from seekforge.exporter.models.shared.layers import (
     LinearF32,
-    RmsNorm,
-    SumRanks,
     fp8_linear,
-    product_per_head,
     rope_half_split,
     rope_interleaved,
     weight,
 )
-from seekforge.exporter.models.deepseek_v32.step import Settings, Step
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.models.shared.step import Step
 from seekforge.plugins.dsa_attention.op import dsa_attention
 from seekforge.plugins.dsa_cache_write.op import dsa_cache_write
 from seekforge.plugins.dsa_indexer.op import dsa_indexer
@@ -44,7 +43,7 @@ class Indexer(nn.Module):
         Args:
             x: [B, Q, num_heads · D].
             step: has the tables.
-            num_heads: of queries; None for keys, which have no axis of heads.
+            num_heads: number of heads of queries; None for keys, which have no axis of heads.
 
         Returns:
             [B, Q, num_heads, D], or [B, Q, D] for keys; dtype of `x`.
@@ -81,24 +80,12 @@ class KeyNorm(nn.Module):
         return F.layer_norm(x.float(), (x.shape[-1],), self.weight, self.bias, K_NORM_EPS).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(LatentAttention):
     """One attention block; `qkv_a_proj` holds q_a_proj, indexer.wk and kv_a_proj_with_mqa, in this order."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        config = settings.config
-        self.settings, self.config = settings, config
-        self.heads = heads = settings.rank.num_attention_heads
-        self.splits = [config.q_lora_rank, config.index_head_dim, config.kv_lora_rank, config.qk_rope_head_dim]
-        self.qkv_a_proj = fp8_linear(settings, "qkv_a_proj", config.hidden_size, sum(self.splits))
-        self.q_a_layernorm = RmsNorm(config.q_lora_rank, config.rms_norm_eps, settings.dtype)
-        self.q_b_proj = fp8_linear(settings, "q_b_proj", config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_layernorm = RmsNorm(config.kv_lora_rank, config.rms_norm_eps, settings.dtype)
-        self.w_uk = weight(heads, config.qk_nope_head_dim, config.kv_lora_rank, dtype=settings.dtype)
-        self.w_uv = weight(heads, config.v_head_dim, config.kv_lora_rank, dtype=settings.dtype)
-        self.o_proj = fp8_linear(settings, "o_proj", heads * config.v_head_dim, config.hidden_size)
+        super().__init__(settings, settings.config.index_head_dim)
         self.indexer = Indexer(settings)
-        self.sum_ranks = SumRanks(settings.parallelism.tp)
 
     def forward(
         self, x: Tensor, step: Step, latent_cache: Tensor, index_cache: Tensor
@@ -107,20 +94,18 @@ class Attention(nn.Module):
 
         Args:
             x: [B, Q, hidden_size], normed.
-            latent_cache: [NB·64, latent_dim]. index_cache: [NB·64, index_head_dim].
+            step: where its tokens stand.
+            latent_cache: [NB·64, latent_dim].
+            index_cache: [NB·64, index_head_dim].
 
         Returns:
             Output [B, Q, hidden_size], both caches with this step's rows, (topk_indices [B, Q, index_topk],).
         """
         config, numerics = self.config, self.settings.numerics
-        kv_format = self.settings.dtype_name
+        kv_format, lead = self.settings.dtype_name, x.shape[:2]
         q_raw, index_raw, c_raw, k_pe = self.qkv_a_proj(x).split(self.splits, dim=-1)
         qr = self.q_a_layernorm(q_raw)
-        lead = x.shape[:2]
-        q = self.q_b_proj(qr).view(-1, self.heads, config.qk_head_dim)  # [B·Q, h, ...]: see product_per_head
-        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_pe = rope_interleaved(q_pe.reshape(*lead, -1), step.cos, step.sin, self.heads)
-        q_pe = q_pe.unflatten(-1, (self.heads, -1))
+        q_nope, q_pe = self.queries(qr, step)
         latent_cache, index_cache = dsa_cache_write(
             latent_cache,
             index_cache,
@@ -146,12 +131,17 @@ class Attention(nn.Module):
         if self.settings.form == "naive":
             o = self._naive(q_nope.unflatten(0, lead), q_pe, latent_cache, step, topk_indices)
         else:
-            q_latent = product_per_head(q_nope, self.w_uk).unflatten(0, lead)
             o_latent = dsa_attention(
-                q_latent, q_pe, latent_cache, step.block_table, topk_indices, config.softmax_scale, kv_format
+                self.latent_queries(q_nope, lead),
+                q_pe,
+                latent_cache,
+                step.block_table,
+                topk_indices,
+                config.softmax_scale,
+                kv_format,
             )
-            o = product_per_head(o_latent.flatten(0, 1), self.w_uv.transpose(1, 2))
-        return self.sum_ranks(self.o_proj(o.reshape(*lead, -1))), (latent_cache, index_cache), (topk_indices,)
+            o = self.values(o_latent)
+        return self.output(o, lead), (latent_cache, index_cache), (topk_indices,)
 
     def _naive(self, q_nope: Tensor, q_pe: Tensor, latent_cache: Tensor, step: Step, topk: Tensor) -> Tensor:
         """Multi-head form with expanded keys and values and a mask (spec §3.4): [B, Q, h, v_head_dim]."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from seekforge.exporter.models import load_family
-from seekforge.exporter.models.deepseek_v32.moe import Moe
-from seekforge.exporter.models.layer_operations import Part
+from seekforge.exporter.models.shared.layer_operations import Part
+from seekforge.exporter.models.shared.moe import Moe
 from seekforge.exporter.parity.compare.metrics import (
     Flip,
     classify,

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from seekforge.common.errors import ConfigError
-from seekforge.exporter.models.deepseek_v32.moe import Moe
-from seekforge.exporter.models.deepseek_v32.step import Settings, Step
-from seekforge.exporter.models.layer_operations import NEXT, LayerModule, LayerState, Op, OuterModule, Values
+from seekforge.exporter.models.shared.layer_operations import NEXT, LayerModule, LayerState, Op, OuterModule, Values
+from seekforge.exporter.models.shared.moe import Moe
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.models.shared.step import Step
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
 from seekforge.formats.dump import Dump
 from seekforge.formats.parity_steps import ParitySteps, step_inputs

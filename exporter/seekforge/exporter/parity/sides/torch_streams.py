@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op
+from seekforge.exporter.models.shared.layer_operations import LayerModule, LayerState, Op
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump, DumpWriter
 from seekforge.formats.numerics import Numerics

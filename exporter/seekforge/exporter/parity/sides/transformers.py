@@ -80,11 +80,7 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Parit
             # the pair that our layers hand over: what the MLP gave, and the stream it is added to
             tensors[f"hidden_states.{layer + 1}"] = (out_ - mid).numpy()
             tensors[f"residual.{layer + 1}"] = mid.numpy()
-        rows = len(step.tokens[0])
-        for layer, chosen in seen["keys"].items():
-            tensors[f"topk_indices.{layer}"] = family.module("oracle").topk_indices(chosen, rows, config)
-        for layer, chosen in seen["experts"].items():
-            tensors[f"expert_ids.{layer}"] = chosen.reshape(-1, chosen.shape[-1]).astype(np.int32)
+        tensors |= family.module("oracle").selections(seen, config)
         writer.write(step_number, tensors)
     writer.close()
     return Dump.open(out)
@@ -95,7 +91,7 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
     from safetensors.torch import save_file
     from transformers.utils import logging
 
-    from seekforge.exporter.models.deepseek_v32.weights import to_torch
+    from seekforge.exporter.models.shared.weights import to_torch
 
     tensors: dict[str, torch.Tensor] = {}
     with open_checkpoint(checkpoint_folder) as opened:

@@ -11,8 +11,8 @@ import torch
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
 from seekforge.exporter.models.parameters import Parameter, Tensor, recipes_of
+from seekforge.exporter.models.shared.model import MtpModel, StepModel
 from seekforge.formats.checkpoint.model_config import ModelConfig, RopeScaling
 from seekforge.formats.int_quant import quantized_recipes
 from seekforge.formats.weight_recipes import (

@@ -5,8 +5,7 @@ values that an engine had at each point, each operation answers for itself alone
 engine's value by the order of a sum and nothing else, in every numerics, since both sides quantize the same numbers.
 So the first operation that differs by more is where the fault is, and nothing before it or behind it is blamed.
 
-The lists are in the model family's `attention_ops` (up to the cache write, and behind it) and `mlp_ops`; here is what
-they are made of.
+The lists are in the model family's `operations`, up to the cache write and behind it; here is what they are made of.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.deepseek_v32.step import Settings, Step
-from seekforge.exporter.models.deepseek_v32.weights import recipes, to_torch
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.models.shared.step import Step
+from seekforge.exporter.models.shared.weights import recipes, to_torch
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate, tensors_of
 
@@ -50,7 +50,7 @@ class Op:
         output: point it gives.
         run: values of its inputs -> its output.
         tensors: checkpoint tensors it reads, full names.
-        parts: of an output that several checkpoint modules share.
+        parts: columns of an output that several checkpoint modules share; empty where one gives it all.
     """
 
     module: str
@@ -84,8 +84,7 @@ class LayerModule:
         with torch.device("meta"):
             # a family's own class: its operations know what it is made of
             self.module: Any = family_of(self.config).module("model").DecoderLayer(settings, layer)
-        attention, mlp = (family_of(self.config).module(name) for name in ("attention_ops", "mlp_ops"))
-        self._attention_ops, self._mlp_ops = attention, mlp
+        self._operations = family_of(self.config).module("operations")
         prefix = f"layers.{layer}."
         self._recipes = {
             name.removeprefix(prefix): recipe
@@ -119,23 +118,23 @@ class LayerModule:
 
     def before_cache(self, state: LayerState) -> list[Op]:
         """Return the operations up to the cache write."""
-        return self._attention_ops.before_cache(self, state)
+        return self._operations.before_cache(self, state)
 
     def behind_cache(self, state: LayerState) -> list[Op]:
         """Return the operations behind the cache write: the rest of the attention, and the MLP."""
-        return [*self._attention_ops.behind_cache(self, state), *self._mlp_ops.mlp_ops(self, state)]
+        return self._operations.behind_cache(self, state)
 
     def shows_cached(self, values: Values) -> bool:
         """Whether all that goes into the caches is among `values`."""
-        return values.keys() >= set(self._attention_ops.CACHED)
+        return values.keys() >= set(self._operations.CACHED)
 
     def write_cache(self, state: LayerState, values: Values) -> None:
         """Put this step's rows into the caches of `state`."""
-        self._attention_ops.write_cache(self, state, values)
+        self._operations.write_cache(self, state, values)
 
     def key_scores(self, state: LayerState, values: Values) -> Tensor:
         """Return [B, Q, L] scores by which keys are chosen, for a family that chooses keys."""
-        return self._attention_ops.key_scores(self, state, values)
+        return self._operations.key_scores(self, state, values)
 
 
 class OuterModule:

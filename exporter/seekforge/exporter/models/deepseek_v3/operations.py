@@ -1,9 +1,10 @@
-"""The operations of a layer's attention, from its input to the output projection (see `models.layer_operations`)."""
+"""The operations of a layer of DeepSeek-V3 (see `models.shared.layer_operations`)."""
 
 from __future__ import annotations
 
-from seekforge.exporter.models.deepseek_v32.attention_ops import mla_before_cache, mla_output
-from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op, Values
+from seekforge.exporter.models.shared import latent_operations
+from seekforge.exporter.models.shared.layer_operations import LayerModule, LayerState, Op, Values
+from seekforge.exporter.models.shared.mlp_operations import mlp_operations
 from seekforge.plugins.mla_attention.reference import mla_attention
 from seekforge.plugins.mla_cache_write.reference import mla_cache_write
 
@@ -13,7 +14,7 @@ CACHED = ("kv_latent", "k_pe")
 
 def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
     """Return the operations up to the cache write."""
-    return mla_before_cache(owner, state)
+    return latent_operations.before_cache(owner, state)
 
 
 def write_cache(owner: LayerModule, state: LayerState, values: Values) -> None:
@@ -28,7 +29,7 @@ def write_cache(owner: LayerModule, state: LayerState, values: Values) -> None:
 
 
 def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
-    """Return the operations behind the cache write."""
+    """Return the operations behind the cache write: attention and MLP."""
     step = state.step
     return [
         Op(
@@ -46,5 +47,6 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
                 owner.settings.dtype_name,
             ),
         ),
-        *mla_output(owner),
+        *latent_operations.output(owner),
+        *mlp_operations(owner, state),
     ]

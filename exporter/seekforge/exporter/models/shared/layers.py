@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx.ops import rotary_embedding
 
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.plugins.block_fp8_linear.op import block_fp8_linear
 from seekforge.plugins.operator import cdiv

@@ -1,17 +1,17 @@
-"""The operations behind a layer's attention: residual stream, MLP or experts (see `models.layer_operations`)."""
+"""The operations behind a layer's attention: residual stream, MLP or experts (see `layer_operations`)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from seekforge.exporter.models.deepseek_v32.layers import Mlp, swiglu
-from seekforge.exporter.models.deepseek_v32.moe import Moe
-from seekforge.exporter.models.layer_operations import LayerModule, LayerState, Op, Part, Values
+from seekforge.exporter.models.shared.layer_operations import LayerModule, LayerState, Op, Part, Values
+from seekforge.exporter.models.shared.layers import Mlp, swiglu
+from seekforge.exporter.models.shared.moe import Moe
 from seekforge.plugins.moe_route.reference import moe_route
 
 
-def mlp_ops(owner: LayerModule, state: LayerState) -> list[Op]:
+def mlp_operations(owner: LayerModule, state: LayerState) -> list[Op]:
     """Return the operations behind attention: the residual stream and the MLP."""
     layer, names = owner.module, owner.tensors
 

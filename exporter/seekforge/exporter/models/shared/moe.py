@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seekforge.exporter.models.deepseek_v32.layers import LinearF32, Mlp, SumRanks, coded_product, swiglu, weight
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.layers import LinearF32, Mlp, SumRanks, coded_product, swiglu, weight
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.plugins.moe_experts.op import moe_experts
 from seekforge.plugins.moe_route.op import moe_route

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.deepseek_v32.model import MtpModel, StepModel
-from seekforge.exporter.models.deepseek_v32.step import Settings
-from seekforge.exporter.models.deepseek_v32.weights import load_weights
+from seekforge.exporter.models.shared.model import MtpModel, StepModel
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.models.shared.weights import load_weights
 from seekforge.formats.paged_cache import blocks_needed
 from seekforge.formats.step_io import MODEL, MTP, StepInputs, lay_out
 from seekforge.formats.weight_recipes import TensorSource
