@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from seekforge.common.errors import ConfigError
 from seekforge.common.records import RecordError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.formats.parallelism import ONE_RANK, Coordinates, Parallelism
+from seekforge.formats.program import Program
 
 
 def test_ranks_are_numbered_as_vllm_does() -> None:
@@ -40,6 +43,37 @@ def test_experts_are_dealt_out_among_tensor_parallel_ranks() -> None:
 def test_a_layout_is_written(layout: Parallelism, words: str, options: str) -> None:
     assert (str(layout), layout.options) == (words, options)
     assert Parallelism.model_validate(layout.model_dump(mode="json")) == layout
+
+
+@pytest.mark.parametrize(
+    ("pp", "stages", "fits"),
+    [
+        (1, [[0, 4]], True),
+        (2, [[0, 3], [3, 4]], True),
+        (2, [[0, 4]], False),
+        (1, [[0, 2], [2, 4]], False),
+        (2, [[0, 2], [3, 4]], False),
+        (2, [[0, 4], [4, 4]], False),
+        (2, [[0, 2], [2, 5]], False),
+        (1, [], False),
+    ],
+)
+def test_stages_of_a_program_have_each_layer_once(pp: int, stages: list[list[int]], fits: bool) -> None:
+    raw = {name: {} for name in ("numerics", "config", "ops", "graphs", "unused", "shared")} | {
+        "format": 3, "seekforge_version": "0", "opset": 23, "layer_range": [0, 4], "files": [],
+        "parallelism": {"pp": pp}, "pipeline_stages": stages,
+    }  # fmt: skip
+    with nullcontext() if fits else pytest.raises(RecordError, match="pipeline_stages"):
+        Program.model_validate(raw)
+
+
+def test_a_program_is_that_of_one_replica() -> None:
+    raw = {name: {} for name in ("numerics", "config", "ops", "graphs", "unused", "shared")} | {
+        "format": 3, "seekforge_version": "0", "opset": 23, "layer_range": [0, 4], "files": [],
+        "parallelism": {"dp": 2}, "pipeline_stages": [[0, 4]],
+    }  # fmt: skip
+    with pytest.raises(RecordError, match=r"parallelism\.dp.*is 2, expected 1"):
+        Program.model_validate(raw)
 
 
 def test_sizes_are_positive_numbers() -> None:

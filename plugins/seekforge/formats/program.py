@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -53,6 +55,16 @@ _ROLES: dict[str, Role] = {
 def role_of(name: str) -> Role | None:
     """Return the role of a tensor by its name, such as `latent_cache.3`; None where the name does not tell."""
     return _ROLES.get(name.partition(".")[0])
+
+
+#: The layer whose weight, cache or tap an input or output is.
+LAYER = re.compile(r"^(?:layers\.(\d+)\.|(?:latent_cache|index_cache|topk_indices|expert_ids)(?:_out)?\.(\d+)$)")
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that an input or output belongs to, or None."""
+    match = LAYER.match(name)
+    return None if match is None else int(match[1] or match[2])
 
 
 class TensorSpec(Record):
@@ -109,7 +121,9 @@ class Program(Record):
         graphs: "model", and "mtp" when the model has an MTP layer and the range ends at the last layer.
         unused: checkpoint tensors that no input reads, with the reason.
         outside: what other ranges read: `model.layers.7.*` or a tensor's name -> how many tensors.
-        parallelism: how many ranks share the model, and how; the graphs are those of each rank of a replica.
+        parallelism: how many ranks share the model, and how. Tensor-parallel ranks run these graphs; of `model.onnx`
+            each of them runs the layers of its pipeline stage, and those of the last stage run `mtp.onnx`.
+        pipeline_stages: [a, b) of each stage; together the layers of `layer_range`.
         shared: checkpoint tensors that several inputs read, with those inputs ("graph:input").
         files: tokenizer and chat files carried along, relative to the program folder.
     """
@@ -118,6 +132,7 @@ class Program(Record):
     seekforge_version: str
     opset: int
     layer_range: tuple[int, int]
+    pipeline_stages: tuple[tuple[int, int], ...]
     numerics: dict[str, Any]
     config: dict[str, Any]
     ops: dict[str, OpUse]
@@ -132,8 +147,19 @@ class Program(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parallelism.dp != 1:
+            problem = f"is {self.parallelism.dp}, expected 1: a program is that of one replica"
+            raise RecordError(problem, ("parallelism", "dp"))
+        borders = [self.layer_range[0], *(stop for _, stop in self.pipeline_stages)]
+        ranges = tuple(itertools.pairwise(borders))
+        if (
+            len(ranges) != self.parallelism.pp
+            or ranges != self.pipeline_stages
+            or borders[-1] != self.layer_range[1]
+            or any(start >= stop for start, stop in ranges)
+        ):
+            expected = f"{self.parallelism.pp} adjacent ranges of the layers {list(self.layer_range)}"
             raise RecordError(
-                f"is {self.parallelism.dp}, expected 1: a program is that of one replica", ("parallelism", "dp")
+                f"is {list(map(list, self.pipeline_stages))!r:.200}, expected {expected}", ("pipeline_stages",)
             )
         for index, name in enumerate(self.files):
             if name not in TEXT_FILES and not name.startswith(f"{ENCODING}/"):

@@ -41,6 +41,7 @@ def program(tiny_config: ModelConfig, tmp_path: Path) -> Program:
         seekforge_version="0",
         opset=23,
         layer_range=(0, 2),
+        pipeline_stages=((0, 2),),
         numerics={},
         config=tiny_config.model_dump(mode="json"),
         ops={},

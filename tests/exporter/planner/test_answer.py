@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 
 from seekforge.common.cli.charts import tokens
 from seekforge.common.errors import ConfigError, OutputError, TargetError
+from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.planner.answer import (
     Question,
     answer,
@@ -24,6 +26,7 @@ from seekforge.exporter.planner.answer import (
     speed,
 )
 from seekforge.exporter.planner.cli import plan
+from seekforge.exporter.program.cli import export
 from seekforge.exporter.sizing.memory import (
     Workload,
     held_bytes,
@@ -317,6 +320,19 @@ def test_the_table_and_the_chart(tmp_path: Path) -> None:
     assert {"1K", "63K", "125K", "usable memory"} <= drawn
     assert any(text and text.startswith("8 × h200") for text in drawn)
     assert any(text and text.startswith("h100  ") for text in drawn), "a row of the table"
+
+
+def test_every_layout_is_printed_with_the_command_that_exports_it() -> None:
+    for args in (("full",), ("full", "--ep", "--target", "h100,rtx4090", "--contexts", "1K,8K"), ("tiny",)):
+        text = invoke(*args).stdout
+        lines = [line.partition(": seekforge export CHECKPOINT PROGRAM") for line in text.splitlines()]
+        told = {layout: rest.split() for layout, command, rest in lines if command}
+        assert told and len({*map(tuple, told.values())}) == len(told)
+        for layout, options in told.items():
+            parsed = export.make_context("export", ["CHECKPOINT", "PROGRAM", *options]).params
+            asked = Parallelism(tp=parsed["tp"], pp=parsed["pp"], ep=parsed["ep"])
+            assert str(asked) == layout.partition("·DP")[0]
+            check_parallelism(load_preset(args[0]).config, asked)
 
 
 def test_a_checkpoint_needs_its_config_alone(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_each_precision_says_how_many_gpus_each_context_needs(full: ModelConfig,
         assert len(column.targets) == len(GPUS)
     counts = {name.split()[0]: [cell.num_gpus for cell in cells] for name, cells in fp8.targets}
     assert counts["h200"] == [8, 8, 8]
-    assert counts["l40s"] == [16, 24, 24]
+    assert counts["l40s"] == [24, 24, 24], "sixteen would do if stages were cut without the MTP module"
     counts = {name.split()[0]: [cell.num_gpus for cell in cells] for name, cells in bf16.targets}
     assert counts["h200"] == [16, 16, 16]
 
@@ -81,10 +81,11 @@ def test_a_color_is_a_memory_size_in_every_column(full: ModelConfig, everything:
 
 
 def test_no_curve_is_drawn_twice(full: ModelConfig, everything: list[Row]) -> None:
+    """Within a memory size, that is: two sizes in two layouts may be as full as each other by chance."""
     for column in plan_columns(full, everything, marked=MARKED):
         for one, other in itertools.combinations(column.curves, 2):
             apart = max(abs(a - b) for (_, a), (_, b) in zip(one.points, other.points, strict=True))
-            assert apart > 0.5, f"{one.name} lies on {other.name}"
+            assert one.group != other.group or apart > 0.5, f"{one.name} lies on {other.name}"
         for curve in column.curves:
             assert set(MARKED) <= {context for context, _ in curve.points}
 

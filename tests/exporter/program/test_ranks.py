@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,31 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
+from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.models.shared.model import StepModel
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.weights import recipes
+from seekforge.exporter.program.rank_bindings import rank_bindings
 from seekforge.exporter.program.ranks import merge
 from seekforge.exporter.program.specialize import specialize
-from seekforge.exporter.program.trace import Traced, trace
+from seekforge.exporter.program.stages import cut
+from seekforge.exporter.program.trace import OPSET, Traced, trace
+from seekforge.exporter.sizing.memory import pipeline_stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.loader import Loader, allocate
 from seekforge.formats.numerics import EXACT, FP8, Numerics
 from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.step_io import INTERMEDIATE_TENSORS, StepInputs, lay_out
-from seekforge.formats.weight_recipes import coverage, for_rank, retarget
+from seekforge.formats.program import PROGRAM_FORMAT, Program
+from seekforge.formats.step_io import StepInputs, lay_out
+from seekforge.formats.weight_recipes import coverage, retarget
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
 
 HOW = Specialization("f32", "float8", "f32", "ort")
-SHARED = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index", "hidden_states", "residual")
+TABLES = ("rope_cos", "rope_sin")
+SHARED = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index")
 PROMPT = np.random.default_rng(5).integers(16, 900, 71).tolist()
 
 
@@ -58,29 +63,54 @@ def source(preset: Preset, tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield checkpoint
 
 
+def _program(config: ModelConfig, ranks: Parallelism) -> Program:
+    """Return what program.json says of these two layers."""
+    return Program(
+        format=PROGRAM_FORMAT,
+        seekforge_version="0",
+        opset=OPSET,
+        layer_range=(0, 2),
+        pipeline_stages=pipeline_stages(config, ranks),
+        numerics={},
+        config=config.model_dump(mode="json"),
+        ops={},
+        graphs={},
+        unused={},
+        shared={},
+        files=(),
+        parallelism=ranks,
+    )
+
+
 def _merged(
-    traced: Traced, config: ModelConfig, ranks: Parallelism, source: Checkpoint, folder: Path
+    stage: onnx.ModelProto, number: int, traced: Traced, program: Program, source: Checkpoint, folder: Path
 ) -> onnx.ModelProto:
-    """Specialize and fold the graph for each rank, and join them; weights go to one file in `folder`."""
+    """Specialize and fold the graph of a stage for each of its ranks, and join them; weights go to `folder`."""
     weights = WeightFile("weights.bin")
-    graphs = []
-    for rank in range(ranks.tp):
-        model = specialize(traced.model, HOW, config)
-        of_rank = {
-            name: retarget(for_rank(recipe, ranks, rank), activations="f32", fp8_dtype="f8e4m3")
-            for name, recipe in traced.recipes.items()
+    graphs, tp = [], program.parallelism.tp
+    config = ModelConfig.parse(program.config, "test")
+    for rank in range(number * tp, (number + 1) * tp):
+        model = specialize(stage, HOW, config)
+        read = {
+            name: retarget(recipe, activations="f32", fp8_dtype="f8e4m3")
+            for name, recipe in rank_bindings(program, {"model": traced.recipes}, rank)["model"].items()
         }
-        constants = fold_weights(model, limit_tables(of_rank, ("rope_cos", "rope_sin"), 512))
+        inputs = {value.name for value in model.graph.input}
+        assert {name for name, recipe in read.items() if recipe.op != "computed"} <= inputs, "no more than it needs"
+        constants = fold_weights(model, limit_tables({n: r for n, r in read.items() if n in inputs}, TABLES, 512))
         weights.attach(model, constants)
         graphs.append(model)
     folder.mkdir()
     weights.write(folder, source, lambda done, total: None)
-    merged = merge(graphs, SHARED) if ranks.tp > 1 else graphs[0]
+    handed = [value.name for value in stage.graph.input if value.name.startswith("handover.")]
+    merged = merge(graphs, [*SHARED, *handed]) if tp > 1 else graphs[0]
     attach(merged, HOW)
     return inliner.inline_local_functions(merged)
 
 
-def _run(model: onnx.ModelProto, folder: Path, step: StepInputs) -> dict[str, np.ndarray]:
+def _run(
+    model: onnx.ModelProto, folder: Path, step: StepInputs, handed: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -90,39 +120,38 @@ def _run(model: onnx.ModelProto, folder: Path, step: StepInputs) -> dict[str, np
         if "_cache" in value.name:
             feeds[value.name] = np.zeros((256, value.shape[1]), np.float32)
         else:
-            feeds[value.name] = step.array(value.name)
+            feeds[value.name] = handed[value.name] if value.name in handed else step.array(value.name)
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def _assert_ranks_equal_whole(
-    preset: Preset,
-    source: Checkpoint,
-    tmp_path: Path,
-    ranks: Parallelism,
-    *,
-    numerics: Numerics = EXACT,
-    stages: tuple[tuple[int, int], ...] = ((0, 2),),
+    preset: Preset, source: Checkpoint, tmp_path: Path, ranks: Parallelism, *, numerics: Numerics = EXACT
 ) -> None:
     config = preset.config
+    check_parallelism(config, ranks)
     whole = TorchSession(Settings(config, numerics, "f32"), source).prefill(PROMPT)
     step = lay_out([PROMPT], [0], [[1, 2]])
+    traced = trace(Settings(config, numerics, "bf16", parallelism=ranks), (0, 2), lambda stage: None)
+    sums = [node for node in traced.model.graph.node if node.op_type == "SumRanks"]
+    assert len(sums) == (4 if ranks.tp > 1 else 0)
+    program = _program(config, ranks)
+    parts = cut(traced.model, program.pipeline_stages) if ranks.pp > 1 else [traced.model]
+    assert len(parts) == ranks.pp
+    handed: dict[str, np.ndarray] = {}
     results: dict[str, np.ndarray] = {}
-    for layers in stages:
-        settings = Settings(config, numerics, "bf16", parallelism=ranks)
-        traced = trace(settings, layers, lambda stage: None)
-        sums = [node for node in traced.model.graph.node if node.op_type == "SumRanks"]
-        assert len(sums) == 2 * (layers[1] - layers[0])
-        folder = tmp_path / str(layers[0])
-        outputs = _run(_merged(traced, config, ranks, source, folder), folder, step)
+    for number, part in enumerate(parts):
+        folder = tmp_path / str(number)
+        outputs = _run(_merged(part, number, traced, program, source, folder), folder, step, handed)
+        prefix = "rank0." if ranks.tp > 1 else ""
         for name, value in outputs.items():
-            rank, _, plain = name.partition(".")
-            # every rank ends with the same
-            np.testing.assert_array_equal(value, outputs[f"rank0.{plain}"], err_msg=name)
-            if rank == "rank0":
-                results[plain] = value
-        names = [name for name in INTERMEDIATE_TENSORS if f"{name}_out" in results]
-        step = replace(step, intermediate_tensors={name: results.pop(f"{name}_out") for name in names})
+            plain = name.partition(".")[2] if prefix else name
+            # every rank of a stage ends with the same
+            np.testing.assert_array_equal(value, outputs[prefix + plain], err_msg=name)
+            results[plain] = value
+        handed = {
+            name.replace("_out", ""): results.pop(name) for name in [*results] if name.startswith("handover_out.")
+        }
     for name, expected in whole.items():
         if expected.is_floating_point():
             np.testing.assert_allclose(
@@ -148,15 +177,18 @@ def test_four_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_pa
     _assert_ranks_equal_whole(preset, source, tmp_path, ranks)
 
 
+def test_two_stages_of_two_ranks_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path) -> None:
+    """One program, cut where program.json says; each rank reads what its bindings say, and that is all it needs."""
+    _assert_ranks_equal_whole(preset, source, tmp_path, Parallelism(tp=2, pp=2))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [TWO, TWO_EP], ids=str)
-def test_ranks_of_two_layer_ranges_compute_the_whole(
-    preset: Preset, source: Checkpoint, tmp_path: Path, ranks: Parallelism
-) -> None:
-    _assert_ranks_equal_whole(preset, source, tmp_path, ranks, stages=((0, 1), (1, 2)))
+@pytest.mark.parametrize("ranks", [Parallelism(pp=2), Parallelism(tp=2, pp=2, ep=True)], ids=str)
+def test_stages_compute_the_whole(preset: Preset, source: Checkpoint, tmp_path: Path, ranks: Parallelism) -> None:
+    _assert_ranks_equal_whole(preset, source, tmp_path, ranks)
 
 
-@pytest.mark.parametrize("ranks", [Parallelism(), TWO, FOUR_EP], ids=str)
+@pytest.mark.parametrize("ranks", [Parallelism(), TWO, FOUR_EP, Parallelism(tp=2, pp=2)], ids=str)
 def test_every_element_is_read_by_exactly_one_rank_or_by_all(
     preset: Preset, source: Checkpoint, ranks: Parallelism
 ) -> None:
@@ -170,9 +202,9 @@ def test_every_element_is_read_by_exactly_one_rank_or_by_all(
         size = source.info(name).num_bytes
         is_split = any(part in name for part in ("q_b_proj", "kv_b_proj", "o_proj", "mlp.")) and "gate." not in name
         split_bytes, whole_bytes = (split_bytes + size, whole_bytes) if is_split else (split_bytes, whole_bytes + size)
-    for rank in range(ranks.tp):
-        of_rank = {name: for_rank(recipe, ranks, rank) for name, recipe in named.items()}
-        loader = Loader(source, of_rank, allocate(of_rank))
+    for rank in range(ranks.num_ranks):
+        read = rank_bindings(_program(preset.config, ranks), {"model": named}, rank)["model"]
+        loader = Loader(source, read, allocate(read))
         assert sum(loader.shard_bytes.values()) == loader.total_bytes
         total += loader.total_bytes
     assert total == split_bytes + ranks.tp * whole_bytes

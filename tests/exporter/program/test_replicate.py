@@ -8,11 +8,12 @@ import pytest
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.models.shared.settings import Settings
-from seekforge.exporter.program.canonical_names import AFTER, BEFORE, canonicalise, layer_of, renumber, segments
+from seekforge.exporter.program.canonical_names import AFTER, BEFORE, canonicalise, renumber, segments
 from seekforge.exporter.program.replicate import layers_to_trace, stamp
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import EXACT, FP8
+from seekforge.formats.program import layer_of
 
 
 def _config(num_layers: int, num_dense: int, **changed: object) -> ModelConfig:

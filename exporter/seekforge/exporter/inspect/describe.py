@@ -15,12 +15,13 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.request import read_engine_graph, read_graph
 from seekforge.exporter.checkpoint.opened import as_stored
 from seekforge.exporter.checkpoint.schema import expected_tensors
+from seekforge.exporter.program.rank_bindings import rank_bindings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
 from seekforge.formats.value_check import SCALE_SUFFIX
-from seekforge.formats.weight_recipes import Recipe, for_rank
+from seekforge.formats.weight_recipes import Recipe
 
 if TYPE_CHECKING:
     import onnx
@@ -161,14 +162,19 @@ def _program(path: Path) -> dict[str, Any]:
 def _ranks(program: Program, bindings: dict[str, dict[str, Recipe]]) -> dict[str, Any]:
     """Return how ranks share the program and the checkpoint bytes that each reads; computed tables count nothing."""
     parallelism = program.parallelism
-    listed = [recipe for named in bindings.values() for recipe in named.values()]
-    # embedding and head are inputs of both graphs, read once
-    whole = {recipe.tensor: recipe for recipe in listed if recipe.op == "take"}
-    recipes = [*whole.values(), *(recipe for recipe in listed if recipe.op != "take")]
-    reads = [
-        sum(bytes_read(for_rank(recipe, parallelism, rank)) for recipe in recipes) for rank in range(parallelism.tp)
-    ]
-    return {"parallelism": parallelism.model_dump(mode="json"), "bytes_read": reads}
+    reads = []
+    for rank in range(parallelism.num_ranks):
+        named = rank_bindings(program, bindings, rank)
+        listed = [recipe for recipes in named.values() for recipe in recipes.values()]
+        # embedding and head are inputs of both graphs, read once
+        whole = {recipe.tensor: recipe for recipe in listed if recipe.op == "take"}
+        recipes = [*whole.values(), *(recipe for recipe in listed if recipe.op != "take")]
+        reads.append(sum(map(bytes_read, recipes)))
+    return {
+        "parallelism": parallelism.model_dump(mode="json"),
+        "pipeline_stages": [list(layers) for layers in program.pipeline_stages],
+        "bytes_read": reads,
+    }
 
 
 def bytes_read(recipe: Recipe) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from seekforge.common.cli.options import (
     list_option,
 )
 from seekforge.common.cli.terminal import echo, write_json
+from seekforge.exporter.checkpoint.source import parse_repo
 from seekforge.exporter.option_types import MODEL, TARGET
 from seekforge.exporter.planner import api
 from seekforge.exporter.planner.answer import GPU_COUNTS, Answer
@@ -76,7 +77,7 @@ def plan(model: str, *, everything: bool, as_json: bool, **options: Any) -> None
     configs/models, such as full.
 
     Without --target it prints one line per GPU: the fewest of them that hold the longest context. --json always gives
-    every answer.
+    every answer. Behind it stands, for each layout that fits, the command that exports it.
     """
     result = api.plan(model, **options)
     if as_json:
@@ -84,11 +85,23 @@ def plan(model: str, *, everything: bool, as_json: bool, **options: Any) -> None
         return
     if options["target"] or options["contexts"] or everything:
         _print(result)
+        rows = result.answers
     else:
-        first = result.answers[0].question.precision
-        _print_best(result, [row for row in result.answers if options["precision"] or row.question.precision == first])
+        first, longest = result.answers[0].question.precision, max(row.work.context for row in result.answers)
+        of_precision = [row for row in result.answers if options["precision"] or row.question.precision == first]
+        rows = [row for row in of_precision if row.work.context == longest]
+        _print_best(result, rows)
+    for line in _export_commands(model, rows):
+        echo(line)
     if options["chart"] is not None:
         echo(f"wrote {options['chart']}")
+
+
+def _export_commands(model: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the command that makes the program of each layout that fits, once."""
+    checkpoint = model if Path(model).is_dir() or parse_repo(model) is not None else "CHECKPOINT"
+    for layout in dict.fromkeys(row.found.parallelism for row in rows if row.found is not None and row.found.fits):
+        yield f"{layout}: seekforge export {checkpoint} PROGRAM {layout.options}".rstrip()
 
 
 def _summary(result: PlanResult) -> str:
@@ -104,7 +117,7 @@ def _summary(result: PlanResult) -> str:
 
 def _print_best(result: PlanResult, rows: Sequence[Row]) -> None:
     """Print one line per GPU and precision: what the longest context takes."""
-    longest = max(row.work.context for row in rows)
+    longest = rows[0].work.context
     out = console()
     out.print(_summary(result))
     columns = [Column("GPU", "code"), Column("GPUs", "number"), Column("as", "code")]
@@ -118,8 +131,6 @@ def _print_best(result: PlanResult, rows: Sequence[Row]) -> None:
         "--target NAME also what fills its memory",
     )
     for row in rows:
-        if row.work.context != longest:
-            continue
         gpus, layout, *_ = cells = _cells(row.found)
         total = "" if row.found is None else f"{row.found.memory.total / GIB:.1f}"
         precision = [row.question.precision] if several else []

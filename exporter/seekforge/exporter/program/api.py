@@ -26,7 +26,8 @@ class ExportResult:
         num_nodes, num_weight_inputs: how many each graph has, "model" and perhaps "mtp".
         parallelism: how ranks share the model.
         layer_range: [first, end) of the layers that it has.
-        num_tensors: how many the checkpoint has. num_outside: how many of them belong to other stages.
+        pipeline_stages: the same of each stage.
+        num_tensors: how many the checkpoint has. num_outside: how many of them belong to other layers.
         warnings: a sentence for each thing of the checkpoint that was taken for granted or passed over.
         ops: nodes of each custom operator.
         seconds: how long each stage of the work took.
@@ -38,6 +39,7 @@ class ExportResult:
     num_weight_inputs: Mapping[str, int]
     parallelism: Parallelism
     layer_range: tuple[int, int]
+    pipeline_stages: tuple[tuple[int, int], ...]
     num_tensors: int
     num_outside: int
     warnings: tuple[str, ...]
@@ -59,6 +61,7 @@ def export(
     layers: str | None = None,
     num_layers: Count | None = None,
     tp: Count = 1,
+    pp: Count = 1,
     ep: Flag = False,
     plain_f32: Flag = False,
     force: Flag = False,
@@ -73,9 +76,10 @@ def export(
         out: the folder to make.
         revision: branch, tag or commit of a repository.
         numerics: fp8: the official reference's roundings. exact: no quantization of activations or caches.
-        layers: a pipeline stage: "0-30", both included.
+        layers: some layers, as a program of their own: "0-30", both included.
         num_layers: a truncated model: the first `num_layers` layers, norm and head.
         tp: tensor-parallel ranks.
+        pp: pipeline stages, which one program has together.
         ep: expert parallelism: experts dealt out whole among those ranks.
         plain_f32: write model.f32.onnx besides, in FP32 without custom operators.
         force: replace a program that stands at `out`.
@@ -101,7 +105,7 @@ def export(
             numerics=NUMERICS[numerics],
             layer_range=None if layers is None else parse_layers(layers),
             num_layers=num_layers,
-            parallelism=Parallelism(tp=tp, ep=ep),
+            parallelism=Parallelism(tp=tp, pp=pp, ep=ep),
             plain_f32=plain_f32,
             force=force,
             progress=stages,
@@ -115,6 +119,7 @@ def export(
         num_weight_inputs=exported.num_weight_inputs,
         parallelism=program.parallelism,
         layer_range=program.layer_range,
+        pipeline_stages=program.pipeline_stages,
         num_tensors=exported.num_tensors,
         num_outside=exported.num_outside,
         warnings=exported.warnings,

@@ -7,7 +7,6 @@ another way. Here a node is named after the module whose weight it reads, or aft
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
@@ -15,9 +14,8 @@ import onnx
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import FAMILIES, load_family
+from seekforge.formats.program import LAYER, layer_of
 
-#: The layer whose weight, cache or tap an input or output is.
-_LAYER = re.compile(r"^(?:layers\.(\d+)\.|(?:latent_cache|index_cache|topk_indices|expert_ids)(?:_out)?\.(\d+)$)")
 #: Inputs that only the results behind the last layer read, in all families.
 _ENDS = {"logits_index"} | {
     row.name for known in FAMILIES for row in load_family(known).end_parameters() if row.is_behind
@@ -26,15 +24,9 @@ _ENDS = {"logits_index"} | {
 BEFORE, AFTER = -1, 1 << 30
 
 
-def layer_of(name: str) -> int | None:
-    """Return the layer that an input or output belongs to, or None."""
-    match = _LAYER.match(name)
-    return None if match is None else int(match[1] or match[2])
-
-
 def renumber(name: str, layer: int) -> str:
     """Return an input's or output's name for another layer; names outside layers stay."""
-    match = _LAYER.match(name)
+    match = LAYER.match(name)
     if match is None:
         return name
     group = 1 if match[1] else 2

@@ -21,7 +21,7 @@ from seekforge.formats.numerics import NUMERICS
     examples=(
         "seekforge export checkpoint program",
         "seekforge export deepseek-ai/DeepSeek-V3.2 program --numerics exact",
-        "seekforge export checkpoint stage --layers 0-30",
+        "seekforge export checkpoint program --tp 8 --pp 2 --ep",
     ),
     function=api.export,
 )
@@ -35,9 +35,10 @@ from seekforge.formats.numerics import NUMERICS
     show_default=True,
     help="fp8: the official reference's roundings. exact: no quantization of activations or caches.",
 )
-@click.option("--layers", default=None, metavar="A-B", help="A pipeline stage: layers A to B, both included.")
+@click.option("--layers", default=None, metavar="A-B", help="Layers A to B alone, both included.")
 @click.option("--num-layers", type=Whole(1), metavar="N", help="A truncated model: the first N layers, norm and head.")
 @click.option("--tp", type=Whole(1), default=1, show_default=True, help="Tensor-parallel ranks.")
+@click.option("--pp", type=Whole(1), default=1, show_default=True, help="Pipeline stages of so many ranks each.")
 @click.option("--ep", is_flag=True, help="Expert parallelism: experts dealt out whole among the tensor-parallel ranks.")
 @click.option(
     "--plain-f32",
@@ -55,7 +56,8 @@ def export(checkpoint: str, out: Path, *, quiet: bool, as_json: bool, **options:
     Reads config.json and the headers of the shards, no weight: the full model exports on a laptop, from the hub too.
 
     With --tp the program is that of each of so many ranks, which divide heads, dense MLPs and experts; with --ep each
-    routed expert is whole on one of them. The words are vLLM's: -tp, and -ep within one replica.
+    routed expert is whole on one of them. With --pp the layers are divided among stages of such ranks. The words are
+    vLLM's; 'seekforge plan' proposes layouts.
     """
     result = api.export(checkpoint, out, progress=Stages(quiet=quiet or as_json), **options)
     for warning in result.warnings:

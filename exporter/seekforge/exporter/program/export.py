@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from seekforge.common.errors import ProgramError
+from seekforge.common.errors import ConfigError, ProgramError
 from seekforge.common.files import atomic_folder, sha256_file
 from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
 from seekforge.exporter.checkpoint.opened import open_checkpoint
@@ -25,6 +25,7 @@ from seekforge.exporter.program.inline import plain
 from seekforge.exporter.program.layers import check_range, count_groups, outside, truncate
 from seekforge.exporter.program.metadata import annotate
 from seekforge.exporter.program.trace import OPSET, Traced, trace
+from seekforge.exporter.sizing.memory import pipeline_stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.tokenizer_file import without_limits
 from seekforge.formats.numerics import Numerics
@@ -79,7 +80,8 @@ def export(
         checkpoint_folder: a DeepSeek-V3.2 checkpoint; only config.json and shard headers are read.
         out: folder to make: model.onnx, mtp.onnx, program.json, bindings.json, tokenizer files.
         numerics: which roundings the program makes.
-        layer_range: [a, b), layers of the main model; None takes all. The MTP module goes with the last one.
+        layer_range: [a, b), layers of the main model; None takes all. The MTP module goes with the last one. A part of
+            the layers is a stage by itself, whose `parallelism` has no others.
         num_layers: export the model's first `num_layers` layers as a whole model, without MTP; None: all.
         parallelism: how ranks share the model; the program is that of each of them.
         plain_f32: write `model.f32.onnx` (and of MTP) besides, which ONNX Runtime opens without seekforge. No engine
@@ -98,9 +100,12 @@ def export(
         needless = needless_tensors(checkpoint.names)
         sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names if name not in needless}
     config = whole if num_layers is None else truncate(whole, num_layers)
+    if layer_range is not None and parallelism.pp > 1:
+        raise ConfigError("--layers is one stage and --pp cuts the whole model into several; leave out one of them")
     layer_range = layer_range or (0, config.num_hidden_layers)
     check_range(layer_range, config)
     check_parallelism(config, parallelism)
+    cut = pipeline_stages(config, parallelism) if parallelism.pp > 1 else (layer_range,)
     files = text_files(checkpoint_folder)
     notes = (*notes, *check_tokenizer(checkpoint_folder, config))
     settings = Settings(config, numerics, activations=CANONICAL.activations, parallelism=parallelism)
@@ -144,6 +149,7 @@ def export(
             seekforge_version=importlib.metadata.version("seekforge"),
             opset=OPSET,
             layer_range=layer_range,
+            pipeline_stages=cut,
             numerics=numerics.model_dump(),
             config=config.model_dump(mode="json"),
             truncated_from=None if config is whole else whole.num_hidden_layers,

@@ -1,6 +1,7 @@
 """What all ranks compute together, as one graph: the proof without GPUs that a model is shared out right.
 
-The tensor-parallel ranks of a stage run one graph. What differs is in the bindings, and in the input `expert_map`.
+The tensor-parallel ranks of a stage run one graph. What differs is in the bindings, and in the input `expert_map`
+(`rank_bindings`).
 """
 
 from __future__ import annotations

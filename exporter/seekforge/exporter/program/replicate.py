@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import onnx
 
 from seekforge.common.errors import ProgramError
-from seekforge.exporter.program.canonical_names import BEFORE, layer_of, renumber, segments, sort_nodes
+from seekforge.exporter.program.canonical_names import BEFORE, renumber, segments, sort_nodes
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.program import layer_of
 
 
 def layers_to_trace(config: ModelConfig, layer_range: tuple[int, int]) -> tuple[int, ...]:
