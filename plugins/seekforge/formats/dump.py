@@ -12,10 +12,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from seekforge.common.dtypes import NUMPY, SAFETENSORS
 from seekforge.common.errors import ConfigError
 from seekforge.common.files import write_json
 from seekforge.common.paths import RelativePath, inside
@@ -32,11 +33,7 @@ _REMEMBERED = 512
 CHECKPOINT = "checkpoint"
 
 _Word = Literal["F32", "I32", "I64"]
-_TYPES: dict[_Word, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-}
+_TYPES: dict[_Word, np.dtype] = {word: NUMPY[name] for name, word in SAFETENSORS.items() if word in get_args(_Word)}
 _WORDS: dict[np.dtype, _Word] = {dtype: word for word, dtype in _TYPES.items()}
 
 

@@ -20,14 +20,6 @@ from seekforge.plugins.registry import SPECS
 #: Attribute of every node: with it, TensorRT takes a registered plugin and else inlines the function.
 PLUGIN_NAMESPACE: Final = "plugin_namespace"
 
-_TYPE_STRINGS: Final[dict[str, str]] = {
-    "f32": "tensor(float)",
-    "bf16": "tensor(bfloat16)",
-    "f8e4m3": "tensor(float8e4m3fn)",
-    "i8": "tensor(int8)",
-    "i32": "tensor(int32)",
-    "i64": "tensor(int64)",
-}
 _ATTR_TYPES: Final[dict[str, OpSchema.AttrType]] = {
     "int": OpSchema.AttrType.INT,
     "bool": OpSchema.AttrType.INT,
@@ -41,7 +33,7 @@ def make_schema(spec: OpSpec) -> OpSchema:
     """Return the ONNX schema of an operator, with type and shape inference."""
 
     def formal(arg: Arg) -> OpSchema.FormalParameter:
-        type_str = arg.dtype if arg.dtype in TYPE_VARIABLES else _TYPE_STRINGS[arg.dtype]
+        type_str = arg.dtype if arg.dtype in TYPE_VARIABLES else dtypes.ONNX_TYPES[arg.dtype]
         shape = ", ".join(str(dim) for dim in arg.shape)
         return OpSchema.FormalParameter(arg.name, type_str, f"[{shape}] {arg.doc}")
 
@@ -53,7 +45,7 @@ def make_schema(spec: OpSpec) -> OpSchema:
         spec.doc,
         inputs=[formal(arg) for arg in spec.inputs],
         outputs=[formal(arg) for arg in spec.outputs],
-        type_constraints=[(name, [_TYPE_STRINGS[t] for t in TYPE_VARIABLES[name]], name) for name in sorted(used)],
+        type_constraints=[(name, [dtypes.ONNX_TYPES[t] for t in TYPE_VARIABLES[name]], name) for name in sorted(used)],
         attributes=[
             *(OpSchema.Attribute(attr.name, _ATTR_TYPES[attr.kind], attr.doc) for attr in spec.attrs),
             OpSchema.Attribute(

@@ -12,15 +12,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from seekforge.common.dtypes import TORCH
 from seekforge.plugins.operator import DOMAIN, OpSpec
 
+#: our name -> torch.dtype; a torch that is older than a type lacks it.
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f8e4m3": torch.float8_e4m3fn,
-    "i8": torch.int8,
-    "i32": torch.int32,
-    "i64": torch.int64,
+    name: getattr(torch, word) for name, word in TORCH.items() if hasattr(torch, word)
 }
 DTYPE_NAMES: Final[dict[torch.dtype, str]] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

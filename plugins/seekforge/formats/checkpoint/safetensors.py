@@ -34,8 +34,9 @@ SINGLE_FILE: Final = "model.safetensors"
 _MAX_HEADER_BYTES: Final = 100_000_000
 _LENGTH_BYTES: Final = 8
 _ALIGNMENT: Final = 8
-_TO_SAFETENSORS: Final = {ours: theirs for theirs, ours in SAFETENSORS.items()}
-_FROM_NUMPY: Final = {NUMPY[ours]: ours for ours in _TO_SAFETENSORS}
+#: Word in a header -> our name, of the types that a checkpoint may hold.
+_HELD: Final = {SAFETENSORS[name]: name for name in ("f32", "bf16", "f8e4m3", "f16", "f8e8m0")}
+_FROM_NUMPY: Final = {NUMPY[name]: name for name in _HELD.values()}
 _LFS_POINTER: Final = b"version https://git-lfs"
 _AGAIN: Final = "download it again"
 _NUMBERED: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
@@ -409,13 +410,13 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
             f"{path}: the header's entry of {name!r} is malformed, expected dtype, shape and two data_offsets; {_AGAIN}"
         )
     dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in SAFETENSORS:
+    if not isinstance(dtype, str) or dtype not in _HELD:
         raise CheckpointError(
-            f"{path}: {name!r} has dtype {dtype!r}, expected one of {', '.join(SAFETENSORS)}; "
+            f"{path}: {name!r} has dtype {dtype!r}, expected one of {', '.join(_HELD)}; "
             "pass a checkpoint in DeepSeek's FP8 format, such as deepseek-ai/DeepSeek-V3.2"
         )
     begin, end = offsets
-    ours = SAFETENSORS[dtype]
+    ours = _HELD[dtype]
     expected = math.prod(shape) * itemsize(ours)
     if end - begin != expected or math.prod(size or 1 for size in shape) >= 2**60 or len(shape) > 8:
         raise CheckpointError(
@@ -461,7 +462,7 @@ def build_header(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
     offsets: dict[str, tuple[int, int]] = {}
     for name, (dtype, shape) in layout.items():
         end = position + math.prod(shape) * itemsize(dtype)
-        entries[name] = {"dtype": _TO_SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        entries[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [position, end]}
         offsets[name] = (position, end)
         position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()

@@ -14,20 +14,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from seekforge.common.dtypes import FROM_TRITON
 from seekforge.common.errors import EnvironmentFault
 from seekforge.plugins.kernels.launch_plan import WORKSPACE, Buffer, check_plan, op_kernels, statics_of
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.torch_ops import DTYPE_NAMES, TORCH_DTYPES
 
 #: Triton pointer type -> dtype of the elements.
-POINTERS: Final[dict[str, torch.dtype]] = {
-    "*bf16": torch.bfloat16,
-    "*fp32": torch.float32,
-    "*fp8e4nv": torch.float8_e4m3fn,
-    "*u8": torch.uint8,
-    "*i32": torch.int32,
-    "*i64": torch.int64,
-}
+POINTERS: Final[dict[str, torch.dtype]] = {word: TORCH_DTYPES[name] for word, name in FROM_TRITON.items()}
 #: What outputs and workspace hold before a kernel writes: NaN in every floating type, and no valid index.
 POISON: Final = 0xFF
 

@@ -17,21 +17,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from seekforge.common.dtypes import TENSORRT
 from seekforge.common.errors import EngineError
 from seekforge.plugins.kernels.index import NO_KERNELS, Launcher, LauncherSource
 from seekforge.plugins.kernels.launch_plan import SMS, workspace_bytes
 from seekforge.plugins.operator import DOMAIN, TYPE_VARIABLES, OpSpec
 from seekforge.plugins.registry import SPECS
 
-#: Our dtype names -> names of trt.DataType.
-TYPES: Final[dict[str, str]] = {
-    "f32": "FLOAT",
-    "bf16": "BF16",
-    "f8e4m3": "FP8",
-    "i8": "INT8",
-    "i32": "INT32",
-    "i64": "INT64",
-}
 #: What a plugin carries beside the attributes of its spec: the precision of its matrix products, the digest of its
 #: kernels, and the version of the contract that it was built by.
 PRODUCTS, KERNEL_DIGEST, OP_VERSION = "products", "kernel_digest", "op_version"
@@ -178,7 +170,7 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
         trt.IPluginV3OneBuildV2 if aliased else trt.IPluginV3OneBuild,
         trt.IPluginV3OneRuntime,
     )
-    names = {getattr(trt.DataType, name): dtype for dtype, name in TYPES.items()}
+    names = {getattr(trt.DataType, name): dtype for dtype, name in TENSORRT.items()}
     failures = registration.failures
 
     class Plugin(*bases):
@@ -207,7 +199,7 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
         def get_output_data_types(self, input_types: Any) -> list[Any]:
             with _Reported(self.spec.name, failures):
                 dtypes = {arg.name: names.get(t, str(t)) for arg, t in zip(self.spec.inputs, input_types, strict=True)}
-                return [getattr(trt.DataType, TYPES[dtype]) for dtype in self.spec.output_dtypes(dtypes)]
+                return [getattr(trt.DataType, TENSORRT[dtype]) for dtype in self.spec.output_dtypes(dtypes)]
 
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
             with _Reported(self.spec.name, failures):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from seekforge.common.dtypes import NUMPY, ONNX
+from seekforge.common.dtypes import NUMPY, ONNX, ONNX_TYPES
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.program import GraphIO, TensorSpec, load_bindings
@@ -23,17 +23,6 @@ from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import evaluate_into
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
-
-#: our name -> ONNX Runtime's words for a tensor type.
-_ORT_TYPES = {
-    "f32": "tensor(float)",
-    "bf16": "tensor(bfloat16)",
-    "f8e4m3": "tensor(float8e4m3fn)",
-    "i8": "tensor(int8)",
-    "i32": "tensor(int32)",
-    "i64": "tensor(int64)",
-    "bool": "tensor(bool)",
-}
 
 
 class OrtStepOutputs:
@@ -206,7 +195,7 @@ def _storage(dtype: str) -> np.dtype:
 def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: tuple[TensorSpec, ...]) -> None:
     """Compare names, types and shapes of a session with the manifest; order is the manifest's for outputs too."""
     actual = {value.name: value.type for value in found}
-    wanted = {spec.name: _ORT_TYPES.get(spec.dtype, spec.dtype) for spec in expected}
+    wanted = {spec.name: ONNX_TYPES.get(spec.dtype, spec.dtype) for spec in expected}
     for name in wanted.keys() | actual.keys():
         if actual.get(name) != wanted.get(name):
             raise EngineError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper, inliner
 
+from seekforge.common.dtypes import FROM_TENSORRT
 from seekforge.exporter.builder.tensorrt.bf16_linears import use_bf16_linear
 from seekforge.exporter.builder.tensorrt.rope import write_out_rope
 from seekforge.exporter.program.specialize import specialize
@@ -149,9 +150,9 @@ def debug_specs(taps: Mapping[str, str]) -> tuple[TensorSpec, ...]:
     Args:
         taps: name -> TensorRT's word for its type.
     """
-    words = {"FLOAT": "f32", "BF16": "bf16", "INT32": "i32", "INT64": "i64"}
     return tuple(
-        TensorSpec(name=n, dtype=words[word], shape=tap_shape(n, taps), role="debug") for n, word in taps.items()
+        TensorSpec(name=n, dtype=FROM_TENSORRT[word], shape=tap_shape(n, taps), role="debug")
+        for n, word in taps.items()
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from seekforge.common.dtypes import NUMPY
+from seekforge.common.dtypes import FROM_TENSORRT, NUMPY
 from seekforge.common.errors import EngineError
 from seekforge.common.files import replace_file
 from seekforge.runtime.backends.tensorrt.device import Bound, Call
@@ -81,13 +81,13 @@ def _listener(device: CudaDevice, seen: Callable[[str, np.ndarray], None]) -> An
 
     class Listener(trt.IDebugListener):
         def process_debug_tensor(self, addr: Any, location: Any, type: Any, shape: Any, name: str, stream: int) -> bool:
-            word = {"FLOAT": "f32", "BF16": "bf16", "INT32": "i32", "INT64": "i64"}[type.name]
-            value = np.empty(tuple(shape), NUMPY[word])
+            dtype = FROM_TENSORRT[type.name]
+            value = np.empty(tuple(shape), NUMPY[dtype])
             if location == trt.TensorLocation.DEVICE:
                 device.download(value, int(addr))
             else:
                 ctypes.memmove(value.ctypes.data, int(addr), value.nbytes)
-            seen(name, value.astype(np.float32) if word == "bf16" else value)
+            seen(name, value.astype(np.float32) if dtype == "bf16" else value)
             return True
 
     return Listener()
