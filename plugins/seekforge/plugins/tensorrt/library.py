@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 
 from seekforge.common.errors import EnvironmentFault
 from seekforge.common.requirements import command, install
@@ -93,8 +94,11 @@ def check_version(flavour: Flavour, version: str) -> None:
 
 def _release(version: str) -> tuple[int, ...]:
     """Return major and minor, or nothing where a version does not begin with two numbers."""
-    parts = version.split(".")[:2]
-    return tuple(map(int, parts)) if len(parts) == 2 and all(part.isdigit() for part in parts) else ()
+    try:
+        release = Version(version).release
+    except InvalidVersion:
+        return ()
+    return release[:2] if len(release) > 1 else ()
 
 
 def installed_version(flavour: Flavour) -> str | None:
