@@ -1,4 +1,10 @@
-"""From tokens to the text of one completion: whole characters only, and nothing of a stop string."""
+"""From tokens to the text of one completion: whole characters only, and nothing of a stop string.
+
+The bytes of tokens are joined by `runtime.text.tokenizer.Detokenizer` and not by `tokenizers.decoders.DecodeStream`.
+That gives the same text, with special tokens and without, but cannot be told that a text ends: of 300 texts of 100
+random tokens it lost the end of 50, half a character that `decode` shows as U+FFFD. It takes 1.0 µs for a token, this
+0.6 (tokenizers 0.23); and the bytes of single tokens are needed anyway, for log probabilities and grammars.
+"""
 
 from __future__ import annotations
 
