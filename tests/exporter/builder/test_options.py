@@ -11,13 +11,14 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from rich.console import Console
+from rich.filesize import decimal
 
 import seekforge.exporter.builder.onnxruntime.build as engine
 from seekforge.common.errors import EnvironmentFault, OutputError, SeekforgeError, TargetError
 from seekforge.common.files import check_vacant, write_json
 from seekforge.exporter.builder import machine
 from seekforge.exporter.builder.cli import build
-from seekforge.exporter.builder.request import fit_limits, size_words
+from seekforge.exporter.builder.request import fit_limits
 from seekforge.exporter.builder.tensorrt.audit_page import show_audit
 from seekforge.exporter.inspect.cli import inspect
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -146,7 +147,7 @@ def test_a_dry_run_for_a_cpu_says_what_would_be_built(
     assert f"would build {out} for cpu" in page and "int4 weights; sequences of up to 1,000 tokens" in page
     assert (
         "steps of up to 3 sequences and 100 tokens" in page
-        and f"expected {size_words(said['weight_bytes'])} of weights" in page
+        and f"expected {decimal(said['weight_bytes'])} of weights" in page
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from rich.filesize import decimal
 
 from seekforge.common.cli.console import Stages, console
 from seekforge.common.cli.options import (
@@ -22,7 +23,6 @@ from seekforge.common.cli.terminal import echo, write_json
 from seekforge.exporter.builder import api
 from seekforge.exporter.builder.api import BuildResult
 from seekforge.exporter.builder.options import DEFAULTS, LAYERS_PER_ENGINE, OptimizationLevel, PluginChoice
-from seekforge.exporter.builder.request import size_words
 from seekforge.exporter.builder.tensorrt.audit_page import self_check_words
 from seekforge.exporter.option_types import TARGET
 from seekforge.formats.targets import Precision
@@ -151,8 +151,7 @@ def _planned(result: BuildResult) -> list[str]:
         return [
             f"would build {result.path} for {result.target} ({result.backend})",
             f"{result.formats}; {_steps(result)}",
-            f"expected {size_words(result.weight_bytes)} of weights, {size_words(result.disk_free_bytes)} free on the "
-            "disk",
+            f"expected {decimal(result.weight_bytes)} of weights, {decimal(result.disk_free_bytes)} free on the disk",
             *([result.warning] if result.warning else []),
         ]
     assert result.device_bytes is not None
@@ -183,6 +182,6 @@ def _written(result: BuildResult) -> list[str]:
         ]
     return [
         f"wrote {result.path}: target {result.target}, {nodes} nodes, "
-        f"{result.weight_bytes / 1e6:.1f} MB of {result.precision} weights",
+        f"{decimal(result.weight_bytes)} of {result.precision} weights",
         *proof,
     ]

@@ -181,11 +181,3 @@ def fit_limits(limits: Limits, config: ModelConfig, named: Collection[str]) -> L
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def size_words(num_bytes: int) -> str:
-    """Return bytes as people say them, such as `2.7 GB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes} B"

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import click
+from rich.filesize import decimal
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import command, json_option, quiet_option, seed_option
@@ -61,16 +62,9 @@ def _summary(written: WrittenCheckpoint) -> dict[str, object]:
 
 
 def _sentences(written: WrittenCheckpoint, *, sparse: bool) -> list[str]:
-    disk = f", {_bytes(written.disk_bytes)} on disk: weights are holes that read as zero" if sparse else ""
+    disk = f", {decimal(written.disk_bytes)} on disk: weights are holes that read as zero" if sparse else ""
     return [
         f"wrote {written.path}: {written.num_files} files, {written.num_tensors:,} tensors, "
-        f"{written.num_parameters:,} parameters, {_bytes(written.num_bytes)}{disk}",
+        f"{written.num_parameters:,} parameters, {decimal(written.num_bytes)}{disk}",
         f"next: seekforge export {written.path} PROGRAM",
     ]
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

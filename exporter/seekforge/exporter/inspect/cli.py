@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.filesize import decimal
 
 from seekforge.common.cli.console import Column, Console, Table, console, styled
 from seekforge.common.cli.options import command, json_option
 from seekforge.common.cli.terminal import write, write_json
 from seekforge.common.errors import ProgramError
 from seekforge.common.requirements import install_module
-from seekforge.exporter.builder.request import read_graph, size_words
+from seekforge.exporter.builder.request import read_graph
 from seekforge.exporter.builder.tensorrt.audit_page import self_check_words, show_audit
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
@@ -93,7 +94,7 @@ def show(about: dict[str, Any], out: Console) -> None:
         target, limits = about["target"], about["limits"]
         out.print(
             f"target {target['name']} ({target['backend']}), up to {limits['max_model_len']:,} tokens, "
-            f"{size_words(about['num_bytes'])} in {len(about['files'])} files"
+            f"{decimal(about['num_bytes'])} in {len(about['files'])} files"
         )
         manifest = load_manifest(Path(about["path"]))
         out.print(f"self-check: {self_check_words(manifest)}")
@@ -110,7 +111,7 @@ def show(about: dict[str, Any], out: Console) -> None:
         ranks = about["ranks"]
         parallelism = Parallelism.model_validate(ranks["parallelism"])
         if parallelism.num_ranks > 1:
-            least, most = (size_words(extreme(ranks["bytes_read"])) for extreme in (min, max))
+            least, most = (decimal(extreme(ranks["bytes_read"])) for extreme in (min, max))
             out.print(
                 f"of each of {parallelism.num_ranks} ranks ({parallelism}), which read {least} to {most} of the "
                 "checkpoint each"
@@ -126,14 +127,14 @@ def show(about: dict[str, Any], out: Console) -> None:
 def _show_checkpoint(about: dict[str, Any], out: Console) -> None:
     for note in about["notes"]:
         out.print(f"note: {note}")
-    out.print(f"{about['num_tensors']:,} tensors, {size_words(about['num_bytes'])} in {about['num_shards']} shards")
+    out.print(f"{about['num_tensors']:,} tensors, {decimal(about['num_bytes'])} in {about['num_shards']} shards")
     table = Table([Column("dtype"), *(Column(name, "number") for name in ("tensors", "elements", "bytes"))])
     for dtype, entry in about["dtypes"].items():
-        table.add(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", size_words(entry["bytes"]))
+        table.add(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", decimal(entry["bytes"]))
     out.print(table)
     table = Table([Column("family"), Column("bytes", "number")])
     for family, size in about["bytes_by_family"].items():
-        table.add(family, size_words(size))
+        table.add(family, decimal(size))
     out.print(table)
 
 
@@ -141,16 +142,16 @@ def _files(name: str, graph: dict[str, Any], about: dict[str, Any]) -> str:
     """Say which file a graph is, or by which plans an engine runs its stages."""
     stages = Counter(about.get("stages", {}).get(name, []))
     if not stages:
-        return f"{graph['file']}, {'missing' if graph['file_bytes'] is None else size_words(graph['file_bytes'])}"
+        return f"{graph['file']}, {'missing' if graph['file_bytes'] is None else decimal(graph['file_bytes'])}"
     plans = [f"{file} {count} times" if count > 1 else file for file, count in stages.items()]
     size = sum(about["files"].get(file, 0) for file in stages)
-    return f"a step runs {stages.total()} stages by {len(stages)} plans, {size_words(size)}: {', '.join(plans)}"
+    return f"a step runs {stages.total()} stages by {len(stages)} plans, {decimal(size)}: {', '.join(plans)}"
 
 
 def _show_graph(graph: dict[str, Any], out: Console) -> None:
     if graph["num_weight_inputs"]:
-        kinds = ", ".join(f"{size_words(n)} {dtype}" for dtype, n in graph["weight_bytes_by_dtype"].items())
-        out.print(f"{graph['num_weight_inputs']:,} weight inputs, {size_words(graph['weight_bytes'])}: {kinds}")
+        kinds = ", ".join(f"{decimal(n)} {dtype}" for dtype, n in graph["weight_bytes_by_dtype"].items())
+        out.print(f"{graph['num_weight_inputs']:,} weight inputs, {decimal(graph['weight_bytes'])}: {kinds}")
     if graph["op_counts"]:
         custom = {op.removeprefix("seekforge."): n for op, n in graph["op_counts"].items() if "." in op}
         total = sum(graph["op_counts"].values())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.filesize import decimal
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
     def update(load: LoadProgress) -> None:
         share = load.done_bytes / (load.total_bytes or 1)
-        stages.update(f"weights  {load.done_bytes / 1e9:.1f} of {load.total_bytes / 1e9:.1f} GB ({share:.0%})")
+        stages.update(f"weights  {decimal(load.done_bytes)} of {decimal(load.total_bytes)} ({share:.0%})")
 
     return update
 
@@ -152,8 +153,8 @@ def run(
     )
     with llm:
         load_s = time.monotonic() - loading
-        cache_mb = llm.num_blocks * opened.manifest.cache.bytes_per_block / 1e6
-        stages.done(f"loaded   room for {llm.max_model_len} tokens, cache {cache_mb:.1f} MB")
+        cache = decimal(llm.num_blocks * opened.manifest.cache.bytes_per_block)
+        stages.done(f"loaded   room for {llm.max_model_len} tokens, cache {cache}")
         stages.say(f"check    {_self_check_line(llm, no_self_check)}")
         if batch is not None and output is not None:
             run_batch(llm, requests, output, stages.say)
@@ -255,7 +256,7 @@ def _drafts_line(metrics: LLMMetrics) -> str:
 def _verified(what: Verification) -> str:
     """Say what was compared with its digests, and when."""
     before = what.num_bytes - what.read_bytes
-    return f"{what.num_bytes / 1e6:,.1f} MB verified" + (f", {before / 1e6:,.1f} of it before" if before else "")
+    return f"{decimal(what.num_bytes)} verified" + (f", {decimal(before)} of it before" if before else "")
 
 
 def _self_check_line(llm: LLM, switched_off: bool) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+from rich.filesize import decimal
 
 from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import OutputError, TargetError
@@ -34,7 +35,6 @@ from seekforge.exporter.builder.request import (
     check_takes,
     fit_limits,
     read_graph,
-    size_words,
 )
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
@@ -126,7 +126,7 @@ def check(
     warning = ""
     if memory is not None and needed > memory:
         warning = (
-            f"the weights are {size_words(needed)} and this machine has {size_words(memory)} of memory: here the "
+            f"the weights are {decimal(needed)} and this machine has {decimal(memory)} of memory: here the "
             "engine will run at the speed of the disk, if at all"
         )
     return CpuBuild(program, bindings, config, whole, limits, _coded(target.precision, config), needed, free, warning)
@@ -188,14 +188,13 @@ def _disk_refusal(
     program: Program, precision: Precision, sizes: Mapping[str, dict[int | None, int]], free: int, place: Path
 ) -> str:
     """Say by how much an engine does not fit on the disk, and what would."""
-    needs = f"the engine takes {size_words(sum(sizes[precision].values()))} at {precision}, and {place} has"
+    needs = f"the engine takes {decimal(sum(sizes[precision].values()))} at {precision}, and {place} has"
     smaller = _PRECISIONS[_PRECISIONS.index(precision) + 1 :]
     for one in smaller:
         total = sum(sizes[one].values())
         if total <= free:
             return (
-                f"{needs} {size_words(free)} free; pass --precision {one} ({size_words(total)}), or an OUT on a "
-                "larger disk"
+                f"{needs} {decimal(free)} free; pass --precision {one} ({decimal(total)}), or an OUT on a larger disk"
             )
     smallest = smaller[-1] if smaller else precision
     total = sizes[smallest].get(None, 0)
@@ -212,7 +211,7 @@ def _disk_refusal(
     remedy = (
         f"{fitting} of its {stop - start} layers fit{how}: export with {export}" if fitting else "not one layer fits"
     )
-    return f"{needs} {size_words(free)} free; {remedy}, or pass an OUT on a larger disk"
+    return f"{needs} {decimal(free)} free; {remedy}, or pass an OUT on a larger disk"
 
 
 def build(
