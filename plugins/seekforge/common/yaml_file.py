@@ -30,9 +30,9 @@ class YamlError(ValueError):
 class YamlNumberError(YamlError):
     """A number is none that settings have; `problem` says what without its line."""
 
-    def __init__(self, place: str, found: str, expected: str) -> None:
-        super().__init__(f"{place} is {found!r:.60}, expected {expected}")
-        self.problem: Final = f"found {found!r:.60}, expected {expected}"
+    def __init__(self, place: str, value: str, expected: str) -> None:
+        super().__init__(f"{place} is {value!r:.60}, expected {expected}")
+        self.problem: Final = f"found {value!r:.60}, expected {expected}"
 
 
 class _Loader(yaml.SafeLoader):

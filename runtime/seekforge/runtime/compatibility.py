@@ -114,14 +114,14 @@ def check_versions(folder: Path, manifest: Manifest, versions: Mapping[str, str]
         EngineError: its version is another one.
     """
     for package, version in manifest.runtime_versions.items():
-        found = versions.get(package)
-        if found is None:
+        installed = versions.get(package)
+        if installed is None:
             raise EnvironmentFault(
                 f"{folder}: needs {package} {version}, which is not installed; {_install(package, version)}"
             )
-        if version not in (found, found.partition("+")[0]):
+        if version not in (installed, installed.partition("+")[0]):
             raise EngineError(
-                f"{folder}: runtime_versions.{package}: found {found}, expected {version}; "
+                f"{folder}: runtime_versions.{package}: found {installed}, expected {version}; "
                 f"{_install(package, version)}, or build it again here: {rebuild_command(folder, manifest)}"
             )
 

@@ -18,7 +18,7 @@ def check_tokenizer(folder: Path, config: ModelConfig) -> tuple[str, ...]:
 
     Args:
         folder: holds tokenizer.json.
-        config: of the model.
+        config: the model.
 
     Returns:
         A sentence for what the file asks for and is not done.

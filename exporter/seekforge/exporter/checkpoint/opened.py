@@ -26,7 +26,7 @@ class Opened:
 
     Attributes:
         checkpoint: its tensors; closed with the block that opened it.
-        config: with `num_nextn_predict_layers` as the tensors are.
+        config: the configuration, with `num_nextn_predict_layers` as the tensors are.
         notes: a sentence for each thing that was taken for granted.
     """
 
@@ -40,7 +40,7 @@ def open_checkpoint(folder: Path) -> Iterator[Opened]:
     """Open a folder with config.json and shards. Reads headers only.
 
     Args:
-        folder: of a checkpoint.
+        folder: a checkpoint.
 
     Raises:
         ConfigError, CheckpointError: it is not what a model of its type needs.

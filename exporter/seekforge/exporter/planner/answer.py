@@ -51,7 +51,7 @@ class Question:
     """What is asked of a plan, beside the workload.
 
     Attributes:
-        precision, kv_format: of weights and caches.
+        precision, kv_format: formats of weights and caches.
         mtp: whether the MTP module is there.
         ep: whether layouts are with expert parallelism.
         target: whose engine it shall be: scratch is then that of its profiles and kernels. None: any GPU, and one
@@ -71,7 +71,7 @@ class Speed:
 
     Attributes:
         decode_tokens_per_s: over all sequences, drafted tokens included.
-        decode_step_ms: of one step of all, through all stages.
+        decode_step_ms: time of one step of all, through all stages.
         decode_bound: memory or compute, in the slowest stage.
         prefill_tokens_per_s: prompts of the whole context, steps filled with them and stages kept busy.
         prefill_s: one such prompt, alone.
@@ -113,7 +113,7 @@ def layouts(num_gpus: int, config: ModelConfig, *, ep: bool = False) -> Iterator
 
     Args:
         num_gpus: how many.
-        config: of the model.
+        config: the model.
         ep: with expert parallelism, where there are ranks to deal experts out to. The bounds are the same with it and
             without, since they take experts to be chosen evenly; without, no rank has more to do than another.
     """
@@ -162,13 +162,13 @@ def answer(
 
 def best(config: ModelConfig, target: TargetConfig, num_gpus: int, work: Workload, question: Question) -> Answer | None:
     """Return the layout of `num_gpus` that decodes fastest among those that fit, else the one that is least over."""
-    found = list(layouts(num_gpus, config, ep=question.ep))
-    fitting = [one for one in found if _fits(config, target, one, work, question)]
+    choices = list(layouts(num_gpus, config, ep=question.ep))
+    fitting = [one for one in choices if _fits(config, target, one, work, question)]
     if fitting:
         rates = {one: speed(config, target, one, work, question).decode_tokens_per_s for one in fitting}
         return answer(config, target, max(fitting, key=rates.__getitem__), work, question)
-    sizes = {one: memory_of(config, one, work, replace(question, target=target)).total for one in found}
-    return answer(config, target, min(found, key=sizes.__getitem__), work, question) if found else None
+    sizes = {one: memory_of(config, one, work, replace(question, target=target)).total for one in choices}
+    return answer(config, target, min(choices, key=sizes.__getitem__), work, question) if choices else None
 
 
 def fewest(
@@ -180,8 +180,8 @@ def fewest(
 ) -> Answer | None:
     """Return the answer with the fewest GPUs that fits, or None."""
     for count in counts:
-        found = layouts(count, config, ep=question.ep)
-        if any(_fits(config, target, one, work, question) for one in found):
+        choices = layouts(count, config, ep=question.ep)
+        if any(_fits(config, target, one, work, question) for one in choices):
             return best(config, target, count, work, question)
     return None
 
@@ -212,12 +212,12 @@ def memory_of(config: ModelConfig, parallelism: Parallelism, work: Workload, que
 def _largest_steps(target: TargetConfig, parallelism: Parallelism, work: Workload) -> list[tuple[int, int]]:
     """Return (sequences, new tokens of each) of every profile of an engine that is built for a workload."""
     batch = -(-work.batch // parallelism.dp)
-    asked = {
+    sizes = {
         "max_model_len": work.context,
         "max_batch_size": batch,
         "max_num_batched_tokens": max(work.step_tokens, batch),
     }
-    limits = target.limits.model_copy(update=asked)
+    limits = target.limits.model_copy(update=sizes)
     return [largest_step(profile, limits) for profile in spanning(target.profiles, limits).values()]
 
 
@@ -250,9 +250,9 @@ class _Weights:
     """What a group of matrices costs on one rank: bytes read in a step, and FLOPs of one token.
 
     Attributes:
-        fixed_bytes, fixed: of what every token meets, without the head.
-        expert_bytes, experts: of all routed experts of the rank; of those that a token chooses.
-        head_bytes, head: of the head, which only tokens meet whose successor is wanted.
+        fixed_bytes, fixed: bytes and FLOPs of what every token meets, without the head.
+        expert_bytes, experts: bytes of all routed experts of the rank; FLOPs of those that a token chooses.
+        head_bytes, head: bytes and FLOPs of the head, which only tokens meet whose successor is wanted.
     """
 
     fixed_bytes: float = 0.0
@@ -274,9 +274,9 @@ class _Stage:
     """One pipeline stage: the main model's layers in it, and the MTP module behind the last one.
 
     Attributes:
-        num_layers: of the main model.
-        weights: of those, with the head where it is.
-        draft: of the MTP module, which uses the head once more; None elsewhere.
+        num_layers: how many layers of the main model it has.
+        weights: those of these layers, with the head where it is.
+        draft: weights of the MTP module, which uses the head once more; None elsewhere.
     """
 
     num_layers: int
@@ -394,7 +394,7 @@ def _prefill_s(machine: _Machine, stage: _Stage, prompt: int, steps: float) -> f
     Args:
         machine, stage: where.
         prompt: tokens.
-        steps: in which its weights are read; less than one when prompts share a step.
+        steps: number of steps in which its weights are read; less than one when prompts share a step.
     """
     whole = _prefill_attention_flops(machine.config, prompt)
     modules = [(stage.weights, stage.num_layers)] + ([(stage.draft, 1)] if stage.draft is not None else [])

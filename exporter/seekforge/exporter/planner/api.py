@@ -40,10 +40,10 @@ class ModelSize:
     """How large a model is.
 
     Attributes:
-        parameters, active_parameters: of all, and those that one token meets.
+        parameters, active_parameters: how many there are, and how many one token meets.
         checkpoint_bytes: as it is downloaded.
-        weight_bytes: on one GPU, by precision.
-        cache_bytes_per_token: in the format that was asked for.
+        weight_bytes: bytes on one GPU, by precision.
+        cache_bytes_per_token: bytes in the format of the caches.
     """
 
     parameters: int
@@ -58,7 +58,7 @@ class PlanResult:
     """The answers of a plan.
 
     Attributes:
-        config: of the model.
+        config: the model.
         model: how large it is.
         answers: one for each precision, target and context, in that order. `found` is None where no number of GPUs
             does, else the layout, the memory of its fullest GPU by part, the bounds of speed, and whether it `fits`.
@@ -105,7 +105,7 @@ def plan(
         ep: with expert parallelism: experts dealt out whole among the tensor-parallel ranks.
         contexts: tokens of a sequence; none: 1K to 160K.
         batch_size: sequences at once.
-        precision: of weights, "fp8", "bf16" or both, which none takes.
+        precision: that of weights: "fp8", "bf16" or both, which none takes.
         kv_cache_dtype: format of the caches; None: fp8_ds, or bf16 of a model whose attention has no kernels for that.
         mtp: with the MTP module, drafting one token per step.
         chart: draw GPUs and memory into this .png or .svg.
@@ -121,8 +121,8 @@ def plan(
     if place is not None:
         check_chart(place)
     config = read_config(name)
-    asked = many(contexts)
-    lengths = within(asked, config) or [one for one in _CONTEXTS if one <= config.max_position_embeddings]
+    named = many(contexts)
+    lengths = within(named, config) or [one for one in _CONTEXTS if one <= config.max_position_embeddings]
     targets = [load_target(str(one)) for one in many(target)] or [one for one in all_targets() if one.gpu is not None]
     for one in targets:
         if one.gpu is None:
@@ -139,7 +139,7 @@ def plan(
                 work = Workload(length, batch_size, one.limits.max_num_batched_tokens, 1 if mtp else 0)
                 rows.append(Row(question, one, work, _answer(config, one, work, question, layout, num_gpus)))
     if place is not None:
-        marked = lengths if asked else [one for one in _MARKED if one in lengths] or lengths
+        marked = lengths if named else [one for one in _MARKED if one in lengths] or lengths
         write_plan_chart(place, config, rows, model=Path(name).name, marked=marked)
     size = ModelSize(
         parameters=num_parameters(config, mtp=mtp),
@@ -235,15 +235,15 @@ def _json(row: Row) -> dict[str, Any]:
         "batch": row.work.batch,
         "fits": row.fits,
     }
-    found = row.found
-    if found is None:
+    result = row.found
+    if result is None:
         return facts
     return facts | {
-        "num_gpus": found.parallelism.num_gpus,
-        **found.parallelism.model_dump(),
-        "export_options": found.parallelism.options,
-        "bytes_per_gpu": asdict(found.memory) | {"total": found.memory.total, "usable": found.usable},
-        "max_context": found.max_context,
-        "max_batch": found.max_batch,
-        "bounds": asdict(found.speed),
+        "num_gpus": result.parallelism.num_gpus,
+        **result.parallelism.model_dump(),
+        "export_options": result.parallelism.options,
+        "bytes_per_gpu": asdict(result.memory) | {"total": result.memory.total, "usable": result.usable},
+        "max_context": result.max_context,
+        "max_batch": result.max_batch,
+        "bounds": asdict(result.speed),
     }

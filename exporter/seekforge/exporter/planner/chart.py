@@ -87,7 +87,7 @@ class Column:
 
     Attributes:
         title: above it.
-        contexts: of the table's columns, marked on the curves too.
+        contexts: what the table has columns of, marked on the curves too.
         targets: (name and memory, cells) of the table's rows.
         curves: below the table.
         sized_for: the context whose number of GPUs the curves have.
@@ -109,8 +109,8 @@ def write_plan_chart(
 
     Args:
         path: .png or .svg.
-        config: of the model.
-        rows: of all precisions, targets and contexts.
+        config: the model.
+        rows: answers for all precisions, targets and contexts.
         model: its name.
         marked: contexts among those of `rows` that the table shows.
 
@@ -136,10 +136,10 @@ def plan_columns(config: ModelConfig, rows: Sequence[Row], *, marked: Sequence[i
     groups = memory_groups({_usable_gib(row.target) for row in rows})
     columns = []
     for precision in dict.fromkeys(row.question.precision for row in rows):
-        own = [row for row in rows if row.question.precision == precision]
-        by_size = sorted({row.target.name: row.target for row in own}.values(), key=_usable_gib)
-        cells = {(row.target.name, row.work.context): _cell(row.found) for row in own}
-        at_longest = [row for row in own if row.work.context == longest]
+        of_precision = [row for row in rows if row.question.precision == precision]
+        by_size = sorted({row.target.name: row.target for row in of_precision}.values(), key=_usable_gib)
+        cells = {(row.target.name, row.work.context): _cell(row.found) for row in of_precision}
+        at_longest = [row for row in of_precision if row.work.context == longest]
         columns.append(
             Column(
                 title=f"weights in {precision.upper()}",
@@ -172,12 +172,12 @@ def _usable_gib(target: TargetConfig) -> float:
     return usable_bytes(target.gpu.memory_gib) / GIB
 
 
-def _cell(found: Answer | None) -> Cell:
-    if found is None:
+def _cell(answer: Answer | None) -> Cell:
+    if answer is None:
         return Cell(f"> {GPU_COUNTS[-1]}", None)
-    if not found.fits:
-        return Cell(f"{(found.memory.total - found.usable) / GIB:.0f} GiB over", None)
-    return Cell(str(found.parallelism.num_gpus), found.parallelism.num_gpus)
+    if not answer.fits:
+        return Cell(f"{(answer.memory.total - answer.usable) / GIB:.0f} GiB over", None)
+    return Cell(str(answer.parallelism.num_gpus), answer.parallelism.num_gpus)
 
 
 def _curves(config: ModelConfig, rows: Sequence[Row], marked: Sequence[int], groups: dict[float, int]) -> list[Curve]:

@@ -161,31 +161,31 @@ def _print(result: PlanResult) -> None:
             out.print(_breakdown(of_precision))
 
 
-def _cells(found: Answer | None) -> tuple[str, ...]:
-    if found is None:
+def _cells(answer: Answer | None) -> tuple[str, ...]:
+    if answer is None:
         return (f"> {GPU_COUNTS[-1]}", *[""] * 9)
-    memory = found.memory
+    memory = answer.memory
     other = memory.total - memory.weights - memory.cache
-    sizes = [f"{size / GIB:.1f}" for size in (memory.weights, memory.cache, other, found.usable)]
-    if not found.fits:
-        over = f"{(memory.total - found.usable) / GIB:.1f} GiB over"
+    sizes = [f"{size / GIB:.1f}" for size in (memory.weights, memory.cache, other, answer.usable)]
+    if not answer.fits:
+        over = f"{(memory.total - answer.usable) / GIB:.1f} GiB over"
         return (
-            str(found.parallelism.num_gpus),
-            f"{found.parallelism}: {over}",
+            str(answer.parallelism.num_gpus),
+            f"{answer.parallelism}: {over}",
             *sizes,
-            tokens(found.max_context),
+            tokens(answer.max_context),
             "0",
             "",
             "",
         )
     return (
-        str(found.parallelism.num_gpus),
-        str(found.parallelism),
+        str(answer.parallelism.num_gpus),
+        str(answer.parallelism),
         *sizes,
-        tokens(found.max_context),
-        f"{found.max_batch:,}",
-        f"{found.speed.decode_tokens_per_s:,.0f}",
-        f"{found.speed.prefill_tokens_per_s:,.0f}",
+        tokens(answer.max_context),
+        f"{answer.max_batch:,}",
+        f"{answer.speed.decode_tokens_per_s:,.0f}",
+        f"{answer.speed.prefill_tokens_per_s:,.0f}",
     )
 
 

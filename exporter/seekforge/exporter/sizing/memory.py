@@ -44,7 +44,7 @@ class Matrix:
     """One or several equal parameter tensors.
 
     Attributes:
-        name: of the module, or of the tensor where it is no weight; below its layer.
+        name: name of the module, or of the tensor where it is no weight; below its layer.
         rows, cols: out and in features; cols 1 for a vector.
         dtype: f8e4m3 (with f32 scales of 128×128 blocks), bf16 or f32.
         sharding: what divides it.
@@ -165,7 +165,7 @@ def cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, num_layer
     """Bytes of latent and indexer key per token (spec §7.3).
 
     Args:
-        config: of the model.
+        config: the model.
         kv_format: `fp8_ds`: 656 + 132 bytes at V3.2's sizes; bf16 and f32: both keys in that type.
         num_layers: layers with a cache; None: all of the main model.
     """
@@ -208,8 +208,8 @@ def linear_flops(config: ModelConfig, matrices: Sequence[Matrix] | None = None) 
     """FLOPs of all matrix products with weights for one token of the main model, head included (spec §9.2).
 
     Args:
-        config: of the model.
-        matrices: of these only; None: the whole main model.
+        config: the model.
+        matrices: these only; None: the whole main model.
     """
     total = Flops()
     for matrix in all_matrices(config, mtp=False) if matrices is None else matrices:
@@ -276,7 +276,7 @@ class RankMemory:
     """Bytes on one GPU of the fullest rank; each part is counted once.
 
     Attributes:
-        weights: of the rank, MTP module included where it is asked for.
+        weights: those of the rank, MTP module included where it is asked for.
         cache: latents and indexer keys.
         indexer_scores: scores of the indexer, part of the scratch memory that operators share.
         scratch: how much longer that shared memory is for the greediest operator.
@@ -426,14 +426,14 @@ def operator_scratch_bytes(
 
     Args:
         config, parallelism, work: what runs where.
-        kv_format: of both caches.
-        kernels: that run it.
+        kv_format: format of the caches.
+        kernels: those that run it.
         steps: largest (sequences of a replica, new tokens of each) of each kind of step; None: one prefill and one
             decode step of the workload.
     """
     if steps is None:
         steps = ((1, min(work.step_tokens, work.context)), (-(-work.batch // parallelism.dp), 1 + work.draft_tokens))
-    found = [
+    per_step = [
         step_scratch_bytes(
             config,
             batch,
@@ -445,7 +445,7 @@ def operator_scratch_bytes(
         )
         for batch, queries in steps
     ]
-    return {op: max(one[op] for one in found) for op in found[0]}
+    return {op: max(one[op] for one in per_step) for op in per_step[0]}
 
 
 def activation_bytes(config: ModelConfig, parallelism: Parallelism, work: Workload) -> int:

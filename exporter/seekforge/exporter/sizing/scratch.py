@@ -28,8 +28,8 @@ class Kernels:
     """Which kernels run a model.
 
     Attributes:
-        sms: that they are compiled for.
-        act_quant: of the program's numerics.
+        sms: SMs for which they are compiled.
+        act_quant: what the program's numerics say of activations.
     """
 
     sms: tuple[int, ...] = SMS
@@ -53,11 +53,11 @@ def step_scratch_bytes(
     """Return op_type -> the most scratch of one call of it on one rank, in steps that are no larger.
 
     Args:
-        config: of the model.
+        config: the model.
         batch, queries: sequences of a replica, and new tokens of each.
         context: positions of the longest sequence.
-        kv_format: of both caches.
-        kernels: that run it.
+        kv_format: format of the caches.
+        kernels: those that run it.
         parallelism: how ranks share the model.
     """
     return dict(_step(config, batch, queries, context, kv_format, kernels, parallelism))  # pyright: ignore[reportArgumentType] - frozen, so hashable

@@ -34,7 +34,7 @@ def shown(text: object, *, keep: str = "") -> str:
         The text with every active character written as Python writes it (`\\x1b`, `\\u202e`). What is shown once is
         not changed by being shown again.
     """
-    return _ACTIVE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
+    return _ACTIVE.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), str(text))
 
 
 def one_line(message: object) -> str:
@@ -65,7 +65,7 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     """Return JSON without a character that acts; what reads it gets the same values."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     # json.dumps wrote the newlines of `indent` and escaped those in strings
-    return _ACTIVE.sub(lambda found: found[0] if found[0] == "\n" else _json_escape(found[0]), text)
+    return _ACTIVE.sub(lambda match: match[0] if match[0] == "\n" else _json_escape(match[0]), text)
 
 
 def write_json(value: Any, *, indent: int | None = None) -> None:

@@ -137,9 +137,9 @@ class Files:
             idle = 0 if len(content) > before else idle + 1
         raise self._short(name, len(content), total)
 
-    def _short(self, name: str, found: int, total: int | None) -> CheckpointError:
+    def _short(self, name: str, received: int, total: int | None) -> CheckpointError:
         return CheckpointError(
-            f"{self.repo}: {name} ended after {found:,} bytes of {0 if total is None else total:,}, and then nothing "
+            f"{self.repo}: {name} ended after {received:,} bytes of {total or 0:,}, and then nothing "
             "came; try again later"
         )
 

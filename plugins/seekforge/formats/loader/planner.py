@@ -54,12 +54,12 @@ class Planner:
         if pushed is not None:
             self.add(pushed, target)
             return
-        found = as_view(recipe)
-        if found is None:
+        based = as_view(recipe)
+        if based is None:
             from_tensors = sum(self._checkpoint.info(name).num_bytes for name in tensors_of(recipe))
             self._jobs.append(Whole(recipe, target, from_tensors))
             return
-        base, view = found
+        base, view = based
         if base.op == "take":
             assert base.tensor is not None
             self._check(base)

@@ -192,9 +192,9 @@ def _storage(dtype: str) -> np.dtype:
     return native if native.isbuiltin == 1 else np.dtype(f"u{native.itemsize}")
 
 
-def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: tuple[TensorSpec, ...]) -> None:
+def _check_face(path: Path, kind: str, arguments: Sequence[ort.NodeArg], expected: tuple[TensorSpec, ...]) -> None:
     """Compare names, types and shapes of a session with the manifest; order is the manifest's for outputs too."""
-    actual = {value.name: value.type for value in found}
+    actual = {value.name: value.type for value in arguments}
     wanted = {spec.name: ONNX_TYPES.get(spec.dtype, spec.dtype) for spec in expected}
     for name in wanted.keys() | actual.keys():
         if actual.get(name) != wanted.get(name):
@@ -203,7 +203,7 @@ def _check_face(path: Path, kind: str, found: Sequence[ort.NodeArg], expected: t
                 f"{wanted.get(name, 'absent')} in the manifest; build the engine again"
             )
     shapes = {spec.name: spec.shape for spec in expected if spec.role != "tap"}  # whose sizes nobody relies on
-    for value in found:
+    for value in arguments:
         if value.name not in shapes:
             continue
         shape = tuple(value.shape)

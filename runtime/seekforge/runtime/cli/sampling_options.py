@@ -112,7 +112,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
+def params_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `SamplingParams` that were given.
 
     Args:
@@ -121,7 +121,7 @@ def params_of(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RequestError: a value is out of range, or a file after @ cannot be read.
     """
-    said = {name: value for name, value in given.items() if value is not None and value != ()}
+    said = {name: value for name, value in options.items() if value is not None and value != ()}
     structured = {name: said.pop(name) for name in STRUCTURED if name in said}
     for name in ("json", "regex", "grammar"):
         if name in structured:

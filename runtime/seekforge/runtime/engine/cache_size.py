@@ -46,24 +46,24 @@ def decide_num_blocks(
         raise EngineError("num_blocks and kv_cache_memory both give the size of the cache; pass one")
     most = manifest.max_cache_blocks()
     if num_blocks is not None:
-        chosen, asked = num_blocks, f"num_blocks is {num_blocks}"
+        chosen, cause = num_blocks, f"num_blocks is {num_blocks}"
     elif kv_cache_memory is not None:
-        chosen, asked = kv_cache_memory // size, f"kv_cache_memory is {kv_cache_memory:,} bytes"
+        chosen, cause = kv_cache_memory // size, f"kv_cache_memory is {kv_cache_memory:,} bytes"
     else:
         wanted = max_batch_size * blocks_needed(max_model_len, manifest.cache.block_size) + 1
         chosen = wanted if most is None else min(wanted, most)
         budget = cache_budget(manifest, free_bytes)
-        asked = "no memory is known to be free" if budget is None else f"{max(budget, 0):,} bytes are left for caches"
+        cause = "no memory is known to be free" if budget is None else f"{max(budget, 0):,} bytes are left for caches"
         if budget is not None:
             chosen = min(chosen, budget // size)
     if chosen > _MOST_BLOCKS:
         raise EngineError(
-            f"{asked}, {chosen:,} blocks, expected at most {_MOST_BLOCKS:,}; "
+            f"{cause}, {chosen:,} blocks, expected at most {_MOST_BLOCKS:,}; "
             f"lower {'kv_cache_memory' if num_blocks is None else 'num_blocks'}"
         )
     if chosen < 2:
         raise EngineError(
-            f"{asked}, expected room for at least 2 blocks of {size:,} bytes (one is scrap); "
+            f"{cause}, expected room for at least 2 blocks of {size:,} bytes (one is scrap); "
             "free memory, or say how many with num_blocks"
         )
     return chosen

@@ -68,9 +68,9 @@ class Speculator:
         if not chosen:
             return
         rows = [group[i] for i in chosen]
-        given = packed.inputs
-        input_ids = np.zeros((len(rows), given.input_ids.shape[1]), np.int64)
-        slots = given.slot_mapping[chosen].copy()
+        step = packed.inputs
+        input_ids = np.zeros((len(rows), step.input_ids.shape[1]), np.int64)
+        slots = step.slot_mapping[chosen].copy()
         last: list[int] = []
         for index, row in enumerate(rows):
             count = (row.sequence.num_tokens - 1 if row.samples else row.stop) - row.start
@@ -84,7 +84,7 @@ class Speculator:
         ]
         width = input_ids.shape[1]
         index = np.array([i * width + last[i] for i in drafting] or [0], np.int64)
-        inputs = StepInputs(input_ids, given.positions[chosen], slots, given.block_table[chosen], index, hidden[chosen])
+        inputs = StepInputs(input_ids, step.positions[chosen], slots, step.block_table[chosen], index, hidden[chosen])
         results = self.backend.run(
             inputs, outputs={*TopLogits.OUTPUTS, "hidden"} if drafting else {"hidden"}, graph=MTP
         )

@@ -60,7 +60,7 @@ class CompiledGrammar:
         Args:
             library: the module llguidance.
             tokenizer: the vocabulary, as its `LLTokenizer`.
-            grammar: in its own language.
+            grammar: the grammar in its own language.
 
         Raises:
             RequestError: it is wrong, or too complex.

@@ -209,17 +209,17 @@ class TensorRtBackend:
                 f"{len(inputs.logits_index)} rows of logits is beyond every profile that the engine was built for; "
                 "build it with a larger --max-num-batched-tokens or --max-model-len"
             )
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for part, wanted in halves(inputs):
             results = self.run(part, outputs=outputs, graph=graph)
             for name in outputs:
                 value = results.fetch(name)
                 if name in ROW_RESULTS:
-                    into = found.setdefault(name, np.empty((len(inputs.logits_index), *value.shape[1:]), value.dtype))
+                    into = arrays.setdefault(name, np.empty((len(inputs.logits_index), *value.shape[1:]), value.dtype))
                     into[wanted] = value[: len(wanted)]
                 else:
-                    found[name] = np.concatenate([found[name], value]) if name in found else value
-        return HostStepOutputs(found)
+                    arrays[name] = np.concatenate([arrays[name], value]) if name in arrays else value
+        return HostStepOutputs(arrays)
 
     def graph_metrics(self) -> GraphMetrics:
         """Return what became of CUDA graphs."""
