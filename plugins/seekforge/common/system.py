@@ -89,13 +89,17 @@ def end_with_parent() -> None:
     A process that is killed cannot end those it started. Without effect where this one was started by anyone else.
     """
     parent = os.environ.pop(_PARENT, "")
-    if not parent.isdecimal():
-        return
+    if parent.isdecimal():
+        end_with(int(parent))
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent does, whose process id this is, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
-        threading.Thread(target=_watch, args=(int(parent),), name="seekforge-parent", daemon=True).start()
-    if os.getppid() != int(parent):  # it ended before it was asked
+        threading.Thread(target=_watch, args=(parent,), name="seekforge-parent", daemon=True).start()
+    if os.getppid() != parent:  # it ended before it was asked
         os._exit(1)
 
 

@@ -118,7 +118,7 @@ def parse_yaml(text: str) -> Any:
     except YamlError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:  # of PyYAML's constructors
-        raise YamlError(f"{type(error).__name__}: {error}") from None
+        raise YamlError(f"a value is not what its tag says, or out of range: {error}") from None
     return value
 
 

@@ -170,7 +170,8 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
                 f"unknown target {name!r}, expected one of: {', '.join(names)}, or the path of a .yaml file{hint}"
             )
     if not isinstance(raw, dict):
-        raise TargetError(f"{origin}: holds a {type(raw).__name__}, expected keys such as backend and limits")
+        what = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise TargetError(f"{origin}: holds {what}, expected keys such as backend and limits")
     for setting in settings:
         _apply(raw, setting)
     return _validated(raw, origin)

@@ -413,6 +413,26 @@ def test_an_engine_without_weights_gets_them_from_the_checkpoint_that_judges_it(
     assert "--checkpoint" not in commands[1]
 
 
+def test_a_damaged_engine_is_named_and_not_a_copy_of_it(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The runtime is given a copy with more outputs, whose name means nothing to anyone."""
+    engine = tmp_path / "damaged"
+    shutil.copytree(tiny_engines["exact"], engine)
+    with (engine / "weights.bin").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    line = refuse(engine, "--checkpoint", tiny_checkpoint, "--contexts", "5", "--modes", "whole")
+    assert f"{engine / 'weights.bin'}: bytes 0 to " in line and f"seekforge build PROGRAM {engine} " in line
+    assert "parity" not in line
+    with (engine / "weights.bin").open("r+b") as file:
+        file.truncate(7)
+    line = refuse(engine, "--checkpoint", tiny_checkpoint, "--contexts", "5", "--modes", "whole")
+    assert f"{engine / 'weights.bin'}: 7 bytes, the manifest says" in line
+
+
 def test_dumps_of_other_steps_are_refused(saved: Saved, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "torch"
     invoke("--checkpoint", tiny_checkpoint, "--save", out, "--contexts", "5", "--modes", "whole", "--quiet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from seekforge.common.cli.options import (
     quiet_option,
 )
 from seekforge.common.cli.terminal import shown, write_json
-from seekforge.common.errors import TargetError
+from seekforge.common.errors import OutputError, TargetError
 from seekforge.exporter.builder import kernel_numbers
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset
 from seekforge.exporter.checkpoint.source import headers
 from seekforge.exporter.option_types import MODEL
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.kernels import aot
+from seekforge.plugins.kernels.index import INDEX
 from seekforge.plugins.kernels.launch_plan import SMS, KernelSet
 from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT, operators
 from seekforge.plugins.registry import WITH_KERNELS
@@ -40,7 +42,7 @@ def kernels() -> None:
     "build",
     examples=(
         "seekforge kernels build store",
-        "seekforge kernels build store --sm 80,90 --op dsa_attention --jobs 4",
+        "seekforge kernels build store --sm 80,90 --op DsaAttention --jobs 4",
     ),
 )
 @click.argument("store", metavar="OUT", type=click.Path(path_type=Path))
@@ -67,6 +69,7 @@ def build(
     as_json: bool,
 ) -> None:
     """Compile every kernel that the model needs into the folder OUT, and print what their code costs. Needs no GPU."""
+    _check_store(store)
     if model in known_presets():
         config = load_preset(model).config
     else:
@@ -101,3 +104,13 @@ def build(
         out.print(f"wrote {store}: {count} kernels for {len({one.sm for one in sets})} SMs in {seconds:.0f} s")
         for line in slow:
             out.print(f"slow: {line}")
+
+
+def _check_store(store: Path) -> None:
+    """Refuse a folder that holds what no store of kernels does; one that was begun and not ended is gone on with."""
+    names = [path.name for path in store.iterdir()] if store.is_dir() else []
+    foreign = sorted(name for name in names if name != INDEX and not re.fullmatch(r"sm\d+|\..+\.partial", name))
+    if foreign:
+        raise OutputError(
+            f"{store}: holds {shown(foreign[0])}, which is no part of a store of kernels; choose a new folder"
+        )

@@ -40,6 +40,30 @@ class Verification:
     read_bytes: int = 0
 
 
+def listed_files(folder: Path, manifest: Manifest) -> list[tuple[Path, FileDigest]]:
+    """Return the files of an engine with their digests; none of them is read.
+
+    Args:
+        folder: the engine folder.
+        manifest: the manifest of that folder.
+
+    Raises:
+        EngineError: a file is missing, leads out of the folder, or is of another size.
+    """
+    remedy = f"build it again: {rebuild_command(folder, manifest)}"
+    listed: list[tuple[Path, FileDigest]] = []
+    for expected in manifest.files:
+        path = inside(folder, expected.path, error=EngineError, where=folder / MANIFEST, again=remedy)
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise EngineError(f"{path}: missing; copy it again, or {remedy}") from None
+        if size != expected.bytes:
+            raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; copy it again, or {remedy}")
+        listed.append((path, expected))
+    return listed
+
+
 def verify_files(
     folder: Path, manifest: Manifest, *, full: bool = False, progress: OnVerify | None = None
 ) -> Verification:
@@ -54,18 +78,16 @@ def verify_files(
     Raises:
         EngineError: a file is missing, leads out of the folder, is of another size, or its bytes differ.
     """
-    remedy = f"copy it again or build it again: {rebuild_command(folder, manifest)}"
+    remedy = f"copy it again, or build it again: {rebuild_command(folder, manifest)}"
     known = {} if full else verified.recall()
     read: list[tuple[Path, FileDigest]] = []
     before: dict[Path, str | None] = {}
-    for expected in manifest.files:
-        path = inside(folder, expected.path, error=EngineError, where=folder / MANIFEST, again=remedy)
+    for path, expected in listed_files(folder, manifest):
+        size = expected.bytes
         try:
-            size, before[path] = path.stat().st_size, verified.identity(path)
+            before[path] = verified.identity(path)
         except OSError:
             raise EngineError(f"{path}: missing; {remedy}") from None
-        if size != expected.bytes:
-            raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; {remedy}")
         if len(expected.chunks) != num_chunks(size):
             raise EngineError(
                 f"{folder / MANIFEST}: {expected.path} has {len(expected.chunks)} digests, expected {num_chunks(size)} "

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from seekforge.common.cores import usable_cores
 from seekforge.common.errors import EnvironmentFault, TargetError
 from seekforge.common.files import replace_file
 from seekforge.common.requirements import install
+from seekforge.common.system import end_with
 from seekforge.common.temporary import temporary_folder
 from seekforge.common.user_cache import user_cache
 from seekforge.plugins.kernels import rules, sass
@@ -158,7 +158,9 @@ def build(
     context = multiprocessing.get_context("spawn")
     before = os.environ.pop("TRITON_INTERPRET", None)  # the spawned processes inherit it
     try:
-        with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            jobs, mp_context=context, max_tasks_per_child=1, initializer=end_with, initargs=(os.getpid(),)
+        ) as pool:
             running = {}
             for task in work:
                 progress(task, None)
@@ -183,7 +185,7 @@ def write(sets: Sequence[KernelSet], out: Path, *, cache: Path) -> None:
         folder = out / f"sm{kernels.sm}"
         folder.mkdir(parents=True, exist_ok=True)
         for image in kernels.images.values():
-            shutil.copyfile(cache / image.cubin, folder / image.cubin)
+            replace_file(folder / image.cubin, (cache / image.cubin).read_bytes())
         name = f"{SPECS[kernels.op].torch_name}-{kernels.digest[:12]}.json"
         replace_file(folder / name, to_json(kernels).encode())
         entry = {"op": kernels.op, "sm": kernels.sm, "digest": kernels.digest, "file": f"sm{kernels.sm}/{name}"}

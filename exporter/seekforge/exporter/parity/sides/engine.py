@@ -15,6 +15,7 @@ from seekforge.exporter.parity.sides.split_engine import cut_copy
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.engine.verify import listed_files
 from seekforge.formats.parity_steps import ParitySteps
 
 
@@ -31,6 +32,7 @@ class EngineSide:
     def __init__(self, folder: Path, work: Path, threads: int | None = None, checkpoint: Path | None = None) -> None:
         self.folder, self.work, self.threads, self.checkpoint = folder, work, threads, checkpoint
         self.manifest = load_manifest(folder)
+        listed_files(folder, self.manifest)
         self.taps = available_taps(folder)
         #: Whether its graph can be opened and cut between layers.
         self.opens = self.manifest.target.backend == "onnxruntime"
@@ -112,7 +114,8 @@ class EngineSide:
         done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
         if done.returncode != 0:
             line = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-            raise EngineError(f"{self.folder}: the runtime could not run it: {line.removeprefix('error: ')}")
+            line = line.removeprefix("error: ").replace(str(engine), str(self.folder))  # a copy is gone by now
+            raise EngineError(f"{self.folder}: the runtime could not run it: {line}")
         return Dump.open(out)
 
 
