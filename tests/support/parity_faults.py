@@ -77,14 +77,14 @@ def build_engine(program: Path, checkpoint: Path, out: Path) -> Path:
 def bent_engine(engine: Path, out: Path, factors: Mapping[str, np.ndarray]) -> Path:
     """Copy an engine in which what a layer has at a tap point is multiplied by [width], as a broken kernel might."""
 
-    def bend(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
+    def bend(name: str, model: onnx.ModelProto, graph_io: GraphIO) -> GraphIO:
         for tap, factor in factors.items() if name == "model" else ():
             node = next(node for node in model.graph.node if tap in node.output)
             node.output[:] = [f"{tap}.right" if value == tap else value for value in node.output]
             model.graph.initializer.append(numpy_helper.from_array(factor, f"{tap}.factor"))
             place = list(model.graph.node).index(node) + 1
             model.graph.node.insert(place, helper.make_node("Mul", [f"{tap}.right", f"{tap}.factor"], [tap]))
-        return face
+        return graph_io
 
     engine_copy(engine, out, bend)
     return out
@@ -93,9 +93,9 @@ def bent_engine(engine: Path, out: Path, factors: Mapping[str, np.ndarray]) -> P
 def split_products(engine: Path, out: Path) -> Path:
     """Copy an engine whose every product with a weight matrix is the sum of two halves of K: another order of sums."""
 
-    def split(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
+    def split(name: str, model: onnx.ModelProto, graph_io: GraphIO) -> GraphIO:
         assert _split(model.graph) >= 8
-        return face
+        return graph_io
 
     engine_copy(engine, out, split)
     return out

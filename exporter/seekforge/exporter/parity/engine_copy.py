@@ -25,12 +25,12 @@ def available_taps(engine: Path) -> list[str]:
     """
     manifest = load_manifest(engine)
     result = []
-    for face in manifest.graphs.values():
+    for graph_io in manifest.graphs.values():
         result += [
-            spec.name for spec in face.outputs if spec.role in ("tap", "debug") and TAP_NAME.fullmatch(spec.name)
+            spec.name for spec in graph_io.outputs if spec.role in ("tap", "debug") and TAP_NAME.fullmatch(spec.name)
         ]
         if manifest.target.backend == "onnxruntime":
-            result += taps_in(read_engine_graph(engine, face))
+            result += taps_in(read_engine_graph(engine, graph_io))
     return result
 
 
@@ -46,10 +46,10 @@ def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
         EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
     """
 
-    def edit(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
+    def edit(name: str, model: onnx.ModelProto, graph_io: GraphIO) -> GraphIO:
         added = [tap for tap in taps_in(model) if tap in names]
         expose(model, added)
-        return face.model_copy(update={"outputs": (*face.outputs, *tap_specs(model, added))})
+        return graph_io.model_copy(update={"outputs": (*graph_io.outputs, *tap_specs(model, added))})
 
     engine_copy(engine, out, edit)
     return out
@@ -81,25 +81,25 @@ def engine_copy(
             "build it with --taps to see inside layers"
         )
     out.mkdir(parents=True)
-    faces: dict[str, GraphIO] = {}
-    changed = {face.file for face in manifest.graphs.values()}
+    copied: dict[str, GraphIO] = {}
+    changed = {graph_io.file for graph_io in manifest.graphs.values()}
     for file in manifest.files:
         if file.path not in changed:
             _link(inside(engine, file.path, error=EngineError, where=engine / MANIFEST), out / file.path)
-    for name, face in manifest.graphs.items():
+    for name, graph_io in manifest.graphs.items():
         if graphs is not None and name not in graphs:
             continue
-        model = read_engine_graph(engine, face)
-        edited = edit(name, model, face)
-        (out / face.file).write_bytes(model.SerializeToString())
-        faces[name] = edited.model_copy(update={"sha256": digest_file(out, face.file).sha256})
-    written = {face.file for face in faces.values()}
+        model = read_engine_graph(engine, graph_io)
+        edited = edit(name, model, graph_io)
+        (out / graph_io.file).write_bytes(model.SerializeToString())
+        copied[name] = edited.model_copy(update={"sha256": digest_file(out, graph_io.file).sha256})
+    written = {graph_io.file for graph_io in copied.values()}
     files = tuple(
         digest_file(out, file.path) if file.path in written else file
         for file in manifest.files
         if file.path in written or file.path not in changed
     )
-    copy: Manifest = manifest.model_copy(update={"graphs": faces, "files": files, "digest": ""})
+    copy: Manifest = manifest.model_copy(update={"graphs": copied, "files": files, "digest": ""})
     save_manifest(out, copy)
     return copy
 

@@ -52,8 +52,8 @@ class OrtSession:
 
     def output_names(self, graph: str = MODEL) -> list[str]:
         """Return the results and taps that a graph gives."""
-        signature = self._graphs[graph]
-        return [spec.name for spec in signature.outputs if spec.name not in signature.aliases]
+        graph_io = self._graphs[graph]
+        return [spec.name for spec in graph_io.outputs if spec.name not in graph_io.aliases]
 
     def allocate_caches(self, num_blocks: int) -> None:
         """Make zeroed caches of `num_blocks` blocks; earlier ones are given back."""
@@ -74,25 +74,23 @@ class OrtSession:
             outputs: names of results and taps to return; None returns all.
             graph: `MODEL` or `MTP`.
         """
-        signature, session = self._graphs[graph], self._sessions[graph]
+        graph_io, session = self._graphs[graph], self._sessions[graph]
         binding = session.io_binding()
         arrays = {
-            spec.name: np.ascontiguousarray(inputs.array(spec.name))
-            for spec in signature.inputs
-            if spec.role != "cache"
+            spec.name: np.ascontiguousarray(inputs.array(spec.name)) for spec in graph_io.inputs if spec.role != "cache"
         }
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
-        for spec in signature.with_role("cache"):
+        for spec in graph_io.with_role("cache"):
             binding.bind_ortvalue_input(spec.name, self.caches[spec.name])
-        for spec in signature.outputs:
-            cache = signature.aliases.get(spec.name)
+        for spec in graph_io.outputs:
+            cache = graph_io.aliases.get(spec.name)
             if cache is None:
                 binding.bind_output(spec.name)
             else:
                 binding.bind_ortvalue_output(spec.name, self.caches[cache])
         session.run_with_iobinding(binding)
-        values = {spec.name: value for spec, value in zip(signature.outputs, binding.get_outputs(), strict=True)}
+        values = {spec.name: value for spec, value in zip(graph_io.outputs, binding.get_outputs(), strict=True)}
         names = (name for name in self.output_names(graph) if outputs is None or name in outputs)
         return OrtOutputs({name: values[name].numpy() for name in names})
 

@@ -70,7 +70,7 @@ class EngineSide:
         Raises:
             EngineError: the runtime refused, with its own words.
         """
-        outputs = {spec.name for face in self.manifest.graphs.values() for spec in face.outputs}
+        outputs = {spec.name for graph_io in self.manifest.graphs.values() for spec in graph_io.outputs}
         kept = [*taps, *(name for name in outputs if selections and name.startswith(_SELECTIONS))]
         if set(taps) <= outputs:
             return self._run(self.folder, plan, out, kept, inputs)

@@ -51,12 +51,12 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
     last = stop == int(manifest.config["num_hidden_layers"])
     hidden = int(manifest.config["hidden_size"])
 
-    def edit(name: str, model: onnx.ModelProto, face: GraphIO) -> GraphIO:
+    def edit(name: str, model: onnx.ModelProto, graph_io: GraphIO) -> GraphIO:
         before = {value.name for value in model.graph.output}
         if name != "model":
             added = [tap for tap in taps_in(model) if tap in taps]
             expose(model, added)
-            return face.model_copy(update={"outputs": (*face.outputs, *tap_specs(model, added))})
+            return graph_io.model_copy(update={"outputs": (*graph_io.outputs, *tap_specs(model, added))})
         cuts = [layer for layer in range(start, stop + last) if layer > 0]
         _cut(model.graph, cuts, hidden, engine)
         inside = {tap for tap in taps if int(tap.rpartition(".")[2]) in range(start, stop)}
@@ -78,11 +78,11 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
             for layer in cuts
             for point in INTERMEDIATE_TENSORS
         )
-        return face.model_copy(
+        return graph_io.model_copy(
             update={
-                "inputs": (*(spec for spec in face.inputs if spec.name in inputs), *taken),
-                "outputs": (*(spec for spec in face.outputs if spec.name in kept), *tap_specs(model, added)),
-                "aliases": {output: source for output, source in face.aliases.items() if output in kept},
+                "inputs": (*(spec for spec in graph_io.inputs if spec.name in inputs), *taken),
+                "outputs": (*(spec for spec in graph_io.outputs if spec.name in kept), *tap_specs(model, added)),
+                "aliases": {output: source for output, source in graph_io.aliases.items() if output in kept},
             }
         )
 
