@@ -175,7 +175,7 @@ class HostDevice:
         self._buffers[to][:num_bytes].copy_(self._buffers[address][:num_bytes])
 
     def free_bytes(self) -> int:
-        """What the pretended memory has left."""
+        """Return what the pretended memory has left."""
         return self._memory_bytes - sum(buffer.nbytes for buffer in self._buffers.values())
 
     def seconds(self, calls: Sequence[Callable[[], None]], repeats: int) -> float:

@@ -24,13 +24,13 @@ def gpu_cases(op: str) -> list[Case]:
 
 
 def packed_latents(cache: Tensor, latent_dim: int) -> Tensor:
-    """[NB·64, C + R] -> fp8_ds records [NB, 64, bytes]."""
+    """Return fp8_ds records [NB, 64, bytes] of latents [NB·64, C + R]."""
     records = pack_latent(cache[:, :latent_dim].float(), cache[:, latent_dim:].float())
     return records.view(-1, 64, records.shape[-1])
 
 
 def packed_index(cache: Tensor) -> Tensor:
-    """[NB·64, 128] -> fp8_ds pages [NB, 64·132]."""
+    """Return fp8_ds pages [NB, 64·132] of index keys [NB·64, 128]."""
     q, scale = quantize(cache.float())
     values = q.view(torch.int8).view(-1, 64 * 128)
     return torch.cat([values, scale.contiguous().view(torch.int8).view(-1, 64 * 4)], dim=1)

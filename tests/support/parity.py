@@ -30,7 +30,7 @@ MAX_FLIPPED = 0.01
 
 
 def tokens(length: int, seed: int = 1, vocab_size: int = 1024) -> list[int]:
-    """Random ids that leave out the special tokens at the start of the vocabulary."""
+    """Return random ids that leave out the special tokens at the start of the vocabulary."""
     return np.random.default_rng(seed).integers(16, vocab_size - 100, length).tolist()
 
 
@@ -52,12 +52,12 @@ class _Collect:
 
 
 def lengths_of(mode: Mode, context: int) -> list[int]:
-    """Lengths of the sequences that a mode runs: one, or three very different ones."""
+    """Return the lengths of the sequences that a mode runs: one, or three very different ones."""
     return list(ragged_lengths(context)) if mode == "ragged" else [context]
 
 
 def chunks(mode: Mode, length: int) -> list[int]:
-    """How a mode cuts a sequence into steps: as parity does, but token by token from the start where that is quick."""
+    """Cut a sequence as a mode does: as parity, but token by token from the start where that is quick."""
     if mode == "decode" and length <= 80:
         return [1] * length
     return parity_steps.chunks(mode, length, INDEX_TOPK)
@@ -90,12 +90,12 @@ def drive(session: TorchSession | OrtSession, sequences: Sequence[Sequence[int]]
 
 
 def relative_error(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Largest |difference| of each row of logits, in parts of the spread of `reference`."""
+    """Return the largest |difference| of each row of logits, in parts of the spread of `reference`."""
     return np.abs(logits - reference).max(-1) / reference.std()
 
 
 def flipped_rows(run: Run, reference: Run) -> np.ndarray:
-    """Rows where any layer chose another set of keys or experts: [n] bool."""
+    """Return rows where any layer chose another set of keys or experts: [n] bool."""
     flipped = np.zeros(len(run.logits), bool)
     for name, chosen in run.taps.items():
         flipped |= (np.sort(chosen, -1) != np.sort(reference.taps[name], -1)).any(-1)
@@ -118,7 +118,7 @@ def readers_of(rows: np.ndarray, run: Run) -> np.ndarray:
 
 
 def moved_rows(run: Run, reference: Run) -> np.ndarray:
-    """Rows that chose differently, and rows out of the gate: [n] bool."""
+    """Return rows that chose differently, and rows out of the gate: [n] bool."""
     return flipped_rows(run, reference) | (relative_error(run.logits, reference.logits) > GATE)
 
 

@@ -119,7 +119,7 @@ def make_toy() -> Toy:
 
 
 def make_tokenizer() -> Tokenizer:
-    """A small byte-level BPE with DeepSeek's special tokens."""
+    """Make a small byte-level BPE with DeepSeek's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -181,7 +181,7 @@ def check_comparable(judged: Mapping[str, object], reference: Mapping[str, objec
 
 
 def _layers(dump: Dump) -> list[tuple[str, int]]:
-    """(graph, layer) in the order of data."""
+    """Return (graph, layer) of every layer, in the order of data."""
     start, stop = dump.side.layers
     result = [("model", layer) for layer in range(start, stop)]
     number = int(dump.side.config["num_hidden_layers"])
@@ -313,7 +313,7 @@ def _compare_case(sides: Sides, name: str, graph: str) -> CaseComparison:
 
 
 def _texts(dump: Dump, numbers: Sequence[int]) -> dict[tuple[int, int], int]:
-    """(sequence, position) -> token, over steps of one graph."""
+    """Return (sequence, position) -> token over steps of one graph."""
     result = {}
     for number in numbers:
         _, step = dump.cases[number]
@@ -323,7 +323,7 @@ def _texts(dump: Dump, numbers: Sequence[int]) -> dict[tuple[int, int], int]:
 
 
 def _flipped(judged: Dump, reference: Dump, number: int) -> np.ndarray:
-    """Rows of a step in which any layer chose other keys or experts."""
+    """Return [rows] bool of a step: whether any layer chose other keys or experts."""
     result = np.zeros(int(reference.arrays(number).real.sum()), bool)
     for name in _selections(reference, number):
         if judged.has(number, name):

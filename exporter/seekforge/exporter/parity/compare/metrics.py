@@ -48,28 +48,28 @@ class Difference:
 
     @property
     def rms(self) -> float:
-        """Root mean square of the reference."""
+        """Return the root mean square of the reference."""
         return (self.sum_yy / self.count) ** 0.5 if self.count else 0.0
 
     @property
     def max_relative(self) -> float:
-        """Largest error in parts of the reference's root mean square."""
+        """Return the largest error in parts of the reference's root mean square."""
         return self.max_abs / (self.rms or 1.0)
 
     @property
     def rms_relative(self) -> float:
-        """Root mean square of the error in parts of that of the reference."""
+        """Return the root mean square of the error in parts of that of the reference."""
         return (self.sum_square_error / self.sum_yy) ** 0.5 if self.sum_yy else float(self.sum_square_error > 0)
 
     @property
     def calc_diff(self) -> float:
-        """1 − 2·Σxy / Σ(x² + y²), as DeepGEMM has it (spec §11); 0 when both are zero."""
+        """Return 1 − 2·Σxy / Σ(x² + y²), as DeepGEMM has it (spec §11); 0 when both are zero."""
         total = self.sum_xx + self.sum_yy
         return max(0.0, 1.0 - 2.0 * self.sum_xy / total) if total else 0.0
 
     @property
     def cosine_difference(self) -> float:
-        """1 − cos of the angle between the two as vectors."""
+        """Return 1 − cos of the angle between the two as vectors."""
         norm = (self.sum_xx * self.sum_yy) ** 0.5
         return max(0.0, 1.0 - self.sum_xy / norm) if norm else 0.0
 

@@ -175,7 +175,7 @@ class Keys:
 
 
 def _fake_quantize(x: np.ndarray) -> np.ndarray:
-    """The indexer's FP8 rounding, in blocks of 128."""
+    """Round as the indexer does in FP8, in blocks of 128, and back."""
     import torch
 
     from seekforge.plugins.quant import fake_quantize

@@ -30,7 +30,7 @@ def line_chart(
     log: bool,
     ticks: Sequence[str] | None = None,
 ) -> Markup:
-    """A line chart as SVG with a mark per point; on a log axis a zero lies on the floor."""
+    """Draw a line chart as SVG with a mark per point; on a log axis a zero lies on the floor."""
     series = {name: [p for p in points if not isinstance(p[1], str)] for name, points in series.items()}
     points = [point for values in series.values() for point in values]
     if not points:
@@ -71,7 +71,7 @@ def line_chart(
 
 
 def heat_map(case: dict[str, Any]) -> Markup:
-    """The error of each token behind each layer of a case, as colored cells."""
+    """Draw the error of each token behind each layer of a case as colored cells."""
     columns, layers = len(case["positions"]), case["heat_layers"]
     width, height = (_WIDTH - _LEFT - _RIGHT) / columns, min(28.0, 360 / len(layers))
     total = _TOP + height * len(layers) + _BOTTOM
@@ -113,10 +113,10 @@ def _color(value: Any) -> str:
 
 
 def plain_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
-    """A table that scrolls sideways where it is too wide."""
+    """Return a table that scrolls sideways where it is too wide."""
     return piece("table", names, rows)
 
 
 def folded_table(names: Sequence[str], rows: Sequence[Sequence[Any]], summary: str) -> Markup:
-    """A table behind a line to tap on."""
+    """Return a table behind a line to tap on."""
     return piece("folded", summary, plain_table(names, rows))

@@ -40,7 +40,7 @@ class EngineSide:
 
     @property
     def layers(self) -> tuple[int, int] | None:
-        """The layers [a, b) of an engine that is a stage; None of a whole model."""
+        """Return the layers [a, b) of an engine that is a stage; None of a whole model."""
         layers = self.manifest.layer_range
         return None if layers == (0, int(self.manifest.config["num_hidden_layers"])) else layers
 
