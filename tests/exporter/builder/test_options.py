@@ -17,9 +17,9 @@ import seekforge.exporter.builder.onnxruntime.build as engine
 from seekforge.common.errors import EnvironmentFault, OutputError, SeekforgeError, TargetError
 from seekforge.common.files import check_vacant, write_json
 from seekforge.exporter.builder import machine
+from seekforge.exporter.builder.audit_page import show_audit
 from seekforge.exporter.builder.cli import build
 from seekforge.exporter.builder.request import fit_limits
-from seekforge.exporter.builder.tensorrt.audit_page import show_audit
 from seekforge.exporter.inspect.cli import inspect
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Limits, load_manifest

@@ -11,7 +11,8 @@ from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import Inputs, check, expected_bytes, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
+from seekforge.exporter.builder.tensorrt.memory import expected_bytes
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.planner.answer import Question, memory_of
 from seekforge.exporter.planner.cli import plan as plan_command

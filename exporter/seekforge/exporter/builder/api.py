@@ -53,12 +53,12 @@ class BuildResult:
     Attributes:
         path: the engine's folder.
         target, backend, sms: what it is for; a CPU has no SMs.
-        precision: of weights on a CPU, of products of FP8 weights on a GPU.
+        precision: the precision of weights on a CPU, of products of FP8 weights on a GPU.
         formats: the same in words.
-        limits: of requests and steps.
+        limits: the limits of requests and steps.
         dry_run: whether nothing was written.
-        seconds: of each stage of the work.
-        manifest: of the engine that was written.
+        seconds: how long each stage of the work took.
+        manifest: the manifest of the engine that was written.
         num_nodes: CPU: of each graph.
         weight_bytes: CPU: that the engine holds.
         layers: CPU, dry run: [first, end) of those of the program.

@@ -22,8 +22,8 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import echo, write_json
 from seekforge.exporter.builder import api
 from seekforge.exporter.builder.api import BuildResult
+from seekforge.exporter.builder.audit_page import self_check_words
 from seekforge.exporter.builder.options import DEFAULTS, LAYERS_PER_ENGINE, OptimizationLevel, PluginChoice
-from seekforge.exporter.builder.tensorrt.audit_page import self_check_words
 from seekforge.exporter.option_types import TARGET
 from seekforge.formats.targets import Precision
 
@@ -127,7 +127,7 @@ def _show(result: BuildResult) -> None:
 
 
 def _show_gpu(result: BuildResult) -> None:
-    from seekforge.exporter.builder.tensorrt.audit_page import show_audit
+    from seekforge.exporter.builder.audit_page import show_audit
 
     assert result.manifest is not None
     shown = console()

@@ -78,12 +78,12 @@ def read_generation(folder: Path, config: ModelConfig) -> Generation:
 def _ends(path: Path, raw: dict[str, Any], vocab_size: int) -> list[int]:
     if "eos_token_id" not in raw:
         return []
-    given = raw["eos_token_id"]
-    found = given if isinstance(given, list) else [given]
-    for token in found:
+    value = raw["eos_token_id"]
+    tokens = value if isinstance(value, list) else [value]
+    for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise _refusal(path, "eos_token_id", given, f"a token id from 0 to {vocab_size - 1}, or a list of them")
-    return found
+            raise _refusal(path, "eos_token_id", value, f"a token id from 0 to {vocab_size - 1}, or a list of them")
+    return tokens
 
 
 def _number(path: Path, name: str, value: Any, rule: _Rule) -> float:

@@ -33,13 +33,13 @@ def records(sets: Sequence[KernelSet], store: Path, *, cache: Path, jobs: int | 
     Raises:
         TargetError: a cubin cannot be disassembled.
     """
-    found = list(_images(sets))
-    paths = {store / f"sm{kernels.sm}" / image.cubin for kernels, _, image in found}
+    images = list(_images(sets))
+    paths = {store / f"sm{kernels.sm}" / image.cubin for kernels, _, image in images}
     with ThreadPoolExecutor(jobs or usable_cores()) as pool:
         codes = dict(zip(paths, pool.map(lambda path: aot.read_code(path, cache=cache), paths), strict=True))
     return [
         _record(kernels, variant, image, codes[store / f"sm{kernels.sm}" / image.cubin])
-        for kernels, variant, image in found
+        for kernels, variant, image in images
     ]
 
 
@@ -77,15 +77,15 @@ def code_of(record: Mapping[str, Any]) -> Code:
     return Code(record["instructions"], record["tensor"], record["spill_stores"], record["spill_loads"], loop)
 
 
-def faults(found: Sequence[Mapping[str, Any]], variants: Mapping[tuple[str, int, str], Variant]) -> list[str]:
+def faults(listed: Sequence[Mapping[str, Any]], variants: Mapping[tuple[str, int, str], Variant]) -> list[str]:
     """Return a line for each unknown spill and each lost tensor instruction among records.
 
     Args:
-        found: records.
+        listed: records of kernels.
         variants: (op, SM, name) -> what was compiled.
     """
     lines = []
-    for one in found:
+    for one in listed:
         variant = variants[one["op"], one["sm"], one["kernel"]]
         stack = one["spill_bytes"]
         lines += rules.faults(one["op"], variant, one["sm"], stack_bytes=stack, code=code_of(one))
@@ -115,12 +115,12 @@ def tensor_text(one: Mapping[str, Any]) -> str:
     return f"{names} {tensor}/{instructions} ({tensor / instructions:.1%}{spills})"
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Table:
+def table(listed: Sequence[Mapping[str, Any]]) -> Table:
     """Return one row per kernel and SM: resources, tensor instructions of the main loop."""
     numbers = ("SM", "registers", "spills", "shared KiB", "occupancy")
     columns = [Column("operator"), Column("kernel"), *(Column(name, "number") for name in numbers)]
     result = Table([*columns, Column("tensor instructions of the main loop")], lines=True)
-    for one in found:
+    for one in listed:
         result.add(
             one["op"],
             one["kernel"],

@@ -92,15 +92,15 @@ def build(
         with aot.cache_folder(cache) as kept:
             sets = aot.build(work, store, cache=kept, jobs=jobs, progress=advance)
             progress.update(row, description="reading their code")
-            found = kernel_numbers.records(sets, store, cache=kept, jobs=jobs) if as_json or not quiet else []
-    slow = kernel_numbers.faults(found, kernel_numbers.variants_of(sets))
+            records = kernel_numbers.records(sets, store, cache=kept, jobs=jobs) if as_json or not quiet else []
+    slow = kernel_numbers.faults(records, kernel_numbers.variants_of(sets))
     seconds = time.perf_counter() - start
     if as_json:
-        write_json({"path": str(store), "seconds": round(seconds, 3), "kernels": found, "slow": slow})
+        write_json({"path": str(store), "seconds": round(seconds, 3), "kernels": records, "slow": slow})
     elif not quiet:
         out = console()
-        out.print(kernel_numbers.table(found))
-        count = len(found)
+        out.print(kernel_numbers.table(records))
+        count = len(records)
         out.print(f"wrote {store}: {count} kernels for {len({one.sm for one in sets})} SMs in {seconds:.0f} s")
         for line in slow:
             out.print(f"slow: {line}")

@@ -38,17 +38,18 @@ def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], fold
             f"{folder}: is shared among {program.parallelism.num_ranks} ranks ({program.parallelism.options}), and "
             "engines of several ranks are not built yet; export it without these options"
         )
-    for graph, face in program.graphs.items():
-        wanted = {spec.name for role in ("weight", "table") for spec in face.with_role(role)}
-        wrong = sorted(wanted ^ bindings.get(graph, {}).keys())
+    for name, graph in program.graphs.items():
+        recipes = bindings.get(name, {})
+        wanted = {spec.name for role in ("weight", "table") for spec in graph.with_role(role)}
+        wrong = sorted(wanted ^ recipes.keys())
         if wrong:
             fault = "has no recipe" if wrong[0] in wanted else "is no weight of that graph"
             raise ProgramError(
-                f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {graph!r} {fault} by program.json; "
+                f"{folder / 'bindings.json'}: {wrong[0]!r} of graph {name!r} {fault} by program.json; "
                 "export the program again"
             )
-        for spec in face.inputs:
-            recipe = bindings.get(graph, {}).get(spec.name)
+        for spec in graph.inputs:
+            recipe = recipes.get(spec.name)
             if spec.role in ("weight", "table") and recipe is not None:
                 _check_recipe(spec, recipe, folder)
 
@@ -84,35 +85,35 @@ def check_takes(bindings: Mapping[str, Mapping[str, Recipe]], checkpoint: Checkp
             )
 
 
-def read_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
+def read_graph(folder: Path, graph: GraphIO) -> onnx.ModelProto:
     """Read a graph of the program in `folder`.
 
     Raises:
         ProgramError: it cannot be read, is not the one that the program describes, or none that `export` writes.
     """
-    return _read_onnx(folder, face, ProgramError, "program.json", "export the program again", checked=True)
+    return _read_onnx(folder, graph, ProgramError, "program.json", "export the program again", checked=True)
 
 
-def read_engine_graph(folder: Path, face: GraphIO) -> onnx.ModelProto:
+def read_engine_graph(folder: Path, graph: GraphIO) -> onnx.ModelProto:
     """Read a graph of the CPU engine in `folder`, without its weights; its digest is checked where engines are opened.
 
     Raises:
         EngineError: it cannot be read.
     """
-    return _read_onnx(folder, face, EngineError, MANIFEST, "build the engine again", checked=False)
+    return _read_onnx(folder, graph, EngineError, MANIFEST, "build the engine again", checked=False)
 
 
 def _read_onnx(
-    folder: Path, face: GraphIO, error: type[SeekforgeError], listing: str, again: str, *, checked: bool
+    folder: Path, graph: GraphIO, error: type[SeekforgeError], listing: str, again: str, *, checked: bool
 ) -> onnx.ModelProto:
-    path = inside(folder, face.file, error=error, where=folder / listing, again=again)
+    path = inside(folder, graph.file, error=error, where=folder / listing, again=again)
     try:
         raw = read_bytes(path, most=_MOST_GRAPH_BYTES)
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror}); {again}") from None
-    found = hashlib.sha256(raw).hexdigest() if checked else face.sha256
-    if found != face.sha256:
-        raise error(f"{path}: digest {found[:12]}, {listing} says {face.sha256[:12]}; {again}")
+    digest = hashlib.sha256(raw).hexdigest() if checked else graph.sha256
+    if digest != graph.sha256:
+        raise error(f"{path}: digest {digest[:12]}, {listing} says {graph.sha256[:12]}; {again}")
     import onnx  # here, so that what reads no graph needs no onnx
 
     try:
@@ -121,7 +122,7 @@ def _read_onnx(
         raise error(f"{path}: is no ONNX file ({type(problem).__name__}); {again}") from None
     if checked:
         try:
-            check_graph(model, face)
+            check_graph(model, graph)
         except GraphFault as fault:
             raise error(f"{path}: {fault}; {again}") from None
     return model
@@ -131,20 +132,22 @@ def check_same_model(program: Program, config: ModelConfig, checkpoint: ModelCon
     """The checkpoint is of the model that the program was exported for; a truncated program takes the whole model's.
 
     Args:
-        program: with `config`, parsed.
-        checkpoint: config of the checkpoint in `folder`.
+        program: the program.
+        config: its config, parsed.
+        checkpoint: the config of the checkpoint in `folder`.
+        folder: the checkpoint's folder.
 
     Raises:
         ProgramError: naming the first key that differs.
     """
-    found = checkpoint
+    compared = checkpoint
     if program.truncated_from is not None and checkpoint.num_hidden_layers == program.truncated_from:
-        found = truncate(checkpoint, config.num_hidden_layers)
-    different = config.first_difference(found)
+        compared = truncate(checkpoint, config.num_hidden_layers)
+    different = config.first_difference(compared)
     if different is not None:
-        key, ours, theirs = different
+        key, exported, there = different
         raise ProgramError(
-            f"{folder}: {key} is {theirs}, the program was exported for {ours}; "
+            f"{folder}: {key} is {there}, the program was exported for {exported}; "
             "pass the checkpoint it was exported from, or export again"
         )
 

@@ -19,17 +19,17 @@ from seekforge.plugins.registry import WITH_KERNELS
 @json_option
 def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
     """List targets with their hardware and defaults, and what each operator supports there."""
-    found = [load_target(name) for name in names] or all_targets()
+    configs = [load_target(name) for name in names] or all_targets()
     if as_json:
         listed = [
-            target.model_dump(mode="json") | {"products": target.products, "ops": _ops(target)} for target in found
+            target.model_dump(mode="json") | {"products": target.products, "ops": _ops(target)} for target in configs
         ]
         write_json(listed, indent=1)
     elif markdown:
-        write(markdown_tables(found))
+        write(markdown_tables(configs))
     else:
         out = console()
-        for title, header, rows in _tables(found):
+        for title, header, rows in _tables(configs):
             numbers = {"SM", "GiB", "GB/s", "BF16", "FP8", "FP4"}
             columns = [Column(name, "number" if name in numbers else "words") for name in header]
             table = Table(columns, title=title, lines=True)
@@ -42,7 +42,7 @@ def _ops(target: TargetConfig) -> dict[str, str]:
     return {op: support(op, target.sm) for op in WITH_KERNELS}
 
 
-def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[str]]]]:
+def _tables(configs: list[TargetConfig]) -> list[tuple[str, list[str], list[list[str]]]]:
     hardware = [
         [
             target.name,
@@ -54,14 +54,14 @@ def _tables(found: list[TargetConfig]) -> list[tuple[str, list[str], list[list[s
             target.kv_format,
             f"{target.limits.max_batch_size} × {target.limits.max_model_len}, {target.limits.max_num_batched_tokens}",
         ]
-        for target in found
+        for target in configs
     ]
     header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "products", "cache"]
-    ops = [[op, *(support(op, sm) for sm in _classes(found).values())] for op in WITH_KERNELS]
+    ops = [[op, *(support(op, sm) for sm in _classes(configs).values())] for op in WITH_KERNELS]
     listed = [[limit.op, " and ".join(limit.forms), limit.key, limit.expected] for limit in limits()]
     return [
         ("Targets (rates: dense TFLOPS)", [*header, "batch × context, tokens per step"], hardware),
-        ("Operators", ["operator", *_classes(found)], ops),
+        ("Operators", ["operator", *_classes(configs)], ops),
         ("Limits", ["operator", "form", "key of config.json", "expected"], listed),
     ]
 
@@ -78,18 +78,18 @@ def _precision(target: TargetConfig) -> str:
     return "BF16 (FP8 weights)" if weights_only else target.products.upper()
 
 
-def _classes(found: list[TargetConfig]) -> dict[str, int | None]:
+def _classes(configs: list[TargetConfig]) -> dict[str, int | None]:
     """One column per kind of hardware: CPU, GPUs without and with FP8 units."""
-    names = {"CPU": [t for t in found if t.sm is None]}
-    names["without FP8 (SM80)"] = [t for t in found if t.sm is not None and not t.has_fp8]
-    names["with FP8 (SM89 and later)"] = [t for t in found if t.has_fp8]
+    names = {"CPU": [t for t in configs if t.sm is None]}
+    names["without FP8 (SM80)"] = [t for t in configs if t.sm is not None and not t.has_fp8]
+    names["with FP8 (SM89 and later)"] = [t for t in configs if t.has_fp8]
     return {name: members[0].sm for name, members in names.items() if members}
 
 
-def markdown_tables(found: list[TargetConfig]) -> str:
+def markdown_tables(configs: list[TargetConfig]) -> str:
     """Return the tables as Markdown; docs/targets.md holds them, and a test compares."""
     parts = []
-    for title, header, rows in _tables(found):
+    for title, header, rows in _tables(configs):
         parts += [f"### {title}", ""]
         parts += [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
         parts += [f"| {' | '.join(shown(cell).replace('|', '&#124;') for cell in row)} |" for row in rows] + [""]

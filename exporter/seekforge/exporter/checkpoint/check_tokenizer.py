@@ -52,5 +52,5 @@ def check_tokenizer(folder: Path, config: ModelConfig) -> tuple[str, ...]:
         )
     if not opened.switched_off:
         return ()
-    asked = " and for ".join(opened.switched_off)
-    return (f"tokenizer.json asks for {asked}: this is not done, prompts stay as they are",)
+    wanted = " and for ".join(opened.switched_off)
+    return (f"tokenizer.json asks for {wanted}: this is not done, prompts stay as they are",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,11 @@ from seekforge.common.files import atomic_folder, write_json
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
+from seekforge.exporter.checkpoint.validate import OnBytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import INDEX_FILE, ShardWriter
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.value_check import SCALE_SUFFIX
-
-#: Called as progress(bytes written so far, bytes in all).
-Progress = Callable[[int, int], None]
 
 _FP8_MAX = 448.0
 _MIN_AMAX = 1e-4
@@ -73,7 +71,7 @@ def new_checkpoint(
     *,
     seed: int = 0,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> WrittenCheckpoint:
     """Write a checkpoint of a preset with random weights.
 
@@ -184,7 +182,7 @@ def _write_weights(
     tensors: dict[str, ExpectedTensor],
     shards: dict[str, list[str]],
     seed: int,
-    progress: Progress | None,
+    progress: OnBytes | None,
 ) -> None:
     total = sum(tensor.num_bytes for tensor in tensors.values())
     written = 0

@@ -11,7 +11,6 @@ from pathlib import Path
 from seekforge.common.errors import OutputError
 from seekforge.common.files import atomic_folder
 from seekforge.exporter.checkpoint.new import (
-    Progress,
     WrittenCheckpoint,
     describe,
     layouts,
@@ -20,13 +19,14 @@ from seekforge.exporter.checkpoint.new import (
 )
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors
+from seekforge.exporter.checkpoint.validate import OnBytes
 from seekforge.formats.checkpoint.safetensors import build_header
 
 _PROBE_BYTES = 1 << 24
 
 
 def new_sparse_checkpoint(
-    out: Path, preset: str | Preset, *, force: bool = False, progress: Progress | None = None
+    out: Path, preset: str | Preset, *, force: bool = False, progress: OnBytes | None = None
 ) -> WrittenCheckpoint:
     """Write headers and sidecar files of a preset; the data of every shard is a hole.
 

@@ -91,7 +91,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """Write tokenizer.json and tokenizer_config.json (spec §1.1) into `folder`.
 
     Raises:
-        ConfigError: as `train_tokenizer`.
+        ConfigError: `train_tokenizer` raises it.
     """
     text = train_tokenizer(vocab_size).to_str(pretty=False)
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(text), ensure_ascii=False), encoding="utf-8")

@@ -29,8 +29,8 @@ from seekforge.formats.value_check import (
     not_positive,
 )
 
-#: Called as progress(bytes scanned so far, bytes in all).
-Progress = Callable[[int, int], None]
+#: Told the bytes that are done, and all.
+OnBytes = Callable[[int, int], None]
 
 #: Compared at once.
 _CHUNK_BYTES = 1 << 24
@@ -99,14 +99,14 @@ def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[s
                     "finish the download, or take the config.json of this checkpoint"
                 )
             continue
-        found = checkpoint.info(name)
-        if found.shape != want.shape:
+        stored = checkpoint.info(name)
+        if stored.shape != want.shape:
             yield (
-                f"tensor {name!r} has shape {list(found.shape)}, expected {list(want.shape)} by config.json; "
+                f"tensor {name!r} has shape {list(stored.shape)}, expected {list(want.shape)} by config.json; "
                 "config and weights are of different models"
             )
-        elif not _is_read(name, found.dtype, want.dtype):
-            yield f"tensor {name!r} has dtype {found.dtype}, expected {want.dtype}; {TAKE}"
+        elif not _is_read(name, stored.dtype, want.dtype):
+            yield f"tensor {name!r} has dtype {stored.dtype}, expected {want.dtype}; {TAKE}"
     needless = needless_tensors(checkpoint.names)
     for name in checkpoint.names:
         if name not in expected and name not in needless:
@@ -117,11 +117,11 @@ def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[s
             )
 
 
-def _is_read(name: str, found: str, want: str) -> bool:
-    """Whether a tensor of type `found` will do. Block scales are powers of two, as a rule, and lose nothing where they
+def _is_read(name: str, stored: str, want: str) -> bool:
+    """Whether a tensor of type `stored` will do. Block scales are powers of two, as a rule, and lose nothing where they
     are stored in less than F32; any other F32 tensor that is not was rounded by somebody.
     """
-    return found == want or (name.endswith(SCALE_SUFFIX) and is_stored_as(found, want))
+    return stored == want or (name.endswith(SCALE_SUFFIX) and is_stored_as(stored, want))
 
 
 def _foreign_form(checkpoint: Checkpoint) -> str | None:
@@ -147,7 +147,7 @@ def scan_values(
     checkpoint: Checkpoint,
     config: ModelConfig,
     names: Iterable[str] | None = None,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> ScanReport:
     """Read values and check them (spec §2.6). Extra memory: some 50 MB.
 

@@ -14,8 +14,8 @@ from seekforge.common.cli.options import command, json_option
 from seekforge.common.cli.terminal import write, write_json
 from seekforge.common.errors import ProgramError
 from seekforge.common.requirements import install_module
+from seekforge.exporter.builder.audit_page import self_check_words, show_audit
 from seekforge.exporter.builder.request import read_graph
-from seekforge.exporter.builder.tensorrt.audit_page import self_check_words, show_audit
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
 from seekforge.formats.engine.manifest import load_manifest
@@ -67,9 +67,9 @@ def _drawing(path: Path, how: Format, name: str) -> str:
         raise ProgramError(f"{path}: has no {name} graph, only {', '.join(program.graphs)}")
     from seekforge.exporter.inspect.draw import draw, groups  # needs onnx, which a look at an engine does not
 
-    face = program.graphs[name]
-    weights = {spec.name for spec in face.inputs if spec.role in ("weight", "table")}
-    return draw(groups(read_graph(path, face), weights), how)
+    graph = program.graphs[name]
+    weights = {spec.name for spec in graph.inputs if spec.role in ("weight", "table")}
+    return draw(groups(read_graph(path, graph), weights), how)
 
 
 def show(about: dict[str, Any], out: Console) -> None:

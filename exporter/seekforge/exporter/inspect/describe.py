@@ -150,12 +150,12 @@ def _program(path: Path) -> dict[str, Any]:
         "ranks": _ranks(program, bindings),
         "ops": {name: use.model_dump(mode="json") for name, use in program.ops.items()},
         "graphs": {
-            name: _graph(path, face, bindings.get(name, {}), read_graph) for name, face in program.graphs.items()
+            name: _graph(path, graph, bindings.get(name, {}), read_graph) for name, graph in program.graphs.items()
         },
         "unused": program.unused,
         "num_shared": len(program.shared),
         "outside": program.outside,
-        "digest": {name: face.sha256 for name, face in program.graphs.items()},
+        "digest": {name: graph.sha256 for name, graph in program.graphs.items()},
     }
 
 
@@ -187,21 +187,21 @@ def bytes_read(recipe: Recipe) -> int:
     return sum(map(bytes_read, recipe.parts))
 
 
-def _graph(path: Path, face: GraphIO, bindings: dict[str, Recipe], read: _ReadGraph) -> dict[str, Any]:
-    weights = [spec for spec in face.inputs if spec.role in ("weight", "table")]
+def _graph(path: Path, graph: GraphIO, bindings: dict[str, Recipe], read: _ReadGraph) -> dict[str, Any]:
+    weights = [spec for spec in graph.inputs if spec.role in ("weight", "table")]
     by_dtype: dict[str, int] = defaultdict(int)
     for spec in weights:
         by_dtype[spec.dtype] += itemsize(spec.dtype) * math.prod(int(dim) for dim in spec.shape)
     return {
-        "file": face.file,
-        "file_bytes": (path / face.file).stat().st_size if (path / face.file).is_file() else None,
-        "op_counts": _op_counts(path, face, read),
+        "file": graph.file,
+        "file_bytes": (path / graph.file).stat().st_size if (path / graph.file).is_file() else None,
+        "op_counts": _op_counts(path, graph, read),
         "num_weight_inputs": len(weights),
         "weight_bytes": sum(by_dtype.values()),
         "weight_bytes_by_dtype": dict(by_dtype),
         "binding_ops": dict(Counter(op for recipe in bindings.values() for op in _ops(recipe)).most_common()),
-        "inputs": [spec.model_dump(mode="json") for spec in face.inputs if spec.role not in ("weight", "table")],
-        "outputs": [spec.model_dump(mode="json") for spec in face.outputs],
+        "inputs": [spec.model_dump(mode="json") for spec in graph.inputs if spec.role not in ("weight", "table")],
+        "outputs": [spec.model_dump(mode="json") for spec in graph.outputs],
     }
 
 
@@ -211,11 +211,11 @@ def _ops(recipe: Recipe) -> Iterable[str]:
         yield from _ops(part)
 
 
-def _op_counts(path: Path, face: GraphIO, read: _ReadGraph) -> dict[str, int] | None:
+def _op_counts(path: Path, graph: GraphIO, read: _ReadGraph) -> dict[str, int] | None:
     """Count nodes by operator, custom ones as `seekforge.Name`; None without onnx, and for other files."""
-    if not face.file.endswith(".onnx") or importlib.util.find_spec("onnx") is None:
+    if not graph.file.endswith(".onnx") or importlib.util.find_spec("onnx") is None:
         return None
-    model = read(path, face)
+    model = read(path, graph)
     counted = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
     return dict(counted.most_common())
 
@@ -236,7 +236,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "cache": manifest.cache.model_dump(mode="json"),
         "files": {file.path: file.bytes for file in manifest.files},
         "num_bytes": sum(file.bytes for file in manifest.files),
-        "graphs": {name: _graph(path, face, {}, read_engine_graph) for name, face in manifest.graphs.items()},
+        "graphs": {name: _graph(path, graph, {}, read_engine_graph) for name, graph in manifest.graphs.items()},
         "stages": {name: [stage.file for stage in stages] for name, stages in manifest.stages.items()},
         "plugins": {op: use.model_dump(mode="json") for op, use in manifest.plugins.items()},
         "audit": None if manifest.audit is None else manifest.audit.model_dump(mode="json"),

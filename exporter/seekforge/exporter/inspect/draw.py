@@ -104,18 +104,18 @@ def _alike(a: int, b: int, boxes: dict[int, list[str]], edges: dict[int, set[tup
     return boxes[a] == boxes[b] and inside[0] == inside[1]
 
 
-def draw(found: Sequence[Group], how: Format) -> str:
+def draw(groups: Sequence[Group], how: Format) -> str:
     """Return the groups as DOT (Graphviz) or Mermaid text."""
-    return "\n".join(_dot(found) if how == "dot" else _mermaid(found)) + "\n"
+    return "\n".join(_dot(groups) if how == "dot" else _mermaid(groups)) + "\n"
 
 
-def _links(found: Sequence[Group]) -> Iterable[tuple[str, str]]:
-    for g, group in enumerate(found):
+def _links(groups: Sequence[Group]) -> Iterable[tuple[str, str]]:
+    for g, group in enumerate(groups):
         for source, target in group.edges:
             if source >= 0:
                 yield f"g{g}n{source}", f"g{g}n{target}"
             elif g:
-                yield f"g{g - 1}n{len(found[g - 1].boxes) + source}", f"g{g}n{target}"
+                yield f"g{g - 1}n{len(groups[g - 1].boxes) + source}", f"g{g}n{target}"
 
 
 def _quoted(text: str) -> str:
@@ -128,25 +128,25 @@ def _entities(text: str) -> str:
     return "".join(char if char.isalnum() or char in " ._-()," else f"#{ord(char)};" for char in shown(text))
 
 
-def _dot(found: Sequence[Group]) -> Iterable[str]:
+def _dot(groups: Sequence[Group]) -> Iterable[str]:
     yield "digraph program {"
     yield "  rankdir=TB; node [shape=box, fontname=monospace];"
-    for g, group in enumerate(found):
+    for g, group in enumerate(groups):
         yield f'  subgraph cluster_{g} {{ label="{_quoted(group.title)}";'
         for n, box in enumerate(group.boxes):
             yield f'    g{g}n{n} [label="{_quoted(box)}"];'
         yield "  }"
-    for source, target in _links(found):
+    for source, target in _links(groups):
         yield f"  {source} -> {target};"
     yield "}"
 
 
-def _mermaid(found: Sequence[Group]) -> Iterable[str]:
+def _mermaid(groups: Sequence[Group]) -> Iterable[str]:
     yield "flowchart TB"
-    for g, group in enumerate(found):
+    for g, group in enumerate(groups):
         yield f'  subgraph g{g}["{_entities(group.title)}"]'
         for n, box in enumerate(group.boxes):
             yield f'    g{g}n{n}["{_entities(box)}"]'
         yield "  end"
-    for source, target in _links(found):
+    for source, target in _links(groups):
         yield f"  {source} --> {target}"

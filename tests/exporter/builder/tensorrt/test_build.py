@@ -44,13 +44,12 @@ from seekforge.exporter.builder.tensorrt.check import (
     GpuBuild,
     Inputs,
     check,
-    expected_bytes,
-    layers_that_fit,
     open_inputs,
 )
 from seekforge.exporter.builder.tensorrt.compiler import Phases, compile_graph
 from seekforge.exporter.builder.tensorrt.diagnostics import explain, place
 from seekforge.exporter.builder.tensorrt.graph import prepare, widen_weights
+from seekforge.exporter.builder.tensorrt.memory import expected_bytes, layers_that_fit
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, pool_blocks, spanning
 from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.inspect.cli import inspect as inspect_command

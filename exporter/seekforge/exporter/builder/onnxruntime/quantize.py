@@ -39,7 +39,7 @@ def quantize_linear(
 
     Args:
         weight: f32 [N, K].
-        name: of the weight.
+        name: the name of the weight.
         constants: gets the codes and scales.
     """
     bits = how.bits(name)

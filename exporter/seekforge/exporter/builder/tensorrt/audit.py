@@ -51,10 +51,10 @@ def products(
 
     Args:
         operators: the graph with its custom nodes.
-        config: of the model.
+        config: the model's config.
         weights: names of the inputs that are weights.
         plugins: op_types that run as plugins.
-        precision: in which plugins multiply FP8 weights.
+        precision: the precision in which plugins multiply FP8 weights.
         context: keys that a token sees.
     """
     graph = operators.graph
@@ -93,10 +93,10 @@ def _kind(weight: str) -> str:
     return ".".join(parts[2:] if parts[0] == "layers" else parts).removeprefix("self_attn.")
 
 
-def shares(found: Iterable[Product]) -> tuple[Share, ...]:
+def shares(counted: Iterable[Product]) -> tuple[Share, ...]:
     """Return the shares by kind, face and precision, largest first."""
     sums: dict[tuple[str, Face, str], float] = defaultdict(float)
-    for one in found:
+    for one in counted:
         sums[one.what, one.face, one.precision] += one.flops
     total = sum(sums.values()) or 1.0
     ordered = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
@@ -106,12 +106,12 @@ def shares(found: Iterable[Product]) -> tuple[Share, ...]:
     )
 
 
-def require_precision(found: Iterable[Share], asked: str, expected: str) -> None:
+def require_precision(audited: Iterable[Share], asked: str, expected: str) -> None:
     """Refuse an engine whose products of FP8 weights are less than was asked for.
 
     Args:
-        found: the audit.
-        asked: as the user said it.
+        audited: the shares of the audit.
+        asked: the precision, as the user said it.
         expected: what that means on the target: bf16 where it has no FP8 units.
 
     Raises:
@@ -119,7 +119,7 @@ def require_precision(found: Iterable[Share], asked: str, expected: str) -> None
     """
     if expected != "fp8":
         return
-    less = [one for one in found if one.what in FP8_OPS and one.precision != "fp8"]
+    less = [one for one in audited if one.what in FP8_OPS and one.precision != "fp8"]
     if less:
         share = sum(one.share for one in less)
         names = " and ".join(dict.fromkeys(f"{one.what} ({one.face})" for one in less))

@@ -26,7 +26,7 @@ def bf16_linear_weights(model: onnx.ModelProto, weights: Collection[str]) -> set
     """
     readers, results = _readers(model), {value.name for value in model.graph.output}
     makers = {name: node for node in model.graph.node for name in node.output}
-    found = set()
+    linears = set()
     for weight in weights:
         columns = [second for first in readers.get(weight, ()) for second in readers.get(first.output[0], ())]
         products = [product for one in columns for product in readers.get(one.output[0], ())]
@@ -38,8 +38,8 @@ def bf16_linear_weights(model: onnx.ModelProto, weights: Collection[str]) -> set
             and all(one.op_type == "MatMul" and one.input[0] not in inside for one in products)
             and all(_widens(makers.get(one.input[0])) for one in products)
         ):
-            found.add(weight)
-    return found
+            linears.add(weight)
+    return linears
 
 
 def use_bf16_linear(model: onnx.ModelProto, weights: Collection[str]) -> None:
@@ -86,11 +86,11 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
 
 
 def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    found: dict[str, list[onnx.NodeProto]] = {}
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
-            found.setdefault(name, []).append(node)
-    return found
+            readers.setdefault(name, []).append(node)
+    return readers
 
 
 def _swaps(node: onnx.NodeProto) -> bool:

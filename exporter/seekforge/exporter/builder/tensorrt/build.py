@@ -26,12 +26,13 @@ from seekforge.exporter.builder.engine_writer import write_engine
 from seekforge.exporter.builder.options import BuildOptions
 from seekforge.exporter.builder.progress import BuildProgress
 from seekforge.exporter.builder.tensorrt import audit
-from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, block_bytes
+from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs
 from seekforge.exporter.builder.tensorrt.compiler import Compiled, compile_graph
 from seekforge.exporter.builder.tensorrt.dedupe import Form, form_of
 from seekforge.exporter.builder.tensorrt.graph import Prepared, debug_specs, prepare
 from seekforge.exporter.builder.tensorrt.kernels import compile_kernels, digests_of, kernel_tasks
 from seekforge.exporter.builder.tensorrt.manifest import Made, engine_parts, make_audit
+from seekforge.exporter.builder.tensorrt.memory import block_bytes
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, pool_blocks, shapes, spanning
 from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.program.graph_io import graph_io, roles_in

@@ -5,15 +5,12 @@ Everything that cannot work is refused here with one sentence that names what wo
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 
-from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import TargetError
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.builder.options import BuildOptions, PluginChoice
@@ -26,34 +23,19 @@ from seekforge.exporter.builder.request import (
 )
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import wide_weights
-from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, spanning
+from seekforge.exporter.builder.tensorrt.memory import expected_bytes, memory_refusal
+from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
-from seekforge.exporter.models import family_of
-from seekforge.exporter.sizing.memory import (
-    GIB,
-    Workload,
-    activation_bytes,
-    cache_bytes_per_token,
-    operator_scratch_bytes,
-    reserve_bytes,
-    selection_bytes,
-    usable_bytes,
-)
-from seekforge.exporter.sizing.scratch import Kernels
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, WeightSource
-from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.program import Program, Role, load_bindings, load_program
+from seekforge.formats.program import Program, load_bindings, load_program
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.contracts import refusals
-from seekforge.plugins.operator import cdiv, evaluate_dim
-from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS, WITH_KERNELS
+from seekforge.plugins.operator import evaluate_dim
+from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS
 from seekforge.plugins.tensorrt.library import installed_version, large_tensor_fault
-
-#: The layer that a weight belongs to, in its name.
-_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +72,7 @@ class Inputs:
     """A program and, if given, its checkpoint; checked.
 
     Attributes:
-        graphs: as the program's files have them, without weights.
+        graphs: the program's graphs as its files have them, without weights.
         read_wide: graph -> BF16 weight inputs that it reads as f32 alone (`prepare.wide_weights`).
         bf16_linears: graph -> those of them that it only multiplies (`bf16_linear_weights`).
     """
@@ -128,7 +110,7 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     read_generation(program_folder, config)
-    graphs = {name: read_graph(program_folder, face) for name, face in program.graphs.items()}
+    graphs = {name: read_graph(program_folder, graph) for name, graph in program.graphs.items()}
     wide = {
         name: wide_weights(graph, [spec.name for spec in program.graphs[name].with_role("weight")])
         for name, graph in graphs.items()
@@ -177,7 +159,7 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
     device = expected_bytes(inputs, target, limits, options.layers_per_plan, plugins)
     oversize = device["total"] > device["usable"]
     if oversize and not options.tensorrt.allow_oversize:
-        raise TargetError(_memory_refusal(inputs, target, limits, options.layers_per_plan, plugins, device))
+        raise TargetError(memory_refusal(inputs, target, limits, options.layers_per_plan, plugins, device))
     return GpuBuild(
         target=target,
         plugins=plugins,
@@ -226,8 +208,8 @@ def _large_tensor(inputs: Inputs, target: TargetConfig, limits: Limits) -> str:
     """
     assert target.backend != "onnxruntime"
     version = installed_version(target.backend)
-    faces = inputs.program.graphs.values()
-    specs = [spec for face in faces for spec in (*face.inputs, *face.outputs) if spec.role != "cache"]
+    graphs = inputs.program.graphs.values()
+    specs = [spec for graph in graphs for spec in (*graph.inputs, *graph.outputs) if spec.role != "cache"]
     for profile in spanning(target.profiles, limits).values():
         most = {axis: bounds[2] for axis, bounds in axis_bounds(profile, limits, pool_blocks=1).items()}
         for spec in specs:
@@ -270,151 +252,3 @@ def _choose_plugins(config: ModelConfig, ops: tuple[str, ...], wanted: PluginCho
             return ()
         case _:
             return tuple(op for op in ops if not refusals(config, plugins=[op], ops=[op]))
-
-
-def expected_bytes(
-    inputs: Inputs,
-    target: TargetConfig,
-    limits: Limits,
-    plan_layers: int | None,
-    plugins: Collection[str] = WITH_KERNELS,
-) -> dict[str, int]:
-    """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has.
-
-    Plans reserve memory for the largest step of each profile, so that is counted, also where no step gets so large.
-
-    Args:
-        inputs, target, limits: of the engine.
-        plan_layers: most layers of one plan, None: all. Each has a place of its own for what it chooses.
-        plugins: op_types that run as plugins.
-    """
-    assert target.gpu is not None
-    config = inputs.config
-    first, last = inputs.program.layer_range
-    more_layers = min(plan_layers or last - first, last - first) - 1
-    steps = [largest_step(profile, limits) for profile in spanning(target.profiles, limits).values()]
-    tokens = max(batch * queries for batch, queries in steps)
-    widest = Workload(max(limits.max_model_len, tokens), limits.max_batch_size, tokens)
-    found = {
-        "weights": weight_input_bytes(inputs, plugins),
-        "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
-        "scratch": max(
-            operator_scratch_bytes(
-                config,
-                inputs.program.parallelism,
-                Workload(limits.max_model_len, limits.max_batch_size),
-                target.kv_format,
-                kernels=Kernels(target.sms, inputs.program.numerics["act_quant"]),
-                steps=steps,
-            ).values()
-        ),
-        "activations": activation_bytes(config, inputs.program.parallelism, widest)
-        + more_layers * tokens * selection_bytes(config),
-        "reserve": reserve_bytes(inputs.program.parallelism),
-    }
-    return found | {"total": sum(found.values()), "usable": usable_bytes(target.gpu.memory_gib)}
-
-
-def weight_input_bytes(inputs: Inputs, plugins: Collection[str] = WITH_KERNELS) -> int:
-    """Bytes of all weight and table inputs of an engine; what two graphs make of the same tensors is held once."""
-    return sum(one.num_bytes for one in _held(inputs, plugins))
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A weight or table input of an engine, and the first graph that has it."""
-
-    graph: str
-    name: str
-    role: Role
-    num_bytes: int
-
-
-def _held(inputs: Inputs, plugins: Collection[str]) -> Iterator[_Held]:
-    wide = inputs.wide(plugins)
-    held: dict[str, list[tuple[str, Recipe]]] = {}  # input -> each type and recipe that it has in some graph
-    for graph, face in inputs.program.graphs.items():
-        for spec in face.inputs:
-            if spec.role not in ("weight", "table"):
-                continue
-            one = ("f32" if spec.name in wide[graph] else spec.dtype, inputs.bindings[graph][spec.name])
-            if one not in held.setdefault(spec.name, []):
-                held[spec.name].append(one)
-                size = itemsize(one[0]) * math.prod(int(size) for size in spec.shape)
-                yield _Held(graph, spec.name, spec.role, size)
-
-
-def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: Collection[str] = WITH_KERNELS) -> int:
-    """Return the most consecutive layers of the program whose weights, tables and caches are at most `num_bytes`.
-
-    With the first layer goes the embedding, with the last one the head and the MTP module, which embeds tokens too.
-
-    Args:
-        inputs: the program.
-        num_bytes: what there is for them.
-        cache_bytes: of all layers together, that of the MTP module included.
-        plugins: op_types that run as plugins.
-    """
-    start, stop = inputs.program.layer_range
-    mtp = len(inputs.program.graphs) - 1
-    per_cache = cache_bytes / (stop - start + mtp)
-    layers = [per_cache] * (stop - start)
-    before = family_of(inputs.config).names_before(inputs.config)
-    tables = embedding = behind = 0
-    for one in _held(inputs, plugins):
-        layer = _LAYER.match(one.name) if one.graph == "model" else None
-        if layer is not None:
-            layers[int(layer[1]) - start] += one.num_bytes
-        elif one.role == "table":
-            tables += one.num_bytes
-        elif one.name in before:
-            embedding += one.num_bytes
-        else:
-            behind += one.num_bytes
-    layers[0] += embedding
-    layers[-1] += behind + mtp * (per_cache + embedding)
-    most = first = 0
-    for last in range(len(layers)):
-        while tables + sum(layers[first : last + 1]) > num_bytes and first <= last:
-            first += 1
-        most = max(most, last + 1 - first)
-    return most
-
-
-def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
-    """Bytes of one cache block over all layers of all graphs."""
-    layers = sum(len(face.with_role("cache")) // 2 for face in program.graphs.values())
-    return BLOCK_SIZE * cache_bytes_per_token(config, kv_format, num_layers=layers)  # pyright: ignore[reportArgumentType]
-
-
-def _memory_refusal(
-    inputs: Inputs,
-    target: TargetConfig,
-    limits: Limits,
-    plan_layers: int | None,
-    plugins: Collection[str],
-    device: Mapping[str, int],
-) -> str:
-    """Say by how much it does not fit, and the largest number that would."""
-    needs = f"needs {device['total'] / GIB:.1f} GiB, {target.name} has {device['usable'] / GIB:.1f} GiB usable"
-    low, high = 0, limits.max_model_len // BLOCK_SIZE
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = limits.model_copy(update={"max_model_len": middle * BLOCK_SIZE})
-        sizes = expected_bytes(inputs, target, tried, plan_layers, plugins)
-        low, high = (middle, high) if sizes["total"] <= sizes["usable"] else (low, middle - 1)
-    allow = "or pass --allow-oversize to build what will not load"
-    if low:
-        return f"the engine {needs}; pass --max-model-len {low * BLOCK_SIZE} at most, {allow}"
-    start, stop = inputs.program.layer_range
-    other = device["total"] - device["weights"] - device["cache"]
-    count = layers_that_fit(inputs, device["usable"] - other, device["cache"], plugins)
-    remedy = (
-        f"at most {count} of its {stop - start} layers fit: export stages with --layers"
-        if count
-        else "not one layer fits"
-    )
-    return (
-        f"the engine {needs}, of it {device['weights'] / GIB:.1f} GiB of weights; {remedy} "
-        f"('seekforge plan' says how many GPUs hold it all), {allow}"
-    )

@@ -19,7 +19,8 @@ class Form:
 
     Attributes:
         digest: equal for graphs that differ in names alone.
-        names: of all values, in the order in which they first appear. Graphs of one digest correspond place by place.
+        names: the names of all values, in the order in which they first appear. Graphs of one digest correspond place
+            by place.
     """
 
     digest: str

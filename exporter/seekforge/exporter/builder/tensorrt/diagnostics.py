@@ -24,7 +24,7 @@ def place(name: str, alike: int = 0) -> str | None:
     """Return what a node's name means, or None when it is no name of ours.
 
     Args:
-        name: of a node.
+        name: the name of a node.
         alike: how many layers are compiled with this one.
 
     A name has the layer's number, the module below it and the operator; the family's table has words for the module.
@@ -47,11 +47,11 @@ def explain(messages: list[str], alike: int = 0) -> str:
 
     Args:
         messages: errors in the order in which they came, not empty.
-        alike: as `place` takes it.
+        alike: how many layers are compiled with each one, as `place` takes it.
     """
     text = " ".join(messages[0].split())
-    found = _first_place(messages, alike)
-    return text if found is None else f"{found}: {text}"
+    where = _first_place(messages, alike)
+    return text if where is None else f"{where}: {text}"
 
 
 def too_tight(lines: Iterable[str], workspace_bytes: int, alike: int = 0) -> str | None:
@@ -60,7 +60,7 @@ def too_tight(lines: Iterable[str], workspace_bytes: int, alike: int = 0) -> str
     Args:
         lines: errors, then the log: where the compiler crashed, a warning in it is all that is left.
         workspace_bytes: that was asked for.
-        alike: as `place` takes it.
+        alike: how many layers are compiled with each one, as `place` takes it.
     """
     said = [
         line
@@ -69,10 +69,10 @@ def too_tight(lines: Iterable[str], workspace_bytes: int, alike: int = 0) -> str
     ]
     if not said:
         return None
-    found = _first_place(said, alike)
+    layer = _first_place(said, alike)
     unit = next((unit for unit, size in _UNITS.items() if workspace_bytes % size == 0), "")
     size = f"{workspace_bytes // _UNITS.get(unit, 1)}{unit}"
-    where = "" if found is None else f" for {found}"
+    where = "" if layer is None else f" for {layer}"
     return f"--workspace {size} is too small{where}: pass more, or leave it out"
 
 

@@ -58,12 +58,12 @@ def prepare(
     weights: Collection[str] = (),
     bf16_linears: Collection[str] = (),
 ) -> Prepared:
-    """Specialize a canonical graph and decide the face of every custom node.
+    """Specialize a canonical graph and decide what becomes of every custom node.
 
     Args:
         model: canonical graph.
         how: dtypes of the target; `bodies` must be `trt`.
-        config: of the model.
+        config: the model's config.
         plugins: op_types that become plugins; the others are inlined.
         products: fp8 or bf16, the precision in which plugins multiply.
         digests: op_type -> digest of its kernels for the plugins, where there are kernels.

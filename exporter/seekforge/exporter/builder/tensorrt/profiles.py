@@ -24,21 +24,21 @@ def spanning(profiles: Mapping[str, Profile], limits: Limits) -> dict[str, Profi
     """
     widest = max(profiles, key=lambda name: profiles[name].max_batch_size)
     longest = max(profiles, key=lambda name: profiles[name].max_query_len)
-    found = dict(profiles)
+    widened = dict(profiles)
     for name, key, needed in (
         (widest, "max_batch_size", limits.max_batch_size),
         (longest, "max_query_len", min(limits.max_num_batched_tokens, limits.max_model_len)),
     ):
-        if getattr(found[name], key) < needed:
-            found[name] = found[name].model_copy(update={key: needed})
+        if getattr(widened[name], key) < needed:
+            widened[name] = widened[name].model_copy(update={key: needed})
     most = limits.max_num_batched_tokens
-    for name, profile in found.items():
+    for name, profile in widened.items():
         batch, queries = largest_step(profile, limits)
         if name == widest or batch * queries <= most:
             continue
         cut = {"max_batch_size": most // queries} if name == longest else {"max_query_len": max(most // batch, 1)}
-        found[name] = profile.model_copy(update=cut)
-    return found
+        widened[name] = profile.model_copy(update=cut)
+    return widened
 
 
 def largest_step(profile: Profile, limits: Limits) -> tuple[int, int]:
@@ -51,8 +51,8 @@ def axis_bounds(profile: Profile, limits: Limits, *, pool_blocks: int, hands_ove
     """Return symbolic axis -> smallest, typical and largest size.
 
     Args:
-        profile: from the target.
-        limits: of the engine; the profile is cut to them.
+        profile: a profile of the target.
+        limits: the limits of the engine, to which the profile is cut.
         pool_blocks: most blocks that the caches may have.
         hands_over: the graph gives hidden states for the next stage instead of logits.
     """
@@ -63,7 +63,7 @@ def axis_bounds(profile: Profile, limits: Limits, *, pool_blocks: int, hands_ove
     typical_table = min(cdiv(min(profile.typical_context, limits.max_model_len), BLOCK_SIZE), table)
     rows = min(batch * queries, limits.max_num_batched_tokens)  # prompt logits ask for every row
     blocks = min(typical_batch * typical_table + 1, pool_blocks)
-    found: dict[str, Bounds] = {
+    bounds: dict[str, Bounds] = {
         "B": (1, typical_batch, batch),
         "Q": (1, typical_queries, queries),
         "MB": (1, typical_table, table),
@@ -72,11 +72,11 @@ def axis_bounds(profile: Profile, limits: Limits, *, pool_blocks: int, hands_ove
         "NS": (BLOCK_SIZE, blocks * BLOCK_SIZE, pool_blocks * BLOCK_SIZE),
     }
     if hands_over:
-        del found["N"]
-    return found
+        del bounds["N"]
+    return bounds
 
 
-def pool_blocks(face: GraphIO, limits: Limits, cache_budget_bytes: int, bytes_per_block: int) -> int:
+def pool_blocks(graph: GraphIO, limits: Limits, cache_budget_bytes: int, bytes_per_block: int) -> int:
     """Return how many cache blocks an engine may be given.
 
     At most what full sequences need, what memory holds, and what every version of TensorRT counts in a tensor: three
@@ -84,7 +84,7 @@ def pool_blocks(face: GraphIO, limits: Limits, cache_budget_bytes: int, bytes_pe
     """
     full = limits.max_batch_size * cdiv(limits.max_model_len, BLOCK_SIZE) + 1
     held = max(cache_budget_bytes // bytes_per_block, cdiv(limits.max_model_len, BLOCK_SIZE) + 1)
-    widest = max(_elements_per_block(spec.shape) for spec in face.with_role("cache"))
+    widest = max(_elements_per_block(spec.shape) for spec in graph.with_role("cache"))
     return min(full, held, MOST_ELEMENTS // widest)
 
 
@@ -96,12 +96,12 @@ def _elements_per_block(shape: tuple[int | str, ...]) -> int:
     return elements
 
 
-def shapes(face: GraphIO, bounds: Mapping[str, Bounds]) -> dict[str, tuple[tuple[int, ...], ...]]:
+def shapes(graph: GraphIO, bounds: Mapping[str, Bounds]) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Return input -> smallest, typical and largest shape, for inputs with a symbolic axis."""
     return {
         spec.name: tuple(
             tuple(bounds[size][i] if isinstance(size, str) else size for size in spec.shape) for i in range(3)
         )
-        for spec in face.inputs
+        for spec in graph.inputs
         if any(isinstance(size, str) for size in spec.shape)
     }

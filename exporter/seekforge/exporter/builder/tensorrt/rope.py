@@ -32,7 +32,7 @@ class _Written:
     """The nodes that take the place of one.
 
     Attributes:
-        nodes: in order; the last gives the result of the one.
+        nodes: the nodes in order; the last gives the result of the one.
     """
 
     def __init__(self, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> None:

@@ -152,17 +152,17 @@ def _mark_debug(network: Any, names: list[str]) -> dict[str, str]:
     Raises:
         CompileError: the network has no such tensor, or refuses.
     """
-    wanted, found = set(names), {}
+    wanted, marked = set(names), {}
     for i in range(network.num_layers if wanted else 0):
         layer = network.get_layer(i)
         for place in range(layer.num_outputs):
             tensor = layer.get_output(place)
-            if tensor.name in wanted and tensor.name not in found and network.mark_debug(tensor):
-                found[tensor.name] = tensor.dtype.name
-    missing = sorted(wanted - found.keys())
+            if tensor.name in wanted and tensor.name not in marked and network.mark_debug(tensor):
+                marked[tensor.name] = tensor.dtype.name
+    missing = sorted(wanted - marked.keys())
     if missing:
         raise CompileError([f"tap {missing[0]} and {len(missing) - 1} more cannot be debug tensors"])
-    return {name: found[name] for name in names}
+    return {name: marked[name] for name in names}
 
 
 def _check_gpu(request: dict[str, Any]) -> None:
@@ -268,12 +268,12 @@ def _per_profile(said: list[int], num_profiles: int) -> list[int]:
 
 def _products(network: Any) -> dict[str, int]:
     """Count native matrix products by the type that they multiply."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type.name == "MATRIX_MULTIPLY":
-            found[layer.get_input(0).dtype.name] += 1
-    return dict(found)
+            counts[layer.get_input(0).dtype.name] += 1
+    return dict(counts)
 
 
 def _parser_messages(parser: Any, failures: list[str]) -> list[str]:

@@ -60,22 +60,22 @@ def self_check_words(manifest: Manifest) -> str:
 
 def _sums(audit: Audit) -> str:
     """Return the share of each precision, the largest first."""
-    found = {precision: audit.share(precision) for precision in dict.fromkeys(one.precision for one in audit.products)}
-    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(found.items(), key=lambda item: -item[1]))
+    shares = {precision: audit.share(precision) for precision in dict.fromkeys(one.precision for one in audit.products)}
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def _activations(audit: Audit) -> str:
     """Return each profile's largest memory over all plans, and the plan that needs it."""
-    found: dict[str, tuple[int, str]] = {}
+    largest: dict[str, tuple[int, str]] = {}
     for plan, sizes in audit.activation_bytes.items():
         for profile, size in sizes.items():
-            found[profile] = max(found.get(profile, (0, plan)), (size, plan), key=lambda one: one[0])
-    return ", ".join(f"{profile} {size / _GIB:.2f} GiB ({plan})" for profile, (size, plan) in found.items())
+            largest[profile] = max(largest.get(profile, (0, plan)), (size, plan), key=lambda one: one[0])
+    return ", ".join(f"{profile} {size / _GIB:.2f} GiB ({plan})" for profile, (size, plan) in largest.items())
 
 
 def _shares(audit: Audit) -> Table:
-    asked = "" if audit.got == audit.asked else f" (asked: {audit.asked})"
-    title = f"matrix products of one token at {audit.context} keys: {audit.got}{asked}"
+    other = "" if audit.got == audit.asked else f" (asked: {audit.asked})"
+    title = f"matrix products of one token at {audit.context} keys: {audit.got}{other}"
     columns = [Column("what"), Column("as"), Column("precision"), Column("share", "number")]
     table = Table(columns, title=title, lines=True)
     for one in audit.products:
@@ -87,5 +87,5 @@ def _times(count: int) -> str:
     return "" if count == 1 else f" {count} times"
 
 
-def _counts(found: dict[str, int]) -> str:
-    return ", ".join(f"{count} {op}" for op, count in found.items()) or "none"
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {op}" for op, count in counts.items()) or "none"
