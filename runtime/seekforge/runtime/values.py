@@ -71,12 +71,12 @@ def names_checked(cls: type[_T]) -> type[_T]:
     advice = OTHER_NAMES.get(cls.__name__, {})
 
     @functools.wraps(plain)
-    def checked(self: _T, **given: Any) -> None:
-        for name in given:
+    def checked(self: _T, **values: Any) -> None:
+        for name in values:
             if name not in known:
                 use = f"use {advice[name]}" if name in advice else f"expected some of {', '.join(known)}"
                 raise RequestError(f"{cls.__name__} has no {shown(name)}; {use}")
-        plain(self, **given)
+        plain(self, **values)
 
     cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
     return cls

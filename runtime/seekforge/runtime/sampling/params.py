@@ -115,7 +115,7 @@ class SamplingParams:
         allowed_token_ids: no other token is chosen; the end of sequence too only if it is named.
         seed: the same seed gives the same tokens; -1 and None draw one.
         max_tokens: most tokens to generate; None: as many as the context has room for.
-        min_tokens: of this many first tokens none ends the request: stop tokens and the end of sequence cannot be
+        min_tokens: how many first tokens do not end the request: stop tokens and the end of sequence cannot be
             chosen, and a stop string that is complete with one of them does not count.
         stop: texts that end the request; they do not appear in its text. Special tokens are found by their text.
         include_stop_str_in_output: what ended the request, stop string or token, does appear.

@@ -106,12 +106,12 @@ def shares(counted: Iterable[Product]) -> tuple[Share, ...]:
     )
 
 
-def require_precision(audited: Iterable[Share], asked: str, expected: str) -> None:
+def require_precision(audited: Iterable[Share], option: str, expected: str) -> None:
     """Refuse an engine whose products of FP8 weights are less than was asked for.
 
     Args:
         audited: the shares of the audit.
-        asked: the precision, as the user said it.
+        option: the precision, as the user said it.
         expected: what that means on the target: bf16 where it has no FP8 units.
 
     Raises:
@@ -124,6 +124,6 @@ def require_precision(audited: Iterable[Share], asked: str, expected: str) -> No
         share = sum(one.share for one in less)
         names = " and ".join(dict.fromkeys(f"{one.what} ({one.face})" for one in less))
         raise EngineError(
-            f"{asked} was asked, but {names} multiply in {less[0].precision}: {share:.0%} of the matrix-product FLOPs; "
-            "build with --plugins all, or ask for --precision bf16"
+            f"{option} was asked, but {names} multiply in {less[0].precision}: {share:.0%} of the matrix-product "
+            "FLOPs; build with --plugins all, or ask for --precision bf16"
         )

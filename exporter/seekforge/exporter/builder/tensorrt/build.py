@@ -127,12 +127,12 @@ class Job:
     """One plan to compile.
 
     Attributes:
-        graph: that it belongs to.
+        graph: the graph that it belongs to.
         plan: its name, after its first stage.
         ready: what is compiled: the first stage.
         io: inputs and outputs of the plan; its digest is filled in when it is compiled.
         shapes: profile -> input -> smallest, typical and largest shape.
-        stages: that it serves: they differ in names alone.
+        stages: the stages that it serves, which differ in names alone.
     """
 
     graph: str

@@ -59,7 +59,7 @@ def too_tight(lines: Iterable[str], workspace_bytes: int, alike: int = 0) -> str
 
     Args:
         lines: errors, then the log: where the compiler crashed, a warning in it is all that is left.
-        workspace_bytes: that was asked for.
+        workspace_bytes: how much was allowed.
         alike: how many layers are compiled with each one, as `place` takes it.
     """
     said = [
@@ -78,4 +78,4 @@ def too_tight(lines: Iterable[str], workspace_bytes: int, alike: int = 0) -> str
 
 def _first_place(lines: Iterable[str], alike: int) -> str | None:
     names = (match[0] for line in lines for match in _NAME.finditer(line))
-    return next((found for name in names if (found := place(name, alike)) is not None), None)
+    return next((where for name in names if (where := place(name, alike)) is not None), None)

@@ -65,7 +65,8 @@ class CaseComparison:
         heat: [layers, rows] error of the residual stream in parts of its root mean square.
         logits: the difference of all rows with logits together.
         logit_rows: which of the rows have logits.
-        error: of each of those, as `metrics.LogitRows` has it; `kl`, `top1`, `top10`, `nll` and `nll_reference` too.
+        error: the difference of each of those, as `metrics.LogitRows` has it; `kl`, `top1`, `top10`, `nll` and
+            `nll_reference` too.
         noise_error: PyTorch against itself, the same rows; empty without noise.
         drawn_error: the same in all draws of the noise, one after the other; `drawn_kl` and `drawn_top1` too.
         flipped: [rows] bool, whether any layer chose otherwise.
