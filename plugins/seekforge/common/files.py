@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from seekforge.common.errors import OutputError
 from seekforge.common.temporary import sweep, temporary_file, temporary_folder
@@ -128,8 +128,10 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, json_text(value).encode())
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and rename it to `path`: it is never seen half-written, nor changed under a reader.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file beside `path` to write, which becomes `path` when the block ends well: it is never seen half-written,
+    nor changed under a reader.
 
     Raises:
         OSError: it cannot be written; what stood at `path` is as it was.
@@ -138,7 +140,13 @@ def replace_file(path: Path, data: bytes) -> None:
     with temporary_file(path) as number:
         os.fchmod(number, mode)
         with os.fdopen(number, "wb", closefd=False) as file:
-            file.write(data)
+            yield file
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` as `replacing` does."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def sha256_file(path: Path) -> str:

@@ -6,19 +6,20 @@ artifact is, and what does not fit is made again.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from seekforge.common.errors import OutputError
-from seekforge.common.files import sha256_file
+from seekforge.common.files import replace_file, replacing, sha256_file, write_json
 from seekforge.common.paths import inside
 from seekforge.common.reading import read_json
 from seekforge.exporter.builder.tensorrt.compiler import Compiled
+
+#: Copied at once; a plan has gigabytes.
+_COPY_BYTES: Final = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,10 @@ class Parts:
         """Remember a finished plan and what the compiler said of it; failing to is no error."""
         try:
             self.folder.mkdir(exist_ok=True)
-            for name, write in (
-                (f"{key}.plan", lambda path: shutil.copyfile(plan, path)),
-                (f"{key}.log", lambda path: path.write_bytes(log.read_bytes() if log.is_file() else b"")),
-                (
-                    f"{key}.json",
-                    lambda path: path.write_text(json.dumps(asdict(compiled) | {"sha256": sha256_file(plan)})),
-                ),
-            ):
-                temporary = self.folder / f"{name}.{os.getpid()}"
-                write(temporary)
-                temporary.replace(self.folder / name)
+            with plan.open("rb") as source, replacing(self.folder / f"{key}.plan") as file:
+                shutil.copyfileobj(source, file, _COPY_BYTES)
+            replace_file(self.folder / f"{key}.log", log.read_bytes() if log.is_file() else b"")
+            write_json(self.folder / f"{key}.json", asdict(compiled) | {"sha256": sha256_file(plan)})
         except OSError:
             self.drop()
 
