@@ -283,7 +283,7 @@ def test_each_config_key_that_is_missing_is_named(tiny_checkpoint: Path, checkpo
         ({"hidden_size": None}, "key 'hidden_size' is None"),
         ({"index_topk": 0}, "key 'index_topk' is 0"),
         ({"rms_norm_eps": "1e-6"}, "key 'rms_norm_eps'"),
-        ({"rope_scaling": None}, "key 'rope_scaling'"),
+        ({"rope_scaling": 3}, "rope_scaling is 3"),
         ({"rope_scaling": {"type": "yarn"}}, "key 'rope_scaling.factor' is missing"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"model_type": "deepseek_v3"}, "key 'index_n_heads' is 16"),

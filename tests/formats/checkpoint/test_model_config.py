@@ -49,7 +49,9 @@ def test_every_missing_key_is_named(raw: dict[str, Any], key: str) -> None:
         ("num_experts_per_tok", 22, "num_experts_per_tok is 22, expected at most the 8 experts"),
         ("first_k_dense_replace", 5, "first_k_dense_replace is 5"),
         ("rope_scaling", {"type": "linear"}, "rope_scaling.type"),
-        ("rope_scaling", None, "'rope_scaling' is None"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, expected at most 1000"),
+        ("n_routed_experts", 10**9, "n_routed_experts is 1000000000 in each of 4 layers, expected at"),
+        ("eos_token_id", [1, 2], r"eos_token_id is \[1, 2\], expected one number; several ends belong into"),
         ("indexer_rope_interleave", True, "indexer_rope_interleave is true"),
         ("index_topk_freq", 4, "index_topk_freq is 4"),
         ("model_type", "deepseek_v2", "model_type is 'deepseek_v2', expected 'deepseek_v32' or 'deepseek_v3'"),
@@ -79,6 +81,13 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, message:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
         ModelConfig.load(tmp_path)
+
+
+def test_null_says_nothing(raw: dict[str, Any]) -> None:
+    raw |= {"rope_scaling": None, "num_nextn_predict_layers": None, "architectures": None}
+    config = ModelConfig.parse(raw, "config.json")
+    assert config.rope_scaling.factor == 1 and config.mtp_layer is None
+    assert config.architectures == ("DeepseekV32ForCausalLM",)
 
 
 def test_keys_that_change_nothing_are_kept(raw: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ _FIXED: Final[dict[str, Any]] = {
     "tie_word_embeddings": False,
     "num_nextn_predict_layers": 0,
 }
+#: What null says of a key that has a value for nothing.
+_NOTHING: Final[dict[str, Any]] = {"num_nextn_predict_layers": 0}
 _ARCHITECTURES: Final = {"deepseek_v32": "DeepseekV32ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 #: Other names of a key, as transformers' class knows them.
 _ALIASES: Final = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
@@ -77,8 +79,13 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
         config.setdefault("architectures", [_ARCHITECTURES[config["model_type"]]])
         for key, value in _FIXED.items():
             config.setdefault(key, value)
+    for key, value in _NOTHING.items():
+        if key in config and config[key] is None:
+            config[key] = value
+    if config.get("architectures", ...) is None:
+        config["architectures"] = [_ARCHITECTURES[config["model_type"]]]
     _rope(config, origin)
-    _one_of(config, "eos_token_id")
+    _one_of(config, "eos_token_id", origin)
     _quantization(config, origin, notes)
     return config, tuple(notes)
 
@@ -94,11 +101,15 @@ def _same(config: dict[str, Any], alias: str, key: str, origin: str) -> None:
         )
 
 
-def _one_of(config: dict[str, Any], key: str) -> None:
+def _one_of(config: dict[str, Any], key: str, origin: str) -> None:
     """Take the only value of a list of one."""
     value = config.get(key)
     if isinstance(value, list) and len(value) == 1:
         config[key] = value[0]
+    elif isinstance(value, list):
+        raise ConfigError(
+            f"{origin}: {key} is {value!r}, expected one number; several ends belong into generation_config.json"
+        )
 
 
 def _layer_types(config: dict[str, Any], origin: str) -> None:
@@ -132,6 +143,8 @@ def _rope(config: dict[str, Any], origin: str) -> None:
     """Bring `rope_parameters`, or the names within `rope_scaling`, to `rope_scaling` and `rope_theta`."""
     parameters, scaling = config.pop("rope_parameters", None), config.get("rope_scaling")
     if parameters is None and scaling is None:
+        if "rope_scaling" in config:  # null: there is none
+            config["rope_scaling"] = _no_scaling(config)
         return
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, dict):

@@ -56,6 +56,11 @@ class QuantizationConfig(Record):
     scale_fmt: Literal["ue8m0"]
 
 
+#: Far more than any model has; each is some names of tensors, which are listed before a checkpoint is looked at.
+_MOST_LAYERS: Final = 1000
+_MOST_EXPERTS: Final = 200_000
+
+
 class ModelConfig(OpenRecord):
     """A model. Field names are the keys of `config.json`; those of an indexer are 0 where attention is dense."""
 
@@ -101,6 +106,13 @@ class ModelConfig(OpenRecord):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise RecordError(f"num_hidden_layers is {self.num_hidden_layers}, expected at most {_MOST_LAYERS}")
+        if self.num_hidden_layers * self.n_routed_experts > _MOST_EXPERTS:
+            raise RecordError(
+                f"n_routed_experts is {self.n_routed_experts} in each of {self.num_hidden_layers} layers, expected at "
+                f"most {_MOST_EXPERTS} in all"
+            )
         for key in (
             "hidden_size",
             "q_lora_rank",
