@@ -67,12 +67,21 @@ def test_stages_of_a_program_have_each_layer_once(pp: int, stages: list[list[int
         Program.model_validate(raw)
 
 
-def test_a_program_is_that_of_one_replica() -> None:
+@pytest.mark.parametrize(
+    ("parallelism", "message"),
+    [
+        ({"dp": 2}, r"parallelism\.dp.*is 2, expected 1"),
+        ({"tp": 10**9}, r"parallelism.*is of 1,000,000,000 ranks, expected at most 4,096"),
+    ],
+)
+def test_a_program_is_that_of_one_replica_with_a_number_of_ranks_that_exists(
+    parallelism: dict[str, int], message: str
+) -> None:
     raw = {name: {} for name in ("numerics", "config", "ops", "graphs", "unused", "shared")} | {
         "format": 3, "seekforge_version": "0", "opset": 23, "layer_range": [0, 4], "files": [],
-        "parallelism": {"dp": 2}, "pipeline_stages": [[0, 4]],
+        "parallelism": parallelism, "pipeline_stages": [[0, 4]],
     }  # fmt: skip
-    with pytest.raises(RecordError, match=r"parallelism\.dp.*is 2, expected 1"):
+    with pytest.raises(RecordError, match=message):
         Program.model_validate(raw)
 
 

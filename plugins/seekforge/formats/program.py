@@ -21,6 +21,9 @@ from seekforge.formats.weight_recipes import Recipe, read_recipe
 #: Raised when a reader of the previous number would misread a program.
 PROGRAM_FORMAT = 3
 
+#: Ranks of one replica are fewer; readers look at each.
+_MOST_RANKS = 4096
+
 #: What text needs, carried from a checkpoint to a program and an engine: these, and the folder of the chat encoder.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 ENCODING = "encoding"
@@ -149,6 +152,9 @@ class Program(Record):
         if self.parallelism.dp != 1:
             problem = f"is {self.parallelism.dp}, expected 1: a program is that of one replica"
             raise RecordError(problem, ("parallelism", "dp"))
+        if self.parallelism.num_ranks > _MOST_RANKS:
+            problem = f"is of {self.parallelism.num_ranks:,} ranks, expected at most {_MOST_RANKS:,}"
+            raise RecordError(problem, ("parallelism",))
         borders = [self.layer_range[0], *(stop for _, stop in self.pipeline_stages)]
         ranges = tuple(itertools.pairwise(borders))
         if (

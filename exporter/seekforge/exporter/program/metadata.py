@@ -84,7 +84,9 @@ def annotate(
             "num_experts_per_tok": str(config.num_experts_per_tok),
             "index_topk": str(config.index_topk),
             "numerics": numerics,
-            "parallelism": str(parallelism),
+            "tp": str(parallelism.tp),
+            "pp": str(parallelism.pp),
+            "ep": str(parallelism.ep_size),
             "custom_operators": ", ".join(custom),
         },
     )
