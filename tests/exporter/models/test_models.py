@@ -25,6 +25,13 @@ def test_a_family_bears_the_name_that_it_is_found_by(model_type: str) -> None:
     assert load_family(model_type).model_type == model_type
 
 
+@pytest.mark.parametrize(("model_type", "op"), [("deepseek_v32", "DsaAttention"), ("deepseek_v3", "MlaAttention")])
+def test_caches_have_the_formats_that_the_attention_takes(model_type: str, op: str) -> None:
+    taken = next(attr.values for attr in OPERATORS[op].spec.attrs if attr.name == "kv_format")
+    assert taken is not None
+    assert set(load_family(model_type).kv_formats) == set(taken) - {"f32"}  # which engines for CPUs have
+
+
 def test_copies_of_the_mtp_layer_repeat_tensors_of_the_same_shape() -> None:
     config = load_preset("tiny").config
     family = family_of(config)
