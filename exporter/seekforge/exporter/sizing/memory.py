@@ -19,9 +19,9 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parallelism import Parallelism
-from seekforge.plugins.dsa_attention.operator import flops_per_key as attention_flops_per_key
 from seekforge.plugins.dsa_indexer.operator import flops_per_key as indexer_flops_per_key
 from seekforge.plugins.dsa_indexer.spec import SPEC as DSA_INDEXER
+from seekforge.plugins.latent_attention import flops_per_key as attention_flops_per_key
 
 Precision = Literal["fp8", "bf16"]
 KvFormat = Literal["f32", "bf16", "fp8_ds"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from seekforge.plugins.dsa_attention.spec import SPEC
+from seekforge.plugins.latent_attention import flops_per_key
 from seekforge.plugins.operator import KernelForm, Operator, Products, RankModel, Step, Taps
-
-if TYPE_CHECKING:
-    from seekforge.formats.checkpoint.model_config import ModelConfig
 
 _NARROW = "bytes are widened by hand; smaller tiles spill more"
 _WIDE = "64 heads, which wgmma and tcgen05 need, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
@@ -31,11 +29,6 @@ def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
     if not model.config.index_topk:  # a model without an indexer does not call it
         return []
     return [{"B": step.batch, "Q": step.queries, "MB": step.num_blocks, "TOPK": model.config.index_topk}]
-
-
-def flops_per_key(config: ModelConfig) -> float:
-    """Return the FLOPs of one layer for each key that a token attends to (spec §9.2)."""
-    return 2.0 * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
 
 
 OPERATOR = Operator(

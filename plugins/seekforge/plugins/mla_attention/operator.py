@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.plugins.dsa_attention.operator import flops_per_key
+from seekforge.plugins.latent_attention import flops_per_key
 from seekforge.plugins.mla_attention.spec import SPEC
 from seekforge.plugins.operator import Operator, Products, RankModel, Step, Taps
 
