@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.support.build_options import gpu_options
 
+from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt import worker
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import check, open_inputs
@@ -87,14 +88,12 @@ def test_a_phase_begins_behind_those_before_it_in_the_same_step() -> None:
     assert seen == [0.0, 0.0, 0.25, 0.25, 0.375, 0.5, 0.5, 0.5, 1.0]
 
 
-class Bar:
+class Bar(Stages):
     """Keeps what the bar of each stage was told."""
 
     def __init__(self) -> None:
+        super().__init__(quiet=True)
         self.seen: list[list[float]] = []
-
-    def __call__(self, stage: str) -> None:
-        pass
 
     @contextmanager
     def steps_bar(self, stage: str) -> Iterator[Callable[[float], None]]:

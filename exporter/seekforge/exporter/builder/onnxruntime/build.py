@@ -19,6 +19,7 @@ from pathlib import Path
 import onnx
 from rich.filesize import decimal
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import OutputError, TargetError
 from seekforge.common.files import atomic_folder, sha256_file
@@ -28,7 +29,6 @@ from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights
 from seekforge.exporter.builder.onnxruntime.quantize import choose
 from seekforge.exporter.builder.onnxruntime.self_check import make_self_check
 from seekforge.exporter.builder.options import DEFAULTS, BuildOptions
-from seekforge.exporter.builder.progress import BuildProgress
 from seekforge.exporter.builder.request import (
     check_program,
     check_same_model,
@@ -222,7 +222,7 @@ def build(
     checkpoint_folder: Path,
     options: BuildOptions = DEFAULTS,
     force: bool,
-    progress: BuildProgress,
+    progress: Stages,
 ) -> Built:
     """Build an engine folder.
 

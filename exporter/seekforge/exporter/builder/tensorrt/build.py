@@ -19,12 +19,12 @@ from typing import Any
 
 import onnx
 
+from seekforge.common.cli.console import Stages
 from seekforge.common.cores import usable_cores
 from seekforge.common.errors import EngineError
 from seekforge.common.files import atomic_folder, sha256_file
 from seekforge.exporter.builder.engine_writer import write_engine
 from seekforge.exporter.builder.options import BuildOptions
-from seekforge.exporter.builder.progress import BuildProgress
 from seekforge.exporter.builder.tensorrt import audit
 from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs
 from seekforge.exporter.builder.tensorrt.compiler import Compiled, compile_graph
@@ -50,7 +50,7 @@ LOG = "build.log"
 
 
 def build_gpu(
-    inputs: Inputs, checked: GpuBuild, out: Path, *, options: BuildOptions, force: bool, progress: BuildProgress
+    inputs: Inputs, checked: GpuBuild, out: Path, *, options: BuildOptions, force: bool, progress: Stages
 ) -> Manifest:
     """Build the engine folder `out`.
 
@@ -250,7 +250,7 @@ def _compile(
     folder: Path,
     parts: Parts,
     made: Made,
-    progress: BuildProgress,
+    progress: Stages,
 ) -> None:
     """Compile all plans, as many at a time as there are cores, and note what was made.
 
