@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.support.fake_gpu import FakeDevice, make_gpu_engine
-from tests.support.toy_engine import Toy, make_toy, write_toy_engine
+from tests.support.toy_engine import Toy, make_toy, write_chat_engine, write_toy_engine
 
 from seekforge.common.files import write_json
 from seekforge.formats.engine.manifest import manifest_digest
@@ -63,3 +63,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     device = FakeDevice()
     monkeypatch.setattr("seekforge.runtime.backends.tensorrt.backend._open_gpu", lambda folder, manifest: device)
     return device
+
+
+@pytest.fixture(scope="session")
+def chat_engine(toy_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy engine with the tokens of conversations; tests only read it."""
+    folder = tmp_path_factory.mktemp("chat") / "engine"
+    write_chat_engine(folder, toy_engine)
+    return folder

@@ -25,6 +25,7 @@ def test_asyncllm_has_the_keywords_of_llm() -> None:
     for name in ("generate", "stream", "chat"):
         ours, theirs = (set(inspect.signature(getattr(cls, name)).parameters) for cls in (AsyncLLM, LLM))
         assert ours ^ theirs <= {"prompt", "prompts"}, name
+    assert inspect.signature(AsyncLLM.chat).parameters == inspect.signature(LLM.chat_stream).parameters
 
 
 def test_a_library_is_silent_unless_somebody_listens() -> None:

@@ -99,7 +99,7 @@ _OPTIONS: dict[str, list] = {
     "num_speculative_tokens": [*_NO_INTEGERS, None],
     "max_waiting": [*_NO_INTEGERS, 0, -1],
     **dict.fromkeys(
-        ("deterministic", "prefix_caching", "speculation_off_switch", "self_check", "trust_checkpoint_code"),
+        ("deterministic", "prefix_caching", "speculation_off_switch", "self_check"),
         _NO_BOOLEANS,
     ),
     **dict.fromkeys(("on_step", "on_load", "before_load"), _NO_FUNCTIONS),

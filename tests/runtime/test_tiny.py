@@ -304,34 +304,26 @@ def test_update_weights_swaps_them_between_steps(engine: Engine, read_tensors) -
         check_idle(llm)
 
 
-def test_chat_encodes_messages_as_the_checkpoint_does(engine: Engine) -> None:
-    with LLM(engine, num_blocks=20, self_check=False, trust_checkpoint_code=True) as llm:
+def test_a_conversation_is_answered_by_an_engine_of_a_checkpoint(engine: Engine) -> None:
+    with LLM(engine, num_blocks=20, self_check=False) as llm:
         messages = [{"role": "user", "content": "Hello"}]
-        assert llm.chat_prompt(messages) == "<｜begin▁of▁sentence｜><｜User｜>Hello<｜Assistant｜></think>"
-        output = llm.chat(messages, replace(GREEDY, max_tokens=3), thinking=True)
-        assert len(output.outputs[0].token_ids) == 3
-        with pytest.raises(RequestError, match="cannot be encoded"):
+        (output,) = llm.chat(messages, replace(GREEDY, max_tokens=3), chat_template_kwargs={"thinking": True})
+        assert output.prompt == "<｜begin▁of▁sentence｜><｜User｜>Hello<｜Assistant｜><think>"
+        assert len(output.outputs[0].token_ids) == 3 and output.outputs[0].message is not None
+        with pytest.raises(RequestError, match="role is 'robot'"):
             llm.chat([{"role": "robot", "content": "Hello"}])
 
 
-def test_code_of_a_checkpoint_is_executed_for_those_only_who_ask(engine: Engine, tmp_path: Path) -> None:
-    """The file would leave a mark if it were executed: not by opening, not by generating, not by `chat` unasked."""
+def test_no_code_of_an_engine_is_executed(engine: Engine, tmp_path: Path) -> None:
+    """An older engine carries a Python file, which would leave a mark if it were executed."""
     folder = Path(shutil.copytree(engine.folder, tmp_path / "engine", copy_function=os.link))
     path, mark = folder / "encoding" / "encoding_dsv32.py", tmp_path / "mark"
-    text = f"{path.read_text()}\nopen({str(mark)!r}, 'w').close()\n"
-    path.unlink()
-    path.write_text(text)
-    manifest = engine.manifest
-    kept = [one for one in manifest.files if one.path != "encoding/encoding_dsv32.py"]
-    files = (*kept, digest_file(folder, "encoding/encoding_dsv32.py"))
+    path.parent.mkdir()
+    path.write_text(f"open({str(mark)!r}, 'w').close()\n")
+    files = (*engine.manifest.files, digest_file(folder, "encoding/encoding_dsv32.py"))
     (folder / "manifest.json").unlink()
-    save_manifest(folder, manifest.model_copy(update={"files": files}))
-    messages = [{"role": "user", "content": "Hello"}]
+    save_manifest(folder, engine.manifest.model_copy(update={"files": files}))
     with LLM(folder, num_blocks=20, self_check=False) as llm:
         llm.generate("Hello", GREEDY)
-        for ask in (llm.chat, llm.chat_prompt):
-            with pytest.raises(EngineError, match=r"encoding_dsv32\.py: chat executes .* trust_checkpoint_code=True"):
-                ask(messages)
-        assert not mark.exists()
-        assert llm.chat_prompt(messages, trust_checkpoint_code=True).startswith("<｜begin▁of▁sentence｜>")
-    assert mark.exists()
+        llm.chat([{"role": "user", "content": "Hello"}], GREEDY)
+    assert not mark.exists()

@@ -6,6 +6,7 @@ the latent cache that the same step wrote in place: a wrong slot, a lost write o
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ from seekforge.formats.engine.manifest import (
     SelfCheckRow,
     Target,
     digest_file,
+    load_manifest,
     save_manifest,
 )
 from seekforge.formats.program import GraphIO, TensorSpec, role_of
@@ -224,3 +226,18 @@ def write_toy_engine(folder: Path) -> None:
             build={},
         ),
     )
+
+
+def write_chat_engine(folder: Path, toy_engine: Path, *, model_type: str = "deepseek_v32") -> None:
+    """Write a copy of the toy engine that has the tokens of DeepSeek-V3.2's conversations."""
+    shutil.copytree(toy_engine, folder)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in ("</think>", "<｜Assistant｜>")])
+    (folder / "tokenizer.json").unlink()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    manifest = load_manifest(folder)
+    files = tuple(digest_file(folder, file.path) for file in manifest.files)
+    (folder / "manifest.json").unlink()
+    changed = {"files": files, "config": {"model_type": model_type}}
+    limits = manifest.limits.model_copy(update={"max_model_len": 3072})  # the text about tools is long in its tokens
+    save_manifest(folder, manifest.model_copy(update={**changed, "limits": limits}))

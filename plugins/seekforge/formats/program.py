@@ -24,9 +24,8 @@ PROGRAM_FORMAT = 3
 #: Ranks of one replica are fewer; readers look at each.
 _MOST_RANKS = 4096
 
-#: What text needs, carried from a checkpoint to a program and an engine: these, and the folder of the chat encoder.
+#: What text needs, carried from a checkpoint to a program and an engine.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-ENCODING = "encoding"
 
 #: `handover`: what one plan of an engine gives to a later one (see `Manifest.stages`).
 Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "handover"]
@@ -128,7 +127,7 @@ class Program(Record):
             each of them runs the layers of its pipeline stage, and those of the last stage run `mtp.onnx`.
         pipeline_stages: [a, b) of each stage; together the layers of `layer_range`.
         shared: checkpoint tensors that several inputs read, with those inputs ("graph:input").
-        files: tokenizer and chat files carried along, relative to the program folder.
+        files: tokenizer files carried along, relative to the program folder.
     """
 
     format: int
@@ -168,9 +167,9 @@ class Program(Record):
                 f"is {list(map(list, self.pipeline_stages))!r:.200}, expected {expected}", ("pipeline_stages",)
             )
         for index, name in enumerate(self.files):
-            if name not in TEXT_FILES and not name.startswith(f"{ENCODING}/"):
-                expected = f"{', '.join(TEXT_FILES)} or a file of {ENCODING}/"
-                raise RecordError(f"is {name!r}, expected {expected}", ("files", index))
+            if name not in TEXT_FILES:
+                expected = f"{', '.join(TEXT_FILES[:-1])} or {TEXT_FILES[-1]}"
+                raise RecordError(f"is {name!r}, expected {expected}; export again", ("files", index))
         twice = same_names(self.files)
         if twice is not None:
             raise RecordError(f"has {twice[0]!r} and {twice[1]!r}, expected each file once", ("files",))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
+from seekforge.runtime.chat.request import ChatOptions
+from seekforge.runtime.engine.chat_output import AnswerReader
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.input_processor import Prompt
 from seekforge.runtime.engine.outputs import Delta, RequestOutput
 from seekforge.runtime.engine.request import raise_if_failed
-from seekforge.runtime.llm import LLM, LLMOptions, refuse_best_of
+from seekforge.runtime.llm import LLM, Conversation, LLMOptions, refuse_best_of
 from seekforge.runtime.sampling.params import SamplingParams
 
 
@@ -80,19 +82,24 @@ class AsyncLLM:
 
     async def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Conversation,
         sampling_params: SamplingParams | None = None,
         *,
-        thinking: bool = False,
-        trust_checkpoint_code: bool = False,
         priority: int = 0,
         timeout_s: float | None = None,
-    ) -> RequestOutput:
-        """Answer a conversation. Arguments and errors as `LLM.chat`."""
-        prompt = await asyncio.to_thread(
-            self.llm.chat_prompt, messages, thinking=thinking, trust_checkpoint_code=trust_checkpoint_code
-        )
-        return await self.generate(prompt, sampling_params, priority=priority, timeout_s=timeout_s)
+        **options: Unpack[ChatOptions],
+    ) -> AsyncIterator[Delta]:
+        """Answer one conversation step by step, as `LLM.chat_stream`; the last delta has the whole answer."""
+        if isinstance(sampling_params, SamplingParams):
+            refuse_best_of(sampling_params)
+        # in another thread: a long conversation takes its time, and holds up no one else
+        request = await asyncio.to_thread(self.llm.chat_request, messages, sampling_params, **options)
+        reader = AnswerReader(request)
+        async with aclosing(
+            self._stream(request.prompt, request.params, priority=priority, timeout_s=timeout_s)
+        ) as deltas:
+            async for delta in deltas:
+                yield reader.delta(delta)
 
     async def _stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None, *, priority: int, timeout_s: float | None

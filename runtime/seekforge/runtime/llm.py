@@ -8,11 +8,11 @@ Any thread may call: how they share the engine is in `turns`, what becomes of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -20,8 +20,11 @@ from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
+from seekforge.runtime.chat.messages import Message, is_conversation
+from seekforge.runtime.chat.request import ChatOptions, ChatProcessor, ChatRequest
 from seekforge.runtime.compatibility import check_complete
 from seekforge.runtime.engine.cache_size import decide_num_blocks, free_memory
+from seekforge.runtime.engine.chat_output import AnswerReader, with_messages
 from seekforge.runtime.engine.core import Core, StepMetrics
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.input_processor import (
@@ -41,9 +44,11 @@ from seekforge.runtime.engine.self_check import SelfCheckResult, run_self_check
 from seekforge.runtime.engine.speculative import MAX_DRAFTS, SpeculationMetrics, SpeculationSwitch, Speculator
 from seekforge.runtime.engine.step_loop import StepLoop
 from seekforge.runtime.sampling.params import TAPS, SamplingParams
-from seekforge.runtime.text.chat import ChatEncoder
 from seekforge.runtime.text.tokenizer import Tokenizer
 from seekforge.runtime.values import integer, is_integer, listed, shown
+
+#: Messages, or mappings with the keys of the OpenAI interface.
+Conversation = Sequence[Message | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,6 @@ class LLMOptions(TypedDict, total=False):
     threads: int | None
     checkpoint: Path | str | None
     self_check: bool
-    trust_checkpoint_code: bool
     on_step: Callable[[StepMetrics], None] | None
     before_load: Callable[[LLM], None] | None
     on_load: OnLoad | None
@@ -134,7 +138,6 @@ class LLM:
         threads: int | None = None,
         checkpoint: Path | str | None = None,
         self_check: bool = True,
-        trust_checkpoint_code: bool = False,
         on_step: Callable[[StepMetrics], None] | None = None,
         on_load: OnLoad | None = None,
         before_load: Callable[[LLM], None] | None = None,
@@ -161,11 +164,9 @@ class LLM:
             checkpoint: where the weights are, of an engine that holds none (a GPU's); None takes where they were at
                 build.
             self_check: compare with the results stored in the engine before serving.
-            trust_checkpoint_code: let `chat` execute the Python file that encodes messages. It came with the
-                checkpoint, from whoever made that.
             on_step: called with the metrics of each iteration, by the thread that ran it.
             on_load: called while weights are read from a checkpoint.
-            before_load: called when all but the weights is there: `check`, `chat_prompt` and `default_sampling_params`
+            before_load: called when all but the weights is there: `check`, `chat_request` and `default_sampling_params`
                 work, so that what cannot be served is refused before hundreds of gigabytes are read.
 
         Raises:
@@ -215,8 +216,7 @@ class LLM:
         )
         outputs = [spec.name for spec in manifest.graphs["model"].outputs if spec.role == "tap"]
         tap_names = {kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS}
-        self._trust_checkpoint_code = trust_checkpoint_code
-        self._chat: ChatEncoder | None = None
+        self._chat = ChatProcessor(manifest.config.get("model_type"), self.engine.tokenizer)
         self._intake = InputProcessor(
             self.engine,
             self._scheduler,
@@ -380,38 +380,78 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        sampling_params: SamplingParams | None = None,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        thinking: bool = False,
-        trust_checkpoint_code: bool = False,
-        priority: int = 0,
+        priority: int | Sequence[int] | None = 0,
         timeout_s: float | None = None,
-    ) -> RequestOutput:
-        """Answer a conversation.
+        **options: Unpack[ChatOptions],
+    ) -> list[RequestOutput]:
+        """Answer conversations together.
 
         Args:
-            messages: role and content each, as in the OpenAI interface; also tools, tool_calls, reasoning_content.
-            sampling_params: None takes `default_sampling_params`.
-            thinking: let the model reason first.
-            trust_checkpoint_code: as for `LLM`, where it need not be said again.
+            messages: one conversation, or several: each a list of `Message`, or of mappings with the keys of the
+                OpenAI interface.
+            sampling_params: one for all, or one each; None takes `default_sampling_params`, with as many tokens as the
+                context has room for.
             priority, timeout_s: the arguments of `generate`.
+            options: see `ChatOptions`.
+
+        Returns:
+            One output per conversation, in their order; `message` of each completion is what it says.
 
         Raises:
             RequestError: messages that cannot stand like this, or as for `generate`.
-            EngineError: the engine carries no chat encoding, or its code is not trusted.
+            EngineError: the model's family has no chat encoding here.
+            GenerationError: the engine failed on some; it holds the outputs of all.
         """
-        prompt = self.chat_prompt(messages, thinking=thinking, trust_checkpoint_code=trust_checkpoint_code)
-        return self.generate(prompt, sampling_params, priority=priority, timeout_s=timeout_s)[0]
+        single = is_conversation(messages)
+        batch: Sequence[Any] = [messages] if single else listed(messages) or []
+        requests: list[ChatRequest] = []
+        for index, (one, params) in enumerate(
+            zip(batch, self._params_for(len(batch), sampling_params, self._chat_params), strict=True)
+        ):
+            try:
+                requests.append(self._chat.request(one, params, options))
+            except RequestError as error:
+                raise (error if single else RequestError(f"conversation {index}: {error}")) from None
+        outputs = self.generate(
+            [request.prompt for request in requests],
+            [request.params for request in requests],
+            priority=priority,
+            timeout_s=timeout_s,
+        )
+        return [with_messages(output, request) for output, request in zip(outputs, requests, strict=True)]
 
-    def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, thinking: bool = False, trust_checkpoint_code: bool = False
-    ) -> str:
-        """Return the text that `chat` would continue. Arguments and errors as for `chat`."""
-        if self._chat is None:
-            trusted = trust_checkpoint_code or self._trust_checkpoint_code
-            self._chat = ChatEncoder(self.engine.folder, self.engine.manifest, trust_checkpoint_code=trusted)
-        return self._chat.encode(messages, thinking=thinking)
+    def chat_stream(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Iterator[Delta]:
+        """Answer one conversation step by step; `message` of each delta is what the answer gained.
+
+        Arguments and errors as for `chat`, and `stream`.
+        """
+        request = self.chat_request(messages, sampling_params, **options)
+        return _answers(request, self.stream(request.prompt, request.params, priority=priority, timeout_s=timeout_s))
+
+    def chat_request(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatRequest:
+        """Return what `chat` would run: prompt and parameters. Arguments and errors as for `chat`."""
+        params = self._chat_params if sampling_params is None else sampling_params
+        return self._chat.request(messages, params, options)
+
+    @property
+    def _chat_params(self) -> SamplingParams:
+        return replace(self.default_sampling_params, max_tokens=None)
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Swap weights between two steps; the engine is not built again. What is cached is dropped.
@@ -499,15 +539,16 @@ class LLM:
         self.close()
 
     def _params_for(
-        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
+        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams | None = None
     ) -> Sequence[SamplingParams]:
+        default = default or self.default_sampling_params
         if given is None or isinstance(given, SamplingParams):
-            return [self.default_sampling_params if given is None else given] * count
+            return [default if given is None else given] * count
         if not isinstance(given, (list, tuple)):
             raise RequestError(f"sampling_params is {shown(given)}, expected SamplingParams, or one for each prompt")
         if len(given) != count:
             raise RequestError(f"{len(given)} sampling_params for {count} prompts; pass one, or one each")
-        return [self.default_sampling_params if one is None else one for one in given]
+        return [default if one is None else one for one in given]
 
     def _priorities(self, count: int, priority: int | Sequence[int] | None) -> Sequence[int]:
         many = None if isinstance(priority, Set) else listed(priority)  # a set has no order
@@ -549,6 +590,17 @@ class LLM:
         self._totals += (1, step.seconds, step.num_prefill_tokens, step.num_decode_tokens, step.num_sampled)
         if self._on_step is not None:
             self._on_step(step)
+
+
+def _answers(request: ChatRequest, deltas: Iterator[Delta]) -> Iterator[Delta]:
+    """Yield deltas with what the answer gained; closing this ends the request."""
+    reader = AnswerReader(request)
+    try:
+        for delta in deltas:
+            yield reader.delta(delta)
+    finally:
+        if isinstance(deltas, Generator):
+            deltas.close()
 
 
 def refuse_best_of(params: SamplingParams) -> None:

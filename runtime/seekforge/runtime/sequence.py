@@ -17,6 +17,18 @@ FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 State = Literal["new", "waiting", "running", "finished"]
 
 
+class Budget(Protocol):
+    """When a thought has to end (`reasoning.ThinkingBudget`)."""
+
+    def forced(self) -> int | None:
+        """Return the token that has to be next; None: any may be."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """Take a token."""
+        ...
+
+
 class Grammar(Protocol):
     """What guided decoding allows next (`guided.Matcher`)."""
 
@@ -109,6 +121,7 @@ class Sequence:
         deadline_s: monotonic time at which it is ended; None is never.
         on_token: called with each generated token; returns whether it completes a stop string.
         grammar: restricts the next token.
+        thinking: says when a thought has to end; None: it never has to.
         bad_words: what must not be generated.
         allowed: [vocab_size] bool, the only tokens that may be chosen; None: all.
         early_ids: like those of `stop_ids`, they cannot be chosen before `min_tokens`: the ends of sequence also where
@@ -142,6 +155,7 @@ class Sequence:
     deadline_s: float | None = None
     on_token: Callable[[int], bool] | None = None
     grammar: Grammar | None = None
+    thinking: Budget | None = None
     bad_words: BadWords | None = None
     allowed: np.ndarray | None = None
     early_ids: frozenset[int] = frozenset()
@@ -205,6 +219,8 @@ class Sequence:
         self.last_id = token
         if self.grammar is not None:
             self.grammar.advance(token)
+        if self.thinking is not None:
+            self.thinking.advance(token)
         completes = self.on_token is not None and self.on_token(token)
         count = len(self.output_ids)
         if token in self.stop_ids or completes:

@@ -37,7 +37,7 @@ OTHER_NAMES: dict[str, dict[str, str]] = {
         "flat_logprobs": "logprobs, whose entries are flat already",
         "logits_processors": "logit_bias, bad_words, allowed_token_ids or structured_outputs",
         "extra_args": "the parameters by their names",
-        "thinking_token_budget": "max_tokens, and a second request that goes on after </think>",
+        "thinking_budget": "thinking_token_budget",
         "repetition_detection": "repetition_penalty, frequency_penalty or presence_penalty",
         "logprob_token_ids": "logprobs=-1 and the ids of interest",
         "prompt_logprob_token_ids": "prompt_logprobs=-1 and the ids of interest",

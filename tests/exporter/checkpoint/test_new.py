@@ -42,7 +42,6 @@ def dense_preset() -> Preset:
 def test_folder_has_the_files_of_a_download(tiny_checkpoint: Path) -> None:
     assert set(digests(tiny_checkpoint)) == {
         "config.json",
-        "encoding/encoding_dsv32.py",
         "generation_config.json",
         "model-00001-of-000003.safetensors",
         "model-00002-of-000003.safetensors",

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from seekforge.common.errors import CheckpointError, SeekforgeError
 from seekforge.exporter.checkpoint.text_files import check_files, text_files
+from seekforge.formats.checkpoint.tools_preamble import ENCODING_FILE, TOOLS_PREAMBLE
 from seekforge.runtime.cli.main import main
 
 
@@ -36,15 +36,6 @@ def large(path: Path) -> None:
     os.truncate(path, 1 << 30)
 
 
-def many(path: Path) -> None:
-    for number in range(1001):
-        (path / str(number)).touch()
-
-
-def deep(path: Path) -> None:
-    (path / "/".join("a" * 20)).mkdir(parents=True)
-
-
 ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "config fifo": ("config.json", os.mkfifo, "config.json: cannot be read (is a FIFO"),
     "config device": ("config.json", lambda path: path.symlink_to("/dev/zero"), "is a device"),
@@ -56,14 +47,6 @@ ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "tokenizer fifo": ("tokenizer.json", os.mkfifo, "is a FIFO"),
     "tokenizer elsewhere": ("tokenizer.json", lambda path: path.symlink_to("/etc/passwd"), "leads outside"),
     "defaults device": ("generation_config.json", lambda path: path.symlink_to("/dev/zero"), "is a device"),
-    "encoding itself": ("encoding/loop", lambda path: path.symlink_to("."), "loop: is a link"),
-    "encoding up": ("encoding/up", lambda path: path.symlink_to(".."), "up: is a link"),
-    "encoding link": ("encoding", lambda path: path.symlink_to("/etc"), "encoding: is a link"),
-    "encoding file": ("encoding/secret", lambda path: path.symlink_to("/etc/passwd"), "leads outside"),
-    "encoding fifo": ("encoding/fifo", os.mkfifo, "is a FIFO"),
-    "encoding no folder": ("encoding", os.mkfifo, "is no folder"),
-    "encoding many": ("encoding", lambda path: (path.mkdir(), many(path))[0], "more than 1000 files"),
-    "encoding deep": ("encoding", deep, "deeper than 8"),
 }
 
 
@@ -111,17 +94,24 @@ def test_a_snapshot_of_the_hub_is_read_through_its_links(tiny_checkpoint: Path, 
     export = ["export", str(snapshot), str(tmp_path / "program"), "--num-layers", "1", "--quiet"]
     done = CliRunner().invoke(main, export)
     assert done.exit_code == 0, done.output
-    copied = tmp_path / "program" / "encoding" / "encoding_dsv32.py"
-    assert not copied.is_symlink() and copied.read_bytes() == (snapshot / "encoding/encoding_dsv32.py").read_bytes()
+    copied = tmp_path / "program" / "tokenizer.json"
+    assert not copied.is_symlink() and copied.read_bytes() == (snapshot / "tokenizer.json").read_bytes()
 
 
-def test_caches_of_python_stay_behind(folder: Path) -> None:
-    (folder / "encoding" / "__pycache__").mkdir()
-    (folder / "encoding" / "__pycache__" / "x.pyc").touch()
-    (folder / "encoding" / "tests").mkdir()
-    (folder / "encoding" / "tests" / "a.json").touch()
-    assert text_files(folder)[3:] == ["encoding/encoding_dsv32.py", "encoding/tests/a.json"]
-    with pytest.raises(SeekforgeError) as caught:
-        os.mkfifo(folder / "encoding" / "tests" / "fifo")
-        text_files(folder)
-    assert isinstance(caught.value, CheckpointError)
+def test_what_is_no_text_file_stays_behind(folder: Path) -> None:
+    before = text_files(folder)
+    (folder / "encoding").mkdir()
+    (folder / "encoding" / "encoding_dsv32.py").touch()
+    assert text_files(folder) == before
+
+
+def test_a_difference_of_the_text_about_tools_is_a_warning(folder: Path, tmp_path: Path) -> None:
+    """The file is read and not executed."""
+    (folder / "encoding").mkdir()
+    changed = TOOLS_PREAMBLE.replace("strongly", "never")
+    mark = tmp_path / "mark"
+    (folder / ENCODING_FILE).write_text(f"TOOLS = {changed!r}\nopen({str(mark)!r}, 'w').close()\n", encoding="utf-8")
+    export = ["export", str(folder), str(tmp_path / "program"), "--num-layers", "1", "--quiet"]
+    done = CliRunner().invoke(main, export)
+    assert done.exit_code == 0 and done.stderr.count("differs from DeepSeek-V3.2's") == 1
+    assert not mark.exists() and not (tmp_path / "program" / "encoding").exists()

@@ -119,4 +119,4 @@ def test_program_json_records_what_was_asked(program: Path, tiny_config: ModelCo
     assert document.numerics["name"] == program.name
     assert ModelConfig.parse(document.config, "program.json") == tiny_config
     assert document.ops["DsaIndexer"].attributes["indexer_fp8"] == (program.name == "fp8")
-    assert {"tokenizer.json", "encoding/encoding_dsv32.py"} <= set(document.files)
+    assert {"tokenizer.json", "generation_config.json"} <= set(document.files)

@@ -123,7 +123,7 @@ def test_headers_are_read_and_weights_are_not(how: str, hub: Hub, tiny_source: C
     hub.cut = {"tokenizer.json": 30_000, FIRST: 9_000} if how == "cut short" else {}
     with headers("owner/name") as folder, Checkpoint.open(folder) as checkpoint:
         assert checkpoint.index_digest() == tiny_source.index_digest()
-        for name in ("config.json", "tokenizer.json", "generation_config.json", "encoding/encoding_dsv32.py"):
+        for name in ("config.json", "tokenizer.json", "generation_config.json"):
             assert (folder / name).read_bytes() == (hub.folder / name).read_bytes()
     assert not folder.exists()
     # a server that ignores ranges has some of a file on the way before it notices that nobody reads on

@@ -120,10 +120,7 @@ def test_byte_order_mark_carriage_returns_empty_lines_and_no_last_newline(batch:
         (b'{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "stream": true}}\n', "body.stream"),
         (b'{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "nonsense": 1}}\n', "body.nonsense"),
         (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": "a"}}\n', "body.messages"),
-        (
-            b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [], "tool_choice": "none"}}\n',
-            "body.tool_choice",
-        ),
+        (b'{"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": []}}\n', "has no messages"),
     ],
 )
 def test_a_bad_line_is_one_line_before_anything_is_loaded(
@@ -170,10 +167,12 @@ VALUES: dict[str, Any] = {
     "include_stop_str_in_output": True, "stop_token_ids": [9], "ignore_eos": False, "detokenize": False,
     "skip_special_tokens": False, "spaces_between_special_tokens": False, "truncate_prompt_tokens": 1, "logprobs": 2,
     "prompt_logprobs": 2, "structured_outputs": {"choice": ["a", "b"]}, "skip_reading_prefix_cache": True,
+    "thinking_token_budget": 0,
 }  # fmt: skip
 
 
-def test_a_line_takes_every_parameter_and_each_changes_the_request(batch: Batch) -> None:
+def test_a_line_takes_every_parameter_and_each_changes_the_request(chatting: Batch) -> None:
+    batch = chatting  # its vocabulary has the end of a thought
     assert VALUES.keys() | NOT_IN_BATCH.keys() == {field.name for field in fields(SamplingParams)}
     lines = [{"prompt": "the cat", "id": name, name: value} for name, value in VALUES.items()]
     lines[list(VALUES).index("structured_outputs")]["ignore_eos"] = False
@@ -313,33 +312,46 @@ def test_a_cut_line_is_asked_again_and_other_content_is_kept(batch: Batch) -> No
 
 
 @pytest.fixture
-def chatting(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> Batch:
-    """An engine whose chat encoding joins what is said; a real one comes with a checkpoint."""
-    said = []
-
-    def encode(self: Any, messages: Any, *, thinking: bool = False, **more: Any) -> str:
-        said.append((messages, thinking))
-        return " ".join(str(message.get("content")) for message in messages)
-
-    monkeypatch.setattr("seekforge.runtime.llm.LLM.chat_prompt", encode)
-    batch.said = said  # type: ignore[attr-defined]
-    return batch
+def chatting(chat_engine: Path, tmp_path: Path) -> Batch:
+    """A batch of an engine that has conversations."""
+    return Batch(chat_engine, tmp_path)
 
 
-def test_messages_are_a_prompt(chatting: Batch) -> None:
+def test_messages_are_a_prompt_and_their_answer_a_message(chatting: Batch) -> None:
+    messages = [{"role": "user", "content": "the cat"}]
+    prompt = "<｜begin▁of▁sentence｜><｜User｜>the cat<｜Assistant｜><think>"
     chatting.write(
-        {"messages": [{"role": "user", "content": "the cat"}], "id": "chat"}, {"prompt": "the cat", "id": "plain"}
+        {"messages": messages, "id": "chat", "chat_template_kwargs": {"thinking": True}},
+        {"prompt": prompt, "id": "plain"},
     )
-    answers = {answer["id"]: answer["completions"] for answer in chatting.run()}
-    assert answers["chat"] == answers["plain"]
+    (chat,), (plain,) = (
+        {answer["id"]: answer["completions"] for answer in chatting.run()}[key] for key in ("chat", "plain")
+    )
+    message = chat.pop("message")
+    assert chat == plain
+    assert message == {"role": "assistant", "content": "", "reasoning_content": plain["text"]}
 
 
-def test_messages_without_trust_are_one_line_and_say_what_to_pass(
-    tiny_engines: dict[str, Path], tmp_path: Path, unloadable: None
-) -> None:
-    batch = Batch(tiny_engines["fp8"], tmp_path)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}], "thinking": True}, "unknown key 'thinking'"),
+        ({"prompt": "a", "tools": []}, "tools belongs to messages"),
+        ({"messages": "a"}, "expected a list of messages"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template": "x"}, "unknown key 'chat_template'"),
+    ],
+)
+def test_a_conversation_that_is_none_is_named(chatting: Batch, line: dict[str, Any], message: str) -> None:
+    chatting.write(line)
+    assert message in chatting.refused()
+
+
+def test_an_engine_without_encoding_is_one_line(batch: Batch) -> None:
     batch.write({"messages": [{"role": "user", "content": "a"}]})
-    assert "--trust-checkpoint-code" in batch.refused()
+    assert "have no chat encoding here" in batch.refused()
+
+
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -352,7 +364,7 @@ def test_openai_lines_are_answered_in_their_form(chatting: Batch) -> None:
         {"custom_id": "a", **chat, "body": body(logprobs=True, top_logprobs=2, n=2)},
         {"custom_id": "b", **chat, "body": body(max_completion_tokens=2, chat_template_kwargs={"thinking": True})},
         {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "the cat", "max_tokens": 3, "logprobs": 1}},
-        {"custom_id": "d", **chat, "body": body(tools=[{"type": "function"}], top_k=1, stream=False, user="u")},
+        {"custom_id": "d", **chat, "body": body(tools=TOOLS, tool_choice="none", top_k=1, stream=False, user="u")},
     )
     answers = {answer["custom_id"]: answer for answer in chatting.run()}
     assert answers.keys() == {"a", "b", "c", "d"}
@@ -369,7 +381,6 @@ def test_openai_lines_are_answered_in_their_form(chatting: Batch) -> None:
     assert answers["b"]["response"]["body"]["choices"][0]["finish_reason"] == "length"
     plain = answers["c"]["response"]["body"]
     assert plain["object"] == "text_completion" and len(plain["choices"][0]["logprobs"]["tokens"]) == 3
-    said = [message for message, _ in chatting.said]  # type: ignore[attr-defined]
-    assert any(messages[0].get("tools") for messages in said)
+    assert set(answers["b"]["response"]["body"]["choices"][0]["message"]) == {"role", "content", "reasoning_content"}
     again = invoke(*chatting.args())
     assert again.exit_code == 0 and len(chatting.answers()) == 4

@@ -324,6 +324,14 @@ def check_reading(llm: LLM) -> None:
         assert least <= output.num_cached_tokens <= most
 
 
+def check_budget(llm: LLM) -> None:
+    """How thoughts end has tests of its own, with a vocabulary that has thoughts."""
+    assert SamplingParams(thinking_token_budget=-1) == SamplingParams()
+    refused(thinking_token_budget=-2), refused(thinking_token_budget=True)
+    with pytest.raises(RequestError, match="which this vocabulary lacks"):
+        one(llm, thinking_token_budget=0)
+
+
 def check_refused(owner: str, name: str) -> Callable[[LLM], None]:
     def check(llm: LLM) -> None:
         kind = {"SamplingParams": SamplingParams, "StructuredOutputsParams": StructuredOutputsParams}[owner]
@@ -464,6 +472,12 @@ ROWS = [
         "differs",
         "is obeyed; vLLM's backends xgrammar and guidance do not read it",
         check_whitespace,
+    ),
+    Row(
+        "thinking_token_budget",
+        "differs",
+        "needs no configuration; the thought ends with `</think>` alone; −1 sets no bound",
+        check_budget,
     ),
     Row("skip_reading_prefix_cache", "same", "", check_reading),
     Row(

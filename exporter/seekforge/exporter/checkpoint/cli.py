@@ -41,7 +41,7 @@ from seekforge.exporter.option_types import MODEL
 def new_checkpoint(out: Path, *, preset: str, seed: int, sparse: bool, force: bool, quiet: bool, as_json: bool) -> None:
     """Write a DeepSeek-V3.2 checkpoint with random weights to the folder OUT.
 
-    File for file what a download is: sharded FP8 safetensors with an index, config, tokenizer and chat encoder.
+    File for file what a download is: sharded FP8 safetensors with an index, config and tokenizer.
     """
     chosen = load_preset(preset)
     stages = Stages(quiet=quiet or as_json)

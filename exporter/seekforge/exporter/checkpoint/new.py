@@ -9,7 +9,6 @@ Every tensor is drawn from the seed and its own name: same seed, same bytes, wha
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class WrittenCheckpoint:
 
     Attributes:
         path: the folder.
-        num_files: files in it, those in `encoding/` included.
+        num_files: files in it.
         num_tensors: tensors, scales included.
         num_parameters: elements, scales not included.
         num_bytes: bytes of tensor data (`total_size` of the index).
@@ -140,7 +139,7 @@ def split_into_shards(tensors: dict[str, ExpectedTensor], num_shards: int) -> di
 
 
 def write_sidecars(folder: Path, preset: Preset, shards: dict[str, list[str]]) -> None:
-    """Write everything that is not weights: configs, index, tokenizer, chat encoder."""
+    """Write everything that is not weights: configs, index, tokenizer."""
     tensors = expected_tensors(preset.config)
     write_json(folder / "config.json", preset.config_json)
     write_json(
@@ -163,8 +162,6 @@ def write_sidecars(folder: Path, preset: Preset, shards: dict[str, list[str]]) -
         },
     )
     write_tokenizer(folder, preset.config.vocab_size)
-    (folder / "encoding").mkdir()
-    shutil.copyfile(Path(__file__).with_name("encoding_dsv32.py"), folder / "encoding" / "encoding_dsv32.py")
 
 
 def layouts(

@@ -28,6 +28,7 @@ from seekforge.exporter.program.trace import OPSET, Traced, trace
 from seekforge.exporter.sizing.memory import pipeline_stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.tokenizer_file import without_limits
+from seekforge.formats.checkpoint.tools_preamble import preamble_difference
 from seekforge.formats.numerics import Numerics
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.program import (
@@ -108,6 +109,8 @@ def export(
     cut = pipeline_stages(config, parallelism) if parallelism.pp > 1 else (layer_range,)
     files = text_files(checkpoint_folder)
     notes = (*notes, *check_tokenizer(checkpoint_folder, config))
+    difference = preamble_difference(checkpoint_folder)
+    notes = notes if difference is None else (*notes, difference)
     settings = Settings(config, numerics, activations=CANONICAL.activations, parallelism=parallelism)
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
     if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:

@@ -55,10 +55,11 @@ def write(text: str, *, err: bool = False) -> None:
         stream.flush()
 
 
-def write_generated(text: str) -> None:
-    """Write what a model generated to stdout: raw into a pipe or file, `shown` to a terminal but for its layout."""
-    if sys.stdout is not None:
-        write(shown(text, keep="\n\t") if sys.stdout.isatty() else text)
+def write_generated(text: str, *, err: bool = False) -> None:
+    """Write what a model generated, to stdout or stderr: raw into a pipe or file, `shown` to a terminal."""
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None and text:  # the layout of a text is kept
+        write(shown(text, keep="\n\t") if stream.isatty() else text, err=err)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

@@ -31,6 +31,7 @@ from seekforge.common.reading import LISTING_BYTES, read_json
 from seekforge.common.requirements import install_module
 from seekforge.common.temporary import temporary_folder
 from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
+from seekforge.formats.checkpoint.tools_preamble import ENCODING_FILE
 from seekforge.formats.program import TEXT_FILES
 
 _NAME: Final = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -39,8 +40,7 @@ _REPO: Final = re.compile(rf"({_NAME})(?:@(\S+))?")
 _URL: Final = re.compile(r"(https?):/+([^/?#]+)/([^?#]*)(?:[?#].*)?")
 _HOSTS: Final = ("huggingface.co", "hf.co", "www.huggingface.co")
 #: What of a repository is downloaded.
-PATTERNS: Final = ["*.safetensors", "*.json", "encoding/*"]
-_MAX_ENCODING_FILES: Final = 64
+PATTERNS: Final = ["*.safetensors", "*.json", ENCODING_FILE]
 _THREADS: Final = 8
 
 
@@ -252,9 +252,8 @@ def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
     if config_only:
         return
     listed = files.listing()
-    encoding = [name for name in listed or ["encoding/encoding_dsv32.py"] if name.startswith("encoding/")]
-    for name in [*TEXT_FILES, *encoding[:_MAX_ENCODING_FILES]]:
-        if (listed is None or name in listed) and name_fault(name) is None:
+    for name in (*TEXT_FILES, ENCODING_FILE):
+        if listed is None or name in listed:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files.fetch(name, folder / name)
     if files.fetch(INDEX_FILE, folder / INDEX_FILE):

@@ -15,16 +15,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol, TextIO
+from typing import Any, BinaryIO, Final, Protocol, TextIO, Unpack
 
 from seekforge.common.cli.terminal import json_text
 from seekforge.common.errors import EngineError, OutputError, RequestError
 from seekforge.common.reading import lines_of, parse_json
+from seekforge.runtime.chat.request import ChatOptions, ChatRequest
 from seekforge.runtime.cli import openai_batch
+from seekforge.runtime.engine.chat_output import with_messages
 from seekforge.runtime.engine.input_processor import Prompt
 from seekforge.runtime.engine.outputs import CompletionOutput, RequestOutput
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import SamplingParams
+from seekforge.runtime.text.segments import SegmentedText
 
 #: Longest line: a prompt of a million tokens, or an answer with the log-probabilities of as many, has less.
 MOST_LINE_BYTES: Final = 256 << 20
@@ -33,7 +36,9 @@ DASH: Final = "-"
 #: Parameters whose results JSON has no room for, and what has.
 NOT_IN_BATCH: Final[Mapping[str, str]] = {"taps": "arrays, which 'seekforge dump' writes"}
 _FIELDS: Final = frozenset(field.name for field in fields(SamplingParams)) - NOT_IN_BATCH.keys()
-_KEYS: Final = ("id", "prompt", "messages", "thinking")
+#: Options of a conversation that a line may give; a template is a file of whoever runs the batch, not of a line.
+_CHAT: Final = tuple(name for name in ChatOptions.__annotations__ if name != "chat_template")
+_KEYS: Final = ("id", "prompt", "messages", *_CHAT)
 
 
 class Checks(Protocol):
@@ -42,8 +47,10 @@ class Checks(Protocol):
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """Refuse a request that cannot be served."""
 
-    def chat_prompt(self, messages: Any, *, thinking: bool = False) -> str:
-        """Return the prompt of a conversation."""
+    def chat_request(
+        self, messages: Any, sampling_params: SamplingParams | None = None, **options: Unpack[ChatOptions]
+    ) -> ChatRequest:
+        """Return the prompt of a conversation, and its parameters."""
         ...
 
 
@@ -57,6 +64,7 @@ class Request:
         params: all of them.
         digest: the digest of the request and the engine.
         asked: of a line in OpenAI's form, which is answered in that form.
+        chat: of a conversation, whose answer is a message.
     """
 
     key: str | int
@@ -64,6 +72,7 @@ class Request:
     params: SamplingParams
     digest: str
     asked: openai_batch.Asked | None = None
+    chat: ChatRequest | None = None
 
 
 def read_requests(path: Path, params: SamplingParams, checks: Checks, engine_digest: str) -> list[Request]:
@@ -124,16 +133,14 @@ def _read_line(raw: bytes, number: int, params: SamplingParams, checks: Checks, 
     asked = None
     if openai_batch.is_batch_line(value):
         asked = openai_batch.read_line(value)
-        key, fields, thinking = asked.custom_id, dict(asked.params), asked.thinking
-        prompt, messages = asked.prompt, asked.messages or None
+        key, fields, options = asked.custom_id, dict(asked.params), asked.options
+        prompt, messages = asked.prompt, asked.messages
     else:
         fields = dict(value)
         key, prompt = fields.pop("id", number), fields.pop("prompt", None)
-        messages, thinking = fields.pop("messages", None), fields.pop("thinking", False)
+        messages, options = fields.pop("messages", None), {name: fields.pop(name) for name in _CHAT if name in fields}
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise RequestError(f"id is {key!r}, expected text or a whole number")
-        if not isinstance(thinking, bool):
-            raise RequestError(f"thinking is {thinking!r}, expected true or false")
         for name, why in NOT_IN_BATCH.items():
             if name in fields:
                 raise RequestError(f"{name} cannot be asked for in a batch: {why}")
@@ -142,19 +149,21 @@ def _read_line(raw: bytes, number: int, params: SamplingParams, checks: Checks, 
             raise RequestError(f"unknown key {unknown[0]!r}, expected {', '.join((*_KEYS, *sorted(_FIELDS)))}")
     if (prompt is None) == (messages is None):
         raise RequestError('expected either "prompt" or "messages"')
+    if messages is None and options:
+        raise RequestError(f"{next(iter(options))} belongs to messages, and the line has a prompt")
+    line_params, chat = replace(params, **fields), None
     if messages is not None:
-        if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-            raise RequestError("messages is no list of objects")
-        prompt = checks.chat_prompt(messages, thinking=thinking)
-    if not isinstance(prompt, str | list):
+        chat = checks.chat_request(messages, line_params, **options)
+        prompt, line_params = chat.prompt, chat.params
+    elif not isinstance(prompt, str | list):
         raise RequestError(f"prompt is {type(prompt).__name__}, expected text or a list of token ids")
-    line_params = replace(params, **fields)
     checks.check(prompt, line_params)
-    return Request(key, prompt, line_params, _digest(prompt, line_params, engine_digest), asked)
+    return Request(key, prompt, line_params, _digest(prompt, line_params, engine_digest), asked, chat)
 
 
 def _digest(prompt: Prompt, params: SamplingParams, engine_digest: str) -> str:
-    facts = {"engine": engine_digest, "prompt": prompt, "params": asdict(params)}
+    plain = asdict(prompt) if isinstance(prompt, SegmentedText) else prompt
+    facts = {"engine": engine_digest, "prompt": plain, "params": asdict(params)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -229,7 +238,9 @@ def run_batch(llm: LLM, requests: list[Request], results: Path, say: Callable[[s
     with _opened(results) as file:
         ended = llm.as_completed((request.prompt, request.params) for request in pending)
         for count, (number, output) in enumerate(ended, 1):
-            line, good = _result(pending[number], output, llm.engine.tokenizer.token_bytes)
+            chat = pending[number].chat
+            answer = output if chat is None else with_messages(output, chat)
+            line, good = _result(pending[number], answer, llm.engine.tokenizer.token_bytes)
             failed += not good
             file.write(json_text(line) + "\n")
             file.flush()
@@ -279,6 +290,8 @@ def completion_json(completion: CompletionOutput) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }
+    if completion.message is not None:
+        out["message"] = completion.message.to_dict()
     if completion.cumulative_logprob is not None:
         out["cumulative_logprob"] = completion.cumulative_logprob
     if completion.logprobs is not None:

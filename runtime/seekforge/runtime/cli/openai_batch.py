@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from seekforge.common.errors import RequestError
+from seekforge.runtime.chat.request import ChatOptions
 from seekforge.runtime.engine.outputs import CompletionOutput, RequestOutput
 from seekforge.runtime.sampling.params import SamplingParams
 
@@ -22,7 +23,9 @@ _IGNORED: Final = frozenset(
     ("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
 )
 #: Keys that are taken with one value only -> that value.
-_ONLY: Final[Mapping[str, object]] = {"stream": False, "echo": False, "suffix": None, "parallel_tool_calls": True}
+_ONLY: Final[Mapping[str, object]] = {"stream": False, "echo": False, "suffix": None}
+#: What a chat may come with; a template is a file of whoever runs the batch.
+_OPTIONS: Final = tuple(name for name in ChatOptions.__annotations__ if name != "chat_template")
 _OWN: Final = frozenset(
     field.name for field in fields(SamplingParams) if field.name not in ("logprobs", "structured_outputs", "taps")
 )
@@ -36,8 +39,8 @@ class Asked:
         custom_id: whose it is.
         url: the address that it would have been sent to.
         prompt: the prompt of a completion; None for a chat.
-        messages: the messages of a chat.
-        thinking: whether the model shall reason first.
+        messages: the messages of a chat; None for a completion.
+        options: what else a chat comes with: tools and the like.
         params: sampling parameters that the body gives, by field.
         model: what the body calls the model.
     """
@@ -45,8 +48,8 @@ class Asked:
     custom_id: str
     url: str
     prompt: Any
-    messages: list[dict[str, Any]]
-    thinking: bool
+    messages: Any
+    options: dict[str, Any]
     params: dict[str, Any]
     model: str
 
@@ -80,17 +83,18 @@ def read_line(raw: Mapping[str, Any]) -> Asked:
         if value is not None and value != only:
             raise RequestError(f"body.{name} is {value!r}, which a batch cannot do; leave it out")
     params: dict[str, Any] = {}
-    prompt, messages, thinking = None, [], False
+    prompt, messages, options = None, None, dict[str, Any]()
     if url == CHAT:
-        messages = _messages(rest)
-        thinking = _thinking(rest.pop("chat_template_kwargs", None))
+        messages = rest.pop("messages", None)
+        if not isinstance(messages, list):
+            raise RequestError("body.messages is no list of objects")
+        options = {name: rest.pop(name) for name in _OPTIONS if name in rest}
         if rest.get("max_completion_tokens") is not None:
             params["max_tokens"] = rest.pop("max_completion_tokens")
         if rest.pop("logprobs", None):
             params["logprobs"] = rest.pop("top_logprobs", None) or 0
         elif rest.pop("top_logprobs", None) is not None:
             raise RequestError("body.top_logprobs needs logprobs to be true")
-        _structured(rest.pop("response_format", None), params)
     else:
         prompt = rest.pop("prompt", None)
         if rest.get("logprobs") is not None:
@@ -101,44 +105,7 @@ def read_line(raw: Mapping[str, Any]) -> Asked:
     unknown = sorted(rest.keys() - _OWN)
     if unknown:
         raise RequestError(f"body.{unknown[0]} is not known here; leave it out")
-    return Asked(custom_id, url, prompt, messages, thinking, rest | params, str(body.get("model", "")))
-
-
-def _messages(rest: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = rest.pop("messages", None)
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
-        raise RequestError("body.messages is no list of objects")
-    tools = rest.pop("tools", None)
-    if rest.pop("tool_choice", None) not in (None, "auto"):
-        raise RequestError("body.tool_choice can only be 'auto'; leave it out")
-    if tools:
-        first = messages[0] if messages and messages[0].get("role") == "system" else {"role": "system", "content": ""}
-        messages = [first | {"tools": tools}, *(one for one in messages if one is not first)]
-    return messages
-
-
-def _thinking(kwargs: Any) -> bool:
-    if kwargs is None:
-        return False
-    if (
-        not isinstance(kwargs, dict)
-        or kwargs.keys() - {"thinking"}
-        or not isinstance(kwargs.get("thinking", False), bool)
-    ):
-        raise RequestError('body.chat_template_kwargs can only be {"thinking": true} or {"thinking": false}')
-    return bool(kwargs.get("thinking", False))
-
-
-def _structured(form: Any, params: dict[str, Any]) -> None:
-    if form is None:
-        return
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind == "json_object":
-        params["structured_outputs"] = {"json_object": True}
-    elif kind == "json_schema" and isinstance(form.get("json_schema"), dict) and "schema" in form["json_schema"]:
-        params["structured_outputs"] = {"json": form["json_schema"]["schema"]}
-    elif kind != "text":
-        raise RequestError("body.response_format is none of text, json_object and json_schema with a schema")
+    return Asked(custom_id, url, prompt, messages, options, rest | params, str(body.get("model", "")))
 
 
 def answer_line(
@@ -182,8 +149,10 @@ def request_id(digest: str) -> str:
 def _choice(one: CompletionOutput, chat: bool, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
     reason = {"timeout": "length", "abort": "length"}.get(one.finish_reason, one.finish_reason)
     choice: dict[str, Any] = {"index": one.index, "finish_reason": reason, "logprobs": None}
-    if chat:
-        choice["message"] = {"role": "assistant", "content": one.text}
+    if one.message is not None:
+        choice["message"] = one.message.to_dict()
+        if one.message.tool_calls and reason == "stop":
+            choice["finish_reason"] = "tool_calls"
     else:
         choice["text"] = one.text
     if one.logprobs is None:

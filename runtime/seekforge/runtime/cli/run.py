@@ -20,6 +20,8 @@ from seekforge.common.cli.options import (
     threads_option,
 )
 from seekforge.common.cli.terminal import write, write_generated, write_json
+from seekforge.runtime.chat.messages import Message
+from seekforge.runtime.chat.request import ChatRequest
 from seekforge.runtime.cli.batch_file import (
     Request,
     answered,
@@ -30,6 +32,7 @@ from seekforge.runtime.cli.batch_file import (
 )
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 from seekforge.runtime.cli.sampling_options import params_of, sampling_options
+from seekforge.runtime.engine.chat_output import AnswerReader, with_messages
 from seekforge.runtime.engine.outputs import RequestMetrics, RequestOutput
 from seekforge.runtime.llm import LLM, LLMMetrics
 from seekforge.runtime.sampling.params import SamplingParams
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
     from seekforge.formats.engine.verify import Verification
     from seekforge.formats.loader import LoadProgress
     from seekforge.runtime.engine.engine_folder import Engine
+
+
+#: Tokens that a conversation may have besides its texts.
+_CHAT_TOKENS = 64
 
 
 def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
@@ -58,6 +65,9 @@ def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
 )
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to continue, encoded as it is: nothing is added.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message; a thought goes to stderr.")
+@click.option("--system", help="With --chat: what the model is told before.")
+@click.option("--thinking", is_flag=True, help="With --chat: let the model reason before it answers.")
 @click.option(
     "--batch",
     type=click.Path(path_type=Path, allow_dash=True),
@@ -80,16 +90,14 @@ def _loading(stages: Stages) -> Callable[[LoadProgress], None]:
     help="Read every byte of the engine, also of files that were verified before and are unchanged.",
 )
 @click.option("--no-self-check", is_flag=True, help="Do not compare with the results stored in the engine.")
-@click.option(
-    "--trust-checkpoint-code",
-    is_flag=True,
-    help='Let "messages" execute the Python file that came with the checkpoint.',
-)
 @quiet_option
 @json_option
 def run(
     engine: Path,
     prompt: str | None,
+    chat: bool,
+    system: str | None,
+    thinking: bool,
     batch: Path | None,
     output: Path | None,
     greedy: bool,
@@ -99,7 +107,6 @@ def run(
     max_model_len: int | None,
     verify: bool,
     no_self_check: bool,
-    trust_checkpoint_code: bool,
     quiet: bool,
     as_json: bool,
     **sampling: Any,
@@ -116,6 +123,10 @@ def run(
     Every request and option is checked before the engine is loaded.
     """
     _refuse_contradictions(prompt, batch, output, greedy, as_json, sampling)
+    if not chat and (system is not None or thinking):
+        raise click.UsageError(f"{'--thinking' if system is None else '--system'} belongs to --chat")
+    if chat and prompt is None:
+        raise click.UsageError("--chat takes its message from --prompt; a --batch has messages of its own")
     stages = Stages(quiet=quiet or as_json)
     loading = time.monotonic()
 
@@ -128,17 +139,25 @@ def run(
     limits = opened.manifest.limits
     params = SamplingParams()
     requests: list[Request] = []
+    conversation: ChatRequest | None = None
 
     def check(llm: LLM) -> None:
-        nonlocal params, requests
+        nonlocal params, requests, conversation
         params = replace(llm.default_sampling_params, **({"temperature": 0} if greedy else {}) | params_of(sampling))
+        if chat and prompt is not None:
+            messages = [*([] if system is None else [Message("system", system)]), Message("user", prompt)]
+            conversation = llm.chat_request(messages, params, chat_template_kwargs={"thinking": thinking})
+            params = conversation.params
         if prompt is not None:
-            llm.check(prompt, params)
+            llm.check(prompt if conversation is None else conversation.prompt, params)
         if batch is not None and output is not None:
             requests = read_requests(batch, params, llm, opened.manifest.digest)
             answered(output, requests)
 
     stages("loading")
+    room = None
+    if prompt is not None:
+        room = _room(opened, f"{system or ''}{prompt}", sampling["max_tokens"] + (_CHAT_TOKENS if chat else 0))
     llm = LLM(
         opened,
         max_batch_size=min(num, limits.max_batch_size) if batch is None else None,
@@ -148,8 +167,7 @@ def run(
         before_load=check,
         threads=threads,
         self_check=not no_self_check,
-        trust_checkpoint_code=trust_checkpoint_code,
-        max_model_len=max_model_len or (_room(opened, prompt, sampling["max_tokens"]) if prompt is not None else None),
+        max_model_len=max_model_len or room,
     )
     with llm:
         load_s = time.monotonic() - loading
@@ -160,7 +178,7 @@ def run(
             run_batch(llm, requests, output, stages.say)
             return
         assert prompt is not None
-        result = _run_one(llm, prompt, params, echo=not as_json)
+        result = _run_one(llm, prompt, params, conversation, echo=not as_json)
         if as_json:
             write_json(_as_json(llm, result, load_s))
         else:
@@ -213,16 +231,24 @@ def _room(engine: Engine, prompt: str, max_tokens: int) -> int:
     return max(1, min(len(engine.tokenizer.encode_at_most(prompt, most)) + max_tokens, most))
 
 
-def _run_one(llm: LLM, prompt: str, params: SamplingParams, *, echo: bool) -> RequestOutput:
+def _run_one(llm: LLM, prompt: str, params: SamplingParams, chat: ChatRequest | None, *, echo: bool) -> RequestOutput:
+    source = prompt if chat is None else chat.prompt
     if not echo:
-        return llm.generate(prompt, params)[0]
-    output = None
-    for delta in llm.stream(prompt, params):
-        output = delta.output
-        if delta.text:
+        (output,) = llm.generate(source, params)
+        return output if chat is None else with_messages(output, chat)
+    reader = None if chat is None else AnswerReader(chat)
+    last = None
+    for delta in llm.stream(source, params):
+        if reader is None:
             write_generated(delta.text)
-    assert output is not None
-    return output
+        else:
+            message = reader.delta(delta).message
+            assert message is not None
+            write_generated(message.reasoning_content, err=True)
+            write_generated(message.content)
+        last = delta.output
+    assert last is not None
+    return last
 
 
 def _as_json(llm: LLM, output: RequestOutput, load_s: float) -> dict[str, Any]:

@@ -74,6 +74,9 @@ OPTIONS: Final[Mapping[str, Any]] = {
     "prompt_logprobs": click.option(
         "--prompt-logprobs", type=Whole(-1), help="The same of the prompt's tokens; with --json or --batch."
     ),
+    "thinking_token_budget": click.option(
+        "--thinking-token-budget", type=Whole(-1), help="End a thought after so many tokens."
+    ),
     "skip_reading_prefix_cache": click.option(
         "--skip-reading-prefix-cache", is_flag=True, default=None, help="Compute the whole prompt."
     ),

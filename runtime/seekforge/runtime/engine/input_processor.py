@@ -16,6 +16,7 @@ import numpy as np
 
 from seekforge.common.errors import RequestError
 from seekforge.runtime.block_table import BlockTable
+from seekforge.runtime.chat import markup
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.kv_cache import root_digest
 from seekforge.runtime.engine.outputs import Delta
@@ -24,9 +25,11 @@ from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.sampling.bad_words import BadWords, Bans
 from seekforge.runtime.sampling.guided import Grammars
 from seekforge.runtime.sampling.params import SamplingParams
+from seekforge.runtime.sampling.reasoning import AfterReasoning, ThinkingBudget
 from seekforge.runtime.sequence import Grammar
 from seekforge.runtime.sequence import Sequence as _Sequence
 from seekforge.runtime.text.detokenizer import TextStream
+from seekforge.runtime.text.segments import SegmentedText
 from seekforge.runtime.values import integer, is_integer, listed, number, shown
 
 #: Distance between the seeds of the completions of one request.
@@ -36,8 +39,9 @@ _KEPT = 32
 #: A prompt that is truncated may have so many times the tokens that the engine takes.
 _CUT_FROM = 8
 
-#: Text, encoded as it is; token ids; or one of them as a mapping with the single key "prompt" or "prompt_token_ids".
-Prompt = str | Sequence[int] | Mapping[str, Any]
+#: Text, encoded as it is; token ids; one of them as a mapping with the single key "prompt" or "prompt_token_ids"; or
+#: the prompt of a `ChatRequest`.
+Prompt = str | SegmentedText | Sequence[int] | Mapping[str, Any]
 _PROMPT = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
 #: Levels of priority: a request is served so many levels sooner or later at most.
 _MOST_PRIORITY = 1 << 31
@@ -105,10 +109,13 @@ class InputProcessor:
             raise RequestError(f"sampling_params is {shown(params)}, expected SamplingParams")
         vocab_size, most = self._engine.manifest.vocab_size, self._scheduler.max_num_tokens
         content = read_prompt(prompt)
+        # what is cut off has to be encoded as well, since where tokens begin depends on what is before them
+        longest = most if params.truncate_prompt_tokens is None else _CUT_FROM * most
         if isinstance(content, tuple):
             ids = content
-        else:  # what is cut off has to be encoded as well, since where tokens begin depends on what is before them
-            longest = most if params.truncate_prompt_tokens is None else _CUT_FROM * most
+        elif isinstance(content, SegmentedText):
+            ids = tuple(self._tokenizer.encode_segments(content, longest))
+        else:
             ids = tuple(self._tokenizer.encode_at_most(content, longest))
         named = (
             ("prompt token", ids),
@@ -133,10 +140,20 @@ class InputProcessor:
             params = replace(params, max_tokens=max(most - len(ids), 1, params.min_tokens))
         assert params.max_tokens is not None
         self._scheduler.check_request(len(ids), params.max_tokens)
+        gated = isinstance(content, SegmentedText) and content.in_reasoning
+        if params.thinking_token_budget is not None:
+            self._thought_ids()
+            if params.structured_outputs is not None and not gated:
+                raise RequestError(
+                    "thinking_token_budget and structured_outputs go together in chat alone, where the form begins "
+                    "behind the thought; leave one of them out"
+                )
         form = params.structured_outputs
         grammar = None if form is None else self._grammars.compile(form, params.max_tokens)
+        if grammar is not None and gated:
+            grammar = functools.partial(self._after_reasoning, grammar)
         self._bans(params)
-        return Accepted(content if isinstance(content, str) else None, ids, params, grammar)
+        return Accepted(None if isinstance(content, tuple) else str(content), ids, params, grammar)
 
     def make(
         self,
@@ -180,6 +197,7 @@ class InputProcessor:
                 deadline_s=None if timeout_s is None else now + timeout_s,
                 on_token=text.push if params.detokenize else None,
                 grammar=None if request.grammar is None else request.grammar(),
+                thinking=self._budget(params, request.prompt_ids),
                 bad_words=None if bans is None else BadWords(bans),
                 allowed=allowed,
                 token_text=self._tokenizer.token_text if params.detokenize else None,
@@ -201,6 +219,36 @@ class InputProcessor:
         facts = (manifest.program_sha256, manifest.numerics, manifest.cache.kv_format, self.weights_version)
         alone = None if self._prefix_caching else sequence.table.owner
         return root_digest(*facts, sequence.speculates, alone)
+
+    def _thought_ids(self) -> tuple[int, int]:
+        """Return the tokens that begin and end a thought.
+
+        Raises:
+            RequestError: the vocabulary has none.
+        """
+        start, end = map(self._tokenizer.token_id, (markup.THINK_START, markup.THINK_END))
+        if start is None or end is None:
+            raise RequestError(
+                f"thinking needs the tokens {markup.THINK_START} and {markup.THINK_END}, which this vocabulary lacks"
+            )
+        return start, end
+
+    def _budget(self, params: SamplingParams, prompt_ids: Sequence[int]) -> ThinkingBudget | None:
+        if params.thinking_token_budget is None:
+            return None
+        return ThinkingBudget(params.thinking_token_budget, *self._thought_ids(), prompt_ids)
+
+    def _after_reasoning(self, grammar: Callable[[], Grammar]) -> Grammar:
+        """Return the grammar of a completion that begins inside a thought."""
+        return AfterReasoning(grammar(), self._thought_ids()[1], self._thought)
+
+    @cached_property
+    def _thought(self) -> np.ndarray:
+        """[vocab_size] bool: what a thought may hold, and what ends it."""
+        manifest = self._engine.manifest
+        mask = np.ones(manifest.vocab_size, bool)
+        mask[list(manifest.eos_token_ids)] = False
+        return mask
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -226,7 +274,7 @@ def split_prompts(prompts: object) -> tuple[list[Any], bool]:
     Raises:
         RequestError: it is neither a prompt nor a list of them.
     """
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, Mapping, SegmentedText)):
         return [prompts], True
     batch = None if isinstance(prompts, Set) else listed(prompts)
     if batch is None:
@@ -234,7 +282,7 @@ def split_prompts(prompts: object) -> tuple[list[Any], bool]:
     return ([batch], True) if batch and is_integer(batch[0]) else (batch, False)
 
 
-def read_prompt(prompt: object) -> str | tuple[int, ...]:
+def read_prompt(prompt: object) -> str | SegmentedText | tuple[int, ...]:
     """Return the text or the token ids that a prompt gives.
 
     Raises:
@@ -246,7 +294,7 @@ def read_prompt(prompt: object) -> str | tuple[int, ...]:
             return prompt["prompt"]
         ids = listed(prompt["prompt_token_ids"]) if keys == ["prompt_token_ids"] else None
     else:
-        if isinstance(prompt, str):
+        if isinstance(prompt, (str, SegmentedText)):
             return prompt
         ids = None if isinstance(prompt, Set) else listed(prompt)
     if ids is None:

@@ -22,7 +22,7 @@ _INTEGERS = (
     "num_speculative_tokens",
     "threads",
 )
-_BOOLEANS = ("speculation_off_switch", "prefix_caching", "deterministic", "self_check", "trust_checkpoint_code")
+_BOOLEANS = ("speculation_off_switch", "prefix_caching", "deterministic", "self_check")
 _CALLED = ("on_step", "on_load", "before_load")
 #: Options that None does not leave open.
 _NEVER_NONE = ("num_speculative_tokens", *_BOOLEANS)

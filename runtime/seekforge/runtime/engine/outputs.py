@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from seekforge.common.errors import EngineError
+from seekforge.runtime.chat.messages import Message, MessageDelta
 from seekforge.runtime.sequence import FinishReason, TokenLogprobs
 
 
@@ -62,6 +63,7 @@ class CompletionOutput:
         taps: name ("expert_ids.3") -> [positions, k]: what was chosen at each position of prompt and completion but
             the last token's, which the model has not seen. Empty unless asked.
         error: what went wrong, with finish_reason "error".
+        message: the answer to a conversation, read from `text`; None of other prompts.
     """
 
     text: str
@@ -73,6 +75,7 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     taps: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     error: str | None = None
+    message: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Delta:
         index: the index of the completion.
         finish_reason, stop_reason: why that completion ended, in its last delta.
         logprobs: log-probabilities of the new tokens; empty unless they were requested.
+        message: what the answer to a conversation gained; None of other prompts.
     """
 
     text: str
@@ -124,6 +128,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     stop_reason: int | str | None = None
+    message: MessageDelta | None = None
 
 
 class GenerationError(EngineError):

@@ -31,6 +31,7 @@ class _Company:
         rules: the sampling rules of all rows.
         edited: None where none changes its logits.
         scoring: those that want log-probabilities.
+        thinking: those whose thoughts may have to end.
         needs_full: whether a step must keep whole logits for them.
     """
 
@@ -39,6 +40,7 @@ class _Company:
     rules: SamplingMetadata
     edited: EditedRows | None
     scoring: list[int]
+    thinking: list[int]
     needs_full: bool
 
 
@@ -110,6 +112,7 @@ class TokenSampler:
                 SamplingMetadata.of(params, [s.seed for s in sequences]),
                 edited,
                 [at for at, p in enumerate(params) if p.logprobs is not None or p.best_of is not None],
+                [at for at, sequence in enumerate(sequences) if sequence.thinking is not None],
                 any(needs_full_logits(p) for p in params),
             )
         return self._company
@@ -138,6 +141,8 @@ class TokenSampler:
             faults[packed.sampling[alive[index]]] = fault
         drawn = places if rules.all_greedy else np.array([len(s.output_ids) for s in sequences])
         tokens = choose(rules, drawn, edits, top, full)
+        if company.thinking:
+            _end_thoughts(tokens, sequences)
         if company.scoring:
             wanted = set(company.scoring)
             scoring = [i for i, at in enumerate(alive) if at in wanted and tokens[i] != NO_TOKEN]
@@ -172,6 +177,14 @@ class TokenSampler:
             elif drafts and self.on_verified is not None:
                 self.on_verified(drafts, depth + true)
         return going
+
+
+def _end_thoughts(tokens: np.ndarray, sequences: Rows[Sequence]) -> None:
+    """Put the token that ends a thought where one has to end."""
+    for row, sequence in enumerate(sequences):
+        forced = None if sequence.thinking is None else sequence.thinking.forced()
+        if forced is not None:
+            tokens[row] = forced
 
 
 def _score(sequences: Rows[Sequence], at: np.ndarray, tokens: np.ndarray, top: TopLogits, full: FullLogits) -> None:

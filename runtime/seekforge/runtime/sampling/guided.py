@@ -8,6 +8,7 @@ its text, one that does not (special tokens) is reached only by its name in a La
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -125,16 +126,31 @@ class _Described:
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, tokens: Sequence[bytes], special_token_ids: Sequence[int], eos_token_id: int) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special_token_ids: Sequence[int],
+        eos_token_id: int,
+        encode: Callable[[str], list[int]],
+    ) -> None:
+        self._encode = encode
         self.tokens, self.special_token_ids = list(tokens), list(special_token_ids)
         self.eos_token_id, self.bos_token_id = eos_token_id, None
-        hidden = {*special_token_ids}
-        self._ids_of = {text: token for token, text in enumerate(tokens) if text and token not in hidden}
+        self._hidden = {*special_token_ids}
+        self._ids_of = {text: token for token, text in enumerate(tokens) if text and token not in self._hidden}
         self._longest = max(map(len, self._ids_of), default=0)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Spell a text that the grammar forces, without tokens that do not appear in the text."""
+        """Spell a text that the grammar forces, without tokens that do not appear in the text.
+
+        The spelling is that of the tokenizer, which the model was trained with; where that has hidden tokens, or the
+        text is half a character, the longest tokens are taken.
+        """
         data = text.encode() if isinstance(text, str) else text
+        with contextlib.suppress(UnicodeDecodeError, RequestError):
+            ids = self._encode(data.decode())
+            if self._hidden.isdisjoint(ids) and all(token < len(self.tokens) for token in ids):
+                return ids
         out: list[int] = []
         at = 0
         while at < len(data):
@@ -218,7 +234,7 @@ class Grammars:
         tokens = self._tokenizer.vocabulary.bytes_of[: self._vocab_size]
         tokens = tokens + [b""] * (self._vocab_size - len(tokens))
         special = [token for token in sorted(self._hidden) if token < self._vocab_size]
-        described = _Described(tokens, special, self._ends[0])
+        described = _Described(tokens, special, self._ends[0], self._tokenizer.encode)
         return self._library.LLTokenizer(described, n_vocab=self._vocab_size, eos_token=self._ends[0])
 
     def _grammar(self, form: StructuredOutputsParams) -> str:

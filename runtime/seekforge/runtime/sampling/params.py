@@ -129,6 +129,8 @@ class SamplingParams:
         logprobs: log-probabilities of each generated token and this many most likely ones; -1 gives all, None none.
         prompt_logprobs: the same for the prompt's tokens.
         structured_outputs: a form that the text must have.
+        thinking_token_budget: most tokens of a thought; then `</think>` is generated, whatever the rest would choose.
+            A thought that the prompt leaves open counts from its beginning. -1 and None set no bound.
         skip_reading_prefix_cache: compute the whole prompt, whatever of it is in the cache.
         taps: optional outputs to return per token: "topk_indices", "expert_ids".
 
@@ -162,6 +164,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    thinking_token_budget: int | None = None
     skip_reading_prefix_cache: bool = False
     taps: Sequence[str] = ()
 
@@ -205,6 +208,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._set(name, integer(name, getattr(self, name), -1))
+        if self.thinking_token_budget is not None:
+            budget = integer("thinking_token_budget", self.thinking_token_budget, -1)
+            self._set("thinking_token_budget", None if budget == -1 else budget)
         self._set("structured_outputs", _structured(self.structured_outputs))
         if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
             raise RequestError("structured text ends when its form is complete; leave ignore_eos and min_tokens out")

@@ -7,14 +7,19 @@ UTF-8, so the deltas of a stream join to exactly the text of all its tokens.
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import tokenizers
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.checkpoint.tokenizer_file import guarded, read_tokenizer
+from seekforge.runtime.text.segments import SegmentedText
 from seekforge.runtime.text.vocabulary import Vocabulary
 
 #: From so many characters on a text is encoded without holding up other threads.
@@ -53,6 +58,9 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
         self._added = {token: entry.content for token, entry in added.items()}
+        self._reaching = [
+            entry.content for entry in added.values() if entry.lstrip or entry.rstrip or entry.single_word
+        ]
         self._bytes: dict[int, bytes] = {}
 
     @property
@@ -69,6 +77,12 @@ class Tokenizer:
     def special_texts(self) -> re.Pattern[str] | None:
         """What finds the text of a special token; None where there is none."""
         texts = sorted((self._added[token] for token in self._special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    @cached_property
+    def added_pattern(self) -> re.Pattern[str] | None:
+        """What finds the text of any token of `added_texts`, the longest where several begin; None: there is none."""
+        texts = sorted(filter(None, self._added.values()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts))) if texts else None
 
     @cached_property
@@ -91,11 +105,88 @@ class Tokenizer:
         Raises:
             RequestError: `text` is not valid Unicode (it holds half of a surrogate pair).
         """
+        return self._encode(self._tokenizer, text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of `text` in which no token of `added_texts` occurs, whatever the text says.
+
+        Raises:
+            RequestError: `text` is not valid Unicode.
+        """
+        ids = self._encode(self._plain, text)
+        if self._ids_of_added.isdisjoint(ids):
+            return ids
+        # merges that spell the text of an added token: by single characters none of them is reached
+        if len(text) > 1:
+            half = len(text) // 2
+            return [*self.encode_text(text[:half]), *self.encode_text(text[half:])]
+        raise RequestError(f"the text {text!r} has no tokens but a special one; leave it out")
+
+    def encode_segments(self, prompt: SegmentedText, most: int) -> list[int]:
+        """Return the token ids of a prompt: special tokens are recognized in its special segments alone.
+
+        Where no other segment holds the text of a special token these are the ids of the whole text. A prompt that is
+        far beyond `most` tokens is refused before all of it is encoded, as by `encode_at_most`.
+
+        Raises:
+            RequestError: the prompt has far more tokens, or is not valid Unicode.
+            EngineError: special tokens of this vocabulary reach into the text beside them.
+        """
+        if self._reaching:
+            raise EngineError(
+                f"tokenizer.json: the token {self._reaching[0]!r} takes spaces or words beside it, so a prompt cannot "
+                "be encoded in segments; pass it as one text"
+            )
+        ids: list[int] = []
+        for text, token in self._spans(prompt):
+            if token is not None:
+                ids.append(token)
+            elif text:
+                ids += self.encode_text(text) if len(text) <= most else self._at_most(self.encode_text, text, most)
+            if len(ids) > 2 * most:
+                raise RequestError(
+                    f"the prompt has {len(prompt.text):,} characters and more than {len(ids):,} tokens; at most "
+                    f"{most:,} tokens are taken here, with what is generated; shorten the prompt"
+                )
+        return ids
+
+    def _spans(self, prompt: SegmentedText) -> Iterator[tuple[str, int | None]]:
+        """Yield the texts between special tokens, across the borders of segments, and those tokens."""
+        pattern, waiting = self.added_pattern, list[str]()
+        for segment in prompt.segments:
+            at = 0
+            for match in pattern.finditer(segment.text) if segment.special and pattern is not None else ():
+                waiting.append(segment.text[at : match.start()])
+                yield "".join(waiting), None
+                yield match[0], self._id_of_added[match[0]]
+                waiting, at = [], match.end()
+            waiting.append(segment.text[at:])
+        yield "".join(waiting), None
+
+    def token_id(self, text: str) -> int | None:
+        """Return the token of `added_texts` with this text; None where there is none."""
+        return self._id_of_added.get(text)
+
+    @cached_property
+    def _id_of_added(self) -> dict[str, int]:
+        return {text: token for token, text in self._added.items()}
+
+    @cached_property
+    def _ids_of_added(self) -> frozenset[int]:
+        return frozenset(self._added)
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The same tokenizer without added tokens."""
+        form = json.loads(self._tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
+        return guarded(tokenizers.Tokenizer.from_str, json.dumps(form, ensure_ascii=False))
+
+    def _encode(self, tokenizer: Any, text: str) -> list[int]:
         try:
             if len(text) < _LONG:
-                return guarded(self._tokenizer.encode, text, add_special_tokens=False).ids
+                return guarded(tokenizer.encode, text, add_special_tokens=False).ids
             # of the two only this one lets other threads run, for as long as it takes
-            return guarded(self._tokenizer.encode_batch, [text], add_special_tokens=False)[0].ids
+            return guarded(tokenizer.encode_batch, [text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"the prompt cannot be encoded ({error}); pass valid Unicode text") from None
         except Exception as error:  # tokenizers raises bare Exception
@@ -110,16 +201,19 @@ class Tokenizer:
         Raises:
             RequestError: the text has far more tokens, or is not valid Unicode.
         """
+        return self._at_most(self.encode, text, most)
+
+    def _at_most(self, encode: Callable[[str], list[int]], text: str, most: int) -> list[int]:
         size = 16 * max(most, 64)
         while size < len(text):
-            count = len(self.encode(text[:size]))
+            count = len(encode(text[:size]))
             if count > 2 * most:
                 raise RequestError(
                     f"the prompt has {len(text):,} characters, of which the first {size:,} are {count:,} tokens; "
                     f"at most {most:,} tokens are taken here, with what is generated; shorten the prompt"
                 )
             size *= 4
-        return self.encode(text)
+        return encode(text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
