@@ -1,7 +1,7 @@
 """The engine's folder: what every backend's engine carries along of its program, and the manifest that seals it.
 
 A backend compiles into the folder and says what it made (`EngineParts`). What an engine takes from its program is the
-same for all: tokenizer and chat files, sampling defaults, sizes of the caches, `bindings.json`, `target.yaml`.
+same for all: tokenizer files, sampling defaults, sizes of the caches, `bindings.json`, `target.yaml`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _write_target(folder: Path, target: TargetConfig, limits: Limits) -> None:
 
 
 def _copy_text_files(program: Program, program_folder: Path, folder: Path) -> list[str]:
-    """Copy tokenizer and chat files into an engine's folder and return their names.
+    """Copy tokenizer files into an engine's folder and return their names.
 
     Raises:
         ProgramError: one is missing, or is none of those files: nothing else may be put into an engine.
