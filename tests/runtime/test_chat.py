@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from seekforge.runtime.chat import Message, encode
 
+DOCS = Path(__file__).parents[2] / "docs" / "chat.md"
 HOT = SamplingParams(temperature=2.0, seed=7, max_tokens=24)
 USER = [{"role": "user", "content": "the cat"}]
 THINKING: dict[str, Any] = {"chat_template_kwargs": {"thinking": True}}
@@ -210,6 +212,18 @@ def test_a_family_without_encoding_is_one_line(chat_engine: Path, toy_engine: Pa
         with pytest.raises(EngineError, match="models of type 'deepseek_v3' have no chat encoding here"):
             llm.chat(USER, HOT)
         assert llm.chat(USER, HOT, chat_template="{{ messages[0].content }}")[0].prompt == "the cat"
+
+
+def test_the_examples_of_the_documentation_run(
+    chat_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "engine").symlink_to(chat_engine)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(first.replace("2000", "40").replace("1000", "9"), str(DOCS), "exec"), {})
+    capsys.readouterr()
+    exec(compile(second, str(DOCS), "exec"), {})
+    assert "content='It is late.', reasoning_content='Let me look.'" in capsys.readouterr().out
 
 
 # --- streams ----------------------------------------------------------------------------------------------------
