@@ -54,6 +54,7 @@ COMMANDS: dict[str, _Command] = {
         "Compile the operators' GPU kernels ahead of time.",
     ),
     "run": _Command("seekforge.runtime.cli.run:run", "Use it", "Generate text with an engine."),
+    "chat": _Command("seekforge.runtime.cli.chat:chat", "Use it", "Talk with an engine, with thoughts and tools."),
     "bench": _Command(
         "seekforge.runtime.cli.bench:bench", "Use it", "Measure an engine: throughput, latency, what the host costs."
     ),
