@@ -7,7 +7,6 @@ UTF-8, so the deltas of a stream join to exactly the text of all its tokens.
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -177,9 +176,12 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> Any:
-        """The same tokenizer without added tokens."""
-        form = json.loads(self._tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
-        return guarded(tokenizers.Tokenizer.from_str, json.dumps(form, ensure_ascii=False))
+        """The same tokenizer without added tokens; it shares the vocabulary."""
+        plain: Any = tokenizers.Tokenizer(self._tokenizer.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if getattr(self._tokenizer, part) is not None:
+                setattr(plain, part, getattr(self._tokenizer, part))
+        return plain
 
     def _encode(self, tokenizer: Any, text: str) -> list[int]:
         try:
