@@ -251,7 +251,7 @@ def test_deltas_of_a_stream_are_the_message(llm: LLM) -> None:
 def test_a_stream_that_is_closed_ends_its_request(llm: LLM) -> None:
     stream = llm.chat_stream(USER, replace(HOT, max_tokens=200, ignore_eos=True))
     next(stream)
-    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    stream.close()
     assert idle(llm)
 
 

@@ -283,7 +283,7 @@ class LLM:
             GenerationError: the engine failed on some; it holds the outputs of all.
         """
         batch, single = split_prompts(prompts)
-        each = self._params_for(len(batch), sampling_params)
+        each = self._params_for(len(batch), sampling_params, self.default_sampling_params)
         priorities = self._priorities(len(batch), priority)
         timeout = read_timeout(timeout_s)
         accepted: list[Accepted] = []
@@ -407,10 +407,9 @@ class LLM:
         """
         single = is_conversation(messages)
         batch: Sequence[Any] = [messages] if single else listed(messages) or []
+        each = self._params_for(len(batch), sampling_params, self._chat_params)
         requests: list[ChatRequest] = []
-        for index, (one, params) in enumerate(
-            zip(batch, self._params_for(len(batch), sampling_params, self._chat_params), strict=True)
-        ):
+        for index, (one, params) in enumerate(zip(batch, each, strict=True)):
             try:
                 requests.append(self._chat.request(one, params, options))
             except RequestError as error:
@@ -431,7 +430,7 @@ class LLM:
         priority: int = 0,
         timeout_s: float | None = None,
         **options: Unpack[ChatOptions],
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Answer one conversation step by step; `message` of each delta is what the answer gained.
 
         Arguments and errors as for `chat`, and `stream`.
@@ -539,16 +538,15 @@ class LLM:
         self.close()
 
     def _params_for(
-        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams | None = None
+        self, count: int, params: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams
     ) -> Sequence[SamplingParams]:
-        default = default or self.default_sampling_params
-        if given is None or isinstance(given, SamplingParams):
-            return [default if given is None else given] * count
-        if not isinstance(given, (list, tuple)):
-            raise RequestError(f"sampling_params is {shown(given)}, expected SamplingParams, or one for each prompt")
-        if len(given) != count:
-            raise RequestError(f"{len(given)} sampling_params for {count} prompts; pass one, or one each")
-        return [default if one is None else one for one in given]
+        if params is None or isinstance(params, SamplingParams):
+            return [default if params is None else params] * count
+        if not isinstance(params, (list, tuple)):
+            raise RequestError(f"sampling_params is {shown(params)}, expected SamplingParams, or one for each prompt")
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling_params for {count} prompts; pass one, or one each")
+        return [default if one is None else one for one in params]
 
     def _priorities(self, count: int, priority: int | Sequence[int] | None) -> Sequence[int]:
         many = None if isinstance(priority, Set) else listed(priority)  # a set has no order
@@ -592,7 +590,7 @@ class LLM:
             self._on_step(step)
 
 
-def _answers(request: ChatRequest, deltas: Iterator[Delta]) -> Iterator[Delta]:
+def _answers(request: ChatRequest, deltas: Iterator[Delta]) -> Generator[Delta, None, None]:
     """Yield deltas with what the answer gained; closing this ends the request."""
     reader = AnswerReader(request)
     try:

@@ -101,8 +101,8 @@ def test_a_response_format_follows_the_content() -> None:
 
 def test_values_that_are_no_text_are_compact_json() -> None:
     arguments = '{"n": 1.5, "l": [1, "é"], "b": true, "z": null, "s": "<raw> \\"text\\""}'
-    for given in (arguments, json.loads(arguments)):
-        text = text_of({"role": "assistant", "tool_calls": [call("f", given)]})
+    for values in (arguments, json.loads(arguments)):
+        text = text_of({"role": "assistant", "tool_calls": [call("f", values)]})
         for fragment in (
             'name="n" string="false">1.5<',
             'name="l" string="false">[1, "é"]<',

@@ -65,8 +65,8 @@ def test_parsing_undoes_encoding(turn: dict[str, Any], thinking: bool) -> None:
     completion = encode([*before, message], thinking=thinking).text.removeprefix(prompt.text)
     parsed = parse(completion, in_reasoning=prompt.in_reasoning)
     assert parsed.content == turn["content"] and parsed.reasoning_content == ("why" if thinking else None)
-    found = [(one.name, json.loads(one.arguments)) for one in parsed.tool_calls]
-    assert found == turn.get("tool_calls", []) and not any(one.problems for one in parsed.tool_calls)
+    read = [(one.name, json.loads(one.arguments)) for one in parsed.tool_calls]
+    assert read == turn.get("tool_calls", []) and not any(one.problems for one in parsed.tool_calls)
     again = encode([*before, parsed, *[{"role": "tool", "content": "r"} for _ in calls]], thinking=thinking)
     assert again.text.startswith(prompt.text + completion)
 
@@ -116,9 +116,9 @@ def test_text_arguments_are_given_out_before_they_end() -> None:
 def test_a_value_is_text_or_json_of_the_schema_and_else_text_with_the_reason(
     name: str, value: str, string: str | None, expected: str, problem: str | None
 ) -> None:
-    (found,) = parse(block(call(parameter(name, value, string)))).tool_calls
-    assert found.arguments == f'{{"{name}": {expected}}}'
-    assert (problem in "".join(found.problems)) if problem else not found.problems
+    (read,) = parse(block(call(parameter(name, value, string)))).tool_calls
+    assert read.arguments == f'{{"{name}": {expected}}}'
+    assert (problem in "".join(read.problems)) if problem else not read.problems
 
 
 @pytest.mark.parametrize("lost", ["\n\n<｜DSML｜function_calls>\n", "</｜DSML｜invoke>\n", "</｜DSML｜function_calls>"])
@@ -131,10 +131,10 @@ def test_a_tag_that_is_missing_loses_no_call(lost: str) -> None:
 
 
 def test_a_body_of_json_is_the_arguments() -> None:
-    (found,) = parse(block(call('{"count": [1, "</b>"]}\n'))).tool_calls
-    assert json.loads(found.arguments) == {"count": [1, "</b>"]} and not found.problems
-    (found,) = parse(block(call("{oops\n"))).tool_calls
-    assert found.arguments == "{oops\n" and "no JSON object" in found.problems[0]
+    (read,) = parse(block(call('{"count": [1, "</b>"]}\n'))).tool_calls
+    assert json.loads(read.arguments) == {"count": [1, "</b>"]} and not read.problems
+    (read,) = parse(block(call("{oops\n"))).tool_calls
+    assert read.arguments == "{oops\n" and "no JSON object" in read.problems[0]
 
 
 @pytest.mark.parametrize(
@@ -171,5 +171,5 @@ def test_a_text_that_ends_early_adds_nothing(size: int) -> None:
 
 
 def test_a_repeated_argument_is_told() -> None:
-    (found,) = parse(block(call(parameter("count", "1", "false"), parameter("count", "2", "false")))).tool_calls
-    assert json.loads(found.arguments) == {"count": 2} and "is there twice" in found.problems[0]
+    (read,) = parse(block(call(parameter("count", "1", "false"), parameter("count", "2", "false")))).tool_calls
+    assert json.loads(read.arguments) == {"count": 2} and "is there twice" in read.problems[0]

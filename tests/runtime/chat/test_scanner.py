@@ -52,10 +52,10 @@ def spans(pieces: Iterable[str], in_reasoning: bool) -> list[Span]:
     return [span for piece in pieces for span in scanner.push(piece)] + list(scanner.finish())
 
 
-def joined(found: list[Span]) -> list[Span]:
+def joined(several: list[Span]) -> list[Span]:
     """Spans of one kind of text that follow each other are one."""
     out: list[Span] = []
-    for span in found:
+    for span in several:
         plain = span.kind in ("reasoning", "content", "markup", "value", "body") and span.problem is None
         if plain and out and out[-1].kind == span.kind and out[-1].problem is None:
             out[-1] = Span(span.kind, out[-1].text + span.text)

@@ -94,12 +94,12 @@ def test_tools_are_called_until_there_is_an_answer(llm: LLM, monkeypatch: pytest
     """The toy model calls nothing by itself: the first answer is put in its place."""
     session = ChatSession(llm, PARAMS, thinking=True, tools=True)
     call = ToolCall("id", "calculator", json.dumps({"expression": "2 ** 10"}))
-    real, asked = llm.chat_stream, []
+    real, conversations = llm.chat_stream, []
 
     def stream(messages: Any, params: Any, **options: Any) -> Iterator[Delta]:
-        asked.append(list(messages))
+        conversations.append(list(messages))
         for delta in real(messages, params, **options):
-            if len(asked) == 1 and delta.output is not None:
+            if len(conversations) == 1 and delta.output is not None:
                 first = delta.output.outputs[0]
                 object.__setattr__(first, "message", Message("assistant", "", "why", (call,)))
             yield delta
@@ -107,7 +107,7 @@ def test_tools_are_called_until_there_is_an_answer(llm: LLM, monkeypatch: pytest
     monkeypatch.setattr(llm, "chat_stream", stream)
     events = list(session.say("how much?"))
     assert [event.content for event in events if isinstance(event, ToolResult)] == ["1024"]
-    assert [message.role for message in asked[1]] == ["user", "assistant", "tool"]
+    assert [message.role for message in conversations[1]] == ["user", "assistant", "tool"]
     assert [message.role for message in session.messages] == ["user", "assistant", "tool", "assistant"]
 
 

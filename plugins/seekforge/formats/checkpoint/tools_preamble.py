@@ -73,7 +73,7 @@ def preamble_difference(folder: Path) -> str | None:
     """Return a sentence on what the `encoding/` folder of a checkpoint says otherwise; None: nothing, or no file.
 
     Args:
-        folder: a checkpoint.
+        folder: the folder of a checkpoint.
     """
     path = folder / ENCODING_FILE
     if not path.is_file():

@@ -83,7 +83,7 @@ class ChatProcessor:
         """Keep what it needs.
 
         Args:
-            model_type: of config.json.
+            model_type: the family of the model, as config.json names it.
             tokenizer: the tokenizer of the model.
         """
         self._model_type, self._tokenizer = model_type, tokenizer

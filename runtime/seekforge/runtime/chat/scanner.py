@@ -12,7 +12,7 @@ closed. All else is content.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -42,8 +42,8 @@ class Span:
             text; the others are tags: "call" opens a call, "parameter" a parameter, "end_parameter" and "end_call" end
             them, and "markup" is everything else.
         text: as the model wrote it; empty where a tag is missing and its meaning is certain.
-        name: of a call or parameter.
-        string: what a parameter says of itself: "true", "false" or None.
+        name: the name of a call or parameter.
+        string: what a parameter says of its value: "true", "false" or None.
         problem: what is not as it should be.
     """
 
@@ -113,7 +113,7 @@ class Scanner:
         return taken
 
     def _until(self, kind: Kind, tag: str) -> Iterator[Span]:
-        """Yield the text before a tag as `kind`, as far as it is certain, and the tag itself taken off."""
+        """Yield the text before a tag as `kind`, as far as it is certain; the tag stands first then."""
         at = self._held.find(tag)
         text = self._take(at if at >= 0 else len(self._held) - _begun(self._held, tag))
         if text:
@@ -186,7 +186,7 @@ class Scanner:
         inside = (markup.PARAMETER_START, markup.INVOKE_END) if self._state == "call" else ()
         return (*inside, markup.INVOKE_START, markup.CALLS_START, markup.CALLS_END)
 
-    def _tag(self) -> Iterator[Span]:
+    def _tag(self) -> Generator[Span, None, bool]:
         """Yield the tag that stands first; returns whether there is one."""
         in_call = self._state == "call"
         if in_call and self._held.startswith(markup.INVOKE_END):

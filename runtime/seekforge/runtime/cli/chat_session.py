@@ -73,7 +73,7 @@ class ChatSession:
                     message = replace(message, content=message.content + gained.content)
                 output = delta.output
                 if output is None and self.stopped():
-                    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+                    stream.close()
                     break
             if output is None:
                 if message.content:  # its thought is left out of what follows anyway
