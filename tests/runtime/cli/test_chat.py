@@ -40,6 +40,14 @@ def test_messages_are_answered_and_thoughts_stand_aside(chat_engine: Path) -> No
     assert done.stdout.count("\n") >= 2
 
 
+def test_messages_are_lines_of_json(chat_engine: Path) -> None:
+    done = chat(str(chat_engine), "--json", "--no-thinking", "--seed", "1", "--max-tokens", "6", text="a\nb\n")
+    assert done.exit_code == 0 and not done.stderr
+    messages = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert messages[2] == {"role": "user", "content": "b"}
+
+
 def test_an_option_that_cannot_be_served_is_one_line_before_weights_are_read(
     toy_engine: Path, chat_engine: Path
 ) -> None:

@@ -15,8 +15,8 @@ import click
 from rich.text import Text
 
 from seekforge.common.cli.console import Console, Stages, console, styled
-from seekforge.common.cli.options import Tokens, command, quiet_option, threads_option
-from seekforge.common.cli.terminal import shown
+from seekforge.common.cli.options import Tokens, command, json_option, quiet_option, threads_option
+from seekforge.common.cli.terminal import shown, write_json
 from seekforge.common.errors import RequestError
 from seekforge.runtime.cli.chat_session import ChatSession, ToolResult
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
@@ -39,7 +39,7 @@ def _sampling_options(function: Any) -> Any:
     examples=(
         "seekforge chat engine",
         "seekforge chat engine --no-thinking --temperature 0.6",
-        "seekforge chat engine --tools --thinking-token-budget 2K",
+        "seekforge chat engine --tools --thinking-token-budget 2048",
     ),
 )
 @click.argument("engine", type=click.Path(path_type=Path))
@@ -53,6 +53,7 @@ def _sampling_options(function: Any) -> Any:
 @checkpoint_option
 @threads_option
 @quiet_option
+@json_option
 def chat(
     engine: Path,
     system: str | None,
@@ -64,16 +65,19 @@ def chat(
     checkpoint: Path | None,
     threads: int | None,
     quiet: bool,
+    as_json: bool,
     **sampling: Any,
 ) -> None:
     """Talk with ENGINE, a folder written by 'seekforge build'.
+
+    With --json each message is a line of JSON, those of the user and of tools too.
 
     Type a message and a newline. Thoughts are dimmed. Ctrl-C ends an answer and not the chat; what was said until then
     is kept. /new begins another conversation, /quit or Ctrl-D ends.
 
     What was said before is found in the prefix cache, and not computed again.
     """
-    stages = Stages(quiet=quiet)
+    stages = Stages(quiet=quiet or as_json)
     opened = open_engine(engine, stages)
     check_checkpoint(opened, checkpoint)
     stages.done(f"engine   {engine}: target {opened.manifest.target.name}")
@@ -98,10 +102,10 @@ def chat(
         stages.done(f"loaded   room for {llm.max_model_len} tokens")
         stages.say(_HELP)
         assert session is not None
-        _talk(session, quiet=quiet)
+        _talk(session, quiet=quiet or as_json, as_json=as_json)
 
 
-def _talk(session: ChatSession, *, quiet: bool) -> None:
+def _talk(session: ChatSession, *, quiet: bool, as_json: bool) -> None:
     screen, aside = console(), console(err=True, quiet=quiet)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` the keys of an editor
@@ -116,9 +120,12 @@ def _talk(session: ChatSession, *, quiet: bool) -> None:
         elif text:
             try:
                 with _interruptible(session):
-                    _answer(session, text, screen, aside)
+                    if as_json:
+                        _answer_json(session, text)
+                    else:
+                        _answer(session, text, screen, aside)
             except RequestError as error:  # such as a conversation that has become too long
-                aside.print(styled((f"{error}", "red")))
+                console(err=True).print(styled((f"{error}", "red")))
 
 
 def _read(aside: Console) -> str | None:
@@ -161,8 +168,9 @@ def _interruptible(session: ChatSession) -> Iterator[None]:
 def _answer(session: ChatSession, text: str, screen: Console, aside: Console) -> None:
     """Print an answer as it comes: content to stdout, thoughts and all else to stderr where stdout is no terminal."""
     thoughts = screen if screen.is_terminal else aside
-    was_thinking = False
+    was_thinking, whole = False, False
     for event in session.say(text):
+        whole = isinstance(event, RequestOutput)
         match event:
             case Delta(message=message) if message is not None:
                 _write(thoughts, message.reasoning_content, "dim")
@@ -177,9 +185,18 @@ def _answer(session: ChatSession, text: str, screen: Console, aside: Console) ->
             case RequestOutput():
                 _write(screen, "\n", "")
                 aside.print(styled((_speed(event), "dim")))
-    if session.stopped():
+    if not whole:
         _write(screen, "\n", "")
         aside.print(styled(("(ended)", "dim")))
+
+
+def _answer_json(session: ChatSession, text: str) -> None:
+    """Print what the conversation gains, a message a line."""
+    before = len(session.messages)
+    for _ in session.say(text):
+        pass
+    for message in session.messages[before:]:
+        write_json(message.to_dict())
 
 
 def _write(target: Console, text: str, style: str) -> None:
