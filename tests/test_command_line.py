@@ -225,11 +225,23 @@ def test_streams_that_take_nothing_are_no_traceback(args: str, redirect: str, tm
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_terminal_of_another_encoding_gets_every_command(encoding: str, tmp_path: Path) -> None:
-    for args in (["targets"], ["plan", "full"], ["plan", "full", "--target", "h200", "--json"], ["doctor"], ["--help"]):
-        env = {**os.environ, "PYTHONIOENCODING": encoding}
-        done = subprocess.run([sys.executable, "-m", "seekforge", *args], capture_output=True, check=False, env=env)
-        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-        done.stdout.decode(encoding)
+    script = """
+import shlex, sys
+from seekforge.runtime.cli.main import main
+for line in sys.argv[1:]:
+    sys.argv = ["seekforge", *shlex.split(line)]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (line, end.code)
+    print("done:", line, flush=True)
+"""
+    lines = ["targets", "plan full", "plan full --target h200 --json", "doctor", "--help"]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", script, *lines], capture_output=True, check=False, env=env)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    text = done.stdout.decode(encoding)
+    assert [line for line in text.splitlines() if line.startswith("done:")] == [f"done: {line}" for line in lines]
 
 
 def test_plan_is_short_and_says_more_when_asked() -> None:

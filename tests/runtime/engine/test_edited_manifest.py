@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from seekforge.common.errors import EngineError, SeekforgeError
@@ -79,6 +80,22 @@ def folder(tiny_engines: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def sealed(tiny_engines: dict[str, Path]) -> dict[str, Any]:
     return json.loads((tiny_engines["exact"] / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_session_per_graph() -> Iterator[None]:
+    """Open each graph once: its file stays as it is, and opening it costs most of a load."""
+    open_session = onnxruntime.InferenceSession
+    sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def opened(path: str, options: onnxruntime.SessionOptions, providers: list[str]) -> onnxruntime.InferenceSession:
+        if path not in sessions:
+            sessions[path] = open_session(path, options, providers=providers)
+        return sessions[path]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "InferenceSession", opened)
+        yield
 
 
 @pytest.fixture(scope="module")
