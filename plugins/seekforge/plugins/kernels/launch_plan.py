@@ -265,8 +265,13 @@ def workspace_bytes(
 
 def bound_workspace_bytes(op: str, bound: Mapping[str, Any], sms: Collection[int] = SMS) -> int:
     """Return the same where sizes and attributes stand under the symbols of the spec already."""
-    kernels = op_kernels(op)
-    return max(kernels.workspace_bytes(bound, sm) for sm in {kernel_sm(sm) for sm in sms})
+    return _bound_workspace_bytes(op, frozenset(bound.items()), frozenset(map(kernel_sm, sms)))
+
+
+@functools.lru_cache(maxsize=1 << 15)  # a plan asks for the same products in thousands of settings
+def _bound_workspace_bytes(op: str, bound: frozenset[tuple[str, Any]], sms: frozenset[int]) -> int:
+    kernels, sizes = op_kernels(op), dict(bound)
+    return max(kernels.workspace_bytes(sizes, sm) for sm in sms)
 
 
 def most_rows(limit: int, axes: Sequence[int]) -> int:
