@@ -110,8 +110,11 @@ def test_only_programs_are_drawn(tiny_checkpoint: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProgramError, match="is no checkpoint"):
         kind_of(tmp_path)
-    with pytest.raises(ProgramError, match="is no checkpoint"):
+    with pytest.raises(ProgramError, match="absent: is not there, expected the folder of"):
         kind_of(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(ProgramError, match="file: is a file, expected the folder of"):
+        kind_of(tmp_path / "file")
 
 
 def test_a_damaged_graph_is_one_line(tiny_programs: dict[str, Path], tmp_path: Path) -> None:

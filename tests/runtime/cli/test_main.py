@@ -45,6 +45,15 @@ def test_version() -> None:
     assert invoke("--version").stdout == f"seekforge {seekforge.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--stop", ""), "stop is"), (("--regex", "@nowhere"), "nowhere"), (("--json-schema", "{"), "--json-schema")],
+)
+def test_values_that_no_engine_takes_are_refused_before_one_is_read(options: tuple[str, ...], message: str) -> None:
+    """An engine takes long to read; this one is not even there."""
+    assert message in one_line(invoke("run", "no-engine", "--prompt", "x", *options))
+
+
 def test_an_unknown_command_suggests_near_ones() -> None:
     assert "no command 'exprot'; did you mean export?" in one_line(invoke("exprot"))
     assert "commands are new-checkpoint, export" in one_line(invoke("xyz"))

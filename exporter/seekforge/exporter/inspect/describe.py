@@ -40,6 +40,9 @@ def kind_of(path: Path) -> str:
     for name, kind in ((MANIFEST, "engine"), ("program.json", "program"), ("config.json", "checkpoint")):
         if (path / name).exists():
             return kind
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "is not there"
+        raise ProgramError(f"{path}: {what}, expected the folder of a checkpoint, a program or an engine")
     raise ProgramError(
         f"{path}: is no checkpoint (config.json), program (program.json) or engine ({MANIFEST}); "
         "pass a folder that one of the commands wrote, or a downloaded model"

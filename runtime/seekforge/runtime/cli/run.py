@@ -128,6 +128,8 @@ def run(
     if chat and prompt is None:
         raise click.UsageError("--chat takes its message from --prompt; a --batch has messages of its own")
     stages = Stages(quiet=quiet or as_json)
+    changes = ({"temperature": 0} if greedy else {}) | params_of(sampling)
+    replace(SamplingParams(), **changes)  # what no engine takes is refused before one is read
     loading = time.monotonic()
 
     opened = open_engine(engine, stages, verify=verify)
@@ -143,7 +145,7 @@ def run(
 
     def check(llm: LLM) -> None:
         nonlocal params, requests, conversation
-        params = replace(llm.default_sampling_params, **({"temperature": 0} if greedy else {}) | params_of(sampling))
+        params = replace(llm.default_sampling_params, **changes)
         if chat and prompt is not None:
             messages = [*([] if system is None else [Message("system", system)]), Message("user", prompt)]
             conversation = llm.chat_request(messages, params, chat_template_kwargs={"thinking": thinking})

@@ -119,7 +119,7 @@ def params_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `SamplingParams` that were given.
 
     Args:
-        given: what the options gave, by field.
+        options: what was given, by field.
 
     Raises:
         RequestError: a value is out of range, or a file after @ cannot be read.
