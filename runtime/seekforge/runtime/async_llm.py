@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -45,6 +46,9 @@ class AsyncLLM:
         """
         self.llm = LLM(engine, max_waiting=max_waiting, **options)
         self._stopping = False
+        #: What the step that runs has for readers, by event loop; passed on together when it has ended.
+        self._arrived: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Delta], Delta]]] = {}
+        self.llm._turns.after_deltas = self._pass_on
         self._thread = threading.Thread(target=self._serve, name="seekforge-steps", daemon=True)
         self._thread.start()
 
@@ -107,9 +111,8 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta] = asyncio.Queue()
 
-        def arrived(delta: Delta) -> None:  # called by the thread that runs the step
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, delta)
+        def arrived(delta: Delta) -> None:  # called by the thread that runs the step, which alone does so
+            self._arrived.setdefault(loop, []).append((queue, delta))
 
         # in another thread: a long prompt or a large grammar takes its time, and holds up no one else
         accepted, order, timeout = await asyncio.to_thread(
@@ -141,5 +144,18 @@ class AsyncLLM:
         self.llm.close()
         self._thread.join()
 
+    def _pass_on(self) -> None:
+        """Give all readers what they gained; an event loop is woken once."""
+        if self._arrived:
+            ready, self._arrived = self._arrived, {}
+            for loop, deltas in ready.items():
+                with contextlib.suppress(RuntimeError):  # closed meanwhile: nobody reads any more
+                    loop.call_soon_threadsafe(_put, deltas)
+
     def _serve(self) -> None:
         self.llm._turns.serve(lambda: self._stopping)
+
+
+def _put(deltas: list[tuple[asyncio.Queue[Delta], Delta]]) -> None:
+    for queue, delta in deltas:
+        queue.put_nowait(delta)

@@ -475,6 +475,24 @@ class LLM:
             self._intake.weights_version += 1
             self._scheduler.restart(self._intake.root)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what prompts have in common: what comes is computed anew. Requests on their way keep their blocks."""
+        with self._turns.between_steps():
+            self._scheduler.cache.pool.forget_all()
+
+    def pause(self) -> None:
+        """Begin no further step. The one that runs ends first; requests enter and wait, and none times out."""
+        self._turns.pause(True)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._turns.pause(False)
+
+    @property
+    def paused(self) -> bool:
+        """Whether no step begins."""
+        return self._turns.paused
+
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
         """Refuse a request that cannot be served, and do nothing else.
 

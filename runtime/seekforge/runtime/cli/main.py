@@ -55,6 +55,9 @@ COMMANDS: dict[str, _Command] = {
     ),
     "run": _Command("seekforge.runtime.cli.run:run", "Use it", "Generate text with an engine."),
     "chat": _Command("seekforge.runtime.cli.chat:chat", "Use it", "Talk with an engine, with thoughts and tools."),
+    "serve": _Command(
+        "seekforge.runtime.cli.serve:serve", "Use it", "Serve an engine over HTTP, as OpenAI's clients expect it."
+    ),
     "bench": _Command(
         "seekforge.runtime.cli.bench:bench", "Use it", "Measure an engine: throughput, latency, what the host costs."
     ),

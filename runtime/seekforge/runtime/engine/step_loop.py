@@ -25,11 +25,16 @@ class StepLoop:
     Attributes:
         live: request id of a sequence -> its request.
         closed: nothing enters any more.
+        paused: no step begins; requests enter and wait.
+        after_deltas: called, with the turn held, when a step or a change has handed on all its deltas, so that a
+            listener can pass them on together.
     """
 
     def __init__(self, core: Core) -> None:
         self.live: dict[int, RequestState] = {}
         self.closed = False
+        self.paused = False
+        self.after_deltas: Callable[[], None] | None = None
         self._pid = os.getpid()
         self._core, self._scheduler = core, core.scheduler
         # Guards what follows, and the scheduler while no step is run.
@@ -73,16 +78,21 @@ class StepLoop:
             while not done():
                 if self.closed:
                     raise EngineError("this LLM was closed while requests were on their way")
-                if self._stepping:
+                if self._stepping or self.paused:
                     self._turn.wait()
                 else:
                     self._step()
+
+    def pause(self, paused: bool) -> None:
+        """Let no step begin, or let them go on; a step that runs ends first."""
+        with self.between_steps():
+            self.paused = paused
 
     def serve(self, stopped: Callable[[], bool]) -> None:
         """Run steps while there is work, and wait for it, until `stopped` or closed: for a thread of its own."""
         with self._turn:
             while not stopped() and not self.closed:
-                if self._stepping or not (self._inbox or self._scheduler.has_work):
+                if self._stepping or self.paused or not (self._inbox or self._scheduler.has_work):
                     self._turn.wait()
                     continue
                 try:
@@ -100,7 +110,7 @@ class StepLoop:
             try:
                 yield
             finally:
-                self._turn.notify_all()
+                self._handed_on()
 
     def end_all(self, reason: FinishReason, error: str | None) -> None:
         """End every request, between steps."""
@@ -109,12 +119,18 @@ class StepLoop:
                 self._scheduler.abort(sequence, reason, error)
                 self._deliver(live, sequence)
         self.live.clear()
-        self._turn.notify_all()
+        self._handed_on()
 
     def _post(self, lives: list[RequestState], change: Callable[[RequestState], None]) -> None:
         self._inbox.extend((live, change) for live in lives)
         if not self._stepping:
             self._empty_inbox()
+        self._handed_on()
+
+    def _handed_on(self) -> None:
+        """Wake whoever waits for deltas."""
+        if self.after_deltas is not None:
+            self.after_deltas()
         self._turn.notify_all()
 
     def _empty_inbox(self) -> None:
@@ -159,6 +175,7 @@ class StepLoop:
         """Run one iteration, with the turn held at begin and end, and hand what is new to its requests."""
         self._empty_inbox()
         if not self._scheduler.has_work:
+            self._handed_on()
             return
         self._stepping = True
         touched: list[Sequence] = []
@@ -176,4 +193,4 @@ class StepLoop:
                 if live is not None:
                     self._deliver(live, sequence)
             self._empty_inbox()
-            self._turn.notify_all()
+            self._handed_on()

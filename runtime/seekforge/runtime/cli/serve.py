@@ -1,0 +1,158 @@
+"""`seekforge serve`: an engine behind the interfaces of OpenAI and Anthropic."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from seekforge.common.cli.console import Stages
+from seekforge.common.cli.options import ByteSize, Number, Tokens, Whole, command, quiet_option, threads_option
+from seekforge.common.errors import OptionError
+from seekforge.common.reading import read_text
+from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """Return the keys of an option and of a file with one on each line.
+
+    Raises:
+        OptionError: the file cannot be read, or a key could not be sent.
+    """
+    keys = list(said)
+    if file is not None:
+        try:
+            keys += [line.strip() for line in read_text(file, most=1 << 20).splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            raise OptionError(f"--{name}-file {file}: {why}; expected a file with one key on each line") from None
+    for key in keys:
+        if not key.isascii() or not key.isprintable() or " " in key or not key:
+            raise OptionError(f"--{name}: a key has characters that no header can carry; expected printable ASCII")
+    return tuple(keys)
+
+
+@command(
+    "serve",
+    examples=(
+        "seekforge serve engine",
+        "seekforge serve engine --port 8080 --served-model-name deepseek-v3.2 --api-key-file keys.txt",
+        "seekforge serve engine --max-model-len 64K --num-speculative-tokens 3",
+    ),
+)
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all.")
+@click.option("--port", type=Whole(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--served-model-name", multiple=True, metavar="NAME", help="May be given several times. Default: the folder's."
+)
+@click.option("--api-key", multiple=True, envvar="SEEKFORGE_API_KEY", help="Requests need one of them.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="The same from a file, one on each line.")
+@click.option(
+    "--admin-key", multiple=True, envvar="SEEKFORGE_ADMIN_KEY", help="Opens what changes the engine, to its holder."
+)
+@click.option("--admin-key-file", type=click.Path(path_type=Path), help="The same from a file, one on each line.")
+@click.option("--max-model-len", type=Tokens(), help="Most tokens of a request.  [default: what the cache holds]")
+@click.option(
+    "--max-batch-size", type=Whole(1), help="Most completions at the same time.  [default: the engine's limit]"
+)
+@click.option("--kv-cache-memory", type=ByteSize(), help="Size of the cache.  [default: what fits]")
+@click.option(
+    "--max-waiting",
+    type=Whole(1),
+    default=1024,
+    show_default=True,
+    help="More completions than that are refused (429).",
+)
+@click.option("--request-timeout", type=Number(0, above=True), metavar="SECONDS", help="An answer ends after so long.")
+@click.option("--max-body-size", type=ByteSize(), default="16M", show_default=True, help="Largest body of a request.")
+@click.option(
+    "--drain-timeout", type=Number(0), default=30.0, show_default=True, metavar="SECONDS", help="After SIGTERM."
+)
+@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Lets pages of that origin call.  [default: none]")
+@click.option("--deterministic", is_flag=True, help="Same tokens whatever else runs; CPU only, twice the work.")
+@click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
+@drafts_option
+@checkpoint_option
+@threads_option
+@click.option("--verify", is_flag=True, help="Read every byte of the engine first.")
+@click.option("--no-self-check", is_flag=True, help="Skip the check against stored results.")
+@quiet_option
+def serve(
+    engine: Path,
+    host: str,
+    port: int,
+    served_model_name: tuple[str, ...],
+    api_key: tuple[str, ...],
+    api_key_file: Path | None,
+    admin_key: tuple[str, ...],
+    admin_key_file: Path | None,
+    max_model_len: int | None,
+    max_batch_size: int | None,
+    kv_cache_memory: int | None,
+    max_waiting: int,
+    request_timeout: float | None,
+    max_body_size: int,
+    drain_timeout: float,
+    cors_origin: tuple[str, ...],
+    deterministic: bool,
+    no_prefix_caching: bool,
+    num_speculative_tokens: int,
+    checkpoint: Path | None,
+    threads: int | None,
+    verify: bool,
+    no_self_check: bool,
+    quiet: bool,
+) -> None:
+    """Serve ENGINE over HTTP, as OpenAI's and Anthropic's clients expect it.
+
+    Endpoints are listed at /docs. SIGTERM and Ctrl-C let requests on their way end, a second one ends them. Each request
+    is one line of JSON on stderr, without its text.
+    """
+    from seekforge.runtime.server.serve import bound, log_to_stderr, run  # heavy, and an extra
+    from seekforge.runtime.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        engine=engine,
+        served_model_names=served_model_name or (engine.resolve().name,),
+        api_keys=_keys("api-key", api_key, api_key_file),
+        admin_keys=_keys("admin-key", admin_key, admin_key_file),
+        max_body_bytes=max_body_size,
+        request_timeout_s=request_timeout,
+        drain_s=drain_timeout,
+        cors_origins=cors_origin,
+    )
+    with bound(host, port) as held:
+        stages = Stages(quiet=quiet)
+        opened = open_engine(engine, stages, verify=verify)
+        check_checkpoint(opened, checkpoint)
+        stages("loading")
+        options: dict[str, Any] = {
+            "max_model_len": max_model_len,
+            "max_batch_size": max_batch_size,
+            "kv_cache_memory": kv_cache_memory,
+            "max_waiting": max_waiting,
+            "deterministic": deterministic,
+            "prefix_caching": not no_prefix_caching,
+            "num_speculative_tokens": num_speculative_tokens,
+            "checkpoint": checkpoint,
+            "threads": threads,
+            "self_check": not no_self_check,
+        }
+
+        def ready(facts: Mapping[str, Any]) -> None:
+            where = held.getsockname()
+            stages.done(f"loaded   room for {facts['max_model_len']} tokens, {facts['num_blocks']} cache blocks")
+            stages.say(f"serving  http://{_address(where[0])}:{where[1]}")
+
+        log_to_stderr(logging.WARNING if quiet else logging.INFO)
+        run(settings, options, held, on_loading=stages.update, on_ready=ready)
+
+
+def _address(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,119 @@
+"""What the process that speaks HTTP and the one that runs the engine tell each other: frames over a socket pair.
+
+A frame is its length (4 bytes, big-endian) and a pickled tuple whose first entry says what it is. Both ends are the
+same program, one started by the other, and nobody else can reach the socket: that is what makes pickle right here.
+
+To the engine:
+
+- `("open", engine, options)`: load it. `options` are keyword arguments of `LLM`.
+- `("add", request_id, prompt, params, priority, timeout_s)`: start a request.
+- `("abort", request_ids)`: end some, as far as they run.
+- `("call", call_id, name, arguments)`: do something else (`engine_process.CALLS`).
+
+From it:
+
+- `("loading", what)`, then `("ready", facts)` or `("failed", message)`.
+- `("accepted", request_id, num_prompt_tokens)`, or `("refused", request_id, kind, message)`: it cannot be served;
+  kind is the name of the error's class, or nothing where it is a bug of ours.
+- `("step", pieces)`: what requests gained; one frame for all of them.
+- `("result", call_id, value)`, or `("error", call_id, kind, message)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+import threading
+from typing import Any, NamedTuple
+
+from seekforge.runtime.sequence import FinishReason
+
+_LENGTH_BYTES = 4
+#: A token with its log-probability and rank, and the likeliest ones with theirs.
+TokenRow = tuple[int, float, int, tuple[tuple[int, float], ...]]
+
+
+class Piece(NamedTuple):
+    """What one completion gained by one step.
+
+    Attributes:
+        request_id: whose it is.
+        index: the index of the completion.
+        text, token_ids: the new text and tokens.
+        finish_reason, stop_reason: why the completion ended, in its last piece.
+        logprobs: log-probabilities of the new tokens; empty unless asked.
+        end: the facts of the whole request, in its last piece.
+    """
+
+    request_id: int
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: tuple[TokenRow, ...] = ()
+    end: End | None = None
+
+
+class End(NamedTuple):
+    """A finished request.
+
+    Attributes:
+        prompt_token_ids: what was computed of the prompt; empty unless log-probabilities of it were asked.
+        num_prompt_tokens, num_completion_tokens, num_cached_tokens: of all completions.
+        prompt_logprobs: of each token of the prompt, None for the first; None unless asked.
+        best: the completions that `best_of` chose, in their order; empty without it.
+        error: what went wrong.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    prompt_logprobs: tuple[TokenRow | None, ...] | None = None
+    best: tuple[Piece, ...] = ()
+    error: str | None = None
+
+
+class Channel:
+    """The engine's end: frames are read by one thread and sent by any."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._file = end.makefile("rb")
+        self._sending = threading.Lock()
+        self.broken = False
+
+    def receive(self) -> tuple[Any, ...] | None:
+        """Return the next frame; None when the other side is gone."""
+        try:
+            head = self._file.read(_LENGTH_BYTES)
+            body = self._file.read(int.from_bytes(head, "big")) if len(head) == _LENGTH_BYTES else b""
+        except OSError:
+            return None
+        return pickle.loads(body) if body else None
+
+    def send(self, *frame: Any) -> None:
+        """Send a frame. Where nobody reads any more, nothing happens: `receive` says so."""
+        body = pickle.dumps(frame, pickle.HIGHEST_PROTOCOL)
+        with self._sending:
+            try:
+                self._socket.sendall(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
+            except OSError:
+                self.broken = True
+
+
+async def receive(reader: asyncio.StreamReader) -> tuple[Any, ...] | None:
+    """Return the next frame; None when the other side is gone."""
+    try:
+        head = await reader.readexactly(_LENGTH_BYTES)
+        return pickle.loads(await reader.readexactly(int.from_bytes(head, "big")))
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+
+
+def packed(*frame: Any) -> bytes:
+    """Return the bytes of a frame."""
+    body = pickle.dumps(frame, pickle.HIGHEST_PROTOCOL)
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body

@@ -1,0 +1,234 @@
+"""What every handler has: the engine, the tokenizer, settings and counters; and one request of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.types import ASGIApp, Receive
+
+from seekforge.common.errors import RequestError
+from seekforge.runtime.openai.protocol import BodyError, GenerationBody
+from seekforge.runtime.sampling.params import SamplingParams
+from seekforge.runtime.server.channel import Piece
+from seekforge.runtime.server.engine_client import EngineClient, Stream
+from seekforge.runtime.server.errors import APIError, as_api_error
+from seekforge.runtime.server.metrics import Metrics
+from seekforge.runtime.server.settings import ServerSettings
+from seekforge.runtime.server.sse import ClientGoneError, EventStream, error_event
+from seekforge.runtime.text.tokenizer import Tokenizer
+
+_T = TypeVar("_T")
+
+log = logging.getLogger("seekforge.server")
+
+#: Up to so many characters a text is encoded at once, and not by another thread.
+_SHORT = 4096
+#: Most prompts of one body.
+MAX_PROMPTS = 1024
+
+
+@dataclass
+class Context:
+    """The parts of one server.
+
+    Attributes:
+        client: the engine.
+        settings: what the server was told.
+        tokenizer: the engine's.
+        metrics: the counters.
+        started: when it began to serve, seconds since 1970.
+        draining: why no more requests are taken; nothing while they are.
+        num_running: requests that are on their way.
+    """
+
+    client: EngineClient
+    settings: ServerSettings
+    tokenizer: Tokenizer
+    metrics: Metrics
+    started: int = field(default_factory=lambda: int(time.time()))
+    draining: str = ""
+    num_running: int = 0
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """What the checkpoint recommends."""
+        return self.client.facts["default_sampling_params"]
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one request."""
+        return self.client.facts["max_model_len"]
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers say."""
+        return self.settings.served_model_names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served.
+
+        Raises:
+            APIError: 404.
+        """
+        if name is not None and name not in self.settings.served_model_names:
+            served = ", ".join(map(repr, self.settings.served_model_names))
+            raise APIError(
+                404, f"the model {name[:200]!r} is not served here; there is {served}", "model", "model_not_found"
+            )
+
+    async def encode(self, text: str, params: SamplingParams) -> Sequence[int]:
+        """Return the tokens of a prompt, of which the engine cuts off what `truncate_prompt_tokens` says.
+
+        Raises:
+            RequestError: it is far too long, or no valid Unicode.
+        """
+        most = self.max_model_len * (1 if params.truncate_prompt_tokens is None else 8)
+        if len(text) <= _SHORT:
+            return self.tokenizer.encode_at_most(text, most)
+        return await asyncio.to_thread(self.tokenizer.encode_at_most, text, most)
+
+
+@dataclass
+class Call:
+    """One request of HTTP.
+
+    Attributes:
+        context: the server.
+        request_id: names it in answers and logs.
+        body: the decoded JSON; None where there is none.
+        query: what follows the path.
+        receive: of ASGI.
+        log: what the line in the log says beside the ordinary.
+    """
+
+    context: Context
+    request_id: str
+    body: Any
+    query: Mapping[str, str]
+    receive: Receive
+    log: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.asynccontextmanager
+    async def streams(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, body: GenerationBody
+    ) -> AsyncGenerator[list[Stream], None]:
+        """Start a request for each prompt; they are ended when the context is left, whatever happens.
+
+        Raises:
+            RequestError: one cannot be served; none is.
+        """
+        client, started = self.context.client, list[Stream]()
+        try:
+            for ids in prompts:
+                started.append(
+                    client.start(
+                        ids, params, priority=body.priority or 0, timeout_s=self.context.settings.request_timeout_s
+                    )
+                )
+            for number, stream in enumerate(started):
+                try:
+                    await stream.accepted()
+                except RequestError as error:
+                    raise (error if len(started) == 1 else _numbered(error, number)) from None
+            self.log["prompt_tokens"] = sum(stream.num_prompt_tokens for stream in started)
+            yield started
+        finally:
+            for stream in started:
+                stream.close()
+
+    async def unless_gone(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Return what `work` gives; end it when the client goes away.
+
+        Raises:
+            ClientGoneError: it went away.
+        """
+        working = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(_left(self.receive))
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ClientGoneError
+            return working.result()
+        finally:
+            for task in (working, leaving):
+                if not task.done():
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, Exception):
+                        await task
+
+    async def event_stream(self, events: AsyncGenerator[bytes, None]) -> ASGIApp:
+        """Return an answer that streams; what is wrong with the request is raised here, before it begins."""
+        first = await self.unless_gone(_first(events))
+
+        async def all_events() -> AsyncGenerator[bytes, None]:
+            try:
+                if first:
+                    yield first
+                async for chunk in events:
+                    yield chunk
+            finally:
+                await events.aclose()
+
+        return EventStream(
+            all_events(),
+            headers=[(b"x-request-id", self.request_id.encode())],
+            write_timeout_s=self.context.settings.write_timeout_s,
+            on_error=self._failed,
+        )
+
+    def _failed(self, error: Exception) -> bytes:
+        told = as_api_error(error)
+        if told is None:
+            log.error("request %s", self.request_id, exc_info=error)
+        self.log["error"] = (told.code or told.kind) if told else "server_error"
+        return error_event(told or APIError(500, f"an internal error; the log has it under {self.request_id}"))
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, list[Piece]], None]:
+    """Give what comes of several streams as it comes: (number of the stream, pieces)."""
+    if len(streams) == 1:
+        (stream,) = streams
+        ended = False
+        while not ended:
+            pieces = await stream.read()
+            ended = pieces[-1].end is not None
+            yield 0, pieces
+        return
+    waiting = {asyncio.ensure_future(stream.read()): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number, pieces = waiting.pop(task), task.result()
+                if pieces[-1].end is None:
+                    waiting[asyncio.ensure_future(streams[number].read())] = number
+                yield number, pieces
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def _numbered(error: RequestError, number: int) -> RequestError:
+    message = f"prompt {number}: {error}"
+    return BodyError(message, error.param) if isinstance(error, BodyError) else type(error)(message)
+
+
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    try:
+        return await anext(events)
+    except StopAsyncIteration:
+        return b""
+    except BaseException:
+        await events.aclose()
+        raise
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,109 @@
+"""Server-sent events over plain ASGI: each write carries all that has come, and a client that goes away is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from seekforge.runtime.server.errors import APIError
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # of nginx, which would collect events
+]
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """Return an event with JSON, under a name where the interface has them."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+class ClientGoneError(Exception):
+    """The client has closed the connection, or takes nothing any more."""
+
+
+class EventStream:
+    """An answer whose body is what a generator makes; the generator is closed in any case.
+
+    Attributes:
+        status: of HTTP, for the log.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        headers: list[tuple[bytes, bytes]],
+        write_timeout_s: float,
+        on_error: Any,
+    ) -> None:
+        """Make one.
+
+        Args:
+            events: gives bytes of whole events, as many as there are.
+            headers: further headers.
+            write_timeout_s: a client that takes nothing for so long is gone.
+            on_error: called with an exception that `events` raised; returns the last bytes that are sent.
+        """
+        self.status = 200
+        self._events, self._headers = events, headers
+        self._write_timeout_s, self._on_error = write_timeout_s, on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all.
+
+        Raises:
+            ClientGoneError: nobody reads any more.
+        """
+        await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._headers]})
+        sending = asyncio.ensure_future(self._send_all(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                raise ClientGoneError
+            sending.result()
+        finally:
+            for task in (sending, leaving):
+                if not task.done():
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, Exception):
+                        await task
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        sending = asyncio.current_task()
+        assert sending is not None
+        try:
+            async for chunk in self._events:
+                # a timer of its own costs less than a context for a timeout around each write
+                timer = loop.call_later(self._write_timeout_s, sending.cancel)
+                try:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                finally:
+                    timer.cancel()
+            last = b""
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            last = self._on_error(error)
+        await send({"type": "http.response.body", "body": last})
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def error_event(error: APIError) -> bytes:
+    """Return an event that says what went wrong in the middle of a stream."""
+    return event(error.body())
