@@ -111,8 +111,8 @@ def serve(
 ) -> None:
     """Serve ENGINE over HTTP, as OpenAI's and Anthropic's clients expect it.
 
-    Endpoints are listed at /docs. SIGTERM and Ctrl-C let requests on their way end, a second one ends them. Each request
-    is one line of JSON on stderr, without its text.
+    Endpoints are listed at /docs. SIGTERM and Ctrl-C let requests on their way end, a second one ends them. Each
+    request is one line of JSON on stderr, without its text.
     """
     from seekforge.runtime.server.serve import bound, log_to_stderr, run  # heavy, and an extra
     from seekforge.runtime.server.settings import ServerSettings

@@ -59,7 +59,8 @@ def _said(body: GenerationBody) -> dict[str, Any]:
         for name in body.model_fields
         if name in _FIELDS and name not in _OTHER and (value := getattr(body, name)) is not None
     }
-    form = structured_outputs(body.response_format)
+    chat = isinstance(body, ChatCompletionBody)  # whose format is told to the model as well (`ChatOptions`)
+    form = None if chat else structured_outputs(body.response_format)
     if body.structured_outputs is not None:
         if form is not None:
             raise BodyError("response_format and structured_outputs are both there; leave one out", "response_format")

@@ -5,19 +5,55 @@ from __future__ import annotations
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from seekforge.runtime.openai.protocol import CompletionBody, DetokenizeBody, TokenizeBody
-from seekforge.runtime.server import basics, openapi
+from seekforge.runtime.openai.protocol import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
+from seekforge.runtime.server import anthropic_messages, basics, openapi, page
 from seekforge.runtime.server.basics import EmptyBody, UpdateWeightsBody
+from seekforge.runtime.server.chat_completions import chat_completions
 from seekforge.runtime.server.completions import completions
 from seekforge.runtime.server.context import Context
 from seekforge.runtime.server.door import Door, Route
+from seekforge.runtime.server.responses import ResponsesBody, responses
 
 #: Every endpoint; the OpenAPI document is made from it.
 ROUTES: tuple[Route, ...] = (
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        chat_completions,
+        body=ChatCompletionBody,
+        generates=True,
+        title="Answer a conversation, as OpenAI's clients ask",
+    ),
+    Route(
+        "POST",
+        "/v1/responses",
+        responses,
+        body=ResponsesBody,
+        generates=True,
+        title="Answer a conversation, as OpenAI's newer clients ask",
+    ),
+    Route(
+        "POST",
+        "/v1/messages",
+        anthropic_messages.messages,
+        body=anthropic_messages.MessagesBody,
+        generates=True,
+        title="Answer a conversation, as Anthropic's clients ask",
+        errors="anthropic",
+    ),
+    Route(
+        "POST",
+        "/v1/messages/count_tokens",
+        anthropic_messages.count_tokens,
+        body=anthropic_messages.CountTokensBody,
+        title="Count the tokens of a conversation",
+        errors="anthropic",
+    ),
     Route("POST", "/v1/completions", completions, body=CompletionBody, generates=True, title="Continue prompts"),
     Route("GET", "/v1/models", basics.models, title="List the models"),
     Route("POST", "/tokenize", basics.tokenize, body=TokenizeBody, title="Turn text into tokens"),
     Route("POST", "/detokenize", basics.detokenize, body=DetokenizeBody, title="Turn tokens into text"),
+    Route("GET", "/engine", page.engine, title="Which engine is served"),
     Route("GET", "/health", basics.health, key="none", title="Is the engine there?", answers="text/plain"),
     Route("GET", "/ready", basics.ready, key="none", title="Are requests taken?", answers="text/plain"),
     Route("GET", "/metrics", basics.metrics, key="none", title="Counters for Prometheus", answers="text/plain"),
@@ -32,7 +68,10 @@ ROUTES: tuple[Route, ...] = (
 
 def make_app(context: Context) -> ASGIApp:
     """Return the application of a server whose engine is open."""
-    door: ASGIApp = Door(context, (*ROUTES, *openapi.handlers(ROUTES)))
+    routes = [*ROUTES, *openapi.handlers(ROUTES)]
+    if context.settings.enable_page:
+        routes.append(Route("GET", "/", page.page, key="none", title="The page", answers="text/html"))
+    door: ASGIApp = Door(context, routes)
     if context.settings.cors_origins:
         door = CORSMiddleware(
             door, allow_origins=list(context.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]

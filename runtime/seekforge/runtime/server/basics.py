@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 from seekforge.common.records import Record
 from seekforge.runtime.openai.protocol import BodyError, DetokenizeBody, TokenizeBody, read_body
 from seekforge.runtime.server.context import Call
+from seekforge.runtime.server.conversation import Conversation
 from seekforge.runtime.server.errors import APIError
 
 
@@ -51,9 +52,14 @@ async def tokenize(call: Call) -> ASGIApp:
     """Return the tokens of a prompt."""
     body, context = read_body(TokenizeBody, call.body), call.context
     context.check_model(body.model)
-    if body.prompt is None:
-        raise BodyError("prompt is missing, expected text", "prompt")
-    ids = list(await context.encode(body.prompt, context.defaults))
+    if (body.prompt is None) == (body.messages is None):
+        raise BodyError("expected one of prompt, which is text, and messages", "prompt")
+    if body.messages is None:
+        ids = list(await context.encode(body.prompt or "", context.defaults))
+    else:
+        names = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+        options = {name: value for name in names if (value := getattr(body, name)) is not None}
+        ids = list((await Conversation.of(context, body.messages, context.defaults, options)).prompt_ids)
     answer = {"count": len(ids), "max_model_len": context.max_model_len, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [context.tokenizer.token_text(token) for token in ids]

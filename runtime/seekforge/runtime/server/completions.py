@@ -62,7 +62,7 @@ async def _whole(
     token_bytes = context.tokenizer.written_bytes
     choices: list[dict[str, Any]] = []
     totals = [0, 0, 0]
-    async with call.streams(prompts, params, body) as streams:
+    async with call.streams(prompts, params, body.priority or 0) as streams:
         found: list[dict[int, list[Piece]]] = [{} for _ in streams]
         async for number, pieces in merged(streams):
             timer.came()
@@ -164,7 +164,7 @@ async def _events(
     end_of_plain = ',"logprobs":null,"finish_reason":null}]' + nothing_more
     offsets: dict[int, int] = {}
     totals = [0, 0, 0]
-    async with call.streams(prompts, params, body) as streams:
+    async with call.streams(prompts, params, body.priority or 0) as streams:
         if body.echo:
             yield "".join(
                 f"{starts[number * params.n + index]}{_json(context.tokenizer.decode(ids, skip_special_tokens=False))}"

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp, Receive
 
 from seekforge.common.errors import RequestError
-from seekforge.runtime.openai.protocol import BodyError, GenerationBody
+from seekforge.runtime.chat import ChatProcessor
+from seekforge.runtime.openai.protocol import BodyError
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.server.channel import Piece
 from seekforge.runtime.server.engine_client import EngineClient, Stream
@@ -41,6 +42,7 @@ class Context:
         client: the engine.
         settings: what the server was told.
         tokenizer: the engine's.
+        chat: makes requests of conversations.
         metrics: the counters.
         started: when it began to serve, seconds since 1970.
         draining: why no more requests are taken; nothing while they are.
@@ -50,6 +52,7 @@ class Context:
     client: EngineClient
     settings: ServerSettings
     tokenizer: Tokenizer
+    chat: ChatProcessor
     metrics: Metrics
     started: int = field(default_factory=lambda: int(time.time()))
     draining: str = ""
@@ -116,7 +119,7 @@ class Call:
 
     @contextlib.asynccontextmanager
     async def streams(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, body: GenerationBody
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0
     ) -> AsyncGenerator[list[Stream], None]:
         """Start a request for each prompt; they are ended when the context is left, whatever happens.
 
@@ -127,9 +130,7 @@ class Call:
         try:
             for ids in prompts:
                 started.append(
-                    client.start(
-                        ids, params, priority=body.priority or 0, timeout_s=self.context.settings.request_timeout_s
-                    )
+                    client.start(ids, params, priority=priority, timeout_s=self.context.settings.request_timeout_s)
                 )
             for number, stream in enumerate(started):
                 try:

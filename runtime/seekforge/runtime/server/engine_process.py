@@ -193,6 +193,8 @@ def facts(llm: LLM) -> dict[str, Any]:
     """Return what the server wants to know of an open engine."""
     manifest, check = llm.engine.manifest, llm.self_check
     return {
+        "target": manifest.target.name,
+        "digest": manifest.digest,
         "max_model_len": llm.max_model_len,
         "max_batch_size": llm.max_batch_size,
         "num_blocks": llm.num_blocks,

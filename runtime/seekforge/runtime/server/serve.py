@@ -18,6 +18,7 @@ import uvicorn
 
 from seekforge.common.errors import EngineError, OptionError
 from seekforge.formats.engine.manifest import load_manifest
+from seekforge.runtime.chat import ChatProcessor
 from seekforge.runtime.server.app import make_app
 from seekforge.runtime.server.context import Context
 from seekforge.runtime.server.engine_client import EngineProcess
@@ -135,10 +136,12 @@ async def serve(
     client = await EngineProcess.open(settings.engine, options, on_loading, **more)
     try:
         manifest = load_manifest(settings.engine)
+        tokenizer = Tokenizer(settings.engine / manifest.tokenizer)
         context = Context(
             client,
             settings,
-            Tokenizer(settings.engine / manifest.tokenizer),
+            tokenizer,
+            ChatProcessor(manifest.config.get("model_type"), tokenizer),
             Metrics(settings.served_model_names[0], client.facts),
         )
         fast = {
