@@ -86,6 +86,11 @@ class ChatParser:
         return iter(deltas)
 
     @property
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is thought."""
+        return self._scanner.in_reasoning
+
+    @property
     def message(self) -> Message:
         """The message so far."""
         reasoning = "".join(self._reasoning) if self._thought or self._reasoning else None

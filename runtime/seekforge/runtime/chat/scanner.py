@@ -72,6 +72,11 @@ class Scanner:
         self._has_parameters = False
         self._final = False
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is thought."""
+        return self._state == "reasoning"
+
     def push(self, piece: str) -> Iterator[Span]:
         """Take a piece of text and yield what is certain."""
         for start in range(0, len(piece), _CHUNK):

@@ -76,6 +76,25 @@ class End(NamedTuple):
     error: str | None = None
 
 
+def joined(pieces: list[Piece]) -> list[Piece]:
+    """Join the pieces of each completion of one request; the one with `end` stays last."""
+    if len(pieces) == 1:
+        return pieces
+    last: dict[int, Piece] = {}
+    for piece in pieces:
+        before = last.get(piece.index)
+        last[piece.index] = (
+            piece
+            if before is None
+            else piece._replace(
+                text=before.text + piece.text,
+                token_ids=before.token_ids + piece.token_ids,
+                logprobs=before.logprobs + piece.logprobs,
+            )
+        )
+    return sorted(last.values(), key=lambda piece: piece.end is not None)
+
+
 class Channel:
     """The engine's end: frames are read by one thread and sent by any."""
 

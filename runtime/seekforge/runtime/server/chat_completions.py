@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -67,7 +66,7 @@ async def _whole(call: Call, body: ChatCompletionBody, conversation: Conversatio
     answer: dict[str, Any] = {
         "id": f"chatcmpl-{call.request_id}",
         "object": "chat.completion",
-        "created": int(time.time()),
+        "created": call.created,
         "model": context.model_name,
         "choices": [_choice(call, body, index, choice) for index, choice in enumerate(conversation.choices)],
         "usage": counts,
@@ -124,7 +123,7 @@ async def _events(call: Call, body: ChatCompletionBody, conversation: Conversati
         {
             "id": f"chatcmpl-{call.request_id}",
             "object": "chat.completion.chunk",
-            "created": int(time.time()),
+            "created": call.created,
             "model": context.model_name,
         }
     )[:-1]

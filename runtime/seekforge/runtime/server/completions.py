@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -83,7 +82,7 @@ async def _whole(
         {
             "id": f"cmpl-{call.request_id}",
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": call.created,
             "model": context.model_name,
             "choices": choices,
             "usage": usage(*totals),
@@ -152,7 +151,7 @@ async def _events(
         {
             "id": f"cmpl-{call.request_id}",
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": call.created,
             "model": context.model_name,
         },
         separators=(",", ":"),

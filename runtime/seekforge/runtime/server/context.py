@@ -107,6 +107,7 @@ class Call:
         body: the decoded JSON; None where there is none.
         query: what follows the path.
         receive: of ASGI.
+        created: when it came, seconds since 1970.
         log: what the line in the log says beside the ordinary.
     """
 
@@ -115,6 +116,7 @@ class Call:
     body: Any
     query: Mapping[str, str]
     receive: Receive
+    created: int = field(default_factory=lambda: int(time.time()))
     log: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.asynccontextmanager

@@ -17,6 +17,9 @@ from seekforge.runtime.server.context import Call, Context
 #: Up to so many characters a conversation is encoded at once, and not by another thread.
 _SHORT = 4096
 
+#: What answers gained: index, piece, deltas of the message.
+Gains = list[tuple[int, Piece, list[MessageDelta]]]
+
 
 @dataclass
 class Choice:
@@ -91,15 +94,13 @@ class Conversation:
 
         def make() -> tuple[ChatRequest, Sequence[int]]:
             request = context.chat.request(messages, params, options)
-            return request, context.tokenizer.encode_at_most(request.prompt, context.max_model_len)
+            return request, context.tokenizer.encode_segments(request.prompt, context.max_model_len)
 
         size = sum(len(str(message)) for message in messages) if isinstance(messages, list) else 0
         request, ids = make() if size <= _SHORT else await asyncio.to_thread(make)
         return Conversation(request, ids, [Choice(request.parser()) for _ in range(request.params.n)])
 
-    async def deltas(
-        self, call: Call, priority: int = 0
-    ) -> AsyncGenerator[list[tuple[int, Piece, list[MessageDelta]]]]:
+    async def deltas(self, call: Call, priority: int = 0) -> AsyncGenerator[Gains, None]:
         """Give what the answers gain as it comes; first of all, when the request is accepted, nothing.
 
         Raises:
@@ -113,7 +114,7 @@ class Conversation:
                 pieces = await stream.read()
                 timer.came()
                 gained = []
-                for piece in _together(pieces):
+                for piece in pieces:
                     gained.append((piece.index, piece, self.choices[piece.index].take(piece)))
                     self.end = piece.end or self.end
                 if self.end is not None:
@@ -132,22 +133,3 @@ class Conversation:
     def num_reasoning_tokens(self) -> int:
         """Tokens of all answers that were thought."""
         return sum(choice.num_reasoning_tokens for choice in self.choices)
-
-
-def _together(pieces: list[Piece]) -> list[Piece]:
-    """Join pieces of one completion that came at the same time: a client that lags gets longer ones."""
-    if len(pieces) == 1:
-        return pieces
-    last: dict[int, Piece] = {}
-    for piece in pieces:
-        before = last.get(piece.index)
-        last[piece.index] = (
-            piece
-            if before is None
-            else piece._replace(
-                text=before.text + piece.text,
-                token_ids=before.token_ids + piece.token_ids,
-                logprobs=before.logprobs + piece.logprobs,
-            )
-        )
-    return sorted(last.values(), key=lambda piece: piece.end is not None)

@@ -21,7 +21,7 @@ from seekforge.common.system import child_environment
 from seekforge.runtime.engine.outputs import GenerationError
 from seekforge.runtime.engine.scheduler import QueueFullError
 from seekforge.runtime.sampling.params import SamplingParams
-from seekforge.runtime.server.channel import Piece, packed, receive
+from seekforge.runtime.server.channel import Piece, joined, packed, receive
 
 #: Seconds that an engine has to end when it is asked to, before it is killed.
 _CLOSE_S = 10.0
@@ -57,7 +57,9 @@ class Stream:
         return self.num_prompt_tokens
 
     async def read(self) -> list[Piece]:
-        """Return all that has come since the last call, at least one piece; wait for it if need be.
+        """Return all that has come since the last call, one piece for each completion; wait for some if need be.
+
+        A reader that lags behind gets longer pieces, not more of them.
 
         Raises:
             GenerationError: the engine failed on this request.
@@ -65,7 +67,7 @@ class Stream:
         """
         while not self._pieces:
             await self._woken()
-        pieces, self._pieces = self._pieces, []
+        pieces, self._pieces = joined(self._pieces), []
         last = pieces[-1].end
         if last is not None and last.error is not None:
             raise GenerationError(last.error, [])

@@ -5,7 +5,6 @@ Source: field names, shapes and events are those of OpenAI's published API refer
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -282,7 +281,7 @@ def _response(call: Call, body: ResponsesBody, status: str, items: list[dict[str
     return {
         "id": f"resp_{call.request_id}",
         "object": "response",
-        "created_at": int(time.time()),
+        "created_at": call.created,
         "status": status,
         "error": None,
         "incomplete_details": None,
