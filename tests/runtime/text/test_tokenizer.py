@@ -81,3 +81,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     HfTokenizer(models.BPE()).save(str(broken))
     with pytest.raises(EngineError, match="expected ByteLevel"):
         Tokenizer(broken)
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 31, 1 << 40, -(1 << 70)])
+def test_a_number_that_no_token_has_is_no_text_and_is_not_kept(tokenizer: Tokenizer, token: int) -> None:
+    assert tokenizer.decode([token]) == ""
+    assert token not in tokenizer._bytes

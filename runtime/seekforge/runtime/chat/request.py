@@ -194,9 +194,9 @@ def _check_end(conversation: tuple[Message, ...], *, continues: bool, adds: bool
         way = ", or pass continue_final_message=True" if last.role == "assistant" else ""
         raise RequestError(f"the last message is of {last.role}; end with one of user, developer or tool{way}")
     if last.role == "tool":
-        results = next(i for i, message in enumerate(reversed(conversation)) if message.role != "tool")
-        calls = len(conversation[-1 - results].tool_calls)
-        if results < calls:
+        results = next((i for i, message in enumerate(reversed(conversation)) if message.role != "tool"), None)
+        calls = 0 if results is None else len(conversation[-1 - results].tool_calls)
+        if results is not None and results < calls:
             raise RequestError(f"the last {calls} tool calls have {results} results; give one for each, in their order")
 
 

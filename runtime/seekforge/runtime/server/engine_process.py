@@ -42,6 +42,7 @@ class EngineHost:
         self._live: dict[int, RequestState | None] = {}  # None: being prepared
         self._changing = threading.Lock()  # guards it
         self._pieces: list[Piece] = []
+        self._closing = False
         self._preparers = ThreadPoolExecutor(_PREPARERS, "seekforge-prepare")
         llm._turns.after_deltas = self._send_pieces
 
@@ -59,6 +60,7 @@ class EngineHost:
                 self._abort(*rest)
             elif kind == "call":
                 self._preparers.submit(self._call, *rest)
+        self._closing = True
         self._preparers.shutdown(wait=False, cancel_futures=True)
         self._llm.close()
 
@@ -117,7 +119,7 @@ class EngineHost:
         pieces, self._pieces = self._pieces, []
         self._channel.send("step", pieces)
         ended = [piece.request_id for piece in pieces if piece.end is not None]
-        if ended:
+        if ended and not self._closing:
             self._preparers.submit(self._forget, ended)
 
     def _forget(self, request_ids: list[int]) -> None:

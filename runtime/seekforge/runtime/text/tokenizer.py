@@ -89,7 +89,7 @@ class Tokenizer:
         """The bytes of all tokens, to be searched."""
         return Vocabulary([self.written_bytes(token) for token in range(self._num_ids)])
 
-    @property
+    @cached_property
     def _num_ids(self) -> int:
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
@@ -230,6 +230,8 @@ class Tokenizer:
         """Return the bytes that `token` stands for where special tokens are written out; none for unknown ids."""
         known = self._bytes.get(token)
         if known is None:
+            if not 0 <= token < self._num_ids:  # not kept: anybody may name any number
+                return b""
             known = self._bytes[token] = self._look_up(token)
         return known
 
@@ -240,7 +242,7 @@ class Tokenizer:
     def _look_up(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()  # an added token is its own text
-        text = self._tokenizer.id_to_token(token) if token >= 0 else None
+        text = self._tokenizer.id_to_token(token)
         if text is None:
             return b""
         if all(char in _BYTE_OF_CHAR for char in text):

@@ -1,0 +1,238 @@
+"""The engine in a process of its own: what a stream gives, and what is left when one of the two is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seekforge.common.errors import EngineError, RequestError
+from seekforge.runtime import LLM, SamplingParams
+from seekforge.runtime.engine.scheduler import QueueFullError
+from seekforge.runtime.server.channel import Piece
+from seekforge.runtime.server.engine_client import EngineDeadError, EngineProcess, Stream
+
+OPTIONS = {"threads": 1, "num_blocks": 60, "self_check": False}
+
+
+def run(engine: Path, work: Callable[[EngineProcess], Awaitable[Any]], **options: Any) -> Any:
+    """Do `work` with the engine open in a process."""
+
+    async def main() -> Any:
+        client = await EngineProcess.open(engine, {**OPTIONS, **options}, lambda said: None)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(main())
+
+
+async def whole(stream: Stream) -> list[Piece]:
+    """Read a stream to its end."""
+    pieces: list[Piece] = []
+    try:
+        while not pieces or pieces[-1].end is None:
+            pieces += await stream.read()
+    finally:
+        stream.close()
+    return pieces
+
+
+def test_streams_give_what_the_engine_gives(toy_engine: Path) -> None:
+    params = [SamplingParams(max_tokens=20, seed=i, logprobs=2, ignore_eos=True) for i in range(6)]
+    prompts = [[5, 6, 7 + i] for i in range(6)]
+    with LLM(toy_engine, **OPTIONS) as llm:
+        expected = llm.generate(prompts, params)
+
+    async def work(client: EngineProcess) -> list[list[Piece]]:
+        streams = [client.start(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        return await asyncio.gather(*map(whole, streams))
+
+    for pieces, output in zip(run(toy_engine, work), expected, strict=True):
+        (completion,) = output.outputs
+        assert tuple(token for piece in pieces for token in piece.token_ids) == completion.token_ids
+        assert "".join(piece.text for piece in pieces) == completion.text
+        rows = [row for piece in pieces for row in piece.logprobs]
+        assert rows == [(e.token_id, e.logprob, e.rank, e.top) for e in completion.logprobs or ()]
+        end = pieces[-1].end
+        assert end is not None and (end.num_prompt_tokens, end.num_completion_tokens) == (3, 20)
+
+
+def test_text_is_a_prompt_too_and_best_of_gives_the_best(toy_engine: Path) -> None:
+    params = SamplingParams(max_tokens=6, seed=3, n=2, best_of=4)
+    with LLM(toy_engine, **OPTIONS) as llm:
+        (expected,) = llm.generate("the cat", params)
+
+    async def work(client: EngineProcess) -> list[Piece]:
+        return await whole(client.start("the cat", params))
+
+    end = run(toy_engine, work)[-1].end
+    assert [one.text for one in end.best] == [one.text for one in expected.outputs]
+
+
+def test_what_cannot_be_served_is_told_before_it_runs(toy_engine: Path) -> None:
+    async def work(client: EngineProcess) -> None:
+        with pytest.raises(RequestError, match="no tokens"):
+            await client.start([], SamplingParams()).accepted()
+        with pytest.raises(RequestError, match="max_model_len"):
+            await client.start([1], SamplingParams(max_tokens=10**6)).accepted()
+        await client.call("pause")
+        streams = [client.start([1, 2], SamplingParams(max_tokens=4)) for _ in range(3)]
+        refused = [await told(stream) for stream in streams]
+        assert [type(error) for error in refused] == [type(None), type(None), QueueFullError]
+        await client.call("resume")
+        for stream in streams[:2]:
+            assert (await whole(stream))[-1].end
+
+    async def told(stream: Stream) -> Exception | None:
+        try:
+            await stream.accepted()
+        except RequestError as error:
+            return error
+        return None
+
+    run(toy_engine, work, max_waiting=2)
+
+
+def test_a_stream_that_is_closed_gives_its_blocks_back(toy_engine: Path) -> None:
+    async def work(client: EngineProcess) -> None:
+        free = (await client.call("metrics"))["num_free_blocks"]
+        streams = [client.start([1, 2, i], SamplingParams(max_tokens=200, ignore_eos=True)) for i in range(8)]
+        for stream in streams:
+            await stream.read()
+            stream.close()
+        deadline = time.monotonic() + 20
+        while (now := await client.call("metrics"))["num_free_blocks"] != free or now["num_running"]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert client.num_streams == 0
+
+    run(toy_engine, work)
+
+
+def test_an_engine_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"manifest\.json"):
+        run(tmp_path, lambda client: asyncio.sleep(0))
+
+
+def test_requests_learn_that_the_engine_was_killed(toy_engine: Path) -> None:
+    async def work(client: EngineProcess) -> str:
+        gone = asyncio.Event()
+        client.on_dead = gone.set
+        stream = client.start([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
+        await stream.read()
+        os.kill(client.process_id, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="by signal 9"):
+            await whole(stream)
+        await gone.wait()
+        with pytest.raises(EngineDeadError):
+            await client.start([1], SamplingParams()).accepted()
+        with pytest.raises(EngineDeadError):
+            await client.call("metrics")
+        return client.dead
+
+    assert "signal 9" in run(toy_engine, work)
+
+
+@contextmanager
+def served(engine: Path, port: str = "0") -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """Run `seekforge serve` and give the process, its address, and its lines so far."""
+    command = [sys.executable, "-m", "seekforge", "serve", str(engine), "--port", port, "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    lines: list[str] = []
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"http://\S+", line):
+                yield process, found[0], lines
+                break
+        else:
+            raise AssertionError("".join(lines))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        lines += process.stderr.readlines()
+        process.wait()
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    """Send JSON; returns the answer, open."""
+    data = json.dumps(body).encode()
+    return urllib.request.urlopen(urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=60)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (one that has ended and waits for its parent does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def engine_of(process: subprocess.Popen[str]) -> int:
+    """The process of the engine."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+def test_a_server_answers_and_ends_on_sigterm_when_its_requests_have(toy_engine: Path) -> None:
+    with served(toy_engine) as (process, url, _):
+        engine = engine_of(process)
+        with post(
+            f"{url}/v1/completions", {"prompt": "a", "max_tokens": 150, "stream": True, "ignore_eos": True}
+        ) as answer:
+            answer.read(10)
+            process.send_signal(signal.SIGTERM)
+            text = answer.read().decode()
+        assert text.rstrip().endswith("data: [DONE]")
+        assert process.wait(30) == 0
+        assert not alive(engine)
+
+
+def test_a_killed_server_leaves_no_engine_and_the_next_one_serves(toy_engine: Path) -> None:
+    body = {"prompt": "a", "max_tokens": 8, "seed": 1}
+    with served(toy_engine) as (process, url, _):
+        port, engine = url.rpartition(":")[2], engine_of(process)
+        with post(f"{url}/v1/completions", body) as answer:
+            before = json.load(answer)["choices"]
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while alive(engine):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(urllib.error.URLError):
+            post(f"{url}/v1/completions", body)
+    with served(toy_engine, port) as (process, url, _), post(f"{url}/v1/completions", body) as answer:
+        assert json.load(answer)["choices"] == before
+
+
+def test_a_server_whose_engine_is_killed_says_so_and_ends(toy_engine: Path) -> None:
+    with served(toy_engine) as (process, _, lines):
+        os.kill(engine_of(process), signal.SIGKILL)
+        assert process.wait(30) == 2
+    said = [line for line in lines if line.startswith("error:")]
+    assert len(said) == 1 and "by signal 9" in said[0] and "Traceback" not in "".join(lines)
+
+
+def test_a_port_that_is_taken_is_told_before_the_engine_is_read(toy_engine: Path, tmp_path: Path) -> None:
+    with served(toy_engine) as (_, url, _):
+        port = url.rpartition(":")[2]
+        command = [sys.executable, "-m", "seekforge", "serve", str(tmp_path / "none"), "--port", port]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: serve: .*is taken; choose another --port.*\n|error: .*is taken.*\n", result.stderr)
