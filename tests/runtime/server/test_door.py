@@ -16,6 +16,7 @@ import pytest
 from tests.support.scripted_engine import LiveServer, live_server
 
 ASK = {"messages": [{"role": "user", "content": "a secret"}]}
+THINKING = {"chat_template_kwargs": {"thinking": True}}
 CHAT = "/v1/chat/completions"
 
 
@@ -74,7 +75,7 @@ def call(
         ("POST", CHAT, ASK | {"top_logprobs": 3}, 400, "logprobs"),
         ("POST", CHAT, ASK | {"stream": "yes"}, 400, "stream"),
         ("POST", CHAT, ASK | {"model": "other"}, 404, "not served"),
-        ("POST", CHAT, ASK | {"reasoning_effort": "none", "chat_template_kwargs": {"thinking": True}}, 400, "contradict"),
+        ("POST", CHAT, ASK | {"reasoning_effort": "none"} | THINKING, 400, "contradict"),
         ("POST", "/v1/completions", {"prompt": []}, 400, "prompt"),
         ("POST", "/v1/completions", {"prompt": ""}, 400, "no tokens"),
         ("POST", "/v1/completions", {"prompt": [[1, "a"]]}, 400, "prompt.0"),

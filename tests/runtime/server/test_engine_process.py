@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -149,25 +150,24 @@ def test_requests_learn_that_the_engine_was_killed(toy_engine: Path) -> None:
 
 
 @contextmanager
-def served(engine: Path, port: str = "0") -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def served(engine: Path, port: str = "0", *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """Run `seekforge serve` and give the process, its address, and its lines so far."""
-    command = [sys.executable, "-m", "seekforge", "serve", str(engine), "--port", port, "--threads", "1"]
+    command = [sys.executable, "-m", "seekforge", "serve", str(engine), "--port", port, "--threads", "1", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     lines: list[str] = []
     assert process.stderr is not None
+    reading = threading.Thread(target=lines.extend, args=(process.stderr,))  # else the pipe fills up
+    reading.start()
     try:
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"http://\S+", line):
-                yield process, found[0], lines
-                break
-        else:
-            raise AssertionError("".join(lines))
+        while not (address := re.search(r"http://\S+", "".join(lines))):
+            assert process.poll() is None, "".join(lines)
+            time.sleep(0.02)
+        yield process, address[0], lines
     finally:
         if process.poll() is None:
             process.kill()
-        lines += process.stderr.readlines()
         process.wait()
+        reading.join()
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
