@@ -100,7 +100,7 @@ def memory_mb(pid: int) -> float:
 
 def facts(pid: int) -> tuple[int, int]:
     """Descriptors and threads of a process."""
-    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+    return len(list(Path(f"/proc/{pid}/fd").iterdir())), len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ _PACKAGES = (
     "tensorrt",
     "triton",
     "llguidance",
+    "uvicorn",
     "transformers",
 )
 
@@ -95,7 +96,10 @@ def examine() -> Report:
         missing = "seekforge is not installed, and its pyproject.toml is not here: nothing says what it needs"
         capabilities = [Capability("everything", False, missing)]
     else:
-        capabilities = [capability("export a checkpoint", ("export",), requirements)]
+        capabilities = [
+            capability("export a checkpoint", ("export",), requirements),
+            capability("serve an engine", ("serve",), requirements),
+        ]
         driver = versions["NVIDIA driver"]
         for target, (backend, sm) in _targets().items():
             capabilities += target_capabilities(
