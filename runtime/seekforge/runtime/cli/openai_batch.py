@@ -1,34 +1,24 @@
-"""Lines of OpenAI's batch files: what they ask for in our words, and our results in theirs.
-
-Source: the field names and the shape of both files are those of OpenAI's published Batch, Chat Completions and
-Completions interfaces.
-"""
+"""Lines of OpenAI's batch files: what they ask for in our words, and our results in theirs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.common.errors import RequestError
-from seekforge.runtime.chat.request import ChatOptions
 from seekforge.runtime.engine.outputs import CompletionOutput, RequestOutput
-from seekforge.runtime.sampling.params import SamplingParams
+from seekforge.runtime.openai.answers import chat_logprobs, completion_logprobs, finish_reason
+from seekforge.runtime.openai.params import chat_fields, chat_options, completion_fields
+from seekforge.runtime.openai.protocol import BodyError, ChatCompletionBody, CompletionBody, read_body
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _LINE: Final = frozenset(("custom_id", "method", "url", "body"))
-#: Keys of a body that change nothing about the text.
-_IGNORED: Final = frozenset(
-    ("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
-)
-#: Keys that are taken with one value only -> that value.
-_ONLY: Final[Mapping[str, object]] = {"stream": False, "echo": False, "suffix": None}
-#: What a chat may come with; a template is a file of whoever runs the batch.
-_OPTIONS: Final = tuple(name for name in ChatOptions.__annotations__ if name != "chat_template")
-_OWN: Final = frozenset(
-    field.name for field in fields(SamplingParams) if field.name not in ("logprobs", "structured_outputs", "taps")
-)
+#: Keys that the server takes and a file has no use for; they change nothing about the text.
+_IGNORED: Final = frozenset(("stream_options",))
+#: Keys that a batch does not do.
+_NOT_HERE: Final = ("stream", "echo", "priority", "return_token_ids", "include_reasoning")
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Asked:
         url: the address that it would have been sent to.
         prompt: the prompt of a completion; None for a chat.
         messages: the messages of a chat; None for a completion.
-        options: what else a chat comes with: tools and the like.
+        options: what else a chat comes with: tools and the like (`ChatOptions`).
         params: sampling parameters that the body gives, by field.
         model: what the body calls the model.
     """
@@ -77,35 +67,19 @@ def read_line(raw: Mapping[str, Any]) -> Asked:
         raise RequestError(f"url is {url!r}, expected {CHAT!r} or {COMPLETIONS!r}")
     if not isinstance(body, dict):
         raise RequestError(f"body is {type(body).__name__}, expected an object")
-    rest = {name: value for name, value in body.items() if name not in _IGNORED}
-    for name, only in _ONLY.items():
-        value = rest.pop(name, None)
-        if value is not None and value != only:
-            raise RequestError(f"body.{name} is {value!r}, which a batch cannot do; leave it out")
-    params: dict[str, Any] = {}
-    prompt, messages, options = None, None, dict[str, Any]()
-    if url == CHAT:
-        messages = rest.pop("messages", None)
-        if not isinstance(messages, list):
-            raise RequestError("body.messages is no list of objects")
-        options = {name: rest.pop(name) for name in _OPTIONS if name in rest}
-        if rest.get("max_completion_tokens") is not None:
-            params["max_tokens"] = rest.pop("max_completion_tokens")
-        if rest.pop("logprobs", None):
-            params["logprobs"] = rest.pop("top_logprobs", None) or 0
-        elif rest.pop("top_logprobs", None) is not None:
-            raise RequestError("body.top_logprobs needs logprobs to be true")
-    else:
-        prompt = rest.pop("prompt", None)
-        if rest.get("logprobs") is not None:
-            params["logprobs"] = rest.pop("logprobs")
-    rest = {name: value for name, value in rest.items() if value is not None}
-    if "structured_outputs" in rest:
-        params["structured_outputs"] = rest.pop("structured_outputs")
-    unknown = sorted(rest.keys() - _OWN)
-    if unknown:
-        raise RequestError(f"body.{unknown[0]} is not known here; leave it out")
-    return Asked(custom_id, url, prompt, messages, options, rest | params, str(body.get("model", "")))
+    said = {name: value for name, value in body.items() if name not in _IGNORED}
+    for name in _NOT_HERE:
+        if said.get(name):
+            raise RequestError(f"body.{name} is {said[name]!r}, which a batch cannot do; leave it out")
+    try:
+        if url == CHAT:
+            chat = read_body(ChatCompletionBody, said)
+            fields, options = chat_fields(chat), chat_options(chat)
+            return Asked(custom_id, url, None, chat.messages, options, fields, chat.model or "")
+        completion = read_body(CompletionBody, said)
+        return Asked(custom_id, url, completion.prompt, None, {}, completion_fields(completion), completion.model or "")
+    except BodyError as error:
+        raise RequestError(f"body.{error}" if error.param else f"body: {error}") from None
 
 
 def answer_line(
@@ -124,7 +98,7 @@ def answer_line(
     if errors:
         return line | {"error": {"code": "server_error", "message": errors[0]}}
     chat = asked.url == CHAT
-    choices = [_choice(one, chat, token_bytes) for one in output.outputs]
+    choices = [_choice(one, token_bytes) for one in output.outputs]
     usage = output.usage
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
@@ -146,42 +120,21 @@ def request_id(digest: str) -> str:
     return f"batch_req_{digest}"
 
 
-def _choice(one: CompletionOutput, chat: bool, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
-    reason = {"timeout": "length", "abort": "length"}.get(one.finish_reason, one.finish_reason)
-    choice: dict[str, Any] = {"index": one.index, "finish_reason": reason, "logprobs": None}
+def _choice(one: CompletionOutput, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": one.index,
+        "finish_reason": finish_reason(one.finish_reason),
+        "logprobs": None,
+    }
+    rows = [(entry.token_id, entry.logprob, entry.rank, entry.top) for entry in one.logprobs or ()]
     if one.message is not None:
         choice["message"] = one.message.to_dict()
-        if one.message.tool_calls and reason == "stop":
+        if one.message.tool_calls and one.finish_reason == "stop":
             choice["finish_reason"] = "tool_calls"
-    else:
-        choice["text"] = one.text
-    if one.logprobs is None:
+        if one.logprobs is not None:
+            choice["logprobs"] = chat_logprobs(rows, token_bytes)
         return choice
-
-    def token(number: int, logprob: float) -> dict[str, Any]:
-        raw = token_bytes(number)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
-
-    if chat:
-        content = [
-            token(entry.token_id, entry.logprob) | {"top_logprobs": [token(*top) for top in entry.top]}
-            for entry in one.logprobs
-        ]
-        choice["logprobs"] = {"content": content}
-        return choice
-    tokens = [token(entry.token_id, entry.logprob) for entry in one.logprobs]
-    choice["logprobs"] = {
-        "tokens": [entry["token"] for entry in tokens],
-        "token_logprobs": [entry["logprob"] for entry in tokens],
-        "top_logprobs": [{token(*top)["token"]: top[1] for top in entry.top} for entry in one.logprobs],
-        "text_offset": _offsets([entry["token"] for entry in tokens]),
-    }
+    choice["text"] = one.text
+    if one.logprobs is not None:
+        choice["logprobs"] = completion_logprobs(rows, one.token_ids, token_bytes)
     return choice
-
-
-def _offsets(tokens: Sequence[str]) -> list[int]:
-    places, at = [], 0
-    for token in tokens:
-        places.append(at)
-        at += len(token)
-    return places

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar
 
 from seekforge.common.errors import RequestError
-from seekforge.common.records import Record, RecordError
+from seekforge.common.records import Record, RecordError, UnknownKeyError
 
 _Body = TypeVar("_Body", bound=Record)
 
@@ -196,4 +196,7 @@ def read_body(kind: type[_Body], raw: Any) -> _Body:
     try:
         return kind.model_validate(said)
     except RecordError as error:
-        raise BodyError(str(error), ".".join(map(str, error.path))) from None
+        path = ".".join(map(str, error.path))
+        unknown = isinstance(error, UnknownKeyError)
+        problem = "is not known here; leave it out" if unknown else error.problem
+        raise BodyError(f"{path or 'the body'} {problem}", path) from None

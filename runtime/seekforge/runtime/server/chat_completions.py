@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from seekforge.runtime.chat import MessageDelta
 from seekforge.runtime.openai.answers import chat_logprobs, usage
-from seekforge.runtime.openai.params import chat_params
+from seekforge.runtime.openai.params import chat_options, chat_params
 from seekforge.runtime.openai.protocol import BodyError, ChatCompletionBody, read_body
 from seekforge.runtime.server.completions import prompt_row
 from seekforge.runtime.server.context import Call
@@ -29,33 +29,6 @@ async def chat_completions(call: Call) -> ASGIApp:
     if body.stream:
         return await call.event_stream(_events(call, body, conversation))
     return await call.unless_gone(_whole(call, body, conversation))
-
-
-def chat_options(body: ChatCompletionBody) -> dict[str, Any]:
-    """Return the options of the conversation that a body gives.
-
-    Raises:
-        BodyError: two of them contradict each other.
-    """
-    kwargs = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        thinking = body.reasoning_effort != "none"
-        if kwargs.get("thinking", thinking) != thinking:
-            raise BodyError(
-                f"reasoning_effort {body.reasoning_effort!r} and chat_template_kwargs.thinking contradict each other",
-                "reasoning_effort",
-            )
-        kwargs["thinking"] = thinking
-    said = {
-        "tools": body.tools,
-        "tool_choice": body.tool_choice,
-        "parallel_tool_calls": body.parallel_tool_calls,
-        "response_format": body.response_format,
-        "add_generation_prompt": body.add_generation_prompt,
-        "continue_final_message": body.continue_final_message,
-        "chat_template_kwargs": kwargs or None,
-    }
-    return {name: value for name, value in said.items() if value is not None}
 
 
 async def _whole(call: Call, body: ChatCompletionBody, conversation: Conversation) -> JSONResponse:
