@@ -99,8 +99,8 @@ $(VENV)/.base: $(VENV)/.python
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml
-	@echo 'installing seekforge: exporter, CPU engine, and transformers to compare with'
-	@$(PIP) --no-build-isolation --editable '.[export,cpu]' transformers
+	@echo 'installing seekforge: exporter, CPU engine, server; transformers to compare with, and a client'
+	@$(PIP) --no-build-isolation --editable '.[export,cpu,serve]' transformers openai
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.python pyproject.toml

@@ -12,8 +12,10 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -64,6 +66,37 @@ class Demo:
         self._behind.append(running)
         return running
 
+    @contextmanager
+    def serve(self, engine: Path) -> Iterator[str]:
+        """Show the command that serves an engine and run it for as long as the context lasts; gives its address."""
+        words = _words(("serve", engine, "--port", "0", "--max-model-len", "4K"))
+        _show(words)
+        with subprocess.Popen(words, env=os.environ | ONE_THREAD, stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            lines: list[str] = []
+            for line in server.stderr:
+                lines.append(line)
+                if line.startswith("serving"):
+                    break
+            sys.stdout.write("".join(lines))
+            sys.stdout.flush()
+            if not lines or not lines[-1].startswith("serving"):
+                _expect(server.wait() or 1)
+            drain = threading.Thread(target=server.stderr.read, daemon=True)  # the log, which else fills the pipe
+            drain.start()
+            try:
+                yield lines[-1].split()[1]
+            finally:
+                server.terminate()
+                drain.join()
+
+    def example(self, name: str, *arguments: str) -> None:
+        """Show a script of `examples/` and run it."""
+        path = Path("examples") / name
+        print(f"$ python {shlex.join([str(path), *arguments])}", flush=True)
+        script = Path(__file__).resolve().parents[1] / path
+        _expect(subprocess.run([sys.executable, str(script), *arguments], check=False).returncode)
+
     def finish(self, running: Running) -> None:
         """Wait for a command, and show it with what it printed as if it had been run now."""
         _show(running.words)
@@ -97,6 +130,9 @@ def main() -> None:
         other = demo.begin(*check, "--modes", "whole", "--against", "transformers")
         demo.show(*check, "--modes", "whole,decode")
         demo.finish(other)
+        say("6. Serve: the engine behind OpenAI's interface; its client asks, a tool is called, the model answers.")
+        with demo.serve(engine) as url:
+            demo.example("tool_call.py", url)
     say(f"Done in {time.monotonic() - started:.0f} s. It is all in {out}/; try: seekforge --help")
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.served import served
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -33,7 +34,7 @@ def test_every_example_has_a_test_and_says_how_to_run_it() -> None:
     assert scripts == called
     for name in scripts:
         head = ast.get_docstring(ast.parse((EXAMPLES / name).read_text(encoding="utf-8")))
-        assert head and f"python examples/{name} ENGINE" in head, name
+        assert head and re.search(rf"python examples/{re.escape(name)} (ENGINE|URL)", head), name
 
 
 def test_generate_answers_texts_and_ids(tiny_engines: dict[str, Path]) -> None:
@@ -80,3 +81,11 @@ def test_a_batch_file_is_answered_and_not_answered_twice(tiny_engines: dict[str,
     assert set(found) == {f"q{number}" for number in range(5)} and len(printed.splitlines()) == 5
     example("batch_file.py", tiny_engines["fp8"], requests, answers)
     assert len(answers.read_text(encoding="utf-8").splitlines()) == 5
+
+
+def test_a_tool_is_called_through_the_server(tiny_engines: dict[str, Path]) -> None:
+    with served(tiny_engines["fp8"]) as (_, url, _):
+        printed = example("tool_call.py", url)
+    assert re.search(r'^call     weather\({"city": "(Oslo|Rome)"}\)$', printed, re.MULTILINE)
+    assert re.search(r"^result   (rain|sun), \d+ °C$", printed, re.MULTILINE)
+    assert re.search(r"^answer   .+", printed, re.MULTILINE)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runtime.server.test_engine_process import engine_of, served
+from tests.support.served import engine_of, served
 
 _SECONDS = float(os.environ.get("SEEKFORGE_LOAD_SECONDS", "120"))
 _CLIENTS = 64
