@@ -16,10 +16,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.support.served import alive, engine_of, post, served
 
 from seekforge.common.errors import EngineError, RequestError
+from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.engine.scheduler import QueueFullError
 from seekforge.runtime.server.channel import Piece
@@ -122,6 +124,31 @@ def test_a_stream_that_is_closed_gives_its_blocks_back(toy_engine: Path) -> None
         assert client.num_streams == 0
 
     run(toy_engine, work)
+
+
+def test_weights_are_swapped_from_a_folder(
+    tiny_engines: dict[str, Path], tiny_source: Checkpoint, tmp_path: Path
+) -> None:
+    norm = "model.norm.weight"
+    write_shard(tmp_path / "model.safetensors", {norm: -np.asarray(tiny_source.tensor(norm))})
+    params = SamplingParams(temperature=0, ignore_eos=True)
+
+    async def work(client: EngineProcess) -> None:
+        async def tokens() -> list[int]:
+            return [token for piece in await whole(client.start([5, 6, 7], params)) for token in piece.token_ids]
+
+        for path, why in ((tmp_path / "none", "does not exist"), (tmp_path.parent, "holds neither")):
+            with pytest.raises(RequestError, match=why):
+                await client.call("update_weights", path=str(path))
+        before = await tokens()
+        assert await client.call("update_weights", path=str(tmp_path)) == 1
+        assert await tokens() != before
+        (tmp_path / "model.safetensors").unlink()
+        write_shard(tmp_path / "model.safetensors", {"no.such.weight": np.zeros(3, np.float32)})
+        with pytest.raises(RequestError, match=r"no\.such\.weight"):
+            await client.call("update_weights", path=str(tmp_path))
+
+    run(tiny_engines["exact"], work)
 
 
 def test_an_engine_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seekforge.common.reading import parse_json
 from seekforge.common.records import Record
+from seekforge.runtime.server import tracing
 from seekforge.runtime.server.context import Call, Context
 from seekforge.runtime.server.errors import APIError, as_api_error
 from seekforge.runtime.server.sse import ClientGoneError
@@ -90,6 +91,7 @@ class Door:
             await send(message)
 
         counted = False
+        span = tracing.begin(method, "" if route is None else route.path, headers, self._context.model_name)
         try:
             if route is None:
                 raise self._no_route(method, path)
@@ -117,9 +119,10 @@ class Door:
             self._context.num_running -= counted
             seconds = time.perf_counter() - began
             self._context.metrics.answered(path if path in self._paths else "other", status)
-            line = {"request_id": request_id, "method": method, "path": path[:200], "status": status}
+            line = {"request_id": request_id, "method": method, "path": path[:200], "status": status} | call.log
+            tracing.end(span, line)
             level = logging.DEBUG if route is not None and route.key == "none" else logging.INFO
-            log.log(level, "%s", json.dumps(line | {"seconds": round(seconds, 4)} | call.log))
+            log.log(level, "%s", json.dumps(line | {"seconds": round(seconds, 4)}))
 
     def _no_route(self, method: str, path: str) -> APIError:
         if path in self._paths:

@@ -176,7 +176,7 @@ def _update_weights(llm: LLM, path: str) -> int:
         with Checkpoint.open(Path(path)) as checkpoint:
             tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
             llm.update_weights(tensors)
-    except CheckpointError as error:
+    except (CheckpointError, EngineError) as error:  # of the folder, or of tensors that this engine does not read
         raise RequestError(str(error)) from None
     return len(tensors)
 
