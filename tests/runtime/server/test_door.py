@@ -73,6 +73,8 @@ def call(
         ("POST", CHAT, ASK | {"response_format": {"type": "xml"}}, 400, "response_format"),
         ("POST", CHAT, ASK | {"logit_bias": {"x": 1}}, 400, "logit_bias"),
         ("POST", CHAT, ASK | {"top_logprobs": 3}, 400, "logprobs"),
+        ("POST", CHAT, ASK | {"logprobs": True, "top_logprobs": 21}, 400, "--max-logprobs"),
+        ("POST", "/v1/completions", {"prompt": "a", "logprobs": -1}, 400, "--max-logprobs"),
         ("POST", CHAT, ASK | {"stream": "yes"}, 400, "stream"),
         ("POST", CHAT, ASK | {"model": "other"}, 404, "not served"),
         ("POST", CHAT, ASK | {"reasoning_effort": "none"} | THINKING, 400, "contradict"),
@@ -116,6 +118,15 @@ def test_a_large_body_is_refused_before_it_is_read(server: LiveServer, says_leng
             for _ in range(4):
                 client.sendall(b"1000\r\n" + b" " * 4096 + b"\r\n")
         assert client.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_that_does_not_come_is_given_up(tiny_checkpoint: Path) -> None:
+    with live_server(tiny_checkpoint, str, read_timeout_s=0.2) as impatient:
+        host, port = urlsplit(impatient.url).netloc.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n"
+            client.sendall(head.encode() + b"{")
+            assert client.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_no_key_no_answer(guarded: LiveServer) -> None:

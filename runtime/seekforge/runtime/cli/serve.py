@@ -74,6 +74,7 @@ def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
 @click.option(
     "--drain-timeout", type=Number(0), default=30.0, show_default=True, metavar="SECONDS", help="After SIGTERM."
 )
+@click.option("--max-logprobs", type=Whole(-1), default=20, show_default=True, help="Most that may be asked; -1: all.")
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Lets pages of that origin call.  [default: none]")
 @click.option("--deterministic", is_flag=True, help="Same tokens whatever else runs; CPU only, twice the work.")
 @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
@@ -99,6 +100,7 @@ def serve(
     request_timeout: float | None,
     max_body_size: int,
     drain_timeout: float,
+    max_logprobs: int,
     cors_origin: tuple[str, ...],
     deterministic: bool,
     no_prefix_caching: bool,
@@ -123,6 +125,7 @@ def serve(
         api_keys=_keys("api-key", api_key, api_key_file),
         admin_keys=_keys("admin-key", admin_key, admin_key_file),
         max_body_bytes=max_body_size,
+        max_logprobs=max_logprobs,
         request_timeout_s=request_timeout,
         drain_s=drain_timeout,
         cors_origins=cors_origin,

@@ -129,6 +129,7 @@ class Call:
             RequestError: one cannot be served; none is.
         """
         client, started = self.context.client, list[Stream]()
+        self._check_logprobs(params)
         try:
             for ids in prompts:
                 started.append(
@@ -144,6 +145,16 @@ class Call:
         finally:
             for stream in started:
                 stream.close()
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        """Refuse more log-probabilities than a server gives: with all of a vocabulary an answer has no bounds."""
+        most = self.context.settings.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            if most >= 0 and wanted is not None and not 0 <= wanted <= most:
+                raise BodyError(
+                    f"{name} is {wanted}, expected at most {most}; the server's --max-logprobs says so", name
+                )
 
     async def unless_gone(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Return what `work` gives; end it when the client goes away.

@@ -5,6 +5,7 @@ Plain ASGI: whatever raises below ends as an error object with a status.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
@@ -97,7 +98,7 @@ class Door:
                 raise self._no_route(method, path)
             self._check_key(route, headers)
             if route.body is not None:
-                call.body = await self._body(headers, receive)
+                call.body = await self._body_in_time(headers, receive)
             if route.generates:
                 self._enter()
                 counted = True
@@ -153,6 +154,15 @@ class Door:
                 "no valid API key came; send it as 'Authorization: Bearer KEY' (or x-api-key)",
                 code="invalid_api_key",
             )
+
+    async def _body_in_time(self, headers: Mapping[str, str], receive: Receive) -> Any:
+        """Return the decoded body; errors as `_body`, and 408 for one that does not come."""
+        seconds = self._context.settings.read_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._body(headers, receive)
+        except TimeoutError:
+            raise APIError(408, f"the body was not there after {seconds:g} seconds; send it again") from None
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> Any:
         """Return the decoded body.
