@@ -120,6 +120,18 @@ def test_reasoning_has_two_names_and_a_content_may_be_parts() -> None:
     assert texts[0] == texts[1] == f"{BOS}{USER}x{ASSISTANT}<think>why</think>ab{EOS}"
 
 
+def test_results_stand_in_the_order_of_their_calls_if_they_say_which_they_are_of() -> None:
+    call = {"type": "function", "function": {"name": "get", "arguments": "{}"}}
+    ask = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "tool_calls": [call | {"id": "a"}, call | {"id": "b"}]},
+    ]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in ("b", "a")]
+    assert "<result>of a</result>\n<result>of b</result>" in encode([*ask, *results]).text
+    nameless = [{"role": "tool", "content": f"of {name}"} for name in ("b", "a")]
+    assert "<result>of b</result>\n<result>of a</result>" in encode([*ask, *nameless]).text
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_the_last_message_is_continued(thinking: bool) -> None:
     opening = "<think>why</think>" if thinking else "</think>"

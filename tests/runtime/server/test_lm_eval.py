@@ -25,7 +25,7 @@ from seekforge.formats.numerics import NUMERICS
 from seekforge.runtime.text.tokenizer import Tokenizer
 
 PYTHON = os.environ.get("SEEKFORGE_LM_EVAL_PYTHON", sys.executable)
-WORDS = "the cat sat on a mat and it was red but they had what who more".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "it", "was", "red", "but", "they", "had", "what", "who", "more"]
 TASK = """
 task: local_mc
 dataset_path: json

@@ -52,7 +52,7 @@ class Message:
         content: the text; may be empty.
         reasoning_content: what the model thought before; None: nothing is known of it.
         tool_calls: what it wants to be called.
-        tool_call_id: of a tool's result: the call. Results are matched by their order, as the model was trained.
+        tool_call_id: of a tool's result: the call. Results without it are matched by their order.
         tools: functions, of a system or developer message.
         response_format: a JSON schema, of a system or developer message.
     """
@@ -144,7 +144,27 @@ def read_messages(messages: object) -> tuple[Message, ...]:
         raise RequestError(f"messages is {shown(messages)}, expected a list of messages")
     if not items:
         raise RequestError("the conversation has no messages; pass at least one")
-    return tuple(_read(item, f"message {index}") for index, item in enumerate(items))
+    return _results_in_order([_read(item, f"message {index}") for index, item in enumerate(items)])
+
+
+def _results_in_order(messages: list[Message]) -> tuple[Message, ...]:
+    """Put results behind one another as their calls are, where all of them say which call they belong to.
+
+    The model was trained on results in the order of the calls and sees no ids; callers that run tools at the same time
+    send results as they end.
+    """
+    start = 0
+    while start < len(messages):
+        stop = start + 1
+        while stop < len(messages) and messages[stop].role == "tool":
+            stop += 1
+        places = {call.id: place for place, call in enumerate(messages[start].tool_calls) if call.id}
+        results = messages[start + 1 : stop]
+        ids = {result.tool_call_id for result in results}
+        if len(ids) == len(results) == len(places) and ids == places.keys():
+            messages[start + 1 : stop] = sorted(results, key=lambda result: places[result.tool_call_id or ""])
+        start = stop
+    return tuple(messages)
 
 
 def is_conversation(messages: object) -> bool:
