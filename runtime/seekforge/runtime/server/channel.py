@@ -15,7 +15,7 @@ From it:
 - `("loading", what)`, then `("ready", facts)` or `("failed", message)`.
 - `("accepted", request_id, num_prompt_tokens)`, or `("refused", request_id, kind, message)`: it cannot be served;
   kind is the name of the error's class, or nothing where it is a bug of ours.
-- `("step", pieces)`: what requests gained; one frame for all of them.
+- `("step", pieces)`: what requests gained, the fields of a `Piece` each; one frame for all of them.
 - `("result", call_id, value)`, or `("error", call_id, kind, message)`.
 """
 

@@ -260,10 +260,10 @@ class EngineProcess:
             match frame:
                 case ("step", pieces):
                     streams = self._streams
-                    for piece in pieces:
-                        stream = streams.get(piece.request_id)
+                    for fields in pieces:
+                        stream = streams.get(fields[0])
                         if stream is not None:
-                            stream.take(piece)
+                            stream.take(Piece._make(fields))
                 case ("accepted", request_id, count):
                     if (stream := self._streams.get(request_id)) is not None:
                         stream.num_prompt_tokens = count
