@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
     Attributes:
         request_id: whose it is.
-        index: the index of the completion.
+        choice: the index of the completion among those of the request.
         text, token_ids: the new text and tokens.
         finish_reason, stop_reason: why the completion ended, in its last piece.
         logprobs: log-probabilities of the new tokens; empty unless asked.
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
     """
 
     request_id: int
-    index: int
+    choice: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
@@ -82,8 +82,8 @@ def joined(pieces: list[Piece]) -> list[Piece]:
         return pieces
     last: dict[int, Piece] = {}
     for piece in pieces:
-        before = last.get(piece.index)
-        last[piece.index] = (
+        before = last.get(piece.choice)
+        last[piece.choice] = (
             piece
             if before is None
             else piece._replace(

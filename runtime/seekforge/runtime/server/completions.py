@@ -62,17 +62,17 @@ async def _whole(
     choices: list[dict[str, Any]] = []
     totals = [0, 0, 0]
     async with call.streams(prompts, params, body.priority or 0) as streams:
-        found: list[dict[int, list[Piece]]] = [{} for _ in streams]
+        collected: list[dict[int, list[Piece]]] = [{} for _ in streams]
         async for number, pieces in merged(streams):
             timer.came()
             for piece in pieces:
-                found[number].setdefault(piece.index, []).append(piece)
-    for number, of_prompt in enumerate(found):
+                collected[number].setdefault(piece.choice, []).append(piece)
+    for number, of_prompt in enumerate(collected):
         end = next(p.end for pieces in of_prompt.values() for p in pieces if p.end is not None)
         completions = list(end.best) or [_joined(of_prompt[index]) for index in sorted(of_prompt)]
         for one in completions:
             choices.append(
-                _choice(number * params.n + one.index, one, end, body, prompts[number], context, token_bytes)
+                _choice(number * params.n + one.choice, one, end, body, prompts[number], context, token_bytes)
             )
         generated = 0 if body.max_tokens == 0 else end.num_completion_tokens
         totals = [a + b for a, b in zip(totals, (end.num_prompt_tokens, generated, end.num_cached_tokens))]
@@ -177,7 +177,7 @@ async def _events(
             timer.came()
             out: list[str] = []
             for piece in pieces:
-                index = number * params.n + piece.index
+                index = number * params.n + piece.choice
                 if piece.end is not None:
                     end = piece.end
                     counts = (end.num_prompt_tokens, end.num_completion_tokens, end.num_cached_tokens)

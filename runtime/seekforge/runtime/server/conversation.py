@@ -115,7 +115,7 @@ class Conversation:
                 timer.came()
                 gained = []
                 for piece in pieces:
-                    gained.append((piece.index, piece, self.choices[piece.index].take(piece)))
+                    gained.append((piece.choice, piece, self.choices[piece.choice].take(piece)))
                     self.end = piece.end or self.end
                 if self.end is not None:
                     call.log["completion_tokens"] = self.end.num_completion_tokens

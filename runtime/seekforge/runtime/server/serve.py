@@ -144,13 +144,9 @@ async def serve(
             ChatProcessor(manifest.config.get("model_type"), tokenizer),
             Metrics(settings.served_model_names[0], client.facts),
         )
-        fast = {
-            "loop": "uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
-            "http": "httptools" if importlib.util.find_spec("httptools") else "h11",
-        }
         config = uvicorn.Config(
             make_app(context),
-            **fast,
+            http="httptools" if importlib.util.find_spec("httptools") else "h11",
             ws="none",
             lifespan="on",
             log_config=None,
