@@ -213,8 +213,10 @@ def test_the_log_has_no_text_and_no_key(guarded: LiveServer, caplog: pytest.LogC
         call(guarded, "POST", CHAT, ASK, {"x-api-key": "user-key"})
         call(guarded, "POST", CHAT, ASK | {"temperature": "a secret"}, {"x-api-key": "user-key"})
         call(guarded, "POST", CHAT, {"messages": [{"role": "a secret"}]}, {"x-api-key": "user-key"})
+        call(guarded, "POST", CHAT, ASK | {"a secret": 1}, {"x-api-key": "user-key"})
+        call(guarded, "POST", CHAT + "?key=a secret".replace(" ", "%20"), ASK, {"x-api-key": "user-key"})
         call(guarded, "POST", CHAT, ASK, {"authorization": "Bearer wrong-key"})
-        until(lambda: len(caplog.records) == 4)  # a line is written when its answer has been sent
+        until(lambda: len(caplog.records) == 6)  # a line is written when its answer has been sent
     assert "secret" not in caplog.text and "-key" not in caplog.text and "rains" not in caplog.text
     line = json.loads(caplog.records[0].getMessage())
     assert (line["status"], line["path"]) == (200, CHAT)

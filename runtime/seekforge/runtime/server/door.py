@@ -111,7 +111,10 @@ class Door:
             if told is None:
                 log.exception("request %s", request_id)
                 told = APIError(500, f"an internal error; the log has it under {request_id}")
-            call.log |= {"error": told.code or told.kind, "param": told.param}  # no message: it may hold a prompt
+            call.log |= {"error": told.code or told.kind}  # no message: it may hold a prompt
+            head = (told.param or "").partition(".")[0]
+            if route is not None and route.body is not None and head in route.body.model_fields:
+                call.log["param"] = head  # a name of ours; any other was made up by the caller
             if not status:
                 with contextlib.suppress(OSError):
                     await _error_response(told, route)(scope, receive, note)
