@@ -17,8 +17,8 @@ import pytest
 import torch
 from tests.support.served import served
 
-from seekforge.exporter.models.deepseek_v32.session import TorchSession
-from seekforge.exporter.models.deepseek_v32.step import Settings
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS
@@ -84,7 +84,7 @@ def test_scores_are_those_of_pytorch(
         sums = []
         for choice, (response,) in zip(doc["choices"], sample["resps"], strict=True):
             before, ids = tokenizer.encode(doc["question"]), tokenizer.encode(doc["question"] + choice)
-            logits = TorchSession(settings, tiny_source, num_blocks=4).prefill(ids)["logits"]
+            logits = TorchSession(settings, tiny_source).prefill(ids)["logits"]
             rows = torch.log_softmax(logits[:-1].double(), dim=-1).gather(1, torch.tensor(ids[1:])[:, None]).flatten()
             sums.append(float(rows[len(before) - 1 :].sum()))
             assert float(response[0]) == pytest.approx(sums[-1], abs=1e-3)
