@@ -120,7 +120,8 @@ class Scanner:
     def _until(self, kind: Kind, tag: str) -> Iterator[Span]:
         """Yield the text before a tag as `kind`, as far as it is certain; the tag stands first then."""
         at = self._held.find(tag)
-        text = self._take(at if at >= 0 else len(self._held) - _begun(self._held, tag))
+        begun = _begun(self._held, tag) if at < 0 and "<" in self._held else 0
+        text = self._take(at if at >= 0 else len(self._held) - begun)
         if text:
             yield Span(kind, text)
 
@@ -131,6 +132,9 @@ class Scanner:
             self._state = "content"
 
     def _content(self) -> Iterator[Span]:
+        if "<" not in self._held and not self._held.endswith("\n"):  # most of a text: no tag is begun
+            yield Span("content", self._take(len(self._held)))
+            return
         tags = (markup.CALLS_START, markup.INVOKE_START) if self._tool_calls else ()
         places = [at for at in (self._held.find(tag) for tag in (*tags, markup.EOS)) if at >= 0]
         if not places:
