@@ -1,4 +1,4 @@
-"""Exports are whole or absent, the same bytes each time, and the full model fits a small machine."""
+"""Exports are whole or absent, and the full model fits a small machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from seekforge.exporter.program.export import export
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import INDEX_FILE
-from seekforge.formats.numerics import EXACT, FP8
+from seekforge.formats.numerics import EXACT
 from seekforge.formats.program import load_bindings, load_program
 
 
@@ -54,12 +54,6 @@ def quick(traced: dict[bool, Traced], monkeypatch: pytest.MonkeyPatch) -> Callab
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_exporting_twice_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        export(tiny_checkpoint, tmp_path / name, numerics=FP8, num_layers=1)
-    assert _files(tmp_path / "one") == _files(tmp_path / "two")
 
 
 def test_programs_hold_no_weight_and_only_symbolic_axes(tiny_programs: dict[str, Path]) -> None:
