@@ -52,7 +52,7 @@ class Message:
         content: the text; may be empty.
         reasoning_content: what the model thought before; None: nothing is known of it.
         tool_calls: what it wants to be called.
-        tool_call_id: of a tool's result: the call. Results without it are matched by their order.
+        tool_call_id: the call of a tool's result. Results without it are matched by their order.
         tools: functions, of a system or developer message.
         response_format: a JSON schema, of a system or developer message.
     """
@@ -87,7 +87,7 @@ class ToolCallDelta:
 
     Attributes:
         index: the number of the call in its message.
-        id, name: in the first delta of a call; None later.
+        id, name: those of the call, in its first delta; None later.
         arguments: further text of the arguments.
     """
 

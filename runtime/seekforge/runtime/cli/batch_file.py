@@ -63,15 +63,15 @@ class Request:
         prompt: what is continued.
         params: all of them.
         digest: the digest of the request and the engine.
-        asked: of a line in OpenAI's form, which is answered in that form.
-        chat: of a conversation, whose answer is a message.
+        batch_line: the line, where it is in OpenAI's form and is answered in that form.
+        chat: the conversation, where the answer is a message.
     """
 
     key: str | int
     prompt: Prompt
     params: SamplingParams
     digest: str
-    asked: openai_batch.Asked | None = None
+    batch_line: openai_batch.BatchLine | None = None
     chat: ChatRequest | None = None
 
 
@@ -130,11 +130,11 @@ def _read_line(raw: bytes, number: int, params: SamplingParams, checks: Checks, 
     value = parse_json(raw)
     if not isinstance(value, dict):
         raise RequestError('expected an object with a "prompt" or "messages"')
-    asked = None
+    batch_line = None
     if openai_batch.is_batch_line(value):
-        asked = openai_batch.read_line(value)
-        key, fields, options = asked.custom_id, dict(asked.params), asked.options
-        prompt, messages = asked.prompt, asked.messages
+        batch_line = openai_batch.read_line(value)
+        key, fields, options = batch_line.custom_id, dict(batch_line.params), batch_line.options
+        prompt, messages = batch_line.prompt, batch_line.messages
     else:
         fields = dict(value)
         key, prompt = fields.pop("id", number), fields.pop("prompt", None)
@@ -158,7 +158,7 @@ def _read_line(raw: bytes, number: int, params: SamplingParams, checks: Checks, 
     elif not isinstance(prompt, str | list):
         raise RequestError(f"prompt is {type(prompt).__name__}, expected text or a list of token ids")
     checks.check(prompt, line_params)
-    return Request(key, prompt, line_params, _digest(prompt, line_params, engine_digest), asked, chat)
+    return Request(key, prompt, line_params, _digest(prompt, line_params, engine_digest), batch_line, chat)
 
 
 def _digest(prompt: Prompt, params: SamplingParams, engine_digest: str) -> str:
@@ -267,8 +267,8 @@ def _result(
     request: Request, output: RequestOutput, token_bytes: Callable[[int], bytes]
 ) -> tuple[dict[str, Any], bool]:
     errors = [one.error for one in output.outputs if one.finish_reason == "error"]
-    if request.asked is not None:
-        return openai_batch.answer_line(request.asked, request.digest, output, token_bytes), not errors
+    if request.batch_line is not None:
+        return openai_batch.answer_line(request.batch_line, request.digest, output, token_bytes), not errors
     line: dict[str, Any] = {"id": request.key, "request": request.digest}
     if errors:
         return line | {"error": errors[0]}, False

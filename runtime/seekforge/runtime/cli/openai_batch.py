@@ -22,7 +22,7 @@ _NOT_HERE: Final = ("stream", "echo", "priority", "return_token_ids", "include_r
 
 
 @dataclass(frozen=True)
-class Asked:
+class BatchLine:
     """What one line asks for.
 
     Attributes:
@@ -49,7 +49,7 @@ def is_batch_line(raw: Mapping[str, Any]) -> bool:
     return "custom_id" in raw or "body" in raw
 
 
-def read_line(raw: Mapping[str, Any]) -> Asked:
+def read_line(raw: Mapping[str, Any]) -> BatchLine:
     """Read one line.
 
     Raises:
@@ -75,36 +75,43 @@ def read_line(raw: Mapping[str, Any]) -> Asked:
         if url == CHAT:
             chat = read_body(ChatCompletionBody, said)
             fields, options = chat_fields(chat), chat_options(chat)
-            return Asked(custom_id, url, None, chat.messages, options, fields, chat.model or "")
+            return BatchLine(custom_id, url, None, chat.messages, options, fields, chat.model or "")
         completion = read_body(CompletionBody, said)
-        return Asked(custom_id, url, completion.prompt, None, {}, completion_fields(completion), completion.model or "")
+        return BatchLine(
+            custom_id, url, completion.prompt, None, {}, completion_fields(completion), completion.model or ""
+        )
     except BodyError as error:
         raise RequestError(f"body.{error}" if error.param else f"body: {error}") from None
 
 
 def answer_line(
-    asked: Asked, digest: str, output: RequestOutput, token_bytes: Callable[[int], bytes]
+    batch_line: BatchLine, digest: str, output: RequestOutput, token_bytes: Callable[[int], bytes]
 ) -> dict[str, Any]:
     """Return the line of a result.
 
     Args:
-        asked: the line that it answers.
+        batch_line: the line that it answers.
         digest: the digest of the request; `id` carries it.
         output: the result.
         token_bytes: what a token is.
     """
     errors = [one.error for one in output.outputs if one.finish_reason == "error"]
-    line: dict[str, Any] = {"id": request_id(digest), "custom_id": asked.custom_id, "response": None, "error": None}
+    line: dict[str, Any] = {
+        "id": request_id(digest),
+        "custom_id": batch_line.custom_id,
+        "response": None,
+        "error": None,
+    }
     if errors:
         return line | {"error": {"code": "server_error", "message": errors[0]}}
-    chat = asked.url == CHAT
+    chat = batch_line.url == CHAT
     choices = [_choice(one, token_bytes) for one in output.outputs]
     usage = output.usage
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
-        "model": asked.model,
+        "model": batch_line.model,
         "choices": choices,
         "usage": {
             "prompt_tokens": usage.prompt_tokens,

@@ -49,7 +49,7 @@ def completion_logprobs(rows: Sequence[TokenRow | None], ids: Sequence[int], tok
     """Return the `logprobs` of a choice of a completion.
 
     Args:
-        rows: of each token; None where the model gave none, as for the first of a prompt.
+        rows: what each token comes with; None where the model gave none, as for the first of a prompt.
         ids: the tokens.
         token_bytes: what a token is.
         offset: characters before the first of them.

@@ -106,7 +106,7 @@ class Call:
         request_id: names it in answers and logs.
         body: the decoded JSON; None where there is none.
         query: what follows the path.
-        receive: of ASGI.
+        receive: what ASGI gives to read the request with.
         created: when it came, seconds since 1970.
         log: what the line in the log says beside the ordinary.
     """

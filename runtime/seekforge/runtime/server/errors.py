@@ -32,7 +32,7 @@ class APIError(Exception):
     """An answer that is an error.
 
     Attributes:
-        status: of HTTP.
+        status: the status of HTTP.
         message: one line: what came, what was expected, what to do.
         param: the key that is at fault.
         code: what a program may look at.

@@ -33,7 +33,7 @@ class EventStream:
     """An answer whose body is what a generator makes; the generator is closed in any case.
 
     Attributes:
-        status: of HTTP, for the log.
+        status: the status of HTTP, for the log.
     """
 
     def __init__(
