@@ -16,7 +16,18 @@ from seekforge.common.outputs import OUTPUTS, check_output_file, check_output_fo
 from seekforge.runtime.cli import main as cli
 
 #: Paths that commands read. A new one belongs here or among `OUTPUTS`.
-READ = {"engine", "program", "checkpoint", "batch", "prompts", "plan_file", "given", "from_dump"}
+READ = {
+    "engine",
+    "program",
+    "checkpoint",
+    "batch",
+    "prompts",
+    "plan_file",
+    "from_dump",
+    "inputs",
+    "api_key_file",
+    "admin_key_file",
+}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def check_outputs(arguments: Mapping[str, object], inputs: Iterable[object]) -> 
     Raises:
         OutputError: as `check_output` and `check_distinct`.
     """
-    outputs = [
+    outputs: list[tuple[Path, Kind]] = [
         (value, OUTPUTS[name]) for name, value in arguments.items() if name in OUTPUTS and isinstance(value, Path)
     ]
     for place, kind in outputs:

@@ -33,7 +33,9 @@ _REMEMBERED = 512
 CHECKPOINT = "checkpoint"
 
 _Word = Literal["F32", "I32", "I64"]
-_TYPES: dict[_Word, np.dtype] = {word: NUMPY[name] for name, word in SAFETENSORS.items() if word in get_args(_Word)}
+_TYPES: dict[_Word, np.dtype] = {
+    word: NUMPY[name] for word in get_args(_Word) for name, other in SAFETENSORS.items() if other == word
+}
 _WORDS: dict[np.dtype, _Word] = {dtype: word for word, dtype in _TYPES.items()}
 
 

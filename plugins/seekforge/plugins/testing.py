@@ -174,14 +174,14 @@ def same_selection(actual: Tensor, expected: Tensor, scores: Tensor, gap: float)
         return False
     flat = (actual.flatten(0, -2), expected.flatten(0, -2), scores.flatten(0, -2))
     for got, want, score in zip(*flat, strict=True):
-        chosen, expected = got[got >= 0].tolist(), want[want >= 0].tolist()
-        if len(chosen) != len(expected) or len(set(chosen)) != len(chosen):
+        chosen, wanted = got[got >= 0].tolist(), want[want >= 0].tolist()
+        if len(chosen) != len(wanted) or len(set(chosen)) != len(chosen):
             return False
-        differ = list(set(chosen) ^ set(expected))
+        differ = list(set(chosen) ^ set(wanted))
         if not differ:
             continue
         finite = score[score.isfinite()]
-        last = score[expected].min()
+        last = score[wanted].min()
         if (score[differ] - last).abs().max() > gap * (finite.max() - finite.min()):
             return False
     return True

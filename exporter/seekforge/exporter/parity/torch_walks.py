@@ -223,5 +223,5 @@ def without(numerics: Numerics, names: Sequence[str]) -> Numerics:
         raise ConfigError(f"--without {unknown[0]}: expected some of {', '.join(off)}")
     if not names:
         return numerics
-    values = numerics.model_dump() | {name: off[name] for name in names}
+    values: dict[str, object] = numerics.model_dump() | {name: off[name] for name in names}
     return numerics_from_dict(values | {"name": f"{numerics.name} without {', '.join(names)}"})

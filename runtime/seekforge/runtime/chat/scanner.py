@@ -202,7 +202,8 @@ class Scanner:
             self._state = "block"
             yield Span("end_call", self._take(len(markup.INVOKE_END)))
             return True
-        for tag, state in ((markup.CALLS_END, "content"), (markup.CALLS_START, "block")):
+        states: tuple[tuple[str, _State], ...] = ((markup.CALLS_END, "content"), (markup.CALLS_START, "block"))
+        for tag, state in states:
             if self._held.startswith(tag):
                 if in_call:
                     yield Span("end_call", "", problem=f"it is not ended by {markup.INVOKE_END}")
@@ -219,8 +220,9 @@ class Scanner:
             return True
         if in_call and self._held.startswith(markup.PARAMETER_START):
             end = self._tag_end(0)
-            known = end is not None and end != _TOO_LONG
-            attributes = _attributes(self._held[len(markup.PARAMETER_START) : end - 1]) if known else {}
+            if end is None or end == _TOO_LONG:
+                return False
+            attributes = _attributes(self._held[len(markup.PARAMETER_START) : end - 1])
             if "name" in attributes:
                 self._state, self._has_parameters = "value", True
                 yield Span("parameter", self._take(end), attributes["name"], attributes.get("string"))

@@ -105,7 +105,8 @@ def _value(node: ast.expr) -> int | float:
                 raise ValueError(f"the exponent {second} is too large")
             return _bounded(_BINARY[type(op)](first, second))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            return _bounded(_FUNCTIONS[name](*map(_value, args)))
+            function: Callable[..., Any] = _FUNCTIONS[name]
+            return _bounded(function(*map(_value, args)))
     raise ValueError("only numbers, + - * / // % ** and the functions named are known")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from seekforge.exporter.models.shared.layers import (
@@ -57,7 +59,7 @@ class LatentAttention(nn.Module):
         q_pe = rope_interleaved(q_pe.reshape(*qr.shape[:2], -1), step.cos, step.sin, self.heads)
         return q_nope, q_pe.unflatten(-1, (self.heads, -1))
 
-    def latent_queries(self, q_nope: Tensor, lead: tuple[int, int]) -> Tensor:
+    def latent_queries(self, q_nope: Tensor, lead: Sequence[int]) -> Tensor:
         """[B·Q, heads, qk_nope_head_dim] -> [B, Q, heads, kv_lora_rank], for lead = (B, Q)."""
         return product_per_head(q_nope, self.w_uk).unflatten(0, lead)
 
@@ -65,6 +67,6 @@ class LatentAttention(nn.Module):
         """[B, Q, heads, kv_lora_rank] -> [B·Q, heads, v_head_dim]."""
         return product_per_head(o_latent.flatten(0, 1), self.w_uv.transpose(1, 2))
 
-    def output(self, o: Tensor, lead: tuple[int, int]) -> Tensor:
+    def output(self, o: Tensor, lead: Sequence[int]) -> Tensor:
         """Values of all heads, of any shape with B·Q rows, -> [B, Q, hidden_size], for lead = (B, Q)."""
         return self.sum_ranks(self.o_proj(o.reshape(*lead, -1)))
