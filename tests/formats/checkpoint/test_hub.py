@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -144,6 +145,18 @@ def test_shards_without_an_index_are_found_by_the_listing(hub: Hub, tiny_source:
     (hub.folder / INDEX_FILE).unlink()
     with headers("owner/name") as folder, Checkpoint.open(folder) as checkpoint:
         assert set(checkpoint.names) == set(tiny_source.names)
+
+
+def test_retries_say_nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command prints of a hub that is not there is one line."""
+    said: list[str] = []
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.url = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    assert "try again online" in refused("inspect", "owner/name")
+    assert not said
 
 
 def test_a_plan_reads_config_alone(hub: Hub) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -110,6 +111,8 @@ def _library(source: str) -> Any:
             importlib.import_module(f"huggingface_hub.{name}")
     if hasattr(hub, "utils") and not hasattr(hub.utils, "http_stream_backoff"):
         raise EnvironmentFault(f"{source}: huggingface_hub is too old here; {install_module('huggingface_hub')}")
+    # every retry is three lines of it, and what is given up after them is one of ours
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     return hub
 
 
