@@ -48,6 +48,21 @@ def test_messages_are_lines_of_json(chat_engine: Path) -> None:
     assert messages[2] == {"role": "user", "content": "b"}
 
 
+def test_run_answers_one_message(chat_engine: Path) -> None:
+    arguments = ["run", str(chat_engine), "--prompt", "the cat", "--chat", "--thinking", "--system", "a mat"]
+    arguments += ["--thinking-token-budget", "3", "--max-tokens", "9", "--ignore-eos", "--seed", "1"]
+    done = CliRunner().invoke(main, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    (completion,) = json.loads(done.stdout)["completions"]
+    message = completion["message"]
+    assert message["reasoning_content"] + "</think>" + message["content"] == completion["text"]
+    plain = CliRunner().invoke(main, [*arguments, "--quiet"])
+    assert plain.stdout == message["content"] + "\n" and plain.stderr == message["reasoning_content"]
+    for wrong in (["--thinking"], ["--system", "a"], ["--chat", "--batch", "a", "--output", "b"]):
+        extra = wrong if "--batch" in wrong else [*wrong, "--prompt", "a"]
+        assert CliRunner().invoke(main, ["run", str(chat_engine), *extra]).exit_code == 2
+
+
 def test_an_option_that_cannot_be_served_is_one_line_before_weights_are_read(
     toy_engine: Path, chat_engine: Path
 ) -> None:
