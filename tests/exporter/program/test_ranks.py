@@ -16,8 +16,8 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
+from seekforge.exporter.models.deepseek_v32.model import StepModel
 from seekforge.exporter.models.sharding import check_parallelism
-from seekforge.exporter.models.shared.model import StepModel
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.weights import recipes
