@@ -215,6 +215,17 @@ def test_a_server_whose_engine_is_killed_says_so_and_ends(toy_engine: Path) -> N
     assert len(said) == 1 and "by signal 9" in said[0] and "Traceback" not in "".join(lines)
 
 
+def test_the_address_is_json_for_scripts(toy_engine: Path) -> None:
+    command = [sys.executable, "-m", "seekforge", "serve", str(toy_engine), "--port", "0", "--json", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        made = json.loads(process.stdout.readline())
+        with urllib.request.urlopen(f"{made['url']}/v1/models", timeout=60) as answer:
+            assert [one["id"] for one in json.load(answer)["data"]] == made["models"] == ["engine"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
 def test_a_port_that_is_taken_is_told_before_the_engine_is_read(toy_engine: Path, tmp_path: Path) -> None:
     with served(toy_engine) as (_, url, _):
         port = url.rpartition(":")[2]

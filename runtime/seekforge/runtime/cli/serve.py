@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from seekforge.common.cli.console import Stages
-from seekforge.common.cli.options import ByteSize, Number, Tokens, Whole, command, quiet_option, threads_option
+from seekforge.common.cli.options import (
+    ByteSize,
+    Number,
+    Tokens,
+    Whole,
+    command,
+    json_option,
+    quiet_option,
+    threads_option,
+)
+from seekforge.common.cli.terminal import write_json
 from seekforge.common.errors import OptionError
 from seekforge.common.reading import read_text
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
@@ -84,6 +94,7 @@ def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
 @click.option("--verify", is_flag=True, help="Read every byte of the engine first.")
 @click.option("--no-self-check", is_flag=True, help="Skip the check against stored results.")
 @quiet_option
+@json_option
 def serve(
     engine: Path,
     host: str,
@@ -110,11 +121,13 @@ def serve(
     verify: bool,
     no_self_check: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Serve ENGINE over HTTP, as OpenAI's and Anthropic's clients expect it.
 
     Endpoints are listed at /docs. SIGTERM and Ctrl-C let requests on their way end, a second one ends them. Each
-    request is one line of JSON on stderr, without its text.
+    request is one line of JSON on stderr, without its text; with --json the address is one on stdout, as soon as
+    requests are taken.
     """
     from seekforge.runtime.server.serve import bound, log_to_stderr, run  # heavy, and an extra
     from seekforge.runtime.server.settings import ServerSettings
@@ -131,7 +144,7 @@ def serve(
         cors_origins=cors_origin,
     )
     with bound(host, port) as held:
-        stages = Stages(quiet=quiet)
+        stages = Stages(quiet=quiet or as_json)
         opened = open_engine(engine, stages, verify=verify)
         check_checkpoint(opened, checkpoint)
         stages("loading")
@@ -150,8 +163,11 @@ def serve(
 
         def ready(facts: Mapping[str, Any]) -> None:
             where = held.getsockname()
+            url = f"http://{_address(where[0])}:{where[1]}"
             stages.done(f"loaded   room for {facts['max_model_len']} tokens, {facts['num_blocks']} cache blocks")
-            stages.say(f"serving  http://{_address(where[0])}:{where[1]}")
+            stages.say(f"serving  {url}")
+            if as_json:
+                write_json({"url": url, "models": settings.served_model_names, "max_model_len": facts["max_model_len"]})
 
         log_to_stderr(logging.WARNING if quiet else logging.INFO)
         run(settings, options, held, on_loading=stages.update, on_ready=ready)
