@@ -141,14 +141,14 @@ def hub_index() -> str:
 
 
 def _graph_reader(program: Path, engine: Path) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
-    face = load_program(program).graphs["mtp"]
+    graph_io = load_program(program).graphs["mtp"]
     own = load_manifest(engine).graphs["mtp"]
-    weights = {spec.name for spec in face.inputs if spec.role in ("weight", "table")}
+    weights = {spec.name for spec in graph_io.inputs if spec.role in ("weight", "table")}
 
     def of_program(folder: Path) -> None:
         """Read it as its maker could have made it: its digest is right."""
         digest = sha256_file(folder / "model.onnx")
-        model = read_graph(folder, face.model_copy(update={"file": "model.onnx", "sha256": digest}))
+        model = read_graph(folder, graph_io.model_copy(update={"file": "model.onnx", "sha256": digest}))
         found = groups(model, weights)
         draw(found, "dot"), draw(found, "mermaid")
 

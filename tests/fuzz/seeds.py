@@ -33,11 +33,11 @@ def tiny_formats(checkpoint: Path, program: Path, engine: Path, scratch: Path) -
     config = read(checkpoint / "config.json")
     _fewer_layers(manifest)
     bindings = read(program / "bindings.json")
-    for graph, face in own_program["graphs"].items():  # of the weights some will do
-        face["inputs"] = [spec for spec in face["inputs"] if spec["role"] not in ("weight", "table")] + [
-            spec for spec in face["inputs"] if spec["role"] in ("weight", "table")
+    for graph, graph_io in own_program["graphs"].items():  # of the weights some will do
+        graph_io["inputs"] = [spec for spec in graph_io["inputs"] if spec["role"] not in ("weight", "table")] + [
+            spec for spec in graph_io["inputs"] if spec["role"] in ("weight", "table")
         ][:20]
-        names = {spec["name"] for spec in face["inputs"]}
+        names = {spec["name"] for spec in graph_io["inputs"]}
         bindings["graphs"][graph] = {name: one for name, one in bindings["graphs"][graph].items() if name in names}
     tokenizer = read(checkpoint / "tokenizer.json")
     tokenizer["model"]["vocab"] = dict(list(tokenizer["model"]["vocab"].items())[:300])

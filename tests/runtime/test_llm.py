@@ -1,4 +1,4 @@
-"""The public face on a toy engine: batched = one by one = chunked = numpy."""
+"""The public interface on a toy engine: batched = one by one = chunked = numpy."""
 
 from __future__ import annotations
 

@@ -221,8 +221,8 @@ def make_gpu_engine(toy_engine: Path, root: Path) -> tuple[Path, Path]:
     raw = json.loads((engine / "manifest.json").read_text())
     tensors: dict[str, np.ndarray] = {}
     bindings: dict[str, dict[str, Recipe]] = {}
-    for graph, face in raw["graphs"].items():
-        model = onnx.load(engine / face["file"])
+    for graph, graph_io in raw["graphs"].items():
+        model = onnx.load(engine / graph_io["file"])
         bindings[graph] = {}
         for constant in list(model.graph.initializer):
             value = numpy_helper.to_array(constant)
@@ -230,11 +230,13 @@ def make_gpu_engine(toy_engine: Path, root: Path) -> tuple[Path, Path]:
             bindings[graph][constant.name] = Recipe("take", value.shape, "f32", tensor=f"{constant.name}.weight")
             info = onnx.helper.make_tensor_value_info(constant.name, constant.data_type, value.shape)
             model.graph.input.append(info)
-            face["inputs"].append({"name": constant.name, "dtype": "f32", "shape": list(value.shape), "role": "weight"})
+            graph_io["inputs"].append(
+                {"name": constant.name, "dtype": "f32", "shape": list(value.shape), "role": "weight"}
+            )
         del model.graph.initializer[:]
-        onnx.save(model, engine / face["file"])
-        (engine / f"{face['file']}.data").unlink()
-        for spec in (*face["inputs"], *face["outputs"]):
+        onnx.save(model, engine / graph_io["file"])
+        (engine / f"{graph_io['file']}.data").unlink()
+        for spec in (*graph_io["inputs"], *graph_io["outputs"]):
             if spec["name"] in ("input_ids", "hidden_in"):
                 spec["role"] = "token"
             elif spec["name"] in ("positions", "slot_mapping", "block_table", "logits_index"):
@@ -272,17 +274,17 @@ def in_two_plans(engine: Path, folder: Path) -> Path:
 
     def edit(raw: dict[str, Any]) -> None:
         model = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx"))
-        handed = {"name": "handover.0", "dtype": "f32", "shape": ["B", "Q", 16], "role": "handover"}
-        face = raw["graphs"]["model"]
+        handed = {"name": "intermediate.0", "dtype": "f32", "shape": ["B", "Q", 16], "role": "intermediate"}
+        graph_io = raw["graphs"]["model"]
         stages = []
         for number in (0, 1):
-            outputs = [one for one in face["outputs"] if one["name"].endswith(".0") == (number == 0)]
+            outputs = [one for one in graph_io["outputs"] if one["name"].endswith(".0") == (number == 0)]
             names = [one["name"] for one in outputs]
             if number == 0:
                 part = onnx.utils.Extractor(model).extract_model([i.name for i in model.graph.input], [*names, "mixed"])
             else:
                 part = onnx.utils.Extractor(model).extract_model(["mixed", "logits_index", "head"], names)
-            rename = {"mixed": "handover_out.0" if number == 0 else "handover.0"}
+            rename = {"mixed": "intermediate_out.0" if number == 0 else "intermediate.0"}
             for node in part.graph.node:
                 node.input[:] = [rename.get(name, name) for name in node.input]
                 node.output[:] = [rename.get(name, name) for name in node.output]
@@ -293,13 +295,13 @@ def in_two_plans(engine: Path, folder: Path) -> Path:
                 part.graph.input.remove(value)
             file = f"model.{number}.onnx"
             onnx.save(part, folder / file)
-            inputs = [one for one in (*face["inputs"], handed) if one["name"] in {v.name for v in part.graph.input}]
-            outputs += [handed | {"name": "handover_out.0"}] if number == 0 else []
-            aliases = face["aliases"] if number == 0 else {}
+            inputs = [one for one in (*graph_io["inputs"], handed) if one["name"] in {v.name for v in part.graph.input}]
+            outputs += [handed | {"name": "intermediate_out.0"}] if number == 0 else []
+            aliases = graph_io["aliases"] if number == 0 else {}
             stages.append({"file": file, "sha256": "", "inputs": inputs, "outputs": outputs, "aliases": aliases})
             raw["files"].append(digest_file(folder, file).model_dump(mode="json"))
         raw["stages"] = {"model": stages}
-        face["file"] = stages[0]["file"]
+        graph_io["file"] = stages[0]["file"]
 
     return changed(engine, folder, edit)
 
@@ -313,16 +315,16 @@ def with_layers_alike(engine: Path, folder: Path) -> Path:
     """
     in_two_plans(engine, folder)
     nodes = [
-        onnx.helper.make_node("Mul", ["handover.0", "layers.double"], ["handover_out.1"]),
-        onnx.helper.make_node("Neg", ["handover_out.1"], ["chosen.0"]),
-        onnx.helper.make_node("ReduceSum", ["handover_out.1", "tokens"], ["sum"], keepdims=0),
+        onnx.helper.make_node("Mul", ["intermediate.0", "layers.double"], ["intermediate_out.1"]),
+        onnx.helper.make_node("Neg", ["intermediate_out.1"], ["chosen.0"]),
+        onnx.helper.make_node("ReduceSum", ["intermediate_out.1", "tokens"], ["sum"], keepdims=0),
         onnx.helper.make_node("Add", ["kept.0", "sum"], ["kept_out.0"]),
     ]
     value = onnx.helper.make_tensor_value_info
     shape = ["B", "Q", 16]
     slots = ["NS", 16]
-    inputs = [value("handover.0", 1, shape), value("layers.double", 1, [16]), value("kept.0", 1, slots)]
-    outputs = [value("handover_out.1", 1, shape), value("chosen.0", 1, shape), value("kept_out.0", 1, slots)]
+    inputs = [value("intermediate.0", 1, shape), value("layers.double", 1, [16]), value("kept.0", 1, slots)]
+    outputs = [value("intermediate_out.1", 1, shape), value("chosen.0", 1, shape), value("kept_out.0", 1, slots)]
     axes = [numpy_helper.from_array(np.array([0, 1]), "tokens")]
     graph = onnx.helper.make_graph(nodes, "scale", inputs, outputs, initializer=axes)
     model = onnx.helper.make_model(graph, ir_version=10)
@@ -330,20 +332,20 @@ def with_layers_alike(engine: Path, folder: Path) -> Path:
     raw = json.loads((folder / "manifest.json").read_text())
 
     def stage(gain: str, taken: int, made: int) -> dict[str, Any]:
-        handed = {"dtype": "f32", "shape": shape, "role": "handover"}
+        handed = {"dtype": "f32", "shape": shape, "role": "intermediate"}
         weight = {"name": f"layers.{gain}", "dtype": "f32", "shape": [16], "role": "weight"}
         raw["graphs"]["model"]["inputs"].append(weight)
-        inputs = [handed | {"name": f"handover.{taken}"}, weight]
+        inputs = [handed | {"name": f"intermediate.{taken}"}, weight]
         tap = handed | {"name": f"chosen.{taken}", "role": "tap"}
         kept = {"name": f"kept.{taken}", "dtype": "f32", "shape": slots, "role": "cache"}
         written = kept | {"name": f"kept_out.{taken}"}
         inputs.append(kept)
-        outputs = [handed | {"name": f"handover_out.{made}"}, tap, written]
-        face = raw["graphs"]["model"]
-        face["inputs"].append(kept)
-        face["outputs"] += [tap, written]
+        outputs = [handed | {"name": f"intermediate_out.{made}"}, tap, written]
+        graph_io = raw["graphs"]["model"]
+        graph_io["inputs"].append(kept)
+        graph_io["outputs"] += [tap, written]
         aliases = {written["name"]: kept["name"]}
-        face["aliases"] |= aliases
+        graph_io["aliases"] |= aliases
         return {"file": "model.scale.onnx", "sha256": "", "inputs": inputs, "outputs": outputs, "aliases": aliases}
 
     first, last = raw["stages"]["model"]

@@ -1,4 +1,4 @@
-"""A toy engine with the face of a real one, written by hand, and a byte-level tokenizer.
+"""A toy engine with the inputs and outputs of a real one, written by hand, and a byte-level tokenizer.
 
 Its hidden state is a weighted mean of the embeddings of all tokens so far, read back through the block table from
 the latent cache that the same step wrote in place: a wrong slot, a lost write or a stale row changes the logits.

@@ -27,8 +27,8 @@ _MOST_RANKS = 4096
 #: What text needs, carried from a checkpoint to a program and an engine.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
-#: `handover`: what one plan of an engine gives to a later one (see `Manifest.stages`).
-Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "handover"]
+#: `intermediate`: what one plan of an engine gives to a later one (see `Manifest.stages`).
+Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "intermediate"]
 
 
 #: Kind of tensor, its name before the layer -> role, where the name tells it.
@@ -79,7 +79,7 @@ class TensorSpec(Record):
 
 
 class GraphIO(Record):
-    """The face of one ONNX graph.
+    """What one ONNX graph takes and gives.
 
     Attributes:
         file: file name beside the JSON.

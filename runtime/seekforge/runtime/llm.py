@@ -1,4 +1,4 @@
-"""The public face: `LLM(engine).generate(prompts, SamplingParams(...))`.
+"""The public interface: `LLM(engine).generate(prompts, SamplingParams(...))`.
 
 Nothing is added to a prompt: text is encoded as it is, special tokens written in it become their ids, and the
 begin-of-sequence token is there only if the text holds it.

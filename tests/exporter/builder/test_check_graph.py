@@ -123,15 +123,15 @@ def spoilt(source: Path, folder: Path, edit: Callable[[onnx.ModelProto], object]
     """Copy a program with another graph whose digest is right."""
     shutil.copytree(source, folder)
     raw = json.loads((folder / "program.json").read_text(encoding="utf-8"))
-    face = raw["graphs"]["model"]
+    graph_io = raw["graphs"]["model"]
     if isinstance(edit, bytes):
         content = edit
     else:
-        model = onnx.load(folder / face["file"], load_external_data=False)
+        model = onnx.load(folder / graph_io["file"], load_external_data=False)
         edit(model)
         content = model.SerializeToString()
-    (folder / face["file"]).write_bytes(content)
-    face["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / graph_io["file"]).write_bytes(content)
+    graph_io["sha256"] = hashlib.sha256(content).hexdigest()
     (folder / "program.json").write_text(json.dumps(raw), encoding="utf-8")
     return folder
 
@@ -147,8 +147,8 @@ def test_what_no_program_has_is_refused(name: str, tiny_programs: dict[str, Path
 @pytest.mark.parametrize("numerics", ["exact", "fp8"])
 def test_what_export_writes_is_not(numerics: str, tiny_programs: dict[str, Path]) -> None:
     folder = tiny_programs[numerics]
-    for face in load_program(folder).graphs.values():
-        read_graph(folder, face)
+    for graph_io in load_program(folder).graphs.values():
+        read_graph(folder, graph_io)
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,9 @@ def test_the_drawing_shows_each_kind_of_layer_once(tiny_programs: dict[str, Path
 
 def test_every_box_but_the_first_ones_is_reached(tiny_programs: dict[str, Path]) -> None:
     folder = tiny_programs["fp8"]
-    face = load_program(folder).graphs["model"]
-    weights = {spec.name for spec in face.inputs if spec.role in ("weight", "table")}
-    found = groups(onnx.load(folder / face.file), weights)
+    graph_io = load_program(folder).graphs["model"]
+    weights = {spec.name for spec in graph_io.inputs if spec.role in ("weight", "table")}
+    found = groups(onnx.load(folder / graph_io.file), weights)
     assert [group.title for group in found] == ["step", "layer 0", "layers 1-3 (3 alike)", "head"]
     for group in found[1:]:
         assert {target for _, target in group.edges} == set(range(len(group.boxes)))

@@ -27,11 +27,14 @@ def test_an_engine_with_taps_records_them_as_debug_tensors(
     out = tmp_path / "engine"
     result = build(tiny_programs["fp8"], out, "--json")
     assert result.exit_code == 0, result.output
-    faces = load_manifest(out).graphs
-    debug = {name: {spec.name: spec for spec in face.outputs if spec.role == "debug"} for name, face in faces.items()}
+    graph_ios = load_manifest(out).graphs
+    debug = {
+        name: {spec.name: spec for spec in graph_io.outputs if spec.role == "debug"}
+        for name, graph_io in graph_ios.items()
+    }
     # every point of every layer that a CPU engine shows, selections aside, which are outputs of any engine
     assert set(available_taps(out)) == set(available_taps(tiny_engines["fp8"]))
-    assert {spec.name.partition(".")[0] for spec in faces["model"].outputs if spec.role == "tap"} == set(SELECTIONS)
+    assert {spec.name.partition(".")[0] for spec in graph_ios["model"].outputs if spec.role == "tap"} == set(SELECTIONS)
     assert debug["model"]["attn_out.3"].dtype == "bf16" and debug["model"]["router_logits.2"].dtype == "f32"
     assert debug["model"]["o_latent.0"].shape[:2] == ("B", "Q") and len(debug["model"]["o_latent.0"].shape) == 4
     assert debug["model"]["mlp_norm.2"].shape[0] == "T" and "hidden_states.5" in debug["mtp"]

@@ -60,11 +60,11 @@ def test_programs_hold_no_weight_and_only_symbolic_axes(tiny_programs: dict[str,
     for folder in tiny_programs.values():
         program = load_program(folder)
         bindings = load_bindings(folder)
-        for name, face in program.graphs.items():
-            model = onnx.load(folder / face.file)
+        for name, graph_io in program.graphs.items():
+            model = onnx.load(folder / graph_io.file)
             assert sum(len(t.raw_data) for t in model.graph.initializer) < 4096
-            assert {spec.name for spec in face.inputs if spec.role in ("weight", "table")} == set(bindings[name])
-            for spec in face.inputs:
+            assert {spec.name for spec in graph_io.inputs if spec.role in ("weight", "table")} == set(bindings[name])
+            for spec in graph_io.inputs:
                 if spec.role not in ("weight", "table"):
                     assert isinstance(spec.shape[0], str), spec
         assert len(program.unused) == 2 and "lm_head.weight" in program.shared

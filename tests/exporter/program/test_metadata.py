@@ -57,8 +57,8 @@ def test_a_program_says_who_made_it_of_what(program: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_input_and_output_that_is_no_weight_is_explained(program: Path, name: str) -> None:
-    face = load_program(program).graphs[name]
-    weights = {spec.name for spec in face.inputs if spec.role == "weight"}
+    graph_io = load_program(program).graphs[name]
+    weights = {spec.name for spec in graph_io.inputs if spec.role == "weight"}
     graph = onnx.load(program / f"{name}.onnx").graph
     silent = [
         value.name for value in (*graph.input, *graph.output) if not value.doc_string and value.name not in weights

@@ -92,12 +92,12 @@ def test_nodes_carry_their_namespace_and_share_one_function(
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_caches_are_aliased_to_their_outputs(program: Path, graph: str) -> None:
-    face = load_program(program).graphs[graph]
-    assert face.sha256 == sha256_file(program / face.file)
-    caches = [spec.name for spec in face.inputs if spec.role == "cache"]
-    assert sorted(face.aliases.values()) == sorted(caches)
-    for output, source in face.aliases.items():
-        assert face.named(output).shape == face.named(source).shape
+    graph_io = load_program(program).graphs[graph]
+    assert graph_io.sha256 == sha256_file(program / graph_io.file)
+    caches = [spec.name for spec in graph_io.inputs if spec.role == "cache"]
+    assert sorted(graph_io.aliases.values()) == sorted(caches)
+    for output, source in graph_io.aliases.items():
+        assert graph_io.named(output).shape == graph_io.named(source).shape
         assert output.replace("_out.", ".") == source
 
 

@@ -102,7 +102,7 @@ def _merged(
         graphs.append(model)
     folder.mkdir()
     weights.write(folder, source, lambda done, total: None)
-    handed = [value.name for value in stage.graph.input if value.name.startswith("handover.")]
+    handed = [value.name for value in stage.graph.input if value.name.startswith("intermediate.")]
     merged = merge(graphs, [*SHARED, *handed]) if tp > 1 else graphs[0]
     attach(merged, HOW)
     return inliner.inline_local_functions(merged)
@@ -150,7 +150,7 @@ def _assert_ranks_equal_whole(
             np.testing.assert_array_equal(value, outputs[prefix + plain], err_msg=name)
             results[plain] = value
         handed = {
-            name.replace("_out", ""): results.pop(name) for name in [*results] if name.startswith("handover_out.")
+            name.replace("_out", ""): results.pop(name) for name in [*results] if name.startswith("intermediate_out.")
         }
     for name, expected in whole.items():
         if expected.is_floating_point():

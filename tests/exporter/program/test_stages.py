@@ -98,8 +98,8 @@ def test_stages_compute_what_the_whole_computes(
     handed: dict[str, np.ndarray] = {}
     for part in parts:
         results = run(ready(part), feeds | handed)
-        handed |= {name.replace("_out", ""): v for name, v in results.items() if name.startswith("handover_out")}
-        found |= {name: value for name, value in results.items() if not name.startswith("handover_out")}
+        handed |= {name.replace("_out", ""): v for name, v in results.items() if name.startswith("intermediate_out")}
+        found |= {name: value for name, value in results.items() if not name.startswith("intermediate_out")}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] == value).all(), name
@@ -107,7 +107,7 @@ def test_stages_compute_what_the_whole_computes(
     read = [name for part in parts for name in (value.name for value in part.graph.input) if "layers." in name]
     assert len(read) == len(set(read)), "no layer is in two stages"
     places = {name.replace("_out", "") for part in parts for name in (v.name for v in part.graph.output)}
-    handed_on = {name for name in places if name.startswith("handover")}
+    handed_on = {name for name in places if name.startswith("intermediate")}
     assert len(handed_on) == min(len(parts) - 1, 2), "one value goes on, and two places are used in turns"
 
 
@@ -130,7 +130,7 @@ def test_a_wide_cast_of_a_narrow_value_is_made_again_where_it_is_read() -> None:
         graph = onnx.helper.make_graph(nodes, "g", inputs, [value("y", wide, [4])], value_info=known)
         first, second = cut(onnx.helper.make_model(graph), [(0, 1), (1, 2)])
         (given,) = first.graph.output
-        assert given.name == "handover_out.0" and given.type.tensor_type.elem_type == handed
+        assert given.name == "intermediate_out.0" and given.type.tensor_type.elem_type == handed
         assert [one.op_type for one in second.graph.node] == (["Cast", "Mul"] if handed == narrow else ["Mul"])
         onnx.checker.check_model(first, full_check=True)
         onnx.checker.check_model(second, full_check=True)

@@ -63,7 +63,7 @@ def test_the_default_stays_inside_the_profiles(manifest: Manifest) -> None:
     name = manifest.graphs["model"].with_role("cache")[0].name
     shapes = ((64, 16), (64, 16), (7 * 64, 16))
     spec = manifest.graphs["model"].named(name)
-    face = manifest.graphs["model"].model_copy(
+    graph_io = manifest.graphs["model"].model_copy(
         update={
             "inputs": tuple(
                 one.model_copy(update={"shape": ("NS", one.shape[1])}) if one == spec else one
@@ -72,7 +72,7 @@ def test_the_default_stays_inside_the_profiles(manifest: Manifest) -> None:
         }
     )
     bound = manifest.model_copy(
-        update={"graphs": {**manifest.graphs, "model": face}, "profiles": {"decode": {"model": {name: shapes}}}}
+        update={"graphs": {**manifest.graphs, "model": graph_io}, "profiles": {"decode": {"model": {name: shapes}}}}
     )
     assert decide(bound, 1 << 40) == 7
 

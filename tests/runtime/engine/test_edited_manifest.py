@@ -22,7 +22,7 @@ PROMPT = [20, 21, 22, 23, 24]
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 WORDS = {
     "dtype": ["f32", "bf16", "i32", "i64", "f64", ""],
-    "role": ["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "handover"],
+    "role": ["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "intermediate"],
     "kv_format": ["f32", "bf16", "fp8_ds"],
     "backend": ["onnxruntime", "tensorrt", "tensorrt-rtx"],
     "name": ["other", "logits", "latent_cache.0"],

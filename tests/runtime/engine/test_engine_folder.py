@@ -19,7 +19,7 @@ def test_opens_and_knows_its_cache(toy_engine: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=1), "engine format 1, this seekforge runs format 3"),
+        (lambda m: m.update(format=1), "engine format 1, this seekforge runs format 4"),
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m.pop("vocab_size"), "vocab_size"),
         (lambda m: m["graphs"].pop("model"), "expected 'model'"),

@@ -79,7 +79,7 @@ def _shares(audit: Audit) -> Table:
     columns = [Column("what"), Column("as"), Column("precision"), Column("share", "number")]
     table = Table(columns, title=title, lines=True)
     for one in audit.products:
-        table.add(one.what, one.face, one.precision, f"{one.share:.2%}")
+        table.add(one.what, one.form, one.precision, f"{one.share:.2%}")
     return table
 
 

@@ -21,7 +21,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.program.canonical_names import AFTER, BEFORE, segments
 
 #: Start of the names of values that stages hand on.
-HANDOVER = "handover"
+INTERMEDIATE = "intermediate"
 
 
 def stage_ranges(layer_range: tuple[int, int], layers_per_stage: int) -> list[tuple[int, int]]:
@@ -80,8 +80,8 @@ class _Whole:
         made = [name for node in nodes for name in node.output]
         arrives = [n for n in self._handed if self._stage_of[n] < number and n in read]
         leaves = [n for n in self._handed if self._stage_of[n] == number]
-        renamed = {name: f"{HANDOVER}.{self._handed[name]}" for name in arrives}
-        renamed |= {name: f"{HANDOVER}_out.{self._handed[name]}" for name in leaves}
+        renamed = {name: f"{INTERMEDIATE}.{self._handed[name]}" for name in arrives}
+        renamed |= {name: f"{INTERMEDIATE}_out.{self._handed[name]}" for name in leaves}
         graph = onnx.GraphProto(name=self._model.graph.name)
         for node in nodes:
             copy = graph.node.add()

@@ -50,8 +50,8 @@ def _sizes(manifest: Manifest) -> Iterator[str]:
     ):
         if fault is not None:
             yield fault
-    for graph, face in manifest.graphs.items():
-        for spec in face.with_role("table"):
+    for graph, graph_io in manifest.graphs.items():
+        for spec in graph_io.with_role("table"):
             if spec.name in ROPE_TABLES and spec.shape and int(spec.shape[0]) < manifest.limits.max_model_len:
                 said = manifest.limits.max_model_len
                 yield f"limits.max_model_len is {said}, {spec.name} of graph {graph} has {spec.shape[0]} positions"
@@ -71,28 +71,31 @@ def _graphs(manifest: Manifest) -> Iterator[str]:
     for graph in manifest.stages:
         if graph not in manifest.graphs or not manifest.stages[graph]:
             yield f"stages.{graph} belongs to no graph or is empty"
-    for graph, face in manifest.graphs.items():
-        for where, one in [(f"graphs.{graph}", face), *((f"stages.{graph}", stage) for stage in manifest.plans(graph))]:
-            yield from (f"{where}: {fault}" for fault in _face(one))
+    for graph, graph_io in manifest.graphs.items():
+        for where, one in [
+            (f"graphs.{graph}", graph_io),
+            *((f"stages.{graph}", stage) for stage in manifest.plans(graph)),
+        ]:
+            yield from (f"{where}: {fault}" for fault in _graph_io_faults(one))
             if one.sha256 and sealed.get(one.file, one.sha256) != one.sha256:
                 yield f"{where}.sha256 is {one.sha256[:12]}, of {one.file} under 'files' {sealed[one.file][:12]}"
 
 
-def _face(face: GraphIO) -> Iterator[str]:
-    specs = (*face.inputs, *face.outputs)
+def _graph_io_faults(graph_io: GraphIO) -> Iterator[str]:
+    specs = (*graph_io.inputs, *graph_io.outputs)
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names):
         yield f"the tensor {next(name for name in names if names.count(name) > 1)!r} is listed twice"
     for spec in specs:
         yield from _tensor(spec)
-    inputs, outputs = {spec.name for spec in face.inputs}, {spec.name for spec in face.outputs}
-    for output, source in face.aliases.items():
+    inputs, outputs = {spec.name for spec in graph_io.inputs}, {spec.name for spec in graph_io.outputs}
+    for output, source in graph_io.aliases.items():
         if output not in outputs or source not in inputs:
             yield f"aliases pairs {output!r} with {source!r}, which are no output and input of the graph"
         kind, _, layer = output.rpartition(".")
         if f"{kind.removesuffix('_out')}.{layer}" != source:
             yield f"aliases pairs {output!r} with {source!r}, expected the cache of the same name"
-        output_spec, input_spec = face.named(output), face.named(source)
+        output_spec, input_spec = graph_io.named(output), graph_io.named(source)
         sizes = zip(output_spec.shape, input_spec.shape)
         alike = all(a == b or isinstance(a, str) or isinstance(b, str) for a, b in sizes)
         if output_spec.dtype != input_spec.dtype or len(output_spec.shape) != len(input_spec.shape) or not alike:
@@ -120,9 +123,9 @@ def _caches(manifest: Manifest) -> Iterator[str]:
     if "model" not in manifest.graphs:  # which is refused by whoever runs it
         return
     widths = {"latent_cache": cache.latent_dim} | ({"index_cache": cache.index_dim} if cache.index_dim else {})
-    for graph, face in manifest.graphs.items():
+    for graph, graph_io in manifest.graphs.items():
         layers: dict[str, list[int]] = {kind: [] for kind in widths}
-        for spec in face.with_role("cache"):
+        for spec in graph_io.with_role("cache"):
             kind, _, layer = spec.name.partition(".")
             if kind not in layers:  # a model of other caches: the backend holds them against its graphs
                 return
@@ -158,7 +161,7 @@ def _caches(manifest: Manifest) -> Iterator[str]:
 def cache_block_bytes(graphs: Iterable[GraphIO], cache: Cache) -> int:
     """Return what one block takes in the caches of some graphs: rows of a packed cache are blocks, others slots."""
     rows = 1 if cache.kv_format == "fp8_ds" else cache.block_size
-    specs = [spec for face in graphs for spec in face.with_role("cache")]
+    specs = [spec for graph_io in graphs for spec in graph_io.with_role("cache")]
     return sum(rows * itemsize(spec.dtype) * math.prod(int(dim) for dim in spec.shape[1:]) for spec in specs)
 
 
@@ -178,8 +181,8 @@ def _vocabulary(manifest: Manifest) -> Iterator[str]:
             yield f"{key} is {token}, expected an id below vocab_size {size}"
     widths = {"logits": (size,), "top_logits": (manifest.num_top_logits,), "top_ids": (manifest.num_top_logits,)}
     hidden = _whole(manifest.config, "hidden_size")
-    for graph, face in manifest.graphs.items():
-        for spec in face.outputs:
+    for graph, graph_io in manifest.graphs.items():
+        for spec in graph_io.outputs:
             if spec.name in widths and spec.shape[1:] != widths[spec.name]:
                 rows, wanted = list(spec.shape[1:]), list(widths[spec.name])
                 yield f"{spec.name} of graph {graph} has rows {rows}, expected {wanted}"
@@ -210,11 +213,11 @@ def _profiles(manifest: Manifest) -> Iterator[str]:
             plans.setdefault(Path(one.file).stem, one)  # of stages that are alike the first names the plan's tensors
     for name, by_plan in manifest.profiles.items():
         for plan, shapes in by_plan.items():
-            face = plans.get(plan)
-            if face is None:
+            graph_io = plans.get(plan)
+            if graph_io is None:
                 yield f"profiles.{name} has {plan!r}, which is no plan of the graphs"
                 continue
-            ranks = {spec.name: len(spec.shape) for spec in face.inputs}
+            ranks = {spec.name: len(spec.shape) for spec in graph_io.inputs}
             for tensor, bounds in shapes.items():
                 where = f"profiles.{name}.{plan}.{tensor}"
                 if tensor not in ranks:

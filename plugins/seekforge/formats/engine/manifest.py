@@ -21,7 +21,7 @@ from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO
 
 #: Raised when an older runtime would misread an engine. 2: files have a digest for each chunk.
-ENGINE_FORMAT = 3
+ENGINE_FORMAT = 4
 MANIFEST = "manifest.json"
 #: The effective target, beside the engine.
 TARGET = "target.yaml"
@@ -135,13 +135,13 @@ class Share(Record):
 
     Attributes:
         what: operator, or what the weight is.
-        face: plugin, inlined or native.
+        form: plugin, inlined or native.
         precision: fp8, bf16 or f32: what is multiplied.
         share: the share of all matrix-product FLOPs of one token.
     """
 
     what: str
-    face: Literal["plugin", "inlined", "native"]
+    form: Literal["plugin", "inlined", "native"]
     precision: str
     share: float
 
@@ -207,8 +207,8 @@ class Manifest(Record):
         program_sha256: digest of the program.json it was built from.
         graphs: "model" and perhaps "mtp"; `file` is relative to the engine folder.
         stages: graph -> what a step runs one after the other, where it was cut; `file` of the whole graph is then the
-            first. `handover_out.N` of one is `handover.N` of a later one. Layers that differ in names alone have one
-            plan: stages of one `file` correspond tensor by tensor, and the plan has the names of the first.
+            first. `intermediate_out.N` of one is `intermediate.N` of a later one. Layers that differ in names alone
+            have one plan: stages of one `file` correspond tensor by tensor, and the plan has the names of the first.
         vocab_size, num_top_logits, bos_token_id: what decoding needs of the model.
         eos_token_id: the end of sequence, or several: each ends a request.
         generation: sampling defaults of the checkpoint's generation_config.json, by the names of `SamplingParams`.
@@ -272,7 +272,7 @@ class Manifest(Record):
 
     def max_cache_blocks(self) -> int | None:
         """Return the most cache blocks that every profile of every plan takes; None where any number will do."""
-        caches = {spec.name: spec.shape for face in self.graphs.values() for spec in face.with_role("cache")}
+        caches = {spec.name: spec.shape for graph_io in self.graphs.values() for spec in graph_io.with_role("cache")}
         blocks = [
             bounds[2][0] // (self.cache.block_size if caches[name][0] == "NS" else 1)
             for plans in self.profiles.values()
@@ -311,7 +311,7 @@ def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = No
         if isinstance(compiler, dict) and name in compiler:
             options[option] = compiler[name]
     words = [str(word) for pair in options.items() for word in pair]
-    shown = any(spec.role == "debug" for face in manifest.graphs.values() for spec in face.outputs)
+    shown = any(spec.role == "debug" for graph_io in manifest.graphs.values() for spec in graph_io.outputs)
     flags = ["--taps"] if shown or build.get("taps") else []
     return shlex.join(["seekforge", "build", "PROGRAM", str(folder), *words, *flags, "--force"])
 

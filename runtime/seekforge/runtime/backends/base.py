@@ -1,4 +1,4 @@
-"""The face of a backend: it holds the caches and runs one step of one graph."""
+"""What a backend is to the engine: it holds the caches and runs one step of one graph."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ class BackendFactory(Protocol):
             progress: called while weights are read from a checkpoint.
 
         Raises:
-            EngineError: a graph cannot be loaded or has another face than the manifest says.
+            EngineError: a graph cannot be loaded or takes or gives something else than the manifest says.
         """
         ...

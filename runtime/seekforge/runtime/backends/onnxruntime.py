@@ -40,14 +40,14 @@ class _Graph:
     """One session with its caches."""
 
     def __init__(
-        self, folder: Path, name: str, face: GraphIO, threads: int, weights: Mapping[str, ort.OrtValue]
+        self, folder: Path, name: str, graph_io: GraphIO, threads: int, weights: Mapping[str, ort.OrtValue]
     ) -> None:
         self.name = name
         self.caches: dict[str, ort.OrtValue] = {}
-        self._cache_specs = face.with_role("cache")
-        self._aliases = face.aliases
-        self._step_inputs = tuple(spec.name for spec in face.inputs if spec.role != "cache")
-        path = folder / face.file
+        self._cache_specs = graph_io.with_role("cache")
+        self._aliases = graph_io.aliases
+        self._step_inputs = tuple(spec.name for spec in graph_io.inputs if spec.role != "cache")
+        path = folder / graph_io.file
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors: warnings about the graph are for its builder
         options.intra_op_num_threads = threads
@@ -60,9 +60,9 @@ class _Graph:
             raise EngineError(
                 f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}); build the engine again"
             ) from error
-        _check_face(path, "input", self.session.get_inputs(), face.inputs)
-        _check_face(path, "output", self.session.get_outputs(), face.outputs)
-        self.output_names = tuple(spec.name for spec in face.outputs)
+        _check_graph_io(path, "input", self.session.get_inputs(), graph_io.inputs)
+        _check_graph_io(path, "output", self.session.get_outputs(), graph_io.outputs)
+        self.output_names = tuple(spec.name for spec in graph_io.outputs)
 
     def allocate_caches(self, num_blocks: int, block_size: int) -> None:
         self.caches.clear()
@@ -192,7 +192,7 @@ def _storage(dtype: str) -> np.dtype:
     return native if native.isbuiltin == 1 else np.dtype(f"u{native.itemsize}")
 
 
-def _check_face(path: Path, kind: str, arguments: Sequence[ort.NodeArg], expected: tuple[TensorSpec, ...]) -> None:
+def _check_graph_io(path: Path, kind: str, arguments: Sequence[ort.NodeArg], expected: tuple[TensorSpec, ...]) -> None:
     """Compare names, types and shapes of a session with the manifest; order is the manifest's for outputs too."""
     actual = {value.name: value.type for value in arguments}
     wanted = {spec.name: ONNX_TYPES.get(spec.dtype, spec.dtype) for spec in expected}

@@ -137,7 +137,7 @@ def _read(path: Path) -> ParitySteps:
 def _known_taps(taps: tuple[str, ...], engine: Engine) -> set[str]:
     """Return the names, all of which the engine gives."""
     names = set(taps)
-    output_names = {spec.name for face in engine.manifest.graphs.values() for spec in face.outputs}
+    output_names = {spec.name for graph_io in engine.manifest.graphs.values() for spec in graph_io.outputs}
     unknown = sorted(names - output_names)
     if unknown:
         raise ConfigError(

@@ -58,7 +58,7 @@ class Engine:
         folder = Path(folder)
         manifest = load_manifest(folder)
         _check_paths(folder, manifest)
-        _check_face(folder, manifest, part)
+        _check_graph_io(folder, manifest, part)
         verification = verify_files(folder, manifest, full=verify, progress=progress)
         _check_tables(folder, manifest)
         check_versions(folder, manifest, installed_versions(manifest.runtime_versions))
@@ -139,7 +139,7 @@ def _check_tables(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _check_face(folder: Path, manifest: Manifest, part: bool) -> None:
+def _check_graph_io(folder: Path, manifest: Manifest, part: bool) -> None:
     """The engine can be decoded from, unless a part will do: a whole model, with the results a step must give."""
     where = folder / MANIFEST
     if manifest.target.backend not in BACKENDS:

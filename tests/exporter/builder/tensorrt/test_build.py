@@ -124,8 +124,8 @@ def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Pa
     with pytest.raises(EngineError, match="built with --no-kernels"):
         check_loadable(tmp_path / "engine", again, sm=sm, versions=again.runtime_versions)
     recipes = load_bindings(tmp_path / "engine")
-    for graph, face in manifest.graphs.items():
-        wanted = {spec.name: spec.dtype for role in ("weight", "table") for spec in face.with_role(role)}
+    for graph, graph_io in manifest.graphs.items():
+        wanted = {spec.name: spec.dtype for role in ("weight", "table") for spec in graph_io.with_role(role)}
         assert {key: recipe.dtype for key, recipe in recipes[graph].items()} == wanted
     assert manifest.graphs["model"].named("latent_cache.0").dtype == "i8"
 
@@ -241,8 +241,8 @@ def test_a_model_in_several_plans(inputs: Inputs, tmp_path: Path, most: int | No
     assert [spec.name for spec in manifest.graphs["model"].outputs] == [spec.name for spec in whole.outputs]
     assert manifest.graphs["model"].aliases == whole.aliases
     for before, after in itertools.pairwise(stages):
-        gives = {spec.name for spec in before.outputs if spec.role == "handover"}
-        takes = {spec.name for spec in after.inputs if spec.role == "handover"}
+        gives = {spec.name for spec in before.outputs if spec.role == "intermediate"}
+        takes = {spec.name for spec in after.inputs if spec.role == "intermediate"}
         assert len(gives) == 1 and {name.replace("_out", "") for name in gives} == takes
         assert takes.isdisjoint(spec.name.replace("_out", "") for spec in after.outputs), "not where it reads"
     for number, stage in enumerate(stages):
@@ -299,7 +299,7 @@ def test_functions_are_inlined_where_plugins_are_not_wanted(inputs: Inputs, tmp_
     assert manifest.capturable and all(manifest.capturable.values()), "loops over experts are captured too"
     assert manifest.audit.inlined == {op: use.num_nodes for op, use in inputs.program.ops.items()}
     assert manifest.plugins == {}
-    inlined = {one.what: one.precision for one in manifest.audit.products if one.face == "inlined"}
+    inlined = {one.what: one.precision for one in manifest.audit.products if one.form == "inlined"}
     assert inlined == {
         "BlockFp8Linear": "bf16",
         "MoeExperts": "bf16",
@@ -473,8 +473,8 @@ def test_the_number_that_would_work_works(inputs: Inputs) -> None:
 def test_layers_that_fit_count_what_the_ends_hold_beside_them(inputs: Inputs) -> None:
     """The first stage embeds tokens, the last one has the head and the MTP module: a mean says too much of both."""
     sizes: dict[str, int] = {}
-    for graph, face in inputs.program.graphs.items():
-        for spec in (*face.with_role("weight"), *face.with_role("table")):
+    for graph, graph_io in inputs.program.graphs.items():
+        for spec in (*graph_io.with_role("weight"), *graph_io.with_role("table")):
             dtype = "f32" if spec.name in inputs.wide(SPECS)[graph] else spec.dtype
             sizes[spec.name] = itemsize(dtype) * math.prod(map(int, spec.shape))
     tables = tuple(spec.name for spec in inputs.program.graphs["model"].with_role("table"))
@@ -527,9 +527,11 @@ def test_the_program_must_carry_what_is_asked(
     ("change", "message"),
     [
         ({"index_n_heads": 48}, "DsaIndexer: index_n_heads is 48, kernels take 16, 32 or 64"),
-        ({"num_experts_per_tok": 22}, "MoeRoute: num_experts_per_tok is 22, kernels take 1 to 16"),
+        (
+            {"num_experts_per_tok": 22, "n_routed_experts": 64},
+            "MoeRoute: num_experts_per_tok is 22, kernels take 1 to 16",
+        ),
         ({"n_routed_experts": 2048}, "MoeRoute: n_routed_experts is 2048, kernels take a power of two from 16 to 1024"),
-        ({"moe_intermediate_size": 200}, "moe_intermediate_size is 200, kernels take a multiple of 128"),
         ({"kv_lora_rank": 384}, "DsaCacheWrite: kv_lora_rank is 384, kernels take 128, 256, 512 or 1024"),
     ],
 )
@@ -557,8 +559,8 @@ def test_a_checkpoint_of_another_model_is_refused(inputs: Inputs, tiny_checkpoin
 
 def test_less_than_was_asked_fails() -> None:
     found = [
-        Share(what="BlockFp8Linear", face="inlined", precision="bf16", share=0.6),
-        Share(what="MoeExperts", face="plugin", precision="fp8", share=0.4),
+        Share(what="BlockFp8Linear", form="inlined", precision="bf16", share=0.6),
+        Share(what="MoeExperts", form="plugin", precision="fp8", share=0.4),
     ]
     with pytest.raises(EngineError, match=r"BlockFp8Linear \(inlined\) multiply in bf16: 60%"):
         audit.require_precision(found, "--precision fp8", "fp8")
@@ -646,8 +648,8 @@ def test_progress_never_falls() -> None:
 
 def test_profiles_keep_the_limits(inputs: Inputs) -> None:
     target = load_target("rtx4090", ["limits.max_batch_size=3", "limits.max_model_len=100"])
-    face = inputs.program.graphs["model"]
-    blocks = pool_blocks(face, target.limits, 10 << 30, 64 * 2560)
+    graph_io = inputs.program.graphs["model"]
+    blocks = pool_blocks(graph_io, target.limits, 10 << 30, 64 * 2560)
     assert blocks == 3 * 2 + 1, "full sequences need no more"
     decode = axis_bounds(target.profiles["decode"], target.limits, pool_blocks=blocks)
     assert decode["B"] == (1, 3, 3)
@@ -662,9 +664,9 @@ def test_profiles_keep_the_limits(inputs: Inputs) -> None:
 
 def test_a_pool_is_no_larger_than_a_tensor_can_count(inputs: Inputs) -> None:
     target = load_target("rtx4090", ["limits.max_batch_size=2048", "limits.max_num_batched_tokens=2048"])
-    face = inputs.program.graphs["model"]
-    blocks = pool_blocks(face, target.limits, 1 << 50, 1)
-    widest = max(int(spec.shape[1]) for spec in face.with_role("cache"))
+    graph_io = inputs.program.graphs["model"]
+    blocks = pool_blocks(graph_io, target.limits, 1 << 50, 1)
+    widest = max(int(spec.shape[1]) for spec in graph_io.with_role("cache"))
     assert blocks * 64 * widest < 2**31
 
 
@@ -696,7 +698,7 @@ def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: GpuBuild) 
         )
         total += sum(one.flops for one in found)
         head = next(one for one in found if one.what == "lm_head")
-        assert (head.face, head.precision) == ("plugin", "bf16")
+        assert (head.form, head.precision) == ("plugin", "bf16")
     expected = linear_flops(config).total + attention_flops(config, 4096).total
     assert config.mtp_layer is not None
     expected += linear_flops(config, layer_matrices(config, config.mtp_layer)).total
@@ -773,8 +775,8 @@ def test_expected_weights_are_those_of_the_planner(inputs: Inputs, planned: GpuB
 
     tables = {
         spec.name: itemsize(spec.dtype) * math.prod(map(int, spec.shape))
-        for face in inputs.program.graphs.values()
-        for spec in face.with_role("table")
+        for graph_io in inputs.program.graphs.values()
+        for spec in graph_io.with_role("table")
     }
     expected = weight_bytes(inputs.config, mtp=True) + sum(tables.values())
     assert planned.device_bytes["weights"] == expected

@@ -25,13 +25,13 @@ def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
 
 def with_shape(inputs: Inputs, name: str, shape: tuple[int | str, ...]) -> Inputs:
     """The same program with another size of one tensor."""
-    face = inputs.program.graphs["model"]
+    graph_io = inputs.program.graphs["model"]
     changed = {
-        side: tuple(s.model_copy(update={"shape": shape}) if s.name == name else s for s in getattr(face, side))
+        side: tuple(s.model_copy(update={"shape": shape}) if s.name == name else s for s in getattr(graph_io, side))
         for side in ("inputs", "outputs")
     }
-    assert changed != {"inputs": face.inputs, "outputs": face.outputs}
-    graphs = inputs.program.graphs | {"model": face.model_copy(update=changed)}
+    assert changed != {"inputs": graph_io.inputs, "outputs": graph_io.outputs}
+    graphs = inputs.program.graphs | {"model": graph_io.model_copy(update=changed)}
     return dataclasses.replace(inputs, program=inputs.program.model_copy(update={"graphs": graphs}))
 
 

@@ -205,8 +205,8 @@ def _profiles(raw: dict[str, Any]) -> None:
         }
         for name, size in sizes.items()
     }
-    for face in raw["graphs"].values():
-        for spec in face["inputs"]:
+    for graph_io in raw["graphs"].values():
+        for spec in graph_io["inputs"]:
             if spec["role"] == "cache":
                 spec["shape"][0] = "NS"
 
@@ -480,7 +480,7 @@ def test_a_flipped_bit_anywhere_in_the_weights_is_noticed(gpu_engine, device: Fa
     shard, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
     length = int.from_bytes(shard.read_bytes()[:8], "little")
     recipes = load_bindings(engine)
-    weights_of = {name: face.with_role("weight") for name, face in load_manifest(engine).graphs.items()}
+    weights_of = {name: graph_io.with_role("weight") for name, graph_io in load_manifest(engine).graphs.items()}
     read = {name for graph, specs in weights_of.items() for s in specs for name in tensors_of(recipes[graph][s.name])}
     with Checkpoint.open(checkpoint) as opened:
         places = [(shard, info.begin, info.end, f"{name!r}: its bytes") for name in read if (info := opened.info(name))]

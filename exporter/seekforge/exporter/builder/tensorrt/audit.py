@@ -21,7 +21,7 @@ from seekforge.formats.engine.manifest import Share
 from seekforge.plugins.functions.attach import operator_of, read_attrs
 from seekforge.plugins.registry import FP8_OPS
 
-Face = Literal["plugin", "inlined", "native"]
+Form = Literal["plugin", "inlined", "native"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Product:
     """Matrix products of one node, FLOPs per token."""
 
     what: str
-    face: Face
+    form: Form
     precision: str
     flops: float
 
@@ -73,11 +73,11 @@ def products(
             inputs = dict(zip((arg.name for arg in operator.spec.inputs), node.input))
             known = {name: shapes[value] for name, value in inputs.items() if value in shapes}
             what = node.op_type if operator.in_programs else _kind(inputs["weight"])
-            face: Face = "plugin" if node.op_type in plugins else "inlined"
+            form: Form = "plugin" if node.op_type in plugins else "inlined"
             dtype = operator.products.inlined
-            if face == "plugin":
+            if form == "plugin":
                 dtype = precision if operator.products.in_plugin(read_attrs(node)) == "fp8" else "bf16"
-            counted.append(Product(what, face, dtype, operator.products.flops(known, config, context)))
+            counted.append(Product(what, form, dtype, operator.products.flops(known, config, context)))
         elif node.op_type == "MatMul":
             name = next((name for name in node.input if name in source), None)
             if name is not None:
@@ -94,15 +94,15 @@ def _kind(weight: str) -> str:
 
 
 def shares(counted: Iterable[Product]) -> tuple[Share, ...]:
-    """Return the shares by kind, face and precision, largest first."""
-    sums: dict[tuple[str, Face, str], float] = defaultdict(float)
+    """Return the shares by kind, form and precision, largest first."""
+    sums: dict[tuple[str, Form, str], float] = defaultdict(float)
     for one in counted:
-        sums[one.what, one.face, one.precision] += one.flops
+        sums[one.what, one.form, one.precision] += one.flops
     total = sum(sums.values()) or 1.0
     ordered = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
     return tuple(
-        Share(what=what, face=face, precision=precision, share=round(flops / total, 6))
-        for (what, face, precision), flops in ordered
+        Share(what=what, form=form, precision=precision, share=round(flops / total, 6))
+        for (what, form, precision), flops in ordered
     )
 
 
@@ -122,7 +122,7 @@ def require_precision(audited: Iterable[Share], option: str, expected: str) -> N
     less = [one for one in audited if one.what in FP8_OPS and one.precision != "fp8"]
     if less:
         share = sum(one.share for one in less)
-        names = " and ".join(dict.fromkeys(f"{one.what} ({one.face})" for one in less))
+        names = " and ".join(dict.fromkeys(f"{one.what} ({one.form})" for one in less))
         raise EngineError(
             f"{option} was asked, but {names} multiply in {less[0].precision}: {share:.0%} of the matrix-product "
             "FLOPs; build with --plugins all, or ask for --precision bf16"

@@ -36,7 +36,7 @@ from seekforge.exporter.builder.tensorrt.memory import block_bytes
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, pool_blocks, shapes, spanning
 from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.program.graph_io import graph_io, roles_in
-from seekforge.exporter.program.stages import HANDOVER, cut, stage_ranges
+from seekforge.exporter.program.stages import INTERMEDIATE, cut, stage_ranges
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Manifest
 from seekforge.formats.program import GraphIO, TensorSpec
@@ -225,7 +225,7 @@ def _describe(model: onnx.ModelProto, canonical: GraphIO, file: str) -> GraphIO:
     return graph_io(
         model,
         file,
-        role_of=lambda name: "handover" if name.startswith(HANDOVER) else roles[name],
+        role_of=lambda name: "intermediate" if name.startswith(INTERMEDIATE) else roles[name],
         aliases=canonical.aliases,
     )
 

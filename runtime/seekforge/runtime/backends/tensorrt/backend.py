@@ -125,8 +125,8 @@ class TensorRtBackend:
             self.device.free(address)
         self._caches.clear()
         per_block = 1 if self.manifest.cache.kv_format == "fp8_ds" else self.manifest.cache.block_size
-        for face in self.manifest.graphs.values():
-            for spec in face.with_role("cache"):
+        for graph_io in self.manifest.graphs.values():
+            for spec in graph_io.with_role("cache"):
                 shape = (num_blocks * per_block, *(int(dim) for dim in spec.shape[1:]))
                 num_bytes = math.prod(shape) * itemsize(spec.dtype)
                 address = self.device.allocate(num_bytes)
@@ -249,16 +249,16 @@ class TensorRtBackend:
             )
         self._check_weights(graph)
         self._captured.drop_recorded()  # they work in scratch memory that a larger plan makes move
-        face = self.manifest.graphs[graph]
+        graph_io = self.manifest.graphs[graph]
         plans = {Path(stage.file).stem for stage in self.manifest.plans(graph)}
         opened = DeviceGraph(
             self.folder,
             graph,
-            face,
+            graph_io,
             self.manifest.plans(graph),
             self.manifest.profiles,
             self.device,
-            self._weights.load(graph, [spec.name for spec in face.inputs if spec.role in ("weight", "table")]),
+            self._weights.load(graph, [spec.name for spec in graph_io.inputs if spec.role in ("weight", "table")]),
             capturable=all(self.manifest.capturable.get(plan, True) for plan in plans),
         )
         if self._caches:
@@ -327,5 +327,5 @@ def _open_gpu(folder: Path, manifest: Manifest) -> Device:
     return CudaDevice(folder, manifest)
 
 
-def _names(face: GraphIO) -> set[str]:
-    return {spec.name for spec in face.inputs}
+def _names(graph_io: GraphIO) -> set[str]:
+    return {spec.name for spec in graph_io.inputs}

@@ -17,7 +17,7 @@ from seekforge.runtime.backends.tensorrt.device import Bound, Call, Device, Plan
 
 #: Roles of the inputs that every step gives, and of all that lies in buffers of its own.
 _GIVEN: Final = ("token", "bookkeeping")
-_IN_BUFFERS: Final = (*_GIVEN, "result", "tap", "handover")
+_IN_BUFFERS: Final = (*_GIVEN, "result", "tap", "intermediate")
 
 #: Buffer of the n-th tap of every stage, while nobody looks at it.
 _UNREAD: Final = "unread.{}"
@@ -104,24 +104,24 @@ class Stage:
 
     Args:
         plan: the plan that runs it; it may run other stages as well.
-        face: what the stage reads and gives, by the names of the step.
+        graph_io: what the stage reads and gives, by the names of the step.
         names: name in the step -> name in the plan.
     """
 
-    def __init__(self, plan: Plan, face: GraphIO, names: Mapping[str, str]) -> None:
-        self.plan, self.face, self.names = plan, face, names
+    def __init__(self, plan: Plan, graph_io: GraphIO, names: Mapping[str, str]) -> None:
+        self.plan, self.graph_io, self.names = plan, graph_io, names
         self.call = Call()
         # what a step looks at: a handful of tensors among the weights
-        self.given = [spec for spec in face.inputs if spec.role in _GIVEN]
-        self.taken = face.with_role("handover")
-        self.made = [spec for spec in face.outputs if spec.role in _IN_BUFFERS]
-        self.taps = {spec.name: _UNREAD.format(i) for i, spec in enumerate(_of_role(face.outputs, "tap"))}
-        self._debug = {names[spec.name]: spec.name for spec in face.outputs if spec.role == "debug"}
+        self.given = [spec for spec in graph_io.inputs if spec.role in _GIVEN]
+        self.taken = graph_io.with_role("intermediate")
+        self.made = [spec for spec in graph_io.outputs if spec.role in _IN_BUFFERS]
+        self.taps = {spec.name: _UNREAD.format(i) for i, spec in enumerate(_of_role(graph_io.outputs, "tap"))}
+        self._debug = {names[spec.name]: spec.name for spec in graph_io.outputs if spec.role == "debug"}
 
     def place(self, spec: TensorSpec, shown: Collection[str]) -> str:
-        """Name of a tensor's buffer: both ends of a handover have one, and all stages one for taps nobody looks at."""
-        if spec.role == "handover":
-            return spec.name.replace("handover_out.", "handover.")
+        """Name of a tensor's buffer: both ends of an intermediate have one, all taps that nobody looks at another."""
+        if spec.role == "intermediate":
+            return spec.name.replace("intermediate_out.", "intermediate.")
         return spec.name if spec.name in shown else self.taps.get(spec.name, spec.name)
 
     def set_address(self, name: str, address: int) -> None:
@@ -149,9 +149,9 @@ class DeviceGraph:
     Args:
         folder: the engine.
         name: the name of the graph.
-        face: inputs and outputs of the whole graph.
-        stages: faces of the stages, in order; values called `handover_out.N` of one are `handover.N` of a later one.
-            Those of one file are run by one plan.
+        graph_io: inputs and outputs of the whole graph.
+        stages: inputs and outputs of the stages, in order; `intermediate_out.N` of one is `intermediate.N` of a later
+            one. Those of one file are run by one plan.
         profiles: the profiles of the manifest.
         device: the device on which they run.
         constants: name of a weight or table -> its address.
@@ -165,7 +165,7 @@ class DeviceGraph:
         self,
         folder: Path,
         name: str,
-        face: GraphIO,
+        graph_io: GraphIO,
         stages: Sequence[GraphIO],
         profiles: Profiles,
         device: Device,
@@ -173,18 +173,18 @@ class DeviceGraph:
         *,
         capturable: bool = True,
     ) -> None:
-        self.name, self.face, self.device, self.capturable = name, face, device, capturable
+        self.name, self.graph_io, self.device, self.capturable = name, graph_io, device, capturable
         self._stages = _open(folder, stages, device, profiles)
         self._bounds = [step_bounds(profile, stages) for profile in profiles.values()]
-        self.debug = frozenset(spec.name for spec in face.outputs if spec.role == "debug")
+        self.debug = frozenset(spec.name for spec in graph_io.outputs if spec.role == "debug")
         self.buffers: dict[str, Buffer] = {}
-        self._given = [spec for spec in face.inputs if spec.role in _GIVEN]
-        self.dtypes = {spec.name: NUMPY[spec.dtype] for spec in face.outputs}
-        self.taps = frozenset(spec.name for spec in _of_role(face.outputs, "tap"))
+        self._given = [spec for spec in graph_io.inputs if spec.role in _GIVEN]
+        self.dtypes = {spec.name: NUMPY[spec.dtype] for spec in graph_io.outputs}
+        self.taps = frozenset(spec.name for spec in _of_role(graph_io.outputs, "tap"))
         self._placed: tuple[object, ...] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         for stage in self._stages:
-            for spec in (*stage.face.inputs, *stage.face.outputs):
+            for spec in (*stage.graph_io.inputs, *stage.graph_io.outputs):
                 if spec.role in _IN_BUFFERS:
                     for name in (stage.place(spec, ()), stage.place(spec, self.taps)):
                         self.buffers.setdefault(name, Buffer(device))
@@ -195,11 +195,11 @@ class DeviceGraph:
     def set_caches(self, caches: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
         """Say where the caches lie: name -> address and shape."""
         for stage in self._stages:
-            for spec in stage.face.with_role("cache"):
+            for spec in stage.graph_io.with_role("cache"):
                 address, shape = caches[spec.name]
                 stage.set_shape(spec.name, shape)
                 stage.set_address(spec.name, address)
-            for output, source in stage.face.aliases.items():
+            for output, source in stage.graph_io.aliases.items():
                 stage.set_address(output, caches[source][0])
 
     def place(self, inputs: StepInputs, shown: frozenset[str]) -> tuple[bool, dict[str, tuple[int, ...]]]:
@@ -276,9 +276,9 @@ class DeviceGraph:
 def step_bounds(profile: Mapping[str, Mapping[str, Bound]], plans: Sequence[GraphIO]) -> dict[str, Bound]:
     """Return the bounds that one profile sets to the inputs that every step gives."""
     bounds: dict[str, Bound] = {}
-    for face in plans:
-        step_names = {spec.name for spec in face.inputs if spec.role in _GIVEN}
-        of_plan = profile.get(Path(face.file).stem, {})
+    for graph_io in plans:
+        step_names = {spec.name for spec in graph_io.inputs if spec.role in _GIVEN}
+        of_plan = profile.get(Path(graph_io.file).stem, {})
         bounds |= {name: bound for name, bound in of_plan.items() if name in step_names}
     return bounds
 
@@ -288,36 +288,36 @@ def fits(shape: tuple[int, ...], bound: Bound) -> bool:
     return all(low <= size <= high for low, size, high in zip(bound[0], shape, bound[2], strict=True))
 
 
-def _open(folder: Path, faces: Sequence[GraphIO], device: Device, profiles: Profiles) -> list[Stage]:
+def _open(folder: Path, graph_ios: Sequence[GraphIO], device: Device, profiles: Profiles) -> list[Stage]:
     """Load each plan once and say what its tensors are called in every stage that it runs."""
     plans: dict[str, tuple[Plan, GraphIO]] = {}
     stages = []
-    for face in faces:
-        path = folder / face.file
-        if face.file not in plans:
+    for graph_io in graph_ios:
+        path = folder / graph_io.file
+        if graph_io.file not in plans:
             plan = device.open_plan(path)
-            wanted = {spec.name for spec in _tensors(face) if spec.role != "debug"}
+            wanted = {spec.name for spec in _tensors(graph_io) if spec.role != "debug"}
             odd = sorted(wanted.symmetric_difference(plan.names()))
             if odd:
                 raise EngineError(
                     f"{path}: {odd[0]} is only in {'the manifest' if odd[0] in wanted else 'the plan'}; "
                     "build the engine again"
                 )
-            _check_shapes(path, plan, face, profiles)
-            _check_aliases(path, face, plan.aliases())
-            plans[face.file] = plan, face
-        plan, first = plans[face.file]
-        if [_kind(spec) for spec in _tensors(first)] != [_kind(spec) for spec in _tensors(face)]:
+            _check_shapes(path, plan, graph_io, profiles)
+            _check_aliases(path, graph_io, plan.aliases())
+            plans[graph_io.file] = plan, graph_io
+        plan, first = plans[graph_io.file]
+        if [_kind(spec) for spec in _tensors(first)] != [_kind(spec) for spec in _tensors(graph_io)]:
             raise EngineError(f"{path}: the stages that it runs are not alike; build the engine again")
-        names = {spec.name: inner.name for spec, inner in zip(_tensors(face), _tensors(first), strict=True)}
-        stages.append(Stage(plan, face, names))
+        names = {spec.name: inner.name for spec, inner in zip(_tensors(graph_io), _tensors(first), strict=True)}
+        stages.append(Stage(plan, graph_io, names))
     return stages
 
 
-def _check_shapes(path: Path, plan: Plan, face: GraphIO, profiles: Profiles) -> None:
+def _check_shapes(path: Path, plan: Plan, graph_io: GraphIO, profiles: Profiles) -> None:
     """Hold the shapes and profiles of the manifest against those of a plan."""
     shapes = plan.shapes()
-    for spec in _tensors(face):
+    for spec in _tensors(graph_io):
         plan_shape = shapes.get(spec.name, spec.shape)  # TensorRT need not know a size that the graph fixes
         known = [
             (declared, compiled)
@@ -333,7 +333,7 @@ def _check_shapes(path: Path, plan: Plan, face: GraphIO, profiles: Profiles) -> 
     if profiles and bounds and len(bounds) != len(profiles):
         raise EngineError(f"{path}: has {len(bounds)} profiles, the manifest {len(profiles)}; build the engine again")
     for (label, by_plan), of_plan in zip(profiles.items(), bounds):
-        for name, said in by_plan.get(Path(face.file).stem, {}).items():
+        for name, said in by_plan.get(Path(graph_io.file).stem, {}).items():
             if name in of_plan and of_plan[name] != said:
                 raise EngineError(
                     f"{path}: profile {label} takes {name} of {of_plan[name]}, the manifest says {said}; "
@@ -341,13 +341,13 @@ def _check_shapes(path: Path, plan: Plan, face: GraphIO, profiles: Profiles) -> 
                 )
 
 
-def _check_aliases(path: Path, face: GraphIO, told: Mapping[str, str]) -> None:
+def _check_aliases(path: Path, graph_io: GraphIO, told: Mapping[str, str]) -> None:
     """Refuse a plan whose outputs share memory with other inputs than the manifest says.
 
     Of outputs that a plugin aliases the library may tell nothing (TensorRT 11.2 does not): these are taken on trust.
     """
-    for output in sorted(told.keys() | face.aliases.keys()):
-        wanted, told_alias = face.aliases.get(output), told.get(output)
+    for output in sorted(told.keys() | graph_io.aliases.keys()):
+        wanted, told_alias = graph_io.aliases.get(output), told.get(output)
         if told_alias is not None and told_alias != wanted:
             raise EngineError(
                 f"{path}: {output} shares its memory with {told_alias}, the manifest says with {wanted or 'none'}; "
@@ -355,7 +355,7 @@ def _check_aliases(path: Path, face: GraphIO, told: Mapping[str, str]) -> None:
             )
         if wanted is not None:
             output_spec, input_spec = (
-                next(one for one in _tensors(face) if one.name == name) for name in (output, wanted)
+                next(one for one in _tensors(graph_io) if one.name == name) for name in (output, wanted)
             )
             if output_spec.dtype != input_spec.dtype or not _may_be_equal(output_spec.shape, input_spec.shape):
                 raise EngineError(
@@ -369,8 +369,8 @@ def _may_be_equal(one: Sequence[int | str], other: Sequence[int | str]) -> bool:
     return len(one) == len(other) and all(a == b or str in (type(a), type(b)) for a, b in zip(one, other, strict=True))
 
 
-def _tensors(face: GraphIO) -> tuple[TensorSpec, ...]:
-    return (*face.inputs, *face.outputs)
+def _tensors(graph_io: GraphIO) -> tuple[TensorSpec, ...]:
+    return (*graph_io.inputs, *graph_io.outputs)
 
 
 def _kind(spec: TensorSpec) -> tuple[object, ...]:
