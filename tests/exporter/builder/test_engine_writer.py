@@ -32,9 +32,9 @@ def graph(config: ModelConfig, file: str, layers: range) -> GraphIO:
 def program(tiny_config: ModelConfig, tmp_path: Path) -> Program:
     """A program with two text files, in `program`."""
     folder = tmp_path / "program"
-    (folder / "encoding").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "encoding" / "chat.py").write_text("pass")
+    (folder / "tokenizer_config.json").write_text("{}")
     write_json(folder / "generation_config.json", {"temperature": 0.25})
     made = Program(
         format=PROGRAM_FORMAT,
@@ -48,7 +48,7 @@ def program(tiny_config: ModelConfig, tmp_path: Path) -> Program:
         graphs={"model": graph(tiny_config, "model.onnx", range(2))},
         unused={},
         shared={},
-        files=("tokenizer.json", "generation_config.json", "encoding/chat.py"),
+        files=("tokenizer.json", "generation_config.json", "tokenizer_config.json"),
     )
     save_program(folder, made, {})
     return made
@@ -76,7 +76,7 @@ def test_an_engine_of_every_backend_has_what_its_program_says(
     manifest = write_engine(engine, parts, program_folder=folder, program=program, config=tiny_config)
     verify_files(engine, manifest, full=True)
     assert [file.path for file in manifest.files] == [*program.files, "bindings.json", "target.yaml", "model.bin"]
-    assert (engine / "encoding" / "chat.py").read_text() == "pass"
+    assert (engine / "tokenizer_config.json").read_text() == "{}"
     assert load_bindings(engine) == {"model": {"norm.weight": TAKEN}}
     assert load_target(str(engine / "target.yaml")).limits == manifest.limits == limits
     assert manifest.program_sha256 == sha256_file(folder / "program.json")

@@ -21,7 +21,7 @@ def test_says_what_was_written_and_what_to_do_next(tmp_path: Path) -> None:
     result = run(tmp_path / "out")
     assert result.exit_code == 0, result.output
     first, second = result.stdout.splitlines()
-    assert "9 files, 536 tensors, 25,020,608 parameters, 27.7 MB" in first
+    assert "8 files, 536 tensors, 25,020,608 parameters, 27.7 MB" in first
     assert second.startswith(f"next: seekforge export {tmp_path / 'out'}")
     again = run(tmp_path / "out", "--force", "--quiet")
     assert (again.exit_code, again.output) == (0, "")

@@ -149,12 +149,12 @@ class _Listing:
 def _innermost(successors: list[list[int]], wanted: Collection[int]) -> list[set[int]]:
     """Return the bodies of all loops in which a wanted instruction is, and in no smaller one."""
     bodies = list(_loops(set(range(len(successors))), successors))
-    bodies = []
+    innermost = []
     for i in wanted:
         body = min((one for one in bodies if i in one), key=len, default=None)
-        if body is not None and body not in bodies:
-            bodies.append(body)
-    return bodies
+        if body is not None and body not in innermost:
+            innermost.append(body)
+    return innermost
 
 
 def _loops(nodes: set[int], successors: list[list[int]]) -> Iterator[set[int]]:

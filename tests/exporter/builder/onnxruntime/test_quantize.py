@@ -115,7 +115,7 @@ def test_updated_weights_are_quantized_again(engines: dict[str, Path], tiny_sour
 def test_inspect_lists_what_is_stored_how(engines: dict[str, Path]) -> None:
     shown = CliRunner().invoke(inspect, [str(engines["int4"])], env={"COLUMNS": "400"}).output
     assert (
-        "weights: int8 qkv_a_proj, wq_b, lm_head; int4 q_b_proj, o_proj, gate_up_proj, down_proj, experts; f32 gate"
+        "weights: int8 qkv_a_proj, lm_head, wq_b; int4 q_b_proj, o_proj, gate_up_proj, down_proj, experts; f32 gate"
         in shown
     )
     told = json.loads(CliRunner().invoke(inspect, [str(engines["int4"]), "--json"]).output)
