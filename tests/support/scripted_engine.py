@@ -37,6 +37,7 @@ class ScriptedEngine:
     Attributes:
         prompts: the texts that it was asked to continue.
         params: what they were asked with.
+        in_reasoning: whether they were said to end inside a thought.
         calls: what was called beside.
         aborted: requests that were ended by the server.
         running: requests that are on their way.
@@ -59,6 +60,7 @@ class ScriptedEngine:
         self.dead = ""
         self.prompts: list[str] = []
         self.params: list[SamplingParams] = []
+        self.in_reasoning: list[bool] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.aborted: list[int] = []
         self.running: dict[int, Stream] = {}
@@ -69,7 +71,13 @@ class ScriptedEngine:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0, timeout_s: float | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        in_reasoning: bool = False,
     ) -> Stream:
         stream = Stream(next(self._numbers), self)
         if self.dead:
@@ -89,6 +97,7 @@ class ScriptedEngine:
         text = self._tokenizer.decode(prompt, skip_special_tokens=False)
         self.prompts.append(text)
         self.params.append(params)
+        self.in_reasoning.append(in_reasoning)
         self.running[stream.request_id] = stream
         task = asyncio.get_running_loop().create_task(self._answer(stream, prompt, params, self.script(text)))
         self._tasks.add(task)

@@ -502,15 +502,27 @@ class LLM:
         self.accept(prompt, params)
 
     def accept(
-        self, prompt: Prompt, params: SamplingParams | None, *, priority: int | None = 0, timeout_s: float | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        *,
+        priority: int | None = 0,
+        timeout_s: float | None = None,
+        in_reasoning: bool = False,
     ) -> tuple[Accepted, int, float | None]:
         """Return a request with its priority and its timeout, all checked: whatever came, only this call fails.
+
+        Token ids that end inside a thought are passed with `in_reasoning`: a form begins behind the thought.
 
         Raises:
             RequestError: it cannot be served.
         """
         chosen = self.default_sampling_params if params is None else params
-        return self._intake.check(prompt, chosen), read_priority(priority), read_timeout(timeout_s)
+        return (
+            self._intake.check(prompt, chosen, in_reasoning=in_reasoning),
+            read_priority(priority),
+            read_timeout(timeout_s),
+        )
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the model: `encode`, `decode`, `vocab_size`."""

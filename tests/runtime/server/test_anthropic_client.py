@@ -10,6 +10,8 @@ import pytest
 from tests.runtime.server.test_openai_client import TOOLS, script
 from tests.support.scripted_engine import LiveServer, live_server
 
+from seekforge.runtime.server.engine_client import EngineDeadError
+
 ASK = [{"role": "user", "content": "How is it in Oslo?"}]
 FUNCTION = TOOLS[0]["function"]
 TOOL = {"name": FUNCTION["name"], "input_schema": FUNCTION["parameters"]}
@@ -83,3 +85,20 @@ def test_errors_have_the_shape_that_it_knows(client: anthropic.Anthropic) -> Non
         content = [{"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}]
         client.messages.create(model="scripted", max_tokens=5, messages=[{"role": "user", "content": content}])
     assert wrong.value.body["error"]["type"] == "invalid_request_error"
+
+
+def test_an_error_in_the_middle_of_a_stream_is_raised(client: anthropic.Anthropic, server: LiveServer) -> None:
+    server.engine.hold = True
+    try:
+        with client.messages.stream(model="scripted", max_tokens=100, messages=ASK) as events:
+            for stream in server.engine.running.values():
+                stream.fail(EngineDeadError("the process that runs the engine ended by signal 9"))
+            with pytest.raises(anthropic.APIStatusError, match="signal 9"):
+                events.until_done()
+    finally:
+        server.engine.hold = False
+
+
+def test_a_choice_of_tools_that_is_none_is_refused(client: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
+        client.messages.create(model="scripted", max_tokens=5, messages=ASK, extra_body={"tool_choice": {"type": []}})

@@ -82,6 +82,9 @@ def call(
         ("POST", "/v1/completions", {"prompt": ""}, 400, "no tokens"),
         ("POST", "/v1/completions", {"prompt": [[1, "a"]]}, 400, "prompt.0"),
         ("POST", "/v1/completions", {"prompt": "a", "echo": True, "logprobs": 1, "stream": True}, 400, "stream"),
+        ("POST", "/v1/responses", {"input": "x", "truncation": "auto"}, 400, "truncation"),
+        ("POST", CHAT, ASK | {"stream_options": {"include_usage": True}}, 400, "stream to be true"),
+        ("POST", CHAT, ASK | {"return_token_ids": True, "stream": True}, 400, "return_token_ids"),
         ("POST", "/tokenize", {}, 400, "prompt"),
         ("POST", "/detokenize", {"tokens": ["a"]}, 400, "tokens"),
         ("GET", CHAT, None, 405, "POST"),
@@ -103,7 +106,8 @@ def test_what_cannot_be_served_is_one_line(
 
 def test_a_body_that_is_no_json_by_its_type_is_refused(server: LiveServer) -> None:
     """A page of another origin may send a form without being asked; it may not send JSON."""
-    assert call(server, "POST", CHAT, ASK, {"content-type": "text/plain"})[0] == 415
+    for kind in ("text/plain", "multipart/form-data; boundary=x", ""):
+        assert call(server, "POST", CHAT, ASK, {"content-type": kind})[0] == 415, kind
 
 
 @pytest.mark.parametrize("says_length", [True, False])

@@ -233,3 +233,34 @@ def test_a_port_that_is_taken_is_told_before_the_engine_is_read(toy_engine: Path
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert re.fullmatch(r"error: serve: .*is taken; choose another --port.*\n|error: .*is taken.*\n", result.stderr)
+
+
+def test_a_form_begins_behind_the_thought(chat_engine: Path) -> None:
+    with LLM(chat_engine, **OPTIONS) as llm:
+        form = {"choice": ["yes", "no"]}
+        params = SamplingParams(max_tokens=16, seed=1, structured_outputs=form, thinking_token_budget=4)
+        request = llm.chat_request([{"role": "user", "content": "x"}], params, chat_template_kwargs={"thinking": True})
+        tokenizer = llm.get_tokenizer()
+        ids = tokenizer.encode_segments(request.prompt, llm.max_model_len)
+
+    async def work(client: EngineProcess) -> list[Piece]:
+        return await whole(client.start(ids, request.params, in_reasoning=True))
+
+    text = "".join(piece.text for piece in run(chat_engine, work))
+    _, end, answer = text.partition("</think>")
+    assert end and answer.strip().removesuffix("<｜end▁of▁sentence｜>") in ("yes", "no"), text
+
+
+def test_a_request_is_accepted_when_the_engine_says_so() -> None:
+    """Its first piece may come before: a step may be quicker than what tells of it."""
+
+    async def main() -> None:
+        stream = Stream(1, None)  # pyright: ignore[reportArgumentType]
+        stream.take(Piece(1, 0, "a", (5,)))
+        waiting = asyncio.ensure_future(stream.accepted())
+        await asyncio.sleep(0)
+        stream.num_prompt_tokens = 7
+        stream.wake()
+        assert await waiting == 7
+
+    asyncio.run(main())

@@ -217,3 +217,22 @@ def test_errors_are_those_that_the_client_knows(client: openai.OpenAI, server: L
             client.chat.completions.create(model="scripted", messages=ASK)
     finally:
         server.engine.refusal = None
+
+
+def test_what_begins_inside_a_thought_is_told_to_the_engine(client: openai.OpenAI, server: LiveServer) -> None:
+    """A form, and a call that is demanded, begin behind the thought."""
+    for effort, inside in (("high", True), ("none", False)):
+        client.chat.completions.create(model="scripted", messages=ASK, reasoning_effort=effort)
+        assert server.engine.in_reasoning[-1] is inside
+
+
+def test_the_tokens_of_a_chat_are_given_where_they_are_wanted(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="scripted", messages=ASK, extra_body={"return_token_ids": True})
+    assert len(answer.model_extra["prompt_token_ids"]) == answer.usage.prompt_tokens
+    assert len(answer.choices[0].model_extra["token_ids"]) == answer.usage.completion_tokens
+
+
+def test_a_chat_that_is_cut_may_be_longer_than_the_context(client: openai.OpenAI) -> None:
+    long = [{"role": "user", "content": "a b " * 5000}]
+    with pytest.raises(openai.BadRequestError, match="more than 4096"):  # this engine refuses and cuts nothing
+        client.chat.completions.create(model="scripted", messages=long, extra_body={"truncate_prompt_tokens": 100})

@@ -99,8 +99,13 @@ class InputProcessor:
         self._numbers = itertools.count()
         self._bans_of = functools.lru_cache(_KEPT)(self._make_bans)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> Accepted:
+    def check(self, prompt: Prompt, params: SamplingParams, *, in_reasoning: bool = False) -> Accepted:
         """Encode one prompt and refuse it if it cannot be served.
+
+        Args:
+            prompt: what is continued.
+            params: the sampling parameters.
+            in_reasoning: whether a prompt that is encoded ends inside a thought; text in segments says so itself.
 
         Raises:
             RequestError: it cannot.
@@ -140,7 +145,7 @@ class InputProcessor:
             params = replace(params, max_tokens=max(most - len(ids), 1, params.min_tokens))
         assert params.max_tokens is not None
         self._scheduler.check_request(len(ids), params.max_tokens)
-        gated = isinstance(content, SegmentedText) and content.in_reasoning
+        gated = content.in_reasoning if isinstance(content, SegmentedText) else in_reasoning
         if params.thinking_token_budget is not None:
             self._thought_ids()
             if params.structured_outputs is not None and not gated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 #: A token with its log-probability and rank, and the likeliest ones with theirs.
 TokenRow = tuple[int, float, int, tuple[tuple[int, float], ...]]
@@ -12,6 +12,14 @@ TokenBytes = Callable[[int], bytes]
 
 #: Why a completion ended -> what OpenAI calls it.
 _REASONS = {"timeout": "length", "abort": "length"}
+
+#: What a log-probability of minus infinity, which JSON cannot write, is given as; so does vLLM.
+_LEAST_LOGPROB: Final = -9999.0
+
+
+def written_logprob(value: float) -> float:
+    """Return a log-probability that JSON can write."""
+    return max(value, _LEAST_LOGPROB)
 
 
 def finish_reason(reason: str | None) -> str | None:
@@ -34,7 +42,7 @@ def chat_logprobs(rows: Iterable[TokenRow], token_bytes: TokenBytes) -> dict[str
 
     def token(number: int, logprob: float) -> dict[str, Any]:
         raw = token_bytes(number)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+        return {"token": raw.decode("utf-8", "replace"), "logprob": written_logprob(logprob), "bytes": list(raw)}
 
     return {
         "content": [
@@ -62,12 +70,12 @@ def completion_logprobs(rows: Sequence[TokenRow | None], ids: Sequence[int], tok
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [None if row is None else row[1] for row in rows],
+        "token_logprobs": [None if row is None else written_logprob(row[1]) for row in rows],
         "top_logprobs": [
             None
             if row is None
             else {
-                token_bytes(number).decode("utf-8", "replace"): logprob
+                token_bytes(number).decode("utf-8", "replace"): written_logprob(logprob)
                 for number, logprob in (*reversed(row[3]), (row[0], row[1]))  # of equal texts the likeliest
             }
             for row in rows

@@ -40,7 +40,7 @@ REFUSED: Final[Mapping[str, str]] = {
     "guided_regex": 'use structured_outputs {"regex": ...}',
     "guided_choice": 'use structured_outputs {"choice": ...}',
     "guided_grammar": 'use structured_outputs {"grammar": ...}',
-    "chat_template": "the server's template is the model's; start it with --chat-template",
+    "chat_template": "the server encodes conversations as the model was trained; use /v1/completions for another form",
     "mm_processor_kwargs": "this model reads text",
     "documents": "put them into a message",
 }
@@ -193,6 +193,8 @@ def read_body(kind: type[_Body], raw: Any) -> _Body:
     for name in said:
         if name in REFUSED and name not in kind.model_fields:
             raise BodyError(f"{name} is not done here; {REFUSED[name]}", name)
+    if "stream_options" in said and "stream_options" in kind.model_fields and not said.get("stream"):
+        raise BodyError("stream_options needs stream to be true", "stream_options")
     try:
         return kind.model_validate(said)
     except RecordError as error:

@@ -5,6 +5,7 @@ Source: field names, shapes and events are those of Anthropic's published API re
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
@@ -151,10 +152,12 @@ def _tool_choice(raw: Mapping[str, Any]) -> dict[str, Any]:
     kind = raw.get("type")
     if kind == "tool":
         choice: Any = {"type": "function", "function": {"name": raw.get("name")}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         choice = _CHOICES[kind]
     else:
-        raise BodyError(f"tool_choice.type is {kind!r}, expected 'auto', 'any', 'tool' or 'none'", "tool_choice.type")
+        raise BodyError(
+            f"tool_choice.type is {str(kind)[:80]!r}, expected 'auto', 'any', 'tool' or 'none'", "tool_choice.type"
+        )
     out = {"tool_choice": choice}
     return out | {"parallel_tool_calls": False} if raw.get("disable_parallel_tool_use") else out
 
@@ -348,26 +351,27 @@ class _Blocks:
 
 async def _events(call: Call, conversation: Conversation) -> AsyncGenerator[bytes, None]:
     blocks, began = _Blocks(), False
-    async for gained in conversation.deltas(call):
-        if not began:
-            began = True
-            message = {
-                "id": f"msg_{call.request_id}",
-                "type": "message",
-                "role": "assistant",
-                "model": call.context.model_name,
-                "content": [],
-                "stop_reason": None,
-                "stop_sequence": None,
-                "usage": {"input_tokens": len(conversation.prompt_ids), "output_tokens": 0},
-            }
-            yield event({"type": "message_start", "message": message}, "message_start") + event(
-                {"type": "ping"}, "ping"
-            )
-            continue
-        chunk = b"".join(one for _, _, deltas in gained for delta in deltas for one in blocks.take(delta))
-        if chunk:
-            yield chunk
+    async with contextlib.aclosing(conversation.deltas(call)) as gains:
+        async for gained in gains:
+            if not began:
+                began = True
+                message = {
+                    "id": f"msg_{call.request_id}",
+                    "type": "message",
+                    "role": "assistant",
+                    "model": call.context.model_name,
+                    "content": [],
+                    "stop_reason": None,
+                    "stop_sequence": None,
+                    "usage": {"input_tokens": len(conversation.prompt_ids), "output_tokens": 0},
+                }
+                yield event({"type": "message_start", "message": message}, "message_start") + event(
+                    {"type": "ping"}, "ping"
+                )
+                continue
+            chunk = b"".join(one for _, _, deltas in gained for delta in deltas for one in blocks.take(delta))
+            if chunk:
+                yield chunk
     end, (choice,) = conversation.end, conversation.choices
     if end is None:
         raise RequestError("the request ended without a result")

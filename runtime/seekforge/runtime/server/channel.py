@@ -6,7 +6,7 @@ same program, one started by the other, and nobody else can reach the socket: th
 To the engine:
 
 - `("open", engine, options)`: load it. `options` are keyword arguments of `LLM`.
-- `("add", request_id, prompt, params, priority, timeout_s)`: start a request.
+- `("add", request_id, prompt, params, priority, timeout_s, in_reasoning)`: start a request.
 - `("abort", request_ids)`: end some, as far as they run.
 - `("call", call_id, name, arguments)`: do something else (`engine_process.CALLS`).
 

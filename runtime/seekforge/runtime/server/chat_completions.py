@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -25,6 +26,8 @@ async def chat_completions(call: Call) -> ASGIApp:
     params = chat_params(body, context.defaults)
     if body.stream and body.prompt_logprobs is not None:
         raise BodyError("prompt_logprobs cannot be streamed; leave stream out", "prompt_logprobs")
+    if body.stream and body.return_token_ids:
+        raise BodyError("return_token_ids cannot be streamed in a chat; leave stream out", "return_token_ids")
     conversation = await Conversation.of(context, body.messages, params, chat_options(body))
     if body.stream:
         return await call.event_stream(_events(call, body, conversation))
@@ -49,6 +52,8 @@ async def _whole(call: Call, body: ChatCompletionBody, conversation: Conversatio
         answer["prompt_logprobs"] = [
             None if row is None else prompt_row(row, token_bytes) for row in end.prompt_logprobs
         ]
+    if body.return_token_ids:
+        answer["prompt_token_ids"] = list(end.prompt_token_ids or conversation.prompt_ids)
     return JSONResponse(answer)
 
 
@@ -61,7 +66,8 @@ def _choice(call: Call, body: ChatCompletionBody, index: int, choice: Choice) ->
         message["tool_calls"] = [one.to_dict() for one in said.tool_calls]
         message["content"] = said.content or None
     token_bytes = call.context.tokenizer.written_bytes
-    return {
+    more = {"token_ids": choice.token_ids} if body.return_token_ids else {}
+    return more | {
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(choice.rows, token_bytes) if body.logprobs else None,
@@ -104,32 +110,33 @@ async def _events(call: Call, body: ChatCompletionBody, conversation: Conversati
     starts = [f'data: {head},"choices":[{{"index":{index},"delta":' for index in range(len(conversation.choices))]
     end_of_plain = ',"logprobs":null,"finish_reason":null}]' + tail
     began = False
-    async for gained in conversation.deltas(call, body.priority or 0):
-        if not began:
-            began = True
-            opening = '{"role":"assistant","content":""}'
-            yield "".join(f"{start}{opening}{end_of_plain}" for start in starts).encode()
-            continue
-        out: list[str] = []
-        for index, piece, deltas in gained:
-            start, choice = starts[index], conversation.choices[index]
-            chunks = [one for delta in deltas if (one := delta_object(delta, with_reasoning=shows_reasoning))]
-            logprobs = None
-            if body.logprobs and piece.logprobs:
-                logprobs, choice.rows = chat_logprobs(piece.logprobs, token_bytes), []
-                chunks = chunks or [{}]  # tokens whose text is held back have theirs all the same
-            for number, chunk in enumerate(chunks):
-                if logprobs is None or number:
-                    out.append(f"{start}{_json(chunk)}{end_of_plain}")
-                else:
-                    out.append(f'{start}{_json(chunk)},"logprobs":{_json(logprobs)},"finish_reason":null}}]{tail}')
-            if piece.finish_reason is not None:
-                out.append(
-                    f'{start}{{}},"logprobs":null,"finish_reason":"{choice.reason}",'
-                    f'"stop_reason":{_json(choice.stop_reason)}}}]{tail}'
-                )
-        if out:
-            yield "".join(out).encode()
+    async with contextlib.aclosing(conversation.deltas(call, body.priority or 0)) as gains:
+        async for gained in gains:
+            if not began:
+                began = True
+                opening = '{"role":"assistant","content":""}'
+                yield "".join(f"{start}{opening}{end_of_plain}" for start in starts).encode()
+                continue
+            out: list[str] = []
+            for index, piece, deltas in gained:
+                start, choice = starts[index], conversation.choices[index]
+                chunks = [one for delta in deltas if (one := delta_object(delta, with_reasoning=shows_reasoning))]
+                logprobs = None
+                if body.logprobs and piece.logprobs:
+                    logprobs, choice.rows = chat_logprobs(piece.logprobs, token_bytes), []
+                    chunks = chunks or [{}]  # tokens whose text is held back have theirs all the same
+                for number, chunk in enumerate(chunks):
+                    if logprobs is None or number:
+                        out.append(f"{start}{_json(chunk)}{end_of_plain}")
+                    else:
+                        out.append(f'{start}{_json(chunk)},"logprobs":{_json(logprobs)},"finish_reason":null}}]{tail}')
+                if piece.finish_reason is not None:
+                    out.append(
+                        f'{start}{{}},"logprobs":null,"finish_reason":"{choice.reason}",'
+                        f'"stop_reason":{_json(choice.stop_reason)}}}]{tail}'
+                    )
+            if out:
+                yield "".join(out).encode()
     if wants_usage:
         end = conversation.end
         assert end is not None

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from seekforge.runtime.openai.answers import completion_logprobs, finish_reason, usage
+from seekforge.runtime.openai.answers import completion_logprobs, finish_reason, usage, written_logprob
 from seekforge.runtime.openai.params import completion_params
 from seekforge.runtime.openai.protocol import BodyError, CompletionBody, read_body
 from seekforge.runtime.sampling.params import SamplingParams
@@ -132,7 +132,11 @@ def prompt_row(row: Any, token_bytes: Any) -> dict[str, Any]:
     number, logprob, rank, likely = row
 
     def entry(token: int, value: float, place: int) -> dict[str, Any]:
-        return {"logprob": value, "rank": place, "decoded_token": token_bytes(token).decode("utf-8", "replace")}
+        return {
+            "logprob": written_logprob(value),
+            "rank": place,
+            "decoded_token": token_bytes(token).decode("utf-8", "replace"),
+        }
 
     out = {str(number): entry(number, logprob, rank)}
     for place, (token, value) in enumerate(likely, 1):

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from starlette.types import ASGIApp, Receive
 
@@ -21,7 +21,7 @@ from seekforge.runtime.server.engine_client import EngineClient, Stream
 from seekforge.runtime.server.errors import APIError, as_api_error
 from seekforge.runtime.server.metrics import Metrics
 from seekforge.runtime.server.settings import ServerSettings
-from seekforge.runtime.server.sse import ClientGoneError, EventStream, error_event
+from seekforge.runtime.server.sse import ClientGoneError, EventStream, event
 from seekforge.runtime.text.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
@@ -30,6 +30,8 @@ log = logging.getLogger("seekforge.server")
 
 #: Up to so many characters a text is encoded at once, and not by another thread.
 _SHORT = 4096
+#: A prompt that is truncated may have so many times the tokens that the engine takes.
+_CUT_FROM = 8
 #: Most prompts of one body.
 MAX_PROMPTS = 1024
 
@@ -85,13 +87,17 @@ class Context:
                 404, f"the model {name[:200]!r} is not served here; there is {served}", "model", "model_not_found"
             )
 
+    def longest_prompt(self, params: SamplingParams) -> int:
+        """Return how many tokens a prompt may have before the engine cuts off what `truncate_prompt_tokens` says."""
+        return self.max_model_len * (1 if params.truncate_prompt_tokens is None else _CUT_FROM)
+
     async def encode(self, text: str, params: SamplingParams) -> Sequence[int]:
         """Return the tokens of a prompt, of which the engine cuts off what `truncate_prompt_tokens` says.
 
         Raises:
             RequestError: it is far too long, or no valid Unicode.
         """
-        most = self.max_model_len * (1 if params.truncate_prompt_tokens is None else 8)
+        most = self.longest_prompt(params)
         if len(text) <= _SHORT:
             return self.tokenizer.encode_at_most(text, most)
         return await asyncio.to_thread(self.tokenizer.encode_at_most, text, most)
@@ -107,6 +113,7 @@ class Call:
         body: the decoded JSON; None where there is none.
         query: what follows the path.
         receive: what ASGI gives to read the request with.
+        errors: shape of its errors.
         created: when it came, seconds since 1970.
         log: what the line in the log says beside the ordinary.
     """
@@ -116,12 +123,18 @@ class Call:
     body: Any
     query: Mapping[str, str]
     receive: Receive
+    errors: Literal["openai", "anthropic"] = "openai"
     created: int = field(default_factory=lambda: int(time.time()))
     log: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.asynccontextmanager
     async def streams(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        in_reasoning: bool = False,
     ) -> AsyncGenerator[list[Stream], None]:
         """Start a request for each prompt; they are ended when the context is left, whatever happens.
 
@@ -133,7 +146,13 @@ class Call:
         try:
             for ids in prompts:
                 started.append(
-                    client.start(ids, params, priority=priority, timeout_s=self.context.settings.request_timeout_s)
+                    client.start(
+                        ids,
+                        params,
+                        priority=priority,
+                        timeout_s=self.context.settings.request_timeout_s,
+                        in_reasoning=in_reasoning,
+                    )
                 )
             for number, stream in enumerate(started):
                 try:
@@ -180,17 +199,9 @@ class Call:
         """Return an answer that streams; what is wrong with the request is raised here, before it begins."""
         first = await self.unless_gone(_first(events))
 
-        async def all_events() -> AsyncGenerator[bytes, None]:
-            try:
-                if first:
-                    yield first
-                async for chunk in events:
-                    yield chunk
-            finally:
-                await events.aclose()
-
         return EventStream(
-            all_events(),
+            first,
+            events,
             headers=[(b"x-request-id", self.request_id.encode())],
             write_timeout_s=self.context.settings.write_timeout_s,
             on_error=self._failed,
@@ -201,7 +212,10 @@ class Call:
         if told is None:
             log.error("request %s", self.request_id, exc_info=error)
         self.log["error"] = (told.code or told.kind) if told else "server_error"
-        return error_event(told or APIError(500, f"an internal error; the log has it under {self.request_id}"))
+        shown = told or APIError(500, f"an internal error; the log has it under {self.request_id}")
+        if self.errors == "anthropic":
+            return event(shown.anthropic_body(), "error")
+        return event(shown.body())
 
 
 async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, list[Piece]], None]:

@@ -28,6 +28,7 @@ class Choice:
     Attributes:
         parser: reads its text.
         finish_reason, stop_reason: why it ended; None before.
+        token_ids: its tokens.
         rows: log-probabilities of its tokens, if they were asked.
         num_reasoning_tokens: how many of its tokens were thought.
     """
@@ -35,6 +36,7 @@ class Choice:
     parser: ChatParser
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    token_ids: list[int] = field(default_factory=list)
     rows: list[TokenRow] = field(default_factory=list)
     num_reasoning_tokens: int = 0
 
@@ -42,6 +44,7 @@ class Choice:
         """Take what came; returns what the message gained."""
         if self.parser.in_reasoning:
             self.num_reasoning_tokens += len(piece.token_ids)
+        self.token_ids += piece.token_ids
         deltas = list(self.parser.push(piece.text)) if piece.text else []
         if piece.finish_reason is not None:
             self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
@@ -94,7 +97,7 @@ class Conversation:
 
         def make() -> tuple[ChatRequest, Sequence[int]]:
             request = context.chat.request(messages, params, options)
-            return request, context.tokenizer.encode_segments(request.prompt, context.max_model_len)
+            return request, context.tokenizer.encode_segments(request.prompt, context.longest_prompt(params))
 
         size = sum(len(str(message)) for message in messages) if isinstance(messages, list) else 0
         request, ids = make() if size <= _SHORT else await asyncio.to_thread(make)
@@ -108,7 +111,10 @@ class Conversation:
             GenerationError: the engine failed on it.
         """
         timer = call.context.metrics.timer()
-        async with call.streams([self.prompt_ids], self.request.params, priority) as (stream,):
+        in_reasoning = self.request.prompt.in_reasoning
+        async with call.streams([self.prompt_ids], self.request.params, priority, in_reasoning=in_reasoning) as (
+            stream,
+        ):
             yield []
             while self.end is None:
                 pieces = await stream.read()

@@ -79,7 +79,8 @@ class Door:
         request_id = wish if _ID.fullmatch(wish) else secrets.token_hex(12)
         method, path = scope["method"], scope["path"]
         route = self._routes.get((method, path)) or self._routes.get(("GET" if method == "HEAD" else method, path))
-        call = Call(self._context, request_id, None, dict(parse_qsl(scope["query_string"].decode("latin-1"))), receive)
+        query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
+        call = Call(self._context, request_id, None, query, receive, "openai" if route is None else route.errors)
         status = 0
 
         async def note(message: Message) -> None:
@@ -178,9 +179,11 @@ class Door:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > most:
             raise too_large
-        kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind != "application/json" and not kind.endswith("+json"):
-            raise APIError(415, f"the body is {kind[:80]!r}, expected application/json")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        wrong_type = APIError(415, f"the body's content-type is {kind[:80]!r}, expected 'application/json'")
+        is_json = kind == "application/json" or kind.endswith("+json")
+        if kind and not is_json:
+            raise wrong_type
         parts, size = [], 0
         while True:
             message = await receive()
@@ -192,6 +195,8 @@ class Door:
                 raise too_large
             if not message.get("more_body"):
                 break
+        if size and not is_json:  # a page of another origin may send a body without a type, unasked
+            raise wrong_type
         try:
             return parse_json(b"".join(parts)) if size else {}
         except ValueError as error:

@@ -52,7 +52,7 @@ class Stream:
             RequestError: it cannot be served.
             EngineError: the engine failed.
         """
-        while self.num_prompt_tokens < 0 and not self._pieces:
+        while self.num_prompt_tokens < 0:  # a first piece may come before
             await self._woken()
         return self.num_prompt_tokens
 
@@ -123,9 +123,23 @@ class EngineClient(StreamOwner, Protocol):
     dead: str
 
     def start(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0, timeout_s: float | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        in_reasoning: bool = False,
     ) -> Stream:
-        """Start a request. Whether it can be served is known when `Stream.accepted` returns."""
+        """Start a request. Whether it can be served is known when `Stream.accepted` returns.
+
+        Args:
+            prompt: text or token ids.
+            params: the sampling parameters.
+            priority: lower goes first.
+            timeout_s: after so many seconds the answer ends with what it has.
+            in_reasoning: whether the prompt ends inside a thought, behind which a form begins.
+        """
         ...
 
     async def call(self, name: str, **arguments: Any) -> Any:
@@ -211,7 +225,13 @@ class EngineProcess:
         return len(self._streams)
 
     def start(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0, timeout_s: float | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        in_reasoning: bool = False,
     ) -> Stream:
         """As `EngineClient.start`."""
         stream = Stream(next(self._numbers), self)
@@ -219,7 +239,7 @@ class EngineProcess:
             stream.fail(EngineDeadError(self.dead))
             return stream
         self._streams[stream.request_id] = stream
-        self._writer.write(packed("add", stream.request_id, prompt, params, priority, timeout_s))
+        self._writer.write(packed("add", stream.request_id, prompt, params, priority, timeout_s, in_reasoning))
         return stream
 
     def forget(self, stream: Stream) -> None:

@@ -73,10 +73,18 @@ class EngineHost:
             self._start(request_id, prompt, params, *rest)
 
     def _start(
-        self, request_id: int, prompt: Any, params: SamplingParams, priority: int, timeout_s: float | None
+        self,
+        request_id: int,
+        prompt: Any,
+        params: SamplingParams,
+        priority: int,
+        timeout_s: float | None,
+        in_reasoning: bool,
     ) -> None:
         try:
-            accepted, order, timeout = self._llm.accept(prompt, params, priority=priority, timeout_s=timeout_s)
+            accepted, order, timeout = self._llm.accept(
+                prompt, params, priority=priority, timeout_s=timeout_s, in_reasoning=in_reasoning
+            )
             with self._changing:
                 if request_id not in self._live:  # aborted meanwhile
                     return

@@ -5,6 +5,7 @@ Source: field names, shapes and events are those of OpenAI's published API refer
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -73,6 +74,8 @@ async def responses(call: Call) -> ASGIApp:
                 raise BodyError(f"{name} is not done here: {instead}", name)
         if raw.get("background"):
             raise BodyError("background is not done here: nothing is kept; leave it out", "background")
+        if raw.get("truncation") not in (None, "disabled"):
+            raise BodyError("truncation is not done here: send the part of the conversation that counts", "truncation")
         raw = {name: value for name, value in raw.items() if name not in _IGNORED}
     body, context = read_body(ResponsesBody, raw), call.context
     context.check_model(body.model)
@@ -335,20 +338,23 @@ async def _whole(call: Call, body: ResponsesBody, conversation: Conversation) ->
 
 async def _events(call: Call, body: ResponsesBody, conversation: Conversation) -> AsyncGenerator[bytes, None]:
     output, began = _Output(call, body.top_logprobs is not None), False
-    async for gained in conversation.deltas(call):
-        if not began:
-            began = True
-            made = _response(call, body, "in_progress", [])
-            yield output.event("response.created", response=made) + output.event("response.in_progress", response=made)
-            continue
-        chunk: list[bytes] = []
-        for _, piece, deltas in gained:
-            rows = list(piece.logprobs)
-            for delta in deltas:
-                chunk += output.take(delta, rows)
-                rows = []
-        if chunk:
-            yield b"".join(chunk)
+    async with contextlib.aclosing(conversation.deltas(call)) as gains:
+        async for gained in gains:
+            if not began:
+                began = True
+                made = _response(call, body, "in_progress", [])
+                yield output.event("response.created", response=made) + output.event(
+                    "response.in_progress", response=made
+                )
+                continue
+            chunk: list[bytes] = []
+            for _, piece, deltas in gained:
+                rows = list(piece.logprobs)
+                for delta in deltas:
+                    chunk += output.take(delta, rows)
+                    rows = []
+            if chunk:
+                yield b"".join(chunk)
     assert conversation.end is not None
     last = output.close("incomplete" if conversation.choices[0].reason == "length" else "completed")
     kind, made = _ended(call, body, conversation, conversation.end, output.items)

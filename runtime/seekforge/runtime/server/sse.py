@@ -10,8 +10,6 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from seekforge.runtime.server.errors import APIError
-
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -38,6 +36,7 @@ class EventStream:
 
     def __init__(
         self,
+        first: bytes,
         events: AsyncGenerator[bytes, None],
         *,
         headers: list[tuple[bytes, bytes]],
@@ -47,13 +46,14 @@ class EventStream:
         """Make one.
 
         Args:
-            events: gives bytes of whole events, as many as there are.
+            first: bytes of whole events; may be none.
+            events: gives more of them, as many as there are.
             headers: further headers.
             write_timeout_s: a client that takes nothing for so long is gone.
             on_error: called with an exception that `events` raised; returns the last bytes that are sent.
         """
         self.status = 200
-        self._events, self._headers = events, headers
+        self._first, self._events, self._headers = first, events, headers
         self._write_timeout_s, self._on_error = write_timeout_s, on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,12 +62,11 @@ class EventStream:
         Raises:
             ClientGoneError: nobody reads any more.
         """
-        await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._headers]})
         sending = asyncio.ensure_future(self._send_all(send))
         leaving = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done():
+            if not sending.done() or sending.cancelled():  # the second: it took nothing for too long
                 raise ClientGoneError
             sending.result()
         finally:
@@ -82,14 +81,21 @@ class EventStream:
         loop = asyncio.get_running_loop()
         sending = asyncio.current_task()
         assert sending is not None
+
+        async def write(chunk: bytes) -> None:
+            # a timer of its own costs less than a context for a timeout around each write
+            timer = loop.call_later(self._write_timeout_s, sending.cancel)
+            try:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            finally:
+                timer.cancel()
+
+        await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._headers]})
         try:
+            if self._first:
+                await write(self._first)
             async for chunk in self._events:
-                # a timer of its own costs less than a context for a timeout around each write
-                timer = loop.call_later(self._write_timeout_s, sending.cancel)
-                try:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                finally:
-                    timer.cancel()
+                await write(chunk)
             last = b""
         except (asyncio.CancelledError, GeneratorExit):
             raise
@@ -102,8 +108,3 @@ async def _left(receive: Receive) -> None:
     """Return when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def error_event(error: APIError) -> bytes:
-    """Return an event that says what went wrong in the middle of a stream."""
-    return event(error.body())
