@@ -73,6 +73,7 @@ def call(
         ("POST", CHAT, ASK | {"response_format": {"type": "xml"}}, 400, "response_format"),
         ("POST", CHAT, ASK | {"logit_bias": {"x": 1}}, 400, "logit_bias"),
         ("POST", CHAT, ASK | {"top_logprobs": 3}, 400, "logprobs"),
+        ("POST", CHAT, ASK | {"stream": True, "stream_options": {"continuous": True}}, 400, "continuous"),
         ("POST", CHAT, ASK | {"logprobs": True, "top_logprobs": 21}, 400, "--max-logprobs"),
         ("POST", "/v1/completions", {"prompt": "a", "logprobs": -1}, 400, "--max-logprobs"),
         ("POST", CHAT, ASK | {"stream": "yes"}, 400, "stream"),
@@ -247,6 +248,20 @@ def test_no_other_origin_may_read_answers(server: LiveServer, tiny_checkpoint: P
     with live_server(tiny_checkpoint, str, cors_origins=("https://other.example",)) as opened:
         allowed = call(opened, "GET", "/v1/models", None, origin)[2]["access-control-allow-origin"]
     assert allowed == "https://other.example"
+
+
+def test_a_name_that_is_not_ours_is_refused_where_only_we_are_reached(tiny_checkpoint: Path) -> None:
+    with live_server(tiny_checkpoint, str, allowed_hosts=("localhost", "127.0.0.1")) as local:
+        assert call(local, "GET", "/health")[0] == 200
+        assert call(local, "GET", "/health", None, {"host": "LOCALHOST:80"})[0] == 200
+        for name in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):
+            assert call(local, "GET", "/v1/models", None, {"host": name})[0] == 421
+
+
+def test_a_model_is_told_by_its_name(server: LiveServer) -> None:
+    assert call(server, "GET", "/v1/models/scripted")[1]["id"] == "scripted"
+    assert call(server, "GET", "/v1/models/other")[0] == 404
+    assert call(server, "POST", "/v1/models")[2]["allow"] == "GET"
 
 
 def test_counters_have_vllms_names_beside_ours(server: LiveServer) -> None:

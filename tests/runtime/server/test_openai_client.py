@@ -186,6 +186,26 @@ def test_the_responses_interface_calls_tools(client: openai.OpenAI) -> None:
     assert client.responses.create(model="scripted", input=items, tools=tools).output_text == "It rains."
 
 
+def test_lines_of_unicode_are_no_lines_of_events(server: LiveServer, client: openai.OpenAI, monkeypatch) -> None:
+    monkeypatch.setattr(server.engine, "script", lambda prompt: "a\u2028b\u0085c")
+    with client.chat.completions.with_streaming_response.create(model="scripted", messages=ASK, stream=True) as answer:
+        lines = answer.read().decode().splitlines()
+    assert all(line.startswith("data: ") for line in lines if line)
+    text = "".join(
+        choice.delta.content or ""
+        for chunk in client.chat.completions.create(model="scripted", messages=ASK, stream=True)
+        for choice in chunk.choices
+    )
+    assert text == "a\u2028b\u0085c"
+
+
+def test_logprobs_of_a_response_are_there_for_each_token_of_its_text(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="scripted", input="How is it?", top_logprobs=1) as events:
+        done = events.get_final_response()
+    part = done.output[-1].content[0]
+    assert "".join(entry.token for entry in part.logprobs).startswith("It rains")
+
+
 def test_what_would_be_kept_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="nothing is kept here"):
         client.responses.create(model="scripted", input="x", previous_response_id="resp_1")

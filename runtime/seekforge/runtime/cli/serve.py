@@ -27,6 +27,9 @@ from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, d
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+#: Names of this machine that no other machine reaches; a browser may be led to them by another name.
+_LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1", "[::1]"))
+
 
 def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
     """Return the keys of an option and of a file with one on each line.
@@ -86,6 +89,7 @@ def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
 )
 @click.option("--max-logprobs", type=Whole(-1), default=20, show_default=True, help="Most that may be asked; -1: all.")
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Lets pages of that origin call.  [default: none]")
+@click.option("--allow-special-tokens", is_flag=True, help="Special tokens written in messages mean what they name.")
 @click.option("--deterministic", is_flag=True, help="Same tokens whatever else runs; CPU only, twice the work.")
 @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
 @drafts_option
@@ -113,6 +117,7 @@ def serve(
     drain_timeout: float,
     max_logprobs: int,
     cors_origin: tuple[str, ...],
+    allow_special_tokens: bool,
     deterministic: bool,
     no_prefix_caching: bool,
     num_speculative_tokens: int,
@@ -142,6 +147,8 @@ def serve(
         request_timeout_s=request_timeout,
         drain_s=drain_timeout,
         cors_origins=cors_origin,
+        allowed_hosts=_LOOPBACK if host.lower() in _LOOPBACK else None,
+        allow_special_tokens=allow_special_tokens,
     )
     with bound(host, port) as held:
         stages = Stages(quiet=quiet or as_json)

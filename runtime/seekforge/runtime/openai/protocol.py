@@ -63,12 +63,10 @@ class StreamOptions(Record):
 
     Attributes:
         include_usage: a last chunk says how many tokens there were.
-        continuous_usage_stats: each chunk does.
         include_obfuscation: taken and ignored: nothing is padded.
     """
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 

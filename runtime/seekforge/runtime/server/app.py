@@ -11,7 +11,7 @@ from seekforge.runtime.server.basics import EmptyBody, UpdateWeightsBody
 from seekforge.runtime.server.chat_completions import chat_completions
 from seekforge.runtime.server.completions import completions
 from seekforge.runtime.server.context import Context
-from seekforge.runtime.server.door import Door, Route
+from seekforge.runtime.server.door import MODELS, Door, Route
 from seekforge.runtime.server.responses import ResponsesBody, responses
 
 #: Every endpoint; the OpenAPI document is made from it.
@@ -51,6 +51,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("POST", "/v1/completions", completions, body=CompletionBody, generates=True, title="Continue prompts"),
     Route("GET", "/v1/models", basics.models, title="List the models"),
+    Route("GET", MODELS, basics.model, title="One model"),
     Route("POST", "/tokenize", basics.tokenize, body=TokenizeBody, title="Turn text into tokens"),
     Route("POST", "/detokenize", basics.detokenize, body=DetokenizeBody, title="Turn tokens into text"),
     Route("GET", "/engine", page.engine, title="Which engine is served"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from seekforge.common.records import Record
 from seekforge.runtime.openai.protocol import BodyError, DetokenizeBody, TokenizeBody, read_body
-from seekforge.runtime.server.context import Call
+from seekforge.runtime.server.context import Call, Context
 from seekforge.runtime.server.conversation import Conversation
 from seekforge.runtime.server.errors import APIError
 
@@ -29,23 +31,27 @@ class EmptyBody(Record):
 
 async def models(call: Call) -> ASGIApp:
     """List the names that the model is served under."""
-    context = call.context
     return JSONResponse(
-        {
-            "object": "list",
-            "data": [
-                {
-                    "id": name,
-                    "object": "model",
-                    "created": context.started,
-                    "owned_by": "seekforge",
-                    "root": context.model_name,
-                    "max_model_len": context.max_model_len,
-                }
-                for name in context.settings.served_model_names
-            ],
-        }
+        {"object": "list", "data": [_model(call.context, name) for name in call.context.settings.served_model_names]}
     )
+
+
+async def model(call: Call) -> ASGIApp:
+    """Return one of the names that the model is served under."""
+    name = call.path.removeprefix("/v1/models/")
+    call.context.check_model(name)
+    return JSONResponse(_model(call.context, name))
+
+
+def _model(context: Context, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.started,
+        "owned_by": "seekforge",
+        "root": context.model_name,
+        "max_model_len": context.max_model_len,
+    }
 
 
 async def tokenize(call: Call) -> ASGIApp:

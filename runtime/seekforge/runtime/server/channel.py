@@ -60,7 +60,8 @@ class End(NamedTuple):
     """A finished request.
 
     Attributes:
-        prompt_token_ids: what was computed of the prompt; empty unless log-probabilities of it were asked.
+        prompt_token_ids: what was computed of the prompt; empty unless it was truncated or log-probabilities of it are
+            wanted.
         num_prompt_tokens, num_completion_tokens, num_cached_tokens: sums over all completions.
         prompt_logprobs: a row for each token of the prompt, None for the first; None unless asked.
         best: the completions that `best_of` chose, in their order; empty without it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -17,6 +16,7 @@ from seekforge.runtime.openai.protocol import BodyError, ChatCompletionBody, rea
 from seekforge.runtime.server.completions import prompt_row
 from seekforge.runtime.server.context import Call
 from seekforge.runtime.server.conversation import Choice, Conversation
+from seekforge.runtime.server.sse import json_text
 
 
 async def chat_completions(call: Call) -> ASGIApp:
@@ -98,7 +98,7 @@ async def _events(call: Call, body: ChatCompletionBody, conversation: Conversati
     token_bytes = context.tokenizer.written_bytes
     wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     shows_reasoning = body.include_reasoning is not False
-    head = _json(
+    head = json_text(
         {
             "id": f"chatcmpl-{call.request_id}",
             "object": "chat.completion.chunk",
@@ -127,13 +127,15 @@ async def _events(call: Call, body: ChatCompletionBody, conversation: Conversati
                     chunks = chunks or [{}]  # tokens whose text is held back have theirs all the same
                 for number, chunk in enumerate(chunks):
                     if logprobs is None or number:
-                        out.append(f"{start}{_json(chunk)}{end_of_plain}")
+                        out.append(f"{start}{json_text(chunk)}{end_of_plain}")
                     else:
-                        out.append(f'{start}{_json(chunk)},"logprobs":{_json(logprobs)},"finish_reason":null}}]{tail}')
+                        out.append(
+                            f'{start}{json_text(chunk)},"logprobs":{json_text(logprobs)},"finish_reason":null}}]{tail}'
+                        )
                 if piece.finish_reason is not None:
                     out.append(
                         f'{start}{{}},"logprobs":null,"finish_reason":"{choice.reason}",'
-                        f'"stop_reason":{_json(choice.stop_reason)}}}]{tail}'
+                        f'"stop_reason":{json_text(choice.stop_reason)}}}]{tail}'
                     )
             if out:
                 yield "".join(out).encode()
@@ -142,9 +144,5 @@ async def _events(call: Call, body: ChatCompletionBody, conversation: Conversati
         assert end is not None
         counts = usage(end.num_prompt_tokens, end.num_completion_tokens, end.num_cached_tokens)
         counts["completion_tokens_details"] = {"reasoning_tokens": conversation.num_reasoning_tokens}
-        yield f'data: {head},"choices":[],"usage":{_json(counts)}}}\n\n'.encode()
+        yield f'data: {head},"choices":[],"usage":{json_text(counts)}}}\n\n'.encode()
     yield b"data: [DONE]\n\n"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from seekforge.runtime.openai.protocol import BodyError, CompletionBody, read_bo
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.server.channel import End, Piece
 from seekforge.runtime.server.context import MAX_PROMPTS, Call, Context, merged
+from seekforge.runtime.server.sse import json_text
 from seekforge.runtime.values import is_integer
 
 
@@ -27,6 +27,8 @@ async def completions(call: Call) -> ASGIApp:
         raise BodyError("best_of cannot be streamed, since the best are known at the end only", "best_of")
     if body.stream and body.echo and (body.logprobs is not None or body.prompt_logprobs is not None):
         raise BodyError("echo with logprobs cannot be streamed; leave stream out", "echo")
+    if body.stream and body.echo and body.truncate_prompt_tokens is not None:
+        raise BodyError("echo of a truncated prompt cannot be streamed; leave stream out", "echo")
     prompts = await _prompts(body.prompt, context, params)
     if body.stream:
         return await call.event_stream(_events(call, body, prompts, params))
@@ -123,7 +125,7 @@ def _choice(
             None if row is None else prompt_row(row, token_bytes) for row in end.prompt_logprobs
         ]
     if body.return_token_ids:
-        choice |= {"prompt_token_ids": list(prompt), "token_ids": list(one.token_ids)}
+        choice |= {"prompt_token_ids": list(end.prompt_token_ids or prompt), "token_ids": list(one.token_ids)}
     return choice
 
 
@@ -151,14 +153,13 @@ async def _events(
     token_bytes = context.tokenizer.written_bytes
     options = body.stream_options
     wants_usage = options is not None and bool(options.include_usage)
-    head = json.dumps(
+    head = json_text(
         {
             "id": f"cmpl-{call.request_id}",
             "object": "text_completion",
             "created": call.created,
             "model": context.model_name,
-        },
-        separators=(",", ":"),
+        }
     )[:-1]
     nothing_more = ',"usage":null}\n\n' if wants_usage else "}\n\n"
     plain = body.logprobs is None and not body.return_token_ids
@@ -170,9 +171,9 @@ async def _events(
     async with call.streams(prompts, params, body.priority or 0) as streams:
         if body.echo:
             yield "".join(
-                f"{starts[number * params.n + index]}{_json(context.tokenizer.decode(ids, skip_special_tokens=False))}"
-                f"{end_of_plain}"
+                f"{starts[number * params.n + index]}{json_text(text)}{end_of_plain}"
                 for number, ids in enumerate(prompts)
+                for text in (context.tokenizer.decode(ids, skip_special_tokens=False),)
                 for index in range(params.n)
             ).encode()
         else:
@@ -191,7 +192,7 @@ async def _events(
                     piece = piece._replace(text="", token_ids=(), logprobs=(), finish_reason="length")
                 if plain and piece.finish_reason is None:
                     if piece.text:
-                        out.append(f"{starts[index]}{_json(piece.text)}{end_of_plain}")
+                        out.append(f"{starts[index]}{json_text(piece.text)}{end_of_plain}")
                     continue
                 logprobs = None
                 if body.logprobs is not None:
@@ -200,9 +201,9 @@ async def _events(
                     offsets[index] = at + sum(map(len, logprobs["tokens"]))
                 more = f',"token_ids":{list(piece.token_ids)}' if body.return_token_ids else ""
                 out.append(
-                    f"{starts[index]}{_json(piece.text)},"
-                    f'"logprobs":{_json(logprobs)},"finish_reason":{_json(finish_reason(piece.finish_reason))},'
-                    f'"stop_reason":{_json(piece.stop_reason)}{more}}}]{nothing_more}'
+                    f"{starts[index]}{json_text(piece.text)},"
+                    f'"logprobs":{json_text(logprobs)},"finish_reason":{json_text(finish_reason(piece.finish_reason))},'
+                    f'"stop_reason":{json_text(piece.stop_reason)}{more}}}]{nothing_more}'
                 )
             if out:
                 yield "".join(out).encode()
@@ -210,9 +211,5 @@ async def _events(
     if body.max_tokens == 0:
         totals[1] = 0
     if wants_usage:
-        yield f'data: {head},"choices":[],"usage":{_json(usage(*totals))}}}\n\n'.encode()
+        yield f'data: {head},"choices":[],"usage":{json_text(usage(*totals))}}}\n\n'.encode()
     yield b"data: [DONE]\n\n"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -110,8 +110,8 @@ class Call:
     Attributes:
         context: the server.
         request_id: names it in answers and logs.
+        path: the path that was called.
         body: the decoded JSON; None where there is none.
-        query: what follows the path.
         receive: what ASGI gives to read the request with.
         errors: shape of its errors.
         created: when it came, seconds since 1970.
@@ -120,8 +120,8 @@ class Call:
 
     context: Context
     request_id: str
+    path: str
     body: Any
-    query: Mapping[str, str]
     receive: Receive
     errors: Literal["openai", "anthropic"] = "openai"
     created: int = field(default_factory=lambda: int(time.time()))

@@ -92,8 +92,7 @@ class Conversation:
             RequestError: the messages cannot stand like this.
             EngineError: the model has no chat encoding.
         """
-        if not context.settings.allow_special_tokens:
-            options = {**options, "split_special_tokens": True}
+        options = {**options, "split_special_tokens": not context.settings.allow_special_tokens}
 
         def make() -> tuple[ChatRequest, Sequence[int]]:
             request = context.chat.request(messages, params, options)

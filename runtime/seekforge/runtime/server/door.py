@@ -16,7 +16,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
-from urllib.parse import parse_qsl
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +29,8 @@ from seekforge.runtime.server.sse import ClientGoneError
 
 log = logging.getLogger("seekforge.server")
 
+#: The path of one model.
+MODELS: Final = "/v1/models/{model}"
 Handler = Callable[[Call], Awaitable[ASGIApp]]
 #: Ids that a caller may give a request; anything else is replaced.
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -78,9 +79,8 @@ class Door:
         wish = headers.get("x-request-id", "")
         request_id = wish if _ID.fullmatch(wish) else secrets.token_hex(12)
         method, path = scope["method"], scope["path"]
-        route = self._routes.get((method, path)) or self._routes.get(("GET" if method == "HEAD" else method, path))
-        query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
-        call = Call(self._context, request_id, None, query, receive, "openai" if route is None else route.errors)
+        route = self._route(method, path)
+        call = Call(self._context, request_id, path, None, receive, "openai" if route is None else route.errors)
         status = 0
 
         async def note(message: Message) -> None:
@@ -95,6 +95,7 @@ class Door:
         counted = False
         span = tracing.begin(method, "" if route is None else route.path, headers, self._context.model_name)
         try:
+            self._check_host(headers)
             if route is None:
                 raise self._no_route(method, path)
             self._check_key(route, headers)
@@ -123,16 +124,36 @@ class Door:
         finally:
             self._context.num_running -= counted
             seconds = time.perf_counter() - began
-            self._context.metrics.answered(path if path in self._paths else "other", status)
+            self._context.metrics.answered("other" if route is None else route.path, status)
             line = {"request_id": request_id, "method": method, "path": path[:200], "status": status} | call.log
             tracing.end(span, line)
             level = logging.DEBUG if route is not None and route.key == "none" else logging.INFO
             log.log(level, "%s", json.dumps(line | {"seconds": round(seconds, 4)}))
 
+    def _route(self, method: str, path: str) -> Route | None:
+        """Return the route of a request; a path may name a model at its end."""
+        verb = "GET" if method == "HEAD" else method
+        prefix = MODELS.partition("{")[0]
+        return self._routes.get((verb, MODELS if path.startswith(prefix) and path != prefix else path))
+
+    def _check_host(self, headers: Mapping[str, str]) -> None:
+        """Refuse a request that was sent to another name: a page of that name may have led it to this machine.
+
+        Raises:
+            APIError: 421.
+        """
+        allowed = self._context.settings.allowed_hosts
+        if allowed is None:
+            return
+        host = headers.get("host", "")
+        name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+        if name.lower() not in allowed:
+            raise APIError(421, "the request was sent to a name that is none of this server's; --host gives it others")
+
     def _no_route(self, method: str, path: str) -> APIError:
         if path in self._paths:
             can = ", ".join(sorted(known for known, where in self._routes if where == path))
-            return APIError(405, f"{path} is not called with {method[:16]!r}, but with {can}")
+            return APIError(405, f"{path} is not called with {method[:16]!r}, but with {can}", allow=can)
         return APIError(404, f"there is nothing at {path[:200]!r}; /openapi.json lists what there is", code="not_found")
 
     def _check_key(self, route: Route, headers: Mapping[str, str]) -> None:
@@ -222,6 +243,8 @@ class Door:
 
 def _error_response(error: APIError, route: Route | None) -> ASGIApp:
     headers = {"retry-after": "1"} if error.status in (429, 503) else {}
+    if error.allow:
+        headers["allow"] = error.allow
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if route is not None and route.errors == "anthropic":

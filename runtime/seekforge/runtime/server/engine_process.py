@@ -159,7 +159,7 @@ def _end(request_id: int, output: RequestOutput, params: SamplingParams) -> End:
     if output.prompt_logprobs is not None:
         prompt = tuple(None if entry is None else _row(entry) for entry in output.prompt_logprobs)
     return End(
-        output.prompt_token_ids if prompt is not None else (),
+        output.prompt_token_ids if prompt is not None or params.truncate_prompt_tokens is not None else (),
         output.usage.prompt_tokens,
         output.usage.completion_tokens,
         output.num_cached_tokens,

@@ -18,6 +18,7 @@ _TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
+    421: "invalid_request_error",
     413: "request_too_large",
     415: "invalid_request_error",
     429: "rate_limit_error",
@@ -36,12 +37,14 @@ class APIError(Exception):
         message: one line: what came, what was expected, what to do.
         param: the key that is at fault.
         code: what a program may look at.
+        allow: methods of HTTP that the path is called with.
     """
 
     status: int
     message: str
     param: str | None = None
     code: str | None = None
+    allow: str = ""
 
     @property
     def kind(self) -> str:

@@ -64,6 +64,8 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
             operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
         if route.key != "none":
             operation["security"] = [{"key": []}]
+        if "{" in route.path:
+            operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
         if route.body is not None:
             name = _define(route.body, schemas)
             operation["requestBody"] = {

@@ -18,7 +18,7 @@ from seekforge.runtime.chat import MessageDelta
 from seekforge.runtime.openai.answers import chat_logprobs
 from seekforge.runtime.openai.protocol import BodyError, read_body
 from seekforge.runtime.sampling.params import SamplingParams
-from seekforge.runtime.server.channel import End, TokenRow
+from seekforge.runtime.server.channel import End, Piece, TokenRow
 from seekforge.runtime.server.context import Call
 from seekforge.runtime.server.conversation import Conversation
 from seekforge.runtime.server.sse import event
@@ -198,6 +198,7 @@ class _Output:
     def __init__(self, call: Call, wants_logprobs: bool) -> None:
         self.items: list[dict[str, Any]] = []
         self._call, self._wants_logprobs = call, wants_logprobs
+        self._rows: list[TokenRow] = []
         self._open = ""
         self._sequence = -1
 
@@ -206,14 +207,20 @@ class _Output:
         self._sequence += 1
         return event({"type": kind, "sequence_number": self._sequence, **said}, kind)
 
-    def take(self, delta: MessageDelta, rows: list[TokenRow]) -> list[bytes]:
-        """Take what the message gained; returns its events."""
+    def take_all(self, piece: Piece, deltas: list[MessageDelta]) -> list[bytes]:
+        """Take what came; returns its events. Log-probabilities wait for the text of their tokens."""
+        self._rows += piece.logprobs
+        return [one for delta in deltas for one in self._take(delta)]
+
+    def _take(self, delta: MessageDelta) -> list[bytes]:
         out: list[bytes] = []
         if delta.reasoning_content:
+            self._rows = []  # a thought has none to show
             out += self._turn("reasoning", {"type": "reasoning", "summary": [], "content": []})
             out += self._gain("response.reasoning_text", "reasoning_text", delta.reasoning_content)
         if delta.content:
             out += self._turn("message", {"type": "message", "role": "assistant", "content": []})
+            rows, self._rows = self._rows, []
             logprobs = self._logprobs(rows)
             out += self._gain("response.output_text", "output_text", delta.content, logprobs=logprobs)
         for one in delta.tool_calls:
@@ -327,10 +334,7 @@ async def _whole(call: Call, body: ResponsesBody, conversation: Conversation) ->
     output = _Output(call, body.top_logprobs is not None)
     async for gained in conversation.deltas(call):
         for _, piece, deltas in gained:
-            rows = list(piece.logprobs)
-            for delta in deltas:
-                output.take(delta, rows)
-                rows = []
+            output.take_all(piece, deltas)
     assert conversation.end is not None
     output.close("incomplete" if conversation.choices[0].reason == "length" else "completed")
     return JSONResponse(_ended(call, body, conversation, conversation.end, output.items)[1])
@@ -349,10 +353,7 @@ async def _events(call: Call, body: ResponsesBody, conversation: Conversation) -
                 continue
             chunk: list[bytes] = []
             for _, piece, deltas in gained:
-                rows = list(piece.logprobs)
-                for delta in deltas:
-                    chunk += output.take(delta, rows)
-                    rows = []
+                chunk += output.take_all(piece, deltas)
             if chunk:
                 yield b"".join(chunk)
     assert conversation.end is not None

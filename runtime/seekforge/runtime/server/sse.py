@@ -16,11 +16,20 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # of nginx, which would collect events
 ]
 
+#: What `str.splitlines` ends a line at, beside the characters that JSON escapes.
+_SEPARATORS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
 
 def event(data: Any, name: str | None = None) -> bytes:
     """Return an event with JSON, under a name where the interface has them."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {json_text(data)}\n\n".encode()
+
+
+def json_text(value: Any) -> str:
+    """Return JSON on one line, also for readers that take Unicode's separators for ends of lines."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() else text.translate(_SEPARATORS)
 
 
 class ClientGoneError(Exception):
