@@ -6,13 +6,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from seekforge.runtime.openai.protocol import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
-from seekforge.runtime.server import anthropic_messages, basics, openapi, page
-from seekforge.runtime.server.basics import EmptyBody, UpdateWeightsBody
-from seekforge.runtime.server.chat_completions import chat_completions
-from seekforge.runtime.server.completions import completions
 from seekforge.runtime.server.context import Context
 from seekforge.runtime.server.door import MODELS, Door, Route
-from seekforge.runtime.server.responses import ResponsesBody, responses
+from seekforge.runtime.server.endpoints import anthropic_messages, basics, openapi, page
+from seekforge.runtime.server.endpoints.basics import EmptyBody, UpdateWeightsBody
+from seekforge.runtime.server.endpoints.chat_completions import chat_completions
+from seekforge.runtime.server.endpoints.completions import completions
+from seekforge.runtime.server.endpoints.responses import ResponsesBody, responses
 
 #: Every endpoint; the OpenAPI document is made from it.
 ROUTES: tuple[Route, ...] = (

@@ -17,7 +17,7 @@ from seekforge.runtime.server.context import Call
 @functools.cache
 def _page() -> tuple[str, str]:
     """Return the page and its content security policy, which names its style and script by their digests."""
-    text = (files("seekforge.runtime.server") / "page.html").read_text(encoding="utf-8")
+    text = (files("seekforge.runtime.server.endpoints") / "page.html").read_text(encoding="utf-8")
 
     def digest(tag: str) -> str:
         inner = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)

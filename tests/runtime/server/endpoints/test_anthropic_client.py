@@ -7,7 +7,7 @@ from pathlib import Path
 
 import anthropic
 import pytest
-from tests.runtime.server.test_openai_client import TOOLS, script
+from tests.runtime.server.endpoints.test_openai_client import TOOLS, script
 from tests.support.scripted_engine import LiveServer, live_server
 
 from seekforge.runtime.server.engine_client import EngineDeadError

@@ -13,9 +13,9 @@ from seekforge.runtime.chat import MessageDelta
 from seekforge.runtime.openai.answers import chat_logprobs, usage
 from seekforge.runtime.openai.params import chat_options, chat_params
 from seekforge.runtime.openai.protocol import BodyError, ChatCompletionBody, read_body
-from seekforge.runtime.server.completions import prompt_row
 from seekforge.runtime.server.context import Call
 from seekforge.runtime.server.conversation import Choice, Conversation
+from seekforge.runtime.server.endpoints.completions import prompt_row
 from seekforge.runtime.server.sse import json_text
 
 

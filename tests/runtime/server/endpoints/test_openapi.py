@@ -11,7 +11,7 @@ from schemathesis.checks import not_a_server_error
 from tests.support.scripted_engine import LiveServer, live_server
 
 from seekforge.runtime.server.app import ROUTES
-from seekforge.runtime.server.openapi import document
+from seekforge.runtime.server.endpoints.openapi import document
 
 KEYS = {"authorization": "Bearer admin"}
 

@@ -1,0 +1,1 @@
+"""The endpoints, each interface in a module: bodies to requests, pieces to answers."""
