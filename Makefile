@@ -13,8 +13,7 @@ BIN := $(VENV)/bin
 DIST := dist
 CACHE := $(CURDIR)/.cache
 CONSTRAINTS := configs/constraints.txt
-# Nothing is compiled ahead: of thousands of modules that torch and transformers bring, a run imports a few hundred.
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile --constraint $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint $(CONSTRAINTS)
 
 export PIP_CACHE_DIR := $(CACHE)/pip
 export XDG_CACHE_HOME := $(CACHE)
