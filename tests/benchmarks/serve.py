@@ -1,8 +1,9 @@
 """What the server costs: a script, not a test. `python -m tests.benchmarks.serve ENGINE`
 
-The engine's backend is replaced by one that does nothing, so that the runtime runs as fast as it can. Three numbers of
-tokens per second, each of as many streams: the runtime alone, in a process of its own; the engine's process while the
-server streams its tokens to clients; and what those clients read, of single tokens, chat and completions.
+The engine's backend is replaced by one that does nothing, so that the runtime runs as fast as it can. By turns the
+runtime runs alone, and its tokens are streamed to clients by the server; each time as many streams of as many tokens.
+Of each the median: tokens per second, and what processor time the engine's process takes for a token, which is what the
+server adds to the runtime where there are cores enough.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +26,8 @@ from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import SamplingParams
 
-_ROUNDS = 3
+_ROUNDS = 5
+_PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
 def without_backend() -> None:
@@ -45,18 +48,20 @@ def options_of(streams: int, tokens: int) -> dict[str, object]:
     }
 
 
-def runtime_alone(engine: Path, streams: int, tokens: int) -> float:
-    """Tokens per second of the runtime in this process."""
+def runtime_alone(engine: Path, streams: int, tokens: int) -> dict[str, float]:
+    """The runtime in this process: tokens per second, and processor seconds of all of them."""
     without_backend()
     with LLM(engine, **options_of(streams, tokens)) as llm:  # type: ignore[arg-type]
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
         prompts = [[5, 6, 7, number % 50] for number in range(streams)]
-        rates = []
-        for _ in range(_ROUNDS):
-            began = time.perf_counter()
-            llm.generate(prompts, params)
-            rates.append(streams * tokens / (time.perf_counter() - began))
-    return max(rates)
+        began, before = time.perf_counter(), cpu_seconds()
+        for _ in llm.as_completed([(prompt, params) for prompt in prompts]):
+            pass
+        used = cpu_seconds() - before
+        return {
+            "tokens_per_second": streams * tokens / (time.perf_counter() - began),
+            "engine_cpu_seconds": used,
+        }
 
 
 def serve(engine: Path, streams: int, tokens: int, port: int) -> None:
@@ -112,40 +117,34 @@ async def clients(port: int, path: str, streams: int, tokens: int) -> dict[str, 
     }
 
 
-def through_server(engine: Path, streams: int, tokens: int) -> dict[str, dict[str, float]]:
-    """Start server and clients; what each interface streamed at best."""
+def by_turns(engine: Path, streams: int, tokens: int) -> dict[str, list[dict[str, float]]]:
+    """Run all by turns; each round of the runtime alone and of each interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     sizes = ["--streams", str(streams), "--tokens", str(tokens)]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.benchmarks.serve", str(engine), *sizes, "--serve", str(port)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    this = [sys.executable, "-m", "tests.benchmarks.serve"]
+    server = subprocess.Popen([*this, str(engine), *sizes, "--serve", str(port)], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
+    out: dict[str, list[dict[str, float]]] = {"alone": [], **{path: [] for path in _PATHS}}
     try:
         if server.stdout.readline() != "ready\n":
             raise SystemExit("the server did not start")
-        out = {}
-        for path in ("/v1/completions", "/v1/chat/completions"):
-            rounds = []
-            for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS):
+            out["alone"].append(_run([*this, str(engine), *sizes, "--alone"]))
+            for path in _PATHS:
                 before = _cpu_of(server.pid)
-                client = subprocess.run(
-                    [sys.executable, "-m", "tests.benchmarks.serve", *sizes, "--clients", f"{port}{path}"],
-                    stdout=subprocess.PIPE,
-                    check=True,
-                )
+                one = _run([*this, *sizes, "--clients", f"{port}{path}"])
                 after = _cpu_of(server.pid)
-                one = json.loads(client.stdout)
-                one |= {f"{name}_cpu_seconds": after[name] - before[name] for name in after}
-                rounds.append(one)
-            out[path] = max(rounds, key=lambda one: one["tokens_per_second"])
+                out[path].append(one | {f"{name}_cpu_seconds": after[name] - before[name] for name in after})
         return out
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
+
+
+def _run(command: list[str]) -> dict[str, float]:
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
 def _cpu_of(server: int) -> dict[str, float]:
@@ -185,27 +184,26 @@ def main() -> None:
         serve(arguments.engine, streams, tokens, arguments.serve)
         return
     if arguments.alone:
-        print(runtime_alone(arguments.engine, streams, tokens))
+        print(json.dumps(runtime_alone(arguments.engine, streams, tokens)))
         return
-    sizes = ["--streams", str(streams), "--tokens", str(tokens)]
-    alone = float(
-        subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.serve", str(arguments.engine), *sizes, "--alone"],
-            stdout=subprocess.PIPE,
-            check=True,
-        ).stdout
-    )
-    result = {"streams": streams, "runtime_alone": alone, "server": through_server(arguments.engine, streams, tokens)}
+    rounds = by_turns(arguments.engine, streams, tokens)
+    middle = {
+        name: {key: statistics.median(one[key] for one in each) for key in each[0]} for name, each in rounds.items()
+    }
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps({"streams": streams, "tokens": tokens, "medians": middle, "rounds": rounds}))
         return
-    print(f"{streams} streams of {tokens} tokens, tokens per second, on {os.cpu_count()} cores")
-    print(f"  {'the runtime alone':<24}{alone:10,.0f}")
-    for path, one in result["server"].items():
-        print(
-            f"  {path:<24}{one['tokens_per_second']:10,.0f}  {one['chunks_per_second']:,.0f} chunks/s; CPU seconds: "
-            f"engine {one['engine_cpu_seconds']:.2f}, server {one['server_cpu_seconds']:.2f} of {one['seconds']:.2f}"
-        )
+    count = streams * tokens
+    print(f"{streams} streams of {tokens} tokens on {os.cpu_count()} cores, medians of {_ROUNDS} rounds by turns")
+    for name, one in middle.items():
+        spent, rate = one["engine_cpu_seconds"], one["tokens_per_second"]
+        line = f"  {name:<22}{rate:8,.0f} tokens/s; CPU time a token: engine {1e6 * spent / count:.1f} µs"
+        if name != "alone":
+            line += f" ({spent / middle['alone']['engine_cpu_seconds']:.2f}x)"
+            line += (
+                f", server {1e6 * one['server_cpu_seconds'] / count:.1f} µs; {one['chunks_per_second']:,.0f} chunks/s"
+            )
+        print(line)
 
 
 if __name__ == "__main__":
