@@ -123,6 +123,8 @@ class ChatProcessor:
         special = self._tokenizer.special_ids
         if any(self._tokenizer.token_id(text) in special for text in (markup.THINK_START, markup.THINK_END)):
             params = replace(params, skip_special_tokens=False)  # what ends the thought has to be read
+        if params.structured_outputs is not None and not prompt.in_reasoning:
+            params = replace(params, thinking_token_budget=None)  # the form begins at once: there is no thought to end
         return ChatRequest(prompt, params, known, choice.mode != "none")
 
     def _prompt(

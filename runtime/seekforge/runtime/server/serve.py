@@ -79,13 +79,14 @@ class _JsonLines(logging.Formatter):
 
 
 def log_to_stderr(level: int) -> None:
-    """Let the server's logger write lines of JSON to stderr."""
+    """Let the server's logger, and from warnings on uvicorn's, write lines of JSON to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    logger = logging.getLogger("seekforge")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
+    for name, least in (("seekforge", level), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(least)
+        logger.propagate = False
 
 
 class _Server(uvicorn.Server):
