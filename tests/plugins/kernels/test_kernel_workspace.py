@@ -122,6 +122,8 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     return [{"B": x, "Q": y, "MB": z} for x, y in steps for z in blocks]
 
 
+#: Tokens of a step: beyond, a plan is thousands of launches, and hundreds of plans are tried.
+_MOST_TOKENS = 1 << 16
 #: Operator, and what of it is fixed.
 CASES = st.sampled_from(WITH_KERNELS).flatmap(lambda op: st.tuples(st.just(op), FIXED[op]))
 V32_NONE = ("MoeExperts", {"E": 256, "K": 8, "H": 7168, "I": 2048, "act_quant": "none"})
@@ -138,6 +140,7 @@ def test_no_smaller_step_uses_more_and_none_is_asked_for_in_vain(
     case: tuple[str, dict[str, Any]], largest: Sizes, sm: int, data: Any
 ) -> None:
     op, fixed = case
+    largest = largest | {"Q": min(largest["Q"], max(_MOST_TOKENS // largest["B"], 1))}
     shapes, attrs = shapes_of(op, fixed, largest)
     asked = workspace_bytes(op, shapes, attrs, [sm])
     assert used(op, fixed, largest, sm) <= asked
