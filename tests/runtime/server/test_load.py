@@ -37,7 +37,7 @@ def body_of(number: int) -> dict[str, Any]:
 async def sent(port: int, path: str, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )
     writer.write(head.encode() + body)
@@ -156,7 +156,7 @@ async def idle(port: int) -> None:
     deadline = time.monotonic() + 30
     while True:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /engine HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        writer.write(b"GET /engine HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         raw = (await reader.read()).decode()
         writer.close()
         now = json.loads(raw.partition("\r\n\r\n")[2])
