@@ -25,13 +25,13 @@ import asyncio
 import pickle
 import socket
 import threading
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from seekforge.runtime.openai.answers import TokenRow
 from seekforge.runtime.sequence import FinishReason
 
 _LENGTH_BYTES = 4
-#: A token with its log-probability and rank, and the likeliest ones with theirs.
-TokenRow = tuple[int, float, int, tuple[tuple[int, float], ...]]
 
 
 class Piece(NamedTuple):
@@ -77,23 +77,22 @@ class End(NamedTuple):
     error: str | None = None
 
 
-def joined(pieces: list[Piece]) -> list[Piece]:
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Join the pieces of each completion of one request; the one with `end` stays last."""
-    if len(pieces) == 1:
-        return pieces
-    last: dict[int, Piece] = {}
+    of_choice: dict[int, list[Piece]] = {}
     for piece in pieces:
-        before = last.get(piece.choice)
-        last[piece.choice] = (
-            piece
-            if before is None
-            else piece._replace(
-                text=before.text + piece.text,
-                token_ids=before.token_ids + piece.token_ids,
-                logprobs=before.logprobs + piece.logprobs,
-            )
-        )
-    return sorted(last.values(), key=lambda piece: piece.end is not None)
+        of_choice.setdefault(piece.choice, []).append(piece)
+    return sorted(map(_whole, of_choice.values()), key=lambda piece: piece.end is not None)
+
+
+def _whole(pieces: list[Piece]) -> Piece:
+    if len(pieces) == 1:
+        return pieces[0]
+    return pieces[-1]._replace(
+        text="".join([piece.text for piece in pieces]),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(row for piece in pieces for row in piece.logprobs),
+    )
 
 
 class Channel:

@@ -21,7 +21,7 @@ from seekforge.runtime.server.engine_client import EngineClient, Stream
 from seekforge.runtime.server.errors import APIError, as_api_error
 from seekforge.runtime.server.metrics import Metrics
 from seekforge.runtime.server.settings import ServerSettings
-from seekforge.runtime.server.sse import ClientGoneError, EventStream, event
+from seekforge.runtime.server.sse import EventStream, event, unless_gone
 from seekforge.runtime.text.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
@@ -181,19 +181,7 @@ class Call:
         Raises:
             ClientGoneError: it went away.
         """
-        working = asyncio.ensure_future(work)
-        leaving = asyncio.ensure_future(_left(self.receive))
-        try:
-            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientGoneError
-            return working.result()
-        finally:
-            for task in (working, leaving):
-                if not task.done():
-                    task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, Exception):
-                        await task
+        return await unless_gone(work, self.receive)
 
     async def event_stream(self, events: AsyncGenerator[bytes, None]) -> ASGIApp:
         """Return an answer that streams; what is wrong with the request is raised here, before it begins."""
@@ -255,8 +243,3 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
     except BaseException:
         await events.aclose()
         raise
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

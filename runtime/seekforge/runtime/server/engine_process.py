@@ -24,9 +24,10 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.runtime.engine.outputs import CompletionOutput, Delta, RequestOutput
 from seekforge.runtime.engine.request import RequestState
 from seekforge.runtime.llm import LLM
+from seekforge.runtime.openai.answers import TokenRow
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.sequence import TokenLogprobs
-from seekforge.runtime.server.channel import Channel, End, Piece, TokenRow
+from seekforge.runtime.server.channel import Channel, End, Piece
 
 #: Threads that prepare requests: encode text, compile grammars.
 _PREPARERS = 2

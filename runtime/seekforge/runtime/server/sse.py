@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
+
+_T = TypeVar("_T")
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -34,6 +36,27 @@ def json_text(value: Any) -> str:
 
 class ClientGoneError(Exception):
     """The client has closed the connection, or takes nothing any more."""
+
+
+async def unless_gone(work: Coroutine[Any, Any, _T], receive: Receive) -> _T:
+    """Return what `work` gives; end it when the client goes away.
+
+    Raises:
+        ClientGoneError: it went away, or `work` cancelled itself since it takes nothing any more.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() or working.cancelled():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
 
 
 class EventStream:
@@ -71,19 +94,9 @@ class EventStream:
         Raises:
             ClientGoneError: nobody reads any more.
         """
-        sending = asyncio.ensure_future(self._send_all(send))
-        leaving = asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done() or sending.cancelled():  # the second: it took nothing for too long
-                raise ClientGoneError
-            sending.result()
+            await unless_gone(self._send_all(send), receive)
         finally:
-            for task in (sending, leaving):
-                if not task.done():
-                    task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, Exception):
-                        await task
             await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:

@@ -12,7 +12,7 @@ from seekforge.runtime.openai.answers import completion_logprobs, finish_reason,
 from seekforge.runtime.openai.params import completion_params
 from seekforge.runtime.openai.protocol import BodyError, CompletionBody, read_body
 from seekforge.runtime.sampling.params import SamplingParams
-from seekforge.runtime.server.channel import End, Piece
+from seekforge.runtime.server.channel import End, Piece, joined
 from seekforge.runtime.server.context import MAX_PROMPTS, Call, Context, merged
 from seekforge.runtime.server.sse import json_text
 from seekforge.runtime.values import is_integer
@@ -64,15 +64,14 @@ async def _whole(
     choices: list[dict[str, Any]] = []
     totals = [0, 0, 0]
     async with call.streams(prompts, params, body.priority or 0) as streams:
-        collected: list[dict[int, list[Piece]]] = [{} for _ in streams]
+        collected: list[list[Piece]] = [[] for _ in streams]
         async for number, pieces in merged(streams):
             timer.came()
-            for piece in pieces:
-                collected[number].setdefault(piece.choice, []).append(piece)
-    for number, of_prompt in enumerate(collected):
-        end = next(p.end for pieces in of_prompt.values() for p in pieces if p.end is not None)
-        completions = list(end.best) or [_joined(of_prompt[index]) for index in sorted(of_prompt)]
-        for one in completions:
+            collected[number] += pieces
+    for number, pieces in enumerate(collected):
+        end = pieces[-1].end
+        assert end is not None
+        for one in end.best or sorted(joined(pieces), key=lambda piece: piece.choice):
             choices.append(
                 _choice(number * params.n + one.choice, one, end, body, prompts[number], context, token_bytes)
             )
@@ -89,16 +88,6 @@ async def _whole(
             "choices": choices,
             "usage": usage(*totals),
         }
-    )
-
-
-def _joined(pieces: list[Piece]) -> Piece:
-    """Return the whole completion of its pieces."""
-    last = pieces[-1]
-    return last._replace(
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        logprobs=tuple(row for piece in pieces for row in piece.logprobs),
     )
 
 

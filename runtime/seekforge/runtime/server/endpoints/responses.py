@@ -15,10 +15,10 @@ from starlette.types import ASGIApp
 
 from seekforge.common.records import Record
 from seekforge.runtime.chat import MessageDelta
-from seekforge.runtime.openai.answers import chat_logprobs
+from seekforge.runtime.openai.answers import TokenRow, chat_logprobs
 from seekforge.runtime.openai.protocol import BodyError, read_body
 from seekforge.runtime.sampling.params import SamplingParams
-from seekforge.runtime.server.channel import End, Piece, TokenRow
+from seekforge.runtime.server.channel import End, Piece
 from seekforge.runtime.server.context import Call
 from seekforge.runtime.server.conversation import Conversation
 from seekforge.runtime.server.sse import event
