@@ -266,7 +266,9 @@ def test_a_model_is_told_by_its_name(server: LiveServer) -> None:
 
 def test_counters_have_vllms_names_beside_ours(server: LiveServer) -> None:
     call(server, "POST", CHAT, ASK)
+    call(server, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": True})
     text = call(server, "GET", "/metrics")[1]
+    assert 'vllm:request_success_total{finished_reason="length",model_name="scripted"}' in text
     for name in (
         "num_requests_running",
         "num_requests_waiting",

@@ -156,6 +156,7 @@ async def _events(
     starts = [f'data: {head},"choices":[{{"index":{index},"text":' for index in range(len(prompts) * params.n)]
     end_of_plain = ',"logprobs":null,"finish_reason":null}]' + nothing_more
     offsets: dict[int, int] = {}
+    reason = "stop"
     totals = [0, 0, 0]
     async with call.streams(prompts, params, body.priority or 0) as streams:
         if body.echo:
@@ -177,6 +178,7 @@ async def _events(
                     counts = (end.num_prompt_tokens, end.num_completion_tokens, end.num_cached_tokens)
                     totals = [a + b for a, b in zip(totals, counts)]
                     call.log["completion_tokens"] = totals[1]
+                reason = finish_reason(piece.finish_reason) or reason
                 if body.max_tokens == 0:
                     piece = piece._replace(text="", token_ids=(), logprobs=(), finish_reason="length")
                 if plain and piece.finish_reason is None:
@@ -196,7 +198,7 @@ async def _events(
                 )
             if out:
                 yield "".join(out).encode()
-    timer.ended("stop", totals[0], totals[1])
+    timer.ended(reason, totals[0], totals[1])
     if body.max_tokens == 0:
         totals[1] = 0
     if wants_usage:
