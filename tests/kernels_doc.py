@@ -19,9 +19,10 @@ from typing import Any
 from seekforge.exporter.builder.kernel_numbers import Record, faults, records, resources_text
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins.kernels import aot
-from seekforge.plugins.kernels.launch_plan import SMS, Variant, has_fp8, op_kernels, statics_of
+from seekforge.plugins.kernels.launch_plan import Variant, op_kernels, statics_of
 from seekforge.plugins.kernels.rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_unit
 from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.kernels.sm_limits import SMS, has_fp8
 from seekforge.plugins.registry import WITH_KERNELS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

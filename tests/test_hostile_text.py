@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from seekforge.common.cli.charts import Line, Panel, write_charts
-from seekforge.formats.checkpoint.safetensors import write_shard
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.runtime.cli import main as cli
 
 #: Markup of rich, HTML, a color, a window's title, a C1 sequence, an override of direction, a line break.

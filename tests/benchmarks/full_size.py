@@ -33,7 +33,8 @@ from seekforge.exporter.checkpoint.new import layouts, split_into_shards, write_
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
-from seekforge.formats.checkpoint.safetensors import Checkpoint, ShardWriter
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import ShardWriter
 from seekforge.formats.loader import Loader, LoadProgress, allocate
 from seekforge.formats.weight_recipes import Recipe, concat, stack, take
 

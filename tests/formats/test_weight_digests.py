@@ -12,7 +12,8 @@ import pytest
 
 from seekforge.common.errors import CheckpointError, EngineError
 from seekforge.formats import weight_digests
-from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.loader import Loader, allocate
 from seekforge.formats.weight_digests import WeightDigests, load_weight_digests, write_weight_digests
 from seekforge.formats.weight_recipes import Recipe, slice_, transpose

@@ -35,8 +35,9 @@ from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import load_target
 from seekforge.formats.weight_recipes import Recipe, coverage, evaluate, for_rank, retarget
+from seekforge.plugins.kernels.arguments import pack_arguments
 from seekforge.plugins.kernels.index import Descriptors, read_index
-from seekforge.plugins.kernels.launch_plan import pack_arguments, read_kernels
+from seekforge.plugins.kernels.kernel_set import read_kernels
 from seekforge.runtime.compatibility import check_complete
 from seekforge.runtime.engine.cache_size import cache_budget
 from seekforge.runtime.text.tokenizer import Tokenizer

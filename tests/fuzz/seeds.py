@@ -19,7 +19,8 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import DumpWriter, Side
 from seekforge.formats.parity_steps import make_plan
 from seekforge.formats.targets import load_target
-from seekforge.plugins.kernels.launch_plan import statics_of, to_json
+from seekforge.plugins.kernels.kernel_set import to_json
+from seekforge.plugins.kernels.launch_plan import statics_of
 from seekforge.plugins.kernels.sizes import operators
 
 

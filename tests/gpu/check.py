@@ -24,12 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.gpu.cases import (
-    Real,
-    judged_part,
-    real_cases,
-    tiny_cases,
-)
+from tests.gpu.cases import Real, judged_part, real_cases, tiny_cases
 from tests.gpu.device import CudaDevice, Device
 from tests.gpu.judge import judge
 from tests.gpu.table import (
@@ -52,7 +47,8 @@ from seekforge.common.errors import EnvironmentFault, SeekforgeError
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import kernel_sm
 from seekforge.plugins.kernels.interpreter import POISON
-from seekforge.plugins.kernels.launch_plan import KernelSet, read_cubin, read_kernels, statics_of
+from seekforge.plugins.kernels.kernel_set import KernelSet, read_cubin, read_kernels
+from seekforge.plugins.kernels.launch_plan import statics_of
 from seekforge.plugins.kernels.launcher import OpLauncher
 from seekforge.plugins.testing import Case
 from seekforge.plugins.torch_ops import DTYPE_NAMES, TORCH_DTYPES

@@ -17,17 +17,7 @@ from tests.gpu import check as gpu_check
 from tests.gpu import walk as gpu_walk
 from tests.gpu.device import Device, in_turns
 from tests.gpu.judge import judge
-from tests.gpu.table import (
-    Result,
-    Roof,
-    copies_for,
-    line,
-    markdown,
-    measure_copy,
-    settled,
-    timed,
-    write_report,
-)
+from tests.gpu.table import Result, Roof, copies_for, line, markdown, measure_copy, settled, timed, write_report
 from tests.gpu.work import (
     Work,
     attention_work,
@@ -41,20 +31,15 @@ from tests.gpu.work import (
 )
 from tests.support.graph_walk import kernel_ops
 from tests.support.graph_walker import HostPlace
-from tests.support.host_device import (
-    HostDevice,
-    check_guard,
-    guarded,
-    host_kernels,
-    write_host_kernels,
-)
+from tests.support.host_device import HostDevice, check_guard, guarded, host_kernels, write_host_kernels
 
 from seekforge.common.errors import EnvironmentFault
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import load_program
 from seekforge.plugins.kernels import aot
-from seekforge.plugins.kernels.launch_plan import check_plan, op_kernels, statics_of, to_json
+from seekforge.plugins.kernels.kernel_set import to_json
+from seekforge.plugins.kernels.launch_plan import check_plan, op_kernels, statics_of
 from seekforge.plugins.kernels.sizes import operators
 from seekforge.plugins.registry import WITH_KERNELS
 from seekforge.plugins.testing import Case

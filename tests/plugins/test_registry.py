@@ -16,7 +16,8 @@ import seekforge.plugins
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.formats.numerics import FP8
 from seekforge.formats.parallelism import ONE_RANK
-from seekforge.plugins.kernels.launch_plan import SMS, op_kernels
+from seekforge.plugins.kernels.launch_plan import op_kernels
+from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.operator import (
     NO_TAPS,
     FoldedForm,

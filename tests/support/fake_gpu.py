@@ -19,7 +19,8 @@ from onnx import numpy_helper
 
 from seekforge.common.errors import EngineError
 from seekforge.common.files import write_json
-from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.engine.manifest import digest_file, load_manifest, manifest_digest
 from seekforge.formats.program import save_bindings
 from seekforge.formats.weight_digests import write_weight_digests

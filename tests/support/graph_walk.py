@@ -30,9 +30,9 @@ from seekforge.formats.step_io import StepInputs
 from seekforge.formats.weight_recipes import TensorSource, cast, evaluate, retarget
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.index import KERNELS, kernel_sm, read_index
-from seekforge.plugins.kernels.launch_plan import has_fp8
 from seekforge.plugins.kernels.launcher import KernelFolder
 from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.quant import latent_record_bytes
 from seekforge.plugins.registry import BF16_LINEAR, SPECS
 from seekforge.plugins.testing import Case, calc_diff

@@ -24,18 +24,11 @@ from tests.support.kernel_cases import fake_kernels
 from torch import Tensor
 
 from seekforge.plugins.kernels import aot
+from seekforge.plugins.kernels.arguments import pack_arguments
 from seekforge.plugins.kernels.index import INDEX, INDEX_FORMAT, KERNELS
 from seekforge.plugins.kernels.interpreter import POINTERS, POISON
-from seekforge.plugins.kernels.launch_plan import (
-    POINTER_ALIGNMENT,
-    Image,
-    KernelSet,
-    argument_code,
-    op_kernels,
-    pack_arguments,
-    statics_of,
-    to_json,
-)
+from seekforge.plugins.kernels.kernel_set import Image, KernelSet, argument_code, to_json
+from seekforge.plugins.kernels.launch_plan import POINTER_ALIGNMENT, op_kernels, statics_of
 from seekforge.plugins.registry import SPECS
 
 _ALIGNMENT, _GUARD = 256, 256

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from seekforge.plugins.functions.specialization import Specialization
-from seekforge.plugins.kernels.launch_plan import Image, KernelSet, Param, Resources, Scalar, op_kernels
+from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Param, Resources
+from seekforge.plugins.kernels.launch_plan import Scalar, op_kernels
 from seekforge.plugins.quant import pack_latent, quantize
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.testing import Case, cases

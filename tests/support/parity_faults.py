@@ -17,7 +17,8 @@ from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.parity.engine_copy import engine_copy
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.program import GraphIO
 from seekforge.formats.targets import load_target
 

@@ -22,7 +22,8 @@ from seekforge.common.cores import usable_cores
 from seekforge.common.errors import CheckpointError, EngineError
 from seekforge.common.files import write_json
 from seekforge.common.reading import LISTING_BYTES, read_json
-from seekforge.formats.checkpoint.safetensors import Checkpoint, TensorInfo
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_header import TensorInfo
 
 FILE: Final = "weight_digests.json"
 _FORMAT: Final = 1

@@ -26,7 +26,9 @@ from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.loader import Loader, allocate
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.program import load_bindings, load_program

@@ -18,7 +18,8 @@ from seekforge.exporter.checkpoint.new import new_checkpoint, quantize, split_in
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.checkpoint.safetensors import Checkpoint, ShardWriter
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import ShardWriter
 from seekforge.formats.weight_recipes import dequantize_into
 
 NUM_TOKENS = 300

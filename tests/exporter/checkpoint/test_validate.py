@@ -17,7 +17,9 @@ from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.validate import check_structure, scan_values
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
+from seekforge.formats.checkpoint.shard_writer import write_shard
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 SCALE = O_PROJ + "_scale_inv"

@@ -15,31 +15,15 @@ from seekforge.common.cli.charts import tokens
 from seekforge.common.errors import ConfigError, OutputError, TargetError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.models.sharding import check_parallelism
-from seekforge.exporter.planner.answer import (
-    Question,
-    answer,
-    best,
-    cache_read_bytes,
-    experts_hit,
-    fewest,
-    layouts,
-    speed,
-)
+from seekforge.exporter.planner.answer import answer, best, fewest, layouts
 from seekforge.exporter.planner.cli import plan
+from seekforge.exporter.planner.question import Question
+from seekforge.exporter.planner.speed import cache_read_bytes, experts_hit, speed
 from seekforge.exporter.program.cli import export
-from seekforge.exporter.sizing.memory import (
-    Workload,
-    held_bytes,
-    indexer_flops,
-    layer_matrices,
-    linear_flops,
-    operator_scratch_bytes,
-    prefill_attention_flops,
-    rank_memory,
-    rank_weight_bytes,
-    scratch_bytes,
-    usable_bytes,
-)
+from seekforge.exporter.sizing.flops import indexer_flops, linear_flops, prefill_attention_flops
+from seekforge.exporter.sizing.matrices import held_bytes, layer_matrices
+from seekforge.exporter.sizing.memory import Workload, operator_scratch_bytes, rank_memory, scratch_bytes, usable_bytes
+from seekforge.exporter.sizing.stages import rank_weight_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import load_target

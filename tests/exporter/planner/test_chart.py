@@ -13,9 +13,11 @@ import yaml
 
 from seekforge.common.errors import TargetError
 from seekforge.exporter.planner import chart
-from seekforge.exporter.planner.answer import Question, best, fewest
+from seekforge.exporter.planner.answer import best, fewest
 from seekforge.exporter.planner.chart import Row, memory_groups, plan_columns, spread, ticks, write_plan_chart
-from seekforge.exporter.sizing.memory import Precision, Workload
+from seekforge.exporter.planner.question import Question
+from seekforge.exporter.sizing.matrices import Precision
+from seekforge.exporter.sizing.memory import Workload
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.targets import all_targets, load_target
 

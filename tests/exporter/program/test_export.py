@@ -22,7 +22,7 @@ from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.export import export
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.checkpoint.safetensors import INDEX_FILE
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.program import load_bindings, load_program
 

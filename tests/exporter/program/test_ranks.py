@@ -26,7 +26,7 @@ from seekforge.exporter.program.ranks import merge
 from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.stages import cut
 from seekforge.exporter.program.trace import OPSET, Traced, trace
-from seekforge.exporter.sizing.memory import pipeline_stages
+from seekforge.exporter.sizing.stages import pipeline_stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.loader import Loader, allocate

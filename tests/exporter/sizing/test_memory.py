@@ -7,26 +7,30 @@ from pathlib import Path
 import pytest
 import yaml
 
-from seekforge.exporter.sizing.memory import (
-    GIB,
-    Workload,
-    active_parameters,
+from seekforge.exporter.sizing.flops import (
     attention_flops,
-    cache_bytes,
-    cache_bytes_per_token,
-    checkpoint_bytes,
     dense_attention_flops,
+    linear_flops,
+    prefill_attention_flops,
+)
+from seekforge.exporter.sizing.matrices import (
+    active_parameters,
+    checkpoint_bytes,
     end_matrices,
     held_bytes,
     layer_matrices,
-    linear_flops,
     num_parameters,
-    prefill_attention_flops,
-    rank_memory,
-    stages,
-    usable_bytes,
     weight_bytes,
 )
+from seekforge.exporter.sizing.memory import (
+    GIB,
+    Workload,
+    cache_bytes,
+    cache_bytes_per_token,
+    rank_memory,
+    usable_bytes,
+)
+from seekforge.exporter.sizing.stages import stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
 

@@ -14,8 +14,9 @@ from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
 from seekforge.exporter.builder.tensorrt.memory import expected_bytes
 from seekforge.exporter.checkpoint.presets import load_preset
-from seekforge.exporter.planner.answer import Question, memory_of
+from seekforge.exporter.planner.answer import memory_of
 from seekforge.exporter.planner.cli import plan as plan_command
+from seekforge.exporter.planner.question import Question
 from seekforge.exporter.sizing.memory import Workload
 from seekforge.exporter.sizing.scratch import bf16_linear_shapes, linear_shapes
 from seekforge.formats.checkpoint.model_config import ModelConfig

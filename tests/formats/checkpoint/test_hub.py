@@ -17,7 +17,8 @@ from tests.support.hub_server import COMMIT, Hub, serve
 
 from seekforge.common.errors import CheckpointError
 from seekforge.formats.checkpoint.hub import Repo, headers, parse_repo, resolve
-from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.runtime.cli import main as cli
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="the hub extra is not installed")

@@ -15,14 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seekforge.common.errors import CheckpointError
-from seekforge.formats.checkpoint.safetensors import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    ShardWriter,
-    parse_header,
-    write_shard,
-)
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_header import parse_header
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE, SINGLE_FILE
+from seekforge.formats.checkpoint.shard_writer import ShardWriter, write_shard
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -17,7 +17,8 @@ import pytest
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import CheckpointError, ProgramError
-from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.loader import EXTRA_BYTES, Loader, LoadProgress, allocate, jobs, loader, planner, reader
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.value_check import first_fault

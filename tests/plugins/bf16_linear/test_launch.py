@@ -6,7 +6,8 @@ import pytest
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.bf16_linear.launch import choose_tile, plan, variants, workspace_bytes
-from seekforge.plugins.kernels.launch_plan import SMS, check_plan
+from seekforge.plugins.kernels.launch_plan import check_plan
+from seekforge.plugins.kernels.sm_limits import SMS
 
 HEAD, ROUTER, HEAD_WEIGHTS = (129280, 7168), (256, 7168), (64, 7168)
 

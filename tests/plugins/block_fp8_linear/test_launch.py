@@ -6,7 +6,8 @@ import pytest
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.block_fp8_linear.launch import Tile, choose_splits, choose_tile, plan, variants, workspace_bytes
-from seekforge.plugins.kernels.launch_plan import SMS, check_plan
+from seekforge.plugins.kernels.launch_plan import check_plan
+from seekforge.plugins.kernels.sm_limits import SMS
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.dsa_attention.launch import choose_splits, plan, variants, workspace_bytes
-from seekforge.plugins.kernels.launch_plan import SMS, check_plan, statics_of
+from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
+from seekforge.plugins.kernels.sm_limits import SMS
 
 V32 = {"H": 128, "C": 512, "R": 64, "kv_format": "fp8_ds"}
 BOUND = V32 | {"MB": 2048, "TOPK": 2048, "scale": 0.135, "*latent": (70_000, 64, 656)}

@@ -6,7 +6,8 @@ import pytest
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.dsa_cache_write.launch import plan, variants
-from seekforge.plugins.kernels.launch_plan import SMS, check_plan, statics_of
+from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
+from seekforge.plugins.kernels.sm_limits import SMS
 
 V32 = {"C": 512, "R": 64, "D": 128, "kv_format": "fp8_ds", "index_format": "fp8_ds"}
 V32 |= {"kv_fp8": True, "indexer_fp8": True}

@@ -6,7 +6,8 @@ import pytest
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.dsa_indexer.launch import SCORE_BYTES, plan, variants, workspace_bytes
-from seekforge.plugins.kernels.launch_plan import SMS, check_plan, statics_of
+from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
+from seekforge.plugins.kernels.sm_limits import SMS
 
 V32 = {"Hi": 64, "D": 128, "indexer_fp8": True, "index_format": "fp8_ds"}
 BOUND = V32 | {"MB": 2048, "index_topk": 2048, "*index": (70_000, 8448)}

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from seekforge.common.errors import ShapeError, TargetError
 from seekforge.exporter.builder.kernels_cli import kernels
 from seekforge.plugins.kernels import aot
-from seekforge.plugins.kernels.launch_plan import read_cubin, read_kernels
+from seekforge.plugins.kernels.kernel_set import read_cubin, read_kernels
 from seekforge.plugins.kernels.rules import unrunnable
 
 pytest.importorskip("triton", reason="triton compiles the kernels; it exists for Linux only")

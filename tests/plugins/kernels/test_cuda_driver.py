@@ -24,7 +24,8 @@ from seekforge.plugins.kernels.cuda_driver import (
     version_of_branch,
     version_text,
 )
-from seekforge.plugins.kernels.launch_plan import SMS, from_json, to_json
+from seekforge.plugins.kernels.kernel_set import from_json, to_json
+from seekforge.plugins.kernels.sm_limits import SMS
 
 #: Compile-time sizes of the router's kernels.
 ROUTER = {"E": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "norm": True}

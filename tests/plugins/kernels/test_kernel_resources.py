@@ -18,9 +18,11 @@ from tests import kernels_doc
 from seekforge.exporter.builder.kernel_numbers import Record, code_of, faults, records
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins.kernels import aot, sass
-from seekforge.plugins.kernels.launch_plan import SHARED_LIMIT, KernelSet, Variant, statics_of
+from seekforge.plugins.kernels.kernel_set import KernelSet
+from seekforge.plugins.kernels.launch_plan import Variant, statics_of
 from seekforge.plugins.kernels.rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_instruction
 from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT
 from seekforge.plugins.registry import SPECS, WITH_KERNELS
 
 COMPILER = kernels_doc.read_record()["compiler"]

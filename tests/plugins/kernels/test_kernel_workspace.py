@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seekforge.common.errors import ShapeError
-from seekforge.plugins.kernels.launch_plan import SMS, most_rows, op_kernels, workspace_bytes
+from seekforge.plugins.kernels.launch_plan import most_rows, op_kernels, workspace_bytes
+from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.operator import cdiv
 from seekforge.plugins.registry import SPECS, WITH_KERNELS
 

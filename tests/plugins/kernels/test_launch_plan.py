@@ -14,18 +14,11 @@ import pytest
 from tests.support.kernel_cases import fake_kernels
 
 from seekforge.common.errors import EngineError, ShapeError
-from seekforge.plugins.kernels.launch_plan import (
-    Buffer,
-    Image,
-    Workspace,
-    from_json,
-    occupancy,
-    pack_arguments,
-    read_cubin,
-    read_kernels,
-    to_json,
-)
+from seekforge.plugins.kernels.arguments import pack_arguments
+from seekforge.plugins.kernels.kernel_set import Image, from_json, read_cubin, read_kernels, to_json
+from seekforge.plugins.kernels.launch_plan import Buffer, Workspace
 from seekforge.plugins.kernels.launcher import KernelFolder, OpLauncher
+from seekforge.plugins.kernels.sm_limits import occupancy
 
 STATICS = {"C": 512, "R": 64, "D": 128, "kv_format": "fp8_ds", "index_format": "fp8_ds"}
 STATICS |= {"kv_fp8": True, "indexer_fp8": True}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from seekforge.common.errors import ShapeError
-from seekforge.plugins.kernels.launch_plan import SMS, check_plan, statics_of
+from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
+from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.moe_experts.launch import choose_tile, plan, variants, workspace_bytes
 
 V32 = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "act_quant": "ue8m0"}

@@ -21,7 +21,8 @@ import pytest
 from tests.support.served import alive, engine_of, post, served
 
 from seekforge.common.errors import EngineError, RequestError
-from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.engine.scheduler import QueueFullError
 from seekforge.runtime.server.channel import Piece

@@ -14,7 +14,8 @@ from typing import Any
 from seekforge.common.cli.console import Column, Table
 from seekforge.common.cores import usable_cores
 from seekforge.plugins.kernels import aot, rules
-from seekforge.plugins.kernels.launch_plan import Image, KernelSet, Variant, op_kernels
+from seekforge.plugins.kernels.kernel_set import Image, KernelSet
+from seekforge.plugins.kernels.launch_plan import Variant, op_kernels
 from seekforge.plugins.kernels.sass import Code, Loop
 
 #: One kernel for one SM, as JSON has it.

@@ -24,7 +24,8 @@ from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensor
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
 from seekforge.exporter.checkpoint.validate import OnBytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.checkpoint.safetensors import INDEX_FILE, ShardWriter
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
+from seekforge.formats.checkpoint.shard_writer import ShardWriter
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.value_check import SCALE_SUFFIX
 

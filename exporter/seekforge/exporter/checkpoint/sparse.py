@@ -10,17 +10,11 @@ from pathlib import Path
 
 from seekforge.common.errors import OutputError
 from seekforge.common.files import atomic_folder
-from seekforge.exporter.checkpoint.new import (
-    WrittenCheckpoint,
-    describe,
-    layouts,
-    split_into_shards,
-    write_sidecars,
-)
+from seekforge.exporter.checkpoint.new import WrittenCheckpoint, describe, layouts, split_into_shards, write_sidecars
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.checkpoint.validate import OnBytes
-from seekforge.formats.checkpoint.safetensors import build_header
+from seekforge.formats.checkpoint.shard_writer import build_header
 
 _PROBE_BYTES = 1 << 24
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from seekforge.common.errors import CheckpointError, ConfigError
 from seekforge.common.paths import checkpoint_file
 from seekforge.common.reading import LISTING_BYTES, check_regular
-from seekforge.formats.checkpoint.safetensors import INDEX_FILE
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.program import TEXT_FILES
 
 

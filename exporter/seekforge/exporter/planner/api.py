@@ -14,18 +14,17 @@ from seekforge.exporter.calls import AnyPath, Count, Counts, Flag, Precisions, S
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.sharding import check_parallelism
-from seekforge.exporter.planner.answer import Answer, Question, answer, best, fewest
+from seekforge.exporter.planner.answer import Answer, answer, best, fewest
 from seekforge.exporter.planner.chart import Row, write_plan_chart
-from seekforge.exporter.sizing.memory import (
-    KvFormat,
+from seekforge.exporter.planner.question import Question
+from seekforge.exporter.sizing.matrices import (
     Precision,
-    Workload,
     active_parameters,
-    cache_bytes_per_token,
     checkpoint_bytes,
     num_parameters,
     weight_bytes,
 )
+from seekforge.exporter.sizing.memory import KvFormat, Workload, cache_bytes_per_token
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig, all_targets, load_target

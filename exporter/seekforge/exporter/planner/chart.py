@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from seekforge.common.cli.charts import tokens, write_figure
 from seekforge.common.errors import TargetError
-from seekforge.exporter.planner.answer import GPU_COUNTS, Answer, Question, memory_of
+from seekforge.exporter.planner.answer import GPU_COUNTS, Answer, memory_of
+from seekforge.exporter.planner.question import Question
 from seekforge.exporter.sizing.memory import GIB, Workload, usable_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism

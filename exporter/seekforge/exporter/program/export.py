@@ -25,21 +25,13 @@ from seekforge.exporter.program.inline import plain
 from seekforge.exporter.program.layers import check_range, count_groups, outside, truncate
 from seekforge.exporter.program.metadata import annotate
 from seekforge.exporter.program.trace import OPSET, Traced, trace
-from seekforge.exporter.sizing.memory import pipeline_stages
+from seekforge.exporter.sizing.stages import pipeline_stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.tokenizer_file import without_limits
 from seekforge.formats.checkpoint.tools_preamble import preamble_difference
 from seekforge.formats.numerics import Numerics
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
-from seekforge.formats.program import (
-    PROGRAM_FORMAT,
-    GraphIO,
-    OpUse,
-    Program,
-    Role,
-    role_of,
-    save_program,
-)
+from seekforge.formats.program import PROGRAM_FORMAT, GraphIO, OpUse, Program, Role, role_of, save_program
 from seekforge.formats.weight_recipes import Recipe, coverage
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import CANONICAL

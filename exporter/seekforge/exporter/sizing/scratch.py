@@ -18,7 +18,8 @@ from seekforge.exporter.models.parameters import linear_shapes_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
-from seekforge.plugins.kernels.launch_plan import SMS, bound_workspace_bytes
+from seekforge.plugins.kernels.launch_plan import bound_workspace_bytes
+from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.operator import RankModel, Step, cdiv
 from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS, OPERATORS
 

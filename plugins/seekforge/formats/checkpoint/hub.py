@@ -166,7 +166,7 @@ def _snapshot(hub: Any, repo: Repo) -> Path | None:
 def _is_whole(folder: Path) -> bool:
     """Whether no file is missing that the folder itself says belongs to it. Broken links are missing files."""
     # imported where it is needed, here and below: what serves an engine in a folder reads no checkpoint
-    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, read_index, shards_without_index
+    from seekforge.formats.checkpoint.shard_index import INDEX_FILE, read_index, shards_without_index
 
     if not (folder / "config.json").is_file():
         return not any(folder.iterdir())  # nothing to judge by: the reader says what is wrong
@@ -185,7 +185,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _check_room(hub: Any, repo: Repo) -> None:
     """Refuse a download that does not fit, if the index says how large it is."""
-    from seekforge.formats.checkpoint.safetensors import INDEX_FILE
+    from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 
     with temporary_folder("seekforge-hub") as scratch:
         place = scratch / INDEX_FILE
@@ -248,7 +248,7 @@ def headers(
 
 
 def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
-    from seekforge.formats.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, read_index, shards_without_index
+    from seekforge.formats.checkpoint.shard_index import INDEX_FILE, SINGLE_FILE, read_index, shards_without_index
 
     if not files.fetch("config.json", folder / "config.json"):
         raise CheckpointError(f"{files.repo}: has no config.json; pass a repository with a model's checkpoint")

@@ -8,15 +8,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
-from seekforge.plugins.kernels.launch_plan import (
-    Buffer,
-    Launch,
-    LaunchPlan,
-    Variant,
-    Workspace,
-    is_datacenter,
-    most_rows,
-)
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, most_rows
+from seekforge.plugins.kernels.sm_limits import is_datacenter
 from seekforge.plugins.linear_tile import GROUP, Tile
 from seekforge.plugins.operator import cdiv
 

@@ -9,16 +9,8 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
-from seekforge.plugins.kernels.launch_plan import (
-    Buffer,
-    Launch,
-    LaunchPlan,
-    Variant,
-    Workspace,
-    has_fp8,
-    is_datacenter,
-    most_rows,
-)
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, most_rows
+from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
 from seekforge.plugins.linear_tile import GROUP, Tile
 from seekforge.plugins.operator import cdiv
 

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, exactly, one_of, power_of_two, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, has_fp8
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant
+from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("C", "R", "D", "kv_format", "index_format", "kv_fp8", "indexer_fp8")

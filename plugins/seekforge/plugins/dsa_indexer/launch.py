@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, exactly, one_of, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, has_fp8
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
+from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("Hi", "D", "indexer_fp8", "index_format")

@@ -33,21 +33,9 @@ from seekforge.common.temporary import temporary_folder
 from seekforge.common.user_cache import user_cache
 from seekforge.plugins.kernels import rules, sass
 from seekforge.plugins.kernels.cuda_driver import needed_driver
-from seekforge.plugins.kernels.launch_plan import (
-    FORMAT,
-    SHARED_LIMIT,
-    Image,
-    KernelSet,
-    Param,
-    Resources,
-    Scalar,
-    Variant,
-    from_json,
-    occupancy,
-    op_kernels,
-    statics_of,
-    to_json,
-)
+from seekforge.plugins.kernels.kernel_set import FORMAT, Image, KernelSet, Param, Resources, from_json, to_json
+from seekforge.plugins.kernels.launch_plan import Scalar, Variant, op_kernels, statics_of
+from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT, occupancy
 from seekforge.plugins.registry import SPECS
 
 #: The list of descriptors in a folder of kernels: format 1, entries op, sm, digest, file.

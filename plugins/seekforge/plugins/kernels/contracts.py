@@ -13,8 +13,9 @@ from typing import Any, Literal
 from seekforge.common.errors import ShapeError
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
-from seekforge.plugins.kernels.launch_plan import has_fp8, op_kernels
+from seekforge.plugins.kernels.launch_plan import op_kernels
 from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, OPERATORS, WITH_KERNELS
 
 #: How an operator runs: as a plugin, or as standard operators in its place.

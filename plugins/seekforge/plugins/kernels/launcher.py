@@ -16,20 +16,12 @@ import numpy as np
 
 from seekforge.common.errors import EngineError, EnvironmentFault
 from seekforge.common.requirements import install
+from seekforge.plugins.kernels.arguments import resolve
 from seekforge.plugins.kernels.cuda_driver import too_old
 from seekforge.plugins.kernels.index import Descriptors
-from seekforge.plugins.kernels.launch_plan import (
-    WORKSPACE,
-    Image,
-    KernelSet,
-    LaunchPlan,
-    argument_code,
-    has_fp8,
-    op_kernels,
-    read_cubin,
-    read_kernels,
-    resolve,
-)
+from seekforge.plugins.kernels.kernel_set import Image, KernelSet, argument_code, read_cubin, read_kernels
+from seekforge.plugins.kernels.launch_plan import WORKSPACE, LaunchPlan, op_kernels
+from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.registry import FP8_OPS, SPECS
 
 #: Shapes whose plans are remembered per launcher; a server sees few.

@@ -6,7 +6,8 @@ import re
 from typing import Final
 
 from seekforge.plugins.kernels import sass
-from seekforge.plugins.kernels.launch_plan import SHARED_LIMIT, Variant, is_datacenter
+from seekforge.plugins.kernels.launch_plan import Variant
+from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT, is_datacenter
 from seekforge.plugins.registry import KERNEL_FORMS
 
 #: Columns of tensor memory on SM100 and SM103; above it Triton writes a kernel that only traps.

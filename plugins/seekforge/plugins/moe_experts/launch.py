@@ -8,16 +8,8 @@ from typing import Any, Final
 
 from seekforge.plugins.block_fp8_linear.launch import quantize, quantizer
 from seekforge.plugins.kernels.constraints import between, check_rules, multiple, rule
-from seekforge.plugins.kernels.launch_plan import (
-    Buffer,
-    Launch,
-    LaunchPlan,
-    Variant,
-    Workspace,
-    has_fp8,
-    is_datacenter,
-    next_power_of_two,
-)
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, next_power_of_two
+from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("E", "TOPK", "H", "I2", "act_quant")

@@ -20,7 +20,8 @@ import numpy as np
 from seekforge.common.dtypes import TENSORRT
 from seekforge.common.errors import EngineError
 from seekforge.plugins.kernels.index import NO_KERNELS, Launcher, LauncherSource
-from seekforge.plugins.kernels.launch_plan import SMS, workspace_bytes
+from seekforge.plugins.kernels.launch_plan import workspace_bytes
+from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.operator import DOMAIN, TYPE_VARIABLES, OpSpec
 from seekforge.plugins.registry import SPECS
 

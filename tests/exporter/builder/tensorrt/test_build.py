@@ -29,23 +29,11 @@ from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
 from seekforge.exporter.builder.cli import build as build_command
 from seekforge.exporter.builder.options import BuildOptions, CompilerOptions
-from seekforge.exporter.builder.tensorrt import (
-    audit,
-    compiler,
-)
-from seekforge.exporter.builder.tensorrt import (
-    build as gpu_engine,
-)
-from seekforge.exporter.builder.tensorrt import (
-    manifest as gpu_manifest,
-)
+from seekforge.exporter.builder.tensorrt import audit, compiler
+from seekforge.exporter.builder.tensorrt import build as gpu_engine
+from seekforge.exporter.builder.tensorrt import manifest as gpu_manifest
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import (
-    GpuBuild,
-    Inputs,
-    check,
-    open_inputs,
-)
+from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, check, open_inputs
 from seekforge.exporter.builder.tensorrt.compiler import Phases, compile_graph
 from seekforge.exporter.builder.tensorrt.diagnostics import explain, place
 from seekforge.exporter.builder.tensorrt.graph import prepare, widen_weights
@@ -61,7 +49,7 @@ from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import TargetConfig, all_targets, load_target
 from seekforge.plugins.kernels.index import Descriptors
-from seekforge.plugins.kernels.launch_plan import Image
+from seekforge.plugins.kernels.kernel_set import Image
 from seekforge.plugins.kernels.launcher import KernelFolder, OpLauncher
 from seekforge.plugins.registry import FP8_OPS, SPECS
 from seekforge.runtime.compatibility import check_complete, check_loadable
@@ -677,7 +665,8 @@ def planned(inputs: Inputs) -> GpuBuild:
 
 def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: GpuBuild) -> None:
     """The FLOPs of the graph's products are those of the formulas, over main model and MTP module."""
-    from seekforge.exporter.sizing.memory import attention_flops, layer_matrices, linear_flops
+    from seekforge.exporter.sizing.flops import attention_flops, linear_flops
+    from seekforge.exporter.sizing.matrices import layer_matrices
 
     config: ModelConfig = inputs.config
     total = 0.0
@@ -771,7 +760,7 @@ def test_a_weight_that_something_else_reads_too_keeps_its_type() -> None:
 
 
 def test_expected_weights_are_those_of_the_planner(inputs: Inputs, planned: GpuBuild) -> None:
-    from seekforge.exporter.sizing.memory import weight_bytes
+    from seekforge.exporter.sizing.matrices import weight_bytes
 
     tables = {
         spec.name: itemsize(spec.dtype) * math.prod(map(int, spec.shape))

@@ -13,7 +13,9 @@ import torch
 from seekforge.exporter.parity.inputs import open_source
 from seekforge.exporter.parity.sides.transformers import _load
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.checkpoint.safetensors import INDEX_FILE, Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
+from seekforge.formats.checkpoint.shard_writer import write_shard
 
 
 def test_whole_numbers_and_other_forms_load_as_the_plain_one(tiny_checkpoint: Path, tmp_path: Path) -> None:

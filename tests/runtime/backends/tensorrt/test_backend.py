@@ -18,16 +18,12 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from tests.support.fake_gpu import (
-    FakeDevice,
-    changed,
-    in_two_plans,
-    with_layers_alike,
-)
+from tests.support.fake_gpu import FakeDevice, changed, in_two_plans, with_layers_alike
 from tests.support.samples import audit_of
 
 from seekforge.common.errors import CheckpointError, EngineError
-from seekforge.formats.checkpoint.safetensors import Checkpoint, write_shard
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.engine.manifest import digest_file, load_manifest
 from seekforge.formats.loader import LoadProgress
 from seekforge.formats.program import load_bindings

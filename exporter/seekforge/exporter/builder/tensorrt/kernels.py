@@ -12,7 +12,7 @@ from seekforge.formats.program import Program
 from seekforge.formats.targets import TargetConfig
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import KERNELS, kernel_sm
-from seekforge.plugins.kernels.launch_plan import KernelSet
+from seekforge.plugins.kernels.kernel_set import KernelSet
 from seekforge.plugins.kernels.sizes import operators
 
 #: Shows a bar for a stage: `Stages.steps_bar`.

@@ -23,7 +23,7 @@ from seekforge.formats.engine.manifest import Audit, PluginUse
 from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import Recipe, cast, retarget
 from seekforge.plugins.functions.specialization import Specialization
-from seekforge.plugins.kernels.launch_plan import KernelSet
+from seekforge.plugins.kernels.kernel_set import KernelSet
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt.library import MODULES
 

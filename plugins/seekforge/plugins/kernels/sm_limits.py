@@ -1,0 +1,40 @@
+"""The GPU generations that kernels are compiled for, and what an SM of each has."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: GPU generations that kernels are compiled for. Cubins run on their own SM only, except sm_80, which also runs on 86.
+SMS: Final[tuple[int, ...]] = (80, 89, 90, 100, 103, 120, 121)
+
+
+def has_fp8(sm: int) -> bool:
+    """Return whether tensor cores of `sm` multiply FP8; else bytes are widened to bf16."""
+    return sm >= 89
+
+
+def is_datacenter(sm: int) -> bool:
+    """Return whether `sm` has wgmma or tcgen05 and some 227 KiB of shared memory per block."""
+    return sm in (90, 100, 103)
+
+
+#: Dynamic shared memory that one block may have, and shared memory of one SM, bytes.
+SHARED_LIMIT: Final[dict[int, int]] = {
+    80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376, 121: 101_376,
+}  # fmt: skip
+_SHARED_PER_SM: Final[dict[int, int]] = {sm: limit + 1024 for sm, limit in SHARED_LIMIT.items()}
+_WARPS_PER_SM: Final[dict[int, int]] = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48, 121: 48}
+_BLOCKS_PER_SM: Final[dict[int, int]] = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 103: 32, 120: 24, 121: 24}
+_REGISTERS_PER_SM, _REGISTER_UNIT, _SYSTEM_SHARED = 65_536, 256, 1024
+
+
+def occupancy(*, registers: int, shared_bytes: int, num_warps: int, sm: int) -> float:
+    """Return resident warps as a share of the most that an SM holds; 0 when a block does not fit.
+
+    Registers are given to warps in units of 256; each block costs 1 KiB of shared memory beside its own.
+    """
+    per_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = _REGISTERS_PER_SM // (per_warp * num_warps)
+    by_shared = _SHARED_PER_SM[sm] // (shared_bytes + _SYSTEM_SHARED)
+    blocks = min(by_registers, by_shared, _WARPS_PER_SM[sm] // num_warps, _BLOCKS_PER_SM[sm])
+    return blocks * num_warps / _WARPS_PER_SM[sm]
