@@ -129,7 +129,7 @@ def test_blocks_of_other_numerics_or_another_cache_are_other_blocks(toy_engine: 
             object.__setattr__(llm.engine, "manifest", other)
             roots.add(llm._intake.root(live.sequences[0]))
         object.__setattr__(llm.engine, "manifest", manifest)
-        llm._intake.weights_version += 1
+        llm._intake.weight_version += 1
         roots.add(llm._intake.root(live.sequences[0]))
         live.sequences[0].speculates = True
         roots.add(llm._intake.root(live.sequences[0]))

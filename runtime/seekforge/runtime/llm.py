@@ -452,7 +452,12 @@ class LLM:
     def _chat_params(self) -> SamplingParams:
         return replace(self.default_sampling_params, max_tokens=None)
 
-    def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+    @property
+    def weight_version(self) -> int:
+        """How often weights were updated since the engine was opened: 0 are its own."""
+        return self._intake.weight_version
+
+    def update_weights(self, tensors: Mapping[str, np.ndarray], *, max_staleness: int | None = None) -> int:
         """Swap weights between two steps; the engine is not built again. What is cached is dropped.
 
         Requests on their way go on with the new weights; their tokens so far are computed anew.
@@ -460,6 +465,11 @@ class LLM:
         Args:
             tensors: checkpoint tensor name -> new value, in the checkpoint's shape and dtype. A weight that is
                 computed from several tensors (all experts of a layer; a weight and its scales) needs all of them.
+            max_staleness: completions on their way whose first token was chosen more than so many updates ago, this
+                one counted, end with what they have, finish_reason "abort"; None lets them go on.
+
+        Returns:
+            The version of the new weights (`weight_version`), which what is chosen from now on bears.
 
         Raises:
             EngineError: a name, shape or dtype is wrong, a tensor that belongs to them is missing, or the backend
@@ -470,10 +480,14 @@ class LLM:
         for name, value in tensors.items():
             if not isinstance(value, np.ndarray):
                 raise EngineError(f"update_weights: {name} is {shown(value)}, expected a NumPy array")
+        most = None if max_staleness is None else integer("max_staleness", max_staleness, 0)
         with self._turns.between_steps():
             self._core.backend.update_weights(tensors)
-            self._intake.weights_version += 1
-            self._scheduler.restart(self._intake.root)
+            self._intake.weight_version += 1
+            self._scheduler.restart(self._intake.root, self.weight_version)
+            if most is not None:
+                self._turns.end_stale(self.weight_version - most)
+            return self.weight_version
 
     def reset_prefix_cache(self) -> None:
         """Forget what prompts have in common: what comes is computed anew. Requests on their way keep their blocks."""

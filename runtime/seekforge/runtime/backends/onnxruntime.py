@@ -20,7 +20,7 @@ from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.program import GraphIO, TensorSpec, load_bindings
 from seekforge.formats.step_io import MODEL, StepInputs
-from seekforge.formats.weight_recipes import evaluate_into
+from seekforge.formats.weight_recipes import Recipe, evaluate_into
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 
@@ -111,6 +111,7 @@ class OnnxRuntimeBackend:
         self._threads = threads or _default_threads()
         self._new_weights: dict[str, dict[str, ort.OrtValue]] = {name: {} for name in manifest.graphs}
         self._num_blocks: int | None = None
+        self._bindings: dict[str, dict[str, Recipe]] | None = None  # read when weights are first updated
         self._graphs = {MODEL: self._open(MODEL)}
 
     def allocate_caches(self, num_blocks: int) -> None:
@@ -140,7 +141,9 @@ class OnnxRuntimeBackend:
         """Evaluate the recipes that read `tensors` and open the graphs anew with the results; see `Backend`."""
         if "bindings.json" not in {file.path for file in self._manifest.files}:
             raise EngineError(f"{self._folder}: has no bindings.json, so its weights stay; build the engine again")
-        changed = changed_constants(load_bindings(self._folder), tensors)
+        if self._bindings is None:
+            self._bindings = load_bindings(self._folder)
+        changed = changed_constants(self._bindings, tensors)
         made: dict[str, ort.OrtValue] = {}  # graphs share constants
         weights = {name: dict(values) for name, values in self._new_weights.items()}
         for graph, recipes in changed.items():

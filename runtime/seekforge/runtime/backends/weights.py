@@ -48,7 +48,7 @@ def changed_constants(
                 f"update_weights: {name} is {value.dtype} {tuple(value.shape)}, expected "
                 f"{NUMPY[leaf.dtype]} {leaf.shape} as in the checkpoint"
             )
-        if not np.isfinite(value.astype(np.float32)).all():
+        if not _is_finite(value):
             raise EngineError(f"update_weights: {name} has values that are not finite; nothing was changed")
     changed: dict[str, dict[str, Recipe]] = {}
     for graph, recipes in bindings.items():
@@ -65,6 +65,15 @@ def changed_constants(
                 )
             changed.setdefault(graph, {})[constant] = recipe
     return changed
+
+
+def _is_finite(value: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite. Of types that NumPy does not know the bits are looked at: that is quick."""
+    if value.dtype == NUMPY["f8e4m3"]:
+        return not ((value.view(np.uint8) & 0x7F) == 0x7F).any()
+    if value.dtype == NUMPY["bf16"]:
+        return not ((value.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(value).all())
 
 
 def _takes(recipe: Recipe) -> Iterator[Recipe]:

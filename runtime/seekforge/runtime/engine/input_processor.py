@@ -24,7 +24,7 @@ from seekforge.runtime.engine.request import RequestState
 from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.sampling.bad_words import BadWords, Bans
 from seekforge.runtime.sampling.guided import Grammars
-from seekforge.runtime.sampling.params import SamplingParams
+from seekforge.runtime.sampling.params import SamplingParams, completion_seed
 from seekforge.runtime.sampling.reasoning import AfterReasoning, ThinkingBudget
 from seekforge.runtime.sequence import Grammar
 from seekforge.runtime.sequence import Sequence as _Sequence
@@ -32,8 +32,6 @@ from seekforge.runtime.text.detokenizer import TextStream
 from seekforge.runtime.text.segments import SegmentedText
 from seekforge.runtime.values import integer, is_integer, listed, number, shown
 
-#: Distance between the seeds of the completions of one request.
-_SEED_STEP = 0x9E3779B97F4A7C15
 #: How many sets of bad words are kept ready.
 _KEPT = 32
 #: A prompt that is truncated may have so many times the tokens that the engine takes.
@@ -69,7 +67,7 @@ class InputProcessor:
 
     Attributes:
         num_requests: completions that were made so far; they are numbered so.
-        weights_version: counts the weights that were swapped in: blocks of other weights are other blocks.
+        weight_version: counts the weights that were swapped in: blocks of other weights are other blocks.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ class InputProcessor:
             prefix_caching: whether requests share what begins alike.
         """
         self.num_requests = 0
-        self.weights_version = 0
+        self.weight_version = 0
         self._engine, self._scheduler = engine, scheduler
         self._tap_names, self._drafting = tap_names, drafting
         self._tokenizer = engine.tokenizer
@@ -195,7 +193,7 @@ class InputProcessor:
                 self.num_requests,
                 request.prompt_ids,
                 params,
-                seed=(seed + index * _SEED_STEP) % 2**64,
+                seed=completion_seed(seed, index),
                 stop_ids=stop_ids,
                 early_ids=early_ids,
                 priority=priority,
@@ -207,6 +205,7 @@ class InputProcessor:
                 allowed=allowed,
                 token_text=self._tokenizer.token_text if params.detokenize else None,
                 speculates=self._drafting(),
+                weight_version=self.weight_version,
                 table=BlockTable(b"", owner=owner),
                 arrived_s=now,
             )
@@ -221,7 +220,7 @@ class InputProcessor:
     def root(self, sequence: _Sequence) -> bytes:
         """Return the start of its blocks' digests: what their contents depend on besides tokens."""
         manifest = self._engine.manifest
-        facts = (manifest.program_sha256, manifest.numerics, manifest.cache.kv_format, self.weights_version)
+        facts = (manifest.program_sha256, manifest.numerics, manifest.cache.kv_format, self.weight_version)
         alone = None if self._prefix_caching else sequence.table.owner
         return root_digest(*facts, sequence.speculates, alone)
 

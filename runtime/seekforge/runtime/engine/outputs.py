@@ -62,6 +62,8 @@ class CompletionOutput:
         logprobs: log-probabilities of each token; None unless they were requested.
         taps: name ("expert_ids.3") -> [positions, k]: what was chosen at each position of prompt and completion but
             the last token's, which the model has not seen. Empty unless asked.
+        weight_version: how often weights had been updated when its first token was chosen.
+        weight_changes: for each update since then, how many of its tokens had been chosen before.
         error: what went wrong, with finish_reason "error".
         message: the answer to a conversation, read from `text`; None of other prompts.
     """
@@ -76,6 +78,8 @@ class CompletionOutput:
     taps: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     error: str | None = None
     message: Message | None = None
+    weight_version: int = 0
+    weight_changes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ def _completion(live: RequestState, index: int) -> CompletionOutput:
         tuple(sequence.logprobs) if params.logprobs is not None else None,
         {name: _joined(pieces, sequence.num_tokens - 1) for name, pieces in sequence.taps.items()},
         sequence.error,
+        weight_version=sequence.weight_version,
+        weight_changes=tuple(sequence.weight_changes),
     )
 
 

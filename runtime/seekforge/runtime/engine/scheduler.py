@@ -276,11 +276,12 @@ class Scheduler:
                     failed.append(sequence)
         return failed
 
-    def restart(self, root_of: Callable[[Sequence], bytes]) -> None:
+    def restart(self, root_of: Callable[[Sequence], bytes], weight_version: int) -> None:
         """Compute everything anew: the weights have changed. Running sequences keep their tokens and their place.
 
         Args:
             root_of: gives a sequence the new start of its chain of digests.
+            weight_version: of the new weights.
         """
         for sequence in list(self._running):
             self._preempt(sequence)
@@ -289,6 +290,10 @@ class Scheduler:
             for one in (sequence, *sequence.siblings):
                 one.table.root = root_of(one)
                 one.table.digests.clear()
+                if not one.output_ids:
+                    one.weight_version = weight_version
+                elif one.weight_version + len(one.weight_changes) < weight_version:
+                    one.weight_changes.append(len(one.output_ids))
 
     def check(self) -> None:
         """Verify that block tables and pool agree.

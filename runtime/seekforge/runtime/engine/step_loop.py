@@ -121,6 +121,14 @@ class StepLoop:
         self.live.clear()
         self._handed_on()
 
+    def end_stale(self, oldest: int) -> None:
+        """End the completions whose first token was chosen by weights before version `oldest`, between steps."""
+        for live in set(self.live.values()):
+            for sequence in live.sequences:
+                if sequence.weight_version < oldest and sequence.state != "finished":
+                    self._scheduler.abort(sequence)
+                    self._deliver(live, sequence)
+
     def _post(self, lives: list[RequestState], change: Callable[[RequestState], None]) -> None:
         self._inbox.extend((live, change) for live in lives)
         if not self._stepping:

@@ -21,8 +21,15 @@ from seekforge.runtime.values import (
 
 #: Most completions of one request.
 MAX_N = 128
+#: Distance between the seeds of the completions of one request.
+_SEED_STEP = 0x9E3779B97F4A7C15
 #: Optional outputs per token: what the indexer and the router chose.
 TAPS = ("topk_indices", "expert_ids")
+
+
+def completion_seed(seed: int, index: int) -> int:
+    """Return the seed of completion `index` of a request: a request for it alone has the same draws with this seed."""
+    return (seed + index * _SEED_STEP) % 2**64
 
 
 #: Below this a temperature is greedy: what it would add to the largest logit is lost in rounding. vLLM's _SAMPLING_EPS.
