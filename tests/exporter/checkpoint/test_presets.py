@@ -13,7 +13,7 @@ from seekforge.exporter.checkpoint.tokenizer import train_tokenizer
 
 
 def test_the_presets_ship() -> None:
-    assert {"full", "small", "tiny", "tiny-v3"} <= set(known_presets())
+    assert {"full", "nano", "small", "tiny", "tiny-v3"} <= set(known_presets())
 
 
 @pytest.mark.parametrize("name", known_presets())

@@ -31,7 +31,7 @@ from seekforge.exporter.option_types import MODEL
     type=MODEL,
     default="tiny",
     show_default=True,
-    help="Model of configs/models: tiny, tiny-v3, small or full.",
+    help="Model of configs/models: tiny, tiny-v3, nano, small or full.",
 )
 @seed_option("The same seed writes the same bytes.", default=0)
 @click.option("--sparse", is_flag=True, help="True size and structure, weights as holes: no values, no disk space.")
