@@ -40,7 +40,7 @@ def test_full_has_the_published_softmax_scale() -> None:
 
 @pytest.mark.parametrize("name", ["huge", "", "../models/tiny", "tiny.yaml"])
 def test_an_unknown_preset_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"is unknown; known presets: .*full, small, tiny"):
+    with pytest.raises(ConfigError, match=r"is unknown; known presets: .*full, nano, small, tiny"):
         load_preset(name)
 
 
