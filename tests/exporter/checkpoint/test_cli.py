@@ -21,7 +21,7 @@ def test_says_what_was_written_and_what_to_do_next(tmp_path: Path) -> None:
     result = run(tmp_path / "out")
     assert result.exit_code == 0, result.output
     first, second = result.stdout.splitlines()
-    assert "8 files, 536 tensors, 25,020,608 parameters, 27.7 MB" in first
+    assert "8 files, 536 tensors, 38,389,952 parameters, 41.1 MB" in first
     assert second.startswith(f"next: seekforge export {tmp_path / 'out'}")
     again = run(tmp_path / "out", "--force", "--quiet")
     assert (again.exit_code, again.output) == (0, "")
@@ -30,7 +30,7 @@ def test_says_what_was_written_and_what_to_do_next(tmp_path: Path) -> None:
 def test_json_is_one_object(tmp_path: Path) -> None:
     summary = json.loads(run(tmp_path / "out", "--json").stdout)
     assert summary["path"] == str(tmp_path / "out")
-    assert (summary["num_parameters"], summary["num_tensors"]) == (25_020_608, 536)
+    assert (summary["num_parameters"], summary["num_tensors"]) == (38_389_952, 536)
 
 
 def test_sparse_writes_structure_only(tmp_path: Path) -> None:
