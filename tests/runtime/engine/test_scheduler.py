@@ -12,8 +12,9 @@ from seekforge.common.errors import RequestError
 from seekforge.runtime.backends.null import NullBackend, expected_token
 from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.engine.core import Core
+from seekforge.runtime.engine.iteration import Iteration, verify_width
 from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
-from seekforge.runtime.engine.scheduler import PRIORITY_STEPS, Iteration, QueueFullError, Scheduler, verify_width
+from seekforge.runtime.engine.scheduler import PRIORITY_STEPS, QueueFullError, Scheduler
 from seekforge.runtime.engine.speculative import SpeculationSwitch, Speculator
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.sequence import Sequence

@@ -13,8 +13,9 @@ import numpy as np
 
 from seekforge.formats.step_runner import StepOutputs
 from seekforge.runtime.backends.base import Backend
+from seekforge.runtime.engine.iteration import Iteration, Row
 from seekforge.runtime.engine.model_input import InputBuilder, ModelInput
-from seekforge.runtime.engine.scheduler import Iteration, Row, Scheduler
+from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.engine.speculative import SpeculationSwitch, Speculator
 from seekforge.runtime.engine.token_sampler import TokenSampler
 from seekforge.runtime.sampling.logits_processors import reason

@@ -9,7 +9,7 @@ import numpy as np
 
 from seekforge.formats.paged_cache import SCRAP_BLOCK, blocks_needed
 from seekforge.formats.step_io import PAD_POSITION, PAD_SLOT, StepInputs
-from seekforge.runtime.engine.scheduler import Row
+from seekforge.runtime.engine.iteration import Row
 from seekforge.runtime.row_index import RowIndex
 from seekforge.runtime.sequence import Sequence
 

@@ -17,11 +17,10 @@ import bisect
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Rows
-from typing import NamedTuple
 
 from seekforge.common.errors import RequestError
 from seekforge.formats.paged_cache import blocks_needed
+from seekforge.runtime.engine.iteration import Iteration, Row, verify_width
 from seekforge.runtime.engine.kv_cache import KvCache
 from seekforge.runtime.sequence import FinishReason, Sequence
 
@@ -33,55 +32,6 @@ _LOOK_AHEAD = 32
 
 class QueueFullError(RequestError):
     """As many requests wait as may; try again later."""
-
-
-class Row(NamedTuple):
-    """The tokens [start, stop) of one sequence, run in one step.
-
-    Attributes:
-        samples: the row reaches the last known token, so its logits choose what follows.
-        num_drafts: how many of its last tokens are guesses.
-    """
-
-    sequence: Sequence
-    start: int
-    stop: int
-    samples: bool
-    num_drafts: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.stop - self.start
-
-
-def _cut(row: Row, width: int) -> Row:
-    """Return `row` with so many tokens; drafts are dropped."""
-    return row._replace(stop=row.start + width, num_drafts=width - 1)
-
-
-class Iteration(NamedTuple):
-    """What to run now; either group may be empty. Each group is one call of the model."""
-
-    prefill: tuple[Row, ...]
-    decode: tuple[Row, ...]
-
-    @property
-    def groups(self) -> Iterator[tuple[Row, ...]]:
-        """The groups that are not empty."""
-        return (group for group in (self.prefill, self.decode) if group)
-
-
-def verify_width(lengths: Rows[int], most: int) -> int:
-    """Return the widest rectangle, up to `most`, of which rows cut to its width fill at least three quarters.
-
-    Args:
-        lengths: tokens that each row could have, at least 1.
-        most: the largest width, at least 1.
-    """
-    width = min(max(lengths), most)
-    while 4 * sum(min(length, width) for length in lengths) < 3 * width * len(lengths):
-        width -= 1
-    return width
 
 
 class Scheduler:
@@ -334,7 +284,7 @@ class Scheduler:
         if drafts:  # where blocks ran out, victims and cut drafts have changed the shape
             rows = [row for row in rows if row.sequence.state == "running"]
             width = verify_width([row.num_tokens for row in rows], width) if rows else 1
-            rows = [row if row.num_tokens <= width else _cut(row, width) for row in rows]
+            rows = [row if row.num_tokens <= width else row.cut(width) for row in rows]
         elif self.num_preemptions > preempted:
             rows = [row for row in rows if row.sequence.state == "running"]
         return tuple(rows), width * len(rows)

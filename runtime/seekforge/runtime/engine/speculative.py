@@ -17,8 +17,8 @@ import numpy as np
 
 from seekforge.formats.step_io import MTP, PAD_SLOT, StepInputs
 from seekforge.runtime.backends.base import Backend
+from seekforge.runtime.engine.iteration import Row
 from seekforge.runtime.engine.model_input import ModelInput
-from seekforge.runtime.engine.scheduler import Row
 from seekforge.runtime.sampling.inverse_cdf import SamplingMetadata
 from seekforge.runtime.sampling.sampler import FullLogits, TopLogits, choose
 from seekforge.runtime.sequence import Sequence

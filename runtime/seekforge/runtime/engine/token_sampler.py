@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from seekforge.formats.step_runner import StepOutputs
+from seekforge.runtime.engine.iteration import Row
 from seekforge.runtime.engine.model_input import ModelInput
-from seekforge.runtime.engine.scheduler import Row
 from seekforge.runtime.sampling.inverse_cdf import SamplingMetadata
 from seekforge.runtime.sampling.logits_processors import EditedRows, EditTables, reason
 from seekforge.runtime.sampling.logprobs import token_logprobs
