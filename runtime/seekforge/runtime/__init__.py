@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         Usage,
     )
     from seekforge.runtime.engine.scheduler import QueueFullError
-    from seekforge.runtime.llm import LLM, LLMMetrics
+    from seekforge.runtime.llm import LLM
+    from seekforge.runtime.llm_metrics import LLMMetrics
     from seekforge.runtime.sampling.params import SamplingParams, StructuredOutputsParams
     from seekforge.runtime.sequence import TokenLogprobs
 
@@ -45,7 +46,7 @@ __all__ = [
 
 _MODULES = {
     "LLM": "llm",
-    "LLMMetrics": "llm",
+    "LLMMetrics": "llm_metrics",
     "AsyncLLM": "async_llm",
     "Engine": "engine.engine_folder",
     "SamplingParams": "sampling.params",

@@ -10,13 +10,13 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Self, Unpack
 
+from seekforge.runtime.arguments import Prompt, refuse_best_of
 from seekforge.runtime.chat.request import ChatOptions
 from seekforge.runtime.engine.chat_output import AnswerReader
 from seekforge.runtime.engine.engine_folder import Engine
-from seekforge.runtime.engine.input_processor import Prompt
 from seekforge.runtime.engine.outputs import Delta, RequestOutput
 from seekforge.runtime.engine.request import raise_if_failed
-from seekforge.runtime.llm import LLM, Conversation, LLMOptions, refuse_best_of
+from seekforge.runtime.llm import LLM, Conversation, LLMOptions
 from seekforge.runtime.sampling.params import SamplingParams
 
 

@@ -3,13 +3,14 @@
 Nothing is added to a prompt: text is encoded as it is, special tokens written in it become their ids, and the
 begin-of-sequence token is there only if the text holds it.
 
-Any thread may call: how they share the engine is in `turns`, what becomes of a prompt in `intake`.
+Any thread may call: how they share the engine is in `engine/step_loop.py`, what becomes of a prompt in
+`engine/input_processor.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -17,69 +18,39 @@ from typing import Any, Self, TypedDict, Unpack
 import numpy as np
 
 from seekforge.common.errors import EngineError, RequestError
-from seekforge.formats.engine.manifest import Manifest
-from seekforge.runtime.backends.base import GraphMetrics, OnLoad
+from seekforge.runtime.arguments import (
+    Prompt,
+    read_params,
+    read_priorities,
+    read_priority,
+    read_timeout,
+    refuse_best_of,
+    split_prompts,
+)
+from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
 from seekforge.runtime.chat.messages import Message, is_conversation
 from seekforge.runtime.chat.request import ChatOptions, ChatProcessor, ChatRequest
 from seekforge.runtime.compatibility import check_complete
-from seekforge.runtime.engine.cache_size import decide_num_blocks, free_memory
-from seekforge.runtime.engine.chat_output import AnswerReader, with_messages
+from seekforge.runtime.engine.chat_output import with_message_deltas, with_messages
 from seekforge.runtime.engine.core import Core, StepMetrics
 from seekforge.runtime.engine.engine_folder import Engine
-from seekforge.runtime.engine.input_processor import (
-    Accepted,
-    InputProcessor,
-    Prompt,
-    read_priority,
-    read_timeout,
-    split_prompts,
-)
+from seekforge.runtime.engine.input_processor import Accepted, InputProcessor
 from seekforge.runtime.engine.kv_cache import BlockPool, KvCache
-from seekforge.runtime.engine.llm_options import check_place, options_checked
 from seekforge.runtime.engine.outputs import Delta, GenerationError, RequestOutput
 from seekforge.runtime.engine.request import RequestState, raise_if_failed
 from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.engine.self_check import SelfCheckResult, run_self_check
-from seekforge.runtime.engine.speculative import MAX_DRAFTS, SpeculationMetrics, SpeculationSwitch, Speculator
+from seekforge.runtime.engine.speculative import SpeculationSwitch, Speculator
 from seekforge.runtime.engine.step_loop import StepLoop
+from seekforge.runtime.llm_metrics import LLMMetrics, StepTotals
+from seekforge.runtime.llm_options import check_place, checked_drafts, decide_sizes, options_checked, recommended_params
 from seekforge.runtime.sampling.params import TAPS, SamplingParams
 from seekforge.runtime.text.tokenizer import Tokenizer
-from seekforge.runtime.values import integer, is_integer, listed, shown
+from seekforge.runtime.values import integer, listed, shown
 
 #: Messages, or mappings with the keys of the OpenAI interface.
 Conversation = Sequence[Message | Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class LLMMetrics:
-    """Counters since the start.
-
-    Attributes:
-        num_steps, step_s: iterations and their time.
-        num_prefill_tokens, num_decode_tokens: computed.
-        num_sampled: tokens generated.
-        num_queried_tokens, num_hit_tokens: known tokens of admitted requests, and those found in the prefix cache.
-        num_preemptions: requests that lost their blocks.
-        drafts_proposed, drafts_accepted: numbers of drafts, by position of the draft; empty without speculation.
-        num_running, num_waiting, num_free_blocks: now.
-        graphs: CUDA graphs that were captured, launched, and that could not be captured; zeros on a CPU.
-    """
-
-    num_steps: int
-    step_s: float
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    num_sampled: int
-    num_queried_tokens: int
-    num_hit_tokens: int
-    num_preemptions: int
-    drafts_proposed: tuple[int, ...]
-    drafts_accepted: tuple[int, ...]
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    graphs: GraphMetrics
 
 
 class LLMOptions(TypedDict, total=False):
@@ -179,40 +150,29 @@ class LLM:
         self.engine = engine if isinstance(engine, Engine) else Engine.open(engine)
         manifest = self.engine.manifest
         check_complete(self.engine.folder, manifest)
-        limits = manifest.limits
-        self.max_batch_size = _limit("max_batch_size", max_batch_size, limits.max_batch_size)
-        tokens = _limit("max_num_batched_tokens", max_num_batched_tokens, limits.max_num_batched_tokens)
-        self.max_batch_size = min(self.max_batch_size, tokens)
-        most = manifest.config.get("max_position_embeddings")
-        longest = _limit("max_model_len", max_model_len, limits.max_model_len, most if is_integer(most) else None)
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads is {threads}, expected at least 1")
-        self.num_speculative_tokens = _drafts(manifest, num_speculative_tokens)
-        self.num_blocks = decide_num_blocks(
-            manifest,
-            max_batch_size=self.max_batch_size,
-            max_model_len=longest,
+        sizes = decide_sizes(
+            self.engine,
+            max_model_len=max_model_len,
+            max_batch_size=max_batch_size,
+            max_num_batched_tokens=max_num_batched_tokens,
             num_blocks=num_blocks,
             kv_cache_memory=kv_cache_memory,
-            free_bytes=free_memory(),
         )
-        block_size = manifest.cache.block_size
-        holds = (self.num_blocks - 1) * block_size
-        if max_model_len is not None and holds < max_model_len:
-            raise EngineError(
-                f"max_model_len {max_model_len} needs {self.engine.cache_bytes(max_model_len):,} bytes of cache, "
-                f"the cache has {self.num_blocks * manifest.cache.bytes_per_block:,}; lower max_model_len or give more "
-                "memory (num_blocks or kv_cache_memory)"
-            )
-        self.max_model_len = min(longest, holds)
-        self.default_sampling_params = _default_params(manifest)
+        self.max_model_len, self.max_batch_size = sizes.max_model_len, sizes.max_batch_size
+        self.num_blocks = sizes.num_blocks
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}, expected at least 1")
+        self.num_speculative_tokens = checked_drafts(manifest, num_speculative_tokens)
+        self.default_sampling_params = recommended_params(manifest)
         self._scheduler = Scheduler(
-            KvCache(BlockPool(self.num_blocks), block_size, lookahead=int(self.num_speculative_tokens > 0)),
+            KvCache(
+                BlockPool(self.num_blocks), manifest.cache.block_size, lookahead=int(self.num_speculative_tokens > 0)
+            ),
             max_batch_size=self.max_batch_size,
-            max_num_batched_tokens=tokens,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             max_waiting=max_waiting,
-            most_model_len=limits.max_model_len,
+            most_model_len=manifest.limits.max_model_len,
         )
         outputs = [spec.name for spec in manifest.graphs["model"].outputs if spec.role == "tap"]
         tap_names = {kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS}
@@ -244,7 +204,9 @@ class LLM:
             raise EngineError(f"the cache needs {size:,} bytes, which are not free; lower num_blocks") from None
         speculator = None
         if self.num_speculative_tokens:
-            speculator = Speculator(backend, self.num_speculative_tokens, block_size, manifest.vocab_size)
+            speculator = Speculator(
+                backend, self.num_speculative_tokens, manifest.cache.block_size, manifest.vocab_size
+            )
         self._core = Core(
             backend,
             self._scheduler,
@@ -253,9 +215,8 @@ class LLM:
             speculator=speculator,
             switch=SpeculationSwitch() if speculation_off_switch and speculator is not None else None,
         )
-        self._core.on_step = self._count
-        self._on_step = on_step
-        self._totals = np.zeros(5)
+        self._steps = StepTotals(on_step)
+        self._core.on_step = self._steps.add
         self._turns = StepLoop(self._core)
 
     def generate(
@@ -283,8 +244,8 @@ class LLM:
             GenerationError: the engine failed on some; it holds the outputs of all.
         """
         batch, single = split_prompts(prompts)
-        each = self._params_for(len(batch), sampling_params, self.default_sampling_params)
-        priorities = self._priorities(len(batch), priority)
+        each = read_params(len(batch), sampling_params, self.default_sampling_params)
+        priorities = read_priorities(len(batch), priority)
         timeout = read_timeout(timeout_s)
         accepted: list[Accepted] = []
         for index, (prompt, params) in enumerate(zip(batch, each, strict=True)):
@@ -407,7 +368,7 @@ class LLM:
         """
         single = is_conversation(messages)
         batch: Sequence[Any] = [messages] if single else listed(messages) or []
-        each = self._params_for(len(batch), sampling_params, self._chat_params)
+        each = read_params(len(batch), sampling_params, self._chat_params)
         requests: list[ChatRequest] = []
         for index, (one, params) in enumerate(zip(batch, each, strict=True)):
             try:
@@ -436,7 +397,9 @@ class LLM:
         Arguments and errors as for `chat`, and `stream`.
         """
         request = self.chat_request(messages, sampling_params, **options)
-        return _answers(request, self.stream(request.prompt, request.params, priority=priority, timeout_s=timeout_s))
+        return with_message_deltas(
+            request, self.stream(request.prompt, request.params, priority=priority, timeout_s=timeout_s)
+        )
 
     def chat_request(
         self,
@@ -544,25 +507,7 @@ class LLM:
 
     def metrics(self) -> LLMMetrics:
         """Return the counters."""
-        steps, seconds, prefill, decode, sampled = self._totals.tolist()
-        drafts = self._core.speculator.metrics if self._core.speculator else SpeculationMetrics([], [])
-        cache = self._scheduler.cache
-        return LLMMetrics(
-            int(steps),
-            seconds,
-            int(prefill),
-            int(decode),
-            int(sampled),
-            cache.num_queried_tokens,
-            cache.num_hit_tokens,
-            self._scheduler.num_preemptions,
-            tuple(drafts.proposed),
-            tuple(drafts.accepted),
-            self._scheduler.num_running,
-            self._scheduler.num_waiting,
-            cache.pool.num_free,
-            self._core.backend.graph_metrics(),
-        )
+        return self._steps.metrics(self._core)
 
     def close(self) -> None:
         """Give back the engine's memory. Requests on their way are ended."""
@@ -580,25 +525,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _params_for(
-        self, count: int, params: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams
-    ) -> Sequence[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [default if params is None else params] * count
-        if not isinstance(params, (list, tuple)):
-            raise RequestError(f"sampling_params is {shown(params)}, expected SamplingParams, or one for each prompt")
-        if len(params) != count:
-            raise RequestError(f"{len(params)} sampling_params for {count} prompts; pass one, or one each")
-        return [default if one is None else one for one in params]
-
-    def _priorities(self, count: int, priority: int | Sequence[int] | None) -> Sequence[int]:
-        many = None if isinstance(priority, Set) else listed(priority)  # a set has no order
-        if many is None:
-            return [read_priority(priority)] * count
-        if len(many) != count:
-            raise RequestError(f"{len(many)} priorities for {count} prompts; pass one, or one each")
-        return [read_priority(one) for one in many]
 
     def _start(
         self,
@@ -627,71 +553,3 @@ class LLM:
                     yield delta
         finally:
             self._turns.drop([live])
-
-    def _count(self, step: StepMetrics) -> None:
-        self._totals += (1, step.seconds, step.num_prefill_tokens, step.num_decode_tokens, step.num_sampled)
-        if self._on_step is not None:
-            self._on_step(step)
-
-
-def _answers(request: ChatRequest, deltas: Iterator[Delta]) -> Generator[Delta, None, None]:
-    """Yield deltas with what the answer gained; closing this ends the request."""
-    reader = AnswerReader(request)
-    try:
-        for delta in deltas:
-            yield reader.delta(delta)
-    finally:
-        if isinstance(deltas, Generator):
-            deltas.close()
-
-
-def refuse_best_of(params: SamplingParams) -> None:
-    """Refuse what cannot be streamed.
-
-    Raises:
-        RequestError: which completions are returned is known at the end only.
-    """
-    if params.best_of not in (None, params.n):
-        raise RequestError("best_of cannot be streamed, since the best are known at the end only; use generate")
-
-
-def _limit(name: str, requested: int | None, engine_limit: int, most: int | None = None) -> int:
-    """Return what is asked for, else the engine's limit; `most` is what an engine could be built with."""
-    if requested is None:
-        return engine_limit
-    if not 1 <= requested <= engine_limit:
-        could = requested > engine_limit and (most is None or most > engine_limit)
-        higher = "" if most is None else f", {most} at most"
-        raise EngineError(
-            f"{name} is {requested}, this engine allows 1 to {engine_limit}"
-            + (f"; build it with a higher limit{higher}" if could else "; choose one of these")
-        )
-    return requested
-
-
-def _default_params(manifest: Manifest) -> SamplingParams:
-    """Return what the checkpoint recommends; the ends of sequence are looked at as well."""
-    for token in manifest.eos_token_ids or (-1,):
-        if not 0 <= token < manifest.vocab_size:
-            raise EngineError(
-                f"manifest.json, key 'eos_token_id': {shown(manifest.eos_token_id)}, expected a token id from 0 to "
-                f"{manifest.vocab_size - 1}, or some; build the engine again"
-            )
-    recommended: dict[str, Any] = {**manifest.generation}
-    if float(recommended.get("top_k", 0)).is_integer():
-        recommended["top_k"] = int(recommended.get("top_k", 0))
-    try:
-        return SamplingParams(**recommended)
-    except RequestError as error:
-        raise EngineError(f"manifest.json, key 'generation': {error}; build the engine again") from None
-
-
-def _drafts(manifest: Manifest, requested: int) -> int:
-    if not 0 <= requested <= MAX_DRAFTS:
-        raise EngineError(f"num_speculative_tokens is {requested}, expected 0 to {MAX_DRAFTS}")
-    if requested and "mtp" not in manifest.graphs:
-        raise EngineError(
-            "num_speculative_tokens needs an engine with an MTP graph, this one has none; "
-            "export a checkpoint that has the MTP layer, or leave it at 0"
-        )
-    return requested

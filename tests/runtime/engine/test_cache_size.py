@@ -89,7 +89,7 @@ def test_a_small_machine_serves_less_and_says_so(toy_engine: Path, monkeypatch: 
     engine = Engine.open(toy_engine)
     files = sum(file.bytes for file in engine.manifest.files)
     size = engine.manifest.cache.bytes_per_block
-    monkeypatch.setattr("seekforge.runtime.llm.free_memory", lambda: files + 8 * size)
+    monkeypatch.setattr("seekforge.runtime.llm_options.free_memory", lambda: files + 8 * size)
     with LLM(engine, threads=1) as llm:
         assert (llm.num_blocks, llm.max_model_len) == (4, 192)
         with pytest.raises(RequestError, match=r"max_model_len 192; .* raise max_model_len"):

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, Final, Protocol, TextIO, Unpack
 from seekforge.common.cli.terminal import json_text
 from seekforge.common.errors import EngineError, OutputError, RequestError
 from seekforge.common.reading import lines_of, parse_json
+from seekforge.runtime.arguments import Prompt
 from seekforge.runtime.chat.request import ChatOptions, ChatRequest
 from seekforge.runtime.cli import openai_batch
 from seekforge.runtime.engine.chat_output import with_messages
-from seekforge.runtime.engine.input_processor import Prompt
 from seekforge.runtime.engine.outputs import CompletionOutput, RequestOutput
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import SamplingParams

@@ -12,13 +12,7 @@ import click
 from rich.filesize import decimal
 
 from seekforge.common.cli.console import Stages
-from seekforge.common.cli.options import (
-    Tokens,
-    command,
-    json_option,
-    quiet_option,
-    threads_option,
-)
+from seekforge.common.cli.options import Tokens, command, json_option, quiet_option, threads_option
 from seekforge.common.cli.terminal import write, write_generated, write_json
 from seekforge.runtime.chat.messages import Message
 from seekforge.runtime.chat.request import ChatRequest
@@ -34,7 +28,8 @@ from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, d
 from seekforge.runtime.cli.sampling_options import params_of, sampling_options
 from seekforge.runtime.engine.chat_output import AnswerReader, with_messages
 from seekforge.runtime.engine.outputs import RequestMetrics, RequestOutput
-from seekforge.runtime.llm import LLM, LLMMetrics
+from seekforge.runtime.llm import LLM
+from seekforge.runtime.llm_metrics import LLMMetrics
 from seekforge.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:

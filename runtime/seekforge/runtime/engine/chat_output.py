@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from seekforge.runtime.chat.messages import MessageDelta
@@ -38,3 +39,14 @@ def _with_message(one: CompletionOutput, request: ChatRequest) -> CompletionOutp
     for _ in (*parser.push(one.text), *parser.finish()):
         pass
     return replace(one, message=parser.message)
+
+
+def with_message_deltas(request: ChatRequest, deltas: Iterator[Delta]) -> Generator[Delta, None, None]:
+    """Yield deltas with what the answer gained; closing this ends the request."""
+    reader = AnswerReader(request)
+    try:
+        for delta in deltas:
+            yield reader.delta(delta)
+    finally:
+        if isinstance(deltas, Generator):
+            deltas.close()

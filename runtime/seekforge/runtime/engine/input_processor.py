@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from seekforge.common.errors import RequestError
+from seekforge.runtime.arguments import Prompt, read_prompt
 from seekforge.runtime.block_table import BlockTable
 from seekforge.runtime.chat import markup
 from seekforge.runtime.engine.engine_folder import Engine
@@ -30,19 +29,12 @@ from seekforge.runtime.sequence import Grammar
 from seekforge.runtime.sequence import Sequence as _Sequence
 from seekforge.runtime.text.detokenizer import TextStream
 from seekforge.runtime.text.segments import SegmentedText
-from seekforge.runtime.values import integer, is_integer, listed, number, shown
+from seekforge.runtime.values import shown
 
 #: How many sets of bad words are kept ready.
 _KEPT = 32
 #: A prompt that is truncated may have so many times the tokens that the engine takes.
 _CUT_FROM = 8
-
-#: Text, encoded as it is; token ids; one of them as a mapping with the single key "prompt" or "prompt_token_ids"; or
-#: the prompt of a `ChatRequest`.
-Prompt = str | SegmentedText | Sequence[int] | Mapping[str, Any]
-_PROMPT = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
-#: Levels of priority: a request is served so many levels sooner or later at most.
-_MOST_PRIORITY = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -270,63 +262,3 @@ class InputProcessor:
 
     def _make_bans(self, words: tuple[str, ...], hidden: frozenset[int]) -> Bans:
         return Bans(words, self._tokenizer.vocabulary, hidden)
-
-
-def split_prompts(prompts: object) -> tuple[list[Any], bool]:
-    """Return the prompts of one call, and whether one alone was given bare.
-
-    Raises:
-        RequestError: it is neither a prompt nor a list of them.
-    """
-    if isinstance(prompts, (str, Mapping, SegmentedText)):
-        return [prompts], True
-    batch = None if isinstance(prompts, Set) else listed(prompts)
-    if batch is None:
-        raise RequestError(f"the prompt is {shown(prompts)}, expected {_PROMPT}, or a list of these")
-    return ([batch], True) if batch and is_integer(batch[0]) else (batch, False)
-
-
-def read_prompt(prompt: object) -> str | SegmentedText | tuple[int, ...]:
-    """Return the text or the token ids that a prompt gives.
-
-    Raises:
-        RequestError: it gives neither.
-    """
-    if isinstance(prompt, Mapping):
-        keys = list(prompt)
-        if keys == ["prompt"] and isinstance(prompt["prompt"], str):
-            return prompt["prompt"]
-        ids = listed(prompt["prompt_token_ids"]) if keys == ["prompt_token_ids"] else None
-    else:
-        if isinstance(prompt, (str, SegmentedText)):
-            return prompt
-        ids = None if isinstance(prompt, Set) else listed(prompt)
-    if ids is None:
-        raise RequestError(f"the prompt is {shown(prompt)}, expected {_PROMPT}")
-    return tuple(map(_token_id, ids))
-
-
-def read_priority(value: object) -> int:
-    """Return a priority; None is 0.
-
-    Raises:
-        RequestError: it is no whole number.
-    """
-    return 0 if value is None else integer("priority", value, -_MOST_PRIORITY, _MOST_PRIORITY)
-
-
-def read_timeout(value: object) -> float | None:
-    """Return a timeout in seconds, or None for no bound.
-
-    Raises:
-        RequestError: it is no number that can be compared with a time.
-    """
-    if value is None:
-        return None
-    return number("timeout_s", value, "seconds: a finite number of at least 0, or None", lambda seconds: seconds >= 0)
-
-
-def _token_id(value: object) -> int:
-    if not is_integer(value):
-        raise RequestError(f"prompt token {shown(value)} is no token id; pass text, or a list of whole numbers")
-    return operator.index(value)  # pyright: ignore[reportArgumentType]
