@@ -51,7 +51,7 @@ def test_what_compiles_for_ever_is_refused_for_little(grammars: Grammars, form: 
 
 
 @pytest.mark.parametrize("regex", ["(a|a)*b{100000}", "(.{0,1000}){0,1000}x"])
-def test_what_fails_some_tokens_later_is_refused_at_the_door(grammars: Grammars, regex: str) -> None:
+def test_what_fails_some_tokens_later_is_refused_at_once(grammars: Grammars, regex: str) -> None:
     with pytest.raises(RequestError, match="too many expressions"):
         grammars.compile(Form(regex=regex), 100)
 

@@ -151,7 +151,7 @@ def test_the_model_s_other_ends_are_ends_of_a_form(tokenizer: Tokenizer, tiny_co
     ],
     ids=repr,
 )
-def test_forms_that_cannot_be_are_refused_at_the_door(toy_engine: Path, form: Form, message: str) -> None:
+def test_forms_that_cannot_be_are_refused_at_once(toy_engine: Path, form: Form, message: str) -> None:
     pytest.importorskip("llguidance")
     with LLM(toy_engine, threads=1, num_blocks=9, self_check=False) as llm:
         with pytest.raises(RequestError, match=message) as caught:

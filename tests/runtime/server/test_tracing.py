@@ -9,7 +9,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from tests.runtime.server.test_door import ASK, CHAT, call, until
+from tests.runtime.server.test_middleware import ASK, CHAT, call, until
 from tests.support.scripted_engine import live_server
 
 from seekforge.runtime.server import tracing

@@ -7,12 +7,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from seekforge.runtime.openai.protocol import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
 from seekforge.runtime.server.context import Context
-from seekforge.runtime.server.door import MODELS, Door, Route
 from seekforge.runtime.server.endpoints import anthropic_messages, basics, openapi, page
 from seekforge.runtime.server.endpoints.basics import EmptyBody, UpdateWeightsBody
 from seekforge.runtime.server.endpoints.chat_completions import chat_completions
 from seekforge.runtime.server.endpoints.completions import completions
 from seekforge.runtime.server.endpoints.responses import ResponsesBody, responses
+from seekforge.runtime.server.middleware import RequestMiddleware
+from seekforge.runtime.server.router import MODELS, Route, Router
 
 #: Every endpoint; the OpenAPI document is made from it.
 ROUTES: tuple[Route, ...] = (
@@ -72,15 +73,15 @@ def make_app(context: Context) -> ASGIApp:
     routes = [*ROUTES, *openapi.handlers(ROUTES)]
     if context.settings.enable_page:
         routes.append(Route("GET", "/", page.page, key="none", title="The page", answers="text/html"))
-    door: ASGIApp = Door(context, routes)
+    handlers: ASGIApp = RequestMiddleware(context, Router(routes))
     if context.settings.cors_origins:
-        door = CORSMiddleware(
-            door, allow_origins=list(context.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        handlers = CORSMiddleware(
+            handlers, allow_origins=list(context.settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await door(scope, receive, send)
+            await handlers(scope, receive, send)
         elif scope["type"] == "lifespan":  # the engine is opened before and closed after
             while True:
                 message = await receive()

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from seekforge.common.records import Record
 from seekforge.common.requirements import own_version
 from seekforge.runtime.server.context import Call
-from seekforge.runtime.server.door import Route
+from seekforge.runtime.server.router import Route
 
 _VERSION: Final = "3.1.0"
 #: One attribute of a docstring, or several: names, and a text that may go on in lines further in.

@@ -355,7 +355,7 @@ def many_properties(count: int) -> dict:
     ],
     ids=range(20),
 )
-def test_a_heavy_form_is_refused_at_the_door_or_works(llm: LLM, form: dict) -> None:
+def test_a_heavy_form_is_refused_at_once_or_works(llm: LLM, form: dict) -> None:
     """Never in the middle of a text."""
     try:
         params = SamplingParams(temperature=0, max_tokens=12, structured_outputs=StructuredOutputsParams(**form))

@@ -1,4 +1,4 @@
-"""The way of every HTTP request: its id, its key, its body within bounds, the handler, and one line in the log.
+"""What surrounds the handler of every HTTP request: its id, key, body within bounds, and one line in the log.
 
 Plain ASGI: whatever raises below ends as an error object with a status.
 """
@@ -13,64 +13,34 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import Any, Final
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seekforge.common.reading import parse_json
-from seekforge.common.records import Record
 from seekforge.runtime.server import tracing
 from seekforge.runtime.server.context import Call, Context
 from seekforge.runtime.server.errors import APIError, as_api_error
+from seekforge.runtime.server.router import Route, Router
 from seekforge.runtime.server.sse import ClientGoneError
 
 log = logging.getLogger("seekforge.server")
 
-#: The path of one model.
-MODELS: Final = "/v1/models/{model}"
-Handler = Callable[[Call], Awaitable[ASGIApp]]
 #: Ids that a caller may give a request; anything else is replaced.
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 #: Status of an answer that nobody waits for any more, as nginx counts it.
 _CLIENT_GONE: Final = 499
 
 
-@dataclass(frozen=True)
-class Route:
-    """One endpoint.
+class RequestMiddleware:
+    """An ASGI application around the handlers of a router."""
 
-    Attributes:
-        method, path: how it is called.
-        handler: what answers.
-        key: whose key is needed: anybody's (none), a user's, or an administrator's.
-        body: the record that its body is; None where it takes none.
-        generates: it takes the engine's time, and counts among the requests on their way.
-        title: what it does, for the OpenAPI document.
-        answers: media type of the answer.
-        errors: shape of its errors.
-    """
-
-    method: str
-    path: str
-    handler: Handler
-    key: Literal["none", "user", "admin"] = "user"
-    body: type[Record] | None = None
-    generates: bool = False
-    title: str = ""
-    answers: str = "application/json"
-    errors: Literal["openai", "anthropic"] = "openai"
-
-
-class Door:
-    """An ASGI application of routes."""
-
-    def __init__(self, context: Context, routes: Sequence[Route]) -> None:
+    def __init__(self, context: Context, router: Router) -> None:
+        """Serve the endpoints of `router`, with the settings of `context`."""
         self._context = context
-        self._routes = {(route.method, route.path): route for route in routes}
-        self._paths = {route.path for route in routes}
+        self._router = router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -79,7 +49,7 @@ class Door:
         wish = headers.get("x-request-id", "")
         request_id = wish if _ID.fullmatch(wish) else secrets.token_hex(12)
         method, path = scope["method"], scope["path"]
-        route = self._route(method, path)
+        route = self._router.route(method, path)
         call = Call(self._context, request_id, path, None, receive, "openai" if route is None else route.errors)
         status = 0
 
@@ -97,7 +67,7 @@ class Door:
         try:
             self._check_host(headers)
             if route is None:
-                raise self._no_route(method, path)
+                raise self._router.no_route(method, path)
             self._check_key(route, headers)
             if route.body is not None:
                 call.body = await self._body_in_time(headers, receive)
@@ -130,12 +100,6 @@ class Door:
             level = logging.DEBUG if route is not None and route.key == "none" else logging.INFO
             log.log(level, "%s", json.dumps(line | {"seconds": round(seconds, 4)}))
 
-    def _route(self, method: str, path: str) -> Route | None:
-        """Return the route of a request; a path may name a model at its end."""
-        verb = "GET" if method == "HEAD" else method
-        prefix = MODELS.partition("{")[0]
-        return self._routes.get((verb, MODELS if path.startswith(prefix) and path != prefix else path))
-
     def _check_host(self, headers: Mapping[str, str]) -> None:
         """Refuse a request that was sent to another name: a page of that name may have led it to this machine.
 
@@ -149,12 +113,6 @@ class Door:
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
         if name.lower() not in allowed:
             raise APIError(421, "the request was sent to a name that is none of this server's; --host gives it others")
-
-    def _no_route(self, method: str, path: str) -> APIError:
-        if path in self._paths:
-            can = ", ".join(sorted(known for known, where in self._routes if where == path))
-            return APIError(405, f"{path} is not called with {method[:16]!r}, but with {can}", allow=can)
-        return APIError(404, f"there is nothing at {path[:200]!r}; /openapi.json lists what there is", code="not_found")
 
     def _check_key(self, route: Route, headers: Mapping[str, str]) -> None:
         """Refuse a caller without the key that the route needs.
