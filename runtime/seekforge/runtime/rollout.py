@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from seekforge.common.errors import RequestError
-from seekforge.runtime.engine.input_processor import Prompt, split_prompts
+from seekforge.runtime.arguments import Prompt, split_prompts
 from seekforge.runtime.engine.outputs import CompletionOutput, RequestOutput
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import TAPS, SamplingParams, completion_seed
