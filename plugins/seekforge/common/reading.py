@@ -52,6 +52,19 @@ def check_regular(path: Path) -> os.stat_result:
     return status
 
 
+def is_there(path: Path) -> bool:
+    """Return whether a name stands in its folder: also one of a link that leads nowhere, which is damage, no absence.
+
+    Raises:
+        OSError: its folder may not be searched.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def read_bytes(path: Path, *, most: int) -> bytes:
     """Return the content of a regular file of at most `most` bytes.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from seekforge.common.errors import ProgramError
 from seekforge.common.files import write_json
-from seekforge.common.paths import RelativePath, same_names
+from seekforge.common.paths import RelativePath, inside, same_names
 from seekforge.common.reading import LISTING_BYTES, read_json
 from seekforge.common.records import Record, RecordError
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
@@ -204,6 +204,30 @@ def load_program(folder: Path) -> Program:
         return Program.model_validate(raw)
     except RecordError as error:
         raise ProgramError(f"{folder / 'program.json'}: {error}; export the program again") from None
+
+
+def listed_files(folder: Path, program: Program) -> list[Path]:
+    """Return the paths of the files that are carried along with a program; none of them is read.
+
+    Args:
+        folder: the program folder.
+        program: program.json of that folder.
+
+    Raises:
+        ProgramError: one is missing, leads out of the folder, is no regular file, or is larger than any.
+    """
+    paths: list[Path] = []
+    for name in program.files:
+        path = inside(folder, name, error=ProgramError, where=folder / "program.json", again="export the program again")
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise ProgramError(f"{path}: {reason}; export the program again") from None
+        if size > LISTING_BYTES:
+            raise ProgramError(f"{path}: has {size:,} bytes, expected at most {LISTING_BYTES:,}")
+        paths.append(path)
+    return paths
 
 
 def load_bindings(folder: Path) -> dict[str, dict[str, Recipe]]:

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from seekforge.common.errors import CheckpointError, EngineError, EnvironmentFault
-from seekforge.common.reading import read_json
+from seekforge.common.reading import is_there, read_json
 from seekforge.common.requirements import install_exactly
 from seekforge.formats.engine.manifest import Manifest, rebuild_command
 from seekforge.plugins.kernels.cuda_driver import too_old
@@ -179,7 +179,7 @@ def check_weights(folder: Path, manifest: Manifest, index_digest: str, checkpoin
             f"{expected[:12]}{built}; pass the right --checkpoint, or build it again"
         )
     path = checkpoint / "config.json"
-    if expected is None and path.exists():
+    if expected is None and is_there(path):
         try:
             config = read_json(path)
         except OSError as error:

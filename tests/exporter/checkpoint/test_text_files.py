@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from seekforge.exporter.checkpoint.text_files import check_files, text_files
+from seekforge.common.errors import CheckpointError
+from seekforge.exporter.checkpoint.text_files import check_files, read_text_file, text_files
 from seekforge.formats.checkpoint.tools_preamble import ENCODING_FILE, TOOLS_PREAMBLE
 from seekforge.runtime.cli.main import main
 
@@ -41,6 +42,9 @@ ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "config device": ("config.json", lambda path: path.symlink_to("/dev/zero"), "is a device"),
     "config large": ("config.json", large, "expected at most"),
     "index fifo": ("model.safetensors.index.json", os.mkfifo, "is a FIFO"),
+    "index loop": ("model.safetensors.index.json", lambda path: path.symlink_to(path.name), "symbolic links"),
+    "index nowhere": ("model.safetensors.index.json", lambda path: path.symlink_to("/nowhere/x"), "No such file"),
+    "defaults nowhere": ("generation_config.json", lambda path: path.symlink_to("/nowhere/x"), "No such file"),
     "index folder": ("model.safetensors.index.json", os.mkdir, "is a folder"),
     "shard device": ("model-00001-of-000003.safetensors", lambda path: path.symlink_to("/dev/zero"), "is a device"),
     "shard fifo": ("model-00001-of-000003.safetensors", os.mkfifo, "is a FIFO"),
@@ -115,3 +119,13 @@ def test_a_difference_of_the_text_about_tools_is_a_warning(folder: Path, tmp_pat
     done = CliRunner().invoke(main, export)
     assert done.exit_code == 0 and done.stderr.count("differs from DeepSeek-V3.2's") == 1
     assert not mark.exists() and not (tmp_path / "program" / "encoding").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), large, os.mkdir])
+def test_what_is_copied_is_looked_at_when_it_is_read(folder: Path, make: Callable[[Path], None]) -> None:
+    """A file may have been replaced since it was found good."""
+    names = text_files(folder)
+    for name in names:
+        replace(folder / name, make)
+        with pytest.raises(CheckpointError, match=name):
+            read_text_file(folder, name)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from seekforge.common.errors import ProgramError
+from seekforge.common.errors import ProgramError, SeekforgeError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.inspect.cli import inspect
@@ -147,3 +150,23 @@ def test_without_the_export_extra_it_tells_all_but_the_nodes(
     assert said == (kind != "checkpoint")
     about = json.loads(shown("--json"))
     assert about["kind"] == kind and all(graph["op_counts"] is None for graph in about.get("graphs", {}).values())
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.name)], ids=["FIFO", "loop"])
+@pytest.mark.parametrize("kind", ["checkpoint", "program", "engine"])
+def test_whatever_file_is_none_is_said(
+    tiny_checkpoint: Path,
+    tiny_programs: dict[str, Path],
+    tiny_engines: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    make: Callable[[Path], object],
+) -> None:
+    source = {"checkpoint": tiny_checkpoint, "program": tiny_programs["fp8"], "engine": tiny_engines["fp8"]}[kind]
+    for number, file in enumerate(sorted(path.name for path in source.iterdir())):
+        folder = tmp_path / str(number)
+        shutil.copytree(source, folder, copy_function=os.link)
+        (folder / file).unlink()
+        make(folder / file)
+        with pytest.raises(SeekforgeError, match=re.escape(file)):
+            describe(folder)

@@ -7,8 +7,8 @@ same for all: tokenizer files, sampling defaults, sizes of the caches, `bindings
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 
 from seekforge.common.errors import ProgramError
 from seekforge.common.files import sha256_file
-from seekforge.common.paths import inside
+from seekforge.common.reading import LISTING_BYTES, read_bytes
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.agreement import cache_block_bytes
@@ -38,7 +38,7 @@ from seekforge.formats.engine.manifest import (
 )
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.program import GraphIO, Program, save_bindings
+from seekforge.formats.program import GraphIO, Program, listed_files, save_bindings
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
 
@@ -160,13 +160,11 @@ def _copy_text_files(program: Program, program_folder: Path, folder: Path) -> li
     Raises:
         ProgramError: one is missing, or is none of those files: nothing else may be put into an engine.
     """
-    where = program_folder / "program.json"
-    for name in program.files:
-        place = folder / name
-        source = inside(program_folder, name, error=ProgramError, where=where, again="export the program again")
-        place.parent.mkdir(parents=True, exist_ok=True)
+    for source in listed_files(program_folder, program):
         try:
-            shutil.copyfile(source, place)
-        except FileNotFoundError:
-            raise ProgramError(f"{source}: missing; export the program again") from None
+            (folder / source.name).write_bytes(read_bytes(source, most=LISTING_BYTES))
+        except OSError as error:
+            if error.filename is None or Path(os.fsdecode(error.filename)) != source:
+                raise  # of the engine's folder
+            raise ProgramError(f"{source}: cannot be read ({error.strerror}); export the program again") from None
     return list(program.files)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seekforge.common.errors import ProgramError
-from seekforge.common.reading import read_json
+from seekforge.common.reading import is_there, read_json
 from seekforge.formats.checkpoint.model_config import ModelConfig
 
 FILE = "generation_config.json"
@@ -56,7 +56,7 @@ def read_generation(folder: Path, config: ModelConfig) -> Generation:
     """
     path = folder / FILE
     try:
-        raw = read_json(path) if path.exists() else {}
+        raw = read_json(path) if is_there(path) else {}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ProgramError(f"{path}: cannot be read ({reason}); take the checkpoint's file") from None

@@ -6,12 +6,11 @@ and nothing of it is opened.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from seekforge.common.errors import CheckpointError, ConfigError
 from seekforge.common.paths import checkpoint_file
-from seekforge.common.reading import LISTING_BYTES, check_regular
+from seekforge.common.reading import LISTING_BYTES, check_regular, is_there, read_bytes
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.program import TEXT_FILES
 
@@ -36,7 +35,7 @@ def check_weight_files(folder: Path) -> None:
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     for name in ("config.json", INDEX_FILE, *shards):
         path = folder / name
-        if os.path.lexists(path):
+        if is_there(path):
             try:
                 check_regular(path)
             except OSError as error:
@@ -50,11 +49,34 @@ def text_files(folder: Path) -> list[str]:
         ConfigError: there is no tokenizer.
         CheckpointError: one is no regular file, leads out of the folder, or is too large.
     """
-    names = [name for name in TEXT_FILES if os.path.lexists(folder / name)]
+    names = present_text_files(folder)
     if TEXT_FILES[0] not in names:
         raise ConfigError(f"{folder / TEXT_FILES[0]}: missing; a checkpoint folder must hold the tokenizer")
+    return names
+
+
+def present_text_files(folder: Path) -> list[str]:
+    """Return which of the files that are carried along are there; reads none of them.
+
+    Raises:
+        CheckpointError: as `text_files`.
+    """
+    names = [name for name in TEXT_FILES if is_there(folder / name)]
     for name in names:
         size = checkpoint_file(folder, name, error=CheckpointError).stat().st_size
         if size > LISTING_BYTES:
             raise CheckpointError(f"{folder / name}: has {size:,} bytes, expected at most {LISTING_BYTES:,}")
     return names
+
+
+def read_text_file(folder: Path, name: str) -> bytes:
+    """Return the bytes of one of these files, looked at once more: hours may have gone by since `text_files`.
+
+    Raises:
+        CheckpointError: as `text_files`.
+    """
+    path = checkpoint_file(folder, name, error=CheckpointError)
+    try:
+        return read_bytes(path, most=LISTING_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check it and its permissions") from None

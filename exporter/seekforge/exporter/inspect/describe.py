@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import ProgramError
+from seekforge.common.reading import is_there
 from seekforge.exporter.builder.request import read_engine_graph, read_graph
 from seekforge.exporter.checkpoint.opened import as_stored
 from seekforge.exporter.checkpoint.schema import expected_tensors
+from seekforge.exporter.checkpoint.text_files import present_text_files
 from seekforge.exporter.program.rank_bindings import rank_bindings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
+from seekforge.formats.engine.verify import listed_files as files_of_engine
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
+from seekforge.formats.program import listed_files as files_of_program
 from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes import Recipe
 
@@ -38,7 +42,7 @@ def kind_of(path: Path) -> str:
         ProgramError: the folder is none of them.
     """
     for name, kind in ((MANIFEST, "engine"), ("program.json", "program"), ("config.json", "checkpoint")):
-        if (path / name).exists():
+        if is_there(path / name):
             return kind
     if not path.is_dir():
         what = "is a file" if path.exists() else "is not there"
@@ -102,6 +106,7 @@ def _model(config: ModelConfig) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     config, notes = ModelConfig.read(path)
+    present_text_files(path)
     families: dict[str, int] = defaultdict(int)
     layers: dict[str, int] = defaultdict(int)
     dtypes: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0})
@@ -141,6 +146,7 @@ def family_of(name: str) -> str:
 
 def _program(path: Path) -> dict[str, Any]:
     program = load_program(path)
+    files_of_program(path, program)
     bindings = load_bindings(path)
     config = ModelConfig.parse(program.config, str(path / "program.json"))
     return {
@@ -225,6 +231,7 @@ def _op_counts(path: Path, graph: GraphIO, read: _ReadGraph) -> dict[str, int] |
 
 def _engine(path: Path) -> dict[str, Any]:
     manifest: Manifest = load_manifest(path)
+    files_of_engine(path, manifest)
     config = ModelConfig.parse(manifest.config, str(path / MANIFEST))
     check = manifest.self_check
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import shutil
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from seekforge.common.files import atomic_folder, sha256_file
 from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import needless_tensors
-from seekforge.exporter.checkpoint.text_files import text_files
+from seekforge.exporter.checkpoint.text_files import read_text_file, text_files
 from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.weights import unused_tensors
@@ -136,9 +135,8 @@ def export(
             if plain_f32:
                 _write_plain(graph.model, config, folder / f"{name}.f32.onnx")
         for name in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint_folder / name, folder / name)
-        (folder / "tokenizer.json").write_bytes(without_limits((folder / "tokenizer.json").read_bytes()))
+            raw = read_text_file(checkpoint_folder, name)
+            (folder / name).write_bytes(without_limits(raw) if name == "tokenizer.json" else raw)
         program = Program(
             format=PROGRAM_FORMAT,
             seekforge_version=importlib.metadata.version("seekforge"),

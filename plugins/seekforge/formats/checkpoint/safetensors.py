@@ -17,6 +17,7 @@ import numpy as np
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import CheckpointError
+from seekforge.common.reading import is_there
 from seekforge.formats.checkpoint.shard_header import Shard, TensorInfo, read_shard
 from seekforge.formats.checkpoint.shard_index import (
     INDEX_FILE,
@@ -58,7 +59,7 @@ class Checkpoint:
                 f"with {INDEX_FILE} and its shards"
             )
         index_path = folder / INDEX_FILE
-        if index_path.exists():
+        if is_there(index_path):
             raw = read_listing(index_path)
             weight_map = parse_index(raw, index_path)
             files = sorted(set(weight_map.values()))

@@ -56,8 +56,9 @@ def listed_files(folder: Path, manifest: Manifest) -> list[tuple[Path, FileDiges
         path = inside(folder, expected.path, error=EngineError, where=folder / MANIFEST, again=remedy)
         try:
             size = path.stat().st_size
-        except OSError:
-            raise EngineError(f"{path}: missing; copy it again, or {remedy}") from None
+        except OSError as error:
+            reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise EngineError(f"{path}: {reason}; copy it again, or {remedy}") from None
         if size != expected.bytes:
             raise EngineError(f"{path}: {size} bytes, the manifest says {expected.bytes}; copy it again, or {remedy}")
         listed.append((path, expected))
