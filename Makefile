@@ -13,7 +13,10 @@ BIN := $(VENV)/bin
 DIST := dist
 CACHE := $(CURDIR)/.cache
 CONSTRAINTS := configs/constraints.txt
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint $(CONSTRAINTS)
+# Modules are compiled when they are first imported, also where the environment says to write no bytecode: of the
+# thousands that torch and transformers bring, a run imports a few hundred, and compiling all takes longer than installing.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile --constraint $(CONSTRAINTS)
+unexport PYTHONDONTWRITEBYTECODE
 
 export PIP_CACHE_DIR := $(CACHE)/pip
 export XDG_CACHE_HOME := $(CACHE)
@@ -78,7 +81,7 @@ clean:
 # The stamps: a step is done again when what it reads has changed. torch comes first and alone, because its index
 # (TORCH_INDEX) is asked for nothing else; the docs need none.
 $(VENV)/.python: $(CONSTRAINTS)
-	@rm -f $(VENV)/.python $(VENV)/.base $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.gpu
+	@rm -f $(VENV)/.python $(VENV)/.base $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs $(VENV)/.ci $(VENV)/.gpu
 	@set -e; \
 	for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python); do \
 		if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then \
@@ -111,6 +114,12 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	@echo 'installing seekforge with the development tools'
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
+
+# Both at once, which asks the index and reads the packages' metadata once.
+$(VENV)/.ci: $(VENV)/.base pyproject.toml
+	@echo 'installing seekforge with the development tools and what makes the docs'
+	@$(PIP) --no-build-isolation --editable '.[dev,docs]'
+	@touch $(VENV)/.dev $(VENV)/.docs $@
 
 $(VENV)/.gpu: $(VENV)/.dev
 	@echo 'installing what launches kernels'
