@@ -1,7 +1,7 @@
 """NVFP4: e2m1 values in blocks of 16 with an e4m3 scale each, and one f32 scale for the whole tensor. NumPy only.
 
 real = value · block_scale · tensor_scale. The tensor's scale puts the largest block scale at 448, the largest e4m3;
-a block's scale puts its largest magnitude at 6, the largest e2m1, and is rounded to e4m3 before values are divided by it.
+a block's scale puts its largest magnitude at 6, the largest e2m1, and is rounded to e4m3 before values are divided.
 No engine here computes in it: it is a reference form, which says what such weights or caches would cost.
 
 Source: NVIDIA's description of NVFP4 (two-level scales, blocks of 16); TensorRT Model Optimizer, `NVFP4QTensor`.

@@ -1,7 +1,7 @@
 """What the quality of a model is measured on, and what was measured: tasks with answers, and texts.
 
-A file of tasks is JSONL. A line either has an answer, which is compared with what is generated greedily, or a text, whose
-tokens are predicted one by one with the ones before them given:
+A file of tasks is JSONL. A line either has an answer, which is compared with what is generated greedily, or a text,
+whose tokens are predicted one by one with the ones before them given:
 
     {"task": "arithmetic", "prompt": "…", "answer": "42", "match": "final", "max_tokens": 64}
     {"task": "english", "text": "…"}
@@ -177,8 +177,8 @@ class TaskQuality(Record):
         task: its name.
         num_rows: its rows.
         num_tokens: tokens that were predicted, or generated.
-        nll: of texts, the mean negative log-likelihood of a token in nats; None of prompts.
-        score: of prompts, the part that got its answer; None of texts.
+        nll: mean negative log-likelihood of a token of the texts, in nats; None where the task has answers.
+        score: part of the prompts that got their answers; None where the task has texts.
     """
 
     task: TaskName

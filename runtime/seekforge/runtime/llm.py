@@ -509,6 +509,17 @@ class LLM:
         """Return the counters."""
         return self._steps.metrics(self._core)
 
+    @property
+    def drafting(self) -> bool:
+        """Whether requests that start now are drafted for; may be set where `num_speculative_tokens` is not 0."""
+        return self._core.drafting
+
+    @drafting.setter
+    def drafting(self, value: bool) -> None:
+        if value and not self.num_speculative_tokens:
+            raise RequestError("drafting needs an LLM with num_speculative_tokens of at least 1")
+        self._core.may_draft = value
+
     def close(self) -> None:
         """Give back the engine's memory. Requests on their way are ended."""
         if self._turns.closed:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from seekforge.common.cli.console import Stages
-from seekforge.common.errors import TargetError
+from seekforge.common.errors import OptionError, TargetError
 from seekforge.common.files import check_vacant
 from seekforge.exporter.builder.machine import missing_here
 from seekforge.exporter.builder.options import (
@@ -16,6 +16,7 @@ from seekforge.exporter.builder.options import (
     BuildOptions,
     OptimizationLevel,
     PluginChoice,
+    QualityBounds,
     TensorRtOptions,
 )
 from seekforge.exporter.builder.request import read_graph
@@ -34,9 +35,11 @@ from seekforge.exporter.calls import (
 )
 from seekforge.exporter.checkpoint.source import headers, parse_repo, resolve
 from seekforge.exporter.checkpoint.text_files import check_weight_files
+from seekforge.exporter.quality import read_bounds
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Audit, Limits, Manifest, SelfCheck
 from seekforge.formats.program import load_program
+from seekforge.formats.quality import Quality, read_tasks
 from seekforge.formats.targets import Precision, TargetConfig
 
 if TYPE_CHECKING:
@@ -108,6 +111,11 @@ class BuildResult:
         return None if self.manifest is None else self.manifest.self_check
 
     @property
+    def quality(self) -> Quality | None:
+        """CPU: what the engine was measured to do; None: nothing was measured."""
+        return None if self.manifest is None else self.manifest.quality
+
+    @property
     def audit(self) -> Audit | None:
         """GPU: what the compiler made of the program."""
         return None if self.manifest is None else self.manifest.audit
@@ -123,6 +131,7 @@ class BuildResult:
             "numerics": self.numerics,
             "self_check": None if check is None else {"tolerance": check.tolerance, "reason": check.reason},
             "audit": None if self.audit is None else self.audit.model_dump(mode="json"),
+            "quality": None if self.quality is None else self.quality.model_dump(mode="json"),
         }
         return {name: value for name, value in facts.items() if value is not None or name in _ALWAYS}
 
@@ -150,6 +159,8 @@ def build(
     allow_oversize: Flag = DEFAULTS.tensorrt.allow_oversize,
     dry_run: Flag = False,
     taps: Flag = DEFAULTS.taps,
+    quality: AnyPath | None = None,
+    min_quality: Settings = (),
     force: Flag = False,
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -180,6 +191,10 @@ def build(
         allow_oversize: GPU: build what does not fit; it is marked and does not load.
         dry_run: check everything, build nothing.
         taps: let the engine show the tensors inside each layer, for `parity`.
+        quality: CPU: file of tasks that the engine is measured on; what came of it goes into the manifest.
+        min_quality: refuse an engine that misses a bound: `{"arithmetic": 0.99, "english": 12.5}`, or texts as
+            `--min-quality` takes them; the smallest score of a task with answers, the largest perplexity of one with
+            texts.
         force: replace an engine that stands at `out`.
         progress: told each stage.
 
@@ -187,7 +202,7 @@ def build(
         OptionError: an argument is none that it takes.
         TargetError: the target is unknown, or cannot do what was asked.
         ConfigError, CheckpointError, ProgramError: program or checkpoint is damaged, or they do not belong together.
-        EngineError: what was compiled does not compute what it should, or the compiler failed.
+        EngineError: what was compiled does not compute what it should, misses a bound, or the compiler failed.
         OutputError: `out` cannot be written.
         EnvironmentFault: a library is not installed.
     """
@@ -198,6 +213,7 @@ def build(
         max_num_batched_tokens=max_num_batched_tokens,
         precision=precision,
         taps=taps,
+        quality=_quality_bounds(None if quality is None else Path(quality), cast("tuple[str, ...]", many(min_quality))),
         tensorrt=TensorRtOptions(
             kv_cache_dtype=kv_cache_dtype,
             sm=many(sm),
@@ -221,6 +237,16 @@ def build(
         stages=stages_of(progress),
     )
     return _build_cpu(call) if call.target.backend == "onnxruntime" else _build_gpu(call)
+
+
+def _quality_bounds(path: Path | None, specs: tuple[str, ...]) -> QualityBounds | None:
+    """Read what an engine is measured on, before anything is built."""
+    if path is None:
+        if specs:
+            raise OptionError("--min-quality needs --quality, the file with the tasks")
+        return None
+    tasks = read_tasks(path)
+    return QualityBounds(tasks, read_bounds(specs, tasks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from seekforge.common.cli.console import Column, Console, Table
 from seekforge.formats.engine.manifest import Audit, Manifest
+from seekforge.formats.quality import Quality, TaskQuality
 from seekforge.plugins.kernels.cuda_driver import needs
 
 _GIB = 1 << 30
@@ -89,3 +90,14 @@ def _times(count: int) -> str:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {op}" for op, count in counts.items()) or "none"
+
+
+def quality_words(quality: Quality) -> str:
+    """Say what an engine was measured to do, and what it had to."""
+    return ", ".join(_task_words(one, quality.bounds.get(one.task)) for one in quality.tasks)
+
+
+def _task_words(one: TaskQuality, bound: float | None) -> str:
+    if one.score is not None:
+        return f"{one.task} {one.score:.1%}{'' if bound is None else f' (at least {bound:.1%})'}"
+    return f"{one.task} perplexity {one.perplexity:.4g}{'' if bound is None else f' (at most {bound:.4g})'}"

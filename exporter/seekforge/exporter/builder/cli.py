@@ -22,7 +22,7 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import echo, write_json
 from seekforge.exporter.builder import api
 from seekforge.exporter.builder.api import BuildResult
-from seekforge.exporter.builder.audit_page import self_check_words
+from seekforge.exporter.builder.audit_page import quality_words, self_check_words
 from seekforge.exporter.builder.options import DEFAULTS, LAYERS_PER_ENGINE, OptimizationLevel, PluginChoice
 from seekforge.exporter.option_types import TARGET
 from seekforge.formats.targets import Precision
@@ -37,6 +37,7 @@ _GPU = DEFAULTS.tensorrt
         "seekforge build program engine --target cpu --checkpoint checkpoint",
         "seekforge build program engine --target h200 --checkpoint checkpoint --max-model-len 64K",
         "seekforge build program engine --target rtx4090 --sm 120 --dry-run",
+        "seekforge build program engine --target cpu --checkpoint ck --quality tasks.jsonl --min-quality sums=0.95",
     ),
     function=api.build,
 )
@@ -98,6 +99,18 @@ _GPU = DEFAULTS.tensorrt
 @click.option("--allow-oversize", is_flag=True, help="GPU: build what does not fit; it is marked and does not load.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be built, build nothing.")
 @click.option("--taps", is_flag=True, help="Let the engine show the tensors inside each layer, for 'parity'.")
+@click.option(
+    "--quality",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="cpu: measure the engine on these tasks (JSONL); what came of it goes into the manifest.",
+)
+@list_option(
+    "--min-quality",
+    type=click.STRING,
+    metavar="TASK=BOUND,…",
+    help="Refuse an engine with a smaller score than this, or for a task of texts a larger perplexity.",
+)
 @click.option("--force", is_flag=True, help="Replace an engine that stands at OUT.")
 @quiet_option
 @json_option
@@ -183,5 +196,6 @@ def _written(result: BuildResult) -> list[str]:
     return [
         f"wrote {result.path}: target {result.target}, {nodes} nodes, "
         f"{decimal(result.weight_bytes)} of {result.precision} weights",
+        *([] if result.quality is None else [f"quality: {quality_words(result.quality)}"]),
         *proof,
     ]

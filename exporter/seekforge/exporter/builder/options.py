@@ -6,11 +6,13 @@ backend gets them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final, Literal
 
 from seekforge.common.errors import TargetError
+from seekforge.formats.quality import QualityTasks
 from seekforge.formats.targets import (
     CPU_PRECISIONS,
     GPU_PRECISIONS,
@@ -77,6 +79,19 @@ class TensorRtOptions:
         return CompilerOptions(self.workspace, self.builder_optimization_level, self.timing_cache)
 
 
+@dataclass(frozen=True)
+class QualityBounds:
+    """What an engine is measured on before it is kept.
+
+    Attributes:
+        tasks: the tasks.
+        bounds: task -> smallest score, or largest perplexity, that is allowed.
+    """
+
+    tasks: QualityTasks
+    bounds: Mapping[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """All options of a build beside what it reads and writes. None leaves a value to the target.
@@ -88,6 +103,7 @@ class BuildOptions:
         max_num_batched_tokens: most tokens of a step.
         precision: CPU: precision of the weights; GPU: precision of products of FP8 weights.
         taps: let the engine show the tensors inside each layer.
+        quality: CPU: what it is measured on; None: nothing is.
         tensorrt: what only builds for a GPU know.
     """
 
@@ -97,6 +113,7 @@ class BuildOptions:
     max_num_batched_tokens: int | None = None
     precision: Precision | None = None
     taps: bool = False
+    quality: QualityBounds | None = None
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
 
     @property
@@ -142,6 +159,11 @@ class BuildOptions:
             raise TargetError("--taps shows the layers of one plan; leave out --layers-per-engine")
         if gpu.timing_cache is not None and target.backend == "tensorrt-rtx":
             raise TargetError("--timing-cache is for tensorrt; tensorrt-rtx measures on the GPU that runs the engine")
+        if self.quality is not None:
+            raise TargetError(
+                f"--quality runs the engine once it is built, and target {target.name} is a GPU; measure it where that "
+                "GPU is: seekforge parity ENGINE --checkpoint CHECKPOINT --quality FILE"
+            )
         changes = [] if gpu.kv_cache_dtype is None else [f"kv_format={gpu.kv_cache_dtype}"]
         if gpu.sm:
             if target.backend == "tensorrt":

@@ -14,7 +14,7 @@ from seekforge.common.cli.options import command, json_option
 from seekforge.common.cli.terminal import write, write_json
 from seekforge.common.errors import ProgramError
 from seekforge.common.requirements import install_module
-from seekforge.exporter.builder.audit_page import self_check_words, show_audit
+from seekforge.exporter.builder.audit_page import quality_words, self_check_words, show_audit
 from seekforge.exporter.builder.request import read_graph
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
@@ -98,6 +98,8 @@ def show(about: dict[str, Any], out: Console) -> None:
         )
         manifest = load_manifest(Path(about["path"]))
         out.print(f"self-check: {self_check_words(manifest)}")
+        if manifest.quality is not None:
+            out.print(f"quality: {quality_words(manifest.quality)}")
         how = about["quantization"]
         if how is not None:
             kinds = {

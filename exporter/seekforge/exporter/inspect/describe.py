@@ -252,6 +252,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "audit": None if manifest.audit is None else manifest.audit.model_dump(mode="json"),
         "weights": None if manifest.weights is None else manifest.weights.model_dump(mode="json"),
         "quantization": None if manifest.quantization is None else manifest.quantization.model_dump(mode="json"),
+        "quality": None if manifest.quality is None else manifest.quality.model_dump(mode="json"),
         "build": manifest.build,
         "digest": manifest.digest,
         "self_check": None

@@ -19,6 +19,7 @@ from seekforge.formats.digests import chunk_digests
 from seekforge.formats.engine.agreement import disagreement
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO
+from seekforge.formats.quality import Quality
 
 #: Raised when an older runtime would misread an engine. 2: files have a digest for each chunk.
 ENGINE_FORMAT = 4
@@ -223,6 +224,7 @@ class Manifest(Record):
             listed can be tried.
         audit: what a GPU build really made.
         quantization: which weights of a CPU engine are int8 or int4; None: all are f32.
+        quality: what it was measured to do when it was built; None, and no key of the file: nothing was measured.
         digest: the digest of everything above.
     """
 
@@ -255,6 +257,7 @@ class Manifest(Record):
     capturable: dict[str, bool] = field(default_factory=dict)
     audit: Audit | None = None
     quantization: Quantization | None = None
+    quality: Quality | None = None
     digest: str = ""
 
     @property
@@ -339,9 +342,11 @@ def digest_file(folder: Path, relative: str) -> FileDigest:
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write manifest.json into `folder` with its digest, so that an edit of any field is found at load; return it."""
     raw = json.loads(json.dumps(manifest.model_dump(mode="json")))
-    sealed = manifest.model_copy(update={"digest": manifest_digest(raw)})
-    write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
-    return sealed
+    if manifest.quality is None:
+        del raw["quality"]
+    raw["digest"] = manifest_digest(raw)
+    write_json(folder / MANIFEST, raw)
+    return manifest.model_copy(update={"digest": raw["digest"]})
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -48,6 +48,7 @@ class Core:
 
     Attributes:
         on_step: called with the metrics of each iteration.
+        may_draft: False lets sequences that start from now on do without drafts.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Core:
         self.tap_names = tap_names or {}
         self.speculator = speculator
         self.switch = switch
+        self.may_draft = True
         self.on_step: Callable[[StepMetrics], None] | None = None
         self._packer = InputBuilder(scheduler.block_size, scheduler.max_batch_size)
         self._chooser = TokenSampler(vocab_size, scheduler.max_batch_size)
@@ -85,7 +87,7 @@ class Core:
     @property
     def drafting(self) -> bool:
         """Whether sequences that start now are drafted for."""
-        return self.speculator is not None and (self.switch is None or self.switch.on)
+        return self.may_draft and self.speculator is not None and (self.switch is None or self.switch.on)
 
     def step(self) -> list[Sequence]:
         """Run one iteration.

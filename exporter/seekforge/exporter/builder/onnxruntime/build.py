@@ -25,6 +25,7 @@ from seekforge.common.errors import OutputError, TargetError
 from seekforge.common.files import atomic_folder, sha256_file
 from seekforge.exporter.builder.engine_writer import EngineParts, write_engine
 from seekforge.exporter.builder.generation import read_generation
+from seekforge.exporter.builder.judge import check_measurable, judge
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
 from seekforge.exporter.builder.onnxruntime.quantize import choose
 from seekforge.exporter.builder.onnxruntime.self_check import make_self_check
@@ -116,6 +117,8 @@ def check(
         check_same_model(program, config, whole, checkpoint_folder)
         check_takes(bindings, opened.checkpoint, program_folder)
     limits = fit_limits(target.limits, config, options.named_limits)
+    if options.quality is not None:
+        check_measurable(program, program_folder, limits, options.quality)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     sizes = {name: layer_bytes(bindings, _coded(name, config), limits.max_model_len) for name in _PRECISIONS}
@@ -239,7 +242,7 @@ def build(
     Raises:
         ProgramError, CheckpointError: program or weights are damaged or do not belong together.
         TargetError: the target cannot do this, or is not built here.
-        EngineError: the built engine does not compute what PyTorch computes.
+        EngineError: the built engine does not compute what PyTorch computes, or misses a bound of its quality.
         OutputError: `out` cannot be written, or the disk is too small.
     """
     progress("read program and checkpoint")
@@ -284,6 +287,9 @@ def build(
             quantization=coded,
         )
         manifest = write_engine(folder, parts, program_folder=program_folder, program=program, config=config)
+        if options.quality is not None:
+            progress("quality")
+            manifest = judge(folder, manifest, options.quality, out=out, say=progress.update)
     return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
 
 
