@@ -21,6 +21,7 @@ from seekforge.common.errors import OptionError, SeekforgeError
 from seekforge.common.outputs import OUTPUTS, check_outputs
 from seekforge.common.records import RecordError, at_least, converter, finite, shown
 from seekforge.formats.parity_steps import Mode
+from seekforge.formats.quality import FormName
 from seekforge.plugins.faults import as_fault
 
 _P = ParamSpec("_P")
@@ -88,6 +89,7 @@ if TYPE_CHECKING:  # what callers may pass
     Names = str | Sequence[str]
     Precisions = Literal["fp8", "bf16"] | Sequence[Literal["fp8", "bf16"]]
     Modes = Mode | Sequence[Mode]
+    Forms = FormName | Sequence[FormName]
     Sources = Source | Sequence[Source]
     Settings = Mapping[str, Any] | Sequence[str]
 else:  # what a function gets
@@ -105,6 +107,7 @@ else:  # what a function gets
     Names = Annotated[Any, _listed, _texts]
     Precisions = Annotated[Any, _listed, converter(tuple[Literal["fp8", "bf16"], ...])]
     Modes = Annotated[Any, _listed, converter(tuple[Mode, ...])]
+    Forms = Annotated[Any, _listed, converter(tuple[FormName, ...])]
     Sources = Annotated[Any, _listed, converter(tuple[Source, ...])]
     Settings = Annotated[Any, _settings]
 

@@ -44,6 +44,8 @@ def _some(value: str) -> str:
     return value
 
 
+#: Forms of the PyTorch model that are measured beside engines.
+FormName = Literal["exact", "fp8", "bf16", "kv_fp8", "kv_bf16", "nvfp4", "kv_nvfp4"]
 TaskName = Annotated[str, _task]
 _Text = Annotated[str, _some]
 

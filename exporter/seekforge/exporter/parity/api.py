@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from seekforge.common.errors import OptionError, OutputError
 from seekforge.common.files import atomic_folder, replace_file
@@ -17,6 +17,7 @@ from seekforge.exporter.calls import (
     Bytes,
     Counts,
     Flag,
+    Forms,
     Modes,
     Names,
     NotNegative,
@@ -36,9 +37,13 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.parity_steps import MODES
+from seekforge.formats.quality import FormName, read_tasks
 
 if TYPE_CHECKING:
     from seekforge.exporter.parity.gates import Finding, Gate
+
+#: Forms of the PyTorch model that stand beside engines in a table of quality.
+FORM_NAMES: Final[tuple[FormName, ...]] = get_args(FormName)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class ParityResult:
     """The verdict of a check, or where PyTorch's side alone was written to be compared elsewhere.
 
     Attributes:
-        passed: whether every gate holds; None where nothing was compared.
+        passed: whether every gate holds; None where nothing was compared, or where quality was measured.
         gates: what must hold, with what was measured and why it must.
         finding: the first place where the two sides differ by more than they may.
         notes: what the reader should know, such as what was not looked at.
@@ -72,7 +77,7 @@ class ParityResult:
 
 @public
 def parity(
-    engine: AnyPath | None = None,
+    engine: Paths | None = None,
     *,
     checkpoint: Source | None = None,
     prompts: AnyPath | None = None,
@@ -89,6 +94,8 @@ def parity(
     save: AnyPath | None = None,
     force: Flag = False,
     write_self_check: Flag = False,
+    quality: AnyPath | None = None,
+    forms: Forms = (),
     html: AnyPath | None = None,
     threads: Threads | None = None,
     seed: Seed = 0,
@@ -99,7 +106,8 @@ def parity(
     That it does not is no error: `passed` of the result is then False.
 
     Args:
-        engine: its folder. Without it two dumps are compared, or PyTorch's side is written to `save`.
+        engine: its folder; with `quality` also several. Without it two dumps are compared, or PyTorch's side is
+            written to `save`.
         checkpoint: the weights for the PyTorch side; a Hugging Face repository is downloaded.
         prompts: text file, one prompt a line; None: random ids.
         contexts: lengths of random prompts; none: 16, and around index_topk.
@@ -115,6 +123,8 @@ def parity(
         save: keep the dumps of both sides in this folder.
         force: replace what an earlier check wrote there.
         write_self_check: if it passes, store results in the engine, which are compared at each start.
+        quality: file of tasks: measure engines on it, beside the exact PyTorch model, instead of comparing steps.
+        forms: with `quality`, PyTorch in these forms too, such as "fp8" or "nvfp4".
         html: write the report as one HTML page.
         threads: CPU threads; None: the cores this process may use.
         seed: the seed of random prompts.
@@ -129,7 +139,13 @@ def parity(
     arguments = dict(locals())
     parameters = inspect.signature(parity).parameters
     refuse_unused({name for name, one in parameters.items() if arguments[name] != one.default}, arguments)
-    folder = None if engine is None else Path(engine)
+    folders = () if engine is None else tuple(map(Path, many(engine)))
+    folder = folders[0] if folders else None
+    if quality is not None:
+        assert checkpoint is not None  # looked at above
+        return _quality(folders, str(checkpoint), Path(quality), many(forms), html=html, threads=threads, say=progress)
+    if len(folders) > 1:
+        raise OptionError(f"{len(folders)} engines stand there; parity compares one, and --quality shows several")
     dumps = tuple(map(Path, many(from_dump)))
     saved, page = (None if one is None else Path(one) for one in (save, html))
     if len(dumps) > 2:
@@ -179,10 +195,7 @@ def parity(
     stages.done()
     report = to_json(result)
     if page is not None:
-        try:
-            replace_file(page, render(report).encode())
-        except OSError as error:
-            raise OutputError(f"{page}: cannot be written ({error.strerror}); choose another place") from None
+        _write_page(page, render(report))
     return ParityResult(
         passed=result.passed,
         gates=tuple(result.gates),
@@ -193,6 +206,44 @@ def parity(
         html=page,
         stored_self_check=stored,
     )
+
+
+def _quality(
+    engines: tuple[Path, ...],
+    checkpoint: str,
+    tasks_file: Path,
+    forms: tuple[FormName, ...],
+    *,
+    html: AnyPath | None,
+    threads: int | None,
+    say: Progress | None,
+) -> ParityResult:
+    """Measure engines and forms of PyTorch on tasks."""
+    tasks = read_tasks(tasks_file)
+    for one in engines:
+        load_manifest(one)
+    stages = stages_of(say)
+    source = resolve(checkpoint, quiet=stages.quiet)
+    _look_at(None, source, ())
+    # these bring torch
+    from seekforge.exporter.parity.quality.check import check_quality
+    from seekforge.exporter.parity.report.quality import render_quality
+
+    with _threads(threads), temporary_folder("seekforge-quality") as work:
+        made = check_quality(engines, source, tasks, forms, threads=threads, work=work, stages=stages)
+    stages.done()
+    report = made.model_dump(mode="json")
+    page = None if html is None else Path(html)
+    if page is not None:
+        _write_page(page, render_quality(report))
+    return ParityResult(None, report=report, html=page)
+
+
+def _write_page(page: Path, text: str) -> None:
+    try:
+        replace_file(page, text.encode())
+    except OSError as error:
+        raise OutputError(f"{page}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def _look_at(engine: Path | None, checkpoint: Path | None, dumps: Iterable[Path]) -> None:

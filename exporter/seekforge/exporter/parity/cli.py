@@ -34,10 +34,11 @@ from seekforge.formats.parity_steps import MODES
         "seekforge parity engine --checkpoint checkpoint",
         "seekforge parity engine --checkpoint checkpoint --contexts 16,2K --html report.html",
         "seekforge parity --from-dump here --from-dump there",
+        "seekforge parity engine engine-int4 --checkpoint checkpoint --quality tasks.jsonl",
     ),
     function=api.parity,
 )
-@click.argument("engine", type=click.Path(path_type=Path), required=False)
+@click.argument("engine", type=click.Path(path_type=Path), nargs=-1)
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -74,6 +75,18 @@ from seekforge.formats.parity_steps import MODES
 @click.option(
     "--write-self-check", is_flag=True, help="If it passes, store results in ENGINE to compare at each start."
 )
+@click.option(
+    "--quality",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure ENGINE, or several, on tasks (JSONL) beside the exact PyTorch model.",
+)
+@list_option(
+    "--forms",
+    type=click.Choice(api.FORM_NAMES),
+    metavar="FORM,…",
+    help=f"With --quality: PyTorch in these forms too: {', '.join(api.FORM_NAMES)}.",
+)
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one HTML page.")
 @click.option("--brief", is_flag=True, help="Print the cases and the verdict alone.")
 @json_option
@@ -81,29 +94,41 @@ from seekforge.formats.parity_steps import MODES
 @seed_option("Of random prompts.", default=0)
 @click.option("--quiet", is_flag=True, help="Print nothing: the exit code is the verdict.")
 @click.pass_context
-def parity(ctx: click.Context, engine: Path | None, *, as_json: bool, brief: bool, quiet: bool, **options: Any) -> None:
+def parity(
+    ctx: click.Context, engine: tuple[Path, ...], *, as_json: bool, brief: bool, quiet: bool, **options: Any
+) -> None:
     """Prove that ENGINE computes what PyTorch computes, or find the first place where it does not.
 
     Exit code 0: passed, 1: a gate failed, 2: bad input. Every gate says why it is what it is.
+
+    With --quality, show instead what engines and forms of PyTorch make of tasks, beside their bytes and speed.
     """
     _refuse_unused(ctx)
-    result = api.parity(engine, progress=Stages(quiet=quiet or as_json), **options)
+    result = api.parity(engine or None, progress=Stages(quiet=quiet or as_json), **options)
     if result.report is None:
         if not quiet:
             echo(f"wrote {result.dumps}: reference, noise and plan.json of the PyTorch side")
         return
     if as_json:
         write_json(result.to_json())
-    elif not quiet:
+    elif quiet:
+        pass
+    elif options["quality"] is not None:
+        from seekforge.exporter.parity.report.quality import print_quality
+
+        print_quality(console(), result.report, brief=brief)
+        if result.html is not None:
+            echo(f"report: {result.html}")
+    else:
         from seekforge.exporter.parity.report.terminal import print_terminal
 
         print_terminal(console(), result.report, brief=brief)
-        stored = engine if result.stored_self_check else None
+        stored = engine[0] if result.stored_self_check else None
         done = {"dumps": result.dumps, "report": result.html, "self-check, compared at each start": stored}
         for what, where in done.items():
             if where is not None:
                 echo(f"{what}: {where}")
-    if not result.passed:
+    if result.passed is False:
         sys.exit(1)
 
 
@@ -115,8 +140,8 @@ def _refuse_unused(ctx: click.Context) -> None:
     """
     options = ctx.params
     passed = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    refuse_unused(passed, options)
-    if options["engine"] is None and not options["from_dump"]:
+    refuse_unused(passed, options | {"engine": options["engine"] or None})
+    if not options["engine"] and not options["from_dump"] and options["quality"] is None:
         for name, option in (("as_json", "--json"), ("brief", "--brief")):
             if name in passed:
                 raise OptionError(f"{option} is about a comparison; without ENGINE there is none")

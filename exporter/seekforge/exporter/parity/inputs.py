@@ -145,11 +145,16 @@ def open_source(folder: Path, config: ModelConfig) -> Iterator[ScannedCheckpoint
         ConfigError, CheckpointError: it belongs to another model, or is damaged.
     """
     with open_checkpoint(folder) as opened:
-        _check_config(folder, opened.config, config)
+        check_config(folder, opened.config, config)
         yield ScannedCheckpoint(opened.checkpoint, opened.config)
 
 
-def _check_config(folder: Path, of_checkpoint: ModelConfig, config: ModelConfig) -> None:
+def check_config(folder: Path, of_checkpoint: ModelConfig, config: ModelConfig) -> None:
+    """Refuse a checkpoint of another model than an engine's, the whole of it or its first layers.
+
+    Raises:
+        ConfigError: naming the first key that differs.
+    """
     if of_checkpoint.num_hidden_layers > config.num_hidden_layers and config.mtp_layer is None:
         of_checkpoint = truncate(of_checkpoint, config.num_hidden_layers)
     different = config.first_difference(of_checkpoint)

@@ -9,6 +9,7 @@ from seekforge.common.errors import OptionError
 #: Options that a way of comparing has no use for. The order is that in which they are named.
 _ENGINE_ALONE = ("against", "layers", "sensitivity", "max_dump_size", "write_self_check")
 _TORCH_ALONE = ("layers", "sensitivity", "numerics", "without", "max_dump_size")
+_QUALITY = ("engine", "checkpoint", "quality", "forms", "html", "threads", "as_json", "brief", "quiet", "progress")
 _STEPS = ("prompts", "contexts", "modes", "seed")
 
 
@@ -28,6 +29,13 @@ def refuse_unused(passed: Collection[str], options: Mapping[str, object]) -> Non
             if name in passed:
                 raise OptionError(f"--{name.replace('_', '-')} {why}")
 
+    if options["quality"] is not None:
+        unused = [name for name in options if name not in _QUALITY]
+        refuse(unused, "is about steps that are compared; --quality runs tasks")
+        if options["checkpoint"] is None:
+            raise OptionError("--quality needs --checkpoint, the folder with the weights of the exact model")
+        return
+    refuse(("forms",), "are beside engines in the table of --quality; give that too")
     if options["from_dump"]:
         if options["engine"] is not None:
             raise OptionError("--from-dump takes one or two dumps and no ENGINE")

@@ -27,7 +27,7 @@ class Attention(LatentAttention):
         Returns:
             Output [B, Q, hidden_size], (the cache with this step's rows,), (): nothing is chosen.
         """
-        kv_format, lead = self.settings.dtype_name, x.shape[:2]
+        kv_format, lead = self.settings.cache_dtype_name, x.shape[:2]
         q_raw, c_raw, k_pe = self.qkv_a_proj(x).split(self.splits, dim=-1)
         q_nope, q_pe = self.queries(self.q_a_layernorm(q_raw), step)
         latent_cache = mla_cache_write(

@@ -24,7 +24,7 @@ def write_cache(owner: LayerModule, state: LayerState, values: Values) -> None:
         values["kv_latent"],
         values["k_pe"],
         state.step.slot_mapping,
-        owner.settings.dtype_name,
+        owner.settings.cache_dtype_name,
     )
 
 
@@ -44,7 +44,7 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
                 step.block_table,
                 step.positions,
                 owner.config.softmax_scale,
-                owner.settings.dtype_name,
+                owner.settings.cache_dtype_name,
             ),
         ),
         *latent_operations.output(owner),

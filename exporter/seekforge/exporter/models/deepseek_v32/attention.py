@@ -102,7 +102,7 @@ class Attention(LatentAttention):
             Output [B, Q, hidden_size], both caches with this step's rows, (topk_indices [B, Q, index_topk],).
         """
         config, numerics = self.config, self.settings.numerics
-        kv_format, lead = self.settings.dtype_name, x.shape[:2]
+        kv_format, lead = self.settings.cache_dtype_name, x.shape[:2]
         q_raw, index_raw, c_raw, k_pe = self.qkv_a_proj(x).split(self.splits, dim=-1)
         qr = self.q_a_layernorm(q_raw)
         q_nope, q_pe = self.queries(qr, step)

@@ -42,7 +42,7 @@ def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
 
 def write_cache(owner: LayerModule, state: LayerState, values: Values) -> None:
     """Put this step's rows into the caches of `state`."""
-    numerics, kv = owner.settings.numerics, owner.settings.dtype_name
+    numerics, kv = owner.settings.numerics, owner.settings.cache_dtype_name
     state.caches["latent_cache"], state.caches["index_cache"] = dsa_cache_write(
         state.caches["latent_cache"],
         state.caches["index_cache"],
@@ -66,7 +66,7 @@ def key_scores(owner: LayerModule, state: LayerState, values: Values) -> Tensor:
         state.step.block_table,
         state.step.positions,
         owner.settings.numerics.indexer_fp8,
-        owner.settings.dtype_name,
+        owner.settings.cache_dtype_name,
     )
 
 
@@ -74,7 +74,7 @@ def behind_cache(owner: LayerModule, state: LayerState) -> list[Op]:
     """Return the operations behind the cache write: indexer, attention and MLP."""
     attention = owner.module.self_attn
     config, numerics, step = owner.config, owner.settings.numerics, state.step
-    kv = owner.settings.dtype_name
+    kv = owner.settings.cache_dtype_name
 
     def index_q(v: Values) -> Tensor:
         return attention.indexer.rotate(v["wq_b"], step, config.index_n_heads)

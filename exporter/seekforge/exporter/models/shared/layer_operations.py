@@ -96,7 +96,7 @@ class LayerModule:
 
     def new_state(self, num_blocks: int) -> LayerState:
         """Return zeroed caches."""
-        slots, dtype = num_blocks * BLOCK_SIZE, self.settings.dtype
+        slots, dtype = num_blocks * BLOCK_SIZE, self.settings.cache_dtype
         widths = family_of(self.config).caches(self.config)
         return LayerState({kind: torch.zeros(slots, width, dtype=dtype) for kind, width in widths.items()})
 

@@ -146,7 +146,7 @@ class _StepModule(nn.Module):
 
     def new_caches(self, num_blocks: int) -> dict[str, Tensor]:
         """Return zeroed caches of `num_blocks` blocks, by name in the order of `cache_names`."""
-        config, slots, dtype = self.settings.config, num_blocks * BLOCK_SIZE, self.settings.dtype
+        config, slots, dtype = self.settings.config, num_blocks * BLOCK_SIZE, self.settings.cache_dtype
         widths = family_of(config).caches(config).values()
         shapes = [(slots, width) for _ in self.layer_numbers for width in widths]
         return {name: torch.zeros(shape, dtype=dtype) for name, shape in zip(self.cache_names(), shapes, strict=True)}

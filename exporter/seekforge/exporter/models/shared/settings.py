@@ -26,6 +26,7 @@ class Settings:
         activations: dtype of activations and caches; None takes that of `numerics`.
         parallelism: how ranks share the model; parameters and graph are those of one of them.
         quantization: which weights are codes, as in an int8 or int4 engine; None: none.
+        caches: dtype of the caches; None takes that of the activations.
         form: absorbed (what engines run) or naive attention (spec §3.4); only absorbed can be exported.
     """
 
@@ -35,6 +36,7 @@ class Settings:
     form: AttentionForm = "absorbed"
     parallelism: Parallelism = ONE_RANK
     quantization: Quantization | None = None
+    caches: Literal["f32", "bf16"] | None = None
 
     @property
     def rank(self) -> RankSizes:
@@ -43,10 +45,20 @@ class Settings:
 
     @property
     def dtype_name(self) -> Literal["f32", "bf16"]:
-        """Activation dtype by our name; also the kv_format of eager caches."""
+        """Activation dtype by our name."""
         return self.activations or self.numerics.activations
 
     @property
     def dtype(self) -> torch.dtype:
         """Activation dtype."""
         return TORCH_DTYPES[self.dtype_name]
+
+    @property
+    def cache_dtype_name(self) -> Literal["f32", "bf16"]:
+        """Cache dtype by our name, which is the kv_format of eager caches."""
+        return self.caches or self.dtype_name
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Cache dtype."""
+        return TORCH_DTYPES[self.cache_dtype_name]

@@ -1,0 +1,95 @@
+"""Forms of the PyTorch model: each rounds what it says and nothing else, and counts the bytes that this would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.support.random_nano import random_nano
+
+from seekforge.exporter.models.shared.session import TorchSession
+from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.parity.quality.forms import FORMS
+from seekforge.exporter.parity.quality.torch_run import run_rows
+from seekforge.formats import nvfp4
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.numerics import EXACT
+from seekforge.formats.quality_run import RunRow
+from seekforge.plugins.quant import dequantize_weight
+
+IDS = tuple(range(20, 90))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_nano(tmp_path_factory) / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path) -> ModelConfig:
+    return ModelConfig.load(checkpoint)
+
+
+def test_every_form_computes_something_else_than_exact_and_close_to_it(checkpoint: Path, config: ModelConfig) -> None:
+    with Checkpoint.open(checkpoint) as source:
+        plain = TorchSession(Settings(config, EXACT), source).prefill(IDS)["logits"]
+        logits = {name: form.session(config, source).prefill(IDS)["logits"].float() for name, form in FORMS.items()}
+    spread = float(plain.std())
+    assert torch.equal(logits.pop("exact"), plain)
+    for name, other in logits.items():
+        error = float((other - plain).square().mean().sqrt()) / spread
+        assert 1e-4 < error < 0.6, (name, error)
+
+
+def test_nvfp4_weights_are_the_checkpoints_rounded_along_k(checkpoint: Path, config: ModelConfig) -> None:
+    with Checkpoint.open(checkpoint) as source:
+        layers = FORMS["nvfp4"].session(config, source).module().layers
+        exact = TorchSession(Settings(config, EXACT), source).module().layers
+        o_proj = dequantize_weight(exact["1"].self_attn.o_proj.weight, exact["1"].self_attn.o_proj.weight_scale)
+        assert np.array_equal(layers["1"].self_attn.o_proj.weight, nvfp4.round_trip(o_proj.numpy()))
+        w2 = dequantize_weight(exact["2"].mlp.experts.w2[3], exact["2"].mlp.experts.w2_scale[3])
+        assert np.array_equal(layers["2"].mlp.experts.down[3].weight, nvfp4.round_trip(w2.numpy()))
+        assert not torch.equal(layers["0"].self_attn.w_uk, exact["0"].self_attn.w_uk)
+        assert torch.equal(layers["1"].mlp.gate.weight, exact["1"].mlp.gate.weight)
+
+
+def test_caches_hold_what_their_form_can_hold(checkpoint: Path, config: ModelConfig) -> None:
+    rank = config.kv_lora_rank
+    with Checkpoint.open(checkpoint) as source:
+        sessions = {name: FORMS[name].session(config, source) for name in ("kv_bf16", "kv_nvfp4", "bf16")}
+        for session in sessions.values():
+            session.prefill(IDS)
+    assert sessions["kv_bf16"].caches["index_cache.1"].dtype == torch.bfloat16
+    assert sessions["kv_bf16"].settings.dtype == torch.float32 and sessions["bf16"].settings.dtype == torch.bfloat16
+    latent = sessions["kv_nvfp4"].cache("latent_cache.2")[64 : 64 + len(IDS)]
+    assert latent[:, :rank].any() and np.array_equal(nvfp4.round_trip(latent[:, :rank], 1.0), latent[:, :rank])
+    assert not np.array_equal(nvfp4.round_trip(latent[:, rank:], 1.0), latent[:, rank:])
+
+
+def test_bytes_are_those_of_the_layouts(config: ModelConfig) -> None:
+    # nano: latents of 128 and rotary keys of 64 values, indexer keys of 128, three layers and the MTP module
+    bytes_of = {name: form.cache_bytes(config) for name, form in FORMS.items()}
+    assert bytes_of["exact"] == 4 * (128 + 64 + 128) * 4 and bytes_of["kv_bf16"] * 2 == bytes_of["exact"]
+    assert bytes_of["fp8"] == bytes_of["kv_fp8"] == 4 * (128 + 4 + 2 * 64 + 132)
+    assert bytes_of["kv_nvfp4"] == 4 * (128 * 0.5625 + 2 * 64 + 132)
+    assert FORMS["exact"].weight_bytes(1600, 30, 4) == 1634 and FORMS["nvfp4"].weight_bytes(1600, 30, 4) == 930
+
+
+def test_rows_in_a_batch_give_what_they_give_alone(checkpoint: Path, config: ModelConfig) -> None:
+    rows = [RunRow(ids=IDS[:5], max_tokens=6), RunRow(ids=IDS, max_tokens=0), RunRow(ids=IDS[:61], max_tokens=9)]
+    with Checkpoint.open(checkpoint) as source:
+        session = TorchSession(Settings(config, EXACT), source)
+        completions, nll_sums = run_rows(session, rows, ())
+        for number in (0, 2):
+            ids = list(rows[number].ids)
+            for _ in range(rows[number].max_tokens):
+                ids.append(int(session.prefill(ids)["logits"][-1].argmax()))
+            assert completions[number] == tuple(ids[len(rows[number].ids) :])
+        logits = session.prefill(IDS)["logits"].double()
+        ended, _ = run_rows(session, rows, {completions[0][2]})
+    likely = torch.log_softmax(logits, -1)[range(len(IDS) - 1), list(IDS[1:])]
+    assert nll_sums[0] is None and completions[1] == () and nll_sums[1] == pytest.approx(-float(likely.sum()), rel=1e-6)
+    assert ended[0] == completions[0][: completions[0].index(completions[0][2]) + 1]
