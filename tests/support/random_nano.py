@@ -22,7 +22,7 @@ ROWS: Final[tuple[dict[str, Any], ...]] = (
 
 
 def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with `checkpoint`, `program`, `engine` (exact numerics) and `tasks.jsonl`; do not write into it."""
+    """Return a folder with `checkpoint`, `program`, `engine` (exact numerics) and `tasks.jsonl`; only to be read."""
 
     def make(root: Path) -> None:
         new_checkpoint(root / "checkpoint", "nano")

@@ -35,7 +35,7 @@ def test_a_choice_holds_the_mass_that_it_holds(tmp_path_factory: pytest.TempPath
             "same": {7: {0: chosen}},
             "none": {7: {0: nothing}},
             "first": {7: {0: first}},
-            "all": {7: {layer: all_keys for layer in range(3)}},
+            "all": {7: dict.fromkeys(range(3), all_keys)},
             "other row": {8: {0: nothing}},
         }
         recalls = measure_recall(config, source, {7: IDS}, choices, reference="exact")
