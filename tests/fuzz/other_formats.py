@@ -30,6 +30,7 @@ from seekforge.formats.engine import verified
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.parity_steps import make_plan
 from seekforge.formats.program import load_program
+from seekforge.formats.quality import read_tasks
 from seekforge.formats.weight_digests import load_weight_digests
 from seekforge.runtime.cli.batch_file import answered, read_requests
 from seekforge.runtime.cli.dump import _read as read_plan
@@ -39,7 +40,7 @@ from seekforge.runtime.sampling.params import SamplingParams
 #: Names of the formats.
 NAMES = (
     "plan", "weight digests", "verified files", "batch", "batch results", "finished plan", "prompts", "hub index",
-    "program graph", "engine graph", "dump tensors",
+    "program graph", "engine graph", "dump tensors", "quality tasks",
 )  # fmt: skip
 _REQUESTS: Sequence[Mapping[str, Any]] = (
     {"id": "a", "prompt": "the cat", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "stop": ["x"]},
@@ -52,6 +53,11 @@ _REQUESTS: Sequence[Mapping[str, Any]] = (
         "body": {"model": "m", "prompt": "the", "max_tokens": 3, "temperature": 0, "stop": "q", "user": "u"},
     },
     {"id": "d", "messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": {"thinking": True}},
+)
+_TASKS: Sequence[Mapping[str, Any]] = (
+    {"task": "sums", "prompt": "1 + 1<think>", "answer": "2", "match": "final", "max_tokens": 8},
+    {"task": "tales", "text": "Once upon a time"},
+    {"task": "sums", "prompt": "2 + 2", "answer": "4", "match": "exact", "max_tokens": 4},
 )
 _RESULTS: Sequence[Mapping[str, Any]] = (
     {"id": "a", "request": "0" * 32, "completions": [{"text": "x", "token_ids": [1]}], "usage": {"prompt_tokens": 1}},
@@ -213,6 +219,12 @@ def other_formats(program: Path, engine: Path, tokenizer: Path, dump: Path) -> d
     return made | {
         "batch": Format("in.jsonl", lambda: _lines(_REQUESTS), _jsonl(_REQUESTS), batch),
         "batch results": Format("out.jsonl", lambda: _lines(_RESULTS), _jsonl(_RESULTS), _read_results),
+        "quality tasks": Format(
+            "tasks.jsonl",
+            lambda: _lines(_TASKS),
+            _jsonl(_TASKS),
+            lambda folder: read_tasks(folder / "tasks.jsonl"),
+        ),
         "prompts": Format("prompts.txt", lambda: text, _bytes(text), prompts),
         "program graph": Format("model.onnx", lambda: graph["program"], _bytes(graph["program"]), of_program),
         "engine graph": Format("model.onnx", lambda: graph["engine"], _bytes(graph["engine"]), of_engine),

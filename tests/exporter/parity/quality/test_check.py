@@ -12,9 +12,10 @@ from tests.support.made_once import made_once
 from tests.support.random_nano import random_nano
 
 from seekforge import parity
-from seekforge.exporter.parity.quality.check import QualityReport
+from seekforge.exporter.parity.quality.check import QualityReport, _watched
 from seekforge.exporter.parity.report.quality import cells, columns
 from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.quality_run import RunRow
 from seekforge.runtime.cli import main as cli
 
 
@@ -88,8 +89,7 @@ def test_several_engines_stand_beside_each_other_in_one_call(nano: Path) -> None
     )
     assert result.passed is None and result.html is None
     first, second = result.to_json()["entries"][1:]
-    assert first["tasks"] == second["tasks"] and first["recall"] is None
-    assert any("no row has more than index_topk" in note for note in result.to_json()["notes"])
+    assert first["tasks"] == second["tasks"] and first["recall"] == second["recall"]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,13 @@ def test_what_cannot_be_measured_is_one_line(nano: Path, args: list[str], words:
     result = invoke(*line, "--quiet")
     assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1, result.output
     assert words in result.stderr
+
+
+def test_recall_is_looked_at_in_the_longest_rows_that_show_some() -> None:
+    rows = [RunRow(ids=(1,) * length, max_tokens=0) for length in (32, 33, 400, 8000, 40)]
+    assert _watched(rows, 32) == [1, 3, 4]  # 400 more would be too many beside 8,000
+    assert _watched(rows, 8000) == _watched(rows, 0) == _watched(rows[:1], 32) == []
+    assert len(_watched(rows[1:2] * 40, 32)) == 16
 
 
 def test_another_models_checkpoint_is_refused_by_its_key(nano: Path, tiny_checkpoint: Path) -> None:
