@@ -17,6 +17,7 @@ from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from seekforge.runtime.engine.outputs import GenerationError
 from seekforge.runtime.sampling.guided import Grammars
+from seekforge.runtime.text import matching
 from seekforge.runtime.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -387,3 +388,41 @@ with LLM(engine, threads=1) as llm:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "length\n", done.stderr
+
+
+def test_a_number_beyond_every_vocabulary_keeps_all_tokens(llm: LLM) -> None:
+    asked = {"seed": 3, "max_tokens": 6, "ignore_eos": True}
+    of_all = llm.generate([5, 6], SamplingParams(**asked))[0].outputs[0].token_ids
+    for count in (2**62, 10**30):
+        assert llm.generate([5, 6], SamplingParams(top_k=count, **asked))[0].outputs[0].token_ids == of_all
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"stop": ["x" * 20_000]}, "stop has 20,000 characters in all, expected at most 16,384"),
+        ({"stop": [f"{number:05}" for number in range(4000)]}, "stop has 20,000 characters"),
+        ({"bad_words": [f"{number:05}" for number in range(4000)]}, "bad_words has 20,000 characters"),
+        ({"structured_outputs": {"regex": "a\ud800"}}, "regex holds .* not valid Unicode"),
+        ({"structured_outputs": {"grammar": 'start: "\ud800"'}}, "grammar holds .* not valid Unicode"),
+        ({"structured_outputs": {"json_object": True, "whitespace_pattern": "\udfff"}}, "holds .* not valid Unicode"),
+    ],
+)
+def test_texts_that_are_none_or_cost_too_much_are_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**params)
+
+
+def test_tokens_of_which_none_may_come_first_are_refused_at_once(llm: LLM) -> None:
+    for params in ({"stop_token_ids": [7], "allowed_token_ids": [7]}, {"allowed_token_ids": [1]}):
+        with pytest.raises(RequestError, match="allowed_token_ids has only tokens that end the request"):
+            llm.generate([5, 6], SamplingParams(min_tokens=2, **params))
+    assert llm.generate([5, 6], SamplingParams(min_tokens=2, allowed_token_ids=[1, 7]))
+
+
+def test_completions_share_what_looks_for_stop_strings(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    plain = matching.Automaton.__init__
+    monkeypatch.setattr(matching.Automaton, "__init__", lambda self, words: made.append(words) or plain(self, words))
+    llm.generate([5, 6], SamplingParams(n=8, stop=["never in it"], max_tokens=2))
+    assert made == [("never in it",)]

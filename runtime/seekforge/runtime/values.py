@@ -134,16 +134,25 @@ def listed(value: Any) -> list[Any] | None:
     return list(value) if getattr(value, "ndim", 0) == 1 else None
 
 
-def strings(name: str, value: Any) -> tuple[str, ...]:
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {shown(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} holds {shown(value)}, which is not valid Unicode") from None
+    return value
+
+
+def strings(name: str, value: Any, most: int | None = None) -> tuple[str, ...]:
+    """Return texts, each once; `most` characters in all."""
     items = listed(value)
     if items is None or not all(isinstance(text, str) and text for text in items):
         raise RequestError(f"{name} is {shown(value)}, expected a list of texts, none empty")
-    for text in items:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise RequestError(f"{name} holds {shown(text)}, which is not valid Unicode") from None
-    return tuple(dict.fromkeys(map(str, items)))
+    size = sum(map(len, items))
+    if most is not None and size > most:
+        raise RequestError(f"{name} has {size:,} characters in all, expected at most {most:,}")
+    return tuple(dict.fromkeys(str(text(name, one)) for one in items))
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:

@@ -122,6 +122,11 @@ class InputProcessor:
             for token in tokens:
                 if not 0 <= token < vocab_size:
                     raise RequestError(f"{name} {token} is out of range, expected 0 to {vocab_size - 1}")
+        ends = {*params.stop_token_ids, *self._engine.manifest.eos_token_ids}
+        if params.min_tokens and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                "allowed_token_ids has only tokens that end the request, which min_tokens forbids; allow others too"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab_size:
                 raise RequestError(f"{name} is {getattr(params, name)}, expected at most {vocab_size}, or -1 for all")

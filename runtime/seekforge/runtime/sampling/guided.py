@@ -307,5 +307,5 @@ def _closed(schema: Any) -> Any:
 
 def _line(text: str) -> str:
     """Return a message of the library on one line, not too long."""
-    text = " ".join(text.split())
+    text = " ".join(text.partition("<backtrace>")[0].split())
     return text if len(text) <= 300 else f"{text[:300]}…"

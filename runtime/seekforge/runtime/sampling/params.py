@@ -16,6 +16,7 @@ from seekforge.runtime.values import (
     number,
     shown,
     strings,
+    text,
     token_ids,
 )
 
@@ -23,6 +24,10 @@ from seekforge.runtime.values import (
 MAX_N = 128
 #: Distance between the seeds of the completions of one request.
 _SEED_STEP = 0x9E3779B97F4A7C15
+#: Most characters of all stop strings together, and of all bad words: what looks for them is made before a step.
+MAX_TEXT = 16_384
+#: More than any vocabulary has.
+_ALL = 1 << 31
 #: Optional outputs per token: what the indexer and the router chose.
 TAPS = ("topk_indices", "expert_ids")
 
@@ -79,16 +84,16 @@ class StructuredOutputsParams:
             )
         for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise RequestError(f"structured_outputs.{name} is {shown(value)}, expected text")
+            if value is not None:
+                text(f"structured_outputs.{name}", value)
         if self.choice is not None:
             object.__setattr__(self, "choice", strings("structured_outputs.choice", self.choice))
             if not self.choice:
                 raise RequestError("structured_outputs.choice is empty, expected at least one text")
         if self.json is not None:
             try:
-                text = self.json if isinstance(self.json, str) else dumps(self.json)
-                if not isinstance(loads(text), (dict, bool)):
+                schema = self.json if isinstance(self.json, str) else dumps(self.json)
+                if not isinstance(loads(schema), (dict, bool)):
                     raise ValueError("it is no object")
             except (ValueError, TypeError, RecursionError) as error:
                 raise RequestError(f"structured_outputs.json is no JSON schema: {error}") from None
@@ -183,13 +188,13 @@ class SamplingParams:
             self._set("best_of", integer("best_of", self.best_of, self.n, MAX_N))
         self._number("temperature", "a number of at least 0", lambda v: v >= 0)
         self._number("top_p", "a number above 0 and at most 1", lambda v: 0 < v <= 1)
-        self._set("top_k", max(integer("top_k", self.top_k, -1), 0))
+        self._set("top_k", min(max(integer("top_k", self.top_k, -1), 0), _ALL))
         self._number("min_p", "a number from 0 to 1", lambda v: 0 <= v <= 1)
         self._number("repetition_penalty", "a number above 0", lambda v: v > 0)
         self._number("presence_penalty", "a number from -2 to 2", lambda v: -2 <= v <= 2)
         self._number("frequency_penalty", "a number from -2 to 2", lambda v: -2 <= v <= 2)
         self._set("logit_bias", _biases(self.logit_bias))
-        self._set("bad_words", strings("bad_words", self.bad_words))
+        self._set("bad_words", strings("bad_words", self.bad_words, MAX_TEXT))
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", token_ids("allowed_token_ids", self.allowed_token_ids))
             if not self.allowed_token_ids:
@@ -201,7 +206,7 @@ class SamplingParams:
         self._set("min_tokens", integer("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, expected at most max_tokens ({self.max_tokens})")
-        self._set("stop", strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        self._set("stop", strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop, MAX_TEXT))
         for name in _BOOLEANS:
             self._set(name, boolean(name, getattr(self, name)))
         self._set("stop_token_ids", token_ids("stop_token_ids", self.stop_token_ids))

@@ -8,11 +8,15 @@ random tokens it lost the end of 50, half a character that `decode` shows as U+F
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Sequence
 
 from seekforge.runtime.text.matching import ROOT, Automaton
 from seekforge.runtime.text.tokenizer import Detokenizer, Tokenizer
+
+#: Of the last few sets of stop strings, which all completions of a request have in common.
+_automaton = functools.lru_cache(maxsize=8)(Automaton)
 
 
 class _Search:
@@ -29,7 +33,7 @@ class _Search:
             stop: what to look for.
             hidden: what stands in the text that is searched and not in the visible one.
         """
-        self._automaton = Automaton(stop)
+        self._automaton = _automaton(tuple(stop))
         self._node = ROOT
         self.sizes = [len(text if hidden is None else hidden.sub("", text)) for text in stop]
 

@@ -22,7 +22,7 @@ from seekforge.runtime.text.segments import SegmentedText
 from seekforge.runtime.text.vocabulary import Vocabulary
 
 #: From so many characters on a text is encoded without holding up other threads.
-_LONG = 4096
+_LONG = 256
 # Texts are encoded one by one, so a pool of threads brings nothing, and it does not survive a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
