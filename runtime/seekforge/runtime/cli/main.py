@@ -61,6 +61,9 @@ COMMANDS: dict[str, _Command] = {
     "bench": _Command(
         "seekforge.runtime.cli.bench:bench", "Use it", "Measure an engine: throughput, latency, what the host costs."
     ),
+    "eval": _Command(
+        "seekforge.runtime.cli.eval:evaluate", "Check it", "Score an engine on tasks of lm-evaluation-harness."
+    ),
     "parity": _Command(
         "seekforge.exporter.parity.cli:parity", "Check it", "Prove an engine against PyTorch, or find where it differs."
     ),
