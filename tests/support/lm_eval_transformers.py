@@ -18,9 +18,8 @@ def main() -> None:
     import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedTokenizerFast
-
     from tests.support.oracle import load_oracle, write_dequantized
+    from transformers import PreTrainedTokenizerFast
 
     torch.set_num_threads(1)
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())

@@ -36,7 +36,9 @@ def test_a_line_that_was_cut_off_is_asked_again(tmp_path: Path) -> None:
         assert store.get("b") == Answer(request="b", logprob=-2)
 
 
-@pytest.mark.parametrize("line", [b"{}\n", b"no JSON\n", b'{"request": 7}\n', b'{"request": "a", "extra": 1}\n', b"\xff\n"])
+@pytest.mark.parametrize(
+    "line", [b"{}\n", b"no JSON\n", b'{"request": 7}\n', b'{"request": "a", "extra": 1}\n', b"\xff\n"]
+)
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / ANSWERS
     path.write_bytes(line)

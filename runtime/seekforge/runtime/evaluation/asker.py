@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from seekforge.common.errors import RequestError
+from seekforge.common.errors import EngineError, RequestError
+from seekforge.runtime.chat import markup
 from seekforge.runtime.chat.request import ChatOptions, ChatRequest
 from seekforge.runtime.engine.chat_output import with_messages
 from seekforge.runtime.engine.outputs import RequestOutput
@@ -22,6 +23,7 @@ from seekforge.runtime.evaluation.generation import generation_params
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.text.segments import SegmentedText
+from seekforge.runtime.values import is_integer
 
 #: Called with what is asked ("loglikelihood", "generate_until"), how many are answered, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -114,21 +116,33 @@ class Asker:
 
     @property
     def end_token_id(self) -> int:
-        """The end of a text."""
-        ends = self.llm.engine.manifest.config.get("eos_token_id")
-        return int(ends[0] if isinstance(ends, list) else ends)
+        """The end of a text.
+
+        Raises:
+            EngineError: the engine knows none.
+        """
+        ends = self.llm.engine.manifest.eos_token_ids
+        if not ends:
+            raise EngineError(
+                f"{self.llm.engine.folder}: names no end of sequence, which evaluation needs; build it again"
+            )
+        return ends[0]
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: the beginning of a sequence, or its end where there is none."""
         begin = self.llm.engine.manifest.config.get("bos_token_id")
-        return self.end_token_id if begin is None else int(begin)
+        if is_integer(begin):
+            return int(begin)
+        token = self.llm.engine.tokenizer.token_id(markup.BOS)
+        return self.end_token_id if token is None else token
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
         """Return the tokens of a text; one that `begins` starts as the options say."""
         ids = self.llm.engine.tokenizer.encode(text)
-        prefix = [self.prefix_token_id]
-        return [*prefix, *ids] if begins and self.options.add_bos_token and ids[:1] != prefix else ids
+        if not begins or not self.options.add_bos_token or ids[:1] == [self.prefix_token_id]:
+            return ids
+        return [self.prefix_token_id, *ids]
 
     def encode_conversation(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a conversation and of what the assistant says."""
