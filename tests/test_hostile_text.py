@@ -55,6 +55,7 @@ def missing(name: str) -> dict[str, tuple[str, ...]]:
         "run": ("run", name, "--prompt", name),
         "run batch": ("run", name, "--batch", name, "--output", f"{name}.out"),
         "bench": ("bench", name),
+        "eval": ("eval", name, "--tasks", name),
         "parity": ("parity", name, "--checkpoint", name),
         "dump": ("dump", name, "out"),
         "inspect": ("inspect", name),

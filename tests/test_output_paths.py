@@ -44,6 +44,8 @@ READ = {
         (("plan", "/nowhere", "--chart", "{folder}"), "is a folder, expected the name of a file"),
         (("run", "/nowhere", "--batch", "x", "--output", "{missing}/x"), "does not exist"),
         (("bench", "/nowhere", "--chart", "{missing}/x.png"), "does not exist"),
+        (("eval", "/nowhere", "--tasks", "x", "--output", "{file}"), "is a file"),
+        (("eval", "/nowhere", "--tasks", "x", "--output", "{file}/out"), "is a file"),
         (("parity", "/nowhere", "--html", "{missing}/x.html"), "does not exist"),
         (("parity", "/nowhere", "--html", "{folder}"), "is a folder"),
         (("parity", "/nowhere", "--save", "{file}/out"), "is a file"),
