@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tests.support.in_process import dump_in_process
 from tests.support.made_once import made_once
 from tests.support.parity_faults import (
     bent_engine,
@@ -58,6 +59,12 @@ def _one_thread() -> Any:
     torch.set_num_threads(MAX_THREADS)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _engines_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That engines run in processes of their own is for `test_cli.py`, and the fixture `shown`."""
+    dump_in_process(monkeypatch)
 
 
 def plan_of(config: ModelConfig, contexts: tuple[int, ...], *modes: Any) -> Any:

@@ -41,10 +41,15 @@ _TABLE_PARAMS = {
     "hadamard": ("size",),
     "expert_map": ("num_experts", "ep"),
 }
-_FIELDS = {"take": {"tensor"}, "computed": {"tensor", "params"}, "slice": {"axis", "start", "stop"}, "concat": {"axis"}}
-_FIELDS |= {"stack": {"axis"}, "split": {"axis"}, "transpose": {"perm"}}
-_FIELDS |= {op: set() for op in ("reshape", "dequantize", "cast", "bytes")}
-_FIELDS |= {op: {"params"} for op in ("codes", "code_scales", "packed")}
+#: Fields beside op, shape, dtype and parts, and which of them each op has, in the same order.
+_OPTIONAL = ("tensor", "axis", "start", "stop", "perm", "params")
+_FIELDS = {"take": ["tensor"], "computed": ["tensor", "params"], "slice": ["axis", "start", "stop"], "concat": ["axis"]}
+_FIELDS |= {"stack": ["axis"], "split": ["axis"], "transpose": ["perm"]}
+_FIELDS |= {op: [] for op in ("reshape", "dequantize", "cast", "bytes")}
+_FIELDS |= {op: ["params"] for op in ("codes", "code_scales", "packed")}
+_TAKE = {"op", "shape", "dtype", "tensor"}
+#: Parts of the ops that have not one; concat and stack have any number.
+_NUM_PARTS = {"take": 0, "computed": 0, "dequantize": 2}
 
 
 def read_recipe(raw: Mapping[str, Any]) -> Recipe:
@@ -54,6 +59,10 @@ def read_recipe(raw: Mapping[str, Any]) -> Recipe:
         ProgramError: a field is missing or malformed.
     """
     try:
+        if raw.keys() == _TAKE:  # most are leaves like this
+            op, shape, dtype, tensor = raw["op"], tuple(raw["shape"]), raw["dtype"], raw["tensor"]
+            if op == "take" and _is_shape(shape) and type(dtype) is type(tensor) is str and dtype in NUMPY:
+                return Recipe(op, shape, dtype, tensor=tensor)
         return _checked(
             Recipe(
                 op=raw["op"],
@@ -81,18 +90,19 @@ def _checked(recipe: Recipe) -> Recipe:
     op, shape, parts = recipe.op, recipe.shape, recipe.parts
     if op not in _FIELDS:
         raise ValueError(f"unknown recipe op {op!r}")
-    if len(shape) > 8 or not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) >= _MOST:
+    if not _is_shape(shape):
         raise ValueError(f"{op} of the shape {shape!r:.100}")
     if not isinstance(recipe.dtype, str) or recipe.dtype not in NUMPY:
         raise ValueError(f"{op} of dtype {recipe.dtype!r}")
-    used = {name for name in ("tensor", "axis", "start", "stop", "perm") if getattr(recipe, name) is not None}
-    used |= {"params"} if recipe.params else set()
+    values = (recipe.tensor, recipe.axis, recipe.start, recipe.stop, recipe.perm, recipe.params or None)
+    used = [name for name, value in zip(_OPTIONAL, values) if value is not None]
     if used != _FIELDS[op]:
-        raise ValueError(f"{op} has {', '.join(sorted(used)) or 'no fields'}, expected {sorted(_FIELDS[op])}")
-    if not all(type(value) in (int, float) and abs(value) < _MOST for value in recipe.params.values()):
+        raise ValueError(f"{op} has {', '.join(used) or 'no fields'}, expected {_FIELDS[op]}")
+    if recipe.params and not all(
+        type(value) in (int, float) and abs(value) < _MOST for value in recipe.params.values()
+    ):
         raise ValueError(f"{op} has params that are no numbers")
-    counts = {"take": 0, "computed": 0, "dequantize": 2}
-    if len(parts) != counts.get(op, 1) and (op not in ("concat", "stack") or not parts):
+    if len(parts) != _NUM_PARTS.get(op, 1) and (op not in ("concat", "stack") or not parts):
         raise ValueError(f"{op} has {len(parts)} parts")
     shape_and_dtype = _shape_of(recipe)
     if shape_and_dtype != (shape, recipe.dtype):
@@ -100,6 +110,13 @@ def _checked(recipe: Recipe) -> Recipe:
             f"{op} says {list(shape)} {recipe.dtype}, its parts make {list(shape_and_dtype[0])} {shape_and_dtype[1]}"
         )
     return recipe
+
+
+def _is_shape(shape: tuple[Any, ...]) -> bool:
+    for size in shape:
+        if type(size) is not int or size < 0:
+            return False
+    return len(shape) <= 8 and math.prod(shape) < _MOST
 
 
 def _shape_of(recipe: Recipe) -> tuple[tuple[int, ...], str]:
