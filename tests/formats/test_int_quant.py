@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from seekforge.common.errors import ProgramError
-from seekforge.formats.int_codes import pack, quantize_rows
 from seekforge.formats.int_quant import (
     Quantization,
     dequantized,
@@ -13,6 +12,7 @@ from seekforge.formats.int_quant import (
     quantized,
     quantized_recipes,
 )
+from seekforge.formats.quantization.int_codes import pack, quantize_rows
 from seekforge.formats.weight_recipes import dequantize, evaluate, read_recipe, stack, take
 
 WEIGHT = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float32)

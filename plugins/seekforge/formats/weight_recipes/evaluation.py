@@ -8,8 +8,8 @@ import numpy as np
 
 from seekforge.common.dtypes import NUMPY, widen
 from seekforge.common.errors import ProgramError
-from seekforge.formats.int_codes import evaluate_codes
 from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.quantization.int_codes import evaluate_codes
 from seekforge.formats.weight_recipes.recipe import Recipe
 from seekforge.formats.weight_recipes.tables import computed
 

@@ -12,7 +12,7 @@ class Recipe:
 
     Attributes:
         op: take, slice, reshape, transpose, concat, stack, dequantize, cast, bytes, split or computed; codes,
-            code_scales or packed (`formats.int_codes`).
+            code_scales or packed (`formats.quantization.int_codes`).
         shape: shape of the result.
         dtype: element type of the result (our names, `common.dtypes.NUMPY`).
         parts: operands. `dequantize` has two: FP8 weight and f32 scale.

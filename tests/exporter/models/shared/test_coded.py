@@ -14,9 +14,9 @@ from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.int_codes import pack, quantize_rows
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.numerics import EXACT
+from seekforge.formats.quantization.int_codes import pack, quantize_rows
 
 
 def matmul_nbits(x: np.ndarray, weight: np.ndarray, bits: int) -> np.ndarray:

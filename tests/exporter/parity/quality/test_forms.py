@@ -13,11 +13,11 @@ from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.quality.forms import FORMS
 from seekforge.exporter.parity.quality.torch_run import run_rows
-from seekforge.formats import nvfp4
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.quality_run import RunRow
+from seekforge.formats.quantization import nvfp4
 from seekforge.plugins.quant import dequantize_weight
 
 IDS = tuple(range(20, 90))

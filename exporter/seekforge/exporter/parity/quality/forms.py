@@ -18,10 +18,10 @@ from seekforge.exporter.models.shared.layers import Fp8Linear, swiglu
 from seekforge.exporter.models.shared.moe import Experts
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
-from seekforge.formats import nvfp4
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import EXACT, FP8, Numerics
 from seekforge.formats.quality import FormName
+from seekforge.formats.quantization import nvfp4
 from seekforge.formats.weight_recipes import TensorSource
 from seekforge.plugins.quant import INDEX_KEY_BYTES, dequantize_weight, latent_record_bytes
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seekforge.formats.nvfp4 import BITS, BLOCK, dequantize, e2m1, quantize, round_trip
+from seekforge.formats.quantization.nvfp4 import BITS, BLOCK, dequantize, e2m1, quantize, round_trip
 
 
 def test_every_code_is_the_value_that_ml_dtypes_has_for_it() -> None:

@@ -1,0 +1,1 @@
+"""Numbers of few bits in blocks that share a scale."""
