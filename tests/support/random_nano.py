@@ -21,11 +21,21 @@ ROWS: Final[tuple[dict[str, Any], ...]] = (
 )
 
 
+def random_nano_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoint alone; only to be read."""
+    root = made_once(tmp_path_factory, "random-nano-weights", lambda root: _write(root / "checkpoint"))
+    return root / "checkpoint"
+
+
+def _write(folder: Path) -> None:
+    new_checkpoint(folder, "nano")
+
+
 def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with `checkpoint`, `program`, `engine` (exact numerics) and `tasks.jsonl`; only to be read."""
 
     def make(root: Path) -> None:
-        new_checkpoint(root / "checkpoint", "nano")
+        _write(root / "checkpoint")
         export(root / "checkpoint", root / "program", numerics=EXACT)
         build_engine(root / "program", root / "checkpoint", root / "engine")
         (root / "tasks.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.support.random_nano import random_nano
+from tests.support.random_nano import random_nano_checkpoint
 
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
@@ -25,7 +25,7 @@ IDS = tuple(range(20, 90))
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_nano(tmp_path_factory) / "checkpoint"
+    return random_nano_checkpoint(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

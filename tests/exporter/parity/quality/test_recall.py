@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from tests.support.random_nano import random_nano
+from tests.support.random_nano import random_nano_checkpoint
 
 from seekforge.exporter.models.shared.layers import rope_interleaved
 from seekforge.exporter.models.shared.session import TorchSession
@@ -22,7 +20,7 @@ TOPK = 32
 
 
 def test_a_choice_holds_the_mass_that_it_holds(tmp_path_factory: pytest.TempPathFactory) -> None:
-    checkpoint: Path = random_nano(tmp_path_factory) / "checkpoint"
+    checkpoint = random_nano_checkpoint(tmp_path_factory)
     config = ModelConfig.load(checkpoint)
     every = np.arange(90)[None, :] <= np.arange(90)[:, None]
     nothing = np.full((90, TOPK), -1, np.int32)
