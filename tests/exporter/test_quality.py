@@ -58,6 +58,7 @@ def test_what_does_not_fit_is_named_by_its_line(tasks: QualityTasks, tiny_checkp
 
 def test_bounds_are_read_and_missed(tasks: QualityTasks) -> None:
     assert read_bounds(("sums=0.5", "english=12"), tasks) == {"sums": 0.5, "english": 12.0}
+    assert read_bounds(("sums=5e-1", "english=1e+22"), tasks) == {"sums": 0.5, "english": 1e22}
     results = (
         TaskQuality(task="sums", num_rows=2, num_tokens=5, score=0.5),
         TaskQuality(task="english", num_rows=2, num_tokens=9, nll=2.0),

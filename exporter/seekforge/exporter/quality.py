@@ -23,7 +23,7 @@ from seekforge.formats.checkpoint.tokenizer_file import guarded, read_tokenizer
 from seekforge.formats.quality import PromptRow, QualityTasks, TaskQuality
 from seekforge.formats.quality_run import ANSWER, RunAnswer, RunRequest, RunRow
 
-_NUMBER: Final = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", re.ASCII)
+_NUMBER: Final = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
