@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from seekforge.common.errors import SeekforgeError
 from seekforge.common.reading import parse_json, read_text
+from seekforge.formats.checkpoint.split_patterns import expressions, slow_fault
 
 #: Of the released model it has 8 MB.
 _MOST_BYTES: Final = 256 << 20
@@ -60,7 +61,10 @@ def open_tokenizer(path: Path, *, error: type[SeekforgeError], again: str) -> To
         reason = problem.strerror if isinstance(problem, OSError) else problem
         raise error(f"{path}: cannot be read ({reason}); {again}") from None
     try:
-        parse_json(text)
+        content = parse_json(text)
+        slow = next(((one, fault) for one in expressions(content) if (fault := slow_fault(one)) is not None), None)
+        if slow is not None:
+            raise ValueError(f"its expression {slow[0]!r:.80} {slow[1]}, so a prompt could take minutes")
         tokenizer = guarded(Tokenizer.from_str, text)
     except Exception as problem:  # tokenizers raises bare Exception
         raise error(f"{path}: cannot be read as a tokenizer ({problem}); {again}") from None
