@@ -1,4 +1,4 @@
-"""`seekforge new-checkpoint`: a checkpoint folder with random weights, to try everything without a download."""
+"""`seekforge new-checkpoint`: a small checkpoint folder, trained or random, to try everything without a download."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from rich.filesize import decimal
 from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import command, json_option, quiet_option, seed_option
 from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.errors import OptionError
 from seekforge.exporter.checkpoint.new import WrittenCheckpoint
 from seekforge.exporter.checkpoint.new import new_checkpoint as write_checkpoint
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
+from seekforge.exporter.checkpoint.trained import copy_trained_checkpoint, trained_folder
 from seekforge.exporter.option_types import MODEL
 
 
@@ -22,6 +24,7 @@ from seekforge.exporter.option_types import MODEL
     "new-checkpoint",
     examples=(
         "seekforge new-checkpoint checkpoint",
+        "seekforge new-checkpoint nano --preset nano  # trained: text that makes sense",
         "seekforge new-checkpoint full --preset full --sparse  # true size, no disk space",
     ),
 )
@@ -33,23 +36,41 @@ from seekforge.exporter.option_types import MODEL
     show_default=True,
     help="Model of configs/models: tiny, tiny-v3, nano, small or full.",
 )
-@seed_option("The same seed writes the same bytes.", default=0)
+@seed_option("Of random weights: the same seed writes the same bytes. Default: 0.")
+@click.option("--random", "is_random", is_flag=True, help="Random weights for nano too, which has trained ones.")
 @click.option("--sparse", is_flag=True, help="True size and structure, weights as holes: no values, no disk space.")
 @click.option("--force", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @quiet_option
 @json_option
-def new_checkpoint(out: Path, *, preset: str, seed: int, sparse: bool, force: bool, quiet: bool, as_json: bool) -> None:
-    """Write a DeepSeek-V3.2 checkpoint with random weights to the folder OUT.
+def new_checkpoint(
+    out: Path,
+    *,
+    preset: str,
+    seed: int | None,
+    is_random: bool,
+    sparse: bool,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write a small DeepSeek-V3.2 checkpoint to the folder OUT: the trained weights of nano, else random ones.
 
     File for file what a download is: sharded FP8 safetensors with an index, config and tokenizer.
     """
     chosen = load_preset(preset)
     stages = Stages(quiet=quiet or as_json)
+    is_trained = not (is_random or sparse) and trained_folder(preset) is not None
+    if is_trained and seed is not None:
+        raise OptionError(
+            f"--seed goes with random weights, those of {preset} are trained; leave it out or add --random"
+        )
     with stages.bytes_bar("write weights") as progress:
         if sparse:
             written = new_sparse_checkpoint(out, chosen, force=force, progress=progress)
+        elif is_trained:
+            written = copy_trained_checkpoint(out, chosen, force=force)
         else:
-            written = write_checkpoint(out, chosen, seed=seed, force=force, progress=progress)
+            written = write_checkpoint(out, chosen, seed=seed or 0, force=force, progress=progress)
     if as_json:
         write_json(_summary(written))
     elif not quiet:

@@ -9,6 +9,7 @@ Source: DeepSeek-V3.1 tokenizer.json, `pre_tokenizer`, `added_tokens`; spec §8.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,12 @@ _WORDS = (
 )
 
 
-def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Train a tokenizer whose ids are all below `vocab_size`; the same bytes for the same size.
+def train_tokenizer(vocab_size: int, texts: Iterable[str] | None = None) -> Tokenizer:
+    """Train a tokenizer whose ids are all below `vocab_size`; the same bytes for the same size and texts.
+
+    Args:
+        vocab_size: number of ids of the model.
+        texts: what its merges are learned from; None: the text that this package carries.
 
     Raises:
         ConfigError: `vocab_size` has no room for the special tokens and the 256 bytes.
@@ -82,7 +87,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
         special_tokens=[_added(token, special=True) for token in (BOS, EOS, PAD)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(_corpus().splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(_corpus().splitlines(keepends=True) if texts is None else texts, trainer)
     tokenizer.add_tokens([_added(token, special=special) for token, special in _ADDED])
     return tokenizer
 
@@ -93,7 +98,12 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     Raises:
         ConfigError: `train_tokenizer` raises it.
     """
-    text = train_tokenizer(vocab_size).to_str(pretty=False)
+    write_tokenizer_files(folder, train_tokenizer(vocab_size))
+
+
+def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write the two files of a tokenizer into `folder`."""
+    text = tokenizer.to_str(pretty=False)
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(text), ensure_ascii=False), encoding="utf-8")
     config: dict[str, Any] = {
         "add_bos_token": False,

@@ -40,7 +40,10 @@ COMMANDS: dict[str, _Command] = {
     "new-checkpoint": _Command(
         "seekforge.exporter.checkpoint.cli:new_checkpoint",
         "Make an engine",
-        "Write a small random checkpoint of the model's structure.",
+        "Write a small checkpoint of the model's structure, trained or random.",
+    ),
+    "train": _Command(
+        "seekforge.exporter.training.cli:train", "Make an engine", "Train a small checkpoint, or one trained on."
     ),
     "export": _Command(
         "seekforge.exporter.program.cli:export", "Make an engine", "Turn a checkpoint into one ONNX program."

@@ -36,7 +36,7 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
         ProgramError: a parameter has no recipe, or one of another shape (a bug of ours, found at export).
     """
     config, dtype, parallelism = model.settings.config, model.settings.dtype_name, model.settings.parallelism
-    table = _tables(config) | {"expert_map": expert_map(config.n_routed_experts, parallelism)}
+    table = table_recipes(config) | {"expert_map": expert_map(config.n_routed_experts, parallelism)}
     family = family_of(config)
 
     def made(parameters: Sequence[Parameter], tensors: Sequence[Tensor], source: str, target: str) -> dict[str, Recipe]:
@@ -92,7 +92,8 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     return tensor if dtype is None else tensor.view(dtype)
 
 
-def _tables(config: ModelConfig) -> dict[str, Recipe]:
+def table_recipes(config: ModelConfig) -> dict[str, Recipe]:
+    """Return the recipes of the tables that a model computes: those of RoPE, and Hadamard where it has an indexer."""
     scaling = config.rope_scaling
     rope = {
         "rope_theta": config.rope_theta,

@@ -1,0 +1,1 @@
+"""Training of small models: tasks, losses, the loop (extra `train`)."""

@@ -1,0 +1,97 @@
+"""What happens at which step of a training: learning rate, mixture of tasks, dense or sparse attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: Steps until the learning rate is whole.
+_WARM_UP_STEPS = 40
+#: The learning rate never falls below this share.
+_LEAST_FACTOR = 0.02
+#: A list of a recall grows to its longest over this share of the steps.
+_LISTS_GROW = 0.4
+_PAIRS = (16, 52)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the rows of one pass are made of.
+
+    Attributes:
+        weights: task -> how often it is drawn, relative to the others.
+        num_rows, length: how many rows, and their tokens.
+        pairs: fewest and most pairs in the list of a recall.
+        questions, tool_questions: most questions about a list, and those of a conversation with tools.
+    """
+
+    weights: dict[str, float]
+    num_rows: int
+    length: int
+    pairs: tuple[int, int] = (4, 48)
+    questions: int = 12
+    tool_questions: int = 6
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The settings of a training; the defaults are those of `nano`.
+
+    Attributes:
+        steps: how many updates.
+        num_rows, length: rows of a pass and their tokens.
+        held_steps: steps after those in which the attention of the first two layers is held as it is.
+    slow_rate: factor on the learning rate of its matrices behind that.
+    tools_length: tokens of the one row about tools.
+        matrix_rate, other_rate: the largest learning rates, of Muon and of AdamW.
+        weight_decay: of what Muon updates.
+        sparse_from: share of the steps after which attention is sparse; before it the indexer warms up beside dense
+            attention.
+        tools_from: share of the steps after which tools are learned.
+        tools_weight: of the loss of the row about tools.
+        mtp_weight: lambda of the MTP loss, in every other step.
+        bias_rate: what the router's bias of an expert moves by in a step.
+    """
+
+    steps: int = 1200
+    num_rows: int = 4
+    length: int = 256
+    recall_steps: int = 100
+    held_steps: int = 300
+    slow_rate: float = 0.3
+    tools_length: int = 832
+    matrix_rate: float = 6e-3
+    other_rate: float = 3e-3
+    weight_decay: float = 0.1
+    sparse_from: float = 0.5
+    tools_from: float = 0.2
+    tools_weight: float = 0.35
+    mtp_weight: float = 0.3
+    bias_rate: float = 0.002
+
+    def factor(self, step: int) -> float:
+        """Return the share of the learning rate at a step: warm-up, then a cosine."""
+        warm = min(1.0, (step + 1) / _WARM_UP_STEPS)
+        return max(warm * 0.5 * (1 + math.cos(math.pi * step / self.steps)), _LEAST_FACTOR)
+
+    def holds(self, step: int) -> bool:
+        """Whether the attention of the first two layers stays as it is."""
+        return self.recall_steps <= step < self.recall_steps + self.held_steps
+
+    def is_sparse(self, step: int) -> bool:
+        """Whether attention sees the indexer's choice alone."""
+        return step / self.steps >= self.sparse_from
+
+    def mtp_weight_of(self, step: int) -> float:
+        """Return lambda of a step."""
+        return self.mtp_weight if step % 2 == 0 else 0.0
+
+    def mixtures(self, step: int) -> list[tuple[Mixture, float]]:
+        """Return what the passes of a step are made of, and the weights of their losses."""
+        grown = min(1.0, step / self.steps / _LISTS_GROW)
+        longest = _PAIRS[0] + int(grown * (_PAIRS[1] - _PAIRS[0]))
+        tasks = {"arithmetic": 3.0, "recall": 3.5, "tales": 3.0} if step >= self.recall_steps else {"recall": 1.0}
+        passes = [(Mixture(tasks, self.num_rows, self.length, pairs=(4, longest), questions=12), 1.0)]
+        if step / self.steps >= self.tools_from and step % 2 == 0:
+            passes.append((Mixture({"tools": 1.0}, 1, self.tools_length, tool_questions=6), self.tools_weight))
+        return passes

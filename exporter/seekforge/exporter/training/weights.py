@@ -1,0 +1,127 @@
+"""Weights between training and a checkpoint: the names of the format, FP8 blocks, and the files beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from seekforge.common.dtypes import NUMPY
+from seekforge.exporter.checkpoint.new import layouts, quantize, split_into_shards, write_sidecars
+from seekforge.exporter.checkpoint.presets import Preset
+from seekforge.exporter.checkpoint.schema import expected_tensors
+from seekforge.exporter.checkpoint.tokenizer import write_tokenizer_files
+from seekforge.exporter.training.model import Attention, Layer, Mlp, Moe, TrainedModel
+from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.formats.checkpoint.shard_writer import ShardWriter
+from seekforge.formats.value_check import SCALE_SUFFIX
+from seekforge.formats.weight_recipes import dequantize, evaluate, take
+
+_ATTENTION = (
+    "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj",
+)  # fmt: skip
+
+
+def named_tensors(model: TrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of a checkpoint, scales aside, as a view of the model's parameters, under its name there."""
+    yield "model.embed_tokens.weight", model.embed_tokens
+    for number, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
+        yield from _layer(f"model.layers.{number}.", layer)
+    yield "model.norm.weight", model.norm
+    yield "lm_head.weight", model.lm_head
+    if model.mtp is not None:
+        prefix = f"model.layers.{model.config.num_hidden_layers}."
+        yield from _layer(prefix, model.mtp.layer)
+        yield f"{prefix}enorm.weight", model.mtp.enorm
+        yield f"{prefix}hnorm.weight", model.mtp.hnorm
+        yield f"{prefix}eh_proj.weight", model.mtp.eh_proj
+        yield f"{prefix}shared_head.norm.weight", model.mtp.norm
+        yield f"{prefix}shared_head.head.weight", model.lm_head
+        yield f"{prefix}embed_tokens.weight", model.embed_tokens
+
+
+def _layer(prefix: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    yield f"{prefix}input_layernorm.weight", layer.input_layernorm
+    yield from _attention(f"{prefix}self_attn.", layer.self_attn)
+    yield f"{prefix}post_attention_layernorm.weight", layer.post_attention_layernorm
+    mlp = layer.mlp
+    if isinstance(mlp, Mlp):
+        yield from _mlp(f"{prefix}mlp.", mlp.gate_up_proj, mlp.down_proj)
+        return
+    assert isinstance(mlp, Moe)
+    yield f"{prefix}mlp.gate.weight", mlp.gate
+    yield f"{prefix}mlp.gate.e_score_correction_bias", mlp.e_score_correction_bias
+    yield from _mlp(f"{prefix}mlp.shared_experts.", mlp.shared_experts.gate_up_proj, mlp.shared_experts.down_proj)
+    for expert in range(mlp.w13.shape[0]):
+        yield from _mlp(f"{prefix}mlp.experts.{expert}.", mlp.w13[expert], mlp.w2[expert])
+
+
+def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Tensor]]:
+    for name in (
+        "q_a_proj",
+        "q_a_layernorm",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_a_layernorm",
+        "kv_b_proj",
+        "o_proj",
+    ):
+        yield f"{prefix}{name}.weight", getattr(attention, name)
+    indexer = attention.indexer
+    yield f"{prefix}indexer.wq_b.weight", indexer.wq_b
+    yield f"{prefix}indexer.wk.weight", indexer.wk
+    yield f"{prefix}indexer.k_norm.weight", indexer.k_norm_weight
+    yield f"{prefix}indexer.k_norm.bias", indexer.k_norm_bias
+    yield f"{prefix}indexer.weights_proj.weight", indexer.weights_proj
+
+
+def _mlp(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
+    gate, up = gate_up.chunk(2)
+    yield f"{prefix}gate_proj.weight", gate
+    yield f"{prefix}up_proj.weight", up
+    yield f"{prefix}down_proj.weight", down
+
+
+def read_weights(model: TrainedModel, source: Checkpoint) -> None:
+    """Fill a model with the weights of a checkpoint, dequantized."""
+    with torch.no_grad():
+        for name, view in named_tensors(model):
+            if name in source:
+                view.copy_(torch.from_numpy(_read(source, name)))
+
+
+def _read(source: Checkpoint, name: str) -> np.ndarray:
+    info = source.info(name)
+    part = take(name, info.shape, info.dtype)
+    if info.dtype == "f8e4m3":
+        scale = source.info(name + SCALE_SUFFIX)
+        part = dequantize(part, take(name + SCALE_SUFFIX, scale.shape, scale.dtype), "f32")
+    return np.array(evaluate(part, source), np.float32)
+
+
+def write_checkpoint(folder: Path, model: TrainedModel, preset: Preset, tokenizer: Tokenizer) -> None:
+    """Write a model as a checkpoint into a folder that is there: weights in FP8 blocks, and all files beside them."""
+    expected = expected_tensors(preset.config)
+    shards = split_into_shards(expected, preset.num_shards)
+    home = {name: file for file, names in shards.items() for name in names}
+    with ExitStack() as stack:
+        writers = {
+            file: stack.enter_context(ShardWriter(folder / file, layout))
+            for file, layout in layouts(expected, shards).items()
+        }
+        for name, view in named_tensors(model):
+            values = view.detach().float().numpy()
+            if expected[name].dtype == "f8e4m3":
+                stored, scale = quantize(np.ascontiguousarray(values))
+                writers[home[name]].write(name, stored)
+                writers[home[name + SCALE_SUFFIX]].write(name + SCALE_SUFFIX, scale)
+            else:
+                writers[home[name]].write(name, values.astype(NUMPY[expected[name].dtype]))
+    write_sidecars(folder, preset, shards)
+    write_tokenizer_files(folder, tokenizer)

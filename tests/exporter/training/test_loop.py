@@ -1,0 +1,64 @@
+"""A training goes on from its state to the same weights; what stands beside it is not believed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from seekforge.common.errors import OutputError
+from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.exporter.training import loop
+from seekforge.exporter.training.batches import TaskData
+from seekforge.exporter.training.initial import initialize
+from seekforge.exporter.training.loop import Training
+from seekforge.exporter.training.model import TrainedModel
+from seekforge.exporter.training.schedule import Schedule
+from seekforge.exporter.training.vocabulary import task_tokenizer
+
+PRESET = load_preset("nano")
+SHORT = Schedule(steps=6, num_rows=2, length=64, recall_steps=2, tools_length=96)
+
+
+def training(schedule: Schedule = SHORT, seed: int = 0) -> Training:
+    torch.manual_seed(seed)
+    model = TrainedModel(PRESET.config)
+    initialize(model)
+    tokenizer = task_tokenizer(PRESET.config.vocab_size)
+    return Training(model, TaskData(tokenizer, seed), schedule, {"seed": seed})
+
+
+@pytest.mark.slow
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_STEPS", 3)
+    state = tmp_path / "state"
+    whole = training()
+    whole.run(state)
+    assert whole.step == 6 and state.exists()
+    resumed = training()
+    resumed.load(state)
+    assert resumed.step == 3
+    resumed.run()
+    assert resumed.num_tokens == whole.num_tokens
+    for name, values in whole.model.state_dict().items():
+        assert torch.equal(values, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_the_loss_falls(tmp_path: Path) -> None:
+    one = training(Schedule(steps=40, num_rows=3, length=192, recall_steps=40))
+    losses = []
+    one.run(report=lambda progress: losses.append(progress.next_token))
+    assert sum(losses[-5:]) / 5 < 0.5 * sum(losses[:5]) / 5
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    training().save(tmp_path / "state")
+    with pytest.raises(OutputError, match="state of a training with other settings; repeat those, or delete it"):
+        training(seed=1).load(tmp_path / "state")
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK\3\4 cut"])
+def test_what_is_no_state_is_refused_in_a_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(content)
+    with pytest.raises(OutputError, match="is no state of a training; delete it to begin anew"):
+        training().load(tmp_path / "state")
