@@ -55,3 +55,25 @@ def constants_in(graphs: Iterable[Mapping[str, Recipe]], begin: int, end: int) -
             if new and start < end and begin < start + constant_bytes(recipe):
                 names.append(name)
     return names
+
+
+def is_divided(recipe: Recipe) -> bool:
+    """Whether each tensor-parallel rank has another value of a constant."""
+    return recipe.op == "split" or recipe.tensor == "expert_map" or any(map(is_divided, recipe.parts))
+
+
+def own_layout(pieces: Mapping[str, Mapping[str, Recipe]]) -> tuple[dict[str, dict[str, int]], int]:
+    """Return where the constants lie that ranks divide, in the file that a rank has of its own, and the file's size.
+
+    Args:
+        pieces: the constants of each piece of a pipeline stage, in the order in which it runs them.
+
+    Returns:
+        Piece -> constant -> offset, the same for every rank of the stage; bytes.
+    """
+    layout = WeightLayout()
+    offsets = {
+        piece: {name: layout.place(recipe)[0] for name, recipe in constants.items() if is_divided(recipe)}
+        for piece, constants in pieces.items()
+    }
+    return offsets, layout.num_bytes

@@ -36,6 +36,7 @@ from seekforge.formats.engine.manifest import (
     digest_file,
     save_manifest,
 )
+from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO, Program, listed_files, save_bindings
@@ -75,6 +76,7 @@ class EngineParts:
     capturable: dict[str, bool] = field(default_factory=dict)
     audit: Audit | None = None
     quantization: Quantization | None = None
+    ranks: Ranks | None = None
 
 
 def write_engine(
@@ -129,6 +131,7 @@ def write_engine(
         capturable=parts.capturable,
         audit=parts.audit,
         quantization=parts.quantization,
+        ranks=parts.ranks,
     )
     return save_manifest(folder, manifest)
 

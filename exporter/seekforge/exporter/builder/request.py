@@ -27,16 +27,23 @@ if TYPE_CHECKING:
 _MOST_GRAPH_BYTES = 1 << 31
 
 
-def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
-    """The program is for one rank, and every weight and table of every graph has a recipe, and no other.
+def check_program(
+    program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path, *, shared: bool = False
+) -> None:
+    """Every weight and table of every graph has a recipe, and no other; and the program is one that can be built.
+
+    Args:
+        program, bindings: the program in `folder`.
+        folder: its folder.
+        shared: whether it may be shared among ranks.
 
     Raises:
-        ProgramError: it is shared among ranks, or naming the first recipe that is wrong.
+        ProgramError: it is shared among ranks and may not be, or naming the first recipe that is wrong.
     """
-    if program.parallelism.num_ranks > 1:
+    if program.parallelism.num_ranks > 1 and not shared:
         raise ProgramError(
             f"{folder}: is shared among {program.parallelism.num_ranks} ranks ({program.parallelism.options}), and "
-            "engines of several ranks are not built yet; export it without these options"
+            "engines of several ranks are built for CPUs alone; export it without these options, or build it for cpu"
         )
     for name, graph in program.graphs.items():
         recipes = bindings.get(name, {})

@@ -17,6 +17,7 @@ from seekforge.common.reading import LISTING_BYTES, parse_json, read_bytes
 from seekforge.common.records import Record, RecordError
 from seekforge.formats.digests import chunk_digests
 from seekforge.formats.engine.agreement import disagreement
+from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO
 from seekforge.formats.quality import Quality
@@ -225,6 +226,7 @@ class Manifest(Record):
         audit: what a GPU build really made.
         quantization: which weights of a CPU engine are int8 or int4; None: all are f32.
         quality: what it was measured to do when it was built; None, and no key of the file: nothing was measured.
+        ranks: how ranks share the engine; None: there is one. `stages` has the pieces of all of them.
         digest: the digest of everything above.
     """
 
@@ -258,6 +260,7 @@ class Manifest(Record):
     audit: Audit | None = None
     quantization: Quantization | None = None
     quality: Quality | None = None
+    ranks: Ranks | None = None
     digest: str = ""
 
     @property

@@ -33,4 +33,11 @@ def backend_factory(name: str) -> BackendFactory:
     return getattr(importlib.import_module(module), attribute)
 
 
-__all__ = ["BACKENDS", "EXTRA_OF_BACKEND", "Backend", "BackendFactory", "backend_factory"]
+def ranks_factory() -> BackendFactory:
+    """Return the backend of engines of several ranks."""
+    from seekforge.runtime.backends.ranks.backend import RanksBackend
+
+    return RanksBackend
+
+
+__all__ = ["BACKENDS", "EXTRA_OF_BACKEND", "Backend", "BackendFactory", "backend_factory", "ranks_factory"]

@@ -36,7 +36,7 @@ class OrtStepOutputs:
         return self._values[name].numpy()
 
 
-class _Graph:
+class OrtGraph:
     """One session with its caches."""
 
     def __init__(
@@ -63,6 +63,7 @@ class _Graph:
         _check_graph_io(path, "input", self.session.get_inputs(), graph_io.inputs)
         _check_graph_io(path, "output", self.session.get_outputs(), graph_io.outputs)
         self.output_names = tuple(spec.name for spec in graph_io.outputs)
+        self.intermediate_outputs = tuple(spec.name for spec in graph_io.outputs if spec.role == "intermediate")
 
     def allocate_caches(self, num_blocks: int, block_size: int) -> None:
         self.caches.clear()
@@ -108,7 +109,7 @@ class OnnxRuntimeBackend:
         """Load the model graph; see `BackendFactory`. The weights are in the engine, not in a checkpoint."""
         self._folder = folder
         self._manifest = manifest
-        self._threads = threads or _default_threads()
+        self._threads = threads or default_threads()
         self._new_weights: dict[str, dict[str, ort.OrtValue]] = {name: {} for name in manifest.graphs}
         self._num_blocks: int | None = None
         self._bindings: dict[str, dict[str, Recipe]] | None = None  # read when weights are first updated
@@ -168,16 +169,16 @@ class OnnxRuntimeBackend:
         """Give back sessions and caches."""
         self._graphs.clear()
 
-    def _open(self, graph: str) -> _Graph:
+    def _open(self, graph: str) -> OrtGraph:
         if graph not in self._manifest.graphs:
             raise EngineError(
                 f"{self._folder}: has no graph {graph!r}, only {', '.join(self._manifest.graphs)}; "
                 "build it from a program that has one"
             )
-        return _Graph(self._folder, graph, self._manifest.graphs[graph], self._threads, self._new_weights[graph])
+        return OrtGraph(self._folder, graph, self._manifest.graphs[graph], self._threads, self._new_weights[graph])
 
 
-def _default_threads() -> int:
+def default_threads() -> int:
     """Threads for one operator: the physical cores that this process may use, fewer in a container than there are."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1

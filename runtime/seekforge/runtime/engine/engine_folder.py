@@ -17,7 +17,14 @@ from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.engine.verify import OnVerify, Verification, verify_files
 from seekforge.formats.paged_cache import blocks_needed
 from seekforge.formats.step_io import ROW_RESULTS
-from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND, Backend, BackendFactory, backend_factory
+from seekforge.runtime.backends import (
+    BACKENDS,
+    EXTRA_OF_BACKEND,
+    Backend,
+    BackendFactory,
+    backend_factory,
+    ranks_factory,
+)
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.compatibility import check_complete, check_versions, installed_versions
 from seekforge.runtime.text.tokenizer import Tokenizer
@@ -87,9 +94,8 @@ class Engine:
         check_complete(self.folder, self.manifest)
         if checkpoint is not None and self.manifest.weights is not None:
             checkpoint = resolve(checkpoint)
-        return _factory(self.manifest.target.backend)(
-            self.folder, self.manifest, threads=threads, checkpoint=checkpoint, progress=progress
-        )
+        factory = _factory(self.manifest.target.backend) if self.manifest.ranks is None else ranks_factory()
+        return factory(self.folder, self.manifest, threads=threads, checkpoint=checkpoint, progress=progress)
 
     def cache_bytes(self, num_tokens: int, num_sequences: int = 1) -> int:
         """Return the size of caches for `num_sequences` sequences of `num_tokens` tokens, scrap block included."""

@@ -12,8 +12,8 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -22,13 +22,17 @@ from rich.filesize import decimal
 from seekforge.common.cli.console import Stages
 from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import OutputError, TargetError
-from seekforge.common.files import atomic_folder, sha256_file
+from seekforge.common.files import atomic_folder
 from seekforge.exporter.builder.engine_writer import EngineParts, write_engine
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.builder.judge import check_measurable, judge
-from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
+from seekforge.exporter.builder.onnxruntime.fold import WeightFile
+from seekforge.exporter.builder.onnxruntime.graphs import ROPE_TABLES, finish_graph, fold_graph, write_graph
 from seekforge.exporter.builder.onnxruntime.quantize import choose
+from seekforge.exporter.builder.onnxruntime.rank_build import fold_ranks, whole_graph
+from seekforge.exporter.builder.onnxruntime.rank_session import RankSession
 from seekforge.exporter.builder.onnxruntime.self_check import make_self_check
+from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.builder.options import DEFAULTS, BuildOptions
 from seekforge.exporter.builder.request import (
     check_program,
@@ -39,27 +43,19 @@ from seekforge.exporter.builder.request import (
 )
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.validate import scan_values
-from seekforge.exporter.program.graph_io import graph_io, roles_in
-from seekforge.exporter.program.inline import F32, inline
-from seekforge.exporter.program.metadata import annotate_again
-from seekforge.exporter.program.specialize import specialize
-from seekforge.exporter.program.taps import expose, name_taps
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Limits, Manifest
+from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
+from seekforge.formats.step_io import MODEL
+from seekforge.formats.step_runner import StepRunner
 from seekforge.formats.targets import Precision, TargetConfig
-from seekforge.formats.weight_file import ALIGNMENT, WEIGHTS
-from seekforge.formats.weight_recipes import Recipe, retarget, tensors_of
-from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import Specialization
+from seekforge.formats.weight_file import ALIGNMENT, WEIGHTS, is_divided
+from seekforge.formats.weight_recipes import Recipe, tensors_of
 from seekforge.plugins.operator import cdiv
 
-#: What a graph of an engine says of itself.
-_ENGINE_GRAPH = "The program specialized for ONNX Runtime on a CPU; weights are constants in the file beside this one."
-#: The tensors that scale with the context an engine accepts.
-_ROPE_TABLES = ("rope_cos", "rope_sin")
 #: What numbers become in an engine with f32 activations.
 _F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
 #: From the largest engine to the smallest.
@@ -109,7 +105,7 @@ def check(
         raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
-    check_program(program, bindings, program_folder)
+    check_program(program, bindings, program_folder, shared=True)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     read_generation(program_folder, config)
     with open_checkpoint(checkpoint_folder) as opened:
@@ -121,7 +117,13 @@ def check(
         check_measurable(program, program_folder, limits, options.quality)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
-    sizes = {name: layer_bytes(bindings, _coded(name, config), limits.max_model_len) for name in _PRECISIONS}
+    if program.parallelism.num_ranks > 1 and target.precision != "f32":
+        raise TargetError(
+            f"engines of several ranks have f32 weights, {target.precision} was asked for; pass --precision f32, or "
+            f"export the program without {program.parallelism.options}"
+        )
+    tp = program.parallelism.tp
+    sizes = {name: layer_bytes(bindings, _coded(name, config), limits.max_model_len, tp) for name in _PRECISIONS}
     needed = sum(sizes[target.precision].values())
     if needed > free:
         raise OutputError(_disk_refusal(program, target.precision, sizes, free, place))
@@ -148,7 +150,7 @@ def _memory_bytes() -> int | None:
 
 
 def layer_bytes(
-    bindings: Mapping[str, Mapping[str, Recipe]], coded: Quantization | None, max_model_len: int
+    bindings: Mapping[str, Mapping[str, Recipe]], coded: Quantization | None, max_model_len: int, tp: int = 1
 ) -> dict[int | None, int]:
     """Return layer -> bytes of its weights in an engine; None: what belongs to no layer.
 
@@ -156,6 +158,7 @@ def layer_bytes(
         bindings: graph -> weight or table -> recipe, as a program has them.
         coded: which weights become codes.
         max_model_len: rows of the RoPE tables.
+        tp: ranks that each have their own part of what is divided.
     """
     sizes: dict[int | None, int] = defaultdict(int)
     stored: dict[str, list[Recipe]] = defaultdict(list)
@@ -168,7 +171,8 @@ def layer_bytes(
             stored[name].append(recipe)
             parts = name.split(".")
             layer = int(parts[1]) if parts[0] == "layers" else None
-            sizes[layer] += sum(map(_aligned, _constant_bytes(name, recipe, coded, max_model_len)))
+            size = sum(map(_aligned, _constant_bytes(name, recipe, coded, max_model_len)))
+            sizes[layer] += size * (tp if is_divided(recipe) else 1)
     return dict(sizes)
 
 
@@ -179,7 +183,7 @@ def _aligned(num_bytes: int) -> int:
 def _constant_bytes(name: str, recipe: Recipe, coded: Quantization | None, max_model_len: int) -> list[int]:
     """Return the bytes of what an engine makes of one weight or table: itself, or its codes and their scales."""
     elements = math.prod(recipe.shape)
-    if name in _ROPE_TABLES:
+    if name in ROPE_TABLES:
         elements = elements // recipe.shape[0] * max_model_len
     bits = None if coded is None else coded.bits(name)
     if coded is None or bits is None:
@@ -258,39 +262,118 @@ def build(
         with progress.bytes_bar("scan weights (NaN, scales, copies)") as bar:
             scan_values(checkpoint, checked.whole, names=_read_tensors(program, bindings, checkpoint), progress=bar)
         progress("specialize and fold")
-        weights = WeightFile(WEIGHTS)
-        graphs = {
-            name: _fold_graph(
-                program_folder, canonical, bindings[name], config, F32, coded, limits, weights, options.taps
-            )
-            for name, canonical in program.graphs.items()
-        }
-        with progress.bytes_bar("dequantize weights" if coded is None else f"{target.precision} weights") as bar:
-            weights.write(folder, checkpoint, bar)
-        progress("inline, check, write")
-        described = {name: _write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
+        make = _one_rank if program.parallelism.num_ranks == 1 else _several_ranks
+        made = make(program_folder, checked, folder, checkpoint, options, progress)
         self_check = None
         if program.gives_logits:
             progress("self-check against PyTorch")
-            model = described["model"]
-            self_check = make_self_check(folder, model, config, program.numerics, checkpoint, limits, coded)
+            self_check = make_self_check(made.session(), config, program.numerics, checkpoint, limits, coded)
         parts = EngineParts(
             target=target,
             limits=limits,
             kv_format="f32",
-            graphs=described,
-            bindings=dict(zip(graphs, weights.attached, strict=True)),
-            files=[*(graph.file for graph in described.values()), WEIGHTS],
+            graphs=made.graphs,
+            stages=made.stages,
+            bindings=made.bindings,
+            files=made.files,
             versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
             options={"activations": "f32", "precision": target.precision, "taps": options.taps},
             self_check=self_check,
             quantization=coded,
+            ranks=made.ranks,
         )
         manifest = write_engine(folder, parts, program_folder=program_folder, program=program, config=config)
         if options.quality is not None:
             progress("quality")
             manifest = judge(folder, manifest, options.quality, out=out, say=progress.update)
-    return Built(manifest, {name: len(model.graph.node) for name, model in graphs.items()}, weights.num_bytes)
+    return Built(manifest, made.num_nodes, made.weight_bytes)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was written of an engine.
+
+    Attributes:
+        graphs, stages, bindings, files, ranks: fields of `EngineParts`.
+        session: opens what runs it, for a check.
+        num_nodes, weight_bytes: fields of `Built`.
+    """
+
+    graphs: dict[str, GraphIO]
+    bindings: Mapping[str, Mapping[str, Recipe]]
+    files: list[str]
+    session: Callable[[], StepRunner]
+    num_nodes: dict[str, int]
+    weight_bytes: int
+    stages: dict[str, tuple[GraphIO, ...]] = field(default_factory=dict)
+    ranks: Ranks | None = None
+
+
+def _one_rank(
+    program_folder: Path,
+    checked: CpuBuild,
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    progress: Stages,
+) -> _Made:
+    """Write graphs and weights of an engine of one rank into `folder`."""
+    program, coded = checked.program, checked.coded
+    weights = WeightFile(WEIGHTS)
+    graphs: dict[str, onnx.ModelProto] = {}
+    for name, canonical in program.graphs.items():
+        model, constants = fold_graph(
+            read_graph(program_folder, canonical),
+            checked.bindings[name],
+            checked.config,
+            coded=coded,
+            limits=checked.limits,
+            taps=options.taps,
+        )
+        weights.attach(model, constants)
+        graphs[name] = finish_graph(model)
+    with progress.bytes_bar("dequantize weights" if coded is None else f"{coded.precision} weights") as bar:
+        weights.write(folder, checkpoint, bar)
+    progress("inline, check, write")
+    described = {name: write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
+    return _Made(
+        graphs=described,
+        bindings=dict(zip(graphs, weights.attached, strict=True)),
+        files=[*(graph.file for graph in described.values()), WEIGHTS],
+        session=lambda: OrtSession(folder, {MODEL: described[MODEL]}),
+        num_nodes={name: len(model.graph.node) for name, model in graphs.items()},
+        weight_bytes=weights.num_bytes,
+    )
+
+
+def _several_ranks(
+    program_folder: Path,
+    checked: CpuBuild,
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    progress: Stages,
+) -> _Made:
+    """Write pieces and weights of an engine of several ranks into `folder`."""
+    program = checked.program
+    made = fold_ranks(
+        program_folder, program, checked.bindings, checked.config, limits=checked.limits, taps=options.taps
+    )
+    with progress.bytes_bar("dequantize weights") as bar:
+        made.write_weights(folder, checkpoint, bar)
+    progress("inline, check, write")
+    pieces = made.write_graphs(folder, program)
+    by_name = {Path(piece.file).stem: piece for graph in pieces.values() for piece in graph}
+    return _Made(
+        graphs={graph: whole_graph(ios) for graph, ios in pieces.items()},
+        stages=pieces,
+        bindings=made.bindings,
+        files=[*(piece.file for piece in by_name.values()), *made.files],
+        session=lambda: RankSession(folder, made.ranks, by_name, made.bindings),
+        num_nodes=made.num_nodes(),
+        weight_bytes=made.num_bytes,
+        ranks=made.ranks,
+    )
 
 
 def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]], checkpoint: Checkpoint) -> list[str] | None:
@@ -301,48 +384,3 @@ def _read_tensors(program: Program, bindings: dict[str, dict[str, Recipe]], chec
         name for recipes in bindings.values() for recipe in recipes.values() for name in sorted(tensors_of(recipe))
     )
     return list(dict.fromkeys([*names, *(name for name in program.unused if name in checkpoint)]))
-
-
-def _fold_graph(
-    program_folder: Path,
-    canonical: GraphIO,
-    recipes: dict[str, Recipe],
-    config: ModelConfig,
-    how: Specialization,
-    coded: Quantization | None,
-    limits: Limits,
-    weights: WeightFile,
-    taps: bool,
-) -> onnx.ModelProto:
-    """Load, check, specialize and fold one graph; bodies are inlined, so that it holds operators of ONNX and
-    ONNX Runtime only."""
-    model = specialize(read_graph(program_folder, canonical), how, config)
-    names = name_taps(model)
-    if taps:
-        expose(model, names)
-    retargeted = {
-        name: retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype) for name, recipe in recipes.items()
-    }
-    tables = limit_tables(retargeted, _ROPE_TABLES, limits.max_model_len)
-    constants = fold_weights(model, tables, coded, top_k=config.num_experts_per_tok)
-    weights.attach(model, constants)
-    attach(model, how)
-    inlined = inline(model)
-    annotate_again(inlined, _ENGINE_GRAPH, {"form": "engine for ONNX Runtime", "custom_operators": "none"})
-    return inlined
-
-
-def _write_graph(model: onnx.ModelProto, folder: Path, canonical: GraphIO) -> GraphIO:
-    """Write one engine graph beside its weights, check it as a file, and describe it. What it gives beside the
-    canonical graph's outputs are taps."""
-    path = folder / canonical.file
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path))
-    roles = roles_in(canonical)
-    return graph_io(
-        model,
-        canonical.file,
-        role_of=lambda name: roles.get(name, "tap"),
-        aliases=canonical.aliases,
-        sha256=sha256_file(path),
-    )

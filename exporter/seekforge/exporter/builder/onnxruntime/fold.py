@@ -161,16 +161,32 @@ class WeightFile:
             self._pending.append((recipe, offset))
         return offset
 
-    def write(self, folder: Path, source: TensorSource, progress: Callable[[int, int], None]) -> Path:
-        """Evaluate every constant straight into the mapped file; extra memory is one operand at most."""
-        path = folder / self.name
+    def write(
+        self,
+        folder: Path,
+        source: TensorSource,
+        progress: Callable[[int, int], None],
+        *,
+        name: str | None = None,
+        part: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    ) -> Path:
+        """Evaluate every constant straight into the mapped file; extra memory is one operand at most.
+
+        Args:
+            folder: where the file is written.
+            source: the checkpoint.
+            progress: told (bytes that were written, bytes that will be).
+            name: another name than the one that graphs give.
+            part: returns what is written of a constant; of the same shape.
+        """
+        path = folder / (name or self.name)
         with path.open("wb") as file:
             _allocate(file, self.num_bytes)
         mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.layout.num_bytes,))
         done = 0
         for recipe, offset in self._pending:
             dtype, size = NUMPY[recipe.dtype], constant_bytes(recipe)
-            evaluate_into(recipe, source, mapped[offset : offset + size].view(dtype).reshape(recipe.shape))
+            evaluate_into(part(recipe), source, mapped[offset : offset + size].view(dtype).reshape(recipe.shape))
             done += size
             progress(done, self.num_bytes)
         mapped.flush()

@@ -16,7 +16,6 @@ gives most to the last digits, one must agree tightly; the stillest that does is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor
 
 from seekforge.common.errors import EngineError
-from seekforge.exporter.builder.onnxruntime.session import OrtSession
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.tolerances import GATE, PERTURBATION
@@ -34,8 +32,8 @@ from seekforge.formats.engine.self_check import self_check_values
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.paged_cache import blocks_needed
-from seekforge.formats.program import GraphIO
-from seekforge.formats.step_io import MODEL, lay_out
+from seekforge.formats.step_io import lay_out
+from seekforge.formats.step_runner import StepRunner
 from seekforge.formats.weight_recipes import TensorSource
 
 #: Stored logits per row.
@@ -52,8 +50,7 @@ _LONGEST = 136
 
 
 def make_self_check(
-    folder: Path,
-    graph: GraphIO,
+    session: StepRunner,
     config: ModelConfig,
     numerics: dict[str, Any],
     source: TensorSource,
@@ -63,8 +60,7 @@ def make_self_check(
     """Run the PyTorch model and the new engine on one prompt, compare them, and return what to store.
 
     Args:
-        folder: the engine's files.
-        graph: inputs and outputs of its main graph.
+        session: runs the new engine.
         config: the model's configuration.
         numerics: the roundings of the program.
         source: the checkpoint.
@@ -77,7 +73,6 @@ def make_self_check(
     """
     settings = Settings(config, numerics_from_dict(numerics), "f32", quantization=quantization)
     longest = min((config.index_topk or _LONGEST) + 8, _LONGEST, limits.max_model_len)
-    session = OrtSession(folder, {MODEL: graph})
     if quantization is not None:
         return _coded_check(settings, source, session, longest)
     tried: list[_Candidate] = []
@@ -100,7 +95,7 @@ def make_self_check(
     return best
 
 
-def _coded_check(settings: Settings, source: TensorSource, session: OrtSession, longest: int) -> SelfCheck:
+def _coded_check(settings: Settings, source: TensorSource, session: StepRunner, longest: int) -> SelfCheck:
     """Prove an engine with int8 or int4 weights; see the head of this file."""
     (long,) = _candidates(settings, source, longest, 1)
     fault = _difference(long.check, session)
@@ -189,7 +184,7 @@ def _candidates(settings: Settings, source: TensorSource, length: int, count: in
     return result
 
 
-def _difference(check: SelfCheck, session: OrtSession) -> str | None:
+def _difference(check: SelfCheck, session: StepRunner) -> str | None:
     """Prefill the stored prompt on the engine; say what differs by more than the tolerance, if anything."""
     for one in self_check_values(session, check):
         if not one.agrees(check.tolerance):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnxruntime as ort
@@ -35,16 +36,25 @@ class OrtSession:
         graphs: inputs and outputs of the graphs to open, by name.
         num_blocks: size of the paged caches; None: `allocate_caches` comes before the first step.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
+        weights: graph -> constant -> value in place of the one that the file names.
 
     Raises:
         EngineError: ONNX Runtime cannot load a graph.
     """
 
     def __init__(
-        self, folder: Path, graphs: Mapping[str, GraphIO], num_blocks: int | None = None, *, threads: int = 0
+        self,
+        folder: Path,
+        graphs: Mapping[str, GraphIO],
+        num_blocks: int | None = None,
+        *,
+        threads: int = 0,
+        weights: Mapping[str, Mapping[str, ort.OrtValue]] = MappingProxyType({}),
     ) -> None:
         self._graphs = dict(graphs)
-        self._sessions = {name: _open(folder / graph.file, threads) for name, graph in graphs.items()}
+        self._sessions = {
+            name: _open(folder / graph.file, threads, weights.get(name, {})) for name, graph in graphs.items()
+        }
         #: By name: [NB·64, width].
         self.caches: dict[str, ort.OrtValue] = {}
         if num_blocks is not None:
@@ -99,10 +109,12 @@ class OrtSession:
         return self.caches[name].numpy().copy()
 
 
-def _open(path: Path, threads: int) -> ort.InferenceSession:
+def _open(path: Path, threads: int, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own

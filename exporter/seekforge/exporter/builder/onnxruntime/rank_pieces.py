@@ -1,0 +1,132 @@
+"""Cut a graph into the pieces that a rank of a CPU engine runs one after the other.
+
+ONNX Runtime has no operator that adds up over processes, so a graph ends where it would stand: `SumRanks` becomes an
+output of one piece and an input of the next. Everything else that a later piece reads is handed over as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx
+from onnx import helper
+
+from seekforge.common.errors import ProgramError
+from seekforge.exporter.builder.onnxruntime.graphs import finish_graph
+from seekforge.exporter.program.stages import cut
+from seekforge.formats.engine.ranks import LOCAL, PARTIAL, sum_name
+from seekforge.formats.program import Program
+from seekforge.plugins.operator import DOMAIN
+from seekforge.plugins.sum_ranks.spec import SPEC as SUM_RANKS
+
+
+def stage_graphs(program: Program, graph: str, model: onnx.ModelProto) -> list[onnx.ModelProto | None]:
+    """Return what each pipeline stage runs of a canonical graph; None: nothing.
+
+    Args:
+        program: says how ranks share the model.
+        graph: the name of the graph; all but the main one belong to the last stage.
+        model: the graph.
+
+    Raises:
+        ProgramError: the type of a value that must be handed over is not known.
+    """
+    last = program.parallelism.pp - 1
+    if graph != "model":
+        return [None] * last + [model]
+    return [*cut(model, program.pipeline_stages)] if last else [model]
+
+
+def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
+    """Finish a folded graph, and return the graphs between its sums over ranks, in order."""
+    sums: set[str] = set()
+    for node in folded.graph.node:
+        if node.domain == DOMAIN and node.op_type == SUM_RANKS.name:
+            sums.add(node.output[0])
+            node.CopyFrom(helper.make_node("Identity", list(node.input), list(node.output), name=node.name))
+    model = onnx.shape_inference.infer_shapes(finish_graph(folded))
+    graph = model.graph
+    groups: list[list[onnx.NodeProto]] = [[]]
+    renamed: dict[str, str] = {}  # values that pieces hand on, as they are called outside
+    for node in graph.node:
+        if sums.isdisjoint(node.output):
+            groups[-1].append(node)
+            continue
+        partial = f"{PARTIAL}{len(groups) - 1}"
+        renamed |= {node.input[0]: partial, node.output[0]: sum_name(partial)}
+        groups.append([])
+    made = {name: number for number, nodes in enumerate(groups) for node in nodes for name in node.output}
+    given = {value.name for value in graph.output}
+    reads = [{name for node in nodes for name in _reads(node)} for nodes in groups]
+    for number, names in enumerate(reads):
+        for name in sorted(names):
+            if renamed.get(name, "").startswith(PARTIAL) and made.get(name, number) < number:
+                raise ProgramError(f"ranks: {name!r} is read behind the sum of which it is a part; export again")
+            if made.get(name, number) < number and name not in given:
+                renamed.setdefault(name, f"{LOCAL}{len(renamed)}")
+    infos = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    pieces = []
+    for number, nodes in enumerate(groups):
+        piece = onnx.ModelProto()
+        piece.CopyFrom(model)
+        for field in ("node", "input", "output", "initializer", "value_info"):
+            piece.graph.ClearField(field)
+        for node in nodes:
+            copy = piece.graph.node.add()
+            copy.CopyFrom(node)
+            _rename(copy, renamed)
+        own = {name for name, at in made.items() if at == number}
+        later = set().union(*reads[number + 1 :]) if number + 1 < len(groups) else set()
+        arrives = [name for name in infos if name in reads[number] and name not in own and name not in constants]
+        sums = [name for name in renamed if name in reads[number] and name not in own and name not in infos]
+        if sums:
+            raise ProgramError(f"ranks: the type of {sums[0]!r} between two pieces is not known; export again")
+        leaves = [name for name in own if name in given or renamed.get(name, "").startswith(PARTIAL) or name in later]
+        piece.graph.input.extend(_value(name, infos, renamed) for name in arrives)
+        piece.graph.output.extend(_value(name, infos, renamed) for name in _in_order(leaves, graph))
+        piece.graph.initializer.extend(tensor for name, tensor in constants.items() if name in reads[number])
+        piece.graph.value_info.extend(value for name, value in infos.items() if name in own and name not in leaves)
+        pieces.append(piece)
+    return pieces
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the values that a node reads, those of graphs inside it included."""
+    yield from node.input
+    for graph in _inner(node):
+        for inner in graph.node:
+            yield from _reads(inner)
+        yield from (value.name for value in graph.output)
+
+
+def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
+    """Give values of a node other names, also in graphs inside it."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    node.output[:] = [names.get(name, name) for name in node.output]
+    for graph in _inner(node):
+        for inner in graph.node:
+            _rename(inner, names)
+        for value in graph.output:
+            value.name = names.get(value.name, value.name)
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+
+
+def _in_order(names: Sequence[str], graph: onnx.GraphProto) -> list[str]:
+    """Return outputs of the graph in its order, and others behind them."""
+    order = {value.name: number for number, value in enumerate(graph.output)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def _value(name: str, infos: dict[str, onnx.ValueInfoProto], renamed: dict[str, str]) -> onnx.ValueInfoProto:
+    if name not in infos:
+        raise ProgramError(f"ranks: the type of {name!r} between two pieces is not known; export the program again")
+    value = onnx.ValueInfoProto()
+    value.CopyFrom(infos[name])
+    value.name = renamed.get(name, name)
+    return value

@@ -1,0 +1,116 @@
+"""How an engine is shared among ranks: which pieces of its graphs and which files belong to each of them.
+
+A graph is cut where ranks add up, and between pipeline stages. What goes from piece to piece says by its name where:
+`partial.N` is added up over the ranks of a stage and is `sum.N` for later pieces, `local.N` stays on the rank, and
+`intermediate_out.N` is `intermediate.N` of the next stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from seekforge.common.dtypes import NUMPY
+from seekforge.common.errors import EngineError
+from seekforge.common.records import Record, RecordError
+from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.program import GraphIO
+from seekforge.formats.weight_file import constant_bytes, own_layout
+from seekforge.formats.weight_recipes import Recipe
+
+#: Starts of those names.
+PARTIAL: Final = "partial."
+SUM: Final = "sum."
+LOCAL: Final = "local."
+_HANDED_ON: Final = "intermediate_out."
+
+
+class Ranks(Record):
+    """The layout of an engine of several ranks.
+
+    Attributes:
+        parallelism: how many ranks there are, and how they share the model.
+        pipeline_stages: [a, b) of the layers of each stage.
+        pieces: graph -> for each stage, the names of its pieces in order: files of `Manifest.stages` without their
+            endings. Ranks of a stage run the same pieces.
+    """
+
+    parallelism: Parallelism
+    pipeline_stages: tuple[tuple[int, int], ...]
+    pieces: dict[str, tuple[tuple[str, ...], ...]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parallelism.dp != 1 or not 2 <= self.parallelism.num_ranks <= 4096:
+            raise RecordError(f"is {self.parallelism}, expected one replica of 2 to 4096 ranks", ("parallelism",))
+        for graph, stages in self.pieces.items():
+            if len(stages) != self.parallelism.pp:
+                raise RecordError(f"has {len(stages)} stages, expected {self.parallelism.pp}", ("pieces", graph))
+
+    def stems(self, stage: int) -> list[str]:
+        """Return the names of all pieces of a stage, those of the main graph first."""
+        return [stem for stages in self.pieces.values() for stem in stages[stage]]
+
+    def pieces_of(self, graph: str, pieces: Sequence[GraphIO], stage: int) -> list[GraphIO]:
+        """Return those of a graph's pieces that the ranks of a stage run, in order."""
+        stages = self.pieces.get(graph, ())
+        if not stages:
+            return []
+        first = sum(len(names) for names in stages[:stage])
+        return list(pieces[first : first + len(stages[stage])])
+
+    def weight_file(self, rank: int) -> str:
+        """Return the name of the file with the part of the weights that a rank alone has."""
+        return f"weights.rank{rank}.bin"
+
+    def own_constants(
+        self, folder: Path, bindings: Mapping[str, Mapping[str, Recipe]], rank: int
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Return piece -> constant -> value of what ranks divide, mapped from the rank's own file.
+
+        Args:
+            folder: the engine folder.
+            bindings: piece -> constant -> recipe.
+            rank: the rank.
+
+        Raises:
+            EngineError: the file is of another size.
+        """
+        stems = self.stems(self.parallelism.coordinates(rank).pp_rank)
+        offsets, size = own_layout({stem: bindings[stem] for stem in stems})
+        if not size:
+            return {}
+        path = folder / self.weight_file(rank)
+        if path.stat().st_size != size:
+            raise EngineError(f"{path}: {path.stat().st_size} bytes, its constants take {size}; build the engine again")
+        mapped = np.memmap(path, np.uint8, mode="r")
+        values: dict[str, dict[str, np.ndarray]] = {}
+        for stem, places in offsets.items():
+            for name, offset in places.items():
+                recipe = bindings[stem][name]
+                piece = mapped[offset : offset + constant_bytes(recipe)]
+                values.setdefault(stem, {})[name] = piece.view(NUMPY[recipe.dtype]).reshape(recipe.shape)
+        return values
+
+
+def sum_name(partial: str) -> str:
+    """Return the name of the sum of what pieces give under a name."""
+    return SUM + partial.removeprefix(PARTIAL)
+
+
+def is_handed_on(name: str) -> bool:
+    """Whether a value goes to the next pipeline stage."""
+    return name.startswith(_HANDED_ON)
+
+
+def received_name(name: str) -> str:
+    """Return the name under which the next stage takes it."""
+    return f"intermediate.{name.removeprefix(_HANDED_ON)}"
+
+
+def is_handed(name: str) -> bool:
+    """Whether a piece hands a value of this name to another, or takes it from one."""
+    return name.startswith((PARTIAL, SUM, LOCAL, "intermediate.", _HANDED_ON))

@@ -1,0 +1,1 @@
+"""An engine of several ranks: a process for each of them, and what passes between them."""

@@ -1,0 +1,130 @@
+"""Runs engines of several ranks: this process is rank 0, and every call is one that all ranks make.
+
+What is above a backend - scheduling, sampling, drafts - knows nothing of ranks. What they decide comes down as steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from seekforge.common.errors import EngineError
+from seekforge.formats.engine.manifest import Manifest
+from seekforge.formats.step_io import MODEL, StepInputs
+from seekforge.runtime.backends.base import GraphMetrics, OnLoad
+from seekforge.runtime.backends.onnxruntime import default_threads
+from seekforge.runtime.backends.ranks.host import Host, launched, meet
+from seekforge.runtime.backends.ranks.message import Message
+from seekforge.runtime.backends.ranks.rank import Rank
+from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
+from seekforge.runtime.backends.ranks.worker import message_of, work
+
+T = TypeVar("T")
+
+
+class RankOutputs(dict[str, np.ndarray]):
+    """Outputs of one step, by name."""
+
+    def fetch(self, name: str) -> np.ndarray:
+        """Return one output. It must have been named when the step was run."""
+        return self[name]
+
+
+class RanksBackend:
+    """Rank 0 of an engine, with the processes of the others. A step that fails on one rank ends all of them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        checkpoint: Path | None = None,
+        progress: OnLoad | None = None,
+    ) -> None:
+        """Start the ranks and open their parts; see `BackendFactory`. `threads` are those of one rank.
+
+        In a process that a launcher made another rank than 0 this does not return: it works as that rank until rank 0
+        closes the engine, and then ends the process.
+        """
+        if manifest.target.backend != "onnxruntime":
+            raise EngineError(f"engines of several ranks run on onnxruntime, this one is for {manifest.target.backend}")
+        place = launched()
+        if place is not None and place.rank > 0:
+            with meet(place) as connection:
+                work(connection)
+            sys.exit(0)
+        assert manifest.ranks is not None
+        parallelism = manifest.ranks.parallelism
+        self._memory = Memory(parallelism)
+        self._pp, self._tp = parallelism.pp, parallelism.tp
+        self._closed = False
+        threads = threads or max(default_threads() // parallelism.num_ranks, 1)
+        self._host = Host(folder, self._memory, digest=manifest.digest, threads=threads)
+        try:
+            self._collectives = SharedMemory(self._memory, 0, self._host.check)
+            self._rank = Rank(folder, manifest, 0, self._collectives, threads)
+            self._host.await_ready()
+        except BaseException:
+            self._host.fail("the engine was not opened")
+            raise
+
+    def allocate_caches(self, num_blocks: int) -> None:
+        """Make zeroed caches of `num_blocks` blocks on every rank; earlier ones are given back."""
+        self._call(Message({"call": "allocate_caches", "num_blocks": num_blocks}))
+        self._rank.allocate_caches(num_blocks)
+
+    def run(self, inputs: StepInputs, *, outputs: Collection[str], graph: str = MODEL) -> RankOutputs:
+        """Run one step; see `Backend.run`."""
+        names = sorted(outputs)
+        self._call(message_of(inputs, names, graph))
+        return RankOutputs(self._together(lambda: self._rank.run(inputs, names, graph)))
+
+    def cache(self, name: str) -> np.ndarray:
+        """Return a copy of one layer's cache, such as `latent_cache.3`; for parity checks."""
+        self._call(Message({"call": "cache", "name": name}))
+        values = [self._rank.cache(name)]
+        for stage in range(1, self._pp):
+            message = self._together(lambda at=stage: self._collectives.send(None, source=at * self._tp, target=0))
+            values.append(message.arrays.get("cache"))
+        return next(value for value in values if value is not None)
+
+    def graph_metrics(self) -> GraphMetrics:
+        """Return zeros: there are no CUDA graphs."""
+        return GraphMetrics()
+
+    def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Swap weights on every rank; see `Backend`. What is wrong with them is said before a rank changes any."""
+        self._rank.check_update(tensors)
+        self._call(Message({"call": "update_weights"}, dict(tensors)))
+        self._together(lambda: self._rank.update_weights(tensors))
+
+    def close(self) -> None:
+        """End the ranks and give back what they share."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._host.fault is None:
+            self._collectives.broadcast(Message({"call": "close"}))
+        self._host.close()
+        self._rank.close()
+        self._collectives.close()
+
+    def _call(self, message: Message) -> None:
+        """Tell the ranks what to do."""
+        if self._closed:
+            raise EngineError("the engine is closed")
+        self._host.check()
+        self._together(lambda: self._collectives.broadcast(message))
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Do this rank's part of what all do. Whatever keeps it from the end leaves the others waiting: they end."""
+        try:
+            return work()
+        except BaseException as error:
+            self._host.fail(f"rank 0 left a step ({type(error).__name__})")
+            raise

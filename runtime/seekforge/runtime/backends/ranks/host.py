@@ -1,0 +1,317 @@
+"""The processes of an engine's ranks, as rank 0 sees them: they are started or awaited, watched, and ended.
+
+Each has a socket to rank 0, over which it gets the shared memory and says that it is ready or what went wrong. A socket
+closes when a process ends, however it ends, on both sides: a rank that loses rank 0 ends itself (`worker`), and rank 0
+ends all others when one is lost. A rank whose process stands still no longer beats (`Memory.beat`).
+
+Processes are started here, or by somebody else with the variables that torchrun sets: RANK, WORLD_SIZE and MASTER_PORT.
+Then they meet at a socket of Linux that has a name but no file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from seekforge.common.errors import EngineError
+from seekforge.common.system import child_environment
+from seekforge.runtime.backends.ranks.shared_memory import Memory
+
+#: Seconds between looks at all ranks, and looks without a beat after which one counts as hanging.
+_LOOK_S: Final = 0.1
+_SILENT_LOOKS: Final = 50
+#: Seconds that ranks started by somebody else may come later than rank 0, and that all have to end.
+_MEETING_S, _ENDING_S = 120.0, 5.0
+#: Bytes of a line over a socket.
+_MOST_LINE = 1 << 16
+_WORKER = "seekforge.runtime.backends.ranks.worker"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launcher says of the process that it started.
+
+    Attributes:
+        rank: its rank.
+        num_ranks: the number of all.
+        meeting: the name of the socket where they meet.
+    """
+
+    rank: int
+    num_ranks: int
+    meeting: str
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
+    """Return what a launcher such as torchrun says; None: this process starts the other ranks itself.
+
+    Raises:
+        EngineError: the variables cannot be.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    try:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        port = int(environment.get("MASTER_PORT", "29500"))
+    except ValueError:
+        rank, size, port = -1, 0, 0
+    if not 0 <= rank < size:
+        raise EngineError(
+            f"RANK is {environment['RANK']!r:.50} and WORLD_SIZE {environment['WORLD_SIZE']!r:.50}, expected a rank "
+            "from 0 to WORLD_SIZE - 1, and a number as MASTER_PORT; start all ranks with torchrun, or unset them"
+        )
+    if size == 1:
+        return None
+    if environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]:
+        raise EngineError(
+            f"LOCAL_WORLD_SIZE is {environment['LOCAL_WORLD_SIZE']!r:.50} of {size} ranks: ranks on several machines "
+            "do not work yet; start all of them on one"
+        )
+    return Launched(rank, size, f"\0seekforge-{os.getuid()}-{port}")
+
+
+class _Process:
+    """One rank other than 0."""
+
+    def __init__(self, rank: int, connection: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+        self.rank, self.connection, self.process = rank, connection, process
+        self.ready: dict[str, Any] | None = None
+        self.beats, self.silent = -1, 0
+        self.received = b""
+
+    def tell(self, first: Mapping[str, Any], memory: Memory) -> None:
+        """Send what the rank shall do, with the memory."""
+        socket.send_fds(self.connection, [json.dumps(first).encode() + b"\n"], [memory.fd])
+
+
+class Host:
+    """All ranks but 0, whose process this is.
+
+    Attributes:
+        fault: why the ranks ended; None: they live.
+    """
+
+    def __init__(self, folder: Path, memory: Memory, *, digest: str, threads: int) -> None:
+        """Start or await the other ranks, tell them what to open, and watch them.
+
+        Args:
+            folder: the engine folder.
+            memory: what they will share.
+            digest: the digest of the manifest that rank 0 read.
+            threads: of each rank.
+
+        Raises:
+            EngineError: a rank did not come.
+        """
+        self.fault: str | None = None
+        self._memory, self._closing = memory, False
+        self._changed = threading.Condition()
+        self._processes: list[_Process] = []
+        count = memory.places.parallelism.num_ranks
+        meeting = launched()
+        try:
+            if meeting is None:
+                for rank in range(1, count):
+                    self._processes.append(_start(rank))
+            else:
+                if meeting.num_ranks != count:
+                    raise EngineError(
+                        f"WORLD_SIZE is {meeting.num_ranks}, {folder} is an engine of {count} ranks; start {count}"
+                    )
+                _await(meeting, self._processes)
+            for process in self._processes:
+                first = {"folder": str(folder.resolve()), "rank": process.rank, "digest": digest, "threads": threads}
+                with contextlib.suppress(OSError):  # one that ended: the watch says so
+                    process.tell(first, memory)
+        except BaseException:
+            self._end()
+            raise
+        self._watch = threading.Thread(target=self._look, name="seekforge-ranks", daemon=True)
+        self._watch.start()
+
+    def check(self) -> None:
+        """Raise when a rank is lost.
+
+        Raises:
+            EngineError: naming it.
+        """
+        if self.fault is not None:
+            raise EngineError(self.fault)
+
+    def await_ready(self) -> list[dict[str, Any]]:
+        """Wait until every rank has opened its part, and return what each says of it.
+
+        Raises:
+            EngineError: one could not, or was lost.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.fault or all(one.ready is not None for one in self._processes))
+        self.check()
+        return [one.ready for one in self._processes if one.ready is not None]
+
+    def fail(self, fault: str) -> None:
+        """End all ranks, for a reason that every later call gives."""
+        with self._changed:
+            if self.fault is None and not self._closing:
+                self.fault = fault
+            self._end()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the ranks, which were told to: those that do not within seconds are killed."""
+        self._closing = True
+        deadline = time.monotonic() + _ENDING_S
+        for one in self._processes:
+            if one.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    one.process.wait(max(deadline - time.monotonic(), 0))
+        self._end()
+        if self._watch is not threading.current_thread():
+            self._watch.join()
+
+    def _end(self) -> None:
+        for one in self._processes:
+            if one.process is not None and one.process.poll() is None:
+                one.process.kill()
+                one.process.wait()
+            with contextlib.suppress(OSError):
+                one.connection.shutdown(socket.SHUT_RDWR)  # a rank of somebody else ends with it
+
+    def _look(self) -> None:
+        """Look at all ranks until they end."""
+        with selectors.DefaultSelector() as selector:
+            for one in self._processes:
+                selector.register(one.connection, selectors.EVENT_READ, one)
+            while not self._closing and self.fault is None:
+                for key, _ in selector.select(_LOOK_S):
+                    fault = self._read(key.data)
+                    if fault is not None:
+                        self.fail(fault)
+                        return
+                silent = self._silent()
+                if silent is not None:
+                    self.fail(f"rank {silent.rank}{_pid(silent)} stands still; start the engine again")
+                    return
+        for one in self._processes:
+            one.connection.close()
+
+    def _read(self, one: _Process) -> str | None:
+        """Take what a rank says; return why it is lost, if it is."""
+        try:
+            data = one.connection.recv(_MOST_LINE)
+        except OSError:
+            data = b""
+        if not data:
+            return f"rank {one.rank}{_pid(one)} {_ending(one)}; start the engine again"
+        one.received = (one.received + data)[-_MOST_LINE:]
+        while b"\n" in one.received:
+            line, _, one.received = one.received.partition(b"\n")
+            said = json.loads(line)
+            if "error" in said:
+                return f"rank {one.rank}: {said['error']}"
+            with self._changed:
+                one.ready = said
+                self._changed.notify_all()
+        return None
+
+    def _silent(self) -> _Process | None:
+        """Return a rank that has not said for long that it lives. Looks are counted, not seconds: where this process
+        stood still itself, nobody is to blame."""
+        for one in self._processes:
+            beats = self._memory.beats(one.rank)
+            one.silent = one.silent + 1 if beats == one.beats and one.ready is not None else 0
+            one.beats = beats
+            if one.silent > _SILENT_LOOKS:
+                return one
+        return None
+
+
+def _pid(one: _Process) -> str:
+    return "" if one.process is None else f" (process {one.process.pid})"
+
+
+def _ending(one: _Process) -> str:
+    """Say how a process ended."""
+    if one.process is None:
+        return "ended"
+    try:
+        code = one.process.wait(_ENDING_S)
+    except subprocess.TimeoutExpired:
+        return "closed its connection"
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _start(rank: int) -> _Process:
+    """Start the process of a rank, outside of this one's group: an interrupt at the terminal is for rank 0."""
+    here, there = socket.socketpair()
+    with there:
+        process = subprocess.Popen(
+            [sys.executable, "-m", _WORKER, str(there.fileno())],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env=child_environment() | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+    return _Process(rank, here, process)
+
+
+def _await(meeting: Launched, processes: list[_Process]) -> None:
+    """Wait for the ranks that somebody else starts."""
+    with socket.socket(socket.AF_UNIX) as server:
+        try:
+            server.bind(meeting.meeting)
+        except OSError:
+            raise EngineError(
+                f"another engine's ranks meet at {meeting.meeting[1:]}; set MASTER_PORT to another number"
+            ) from None
+        server.listen(meeting.num_ranks)
+        deadline = time.monotonic() + _MEETING_S
+        while len(processes) < meeting.num_ranks - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = set(range(1, meeting.num_ranks)) - {one.rank for one in processes}
+                raise EngineError(
+                    f"rank {min(missing)} did not come within {_MEETING_S:.0f} s; start all {meeting.num_ranks} ranks"
+                ) from None
+            connection.settimeout(_ENDING_S)
+            said = connection.recv(_MOST_LINE)
+            connection.settimeout(None)
+            rank = int(said) if said.isdigit() else 0
+            if not 1 <= rank < meeting.num_ranks or rank in {one.rank for one in processes}:
+                raise EngineError(f"rank {rank} came twice or is none of {meeting.num_ranks}; give each its own RANK")
+            processes.append(_Process(rank, connection, None))
+    processes.sort(key=lambda one: one.rank)
+
+
+def meet(meeting: Launched) -> socket.socket:
+    """Return the connection of a rank that was started by somebody else to rank 0.
+
+    Raises:
+        EngineError: rank 0 did not come.
+    """
+    deadline = time.monotonic() + _MEETING_S
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(meeting.meeting)
+            connection.sendall(str(meeting.rank).encode())
+            return connection
+        except OSError:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise EngineError(f"rank 0 did not come within {_MEETING_S:.0f} s; start it too") from None
+            time.sleep(_LOOK_S)

@@ -1,0 +1,184 @@
+"""One rank of a CPU engine: its pieces of the graphs, its weights, its caches, and a step of it.
+
+A graph is cut where ranks add up (`SumRanks`), and what pieces hand on says by its name where it goes
+(`formats.engine.ranks`). The pieces are the same files for all ranks of a stage. Weights that ranks divide are in a
+file of the rank's own, and take the place of those that the pieces name, which are the first rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from seekforge.common.dtypes import NUMPY, ONNX
+from seekforge.formats.engine.manifest import Manifest
+from seekforge.formats.engine.ranks import PARTIAL, Ranks, is_handed_on, received_name, sum_name
+from seekforge.formats.program import GraphIO, load_bindings
+from seekforge.formats.step_io import MODEL, MTP, StepInputs
+from seekforge.formats.weight_recipes import Recipe, evaluate_into, for_rank, tensors_of
+from seekforge.runtime.backends.onnxruntime import OrtGraph
+from seekforge.runtime.backends.ranks.collectives import Collectives
+from seekforge.runtime.backends.ranks.message import Message
+from seekforge.runtime.backends.weights import GivenTensors, changed_constants
+
+
+class Rank:
+    """An opened rank, which runs its part of each step.
+
+    Attributes:
+        number: the rank.
+        collectives: what it has of the others.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, number: int, collectives: Collectives, threads: int) -> None:
+        assert manifest.ranks is not None
+        self.number, self.collectives = number, collectives
+        self._folder, self._manifest, self._ranks, self._threads = folder, manifest, manifest.ranks, threads
+        self._place = self._ranks.parallelism.coordinates(number)
+        self._num_blocks: int | None = None
+        self._bindings = load_bindings(folder)
+        self._weights = _own_weights(folder, self._ranks, self._bindings, number)
+        self._pieces = {
+            graph: [
+                OrtGraph(folder, graph, piece, threads, self._weights.get(Path(piece.file).stem, {})) for piece in ios
+            ]
+            for graph, ios in self._piece_ios().items()
+        }
+        self._read_last = {graph: _read_last(ios) for graph, ios in self._piece_ios().items()}
+
+    def allocate_caches(self, num_blocks: int) -> None:
+        """Make zeroed caches of `num_blocks` blocks; earlier ones are given back."""
+        self._num_blocks = num_blocks
+        for pieces in self._pieces.values():
+            for piece in pieces:
+                piece.allocate_caches(num_blocks, self._manifest.cache.block_size)
+
+    def run(self, inputs: StepInputs, outputs: Collection[str], graph: str = MODEL) -> dict[str, np.ndarray]:
+        """Run this rank's part of a step.
+
+        Returns:
+            On rank 0 the outputs that were asked for; on others, those of their stage.
+        """
+        parallelism, stage = self._ranks.parallelism, self._place.pp_rank
+        tp, last = parallelism.tp, parallelism.pp - 1
+        results: dict[str, np.ndarray] = {}
+        pieces = self._pieces.get(graph, [])
+        if pieces:
+            values: dict[str, np.ndarray] = dict(inputs.intermediate_tensors)
+            if graph == MODEL and stage > 0:
+                values |= self.collectives.send(None, source=self.number - tp, target=self.number).arrays
+            for number, piece in enumerate(pieces):
+                self._run_piece(piece, inputs, outputs, values, results)
+                for name in self._read_last[graph][number]:
+                    values.pop(name, None)
+            if graph == MODEL and stage < last:
+                handed = {received_name(name): value for name, value in values.items() if is_handed_on(name)}
+                self.collectives.send(Message(arrays=handed), source=self.number, target=self.number + tp)
+        for other in range(1, parallelism.pp):
+            if (graph == MTP and other != last) or self.number not in (0, other * tp):
+                continue
+            message = Message(arrays=results) if self.number else None
+            results |= self.collectives.send(message, source=other * tp, target=0).arrays
+        return results
+
+    def cache(self, name: str) -> np.ndarray | None:
+        """Return a copy of one layer's cache, such as `latent_cache.3`; None where its stage is another."""
+        for pieces in self._pieces.values():
+            for piece in pieces:
+                if name in piece.caches:
+                    return piece.caches[name].numpy().copy()
+        return None
+
+    def check_update(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Refuse new weights that do not belong to the model, or not together.
+
+        Raises:
+            EngineError: see `LLM.update_weights`.
+        """
+        changed_constants(self._bindings, tensors)
+
+    def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Evaluate this rank's part of what reads `tensors`, which `check_update` passed, and open its pieces anew."""
+        reopened: dict[tuple[str, int], OrtGraph] = {}
+        weights = {stem: dict(values) for stem, values in self._weights.items()}
+        for graph, ios in self._piece_ios().items():
+            for number, piece in enumerate(ios):
+                stem = Path(piece.file).stem
+                recipes = {
+                    name: for_rank(recipe, self._ranks.parallelism, self._place.tp_rank)
+                    for name, recipe in self._bindings[stem].items()
+                }
+                recipes = {name: recipe for name, recipe in recipes.items() if tensors_of(recipe) & tensors.keys()}
+                for name, recipe in recipes.items():
+                    weights.setdefault(stem, {})[name] = _evaluated(recipe, tensors)
+                if recipes:
+                    reopened[graph, number] = OrtGraph(self._folder, graph, piece, self._threads, weights[stem])
+        self._weights = weights
+        for (graph, number), piece in reopened.items():
+            piece.caches = self._pieces[graph][number].caches
+            self._pieces[graph][number] = piece
+
+    def close(self) -> None:
+        """Give back sessions and caches."""
+        self._pieces.clear()
+
+    def _piece_ios(self) -> dict[str, list[GraphIO]]:
+        """Return graph -> its pieces that this rank runs, in order."""
+        return {
+            graph: pieces
+            for graph in self._manifest.graphs
+            if (pieces := self._ranks.pieces_of(graph, self._manifest.plans(graph), self._place.pp_rank))
+        }
+
+    def _run_piece(
+        self,
+        piece: OrtGraph,
+        inputs: StepInputs,
+        outputs: Collection[str],
+        values: dict[str, np.ndarray],
+        results: dict[str, np.ndarray],
+    ) -> None:
+        """Run one piece, and put what it gives where it belongs."""
+        wanted = [name for name in piece.output_names if name in outputs]
+        inner = piece.intermediate_outputs
+        fetched = piece.run(replace(inputs, intermediate_tensors=values), {*wanted, *inner})
+        results.update((name, fetched.fetch(name)) for name in wanted)
+        for name in inner:
+            if name.startswith(PARTIAL):
+                values[sum_name(name)] = self.collectives.sum(fetched.fetch(name))
+            else:
+                values[name] = fetched.fetch(name)
+
+
+def _read_last(pieces: Sequence[GraphIO]) -> list[list[str]]:
+    """Return for each piece what it takes from others and no later one does."""
+    last = {spec.name: number for number, piece in enumerate(pieces) for spec in piece.with_role("intermediate")}
+    return [
+        [name for name, at in last.items() if at == number and not is_handed_on(name)] for number in range(len(pieces))
+    ]
+
+
+def _evaluated(recipe: Recipe, tensors: Mapping[str, np.ndarray]) -> ort.OrtValue:
+    value = np.empty(recipe.shape, NUMPY[recipe.dtype])
+    evaluate_into(recipe, GivenTensors(tensors), value)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(value, ONNX[recipe.dtype])
+
+
+def _own_weights(
+    folder: Path, ranks: Ranks, bindings: Mapping[str, Mapping[str, Recipe]], rank: int
+) -> dict[str, dict[str, ort.OrtValue]]:
+    """Return piece -> constant -> value of what ranks divide. The first rank of a stage needs none: pieces name its
+    file."""
+    if ranks.parallelism.coordinates(rank).tp_rank == 0:
+        return {}
+    return {
+        stem: {
+            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(value, ONNX[bindings[stem][name].dtype])
+            for name, value in constants.items()
+        }
+        for stem, constants in ranks.own_constants(folder, bindings, rank).items()
+    }
