@@ -29,14 +29,17 @@ export RUFF_CACHE_DIR := $(CACHE)/ruff
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TRITON_HOME := $(CACHE)
 
-.PHONY: demo test docs lint hooks wheel gpu-check clean help
+.PHONY: demo demo-ranks test docs lint hooks wheel gpu-check clean help
 
 help:
 	@sed -n 's/^#//; 1,6p' $(firstword $(MAKEFILE_LIST))
-	@echo ' also: make docs (into .cache/site), make lint, make hooks (pre-commit), make wheel, make gpu-check, make clean'
+	@echo ' also: make demo-ranks (two ranks print what one prints), make docs (into .cache/site), make lint, make hooks (pre-commit), make wheel, make gpu-check, make clean'
 
 demo: $(VENV)/.demo
 	@$(BIN)/python tests/demo.py demo
+
+demo-ranks: $(VENV)/.demo
+	@$(BIN)/python -m tests.demo_ranks demo-ranks
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 25 --durations-min 5 $(PYTEST_ARGS)
@@ -76,7 +79,7 @@ gpu-check: $(VENV)/.gpu
 	else echo 'compute-sanitizer is not installed: skipped'; fi
 
 clean:
-	rm -rf $(VENV) .cache demo dist
+	rm -rf $(VENV) .cache demo demo-ranks dist
 
 # The stamps: a step is done again when what it reads has changed. torch comes first and alone, because its index
 # (TORCH_INDEX) is asked for nothing else; the docs need none.

@@ -9,6 +9,7 @@ Any thread may call: how they share the engine is in `engine/step_loop.py`, what
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -188,36 +189,39 @@ class LLM:
             before_load(self)
         place = None if checkpoint is None else Path(checkpoint)
         backend = self.engine.open_backend(threads=threads, checkpoint=place, progress=on_load)
-        if deterministic:
-            if manifest.target.backend != "onnxruntime":
-                raise EngineError(
-                    f"deterministic works on onnxruntime, this engine runs on {manifest.target.backend}; leave it out"
+        with contextlib.ExitStack() as opened:
+            opened.callback(backend.close)  # of an engine that is refused after all: it may have processes
+            if deterministic:
+                if manifest.target.backend != "onnxruntime":
+                    raise EngineError(
+                        f"deterministic works on onnxruntime, this engine runs on {manifest.target.backend}; leave it out"
+                    )
+                backend = DeterministicBackend(backend)
+            self.self_check: SelfCheckResult | None = None
+            if self_check and manifest.self_check is not None:
+                self.self_check = run_self_check(backend, manifest.self_check)
+            try:
+                backend.allocate_caches(self.num_blocks)
+            except MemoryError:
+                size = self.num_blocks * manifest.cache.bytes_per_block
+                raise EngineError(f"the cache needs {size:,} bytes, which are not free; lower num_blocks") from None
+            speculator = None
+            if self.num_speculative_tokens:
+                speculator = Speculator(
+                    backend, self.num_speculative_tokens, manifest.cache.block_size, manifest.vocab_size
                 )
-            backend = DeterministicBackend(backend)
-        self.self_check: SelfCheckResult | None = None
-        if self_check and manifest.self_check is not None:
-            self.self_check = run_self_check(backend, manifest.self_check)
-        try:
-            backend.allocate_caches(self.num_blocks)
-        except MemoryError:
-            size = self.num_blocks * manifest.cache.bytes_per_block
-            raise EngineError(f"the cache needs {size:,} bytes, which are not free; lower num_blocks") from None
-        speculator = None
-        if self.num_speculative_tokens:
-            speculator = Speculator(
-                backend, self.num_speculative_tokens, manifest.cache.block_size, manifest.vocab_size
+            self._core = Core(
+                backend,
+                self._scheduler,
+                manifest.vocab_size,
+                tap_names=tap_names,
+                speculator=speculator,
+                switch=SpeculationSwitch() if speculation_off_switch and speculator is not None else None,
             )
-        self._core = Core(
-            backend,
-            self._scheduler,
-            manifest.vocab_size,
-            tap_names=tap_names,
-            speculator=speculator,
-            switch=SpeculationSwitch() if speculation_off_switch and speculator is not None else None,
-        )
-        self._steps = StepTotals(on_step)
-        self._core.on_step = self._steps.add
-        self._turns = StepLoop(self._core)
+            self._steps = StepTotals(on_step)
+            self._core.on_step = self._steps.add
+            self._turns = StepLoop(self._core)
+            opened.pop_all()
 
     def generate(
         self,

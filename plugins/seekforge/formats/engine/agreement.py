@@ -7,6 +7,7 @@ are compared where they are opened (`runtime.backends`), so that an edit of one 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ _DEVICE_BYTES: Final = ("weights", "scratch", "activations", "reserve", "total",
 
 def disagreement(manifest: Manifest) -> str | None:
     """Return the first value of a manifest that cannot be, with what it is held against; None: there is none."""
-    for faults in (_sizes, _graphs, _caches, _vocabulary, _self_check, _profiles, _others):
+    for faults in (_sizes, _graphs, _caches, _vocabulary, _self_check, _profiles, _ranks, _others):
         fault = next(faults(manifest), None)
         if fault is not None:
             return fault
@@ -231,6 +232,22 @@ def _profiles(manifest: Manifest) -> Iterator[str]:
     if most is not None and most * BLOCK_SIZE < manifest.limits.max_model_len:
         longest = manifest.limits.max_model_len
         yield f"limits.max_model_len is {longest}, the profiles take {most} blocks of {BLOCK_SIZE}"
+
+
+def _ranks(manifest: Manifest) -> Iterator[str]:
+    if manifest.ranks is None:
+        return
+    for graph in manifest.graphs:
+        files = [Path(piece.file).stem for piece in manifest.plans(graph)]
+        named = [piece for pieces in manifest.ranks.pieces.get(graph, ()) for piece in pieces]
+        if named != files:
+            yield f"ranks.pieces.{graph} is {named!r:.100}, stages.{graph} has {files!r:.100}"
+    if set(manifest.ranks.pieces) != set(manifest.graphs):
+        yield f"ranks.pieces has {', '.join(manifest.ranks.pieces)}, graphs are {', '.join(manifest.graphs)}"
+    borders = [manifest.layer_range[0], *(stop for _, stop in manifest.ranks.pipeline_stages)]
+    if tuple(itertools.pairwise(borders)) != manifest.ranks.pipeline_stages or borders[-1] != manifest.layer_range[1]:
+        said = [list(one) for one in manifest.ranks.pipeline_stages]
+        yield f"ranks.pipeline_stages is {said!r:.100}, layer_range is {list(manifest.layer_range)}"
 
 
 def _others(manifest: Manifest) -> Iterator[str]:

@@ -41,7 +41,7 @@ def decide_num_blocks(
     Raises:
         EngineError: both sizes are given, or there is not room for two blocks; the message says what to pass.
     """
-    size = manifest.cache.bytes_per_block
+    size = manifest.cache.bytes_per_block * copies(manifest)
     if num_blocks is not None and kv_cache_memory is not None:
         raise EngineError("num_blocks and kv_cache_memory both give the size of the cache; pass one")
     most = manifest.max_cache_blocks()
@@ -67,6 +67,13 @@ def decide_num_blocks(
             "free memory, or say how many with num_blocks"
         )
     return chosen
+
+
+def copies(manifest: Manifest) -> int:
+    """Return how often a block lies in the memory that caches are counted in: tensor-parallel ranks of a CPU engine
+    share a machine, and each has the caches of its stage whole."""
+    ranks = manifest.ranks
+    return 1 if ranks is None or manifest.target.backend != "onnxruntime" else ranks.parallelism.tp
 
 
 def cache_budget(manifest: Manifest, free_bytes: int | None) -> int | None:

@@ -76,7 +76,7 @@ def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
             copy = piece.graph.node.add()
             copy.CopyFrom(node)
             _rename(copy, renamed)
-        own = {name for name, at in made.items() if at == number}
+        own = {name: None for name, at in made.items() if at == number}  # a set in order
         later = set().union(*reads[number + 1 :]) if number + 1 < len(groups) else set()
         arrives = [name for name in infos if name in reads[number] and name not in own and name not in constants]
         sums = [name for name in renamed if name in reads[number] and name not in own and name not in infos]
