@@ -194,7 +194,8 @@ class LLM:
             if deterministic:
                 if manifest.target.backend != "onnxruntime":
                     raise EngineError(
-                        f"deterministic works on onnxruntime, this engine runs on {manifest.target.backend}; leave it out"
+                        f"deterministic works on onnxruntime, this engine runs on {manifest.target.backend}; "
+                        "leave it out"
                     )
                 backend = DeterministicBackend(backend)
             self.self_check: SelfCheckResult | None = None

@@ -79,9 +79,9 @@ def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
         own = {name: None for name, at in made.items() if at == number}  # a set in order
         later = set().union(*reads[number + 1 :]) if number + 1 < len(groups) else set()
         arrives = [name for name in infos if name in reads[number] and name not in own and name not in constants]
-        sums = [name for name in renamed if name in reads[number] and name not in own and name not in infos]
-        if sums:
-            raise ProgramError(f"ranks: the type of {sums[0]!r} between two pieces is not known; export again")
+        untyped = [name for name in renamed if name in reads[number] and name not in own and name not in infos]
+        if untyped:
+            raise ProgramError(f"ranks: the type of {untyped[0]!r} between two pieces is not known; export again")
         leaves = [name for name in own if name in given or renamed.get(name, "").startswith(PARTIAL) or name in later]
         piece.graph.input.extend(_value(name, infos, renamed) for name in arrives)
         piece.graph.output.extend(_value(name, infos, renamed) for name in _in_order(leaves, graph))

@@ -30,7 +30,7 @@ class Message:
         listed = [[name, _NAMES[array.dtype], list(array.shape)] for name, array in arrays.items()]
         text = json.dumps([self.values, listed]).encode()
         head = _LENGTH.pack(len(text)) + text
-        return [memoryview(head), *(memoryview(array.reshape(-1).view(np.uint8)) for array in arrays.values())]
+        return [memoryview(head), *(array.reshape(-1).view(np.uint8).data for array in arrays.values())]
 
     @staticmethod
     def unpack(data: bytearray) -> Message:

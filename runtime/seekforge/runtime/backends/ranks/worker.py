@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.step_io import StepInputs
@@ -106,7 +104,7 @@ def message_of(inputs: StepInputs, outputs: list[str], graph: str) -> Message:
 
 def step_of(message: Message) -> StepInputs:
     """Return the step that a message holds."""
-    arrays: dict[str, np.ndarray] = {name: message.arrays[name] for name in STEP_ARRAYS if name in message.arrays}
+    arrays: dict[str, Any] = {name: message.arrays[name] for name in STEP_ARRAYS if name in message.arrays}
     return StepInputs(**arrays)
 
 
