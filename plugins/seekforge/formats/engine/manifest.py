@@ -226,7 +226,8 @@ class Manifest(Record):
         audit: what a GPU build really made.
         quantization: which weights of a CPU engine are int8 or int4; None: all are f32.
         quality: what it was measured to do when it was built; None, and no key of the file: nothing was measured.
-        ranks: how ranks share the engine; None: there is one. `stages` has the pieces of all of them.
+        ranks: how ranks share the engine, and `stages` has the pieces of all of them; None, and no key of the file:
+            there is one.
         digest: the digest of everything above.
     """
 
@@ -345,8 +346,9 @@ def digest_file(folder: Path, relative: str) -> FileDigest:
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write manifest.json into `folder` with its digest, so that an edit of any field is found at load; return it."""
     raw = json.loads(json.dumps(manifest.model_dump(mode="json")))
-    if manifest.quality is None:
-        del raw["quality"]
+    for name in ("quality", "ranks"):
+        if raw[name] is None:
+            del raw[name]
     raw["digest"] = manifest_digest(raw)
     write_json(folder / MANIFEST, raw)
     return manifest.model_copy(update={"digest": raw["digest"]})
