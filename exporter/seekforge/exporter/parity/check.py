@@ -115,7 +115,8 @@ def check_engine(
     narrow = fits or dump_bytes(plan, config, numbers, NOISE_POINTS) <= max_dump_bytes
     ends = {shown[0], shown[1]}
     if not wanted:
-        notes.append("the engine shows no inner tensors: operations were not judged; build it with --taps to see them")
+        remedy = "build it with --taps" if engine.manifest.ranks is None else "build the program of one rank"
+        notes.append(f"the engine shows no inner tensors: operations were not judged; {remedy} to see them")
     elif not fits:
         wanted = [tap for tap in wanted if _layer(tap) in ends and tap.startswith(INTERMEDIATE_TENSORS)]
         notes.append(

@@ -29,7 +29,7 @@ def available_taps(engine: Path) -> list[str]:
         result += [
             spec.name for spec in graph_io.outputs if spec.role in ("tap", "debug") and TAP_NAME.fullmatch(spec.name)
         ]
-        if manifest.target.backend == "onnxruntime":
+        if manifest.target.backend == "onnxruntime" and manifest.ranks is None:
             result += taps_in(read_engine_graph(engine, graph_io))
     return result
 
@@ -43,7 +43,8 @@ def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
         names: the taps to add; those that it gives already, or that are not there, are left as they are.
 
     Raises:
-        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
+        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened; or ranks share
+            it.
     """
 
     def edit(name: str, model: onnx.ModelProto, graph_io: GraphIO) -> GraphIO:
@@ -72,9 +73,12 @@ def engine_copy(
         graphs: which graphs to take; None: all.
 
     Raises:
-        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
+        EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened; or ranks share
+            it.
     """
     manifest = load_manifest(engine)
+    if manifest.ranks is not None:
+        raise EngineError(f"{engine}: an engine of several ranks shows no inner tensors; compare one of one rank")
     if manifest.target.backend != "onnxruntime":
         raise EngineError(
             f"{engine}: an engine of the {manifest.target.backend} backend shows no inner tensors; "

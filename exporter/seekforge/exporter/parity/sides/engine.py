@@ -35,7 +35,7 @@ class EngineSide:
         listed_files(folder, self.manifest)
         self.taps = available_taps(folder)
         #: Whether its graph can be opened and cut between layers.
-        self.opens = self.manifest.target.backend == "onnxruntime"
+        self.opens = self.manifest.target.backend == "onnxruntime" and self.manifest.ranks is None
         self.num_runs = 0
 
     @property
