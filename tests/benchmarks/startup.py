@@ -53,7 +53,7 @@ def start(engine: str) -> dict[str, list[float]]:
     from seekforge.runtime.backends import onnxruntime as backend
     from seekforge.runtime.engine import engine_folder as opened
 
-    backend._Graph = clock("graphs", backend._Graph)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.OrtGraph = clock("graphs", backend.OrtGraph)  # pyright: ignore[reportAttributeAccessIssue]
     opened.Tokenizer = clock("tokenizer", opened.Tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
     opened.verify_files = clock("digests", opened.verify_files)
     llm.run_self_check = clock("self-check", llm.run_self_check)

@@ -13,7 +13,6 @@ import onnx
 import pytest
 
 import seekforge.exporter.builder.onnxruntime.build as engine
-import seekforge.exporter.builder.onnxruntime.self_check as self_check
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, OutputError, ProgramError, TargetError
 from seekforge.common.files import write_json
@@ -120,14 +119,14 @@ def test_an_engine_that_computes_something_else_is_not_written(
 def test_an_engine_that_is_wrong_beyond_index_topk_only_is_not_written(
     monkeypatch: pytest.MonkeyPatch, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    class BentLate(self_check.OrtSession):
+    class BentLate(engine.OrtSession):
         def run(self, inputs: Any, **options: Any) -> Any:
             outputs = super().run(inputs, **options)
             if inputs.input_ids.shape[1] > 64:
                 outputs["logits"][-1] += np.float32(0.1)
             return outputs
 
-    monkeypatch.setattr(self_check, "OrtSession", BentLate)
+    monkeypatch.setattr(engine, "OrtSession", BentLate)
     with pytest.raises(EngineError, match="at position 71"):
         build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint)
 
