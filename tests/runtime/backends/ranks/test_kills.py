@@ -24,6 +24,7 @@ try:
     with LLM(sys.argv[1], num_blocks=9, num_speculative_tokens=1, threads=1) as llm:
         while True:
             llm.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=30, temperature=0))
+            print("answered", flush=True)
 except SeekforgeError as error:
     sys.exit(f"error: {error}")
 """
@@ -56,11 +57,14 @@ def test_killing_any_process_at_any_moment_leaves_nothing(
         process = subprocess.Popen(
             [sys.executable, "-c", _SCRIPT, str(engine)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        time.sleep(draw.uniform(0, _LONGEST_S))
+        assert process.stdout is not None
+        if trial % 2:  # while it answers; else while it opens
+            process.stdout.readline()
+        time.sleep(draw.uniform(0, _LONGEST_S / (1 + trial % 2)))
         ranks = _ranks_of(process.pid)
         victim = draw.choice([process.pid, *ranks])
         os.kill(victim, signal.SIGKILL)
