@@ -171,14 +171,21 @@ class Host:
     def close(self) -> None:
         """End the ranks, which were told to: those that do not within seconds are killed."""
         self._closing = True
+        self._watch.join()
         deadline = time.monotonic() + _ENDING_S
         for one in self._processes:
+            left = max(deadline - time.monotonic(), 0.01)
             if one.process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    one.process.wait(max(deadline - time.monotonic(), 0))
+                    one.process.wait(left)
+            elif self.fault is None:
+                one.connection.settimeout(left)
+                with contextlib.suppress(OSError):
+                    while one.connection.recv(_MOST_LINE):
+                        pass
         self._end()
-        if self._watch is not threading.current_thread():
-            self._watch.join()
+        for one in self._processes:
+            one.connection.close()
 
     def _end(self) -> None:
         for one in self._processes:
@@ -202,9 +209,6 @@ class Host:
                 silent = self._silent()
                 if silent is not None:
                     self.fail(f"rank {silent.rank}{_pid(silent)} stands still; start the engine again")
-                    return
-        for one in self._processes:
-            one.connection.close()
 
     def _read(self, one: _Process) -> str | None:
         """Take what a rank says; return why it is lost, if it is."""

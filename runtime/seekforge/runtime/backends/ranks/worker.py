@@ -62,7 +62,9 @@ def _serve(connection: socket.socket, said: dict[str, Any], descriptor: int) -> 
     if manifest.digest != said["digest"] or manifest.ranks is None:
         raise EngineError(f"{folder} is not the engine that rank 0 opened; give all ranks the same folder")
     memory = Memory(manifest.ranks.parallelism, descriptor)
-    threading.Thread(target=_beat, args=(connection, memory, number), name="seekforge-beat", daemon=True).start()
+    closed = threading.Event()
+    beat = threading.Thread(target=_beat, args=(connection, memory, number, closed), name="seekforge-beat", daemon=True)
+    beat.start()
     collectives = SharedMemory(memory, number, lambda: None)  # who waits in vain is ended by `_beat`
     rank = Rank(folder, manifest, number, collectives, said["threads"])
     connection.sendall(json.dumps({"ready": number, "digest": manifest.digest}).encode() + b"\n")
@@ -83,17 +85,20 @@ def _serve(connection: socket.socket, said: dict[str, Any], descriptor: int) -> 
                 collectives.send(Message(arrays=arrays), source=number, target=0)
         else:
             assert call == "close", call
+            closed.set()
+            beat.join()
             return
 
 
-def _beat(connection: socket.socket, memory: Memory, rank: int) -> None:
-    """Say again and again that this process lives, and end it when rank 0 is lost."""
-    while True:
+def _beat(connection: socket.socket, memory: Memory, rank: int, closed: threading.Event) -> None:
+    """Say again and again that this process lives, and end it when rank 0 is lost before it closed the engine."""
+    while not closed.is_set():
         memory.beat(rank)
         readable, _, _ = select.select([connection], [], [], _BEAT_S)
         if readable and not connection.recv(1):
             time.sleep(_BEAT_S)  # the main thread may be about to end by itself
-            os._exit(1)
+            if not closed.is_set():
+                os._exit(1)
 
 
 def message_of(inputs: StepInputs, outputs: list[str], graph: str) -> Message:
