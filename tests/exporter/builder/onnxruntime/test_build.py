@@ -18,13 +18,14 @@ from seekforge.common.errors import EngineError, OutputError, ProgramError, Targ
 from seekforge.common.files import write_json
 from seekforge.exporter.builder.onnxruntime.build import build, check
 from seekforge.exporter.builder.options import BuildOptions
+from seekforge.exporter.builder.request import check_program
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.engine.verify import verify_files
 from seekforge.formats.numerics import NUMERICS
-from seekforge.formats.program import load_program
+from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import Precision, load_target
 from seekforge.formats.weight_file import WEIGHTS
 
@@ -192,7 +193,7 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 @pytest.mark.parametrize(
     ("free", "precision", "message"),
     [
-        (60_000_000, "f32", r"takes 129\.\d MB at f32, and .* has 60\.0 MB free; pass --precision int4 \(57\.\d MB\)"),
+        (70_000_000, "f32", r"takes 183\.\d MB at f32, and .* has 70\.0 MB free; pass --precision int4 \(65\.\d MB\)"),
         (
             50_000_000,
             "f32",
@@ -257,7 +258,7 @@ def test_an_edited_program_is_refused(tiny_programs: dict[str, Path], tiny_check
         build_cpu(program, tmp_path / "engine", tiny_checkpoint)
 
 
-def test_a_program_that_is_shared_among_ranks_is_refused(
+def test_a_program_that_is_shared_among_ranks_is_refused_for_gpus_and_in_codes(
     tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     program = tmp_path / "program"
@@ -267,8 +268,10 @@ def test_a_program_that_is_shared_among_ranks_is_refused(
         program / "program.json",
         document.model_copy(update={"parallelism": {"tp": 2, "ep": True}}).model_dump(mode="json"),
     )
+    with pytest.raises(TargetError, match=r"engines of several ranks have f32 weights, int8 .* without --tp 2 --ep"):
+        build_cpu(program, tmp_path / "engine", tiny_checkpoint, precision="int8")
     with pytest.raises(ProgramError, match=r"shared among 2 ranks \(--tp 2 --ep\)"):
-        build_cpu(program, tmp_path / "engine", tiny_checkpoint)
+        check_program(load_program(program), load_bindings(program), program)
 
 
 def test_unknown_targets_are_answered_with_the_known_ones() -> None:
