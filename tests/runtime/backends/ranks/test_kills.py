@@ -47,6 +47,7 @@ def _ranks_of(parent: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # fifty starts of four processes
 def test_killing_any_process_at_any_moment_leaves_nothing(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
