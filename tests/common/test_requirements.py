@@ -142,6 +142,21 @@ def test_a_module_is_traced_to_its_package(module: str, package: str) -> None:
     assert install_module("no_such_module") == "" == install_module("seekforge.exporter")
 
 
+def test_advice_is_the_same_in_whatever_order_extras_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel's metadata sorts them, and `dev`, which has everything, comes early."""
+    lines = ["seekforge[export]; extra == 'dev'", "jinja2>=3; extra == 'export'", "torch>=2; extra == 'export'"]
+    lines.append("jinja2>=3; extra == 'templates'")
+
+    def absent(package: str) -> str:
+        raise requirements.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(requirements.metadata, "version", absent)
+    for order in (lines, lines[::-1]):
+        monkeypatch.setattr(requirements, "declared", lambda order=order: parse(order))
+        assert set(re.findall("'(.*?)'", install_module("torch"))) == {"torch>=2", "jinja2>=3"}
+        assert install_module("jinja2.sandbox") == "pip install 'jinja2>=3'"
+
+
 @pytest.mark.parametrize(
     ("package", "version", "said"),
     [

@@ -142,7 +142,9 @@ def install_module(module: str) -> str:
     """Return the command that installs a module and what else its extra lacks, or nothing if no extra has it."""
     head, _, rest = module.partition(".")
     package = _PACKAGE_OF.get(f"{head}.{rest.partition('.')[0]}") or _PACKAGE_OF.get(head) or head
-    for extra, requirements in declared().items():
+    # the smallest extra that has it, in whatever order a wheel's metadata lists them; that of tests has everything
+    known = sorted(declared().items(), key=lambda item: (item[0] == "dev", len(item[1])))
+    for extra, requirements in known:
         alone = [one for one in requirements if canonicalize_name(one.name) == canonicalize_name(package)]
         if alone:
             return command(dict.fromkeys([*alone, *(lacking([extra]) if extra not in ("", "dev") else [])]))
