@@ -110,13 +110,13 @@ def evaluate(
         raise click.UsageError("--add-bos-token is for contexts without --chat, which begins with that token itself")
     if thinking_token_budget is not None and not thinking:
         raise click.UsageError("--thinking-token-budget belongs to --thinking")
-    given = {
+    fields = {
         "thinking_token_budget": thinking_token_budget,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
     }
-    sampling = {name: value for name, value in given.items() if value is not None}
+    sampling = {name: value for name, value in fields.items() if value is not None}
     SamplingParams(**sampling)  # what no engine takes is refused before one is read
     options = TaskOptions(
         tasks=tasks,

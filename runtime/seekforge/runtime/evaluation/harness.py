@@ -122,8 +122,8 @@ def load_tasks(options: TaskOptions) -> Any:
     for name in _reached(wanted, manager.task_index):
         entry = manager.task_index.get(name)
         if entry is not None and entry.cfg is not None:
-            own = name in local.task_index
-            _check(name, entry.cfg, entry.yaml_path if own else None, options, known_metrics=own)
+            is_local = name in local.task_index
+            _check(name, entry.cfg, entry.yaml_path if is_local else None, options, known_metrics=is_local)
     if not options.trust_task_code:
         _sandbox_templates()
     loaded = _blamed(f"tasks {', '.join(wanted)}", lambda: manager.load(list(wanted)))
@@ -196,12 +196,12 @@ def _reached(names: Iterable[str], index: Mapping[str, Any]) -> list[str]:
     return list(reached)
 
 
-def _no_task(options: TaskOptions, names: Sequence[str], own: Sequence[str]) -> RequestError:
+def _no_task(options: TaskOptions, names: Sequence[str], local: Sequence[str]) -> RequestError:
     missing = next(name for name in options.tasks if name not in names and not fnmatch.filter(names, name))
     close = difflib.get_close_matches(missing, names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "--include-path names a folder with task files"
     if options.include_path is not None and not close:
-        hint = f"{options.include_path} has {', '.join(own) or 'no task files that can be read'}"
+        hint = f"{options.include_path} has {', '.join(local) or 'no task files that can be read'}"
     return RequestError(f"no task {missing!r}; {hint}")
 
 
