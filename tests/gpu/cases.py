@@ -229,12 +229,28 @@ def write(tokens: int) -> Real:
     return Real("DsaCacheWrite", f"T={tokens}", statics, make, target)
 
 
+def latent_write(tokens: int) -> Real:
+    """New tokens of a layer without an indexer into shuffled slots."""
+    statics: dict[str, Any] = {"C": 512, "R": 64, "kv_format": "fp8_ds", "kv_fp8": True}
+    attrs = {name: statics[name] for name in ("kv_format", "kv_fp8")}
+
+    def make() -> Case:
+        draw, blocks = Draw(tokens), tokens // 64 + 2
+        cache = torch.zeros(blocks, 64, 656, dtype=torch.int8)
+        rows = [draw.normal(1, tokens, width).bfloat16() for width in (512, 64)]
+        slots = draw.order((blocks - 1) * 64)[:tokens].view(1, tokens) + 64
+        return Case("MlaCacheWrite", "real", (cache, *rows, slots), attrs)
+
+    return Real("MlaCacheWrite", f"T={tokens}", statics, make, "<= 3 us" if tokens <= 256 else "")
+
+
 def real_cases() -> list[Real]:
     """Return the shapes of DeepSeek-V3.2 that have a published anchor, a target or a clear floor."""
     found = [linear(t, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384)) for t in (1, 32, 4096)]
     found += [linear(4096, 7168, 2048)]
     found += [bf16_linear(t, 129280, 7168) for t in (1, 32)] + [bf16_linear(t, 256, 7168) for t in (1, 32, 2048)]
     found += [write(t) for t in (1, 256, 8192)] + [route(t) for t in (1, 256, 8192)]
+    found += [latent_write(t) for t in (1, 256, 8192)]
     found += [indexer(1, 32768), indexer(32, 32768), indexer(1, 131072), indexer(64, 9344), indexer(1, 32768, 512)]
     found += [attention(1, 1), attention(64, 1), attention(128, 2), attention(1, 512)]
     found += [experts(t) for t in (1, 32, 128, 256, 2048)]

@@ -20,7 +20,7 @@ PRODUCT_TOLERANCE: Final = 1e-5
 
 def judge(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[bool, str]:
     """Return whether results are right, and the error in words."""
-    if case.op == "DsaCacheWrite":
+    if case.op in ("DsaCacheWrite", "MlaCacheWrite"):
         first = 1 if got[0].dtype == torch.int8 else 64
         same = all(equal_bits(a[first:], b[first:]) for a, b in zip(got, want, strict=True))
         return same, "bytes equal" if same else "bytes differ"

@@ -36,9 +36,9 @@ def bf16_linear_work(rows: int, n: int, k: int) -> Work:
 
 
 def write_work(tokens: int, *, latent: int, rope: int, index: int, kv_format: str) -> Work:
-    """Latent, rotary key and indexer key in bf16, and a slot, into the caches."""
+    """Latent, rotary key and indexer key (`index` 0: none) in bf16, and a slot, into the caches."""
     if kv_format == "fp8_ds":
-        written = latent_record_bytes(latent, rope) + INDEX_KEY_BYTES
+        written = latent_record_bytes(latent, rope) + (INDEX_KEY_BYTES if index else 0)
     else:
         written = 2 * (latent + rope + index)
     return Work(tokens * (2 * (latent + rope + index) + 8 + written))
@@ -95,6 +95,9 @@ def work_of(case: Case) -> Work:
             return bf16_linear_work(inputs["x"].numel() // bound["K"], bound["N"], bound["K"])
         case "DsaCacheWrite":
             sizes = {"latent": bound["C"], "rope": bound["R"], "index": bound["D"]}
+            return write_work(int((inputs["slot_mapping"] >= 0).sum()), kv_format=case.attrs["kv_format"], **sizes)
+        case "MlaCacheWrite":
+            sizes = {"latent": bound["C"], "rope": bound["R"], "index": 0}
             return write_work(int((inputs["slot_mapping"] >= 0).sum()), kv_format=case.attrs["kv_format"], **sizes)
         case "DsaIndexer":
             key_bytes = INDEX_KEY_BYTES if packed else 2 * bound["D"]

@@ -47,6 +47,15 @@ def _cache_write(case: Case, kv_format: str) -> Case | None:
     return dataclasses.replace(case, inputs=(latent, index, c, k_pe, key, slots), attrs=attrs)
 
 
+def _latent_write(case: Case, kv_format: str) -> Case | None:
+    latent, c, *rest = case.inputs
+    if kv_format == "fp8_ds":
+        if not case.attrs["kv_fp8"]:
+            return None
+        latent = packed_latents(latent, c.shape[-1])
+    return dataclasses.replace(case, inputs=(latent, c, *rest), attrs=case.attrs | {"kv_format": kv_format})
+
+
 def _attention(case: Case, kv_format: str) -> Case | None:
     q, q_pe, cache, table, indices = case.inputs
     if kv_format == "fp8_ds":
@@ -75,6 +84,7 @@ def _indexer(case: Case, kv_format: str) -> Case | None:
 #: op -> a function that gives a case another cache format, or None where that does not exist.
 ATTRS: Final[dict[str, Callable[[Case, str], Case | None]]] = {
     "DsaCacheWrite": _cache_write,
+    "MlaCacheWrite": _latent_write,
     "DsaAttention": _attention,
     "DsaIndexer": _indexer,
 }

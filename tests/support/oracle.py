@@ -44,12 +44,12 @@ def write_dequantized(checkpoint: Path, out: Path) -> Path:
 
 def load_oracle(dequantized: Path) -> Any:
     """Load the FP32 oracle and check that nothing but the MTP layer was left out."""
-    from transformers import DeepseekV32ForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    model, info = DeepseekV32ForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         dequantized, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     prefix = f"model.layers.{model.config.num_hidden_layers}."

@@ -52,6 +52,7 @@ _ROLES: dict[str, Role] = {
     "hidden_in": "token",
     "hidden_states": "token",
     "residual": "token",
+    "topk_indices_in": "token",
 }
 
 

@@ -25,6 +25,10 @@ RESULTS: Final = ("hidden", *ROW_RESULTS)
 DUMPED_RESULTS: Final = ("hidden", "logits")
 #: What one layer hands to the next, and a stage of a model to the next: [B, Q, H] each.
 INTERMEDIATE_TENSORS: Final = ("hidden_states", "residual")
+#: What a layer that chooses keys hands to those that attend to the same: [B, Q, index_topk] int32. A graph that begins
+#: or ends between them has it as an input or an output.
+TOPK_INDICES: Final = "topk_indices"
+TOPK_INDICES_IN, TOPK_INDICES_OUT = f"{TOPK_INDICES}_in", f"{TOPK_INDICES}_out"
 #: Position and slot of a padded place.
 PAD_POSITION, PAD_SLOT = -1, -1
 
@@ -40,7 +44,8 @@ class StepInputs:
         block_table: [B, MB], int32; 0, the scrap block, fills rows up.
         logits_index: [N], int64, N ≥ 1: rows of the flattened B·Q whose logits are wanted.
         hidden_in: [B, Q, H], float32, for the MTP graph; None for the model.
-        intermediate_tensors: what a part of a model takes from the layer before it, by name: [B, Q, H], float32.
+        intermediate_tensors: what a part of a model takes from the layer before it, by name: [B, Q, H], float32,
+            and perhaps which keys were chosen.
     """
 
     input_ids: np.ndarray

@@ -19,7 +19,7 @@ from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.parity_steps import ParitySteps, PlanStep
-from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, MTP
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, MTP, TOPK_INDICES, TOPK_INDICES_IN
 from seekforge.formats.step_runner import CacheReader, run_steps
 from seekforge.runtime.values import is_integer, shown
 
@@ -106,7 +106,7 @@ def write_dump(
         tensors = {
             taken[graph][of_graph]: value
             for of_graph, value in ran.inputs.intermediate_tensors.items()
-            if of_graph in INTERMEDIATE_TENSORS
+            if of_graph in INTERMEDIATE_TENSORS or of_graph == TOPK_INDICES_IN
         }
         tensors |= {kept[graph][of_graph]: value for of_graph, value in ran.tensors.items()}
         if ran.number in last:
@@ -131,7 +131,8 @@ def _kept_outputs(manifest: Manifest, graph: str, taps: Collection[str] | None) 
     """Return the outputs of a graph that are stored -> their names in a dump."""
     outputs = manifest.graphs[graph].outputs
     names = {name: name for name in DUMPED_RESULTS}
-    names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in INTERMEDIATE_TENSORS}
+    handed = (*INTERMEDIATE_TENSORS, TOPK_INDICES)
+    names |= {f"{name}_out": f"{name}.{manifest.layer_range[1]}" for name in handed}
     names |= {spec.name: spec.name for spec in outputs if spec.role in ("tap", "debug")}
     is_tap = {spec.name: spec.role in ("tap", "debug") for spec in outputs}
     return {
@@ -150,10 +151,11 @@ def _taken_inputs(manifest: Manifest, graph: str, inputs: Dump | None) -> dict[s
     names: dict[str, str] = {}
     for spec in manifest.graphs[graph].inputs:
         kind, _, layer = spec.name.partition(".")
-        if spec.name in INTERMEDIATE_TENSORS:
-            names[spec.name] = f"{spec.name}.{manifest.layer_range[0]}"
-        elif kind.removesuffix("_in") in INTERMEDIATE_TENSORS:
-            names[spec.name] = f"{kind.removesuffix('_in')}.{layer}"
+        point = kind.removesuffix("_in")
+        if spec.name in INTERMEDIATE_TENSORS or spec.name == TOPK_INDICES_IN:
+            names[spec.name] = f"{point}.{manifest.layer_range[0]}"
+        elif point in INTERMEDIATE_TENSORS or (point == TOPK_INDICES and kind != point):
+            names[spec.name] = f"{point}.{layer}"
     if names and inputs is None:
         raise EngineError(
             f"the engine holds layers {manifest.layer_range[0]} to {manifest.layer_range[1] - 1} only: pass --inputs, "

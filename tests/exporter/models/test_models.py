@@ -25,7 +25,10 @@ def test_a_family_bears_the_name_that_it_is_found_by(model_type: str) -> None:
     assert load_family(model_type).model_type == model_type
 
 
-@pytest.mark.parametrize(("model_type", "op"), [("deepseek_v32", "DsaAttention"), ("deepseek_v3", "MlaAttention")])
+@pytest.mark.parametrize(
+    ("model_type", "op"),
+    [("deepseek_v32", "DsaAttention"), ("deepseek_v3", "MlaAttention"), ("glm_moe_dsa", "DsaAttention")],
+)
 def test_caches_have_the_formats_that_the_attention_takes(model_type: str, op: str) -> None:
     taken = next(attr.values for attr in OPERATORS[op].spec.attrs if attr.name == "kv_format")
     assert taken is not None
@@ -66,12 +69,15 @@ def test_the_matrices_of_one_expert_stand_together_in_a_checkpoint() -> None:
     ]
 
 
-@pytest.mark.parametrize("is_moe", [False, True])
-def test_parameters_are_made_of_tensors_that_the_checkpoint_has(is_moe: bool) -> None:
-    config = load_preset("tiny").config
+@pytest.mark.parametrize(
+    ("preset", "layer"), [("tiny", 0), ("tiny", 1), ("tiny-v3", 1), ("glm5-tiny", 1), ("glm5-tiny", 2)]
+)
+def test_parameters_are_made_of_tensors_that_the_checkpoint_has(preset: str, layer: int) -> None:
+    config = load_preset(preset).config
     family = family_of(config)
-    tensors = family.layer_tensors(config, 1 if is_moe else 0)
-    used = {name.removesuffix(".weight") for row in family.layer_parameters(is_moe) for name in row.tensors}
+    tensors = family.layer_tensors(config, layer)
+    rows = family.layer_parameters(config.layer_kind(layer))
+    used = {name.removesuffix(".weight") for row in rows for name in row.tensors}
     assert used == {tensor.module for tensor in tensors}
 
 

@@ -26,7 +26,7 @@ from tests.support.parity_faults import (
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
-from seekforge.exporter.models.deepseek_v32 import attention
+from seekforge.exporter.models.deepseek_v32.attention import Attention
 from seekforge.exporter.models.shared.layers import rope_interleaved
 from seekforge.exporter.models.shared.model import StepModel
 from seekforge.exporter.models.shared.settings import Settings
@@ -277,11 +277,11 @@ def test_a_swapped_rope_layout_is_named_as_the_indexer_of_its_layer(
 
     with monkeypatch.context() as patch:
         patch.setattr(StepModel, "__init__", init)
-        patch.setattr(tracing, "layers_to_trace", lambda config, layer_range: tuple(range(*layer_range)))
+        patch.setattr(tracing, "groups_to_trace", lambda config, layer_range: tuple((i,) for i in range(*layer_range)))
         # the engine is right by its own model: the self-check at build compares it with the bent one
         export(checkpoint, tmp_path / "program", numerics=EXACT)
         engine = build_engine(tmp_path / "program", checkpoint, tmp_path / "engine")
-    assert attention.rope_half_split is not rope_interleaved
+    assert Attention.index_rope is not rope_interleaved
     config = ModelConfig.load(checkpoint)
 
     def first(result: Result) -> tuple[int, str]:

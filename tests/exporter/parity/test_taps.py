@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
-from seekforge.exporter.models.deepseek_v32.taps import ATTENTION
+from seekforge.exporter.models.shared.sparse.taps import ATTENTION
 from seekforge.exporter.models.shared.taps import DENSE, MOE
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
 from seekforge.exporter.program.taps import layer_points, point_width

@@ -101,8 +101,8 @@ def test_more_experts_are_read_by_more_tokens() -> None:
 
 def test_cache_reads(full: ModelConfig) -> None:
     """Spec §9.2: 132·L + 2048·656 bytes per layer; a context within index_topk needs no scores."""
-    assert cache_read_bytes(full, "fp8_ds", 131072) == 132 * 131072 + 2048 * 656
-    assert cache_read_bytes(full, "fp8_ds", 1000) == 1000 * 656
+    assert cache_read_bytes(full, "fp8_ds", 131072, [0]) == 132 * 131072 + 2048 * 656
+    assert cache_read_bytes(full, "fp8_ds", 1000, [0]) == 1000 * 656
 
 
 def test_decode_is_bounded_by_what_it_reads(full: ModelConfig) -> None:
@@ -158,7 +158,7 @@ def test_the_mtp_module_and_its_head_are_charged(full: ModelConfig) -> None:
     module = sum(rank_weight_bytes(m, layout, "fp8") for m in matrices if m.sharding != "experts")
     experts = sum(rank_weight_bytes(m, layout, "fp8") for m in matrices if m.sharding == "experts")
     head = 129_280 * 7168 * 2
-    more = module + experts * experts_hit(256, 8, 2) / 256 + head + cache_read_bytes(full, "fp8_ds", 8192)
+    more = module + experts * experts_hit(256, 8, 2) / 256 + head + cache_read_bytes(full, "fp8_ds", 8192, [0])
     assert (steps[1] - steps[0]) * 1e-3 * 4.8e12 == pytest.approx(more, rel=1e-6)
 
 

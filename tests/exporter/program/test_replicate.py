@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import onnx
 import pytest
 
@@ -9,7 +11,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.canonical_names import AFTER, BEFORE, canonicalise, renumber, segments
-from seekforge.exporter.program.replicate import layers_to_trace, stamp
+from seekforge.exporter.program.replicate import groups_to_trace, stamp
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import EXACT, FP8
@@ -38,6 +40,11 @@ def _assert_same(config: ModelConfig, layer_range: tuple[int, int], *, exact: bo
     assert stamped.recipes == traced.recipes and stamped.output_names == traced.output_names
 
 
+def layers_to_trace(config: ModelConfig, layer_range: tuple[int, int]) -> tuple[int, ...]:
+    """Return the traced layers of all groups."""
+    return tuple(itertools.chain.from_iterable(groups_to_trace(config, layer_range)))
+
+
 def test_a_stamped_model_is_the_traced_one() -> None:
     config = _config(5, 1)
     assert layers_to_trace(config, (0, 5)) == (0, 1, 2, 4)
@@ -62,6 +69,35 @@ def test_any_range_and_kind_is_stamped_as_traced(
     config = _config(num_layers, num_dense)
     assert layers_to_trace(config, layer_range) == traced
     _assert_same(config, layer_range, exact=exact)
+
+
+def _sharing(types: str) -> ModelConfig:
+    raw = load_preset("glm5-tiny").config_json
+    words = ["full" if one == "F" else "shared" for one in types]
+    return ModelConfig.parse(raw | {"num_hidden_layers": len(types), "indexer_types": words}, "test")
+
+
+def test_layers_that_alternate_are_stamped_in_groups() -> None:
+    config = _sharing("FFSSFSSFSSFSS")
+    assert groups_to_trace(config, (0, 13)) == ((0,), (1, 2, 3), (4, 5, 6), (10, 11, 12))
+    assert groups_to_trace(load_preset("glm5-full").config, (0, 78)) == (
+        (0,), (1,), (2,), (3, 4, 5, 6), (7, 8, 9, 10), (75,), (76,), (77,),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("types", "layer_range"),
+    [
+        ("FFSSFSSFSSFSS", (0, 13)),  # groups to the end
+        ("FFSSFSSFSSFS", (0, 12)),  # a part of a group behind them
+        ("FFSSFSSFSSFSS", (2, 12)),  # begins with a layer that shares, and ends before one
+    ],
+)
+def test_groups_are_stamped_as_traced(types: str, layer_range: tuple[int, int]) -> None:
+    config = _sharing(types)
+    assert len(layers_to_trace(config, layer_range)) < layer_range[1] - layer_range[0]
+    _assert_same(config, layer_range)
 
 
 def test_the_full_model_needs_six_traced_layers() -> None:
@@ -117,7 +153,7 @@ def test_nodes_belong_to_the_last_layer_they_depend_on() -> None:
 def test_a_chain_is_stamped_to_any_length(num_layers: int) -> None:
     whole = _chain(num_layers)
     part = _renumber_last(_chain(4), 3, num_layers - 1)
-    traced = (0, 1, 2, num_layers - 1)
+    traced = ((0,), (1,), (2,), (num_layers - 1,))
     result = stamp(part, traced, range(num_layers), inputs=whole.graph.input, outputs=["hidden"])
     weights = [f"layers.{i}.w" for i in range(num_layers)]
     canonicalise(result, weights)
@@ -137,10 +173,10 @@ def _renumber_last(model: onnx.ModelProto, last: int, number: int) -> onnx.Model
 def test_unequal_neighbors_are_not_stamped() -> None:
     part = _renumber_last(_chain(4, last_op="Sub"), 3, 5)
     with pytest.raises(ProgramError, match="layers 1 and 2 differ in 'b1' and 'b2'"):
-        stamp(part, (0, 1, 2, 5), range(6), inputs=part.graph.input, outputs=["hidden"])
+        stamp(part, ((0,), (1,), (2,), (5,)), range(6), inputs=part.graph.input, outputs=["hidden"])
 
 
 def test_an_output_that_no_layer_gives_is_an_error() -> None:
     part = _renumber_last(_chain(4), 3, 5)
     with pytest.raises(ProgramError, match=r"topk_indices\.3"):
-        stamp(part, (0, 1, 2, 5), range(6), inputs=part.graph.input, outputs=["hidden", "topk_indices.3"])
+        stamp(part, ((0,), (1,), (2,), (5,)), range(6), inputs=part.graph.input, outputs=["hidden", "topk_indices.3"])

@@ -78,13 +78,13 @@ def test_a_product_with_f32_results_reads_two_bytes_a_weight(full: ModelConfig) 
     [("fp8_ds", 61, 48_068), ("fp8_ds", 62, 48_856), ("fp8_ds", 1, 788), ("bf16", 1, 1408), ("f32", 1, 2816)],
 )
 def test_cache_bytes_per_token(full: ModelConfig, kv_format, layers: int, per_token: int) -> None:
-    assert cache_bytes_per_token(full, kv_format, num_layers=layers) == per_token
+    assert cache_bytes_per_token(full, kv_format, layers=range(layers)) == per_token
 
 
 @pytest.mark.parametrize(("context", "layers", "gib"), [(131072, 61, 5.868), (131072, 62, 5.964), (163840, 61, 7.335)])
 def test_cache_of_one_long_sequence(full: ModelConfig, context: int, layers: int, gib: float) -> None:
     scrap = 64 * 788 * layers
-    found = cache_bytes(full, "fp8_ds", context=context, batch=1, num_layers=layers) - scrap
+    found = cache_bytes(full, "fp8_ds", context=context, batch=1, layers=range(layers)) - scrap
     assert found / GIB == pytest.approx(gib, abs=0.0006)
 
 

@@ -51,7 +51,7 @@ def test_every_missing_key_is_named(raw: dict[str, Any], key: str) -> None:
         ("rope_scaling", {"type": "linear"}, "rope_scaling.type"),
         ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, expected at most 1000"),
         ("n_routed_experts", 10**9, "n_routed_experts is 1000000000 in each of 4 layers, expected at"),
-        ("eos_token_id", [1, 2], r"eos_token_id is \[1, 2\], expected one number; several ends belong into"),
+        ("eos_token_id", [1, "2"], "eos_token_id.1' is '2', expected a whole number"),
         ("indexer_rope_interleave", True, "indexer_rope_interleave is true"),
         ("index_topk_freq", 4, "index_topk_freq is 4"),
         ("model_type", "deepseek_v2", "model_type is 'deepseek_v2', expected 'deepseek_v32' or 'deepseek_v3'"),

@@ -51,6 +51,9 @@ def shapes_of(op: str, fixed: dict[str, Any], sizes: Sizes) -> tuple[Shapes, dic
             form, quant = f["kv_format"], f["kv_format"] == "fp8_ds"
             attrs = {"kv_format": form, "index_format": form, "kv_fp8": quant, "indexer_fp8": quant}
             return [(64, 576), (64, 128), (b, q, 512), (b, q, 64), (b, q, 128), (b, q)], attrs
+        case "MlaCacheWrite":
+            attrs = {"kv_format": f["kv_format"], "kv_fp8": f["kv_format"] == "fp8_ds"}
+            return [(64, 576), (b, q, 512), (b, q, 64), (b, q)], attrs
         case _:
             return [(b * q, 64), (64,)], {"n_group": 8, "topk_group": 4, "top_k": 8, "norm": True, "scale": 2.5}
 
@@ -94,6 +97,7 @@ FIXED = {
         }
     ),
     "DsaCacheWrite": st.fixed_dictionaries({"kv_format": _FORMATS}),
+    "MlaCacheWrite": st.fixed_dictionaries({"kv_format": _FORMATS}),
     "MoeRoute": st.just({}),
 }
 

@@ -35,6 +35,9 @@ def described(op: str, how: Specialization) -> tuple[dict[str, Any], list[Type],
             new: list[Type] = [(act, ["B", "Q", n]) for n in (512, 64, 128)]
             attrs = {"kv_format": kv, "index_format": kv, "kv_fp8": True, "indexer_fp8": True}
             return attrs, [latent, index, *new, ("i64", ["B", "Q"])], [latent, index]
+        case "MlaCacheWrite":
+            new = [(act, ["B", "Q", n]) for n in (512, 64)]
+            return {"kv_format": kv, "kv_fp8": True}, [latent, *new, ("i64", ["B", "Q"])], [latent]
         case "DsaIndexer":
             q: list[Type] = [(act, ["B", "Q", 64, 128]), ("f32", ["B", "Q", 64])]
             attrs = {"index_topk": 2048, "indexer_fp8": True, "index_format": kv}
@@ -93,7 +96,10 @@ def build(model: onnx.ModelProto, inputs: dict[str, list[int | str]], targets: l
     return plan.nbytes
 
 
-OPS = ["BlockFp8Linear", "Bf16Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MoeRoute", "MoeExperts"]
+OPS = [
+    "BlockFp8Linear", "Bf16Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MlaCacheWrite", "MoeRoute",
+    "MoeExperts",
+]  # fmt: skip
 #: MoeExperts has no float8 body: TensorRT takes no float8 in a loop.
 FORMS = [(op, storage) for op in OPS for storage in ("int8", "float8") if (op, storage) != ("MoeExperts", "float8")]
 TYPES = [("f32", "f32"), ("f32", "bf16"), ("bf16", "bf16")]

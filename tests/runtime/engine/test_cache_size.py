@@ -113,10 +113,10 @@ def test_the_planner_and_the_manifest_agree_on_blocks(tiny_engines: dict[str, Pa
     engine = Engine.open(next(iter(tiny_engines.values())))
     manifest = engine.manifest
     config = ModelConfig.parse(manifest.config, "the engine's config")
-    layers = len(manifest.cache.layers) + (manifest.cache.mtp_layer is not None)
+    layers = [*manifest.cache.layers, *([] if manifest.cache.mtp_layer is None else [manifest.cache.mtp_layer])]
     for context, batch in ((1, 1), (64, 3), (1000, 2)):
         assert engine.cache_bytes(context, batch) == cache_bytes(
-            config, manifest.cache.kv_format, context=context, batch=batch, num_layers=layers
+            config, manifest.cache.kv_format, context=context, batch=batch, layers=layers
         )
 
 

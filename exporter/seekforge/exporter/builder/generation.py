@@ -39,7 +39,7 @@ class Generation:
 
     Attributes:
         defaults: sampling parameters that the checkpoint recommends.
-        eos_token_id: what ends a request: config.json's, or that and others, which follow it.
+        eos_token_id: what ends a request: config.json's, and what this file has beside them.
     """
 
     defaults: dict[str, float]
@@ -71,7 +71,8 @@ def read_generation(folder: Path, config: ModelConfig) -> Generation:
     else:
         kept = defaults.get("repetition_penalty")
         defaults = {"temperature": 0.0} | ({} if kept is None else {"repetition_penalty": kept})
-    ends = tuple(dict.fromkeys((config.eos_token_id, *_ends(path, raw, config.vocab_size))))
+    own = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    ends = tuple(dict.fromkeys((*own, *_ends(path, raw, config.vocab_size))))
     return Generation(defaults, ends[0] if len(ends) == 1 else ends)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from seekforge.formats.checkpoint.model_config import ModelConfig
 
 #: `model_type` -> the folder of its family, which exports `FAMILY`.
-FAMILIES: Final = {"deepseek_v32": "deepseek_v32", "deepseek_v3": "deepseek_v3"}
+FAMILIES: Final = {"deepseek_v32": "deepseek_v32", "deepseek_v3": "deepseek_v3", "glm_moe_dsa": "glm_moe_dsa"}
 
 
 def family_of(config: ModelConfig) -> Family:

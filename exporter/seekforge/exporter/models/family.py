@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
 from seekforge.exporter.models.parameters import Parameter, Tensor
-from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Family:
         package: dotted name of the folder. `models.weights`, for instance, is `weights` of it: see `module`.
         layer_tensors: tensors of a layer in a checkpoint's order, those of the MTP layer included.
         end_tensors: tensors before the first layer, and those behind the last one.
-        layer_parameters: parameters of a layer of a program, with a mixture of experts or without.
+        layer_parameters: parameters of a layer of a program, by its kind.
         end_parameters: parameters outside layers.
         mtp_parameters: what the MTP module has outside its layer, instead of parameters of that name outside layers.
         codes: kind of weight -> the smallest codes that an int4 engine stores it in, or f32.
         places: what nodes are named after beside modules -> the same in words.
-        caches: kind of paged cache of a layer -> values that one token has in it.
+        caches: (model, layer) -> kind of paged cache -> values that one token has in it.
         kv_formats: formats of the caches that engines for GPUs can have, the default first.
         taps: where in a layer parity looks.
     """
@@ -59,12 +60,12 @@ class Family:
     package: str
     layer_tensors: Callable[[ModelConfig, int], tuple[Tensor, ...]]
     end_tensors: Callable[[ModelConfig], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
-    layer_parameters: Callable[[bool], tuple[Parameter, ...]]
+    layer_parameters: Callable[[LayerKind], tuple[Parameter, ...]]
     end_parameters: Callable[[], tuple[Parameter, ...]]
     mtp_parameters: Callable[[], tuple[Parameter, ...]]
     codes: Mapping[str, str]
     places: Mapping[str, str]
-    caches: Callable[[ModelConfig], dict[str, int]]
+    caches: Callable[[ModelConfig, int], dict[str, int]]
     kv_formats: tuple[Literal["fp8_ds", "bf16"], ...]
     taps: Taps
 
@@ -95,6 +96,7 @@ class Family:
 
     def words(self) -> dict[str, str]:
         """Return module, below its layer or outside layers -> what it is, for messages."""
-        layers = (*self.layer_parameters(False), *self.layer_parameters(True))
+        kinds = [LayerKind(*kind) for kind in itertools.product((False, True), repeat=2)]
+        layers = [row for kind in kinds for row in self.layer_parameters(kind)]
         named = {row.module: row.does for row in (*layers, *self.end_parameters(), *self.mtp_parameters())}
         return named | dict(self.places)

@@ -49,7 +49,7 @@ def _fault(config: ModelConfig, tp: int, ep: bool) -> str | None:
 def _divided(config: ModelConfig) -> Iterator[Tensor]:
     """Yield the tensors that ranks divide: of the ends, and of a layer of each kind."""
     family = family_of(config)
-    kinds = {config.is_moe_layer(layer): layer for layer in range(config.num_hidden_layers)}
+    kinds = {config.layer_kind(layer): layer for layer in range(config.num_hidden_layers)}
     layers = [family.layer_tensors(config, layer) for layer in kinds.values()]
     for tensors in (*family.end_tensors(config), *layers):
         yield from (tensor for tensor in tensors if tensor.sharding != "none")

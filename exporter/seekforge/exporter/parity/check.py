@@ -21,7 +21,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import CHECKPOINT, Dump, Side
 from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.parity_steps import ParitySteps
-from seekforge.formats.step_io import INTERMEDIATE_TENSORS
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, TOPK_INDICES
 
 #: The perturbed run, and what it is to be compared with where that is not the reference.
 Noise = Dump | tuple[Dump, Dump]
@@ -213,7 +213,8 @@ def _before(walker: Walker, plan: ParitySteps, layer: int, work: Path) -> Dump |
     if layer == 0:
         return None
     work.mkdir(exist_ok=True)
-    walker.run(plan, work, layers=(0, layer), kinds=(REFERENCE,), points=INTERMEDIATE_TENSORS, kept_layers=(layer,))
+    points = (*INTERMEDIATE_TENSORS, TOPK_INDICES)
+    walker.run(plan, work, layers=(0, layer), kinds=(REFERENCE,), points=points, kept_layers=(layer,))
     return Dump.open(work / REFERENCE)
 
 
@@ -249,6 +250,8 @@ def _bisect(
         walker.progress(f"layers {start}-{stop - 1} from the engine's own input")
         taps = [f"{point}.{layer}" for layer in (start, stop) for point in INTERMEDIATE_TENSORS]
         taps = [tap for tap in taps if tap in engine.taps]
+        if walker.settings.config.shares_indices(start):
+            taps.append(f"{TOPK_INDICES}.{walker.settings.config.index_source(start)}")
         judged = engine.dump(plan, probe / "judged", taps, selections=False, inputs=stage_input)
         walker.run(plan, probe, layers=(start, stop), subject=judged, points=INTERMEDIATE_TENSORS, kept_layers=(stop,))
         return segment_is_bad(judged, Dump.open(probe / REFERENCE), Dump.open(probe / NOISE), stop)
@@ -269,7 +272,8 @@ def _bisect(
         if engine.opens and stage_input is None and shown[0] == 0:
             walker.progress(f"layer {layer} on PyTorch's input")
             reference = Dump.open(work / REFERENCE)
-            if layer > 0 and not reference.has(0, *(f"{point}.{layer}" for point in INTERMEDIATE_TENSORS)):
+            needed = [*INTERMEDIATE_TENSORS, *([TOPK_INDICES] if walker.settings.config.shares_indices(layer) else [])]
+            if layer > 0 and not reference.has(0, *(f"{point}.{layer}" for point in needed)):
                 reference = _before(walker, plan, layer, probe) or reference
             fed = [look_inside(engine, walker, reference, layer, work / "fed")]
         return records, fed

@@ -20,6 +20,7 @@ from seekforge.exporter.planner.question import Question
 from seekforge.exporter.sizing.matrices import (
     Precision,
     active_parameters,
+    all_layers,
     checkpoint_bytes,
     num_parameters,
     weight_bytes,
@@ -145,7 +146,7 @@ def plan(
         active_parameters=active_parameters(config),
         checkpoint_bytes=checkpoint_bytes(config),
         weight_bytes={one: weight_bytes(config, mtp=mtp, precision=one) for one in ("fp8", "bf16")},
-        cache_bytes_per_token=cache_bytes_per_token(config, kv_format, num_layers=config.num_hidden_layers + mtp),
+        cache_bytes_per_token=cache_bytes_per_token(config, kv_format, layers=all_layers(config, mtp=mtp)),
     )
     return PlanResult(config, size, tuple(rows), kv_format, mtp)
 

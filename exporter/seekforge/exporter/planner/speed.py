@@ -8,7 +8,7 @@ and every drafted token to be accepted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, replace
 
 from seekforge.exporter.planner.question import Question
@@ -20,10 +20,10 @@ from seekforge.exporter.sizing.flops import (
     prefill_attention_flops,
     seen_keys,
 )
-from seekforge.exporter.sizing.matrices import Matrix, Precision, end_matrices, layer_matrices
-from seekforge.exporter.sizing.memory import KvFormat, Workload, cache_bytes_per_token
+from seekforge.exporter.sizing.matrices import Matrix, Precision, end_matrices, layer_matrices, num_indexers
+from seekforge.exporter.sizing.memory import KvFormat, Workload, cache_row_bytes
 from seekforge.exporter.sizing.stages import rank_share, rank_weight_bytes, stages
-from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import FP8_SM, TargetConfig
 
@@ -102,12 +102,12 @@ class _Stage:
     """One pipeline stage: the main model's layers in it, and the MTP module behind the last one.
 
     Attributes:
-        num_layers: how many layers of the main model it has.
+        layers: the layers of the main model that it has.
         weights: those of these layers, with the head where it is.
         draft: weights of the MTP module, which uses the head once more; None elsewhere.
     """
 
-    num_layers: int
+    layers: range
     weights: _Weights
     draft: _Weights | None
 
@@ -125,18 +125,19 @@ class _Machine:
     def _stage(self, layers: range, *, is_last: bool) -> _Stage:
         config, parallelism, precision = self.config, self.parallelism, self.question.precision
         weights = _Weights()
-        for is_moe in (False, True):
-            alike = [layer for layer in layers if config.is_moe_layer(layer) == is_moe]
-            if alike:
-                weights += _layer_weights(config, alike[0], parallelism, precision) * len(alike)  # pyright: ignore[reportArgumentType] - hashable
+        alike: dict[LayerKind, list[int]] = {}
+        for layer in layers:
+            alike.setdefault(config.layer_kind(layer), []).append(layer)
+        for same in alike.values():
+            weights += _layer_weights(config, same[0], parallelism, precision) * len(same)  # pyright: ignore[reportArgumentType] - hashable
         if not is_last:
-            return _Stage(len(layers), weights, None)
+            return _Stage(layers, weights, None)
         head = _sum_weights(config, end_matrices(config)[1], parallelism, precision)
         draft = None
         if self.question.mtp and config.mtp_layer is not None:
             draft = _layer_weights(config, config.mtp_layer, parallelism, precision)  # pyright: ignore[reportArgumentType]
             draft += _Weights(head_bytes=head.head_bytes, head=head.head)
-        return _Stage(len(layers), weights + head, draft)
+        return _Stage(layers, weights + head, draft)
 
     def read_bytes(self, weights: _Weights, num_tokens: float) -> float:
         """Bytes that a step of `num_tokens` tokens reads of the weights but the head."""
@@ -199,20 +200,21 @@ def _decode_s(machine: _Machine, stage: _Stage, work: Workload, batch: int) -> t
     """
     config, drafts = machine.config, work.draft_tokens
     queries = 1 + drafts
-    cached = cache_read_bytes(config, machine.question.kv_format, work.context)
-    core = _attention_flops(config, work.context)
+    kv_format, context = machine.question.kv_format, work.context
     rows = batch * queries
     read = machine.read_bytes(stage.weights, rows) + stage.weights.head_bytes
-    read += batch * stage.num_layers * cached
+    read += batch * cache_read_bytes(config, kv_format, context, stage.layers)
     flops = machine.products(stage.weights, tokens=rows, heads=rows)
-    flops += machine.attention(core) * (stage.num_layers * rows)
+    flops += machine.attention(_attention_flops(config, context, stage.layers)) * rows
     if stage.draft is not None and drafts:
+        module = _draft_layers(config)
+        cached = cache_read_bytes(config, kv_format, context, module)
         read += machine.read_bytes(stage.draft, rows)
         read += (drafts - 1) * machine.read_bytes(stage.draft, batch)
         read += drafts * (stage.draft.head_bytes + batch * cached)
         seen = batch * (queries + drafts - 1)
         flops += machine.products(stage.draft, tokens=seen, heads=batch * drafts)
-        flops += machine.attention(core) * seen
+        flops += machine.attention(_attention_flops(config, context, module)) * seen
     return read / machine.bandwidth, machine.seconds(flops)
 
 
@@ -224,13 +226,14 @@ def _prefill_s(machine: _Machine, stage: _Stage, prompt: int, steps: float) -> f
         prompt: tokens.
         steps: number of steps in which its weights are read; less than one when prompts share a step.
     """
-    whole = _prefill_attention_flops(machine.config, prompt)
-    modules = [(stage.weights, stage.num_layers)] + ([(stage.draft, 1)] if stage.draft is not None else [])
+    modules: list[tuple[_Weights, Collection[int]]] = [(stage.weights, stage.layers)]
+    if stage.draft is not None:
+        modules.append((stage.draft, _draft_layers(machine.config)))
     read, flops = 0.0, Flops()
-    for weights, num_layers in modules:
+    for weights, layers in modules:
         read += steps * machine.read_bytes(weights, prompt / steps) + min(steps, 1) * weights.head_bytes
         flops += machine.products(weights, tokens=prompt, heads=1)
-        flops += machine.attention(whole) * num_layers
+        flops += machine.attention(_prefill_attention_flops(machine.config, prompt, layers))
     return max(read / machine.bandwidth, machine.seconds(flops))
 
 
@@ -255,17 +258,22 @@ def _sum_weights(
     return total
 
 
-def _attention_flops(config: ModelConfig, context: int) -> Flops:
-    """Of one token in one layer; a context that is selected whole needs no scores."""
-    flops = attention_flops(config, context, num_layers=1)
+def _draft_layers(config: ModelConfig) -> tuple[int, ...]:
+    """Return the layer of the MTP module."""
+    return () if config.mtp_layer is None else (config.mtp_layer,)
+
+
+def _attention_flops(config: ModelConfig, context: int, layers: Collection[int]) -> Flops:
+    """Of one token in some layers; a context that is selected whole needs no scores."""
+    flops = attention_flops(config, context, layers=layers)
     return flops if context > config.index_topk else Flops(bf16=flops.bf16)
 
 
-def _prefill_attention_flops(config: ModelConfig, prompt: int) -> Flops:
-    """Of a prompt in one layer, without the scores of tokens that see no more keys than are selected."""
+def _prefill_attention_flops(config: ModelConfig, prompt: int, layers: Collection[int]) -> Flops:
+    """Of a prompt in some layers, without the scores of tokens that see no more keys than are selected."""
     near = seen_keys(config, prompt)
-    unneeded = indexer_flops(config, near * (near + 1) / 2)
-    flops = prefill_attention_flops(config, prompt, num_layers=1)
+    unneeded = num_indexers(config, layers) * indexer_flops(config, near * (near + 1) / 2)
+    flops = prefill_attention_flops(config, prompt, layers=layers)
     return Flops(fp8=flops.fp8 - unneeded, bf16=flops.bf16)
 
 
@@ -278,16 +286,11 @@ def seconds(work: Flops, target: TargetConfig, precision: Precision) -> float:
     return work.fp8 / (fp8_rate * 1e12) + work.bf16 / (target.gpu.bf16_tflops * 1e12)
 
 
-def cache_read_bytes(config: ModelConfig, kv_format: KvFormat, context: int) -> int:
-    """Bytes that one decoded token reads of one layer's cache: every indexer key, and the selected latents."""
-    both = cache_bytes_per_token(config, kv_format, num_layers=1)
-    index = (
-        (config.index_head_dim + 4 if config.index_head_dim else 0)
-        if kv_format == "fp8_ds"
-        else both * config.index_head_dim // (config.index_head_dim + config.latent_dim)
-    )
+def cache_read_bytes(config: ModelConfig, kv_format: KvFormat, context: int, layers: Collection[int]) -> int:
+    """Bytes that one decoded token reads of some layers' caches: every indexer key, and the selected latents."""
+    latent, index = cache_row_bytes(config, kv_format)
     scored = context if context > config.index_topk else 0  # a short context needs no scores
-    return index * scored + (both - index) * int(seen_keys(config, context))
+    return num_indexers(config, layers) * index * scored + len(layers) * latent * int(seen_keys(config, context))
 
 
 def experts_hit(num_experts: int, per_token: int, num_tokens: float) -> float:

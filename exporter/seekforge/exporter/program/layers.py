@@ -57,12 +57,15 @@ def truncate(config: ModelConfig, num_layers: int) -> ModelConfig:
         raise ConfigError(f"--num-layers is {num_layers}, expected 1 to {config.num_hidden_layers}, the model's layers")
     if num_layers == config.num_hidden_layers:
         return config
+    whole = config.model_dump(mode="json")
     changed = {
         "num_hidden_layers": num_layers,
         "num_nextn_predict_layers": 0,
         "first_k_dense_replace": min(config.first_k_dense_replace, num_layers),
     }
-    return ModelConfig.parse(config.model_dump(mode="json") | changed, f"the first {num_layers} layers of the model")
+    if "indexer_types" in whole:
+        changed["indexer_types"] = whole["indexer_types"][:num_layers]
+    return ModelConfig.parse(whole | changed, f"the first {num_layers} layers of the model")
 
 
 def outside(

@@ -83,18 +83,23 @@ class _Whole:
         renamed = {name: f"{INTERMEDIATE}.{self._handed[name]}" for name in arrives}
         renamed |= {name: f"{INTERMEDIATE}_out.{self._handed[name]}" for name in leaves}
         graph = onnx.GraphProto(name=self._model.graph.name)
+        shown = [name for name in leaves if name in self._outputs]  # such as the keys that a later layer takes too
+        copies = {name: renamed.pop(name) for name in shown}
         for node in nodes:
             copy = graph.node.add()
             copy.CopyFrom(node)
             copy.input[:] = [renamed.get(name, name) for name in node.input]
             copy.output[:] = [renamed.get(name, name) for name in node.output]
+        for name, copied in copies.items():
+            graph.node.append(onnx.helper.make_node("Identity", [name], [copied], f"{copied}/Identity"))
+        renamed |= copies
         graph.input.extend(value for name, value in self._inputs.items() if name in read)
         graph.input.extend(self._value(name, renamed[name]) for name in arrives)
         results = produced.intersection(self._outputs)
         graph.output.extend(value for name, value in self._outputs.items() if name in results)
         graph.output.extend(self._value(name, renamed[name]) for name in leaves)
         graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
-        inner = [name for name in made if name not in renamed and name not in results]
+        inner = [name for name in made if name not in renamed and name not in results]  # others are inputs, outputs
         graph.value_info.extend(self._infos[name] for name in inner if name in self._infos)
         model = self._model
         return onnx.ModelProto(

@@ -32,10 +32,10 @@ from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.weights import recipes
 from seekforge.exporter.program.canonical_names import canonicalise
 from seekforge.exporter.program.lower import lower
-from seekforge.exporter.program.replicate import layers_to_trace, stamp
+from seekforge.exporter.program.replicate import groups_to_trace, stamp
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import role_of
-from seekforge.formats.step_io import INTERMEDIATE_TENSORS
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, TOPK_INDICES_IN
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
@@ -85,21 +85,21 @@ def step_inputs(model: StepModel | MtpModel) -> list[_Input]:
     astray by a missing argument. `trace` takes it out of the graph.
     """
     config, dtype = model.settings.config, model.settings.dtype
-    tokens = [
-        _Input(name, torch.int64, ("B", "Q"))
-        if name == "input_ids"
-        else _Input(name, dtype, ("B", "Q", config.hidden_size))
-        for name in model.token_names()
-    ]
+    known = {
+        "input_ids": _Input("input_ids", torch.int64, ("B", "Q")),
+        TOPK_INDICES_IN: _Input(TOPK_INDICES_IN, torch.int32, ("B", "Q", config.index_topk)),
+    }
+    tokens = [known.get(name, _Input(name, dtype, ("B", "Q", config.hidden_size))) for name in model.token_names()]
     bookkeeping = [
         _Input("positions", torch.int64, ("B", "Q")),
         _Input("slot_mapping", torch.int64, ("B", "Q")),
         _Input("block_table", torch.int32, ("B", "MB")),
         _Input("logits_index", torch.int64, ("N",)),
     ]
-    sizes = family_of(config).caches(config)
     caches = [
-        _Input(f"{kind}.{layer}", dtype, ("NS", size)) for kind, size in sizes.items() for layer in model.layer_numbers
+        _Input(f"{kind}.{layer}", dtype, ("NS", size))
+        for kind in model.cache_kinds()
+        for layer, size in model.layers_with(kind).items()
     ]
     return [*tokens, *bookkeeping, *caches]
 
@@ -142,7 +142,11 @@ def trace(
             made.StepModel(settings, layer_range) if layer_range else made.MtpModel(settings)
         ).eval()
         layers = tuple(whole.layer_numbers)
-        some = layers if every_layer or not layer_range else layers_to_trace(settings.config, layer_range)
+        groups = ((layer,) for layer in layers)
+        if layer_range and not every_layer:
+            groups = groups_to_trace(settings.config, layer_range)
+        groups = tuple(groups)
+        some = tuple(itertools.chain.from_iterable(groups))
         part = whole
         if layer_range and some != layers:
             part = made.StepModel(settings, layer_range, layers=some).eval()
@@ -160,7 +164,7 @@ def trace(
     named, outputs = recipes(whole), output_names(whole)
     if some != layers:
         inputs = _input_infos(whole, named)
-        proto = stamp(proto, some, layers, inputs=inputs, outputs=outputs)
+        proto = stamp(proto, groups, layers, inputs=inputs, outputs=outputs)
     canonicalise(proto, named)
     _check_promises(proto, step_inputs(whole))
     return Traced(proto, named, {cache_output(name): name for name in whole.cache_names()}, tuple(outputs))

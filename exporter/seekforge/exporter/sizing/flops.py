@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from seekforge.exporter.sizing.matrices import Matrix, all_matrices
+from seekforge.exporter.sizing.matrices import Matrix, all_layers, all_matrices, num_indexers
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.dsa_indexer.operator import flops_per_key as indexer_flops_per_key
 from seekforge.plugins.latent_attention import flops_per_key as attention_flops_per_key
@@ -45,11 +45,17 @@ def linear_flops(config: ModelConfig, matrices: Sequence[Matrix] | None = None) 
     return total
 
 
-def attention_flops(config: ModelConfig, keys: float, *, num_layers: int | None = None) -> Flops:
-    """FLOPs of attention (BF16) and of the indexer's scores (FP8) for one token that sees `keys` keys."""
-    layers = config.num_hidden_layers if num_layers is None else num_layers
+def attention_flops(config: ModelConfig, keys: float, *, layers: Collection[int] | None = None) -> Flops:
+    """FLOPs of attention (BF16) and of indexers' scores (FP8) for one token that sees `keys` keys.
+
+    Args:
+        config: the model.
+        keys: how many there are.
+        layers: the numbers of the layers; None: all of the main model.
+    """
+    layers = all_layers(config, mtp=False) if layers is None else layers
     core = attention_flops_per_key(config) * seen_keys(config, keys)
-    return Flops(fp8=layers * indexer_flops(config, keys), bf16=layers * core)
+    return Flops(fp8=num_indexers(config, layers) * indexer_flops(config, keys), bf16=len(layers) * core)
 
 
 def seen_keys(config: ModelConfig, keys: float) -> float:
@@ -68,10 +74,11 @@ def dense_attention_flops(config: ModelConfig, keys: float, *, absorbed: bool) -
     return 2.0 * config.num_hidden_layers * config.num_attention_heads * width * keys
 
 
-def prefill_attention_flops(config: ModelConfig, prompt: int, *, num_layers: int | None = None) -> Flops:
-    """FLOPs of attention and indexer over a whole prompt: the sum over its tokens, each seeing those before it."""
-    layers = config.num_hidden_layers if num_layers is None else num_layers
+def prefill_attention_flops(config: ModelConfig, prompt: int, *, layers: Collection[int] | None = None) -> Flops:
+    """FLOPs of attention and indexers over a whole prompt: the sum over its tokens, each seeing those before it."""
+    layers = all_layers(config, mtp=False) if layers is None else layers
     near = int(seen_keys(config, prompt))
     core_keys = near * (near + 1) / 2 + (prompt - near) * config.index_topk
     core = attention_flops_per_key(config) * core_keys
-    return Flops(fp8=layers * indexer_flops(config, prompt * (prompt + 1) / 2), bf16=layers * core)
+    scores = indexer_flops(config, prompt * (prompt + 1) / 2)
+    return Flops(fp8=num_indexers(config, layers) * scores, bf16=len(layers) * core)

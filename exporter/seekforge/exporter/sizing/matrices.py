@@ -101,6 +101,16 @@ def all_matrices(config: ModelConfig, *, mtp: bool) -> Iterator[Matrix]:
         yield from layer_matrices(config, config.mtp_layer)
 
 
+def all_layers(config: ModelConfig, *, mtp: bool) -> range:
+    """Return the numbers of all layers, that of the MTP module included where it is asked for."""
+    return range(config.num_hidden_layers + (mtp and config.mtp_layer is not None))
+
+
+def num_indexers(config: ModelConfig, layers: Iterable[int]) -> int:
+    """Return how many of some layers choose keys by an indexer of their own, and cache its keys."""
+    return sum(config.has_indexer(layer) for layer in layers)
+
+
 def num_parameters(config: ModelConfig, *, mtp: bool = False) -> int:
     """Parameters without scales (spec §9.1)."""
     return sum(matrix.elements for matrix in all_matrices(config, mtp=mtp))

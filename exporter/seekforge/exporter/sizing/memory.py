@@ -7,11 +7,11 @@ hold them against the numbers there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from seekforge.exporter.sizing.matrices import Precision
+from seekforge.exporter.sizing.matrices import Precision, all_layers, num_indexers
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
 from seekforge.exporter.sizing.stages import stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -35,25 +35,32 @@ PRODUCT_BYTES = 12 << 20
 DEFAULT_STEP_TOKENS = 2048
 
 
-def cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, num_layers: int | None = None) -> int:
-    """Bytes of latent and indexer key per token (spec §7.3).
+def cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, layers: Collection[int] | None = None) -> int:
+    """Bytes of latents and indexer keys per token (spec §7.3).
 
     Args:
         config: the model.
         kv_format: `fp8_ds`: 656 + 132 bytes at V3.2's sizes; bf16 and f32: both keys in that type.
-        num_layers: layers with a cache; None: all of the main model.
+        layers: layers with a cache; None: all of the main model.
     """
-    layers = config.num_hidden_layers if num_layers is None else num_layers
+    layers = all_layers(config, mtp=False) if layers is None else layers
+    latent, index = cache_row_bytes(config, kv_format)
+    return len(layers) * latent + num_indexers(config, layers) * index
+
+
+def cache_row_bytes(config: ModelConfig, kv_format: KvFormat) -> tuple[int, int]:
+    """Return the bytes that one token takes in one layer's caches: its latent, and its key where an indexer is."""
     if kv_format == "fp8_ds":
         latent = config.kv_lora_rank + 4 * -(-config.kv_lora_rank // FP8_BLOCK) + 2 * config.qk_rope_head_dim
-        return layers * (latent + (config.index_head_dim + 4 if config.index_head_dim else 0))
-    return layers * (config.latent_dim + config.index_head_dim) * (2 if kv_format == "bf16" else 4)
+        return latent, config.index_head_dim + 4
+    size = 2 if kv_format == "bf16" else 4
+    return config.latent_dim * size, config.index_head_dim * size
 
 
-def cache_bytes(config: ModelConfig, kv_format: KvFormat, *, context: int, batch: int, num_layers: int) -> int:
+def cache_bytes(config: ModelConfig, kv_format: KvFormat, *, context: int, batch: int, layers: Collection[int]) -> int:
     """Bytes for `batch` sequences of `context` tokens in whole blocks, and the scrap block."""
     blocks = batch * -(-context // BLOCK_SIZE) + 1
-    return blocks * BLOCK_SIZE * cache_bytes_per_token(config, kv_format, num_layers=num_layers)
+    return blocks * BLOCK_SIZE * cache_bytes_per_token(config, kv_format, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -214,8 +221,8 @@ def rank_memory(
     per_rank = -(-work.batch // parallelism.dp)
     fullest: tuple[int, int] | None = None
     for number, (layers, weights) in enumerate(cut):
-        cached = len(layers) + (1 if mtp and config.mtp_layer is not None and number == len(cut) - 1 else 0)
-        cache = cache_bytes(config, kv_format, context=work.context, batch=per_rank, num_layers=cached)
+        drafts = [config.mtp_layer] if mtp and config.mtp_layer is not None and number == len(cut) - 1 else []
+        cache = cache_bytes(config, kv_format, context=work.context, batch=per_rank, layers=[*layers, *drafts])
         if fullest is None or weights + cache > sum(fullest):
             fullest = (weights, cache)
     assert fullest is not None

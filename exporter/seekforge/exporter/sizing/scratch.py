@@ -114,8 +114,8 @@ def bf16_linear_shapes(config: ModelConfig, parallelism: Parallelism = ONE_RANK)
 def _shapes(config: ModelConfig, op: str, parallelism: Parallelism) -> tuple[tuple[int, int], ...]:
     """Return the sizes of the matrices that an operator multiplies with, each once."""
     family = family_of(config)
-    kinds = {config.is_moe_layer(layer): layer for layer in range(config.num_hidden_layers)}
-    tables = [(family.layer_parameters(is_moe), family.layer_tensors(config, one)) for is_moe, one in kinds.items()]
+    kinds = {config.layer_kind(layer): layer for layer in range(config.num_hidden_layers)}
+    tables = [(family.layer_parameters(kind), family.layer_tensors(config, one)) for kind, one in kinds.items()]
     tables.append((family.end_parameters(), tuple(itertools.chain(*family.end_tensors(config)))))
     shapes = (linear_shapes_of(rows, tensors, op, parallelism) for rows, tensors in tables)
     return tuple(dict.fromkeys(itertools.chain.from_iterable(shapes)))

@@ -32,7 +32,11 @@ _FIXED: Final[dict[str, Any]] = {
 }
 #: What null says of a key that has a value for nothing.
 _NOTHING: Final[dict[str, Any]] = {"num_nextn_predict_layers": 0}
-_ARCHITECTURES: Final = {"deepseek_v32": "DeepseekV32ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+_ARCHITECTURES: Final = {
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+}
 #: Other names of a key, as transformers' class knows them.
 _ALIASES: Final = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
 _ROPE_KEYS: Final = (
@@ -84,8 +88,11 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
             config[key] = value
     if config.get("architectures", ...) is None:
         config["architectures"] = [_ARCHITECTURES[config["model_type"]]]
+    if config["model_type"] == "glm_moe_dsa":
+        config.setdefault("bos_token_id", 0)  # as its class has it: the released file has none, and no text begins so
+        config["indexer_types"] = _indexer_types(config, origin)
     _rope(config, origin)
-    _one_of(config, "eos_token_id", origin)
+    _one_of(config, "eos_token_id")
     _quantization(config, origin, notes)
     return config, tuple(notes)
 
@@ -101,15 +108,35 @@ def _same(config: dict[str, Any], alias: str, key: str, origin: str) -> None:
         )
 
 
-def _one_of(config: dict[str, Any], key: str, origin: str) -> None:
+def _one_of(config: dict[str, Any], key: str) -> None:
     """Take the only value of a list of one."""
     value = config.get(key)
     if isinstance(value, list) and len(value) == 1:
         config[key] = value[0]
-    elif isinstance(value, list):
+
+
+def _indexer_types(config: Mapping[str, Any], origin: str) -> Any:
+    """Return for each layer whether it chooses keys itself (`full`) or shares an earlier choice (`shared`).
+
+    GLM-5.2 lists it; before that it was said by a pattern, or by a frequency with an offset, and GLM-5 says nothing:
+    every layer chooses. Source: transformers 5.24, models/glm_moe_dsa/configuration_glm_moe_dsa.py.
+    """
+    stated, pattern = config.get("indexer_types"), config.get("index_topk_pattern")
+    layers = config.get("num_hidden_layers")
+    if stated is not None or type(layers) is not int:
+        return stated
+    words = {"F": "full", "S": "shared", "full": "full", "shared": "shared"}
+    if pattern is not None:
+        if not isinstance(pattern, str | list) or not all(isinstance(one, str) and one in words for one in pattern):
+            raise ConfigError(f"{origin}: index_topk_pattern is {pattern!r:.60}, expected an F or S for each layer")
+        return [words[one] for one in pattern]
+    frequency, offset = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset", 2)
+    if type(frequency) is not int or type(offset) is not int or frequency < 1:
         raise ConfigError(
-            f"{origin}: {key} is {value!r}, expected one number; several ends belong into generation_config.json"
+            f"{origin}: index_topk_freq is {frequency!r:.60} and index_skip_topk_offset {offset!r:.60}, expected whole "
+            "numbers, the first at least 1"
         )
+    return ["shared" if max(layer - offset + 1, 0) % frequency else "full" for layer in range(layers)]
 
 
 def _layer_types(config: dict[str, Any], origin: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from seekforge.common.errors import ConfigError
 from seekforge.common.reading import read_json
@@ -61,11 +61,18 @@ _MOST_LAYERS: Final = 1000
 _MOST_EXPERTS: Final = 200_000
 
 
+class LayerKind(NamedTuple):
+    """What layers of one model can differ in: whether it has routed experts, and an indexer of its own."""
+
+    is_moe: bool
+    has_indexer: bool
+
+
 class ModelConfig(OpenRecord):
     """A model. Field names are the keys of `config.json`; those of an indexer are 0 where attention is dense."""
 
     architectures: tuple[str, ...]
-    model_type: Literal["deepseek_v32", "deepseek_v3"]
+    model_type: Literal["deepseek_v32", "deepseek_v3", "glm_moe_dsa"]
     hidden_size: Positive
     num_hidden_layers: Positive
     first_k_dense_replace: Size
@@ -101,7 +108,7 @@ class ModelConfig(OpenRecord):
     attention_bias: Literal[False]
     tie_word_embeddings: Literal[False]
     bos_token_id: Size
-    eos_token_id: Size
+    eos_token_id: Size | tuple[Size, ...]
     quantization_config: QuantizationConfig
 
     def __post_init__(self) -> None:
@@ -171,7 +178,7 @@ class ModelConfig(OpenRecord):
             known = " or ".join(map(repr, MODEL_TYPES))
             raise ConfigError(
                 f"{origin}: model_type is {model_type!r}, expected {known}; "
-                "seekforge does DeepSeek-V3.2, DeepSeek-V3 and models of the same types"
+                "seekforge does DeepSeek-V3.2, DeepSeek-V3, GLM-5 and models of the same types"
             )
         plain, _ = plain_form(raw, origin)
         try:
@@ -248,14 +255,42 @@ class ModelConfig(OpenRecord):
         """Whether `layer` has routed experts (the MTP layer always does)."""
         return layer >= self.first_k_dense_replace or layer == self.mtp_layer
 
+    def index_source(self, layer: int) -> int | None:
+        """Return the layer whose indexer chooses the keys of `layer`; None where attention is dense."""
+        return layer if self.index_topk else None
 
-class SparseAttentionConfig(ModelConfig):
-    """A model of type `deepseek_v32`, whose attention chooses its keys by an indexer."""
+    def has_indexer(self, layer: int) -> bool:
+        """Whether `layer` chooses keys by an indexer of its own."""
+        return self.index_source(layer) == layer
 
-    model_type: Literal["deepseek_v32"]
+    def shares_indices(self, layer: int) -> bool:
+        """Whether `layer` attends to the keys that an earlier layer chose."""
+        return self.index_source(layer) not in (None, layer)
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """Return what layers of this model can differ in."""
+        return LayerKind(self.is_moe_layer(layer), self.has_indexer(layer))
+
+
+class IndexerConfig(ModelConfig):
+    """A model whose attention chooses its keys by an indexer."""
+
     index_n_heads: Positive
     index_head_dim: Positive
     index_topk: Positive
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.index_head_dim != FP8_BLOCK:
+            raise RecordError(f"index_head_dim is {self.index_head_dim}, expected {FP8_BLOCK} (one FP8 block)")
+        if self.qk_rope_head_dim > self.index_head_dim:
+            raise RecordError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected at most index_head_dim")
+
+
+class SparseAttentionConfig(IndexerConfig):
+    """A model of type `deepseek_v32`: every layer has an indexer."""
+
+    model_type: Literal["deepseek_v32"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,10 +301,37 @@ class SparseAttentionConfig(ModelConfig):
         for key in ("index_topk_freq", "index_topk_pattern"):
             if extra.get(key) not in (None, 1):
                 raise RecordError(f"{key} is {extra[key]!r}, expected absent: every layer runs its own indexer")
-        if self.index_head_dim != FP8_BLOCK:
-            raise RecordError(f"index_head_dim is {self.index_head_dim}, expected {FP8_BLOCK} (one FP8 block)")
-        if self.qk_rope_head_dim > self.index_head_dim:
-            raise RecordError(f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected at most index_head_dim")
+
+
+class SharedIndicesConfig(IndexerConfig):
+    """A model of type `glm_moe_dsa` (GLM-5, 5.1, 5.2), in which layers may attend to what an earlier layer chose.
+
+    Attributes:
+        indexer_types: for each layer of the main model, whether its attention chooses keys itself (`full`) or takes
+            those of the last layer before it that does (`shared`); the MTP layer chooses itself.
+    """
+
+    model_type: Literal["glm_moe_dsa"]
+    indexer_types: tuple[Literal["full", "shared"], ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.indexer_types) != self.num_hidden_layers:
+            raise RecordError(
+                f"indexer_types has {len(self.indexer_types)} entries, expected one for each of "
+                f"{self.num_hidden_layers} layers"
+            )
+        if self.indexer_types[0] != "full":
+            raise RecordError("indexer_types begins with 'shared', expected 'full': no layer before it chooses keys")
+        for key in ("rope_interleave", "indexer_rope_interleave"):
+            if self.model_extra.get(key, True) not in (None, True):
+                raise RecordError(f"{key} is {self.model_extra[key]!r}, expected true or absent")
+
+    def index_source(self, layer: int) -> int:
+        """Return the layer whose indexer chooses the keys of `layer`."""
+        if layer >= self.num_hidden_layers:
+            return layer
+        return next(number for number in range(layer, -1, -1) if self.indexer_types[number] == "full")
 
 
 class DenseAttentionConfig(ModelConfig):
@@ -291,6 +353,7 @@ class DenseAttentionConfig(ModelConfig):
 MODEL_TYPES: Final[dict[str, type[ModelConfig]]] = {
     "deepseek_v32": SparseAttentionConfig,
     "deepseek_v3": DenseAttentionConfig,
+    "glm_moe_dsa": SharedIndicesConfig,
 }
 
 

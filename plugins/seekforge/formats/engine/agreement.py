@@ -138,8 +138,9 @@ def _caches(manifest: Manifest) -> Iterator[str]:
                 yield f"cache.kv_format is {cache.kv_format}, {spec.name!r} of graph {graph} holds {spec.dtype}"
             if cache.kv_format != "fp8_ds" and spec.shape[1:] != (widths[kind],):
                 yield f"{spec.name!r} of graph {graph} has rows {list(spec.shape[1:])}, cache says {widths[kind]}"
-        expected = [cache.mtp_layer] if graph == "mtp" else list(cache.layers)
+        of_graph = [cache.mtp_layer] if graph == "mtp" else list(cache.layers)
         for kind in widths:
+            expected = of_graph if kind == "latent_cache" else [one for one in of_graph if _has_indexer(manifest, one)]
             if layers[kind] != expected:
                 key = "mtp_layer" if graph == "mtp" else "layers"
                 yield f"cache.{key} is {expected!r:.100}, graph {graph} has {kind} of {layers[kind]!r:.100}"
@@ -159,6 +160,14 @@ def _caches(manifest: Manifest) -> Iterator[str]:
         yield f"cache.index_dim is {cache.index_dim}, config.index_head_dim {config['index_head_dim']}"
 
 
+def _has_indexer(manifest: Manifest, layer: int | None) -> bool:
+    """Whether a layer chooses keys itself: all do, but for those that `indexer_types` says share a choice."""
+    types = manifest.config.get("indexer_types")
+    if not isinstance(types, list | tuple) or layer is None or not 0 <= layer < len(types):
+        return True
+    return types[layer] == "full"
+
+
 def cache_block_bytes(graphs: Iterable[GraphIO], cache: Cache) -> int:
     """Return what one block takes in the caches of some graphs: rows of a packed cache are blocks, others slots."""
     rows = 1 if cache.kv_format == "fp8_ds" else cache.block_size
@@ -174,8 +183,9 @@ def _vocabulary(manifest: Manifest) -> Iterator[str]:
             yield f"{key} is {getattr(manifest, key)}, config.{key} {said}"
     if not 1 <= manifest.num_top_logits <= size <= MOST:
         yield f"vocab_size is {size} and num_top_logits {manifest.num_top_logits}, expected at least one and not more"
-    said = _whole(manifest.config, "eos_token_id")
-    if not manifest.eos_token_ids or said not in (None, *manifest.eos_token_ids):
+    said = manifest.config.get("eos_token_id")
+    ends = said if isinstance(said, list | tuple) else [] if said is None else [said]
+    if not manifest.eos_token_ids or any(end not in manifest.eos_token_ids for end in ends):
         yield f"eos_token_id is {manifest.eos_token_id!r:.100}, config.eos_token_id {said}"
     for key, token in [("bos_token_id", manifest.bos_token_id), *(("eos_token_id", i) for i in manifest.eos_token_ids)]:
         if not 0 <= token < size:

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from seekforge.plugins.mla_cache_write.spec import SPEC
-from seekforge.plugins.operator import Operator, Taps
+from seekforge.plugins.operator import KernelForm, Operator, RankModel, Step, Taps
+
+
+def static_sizes(model: RankModel) -> dict[str, Any]:
+    """Return what the kernels are compiled for."""
+    config = model.config
+    return {
+        "C": config.kv_lora_rank,
+        "R": config.qk_rope_head_dim,
+        "kv_format": model.kv_format,
+        # dense attention caches latents as they are
+        "kv_fp8": model.numerics["kv_fp8"] and config.index_topk > 0,
+    }
+
+
+def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
+    """Return the sizes of a step."""
+    config = model.config
+    if all(config.has_indexer(layer) for layer in range(config.num_hidden_layers)):  # such a model does not call it
+        return []
+    return [{"B": step.batch, "Q": step.queries}]
+
 
 OPERATOR = Operator(
     spec=SPEC,
@@ -15,5 +38,11 @@ OPERATOR = Operator(
     folded=None,
     products=None,
     taps=Taps(inputs={"c": "kv_latent", "k_pe": "k_pe"}, outputs={}),
-    kernels=None,
+    kernels=KernelForm(
+        launch="seekforge.plugins.mla_cache_write.launch",
+        static_sizes=static_sizes,
+        step_sizes=step_sizes,
+        known_spills={},
+        known_mma_sync={},
+    ),
 )

@@ -15,7 +15,7 @@ from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, TargetError
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.inspect.cli import inspect
-from seekforge.exporter.models.deepseek_v32.parameters import CODES
+from seekforge.exporter.models.shared.sparse.parameters import CODES
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.int_quant import Quantization, kind_of

@@ -691,7 +691,7 @@ def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: GpuBuild) 
     expected = linear_flops(config).total + attention_flops(config, 4096).total
     assert config.mtp_layer is not None
     expected += linear_flops(config, layer_matrices(config, config.mtp_layer)).total
-    expected += attention_flops(config, 4096, num_layers=1).total + 2.0 * config.vocab_size * config.hidden_size
+    expected += attention_flops(config, 4096, layers=[0]).total + 2.0 * config.vocab_size * config.hidden_size
     assert total == pytest.approx(expected, rel=1e-6)
 
 

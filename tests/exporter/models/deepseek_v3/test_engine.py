@@ -38,7 +38,7 @@ def test_a_checkpoint_has_no_indexer() -> None:
     sparse = expected_tensors(load_preset("tiny").config)
     assert expected_tensors(config).items() <= sparse.items()
     assert all(".indexer." in name for name in sparse.keys() - expected_tensors(config).keys())
-    assert family_of(config).caches(config) == {"latent_cache": config.latent_dim}
+    assert family_of(config).caches(config, 1) == {"latent_cache": config.latent_dim}
 
 
 def test_a_config_of_transformers_without_an_indexer_is_read() -> None:

@@ -19,7 +19,8 @@ from tests.support.parity import (
     tokens,
 )
 
-import seekforge.exporter.models.deepseek_v32.attention as attention
+import seekforge.exporter.models.shared.sparse.attention as attention
+from seekforge.exporter.models.shared.layers import rope_half_split
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -159,7 +160,7 @@ def test_the_key_norm_uses_its_own_epsilon() -> None:
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_index_queries_have_an_axis_of_heads_however_many(tiny_config: ModelConfig, num_heads: int) -> None:
     settings = Settings(tiny_config.model_copy(update={"index_n_heads": num_heads}), EXACT)
-    indexer, dim = attention.Indexer(settings), tiny_config.index_head_dim
+    indexer, dim = attention.Indexer(settings, rope_half_split), tiny_config.index_head_dim
     half = tiny_config.qk_rope_head_dim // 2
     step = SimpleNamespace(cos=torch.ones(2, 3, half), sin=torch.zeros(2, 3, half), hadamard=None)
     x = torch.randn(2, 3, num_heads * dim)

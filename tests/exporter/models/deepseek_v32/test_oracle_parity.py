@@ -30,9 +30,10 @@ from tests.support.parity import (
     tokens,
 )
 
-import seekforge.exporter.models.deepseek_v32.attention as attention
 import seekforge.exporter.models.shared.layers as layers
+import seekforge.exporter.models.shared.sparse.attention as attention
 import seekforge.plugins.moe_route.reference as moe_route_reference
+from seekforge.exporter.models.deepseek_v32.attention import Attention
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -128,7 +129,7 @@ def compare_mtp(
 def test_an_interleaved_indexer_rope_is_noticed_beyond_index_topk(
     monkeypatch: pytest.MonkeyPatch, tiny_config: ModelConfig, tiny_source: Checkpoint, oracle: Any
 ) -> None:
-    monkeypatch.setattr(attention, "rope_half_split", layers.rope_interleaved)
+    monkeypatch.setattr(Attention, "index_rope", staticmethod(layers.rope_interleaved))
     compare_with_oracle(tiny_config, tiny_source, oracle, 64, "whole")  # invisible while everything is selected
     with pytest.raises(AssertionError, match="chose other keys"):
         compare_with_oracle(tiny_config, tiny_source, oracle, 200, "whole")

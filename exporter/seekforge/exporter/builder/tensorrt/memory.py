@@ -25,7 +25,7 @@ from seekforge.exporter.sizing.scratch import Kernels
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.program import Program, Role
+from seekforge.formats.program import Program, Role, layer_of
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.operator import cdiv
@@ -150,8 +150,9 @@ def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: C
 
 def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
     """Bytes of one cache block over all layers of all graphs."""
-    layers = sum(len(graph.with_role("cache")) // 2 for graph in program.graphs.values())
-    return BLOCK_SIZE * cache_bytes_per_token(config, kv_format, num_layers=layers)  # pyright: ignore[reportArgumentType]
+    specs = [spec for graph in program.graphs.values() for spec in graph.with_role("cache")]
+    layers = sorted({layer for spec in specs if (layer := layer_of(spec.name)) is not None})
+    return BLOCK_SIZE * cache_bytes_per_token(config, kv_format, layers=layers)  # pyright: ignore[reportArgumentType]
 
 
 def memory_refusal(

@@ -36,6 +36,7 @@ class Attention(LatentAttention):
             rope_interleaved(k_pe, step.cos, step.sin),
             step.slot_mapping,
             kv_format,
+            False,  # the model is not quantized for its cache
         )
         o_latent = mla_attention(
             self.latent_queries(q_nope, lead),

@@ -8,8 +8,10 @@ from seekforge.exporter.models.shared.mlp_operations import mlp_operations
 from seekforge.plugins.mla_attention.reference import mla_attention
 from seekforge.plugins.mla_cache_write.reference import mla_cache_write
 
-#: Points that `write_cache` reads.
-CACHED = ("kv_latent", "k_pe")
+
+def cached(owner: LayerModule) -> tuple[str, ...]:
+    """Return the points that `write_cache` reads."""
+    return ("kv_latent", "k_pe")
 
 
 def before_cache(owner: LayerModule, state: LayerState) -> list[Op]:
@@ -25,6 +27,7 @@ def write_cache(owner: LayerModule, state: LayerState, values: Values) -> None:
         values["k_pe"],
         state.step.slot_mapping,
         owner.settings.cache_dtype_name,
+        False,
     )
 
 

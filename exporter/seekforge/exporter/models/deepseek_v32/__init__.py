@@ -2,10 +2,10 @@
 
 from typing import Final
 
-from seekforge.exporter.models.deepseek_v32 import parameters
 from seekforge.exporter.models.deepseek_v32.taps import TAPS
 from seekforge.exporter.models.family import Family
 from seekforge.exporter.models.shared import parameters as shared
+from seekforge.exporter.models.shared.sparse import parameters
 
 FAMILY: Final = Family(
     model_type="deepseek_v32",

@@ -23,14 +23,15 @@ class LatentAttention(nn.Module):
 
     Args:
         settings: how it computes.
+        layer: its absolute number.
         between: widths of further products of the layer's input, which `qkv_a_proj` holds between q_a_proj and
             kv_a_proj_with_mqa.
     """
 
-    def __init__(self, settings: Settings, *between: int) -> None:
+    def __init__(self, settings: Settings, layer: int, between: Sequence[int] = ()) -> None:
         super().__init__()
         config = settings.config
-        self.settings, self.config = settings, config
+        self.settings, self.config, self.layer = settings, config, layer
         self.heads = heads = settings.rank.num_attention_heads
         self.splits = [config.q_lora_rank, *between, config.kv_lora_rank, config.qk_rope_head_dim]
         self.qkv_a_proj = fp8_linear(settings, "qkv_a_proj", config.hidden_size, sum(self.splits))

@@ -97,7 +97,7 @@ class LayerModule:
     def new_state(self, num_blocks: int) -> LayerState:
         """Return zeroed caches."""
         slots, dtype = num_blocks * BLOCK_SIZE, self.settings.cache_dtype
-        widths = family_of(self.config).caches(self.config)
+        widths = family_of(self.config).caches(self.config, self.layer)
         return LayerState({kind: torch.zeros(slots, width, dtype=dtype) for kind, width in widths.items()})
 
     def tensors(self, *modules: str) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ class LayerModule:
 
     def shows_cached(self, values: Values) -> bool:
         """Whether all that goes into the caches is among `values`."""
-        return values.keys() >= set(self._operations.CACHED)
+        return values.keys() >= set(self._operations.cached(self))
 
     def write_cache(self, state: LayerState, values: Values) -> None:
         """Put this step's rows into the caches of `state`."""

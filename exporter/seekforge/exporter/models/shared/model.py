@@ -2,12 +2,14 @@
 
 A range [a, b) that starts at 0 takes `input_ids`, any other takes `hidden_states` and `residual` [B, Q, H]:
 two tensors, since the norm sees their unrounded sum. The range that ends at the last layer gives results, any
-other gives that pair. Pipeline stages, truncated models and layer checks are all this one thing.
+other gives that pair. Where layers share an earlier layer's choice of keys, it is handed over too. Pipeline stages,
+truncated models and layer checks are all this one thing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -30,7 +32,7 @@ from seekforge.exporter.models.shared.moe import Moe
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.step import Step
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.step_io import INTERMEDIATE_TENSORS, RESULTS
+from seekforge.formats.step_io import INTERMEDIATE_TENSORS, RESULTS, TOPK_INDICES, TOPK_INDICES_IN, TOPK_INDICES_OUT
 
 
 class DecoderLayer(nn.Module):
@@ -43,7 +45,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         config = settings.config
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-        self.self_attn = self.attention(settings)
+        self.self_attn = self.attention(settings, layer)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         dense = Mlp(settings, settings.rank.intermediate_size)
         self.mlp = Moe(settings) if config.is_moe_layer(layer) else dense
@@ -101,17 +103,24 @@ class _StepModule(nn.Module):
 
     def _run_layers(
         self, x: Tensor, residual: Tensor | None, step: Step, caches: list[list[Tensor]]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return (x, residual, caches in the order of `cache_names`, taps in the order of `tap_names`)."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Step]:
+        """Return (x, residual, caches in the order of `cache_names`, taps in the order of `tap_names`, step).
+
+        The step is as the layer behind these is told of it.
+        """
         written, chosen, experts = [], [], []
-        for layer, *one_of_each in zip(self.layers.values(), *caches, strict=True):
-            x, residual, layer_caches, selections, expert_ids = layer(x, residual, step, one_of_each)
+        left = dict(zip(self.cache_kinds(), map(iter, caches), strict=True))
+        for number, layer in zip(self.layer_numbers, self.layers.values(), strict=True):
+            of_layer = [next(left[kind]) for kind in self._caches_of(number)]
+            x, residual, layer_caches, selections, expert_ids = layer(x, residual, step, of_layer)
             written += layer_caches
             chosen += selections
+            if TOPK_INDICES in self.selections and selections:
+                step = replace(step, topk_indices=selections[self.selections.index(TOPK_INDICES)])
             if expert_ids is not None:
                 experts.append(expert_ids)
         assert residual is not None
-        return x, residual, tuple(written), (*chosen, *experts)
+        return x, residual, tuple(written), (*chosen, *experts), step
 
     def logits(self, hidden: Tensor, logits_index: Tensor) -> Tensor:
         """Return [N, V] f32, the logits of the rows `logits_index` [N] of the flattened [B, Q, H]."""
@@ -134,22 +143,35 @@ class _StepModule(nn.Module):
 
     def cache_names(self) -> list[str]:
         """Names of the cache inputs, in order; the output of each is its name with `_out` before the number."""
-        kinds = family_of(self.settings.config).caches(self.settings.config)
-        return [f"{kind}.{layer}" for layer in self.layer_numbers for kind in kinds]
+        return [f"{kind}.{layer}" for layer in self.layer_numbers for kind in self._caches_of(layer)]
+
+    def cache_kinds(self) -> list[str]:
+        """Kinds of caches that these layers have, in the order in which `forward` takes them."""
+        return list(dict.fromkeys(kind for layer in self.layer_numbers for kind in self._caches_of(layer)))
+
+    def layers_with(self, kind: str) -> dict[int, int]:
+        """Return the layers that have a cache of a kind -> values that one token has in it."""
+        widths = {layer: self._caches_of(layer) for layer in self.layer_numbers}
+        return {layer: of_layer[kind] for layer, of_layer in widths.items() if kind in of_layer}
+
+    def _caches_of(self, layer: int) -> dict[str, int]:
+        return family_of(self.settings.config).caches(self.settings.config, layer)
 
     def tap_names(self) -> list[str]:
         """Names of the optional outputs that show what was chosen."""
-        moe = [i for i in self.layer_numbers if self.settings.config.is_moe_layer(i)]
-        return [f"{kind}.{i}" for i in self.layer_numbers for kind in self.selections] + [
-            f"expert_ids.{i}" for i in moe
-        ]
+        config = self.settings.config
+        choosing = [i for i in self.layer_numbers if not config.shares_indices(i)]
+        moe = [i for i in self.layer_numbers if config.is_moe_layer(i)]
+        return [f"{kind}.{i}" for i in choosing for kind in self.selections] + [f"expert_ids.{i}" for i in moe]
 
     def new_caches(self, num_blocks: int) -> dict[str, Tensor]:
         """Return zeroed caches of `num_blocks` blocks, by name in the order of `cache_names`."""
-        config, slots, dtype = self.settings.config, num_blocks * BLOCK_SIZE, self.settings.cache_dtype
-        widths = family_of(config).caches(config).values()
-        shapes = [(slots, width) for _ in self.layer_numbers for width in widths]
-        return {name: torch.zeros(shape, dtype=dtype) for name, shape in zip(self.cache_names(), shapes, strict=True)}
+        slots, dtype = num_blocks * BLOCK_SIZE, self.settings.cache_dtype
+        return {
+            f"{kind}.{layer}": torch.zeros(slots, width, dtype=dtype)
+            for layer in self.layer_numbers
+            for kind, width in self._caches_of(layer).items()
+        }
 
 
 class StepModel(_StepModule):
@@ -170,6 +192,7 @@ class StepModel(_StepModule):
         assert 0 <= start < stop <= config.num_hidden_layers, layer_range
         super().__init__(settings, range(start, stop) if layers is None else layers)
         self.is_first, self.is_last = start == 0, stop == config.num_hidden_layers
+        self.takes_indices, self.gives_indices = config.shares_indices(start), config.shares_indices(stop)
         if self.is_first:
             self.embed_tokens = Embedding(settings)
         if self.is_last:
@@ -178,11 +201,15 @@ class StepModel(_StepModule):
 
     def token_names(self) -> tuple[str, ...]:
         """Names of the inputs that carry the tokens."""
-        return ("input_ids",) if self.is_first else INTERMEDIATE_TENSORS
+        if self.is_first:
+            return ("input_ids",)
+        return (*INTERMEDIATE_TENSORS, TOPK_INDICES_IN) if self.takes_indices else INTERMEDIATE_TENSORS
 
     def result_names(self) -> tuple[str, ...]:
         """Names of the result outputs."""
-        return RESULTS if self.is_last else INTERMEDIATE_TENSORS
+        if self.is_last:
+            return RESULTS
+        return (*INTERMEDIATE_TENSORS, TOPK_INDICES_OUT) if self.gives_indices else INTERMEDIATE_TENSORS
 
     def forward(
         self,
@@ -196,10 +223,11 @@ class StepModel(_StepModule):
         """Run one step.
 
         Args:
-            tokens: (input_ids [B, Q] int64,) or (hidden_states, residual) [B, Q, H].
+            tokens: (input_ids [B, Q] int64,), or (hidden_states, residual) [B, Q, H] and, where the first layer shares
+                an earlier choice, topk_indices [B, Q, index_topk] int32.
             positions, slot_mapping: [B, Q] int64; −1 pads. block_table: [B, MB] int32.
             logits_index: [N] int64, rows of the flattened B·Q that get logits; None unless the range is last.
-            caches: one [NB·64, width] per layer, for each kind of cache.
+            caches: one [NB·64, width] per layer that has it, for each kind of cache (`cache_kinds`).
 
         Returns:
             Outputs named by `result_names`, then caches, then `tap_names`.
@@ -208,10 +236,13 @@ class StepModel(_StepModule):
         if self.is_first:
             x, residual = self.embed_tokens(tokens[0]), None
         else:
-            x, residual = tokens
-        x, residual, written, taps = self._run_layers(x, residual, step, caches)
+            x, residual, *shared = tokens
+            step = replace(step, topk_indices=shared[0] if shared else None)
+        x, residual, written, taps, step = self._run_layers(x, residual, step, caches)
         if not self.is_last:
-            return (x, residual, *written, *taps)
+            # a copy: the same values may be an input or a tap
+            handed = (step.topk_indices.clone(),) if self.gives_indices and step.topk_indices is not None else ()
+            return (x, residual, *handed, *written, *taps)
         assert logits_index is not None
         hidden, _ = self.norm.add(x, residual)
         return (hidden, *self._results(hidden, logits_index), *written, *taps)
@@ -269,7 +300,7 @@ class MtpModel(_StepModule):
         """Run one step; as `StepModel.forward` with tokens = (input_ids t_{i+1}, hidden_in h_i [B, Q, H])."""
         input_ids, hidden_in = tokens
         step = self.make_step(positions, slot_mapping, block_table)
-        x, residual, written, taps = self._run_layers(self.combine(input_ids, hidden_in), None, step, caches)
+        x, residual, written, taps, _ = self._run_layers(self.combine(input_ids, hidden_in), None, step, caches)
         hidden, _ = self.norm.add(x, residual)
         return (hidden, *self._results(hidden, logits_index), *written, *taps)
 

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, Literal
 
 from seekforge.exporter.models.parameters import EXPERT, Draw, Parameter, Tensor
-from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR
 
 #: Kind of weight (`int_quant.kind_of`) -> the smallest codes that an int4 engine stores it in, f32 for those that stay.
@@ -78,14 +77,14 @@ def layer_tensors(
     config: ModelConfig,
     layer: int,
     *,
-    attention: Callable[[ModelConfig], tuple[Tensor, ...]],
+    attention: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """Return the tensors of a layer in a checkpoint's order, the MTP layer's further ones included.
 
     Args:
         config: the model.
         layer: its absolute number.
-        attention: gives the tensors of its attention.
+        attention: the tensors of its attention.
     """
     hidden = config.hidden_size
     mlp = (
@@ -95,7 +94,7 @@ def layer_tensors(
     )
     return (
         _norm("input_layernorm.weight", hidden),
-        *attention(config),
+        *attention,
         _norm("post_attention_layernorm.weight", hidden),
         *mlp,
         *(mtp_tensors(config) if layer == config.mtp_layer else ()),
@@ -181,13 +180,13 @@ def mla_parameters(*fused: str) -> tuple[Parameter, ...]:
     )
 
 
-def layer_parameters(is_moe: bool, *, attention: Callable[[], tuple[Parameter, ...]]) -> tuple[Parameter, ...]:
-    """Return the parameters of a layer; `attention` gives those of its attention."""
+def layer_parameters(kind: LayerKind, *, attention: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """Return the parameters of a layer; `attention`: those of its attention."""
     return (
         value("input_layernorm.weight", "the norm before the attention"),
-        *attention(),
+        *attention,
         value("post_attention_layernorm.weight", "the norm before the MLP"),
-        *(_moe_parameters() if is_moe else _mlp_parameters("mlp", "the dense MLP's")),
+        *(_moe_parameters() if kind.is_moe else _mlp_parameters("mlp", "the dense MLP's")),
     )
 
 

@@ -88,7 +88,6 @@ class TorchSession:
         module = self.module(graph)
         names = module.cache_names()
         assert names[0] in self.caches, "allocate_caches comes before run"
-        kinds = len(names) // len(module.layer_numbers)
         tokens = [torch.from_numpy(inputs.array(name)) for name in module.token_names()]
         with torch.inference_mode():
             results = module(
@@ -97,7 +96,10 @@ class TorchSession:
                 torch.from_numpy(inputs.slot_mapping),
                 torch.from_numpy(inputs.block_table),
                 torch.from_numpy(inputs.logits_index),
-                [[self.caches[name] for name in names[kind::kinds]] for kind in range(kinds)],
+                [
+                    [self.caches[f"{kind}.{layer}"] for layer in module.layers_with(kind)]
+                    for kind in module.cache_kinds()
+                ],
             )
         values = dict(zip([*module.result_names(), *names, *module.tap_names()], results, strict=True))
         # new tensors beside the old ones, so that whoever kept `caches` can go back to them

@@ -18,6 +18,8 @@ class Step:
         cos, sin: [B, Q, R / 2] f32, looked up once per step.
         hadamard: [D, D] f32, or None when indexer vectors are not rotated by it.
         expert_map: [n_routed_experts] int32, expert -> its place on this rank or −1; None when all are here.
+        topk_indices: [B, Q, index_topk] int32, the keys that the last layer before this one chose; None where it is not
+            told, since it chooses itself.
     """
 
     positions: Tensor
@@ -27,3 +29,4 @@ class Step:
     sin: Tensor
     hadamard: Tensor | None
     expert_map: Tensor | None = None
+    topk_indices: Tensor | None = None

@@ -48,7 +48,7 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
     table |= made(family.end_parameters(), (*first, *last), "", "")
     for layer in model.layer_numbers:
         source, tensors = f"model.layers.{layer}.", family.layer_tensors(config, layer)
-        table |= made(family.layer_parameters(config.is_moe_layer(layer)), tensors, source, f"layers.{layer}.")
+        table |= made(family.layer_parameters(config.layer_kind(layer)), tensors, source, f"layers.{layer}.")
     if isinstance(model, MtpModel):
         layer = config.mtp_layer
         assert layer is not None

@@ -17,10 +17,11 @@ from onnx import TensorProto, helper
 from seekforge.common.errors import EngineError
 from seekforge.exporter.parity.engine_copy import engine_copy
 from seekforge.exporter.program.taps import SELECTIONS, expose, tap_specs, taps_in
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.agreement import cache_block_bytes
 from seekforge.formats.engine.manifest import load_manifest, save_manifest
 from seekforge.formats.program import GraphIO, TensorSpec
-from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, TOPK_INDICES
 
 
 def input_name(value: str) -> str:
@@ -33,9 +34,9 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
     """Write an engine for the CPU that holds layers [a, b) of another, each fed from outside.
 
     What goes into each layer but layer 0, and into the final norm where b is the last layer, is an input
-    `hidden_states_in.{i}`, `residual_in.{i}` [B, Q, H]. What comes out is what each layer gives, its selections and
-    caches, `taps`, and at the end of the model its results. The graph of the MTP module stays: it begins at the
-    hidden state that it is fed.
+    `hidden_states_in.{i}`, `residual_in.{i}` [B, Q, H], and `topk_indices_in.{i}` of a layer that shares a choice.
+    What comes out is what each layer gives, its selections and caches, `taps`, and at the end of the model its
+    results. The graph of the MTP module stays: it begins at the hidden state that it is fed.
 
     Args:
         engine: an engine of target cpu.
@@ -49,7 +50,7 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
     manifest = load_manifest(engine)
     start, stop = layers
     last = stop == int(manifest.config["num_hidden_layers"])
-    hidden = int(manifest.config["hidden_size"])
+    config = ModelConfig.parse(manifest.config, str(engine))
 
     def edit(name: str, model: onnx.ModelProto, graph_io: GraphIO) -> GraphIO:
         before = {value.name for value in model.graph.output}
@@ -58,7 +59,7 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
             expose(model, added)
             return graph_io.model_copy(update={"outputs": (*graph_io.outputs, *tap_specs(model, added))})
         cuts = [layer for layer in range(start, stop + last) if layer > 0]
-        _cut(model.graph, cuts, hidden, engine)
+        _cut(model.graph, cuts, config, engine)
         inside = {tap for tap in taps if int(tap.rpartition(".")[2]) in range(start, stop)}
         wanted = {f"{point}.{layer + 1}" for layer in range(start, stop) for point in INTERMEDIATE_TENSORS}
         wanted |= {tap for tap in inside if not tap.startswith(INTERMEDIATE_TENSORS)}  # what goes in is an input
@@ -70,13 +71,17 @@ def cut_copy(engine: Path, out: Path, layers: tuple[int, int], taps: Collection[
         )
         kept |= before & wanted  # what an engine with taps shows by itself
         if stop == manifest.layer_range[1]:  # a stage gives what goes out of it under names of its own
-            kept |= before & {f"{point}_out" for point in INTERMEDIATE_TENSORS}
+            kept |= before & {f"{point}_out" for point in (*INTERMEDIATE_TENSORS, TOPK_INDICES)}
         _keep(model.graph, kept | set(added))
         inputs = {value.name for value in model.graph.input}
         taken = tuple(
-            TensorSpec(name=input_name(f"{point}.{layer}"), dtype="f32", shape=("B", "Q", hidden), role="token")
+            TensorSpec(name=input_name(value), dtype="f32", shape=("B", "Q", config.hidden_size), role="token")
             for layer in cuts
-            for point in INTERMEDIATE_TENSORS
+            for value in _pair(layer)
+        ) + tuple(
+            TensorSpec(name=name, dtype="i32", shape=("B", "Q", config.index_topk), role="token")
+            for layer in cuts
+            for name in _shared(layer, config).values()
         )
         return graph_io.model_copy(
             update={
@@ -103,23 +108,60 @@ def _is_of(name: str, kinds: Collection[str], layers: Collection[int]) -> bool:
     return kind in kinds and int(layer) in layers
 
 
-def _cut(graph: onnx.GraphProto, layers: Sequence[int], hidden: int, engine: Path) -> None:
+def _pair(layer: int) -> list[str]:
+    """Return the values that one layer takes of the layer before it."""
+    return [f"{point}.{layer}" for point in INTERMEDIATE_TENSORS]
+
+
+def _shared(layer: int, config: ModelConfig) -> dict[str, str]:
+    """Return the keys that an earlier layer chose -> the input that stands for them in a layer that shares them."""
+    if not config.shares_indices(layer):
+        return {}
+    return {f"{TOPK_INDICES}.{config.index_source(layer)}": input_name(f"{TOPK_INDICES}.{layer}")}
+
+
+def _cut(graph: onnx.GraphProto, layers: Sequence[int], config: ModelConfig, engine: Path) -> None:
     """Make what goes into each of `layers` a graph input, in place."""
     producer = {name: node for node in graph.node for name in node.output}
-    pairs = {layer: [f"{point}.{layer}" for point in INTERMEDIATE_TENSORS] for layer in layers}
-    renamed = {value: input_name(value) for pair in pairs.values() for value in pair}
-    for value in renamed:
+    renamed = {value: input_name(value) for layer in layers for value in _pair(layer)}
+    for value in (*renamed, *(value for layer in layers for value in _shared(layer, config))):
         if value not in producer:
             raise EngineError(f"{engine}: its graph shows no {value}, so it cannot be cut there; build it again")
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in set(_reads(node)):
+            readers.setdefault(name, []).append(node)
+    for layer in layers:
+        for value, name in _shared(layer, config).items():
+            for node in readers[value]:
+                if _attends(node, readers) == layer:
+                    node.input[:] = [name if one == value else one for one in node.input]
+            graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, ["B", "Q", config.index_topk]))
     for node in graph.node:
         node.input[:] = [renamed.get(value, value) for value in node.input]
-    for layer, pair in pairs.items():
+    for layer in layers:
+        pair = _pair(layer)
         # a value that the layer before reads too would make that layer depend on what the next one takes
         if not {input_name(value) for value in pair}.isdisjoint(_values_behind(producer, pair)):
             raise EngineError(f"{engine}: layer {layer - 1} reads what goes into layer {layer}; build the engine again")
     graph.input.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "Q", hidden]) for name in renamed.values()
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "Q", config.hidden_size])
+        for name in renamed.values()
     )
+
+
+def _attends(node: onnx.NodeProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> int | None:
+    """Return the layer whose attention a node that reads chosen keys belongs to: that of the first output behind it."""
+    left, seen = [node], set[int]()
+    while left:
+        one = left.pop(0)
+        for name in one.output:
+            point, _, layer = name.rpartition(".")
+            if point == "o_latent":
+                return int(layer)
+            left += [reader for reader in readers.get(name, ()) if id(reader) not in seen]
+            seen |= {id(reader) for reader in readers.get(name, ())}
+    return None
 
 
 def _values_behind(producer: Mapping[str, onnx.NodeProto], values: Iterable[str]) -> set[str]:

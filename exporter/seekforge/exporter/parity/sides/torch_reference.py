@@ -23,7 +23,7 @@ from seekforge.exporter.models.shared.step import Step
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
 from seekforge.formats.dump import Dump
 from seekforge.formats.parity_steps import ParitySteps, step_inputs
-from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS
+from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, TOPK_INDICES
 from seekforge.formats.weight_recipes import TensorSource
 
 #: More than a plan has steps; PyTorch takes the lower 32 bits of a seed.
@@ -139,10 +139,10 @@ class Reference:
             return True
         if layer == stream.enters[0]:
             for number in numbers:
+                dump = stream.enters[1]
                 stream.carried[number] = {
-                    name: self._tensor(stream.enters[1].tensor(number, f"{name}.{layer}"), name)
-                    for name in INTERMEDIATE_TENSORS
-                }
+                    name: self._tensor(dump.tensor(number, f"{name}.{layer}"), name) for name in INTERMEDIATE_TENSORS
+                } | self._shared_indices(dump, number, layer)
         return layer == stream.enters[0]
 
     def _nudge(self, numbers: Iterable[int]) -> None:
@@ -153,7 +153,8 @@ class Reference:
                     continue
                 values = enumerate(stream.beside.carried[number].items())
                 stream.carried[number] = {
-                    name: self._perturb(value, stream, 2 * number + i) for i, (name, value) in values
+                    name: self._perturb(value, stream, 2 * number + i) if value.is_floating_point() else value
+                    for i, (name, value) in values
                 }
 
     def _free(self, stream: Stream, module: LayerModule, state: LayerState, number: int) -> None:
@@ -169,6 +170,8 @@ class Reference:
             assert isinstance(moe, Moe)
             values["biased_scores"] = moe.gate.biased_scores(values["router_logits"])
         stream.carried[number] = {NEXT[name]: values.pop(name) for name in NEXT}
+        if self.config.shares_indices(layer + 1):
+            stream.carried[number][TOPK_INDICES] = values[TOPK_INDICES]
         if stream.beside is not None:
             stream.keep(number, {f"{name}.{layer + 1}": value for name, value in stream.carried[number].items()})
             return
@@ -215,7 +218,15 @@ class Reference:
                 values[point] = self._tensor(subject.tensor(number, name), point)
             elif tail == str(layer + 1) and point in INTERMEDIATE_TENSORS:
                 values[f"next_{point}"] = self._tensor(subject.tensor(number, name), point)
-        return values
+        return values | self._shared_indices(subject, number, layer)
+
+    def _shared_indices(self, dump: Dump, number: int, layer: int) -> dict[str, Tensor]:
+        """Return the keys that an earlier layer chose for this one, if it shares them and the dump shows them."""
+        if not self.config.shares_indices(layer):
+            return {}
+        names = (f"{TOPK_INDICES}.{layer}", f"{TOPK_INDICES}.{self.config.index_source(layer)}")
+        shown = next((name for name in names if dump.has(number, name)), None)
+        return {} if shown is None else {TOPK_INDICES: self._tensor(dump.tensor(number, shown), TOPK_INDICES)}
 
     def _tensor(self, array: np.ndarray, point: str) -> Tensor:
         tensor = torch.from_numpy(np.array(array))
@@ -260,7 +271,8 @@ class Reference:
         """Start free runs at `layer` from what the subject had there."""
         for number in numbers:
             values = self._subject_values(number, layer) if self.subject is not None else {}
-            if any(name not in values for name in INTERMEDIATE_TENSORS):
+            shared = (TOPK_INDICES,) if self.config.shares_indices(layer) else ()
+            if any(name not in values for name in (*INTERMEDIATE_TENSORS, *shared)):
                 raise ConfigError(
                     f"--layers starts at {layer}: the engine's dump does not show what goes into that layer; "
                     "use an engine of target cpu or one built with --taps"
@@ -269,7 +281,7 @@ class Reference:
                 stream.carried[number] = {
                     name: self._perturb(values[name], stream, 2 * number + i)
                     for i, name in enumerate(INTERMEDIATE_TENSORS)
-                }
+                } | {name: values[name] for name in shared}
 
     def _combine(self, layer: int, numbers: Sequence[int]) -> None:
         """Make what goes into the MTP module's layer: embedding of t_{i+1} beside the main model's hidden state."""

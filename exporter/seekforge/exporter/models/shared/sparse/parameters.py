@@ -1,4 +1,4 @@
-"""The table of DeepSeek-V3.2's parameters: what all families have, and its indexer (spec §2.2, §2.3)."""
+"""The table of parameters of models with sparse attention: what all families have, and indexers (spec §2.2, §2.3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from seekforge.exporter.models.parameters import Parameter, Tensor
 from seekforge.exporter.models.shared import parameters as shared
 from seekforge.exporter.models.shared.parameters import linear, mla_parameters, mla_tensors, value
-from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 from seekforge.plugins.registry import BF16_LINEAR
 
 #: Kind of weight -> the smallest codes that an int4 engine stores it in. wq_b alone in int4 costs a KL of 0.02; of the
@@ -21,11 +21,11 @@ CODES: Final = {**shared.CODES, "wq_b": "int8", "weights_proj": "f32"}
 
 def layer_tensors(config: ModelConfig, layer: int) -> tuple[Tensor, ...]:
     """Return the tensors of a layer in a checkpoint's order, the MTP layer's further ones included."""
-    return shared.layer_tensors(config, layer, attention=_attention_tensors)
+    return shared.layer_tensors(config, layer, attention=_attention_tensors(config, layer))
 
 
-def _attention_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
-    return (*mla_tensors(config), *_indexer_tensors(config))
+def _attention_tensors(config: ModelConfig, layer: int) -> tuple[Tensor, ...]:
+    return (*mla_tensors(config), *(_indexer_tensors(config) if config.has_indexer(layer) else ()))
 
 
 def _indexer_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
@@ -43,13 +43,15 @@ def _indexer_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
 # --- program --------------------------------------------------------------------------------------------------
 
 
-def layer_parameters(is_moe: bool) -> tuple[Parameter, ...]:
+def layer_parameters(kind: LayerKind) -> tuple[Parameter, ...]:
     """Return the parameters of a layer."""
-    return shared.layer_parameters(is_moe, attention=_attention_parameters)
+    return shared.layer_parameters(kind, attention=_attention_parameters(kind.has_indexer))
 
 
-def _attention_parameters() -> tuple[Parameter, ...]:
+def _attention_parameters(has_indexer: bool) -> tuple[Parameter, ...]:
     """Return the parameters of a layer's attention."""
+    if not has_indexer:
+        return mla_parameters("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
     return (
         *mla_parameters("self_attn.q_a_proj", "self_attn.indexer.wk", "self_attn.kv_a_proj_with_mqa"),
         linear("self_attn.indexer.wq_b", ("self_attn.indexer.wq_b",), "the indexer's query projection"),
@@ -62,6 +64,7 @@ def _attention_parameters() -> tuple[Parameter, ...]:
 # --- caches ---------------------------------------------------------------------------------------------------
 
 
-def caches(config: ModelConfig) -> dict[str, int]:
+def caches(config: ModelConfig, layer: int) -> dict[str, int]:
     """Return kind of paged cache of a layer -> values that one token has in it."""
-    return {"latent_cache": config.latent_dim, "index_cache": config.index_head_dim}
+    index_cache = {"index_cache": config.index_head_dim} if config.has_indexer(layer) else {}
+    return {"latent_cache": config.latent_dim} | index_cache

@@ -1,0 +1,1 @@
+"""What families share whose attention chooses its keys by an indexer (DSA), and may share a choice among layers."""
