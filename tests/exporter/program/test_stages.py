@@ -10,9 +10,12 @@ import onnxruntime as ort
 import pytest
 
 from seekforge.common.errors import ProgramError
+from seekforge.exporter.checkpoint.new import new_checkpoint
+from seekforge.exporter.program.export import export
 from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.stages import cut, stage_ranges
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.numerics import EXACT
 from seekforge.formats.program import load_program
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
@@ -79,9 +82,30 @@ def _value(array: np.ndarray) -> ort.OrtValue:
 def test_stages_compute_what_the_whole_computes(
     tiny_programs: dict[str, Path], numerics: str, layers_per_stage: int
 ) -> None:
-    program = load_program(tiny_programs[numerics])
+    parts, places = check_stages(tiny_programs[numerics], layers_per_stage)
+    assert len(places) == min(len(parts) - 1, 2), "one value goes on, and two places are used in turns"
+
+
+@pytest.mark.slow
+def test_a_choice_that_later_layers_share_is_handed_on(tmp_path: Path) -> None:
+    new_checkpoint(tmp_path / "checkpoint", "glm5-tiny")
+    export(tmp_path / "checkpoint", tmp_path / "program", numerics=EXACT)
+    parts, places = check_stages(tmp_path / "program", 1)
+    assert len(places) == 3, "the stream in two places in turns, and the choice, which both full layers use in turns"
+    choosing, sharing, again = parts[1], parts[2], parts[3]
+    given = {value.name: value.type.tensor_type.elem_type for value in choosing.graph.output}
+    (place,) = [name for name, kind in given.items() if "intermediate" in name and kind == onnx.TensorProto.INT32]
+    assert "topk_indices.1" in given, "it is shown as well"
+    for part in (sharing, again):
+        assert place.replace("_out", "") in {value.name for value in part.graph.input}
+        assert not any("index" in value.name for value in part.graph.input if "cache" in value.name)
+
+
+def check_stages(folder: Path, layers_per_stage: int) -> tuple[list[onnx.ModelProto], set[str]]:
+    """Cut a program, run whole and parts, and return the parts and the places that values are handed on in."""
+    program = load_program(folder)
     config = ModelConfig.parse(program.config, "test")
-    whole = onnx.load(tiny_programs[numerics] / "model.onnx")
+    whole = onnx.load(folder / "model.onnx")
     ranges = stage_ranges(program.layer_range, layers_per_stage)
     parts = cut(whole, ranges)
 
@@ -107,8 +131,7 @@ def test_stages_compute_what_the_whole_computes(
     read = [name for part in parts for name in (value.name for value in part.graph.input) if "layers." in name]
     assert len(read) == len(set(read)), "no layer is in two stages"
     places = {name.replace("_out", "") for part in parts for name in (v.name for v in part.graph.output)}
-    handed_on = {name for name in places if name.startswith("intermediate")}
-    assert len(handed_on) == min(len(parts) - 1, 2), "one value goes on, and two places are used in turns"
+    return parts, {name for name in places if name.startswith("intermediate")}
 
 
 def test_a_wide_cast_of_a_narrow_value_is_made_again_where_it_is_read() -> None:

@@ -153,7 +153,8 @@ class _Writer:
         first_nodes, second_nodes = self._nodes[first], self._nodes[second]
         if len(first_nodes) != len(second_nodes):
             raise ProgramError(
-                f"stamp: layers {self._words(first)} have {len(first_nodes)} nodes, {self._words(second)} {len(second_nodes)}"
+                f"stamp: layers {self._words(first)} have {len(first_nodes)} nodes, layers {self._words(second)} "
+                f"{len(second_nodes)}"
             )
         counterpart: dict[str, str] = {}
         for a, b in zip(first_nodes, second_nodes, strict=True):
