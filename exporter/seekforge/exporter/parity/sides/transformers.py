@@ -20,7 +20,6 @@ from seekforge.common.requirements import install_module
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.models import load_family
-from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump, DumpWriter, Side
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.parity_steps import ParitySteps
@@ -97,7 +96,7 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
     with open_checkpoint(checkpoint_folder) as opened:
         needless = needless_tensors(opened.checkpoint.names)
         # in the plain form every number that may have a fraction is a float, as transformers insists
-        config = opened.config.model_dump(mode="json")
+        config, fields = opened.config.model_dump(mode="json"), opened.config.model_fields
         for name in opened.checkpoint.names:
             if name.endswith("_scale_inv") or name in needless:
                 continue
@@ -106,7 +105,7 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
                 value = dequantize_weight(value, to_torch(source.tensor(f"{name}_scale_inv")))
             tensors[name] = value.float().contiguous()
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-    known = {key: config[key] for key in ModelConfig.model_fields if key != "quantization_config"}
+    known = {key: config[key] for key in fields if key != "quantization_config"}
     (work / "config.json").write_text(json.dumps(known | {"torch_dtype": "float32"}), encoding="utf-8")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
