@@ -34,7 +34,6 @@ RENEW = "run: python -m tests.kernels_doc --compile"
 def test_every_operator_has_kernels_but_those_that_tensorrt_runs_itself() -> None:
     without = {
         "SumRanks",
-        "MlaCacheWrite",
         "MlaAttention",
     }  # a collective is TensorRT's own layer; dense attention is inlined on a GPU
     assert set(SPECS) - set(WITH_KERNELS) <= without

@@ -71,8 +71,8 @@ def read_generation(folder: Path, config: ModelConfig) -> Generation:
     else:
         kept = defaults.get("repetition_penalty")
         defaults = {"temperature": 0.0} | ({} if kept is None else {"repetition_penalty": kept})
-    own = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-    ends = tuple(dict.fromkeys((*own, *_ends(path, raw, config.vocab_size))))
+    stated = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    ends = tuple(dict.fromkeys((*stated, *_ends(path, raw, config.vocab_size))))
     return Generation(defaults, ends[0] if len(ends) == 1 else ends)
 
 

@@ -81,7 +81,7 @@ FORMS: Final[dict[FormName, Form]] = {
 
 
 def _plain_bytes(config: ModelConfig, itemsize: int) -> int:
-    return itemsize * sum(family_of(config).caches(config).values())
+    return itemsize * sum(family_of(config).caches(config, 0).values())
 
 
 def _fp8_bytes(config: ModelConfig) -> int:
