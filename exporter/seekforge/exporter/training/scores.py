@@ -38,7 +38,7 @@ def score(
     tokenizer: Tokenizer,
     rows: Iterable[dict[str, Any]],
     *,
-    sparse: bool,
+    sparse: bool = True,
     random_choice: bool = False,
 ) -> dict[str, Score]:
     """Return the score of each task."""
