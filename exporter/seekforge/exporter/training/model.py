@@ -21,6 +21,19 @@ K_NORM_EPS = 1e-6
 
 
 @dataclass
+class Choices:
+    """What the layers of one pass choose.
+
+    Attributes:
+        keys: per layer [B, L, L] bool, the keys that each position attends to.
+        experts: per MoE layer [B·L, num_experts_per_tok] int64.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class Context:
     """What the layers of one pass share.
 
@@ -30,6 +43,8 @@ class Context:
         sparse: attend to the indexer's choice alone.
         rows: [R] positions whose indexer is trained in this pass; None: none.
         random_choice: choose keys by chance in place of the indexer, for tests of what it is worth.
+        replay: what the first layers choose, in place of what they would; those behind the last of it choose.
+        chosen: filled by the layers: what they chose.
         index_losses: filled by the layers: the indexer's loss, one each.
         loads: filled by the layers: [n_routed_experts] tokens of each expert.
     """
@@ -40,6 +55,8 @@ class Context:
     sparse: bool
     rows: Tensor | None = None
     random_choice: torch.Generator | None = None
+    replay: Choices = field(default_factory=Choices)
+    chosen: Choices = field(default_factory=Choices)
     index_losses: list[Tensor] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
     masses: list[Tensor] = field(default_factory=list)
@@ -140,8 +157,10 @@ class Attention(nn.Module):
     def _chosen(self, a: Tensor, qr: Tensor, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """Return [B, L, L] bool: what is attended to; adds the indexer's loss to the context."""
         a, qr, topk = a.detach(), qr.detach(), self.config.index_topk
-        chosen = context.visible
-        if context.sparse and a.shape[1] > topk:
+        chosen, number = context.visible, len(context.chosen.keys)
+        if number < len(context.replay.keys):
+            chosen = context.replay.keys[number]
+        elif context.sparse and a.shape[1] > topk:
             with torch.no_grad():
                 if context.random_choice is not None:
                     scores = torch.rand(chosen.shape, generator=context.random_choice)
@@ -149,6 +168,7 @@ class Attention(nn.Module):
                     scores = self.indexer.scores(a, qr, self.indexer.keys(a, context), context.cos, context.sin)
                 best = scores.masked_fill_(~chosen, -torch.inf).topk(topk, sorted=False).indices
                 chosen = torch.zeros_like(chosen).scatter_(-1, best, True) & chosen
+        context.chosen.keys.append(chosen)
         rows = context.rows
         if rows is not None:
             scores = self.indexer.scores(
@@ -195,7 +215,9 @@ class Moe(nn.Module):
         config = self.config
         tokens = x.flatten(0, 1)
         scores = torch.sigmoid(F.linear(tokens, self.gate))
-        ids = self._route(scores.detach())
+        number = len(context.chosen.experts)
+        ids = context.replay.experts[number] if number < len(context.replay.experts) else self._route(scores.detach())
+        context.chosen.experts.append(ids)
         weights = scores.gather(1, ids)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
         flat = ids.flatten()
