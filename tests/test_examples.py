@@ -74,6 +74,21 @@ def test_engine_and_pytorch_agree(tiny_engines: dict[str, Path], tiny_checkpoint
     assert 0 < float(found) < 1e-3
 
 
+def test_a_model_is_taught_what_its_engine_samples(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Random weights are never right: the loop runs, engine and trainer agree, and there is nothing to learn."""
+    log, chart = tmp_path / "log.jsonl", tmp_path / "curve.svg"
+    sizes = ("--prompts", "2", "--n", "2", "--max-tokens", "4", "--items", "2")
+    printed = example(
+        "grpo.py", tiny_engines["exact"], tiny_checkpoint, "--steps", "2", *sizes, "--log", log, "--chart", chart
+    )
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [0, 1] and printed.endswith("right at the end: 0%\n")
+    assert all(0 < row["largest_gap"] < 1e-4 and row["weight_version"] == 0 for row in rows)
+    assert "share right" in chart.read_text(encoding="utf-8")
+
+
 def test_a_batch_file_is_answered_and_not_answered_twice(tiny_engines: dict[str, Path], tmp_path: Path) -> None:
     requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     printed = example("batch_file.py", tiny_engines["fp8"], requests, answers)
