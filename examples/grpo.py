@@ -46,7 +46,8 @@ def main() -> None:
             began = time.monotonic()
             if step % options.every == 0:
                 right = score(llm, options)
-            questions = [draw_question(random.Random(f"{step} {number}")) for number in range(options.prompts)]
+            draws = [random.Random(f"{step} {number}") for number in range(options.prompts)]
+            questions = [draw_question(rng, options) for rng in draws]
             groups = sample(engine, [question for question, _ in questions], options, seed=step)
             rewards = torch.tensor(
                 [[is_right(one, sums) for one in group] for group, (_, sums) in zip(groups, questions)]
@@ -79,12 +80,15 @@ def ask(llm: LLM, question: str, params: SamplingParams) -> Any:
     return llm.chat_request([message], params, chat_template_kwargs={"thinking": True}).prompt
 
 
-def draw_question(rng: random.Random, held_out: bool = False) -> tuple[str, int]:
+def draw_question(rng: random.Random, options: argparse.Namespace, held_out: bool = False) -> tuple[str, int]:
     """Return a question and its answer; those that are held out were never trained on, and are scored with."""
     while True:
-        a, b = rng.randrange(1000, 10000), rng.randrange(1000, 10000)
-        if is_held_out(f"{a} + {b}") == held_out:
-            return f"What is {a} + {b}?", a + b
+        b, a = sorted(rng.randrange(10 ** (options.digits - 1), 10**options.digits) for _ in range(2))
+        if options.sign == "+" and rng.random() < 0.5:
+            a, b = b, a
+        asked = f"{a} {options.sign} {b}"
+        if is_held_out(asked) == held_out:
+            return f"What is {asked}?", a + b if options.sign == "+" else a - b
 
 
 def is_right(rollout: Rollout, expected: int) -> bool:
@@ -139,7 +143,7 @@ def learn(
 def score(llm: LLM, options: argparse.Namespace) -> float:
     """Return the share of held-out questions that are answered right, greedily."""
     rng, params = random.Random("held out"), SamplingParams(temperature=0.0, max_tokens=options.max_tokens)
-    items = [draw_question(rng, held_out=True) for _ in range(options.items)]
+    items = [draw_question(rng, options, held_out=True) for _ in range(options.items)]
     outputs = llm.generate([ask(llm, question, params) for question, _ in items], params)
     texts = [output.outputs[0].text.rpartition("</think>")[2].strip() for output in outputs]
     return sum(text == str(sums) for text, (_, sums) in zip(texts, items)) / len(items)
@@ -186,6 +190,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("engine", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--digits", type=int, default=4, help="of the numbers")
+    parser.add_argument("--sign", choices=["+", "-"], default="+", help="what is done with them")
     parser.add_argument("--prompts", type=int, default=8, help="questions of a step")
     parser.add_argument("--n", type=int, default=16, help="answers to each")
     parser.add_argument("--max-tokens", type=int, default=96)
