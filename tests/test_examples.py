@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.served import served
+from tests.support.toy_engine import write_chat_engine, write_toy_engine
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -21,6 +22,15 @@ def example(name: str, *arguments: str | Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def chat_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine that takes conversations and says nothing that makes sense, at once."""
+    root = tmp_path_factory.mktemp("chat")
+    write_toy_engine(root / "toy")
+    write_chat_engine(root / "engine", root / "toy")
+    return root / "engine"
 
 
 def test_every_example_has_a_test_and_says_how_to_run_it() -> None:
@@ -104,3 +114,22 @@ def test_a_tool_is_called_through_the_server(tiny_engines: dict[str, Path]) -> N
     assert re.search(r'^call     weather\({"city": "(Oslo|Rome)"}\)$', printed, re.MULTILINE)
     assert re.search(r"^result   (rain|sun), \d+ °C$", printed, re.MULTILINE)
     assert re.search(r"^answer   .+", printed, re.MULTILINE)
+
+
+def test_a_question_is_answered_with_and_without_a_thought(chat_engine: Path) -> None:
+    printed = example("thinking.py", chat_engine, "Why?")
+    without, _, thinking = printed.partition("thinking on: ")
+    assert re.match(r"thinking off: \d+ tokens\nanswer: ", without) and "thought:" not in without
+    assert re.search(r"^thought:  .+\nanswer: ", thinking, re.MULTILINE)
+
+
+def test_a_thought_ends_with_its_budget(chat_engine: Path) -> None:
+    printed = example("thinking_budget.py", chat_engine, "Why?")
+    thoughts = dict(re.findall(r"^budget (\w+): ['\"](.*)['\"] -> ", printed, re.MULTILINE))
+    assert set(thoughts) == {"4", "16", "none"}
+    assert 0 < len(thoughts["4"]) < len(thoughts["16"]) < len(thoughts["none"])
+
+
+def test_a_tool_may_be_called_in_a_thought(chat_engine: Path) -> None:
+    printed = example("tool_in_a_thought.py", chat_engine)
+    assert re.search(r"^thought  .+", printed, re.MULTILINE) and re.search(r"^answer   ", printed, re.MULTILINE)
