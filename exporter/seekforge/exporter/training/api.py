@@ -169,6 +169,9 @@ def _from_checkpoint(
         matrix_rate=Schedule.matrix_rate * _FINE_TUNING_RATE * rate,
         other_rate=Schedule.other_rate * _FINE_TUNING_RATE * rate,
         sparse_from=0.0,
+        recall_steps=0,
+        held_steps=0,
+        slow_rate=1.0,
     )
     drawn = ExampleData(tokenizer, examples, seed)
     drawn.check(schedule)

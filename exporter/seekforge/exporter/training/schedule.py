@@ -40,9 +40,11 @@ class Schedule:
     Attributes:
         steps: how many updates.
         num_rows, length: rows of a pass and their tokens.
+        recall_steps: steps in the beginning that teach recall alone: the heads planted for it are lost to other tasks,
+            unless they are of use before those come.
         held_steps: steps after those in which the attention of the first two layers is held as it is.
-    slow_rate: factor on the learning rate of its matrices behind that.
-    tools_length: tokens of the one row about tools.
+        slow_rate: factor on the learning rate of its matrices behind that.
+        tools_length: tokens of the one row about tools.
         matrix_rate, other_rate: the largest learning rates, of Muon and of AdamW.
         weight_decay: of what Muon updates.
         sparse_from: share of the steps after which attention is sparse; before it the indexer warms up beside dense
