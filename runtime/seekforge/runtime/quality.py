@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,8 @@ def measure(
             say(f"what indexers chose in row {number}")
             params = SamplingParams(temperature=0, max_tokens=1, taps=(_SELECTIONS,), detokenize=False)
             taps = llm.generate(list(request.rows[number].ids), params)[0].outputs[0].taps
-            np.savez(out / selections_file(number), **{name: value.astype(np.int32) for name, value in taps.items()})
+            arrays: dict[str, Any] = {name: value.astype(np.int32) for name, value in taps.items()}
+            np.savez(out / selections_file(number), **arrays)
         drafts = _drafts(llm, request, say) if request.num_speculative_tokens else None
         plain, drafted = _rounds(llm, request, say)
     if drafts is not None and drafted:

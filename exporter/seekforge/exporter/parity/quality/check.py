@@ -54,11 +54,11 @@ class QualityEntry(Record):
         backend: pytorch, or what runs the engine.
         numerics: exact or fp8.
         weights, caches: how they are stored.
-        weight_bytes: of the whole model; of a form, as an engine would store it.
+        weight_bytes: bytes of all weights; those of a form are what an engine would store.
         cache_bytes_per_token: over all layers, in the same way.
         tasks: what it made of each task.
         recall: what its indexers chose; None where no query sees more keys than they choose, or nothing shows.
-        drafts, speed: of engines.
+        drafts, speed: what an engine was measured to do; None of a form.
     """
 
     name: str
@@ -80,7 +80,7 @@ class QualityReport(Record):
     """The table of `parity --quality`.
 
     Attributes:
-        format: of this report.
+        format: the version of this form of report.
         seekforge_version: what made it.
         checkpoint: name of its folder.
         model: facts of its config.

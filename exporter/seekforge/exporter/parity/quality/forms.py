@@ -115,7 +115,8 @@ class _FormSession(TorchSession):
         module = super().module(graph)
         if graph not in self._changed:
             self._changed.add(graph)
-            for layer in module.layers.values():
+            layers: Any = module.layers
+            for layer in layers.values():
                 if self._form.weights == "nvfp4":
                     _round_weights(layer)
                 if self._form.caches == "nvfp4":

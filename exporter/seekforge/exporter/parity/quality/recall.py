@@ -31,8 +31,8 @@ class Recall(Record):
     """Mass of attention inside a choice of keys, mean over queries that see more than `index_topk` of them.
 
     Attributes:
-        inside: of the keys that were chosen.
-        best: of the keys with the largest mass, as many.
+        inside: the mass of the keys that were chosen.
+        best: the mass of as many keys as hold the most.
         layers: layer -> inside.
         num_queries: queries of one layer.
     """
