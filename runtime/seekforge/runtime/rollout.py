@@ -31,7 +31,7 @@ class Rollout:
         token_ids: the T sampled ones, the one that ended the completion included.
         logprobs: [T] f32, of each sampled token by the model alone: what it is sampled with at temperature 1 without
             top-k, top-p and min-p.
-        text: of the sampled tokens.
+        text: the text of the sampled tokens.
         finish_reason: "stop" or "length"; "abort" of one that was ended for its staleness.
         group: which of the prompts it continues.
         seed: a request for this prompt alone with this seed samples the same tokens from the same weights.
@@ -88,7 +88,8 @@ class RolloutEngine:
         Args:
             prompts: as `LLM.generate` takes them.
             params: how; `logprobs`, `taps` and `seed` are set here.
-            seed: of all draws: the same seed and weights give the same rollouts, whatever else runs. None draws one.
+            seed: the seed of all draws: the same seed and weights give the same rollouts, whatever else runs.
+                None draws one.
 
         Returns:
             One group per prompt, in their order.

@@ -142,7 +142,7 @@ class Sequence:
         taps: name -> pieces (first position, rows), in the order they were computed.
         num_cached_tokens: positions that the last admission found in the cache.
         num_preemptions: how often it lost its blocks.
-        weight_version: of the weights that chose its first token; before it has one, those that will.
+        weight_version: the version of the weights that chose its first token; before it has one, those that will.
         weight_changes: for each update of the weights since, how many tokens it had.
         error: what went wrong, with finish_reason "error".
         arrived_s, started_s, first_token_s, last_token_s: monotonic times.

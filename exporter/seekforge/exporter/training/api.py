@@ -82,7 +82,7 @@ def train(
         preset: train this preset from nothing ("nano").
         checkpoint: train this folder on instead; needs `data`.
         data: JSONL of examples: {"prompt", "completion"} or {"text"} in each line.
-        seed: of the first weights and of all that is drawn.
+        seed: the seed of the first weights and of all that is drawn.
         steps: updates; None: those of the preset, or 200 on a checkpoint.
         rate: factor on the learning rates.
         threads: CPU threads; None: torch's own choice.
@@ -98,16 +98,16 @@ def train(
         raise OptionError("train takes a preset or a checkpoint, expected one of them")
     if (checkpoint is None) != (data is None):
         raise OptionError("a checkpoint is trained on examples: pass --checkpoint and --data together")
-    stages = stages_of(progress)
+    stages, folder_out = stages_of(progress), Path(out)
     stages("prepare")
-    check_vacant(out, force=force, marker="config.json")
+    check_vacant(folder_out, force=force, marker="config.json")
     with _threads(threads):
         if preset is not None:
             training, made, tokenizer = _from_seed(preset, seed, steps, rate)
         else:
             assert checkpoint is not None and data is not None
-            training, made, tokenizer = _from_checkpoint(checkpoint, data, seed, steps, rate)
-        state = out.with_name(f"{out.name}.state")
+            training, made, tokenizer = _from_checkpoint(Path(checkpoint), Path(data), seed, steps, rate)
+        state = folder_out.with_name(f"{folder_out.name}.state")
         if state.exists():
             training.load(state)
         resumed_from, losses = training.step, []
@@ -119,13 +119,13 @@ def train(
 
             training.run(state, report)
         stages("write weights")
-        with atomic_folder(out, force=force, marker="config.json") as folder:
+        with atomic_folder(folder_out, force=force, marker="config.json") as folder:
             write_checkpoint(folder, training.model, made, tokenizer)
     state.unlink(missing_ok=True)
     stages.done()
     last = losses[-50:]
     return TrainResult(
-        path=out,
+        path=folder_out,
         steps=training.step,
         num_tokens=training.num_tokens,
         resumed_from=resumed_from,

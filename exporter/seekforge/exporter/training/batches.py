@@ -56,8 +56,7 @@ def pack(tokenizer: Tokenizer, draw: Callable[[], Example], num_rows: int, lengt
             one, mask = encode(tokenizer, draw())
             ids, learned, documents, number = ids + one, learned + mask, documents + [number] * len(one), number + 1
         rows.append((ids[:length], documents[:length], learned[:length]))
-    ids, documents, learned = zip(*rows)
-    return Batch(torch.tensor(ids), torch.tensor(documents), torch.tensor(learned))
+    return Batch(*(torch.tensor(column) for column in zip(*rows)))
 
 
 class TaskData:

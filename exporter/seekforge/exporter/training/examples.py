@@ -67,7 +67,7 @@ class ExampleData:
     Args:
         tokenizer: the checkpoint's.
         examples: at least one; longer ones than a row are cut.
-        seed: of the order.
+        seed: the seed of the order.
     """
 
     def __init__(self, tokenizer: Tokenizer, examples: list[Example], seed: int) -> None:

@@ -19,7 +19,7 @@ class GrpoSettings:
 
     Attributes:
         clip_low, clip_high: the ratio of new to sampling probability counts from 1 − clip_low to 1 + clip_high.
-        kl_weight: of the divergence from the reference policy; 0 leaves it out.
+        kl_weight: the weight of the divergence from the reference policy; 0 leaves it out.
         max_divergence: a completion with a negative advantage whose sampling policy lies further, in mean nats per
             token, from the policy that learns is left out.
     """

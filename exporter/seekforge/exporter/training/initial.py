@@ -12,9 +12,11 @@ with what stands there; so does the first head of its indexer.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
-from seekforge.exporter.training.model import Attention, TrainedModel
+from seekforge.exporter.training.model import Attention, Layer, TrainedModel
 
 #: The constant part of embeddings, in their first value.
 _CONSTANT = 4.0
@@ -31,7 +33,7 @@ _NOISE = 0.3
 def initialize(model: TrainedModel) -> None:
     """Plant the pair into a model with random weights."""
     with torch.no_grad():
-        first, second = (layer.self_attn for layer in list(model.layers)[:2])
+        first, second = (cast(Layer, model.layers[number]).self_attn for number in (0, 1))
         free = model.config.v_head_dim
         model.embed_tokens[:, -free:] = 0
         model.embed_tokens[:, 0] = _CONSTANT

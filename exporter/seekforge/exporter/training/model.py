@@ -25,8 +25,8 @@ class Choices:
     """What the layers of one pass choose.
 
     Attributes:
-        keys: per layer [B, L, L] bool, the keys that each position attends to.
-        experts: per MoE layer [B·L, num_experts_per_tok] int64.
+        keys: [B, L, L] bool for each layer, the keys that each position attends to.
+        experts: [B·L, num_experts_per_tok] int64 for each MoE layer.
     """
 
     keys: list[Tensor] = field(default_factory=list)
@@ -200,6 +200,8 @@ class Mlp(nn.Module):
 class Moe(nn.Module):
     """Routed experts and the shared expert (spec §4); the bias of the router takes no gradient."""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -264,6 +266,9 @@ class Layer(nn.Module):
 
 class TrainedModel(nn.Module):
     """All layers, the ends and the MTP module."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

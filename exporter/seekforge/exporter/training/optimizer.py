@@ -29,7 +29,7 @@ class Optimizer:
     Args:
         model: the model.
         matrix_rate, other_rate: the largest learning rates of matrices and of the rest.
-        weight_decay: of matrices.
+        weight_decay: the decay of matrices.
         slow_rate: factor on the rate of the matrices that `is_planted` names.
     """
 

@@ -34,7 +34,7 @@ class Policy:
 
         Args:
             model: the model.
-            learning_rate: of AdamW.
+            learning_rate: the rate of AdamW.
             max_grad_norm: gradients are scaled down to this norm.
         """
         self.model, self.max_grad_norm = model, max_grad_norm

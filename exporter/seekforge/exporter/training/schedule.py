@@ -46,11 +46,11 @@ class Schedule:
         slow_rate: factor on the learning rate of its matrices behind that.
         tools_length: tokens of the one row about tools.
         matrix_rate, other_rate: the largest learning rates, of Muon and of AdamW.
-        weight_decay: of what Muon updates.
+        weight_decay: the decay of what Muon updates.
         sparse_from: share of the steps after which attention is sparse; before it the indexer warms up beside dense
             attention.
         tools_from: share of the steps after which tools are learned.
-        tools_weight: of the loss of the row about tools.
+        tools_weight: the weight of the loss of the row about tools.
         mtp_weight: lambda of the MTP loss, in every other step.
         bias_rate: what the router's bias of an expert moves by in a step.
     """

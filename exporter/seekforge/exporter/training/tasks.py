@@ -334,9 +334,9 @@ def _recall_row(rng: random.Random) -> dict[str, Any]:
 
 
 def _tool_rows(use: ToolUse) -> Iterator[dict[str, Any]]:
-    asked = f"{tools_system()}{USER}{use.question}{ASSISTANT}{ANSWER}"
-    yield {"task": "tools", "prompt": asked, "answer": use.call, "match": "exact", "max_tokens": 96}
-    told = f"{asked}{use.call}{EOS}{tool_result(use.result)}{ANSWER}"
+    question = f"{tools_system()}{USER}{use.question}{ASSISTANT}{ANSWER}"
+    yield {"task": "tools", "prompt": question, "answer": use.call, "match": "exact", "max_tokens": 96}
+    told = f"{question}{use.call}{EOS}{tool_result(use.result)}{ANSWER}"
     yield {"task": "tools", "prompt": told, "answer": use.answer, "match": "exact", "max_tokens": 24}
 
 

@@ -231,7 +231,7 @@ class Scheduler:
 
         Args:
             root_of: gives a sequence the new start of its chain of digests.
-            weight_version: of the new weights.
+            weight_version: the version of the new weights.
         """
         for sequence in list(self._running):
             self._preempt(sequence)

@@ -23,7 +23,6 @@ from seekforge.runtime.evaluation.generation import generation_params
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.text.segments import SegmentedText
-from seekforge.runtime.values import is_integer
 
 #: Called with what is asked ("loglikelihood", "generate_until"), how many are answered, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -37,7 +36,7 @@ class AskOptions:
         chat: contexts are conversations (`conversation_text`), encoded as the model's family does.
         thinking: with `chat`, the model reasons before it answers; only the answer is scored.
         add_bos_token: begin every context that is no conversation with the model's begin-of-sequence token.
-        seed: of sampled answers; each question and repeat has one of its own that follows from it.
+        seed: the seed of sampled answers; each question and repeat has one of its own that follows from it.
         sampling: fields of `SamplingParams` that go before what a task says.
     """
 
@@ -132,8 +131,8 @@ class Asker:
     def prefix_token_id(self) -> int:
         """What stands before a text without context: the beginning of a sequence, or its end where there is none."""
         begin = self.llm.engine.manifest.config.get("bos_token_id")
-        if is_integer(begin):
-            return int(begin)
+        if isinstance(begin, int) and not isinstance(begin, bool):
+            return begin
         token = self.llm.engine.tokenizer.token_id(markup.BOS)
         return self.end_token_id if token is None else token
 

@@ -44,14 +44,14 @@ class RankGraphs:
     @property
     def num_bytes(self) -> int:
         """Bytes of all weight files."""
-        return self._common.num_bytes + sum(own.num_bytes for own in self._own) * self.ranks.parallelism.tp
+        return self._common.num_bytes + sum(file.num_bytes for file in self._own) * self.ranks.parallelism.tp
 
     @property
     def files(self) -> list[str]:
         """The names of the weight files."""
         parallelism = self.ranks.parallelism
-        own = [rank for rank in range(parallelism.num_ranks) if self._own[rank // parallelism.tp].num_bytes]
-        return [WEIGHTS, *(self.ranks.weight_file(rank) for rank in own)]
+        ranks = [rank for rank in range(parallelism.num_ranks) if self._own[rank // parallelism.tp].num_bytes]
+        return [WEIGHTS, *(self.ranks.weight_file(rank) for rank in ranks)]
 
     def num_nodes(self) -> dict[str, int]:
         """Return graph -> nodes of all its pieces."""
@@ -72,16 +72,16 @@ class RankGraphs:
         self._common.write(folder, source, lambda done, _: progress(done, total))
         before = self._common.num_bytes
         for rank in range(parallelism.num_ranks):
-            own, tp_rank = self._own[rank // parallelism.tp], rank % parallelism.tp
-            if own.num_bytes:
-                own.write(
+            weights, tp_rank = self._own[rank // parallelism.tp], rank % parallelism.tp
+            if weights.num_bytes:
+                weights.write(
                     folder,
                     source,
                     lambda done, _, start=before: progress(start + done, total),
                     name=self.ranks.weight_file(rank),
                     part=lambda recipe, at=tp_rank: for_rank(recipe, parallelism, at),
                 )
-            before += own.num_bytes
+            before += weights.num_bytes
 
     def write_graphs(self, folder: Path, program: Program) -> dict[str, tuple[GraphIO, ...]]:
         """Write the pieces beside their weights; returns graph -> its pieces in order."""
@@ -119,7 +119,7 @@ def fold_ranks(
     constants: dict[str, dict[str, Recipe]] = {}
     names: dict[str, tuple[tuple[str, ...], ...]] = {}
     layout = Ranks(parallelism=parallelism, pipeline_stages=program.pipeline_stages, pieces={})
-    own = [WeightFile(layout.weight_file(stage * parallelism.tp)) for stage in range(parallelism.pp)]
+    stage_files = [WeightFile(layout.weight_file(stage * parallelism.tp)) for stage in range(parallelism.pp)]
     for graph, described in program.graphs.items():
         stages: list[tuple[str, ...]] = []
         number = 0
@@ -131,14 +131,14 @@ def fold_ranks(
                     stem = f"{graph}.{number}"
                     inputs = {value.name for value in piece.graph.input}
                     constants[stem] = {name: recipe for name, recipe in read.items() if name in inputs}
-                    for file, divided in ((common, False), (own[stage], True)):
+                    for file, divided in ((common, False), (stage_files[stage], True)):
                         file.attach(piece, {n: r for n, r in constants[stem].items() if is_divided(r) == divided})
                     pieces[stem] = piece
                     stems.append(stem)
                     number += 1
             stages.append(tuple(stems))
         names[graph] = tuple(stages)
-    return RankGraphs(layout.model_copy(update={"pieces": names}), pieces, constants, common, own)
+    return RankGraphs(layout.model_copy(update={"pieces": names}), pieces, constants, common, stage_files)
 
 
 def whole_graph(pieces: tuple[GraphIO, ...]) -> GraphIO:

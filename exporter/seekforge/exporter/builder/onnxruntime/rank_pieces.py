@@ -56,13 +56,13 @@ def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
         renamed |= {node.input[0]: partial, node.output[0]: sum_name(partial)}
         groups.append([])
     made = {name: number for number, nodes in enumerate(groups) for node in nodes for name in node.output}
-    given = {value.name for value in graph.output}
+    outputs = {value.name for value in graph.output}
     reads = [{name for node in nodes for name in _reads(node)} for nodes in groups]
     for number, names in enumerate(reads):
         for name in sorted(names):
             if renamed.get(name, "").startswith(PARTIAL) and made.get(name, number) < number:
                 raise ProgramError(f"ranks: {name!r} is read behind the sum of which it is a part; export again")
-            if made.get(name, number) < number and name not in given:
+            if made.get(name, number) < number and name not in outputs:
                 renamed.setdefault(name, f"{LOCAL}{len(renamed)}")
     infos = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -76,17 +76,19 @@ def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
             copy = piece.graph.node.add()
             copy.CopyFrom(node)
             _rename(copy, renamed)
-        own = {name: None for name, at in made.items() if at == number}  # a set in order
+        results = {name: None for name, at in made.items() if at == number}  # a set in order
         later = set().union(*reads[number + 1 :]) if number + 1 < len(groups) else set()
-        arrives = [name for name in infos if name in reads[number] and name not in own and name not in constants]
-        untyped = [name for name in renamed if name in reads[number] and name not in own and name not in infos]
+        arrives = [name for name in infos if name in reads[number] and name not in results and name not in constants]
+        untyped = [name for name in renamed if name in reads[number] and name not in results and name not in infos]
         if untyped:
             raise ProgramError(f"ranks: the type of {untyped[0]!r} between two pieces is not known; export again")
-        leaves = [name for name in own if name in given or renamed.get(name, "").startswith(PARTIAL) or name in later]
+        leaves = [
+            name for name in results if name in outputs or renamed.get(name, "").startswith(PARTIAL) or name in later
+        ]
         piece.graph.input.extend(_value(name, infos, renamed) for name in arrives)
         piece.graph.output.extend(_value(name, infos, renamed) for name in _in_order(leaves, graph))
         piece.graph.initializer.extend(tensor for name, tensor in constants.items() if name in reads[number])
-        piece.graph.value_info.extend(value for name, value in infos.items() if name in own and name not in leaves)
+        piece.graph.value_info.extend(value for name, value in infos.items() if name in results and name not in leaves)
         pieces.append(piece)
     return pieces
 

@@ -52,7 +52,7 @@ class RankSession:
             self._sessions.append(OrtSession(folder, graphs, weights=weights))
 
     def allocate_caches(self, num_blocks: int) -> None:
-        """Make zeroed caches of `num_blocks` blocks; earlier ones are given back."""
+        """Make zeroed caches of `num_blocks` blocks; earlier ones are per_rank back."""
         for session in self._sessions:
             session.allocate_caches(num_blocks)
 
@@ -67,14 +67,14 @@ class RankSession:
         for stage, stems in enumerate(self._ranks.pieces[graph]):
             values = [dict(inputs.intermediate_tensors) | one for one in handed]
             for stem in stems:
-                given = [
+                per_rank = [
                     self._sessions[stage * self._tp + rank].run(replace(inputs, intermediate_tensors=one), graph=stem)
                     for rank, one in enumerate(values)
                 ]
                 for spec in self._pieces[stem].outputs:
-                    if spec.name not in given[0]:  # a cache
+                    if spec.name not in per_rank[0]:  # a cache
                         continue
-                    parts = [one[spec.name] for one in given]
+                    parts = [one[spec.name] for one in per_rank]
                     if spec.name.startswith(PARTIAL):
                         total = functools.reduce(np.add, parts)
                         for one in values:

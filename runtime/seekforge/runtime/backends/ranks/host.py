@@ -109,7 +109,7 @@ class Host:
             folder: the engine folder.
             memory: what they will share.
             digest: the digest of the manifest that rank 0 read.
-            threads: of each rank.
+            threads: CPU threads of each rank.
 
         Raises:
             EngineError: a rank did not come.

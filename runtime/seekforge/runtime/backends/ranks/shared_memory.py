@@ -188,9 +188,9 @@ class SharedMemory:
         since all have come to the next.
         """
         slots = self._slots[self._num_sums % _SUMS]
-        mine = slots[self._rank - self._group.start]
-        mine[:8].view(np.int64)[0] = part.nbytes
-        mine[8 : 8 + part.nbytes].view(part.dtype)[:] = part
+        own_slot = slots[self._rank - self._group.start]
+        own_slot[:8].view(np.int64)[0] = part.nbytes
+        own_slot[8 : 8 + part.nbytes].view(part.dtype)[:] = part
         self._num_sums += 1
         self._memory.write(self._arrivals[self._rank - self._group.start], self._num_sums)
         for arrival in self._arrivals:
