@@ -1,4 +1,4 @@
-"""Teach `nano` sums of four digits by GRPO: it samples, answers that are right are made likelier, and it samples again.
+"""Teach `nano` sums by GRPO: it samples, answers that are right are made likelier, and it samples again.
 
 The compiled engine samples and gets the trainer's weights after each step, in FP8, without being built again. What its
 router and indexer chose is replayed by the trainer, so that both have the same log-probabilities (docs/rl.md). ENGINE
@@ -190,11 +190,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("engine", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--digits", type=int, default=4, help="of the numbers")
+    parser.add_argument("--digits", type=int, default=3, help="of the numbers")
     parser.add_argument("--sign", choices=["+", "-"], default="+", help="what is done with them")
     parser.add_argument("--prompts", type=int, default=8, help="questions of a step")
     parser.add_argument("--n", type=int, default=16, help="answers to each")
-    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--max-tokens", type=int, default=72)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--items", type=int, default=50, help="held-out questions of a score")
     parser.add_argument("--every", type=int, default=10, help="steps from one score to the next")
