@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from seekforge.exporter.parity.api import ParityResult, parity
     from seekforge.exporter.planner.api import PlanResult, plan
     from seekforge.exporter.program.api import ExportResult, export
+    from seekforge.exporter.training.api import TrainResult, train
     from seekforge.runtime import (
         LLM,
         AsyncLLM,
@@ -54,6 +55,7 @@ _HOMES = {
     "seekforge.exporter.builder.api": ("BuildResult", "build"),
     "seekforge.exporter.planner.api": ("PlanResult", "plan"),
     "seekforge.exporter.parity.api": ("ParityResult", "parity"),
+    "seekforge.exporter.training.api": ("TrainResult", "train"),
     "seekforge.runtime": (
         "LLM",
         "AsyncLLM",
