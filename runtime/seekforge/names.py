@@ -117,12 +117,14 @@ __all__ = [
     "StructuredOutputsParams",
     "TargetError",
     "TokenLogprobs",
+    "TrainResult",
     "Usage",
     "__version__",
     "build",
     "export",
     "parity",
     "plan",
+    "train",
 ]
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from seekforge.exporter.training.grpo import GrpoSettings, group_advantages, grpo_loss, unbiased_kl
+from seekforge.exporter.training.rl.grpo import GrpoSettings, group_advantages, grpo_loss, unbiased_kl
 
 PLAIN = GrpoSettings(clip_low=0.2, clip_high=0.3, kl_weight=0.5, max_divergence=0.1)
 

@@ -14,7 +14,7 @@ from tests.support.oracle import load_oracle, write_dequantized
 from seekforge import LLM, SamplingParams
 from seekforge.common.errors import OptionError
 from seekforge.exporter.models.shared.weights import to_torch
-from seekforge.exporter.training.trl_rollouts import TrlRollouts, checkpoint_tensors
+from seekforge.exporter.training.rl.trl_rollouts import TrlRollouts, checkpoint_tensors
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.value_check import SCALE_SUFFIX

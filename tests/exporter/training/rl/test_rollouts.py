@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from seekforge import LLM, SamplingParams
-from seekforge.exporter.training.grpo import GrpoSettings, group_advantages, grpo_loss
 from seekforge.exporter.training.model import TrainedModel
-from seekforge.exporter.training.policy import Policy
-from seekforge.exporter.training.rollouts import RolloutBatch, token_logprobs
+from seekforge.exporter.training.rl.grpo import GrpoSettings, group_advantages, grpo_loss
+from seekforge.exporter.training.rl.policy import Policy
+from seekforge.exporter.training.rl.rollouts import RolloutBatch, token_logprobs
 from seekforge.exporter.training.weights import read_weights
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
