@@ -25,6 +25,9 @@ READ = {
     "plan_file",
     "from_dump",
     "inputs",
+    "data",
+    "include_path",
+    "quality",
     "api_key_file",
     "admin_key_file",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import socket
@@ -121,7 +122,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _facts(self, name: str) -> dict[str, str]:
         size = (self.state.folder / name).stat().st_size
-        return {"X-Repo-Commit": COMMIT, "ETag": f'"{abs(hash(name)):x}"', "X-Linked-Size": str(size)}
+        return {
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{hashlib.sha1(name.encode()).hexdigest()}"',
+            "X-Linked-Size": str(size),
+        }
 
     def _file(self, name: str, *, body: bool) -> None:
         path = self.state.folder / name

@@ -80,8 +80,8 @@ def test_without_mtp_nothing_lies_beyond_the_last_layer() -> None:
 def test_shared_experts_widen_one_mlp() -> None:
     prefix = "model.layers.1.mlp.shared_experts."
     tensors = expected_tensors(with_values(n_shared_experts=2))
-    assert tensors[prefix + "gate_proj.weight"].shape == (256, 512)
-    assert tensors[prefix + "down_proj.weight_scale_inv"].shape == (4, 2)
+    assert tensors[prefix + "gate_proj.weight"].shape == (512, 512)
+    assert tensors[prefix + "down_proj.weight_scale_inv"].shape == (4, 4)
 
 
 def test_all_layers_may_be_dense() -> None:

@@ -62,6 +62,7 @@ def test_every_preset_can_be_built_with_plugins_and_inlined(preset: str) -> None
             [
                 "DsaCacheWrite: kv_lora_rank is 384, kernels take 128, 256, 512 or 1024",
                 "DsaAttention: kv_lora_rank is 384, kernels take 128, 256 or 512",
+                "MlaCacheWrite: kv_lora_rank is 384, kernels take 128, 256, 512 or 1024",
             ],
         ),
         (

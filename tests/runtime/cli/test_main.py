@@ -56,7 +56,7 @@ def test_values_that_no_engine_takes_are_refused_before_one_is_read(options: tup
 
 def test_an_unknown_command_suggests_near_ones() -> None:
     assert "no command 'exprot'; did you mean export?" in one_line(invoke("exprot"))
-    assert "commands are new-checkpoint, export" in one_line(invoke("xyz"))
+    assert "commands are new-checkpoint, train, export" in one_line(invoke("xyz"))
 
 
 def test_usage_errors_are_one_line() -> None:

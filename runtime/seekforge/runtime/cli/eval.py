@@ -43,7 +43,7 @@ from seekforge.runtime.sampling.params import SamplingParams
 @list_option("--tasks", type=click.STRING, required=True, help="Tasks, groups or tags; * stands for anything.")
 @click.option(
     "--include-path",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path),
     help="Folder with task files of your own (YAML).",
 )
 @click.option("--limit", type=Whole(1), help="Questions of each task.  [default: all]")

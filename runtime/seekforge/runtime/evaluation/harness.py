@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from seekforge.common.errors import EnvironmentFault, RequestError, SeekforgeError
+from seekforge.common.errors import EnvironmentFault, OptionError, RequestError, SeekforgeError
 from seekforge.common.requirements import install
 from seekforge.runtime.evaluation.task_files import (
     UNSAFE_LOADER,
@@ -167,7 +167,11 @@ def score(model: Any, loaded: Any, options: TaskOptions) -> dict[str, Any]:
 
 
 def _folder(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
+    if path is None:
+        return None
+    if not path.is_dir():
+        raise OptionError(f"--include-path is {path}, expected a folder with task files (YAML)")
+    return str(path.resolve())
 
 
 def _chosen(patterns: Iterable[str], names: Sequence[str]) -> list[str] | None:
