@@ -9,6 +9,8 @@ import pytest
 import torch
 from tests.support.random_nano import random_nano_checkpoint
 
+from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.quality.forms import FORMS
@@ -18,7 +20,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.quality_run import RunRow
 from seekforge.formats.quantization import nvfp4
-from seekforge.plugins.quant import dequantize_weight
+from seekforge.plugins.quant import INDEX_KEY_BYTES, dequantize_weight, latent_record_bytes
 
 IDS = tuple(range(20, 90))
 
@@ -76,6 +78,17 @@ def test_bytes_are_those_of_the_layouts(config: ModelConfig) -> None:
     assert bytes_of["fp8"] == bytes_of["kv_fp8"] == 4 * (128 + 4 + 2 * 64 + 132)
     assert bytes_of["kv_nvfp4"] == 4 * (128 * 0.5625 + 2 * 64 + 132)
     assert FORMS["exact"].weight_bytes(1600, 30, 4) == 1634 and FORMS["nvfp4"].weight_bytes(1600, 30, 4) == 930
+
+
+def test_layers_that_share_an_indexers_choice_cache_no_keys_of_it() -> None:
+    config = load_preset("glm5-tiny").config
+    layers = range(config.num_hidden_layers + 1)
+    kinds = [family_of(config).caches(config, layer) for layer in layers]
+    with_index = sum("index_cache" in kind for kind in kinds)
+    assert 0 < with_index < len(kinds)
+    assert FORMS["bf16"].cache_bytes(config) == 2 * sum(sum(kind.values()) for kind in kinds)
+    latents = latent_record_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
+    assert FORMS["fp8"].cache_bytes(config) == latents * len(kinds) + INDEX_KEY_BYTES * with_index
 
 
 def test_rows_in_a_batch_give_what_they_give_alone(checkpoint: Path, config: ModelConfig) -> None:

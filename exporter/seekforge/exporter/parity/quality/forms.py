@@ -6,7 +6,7 @@ as such an engine would store it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -51,8 +51,9 @@ class Form:
 
     def cache_bytes(self, config: ModelConfig) -> float:
         """Return the bytes of one cached token, over all layers and the MTP layer."""
-        layers = config.num_hidden_layers + (config.mtp_layer is not None)
-        return layers * _CACHE_BYTES[self.caches](config)
+        caches = family_of(config).caches
+        layers = range(config.num_hidden_layers + (config.mtp_layer is not None))
+        return sum(_CACHE_BYTES[self.caches](config, caches(config, layer)) for layer in layers)
 
     def weight_bytes(self, num_fp8: int, num_others: int, num_scales: int) -> float:
         """Return the bytes of all weights.
@@ -80,24 +81,28 @@ FORMS: Final[dict[FormName, Form]] = {
 }
 
 
-def _plain_bytes(config: ModelConfig, itemsize: int) -> int:
-    return itemsize * sum(family_of(config).caches(config, 0).values())
+def _plain_bytes(caches: Mapping[str, int], itemsize: int) -> int:
+    return itemsize * sum(caches.values())
 
 
-def _fp8_bytes(config: ModelConfig) -> int:
-    record = latent_record_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
-    return record + (INDEX_KEY_BYTES if config.index_head_dim else 0)
+def _index_bytes(caches: Mapping[str, int]) -> int:
+    """The indexer's key in FP8, in layers that have one of their own."""
+    return INDEX_KEY_BYTES if "index_cache" in caches else 0
 
 
-def _nvfp4_bytes(config: ModelConfig) -> float:
+def _fp8_bytes(config: ModelConfig, caches: Mapping[str, int]) -> int:
+    return latent_record_bytes(config.kv_lora_rank, config.qk_rope_head_dim) + _index_bytes(caches)
+
+
+def _nvfp4_bytes(config: ModelConfig, caches: Mapping[str, int]) -> float:
     """The latent in NVFP4, the rotary key in BF16, the indexer's key in FP8."""
-    latent = config.kv_lora_rank * nvfp4.BITS / 8 + 2 * config.qk_rope_head_dim
-    return latent + (INDEX_KEY_BYTES if config.index_head_dim else 0)
+    return config.kv_lora_rank * nvfp4.BITS / 8 + 2 * config.qk_rope_head_dim + _index_bytes(caches)
 
 
-_CACHE_BYTES: Final[dict[str, Callable[[ModelConfig], float]]] = {
-    "f32": lambda config: _plain_bytes(config, 4),
-    "bf16": lambda config: _plain_bytes(config, 2),
+#: Bytes that one token has in the caches of a layer: kind of cache -> values of a token.
+_CACHE_BYTES: Final[dict[str, Callable[[ModelConfig, Mapping[str, int]], float]]] = {
+    "f32": lambda _, caches: _plain_bytes(caches, 4),
+    "bf16": lambda _, caches: _plain_bytes(caches, 2),
     "fp8": _fp8_bytes,
     "nvfp4": _nvfp4_bytes,
 }
