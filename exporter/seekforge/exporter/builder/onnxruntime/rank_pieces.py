@@ -66,29 +66,36 @@ def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
                 renamed.setdefault(name, f"{LOCAL}{len(renamed)}")
     infos = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    place = {name: number for number, name in enumerate((*infos, *constants))}.__getitem__
+    last_read = {name: number for number, names in enumerate(reads) for name in names}
+    empty = onnx.ModelProto()
+    empty.CopyFrom(model)
+    for field in ("node", "input", "output", "initializer", "value_info"):
+        empty.graph.ClearField(field)
     pieces = []
     for number, nodes in enumerate(groups):
         piece = onnx.ModelProto()
-        piece.CopyFrom(model)
-        for field in ("node", "input", "output", "initializer", "value_info"):
-            piece.graph.ClearField(field)
+        piece.CopyFrom(empty)
         for node in nodes:
             copy = piece.graph.node.add()
             copy.CopyFrom(node)
             _rename(copy, renamed)
-        results = {name: None for name, at in made.items() if at == number}  # a set in order
-        later = set().union(*reads[number + 1 :]) if number + 1 < len(groups) else set()
-        arrives = [name for name in infos if name in reads[number] and name not in results and name not in constants]
-        untyped = [name for name in renamed if name in reads[number] and name not in results and name not in infos]
+        results = {name: None for node in nodes for name in node.output}  # a set in order
+        from_others = reads[number] - results.keys()
+        arrives = sorted((from_others & infos.keys()) - constants.keys(), key=place)
+        untyped = sorted((from_others & renamed.keys()) - infos.keys())
         if untyped:
             raise ProgramError(f"ranks: the type of {untyped[0]!r} between two pieces is not known; export again")
         leaves = [
-            name for name in results if name in outputs or renamed.get(name, "").startswith(PARTIAL) or name in later
+            name
+            for name in results
+            if name in outputs or renamed.get(name, "").startswith(PARTIAL) or last_read.get(name, number) > number
         ]
+        inside = sorted((results.keys() & infos.keys()) - set(leaves), key=place)
         piece.graph.input.extend(_value(name, infos, renamed) for name in arrives)
         piece.graph.output.extend(_value(name, infos, renamed) for name in _in_order(leaves, graph))
-        piece.graph.initializer.extend(tensor for name, tensor in constants.items() if name in reads[number])
-        piece.graph.value_info.extend(value for name, value in infos.items() if name in results and name not in leaves)
+        piece.graph.initializer.extend(constants[name] for name in sorted(reads[number] & constants.keys(), key=place))
+        piece.graph.value_info.extend(infos[name] for name in inside)
         pieces.append(piece)
     return pieces
 

@@ -149,8 +149,8 @@ class Host:
         if self.fault is not None:
             raise EngineError(self.fault)
 
-    def await_ready(self) -> list[dict[str, Any]]:
-        """Wait until every rank has opened its part, and return what each says of it.
+    def await_ready(self) -> None:
+        """Wait until every rank has opened its part.
 
         Raises:
             EngineError: one could not, or was lost.
@@ -158,7 +158,6 @@ class Host:
         with self._changed:
             self._changed.wait_for(lambda: self.fault or all(one.ready is not None for one in self._processes))
         self.check()
-        return [one.ready for one in self._processes if one.ready is not None]
 
     def fail(self, fault: str) -> None:
         """End all ranks, for a reason that every later call gives."""

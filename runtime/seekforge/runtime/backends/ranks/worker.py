@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
 
 #: Seconds between two beats.
 _BEAT_S = 0.1
-#: What `StepInputs` consists of.
-STEP_ARRAYS = ("input_ids", "positions", "slot_mapping", "block_table", "logits_index", "hidden_in")
+#: What `StepInputs` consists of; a stage takes its intermediate tensors from the one before it.
+_STEP_ARRAYS = tuple(one.name for one in fields(StepInputs) if one.name != "intermediate_tensors")
 
 
 def work(connection: socket.socket) -> None:
@@ -103,13 +104,13 @@ def _beat(connection: socket.socket, memory: Memory, rank: int, closed: threadin
 
 def message_of(inputs: StepInputs, outputs: list[str], graph: str) -> Message:
     """Return a step as what rank 0 broadcasts."""
-    arrays = {name: value for name in STEP_ARRAYS if (value := getattr(inputs, name)) is not None}
+    arrays = {name: value for name in _STEP_ARRAYS if (value := getattr(inputs, name)) is not None}
     return Message({"call": "run", "outputs": outputs, "graph": graph}, arrays)
 
 
 def step_of(message: Message) -> StepInputs:
     """Return the step that a message holds."""
-    arrays: dict[str, Any] = {name: message.arrays[name] for name in STEP_ARRAYS if name in message.arrays}
+    arrays: dict[str, Any] = {name: message.arrays[name] for name in _STEP_ARRAYS if name in message.arrays}
     return StepInputs(**arrays)
 
 
