@@ -37,7 +37,7 @@ def read_examples(path: Path) -> list[Example]:
         ConfigError: it cannot be read, holds no line, or a line is something else.
     """
     try:
-        lines = read_bytes(path, most=_MOST_BYTES).decode().splitlines()
+        lines = read_bytes(path, most=_MOST_BYTES).split(b"\n")  # not at U+2028, which texts may hold
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -48,7 +48,7 @@ def read_examples(path: Path) -> list[Example]:
     return examples
 
 
-def _example(path: Path, number: int, line: str) -> Example:
+def _example(path: Path, number: int, line: bytes) -> Example:
     try:
         raw: Any = parse_json(line)
         if isinstance(raw, dict) and "text" in raw:

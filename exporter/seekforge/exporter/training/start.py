@@ -23,6 +23,7 @@ from seekforge.exporter.training.model import TrainedModel
 from seekforge.exporter.training.schedule import Schedule
 from seekforge.exporter.training.vocabulary import task_tokenizer
 from seekforge.exporter.training.weights import read_weights
+from seekforge.formats.checkpoint.tokenizer_file import read_tokenizer
 
 #: Presets that can be trained from a seed: what `training.tasks` teaches is made for them.
 TRAINED_PRESETS = ("nano",)
@@ -79,14 +80,10 @@ def from_checkpoint(
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library has no other class for what it cannot read
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: cannot be read ({error}); download it again") from None
+    path = folder / "tokenizer.json"
+    tokenizer = read_tokenizer(path, error=CheckpointError, again="take the tokenizer.json of the checkpoint")
     if tokenizer.get_vocab_size() > vocab_size:
-        raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} ids, expected {vocab_size} at most"
-        )
+        raise CheckpointError(f"{path}: has {tokenizer.get_vocab_size()} ids, expected {vocab_size} at most")
     return tokenizer
 
 

@@ -63,15 +63,7 @@ def _layer(prefix: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Tensor]]:
-    for name in (
-        "q_a_proj",
-        "q_a_layernorm",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_a_layernorm",
-        "kv_b_proj",
-        "o_proj",
-    ):
+    for name in _ATTENTION:
         yield f"{prefix}{name}.weight", getattr(attention, name)
     indexer = attention.indexer
     yield f"{prefix}indexer.wq_b.weight", indexer.wq_b
