@@ -26,7 +26,8 @@ PROGRAM_FORMAT = 3
 _MOST_RANKS = 4096
 
 #: What text needs, carried from a checkpoint to a program and an engine.
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TEMPLATE_FILE = "chat_template.jinja"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", TEMPLATE_FILE)
 
 #: `intermediate`: what one plan of an engine gives to a later one (see `Manifest.stages`).
 Role = Literal["token", "bookkeeping", "table", "weight", "cache", "result", "tap", "debug", "intermediate"]

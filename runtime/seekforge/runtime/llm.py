@@ -32,6 +32,7 @@ from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
 from seekforge.runtime.chat.messages import Message, is_conversation
 from seekforge.runtime.chat.request import ChatOptions, ChatProcessor, ChatRequest
+from seekforge.runtime.chat.template import checkpoint_template
 from seekforge.runtime.compatibility import check_complete
 from seekforge.runtime.engine.chat_output import with_message_deltas, with_messages
 from seekforge.runtime.engine.core import Core, StepMetrics
@@ -177,7 +178,9 @@ class LLM:
         )
         outputs = [spec.name for spec in manifest.graphs["model"].outputs if spec.role == "tap"]
         tap_names = {kind: tuple(n for n in outputs if n.partition(".")[0] == kind) for kind in TAPS}
-        self._chat = ChatProcessor(manifest.config.get("model_type"), self.engine.tokenizer)
+        self._chat = ChatProcessor(
+            manifest.config.get("model_type"), self.engine.tokenizer, checkpoint_template(self.engine.folder)
+        )
         self._intake = InputProcessor(
             self.engine,
             self._scheduler,

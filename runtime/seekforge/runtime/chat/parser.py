@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from seekforge.runtime.chat.messages import Message, MessageDelta, ToolCall, ToolCallDelta
 from seekforge.runtime.chat.scanner import Scanner, Span
+from seekforge.runtime.chat.tag_scanner import TagScanner, TagSyntax
+
+#: Whose tags calls are written with.
+Syntax = Literal["deepseek_v32"] | TagSyntax
 
 #: JSON type of a schema -> types of Python that a value of it has.
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
@@ -51,6 +55,7 @@ class ChatParser:
         in_reasoning: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_calls: bool = True,
+        syntax: Syntax = "deepseek_v32",
         make_id: Callable[[], str] = new_call_id,
     ) -> None:
         """Start at the beginning of a completion.
@@ -59,9 +64,14 @@ class ChatParser:
             in_reasoning: whether the prompt ends inside a thought, as `SegmentedText.in_reasoning` says.
             tools: the functions that may be called; None: nothing is known of them.
             tool_calls: whether calls are looked for; else their text is content.
+            syntax: whose tags they are written with.
             make_id: gives the id of a call.
         """
-        self._scanner = Scanner(in_reasoning=in_reasoning, tool_calls=tool_calls)
+        self._scanner: Scanner | TagScanner = (
+            Scanner(in_reasoning=in_reasoning, tool_calls=tool_calls)
+            if syntax == "deepseek_v32"
+            else TagScanner(syntax, in_reasoning=in_reasoning, tool_calls=tool_calls)
+        )
         self._tools = None if tools is None else {tool["name"]: tool for tool in tools}
         self._make_id = make_id
         self._thought = in_reasoning
@@ -148,6 +158,7 @@ class _Call:
         self._written: list[str] = []
         self._keys: set[str] = set()
         self._key = ""
+        self._may_be_text = False  # whether the value is text where it is no JSON
         self._streams = False  # whether the value is text, which is given out as it comes
         self._value: list[str] = []
         self._body: list[str] = []
@@ -200,7 +211,9 @@ class _Call:
         before = ", " if self._keys else "{"
         self._keys.add(span.name)
         self._key = span.name
-        self._streams = span.string == "true" or (span.string is None and _types(self._schema()) == ("string",))
+        is_text = _types(self._schema()) == ("string",)
+        self._may_be_text = span.string == "either"
+        self._streams = span.string == "true" or (span.string in (None, "either") and is_text)
         return f"{before}{json.dumps(span.name, ensure_ascii=False)}: " + ('"' if self._streams else "")
 
     def _schema(self) -> Any:
@@ -209,6 +222,8 @@ class _Call:
     def _json(self, text: str) -> str:
         """Return the JSON of a value that is none of text; as text where it does not fit."""
         value, types = _parsed(text), _types(self._schema())
+        if value is _NO_JSON and self._may_be_text and (types is None or "string" in types):
+            return json.dumps(text, ensure_ascii=False)
         if value is _NO_JSON:
             self.problems.append(f"the argument {self._key!r} is no JSON; it is passed on as text")
         elif types is not None and not any(_is(value, one) for one in types):

@@ -12,7 +12,8 @@ from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime.chat import markup
 from seekforge.runtime.chat.encoding import encode_read, with_instructions
 from seekforge.runtime.chat.messages import Message, dumped, read_messages, read_tools
-from seekforge.runtime.chat.parser import ChatParser
+from seekforge.runtime.chat.parser import ChatParser, Syntax
+from seekforge.runtime.chat.tag_scanner import TAGS
 from seekforge.runtime.chat.template import template_reader
 from seekforge.runtime.chat.tools import ToolChoice, calls_grammar, read_tool_choice
 from seekforge.runtime.sampling.params import SamplingParams, StructuredOutputsParams
@@ -20,8 +21,16 @@ from seekforge.runtime.text.segments import Segment, SegmentedText
 from seekforge.runtime.text.tokenizer import Tokenizer
 from seekforge.runtime.values import boolean, shown
 
-#: `model_type`s whose conversations are encoded here.
+#: `model_type` -> whose tags its calls are written with.
+SYNTAX: Final[dict[str, Syntax]] = {
+    "deepseek_v32": "deepseek_v32",
+    "deepseek_v3": "deepseek_v3",
+    "glm_moe_dsa": "glm",
+}
+#: `model_type`s whose conversations are encoded here; others by the template of their checkpoint.
 FAMILIES: Final = ("deepseek_v32",)
+#: Tags that text must show where they are special tokens.
+_TAGS: Final[dict[Syntax, tuple[str, ...]]] = {"deepseek_v32": (markup.THINK_START, markup.THINK_END), **TAGS}
 
 
 class ChatOptions(TypedDict, total=False):
@@ -64,29 +73,39 @@ class ChatRequest:
         params: sampling parameters, with the form that the answer must have.
         tools: functions that may be called.
         reads_calls: whether calls are looked for in the answer.
+        syntax: whose tags they are written with.
     """
 
     prompt: SegmentedText
     params: SamplingParams
     tools: tuple[Mapping[str, Any], ...]
     reads_calls: bool
+    syntax: Syntax = "deepseek_v32"
 
     def parser(self) -> ChatParser:
         """Return what reads one answer."""
-        return ChatParser(in_reasoning=self.prompt.in_reasoning, tools=self.tools or None, tool_calls=self.reads_calls)
+        return ChatParser(
+            in_reasoning=self.prompt.in_reasoning,
+            tools=self.tools or None,
+            tool_calls=self.reads_calls,
+            syntax=self.syntax,
+        )
 
 
 class ChatProcessor:
     """Makes requests of conversations, for one engine."""
 
-    def __init__(self, model_type: object, tokenizer: Tokenizer) -> None:
+    def __init__(self, model_type: object, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
         """Keep what it needs.
 
         Args:
             model_type: the family of the model, as config.json names it.
             tokenizer: the tokenizer of the model.
+            chat_template: the template of the checkpoint, for a family that has no encoding here.
         """
         self._model_type, self._tokenizer = model_type, tokenizer
+        self._syntax: Syntax = SYNTAX.get(str(model_type), "deepseek_v32")
+        self._chat_template = chat_template
         self._template = template_reader()
 
     def request(self, messages: object, params: SamplingParams, options: Mapping[str, Any]) -> ChatRequest:
@@ -117,15 +136,17 @@ class ChatProcessor:
             tools = ()
         prompt = self._prompt(conversation, tools, schema, options)
         parallel = _flag(options, "parallel_tool_calls", True)
+        if self._syntax != "deepseek_v32":
+            _check_unforced(choice, tools, parallel, form, str(self._model_type))
         structured = _structured(known, choice, parallel, form, params)
         if structured is not None:
             params = replace(params, structured_outputs=structured)
         special = self._tokenizer.special_ids
-        if any(self._tokenizer.token_id(text) in special for text in (markup.THINK_START, markup.THINK_END)):
+        if any(self._tokenizer.token_id(text) in special for text in _TAGS[self._syntax]):
             params = replace(params, skip_special_tokens=False)  # what ends the thought has to be read
         if params.structured_outputs is not None and not prompt.in_reasoning:
             params = replace(params, thinking_token_budget=None)  # the form begins at once: there is no thought to end
-        return ChatRequest(prompt, params, known, choice.mode != "none")
+        return ChatRequest(prompt, params, known, choice.mode != "none", self._syntax)
 
     def _prompt(
         self,
@@ -140,13 +161,21 @@ class ChatProcessor:
         if not isinstance(kwargs, Mapping):
             raise RequestError(f"chat_template_kwargs is {shown(kwargs)}, expected a mapping")
         source = options.get("chat_template")
+        parses = self._syntax == "glm"
+        if source is None and self._model_type not in FAMILIES:
+            source, kwargs = self._chat_template, _both_names(kwargs)
         if source is not None:
             if not isinstance(source, (str, Path)):
                 raise RequestError(f"chat_template is {shown(source)}, expected a Jinja template or the Path of one")
             if continues:
                 raise RequestError("continue_final_message and chat_template do not go together; leave one out")
             prompt = self._template(source).render(
-                conversation, self._tokenizer, tools=tools, add_generation_prompt=adds, variables=kwargs
+                conversation,
+                self._tokenizer,
+                tools=tools,
+                add_generation_prompt=adds,
+                variables=kwargs,
+                parses_arguments=parses,
             )
         else:
             self._check_family()
@@ -165,7 +194,8 @@ class ChatProcessor:
         if self._model_type not in FAMILIES:
             raise EngineError(
                 f"models of type {shown(self._model_type)} have no chat encoding here, those of "
-                f"{', '.join(FAMILIES)} have; pass a chat_template, or a plain prompt to generate"
+                f"{', '.join(FAMILIES)} have, and this engine carries no template of its checkpoint; pass a "
+                "chat_template, or a plain prompt to generate"
             )
         missing = [text for text in markup.CONTROL_TOKENS if self._tokenizer.token_id(text) is None]
         if missing:
@@ -178,6 +208,28 @@ class ChatProcessor:
 def _flag(options: Mapping[str, Any], name: str, default: bool) -> bool:
     value = options.get(name)
     return default if value is None else boolean(name, value)
+
+
+def _both_names(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the variables of a template with `thinking` as DeepSeek's know it, and `enable_thinking` as GLM's do."""
+    said = kwargs.get("thinking", kwargs.get("enable_thinking"))
+    if said is None:
+        return kwargs
+    return {"thinking": said, "enable_thinking": said} | dict(kwargs)
+
+
+def _check_unforced(
+    choice: ToolChoice,
+    tools: tuple[Mapping[str, Any], ...],
+    parallel: bool,
+    form: StructuredOutputsParams | None,
+    model_type: str,
+) -> None:
+    """Refuse what only a grammar of calls could hold, in a family whose calls have none here."""
+    asked = "tool_choice" if choice.mode == "required" else "" if parallel else "parallel_tool_calls"
+    asked = "response_format beside tools" if not asked and form is not None and choice.mode != "none" else asked
+    if asked and tools:
+        raise RequestError(f"{asked} is enforced for calls of {', '.join(FAMILIES)} alone, this model is {model_type}")
 
 
 def _thinking(kwargs: Mapping[str, Any]) -> bool:

@@ -43,7 +43,7 @@ class Span:
             them, and "markup" is everything else.
         text: as the model wrote it; empty where a tag is missing and its meaning is certain.
         name: the name of a call or parameter.
-        string: what a parameter says of its value: "true", "false" or None.
+        string: what a parameter says of its value: "true", "false", "either" (text where it is no JSON) or None.
         problem: what is not as it should be.
     """
 

@@ -1,4 +1,5 @@
-"""A user's own chat template: Jinja, in its sandbox, with the variables that Hugging Face's templates know.
+"""A chat template, a user's own or that of a checkpoint: Jinja, in its sandbox, with the variables that Hugging Face's
+templates know. What it may compute is bounded: it is a file from elsewhere.
 
 What messages say must not become a special token. A template returns one text, in which nobody could tell who wrote
 what; so messages are marked before: a character that stands nowhere in them is put into each text that is, begins or
@@ -8,14 +9,18 @@ ends a special token, and taken out again when the special tokens of the result 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, NoReturn
 
-from seekforge.common.errors import EnvironmentFault, RequestError
-from seekforge.common.reading import SETTINGS_BYTES, read_text
+from seekforge.common.errors import EngineError, EnvironmentFault, RequestError
+from seekforge.common.reading import LISTING_BYTES, SETTINGS_BYTES, is_there, read_json, read_text
 from seekforge.common.requirements import install
+from seekforge.formats.program import TEMPLATE_FILE
 from seekforge.runtime.chat import markup
 from seekforge.runtime.chat.messages import Message
 from seekforge.runtime.text.segments import Segment, SegmentedText
@@ -23,6 +28,10 @@ from seekforge.runtime.text.tokenizer import Tokenizer
 
 #: Code points that are no characters: one of them is the mark.
 _MARKS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+#: Lines of a template that may run: a hundred for each of some thousand messages.
+_MOST_LINES: Final = 1_000_000
+#: Longest text or list that a product makes.
+_MOST_REPEATED: Final = 1_000_000
 #: Keys whose values a template compares and that no text comes from.
 _KEPT: Final = frozenset(("role", "type"))
 
@@ -53,7 +62,7 @@ class ChatTemplate:
                 raise RequestError(f"chat_template {source}: cannot be read ({error})") from None
         else:
             text = source
-        environment = sandbox.ImmutableSandboxedEnvironment(
+        environment = _environment(sandbox)(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _tojson
@@ -72,13 +81,22 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
+        parses_arguments: bool = False,
     ) -> SegmentedText:
         """Return the prompt of a conversation.
+
+        Args:
+            messages: the conversation.
+            tokenizer: what knows the special tokens.
+            tools: functions.
+            add_generation_prompt: whether the answer is begun.
+            variables: further names.
+            parses_arguments: whether the template reads arguments of calls as an object and not as text.
 
         Raises:
             RequestError: the template refuses it, or fails.
         """
-        raw = [message.to_dict() for message in messages]
+        raw = [_written(message, parsed=parses_arguments) for message in messages]
         functions = [{"type": "function", "function": dict(tool)} for tool in tools]
         everything = json.dumps([raw, functions, dict(variables)], ensure_ascii=False, default=str)
         mark = next((one for one in _MARKS if one not in everything), None)
@@ -86,14 +104,17 @@ class ChatTemplate:
             raise RequestError("the conversation holds every code point that is no character; leave them out")
         marked = _Marker(mark, [text for text in tokenizer.added_texts.values() if text])
         try:
-            text = self._template.render(
-                messages=marked(raw),
-                tools=marked(functions) or None,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=markup.BOS,
-                eos_token=markup.EOS,
-                **{str(name): marked(value) for name, value in variables.items()},
-            )
+            with _bounded():
+                text = self._template.render(
+                    messages=marked(raw),
+                    tools=marked(functions) or None,
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=markup.BOS,
+                    eos_token=markup.EOS,
+                    **{str(name): marked(value) for name, value in variables.items()},
+                )
+        except RequestError:
+            raise
         except self._error as error:
             raise RequestError(f"chat_template: {_line(error)}") from None
         except Exception as error:  # whatever its expressions do
@@ -101,6 +122,53 @@ class ChatTemplate:
         return SegmentedText.of(
             _segments(text, mark, tokenizer), in_reasoning=text.rstrip("\n").endswith(markup.THINK_START)
         )
+
+
+def _written(message: Message, *, parsed: bool) -> dict[str, Any]:
+    raw = message.to_dict()
+    for call in raw.get("tool_calls", ()) if parsed else ():
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return raw
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Count the lines of a template that run, and end it beyond a bound; those of filters do not count."""
+    left, before = _MOST_LINES, sys.gettrace()
+
+    def lines(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise RequestError(f"chat_template runs more than {_MOST_LINES:,} steps")
+        return lines
+
+    sys.settrace(lambda frame, event, argument: lines if frame.f_code.co_filename == "<template>" else None)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def checkpoint_template(folder: Path) -> str | None:
+    """Return the chat template that an engine carries from its checkpoint, or None.
+
+    Raises:
+        EngineError: a file that should hold it cannot be read.
+    """
+    path = folder / TEMPLATE_FILE
+    try:
+        if is_there(path):
+            return read_text(path, most=SETTINGS_BYTES)
+        path = folder / "tokenizer_config.json"
+        raw = read_json(path, most=LISTING_BYTES) if is_there(path) else None
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: cannot be read ({error}); build the engine again") from None
+    template = raw.get("chat_template") if isinstance(raw, dict) else None
+    if isinstance(template, list):  # several, by their names
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) and len(template) <= SETTINGS_BYTES else None
 
 
 class _Marker:
@@ -143,6 +211,24 @@ def _segments(text: str, mark: str, tokenizer: Tokenizer) -> list[Segment]:
         segments += [Segment(text[at : match.start()].replace(mark, "")), Segment(match[0], True)]
         at = match.end()
     return [*segments, Segment(text[at:].replace(mark, ""))]
+
+
+def _environment(sandbox: Any) -> Any:
+    """Return the class of the sandbox: Jinja's, whose products and powers are bounded."""
+
+    class Bounded(sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**", "%"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(one) if hasattr(one, "__len__") else abs(one) for one in (left, right)]
+            if operator == "**" or (operator == "%" and isinstance(left, str)):
+                raise RequestError(f"chat_template uses {operator!r}, which is not computed here")
+            repeats = operator == "*" and any(hasattr(one, "__len__") for one in (left, right))
+            if repeats and sizes[0] * sizes[1] > _MOST_REPEATED:
+                raise RequestError(f"chat_template repeats a text to more than {_MOST_REPEATED:,} characters")
+            return super().call_binop(context, operator, left, right)
+
+    return Bounded
 
 
 def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:

@@ -19,6 +19,7 @@ import uvicorn
 from seekforge.common.errors import EngineError, OptionError
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.runtime.chat import ChatProcessor
+from seekforge.runtime.chat.template import checkpoint_template
 from seekforge.runtime.server.app import make_app
 from seekforge.runtime.server.context import Context
 from seekforge.runtime.server.engine_client import EngineProcess
@@ -142,7 +143,7 @@ async def serve(
             client,
             settings,
             tokenizer,
-            ChatProcessor(manifest.config.get("model_type"), tokenizer),
+            ChatProcessor(manifest.config.get("model_type"), tokenizer, checkpoint_template(settings.engine)),
             Metrics(settings.served_model_names[0], client.facts),
         )
         config = uvicorn.Config(

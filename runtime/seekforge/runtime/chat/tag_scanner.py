@@ -1,0 +1,241 @@
+"""Completions of GLM-5 and DeepSeek-V3 as spans: families whose calls are told apart by tags of fixed text.
+
+The same promises as `scanner`: joined, the spans are the text, and what is held back is at most the beginning of a
+tag, or the name of a call or argument. What is no complete call is content.
+
+GLM: `<tool_call>NAME`, then `<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>` for each argument, `</tool_call>`;
+white space may stand between all of these. DeepSeek-V3.1:
+`<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>JSON<｜tool▁call▁end｜>`, with tags around all calls; V3 and R1 write
+`function` in place of the name, and name and fenced JSON behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Literal
+
+from seekforge.runtime.chat import markup
+from seekforge.runtime.chat.scanner import Kind, Span
+
+TagSyntax = Literal["glm", "deepseek_v3"]
+
+_CALL: Final = "<tool_call>"
+_CALL_END: Final = "</tool_call>"
+_KEY, _KEY_END, _VALUE, _VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+_BLOCK, _BLOCK_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_BEGIN, _SEPARATOR, _END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_FENCE, _FENCE_END = "```json\n", "\n```"
+#: What ends a turn and may come as text.
+_ENDS: Final[dict[TagSyntax, tuple[str, ...]]] = {
+    "glm": ("<|user|>", "<|observation|>", "<|endoftext|>"),
+    "deepseek_v3": (markup.EOS,),
+}
+#: Tags that a tokenizer may have as special tokens, which text must then show.
+TAGS: Final[dict[TagSyntax, tuple[str, ...]]] = {
+    "glm": (markup.THINK_START, markup.THINK_END, _CALL, _CALL_END, _KEY, _KEY_END, _VALUE, _VALUE_END),
+    "deepseek_v3": (markup.THINK_START, markup.THINK_END, _BLOCK, _BLOCK_END, _BEGIN, _SEPARATOR, _END),
+}
+_SPACE: Final = " \t\r\n"
+#: Longest name of a call or argument.
+_MAX_NAME: Final = 1024
+
+
+class TagScanner:
+    """Splits one completion."""
+
+    def __init__(self, syntax: TagSyntax, *, in_reasoning: bool, tool_calls: bool = True) -> None:
+        """Start at the beginning of a completion.
+
+        Args:
+            syntax: whose tags they are.
+            in_reasoning: whether it begins inside a thought; if not, a thought may be the first thing in it.
+            tool_calls: whether tags about tools are looked for; else they are content.
+        """
+        self._syntax: TagSyntax = syntax
+        self._tool_calls = tool_calls
+        self._held = ""
+        self._named = ""  # the tag that opened a call or argument, and what there is of its name
+        self._final = False
+        self._state: Callable[[], Iterator[Span]] = self._reasoning if in_reasoning else self._start
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether what comes next is thought."""
+        return self._state == self._reasoning
+
+    def push(self, piece: str) -> Iterator[Span]:
+        """Take a piece of text and yield what is certain."""
+        self._held += piece
+        yield from self._scan()
+
+    def finish(self) -> Iterator[Span]:
+        """Yield what is left, since nothing follows: the beginning of a tag is no tag."""
+        self._final = True
+        yield from self._scan()
+        rest, self._held, self._named = self._named + self._held, "", ""
+        if rest:
+            yield Span("markup" if self._state == self._arguments else "content", rest)
+
+    def _scan(self) -> Iterator[Span]:
+        while True:
+            before = self._state, len(self._held)
+            yield from self._state()
+            if (self._state, len(self._held)) == before:
+                return
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken
+
+    def _split(self, tags: Sequence[str]) -> tuple[str, str]:
+        """Take the text before the first of some tags, as far as it is certain, and the tag ("": none is there yet)."""
+        found = [(at, -len(tag), tag) for tag in tags if (at := self._held.find(tag)) >= 0]
+        if found:
+            at, _, tag = min(found)
+            longer = [one for one in tags if len(one) > len(tag) and one.startswith(self._held[at:])]
+            if longer and not self._final:  # the next characters decide
+                return self._take(at), ""
+            text = self._take(at)
+            self._take(len(tag))
+            return text, tag
+        begun = 0 if self._final else max(_begun(self._held, tag) for tag in tags)
+        return self._take(len(self._held) - begun), ""
+
+    def _text(self, kind: Kind, tags: Sequence[str]) -> Iterator[Span]:
+        """Yield text before a tag; the tag is left in `_named`."""
+        text, self._named = self._split(tags)
+        if text:
+            yield Span(kind, text)
+
+    # --- states ----------------------------------------------------------------------------------------------
+
+    def _start(self) -> Iterator[Span]:
+        opened = self._held.lstrip(_SPACE)
+        if opened.startswith(markup.THINK_START):
+            yield Span("markup", self._take(len(self._held) - len(opened) + len(markup.THINK_START)))
+            self._state = self._reasoning
+        elif not markup.THINK_START.startswith(opened) or self._final:
+            self._state = self._content
+
+    def _reasoning(self) -> Iterator[Span]:
+        gap = f"{markup.THINK_END}\n" if self._syntax == "glm" else markup.THINK_END
+        yield from self._text("reasoning", (gap, markup.THINK_END))
+        if self._named:
+            yield Span("markup", self._named)
+            self._named, self._state = "", self._content
+
+    def _content(self) -> Iterator[Span]:
+        calls = (f"\n{_CALL}", _CALL) if self._syntax == "glm" else (_BLOCK, _BEGIN)
+        yield from self._text("content", (*(calls if self._tool_calls else ()), *_ENDS[self._syntax]))
+        if self._named.endswith((_CALL, _BEGIN)):
+            self._state = self._call_name
+        elif self._named:
+            if self._named == _BLOCK:
+                self._state = self._block
+            yield Span("markup", self._named)
+            self._named = ""
+
+    def _block(self) -> Iterator[Span]:
+        """Between the calls of DeepSeek-V3."""
+        text, tag = self._split((_BEGIN, _BLOCK_END))
+        if text:
+            yield Span("content" if text.strip(_SPACE) else "markup", text)
+        if tag == _BEGIN:
+            self._named, self._state = tag, self._call_name
+        elif tag:
+            yield Span("markup", tag)
+            self._state = self._content
+
+    def _call_name(self) -> Iterator[Span]:
+        is_glm = self._syntax == "glm"
+        ends = (_KEY, _CALL_END) if is_glm else (_SEPARATOR, _END)
+        opening = next(tag for tag in (f"\n{_CALL}", _CALL, _BEGIN) if self._named.startswith(tag))
+        text, tag = self._split(ends)
+        self._named += text
+        name = self._named.removeprefix(opening)
+        if not tag and len(name) <= _MAX_NAME:
+            return
+        if not name.strip() or len(name) > _MAX_NAME or tag == _END:  # no call begins so
+            yield Span("content", self._named + tag)
+            self._named, self._state = "", self._content
+            return
+        if tag == _SEPARATOR and name.strip() == "function":
+            self._named, self._state = self._named + tag, self._fenced_name
+            return
+        yield Span("call", self._named + (tag if tag == _SEPARATOR else ""), name.strip())
+        self._named = ""
+        if tag == _SEPARATOR:
+            self._state = self._body
+        else:
+            self._held, self._state = tag + self._held, self._arguments
+
+    def _fenced_name(self) -> Iterator[Span]:
+        """The name behind `function`, as V3 and R1 write it, up to the fence."""
+        opening = self._named[: self._named.index(_SEPARATOR) + len(_SEPARATOR)]
+        text, tag = self._split((_FENCE, _END))
+        self._named += text
+        name = self._named.removeprefix(opening)
+        if not tag and len(name) <= _MAX_NAME:
+            return
+        if tag != _FENCE or not name.strip() or len(name) > _MAX_NAME:
+            yield Span("content", self._named + tag)
+            self._named, self._state = "", self._content
+            return
+        yield Span("call", self._named + tag, name.strip())
+        self._named, self._state = "", self._body
+
+    def _body(self) -> Iterator[Span]:
+        yield from self._text("body", (f"{_FENCE_END}{_END}", _END))
+        if self._named:
+            yield Span("end_call", self._named)
+            self._named, self._state = "", self._block
+
+    def _arguments(self) -> Iterator[Span]:
+        """Between the arguments of GLM."""
+        text, tag = self._split((_KEY, _CALL_END, _CALL))
+        if text:
+            yield Span("content" if text.strip(_SPACE) else "markup", text)
+        if tag == _KEY:
+            self._named, self._state = tag, self._argument_name
+        elif tag == _CALL_END:
+            yield Span("end_call", tag)
+            self._state = self._between_calls
+        elif tag:
+            yield Span("end_call", "", problem=f"it is not ended by {_CALL_END}")
+            self._named, self._state = tag, self._call_name
+
+    def _argument_name(self) -> Iterator[Span]:
+        text, tag = self._split((_VALUE, _CALL_END))
+        self._named += text
+        name = self._named.removeprefix(_KEY)
+        if not tag and len(name) <= _MAX_NAME:
+            return
+        name, ended, _ = name.partition(_KEY_END)
+        if tag != _VALUE or not ended:
+            yield Span("markup", self._named, problem="an argument has a key and no value")
+            self._named, self._state, self._held = "", self._arguments, tag + self._held
+            return
+        yield Span("parameter", self._named + tag, name.strip(), string="either")
+        self._named, self._state = "", self._argument
+
+    def _argument(self) -> Iterator[Span]:
+        yield from self._text("value", (_VALUE_END,))
+        if self._named:
+            yield Span("end_parameter", self._named)
+            self._named, self._state = "", self._arguments
+
+    def _between_calls(self) -> Iterator[Span]:
+        """Behind a call of GLM: space is markup where another call follows, or nothing."""
+        rest = self._held.lstrip(_SPACE)
+        if (not rest and not self._final) or (rest and _CALL.startswith(rest) and rest != _CALL and not self._final):
+            return
+        if not rest or rest.startswith(_CALL):
+            space = self._take(len(self._held) - len(rest))
+            if space:
+                yield Span("markup", space)
+        self._state = self._content
+
+
+def _begun(text: str, tag: str) -> int:
+    """Return how many last characters of `text` are the beginning of a tag, and not all of it."""
+    return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)

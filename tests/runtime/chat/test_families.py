@@ -1,0 +1,127 @@
+"""Conversations of GLM-5 and DeepSeek-V3: the template of the checkpoint, in the sandbox, and answers by their tags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seekforge.common.errors import EngineError, RequestError
+from seekforge.runtime.chat import ChatProcessor, ChatRequest, ChatTemplate, Message
+from seekforge.runtime.chat.template import checkpoint_template
+from seekforge.runtime.sampling.params import SamplingParams
+from seekforge.runtime.text.tokenizer import Tokenizer
+
+#: Written here, in the manner of GLM's: arguments are an object, and `enable_thinking` decides.
+GLM = """[gMASK]<sop>
+{%- if tools %}<|system|>{% for tool in tools %}{{ tool | tojson(ensure_ascii=False) }}{% endfor %}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}<|user|>{{ m.content }}
+{%- elif m.role == 'tool' %}<|observation|><tool_response>{{ m.content }}</tool_response>
+{%- else %}<|assistant|><think></think>{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}
+{%- for k, v in call.function.arguments.items() -%}
+<arg_key>{{ k }}</arg_key><arg_value>{{ v if v is string else v | tojson }}</arg_value>
+{%- endfor %}</tool_call>{% endfor %}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>
+{{- '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}{% endif %}"""
+#: In the manner of DeepSeek-V3.1's: arguments are text, and `thinking` decides.
+V3 = """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}<｜User｜>{{ m.content }}
+{%- elif m.role == 'tool' %}<｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜>
+{%- else %}<｜Assistant｜></think>{{ m.content }}
+{%- for call in m.tool_calls or [] -%}
+<｜tool▁call▁begin｜>{{ call.function.name + '<｜tool▁sep｜>' + call.function.arguments }}<｜tool▁call▁end｜>
+{%- endfor %}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"""
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+ASK = [{"role": "user", "content": "q"}]
+
+
+def request(model_type: str, template: str | None, tokenizer: Tokenizer, **options: Any) -> ChatRequest:
+    messages = options.pop("messages", ASK)
+    return ChatProcessor(model_type, tokenizer, template).request(messages, SamplingParams(), options)
+
+
+def answer(request: ChatRequest, text: str) -> Message:
+    parser = request.parser()
+    for _ in (*parser.push(text), *parser.finish()):
+        pass
+    return parser.message
+
+
+def test_a_turn_of_glm_with_a_call_and_its_result(tokenizer: Tokenizer) -> None:
+    first = request("glm_moe_dsa", GLM, tokenizer, tools=TOOLS)
+    assert first.prompt.text.endswith("<|user|>q<|assistant|><think>") and first.prompt.in_reasoning
+    message = answer(first, 'why</think><tool_call>f<arg_key>a</arg_key><arg_value>{"b": 1}</arg_value></tool_call>')
+    (call,) = message.tool_calls
+    assert message.reasoning_content == "why" and json.loads(call.arguments) == {"a": {"b": 1}}
+    result = {"role": "tool", "content": "r"}
+    again = request("glm_moe_dsa", GLM, tokenizer, tools=TOOLS, messages=[*ASK, message, result])
+    assert '<tool_call>f<arg_key>a</arg_key><arg_value>{"b": 1}</arg_value></tool_call>' in again.prompt.text
+    assert "<tool_response>r</tool_response>" in again.prompt.text
+
+
+def test_a_turn_of_deepseek_v3_with_a_call_and_its_result(tokenizer: Tokenizer) -> None:
+    first = request("deepseek_v3", V3, tokenizer, tools=TOOLS, chat_template_kwargs={"thinking": True})
+    assert first.prompt.text.endswith("<｜User｜>q<｜Assistant｜><think>") and first.prompt.in_reasoning
+    called = '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
+    message = answer(first, f"why</think>x<｜tool▁calls▁begin｜>{called}<｜tool▁calls▁end｜>")
+    assert (message.reasoning_content, message.content) == ("why", "x")
+    messages = [*ASK, message, {"role": "tool", "content": "r"}]
+    assert called in request("deepseek_v3", V3, tokenizer, tools=TOOLS, messages=messages).prompt.text
+
+
+@pytest.mark.parametrize(("model_type", "template"), [("glm_moe_dsa", GLM), ("deepseek_v3", V3)])
+def test_thinking_is_one_option_for_all(model_type: str, template: str, tokenizer: Tokenizer) -> None:
+    for thinking in (True, False):
+        made = request(model_type, template, tokenizer, chat_template_kwargs={"thinking": thinking})
+        assert made.prompt.in_reasoning == thinking
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tool_choice": "required"},
+        {"parallel_tool_calls": False},
+        {"response_format": {"type": "json_object"}},
+    ],
+)
+def test_what_only_a_grammar_of_calls_holds_is_refused(options: dict[str, Any], tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="is enforced for calls of deepseek_v32 alone, this model is glm_moe_dsa"):
+        request("glm_moe_dsa", GLM, tokenizer, tools=TOOLS, **options)
+
+
+def test_a_family_without_an_encoding_and_a_template_says_so(tokenizer: Tokenizer) -> None:
+    with pytest.raises(EngineError, match="carries no template of its checkpoint"):
+        request("glm_moe_dsa", None, tokenizer)
+
+
+def test_the_template_of_an_engine_is_found(tmp_path: Path) -> None:
+    assert checkpoint_template(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": [{"name": "other", "template": "x"}]}))
+    assert checkpoint_template(tmp_path) is None
+    config.write_text(json.dumps({"chat_template": V3}))
+    assert checkpoint_template(tmp_path) == V3
+    (tmp_path / "chat_template.jinja").write_text(GLM)
+    assert checkpoint_template(tmp_path) == GLM
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "more than 1,000,000 steps"),
+        ("{{ 'x' * 99999999 }}", "repeats a text"),
+        ("{{ 9 ** 999999999 }}", "uses '\\*\\*'"),
+        ("{{ '%999999999d' % 1 }}", "uses '%'"),
+    ],
+)
+def test_a_template_of_a_stranger_is_bounded(template: str, fault: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match=fault):
+        ChatTemplate(template).render(
+            [Message("user", "q")], tokenizer, tools=(), add_generation_prompt=True, variables={}
+        )

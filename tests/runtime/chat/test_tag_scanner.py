@@ -1,0 +1,118 @@
+"""Answers of GLM-5 and DeepSeek-V3: thoughts, calls in their tags, however the text was cut."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seekforge.runtime.chat.messages import Message
+from seekforge.runtime.chat.parser import ChatParser
+from seekforge.runtime.chat.tag_scanner import TagScanner, TagSyntax
+
+TOOLS = [
+    {
+        "name": "find",
+        "parameters": {
+            "type": "object",
+            "properties": {"text": {"type": "string"}, "count": {"type": "integer"}, "any": {}},
+        },
+    }
+]
+
+
+def parse(syntax: TagSyntax, text: str, *, size: int = 1 << 20, in_reasoning: bool = False) -> Message:
+    parser = ChatParser(tools=TOOLS, syntax=syntax, in_reasoning=in_reasoning)
+    for start in range(0, len(text), size):
+        for _ in parser.push(text[start : start + size]):
+            pass
+    for _ in parser.finish():
+        pass
+    return parser.message
+
+
+def arg(key: str, value: str, gap: str = "\n") -> str:
+    return f"<arg_key>{key}</arg_key>{gap}<arg_value>{value}</arg_value>{gap}"
+
+
+GLM = {
+    "as 4.5 writes": "\n<think>why</think>\nwait\n<tool_call>find\n"
+    + f"{arg('text', 'a <b> 1')}{arg('count', '3')}</tool_call>",
+    "as 5 writes": "<think>why</think>wait<tool_call>find"
+    + f"{arg('text', 'a <b> 1', '')}{arg('count', '3', '')}</tool_call>",
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+@pytest.mark.parametrize("form", GLM)
+def test_a_call_of_glm(form: str, size: int) -> None:
+    message = parse("glm", GLM[form], size=size)
+    assert (message.reasoning_content, message.content) == ("why", "wait")
+    (call,) = message.tool_calls
+    assert (call.name, json.loads(call.arguments)) == ("find", {"text": "a <b> 1", "count": 3}) and not call.problems
+
+
+def test_glm_calls_several_times_and_without_arguments() -> None:
+    text = f"<tool_call>find\n</tool_call>\n<tool_call>find\n{arg('any', 'no json')}</tool_call><|observation|>"
+    first, second = parse("glm", text).tool_calls
+    assert first.arguments == "{}" and json.loads(second.arguments) == {"any": "no json"}
+    assert not first.problems and not second.problems and parse("glm", text).content == ""
+
+
+def test_a_number_that_is_none_is_said() -> None:
+    (call,) = parse("glm", f"<tool_call>find\n{arg('count', 'many')}</tool_call>").tool_calls
+    assert json.loads(call.arguments) == {"count": "many"} and "no JSON" in call.problems[0]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "call",
+    [
+        '<｜tool▁call▁begin｜>find<｜tool▁sep｜>{"text": "x", "count": 2}<｜tool▁call▁end｜>',
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>find\n```json\n{"text": "x", "count": 2}\n```<｜tool▁call▁end｜>',
+    ],
+)
+def test_calls_of_deepseek_v3(call: str, size: int) -> None:
+    text = f"why</think>wait<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
+    message = parse("deepseek_v3", text, size=size, in_reasoning=True)
+    assert (message.reasoning_content, message.content) == ("why", "wait") and len(message.tool_calls) == 2
+    for one in message.tool_calls:
+        assert (one.name, json.loads(one.arguments)) == ("find", {"text": "x", "count": 2}) and not one.problems
+
+
+def test_a_call_that_ends_early_is_said_to() -> None:
+    (call,) = parse("glm", "<tool_call>find\n<arg_key>text</arg_key>\n<arg_value>abc").tool_calls
+    assert call.arguments == '{"text": "abc' and call.problems == ("the text ends inside the call",)
+
+
+@pytest.mark.parametrize("syntax", ["glm", "deepseek_v3"])
+def test_without_tools_tags_are_content(syntax: TagSyntax) -> None:
+    text = "<tool_call>find</tool_call><｜tool▁calls▁begin｜>"
+    parser = ChatParser(syntax=syntax, tool_calls=False)
+    for _ in (*parser.push(text), *parser.finish()):
+        pass
+    assert parser.message.content == text and not parser.message.tool_calls
+
+
+PIECES = [
+    "<think>", "</think>", "\n", " ", "a", "<", "find", "```json\n", "\n```", "{", "}", "function",
+    "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|user|>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12), st.sampled_from(["glm", "deepseek_v3"]), st.integers(1, 9))
+def test_nothing_is_lost_however_the_text_is_cut(pieces: list[str], syntax: TagSyntax, size: int) -> None:
+    text = "".join(pieces)
+    scanner = TagScanner(syntax, in_reasoning=False)
+    spans = [span for at in range(0, len(text), size) for span in scanner.push(text[at : at + size])]
+    spans += scanner.finish()
+    assert "".join(span.text for span in spans) == text
+    whole, cut = parse(syntax, text), parse(syntax, text, size=size)
+    assert (whole.content, whole.reasoning_content) == (cut.content, cut.reasoning_content)
+    assert [(one.name, one.arguments) for one in whole.tool_calls] == [
+        (one.name, one.arguments) for one in cut.tool_calls
+    ]
