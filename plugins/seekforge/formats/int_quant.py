@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from seekforge.common.errors import ProgramError
 from seekforge.common.records import Record
-from seekforge.formats.weight_recipes import Recipe, cast, dequantize, stack
+from seekforge.formats.weight_recipes import Recipe, cast, stack, wide_values
 
 Format = Literal["f32", "int8", "int4"]
 BITS: Final[dict[str, int]] = {"int8": 8, "int4": 4}
@@ -73,10 +73,10 @@ def packed(codes: Recipe, bits: int, block_size: int) -> Recipe:
 
 
 def dequantized(weight: Recipe, scale: Recipe) -> Recipe:
-    """Return the f32 recipe of an FP8 weight; of stacked ones a stack, so that each is evaluated by itself."""
+    """Return the f32 recipe of an FP8 or kept weight; of stacked ones a stack, so that each is evaluated by itself."""
     if weight.op == scale.op == "stack":
         return stack(dequantized(w, s) for w, s in zip(weight.parts, scale.parts, strict=True))
-    return dequantize(weight, scale, "f32")
+    return wide_values(weight, scale, "f32")
 
 
 def quantized_recipes(recipes: Mapping[str, Recipe], how: Quantization) -> dict[str, Recipe]:

@@ -33,13 +33,28 @@ class Numerics(Record):
     indexer_fp8: bool
     activations: Activations
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether products round their inputs to FP8; weights are then FP8 blocks too."""
+        return self.act_quant != "none"
+
+    def rounds_like(self, other: Numerics) -> bool:
+        """Whether both make the same roundings beside those of the activations' dtype."""
+        return all(getattr(self, key) == getattr(other, key) for key in _ROUNDINGS)
+
+
+#: What of a setting is a rounding of its own.
+_ROUNDINGS = ("act_quant", "kv_fp8", "hadamard", "indexer_fp8")
 
 #: The official reference numerics (HF demo of V3.2, spec §3.6 "Project rule").
 FP8 = Numerics(name="fp8", act_quant="ue8m0", kv_fp8=True, hadamard=True, indexer_fp8=True, activations="bf16")
 #: FP32 throughout, weights dequantized: the setting in which `transformers` is an oracle.
 EXACT = Numerics(name="exact", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="f32")
 
-NUMERICS = {setting.name: setting for setting in (FP8, EXACT)}
+#: BF16 activations and caches and no quantization: what a trainer in BF16 computes.
+BF16 = Numerics(name="bf16", act_quant="none", kv_fp8=False, hadamard=False, indexer_fp8=False, activations="bf16")
+
+NUMERICS = {setting.name: setting for setting in (FP8, EXACT, BF16)}
 
 
 def numerics_from_dict(raw: dict[str, object]) -> Numerics:

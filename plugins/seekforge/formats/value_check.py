@@ -82,9 +82,11 @@ def first_fault(values: np.ndarray, dtype: str, scratch: np.ndarray) -> int | No
 
     Args:
         values: contiguous bytes, a whole number of elements.
-        dtype: f8e4m3, f8e8m0, bf16, f16 or f32.
+        dtype: f8e4m3, f8e8m0, bf16, f16 or f32; u8, packed codes, of which each is a value.
         scratch: uint64 words; so much is checked at once.
     """
+    if dtype == "u8":
+        return None
     if dtype == "f8e8m0":  # block scales alone, one for 16,384 weights: there are few
         places = np.flatnonzero(values == _E8M0_NAN)
         return int(places[0]) if places.size else None

@@ -33,7 +33,8 @@ DOMAIN_VERSION = 1
 #: Type variables of arguments, and what each may be. A fixed type names itself.
 TYPE_VARIABLES: Mapping[str, tuple[str, ...]] = {
     "act": ("bf16", "f32"),  # activations
-    "fp8": ("f8e4m3", "i8"),  # FP8 weights: as values, or as INT8-typed bytes where a target has no float8
+    # FP8 weights: as values, or as INT8-typed bytes where a target has no float8; kept ones, whose scales are 1
+    "fp8": ("f8e4m3", "i8", "bf16", "f32"),
     "kv": ("bf16", "f32", "i8"),  # caches: i8 is the byte layout of kv_format fp8_ds
 }
 

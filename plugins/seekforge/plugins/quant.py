@@ -67,12 +67,14 @@ def dequantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """Return `weight` times its 128×128 block scales.
 
     Args:
-        weight: [N, K] float8_e4m3fn, or int8 with the same bytes.
+        weight: [N, K] float8_e4m3fn, or int8 with the same bytes; kept values in f32 or bf16, whose scales are 1.
         scale: [⌈N/128⌉, ⌈K/128⌉] f32. The last block row and column may be part full.
 
     Returns:
         [N, K] f32.
     """
+    if weight.dtype in (torch.float32, torch.bfloat16):
+        return weight.float()
     if weight.dtype == torch.int8:
         weight = weight.view(torch.float8_e4m3fn)
     wide = scale.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]]

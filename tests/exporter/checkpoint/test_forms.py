@@ -375,8 +375,14 @@ def in_f32(name: str) -> Change:
     return tensors(lambda found: found.update({name: found[name].astype(np.float32)}))
 
 
-def compressed(raw: Raw) -> None:
-    raw["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+def compressed(ignore: Any = (), **weights: Any) -> Callable[[Raw], object]:
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}} if weights else {}
+    form = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": list(ignore)}
+    return lambda raw: raw.update(quantization_config=form | groups)
+
+
+def modelopt(**said: Any) -> Callable[[Raw], object]:
+    return lambda raw: raw.update(quantization_config={"quant_method": "modelopt"} | said)
 
 
 def cut_tokenizer(folder: Path) -> None:
@@ -404,13 +410,32 @@ def two_series(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "no quantization": (config(lambda raw: raw.pop("quantization_config")), "the key 'quantization_config' is missing"),
+    "no quantization": (
+        config(lambda raw: raw.pop("quantization_config")),
+        "has dtype f8e4m3, expected bf16; config.json has no quantization_config, so weights are BF16",
+    ),
     "null quantization": (
         config(lambda raw: raw.update(quantization_config=None)),
-        "the key 'quantization_config' is missing",
+        "config.json has no quantization_config, so weights are BF16",
     ),
-    "ModelOpt": (quantization(quant_method="modelopt"), "'modelopt' (NVIDIA ModelOpt)"),
-    "compressed-tensors": (config(compressed), "'compressed-tensors' (LLM Compressor)"),
+    "ModelOpt": (quantization(quant_method="modelopt"), "quant_algo is None (NVIDIA ModelOpt), expected 'NVFP4' or"),
+    "ModelOpt in INT4": (config(modelopt(quant_algo="W4A16_AWQ")), "quant_algo is 'W4A16_AWQ'"),
+    "ModelOpt in other blocks": (config(modelopt(quant_algo="NVFP4", group_size=32)), "group_size is 32"),
+    "ModelOpt of no names": (config(modelopt(quant_algo="NVFP4", ignore=[3])), "ignore is [3], expected a list"),
+    "NVFP4 of FP8 weights": (config(modelopt(quant_algo="NVFP4")), "config and weights are of different models"),
+    "compressed-tensors": (config(compressed()), "config_groups is None, expected one group"),
+    "compressed-tensors in INT4": (
+        config(compressed(type="int", num_bits=4, strategy="group")),
+        "weights of type 'int' with 4 bits by 'group'",
+    ),
+    "compressed-tensors in other blocks": (
+        config(compressed(type="float", num_bits=8, strategy="block", block_structure=[64, 64])),
+        "block_structure is [64, 64]",
+    ),
+    "compressed-tensors with an expression": (
+        config(compressed(type="float", num_bits=8, strategy="channel", ignore=["re:(a+)+$"])),
+        "ignore has 're:(a+)+$', expected names, or expressions of letters",
+    ),
     "FBGEMM": (quantization(quant_method="fbgemm_fp8"), "'fbgemm_fp8' (FBGEMM)"),
     "AWQ": (quantization(quant_method="awq", bits=4), "'awq' (AWQ)"),
     "unknown": (quantization(quant_method="magic"), "quant_method is 'magic'"),

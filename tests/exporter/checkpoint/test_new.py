@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from seekforge.common.errors import ConfigError, OutputError
-from seekforge.exporter.checkpoint.new import new_checkpoint, quantize, split_into_shards
+from seekforge.exporter.checkpoint.new import new_checkpoint, split_into_shards
 from seekforge.exporter.checkpoint.presets import Preset, load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import ShardWriter
+from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.weight_recipes import dequantize_into
 
 NUM_TOKENS = 300

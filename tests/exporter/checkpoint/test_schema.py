@@ -6,8 +6,8 @@ import pytest
 
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, totals
-from seekforge.exporter.models.parameters import scale_shape
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.weight_recipes.stored import scale_shape
 
 FULL = expected_tensors(load_preset("full").config)
 

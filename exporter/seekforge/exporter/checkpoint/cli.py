@@ -14,7 +14,7 @@ from seekforge.common.cli.terminal import echo, write_json
 from seekforge.common.errors import OptionError
 from seekforge.exporter.checkpoint.new import WrittenCheckpoint
 from seekforge.exporter.checkpoint.new import new_checkpoint as write_checkpoint
-from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.exporter.checkpoint.presets import DTYPES, load_preset, stored_as
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.checkpoint.trained import copy_trained_checkpoint, trained_folder
 from seekforge.exporter.option_types import MODEL
@@ -25,6 +25,7 @@ from seekforge.exporter.option_types import MODEL
     examples=(
         "seekforge new-checkpoint checkpoint",
         "seekforge new-checkpoint nano --preset nano  # trained: text that makes sense",
+        "seekforge new-checkpoint glm --preset glm5-tiny --dtype bf16  # as GLM-5 is published",
         "seekforge new-checkpoint full --preset full --sparse  # true size, no disk space",
     ),
 )
@@ -36,6 +37,13 @@ from seekforge.exporter.option_types import MODEL
     show_default=True,
     help="Model of configs/models: tiny, tiny-v3, nano, small or full.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp8", *DTYPES]),
+    default="fp8",
+    show_default=True,
+    help="How matrices are held: FP8 blocks as DeepSeek does, BF16, or as ModelOpt or compressed-tensors (ct-) do.",
+)
 @seed_option("Of random weights: the same seed writes the same bytes. Default: 0.")
 @click.option("--random", "is_random", is_flag=True, help="Random weights for nano too, which has trained ones.")
 @click.option("--sparse", is_flag=True, help="True size and structure, weights as holes: no values, no disk space.")
@@ -46,6 +54,7 @@ def new_checkpoint(
     out: Path,
     *,
     preset: str,
+    dtype: str,
     seed: int | None,
     is_random: bool,
     sparse: bool,
@@ -55,11 +64,13 @@ def new_checkpoint(
 ) -> None:
     """Write a small DeepSeek-V3.2 checkpoint to the folder OUT: the trained weights of nano, else random ones.
 
-    File for file what a download is: sharded FP8 safetensors with an index, config and tokenizer.
+    File for file what a download is: sharded safetensors with an index, config and tokenizer.
     """
-    chosen = load_preset(preset)
+    chosen = stored_as(load_preset(preset), dtype)
     stages = Stages(quiet=quiet or as_json)
     is_trained = not (is_random or sparse) and trained_folder(preset) is not None
+    if is_trained and dtype != "fp8":
+        raise OptionError(f"--dtype goes with random weights, those of {preset} are trained; add --random")
     if is_trained and seed is not None:
         raise OptionError(
             f"--seed goes with random weights, those of {preset} are trained; leave it out or add --random"

@@ -27,10 +27,8 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.checkpoint.shard_writer import ShardWriter
 from seekforge.formats.numerics import FP8_BLOCK
-from seekforge.formats.value_check import SCALE_SUFFIX
+from seekforge.formats.weight_recipes.stored import encode
 
-_FP8_MAX = 448.0
-_MIN_AMAX = 1e-4
 #: More would take hours to draw; `--sparse` makes the true structure of any size.
 _MAX_PARAMETERS = 20_000_000_000
 
@@ -133,7 +131,7 @@ def split_into_shards(tensors: dict[str, ExpectedTensor], num_shards: int) -> di
         shards[-1].append(name)
         written += tensor.num_bytes
         full = written >= total * len(shards) / num_shards
-        if full and len(shards) < num_shards and not name.endswith(SCALE_SUFFIX):
+        if full and len(shards) < num_shards and tensor.part_of is None:
             shards.append([])
     shards = [names for names in shards if names]
     return {f"model-{i:05d}-of-{len(shards):06d}.safetensors": names for i, names in enumerate(shards, 1)}
@@ -205,45 +203,18 @@ def draw_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor of `tensors`, a scale right after its weight; one at a time."""
     for name, tensor in tensors.items():
-        if tensor.dtype == "f8e4m3":
-            weight, scale = quantize(_draw(config, name, tensor, seed))
-            yield name, weight
-            yield name + SCALE_SUFFIX, scale
-        elif not name.endswith(SCALE_SUFFIX):
+        if tensor.form is not None:
+            module = name.removesuffix("_packed")
+            yield from encode(tensor.form, module, _draw(config, module, tensor, seed)).items()
+        elif tensor.part_of is None:
             # the MTP layer's copies are drawn as what they repeat
             yield name, _draw(config, tensor.copy_of or name, tensor, seed).astype(NUMPY[tensor.dtype])
 
 
-def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a weight to e4m3 in 128×128 blocks with power-of-two scales (the rule of spec §5.1, per block).
-
-    Args:
-        weight: [N, K], f32. The last block of an axis may be partial.
-
-    Returns:
-        float8_e4m3fn [N, K] and f32 scales [⌈N/128⌉, ⌈K/128⌉]; real = stored * scale.
-    """
-    n, k = weight.shape
-    rows, columns = -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)
-    amax = np.zeros((rows, columns), np.float32)
-    starts = np.arange(columns) * FP8_BLOCK
-    for row in range(rows):
-        block = np.abs(weight[row * FP8_BLOCK : (row + 1) * FP8_BLOCK]).max(axis=0)
-        amax[row] = np.maximum.reduceat(block, starts)
-    mantissa, exponent = np.frexp(np.maximum(amax, _MIN_AMAX) / np.float32(_FP8_MAX))
-    # frexp gives a mantissa in [0.5, 1): only an exact power of two is one exponent lower
-    scale = np.ldexp(np.float32(1), np.where(mantissa == 0.5, exponent - 1, exponent)).astype(np.float32)
-    stored = np.empty((n, k), NUMPY["f8e4m3"])
-    for row in range(rows):
-        part = slice(row * FP8_BLOCK, (row + 1) * FP8_BLOCK)
-        along_k = np.repeat(scale[row], FP8_BLOCK)[:k]
-        stored[part] = np.clip(weight[part] / along_k, -_FP8_MAX, _FP8_MAX).astype(NUMPY["f8e4m3"])
-    return stored, scale
-
-
 def _draw(config: ModelConfig, name: str, tensor: ExpectedTensor, seed: int) -> np.ndarray:
     """Draw one tensor in f32. The scales keep activations near one and decisions spread (module head)."""
-    random, shape = np.random.Generator(np.random.PCG64(_entropy(seed, name))), tensor.shape
+    random = np.random.Generator(np.random.PCG64(_entropy(seed, name)))
+    shape = tensor.matrix or tensor.shape
     fan_in = shape[-1] ** -0.5
     match tensor.draw:
         case "bias":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from seekforge.common.configs import configs_folder, known
 from seekforge.common.errors import ConfigError
@@ -33,6 +33,48 @@ class Preset:
     num_shards: int
     config_json: dict[str, Any]
     config: ModelConfig
+
+
+#: What `new-checkpoint --dtype` names -> what config.json says of weights that are held so, in its writer's words.
+_MODELOPT_LEFT_OUT: Final = ["lm_head", "model.layers.*.self_attn*"]
+_CT_LEFT_OUT: Final = ["lm_head", "re:.*mlp\\.gate$"]
+
+
+def _compressed(form: str, **weights: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": _CT_LEFT_OUT,
+    }
+
+
+DTYPES: Final[dict[str, dict[str, Any] | None]] = {
+    "bf16": None,
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": _MODELOPT_LEFT_OUT},
+    "fp8-tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+    "ct-nvfp4": _compressed("nvfp4-pack-quantized", type="float", num_bits=4, strategy="tensor_group", group_size=16),
+    "ct-fp8-blocks": _compressed(
+        "float-quantized", type="float", num_bits=8, strategy="block", block_structure=[128, 128]
+    ),
+    "ct-fp8-channel": _compressed("float-quantized", type="float", num_bits=8, strategy="channel"),
+    "ct-fp8-tensor": _compressed("float-quantized", type="float", num_bits=8, strategy="tensor"),
+}
+
+
+def stored_as(preset: Preset, dtype: str) -> Preset:
+    """Return a preset whose checkpoint holds its matrices as one of `DTYPES`, or as the preset says (`fp8`).
+
+    Raises:
+        ConfigError: `dtype` is none of them.
+    """
+    if dtype == "fp8":
+        return preset
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; known: fp8, {', '.join(DTYPES)}")
+    raw = {key: value for key, value in preset.config_json.items() if key != "quantization_config"}
+    raw |= {} if DTYPES[dtype] is None else {"quantization_config": DTYPES[dtype]}
+    return replace(preset, config_json=raw, config=ModelConfig.parse(raw, f"preset {preset.name}, dtype {dtype}"))
 
 
 def known_presets() -> tuple[str, ...]:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 from seekforge.common.dtypes import itemsize
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.parameters import Draw, Tensor, in_order, scale_shape
+from seekforge.exporter.models.parameters import Draw, Tensor, in_order
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.value_check import SCALE_SUFFIX
+from seekforge.formats.weight_recipes.stored import WeightForm, stored_parts
 
 #: A buffer that transformers once saved: what RoPE computes from the config.
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+#: Scales that ModelOpt and LLM Compressor fix beforehand for the inputs of products, and for FP8 caches.
+_FIXED_SCALE = re.compile(r"model\.layers\.\d+\.(.*\.input(_global)?_scale|self_attn\.(\w+\.)?[kv]_scale)")
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,29 @@ class ExpectedTensor:
     """What the config says of one tensor.
 
     Attributes:
-        dtype: our name of the element type (f8e4m3, bf16 or f32).
+        dtype: our name of the element type.
         shape: sizes, outermost first.
         draw: how random values are drawn.
         copy_of: the main model's tensor that this one of the MTP layer repeats; such a one may be absent.
+        form: of the first tensor of a matrix that programs can have as FP8 blocks, how it is held; else None.
+        matrix: shape of the matrix whose values a tensor holds, or helps to hold.
+        part_of: of further tensors of a matrix, the first one.
+        is_read: whether values hang on it; a tensor that nothing reads may be absent.
     """
 
     dtype: str
     shape: tuple[int, ...]
     draw: Draw = field(default="blocks", compare=False)
     copy_of: str | None = field(default=None, compare=False)
+    form: WeightForm | None = field(default=None, compare=False)
+    matrix: tuple[int, ...] | None = field(default=None, compare=False)
+    part_of: str | None = field(default=None, compare=False)
+    is_read: bool = field(default=True, compare=False)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model that it holds; 0 for scales."""
+        return 0 if self.part_of is not None else math.prod(self.matrix or self.shape)
 
     @property
     def num_elements(self) -> int:
@@ -71,14 +86,18 @@ def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
 
 def needless_tensors(names: Iterable[str]) -> dict[str, str]:
     """Return those of `names` that hold nothing of a model, with the reason."""
-    return {name: "left over: RoPE is computed from config.json" for name in names if _ROTARY.fullmatch(name)}
+    reasons = {
+        _ROTARY: "left over: RoPE is computed from config.json",
+        _FIXED_SCALE: "scales of activations or caches, which round nothing here",
+    }
+    return {name: why for name in names for pattern, why in reasons.items() if pattern.fullmatch(name)}
 
 
 def totals(tensors: dict[str, ExpectedTensor]) -> Totals:
     """Add up `tensors`."""
     return Totals(
         num_tensors=len(tensors),
-        num_parameters=sum(t.num_elements for name, t in tensors.items() if not name.endswith(SCALE_SUFFIX)),
+        num_parameters=sum(tensor.num_parameters for tensor in tensors.values()),
         num_bytes=sum(t.num_bytes for t in tensors.values()),
     )
 
@@ -93,6 +112,14 @@ def _all(config: ModelConfig) -> Iterator[tuple[str, ExpectedTensor]]:
         pieces.append((f"model.layers.{config.mtp_layer}.", family.layer_tensors(config, config.mtp_layer)))
     for prefix, tensors in pieces:
         for name, tensor in in_order(tensors, prefix):
-            yield name, ExpectedTensor(tensor.dtype, tensor.shape, tensor.draw, tensor.copy_of)
-            if tensor.dtype == "f8e4m3":
-                yield name + SCALE_SUFFIX, ExpectedTensor("f32", scale_shape(tensor.shape))
+            if tensor.dtype != "f8e4m3":
+                yield name, ExpectedTensor(tensor.dtype, tensor.shape, tensor.draw, tensor.copy_of)
+                continue
+            form = config.weight_form(name)
+            first, *others = stored_parts(form, name, tensor.shape)
+            yield first.name, ExpectedTensor(first.dtype, first.shape, tensor.draw, form=form, matrix=tensor.shape)
+            for part in others:
+                yield (
+                    part.name,
+                    ExpectedTensor(part.dtype, part.shape, part_of=first.name, is_read=part.is_read),
+                )

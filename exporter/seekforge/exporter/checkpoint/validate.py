@@ -14,10 +14,10 @@ import numpy as np
 
 from seekforge.common.dtypes import is_stored_as
 from seekforge.common.errors import CheckpointError
-from seekforge.exporter.checkpoint.schema import expected_tensors, needless_tensors
+from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, needless_tensors
 from seekforge.exporter.models import family_of
-from seekforge.formats.checkpoint.config_forms import TAKE
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.quantization_forms import TAKE
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.value_check import (
     SCALE_SUFFIX,
@@ -28,6 +28,7 @@ from seekforge.formats.value_check import (
     not_finite,
     not_positive,
 )
+from seekforge.formats.weight_recipes.stored import WORDS
 
 #: Told the bytes that are done, and all.
 OnBytes = Callable[[int, int], None]
@@ -80,17 +81,17 @@ def check_structure(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
     expected = expected_tensors(config)
-    foreign = _foreign_form(checkpoint)
+    foreign = _foreign_form(checkpoint, config)
     if foreign is not None:
         yield foreign
         return
     for name, want in expected.items():
         if name not in checkpoint:
-            if want.copy_of is not None:
+            if want.copy_of is not None or not want.is_read:
                 continue
-            if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in checkpoint:
+            if want.part_of is not None and want.part_of in checkpoint:
                 yield (
-                    f"FP8 weight {name.removesuffix(SCALE_SUFFIX)!r} has no {name!r}, expected its block scales "
+                    f"FP8 weight {want.part_of!r} has no {name!r}, expected its block scales "
                     f"{list(want.shape)} {want.dtype}; {TAKE}"
                 )
             else:
@@ -100,13 +101,16 @@ def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[s
                 )
             continue
         stored = checkpoint.info(name)
-        if stored.shape != want.shape:
+        if stored.shape != want.shape and config.weight_form(name) == "bf16" and stored.dtype == "u8":
+            yield f"tensor {name!r} has dtype {stored.dtype}, expected {want.dtype}; {_by_config(config)}"
+        elif stored.shape != want.shape:
             yield (
                 f"tensor {name!r} has shape {list(stored.shape)}, expected {list(want.shape)} by config.json; "
                 "config and weights are of different models"
             )
-        elif not _is_read(name, stored.dtype, want.dtype):
-            yield f"tensor {name!r} has dtype {stored.dtype}, expected {want.dtype}; {TAKE}"
+        elif not _is_read(want, stored.dtype, config):
+            advice = TAKE if want.form is None else _by_config(config)
+            yield f"tensor {name!r} has dtype {stored.dtype}, expected {want.dtype}; {advice}"
     needless = needless_tensors(checkpoint.names)
     for name in checkpoint.names:
         if name not in expected and name not in needless:
@@ -117,14 +121,24 @@ def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[s
             )
 
 
-def _is_read(name: str, stored: str, want: str) -> bool:
-    """Whether a tensor of type `stored` will do. Block scales are powers of two, as a rule, and lose nothing where they
-    are stored in less than F32; any other F32 tensor that is not was rounded by somebody.
+def _by_config(config: ModelConfig) -> str:
+    """Say what config.json makes of the weights."""
+    said = "has no quantization_config" if config.quantization_config is None else "has a quantization_config"
+    return (
+        f"config.json {said}, so weights are {WORDS[config.stored_form]}: take the config.json of this checkpoint, or "
+        f"{TAKE}"
+    )
+
+
+def _is_read(want: ExpectedTensor, stored: str, config: ModelConfig) -> bool:
+    """Whether a tensor of type `stored` will do. Scales are powers of two, as a rule, and lose nothing where they are
+    stored in less than F32; any other F32 tensor that is not was rounded by somebody: in a BF16 checkpoint, all norms.
     """
-    return stored == want or (name.endswith(SCALE_SUFFIX) and is_stored_as(stored, want))
+    narrow = want.part_of is not None or (config.stored_form != "fp8_blocks" and want.draw in ("norm", "shift"))
+    return stored == want.dtype or (narrow and is_stored_as(stored, want.dtype))
 
 
-def _foreign_form(checkpoint: Checkpoint) -> str | None:
+def _foreign_form(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
     """Say of tensors that are named as another program names them which program that is."""
     layer = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)(_|$)")
     for name in checkpoint.names:
@@ -138,7 +152,8 @@ def _foreign_form(checkpoint: Checkpoint) -> str | None:
                 f"tensor {name!r} is named as the demo's inference/convert.py names it, expected 'model.layers.0.…'; "
                 f"pass the checkpoint that was converted, or {TAKE}"
             )
-        if name.endswith((".weight_scale", ".weight_packed", ".qweight", ".weight_scale_2")):
+        others = (".weight_scale", ".weight_packed", ".qweight", ".weight_scale_2")
+        if config.stored_form in ("fp8_blocks", "bf16") and name.endswith(others):
             return f"tensor {name!r} is of another quantized format, expected '….weight{SCALE_SUFFIX}'; {TAKE}"
     return None
 

@@ -18,6 +18,7 @@ from seekforge.exporter.builder.audit_page import quality_words, self_check_word
 from seekforge.exporter.builder.request import read_graph
 from seekforge.exporter.checkpoint.source import headers, parse_repo
 from seekforge.exporter.inspect.describe import describe, kind_of
+from seekforge.exporter.program.cli import error_sentences
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.program import load_program
@@ -130,6 +131,11 @@ def _show_checkpoint(about: dict[str, Any], out: Console) -> None:
     for note in about["notes"]:
         out.print(f"note: {note}")
     out.print(f"{about['num_tensors']:,} tensors, {decimal(about['num_bytes'])} in {about['num_shards']} shards")
+    out.print(f"weights: {about['weights']}")
+    for line in about["engines"]:
+        out.print(f"engines for {line}")
+    for line in error_sentences(about["quantization_errors"]):
+        out.print(line)
     table = Table([Column("dtype"), *(Column(name, "number") for name in ("tensors", "elements", "bytes"))])
     for dtype, entry in about["dtypes"].items():
         table.add(dtype, f"{entry['tensors']:,}", f"{entry['elements']:,}", decimal(entry["bytes"]))

@@ -1,4 +1,7 @@
-"""Describe a folder as plain JSON values: what it is, how large, of what parts. Reads headers, never weights."""
+"""Describe a folder as plain JSON values: what it is, how large, of what parts.
+
+Reads headers, and of BF16 weights a sample.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.common.reading import is_there
 from seekforge.exporter.builder.request import read_engine_graph, read_graph
 from seekforge.exporter.checkpoint.opened import as_stored
+from seekforge.exporter.checkpoint.quantization_error import quantization_errors
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.checkpoint.text_files import present_text_files
 from seekforge.exporter.program.rank_bindings import rank_bindings
@@ -24,8 +28,10 @@ from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.engine.verify import listed_files as files_of_engine
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
 from seekforge.formats.program import listed_files as files_of_program
+from seekforge.formats.support import sentence, supported
 from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes import Recipe
+from seekforge.formats.weight_recipes.stored import WORDS
 
 if TYPE_CHECKING:
     import onnx
@@ -71,7 +77,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         stored (with the MTP copies of embedding and head), main, active (per token of the main model, embedding and
         head included), active_without_embedding, and mtp (its own, copies not counted).
     """
-    sizes = {name: t.num_elements for name, t in expected_tensors(config).items() if not name.endswith(SCALE_SUFFIX)}
+    sizes = {name: tensor.num_parameters for name, tensor in expected_tensors(config).items()}
     mtp_prefix = f"model.layers.{config.num_hidden_layers}."
     mtp = sum(size for name, size in sizes.items() if name.startswith(mtp_prefix))
     main = sum(sizes.values()) - mtp
@@ -126,6 +132,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
             "num_bytes": sum(families.values()),
             "num_shards": len(checkpoint.shards),
             "digest": checkpoint.index_digest(),
+            "weights": WORDS[config.stored_form],
+            "engines": [sentence(row) for row in supported(config.model_type, config.stored_form).values()],
+            "quantization_errors": quantization_errors(checkpoint, config),
         }
     return {
         "model": _model(config),

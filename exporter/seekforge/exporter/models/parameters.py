@@ -16,7 +16,6 @@ from typing import Literal
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes import (
     Recipe,
     cast,
@@ -28,6 +27,7 @@ from seekforge.formats.weight_recipes import (
     stack,
     take,
 )
+from seekforge.formats.weight_recipes.stored import block_recipes, kept_recipes, values_recipe
 
 #: How a tensor is divided among tensor-parallel ranks: not at all, along its axis, or as experts are: along the axis
 #: too, or dealt out whole with expert parallelism.
@@ -40,12 +40,15 @@ EXPERT = "{expert}"
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint, or one of each routed expert. An FP8 weight has a tensor of block scales beside it.
+    """One tensor of a checkpoint, or one of each routed expert.
+
+    A matrix that programs have as FP8 blocks is stored in the form of its checkpoint (`ModelConfig.weight_form`), with
+    tensors of scales beside it.
 
     Attributes:
         name: below `model.layers.N.`, or the whole name outside layers; `EXPERT` stands for the number of an expert.
         shape: sizes, outermost first.
-        dtype: element type in the checkpoint.
+        dtype: element type in the checkpoint; f8e4m3 stands for the form of the checkpoint.
         sharding: how ranks divide it (`sharding`, `recipes_of`).
         axis: the axis along which they do; None: each rank reads it whole.
         units: parts along that axis that stay whole: heads, or columns.
@@ -127,12 +130,6 @@ def in_order(tensors: Sequence[Tensor], prefix: str) -> Iterator[tuple[str, Tens
                 yield from zip(names, routed, strict=True)
 
 
-def scale_shape(shape: Iterable[int]) -> tuple[int, int]:
-    """Return the shape of the block scales of an FP8 weight [N, K]: [⌈N/128⌉, ⌈K/128⌉]."""
-    n, k = shape
-    return -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)
-
-
 def recipes_of(
     parameters: Iterable[Parameter],
     tensors: Iterable[Tensor],
@@ -142,6 +139,7 @@ def recipes_of(
     target: str,
     dtype: str,
     parallelism: Parallelism,
+    keeps: bool = False,
 ) -> dict[str, Recipe]:
     """Return the recipes of some parameters.
 
@@ -153,30 +151,37 @@ def recipes_of(
         target: prefix of the parameters' names.
         dtype: element type of activations.
         parallelism: how ranks share the model.
+        keeps: whether matrices keep the checkpoint's values, in `dtype`, and are no FP8 blocks.
     """
+
+    def pair(tensor: Tensor, name: str) -> tuple[Recipe, Recipe]:
+        form = config.weight_form(name)
+        made = kept_recipes(form, name, tensor.shape, dtype) if keeps else block_recipes(form, name, tensor.shape)
+        return _divided(tensor, made, parallelism)
+
     named = {key: tensor for tensor in tensors for key in (tensor.name, tensor.module)}
     result: dict[str, Recipe] = {}
     for row in parameters:
         rows, name = [named[part] for part in row.tensors], target + row.name
         if row.form == "linear":
-            weights, scales = zip(*(_pair(tensor, source + tensor.name, parallelism) for tensor in rows), strict=True)
+            weights, scales = zip(*(pair(tensor, source + tensor.name) for tensor in rows), strict=True)
             _check_blocks(rows)
             result[f"{name}.weight"] = _stacked(weights)
             result[f"{name}.weight_scale"] = _stacked(scales)
         elif row.form == "experts":
-            result[name], result[f"{name}_scale"] = _experts(rows, source, parallelism)
+            columns = [[pair(tensor, one) for one in expert_names(tensor, source)] for tensor in rows]
+            result[name], result[f"{name}_scale"] = _experts(columns, parallelism)
         elif row.form == "per_head":
-            result[name] = _per_head(row, rows[0], config, source, dtype, parallelism)
+            result[name] = _per_head(row, rows[0], config, source, dtype, parallelism, keeps)
         else:
             whole = take(source + rows[0].name, rows[0].shape, rows[0].dtype)
             result[name] = cast(whole, dtype) if rows[0].dtype == "bf16" else whole
     return result
 
 
-def _pair(tensor: Tensor, name: str, parallelism: Parallelism) -> tuple[Recipe, Recipe]:
-    """Return the recipes of an FP8 matrix and of its block scales, or of each rank's part of them."""
-    weight = take(name, tensor.shape, tensor.dtype)
-    scale = take(name + SCALE_SUFFIX, scale_shape(tensor.shape), "f32")
+def _divided(tensor: Tensor, pair: tuple[Recipe, Recipe], parallelism: Parallelism) -> tuple[Recipe, Recipe]:
+    """Return the recipes of a matrix and of its block scales, or of each rank's part of them."""
+    weight, scale = pair
     if tensor.axis is None or (tensor.sharding == "experts" and parallelism.ep):
         return weight, scale
     return split(weight, tensor.axis, parallelism.tp), split(scale, tensor.axis, parallelism.tp)
@@ -191,21 +196,34 @@ def _stacked(parts: Sequence[Recipe]) -> Recipe:
     return parts[0] if len(parts) == 1 else concat(parts)
 
 
-def _experts(rows: Sequence[Tensor], source: str, parallelism: Parallelism) -> tuple[Recipe, Recipe]:
-    """Return the recipes of stacked matrices and scales; with expert parallelism each rank has some of them."""
-    columns = [[_pair(tensor, name, parallelism) for name in expert_names(tensor, source)] for tensor in rows]
+def _experts(columns: Sequence[Sequence[tuple[Recipe, Recipe]]], parallelism: Parallelism) -> tuple[Recipe, Recipe]:
+    """Return the recipes of stacked matrices and scales; with expert parallelism each rank has some of them.
+
+    Args:
+        columns: for each matrix of an expert, the pair of every expert.
+        parallelism: how ranks share the model.
+    """
     pairs = list(zip(*columns, strict=True))
     weights, scales = (stack(_stacked([part[which] for part in parts]) for parts in pairs) for which in (0, 1))
     return split(weights, 0, parallelism.ep_size), split(scales, 0, parallelism.ep_size)
 
 
 def _per_head(
-    row: Parameter, tensor: Tensor, config: ModelConfig, source: str, dtype: str, parallelism: Parallelism
+    row: Parameter,
+    tensor: Tensor,
+    config: ModelConfig,
+    source: str,
+    dtype: str,
+    parallelism: Parallelism,
+    keeps: bool,
 ) -> Recipe:
-    nope, size = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim
-    matrix = take(source + tensor.name, tensor.shape, tensor.dtype)
-    scale = take(source + tensor.name + SCALE_SUFFIX, scale_shape(tensor.shape), "f32")
-    per_head = reshape(dequantize(matrix, scale, dtype), (config.num_attention_heads, size, tensor.shape[1]))
+    nope, size, name = config.qk_nope_head_dim, config.qk_nope_head_dim + config.v_head_dim, source + tensor.name
+    form = config.weight_form(name)
+    if keeps:
+        values = values_recipe(form, name, tensor.shape, dtype)
+    else:
+        values = dequantize(*block_recipes(form, name, tensor.shape), dtype)
+    per_head = reshape(values, (config.num_attention_heads, size, tensor.shape[1]))
     start, stop = (0, nope) if row.rows == "keys" else (nope, size)
     return split(slice_(per_head, 1, start, stop), 0, parallelism.tp)
 

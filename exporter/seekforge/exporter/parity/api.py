@@ -85,7 +85,7 @@ def parity(
     modes: Modes = MODES,
     against: Source = "torch",
     layers: str | None = None,
-    numerics: Literal["exact", "fp8"] | None = None,
+    numerics: Literal["bf16", "exact", "fp8"] | None = None,
     without: Names = (),
     sensitivity: Flag = False,
     max_kl: NotNegative | None = None,

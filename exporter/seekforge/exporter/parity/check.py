@@ -125,7 +125,7 @@ def check_engine(
         )
     progress(f"engine {engine.folder.name}")
     judged = engine.dump(plan, work / "judged", wanted, selections=narrow, inputs=inputs)
-    same = numerics_from_dict(judged.side.numerics) == walker.settings.numerics
+    same = numerics_from_dict(judged.side.numerics).rounds_like(walker.settings.numerics)
     feed = fits and same and engine.opens and inputs is None and shown[0] == 0
     records = walker.run(
         plan,

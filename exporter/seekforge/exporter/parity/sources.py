@@ -81,9 +81,9 @@ def _with_torch(
     layers = range_of(options, settings.config)
     # the price of codes is measured with the engine's own layers, that of numerics in PyTorch
     other = numerics_from_dict(side.manifest.numerics)
-    codes = side.has_codes and other == settings.numerics
-    base = settings.numerics if settings.numerics != other else EXACT
-    if options.sensitivity and not codes and base == other:
+    codes = side.has_codes and other.rounds_like(settings.numerics)
+    base = EXACT if settings.numerics.rounds_like(other) else settings.numerics
+    if options.sensitivity and not codes and base.rounds_like(other):
         raise ConfigError("--sensitivity: the engine computes exactly, no layer costs anything")
     with open_source(folder, settings.config) as source:
         walker = Walker(settings, source, folder.resolve().name, stages)
@@ -132,7 +132,7 @@ def _with_transformers(
         reference = write_oracle_dump(folder, source, plan, work / "reference", copy)
     stages(f"engine {side.folder.name}")
     judged = side.dump(plan, work / "judged", [tap for tap in side.taps if tap.startswith(("hidden", "resid"))])
-    same = numerics_from_dict(side.manifest.numerics) == EXACT
+    same = numerics_from_dict(side.manifest.numerics).rounds_like(EXACT)
     return conclude(judged, reference, None, [], same=same, max_kl=options.max_kl, num_runs=1)
 
 
@@ -198,7 +198,7 @@ def from_dumps(folders: Sequence[Path], options: ParityOptions, work: Path, stag
         else:
             notes.append("no noise was measured: there is none beside the second dump, and no --checkpoint")
     stages("compare")
-    same = numerics_from_dict(judged.side.numerics) == numerics_from_dict(reference.side.numerics)
+    same = numerics_from_dict(judged.side.numerics).rounds_like(numerics_from_dict(reference.side.numerics))
     return conclude(judged, reference, noise, records, same=same, max_kl=options.max_kl, notes=notes)
 
 

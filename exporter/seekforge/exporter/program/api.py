@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ class ExportResult:
 
     Attributes:
         path: its folder.
-        numerics: "fp8" or "exact".
+        numerics: "fp8", "bf16" or "exact".
         num_nodes, num_weight_inputs: how many each graph has, "model" and perhaps "mtp".
         parallelism: how ranks share the model.
         layer_range: [first, end) of the layers that it has.
@@ -31,6 +31,8 @@ class ExportResult:
         warnings: a sentence for each thing of the checkpoint that was taken for granted or passed over.
         ops: nodes of each custom operator.
         seconds: how long each stage of the work took.
+        quantization_errors: of BF16 weights that become FP8 blocks as they are read: kind of weight -> relative root
+            mean square of what that changes, on a sample; empty where nothing is quantized or no value is there.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class ExportResult:
     warnings: tuple[str, ...]
     ops: Mapping[str, int]
     seconds: Mapping[str, float]
+    quantization_errors: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `seekforge export --json` prints."""
@@ -57,7 +60,7 @@ def export(
     out: AnyPath,
     *,
     revision: str | None = None,
-    numerics: Literal["exact", "fp8"] = "fp8",
+    numerics: Literal["bf16", "exact", "fp8"] = "fp8",
     layers: str | None = None,
     num_layers: Count | None = None,
     tp: Count = 1,
@@ -75,7 +78,9 @@ def export(
         checkpoint: a folder, or a Hugging Face repository: `owner/name`, with `@revision`, or its address.
         out: the folder to make.
         revision: branch, tag or commit of a repository.
-        numerics: fp8: the official reference's roundings. exact: no quantization of activations or caches.
+        numerics: fp8: the official reference's roundings. exact: no quantization of activations or caches. bf16:
+            the same with BF16 activations where the target has them. BF16 weights become FP8 with fp8, and are kept
+            with the others.
         layers: some layers, as a program of their own: "0-30", both included.
         num_layers: a truncated model: the first `num_layers` layers, norm and head.
         tp: tensor-parallel ranks.
@@ -124,5 +129,6 @@ def export(
         num_outside=exported.num_outside,
         warnings=exported.warnings,
         ops={name: use.num_nodes for name, use in program.ops.items()},
+        quantization_errors=exported.quantization_errors,
         seconds={stage: round(value, 3) for stage, value in stages.seconds.items()},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from seekforge.formats.numerics import NUMERICS
     type=click.Choice(sorted(NUMERICS)),
     default="fp8",
     show_default=True,
-    help="fp8: the official reference's roundings. exact: no quantization of activations or caches.",
+    help="fp8: the official reference's roundings. exact: no quantization of activations or caches. bf16: the same "
+    "with BF16 activations where the target has them. BF16 weights become FP8 with fp8, and are kept with the others.",
 )
 @click.option("--layers", default=None, metavar="A-B", help="Layers A to B alone, both included.")
 @click.option("--num-layers", type=Whole(1), metavar="N", help="A truncated model: the first N layers, norm and head.")
@@ -70,6 +72,14 @@ def export(checkpoint: str, out: Path, *, quiet: bool, as_json: bool, **options:
             echo(line)
 
 
+def error_sentences(errors: Mapping[str, float]) -> list[str]:
+    """Say what quantizing changes, by kind of weight; nothing where nothing is quantized."""
+    if not errors:
+        return []
+    kinds = ", ".join(f"{kind} {error:.2%}" for kind, error in errors.items())
+    return [f"BF16 weights become FP8 blocks as they are read; relative error, on a sample of each kind: {kinds}"]
+
+
 def _sentences(result: ExportResult, checkpoint: str) -> list[str]:
     graphs = " and ".join(f"{name}.onnx" for name in result.num_nodes)
     nodes = " + ".join(str(count) for count in result.num_nodes.values())
@@ -83,5 +93,6 @@ def _sentences(result: ExportResult, checkpoint: str) -> list[str]:
     return [
         f"wrote {out}: {graphs}, {nodes} nodes ({sum(result.ops.values())} custom), "
         f"{inputs} weight inputs cover all {inside:,} tensors{away}",
+        *error_sentences(result.quantization_errors),
         following,
     ]

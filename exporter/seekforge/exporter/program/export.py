@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from seekforge.common.errors import ConfigError, ProgramError
 from seekforge.common.files import atomic_folder, sha256_file
 from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
 from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.checkpoint.quantization_error import quantization_errors
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import read_text_file, text_files
 from seekforge.exporter.models.sharding import check_parallelism
@@ -31,9 +32,11 @@ from seekforge.formats.checkpoint.tools_preamble import preamble_difference
 from seekforge.formats.numerics import Numerics
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.program import PROGRAM_FORMAT, GraphIO, OpUse, Program, Role, role_of, save_program
+from seekforge.formats.support import supported
 from seekforge.formats.weight_recipes import Recipe, coverage
+from seekforge.formats.weight_recipes.stored import BLOCK_FORMS, WORDS
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.functions.specialization import CANONICAL
+from seekforge.plugins.functions.specialization import CANONICAL, CANONICAL_KEPT
 from seekforge.plugins.kernels.contracts import export_warnings
 from seekforge.plugins.registry import SPECS
 
@@ -42,6 +45,7 @@ from seekforge.plugins.registry import SPECS
 class Exported:
     """What `export` wrote, for the command line.
 
+    `quantization_errors`: kind of weight -> what quantizing it to FP8 blocks changes (`quantization_errors`).
     `warnings`: a sentence for each thing of the checkpoint that was taken for granted or passed over, and for each
     operator whose kernels do not take the model's sizes.
     """
@@ -52,6 +56,7 @@ class Exported:
     num_tensors: int
     num_outside: int
     warnings: tuple[str, ...]
+    quantization_errors: Mapping[str, float]
 
 
 def export(
@@ -91,18 +96,22 @@ def export(
         whole, checkpoint, notes = opened.config, opened.checkpoint, opened.notes
         needless = needless_tensors(checkpoint.names)
         sizes = {name: math.prod(checkpoint.info(name).shape) for name in checkpoint.names if name not in needless}
+        quantizes = whole.stored_form == "bf16" and numerics.quantizes_activations
+        errors = quantization_errors(checkpoint, whole) if quantizes else {}
     config = whole if num_layers is None else truncate(whole, num_layers)
     if layer_range is not None and parallelism.pp > 1:
         raise ConfigError("--layers is one stage and --pp cuts the whole model into several; leave out one of them")
     layer_range = layer_range or (0, config.num_hidden_layers)
     check_range(layer_range, config)
     check_parallelism(config, parallelism)
+    check_numerics(config, numerics)
     cut = pipeline_stages(config, parallelism) if parallelism.pp > 1 else (layer_range,)
     files = text_files(checkpoint_folder)
     notes = (*notes, *check_tokenizer(checkpoint_folder, config))
     difference = preamble_difference(checkpoint_folder)
     notes = notes if difference is None else (*notes, difference)
     settings = Settings(config, numerics, activations=CANONICAL.activations, parallelism=parallelism)
+    canonical = CANONICAL_KEPT if settings.keeps_weights else CANONICAL
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}
     if config.mtp_layer is not None and layer_range[1] == config.num_hidden_layers:
         graphs["mtp"] = None
@@ -120,7 +129,7 @@ def export(
         progress("attach function bodies, check, write")
         written, ops = {}, {}
         for name, graph in traced.items():
-            attach(graph.model, CANONICAL)
+            attach(graph.model, canonical)
             annotate(
                 graph.model,
                 name,
@@ -133,7 +142,7 @@ def export(
             written[name] = _write_graph(graph, folder, f"{name}.onnx")
             _count_ops(graph.model, ops)
             if plain_f32:
-                _write_plain(graph.model, config, folder / f"{name}.f32.onnx")
+                _write_plain(graph.model, settings, folder / f"{name}.f32.onnx")
         for name in files:
             raw = read_text_file(checkpoint_folder, name)
             (folder / name).write_bytes(without_limits(raw) if name == "tokenizer.json" else raw)
@@ -161,8 +170,23 @@ def export(
         num_weight_inputs={name: len(graph.recipes) for name, graph in traced.items()},
         num_tensors=len(sizes),
         num_outside=len(away),
+        quantization_errors=errors,
         warnings=(*notes, *export_warnings(config, ops=[op for op in SPECS if op in ops], parallelism=parallelism)),
     )
+
+
+def check_numerics(config: ModelConfig, numerics: Numerics) -> None:
+    """Refuse numerics that need FP8 blocks where the checkpoint holds values that are none.
+
+    Raises:
+        ConfigError: naming the numerics that go with the checkpoint.
+    """
+    if numerics.quantizes_activations and config.stored_form not in BLOCK_FORMS:
+        kept = " or ".join(supported(config.model_type, config.stored_form)["cpu"].numerics)
+        raise ConfigError(
+            f"--numerics {numerics.name} multiplies FP8 blocks, and this checkpoint's weights are "
+            f"{WORDS[config.stored_form]}, which would be rounded once more; pass --numerics {kept}"
+        )
 
 
 def _account(
@@ -188,8 +212,8 @@ def _account(
     return read.shared
 
 
-def _write_plain(model: onnx.ModelProto, config: ModelConfig, path: Path) -> None:
-    form = plain(model, config)
+def _write_plain(model: onnx.ModelProto, settings: Settings, path: Path) -> None:
+    form = plain(model, settings.config, keeps_weights=settings.keeps_weights)
     onnx.checker.check_model(form, full_check=True)
     path.write_bytes(form.SerializeToString(deterministic=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import onnx
@@ -22,10 +23,11 @@ _DESCRIPTION: Final = (
 )
 
 
-def plain(model: onnx.ModelProto, config: ModelConfig) -> onnx.ModelProto:
-    """Return a canonical graph in the form that ONNX Runtime opens as it is."""
-    concrete = specialize(model, F32, config)
-    attach(concrete, F32)
+def plain(model: onnx.ModelProto, config: ModelConfig, *, keeps_weights: bool = False) -> onnx.ModelProto:
+    """Return a canonical graph in the form that ONNX Runtime opens as it is; `keeps_weights`: it has no FP8 weights."""
+    how = replace(F32, fp8_storage="kept") if keeps_weights else F32
+    concrete = specialize(model, how, config)
+    attach(concrete, how)
     result = inline(concrete)
     annotate_again(result, _DESCRIPTION, {"form": "plain program in f32", "custom_operators": "none"})
     return result

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from seekforge.exporter.checkpoint.schema import expected_tensors, totals
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import EXPERT, Sharding, Tensor
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -126,6 +127,8 @@ def active_parameters(config: ModelConfig) -> int:
 
 def checkpoint_bytes(config: ModelConfig) -> int:
     """Tensor bytes of the whole checkpoint, whose MTP layer carries its own embedding and head (spec §2.4)."""
+    if config.stored_form != "fp8_blocks":
+        return totals(expected_tensors(config)).num_bytes
     copied = set(family_of(config).mtp_copies(config).values())
     copies = [matrix for matrices in end_matrices(config) for matrix in matrices if f"{matrix.name}.weight" in copied]
     return sum(matrix.num_bytes() for matrix in (*all_matrices(config, mtp=True), *copies))

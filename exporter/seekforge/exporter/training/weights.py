@@ -12,15 +12,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from seekforge.common.dtypes import NUMPY
-from seekforge.exporter.checkpoint.new import layouts, quantize, split_into_shards, write_sidecars
+from seekforge.exporter.checkpoint.new import layouts, split_into_shards, write_sidecars
 from seekforge.exporter.checkpoint.presets import Preset
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer_files
 from seekforge.exporter.training.model import Attention, Layer, Mlp, Moe, TrainedModel
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import ShardWriter
+from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.value_check import SCALE_SUFFIX
-from seekforge.formats.weight_recipes import dequantize, evaluate, take
+from seekforge.formats.weight_recipes import evaluate, take
+from seekforge.formats.weight_recipes.stored import values_recipe
 
 _ATTENTION = (
     "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj",
@@ -81,20 +83,20 @@ def _mlp(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tens
 
 
 def read_weights(model: TrainedModel, source: Checkpoint) -> None:
-    """Fill a model with the weights of a checkpoint, dequantized."""
+    """Fill a model with the weights of a checkpoint of any form, dequantized."""
+    expected = expected_tensors(model.config)
+    matrices = {name.removesuffix("_packed"): tensor for name, tensor in expected.items() if tensor.form is not None}
     with torch.no_grad():
         for name, view in named_tensors(model):
-            if name in source:
-                view.copy_(torch.from_numpy(_read(source, name)))
-
-
-def _read(source: Checkpoint, name: str) -> np.ndarray:
-    info = source.info(name)
-    part = take(name, info.shape, info.dtype)
-    if info.dtype == "f8e4m3":
-        scale = source.info(name + SCALE_SUFFIX)
-        part = dequantize(part, take(name + SCALE_SUFFIX, scale.shape, scale.dtype), "f32")
-    return np.array(evaluate(part, source), np.float32)
+            if name in matrices:
+                form, shape = matrices[name].form, matrices[name].matrix
+                assert form is not None and shape is not None
+                recipe = values_recipe(form, name, shape, "f32")
+            elif name in source:
+                recipe = take(name, source.info(name).shape, source.info(name).dtype)
+            else:
+                continue
+            view.copy_(torch.from_numpy(np.array(evaluate(recipe, source), np.float32)))
 
 
 def write_checkpoint(folder: Path, model: TrainedModel, preset: Preset, tokenizer: Tokenizer) -> None:

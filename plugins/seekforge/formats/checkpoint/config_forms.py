@@ -6,8 +6,8 @@ fixed. What says the same is read as the same. What says something else is refus
 is passed over in silence would give wrong text.
 
 Sources: transformers 5.24, models/deepseek_v32/configuration_deepseek_v32.py (`DeepseekV32Config`),
-modeling_rope_utils.py (`_compute_yarn_parameters`: defaults of beta_fast and beta_slow), utils/quantization_config.py
-(`FineGrainedFP8Config`); the modeling code of deepseek-ai/DeepSeek-V3 (`DeepseekV3YarnRotaryEmbedding`).
+modeling_rope_utils.py (`_compute_yarn_parameters`: defaults of beta_fast and beta_slow); the modeling
+code of deepseek-ai/DeepSeek-V3 (`DeepseekV3YarnRotaryEmbedding`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from seekforge.common.errors import ConfigError
-from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.checkpoint.quantization_forms import plain_quantization
 
 #: What every model of this type has, and transformers 5 therefore does not write of a model that it made itself.
 _FIXED: Final[dict[str, Any]] = {
@@ -42,21 +42,6 @@ _ALIASES: Final = {"num_local_experts": "n_routed_experts", "num_experts": "n_ro
 _ROPE_KEYS: Final = (
     "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 )  # fmt: skip
-#: Who writes other quantized formats, by `quant_method`.
-_OTHERS: Final = {
-    "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "LLM Compressor",
-    "fbgemm_fp8": "FBGEMM",
-    "gptq": "GPTQ",
-    "modelopt": "NVIDIA ModelOpt",
-    "modelopt_fp4": "NVIDIA ModelOpt",
-    "mxfp4": "MXFP4",
-    "quark": "AMD Quark",
-    "torchao": "torchao",
-}
-#: Where a checkpoint is that seekforge reads; said where a file itself cannot be mended.
-TAKE: Final = "take a checkpoint in DeepSeek's own FP8 format, such as deepseek-ai/DeepSeek-V3.2"
 
 
 def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -93,7 +78,9 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
         config["indexer_types"] = _indexer_types(config, origin)
     _rope(config, origin)
     _one_of(config, "eos_token_id")
-    _quantization(config, origin, notes)
+    quantization, more = plain_quantization(config, origin)
+    config["quantization_config"] = quantization
+    notes += more
     return config, tuple(notes)
 
 
@@ -270,61 +257,3 @@ def _magnitude(rope: Mapping[str, Any]) -> float | None:
         return 1.0
     first, second = (0.1 * weight * math.log(factor) + 1.0 for weight in (mscale, mscale_all_dim))
     return first / second if second else None
-
-
-# --- quantization ---------------------------------------------------------------------------------------------
-
-
-def _quantization(config: dict[str, Any], origin: str, notes: list[str]) -> None:
-    """Complete `quantization_config` of DeepSeek's format; refuse other formats by their names."""
-    if config.get("quantization_config") is None:
-        kept = config.get("compression_config")
-        what = "missing" if kept is None else "missing (compression_config is LLM Compressor's)"
-        raise ConfigError(
-            f"{origin}: the key 'quantization_config' is {what}: the weights are not in DeepSeek's FP8 format of "
-            f"{FP8_BLOCK}×{FP8_BLOCK} blocks (BF16 ones, perhaps), and others are not read yet; {TAKE}"
-        )
-    quantization = config["quantization_config"]
-    if not isinstance(quantization, dict):
-        raise ConfigError(
-            f"{origin}: quantization_config is {quantization!r}, expected an object with quant_method, ..."
-        )
-    form = {key: value for key, value in quantization.items() if value is not None}
-    method = form.get("quant_method", form.get("quant_algo"))
-    if method != "fp8":
-        who = _OTHERS.get(str(method).lower())
-        raise ConfigError(
-            f"{origin}: quantization_config.quant_method is {method!r}{f' ({who})' if who else ''}, expected 'fp8' "
-            f"with {FP8_BLOCK}×{FP8_BLOCK} blocks; {TAKE}"
-        )
-    expert = form.get("expert_dtype", "fp8")
-    if expert != "fp8":
-        raise ConfigError(f"{origin}: quantization_config.expert_dtype is {expert!r}, expected 'fp8'; {TAKE}")
-    block = form.get("weight_block_size")
-    if not isinstance(block, list | tuple) or list(block) != [FP8_BLOCK, FP8_BLOCK]:
-        whole = "no weight_block_size (one scale for a whole matrix)"
-        raise ConfigError(
-            f"{origin}: quantization_config has {whole if block is None else f'weight_block_size {block!r}'}, expected "
-            f"{[FP8_BLOCK, FP8_BLOCK]}; {TAKE}"
-        )
-    scheme = form.setdefault("activation_scheme", "dynamic")
-    if scheme != "dynamic":
-        raise ConfigError(
-            f"{origin}: quantization_config.activation_scheme is {scheme!r} (scales of activations fixed beforehand), "
-            f"expected 'dynamic'; {TAKE}"
-        )
-    form.setdefault("fmt", "e4m3")
-    if form["fmt"] != "e4m3":
-        raise ConfigError(f"{origin}: quantization_config.fmt is {form['fmt']!r}, expected 'e4m3'; {TAKE}")
-    scales = form.get("scale_fmt")
-    if scales in (None, "float"):
-        said = "is absent" if scales is None else "is 'float'"
-        notes.append(
-            f"quantization_config.scale_fmt {said}: scales of weights are read as they are, and those of activations "
-            "are powers of two (ue8m0), as in every DeepSeek-V3.2 and DeepSeek-V3.1"
-        )
-        form["scale_fmt"] = "ue8m0"
-    elif scales != "ue8m0":
-        raise ConfigError(f"{origin}: quantization_config.scale_fmt is {scales!r}, expected 'ue8m0'; {TAKE}")
-    keys = ("quant_method", "fmt", "weight_block_size", "activation_scheme", "scale_fmt")
-    config["quantization_config"] = {key: form[key] for key in keys}

@@ -17,7 +17,9 @@ from seekforge.common.errors import ConfigError
 from seekforge.common.reading import read_json
 from seekforge.common.records import MISSING, OpenRecord, Positive, Record, RecordError, Size, above_zero, finite
 from seekforge.formats.checkpoint.config_forms import plain_form
-from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.checkpoint.quantization_forms import leaves_out
+from seekforge.formats.numerics import FP8_BLOCK, Numerics
+from seekforge.formats.weight_recipes.stored import WeightForm
 
 Factor = Annotated[float, above_zero()]
 
@@ -54,6 +56,20 @@ class QuantizationConfig(Record):
     weight_block_size: Annotated[tuple[int, int], _blocks]
     activation_scheme: Literal["dynamic"]
     scale_fmt: Literal["ue8m0"]
+
+
+class StoredWeights(Record):
+    """The form of matrices that were quantized by ModelOpt or LLM Compressor (spec §2.7).
+
+    Attributes:
+        quant_method: whose form it is.
+        form: how matrices are held.
+        ignore: modules that are BF16; `*` stands for any run of characters.
+    """
+
+    quant_method: Literal["modelopt", "compressed-tensors"]
+    form: Literal["nvfp4", "fp8_tensor", "ct_fp8_blocks", "ct_fp8_channel", "ct_fp8_tensor", "ct_nvfp4"]
+    ignore: tuple[str, ...]
 
 
 #: Far more than any model has; each is some names of tensors, which are listed before a checkpoint is looked at.
@@ -109,7 +125,7 @@ class ModelConfig(OpenRecord):
     tie_word_embeddings: Literal[False]
     bos_token_id: Size
     eos_token_id: Size | tuple[Size, ...]
-    quantization_config: QuantizationConfig
+    quantization_config: QuantizationConfig | StoredWeights | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,6 +225,27 @@ class ModelConfig(OpenRecord):
             raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
         config = ModelConfig.parse(raw, str(path))
         return config, plain_form(raw, str(path))[1]
+
+    # --- weights -------------------------------------------------------------------------------------------
+
+    def weight_form(self, name: str) -> WeightForm:
+        """Return how the checkpoint holds a matrix "….weight" that programs can have as FP8 blocks."""
+        stored = self.quantization_config
+        if isinstance(stored, QuantizationConfig):
+            return "fp8_blocks"
+        if stored is None or leaves_out(stored.ignore, name.removesuffix(".weight")):
+            return "bf16"
+        return stored.form
+
+    @property
+    def stored_form(self) -> WeightForm:
+        """How the checkpoint holds matrices, but for those that it leaves in BF16."""
+        stored = self.quantization_config
+        return "bf16" if stored is None else stored.form if isinstance(stored, StoredWeights) else "fp8_blocks"
+
+    def keeps_weights(self, numerics: Numerics) -> bool:
+        """Whether programs of these numerics multiply with the checkpoint's values, and not with FP8 blocks."""
+        return self.stored_form != "fp8_blocks" and not numerics.quantizes_activations
 
     # --- derived sizes -------------------------------------------------------------------------------------
 

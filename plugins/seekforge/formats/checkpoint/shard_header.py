@@ -18,7 +18,7 @@ from seekforge.common.reading import check_regular, parse_json
 _MAX_HEADER_BYTES: Final = 100_000_000
 LENGTH_BYTES: Final = 8
 #: Word in a header -> our name, of the types that a checkpoint may hold.
-HELD: Final = {SAFETENSORS[name]: name for name in ("f32", "bf16", "f8e4m3", "f16", "f8e8m0")}
+HELD: Final = {SAFETENSORS[name]: name for name in ("f32", "bf16", "f8e4m3", "f16", "f8e8m0", "u8")}
 _LFS_POINTER: Final = b"version https://git-lfs"
 AGAIN: Final = "download it again"
 

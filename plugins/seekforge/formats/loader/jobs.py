@@ -68,6 +68,28 @@ class Dequantize:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """Rows of one wide matrix, quantized to FP8 blocks as they are read.
+
+    Attributes:
+        tensor: its name. dtype: element type in the checkpoint. shape: [N, K].
+        rows: [first, end), whole blocks but for the last one of the matrix.
+        codes: places for the e4m3 values of these rows. scales: places for their block scales.
+    """
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, int]
+    rows: tuple[int, int]
+    codes: tuple[np.ndarray, ...]
+    scales: tuple[np.ndarray, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.rows[1] - self.rows[0]) * self.shape[1] * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
 class Whole:
     """A recipe of a form that has no faster way: evaluated from whole tensors (its operands are held meanwhile)."""
 
@@ -76,7 +98,7 @@ class Whole:
     num_bytes: int
 
 
-Job = Copy | Dequantize | Whole
+Job = Copy | Dequantize | Quantize | Whole
 
 
 def pieces(job: Copy) -> Iterator[Copy]:

@@ -16,7 +16,7 @@ import numpy as np
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import CheckpointError, ProgramError
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize
+from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Quantize
 from seekforge.formats.loader.planner import Planner
 from seekforge.formats.loader.progress import LoadProgress, LoadReport
 from seekforge.formats.loader.reader import Reader
@@ -96,7 +96,7 @@ class Loader:
         """How many of them come from each shard: which rank loads what."""
         result: dict[str, int] = defaultdict(int)
         for job in self._jobs:
-            if isinstance(job, Copy):
+            if isinstance(job, Copy | Quantize):
                 result[self._checkpoint.info(job.tensor).shard] += job.num_bytes
             elif isinstance(job, Dequantize):
                 result[self._checkpoint.info(job.weight).shard] += job.weight_bytes

@@ -10,8 +10,9 @@ import numpy as np
 from seekforge.common.dtypes import NUMPY, is_stored_as, itemsize
 from seekforge.common.errors import ProgramError
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Job, Whole, pieces
+from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Job, Quantize, Whole, pieces
 from seekforge.formats.loader.views import View, as_view
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.weight_recipes import Recipe, cast, rounds_once, slice_, stack, tensors_of
 
 
@@ -22,6 +23,7 @@ class Planner:
         self._checkpoint = checkpoint
         self._copies: dict[tuple[str, View], list[np.ndarray]] = defaultdict(list)
         self._products: dict[tuple[str, str], list[tuple[View, np.ndarray]]] = defaultdict(list)
+        self._quantized: dict[str, list[tuple[Recipe, np.ndarray]]] = defaultdict(list)
         self._jobs: list[Job] = []
         self.computed: list[tuple[Recipe, np.ndarray]] = []
 
@@ -44,6 +46,10 @@ class Planner:
             self.add(recipe.parts[0], target.view(NUMPY["f8e4m3"]))
         elif recipe.op == "cast" and rounds_once(recipe):
             self.add(recipe.parts[0], target)
+        elif recipe.op in ("block_codes", "block_scales") and recipe.parts[0].op == "take":
+            self._check(recipe.parts[0])
+            assert recipe.parts[0].tensor is not None
+            self._quantized[recipe.parts[0].tensor].append((recipe, target))
         elif recipe.op == "computed":
             self.computed.append((recipe, target))
         else:
@@ -98,6 +104,8 @@ class Planner:
                 checks += pieces(Copy(mains[tensor], dtype, view, (targets[0],), check=True))
         for (weight, scale), uses in self._products.items():
             result += self._dequantize(weight, scale, uses)
+        for tensor, made in self._quantized.items():
+            result += self._quantize(tensor, made)
         place = self._place
         return [*sorted(result, key=place), *sorted(checks, key=place)]
 
@@ -120,10 +128,25 @@ class Planner:
                     tuple(target[start:stop] for _, target in group),
                 )
 
+    def _quantize(self, tensor: str, made: list[tuple[Recipe, np.ndarray]]) -> Iterator[Job]:
+        info = self._checkpoint.info(tensor)
+        rows, columns = info.shape
+        # a row of blocks in f32, its magnitudes and its codes take three times what is read
+        blocks = max(1, READ_BYTES // 4 // (FP8_BLOCK * max(columns, 1) * itemsize(info.dtype)))
+        for start in range(0, rows, blocks * FP8_BLOCK):
+            stop = min(start + blocks * FP8_BLOCK, rows)
+            first, end = start // FP8_BLOCK, -(-stop // FP8_BLOCK)
+            codes = tuple(target[start:stop] for recipe, target in made if recipe.op == "block_codes")
+            scales = tuple(target[first:end] for recipe, target in made if recipe.op == "block_scales")
+            yield Quantize(tensor, info.dtype, (rows, columns), (start, stop), codes, scales)
+
     def _place(self, job: Job) -> tuple[str, int]:
         if isinstance(job, Whole):
             return "", 0
-        name, offset = (job.tensor, job.view.offset) if isinstance(job, Copy) else (job.weight, job.rows[0])
+        if isinstance(job, Copy):
+            name, offset = job.tensor, job.view.offset
+        else:
+            name, offset = (job.tensor if isinstance(job, Quantize) else job.weight), job.rows[0]
         info = self._checkpoint.info(name)
         return info.shard, info.begin + offset * itemsize(info.dtype)
 

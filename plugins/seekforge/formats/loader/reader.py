@@ -11,9 +11,10 @@ from seekforge.common.dtypes import NUMPY, itemsize, widen
 from seekforge.common.errors import CheckpointError
 from seekforge.common.system import read_at
 from seekforge.formats.checkpoint.safetensors import Checkpoint
-from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Job
+from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Job, Quantize
 from seekforge.formats.loader.views import View
 from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.quantization.block_fp8 import block_scales, encode_into
 from seekforge.formats.value_check import (
     SCALE_SUFFIX,
     Findings,
@@ -52,6 +53,8 @@ class Reader:
             self._copy(job)
         elif isinstance(job, Dequantize):
             self._dequantize(job)
+        elif isinstance(job, Quantize):
+            self._quantize(job)
         else:
             job.target[...] = evaluate(job.recipe, self)
 
@@ -125,6 +128,16 @@ class Reader:
         for view, target in zip(job.views, job.targets, strict=True):
             strides = tuple(4 * stride for stride in view.strides)
             target[...] = np.lib.stride_tricks.as_strided(flat[view.offset - first * k :], view.shape, strides)
+
+    def _quantize(self, job: Quantize) -> None:
+        (first, last), k = job.rows, job.shape[1]
+        values = np.empty((last - first, k), NUMPY[job.dtype])
+        self._read(job.tensor, job.dtype, first * k, _bytes_of(values))
+        scales = block_scales(values)
+        for target in job.codes:
+            encode_into(values, scales, target)
+        for target in job.scales:
+            target[...] = scales
 
     def _read(self, tensor: str, dtype: str, offset: int, out: np.ndarray, *, scan: bool = True) -> None:
         """Fill `out` (bytes) from element `offset` of a tensor on, checking values on the way."""

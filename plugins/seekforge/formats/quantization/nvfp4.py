@@ -2,7 +2,8 @@
 
 real = value · block_scale · tensor_scale. The tensor's scale puts the largest block scale at 448, the largest e4m3;
 a block's scale puts its largest magnitude at 6, the largest e2m1, and is rounded to e4m3 before values are divided.
-No engine here computes in it: it is a reference form, which says what such weights or caches would cost.
+No engine here computes in it: checkpoints hold such weights, which are read exactly, and it is a reference form, which
+says what such weights or caches would cost.
 
 Source: NVIDIA's description of NVFP4 (two-level scales, blocks of 16); TensorRT Model Optimizer, `NVFP4QTensor`.
 """
@@ -75,12 +76,29 @@ def quantize(x: np.ndarray, tensor_scale: float | None = None) -> Nvfp4:
     return Nvfp4(e2m1(scaled).reshape(x.shape), block_scales, scale)
 
 
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Return codes [..., K] two to a byte, [..., K / 2] uint8; the first of two is in the lower half."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """Return the codes [..., K] uint8 of bytes [..., K / 2] that hold two each."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
+    codes[..., 0::2] = packed & 0xF
+    codes[..., 1::2] = packed >> 4
+    return codes
+
+
 def dequantize(tensor: Nvfp4) -> np.ndarray:
     """Return the values, [..., K] f32."""
-    values = _MAGNITUDES[tensor.codes % _SIGN]
-    values = np.where(tensor.codes >= _SIGN, -values, values)
-    steps = tensor.block_scales.astype(np.float32)[..., None] * tensor.tensor_scale
-    return (values.reshape(*values.shape[:-1], -1, BLOCK) * steps).reshape(values.shape)
+    return dequantize_steps(tensor.codes, tensor.block_scales.astype(np.float32) * tensor.tensor_scale)
+
+
+def dequantize_steps(codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Return the values [..., K] f32 of codes [..., K] whose blocks of 16 have the scales `steps` [..., K / 16] f32."""
+    values = _MAGNITUDES[codes % _SIGN]
+    values = np.where(codes >= _SIGN, -values, values)
+    return (values.reshape(*values.shape[:-1], -1, BLOCK) * steps[..., None]).reshape(values.shape)
 
 
 def round_trip(x: np.ndarray, tensor_scale: float | None = None) -> np.ndarray:

@@ -8,12 +8,14 @@ data (bindings.json), so that any runtime can fill the inputs straight from the 
 
 from seekforge.formats.weight_recipes.constructors import (
     as_bytes,
+    block_codes,
     cast,
     concat,
     dequantize,
     expert_map,
     for_rank,
     hadamard_table,
+    ones_table,
     reshape,
     retarget,
     rope_table,
@@ -22,6 +24,7 @@ from seekforge.formats.weight_recipes.constructors import (
     stack,
     take,
     transpose,
+    wide_values,
 )
 from seekforge.formats.weight_recipes.coverage import Coverage, coverage, tensors_of
 from seekforge.formats.weight_recipes.evaluation import (
@@ -42,6 +45,7 @@ __all__ = [
     "Recipe",
     "TensorSource",
     "as_bytes",
+    "block_codes",
     "cast",
     "concat",
     "coverage",
@@ -53,6 +57,7 @@ __all__ = [
     "for_rank",
     "hadamard",
     "hadamard_table",
+    "ones_table",
     "read_recipe",
     "reshape",
     "retarget",
@@ -65,5 +70,6 @@ __all__ = [
     "take",
     "tensors_of",
     "transpose",
+    "wide_values",
     "yarn_inv_freq",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from seekforge.common.errors import ProgramError
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.weight_recipes.recipe import Recipe
 
@@ -57,6 +58,49 @@ def dequantize(weight: Recipe, scale: Recipe, dtype: str) -> Recipe:
     return Recipe("dequantize", weight.shape, dtype, (weight, scale))
 
 
+def block_codes(weight: Recipe) -> Recipe:
+    """The e4m3 values of a matrix [N, K] bf16 or f32 in 128×128 blocks, quantized as it is read (spec §5.1)."""
+    return Recipe("block_codes", weight.shape, "f8e4m3", (weight,))
+
+
+def block_scales(weight: Recipe) -> Recipe:
+    """The scales [⌈N/128⌉, ⌈K/128⌉] f32 of `block_codes`."""
+    n, k = weight.shape
+    return Recipe("block_scales", (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), "f32", (weight,))
+
+
+def scale_rows(weight: Recipe, scale: Recipe, dtype: str) -> Recipe:
+    """An FP8 matrix [N, K] times a scale for each row [N, 1], or for all of it [1, 1], rounded to `dtype`."""
+    return Recipe("scale_rows", weight.shape, dtype, (weight, scale))
+
+
+def dequantize_nvfp4(
+    packed: Recipe, block_scales: Recipe, tensor_scale: Recipe, dtype: str, *, divides: bool
+) -> Recipe:
+    """The values [N, K] of NVFP4, rounded to `dtype` (`quantization.nvfp4`).
+
+    Args:
+        packed: [N, K / 2] u8.
+        block_scales: [N, K / 16] f8e4m3.
+        tensor_scale: f32 of one element.
+        dtype: of the result.
+        divides: whether the tensor's scale is the reciprocal of what the block scales are multiplied with.
+    """
+    n, half = packed.shape
+    parts, params = (packed, block_scales, tensor_scale), {"divides": float(divides)}
+    return Recipe("nvfp4", (n, 2 * half), dtype, parts, params=params)
+
+
+def ones_table(rows: int, columns: int) -> Recipe:
+    """Block scales [rows, columns] f32 of weights that are kept: ones."""
+    return Recipe("computed", (rows, columns), "f32", tensor="ones", params={"rows": rows, "columns": columns})
+
+
+def wide_values(weight: Recipe, scale: Recipe, dtype: str) -> Recipe:
+    """The values of a weight of a program in `dtype`: FP8 ones dequantized, kept ones as they are."""
+    return cast(weight, dtype) if weight.dtype in ("bf16", "f32") else dequantize(weight, scale, dtype)
+
+
 def cast(part: Recipe, dtype: str) -> Recipe:
     """`part` rounded to `dtype`; `part` itself when it already has it."""
     if part.dtype == dtype:
@@ -95,8 +139,12 @@ def retarget(recipe: Recipe, *, activations: str, fp8_dtype: str) -> Recipe:
         if recipe.dtype == "f8e4m3":
             return recipe if fp8_dtype == "f8e4m3" else as_bytes(recipe)
         return cast(recipe, activations) if recipe.dtype == "bf16" else recipe
-    if recipe.op == "dequantize":
+    if recipe.op in ("dequantize", "scale_rows", "nvfp4"):
         return replace(recipe, dtype=activations if recipe.dtype == "bf16" else recipe.dtype)
+    if recipe.op == "block_codes":
+        return recipe if fp8_dtype == "f8e4m3" else as_bytes(recipe)
+    if recipe.op == "block_scales":
+        return recipe
     parts = tuple(retarget(part, activations=activations, fp8_dtype=fp8_dtype) for part in recipe.parts)
     if recipe.op == "cast":
         return cast(parts[0], activations) if recipe.dtype == "bf16" else replace(recipe, parts=parts)

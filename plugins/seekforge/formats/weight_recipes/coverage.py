@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from seekforge.common.errors import ProgramError
@@ -87,7 +87,7 @@ def coverage(recipes: Mapping[str, Recipe]) -> Coverage:
     shared: dict[str, list[str]] = {}
     for tensor, parts in boxes.items():
         distinct = list(parts)
-        users = sorted({name for names in parts.values() for name in names})
+        users = sorted({_weight_of(name, recipes) for names in parts.values() for name in names})
         clash = any(a.view != b.view or a.overlaps(b) for i, a in enumerate(distinct) for b in distinct[i + 1 :])
         if clash:
             full = math.prod(distinct[0].view)
@@ -99,6 +99,12 @@ def coverage(recipes: Mapping[str, Recipe]) -> Coverage:
             used[tensor] = full
         else:
             used[tensor] = sum(box.size() for box in distinct)
-        if clash or any(len(set(names)) > 1 for names in parts.values()):
+        if len(users) > 1 and (clash or any(len(set(names)) > 1 for names in parts.values())):
             shared[tensor] = users
     return Coverage(used, shared)
+
+
+def _weight_of(name: str, inputs: Collection[str]) -> str:
+    """Return the weight whose scales an input holds, or itself: both may be made of one tensor."""
+    weight = name.removesuffix("_scale")
+    return weight if weight in inputs else name

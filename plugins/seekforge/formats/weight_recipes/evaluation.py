@@ -9,6 +9,7 @@ import numpy as np
 from seekforge.common.dtypes import NUMPY, widen
 from seekforge.common.errors import ProgramError
 from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.quantization import block_fp8, nvfp4
 from seekforge.formats.quantization.int_codes import evaluate_codes
 from seekforge.formats.weight_recipes.recipe import Recipe
 from seekforge.formats.weight_recipes.tables import computed
@@ -60,6 +61,14 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         return out
     if recipe.op in ("codes", "code_scales", "packed"):
         return evaluate_codes(recipe.op, recipe.params, first)
+    if recipe.op == "block_codes":
+        return block_fp8.quantize(first)[0]
+    if recipe.op == "block_scales":
+        return block_fp8.block_scales(first)
+    if recipe.op == "scale_rows":
+        return (FP8_VALUES[first.view(np.uint8)] * evaluate(recipe.parts[1], source)).astype(NUMPY[recipe.dtype])
+    if recipe.op == "nvfp4":
+        return _nvfp4(recipe, first, source).astype(NUMPY[recipe.dtype])
     if recipe.op == "split":
         raise ProgramError("bindings: this recipe is shared by several ranks; apply for_rank first")
     raise ProgramError(f"bindings.json: unknown recipe op {recipe.op!r}; it was written by a newer version")
@@ -88,6 +97,16 @@ def evaluate_into(recipe: Recipe, source: TensorSource, out: np.ndarray) -> None
         out[...] = evaluate(recipe.parts[0], source)
     else:
         out[...] = evaluate(recipe, source)
+
+
+def _nvfp4(recipe: Recipe, packed: np.ndarray, source: TensorSource) -> np.ndarray:
+    block_scales, tensor_scale = (evaluate(part, source) for part in recipe.parts[1:])
+    whole = np.float32(tensor_scale.reshape(-1)[0])
+    codes = nvfp4.unpack(packed)
+    if recipe.params["divides"]:
+        steps = block_scales.astype(np.float32) / whole
+        return nvfp4.dequantize_steps(codes, steps)
+    return nvfp4.dequantize(nvfp4.Nvfp4(codes, block_scales, whole))
 
 
 def rounds_once(recipe: Recipe) -> bool:

@@ -10,11 +10,16 @@ from typing import Any
 from seekforge.common.dtypes import NUMPY, itemsize
 from seekforge.common.errors import ProgramError
 from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.quantization.nvfp4 import BLOCK as NVFP4_BLOCK
 from seekforge.formats.weight_recipes.constructors import (
     as_bytes,
+    block_codes,
+    block_scales,
     concat,
     dequantize,
+    dequantize_nvfp4,
     reshape,
+    scale_rows,
     slice_,
     stack,
     transpose,
@@ -40,16 +45,17 @@ _TABLE_PARAMS = {
     "rope_sin": ("num_positions", "dim", *_ROPE_PARAMS),
     "hadamard": ("size",),
     "expert_map": ("num_experts", "ep"),
+    "ones": ("rows", "columns"),
 }
 #: Fields beside op, shape, dtype and parts, and which of them each op has, in the same order.
 _OPTIONAL = ("tensor", "axis", "start", "stop", "perm", "params")
 _FIELDS = {"take": ["tensor"], "computed": ["tensor", "params"], "slice": ["axis", "start", "stop"], "concat": ["axis"]}
 _FIELDS |= {"stack": ["axis"], "split": ["axis"], "transpose": ["perm"]}
-_FIELDS |= {op: [] for op in ("reshape", "dequantize", "cast", "bytes")}
-_FIELDS |= {op: ["params"] for op in ("codes", "code_scales", "packed")}
+_FIELDS |= {op: [] for op in ("reshape", "dequantize", "cast", "bytes", "block_codes", "block_scales", "scale_rows")}
+_FIELDS |= {op: ["params"] for op in ("codes", "code_scales", "packed", "nvfp4")}
 _TAKE = {"op", "shape", "dtype", "tensor"}
 #: Parts of the ops that have not one; concat and stack have any number.
-_NUM_PARTS = {"take": 0, "computed": 0, "dequantize": 2}
+_NUM_PARTS = {"take": 0, "computed": 0, "dequantize": 2, "scale_rows": 2, "nvfp4": 3}
 
 
 def read_recipe(raw: Mapping[str, Any]) -> Recipe:
@@ -166,6 +172,18 @@ def _shape_of(recipe: Recipe) -> tuple[tuple[int, ...], str]:
         made = dequantize(weight, scale, recipe.dtype)
         if recipe.dtype not in _FLOATS:
             raise ValueError(f"dequantize to {recipe.dtype}")
+    elif op in ("block_codes", "block_scales"):
+        if first.dtype not in _FLOATS or len(first.shape) != 2:
+            raise ValueError(f"{op} of {first.dtype} {list(first.shape)}")
+        made = block_codes(first) if op == "block_codes" else block_scales(first)
+    elif op == "scale_rows":
+        scale = parts[1]
+        fits = len(first.shape) == 2 and scale.shape in ((first.shape[0], 1), (1, 1))
+        if (first.dtype, scale.dtype) != ("f8e4m3", "f32") or not fits or recipe.dtype not in _FLOATS:
+            raise ValueError(f"scale_rows of {first.dtype} {list(first.shape)} by {scale.dtype} {list(scale.shape)}")
+        made = scale_rows(first, scale, recipe.dtype)
+    elif op == "nvfp4":
+        made = _nvfp4(recipe)
     elif op == "cast":
         if recipe.dtype not in _FLOATS or first.dtype not in (*_FLOATS, "f8e4m3"):
             raise ValueError(f"cast of {first.dtype} to {recipe.dtype}")
@@ -177,6 +195,20 @@ def _shape_of(recipe: Recipe) -> tuple[tuple[int, ...], str]:
     else:
         return _codes_shape(recipe, first)
     return made.shape, made.dtype
+
+
+def _nvfp4(recipe: Recipe) -> Recipe:
+    packed, blocks, whole = recipe.parts
+    divides = recipe.params.get("divides")
+    dtypes = (packed.dtype, blocks.dtype, whole.dtype)
+    fits = len(packed.shape) == 2 and math.prod(whole.shape) == 1
+    if dtypes != ("u8", "f8e4m3", "f32") or not fits or recipe.dtype not in _FLOATS or divides not in (0, 1):
+        raise ValueError(f"nvfp4 of {', '.join(dtypes)} with the params {recipe.params!r:.60}")
+    if 2 * packed.shape[1] % NVFP4_BLOCK or blocks.shape != (packed.shape[0], 2 * packed.shape[1] // NVFP4_BLOCK):
+        raise ValueError(f"nvfp4 of {list(packed.shape)} bytes with the scales {list(blocks.shape)}")
+    if recipe.params.keys() != {"divides"}:
+        raise ValueError(f"nvfp4 with the params {sorted(recipe.params)!r:.100}")
+    return dequantize_nvfp4(packed, blocks, whole, recipe.dtype, divides=bool(divides))
 
 
 def _codes_shape(recipe: Recipe, first: Recipe) -> tuple[tuple[int, ...], str]:
@@ -203,6 +235,10 @@ def _table_shape(recipe: Recipe) -> tuple[tuple[int, ...], str]:
     sizes = [params[key] for key in wanted[:2] if key not in _ROPE_PARAMS]
     if not all(type(size) is int and 1 <= size <= 1 << 24 for size in sizes):
         raise ValueError(f"computed table {recipe.tensor} of the sizes {sizes!r:.100}")
+    if recipe.tensor == "ones":
+        if params["rows"] * params["columns"] > 1 << 24:
+            raise ValueError(f"ones of {params['rows']} rows and {params['columns']} columns")
+        return (int(params["rows"]), int(params["columns"])), "f32"
     if recipe.tensor == "hadamard":
         size = int(params["size"])
         if size > 1 << 12 or size & (size - 1):

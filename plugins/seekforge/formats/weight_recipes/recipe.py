@@ -11,17 +11,20 @@ class Recipe:
     """One node of a recipe tree.
 
     Attributes:
-        op: take, slice, reshape, transpose, concat, stack, dequantize, cast, bytes, split or computed; codes,
-            code_scales or packed (`formats.quantization.int_codes`).
+        op: take, slice, reshape, transpose, concat, stack, dequantize, scale_rows, nvfp4, cast, bytes, split or
+            computed; block_codes or block_scales (`formats.quantization.block_fp8`); codes, code_scales or packed
+            (`formats.quantization.int_codes`).
         shape: shape of the result.
         dtype: element type of the result (our names, `common.dtypes.NUMPY`).
-        parts: operands. `dequantize` has two: FP8 weight and f32 scale.
-        tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard or
-            expert_map.
+        parts: operands. `dequantize` and `scale_rows` have two: FP8 weight and f32 scale; `nvfp4` three: packed codes,
+            block scales, the tensor's scale.
+        tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard, expert_map or
+            ones.
         axis, start, stop: the bounds of slice; axis also that of concat, stack and split, of which each rank has an
             equal part.
         perm: the order of axes of transpose.
-        params: for computed, the numbers that the table depends on; for codes, bits and block_size.
+        params: for computed, the numbers that the table depends on; for codes, bits and block_size; for nvfp4,
+            divides: whether its scale is a reciprocal.
     """
 
     op: str

@@ -22,6 +22,8 @@ def computed(recipe: Recipe) -> np.ndarray:
         per_rank = int(params["num_experts"]) // int(params["ep"])
         local = np.arange(int(params["num_experts"]), dtype=np.int32) - np.int32(params["ep_rank"] * per_rank)
         return np.where((local >= 0) & (local < per_rank), local, np.int32(-1))
+    if recipe.tensor == "ones":
+        return np.ones(recipe.shape, np.float32)
     if recipe.tensor not in ("rope_cos", "rope_sin"):
         raise ProgramError(f"bindings.json: unknown computed table {recipe.tensor!r}")
     return rope_rows(recipe, 0, recipe.shape[0])

@@ -239,10 +239,13 @@ def dequantize_weight(text: Text, weight: str, scale: str, p: str, *, how: Speci
     multiple of 128.
 
     Args:
-        weight: name of [N, K] float8, or int8 with the same bytes.
+        weight: name of [N, K] float8, or int8 with the same bytes; of kept values, which need no scale.
         scale: name of [⌈N/128⌉, K/128] f32.
         p: prefix of the names made here.
     """
+    if how.fp8_storage == "kept":
+        text.add(f"{p}w = Cast<to = {onnx_type('f32')}>({weight})")
+        return f"{p}w"
     text.add(f"""
   {p}n1 = Shape<start = 0, end = 1>({weight})
   {p}n = Squeeze({p}n1)

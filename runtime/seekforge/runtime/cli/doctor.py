@@ -17,6 +17,8 @@ from seekforge.common.cli.terminal import echo, write_json
 from seekforge.common.requirements import Requirements, declared, fault, installed, lacking
 from seekforge.common.requirements import command as install_command
 from seekforge.common.yaml_file import read_yaml
+from seekforge.formats.support import TABLE, TARGETS
+from seekforge.formats.weight_recipes.stored import WORDS
 from seekforge.plugins.kernels.cuda_driver import KERNELS_NEED, needs, version_of_branch
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND
 
@@ -224,7 +226,7 @@ def doctor(as_json: bool) -> None:
     """Show versions, what can be exported, built and run here, and the command for what is missing."""
     report = examine()
     if as_json:
-        write_json(asdict(report), indent=1)
+        write_json(asdict(report) | {"models": [asdict(row) | {"works": row.works} for row in TABLE]}, indent=1)
         return
     installed_versions = {name: version for name, version in report.versions.items() if version}
     width = max(map(len, installed_versions))
@@ -240,6 +242,19 @@ def doctor(as_json: bool) -> None:
         echo("ready:" if ready else f"not possible, since {missing}{f' ({remedy})' if remedy else ''}:")
         for line in _joined(names):
             echo(f"  {line}")
+    echo()
+    echo("models and checkpoints (how each was shown: seekforge inspect CHECKPOINT, or docs/index.md):")
+    for line in _models():
+        echo(f"  {line}")
+
+
+def _models() -> list[str]:
+    """Return for each family and target the forms of checkpoints that engines are built from."""
+    forms: dict[tuple[str, str], list[str]] = {}
+    for row in TABLE:
+        if row.works:
+            forms.setdefault((row.family, TARGETS[row.backend]), []).append(WORDS[row.form])
+    return [f"{family} for {target}: {'; '.join(words)}" for (family, target), words in forms.items()]
 
 
 def _joined(names: list[str]) -> list[str]:

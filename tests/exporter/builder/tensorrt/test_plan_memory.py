@@ -142,7 +142,7 @@ def broadcast_weights(model: onnx.ModelProto, weights: set[str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("numerics", sorted(NUMERICS))
+@pytest.mark.parametrize("numerics", ("exact", "fp8"))
 def test_no_product_of_a_program_repeats_a_weight(tiny_programs: dict[str, Path], numerics: str) -> None:
     """TensorRT repeats an operand along every axis that only the other one has."""
     inputs = open_inputs(tiny_programs[numerics], None)

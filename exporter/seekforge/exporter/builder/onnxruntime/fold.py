@@ -22,7 +22,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.quantize import MS_DOMAIN, quantize_experts, quantize_linear
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.weight_file import WeightLayout, constant_bytes
-from seekforge.formats.weight_recipes import Recipe, TensorSource, dequantize, evaluate_into, transpose
+from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate_into, transpose, wide_values
 from seekforge.plugins.functions.attach import operator_of
 from seekforge.plugins.operator import FoldedForm, OpSpec
 
@@ -106,11 +106,11 @@ def _fold(
         if form.quantized == "QMoE":
             return quantize_experts(node, top_k, how, constants)
         ((name, scale),) = weights.items()
-        weight = dequantize(constants[inputs[name]], constants[inputs[scale]], "f32")
+        weight = wide_values(constants[inputs[name]], constants[inputs[scale]], "f32")
         quantize_linear(node, weight, inputs[name], how, constants)
         return [node]
     for name, scale in weights.items():
-        weight = dequantize(constants[inputs[name]], constants[inputs.pop(scale)], "f32")
+        weight = wide_values(constants[inputs[name]], constants[inputs.pop(scale)], "f32")
         *leading, rows, columns = range(len(weight.shape))
         constants[f"{inputs[name]}.folded"] = transpose(weight, (*leading, columns, rows))
         inputs[name] = f"{inputs[name]}.folded"

@@ -28,9 +28,12 @@ from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits, WeightSource
+from seekforge.formats.numerics import numerics_from_dict
 from seekforge.formats.program import Program, load_bindings, load_program
+from seekforge.formats.support import supported
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
+from seekforge.formats.weight_recipes.stored import WORDS
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.contracts import refusals
 from seekforge.plugins.operator import evaluate_dim
@@ -145,6 +148,8 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
     limits = fit_limits(target.limits, config, options.named_limits)
     target = target.model_copy(update={"limits": limits})
     ops = tuple(inputs.ops)
+    if config.keeps_weights(numerics_from_dict(program.numerics)):
+        raise TargetError(_kept_refusal(target, config))
     fault = _fault(target, program, config, ops, wanted)
     if fault:
         raise TargetError(f"{fault}; {_remedy(target, program, config, ops, wanted)}")
@@ -169,6 +174,17 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
         oversize=oversize,
         wide=inputs.wide(plugins),
         bf16_linears=inputs.bf16_linears if BF16_LINEAR in plugins else {},
+    )
+
+
+def _kept_refusal(target: TargetConfig, config: ModelConfig) -> str:
+    """Say why no engine for a GPU keeps weights as the checkpoint has them, and what does."""
+    form = config.stored_form
+    numerics = supported(config.model_type, form)["gpu"].numerics
+    said = f"export with --numerics {' or '.join(numerics)}, or " if numerics else ""
+    return (
+        f"target {target.name}: engines for GPUs multiply FP8 blocks, and this program keeps its weights as "
+        f"{WORDS[form]}; {said}pass --target cpu"
     )
 
 

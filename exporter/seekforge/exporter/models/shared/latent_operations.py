@@ -21,7 +21,6 @@ def before_cache(owner: LayerModule, state: LayerState, between: tuple[tuple[str
     """
     attention, step = owner.module.self_attn, state.step
     config, splits = owner.config, attention.splits
-    prefix = f"model.layers.{owner.layer}.self_attn."
     starts = [sum(splits[:i]) for i in range(len(splits) + 1)]
 
     def columns(part: int) -> Callable[[Values], Tensor]:
@@ -67,12 +66,7 @@ def before_cache(owner: LayerModule, state: LayerState, between: tuple[tuple[str
             "qkv_a",
             attention.qkv_a_proj,
             tuple(
-                Part(
-                    starts[a],
-                    starts[b],
-                    f"self_attn.{name}",
-                    (f"{prefix}{name}.weight", f"{prefix}{name}.weight_scale_inv"),
-                )
+                Part(starts[a], starts[b], f"self_attn.{name}", owner.stored(f"self_attn.{name}"))
                 for name, a, b in fused
             ),
         ),

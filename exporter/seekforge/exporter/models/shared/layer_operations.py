@@ -23,6 +23,7 @@ from seekforge.exporter.models.shared.step import Step
 from seekforge.exporter.models.shared.weights import recipes, to_torch
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate, tensors_of
+from seekforge.formats.weight_recipes.stored import names_read
 
 #: Points of the next layer, as a layer's operations call them.
 NEXT = {"next_hidden_states": "hidden_states", "next_residual": "residual"}
@@ -103,6 +104,11 @@ class LayerModule:
     def tensors(self, *modules: str) -> tuple[str, ...]:
         """Return the checkpoint tensors behind the parameters of modules of this layer."""
         return _tensors_behind(self._recipes, modules)
+
+    def stored(self, module: str) -> tuple[str, ...]:
+        """Return the checkpoint tensors that hold a matrix, by its module below the layer."""
+        name = f"model.layers.{self.layer}.{module}.weight"
+        return names_read(self.config.weight_form(name), name)
 
     def apply(
         self,

@@ -41,12 +41,14 @@ class RmsNorm(nn.Module):
 
 
 class Fp8Linear(nn.Module):
-    """y = x · Wᵀ with W in FP8 128×128 blocks (`BlockFp8Linear`)."""
+    """y = x · Wᵀ with W in FP8 128×128 blocks, or kept in a wider type (`BlockFp8Linear`)."""
 
-    def __init__(self, in_features: int, out_features: int, act_quant: str) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, act_quant: str, dtype: torch.dtype = torch.float8_e4m3fn
+    ) -> None:
         super().__init__()
         self.act_quant = act_quant
-        self.weight = weight(out_features, in_features, dtype=torch.float8_e4m3fn)
+        self.weight = weight(out_features, in_features, dtype=dtype)
         blocks = (cdiv(out_features, FP8_BLOCK), cdiv(in_features, FP8_BLOCK))
         self.weight_scale = weight(*blocks, dtype=torch.float32)
 
@@ -135,7 +137,7 @@ def fp8_linear(settings: Settings, kind: str, in_features: int, out_features: in
     how = settings.quantization
     if how is not None and how.is_coded(kind):
         return CodedLinear(in_features, out_features, how.block_size)
-    return Fp8Linear(in_features, out_features, settings.numerics.act_quant)
+    return Fp8Linear(in_features, out_features, settings.numerics.act_quant, settings.weight_dtype)
 
 
 def linear_f32(settings: Settings, kind: str, in_features: int, out_features: int) -> LinearF32 | CodedLinear:

@@ -48,9 +48,8 @@ def mlp_operations(owner: LayerModule, state: LayerState) -> list[Op]:
 
 def _dense(owner: LayerModule, mlp: Mlp, module: str, before: str, gate_up: str, act: str, after: str) -> list[Op]:
     half = mlp.gate_up_proj.weight.shape[0] // 2
-    prefix = f"model.layers.{owner.layer}.{module}."
     parts = tuple(
-        Part(i * half, (i + 1) * half, f"{module}.{p}", (f"{prefix}{p}.weight", f"{prefix}{p}.weight_scale_inv"))
+        Part(i * half, (i + 1) * half, f"{module}.{p}", owner.stored(f"{module}.{p}"))
         for i, p in enumerate(("gate_proj", "up_proj"))
     )
     return [

@@ -35,9 +35,9 @@ class Experts(nn.Module):
         hidden = config.hidden_size
         experts, inter = settings.rank.n_routed_experts, settings.rank.moe_intermediate_size
         h, i = hidden // FP8_BLOCK, inter // FP8_BLOCK
-        self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.float8_e4m3fn)
+        self.w13 = weight(experts, 2 * inter, hidden, dtype=settings.weight_dtype)
         self.w13_scale = weight(experts, 2 * i, h, dtype=torch.float32)
-        self.w2 = weight(experts, hidden, inter, dtype=torch.float8_e4m3fn)
+        self.w2 = weight(experts, hidden, inter, dtype=settings.weight_dtype)
         self.w2_scale = weight(experts, h, i, dtype=torch.float32)
 
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:

@@ -44,6 +44,16 @@ class Settings:
         return self.parallelism.rank_sizes(self.config)
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether products multiply with the values of the checkpoint, and not with FP8 blocks."""
+        return self.config.keeps_weights(self.numerics)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the matrices that are FP8 blocks, or kept."""
+        return self.dtype if self.keeps_weights else torch.float8_e4m3fn
+
+    @property
     def dtype_name(self) -> Literal["f32", "bf16"]:
         """Activation dtype by our name."""
         return self.activations or self.numerics.activations

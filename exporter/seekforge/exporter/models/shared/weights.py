@@ -41,7 +41,14 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
 
     def made(parameters: Sequence[Parameter], tensors: Sequence[Tensor], source: str, target: str) -> dict[str, Recipe]:
         return recipes_of(
-            parameters, tensors, config, source=source, target=target, dtype=dtype, parallelism=parallelism
+            parameters,
+            tensors,
+            config,
+            source=source,
+            target=target,
+            dtype=dtype,
+            parallelism=parallelism,
+            keeps=model.settings.keeps_weights,
         )
 
     first, last = family.end_tensors(config)

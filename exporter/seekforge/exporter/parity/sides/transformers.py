@@ -18,13 +18,13 @@ import torch
 from seekforge.common.errors import ConfigError, EnvironmentFault
 from seekforge.common.requirements import install_module
 from seekforge.exporter.checkpoint.opened import open_checkpoint
-from seekforge.exporter.checkpoint.schema import needless_tensors
+from seekforge.exporter.checkpoint.schema import expected_tensors, needless_tensors
 from seekforge.exporter.models import load_family
 from seekforge.formats.dump import Dump, DumpWriter, Side
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.parity_steps import ParitySteps
-from seekforge.formats.weight_recipes import TensorSource
-from seekforge.plugins.quant import dequantize_weight
+from seekforge.formats.weight_recipes import TensorSource, evaluate
+from seekforge.formats.weight_recipes.stored import values_recipe
 
 
 def check_installed() -> None:
@@ -46,7 +46,7 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Parit
     """Run `transformers` on the whole prompts of a plan.
 
     Args:
-        checkpoint_folder: the FP8 checkpoint.
+        checkpoint_folder: the checkpoint.
         source: its tensors.
         plan: steps of `whole` cases only.
         out: an empty folder for the dump.
@@ -97,13 +97,15 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
         needless = needless_tensors(opened.checkpoint.names)
         # in the plain form every number that may have a fraction is a float, as transformers insists
         config, fields = opened.config.model_dump(mode="json"), opened.config.model_fields
-        for name in opened.checkpoint.names:
-            if name.endswith("_scale_inv") or name in needless:
+        for name, tensor in expected_tensors(opened.config).items():
+            if tensor.part_of is not None or name in needless or name not in opened.checkpoint:
                 continue
-            value = to_torch(source.tensor(name))
-            if value.dtype == torch.float8_e4m3fn:
-                value = dequantize_weight(value, to_torch(source.tensor(f"{name}_scale_inv")))
-            tensors[name] = value.float().contiguous()
+            if tensor.form is None or tensor.matrix is None:
+                tensors[name] = to_torch(source.tensor(name)).float().contiguous()
+                continue
+            module = name.removesuffix("_packed")
+            value = evaluate(values_recipe(tensor.form, module, tensor.matrix, "f32"), source)
+            tensors[module] = to_torch(value).contiguous()
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
     known = {key: config[key] for key in fields if key != "quantization_config"}
     (work / "config.json").write_text(json.dumps(known | {"torch_dtype": "float32"}), encoding="utf-8")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from seekforge.common.dtypes import NUMPY
-from seekforge.exporter.checkpoint.new import quantize
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.training.model import TrainedModel
 from seekforge.exporter.training.weights import named_tensors
+from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes.evaluation import dequantize_into
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import OptionError
-from seekforge.exporter.checkpoint.new import quantize
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.value_check import SCALE_SUFFIX
 
 if TYPE_CHECKING:

@@ -1,0 +1,115 @@
+"""What works with what, and how it was shown: model family × form of the checkpoint × target. The one list of it.
+
+docs/index.md has it as a table (a test compares them), `seekforge doctor` and `seekforge inspect` show it, and builds
+that are refused say what of it leads on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from seekforge.formats.weight_recipes.stored import WORDS, WeightForm
+
+Backend = Literal["cpu", "gpu"]
+#: A backend's targets, for people.
+TARGETS: Final[dict[Backend, str]] = {"cpu": "cpu", "gpu": "GPUs"}
+
+
+@dataclass(frozen=True)
+class Support:
+    """One row.
+
+    Attributes:
+        family: `model_type` of config.json.
+        form: how the checkpoint holds its matrices.
+        backend: what engines are for.
+        numerics: those that programs may have for it; empty: it is refused.
+        shown_by: what was done to show it, or why it is refused.
+    """
+
+    family: str
+    form: WeightForm
+    backend: Backend
+    numerics: tuple[str, ...]
+    shown_by: str
+
+    @property
+    def works(self) -> bool:
+        """Whether such engines are built."""
+        return bool(self.numerics)
+
+
+_ALL: Final = ("fp8", "exact", "bf16")
+_KEPT: Final = ("exact", "bf16")
+_LAYERS: Final = "two layers against `transformers`"
+_NO_GPU: Final = "refused: kernels multiply FP8 blocks"
+#: Forms that one family stands for: how they are read does not depend on the family.
+_OTHER_FP8: Final[tuple[WeightForm, ...]] = ("ct_fp8_channel", "ct_fp8_tensor", "fp8_tensor")
+
+
+def _rows() -> tuple[Support, ...]:
+    presets = {"deepseek_v32": "tiny", "deepseek_v3": "tiny-v3", "glm_moe_dsa": "glm5-tiny"}
+    gpu_shown = {
+        "deepseek_v32": "built; kernels in an interpreter; never run",
+        "deepseek_v3": "built with caches in BF16; never run",
+        "glm_moe_dsa": "`glm5-tiny` built for an RTX 4090; kernels in an interpreter; never run",
+    }
+    rows: list[Support] = []
+    for family, preset in presets.items():
+        parity = f"`parity` against PyTorch and `transformers`, on `{preset}`"
+        is_glm = family == "glm_moe_dsa"
+        deep = f"{parity}: below, at and above `index_topk`" if is_glm else parity
+        rows += [
+            Support(family, "fp8_blocks", "cpu", _ALL, deep),
+            Support(family, "fp8_blocks", "gpu", _ALL, gpu_shown[family]),
+            Support(family, "bf16", "cpu", _ALL, _BF16_CPU[family]),
+            Support(family, "bf16", "gpu", ("fp8",), "programs and bindings as of FP8 blocks; never run"),
+            Support(family, "ct_fp8_blocks", "cpu", _ALL, _LAYERS if family == "deepseek_v32" else _SAME),
+            Support(family, "ct_fp8_blocks", "gpu", ("fp8",), "programs as of FP8 blocks; never run"),
+        ]
+        for form in (*_OTHER_FP8, "nvfp4", "ct_nvfp4"):
+            shown = _SHOWN.get((family, form), _SAME)
+            rows += [Support(family, form, "cpu", _KEPT, shown), Support(family, form, "gpu", (), _NO_GPU)]
+    return tuple(rows)
+
+
+_SAME: Final = "read as in the other families; not run"
+_BF16_CPU: Final = {
+    "deepseek_v32": _LAYERS,
+    "deepseek_v3": _LAYERS,
+    "glm_moe_dsa": f"`glm5-tiny` quantized: its build's self-check; kept: {_LAYERS}, and their engine by `parity`",
+}
+_SHOWN: Final[dict[tuple[str, WeightForm], str]] = {
+    ("deepseek_v32", "nvfp4"): f"{_LAYERS}, and their engine by `parity`",
+    ("deepseek_v3", "ct_nvfp4"): _LAYERS,
+    ("deepseek_v32", "ct_fp8_channel"): _LAYERS,
+    ("deepseek_v32", "ct_fp8_tensor"): _LAYERS,
+    ("deepseek_v32", "fp8_tensor"): _LAYERS,
+    ("deepseek_v32", "ct_nvfp4"): _LAYERS,
+}
+TABLE: Final = _rows()
+
+
+def supported(family: str, form: WeightForm) -> dict[Backend, Support]:
+    """Return the rows of a family and a form, by what engines are for."""
+    return {row.backend: row for row in TABLE if (row.family, row.form) == (family, form)}
+
+
+def sentence(row: Support) -> str:
+    """Say a row in one line, for terminals."""
+    shown = row.shown_by.replace("`", "")
+    numerics = f"numerics {', '.join(row.numerics)}; " if row.works else ""
+    return f"{TARGETS[row.backend]}: {numerics}{shown}"
+
+
+def markdown() -> str:
+    """Return the table as docs/index.md has it; forms that are alike for a target share a line."""
+    lines = ["| family | checkpoint | target | numerics | shown by |", "|---|---|---|---|---|"]
+    merged: dict[tuple[str, Backend, tuple[str, ...], str], list[str]] = {}
+    for row in TABLE:
+        merged.setdefault((row.family, row.backend, row.numerics, row.shown_by), []).append(WORDS[row.form])
+    for (family, backend, numerics, shown), forms in merged.items():
+        said = ", ".join(f"`{name}`" for name in numerics) or "–"
+        lines.append(f"| `{family}` | {'; '.join(forms)} | {TARGETS[backend]} | {said} | {shown} |")
+    return "\n".join(lines) + "\n"
