@@ -35,7 +35,7 @@ from seekforge.exporter.option_types import MODEL
     type=MODEL,
     default="tiny",
     show_default=True,
-    help="Model of configs/models: tiny, tiny-v3, nano, small or full.",
+    help="Model of configs/models: tiny, tiny-v3, glm5-tiny, nano, small, full, v3-full or glm5-full.",
 )
 @click.option(
     "--dtype",

@@ -37,6 +37,8 @@ _ARCHITECTURES: Final = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm_moe_dsa": "GlmMoeDsaForCausalLM",
 }
+#: `model_type` of models that are of another type by their architecture -> that type.
+TYPE_ALIASES: Final = {"kimi_k2": "deepseek_v3"}
 #: Other names of a key, as transformers' class knows them.
 _ALIASES: Final = {"num_local_experts": "n_routed_experts", "num_experts": "n_routed_experts"}
 _ROPE_KEYS: Final = (
@@ -59,6 +61,7 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
     """
     config = dict(raw)
     notes: list[str] = []
+    _type(config, origin, notes)
     for alias, key in _ALIASES.items():
         _same(config, alias, key, origin)
     _layer_types(config, origin)
@@ -82,6 +85,21 @@ def plain_form(raw: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], tup
     config["quantization_config"] = quantization
     notes += more
     return config, tuple(notes)
+
+
+def _type(config: dict[str, Any], origin: str, notes: list[str]) -> None:
+    """Take a model of another name for what its architecture says it is."""
+    name, architectures = config["model_type"], config.get("architectures")
+    if name not in TYPE_ALIASES:
+        return
+    expected = [_ARCHITECTURES[TYPE_ALIASES[name]]]
+    if architectures != expected:
+        raise ConfigError(
+            f"{origin}: model_type is {name!r} and architectures {architectures!r:.100}, expected {expected}: models "
+            "of that type are read where they are DeepSeek-V3 by another name"
+        )
+    config["model_type"] = TYPE_ALIASES[name]
+    notes.append(f"model_type {name!r} is read as {TYPE_ALIASES[name]!r}, which it is by its architectures")
 
 
 def _same(config: dict[str, Any], alias: str, key: str, origin: str) -> None:

@@ -32,8 +32,9 @@ from seekforge.common.reading import LISTING_BYTES, read_json
 from seekforge.common.requirements import install_module
 from seekforge.common.temporary import temporary_folder
 from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
+from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE
 from seekforge.formats.checkpoint.tools_preamble import ENCODING_FILE
-from seekforge.formats.program import TEXT_FILES
+from seekforge.formats.program import TEMPLATE_FILE, TEXT_FILES
 
 _NAME: Final = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REPO: Final = re.compile(rf"({_NAME})(?:@(\S+))?")
@@ -41,7 +42,7 @@ _REPO: Final = re.compile(rf"({_NAME})(?:@(\S+))?")
 _URL: Final = re.compile(r"(https?):/+([^/?#]+)/([^?#]*)(?:[?#].*)?")
 _HOSTS: Final = ("huggingface.co", "hf.co", "www.huggingface.co")
 #: What of a repository is downloaded.
-PATTERNS: Final = ["*.safetensors", "*.json", ENCODING_FILE]
+PATTERNS: Final = ["*.safetensors", "*.json", ENCODING_FILE, TEMPLATE_FILE]
 _THREADS: Final = 8
 
 
@@ -255,7 +256,7 @@ def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
     if config_only:
         return
     listed = files.listing()
-    for name in (*TEXT_FILES, ENCODING_FILE):
+    for name in (*TEXT_FILES, ENCODING_FILE, MODELOPT_FILE):
         if listed is None or name in listed:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files.fetch(name, folder / name)

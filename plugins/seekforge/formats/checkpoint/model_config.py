@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from seekforge.common.errors import ConfigError
-from seekforge.common.reading import read_json
+from seekforge.common.reading import is_there, read_json
 from seekforge.common.records import MISSING, OpenRecord, Positive, Record, RecordError, Size, above_zero, finite
-from seekforge.formats.checkpoint.config_forms import plain_form
-from seekforge.formats.checkpoint.quantization_forms import leaves_out
+from seekforge.formats.checkpoint.config_forms import TYPE_ALIASES, plain_form
+from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE, leaves_out
 from seekforge.formats.numerics import FP8_BLOCK, Numerics
 from seekforge.formats.weight_recipes.stored import WeightForm
 
@@ -190,7 +190,7 @@ class ModelConfig(OpenRecord):
                 "pass the checkpoint's config.json (with hidden_size, num_hidden_layers, ...)"
             )
         model_type = raw.get("model_type")
-        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        if not isinstance(model_type, str) or TYPE_ALIASES.get(model_type, model_type) not in MODEL_TYPES:
             known = " or ".join(map(repr, MODEL_TYPES))
             raise ConfigError(
                 f"{origin}: model_type is {model_type!r}, expected {known}; "
@@ -198,7 +198,7 @@ class ModelConfig(OpenRecord):
             )
         plain, _ = plain_form(raw, origin)
         try:
-            return MODEL_TYPES[model_type].model_validate(plain)
+            return MODEL_TYPES[plain["model_type"]].model_validate(plain)
         except RecordError as error:
             raise ConfigError(f"{origin}: {_line(error)}") from None
 
@@ -213,10 +213,17 @@ class ModelConfig(OpenRecord):
 
     @staticmethod
     def read(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
-        """Read as `load`, and return beside it what was taken for granted (`config_forms.plain_form`)."""
-        path = path / "config.json" if path.is_dir() else path
+        """Read as `load`, and return beside it what was taken for granted (`config_forms.plain_form`).
+
+        A folder whose config.json says nothing of its weights may say it in hf_quant_config.json, as ModelOpt does.
+        """
+        folder = path if path.is_dir() else None
+        path = path / "config.json" if folder is not None else path
         try:
             raw = read_json(path)
+            if folder is not None and isinstance(raw, dict) and raw.get("quantization_config") is None:
+                path = folder / MODELOPT_FILE if is_there(folder / MODELOPT_FILE) else path
+                raw |= {"quantization_config": read_json(path)} if path.name == MODELOPT_FILE else {}
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be read ({error.strerror}); a checkpoint folder must hold config.json"

@@ -33,6 +33,8 @@ _OTHERS: Final = {
 }
 #: Where a checkpoint is that seekforge reads; said where a file itself cannot be mended.
 TAKE: Final = "take a checkpoint in DeepSeek's own FP8 format, such as deepseek-ai/DeepSeek-V3.2, or one in BF16"
+#: Where ModelOpt says it, where config.json does not.
+MODELOPT_FILE: Final = "hf_quant_config.json"
 #: `quant_algo` of ModelOpt -> form.
 _MODELOPT: Final = {"NVFP4": "nvfp4", "FP8": "fp8_tensor"}
 _MOST_PATTERNS: Final = 4096
@@ -60,10 +62,12 @@ def plain_quantization(config: Mapping[str, Any], origin: str) -> tuple[dict[str
             f"{origin}: quantization_config is {quantization!r}, expected an object with quant_method, ..."
         )
     form = {key: value for key, value in quantization.items() if value is not None}
-    method = str(form.get("quant_method", form.get("quant_algo"))).lower()
+    inner = form.get("quantization")
+    algorithm = inner.get("quant_algo") if isinstance(inner, dict) else form.get("quant_algo")
+    method = str(form.get("quant_method", algorithm)).lower()
     if "form" in form and method in ("modelopt", "compressed-tensors"):  # ours, as program.json has it
         return form, ()
-    if method in ("modelopt", "modelopt_fp4", "nvfp4"):
+    if method in ("modelopt", "modelopt_fp4") or ("quant_method" not in form and algorithm is not None):
         return _modelopt(form, origin)
     if method == "compressed-tensors":
         return _compressed_tensors(form, origin)
