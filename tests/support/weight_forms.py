@@ -64,6 +64,6 @@ def wide_weight(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
         return value.float()
     inverse = f"{name}_scale_inv"
     scale = (stored[inverse] if inverse in stored else stored[f"{name}_scale"]).float()
-    if scale.dim() == 2 and scale.shape[1] != 1:
+    if scale.dim() == 2 and scale.shape[0] != value.shape[0]:  # of blocks, not of rows
         scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: value.shape[0], : value.shape[1]]
     return value.float() * scale

@@ -28,9 +28,9 @@ class ExpectedTensor:
         shape: sizes, outermost first.
         draw: how random values are drawn.
         copy_of: the main model's tensor that this one of the MTP layer repeats; such a one may be absent.
-        form: of the first tensor of a matrix that programs can have as FP8 blocks, how it is held; else None.
+        form: how the matrix is held whose first tensor it is, of those that programs can have as FP8 blocks; else None.
         matrix: shape of the matrix whose values a tensor holds, or helps to hold.
-        part_of: of further tensors of a matrix, the first one.
+        part_of: the first tensor of the matrix, for its further ones; else None.
         is_read: whether values hang on it; a tensor that nothing reads may be absent.
     """
 

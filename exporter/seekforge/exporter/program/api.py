@@ -31,8 +31,8 @@ class ExportResult:
         warnings: a sentence for each thing of the checkpoint that was taken for granted or passed over.
         ops: nodes of each custom operator.
         seconds: how long each stage of the work took.
-        quantization_errors: of BF16 weights that become FP8 blocks as they are read: kind of weight -> relative root
-            mean square of what that changes, on a sample; empty where nothing is quantized or no value is there.
+        quantization_errors: kind of weight -> relative root mean square of what changes as BF16 weights become FP8
+            blocks, on a sample; empty where nothing is quantized or no value is there.
     """
 
     path: Path

@@ -83,7 +83,7 @@ def dequantize_nvfp4(
         packed: [N, K / 2] u8.
         block_scales: [N, K / 16] f8e4m3.
         tensor_scale: f32 of one element.
-        dtype: of the result.
+        dtype: element type of the result.
         divides: whether the tensor's scale is the reciprocal of what the block scales are multiplied with.
     """
     n, half = packed.shape

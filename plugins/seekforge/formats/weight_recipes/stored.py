@@ -60,7 +60,7 @@ class StoredPart:
     """One tensor of a stored matrix.
 
     Attributes:
-        name: of the checkpoint.
+        name: its name in the checkpoint.
         dtype: our name of its element type.
         shape: sizes, outermost first.
         is_read: False for what the values do not hang on, scales of activations: such a tensor may be absent.
@@ -83,7 +83,7 @@ def stored_parts(form: WeightForm, name: str, shape: tuple[int, ...]) -> tuple[S
 
     Args:
         form: how.
-        name: of the matrix, "….weight".
+        name: the matrix, "….weight".
         shape: [N, K]; K a multiple of 16 for NVFP4.
     """
     n, k = shape

@@ -89,9 +89,9 @@ class TagScanner:
 
     def _split(self, tags: Sequence[str]) -> tuple[str, str]:
         """Take the text before the first of some tags, as far as it is certain, and the tag ("": none is there yet)."""
-        found = [(at, -len(tag), tag) for tag in tags if (at := self._held.find(tag)) >= 0]
-        if found:
-            at, _, tag = min(found)
+        places = [(at, -len(tag), tag) for tag in tags if (at := self._held.find(tag)) >= 0]
+        if places:
+            at, _, tag = min(places)
             longer = [one for one in tags if len(one) > len(tag) and one.startswith(self._held[at:])]
             if longer and not self._final:  # the next characters decide
                 return self._take(at), ""
