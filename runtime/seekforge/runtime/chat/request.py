@@ -226,10 +226,10 @@ def _check_unforced(
     model_type: str,
 ) -> None:
     """Refuse what only a grammar of calls could hold, in a family whose calls have none here."""
-    asked = "tool_choice" if choice.mode == "required" else "" if parallel else "parallel_tool_calls"
-    asked = "response_format beside tools" if not asked and form is not None and choice.mode != "none" else asked
-    if asked and tools:
-        raise RequestError(f"{asked} is enforced for calls of {', '.join(FAMILIES)} alone, this model is {model_type}")
+    option = "tool_choice" if choice.mode == "required" else "" if parallel else "parallel_tool_calls"
+    option = "response_format beside tools" if not option and form is not None and choice.mode != "none" else option
+    if option and tools:
+        raise RequestError(f"{option} is enforced for calls of {', '.join(FAMILIES)} alone, this model is {model_type}")
 
 
 def _thinking(kwargs: Mapping[str, Any]) -> bool:
