@@ -29,13 +29,17 @@ FP8_SM = 89
 
 
 class Gpu(Record):
-    """What the GPU has. Rates are dense, per second; None where the hardware lacks the type."""
+    """What the GPU has. Rates are dense, per second; None where the hardware lacks the type.
+
+    `link_gb_s` is what it sends to the other GPUs of its server, in one direction; None where nobody says.
+    """
 
     memory_gib: Rate
     bandwidth_gb_s: Rate
     bf16_tflops: Rate
     fp8_tflops: Rate | None
     fp4_tflops: Rate | None
+    link_gb_s: Rate | None = None
 
 
 class Profile(Record):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import click
 
 from seekforge.common.cli.console import Column, Table, console
 from seekforge.common.cli.options import command, json_option, list_option
 from seekforge.common.cli.terminal import shown, write, write_json
 from seekforge.exporter.option_types import TARGET
-from seekforge.formats.targets import TargetConfig, all_targets, load_target
+from seekforge.formats.targets import Gpu, TargetConfig, all_targets, load_target
 from seekforge.plugins.kernels.contracts import limits, support
 from seekforge.plugins.registry import WITH_KERNELS
 
@@ -30,7 +32,7 @@ def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
     else:
         out = console()
         for title, header, rows in _tables(configs):
-            numbers = {"SM", "GiB", "GB/s", "BF16", "FP8", "FP4"}
+            numbers = {"SM", "GiB", "GB/s", "BF16", "FP8", "FP4", "link"}
             columns = [Column(name, "number" if name in numbers else "words") for name in header]
             table = Table(columns, title=title, lines=True)
             for row in rows:
@@ -56,11 +58,15 @@ def _tables(configs: list[TargetConfig]) -> list[tuple[str, list[str], list[list
         ]
         for target in configs
     ]
-    header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "products", "cache"]
+    header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "link", "products", "cache"]
     ops = [[op, *(support(op, sm) for sm in _classes(configs).values())] for op in WITH_KERNELS]
     listed = [[limit.op, " and ".join(limit.forms), limit.key, limit.expected] for limit in limits()]
     return [
-        ("Targets (rates: dense TFLOPS)", [*header, "batch × context, tokens per step"], hardware),
+        (
+            "Targets (rates: dense TFLOPS; link: GB/s from a GPU to the others of its server)",
+            [*header, "batch × context, tokens per step"],
+            hardware,
+        ),
         ("Operators", ["operator", *_classes(configs)], ops),
         ("Limits", ["operator", "form", "key of config.json", "expected"], listed),
     ]
@@ -68,7 +74,7 @@ def _tables(configs: list[TargetConfig]) -> list[tuple[str, list[str], list[list
 
 def _numbers(target: TargetConfig) -> list[str]:
     if target.gpu is None:
-        return ["-"] * 5
+        return ["-"] * len(fields(Gpu))
     values = target.gpu.model_dump().values()
     return ["-" if value is None else f"{value:g}" for value in values]
 

@@ -16,7 +16,9 @@ from seekforge.exporter.models import family_of
 from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.planner.answer import Answer, answer, best, fewest
 from seekforge.exporter.planner.chart import Row, write_plan_chart
+from seekforge.exporter.planner.forecast import ASSUMED, Goal, Ranked, rank_layouts
 from seekforge.exporter.planner.question import Question
+from seekforge.exporter.planner.ranking_chart import write_ranking_chart
 from seekforge.exporter.sizing.matrices import (
     Precision,
     active_parameters,
@@ -64,6 +66,8 @@ class PlanResult:
             does, else the layout, the memory of its fullest GPU by part, the bounds of speed, and whether it `fits`.
         kv_cache_dtype: format of the caches.
         mtp: whether the MTP module is there.
+        goal: what layouts are ranked for; None: they are not.
+        rankings: one for each answer, where there is a goal: the layouts that hold it, the best first.
     """
 
     config: ModelConfig
@@ -71,10 +75,16 @@ class PlanResult:
     answers: tuple[Row, ...]
     kv_cache_dtype: KvFormat
     mtp: bool
+    goal: Goal | None = None
+    rankings: tuple[tuple[Ranked, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what `seekforge plan --json` prints."""
-        return {"model": asdict(self.model), "answers": [_json(row) for row in self.answers]}
+        answers = [_json(row) for row in self.answers]
+        for facts, ranking in zip(answers, self.rankings):
+            facts["ranking"] = [_ranked_json(one) for one in ranking]
+        whole = {"model": asdict(self.model), "answers": answers}
+        return whole if self.goal is None else whole | {"goal": self.goal, "assumptions": asdict(ASSUMED)}
 
 
 @public
@@ -92,6 +102,7 @@ def plan(
     precision: Precisions = (),
     kv_cache_dtype: Literal["fp8_ds", "bf16"] | None = None,
     mtp: Flag = False,
+    goal: Literal["latency", "throughput"] | None = None,
     chart: AnyPath | None = None,
 ) -> PlanResult:
     """Say which GPUs, and how many, a model needs, for which contexts and batches, and how fast they can be at best.
@@ -108,7 +119,9 @@ def plan(
         precision: that of weights: "fp8", "bf16" or both, which none takes.
         kv_cache_dtype: format of the caches; None: fp8_ds, or bf16 of a model whose attention has no kernels for that.
         mtp: with the MTP module, drafting one token per step.
-        chart: draw GPUs and memory into this .png or .svg.
+        goal: forecast a decode step of every layout that fits and rank them: "latency" for the shortest step,
+            "throughput" for the most tokens per second of each GPU. `PlanResult.rankings` has them.
+        chart: draw GPUs and memory into this .png or .svg; with a goal, the steps of the best layouts.
 
     Raises:
         OptionError: an argument is none that it takes.
@@ -138,7 +151,16 @@ def plan(
             for length in lengths or [config.max_position_embeddings]:
                 work = Workload(length, batch_size, one.limits.max_num_batched_tokens, 1 if mtp else 0)
                 rows.append(Row(question, one, work, _answer(config, one, work, question, layout, num_gpus)))
-    if place is not None:
+    rankings: list[tuple[Ranked, ...]] = []
+    if goal is not None:
+        if layout is not None:
+            raise ConfigError("--goal looks for a layout, and --tp, --pp or --dp give one; leave one of them out")
+        for row in rows:
+            ranked = rank_layouts(config, row.target, row.work, row.question, goal, num_gpus)
+            rankings.append(tuple(ranked))
+    if place is not None and goal is not None:
+        write_ranking_chart(place, Path(name).name, rows, rankings, goal)
+    elif place is not None:
         marked = lengths if named else [one for one in _MARKED if one in lengths] or lengths
         write_plan_chart(place, config, rows, model=Path(name).name, marked=marked)
     size = ModelSize(
@@ -148,7 +170,7 @@ def plan(
         weight_bytes={one: weight_bytes(config, mtp=mtp, precision=one) for one in ("fp8", "bf16")},
         cache_bytes_per_token=cache_bytes_per_token(config, kv_format, layers=all_layers(config, mtp=mtp)),
     )
-    return PlanResult(config, size, tuple(rows), kv_format, mtp)
+    return PlanResult(config, size, tuple(rows), kv_format, mtp, goal, tuple(rankings))
 
 
 def _kv_format(name: str, config: ModelConfig, wanted: Literal["fp8_ds", "bf16"] | None) -> KvFormat:
@@ -223,6 +245,17 @@ def _answer(
     if num_gpus is not None:
         return best(config, target, num_gpus, work, question)
     return fewest(config, target, work, question)
+
+
+def _ranked_json(one: Ranked) -> dict[str, Any]:
+    made = one.forecast
+    facts = {"num_gpus": one.parallelism.num_gpus, **one.parallelism.model_dump()}
+    facts |= {"export_options": one.parallelism.options, "parts_ms": asdict(made)}
+    return facts | {
+        "step_ms": made.step_ms,
+        "tokens_per_s": made.tokens_per_s,
+        "tokens_per_gpu_s": made.tokens_per_gpu_s,
+    }
 
 
 def _json(row: Row) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from seekforge.exporter.planner import api
 from seekforge.exporter.planner.answer import GPU_COUNTS, Answer
 from seekforge.exporter.planner.api import PlanResult
 from seekforge.exporter.planner.chart import Row
+from seekforge.exporter.planner.forecast import ASSUMED
+from seekforge.exporter.planner.ranking_chart import MOST, PARTS
 from seekforge.exporter.sizing.memory import GIB, RankMemory
 
 #: Columns of a breakdown, by the parts of `RankMemory`.
@@ -47,6 +49,7 @@ _PARTS = {
         "seekforge plan full",
         "seekforge plan full --target h200,b200 --contexts 63K,125K --batch-size 32",
         "seekforge plan checkpoint/config.json --target rtx4090 --tp 8 --pp 6 --json",
+        "seekforge plan full --target h200 --contexts 8K --batch-size 32 --goal latency",
     ),
     function=api.plan,
 )
@@ -67,6 +70,11 @@ _PARTS = {
 )
 @kv_cache_dtype_option("Format of the caches. Default: fp8_ds where the model's attention has kernels, else bf16.")
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")
+@click.option(
+    "--goal",
+    type=click.Choice(["latency", "throughput"]),
+    help="Forecast a decode step of every layout that fits, and rank them.",
+)
 @click.option("--chart", type=click.Path(path_type=Path), default=None, help="Draw GPUs and memory: .png or .svg.")
 @click.option("--all", "everything", is_flag=True, help="Without --target too: every context, both precisions.")
 @json_option
@@ -78,10 +86,18 @@ def plan(model: str, *, everything: bool, as_json: bool, **options: Any) -> None
 
     Without --target it prints one line per GPU: the fewest of them that hold the longest context. --json always gives
     every answer. Behind it stands, for each layout that fits, the command that exports it.
+
+    With --goal it forecasts a decode step from bytes, launches and sums over ranks, says what it assumes, and ranks the
+    layouts: for latency the shortest step comes first, for throughput the most tokens per second of each GPU.
     """
     result = api.plan(model, **options)
     if as_json:
         write_json(result.to_json(), indent=1)
+        return
+    if result.goal is not None:
+        _print_rankings(result)
+        if options["chart"] is not None:
+            echo(f"wrote {options['chart']}")
         return
     if options["target"] or options["contexts"] or everything:
         _print(result)
@@ -159,6 +175,28 @@ def _print(result: PlanResult) -> None:
         out.print(table)
         if len({row.target.name for row in rows}) == 1:
             out.print(_breakdown(of_precision))
+
+
+def _print_rankings(result: PlanResult) -> None:
+    out = console()
+    out.print(_summary(result))
+    for row, ranking in zip(result.answers, result.rankings, strict=True):
+        columns = [
+            Column("layout", "code"),
+            *(Column(name, "number") for name in ("GPUs", "step ms", "tok/s", "per GPU")),
+        ]
+        columns += [Column(name, "number") for name in PARTS]
+        title = (
+            f"{row.target.name}, {row.question.precision}, {tokens(row.work.context)} tokens of context, batch "
+            f"{row.work.batch}, for {result.goal}"
+        )
+        table = Table(columns, title=title, caption=f"on paper, ms; assumed: {ASSUMED}")
+        for one in ranking[:MOST]:
+            made = one.forecast
+            parts = [f"{getattr(made, part):.2f}" for part in PARTS]
+            rates = (f"{made.step_ms:.1f}", f"{made.tokens_per_s:,.0f}", f"{made.tokens_per_gpu_s:,.0f}")
+            table.add(str(one.parallelism), str(one.parallelism.num_gpus), *rates, *parts)
+        out.print(table if ranking else f"{title}: no layout holds it")
 
 
 def _cells(answer: Answer | None) -> tuple[str, ...]:

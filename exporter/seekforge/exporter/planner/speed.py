@@ -49,6 +49,18 @@ class Speed:
     prefill_s: float
 
 
+def decode_times(
+    config: ModelConfig, target: TargetConfig, parallelism: Parallelism, work: Workload, question: Question
+) -> list[tuple[range, float, float]]:
+    """Return for each pipeline stage its layers, and the least seconds for bytes and for FLOPs of one decode step.
+
+    The step is of all sequences of the replica that has most.
+    """
+    machine = _Machine(config, target, parallelism, question)
+    batch = -(-work.batch // parallelism.dp)
+    return [(stage.layers, *_decode_s(machine, stage, work, batch)) for stage in machine.stages]
+
+
 def speed(
     config: ModelConfig, target: TargetConfig, parallelism: Parallelism, work: Workload, question: Question
 ) -> Speed:

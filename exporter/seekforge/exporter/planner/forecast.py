@@ -1,0 +1,255 @@
+"""How long a decode step of a layout takes, as far as paper can say.
+
+`speed` bounds a step from below; this adds what a real machine adds, by a few numbers that are assumed (`Assumptions`)
+and stand beside every forecast. Launches are those of the very launch plans that the kernels have; TensorRT's own
+kernels are counted as so many for a layer. No GPU has confirmed any of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import linear_shapes_of
+from seekforge.exporter.planner.answer import GPU_COUNTS, layouts, memory_of
+from seekforge.exporter.planner.question import Question
+from seekforge.exporter.planner.speed import decode_times
+from seekforge.exporter.sizing.memory import Workload, usable_bytes
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.targets import TargetConfig
+from seekforge.plugins.kernels.index import kernel_sm
+from seekforge.plugins.kernels.launch_plan import op_kernels
+from seekforge.plugins.operator import RankModel, Step, cdiv
+from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
+
+Goal = Literal["latency", "throughput"]
+#: A layout of more GPUs is tried up to so many times the fewest that fit.
+_MOST_TIMES: Final = 4
+#: Links at least this fast go over a switch; others are a bus.
+_SWITCHED_GB_S: Final = 200.0
+#: Operators that a layer of every kind calls once, and those that a layer of experts calls too.
+_ATTENTION_OPS: Final = ("DsaCacheWrite", "DsaIndexer", "DsaAttention")
+_EXPERT_OPS: Final = ("MoeRoute", "MoeExperts")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a forecast takes for granted.
+
+    Attributes:
+        memory_share, compute_share: the parts of the data sheet's bandwidth and dense rate that kernels reach.
+        launch_us: between two kernels of a captured graph.
+        native_kernels: TensorRT's own, for a layer, after fusion.
+        switch_us, bus_us: a sum over ranks that is infinitely small: over NVLink and a switch, or over a bus.
+        host_gb_s, host_us: the rate at which values go from a pipeline stage to the next over the host, and what that
+            costs beside.
+        step_us: the host's part of a step: scheduling, sampling, copies.
+    """
+
+    memory_share: float = 0.75
+    compute_share: float = 0.6
+    launch_us: float = 1.5
+    native_kernels: int = 25
+    switch_us: float = 12.0
+    bus_us: float = 30.0
+    host_gb_s: float = 20.0
+    host_us: float = 60.0
+    step_us: float = 500.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.memory_share:.0%} of the memory bandwidth, {self.compute_share:.0%} of the FLOPs, "
+            f"{self.launch_us} us between kernels, {self.native_kernels} kernels of TensorRT in a layer, a sum over "
+            f"ranks {self.switch_us:.0f} us ({self.bus_us:.0f} without NVLink) and its bytes, stages one after the "
+            f"other over the host ({self.host_gb_s:.0f} GB/s, {self.host_us:.0f} us), {self.step_us:.0f} us of host "
+            "a step"
+        )
+
+
+ASSUMED: Final = Assumptions()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The time of one decode step of all sequences, by parts, in milliseconds.
+
+    Attributes:
+        kernels: reading weights and caches, or multiplying, whichever takes longer in each stage.
+        launches: gaps between kernels.
+        sums: collectives of tensor-parallel ranks.
+        links: what goes from stage to stage.
+        host: scheduling and sampling.
+        tokens: the tokens that a step gives over all replicas, accepted drafts included.
+        num_gpus: GPUs of the layout.
+    """
+
+    kernels: float
+    launches: float
+    sums: float
+    links: float
+    host: float
+    tokens: int
+    num_gpus: int
+
+    @property
+    def step_ms(self) -> float:
+        """The whole step."""
+        return self.kernels + self.launches + self.sums + self.links + self.host
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all sequences."""
+        return 1e3 * self.tokens / self.step_ms
+
+    @property
+    def tokens_per_gpu_s(self) -> float:
+        """The same for each GPU."""
+        return self.tokens_per_s / self.num_gpus
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A layout that fits, and its forecast."""
+
+    parallelism: Parallelism
+    forecast: Forecast
+
+
+def rank_layouts(
+    config: ModelConfig, target: TargetConfig, work: Workload, question: Question, goal: Goal, num_gpus: int | None
+) -> list[Ranked]:
+    """Return the layouts that hold a workload, the best for a goal first.
+
+    Args:
+        config, target, work, question: what is asked.
+        goal: the shortest step, or the most tokens per second of each GPU.
+        num_gpus: exactly so many; None: from the fewest that fit to four times as many.
+    """
+    assert target.gpu is not None
+    ranked: list[Ranked] = []
+    for count in GPU_COUNTS if num_gpus is None else (num_gpus,):
+        if ranked and count > _MOST_TIMES * ranked[0].parallelism.num_gpus:
+            break
+        for layout in layouts(count, config, ep=question.ep):
+            if memory_of(config, layout, work, _for(question, target)).total <= usable_bytes(target.gpu.memory_gib):
+                ranked.append(Ranked(layout, forecast(config, target, layout, work, question)))
+    if goal == "latency":
+        return sorted(ranked, key=lambda one: (one.forecast.step_ms, one.parallelism.num_gpus))
+    return sorted(ranked, key=lambda one: -one.forecast.tokens_per_gpu_s)
+
+
+def forecast(
+    config: ModelConfig,
+    target: TargetConfig,
+    parallelism: Parallelism,
+    work: Workload,
+    question: Question,
+    assumed: Assumptions = ASSUMED,
+) -> Forecast:
+    """Forecast one decode step of a layout."""
+    assert target.gpu is not None
+    rows = -(-work.batch // parallelism.dp) * (1 + work.draft_tokens)
+    kernels = launches = 0.0
+    for layers, memory_s, compute_s in decode_times(config, target, parallelism, work, question):
+        kernels += max(memory_s / assumed.memory_share, compute_s / assumed.compute_share)
+        counts = (launches_of(config, layer, target, parallelism, work, question) for layer in layers)
+        launches += sum(count + assumed.native_kernels for count in counts)
+    drafts = work.draft_tokens if question.mtp else 0  # the module is a layer like the last, once for each draft
+    last = config.num_hidden_layers - 1
+    launches += drafts * (launches_of(config, last, target, parallelism, work, question) + assumed.native_kernels)
+    stream_bytes = rows * config.hidden_size * 2
+    sums = 0.0
+    if parallelism.tp > 1:
+        rate = target.gpu.link_gb_s or assumed.host_gb_s
+        each = (assumed.switch_us if rate >= _SWITCHED_GB_S else assumed.bus_us) * 1e-6
+        each += 2 * (parallelism.tp - 1) / parallelism.tp * stream_bytes / (rate * 1e9)
+        sums = 2 * (config.num_hidden_layers + drafts) * each
+    link = assumed.host_us * 1e-6 + 2 * stream_bytes / (assumed.host_gb_s * 1e9)  # down, and up again
+    return Forecast(
+        kernels=1e3 * kernels,
+        launches=1e-3 * launches * assumed.launch_us,
+        sums=1e3 * sums,
+        links=1e3 * (parallelism.pp - 1) * link,
+        host=1e-3 * assumed.step_us,
+        tokens=work.batch * (1 + work.draft_tokens),
+        num_gpus=parallelism.num_gpus,
+    )
+
+
+def launches_of(
+    config: ModelConfig,
+    layer: int,
+    target: TargetConfig,
+    parallelism: Parallelism,
+    work: Workload,
+    question: Question,
+) -> int:
+    """Return how many kernels of ours a decode step launches in one layer, by their launch plans."""
+    same = next(one for one in range(layer + 1) if config.layer_kind(one) == config.layer_kind(layer))
+    batch = -(-work.batch // parallelism.dp)
+    assert target.sm is not None
+    return _launches(
+        config,
+        same,
+        kernel_sm(target.sm),
+        parallelism,
+        batch,
+        1 + work.draft_tokens,
+        work.context,
+        question.kv_format,  # pyright: ignore[reportArgumentType] - hashable
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _launches(
+    config: ModelConfig,
+    layer: int,
+    sm: int,
+    parallelism: Parallelism,
+    batch: int,
+    queries: int,
+    context: int,
+    kv_format: str,
+) -> int:
+    family = family_of(config)
+    rows = family.layer_parameters(config.layer_kind(layer))
+    tensors = tuple(itertools.chain(family.layer_tensors(config, layer)))
+    is_fp8 = kv_format == "fp8_ds"
+    numerics = {"act_quant": "ue8m0", "kv_fp8": is_fp8, "indexer_fp8": is_fp8}
+    model = RankModel(config=config, numerics=numerics, kv_format=kv_format, parallelism=parallelism)
+    step = Step(
+        batch=batch,
+        queries=queries,
+        num_blocks=cdiv(context, BLOCK_SIZE),
+        expert_tokens=batch * queries,
+        fp8_linears=list(linear_shapes_of(rows, tensors, BLOCK_FP8_LINEAR, parallelism)),
+        bf16_linears=list(linear_shapes_of(rows, tensors, BF16_LINEAR, parallelism)),
+    )
+    calls = itertools.chain.from_iterable(_calls(op, model, step) for op in _ops(config, layer))
+    return sum(len(op_kernels(op).plan(sizes, sm).launches) for op, sizes in calls)
+
+
+def _ops(config: ModelConfig, layer: int) -> Sequence[str]:
+    """Return the operators with kernels that a layer calls."""
+    ops = [BLOCK_FP8_LINEAR, BF16_LINEAR, *(_EXPERT_OPS if config.is_moe_layer(layer) else ())]
+    return [*ops, *(_ATTENTION_OPS if config.index_topk else ())]
+
+
+def _calls(op: str, model: RankModel, step: Step) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the calls of an operator in a step, with the symbols of its specification."""
+    form = KERNEL_FORMS[op]
+    # what no number of launches follows from: how long the caches are, and a factor
+    others: dict[str, Any] = {"*latent": (step.num_blocks,), "*index": (step.num_blocks,), "scale": 1.0}
+    static = form.static_sizes(model)
+    for sizes in form.step_sizes(model, step):
+        yield op, others | static | sizes
+
+
+def _for(question: Question, target: TargetConfig) -> Question:
+    return Question(question.precision, question.kv_format, question.mtp, question.ep, target)

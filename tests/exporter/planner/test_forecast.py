@@ -1,0 +1,84 @@
+"""Forecasts follow from bounds, launch plans and links, and rank layouts for what is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from seekforge.exporter.planner.api import plan, read_config
+from seekforge.exporter.planner.forecast import ASSUMED, Assumptions, forecast, launches_of, rank_layouts
+from seekforge.exporter.planner.question import Question
+from seekforge.exporter.planner.ranking_chart import bars
+from seekforge.exporter.planner.speed import speed
+from seekforge.exporter.sizing.memory import Workload
+from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.targets import load_target
+
+FULL, H200 = read_config("full"), load_target("h200")
+ASKED = Question("fp8", "fp8_ds", target=H200)
+TP8 = Parallelism(tp=8)
+#: A machine that reaches its data sheet and costs nothing beside.
+IDEAL = Assumptions(memory_share=1, compute_share=1, launch_us=0, switch_us=0, bus_us=0, host_us=0, step_us=0)
+
+
+def work(batch: int = 1, context: int = 8192) -> Workload:
+    return Workload(context, batch, H200.limits.max_num_batched_tokens)
+
+
+@pytest.mark.parametrize("layout", [TP8, Parallelism(tp=8, pp=2), Parallelism(tp=8, dp=2)], ids=str)
+def test_without_assumed_costs_it_is_the_bound_and_the_bytes_of_sums(layout: Parallelism) -> None:
+    made = forecast(FULL, H200, layout, work(16), ASKED, IDEAL)
+    assert made.kernels == pytest.approx(speed(FULL, H200, layout, work(16), ASKED).decode_step_ms)
+    rows = 16 // layout.dp
+    assert made.sums == pytest.approx(1e3 * 2 * 61 * 2 * 7 / 8 * rows * 7168 * 2 / 450e9)
+    assert made.launches == made.host == 0
+    assert made.links == pytest.approx(1e3 * (layout.pp - 1) * 2 * rows * 7168 * 2 / 20e9)
+
+
+def test_launches_are_those_of_the_launch_plans() -> None:
+    """Six FP8 products in a layer, two of them and two of BF16 at least one kernel each, attention, and experts."""
+    dense, experts = (launches_of(FULL, layer, H200, TP8, work(), ASKED) for layer in (0, 3))
+    assert 10 <= dense < experts < 60
+    more = launches_of(FULL, 3, H200, TP8, work(context=65536), ASKED)
+    assert more >= experts
+    assert forecast(FULL, H200, TP8, work(), ASKED).launches == pytest.approx(
+        1e-3 * ASSUMED.launch_us * (3 * dense + 58 * experts + 61 * ASSUMED.native_kernels)
+    )
+
+
+def test_drafts_cost_a_layer_each() -> None:
+    drafting = Workload(8192, 1, H200.limits.max_num_batched_tokens, draft_tokens=2)
+    asked = replace(ASKED, mtp=True)
+    plain, more = forecast(FULL, H200, TP8, work(), ASKED, IDEAL), forecast(FULL, H200, TP8, drafting, asked, IDEAL)
+    assert more.tokens == 3 * plain.tokens and more.kernels > plain.kernels
+    assert more.sums / 63 == pytest.approx(3 * plain.sums / 61), "three tokens of a row, and two layers more"
+
+
+def test_a_slow_link_costs_more() -> None:
+    slow = replace(H200, gpu=H200.gpu.model_copy(update={"link_gb_s": 32}))  # pyright: ignore[reportOptionalMemberAccess]
+    fast, less = (forecast(FULL, one, TP8, work(64), ASKED) for one in (H200, slow))
+    assert less.sums > 2 * fast.sums and less.kernels == fast.kernels
+    assert fast.step_ms == pytest.approx(fast.kernels + fast.launches + fast.sums + fast.host)
+
+
+def test_goals_rank_differently() -> None:
+    quick = rank_layouts(FULL, H200, work(32), ASKED, "latency", None)
+    busy = rank_layouts(FULL, H200, work(32), ASKED, "throughput", None)
+    assert {one.parallelism for one in quick} == {one.parallelism for one in busy}
+    steps = [one.forecast.step_ms for one in quick]
+    rates = [one.forecast.tokens_per_gpu_s for one in busy]
+    assert steps == sorted(steps) and rates == sorted(rates, reverse=True)
+    assert busy[0].parallelism.num_gpus == 8, "more GPUs for one batch give less of each"
+    assert all(one.parallelism.num_gpus == 16 for one in rank_layouts(FULL, H200, work(32), ASKED, "latency", 16))
+
+
+def test_the_function_says_what_it_assumes() -> None:
+    result = plan("full", target="h200", contexts=8192, batch_size=32, precision="fp8", goal="latency")
+    facts = result.to_json()
+    assert facts["goal"] == "latency" and facts["assumptions"]["memory_share"] == ASSUMED.memory_share
+    (answer,) = facts["answers"]
+    assert answer["ranking"][0]["step_ms"] == result.rankings[0][0].forecast.step_ms
+    (name, pieces), *_ = bars(result.rankings[0])
+    assert name.startswith(str(result.rankings[0][0].parallelism))
+    assert pieces[-1][1] + pieces[-1][2] == pytest.approx(answer["ranking"][0]["step_ms"])
