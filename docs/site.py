@@ -130,7 +130,7 @@ def _public_page() -> str:
         f"These are imported from `{PACKAGE}` itself and keep their names; other pages show where things live.",
     ]  # fmt: skip
     for name in sorted(homes, key=str.lower):
-        lines += ["", f"::: {homes[name]}", "    options:", "      show_root_full_path: false"]
+        lines += ["", f"::: {homes[name]}", "    options: { show_root_full_path: false, inherited_members: true }"]
     return "\n".join(lines) + "\n"
 
 

@@ -4,19 +4,15 @@ Nothing is added to a prompt: text is encoded as it is, special tokens written i
 begin-of-sequence token is there only if the text holds it.
 
 Any thread may call: how they share the engine is in `engine/step_loop.py`, what becomes of a prompt in
-`engine/input_processor.py`.
+`engine/input_processor.py`. What a conversation becomes is in `llm_chat.py`, what is done between steps in
+`llm_control.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
-
-import numpy as np
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime.arguments import (
@@ -30,11 +26,9 @@ from seekforge.runtime.arguments import (
 )
 from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.backends.deterministic import DeterministicBackend
-from seekforge.runtime.chat.messages import Message, is_conversation
-from seekforge.runtime.chat.request import ChatOptions, ChatProcessor, ChatRequest
+from seekforge.runtime.chat.request import ChatProcessor
 from seekforge.runtime.chat.template import checkpoint_template
 from seekforge.runtime.compatibility import check_complete
-from seekforge.runtime.engine.chat_output import with_message_deltas, with_messages
 from seekforge.runtime.engine.core import Core, StepMetrics
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.input_processor import Accepted, InputProcessor
@@ -45,37 +39,16 @@ from seekforge.runtime.engine.scheduler import Scheduler
 from seekforge.runtime.engine.self_check import SelfCheckResult, run_self_check
 from seekforge.runtime.engine.speculative import SpeculationSwitch, Speculator
 from seekforge.runtime.engine.step_loop import StepLoop
-from seekforge.runtime.llm_metrics import LLMMetrics, StepTotals
+from seekforge.runtime.llm_chat import Conversations
+from seekforge.runtime.llm_control import EngineControl
+from seekforge.runtime.llm_metrics import StepTotals
 from seekforge.runtime.llm_options import check_place, checked_drafts, decide_sizes, options_checked, recommended_params
 from seekforge.runtime.sampling.params import TAPS, SamplingParams
 from seekforge.runtime.text.tokenizer import Tokenizer
-from seekforge.runtime.values import integer, listed, shown
-
-#: Messages, or mappings with the keys of the OpenAI interface.
-Conversation = Sequence[Message | Mapping[str, Any]]
+from seekforge.runtime.values import integer, shown
 
 
-class LLMOptions(TypedDict, total=False):
-    """Keywords of `LLM` that `AsyncLLM` takes as they are; documented there."""
-
-    max_model_len: int | None
-    max_batch_size: int | None
-    max_num_batched_tokens: int | None
-    num_blocks: int | None
-    kv_cache_memory: int | None
-    num_speculative_tokens: int
-    speculation_off_switch: bool
-    prefix_caching: bool
-    deterministic: bool
-    threads: int | None
-    checkpoint: Path | str | None
-    self_check: bool
-    on_step: Callable[[StepMetrics], None] | None
-    before_load: Callable[[LLM], None] | None
-    on_load: OnLoad | None
-
-
-class LLM:
+class LLM(Conversations, EngineControl):
     """A loaded engine that answers requests, from any thread. Close it, or use it as a context manager.
 
     Attributes:
@@ -347,137 +320,6 @@ class LLM:
         finally:
             self._turns.drop(list(lives.values()))
 
-    def chat(
-        self,
-        messages: Conversation | Sequence[Conversation],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        priority: int | Sequence[int] | None = 0,
-        timeout_s: float | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> list[RequestOutput]:
-        """Answer conversations together.
-
-        Args:
-            messages: one conversation, or several: each a list of `Message`, or of mappings with the keys of the
-                OpenAI interface.
-            sampling_params: one for all, or one each; None takes `default_sampling_params`, with as many tokens as the
-                context has room for.
-            priority, timeout_s: the arguments of `generate`.
-            options: see `ChatOptions`.
-
-        Returns:
-            One output per conversation, in their order; `message` of each completion is what it says.
-
-        Raises:
-            RequestError: messages that cannot stand like this, or as for `generate`.
-            EngineError: the model's family has no chat encoding here.
-            GenerationError: the engine failed on some; it holds the outputs of all.
-        """
-        single = is_conversation(messages)
-        batch: Sequence[Any] = [messages] if single else listed(messages) or []
-        each = read_params(len(batch), sampling_params, self._chat_params)
-        requests: list[ChatRequest] = []
-        for index, (one, params) in enumerate(zip(batch, each, strict=True)):
-            try:
-                requests.append(self._chat.request(one, params, options))
-            except RequestError as error:
-                raise (error if single else RequestError(f"conversation {index}: {error}")) from None
-        outputs = self.generate(
-            [request.prompt for request in requests],
-            [request.params for request in requests],
-            priority=priority,
-            timeout_s=timeout_s,
-        )
-        return [with_messages(output, request) for output, request in zip(outputs, requests, strict=True)]
-
-    def chat_stream(
-        self,
-        messages: Conversation,
-        sampling_params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> Generator[Delta, None, None]:
-        """Answer one conversation step by step; `message` of each delta is what the answer gained.
-
-        Arguments and errors as for `chat`, and `stream`.
-        """
-        request = self.chat_request(messages, sampling_params, **options)
-        return with_message_deltas(
-            request, self.stream(request.prompt, request.params, priority=priority, timeout_s=timeout_s)
-        )
-
-    def chat_request(
-        self,
-        messages: Conversation,
-        sampling_params: SamplingParams | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> ChatRequest:
-        """Return what `chat` would run: prompt and parameters. Arguments and errors as for `chat`."""
-        params = self._chat_params if sampling_params is None else sampling_params
-        return self._chat.request(messages, params, options)
-
-    @property
-    def _chat_params(self) -> SamplingParams:
-        return replace(self.default_sampling_params, max_tokens=None)
-
-    @property
-    def weight_version(self) -> int:
-        """How often weights were updated since the engine was opened: 0 are its own."""
-        return self._intake.weight_version
-
-    def update_weights(self, tensors: Mapping[str, np.ndarray], *, max_staleness: int | None = None) -> int:
-        """Swap weights between two steps; the engine is not built again. What is cached is dropped.
-
-        Requests on their way go on with the new weights; their tokens so far are computed anew.
-
-        Args:
-            tensors: checkpoint tensor name -> new value, in the checkpoint's shape and dtype. A weight that is
-                computed from several tensors (all experts of a layer; a weight and its scales) needs all of them.
-            max_staleness: completions on their way whose first token was chosen more than so many updates ago, this
-                one counted, end with what they have, finish_reason "abort"; None lets them go on.
-
-        Returns:
-            The version of the new weights (`weight_version`), which what is chosen from now on bears.
-
-        Raises:
-            EngineError: a name, shape or dtype is wrong, a tensor that belongs to them is missing, or the backend
-                cannot do this; nothing is changed.
-        """
-        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
-            raise EngineError(f"update_weights: tensors is {shown(tensors)}, expected a mapping of names to arrays")
-        for name, value in tensors.items():
-            if not isinstance(value, np.ndarray):
-                raise EngineError(f"update_weights: {name} is {shown(value)}, expected a NumPy array")
-        most = None if max_staleness is None else integer("max_staleness", max_staleness, 0)
-        with self._turns.between_steps():
-            self._core.backend.update_weights(tensors)
-            self._intake.weight_version += 1
-            self._scheduler.restart(self._intake.root, self.weight_version)
-            if most is not None:
-                self._turns.end_stale(self.weight_version - most)
-            return self.weight_version
-
-    def reset_prefix_cache(self) -> None:
-        """Forget what prompts have in common: what comes is computed anew. Requests on their way keep their blocks."""
-        with self._turns.between_steps():
-            self._scheduler.cache.pool.forget_all()
-
-    def pause(self) -> None:
-        """Begin no further step. The one that runs ends first; requests enter and wait, and none times out."""
-        self._turns.pause(True)
-
-    def resume(self) -> None:
-        """Go on after `pause`."""
-        self._turns.pause(False)
-
-    @property
-    def paused(self) -> bool:
-        """Whether no step begins."""
-        return self._turns.paused
-
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
         """Refuse a request that cannot be served, and do nothing else.
 
@@ -512,38 +354,6 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the model: `encode`, `decode`, `vocab_size`."""
         return self.engine.tokenizer
-
-    def metrics(self) -> LLMMetrics:
-        """Return the counters."""
-        return self._steps.metrics(self._core)
-
-    @property
-    def drafting(self) -> bool:
-        """Whether requests that start now are drafted for; may be set where `num_speculative_tokens` is not 0."""
-        return self._core.drafting
-
-    @drafting.setter
-    def drafting(self, value: bool) -> None:
-        if value and not self.num_speculative_tokens:
-            raise RequestError("drafting needs an LLM with num_speculative_tokens of at least 1")
-        self._core.may_draft = value
-
-    def close(self) -> None:
-        """Give back the engine's memory. Requests on their way are ended."""
-        if self._turns.closed:
-            return
-        with self._turns.between_steps():
-            self._turns.closed = True
-            self._turns.end_all("abort", None)
-            self._core.backend.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _start(
         self,
