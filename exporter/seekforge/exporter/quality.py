@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from seekforge.common.errors import ConfigError, EngineError, OptionError
+from seekforge.common.errors import ConfigError, OptionError
 from seekforge.common.files import write_json
 from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.common.system import child_environment
+from seekforge.exporter.runtime_child import refusal
 from seekforge.formats.checkpoint.tokenizer_file import guarded, read_tokenizer
 from seekforge.formats.quality import PromptRow, QualityTasks, TaskQuality
 from seekforge.formats.quality_run import ANSWER, RunAnswer, RunRequest, RunRow
@@ -133,10 +134,7 @@ def run_engine(
             code = child.wait()
         if code != 0:
             faults.seek(0)
-            lines = faults.read().strip().splitlines()
-            line = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
-            called = name or str(engine)
-            raise EngineError(f"{called}: the runtime could not run it: {line.replace(str(engine), called)}")
+            raise refusal(engine, name or str(engine), faults.read(), code)
     return RunAnswer.model_validate_json(read_text(out / ANSWER, most=LISTING_BYTES))
 
 

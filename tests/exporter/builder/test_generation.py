@@ -36,15 +36,17 @@ def test_defaults(tmp_path: Path, tiny_config: ModelConfig, given: dict, default
 def test_a_missing_file_gives_the_model_cards(tmp_path: Path, tiny_config: ModelConfig) -> None:
     found = read_generation(tmp_path, tiny_config)
     assert found.defaults == {"temperature": 1.0, "top_p": 0.95}
-    assert found.eos_token_id == tiny_config.eos_token_id
+    assert found.eos_token_ids == (tiny_config.eos_token_id,)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(1, 1), ([1], 1), ([], 1), (5, (1, 5)), ([7, 1, 5, 7], (1, 7, 5))])
+@pytest.mark.parametrize(
+    ("given", "expected"), [(1, [1]), ([1], [1]), ([], [1]), (5, [1, 5]), ([7, 1, 5, 7], [1, 7, 5])]
+)
 def test_every_end_of_sequence_is_one(
     tmp_path: Path, tiny_config: ModelConfig, given: object, expected: object
 ) -> None:
     assert tiny_config.eos_token_id == 1
-    assert read_generation(write(tmp_path, {"eos_token_id": given}), tiny_config).eos_token_id == expected
+    assert list(read_generation(write(tmp_path, {"eos_token_id": given}), tiny_config).eos_token_ids) == expected
 
 
 WRONG = {

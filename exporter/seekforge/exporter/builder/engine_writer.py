@@ -21,6 +21,7 @@ from seekforge.common.files import sha256_file
 from seekforge.common.reading import LISTING_BYTES, read_bytes
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.end_of_sequence import as_written
 from seekforge.formats.engine.agreement import cache_block_bytes
 from seekforge.formats.engine.manifest import (
     ENGINE_FORMAT,
@@ -117,7 +118,7 @@ def write_engine(
         vocab_size=config.vocab_size,
         num_top_logits=config.num_top_logits,
         bos_token_id=config.bos_token_id,
-        eos_token_id=generation.eos_token_id,
+        eos_token_id=as_written(generation.eos_token_ids),
         generation=generation.defaults,
         tokenizer="tokenizer.json",
         files=tuple(digest_file(folder, name) for name in (*text_files, "bindings.json", TARGET, *parts.files)),

@@ -11,6 +11,7 @@ from typing import Any
 from seekforge.common.errors import ProgramError
 from seekforge.common.reading import is_there, read_json
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.end_of_sequence import end_ids
 
 FILE = "generation_config.json"
 #: The model card's values, for what the file does not say.
@@ -39,11 +40,11 @@ class Generation:
 
     Attributes:
         defaults: sampling parameters that the checkpoint recommends.
-        eos_token_id: what ends a request: config.json's, and what this file has beside them.
+        eos_token_ids: what ends a request: config.json's, and what this file has beside them.
     """
 
     defaults: dict[str, float]
-    eos_token_id: int | tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
 
 
 def read_generation(folder: Path, config: ModelConfig) -> Generation:
@@ -71,9 +72,8 @@ def read_generation(folder: Path, config: ModelConfig) -> Generation:
     else:
         kept = defaults.get("repetition_penalty")
         defaults = {"temperature": 0.0} | ({} if kept is None else {"repetition_penalty": kept})
-    stated = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-    ends = tuple(dict.fromkeys((*stated, *_ends(path, raw, config.vocab_size))))
-    return Generation(defaults, ends[0] if len(ends) == 1 else ends)
+    ends = (*end_ids(config.eos_token_id), *_ends(path, raw, config.vocab_size))
+    return Generation(defaults, tuple(dict.fromkeys(ends)))
 
 
 def _ends(path: Path, raw: dict[str, Any], vocab_size: int) -> list[int]:

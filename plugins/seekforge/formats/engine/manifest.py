@@ -16,6 +16,7 @@ from seekforge.common.paths import RelativePath
 from seekforge.common.reading import LISTING_BYTES, parse_json, read_bytes
 from seekforge.common.records import Record, RecordError
 from seekforge.formats.digests import chunk_digests
+from seekforge.formats.end_of_sequence import end_ids
 from seekforge.formats.engine.agreement import disagreement
 from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.int_quant import Quantization
@@ -267,7 +268,7 @@ class Manifest(Record):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ends of sequence, the model's own first."""
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+        return end_ids(self.eos_token_id)
 
     def plans(self, graph: str) -> tuple[GraphIO, ...]:
         """Return what a step of `graph` runs, in order."""

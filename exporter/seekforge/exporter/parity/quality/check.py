@@ -148,7 +148,7 @@ def check_quality(
     choices: dict[str, Choices] = {}
     watched = _watched(encoded.rows, config.index_topk)
     with open_source(checkpoint, config) as source:
-        ends = read_generation(checkpoint, config).eos_token_id
+        ends = read_generation(checkpoint, config).eos_token_ids
         for name in dict.fromkeys(("exact", *forms)):
             stages(f"PyTorch, {name}")
             entries.append(_measure_form(name, config, source, encoded, ends, sizes, stages))
@@ -232,12 +232,11 @@ def _measure_form(
     config: ModelConfig,
     source: TensorSource,
     encoded: EncodedTasks,
-    eos: int | tuple[int, ...],
+    ends: tuple[int, ...],
     sizes: tuple[int, int, int],
     stages: Stages,
 ) -> QualityEntry:
     form = FORMS[name]
-    ends = (eos,) if isinstance(eos, int) else eos
     completions, nll_sums = run_rows(form.session(config, source), encoded.rows, ends, say=stages.update)
     fp8, others, scales = sizes
     return QualityEntry(

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from seekforge.common.errors import EngineError
 from seekforge.common.system import child_environment
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
 from seekforge.exporter.parity.sides.split_engine import cut_copy
 from seekforge.exporter.program.taps import SELECTIONS
+from seekforge.exporter.runtime_child import refusal
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.engine.verify import listed_files
@@ -113,9 +113,7 @@ class EngineSide:
             command += ["--threads", str(self.threads)]
         done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
         if done.returncode != 0:
-            line = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-            line = line.removeprefix("error: ").replace(str(engine), str(self.folder))  # a copy is gone by now
-            raise EngineError(f"{self.folder}: the runtime could not run it: {line}")
+            raise refusal(engine, str(self.folder), done.stderr, done.returncode)
         return Dump.open(out)
 
 
