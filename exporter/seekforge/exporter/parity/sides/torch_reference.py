@@ -8,6 +8,7 @@ every operation is also given the engine's own inputs and compared with what the
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -120,8 +121,10 @@ class Reference:
                 module = LayerModule(self.settings, layer, self.source)
             for state, number in self._states(module, numbers):
                 self._judge_layer(module, state, number)
+        held = weakref.ref(module)
         del module
-        gc.collect()
+        if held() is not None:  # in a circle; looking for one is as long as a layer of a small model takes
+            gc.collect()
 
     def _states(self, module: LayerModule, numbers: Iterable[int]) -> Iterator[tuple[LayerState, int]]:
         """Yield steps in order, each with the caches of its case, which are zero when a case begins."""
