@@ -1,7 +1,11 @@
-"""Fixtures that are made once per run: a checkpoint, its programs and its engines, all of the tiny preset."""
+"""Fixtures that are made once per run: a checkpoint, its programs and its engines, all of the tiny preset.
+
+What makes them is imported when it is asked for: it brings torch and onnx, which most tests do without.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +14,6 @@ import pytest
 from tests.support.made_once import made_once
 
 from seekforge.common.cli.console import Stages
-from seekforge.exporter.builder.onnxruntime.build import build
-from seekforge.exporter.checkpoint.new import new_checkpoint
-from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine import verified
@@ -24,6 +25,15 @@ MADE_NUMERICS = ("fp8", "exact")
 
 # Kernels run in Triton's interpreter here; it must be chosen before anything imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there by now out of the search for garbage: modules and tests, which stay to the end.
+
+    Half a second of each search goes into them, and a trace of a model makes enough objects for several.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +51,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_checkpoint(folder: Path) -> None:
+    from seekforge.exporter.checkpoint.new import new_checkpoint
+
     new_checkpoint(folder, "tiny")
 
 
@@ -62,6 +74,8 @@ def tiny_programs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     """Numerics name -> canonical program of `tiny_checkpoint`."""
 
     def make(root: Path) -> None:
+        from seekforge.exporter.program.export import export
+
         for name in MADE_NUMERICS:
             export(tiny_checkpoint, root / name, numerics=NUMERICS[name])
 
@@ -74,6 +88,8 @@ def tiny_layers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """Numerics name -> program of layer 1 of `tiny_checkpoint` alone, its first MoE layer; do not write into it."""
 
     def make(root: Path) -> None:
+        from seekforge.exporter.program.export import export
+
         for name in MADE_NUMERICS:
             export(tiny_checkpoint, root / name, numerics=NUMERICS[name], layer_range=(1, 2))
 
@@ -88,6 +104,8 @@ def tiny_engines(
     """Numerics name -> CPU engine of `tiny_checkpoint`; do not write into it."""
 
     def make(root: Path) -> None:
+        from seekforge.exporter.builder.onnxruntime.build import build
+
         for name, program in tiny_programs.items():
             build(
                 program,
