@@ -32,6 +32,7 @@ _MARKS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 _MOST_LINES: Final = 1_000_000
 #: Longest text or list that a product makes.
 _MOST_REPEATED: Final = 1_000_000
+_MOST_POWER: Final = 16
 #: Keys whose values a template compares and that no text comes from.
 _KEPT: Final = frozenset(("role", "type"))
 
@@ -221,7 +222,8 @@ def _environment(sandbox: Any) -> Any:
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             sizes = [len(one) if hasattr(one, "__len__") else abs(one) for one in (left, right)]
-            if operator == "**" or (operator == "%" and isinstance(left, str)):
+            is_small = sizes[0] <= _MOST_REPEATED and sizes[1] <= _MOST_POWER
+            if (operator == "**" and not is_small) or (operator == "%" and isinstance(left, str)):
                 raise RequestError(f"chat_template uses {operator!r}, which is not computed here")
             repeats = operator == "*" and any(hasattr(one, "__len__") for one in (left, right))
             if repeats and sizes[0] * sizes[1] > _MOST_REPEATED:
