@@ -118,10 +118,14 @@ def test_the_template_of_an_engine_is_found(tmp_path: Path) -> None:
         ("{{ 'x' * 99999999 }}", "repeats a text"),
         ("{{ 9 ** 999999999 }}", "uses '\\*\\*'"),
         ("{{ '%999999999d' % 1 }}", "uses '%'"),
+        ("{{ '%999999999d' | format(1) }}", "No filter named 'format'"),
+        (
+            "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
+            "text of more than 64,000,000",
+        ),
     ],
 )
 def test_a_template_of_a_stranger_is_bounded(template: str, fault: str, tokenizer: Tokenizer) -> None:
+    conversation = [Message("user", "q")]
     with pytest.raises(RequestError, match=fault):
-        ChatTemplate(template).render(
-            [Message("user", "q")], tokenizer, tools=(), add_generation_prompt=True, variables={}
-        )
+        ChatTemplate(template).render(conversation, tokenizer, tools=(), add_generation_prompt=True, variables={})

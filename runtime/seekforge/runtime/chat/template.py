@@ -33,6 +33,8 @@ _MOST_LINES: Final = 1_000_000
 #: Longest text or list that a product makes.
 _MOST_REPEATED: Final = 1_000_000
 _MOST_POWER: Final = 16
+#: Longest text or list that a sum makes: more than any context has.
+_MOST_JOINED: Final = 64_000_000
 #: Keys whose values a template compares and that no text comes from.
 _KEPT: Final = frozenset(("role", "type"))
 
@@ -67,6 +69,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _tojson
+        for name in ("format", "center"):  # widths that a file names
+            del environment.filters[name]
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         self._error = TemplateError
         try:
@@ -218,9 +222,14 @@ def _environment(sandbox: Any) -> Any:
     """Return the class of the sandbox: Jinja's, whose products and powers are bounded."""
 
     class Bounded(sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**", "%"))
+        intercepted_binops = frozenset(("*", "**", "%", "+"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+":
+                size = sum(len(one) for one in (left, right) if hasattr(one, "__len__"))
+                if size > _MOST_JOINED:
+                    raise RequestError(f"chat_template makes a text of more than {_MOST_JOINED:,} characters")
+                return super().call_binop(context, operator, left, right)
             sizes = [len(one) if hasattr(one, "__len__") else abs(one) for one in (left, right)]
             is_small = sizes[0] <= _MOST_REPEATED and sizes[1] <= _MOST_POWER
             if (operator == "**" and not is_small) or (operator == "%" and isinstance(left, str)):
@@ -234,7 +243,7 @@ def _environment(sandbox: Any) -> Any:
 
 
 def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, 16))
 
 
 def _refuse(message: str) -> NoReturn:
