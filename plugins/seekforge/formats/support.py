@@ -64,7 +64,7 @@ def _rows() -> tuple[Support, ...]:
             Support(family, "fp8_blocks", "cpu", _ALL, deep),
             Support(family, "fp8_blocks", "gpu", _ALL, gpu_shown[family]),
             Support(family, "bf16", "cpu", _ALL, _BF16_CPU[family]),
-            Support(family, "bf16", "gpu", ("fp8",), "programs and bindings as of FP8 blocks; never run"),
+            Support(family, "bf16", "gpu", ("fp8",), _BF16_GPU if is_glm else "programs as of FP8 blocks; never run"),
             Support(family, "ct_fp8_blocks", "cpu", _ALL, _LAYERS if family == "deepseek_v32" else _SAME),
             Support(family, "ct_fp8_blocks", "gpu", ("fp8",), "programs as of FP8 blocks; never run"),
         ]
@@ -75,6 +75,7 @@ def _rows() -> tuple[Support, ...]:
 
 
 _SAME: Final = "read as in the other families; not run"
+_BF16_GPU: Final = "checks of a build for an RTX 4090 pass on `glm5-tiny`; programs as of FP8 blocks; never run"
 _BF16_CPU: Final = {
     "deepseek_v32": _LAYERS,
     "deepseek_v3": _LAYERS,
@@ -83,6 +84,8 @@ _BF16_CPU: Final = {
 _SHOWN: Final[dict[tuple[str, WeightForm], str]] = {
     ("deepseek_v32", "nvfp4"): f"{_LAYERS}, and their engine by `parity`",
     ("deepseek_v3", "ct_nvfp4"): _LAYERS,
+    ("deepseek_v3", "nvfp4"): _LAYERS,
+    ("glm_moe_dsa", "nvfp4"): _LAYERS,
     ("deepseek_v32", "ct_fp8_channel"): _LAYERS,
     ("deepseek_v32", "ct_fp8_tensor"): _LAYERS,
     ("deepseek_v32", "fp8_tensor"): _LAYERS,
