@@ -30,11 +30,12 @@ DOMAIN = "seekforge"
 #: Version of the domain in a model's opset imports.
 DOMAIN_VERSION = 1
 
+#: What kernels take for FP8 weights: values, or INT8-typed bytes where a target has no float8.
+STORED_FP8 = ("f8e4m3", "i8")
 #: Type variables of arguments, and what each may be. A fixed type names itself.
 TYPE_VARIABLES: Mapping[str, tuple[str, ...]] = {
     "act": ("bf16", "f32"),  # activations
-    # FP8 weights: as values, or as INT8-typed bytes where a target has no float8; kept ones, whose scales are 1
-    "fp8": ("f8e4m3", "i8", "bf16", "f32"),
+    "fp8": (*STORED_FP8, "bf16", "f32"),  # FP8 weights, or kept ones, whose scales are 1
     "kv": ("bf16", "f32", "i8"),  # caches: i8 is the byte layout of kv_format fp8_ds
 }
 

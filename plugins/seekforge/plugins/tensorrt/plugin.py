@@ -22,7 +22,7 @@ from seekforge.common.errors import EngineError
 from seekforge.plugins.kernels.index import NO_KERNELS, Launcher, LauncherSource
 from seekforge.plugins.kernels.launch_plan import workspace_bytes
 from seekforge.plugins.kernels.sm_limits import SMS
-from seekforge.plugins.operator import DOMAIN, TYPE_VARIABLES, OpSpec
+from seekforge.plugins.operator import DOMAIN, STORED_FP8, TYPE_VARIABLES, OpSpec
 from seekforge.plugins.registry import SPECS
 
 #: What a plugin carries beside the attributes of its spec: the precision of its matrix products, the digest of its
@@ -305,7 +305,7 @@ def allowed(spec: OpSpec, input_types: Sequence[str], pos: int, dtype: str) -> b
     variables: dict[str, str] = {}
     for arg in spec.inputs[: len(input_types)]:
         input_type = types[arg.name]
-        possible = TYPE_VARIABLES.get(arg.dtype, (arg.dtype,))
+        possible = STORED_FP8 if arg.dtype == "fp8" else TYPE_VARIABLES.get(arg.dtype, (arg.dtype,))
         if input_type not in possible or variables.setdefault(arg.dtype, input_type) != input_type:
             return False
     if pos < len(spec.inputs):
