@@ -56,6 +56,7 @@ def test_a_missing_or_wrong_field_is_named() -> None:
         (["i8"], 0, "i8", False),
         (["bf16", "f8e4m3", "f32"], 2, "f32", True),
         (["bf16", "i8", "f32"], 1, "i8", True),
+        (["bf16", "bf16", "f32"], 1, "bf16", False),  # kept weights have no kernels
         (["bf16", "f8e4m3", "f32"], 3, "bf16", True),
         (["bf16", "f8e4m3", "f32"], 3, "f32", False),
     ],
