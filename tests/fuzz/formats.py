@@ -114,7 +114,7 @@ def _sealed(value: dict[str, Any]) -> Callable[[random.Random], bytes]:
         if rng.random() < 0.9:
             try:
                 again = json.loads(raw)
-                raw = json_text(again | {"digest": manifest_digest(again)}).encode()
+                raw = json.dumps(again | {"digest": manifest_digest(again)}).encode()  # 3 times as fast as with indents
             except (ValueError, TypeError, RecursionError):
                 pass
         return raw

@@ -13,8 +13,9 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from seekforge.common.errors import ProgramError
-from seekforge.exporter.builder.request import read_graph
+from seekforge.common.errors import EngineError, ProgramError
+from seekforge.exporter.builder.request import read_engine_graph, read_graph
+from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.program import load_program
 from seekforge.runtime.cli.main import main
 
@@ -149,6 +150,31 @@ def test_what_export_writes_is_not(numerics: str, tiny_programs: dict[str, Path]
     folder = tiny_programs[numerics]
     for graph_io in load_program(folder).graphs.values():
         read_graph(folder, graph_io)
+
+
+@pytest.mark.parametrize("where", ["output of a node", "input of the graph", "an operator's name", "a shape's name"])
+def test_text_that_is_no_utf8_is_refused(
+    where: str, tiny_programs: dict[str, Path], tiny_engines: dict[str, Path], tmp_path: Path
+) -> None:
+    """Protobuf reads it and gives bytes, which cannot be sorted among names."""
+    source = tiny_programs["fp8"]
+    graph = onnx.load(source / load_program(source).graphs["model"].file, load_external_data=False).graph
+    text = {
+        "output of a node": graph.node[0].output[0],
+        "input of the graph": graph.input[0].name,
+        "an operator's name": graph.node[0].name,
+        "a shape's name": graph.input[0].type.tensor_type.shape.dim[0].dim_param,
+    }[where].encode()
+    raw = (source / load_program(source).graphs["model"].file).read_bytes()
+    field = bytes([len(text)])  # of a text, its length stands before it
+    assert field + text in raw
+    folder = spoilt(source, tmp_path / "program", raw.replace(field + text, field + b"\xff" + text[1:]))
+    with pytest.raises(ProgramError, match="is no UTF-8; export the program again"):
+        read_graph(folder, load_program(folder).graphs["model"])
+    (tmp_path / "model.onnx").write_bytes(raw.replace(field + text, field + b"\xff" + text[1:]))
+    own = load_manifest(tiny_engines["fp8"]).graphs["model"].model_copy(update={"file": "model.onnx"})
+    with pytest.raises(EngineError, match="is no UTF-8; build the engine again"):
+        read_engine_graph(tmp_path, own)
 
 
 @pytest.mark.parametrize(

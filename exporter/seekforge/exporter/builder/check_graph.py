@@ -8,7 +8,7 @@ a rewrite; external data would be read. ONNX's own checker judges the structure;
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.common.errors import ShapeError
@@ -41,6 +41,7 @@ def check_graph(model: onnx.ModelProto, described: GraphIO) -> None:
     """
     import onnx
 
+    check_text(model)
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             raise GraphFault(f"its tensor {tensor.name!r} lies in another file, expected values inside the graph")
@@ -66,6 +67,23 @@ def check_graph(model: onnx.ModelProto, described: GraphIO) -> None:
         ("output", model.graph.output, described.outputs),
     ):
         _check_side(side, list(values), specs)
+
+
+def check_text(model: onnx.ModelProto) -> None:
+    """Refuse text that is no UTF-8: protobuf reads it, and gives bytes where all of our code has names.
+
+    Raises:
+        GraphFault: the first that is none.
+    """
+    waiting: list[Any] = [model]  # messages
+    while waiting:
+        for field, value in waiting.pop().ListFields():
+            values = value if field.is_repeated else (value,)
+            if field.cpp_type == field.CPPTYPE_MESSAGE:
+                waiting.extend(values)
+            elif field.type == field.TYPE_STRING and bytes in map(type, values):
+                odd = next(one for one in values if isinstance(one, bytes))
+                raise GraphFault(f"its text {odd!r:.60} ({field.name}) is no UTF-8")
 
 
 def _check_operator(node: onnx.NodeProto) -> None:

@@ -11,7 +11,7 @@ from seekforge.common.dtypes import is_stored_as
 from seekforge.common.errors import EngineError, ProgramError, SeekforgeError, TargetError
 from seekforge.common.paths import inside
 from seekforge.common.reading import read_bytes
-from seekforge.exporter.builder.check_graph import GraphFault, check_graph
+from seekforge.exporter.builder.check_graph import GraphFault, check_graph, check_text
 from seekforge.exporter.program.layers import truncate
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -127,11 +127,10 @@ def _read_onnx(
         model = onnx.load_from_string(raw)
     except Exception as problem:  # protobuf's and ONNX's have no common base
         raise error(f"{path}: is no ONNX file ({type(problem).__name__}); {again}") from None
-    if checked:
-        try:
-            check_graph(model, graph)
-        except GraphFault as fault:
-            raise error(f"{path}: {fault}; {again}") from None
+    try:
+        check_graph(model, graph) if checked else check_text(model)
+    except GraphFault as fault:
+        raise error(f"{path}: {fault}; {again}") from None
     return model
 
 
