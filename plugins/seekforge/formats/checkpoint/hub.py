@@ -44,6 +44,8 @@ _HOSTS: Final = ("huggingface.co", "hf.co", "www.huggingface.co")
 #: What of a repository is downloaded.
 PATTERNS: Final = ["*.safetensors", "*.json", ENCODING_FILE, TEMPLATE_FILE]
 _THREADS: Final = 8
+#: Shards of a repository: each takes a request. The 671B model has 163.
+_MAX_SHARDS: Final = 10_000
 
 
 def parse_repo(source: str, revision: str | None = None) -> Repo | None:
@@ -262,6 +264,11 @@ def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
             files.fetch(name, folder / name)
     if files.fetch(INDEX_FILE, folder / INDEX_FILE):
         shards = sorted(set(read_index(folder / INDEX_FILE).values()))
+        if len(shards) > _MAX_SHARDS:
+            raise CheckpointError(
+                f"{folder / INDEX_FILE}: names {len(shards):,} shards, expected at most {_MAX_SHARDS:,}; download "
+                "the checkpoint and pass its folder"
+            )
     elif listed is None:
         shards = [SINGLE_FILE]
     else:
@@ -273,6 +280,7 @@ def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
             for future in running:
                 future.result()
         except BaseException:
+            files.stop()
             for future in running:
                 future.cancel()
             raise
