@@ -5,7 +5,8 @@ closes when a process ends, however it ends, on both sides: a rank that loses ra
 ends all others when one is lost. A rank whose process stands still no longer beats (`Memory.beat`).
 
 Processes are started here, or by somebody else with the variables that torchrun sets: RANK, WORLD_SIZE and MASTER_PORT.
-Then they meet at a socket of Linux that has a name but no file.
+Then they meet at a socket that has a name but no file on Linux, and elsewhere one among the temporary files. Such a
+name is anybody's: both ends look whose process the other is before they say anything, as the memory is the model's.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import json
 import os
 import selectors
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -78,7 +81,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
             f"LOCAL_WORLD_SIZE is {environment['LOCAL_WORLD_SIZE']!r:.50} of {size} ranks: ranks on several machines "
             "do not work yet; start all of them on one"
         )
-    return Launched(rank, size, f"\0seekforge-{os.getuid()}-{port}")
+    name = f"seekforge-{os.getuid()}-{port}"
+    return Launched(rank, size, f"\0{name}" if sys.platform == "linux" else str(Path(tempfile.gettempdir(), name)))
 
 
 class _Process:
@@ -272,14 +276,7 @@ def _start(rank: int) -> _Process:
 
 def _await(meeting: Launched, processes: list[_Process]) -> None:
     """Wait for the ranks that somebody else starts."""
-    with socket.socket(socket.AF_UNIX) as server:
-        try:
-            server.bind(meeting.meeting)
-        except OSError:
-            raise EngineError(
-                f"another engine's ranks meet at {meeting.meeting[1:]}; set MASTER_PORT to another number"
-            ) from None
-        server.listen(meeting.num_ranks)
+    with _listening(meeting) as server:
         deadline = time.monotonic() + _MEETING_S
         while len(processes) < meeting.num_ranks - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -290,14 +287,66 @@ def _await(meeting: Launched, processes: list[_Process]) -> None:
                 raise EngineError(
                     f"rank {min(missing)} did not come within {_MEETING_S:.0f} s; start all {meeting.num_ranks} ranks"
                 ) from None
-            connection.settimeout(_ENDING_S)
-            said = connection.recv(_MOST_LINE)
-            connection.settimeout(None)
-            rank = int(said) if said.isdigit() else 0
-            if not 1 <= rank < meeting.num_ranks or rank in {one.rank for one in processes}:
-                raise EngineError(f"rank {rank} came twice or is none of {meeting.num_ranks}; give each its own RANK")
-            processes.append(_Process(rank, connection, None))
+            said = _greeting(connection)
+            if said is None:  # a stranger
+                connection.close()
+                continue
+            if not 1 <= said < meeting.num_ranks or said in {one.rank for one in processes}:
+                raise EngineError(f"rank {said} came twice or is none of {meeting.num_ranks}; give each its own RANK")
+            processes.append(_Process(said, connection, None))
     processes.sort(key=lambda one: one.rank)
+
+
+@contextlib.contextmanager
+def _listening(meeting: Launched) -> Iterator[socket.socket]:
+    """Give the socket at which ranks meet, and take its file away, where it has one, when all have come."""
+    with socket.socket(socket.AF_UNIX) as server:
+        try:
+            _forget_dead(meeting.meeting)
+            server.bind(meeting.meeting)
+        except OSError:
+            name = meeting.meeting.removeprefix("\0")
+            raise EngineError(f"another engine's ranks meet at {name}; set MASTER_PORT to another number") from None
+        server.listen(meeting.num_ranks)
+        try:
+            yield server
+        finally:
+            if not meeting.meeting.startswith("\0"):
+                Path(meeting.meeting).unlink(missing_ok=True)
+
+
+def _forget_dead(place: str) -> None:
+    """Remove the file of a socket of ours that nobody listens at: its process was killed."""
+    if place.startswith("\0") or not Path(place).exists() or Path(place).stat().st_uid != os.getuid():
+        return
+    with socket.socket(socket.AF_UNIX) as one:
+        try:
+            one.connect(place)
+        except ConnectionRefusedError:
+            Path(place).unlink()
+
+
+def _greeting(connection: socket.socket) -> int | None:
+    """Return the rank that a new connection names; None: it is not one of this user's, or none at all."""
+    if not _is_ours(connection):
+        return None
+    connection.settimeout(_ENDING_S)
+    try:
+        said = connection.recv(_MOST_LINE)
+    except OSError:
+        return None
+    connection.settimeout(None)
+    return int(said) if said.isdigit() and len(said) < 10 else None
+
+
+def _is_ours(connection: socket.socket) -> bool:
+    """Whether the process at the other end belongs to this user."""
+    if not hasattr(socket, "SO_PEERCRED"):  # a file then, which says whose it is
+        place = connection.getpeername() or connection.getsockname()
+        return Path(place).stat().st_uid == os.getuid()
+    size = struct.calcsize("3i")
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return user == os.getuid()
 
 
 def meet(meeting: Launched) -> socket.socket:
@@ -311,6 +360,8 @@ def meet(meeting: Launched) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.connect(meeting.meeting)
+            if not _is_ours(connection):
+                raise PermissionError(f"{meeting.meeting} is another user's")
             connection.sendall(str(meeting.rank).encode())
             return connection
         except OSError:

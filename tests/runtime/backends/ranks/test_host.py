@@ -1,0 +1,123 @@
+"""Ranks that somebody else started meet, whoever else comes to the meeting."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from seekforge.common.errors import EngineError
+from seekforge.runtime.backends.ranks import host
+from seekforge.runtime.backends.ranks.host import Launched, launched, meet
+
+VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": f"{os.getpid()}"}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"RANK": "-1"},
+        {"RANK": "2"},
+        {"RANK": ""},
+        {"RANK": "x\n\x1b[31m"},
+        {"RANK": "9" * 5000},
+        {"WORLD_SIZE": "1e3"},
+        {"WORLD_SIZE": "0"},
+        {"MASTER_PORT": "http"},
+        {"LOCAL_WORLD_SIZE": "1"},
+    ],
+)
+def test_odd_variables_are_one_line(odd: dict[str, str]) -> None:
+    with pytest.raises(EngineError) as error:
+        launched(VARIABLES | odd)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.fixture(params=["linux", "darwin"])
+def meeting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launched:
+    """A meeting of two ranks, as Linux has it and as macOS does."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(host, "_ENDING_S", 0.3)
+    if request.param != "linux":
+        monkeypatch.setattr(sys, "platform", request.param)
+        monkeypatch.delattr(socket, "SO_PEERCRED", raising=False)
+    found = launched(VARIABLES)
+    assert found is not None
+    return found
+
+
+def gathered(meeting: Launched, *visits: Callable[[socket.socket], object]) -> list[int]:
+    """Hold a meeting to which others come before its rank 1; returns the ranks that were let in."""
+    processes: list[host._Process] = []
+    holding = threading.Thread(target=host._await, args=(meeting, processes))
+    holding.start()
+    kept = []
+    for visit in visits:
+        while True:
+            stranger = socket.socket(socket.AF_UNIX)
+            try:
+                stranger.connect(meeting.meeting)
+                break
+            except OSError:  # it has not begun
+                stranger.close()
+        kept.append(stranger)
+        visit(stranger)
+    with meet(Launched(1, 2, meeting.meeting)):
+        holding.join(30)
+    for one in (*kept, *(process.connection for process in processes)):
+        one.close()
+    return [process.rank for process in processes]
+
+
+def test_strangers_at_the_meeting_are_sent_away(meeting: Launched, tmp_path: Path) -> None:
+    visits = (
+        lambda one: one.sendall(b"GET / HTTP/1.1\r\n\r\n"),
+        lambda one: one.sendall(b"9" * 60_000),
+        lambda one: one.close(),
+        lambda one: None,
+        lambda one: one.sendall("²".encode()),
+    )
+    assert gathered(meeting, *visits) == [1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="the system tells no owner of a connection")
+def test_a_process_of_another_user_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the memory, as it would of rank 0, nor a rank that opens what it says."""
+    real = socket.socket.getsockopt
+    foreign = struct.pack("3i", 1, os.getuid() + 1, 0)
+
+    def owner(self: socket.socket, level: int, option: int, size: int = 0) -> object:
+        return foreign if size == len(foreign) else real(self, level, option, size)
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"1")
+        assert host._greeting(ours) == 1
+        theirs.sendall(b"1")
+        monkeypatch.setattr(host, "_is_ours", lambda connection: False)
+        assert host._greeting(ours) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(socket.socket, "getsockopt", owner)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not host._is_ours(ours)
+
+
+def test_the_file_of_a_killed_meeting_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = tmp_path / "meeting"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(place))
+    assert place.exists()
+    assert gathered(Launched(0, 2, str(place))) == [1]
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(place))
+        alive.listen()
+        with pytest.raises(EngineError, match=r"another engine's ranks meet at .*/meeting; set MASTER_PORT"):
+            host._await(Launched(0, 2, str(place)), [])
