@@ -43,6 +43,18 @@ def test_bytes_are_read_at_their_place(tmp_path: Path, monkeypatch: pytest.Monke
         assert file.tell() == 0
 
 
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_no_read_asks_for_more_than_macos_gives(monkeypatch: pytest.MonkeyPatch, has_preadv: bool) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(system, "_MOST_AT_ONCE", 10)
+    if has_preadv:
+        monkeypatch.setattr(os, "preadv", lambda file, out, offset: asked.append(len(out[0])) or 10, raising=False)
+    else:
+        monkeypatch.delattr(os, "preadv", raising=False)
+        monkeypatch.setattr(os, "pread", lambda file, size, offset: asked.append(size) or bytes(size))
+    assert read_at(0, memoryview(bytearray(25)), 0) == 10 and asked == [10]
+
+
 def test_memory_is_told_without_proc_and_is_zero_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_bytes() > 1 << 20
     monkeypatch.setattr(system, "Path", lambda name: Path("/nonexistent"))

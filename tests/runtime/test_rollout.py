@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from seekforge.common.errors import RequestError
+from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.rollout import RolloutEngine
 
@@ -41,6 +43,44 @@ def test_each_rollout_is_sampled_again_alone_by_its_seed(llm: LLM) -> None:
     assert again[1][2].token_ids == groups[1][2].token_ids != other[1][2].token_ids
     with pytest.raises(RequestError, match="best_of"):
         engine.generate(PROMPTS, replace(PARAMS, best_of=4))
+
+
+Call = Callable[[LLM, Any], object]
+ODD: dict[str, tuple[Call, list[Any]]] = {
+    "engine": (lambda llm, odd: RolloutEngine(odd), [None, "engine", Path(), object()]),
+    "record": (
+        lambda llm, odd: RolloutEngine(llm, record=odd),
+        [5, "expert_ids", ["x"], [["expert_ids"]], [None], b"x", {"expert_ids": 1}, {"expert_ids"}],
+    ),
+    "staleness": (
+        lambda llm, odd: RolloutEngine(llm, max_staleness=odd),
+        ["1", 1.5, -1, float("nan"), True, [1]],
+    ),
+    "prompts": (lambda llm, odd: RolloutEngine(llm).generate(odd, PARAMS), [None, 1.5, {}, object(), [[-1]], "\ud800"]),
+    "params": (lambda llm, odd: RolloutEngine(llm).generate(PROMPTS, odd), [None, {}, "greedy", [PARAMS]]),
+    "seed": (
+        lambda llm, odd: RolloutEngine(llm).generate(PROMPTS, PARAMS, seed=odd),
+        ["1", 1.5, -1, float("nan"), True, [1]],
+    ),
+    "tensors": (
+        lambda llm, odd: RolloutEngine(llm).update_weights(odd),
+        [None, [], {1: np.zeros(1)}, {"a": [1.0]}, {"x" * 1_000_000: 1}],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_no_argument_is_refused_at_the_door(llm: LLM, name: str) -> None:
+    call, values = ODD[name]
+    for odd in values:
+        with pytest.raises((RequestError, EngineError)) as told:
+            call(llm, odd)
+        assert "\n" not in str(told.value) and len(str(told.value)) < 400, odd
+    assert llm.metrics().num_running == 0 and llm.weight_version == 0
+
+
+def test_a_seed_may_be_as_large_as_it_likes(llm: LLM) -> None:
+    assert RolloutEngine(llm, record=[]).generate(PROMPTS[0], PARAMS, seed=10**400)
 
 
 def test_what_is_too_old_is_counted_and_left_out(llm: LLM) -> None:

@@ -20,6 +20,8 @@ from seekforge.common.errors import EnvironmentFault
 
 #: Tells a process that was started to do a part of the work which process that was.
 _PARENT = "SEEKFORGE_PARENT_PID"
+#: Bytes of one read: macOS refuses 2 GiB and more.
+_MOST_AT_ONCE = 1 << 30
 #: Of Linux's <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
 
@@ -48,6 +50,7 @@ def read_at(file: int, out: memoryview, offset: int) -> int:
     Raises:
         OSError: the file cannot be read.
     """
+    out = out[:_MOST_AT_ONCE]
     if hasattr(os, "preadv"):
         return os.preadv(file, [out], offset)
     data = os.pread(file, len(out), offset)  # macOS before 11: one copy more

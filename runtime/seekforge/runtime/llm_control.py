@@ -54,7 +54,7 @@ class EngineControl:
             raise EngineError(f"update_weights: tensors is {shown(tensors)}, expected a mapping of names to arrays")
         for name, value in tensors.items():
             if not isinstance(value, np.ndarray):
-                raise EngineError(f"update_weights: {name} is {shown(value)}, expected a NumPy array")
+                raise EngineError(f"update_weights: {shown(name)} is {shown(value)}, expected a NumPy array")
         most = None if max_staleness is None else integer("max_staleness", max_staleness, 0)
         with self._turns.between_steps():
             self._core.backend.update_weights(tensors)

@@ -19,7 +19,7 @@ from seekforge.runtime.engine.outputs import CompletionOutput, RequestOutput
 from seekforge.runtime.llm import LLM
 from seekforge.runtime.sampling.params import TAPS, SamplingParams, completion_seed
 from seekforge.runtime.sequence import FinishReason
-from seekforge.runtime.values import integer
+from seekforge.runtime.values import integer, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,13 @@ class RolloutEngine:
             llm: an open engine.
             max_staleness: see the class.
             record: which choices rollouts bear: "expert_ids", "topk_indices", both or none.
+
+        Raises:
+            RequestError: an argument is something else.
         """
-        self.llm, self.record = llm, tuple(record)
+        if not isinstance(llm, LLM):
+            raise RequestError(f"llm is {shown(llm)}, expected an open LLM")
+        self.llm, self.record = llm, SamplingParams(taps=record).taps
         self.max_staleness = None if max_staleness is None else integer("max_staleness", max_staleness, 0)
         self.num_sampled = self.num_stale = 0
 
@@ -97,6 +102,8 @@ class RolloutEngine:
         Raises:
             RequestError: a prompt cannot be served, or `params` ask for completions that were not sampled alike.
         """
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {shown(params)}, expected SamplingParams")
         if params.best_of is not None:
             raise RequestError("best_of returns the best completions, which no trainer may learn from; use n")
         batch, _ = split_prompts(prompts)

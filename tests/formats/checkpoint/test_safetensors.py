@@ -228,6 +228,22 @@ def test_a_shard_that_shrinks_after_open_is_refused(folder: Path) -> None:
         checkpoint.tensor("f32")
 
 
+def test_a_tensor_is_read_as_it_is_mapped_and_a_shard_may_shrink_meanwhile(folder: Path) -> None:
+    """What is mapped would end the process with SIGBUS, as a server's that swaps weights."""
+    with Checkpoint.open(folder) as checkpoint:
+        for name in checkpoint.names:
+            copy, mapped = checkpoint.read(name), checkpoint.tensor(name)
+            assert (copy.dtype, copy.shape, copy.tobytes()) == (mapped.dtype, mapped.shape, mapped.tobytes())
+        held = [name for name in checkpoint.names if checkpoint.info(name).shard == FIRST]
+        last = max(held, key=lambda name: checkpoint.info(name).begin)
+        cut(FIRST, -1)(folder)
+        with pytest.raises(CheckpointError, match=rf"{FIRST}: cannot be read \(ends before {last}\)"):
+            checkpoint.read(last)
+        (folder / FIRST).unlink()
+        with pytest.raises(CheckpointError, match=r"cannot be read \(No such file"):
+            checkpoint.read(last)
+
+
 # --- what is wrong with a header ----------------------------------------------------------------------------
 
 

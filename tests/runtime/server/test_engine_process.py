@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.engine.scheduler import QueueFullError
 from seekforge.runtime.server.channel import Piece
 from seekforge.runtime.server.engine_client import EngineDeadError, EngineProcess, Stream
+from seekforge.runtime.server.engine_process import CALLS
 
 OPTIONS = {"threads": 1, "num_blocks": 60, "self_check": False}
 
@@ -150,6 +152,13 @@ def test_weights_are_swapped_from_a_folder(
             await client.call("update_weights", path=str(tmp_path))
 
     run(tiny_engines["exact"], work)
+
+
+@pytest.mark.parametrize("path", ["", "\0", "a\0b", "x" * 5000, "/dev/zero", "/dev/null", "\ud800", "/proc/self/mem"])
+def test_weights_of_an_odd_place_are_refused(path: str) -> None:
+    with pytest.raises(RequestError) as told:
+        CALLS["update_weights"](SimpleNamespace(update_weights=lambda tensors: pytest.fail("swapped")), path=path)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 500
 
 
 def test_an_engine_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ headers only, so a 690 GB checkpoint opens in seconds; a tensor is a view of the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import numpy as np
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import CheckpointError
 from seekforge.common.reading import is_there
+from seekforge.common.system import read_at
 from seekforge.formats.checkpoint.shard_header import Shard, TensorInfo, read_shard
 from seekforge.formats.checkpoint.shard_index import (
     INDEX_FILE,
@@ -114,6 +116,29 @@ class Checkpoint:
         if info.num_bytes == 0:
             return np.empty(info.shape, dtype)
         return np.ndarray(info.shape, dtype, buffer=self._map(info.shard), offset=info.begin)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a copy of a tensor, as `tensor` has it, by reading: a shard that shrinks meanwhile is no SIGBUS.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its shard cannot be read or is shorter than when opened.
+        """
+        info = self.info(name)
+        path = self.folder / info.shard
+        out = np.empty(info.shape, NUMPY[info.dtype])
+        left, place = memoryview(out.reshape(-1).view(np.uint8)), info.begin
+        try:
+            with path.open("rb") as file:
+                while left:
+                    count = read_at(file.fileno(), left, place)
+                    if count == 0:
+                        raise OSError(errno.EIO, f"ends before {name}")
+                    left, place = left[count:], place + count
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror}); do not write to a checkpoint in use, start again"
+            ) from None
+        return out
 
     def index_digest(self) -> str:
         """Return a SHA-256, in hex, over the index and every shard's name, size and header.

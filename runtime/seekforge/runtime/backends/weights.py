@@ -9,7 +9,11 @@ import numpy as np
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import EngineError
+from seekforge.common.records import shown
 from seekforge.formats.weight_recipes import Recipe, tensors_of
+
+#: Characters of a name that are looked at for a better spelling: those of a checkpoint have some 60.
+_LONGEST_NAME = 200
 
 
 class GivenTensors:
@@ -40,9 +44,9 @@ def changed_constants(
     for name, value in tensors.items():
         leaf = expected.get(name)
         if leaf is None:
-            near = difflib.get_close_matches(name, [known for known in expected if known], n=1)
+            near = difflib.get_close_matches(name[:_LONGEST_NAME], [known for known in expected if known], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise EngineError(f"update_weights: the engine reads no tensor {name!r}{hint}")
+            raise EngineError(f"update_weights: the engine reads no tensor {shown(name)}{hint}")
         if tuple(value.shape) != leaf.shape or value.dtype != NUMPY[leaf.dtype]:
             raise EngineError(
                 f"update_weights: {name} is {value.dtype} {tuple(value.shape)}, expected "

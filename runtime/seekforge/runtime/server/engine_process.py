@@ -28,6 +28,7 @@ from seekforge.runtime.openai.answers import TokenRow
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.sequence import TokenLogprobs
 from seekforge.runtime.server.channel import Channel, End, Piece
+from seekforge.runtime.values import shown
 
 #: Threads that prepare requests: encode text, compile grammars.
 _PREPARERS = 2
@@ -183,10 +184,12 @@ def _update_weights(llm: LLM, path: str) -> int:
     """Swap in the tensors of a folder of safetensors; returns their number."""
     try:
         with Checkpoint.open(Path(path)) as checkpoint:
-            tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+            tensors = {name: checkpoint.read(name) for name in checkpoint.names}
             llm.update_weights(tensors)
     except (CheckpointError, EngineError) as error:  # of the folder, or of tensors that this engine does not read
         raise RequestError(str(error)) from None
+    except OSError as error:  # such as of a name that no file can have
+        raise RequestError(f"{shown(path)}: cannot be read ({error.strerror}); pass the path of a folder") from None
     return len(tensors)
 
 
