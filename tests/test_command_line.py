@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -17,6 +18,8 @@ from click.testing import CliRunner, Result
 
 from seekforge.common.cli.options import Command, Group, Listed, Number, Whole
 from seekforge.runtime.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
@@ -83,6 +86,38 @@ def test_every_help_has_examples_that_the_command_understands(name: str) -> None
         assert typed[: 1 + len(name.split())] == ["seekforge", *name.split()], line
         rest = typed[1 + len(name.split()) :]
         command.make_context(name, rest, parent=click.Context(cli.main, info_name="seekforge"))
+
+
+def documented() -> list[Any]:
+    """Return every `seekforge` line of the pages, and of the files that run it: (place, words behind the command)."""
+    found = []
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*")]
+    for page in sorted([*pages, ROOT / "Makefile", ROOT / "Containerfile"]):
+        if not page.is_file():
+            continue
+        text, variables = page.read_text(encoding="utf-8").replace("\\\n", " "), {}
+        for line in text.splitlines():
+            if assigned := re.match(r'\$ (\w+)="([^"]*)"$', line):
+                variables[f"${assigned[1]}"] = assigned[2]
+            match = re.match(r"(?:\$ |\s*(?:.venv/bin/)?(?:python -m )?)seekforge ([a-z-]+(?: .*)?)$", line)
+            if match is None or (page.suffix == ".md" and not line.startswith("$ ")):
+                continue
+            said = match[1].partition("  #")[0].removesuffix(" &")
+            for name, value in variables.items():
+                said = said.replace(name, value)
+            found.append(pytest.param(shlex.split(said), id=f"{page.name}: {said[:50]}"))
+    return found
+
+
+@pytest.mark.parametrize("words", documented())
+def test_every_command_of_the_pages_is_understood(words: list[str]) -> None:
+    name = next(name for name in sorted(LEAVES, key=len, reverse=True) if name.split() == words[: len(name.split())])
+    parent = click.Context(cli.main, info_name="seekforge")
+    LEAVES[name].make_context(name, words[len(name.split()) :], parent=parent)
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(documented()) > 40
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
