@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.support.lm_eval_tasks import write_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 _WATCHED = (
-    "trace=socket,connect,openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2,symlink,symlinkat,link,linkat"
+    "trace=socket,connect,bind,openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2,symlink,symlinkat,link,linkat"
 )
 _SOCKET = re.compile(r"\bsocket\((AF_\w+)")
 #: Asks this machine's name service who the user is, as the C library's `getpwuid` does; it is no network.
@@ -50,14 +56,37 @@ class Watch:
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
 
-    def run(self, *args: object) -> tuple[list[str], list[str]]:
+    def run(self, *args: object, typed: str = "") -> tuple[list[str], list[str]]:
         """Run a command, which must succeed.
+
+        Args:
+            args: the words after `seekforge`.
+            typed: what it gets on its standard input.
 
         Returns:
             Families of the sockets that it made, and paths that it wrote outside of its folders.
         """
-        command = [sys.executable, "-m", "seekforge", *map(str, args)]
-        watch = [
+        done = subprocess.run(
+            self._command(*args), cwd=self.work, env=self._environment, input=typed, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return self.seen()
+
+    @contextmanager
+    def running(self, *args: object) -> Iterator[subprocess.Popen[str]]:
+        """Run a command beside the test, which is over when the block is; `seen` says then what it did."""
+        with subprocess.Popen(
+            self._command(*args), cwd=self.work, env=self._environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+    def _command(self, *args: object) -> list[str]:
+        return [
             "strace",
             "-f",
             "--seccomp-bpf",
@@ -71,12 +100,19 @@ class Watch:
             "4096",
             "-o",
             str(self._log),
+            sys.executable,
+            "-m",
+            "seekforge",
+            *map(str, args),
         ]
-        done = subprocess.run(
-            [*watch, *command], cwd=self.work, env=self._environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def calls(self) -> list[str]:
+        """Return the calls of the last command."""
+        return self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def seen(self) -> tuple[list[str], list[str]]:
+        """Return what `run` does, of the last command."""
+        lines = self.calls()
         families = [match[1] for match in map(_SOCKET.search, lines) if match is not None]
         for _ in filter(_NAME_SERVICE.search, lines):
             families.remove("AF_UNIX")
@@ -153,8 +189,59 @@ def test_no_command_opens_a_socket_or_leaves_anything(watch: Watch, tiny_checkpo
          "--against", "transformers"),
         ("kernels", "build", "kernels", "--sm", "89", "--op", "DsaCacheWrite"),
         ("build", "program", "rtx", "--target", "rtx4090", "--checkpoint", tiny_checkpoint),
+        ("dump", "engine", "dumped", "--contexts", "5", "--modes", "whole,decode"),
+        ("plan", tiny_checkpoint),
+        ("completion", "bash"),
     ):  # fmt: skip
         assert (args, watch.run(*args), watch.left()) == (args, ([], []), [])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_training_opens_no_socket_and_leaves_its_checkpoint_alone(watch: Watch) -> None:
+    examples = watch.work / "examples.jsonl"
+    examples.write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n' * 4, encoding="utf-8")
+    for args in (
+        ("new-checkpoint", "nano", "--preset", "nano"),
+        ("train", "tuned", "--checkpoint", "nano", "--data", examples, "--steps", 1, "--threads", 1),
+    ):
+        assert (args, watch.run(*args), watch.left()) == (args, ([], []), [])
+    assert sorted(path.name for path in watch.work.iterdir()) == ["examples.jsonl", "nano", "tuned"]
+
+
+def test_a_conversation_opens_no_socket_and_leaves_nothing(watch: Watch, tiny_engines: dict[str, Path]) -> None:
+    typed = "Hello\n/new\nagain\n/quit\n"
+    args = ("chat", tiny_engines["fp8"], "--max-tokens", 2, "--quiet", "--no-thinking")
+    assert watch.run(*args, typed=typed) == ([], [])
+    assert watch.left() == [] and not list(watch.work.iterdir())
+
+
+def test_a_server_listens_where_it_was_asked_and_calls_nobody(watch: Watch, tiny_engines: dict[str, Path]) -> None:
+    with watch.running("serve", tiny_engines["fp8"], "--port", 0, "--threads", 1, "--json", "--quiet") as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        body = json.dumps({"prompt": "Hello", "max_tokens": 2}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.loads(answer.read())["choices"]
+        traced = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+        os.kill(traced, signal.SIGTERM)
+        process.wait(60)
+    families, written = watch.seen()
+    network = [line for line in watch.calls() if re.search(r"\b(?:bind|connect)\(.*sa_family=AF_INET", line)]
+    assert written == [] and watch.left() == []
+    assert set(families) <= {"AF_INET", "AF_UNIX"} and families.count("AF_INET") == 1
+    assert len(network) == 1 and "bind(" in network[0] and 'inet_addr("127.0.0.1")' in network[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+def test_scoring_local_tasks_opens_no_socket_and_leaves_nothing(watch: Watch, tiny_engines: dict[str, Path]) -> None:
+    tasks = watch.work / "tasks"
+    write_tasks(tasks, 2)
+    args = ("eval", tiny_engines["fp8"], "--tasks", "words_choice", "--include-path", tasks, "--output", "scores")
+    assert watch.run(*args) == ([], [])
+    assert watch.left() == []
 
 
 def test_the_library_is_told_before_anything_can_import_it() -> None:

@@ -102,6 +102,15 @@ def slow(how):
         with stages.bytes_bar("bytes") as bar:
             bar(1, 2)
             raise OutputError("no")
+    if how == "begins":
+        from rich.progress import Progress
+        start = Progress.start
+        def interrupted(self):
+            start(self)
+            raise KeyboardInterrupt
+        Progress.start = interrupted  # when the cursor is hidden and before the block is entered
+        with stages.bytes_bar("bytes"):
+            pass
     if how == "error":
         raise OutputError("no")
     if how == "bug":
@@ -115,7 +124,9 @@ cli.main(["export", sys.argv[1]])
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("error", 2), ("bar", 2), ("bug", 1)])
+@pytest.mark.parametrize(
+    ("how", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("error", 2), ("bar", 2), ("bug", 1), ("begins", 130)]
+)
 def test_the_cursor_comes_back_on_every_way_out(how: str, code: int) -> None:
     ours, theirs = os.openpty()
     process = subprocess.Popen(

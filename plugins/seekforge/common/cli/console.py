@@ -193,7 +193,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         context = click.get_current_context(silent=True)
         if context is not None:
-            context.call_on_close(self.stop)
+            context.call_on_close(self._close)
 
     def __call__(self, stage: str) -> None:
         """Close the stage before and start `stage`."""
@@ -227,6 +227,12 @@ class Stages:
         self._current = None
         if self._status is not None:
             self._status.stop()
+
+    def _close(self) -> None:
+        """End what is shown, and show the cursor: an interrupt while a bar begins leaves nobody who would."""
+        self.stop()
+        if self._status is not None:
+            self._console.show_cursor(True)
 
     def say(self, text: str) -> None:
         """Print a line between stages."""

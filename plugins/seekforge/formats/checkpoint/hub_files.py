@@ -310,13 +310,13 @@ class Answer:
             self.broken = True
 
 
-def _range(found: str, start: int) -> tuple[int, int | None]:
-    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", found)
+def _range(said: str, start: int) -> tuple[int, int | None]:
+    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", said)
     if match is None:
-        raise ValueError(f"with Content-Range {found[:60]!r}, expected bytes {start}-…")
+        raise ValueError(f"with Content-Range {said[:60]!r}, expected bytes {start}-…")
     first, last, total = int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
     if first != start or last < first or (total is not None and last >= total):
-        raise ValueError(f"with Content-Range {found!r}, expected bytes {start}-…")
+        raise ValueError(f"with Content-Range {said!r}, expected bytes {start}-…")
     return start, total
 
 

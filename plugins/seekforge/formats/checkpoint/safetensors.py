@@ -126,7 +126,7 @@ class Checkpoint:
         info = self.info(name)
         path = self.folder / info.shard
         out = np.empty(info.shape, NUMPY[info.dtype])
-        left, place = memoryview(out.reshape(-1).view(np.uint8)), info.begin
+        left, place = out.reshape(-1).view(np.uint8).data, info.begin
         try:
             with path.open("rb") as file:
                 while left:
