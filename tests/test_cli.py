@@ -26,7 +26,7 @@ from seekforge.common.files import json_text
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.checkpoint.shard_writer import write_shard
-from seekforge.formats.digests import chunk_bytes
+from seekforge.formats.engine.digests import chunk_bytes
 from seekforge.formats.engine.manifest import MANIFEST, manifest_digest
 from seekforge.runtime.cli import main as cli
 

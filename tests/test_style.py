@@ -1,9 +1,10 @@
-"""Names and docstrings that a linter has no rule for: in the source roots, but for the text of kernels."""
+"""Names, docstrings and folders that a linter has no rule for: in the source roots, but for the text of kernels."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ SOURCES = sorted(
 VAGUE = frozenset({"asked", "found", "given", "mine", "own", "theirs"})
 #: How a line of `Args` or `Attributes` begins that does not say what it names is, such as "config: of the model.".
 FRAGMENT = re.compile(r"(?:of|per|by|from|under|into|in|on|to|that)\b(?! of\b)")
+#: A folder of more modules is no longer read at a glance: it gets rooms.
+MOST_MODULES = 16
 ARGUMENT = re.compile(r" {4}([\w*]+(?:, [\w*]+)*): (.*)")
 
 
@@ -57,6 +60,11 @@ def fragments(tree: ast.AST) -> Iterator[tuple[int, str]]:
             match = ARGUMENT.fullmatch(line)
             if in_section and match and FRAGMENT.match(match[2]):
                 yield getattr(node, "lineno", 1), line.strip()
+
+
+def test_no_folder_has_more_modules_than_one_looks_over() -> None:
+    numbers = Counter(path.parent for path in SOURCES if path.name != "__init__.py")
+    assert {str(folder.relative_to(ROOT)): n for folder, n in numbers.items() if n > MOST_MODULES} == {}
 
 
 def test_variables_are_named_after_what_they_hold() -> None:

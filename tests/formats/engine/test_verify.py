@@ -18,10 +18,10 @@ import onnx
 import pytest
 
 from seekforge.common.errors import EngineError
-from seekforge.formats import digests
+from seekforge.formats.engine import digests
 from seekforge.formats.engine.manifest import MANIFEST, load_manifest, save_manifest
 from seekforge.formats.engine.verify import verify_files
-from seekforge.formats.weight_file import WEIGHTS
+from seekforge.formats.engine.weight_file import WEIGHTS
 from seekforge.runtime.engine.engine_folder import Engine
 
 

@@ -15,9 +15,9 @@ from seekforge.common.files import json_text, sha256_file, write_json
 from seekforge.common.paths import RelativePath
 from seekforge.common.reading import LISTING_BYTES, parse_json, read_bytes
 from seekforge.common.records import Record, RecordError
-from seekforge.formats.digests import chunk_digests
 from seekforge.formats.end_of_sequence import end_ids
 from seekforge.formats.engine.agreement import disagreement
+from seekforge.formats.engine.digests import chunk_digests
 from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO

@@ -16,9 +16,9 @@ import numpy as np
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import EngineError
 from seekforge.common.records import Record, RecordError
+from seekforge.formats.engine.weight_file import constant_bytes, own_layout
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.program import GraphIO
-from seekforge.formats.weight_file import constant_bytes, own_layout
 from seekforge.formats.weight_recipes import Recipe
 
 #: Starts of those names.

@@ -15,11 +15,11 @@ from pathlib import Path
 from seekforge.common.errors import EngineError, SeekforgeError
 from seekforge.common.files import sha256_file
 from seekforge.common.paths import inside
-from seekforge.formats.digests import Damage, chunk_bytes, damaged, num_chunks
 from seekforge.formats.engine import verified
+from seekforge.formats.engine.digests import Damage, chunk_bytes, damaged, num_chunks
 from seekforge.formats.engine.manifest import MANIFEST, FileDigest, Manifest, rebuild_command
+from seekforge.formats.engine.weight_file import WEIGHTS, constants_in
 from seekforge.formats.program import load_bindings
-from seekforge.formats.weight_file import WEIGHTS, constants_in
 
 #: Told (bytes that were read, bytes that will be).
 OnVerify = Callable[[int, int], None]

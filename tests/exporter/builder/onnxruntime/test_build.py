@@ -24,10 +24,10 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.engine.verify import verify_files
+from seekforge.formats.engine.weight_file import WEIGHTS
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import Precision, load_target
-from seekforge.formats.weight_file import WEIGHTS
 
 
 def build_cpu(

@@ -13,9 +13,9 @@ from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.onnxruntime.build import build
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.program.export import export
+from seekforge.formats.engine.weight_file import WEIGHTS
 from seekforge.formats.numerics import EXACT
 from seekforge.formats.targets import load_target
-from seekforge.formats.weight_file import WEIGHTS
 
 _PREFILL = """
 import json, resource, sys

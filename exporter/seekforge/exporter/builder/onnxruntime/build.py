@@ -47,12 +47,12 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Limits, Manifest
 from seekforge.formats.engine.ranks import Ranks
+from seekforge.formats.engine.weight_file import ALIGNMENT, WEIGHTS, is_divided
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
 from seekforge.formats.step_io import MODEL
 from seekforge.formats.step_runner import StepRunner
 from seekforge.formats.targets import Precision, TargetConfig
-from seekforge.formats.weight_file import ALIGNMENT, WEIGHTS, is_divided
 from seekforge.formats.weight_recipes import Recipe, tensors_of
 from seekforge.plugins.operator import cdiv
 

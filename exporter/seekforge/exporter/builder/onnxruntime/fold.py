@@ -20,8 +20,8 @@ from onnx import TensorProto, helper
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.quantize import MS_DOMAIN, quantize_experts, quantize_linear
+from seekforge.formats.engine.weight_file import WeightLayout, constant_bytes
 from seekforge.formats.int_quant import Quantization
-from seekforge.formats.weight_file import WeightLayout, constant_bytes
 from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate_into, transpose, wide_values
 from seekforge.plugins.functions.attach import operator_of
 from seekforge.plugins.operator import FoldedForm, OpSpec

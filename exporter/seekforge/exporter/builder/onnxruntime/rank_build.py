@@ -20,8 +20,8 @@ from seekforge.exporter.builder.request import read_graph
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits
 from seekforge.formats.engine.ranks import Ranks
+from seekforge.formats.engine.weight_file import WEIGHTS, is_divided
 from seekforge.formats.program import GraphIO, Program, TensorSpec
-from seekforge.formats.weight_file import WEIGHTS, is_divided
 from seekforge.formats.weight_recipes import Recipe, TensorSource, for_rank
 
 

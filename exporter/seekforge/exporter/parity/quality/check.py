@@ -28,9 +28,9 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.engine.verify import listed_files
+from seekforge.formats.engine.weight_file import WEIGHTS
 from seekforge.formats.quality import FormName, QualityTasks, TaskQuality
 from seekforge.formats.quality_run import DraftsRun, RunAnswer, RunRequest, RunRow, SpeedRun, selections_file
-from seekforge.formats.weight_file import WEIGHTS
 from seekforge.formats.weight_recipes import TensorSource
 
 REPORT_FORMAT: Final = 1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from seekforge.formats import digests
-from seekforge.formats.digests import Damage, chunk_bytes, chunk_digests, damaged, num_chunks
+from seekforge.formats.engine import digests
+from seekforge.formats.engine.digests import Damage, chunk_bytes, chunk_digests, damaged, num_chunks
 
 CHUNK = 128 << 10
 
