@@ -13,7 +13,7 @@ import pytest
 
 from seekforge.common.errors import EngineError
 from seekforge.runtime import LLM, AsyncLLM, SamplingParams
-from seekforge.runtime.llm_options import LLMOptions
+from seekforge.runtime.llm import LLMOptions
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 

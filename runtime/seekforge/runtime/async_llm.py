@@ -16,9 +16,8 @@ from seekforge.runtime.engine.chat_output import AnswerReader
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.outputs import Delta, RequestOutput
 from seekforge.runtime.engine.request import raise_if_failed
-from seekforge.runtime.llm import LLM
+from seekforge.runtime.llm import LLM, LLMOptions
 from seekforge.runtime.llm_chat import Conversation
-from seekforge.runtime.llm_options import LLMOptions
 from seekforge.runtime.sampling.params import SamplingParams
 
 

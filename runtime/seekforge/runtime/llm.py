@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime.arguments import (
@@ -46,6 +47,26 @@ from seekforge.runtime.llm_options import check_place, checked_drafts, decide_si
 from seekforge.runtime.sampling.params import TAPS, SamplingParams
 from seekforge.runtime.text.tokenizer import Tokenizer
 from seekforge.runtime.values import integer, shown
+
+
+class LLMOptions(TypedDict, total=False):
+    """Keywords of `LLM` that `AsyncLLM` takes as they are; documented there."""
+
+    max_model_len: int | None
+    max_batch_size: int | None
+    max_num_batched_tokens: int | None
+    num_blocks: int | None
+    kv_cache_memory: int | None
+    num_speculative_tokens: int
+    speculation_off_switch: bool
+    prefix_caching: bool
+    deterministic: bool
+    threads: int | None
+    checkpoint: Path | str | None
+    self_check: bool
+    on_step: Callable[[StepMetrics], None] | None
+    before_load: Callable[[LLM], None] | None
+    on_load: OnLoad | None
 
 
 class LLM(Conversations, EngineControl):

@@ -6,21 +6,15 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypedDict, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.runtime.backends.base import OnLoad
 from seekforge.runtime.engine.cache_size import decide_num_blocks, free_memory
-from seekforge.runtime.engine.core import StepMetrics
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.speculative import MAX_DRAFTS
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.values import boolean, integer, is_integer, shown
-
-if TYPE_CHECKING:
-    from seekforge.runtime.llm import LLM
 
 _Self = TypeVar("_Self")
 _Arguments = ParamSpec("_Arguments")
@@ -38,26 +32,6 @@ _BOOLEANS = ("speculation_off_switch", "prefix_caching", "deterministic", "self_
 _CALLED = ("on_step", "on_load", "before_load")
 #: Options that None does not leave open.
 _NEVER_NONE = ("num_speculative_tokens", *_BOOLEANS)
-
-
-class LLMOptions(TypedDict, total=False):
-    """Keywords of `LLM` that `AsyncLLM` takes as they are; documented there."""
-
-    max_model_len: int | None
-    max_batch_size: int | None
-    max_num_batched_tokens: int | None
-    num_blocks: int | None
-    kv_cache_memory: int | None
-    num_speculative_tokens: int
-    speculation_off_switch: bool
-    prefix_caching: bool
-    deterministic: bool
-    threads: int | None
-    checkpoint: Path | str | None
-    self_check: bool
-    on_step: Callable[[StepMetrics], None] | None
-    before_load: Callable[[LLM], None] | None
-    on_load: OnLoad | None
 
 
 def options_checked(
