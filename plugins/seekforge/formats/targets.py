@@ -32,6 +32,10 @@ class Gpu(Record):
     """What the GPU has. Rates are dense, per second; None where the hardware lacks the type.
 
     `link_gb_s` is what it sends to the other GPUs of its server, in one direction; None where nobody says.
+
+    Attributes:
+        num_sms: how many multiprocessors it has.
+        clock_mhz: their clock at which the rates hold.
     """
 
     memory_gib: Rate
@@ -39,6 +43,8 @@ class Gpu(Record):
     bf16_tflops: Rate
     fp8_tflops: Rate | None
     fp4_tflops: Rate | None
+    num_sms: Positive
+    clock_mhz: Rate
     link_gb_s: Rate | None = None
 
 

@@ -328,6 +328,7 @@ class KernelForm:
 
     Attributes:
         launch: module of the launch plans (`launch_plan.OpKernels`); `kernel.py` beside it has the device code.
+        cost: module that says what each launch moves and computes (`cost.work.OpCost`).
         static_sizes: what a model fixes: sizes and attributes that the kernels are compiled for, and limits look at.
         step_sizes: what one step fixes beside them, for each kind of call.
         known_spills: (variant, SM) -> most bytes of stack that a compiled kernel may have, and why.
@@ -335,6 +336,7 @@ class KernelForm:
     """
 
     launch: str
+    cost: str
     static_sizes: Callable[[RankModel], dict[str, Any]]
     step_sizes: Callable[[RankModel, Step], Iterable[dict[str, Any]]]
     known_spills: Mapping[tuple[str, int], tuple[int, str]]

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE, index_row_bytes, latent_row_bytes
 
 #: Largest finite e4m3 value, its reciprocal in f32 (0x3B124925), the floor of a block's amax, and the block.
 E4M3_MAX = 448.0
@@ -19,7 +19,7 @@ AMAX_FLOOR = 1e-4
 BLOCK = 128
 
 #: Bytes of one latent record per 512 latent values, bytes of one indexer key (spec §7).
-INDEX_KEY_BYTES = 132
+INDEX_KEY_BYTES = index_row_bytes(128, "fp8_ds")
 
 
 def ue8m0_scale(amax: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def hadamard_matrix(size: int = BLOCK) -> Tensor:
 
 def latent_record_bytes(kv_lora_rank: int, rope_dim: int) -> int:
     """Bytes of one fp8_ds latent record: e4m3 latent, f32 scale per 128, bf16 rotary key (656 for V3.2)."""
-    return kv_lora_rank + kv_lora_rank // BLOCK * 4 + rope_dim * 2
+    return latent_row_bytes(kv_lora_rank, rope_dim, "fp8_ds")
 
 
 def pack_latent(c: Tensor, k_pe: Tensor) -> Tensor:

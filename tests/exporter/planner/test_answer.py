@@ -18,7 +18,7 @@ from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.planner.answer import answer, best, fewest, layouts
 from seekforge.exporter.planner.cli import plan
 from seekforge.exporter.planner.question import Question
-from seekforge.exporter.planner.speed import cache_read_bytes, experts_hit, speed
+from seekforge.exporter.planner.speed import cache_read_bytes, speed
 from seekforge.exporter.program.cli import export
 from seekforge.exporter.sizing.flops import indexer_flops, linear_flops, prefill_attention_flops
 from seekforge.exporter.sizing.matrices import held_bytes, layer_matrices
@@ -27,6 +27,7 @@ from seekforge.exporter.sizing.stages import rank_weight_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import load_target
+from seekforge.plugins.cost.work import experts_hit
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
 FP8 = Question("fp8", "fp8_ds")

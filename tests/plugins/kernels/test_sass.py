@@ -163,3 +163,58 @@ def test_what_was_read_comes_back_from_its_line() -> None:
     assert sass.from_json(sass.to_json(code)) == code
     without = sass.read(listing("EXIT"))
     assert sass.from_json(sass.to_json(without)) == without
+
+
+@pytest.mark.parametrize(
+    ("opcode", "kind"),
+    [
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", "tensor"),
+        ("FFMA.FTZ", "float"),
+        ("HFMA2.BF16_V2", "float"),
+        ("MUFU.EX2", "special"),
+        ("F2FP.BF16.F32.PACK_AB", "convert"),
+        ("LDGSTS.E.BYPASS.LTC128B.128", "global"),
+        ("LDSM.16.M88.4", "shared"),
+        ("ATOMS.POPC.INC.32", "shared"),
+        ("STL.64", "spill"),
+        ("SHFL.BFLY", "exchange"),
+        ("BAR.SYNC.DEFER_BLOCKING", "sync"),
+        ("WARPGROUP.DEPBAR.LE", "sync"),
+        ("BRA.U", "control"),
+        ("IMAD.WIDE", "integer"),
+        ("LOP3.LUT", "integer"),
+        ("R2UR", "integer"),
+    ],
+)
+def test_what_an_instruction_does(opcode: str, kind: str) -> None:
+    assert sass.kind(opcode) == kind and kind in sass.KINDS
+
+
+def test_innermost_loops_are_told_by_kind_whether_they_multiply_or_not() -> None:
+    text = """
+        MOV R1, R2
+        .L_x_0:
+        IADD3 R3, R3, 0x1, RZ
+        .L_x_1:
+        LDG.E.128 R4, [R2]
+        BAR.SYNC.DEFER_BLOCKING 0x0
+        FADD R8, R8, R4
+        @P0 BRA `(.L_x_1)
+        .L_x_2:
+        LDGSTS.E.BYPASS.128 [R5], [R6.64]
+        HMMA.16816.F32.BF16 R8, R4, R6, R8
+        @P1 BRA `(.L_x_2)
+        @P2 BRA `(.L_x_0)
+        .L_x_3:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R4
+        @!P0 BRA `(.L_x_3)
+        EXIT
+    """
+    code = sass.read(listing(text))
+    first, second = code.bodies
+    assert first.kinds == {"float": 1, "global": 1, "sync": 1, "control": 1} and first.instructions == 4
+    assert (first.barriers, first.waits, first.copies, first.tensor) == (1, True, False, {})
+    assert second.kinds == {"tensor": 1, "global": 1, "control": 1} and second.tensor == {"HMMA.16816.F32.BF16": 1}
+    assert (second.barriers, second.waits, second.copies) == (0, False, True)
+    assert sum(code.kinds.values()) == code.instructions
+    assert sass.from_json(sass.to_json(code)) == code

@@ -22,10 +22,8 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import shown, write_json
 from seekforge.common.errors import OutputError, TargetError
 from seekforge.exporter.builder import kernel_numbers
-from seekforge.exporter.checkpoint.presets import known_presets, load_preset
-from seekforge.exporter.checkpoint.source import headers
+from seekforge.exporter.builder.estimate_cli import config_of, estimate
 from seekforge.exporter.option_types import MODEL
-from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import INDEX
 from seekforge.plugins.kernels.kernel_set import KernelSet
@@ -36,7 +34,10 @@ from seekforge.plugins.registry import WITH_KERNELS
 
 @click.group("kernels", cls=Group)
 def kernels() -> None:
-    """Compile the operators' GPU kernels ahead of time."""
+    """Compile the operators' GPU kernels ahead of time, and estimate what their launches cost."""
+
+
+kernels.add_command(estimate)
 
 
 @kernels.command(
@@ -71,11 +72,7 @@ def build(
 ) -> None:
     """Compile every kernel that the model needs into the folder OUT, and print what their code costs. Needs no GPU."""
     _check_store(store)
-    if model in known_presets():
-        config = load_preset(model).config
-    else:
-        with headers(model, config_only=True) as folder:
-            config = ModelConfig.load(folder)
+    config = config_of(model)
     ops = operators(config, kv_format=kv_cache_dtype)
     unknown = set(only) - set(ops)
     if unknown:

@@ -32,7 +32,7 @@ def targets(names: tuple[str, ...], *, markdown: bool, as_json: bool) -> None:
     else:
         out = console()
         for title, header, rows in _tables(configs):
-            numbers = {"SM", "GiB", "GB/s", "BF16", "FP8", "FP4", "link"}
+            numbers = {"SM", "GiB", "GB/s", "BF16", "FP8", "FP4", "SMs", "MHz", "link"}
             columns = [Column(name, "number" if name in numbers else "words") for name in header]
             table = Table(columns, title=title, lines=True)
             for row in rows:
@@ -58,7 +58,8 @@ def _tables(configs: list[TargetConfig]) -> list[tuple[str, list[str], list[list
         ]
         for target in configs
     ]
-    header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "link", "products", "cache"]
+    header = ["name", "hardware", "SM", "backend", "GiB", "GB/s", "BF16", "FP8", "FP4", "SMs", "MHz", "link"]
+    header += ["products", "cache"]
     ops = [[op, *(support(op, sm) for sm in _classes(configs).values())] for op in WITH_KERNELS]
     listed = [[limit.op, " and ".join(limit.forms), limit.key, limit.expected] for limit in limits()]
     return [

@@ -26,6 +26,7 @@ from seekforge.exporter.sizing.stages import rank_share, rank_weight_bytes, stag
 from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import FP8_SM, TargetConfig
+from seekforge.plugins.cost.work import experts_hit
 
 _NO_FLOPS = Flops()
 
@@ -303,8 +304,3 @@ def cache_read_bytes(config: ModelConfig, kv_format: KvFormat, context: int, lay
     latent, index = cache_row_bytes(config, kv_format)
     scored = context if context > config.index_topk else 0  # a short context needs no scores
     return num_indexers(config, layers) * index * scored + len(layers) * latent * int(seen_keys(config, context))
-
-
-def experts_hit(num_experts: int, per_token: int, num_tokens: float) -> float:
-    """Return how many experts a step of `num_tokens` reads, if tokens choose evenly and independently."""
-    return num_experts * (1.0 - (1.0 - per_token / num_experts) ** num_tokens)

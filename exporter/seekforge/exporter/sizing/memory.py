@@ -15,8 +15,7 @@ from seekforge.exporter.sizing.matrices import Precision, all_layers, num_indexe
 from seekforge.exporter.sizing.scratch import ANY_KERNELS, Kernels, step_scratch_bytes
 from seekforge.exporter.sizing.stages import stages
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.numerics import FP8_BLOCK
-from seekforge.formats.paged_cache import BLOCK_SIZE
+from seekforge.formats.paged_cache import BLOCK_SIZE, index_row_bytes, latent_row_bytes
 from seekforge.formats.parallelism import Parallelism
 from seekforge.plugins.dsa_indexer.spec import SPEC as DSA_INDEXER
 
@@ -50,11 +49,8 @@ def cache_bytes_per_token(config: ModelConfig, kv_format: KvFormat, *, layers: C
 
 def cache_row_bytes(config: ModelConfig, kv_format: KvFormat) -> tuple[int, int]:
     """Return the bytes that one token takes in one layer's caches: its latent, and its key where an indexer is."""
-    if kv_format == "fp8_ds":
-        latent = config.kv_lora_rank + 4 * -(-config.kv_lora_rank // FP8_BLOCK) + 2 * config.qk_rope_head_dim
-        return latent, config.index_head_dim + 4
-    size = 2 if kv_format == "bf16" else 4
-    return config.latent_dim * size, config.index_head_dim * size
+    latent = latent_row_bytes(config.kv_lora_rank, config.qk_rope_head_dim, kv_format)
+    return latent, index_row_bytes(config.index_head_dim, kv_format)
 
 
 def cache_bytes(config: ModelConfig, kv_format: KvFormat, *, context: int, batch: int, layers: Collection[int]) -> int:

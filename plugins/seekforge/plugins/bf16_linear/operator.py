@@ -37,6 +37,7 @@ OPERATOR = Operator(
     taps=NO_TAPS,  # which product of a layer it is, its weight tells
     kernels=KernelForm(
         launch="seekforge.plugins.bf16_linear.launch",
+        cost="seekforge.plugins.bf16_linear.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={},

@@ -41,6 +41,7 @@ OPERATOR = Operator(
     taps=NO_TAPS,  # which linear of a layer it is, its weight tells
     kernels=KernelForm(
         launch="seekforge.plugins.block_fp8_linear.launch",
+        cost="seekforge.plugins.block_fp8_linear.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={("swap-16x128", 80): (8, "one register, stored and loaded outside of the main loop")},

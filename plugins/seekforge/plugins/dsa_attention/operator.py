@@ -47,6 +47,7 @@ OPERATOR = Operator(
     taps=Taps(inputs={"q_latent": "q_latent", "q_pe": "q_pe"}, outputs={"o_latent": "o_latent"}),
     kernels=KernelForm(
         launch="seekforge.plugins.dsa_attention.launch",
+        cost="seekforge.plugins.dsa_attention.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={

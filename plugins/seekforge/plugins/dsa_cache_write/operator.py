@@ -41,6 +41,7 @@ OPERATOR = Operator(
     taps=Taps(inputs={"c": "kv_latent", "k_pe": "k_pe", "index_k": "index_k"}, outputs={}),
     kernels=KernelForm(
         launch="seekforge.plugins.dsa_cache_write.launch",
+        cost="seekforge.plugins.dsa_cache_write.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={},

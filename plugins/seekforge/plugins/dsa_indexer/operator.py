@@ -53,6 +53,7 @@ OPERATOR = Operator(
     taps=Taps(inputs={"q": "index_q", "w": "index_w"}, outputs={}),
     kernels=KernelForm(
         launch="seekforge.plugins.dsa_indexer.launch",
+        cost="seekforge.plugins.dsa_indexer.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={("select", 90): (8, _ONCE), ("select", 100): (8, _ONCE), ("select", 103): (8, _ONCE)},

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 #: Kinds of tensor instruction: fields of an address in registers, of a warpgroup, of tensor memory.
@@ -21,6 +21,30 @@ _TENSOR: Final = re.compile(r"(?P<memory>UTC)?[BDHIOQ](?P<group>G)?MMA(?=\.|$)")
 _LABEL: Final = re.compile(r"(\.L\w+):")
 _INSTRUCTION: Final = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _TARGET: Final = re.compile(r"`\(([^)]+)\)")
+
+#: Kind of instruction -> the names that it has before the first dot; whatever is in none of them is INTEGER.
+_KINDS: Final[dict[str, frozenset[str]]] = {
+    "float": frozenset(
+        "FADD FADD2 FFMA FFMA2 FFMA32I FMUL FMUL2 FMNMX FMNMX3 FSEL FSET FSETP FCHK FSWZADD "
+        "HADD2 HFMA2 HMUL2 HMNMX2 HSET2 HSETP2 DADD DFMA DMUL DSETP".split()
+    ),
+    "special": frozenset(("MUFU",)),
+    "convert": frozenset("F2F F2FP F2I F2IP FRND I2F I2FP I2I I2IP".split()),
+    "global": frozenset("LD LDG LDGSTS ST STG RED REDG ATOM ATOMG UBLKCP UTMALDG UTMASTG".split()),
+    "shared": frozenset("LDS LDSM STS STSM STAS ATOMS LDTM STTM UTCCP".split()),
+    "spill": frozenset(("LDL", "STL")),
+    "exchange": frozenset("SHFL VOTE VOTEU REDUX CREDUX MATCH".split()),
+    "sync": frozenset(
+        "BAR DEPBAR LDGDEPBAR LDSDEPBAR ARRIVES SYNCS WARPSYNC WARPGROUP WARPGROUPSET MEMBAR FENCE ERRBAR CCTL UTCBAR "
+        "UTMACMDFLUSH NANOSLEEP YIELD BMOV BSSY BSYNC ELECT".split()
+    ),
+    "control": frozenset("BRA BRX BRXU JMP JMX JMXU CALL RET EXIT KILL".split()),
+}
+_KIND_OF: Final = {name: kind for kind, names in _KINDS.items() for name in names}
+#: Kinds of tensor instruction are one kind here; addresses, compares, moves and selections are INTEGER.
+TENSOR, INTEGER = "tensor", "integer"
+#: All kinds, in the order in which a table shows them.
+KINDS: Final = (TENSOR, *_KINDS, INTEGER)
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,30 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Body:
+    """One innermost loop, whatever it does, in instructions of one warp.
+
+    Attributes:
+        kinds: kind of instruction (`KINDS`) -> how many one pass has; those with none are left out.
+        barriers: barriers of the whole block among them.
+        waits: whether it loads into registers from global memory.
+        copies: whether it copies from global to shared memory while it goes on.
+        tensor: tensor instruction with its shape and types -> how many.
+    """
+
+    kinds: Mapping[str, int]
+    barriers: int
+    waits: bool
+    copies: bool
+    tensor: Mapping[str, int]
+
+    @property
+    def instructions(self) -> int:
+        """How many one pass has."""
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
 class Code:
     """What one kernel's instructions are.
 
@@ -48,6 +96,8 @@ class Code:
         spill_stores: stores to local memory, where registers that do not fit go.
         spill_loads: loads from there.
         loop: the main loop; None where no loop has a tensor instruction (the compiler may unroll it whole).
+        bodies: the innermost loops in the order of their code, but for those that only wait.
+        kinds: kind of instruction -> how often it is in the kernel.
     """
 
     instructions: int
@@ -55,6 +105,15 @@ class Code:
     spill_stores: int
     spill_loads: int
     loop: Loop | None
+    bodies: tuple[Body, ...] = ()
+    kinds: Mapping[str, int] = field(default_factory=dict)
+
+
+def kind(opcode: str) -> str:
+    """Return what an instruction does, one of `KINDS`."""
+    if tensor_kind(opcode):
+        return TENSOR
+    return _KIND_OF.get(opcode.split(".")[0], INTEGER)
 
 
 def tensor_kind(opcode: str) -> str:
@@ -90,7 +149,31 @@ def read(listing: str) -> Code:
         spill_stores=len(stores),
         spill_loads=len(loads),
         loop=main,
+        bodies=tuple(_bodies(code)),
+        kinds=_counted(opcode for opcode in opcodes if opcode != "NOP"),
     )
+
+
+def _counted(opcodes: Iterable[str]) -> dict[str, int]:
+    counts = Counter(map(kind, opcodes))
+    return {name: counts[name] for name in KINDS if counts[name]}
+
+
+def _bodies(code: _Listing) -> Iterator[Body]:
+    """Yield the innermost loops by their first instruction; one that only waits for a barrier to turn is none."""
+    loops = list(_loops(set(range(len(code.opcodes))), code.successors))
+    for body in sorted((one for one in loops if not any(other < one for other in loops)), key=min):
+        opcodes = [code.opcodes[i] for i in sorted(body) if code.opcodes[i] != "NOP"]
+        bases = [opcode.split(".")[0] for opcode in opcodes]
+        if set(bases) <= {"SYNCS", "BRA", "NANOSLEEP", "YIELD"}:
+            continue
+        yield Body(
+            kinds=_counted(opcodes),
+            barriers=bases.count("BAR"),
+            waits=bool({"LD", "LDG"}.intersection(bases)),
+            copies=bool({"LDGSTS", "UBLKCP", "UTMALDG"}.intersection(bases)),
+            tensor=dict(sorted(Counter(opcode for opcode in opcodes if tensor_kind(opcode)).items())),
+        )
 
 
 def to_json(code: Code) -> str:
@@ -101,7 +184,8 @@ def to_json(code: Code) -> str:
 def from_json(text: str) -> Code:
     """Undo `to_json`."""
     raw = json.loads(text)
-    return Code(**raw | {"loop": raw["loop"] and Loop(**raw["loop"])})
+    loop, bodies = raw["loop"] and Loop(**raw["loop"]), tuple(Body(**body) for body in raw["bodies"])
+    return Code(**raw | {"loop": loop, "bodies": bodies})
 
 
 class _Listing:

@@ -28,13 +28,24 @@ _BLOCKS_PER_SM: Final[dict[int, int]] = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32
 _REGISTERS_PER_SM, _REGISTER_UNIT, _SYSTEM_SHARED = 65_536, 256, 1024
 
 
-def occupancy(*, registers: int, shared_bytes: int, num_warps: int, sm: int) -> float:
-    """Return resident warps as a share of the most that an SM holds; 0 when a block does not fit.
+#: Of an SM of every generation here: schedulers, each of which issues one instruction of a warp per clock (CUDA
+#: programming guide, "Multiprocessor"); bytes per clock of shared memory (32 banks of 4), and of what L2 sends it
+#: (Nsight Compute, "L2 to L1 fabric").
+SCHEDULERS, SHARED_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK = 4, 128, 64
+
+
+def blocks_per_sm(*, registers: int, shared_bytes: int, num_warps: int, sm: int) -> int:
+    """Return how many blocks an SM holds at once; 0 when one does not fit.
 
     Registers are given to warps in units of 256; each block costs 1 KiB of shared memory beside its own.
     """
     per_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS_PER_SM // (per_warp * num_warps)
     by_shared = _SHARED_PER_SM[sm] // (shared_bytes + _SYSTEM_SHARED)
-    blocks = min(by_registers, by_shared, _WARPS_PER_SM[sm] // num_warps, _BLOCKS_PER_SM[sm])
+    return min(by_registers, by_shared, _WARPS_PER_SM[sm] // num_warps, _BLOCKS_PER_SM[sm])
+
+
+def occupancy(*, registers: int, shared_bytes: int, num_warps: int, sm: int) -> float:
+    """Return resident warps as a share of the most that an SM holds; 0 when a block does not fit."""
+    blocks = blocks_per_sm(registers=registers, shared_bytes=shared_bytes, num_warps=num_warps, sm=sm)
     return blocks * num_warps / _WARPS_PER_SM[sm]

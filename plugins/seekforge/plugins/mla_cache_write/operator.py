@@ -40,6 +40,7 @@ OPERATOR = Operator(
     taps=Taps(inputs={"c": "kv_latent", "k_pe": "k_pe"}, outputs={}),
     kernels=KernelForm(
         launch="seekforge.plugins.mla_cache_write.launch",
+        cost="seekforge.plugins.mla_cache_write.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={},

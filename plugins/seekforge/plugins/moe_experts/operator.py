@@ -58,6 +58,7 @@ OPERATOR = Operator(
     taps=Taps(inputs={}, outputs={"y": "routed"}),
     kernels=KernelForm(
         launch="seekforge.plugins.moe_experts.launch",
+        cost="seekforge.plugins.moe_experts.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={

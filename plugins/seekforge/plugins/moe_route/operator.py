@@ -37,6 +37,7 @@ OPERATOR = Operator(
     taps=Taps(inputs={"logits": "router_logits"}, outputs={"expert_weights": "expert_weights"}),
     kernels=KernelForm(
         launch="seekforge.plugins.moe_route.launch",
+        cost="seekforge.plugins.moe_route.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={},

@@ -54,7 +54,7 @@ COMMANDS: dict[str, _Command] = {
     "kernels": _Command(
         "seekforge.exporter.builder.kernels_cli:kernels",
         "Make an engine",
-        "Compile the operators' GPU kernels ahead of time.",
+        "Compile the operators' GPU kernels, estimate their launches.",
     ),
     "run": _Command("seekforge.runtime.cli.run:run", "Use it", "Generate text with an engine."),
     "chat": _Command("seekforge.runtime.cli.chat:chat", "Use it", "Talk with an engine, with thoughts and tools."),

@@ -1,0 +1,130 @@
+"""The operators that a step calls, one layer after another, with their sizes. No torch, no file.
+
+What TensorRT runs itself (norms, RoPE, W_UK and W_UV, the embedding, sums over ranks) is no call here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import Parameter, Tensor, linear_shapes_of
+from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
+from seekforge.formats.paged_cache import BLOCK_SIZE, SCRAP_BLOCK, blocks_needed
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
+from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.operator import RankModel, Step
+from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
+
+#: Operators of each part of a layer, in the order in which it calls them; linears stand in the family's table.
+_WITH_INDEXER, _WITHOUT_INDEXER = ("DsaCacheWrite", "DsaIndexer", "DsaAttention"), ("MlaCacheWrite", "DsaAttention")
+_MOE = ("MoeRoute", "MoeExperts")
+#: Attributes that say how numbers come out, not how many there are.
+_ANY_SCALE = {"scale": 1.0}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A step of one rank.
+
+    Attributes:
+        batch: sequences.
+        queries: new tokens of each.
+        context: keys that the last new token of each sequence sees.
+    """
+
+    batch: int
+    queries: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kind of call in a step.
+
+    Attributes:
+        op: ONNX op_type.
+        what: the parameter that a linear multiplies with, below its layer; empty for other operators.
+        bound: sizes and attributes, under the symbols of the spec.
+        count: how often the step calls it.
+    """
+
+    op: str
+    what: str
+    bound: Mapping[str, Any]
+    count: int
+
+
+def step_calls(
+    config: ModelConfig, shape: StepShape, *, kv_format: str, parallelism: Parallelism = ONE_RANK
+) -> list[Call]:
+    """Return the calls of a step of the main model, each kind once, in the order in which they first come.
+
+    Args:
+        config: the model.
+        shape: the step.
+        kv_format: format of the caches.
+        parallelism: how ranks share the model; sizes are those of one of them.
+    """
+    sizes = operators(config, kv_format=kv_format, parallelism=parallelism)
+    family = family_of(config)
+    counts: dict[tuple[str, str, tuple[tuple[str, Any], ...]], int] = {}
+    kinds: dict[LayerKind, list[int]] = {}
+    for layer in range(config.num_hidden_layers):
+        kinds.setdefault(config.layer_kind(layer), []).append(layer)
+    rest = _rest(config, shape, kv_format, parallelism)
+    tokens = shape.batch * shape.queries
+    for kind, layers in kinds.items():
+        rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layers[0])
+        for op, what, bound in _linears(rows, tensors, tokens, parallelism):
+            _count(counts, op, what, sizes[op] | bound, len(layers))
+        attention = _WITH_INDEXER if kind.has_indexer else _WITHOUT_INDEXER
+        for op in (*attention, *(_MOE if kind.is_moe else ())):
+            if op in sizes and op in rest:
+                _count(counts, op, "", sizes[op] | rest[op], len(layers))
+    ends = (*family.end_tensors(config)[0], *family.end_tensors(config)[1])
+    for op, what, bound in _linears(family.end_parameters(), ends, shape.batch, parallelism):
+        _count(counts, op, what, sizes[op] | bound, 1)
+    return [Call(op, what, dict(bound), count) for (op, what, bound), count in counts.items()]
+
+
+def _count(
+    counts: dict[tuple[str, str, tuple[tuple[str, Any], ...]], int],
+    op: str,
+    what: str,
+    bound: dict[str, Any],
+    many: int,
+) -> None:
+    key = op, what, tuple(bound.items())
+    counts[key] = counts.get(key, 0) + many
+
+
+def _linears(
+    parameters: Sequence[Parameter], tensors: Sequence[Tensor], rows: int, parallelism: Parallelism
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield operator, parameter and sizes of each linear among some parameters, in their order."""
+    for parameter in parameters:
+        for op in (BLOCK_FP8_LINEAR, BF16_LINEAR):
+            for n, k in linear_shapes_of([parameter], tensors, op, parallelism):
+                yield op, parameter.module, {"*lead": (rows,), "N": n, "K": k}
+
+
+def _rest(config: ModelConfig, shape: StepShape, kv_format: str, parallelism: Parallelism) -> dict[str, dict[str, Any]]:
+    """Return op_type -> sizes of the step, of operators that are no linears."""
+    blocks = blocks_needed(shape.context)
+    step = Step(
+        batch=shape.batch,
+        queries=shape.queries,
+        num_blocks=blocks,
+        expert_tokens=shape.batch * shape.queries,
+        fp8_linears=(),
+        bf16_linears=(),
+    )
+    numerics = {"act_quant": "ue8m0", "kv_fp8": True, "indexer_fp8": True}
+    model = RankModel(config=config, numerics=numerics, kv_format=kv_format, parallelism=parallelism)
+    pool = shape.batch * blocks + SCRAP_BLOCK + 1
+    rows = (pool if kv_format == "fp8_ds" else pool * BLOCK_SIZE,)
+    caches = {"*latent": rows, "*index": rows}
+    return {op: one | caches | _ANY_SCALE for op, form in KERNEL_FORMS.items() for one in form.step_sizes(model, step)}

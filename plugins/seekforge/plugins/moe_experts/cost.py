@@ -1,0 +1,95 @@
+"""What launches of `MoeExperts` move and compute, if tokens choose experts evenly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from seekforge.plugins.block_fp8_linear.cost import quantize_work
+from seekforge.plugins.cost.work import Load, Work, experts_hit
+from seekforge.plugins.kernels.launch_plan import Launch
+from seekforge.plugins.kernels.sm_limits import has_fp8
+from seekforge.plugins.moe_experts.launch import CHUNK, SLICE_TOKENS, choose_tile
+from seekforge.plugins.operator import cdiv
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What falls to the rank's experts: experts that are hit, assignments to them, and tiles of rows."""
+
+    hit: int
+    assignments: int
+    tiles: int
+
+
+def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
+    """Return what grouping, quantizing, either product or the sum does, for one slice of tokens."""
+    hidden, inner, top_k, experts = bound["H"], bound["I2"] // 2, bound["TOPK"], bound["E"]
+    tokens = _tokens(launch, bound, sm)
+    if launch.variant == "quantize":
+        return quantize_work(launch, tokens, hidden)
+    block_m = choose_tile(tokens * top_k, experts, sm).block_m
+    name = launch.variant.partition("-")[0]
+    if name == "group":
+        assignments, most_tiles = tokens * top_k, int(launch.arguments["max_tiles"])  # pyright: ignore[reportArgumentType]
+        return Work(
+            read_bytes=4 * assignments,
+            written_bytes=8 * assignments + 12 * most_tiles,
+            loaded_bytes=8 * assignments,
+            programs=1,
+            passes=(cdiv(assignments, CHUNK), cdiv(most_tiles, CHUNK), cdiv(assignments, CHUNK)),
+        )
+    share = _share(tokens, bound, load, block_m)
+    if name == "combine":
+        return Work(
+            read_bytes=2 * share.assignments * hidden + 8 * tokens * top_k,
+            written_bytes=4 * tokens * hidden,
+            loaded_bytes=2 * share.assignments * hidden,
+            programs=math.prod(launch.grid),
+        )
+    quant = bound["act_quant"] == "ue8m0"
+    value, products = (1, "fp8") if quant and has_fp8(sm) else (1 if quant else 2, "bf16")
+    h_bytes = share.assignments * (value * inner + (4 * (inner // 128) if quant else 0))
+    columns, depth = (inner // 128, hidden) if name == "up" else (hidden // 128, inner)
+    both = 2 if name == "up" else 1  # gate and up
+    weights = share.hit * both * (columns * 128 * depth + 4 * columns * (depth // 128))
+    programs = share.tiles * columns
+    x_bytes = min(tokens, share.assignments) * (value * hidden + (4 * (hidden // 128) if quant else 0))
+    return Work(
+        read_bytes=weights + (x_bytes if name == "up" else h_bytes),
+        written_bytes=h_bytes if name == "up" else 2 * share.assignments * hidden,
+        loaded_bytes=programs * depth * (value * block_m + 128 * both),
+        programs=programs,
+        flops=2 * both * share.assignments * inner * hidden,
+        pass_flops=2 * both * block_m * 128 * 128,
+        products=products,
+        passes=(depth // 128,),
+    )
+
+
+def _tokens(launch: Launch, bound: Mapping[str, Any], sm: int) -> int:
+    """Return the tokens of the slice that a launch belongs to; all slices but the last are full."""
+    if "num_assignments" in launch.arguments:
+        return int(launch.arguments["num_assignments"]) // bound["TOPK"]  # pyright: ignore[reportArgumentType]
+    if launch.variant == "combine":
+        return launch.grid[0]
+    if launch.variant == "quantize":
+        return int(launch.arguments["num_rows"])  # pyright: ignore[reportArgumentType]
+    experts, full = bound["E"], min(bound["T"], SLICE_TOKENS)
+    block_m, most_tiles = int(launch.variant.partition("-")[2]), launch.arguments["max_tiles"]
+    for tokens in (full, bound["T"] % SLICE_TOKENS):
+        assignments = tokens * bound["TOPK"]
+        is_tile = choose_tile(assignments, experts, sm).block_m == block_m
+        if is_tile and most_tiles == cdiv(assignments, block_m) + min(experts, assignments):
+            return tokens
+    raise AssertionError(f"{launch.variant} with {most_tiles} tiles is of no slice of {bound['T']} tokens")
+
+
+def _share(tokens: int, bound: Mapping[str, Any], load: Load, block_m: int) -> _Share:
+    total = max(load.num_experts, bound["E"])
+    part = bound["E"] / total
+    assignments = round(tokens * bound["TOPK"] * part)
+    hit = max(1, min(assignments, round(experts_hit(total, bound["TOPK"], tokens) * part)))
+    return _Share(hit, assignments, hit * max(1, cdiv(cdiv(assignments, hit), block_m)))

@@ -1,0 +1,254 @@
+"""Bytes, FLOPs and programs of each operator's launches, against numbers counted by hand from their shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests import kernels_doc
+from tests.gpu import work as perfect
+
+from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.plugins.cost.model import shape_of
+from seekforge.plugins.cost.work import Load, Work, experts_hit, op_cost, visible_keys
+from seekforge.plugins.kernels import sass
+from seekforge.plugins.kernels.launch_plan import op_kernels
+from seekforge.plugins.kernels.sizes import operators
+
+SIZES = operators(load_preset("full").config)
+CACHES: dict[str, Any] = {"*latent": (4097,), "*index": (4097,), "scale": 1.0}
+
+
+def works(op: str, sm: int = 90, load: Load | None = None, **sizes: Any) -> dict[str, Work]:
+    """Return kernel -> its work, of a call whose launches all have different kernels."""
+    bound = SIZES[op] | CACHES | sizes
+    load = load or Load(context=32768, num_experts=256)
+    launches = op_kernels(op).plan(bound, sm).launches
+    assert len({one.variant for one in launches}) == len(launches)
+    return {one.variant: op_cost(op).work(one, bound, sm, load) for one in launches}
+
+
+def test_a_linear_of_few_rows() -> None:
+    found = works("BlockFp8Linear", **{"*lead": (4, 8), "N": 2112, "K": 7168})
+    assert list(found) == ["quantize", "swap-32x128-split", "combine"]
+    assert found["quantize"] == Work(
+        read_bytes=32 * 7168 * 2,
+        written_bytes=32 * 7168 + 32 * 56 * 4,
+        loaded_bytes=32 * 7168 * 2,
+        programs=4 * 56,  # 8 rows and 128 columns each
+    )
+    product = found["swap-32x128-split"]  # 17 tiles of 128 rows of the weight, 16 splits of 56 blocks of K
+    assert product.programs == 17 * 16
+    assert product.read_bytes == 32 * 7168 + 32 * 56 * 4 + 2112 * 7168 + 17 * 56 * 4
+    assert product.written_bytes == 16 * 32 * 2112 * 4
+    assert product.flops == 2 * 32 * 2112 * 7168
+    assert product.pass_flops == 2 * 32 * 128 * 128 and product.products == "fp8"
+    assert product.passes == (4,)
+    assert product.loaded_bytes == product.programs * (32 + 128) * (7168 // 16)
+    assert found["combine"].read_bytes == product.written_bytes
+    assert found["combine"].written_bytes == 32 * 2112 * 2
+    assert found["combine"].programs == 66  # 1,024 values each
+
+
+def test_a_linear_of_many_rows() -> None:
+    found = works("BlockFp8Linear", **{"*lead": (1, 2048), "N": 7168, "K": 2048})
+    product = found["tile-128x128"]
+    assert product.programs == 16 * 56 and product.passes == (16,)
+    assert product.read_bytes == 2048 * 2048 + 2048 * 16 * 4 + 7168 * 2048 + 56 * 16 * 4
+    assert product.written_bytes == 2048 * 7168 * 2
+    assert product.loaded_bytes == 16 * 56 * 256 * 2048  # each tile reads 128 rows of both factors
+
+
+def test_products_on_a_gpu_without_fp8_are_bf16() -> None:
+    found = works("BlockFp8Linear", sm=80, **{"*lead": (1, 128), "N": 7168, "K": 2048})
+    assert found["tile-64x128"].products == "bf16"
+    assert found["tile-64x128"].read_bytes == 128 * 2048 + 128 * 16 * 4 + 7168 * 2048 + 56 * 16 * 4, "weights stay bytes"
+
+
+def test_a_linear_of_bf16() -> None:
+    found = works("Bf16Linear", **{"*lead": (16,), "N": 256, "K": 7168})
+    product = found["swap-16x128"]  # two tiles, 16 splits of 112 blocks of 64
+    assert product.programs == 2 * 16 and product.passes == (7,)
+    assert product.read_bytes == 2 * (16 * 7168 + 256 * 7168)
+    assert product.written_bytes == 16 * 16 * 256 * 4
+    assert product.flops == 2 * 16 * 256 * 7168 and product.products == "bf16"
+    assert found["add-splits"].read_bytes == product.written_bytes
+    assert found["add-splits"].written_bytes == 16 * 256 * 4 and found["add-splits"].programs == 4
+
+
+def test_writing_into_caches() -> None:
+    found = works("DsaCacheWrite", B=3, Q=3)["write"]
+    assert found == Work(
+        read_bytes=9 * ((512 + 64 + 128) * 2 + 8), written_bytes=9 * (656 + 132), loaded_bytes=9 * 1416, programs=3
+    )
+    latent = works("MlaCacheWrite", B=3, Q=3, kv_format="bf16", kv_fp8=False)["write"]
+    assert (latent.read_bytes, latent.written_bytes, latent.programs) == (9 * (576 * 2 + 8), 9 * 1152, 3)
+
+
+def test_the_indexer_in_decode() -> None:
+    found = works("DsaIndexer", B=2, Q=1, MB=512)
+    scores, select = found["scores-1"], found["select"]
+    assert scores.programs == 2 * 128  # 512 pages, 4 each
+    assert scores.read_bytes == 2 * (32768 * 132 + 64 * (128 * 2 + 4))
+    assert scores.written_bytes == 2 * 32768 * 4
+    assert scores.flops == 2 * 2 * 32768 * 64 * 128 and scores.products == "fp8"
+    assert scores.pass_flops == 2 * 64 * 64 * 128 and scores.passes == (4,)
+    assert (select.read_bytes, select.written_bytes) == (2 * (32768 * 4 + 8), 2 * 2048 * 4)
+    assert select.loaded_bytes == 4 * 2 * 32768 * 4, "three histograms, and the pass that writes"
+    assert select.programs == 2 and select.passes == (0, 16, 16, 16, 16)
+
+
+def test_the_indexer_scores_nothing_for_rows_that_take_all_they_see() -> None:
+    found = works("DsaIndexer", load=Load(context=2050), B=1, Q=4, MB=33)  # the rows see 2047, 2048, 2049 and 2050
+    assert found["scores-2"].written_bytes == (2049 + 2050) * 4
+    assert found["scores-2"].flops == 2 * (2049 + 2050) * 64 * 128
+    assert found["scores-2"].programs == 9, "33 pages, 4 each, of the second pair of rows alone"
+    assert found["select"].read_bytes == (2049 + 2050) * 4 + 4 * 8
+    assert found["select"].passes == (1, 2, 2, 2, 2)
+    short = works("DsaIndexer", load=Load(context=100), B=2, Q=1, MB=33)
+    assert short["scores-1"].programs == 0 and short["scores-1"].flops == 0
+
+
+def test_attention_in_decode() -> None:
+    found = works("DsaAttention", B=1, Q=1, MB=512, TOPK=2048)
+    part, combine = found["part"], found["combine"]
+    assert part.programs == 4 * 8 and part.passes == (8,)  # 128 heads by 32, 64 steps of 32 keys in 8 splits
+    assert part.read_bytes == 2048 * 656 + 128 * 576 * 2 + 2048 * 4
+    assert part.written_bytes == 8 * 128 * (512 + 1) * 4
+    assert part.loaded_bytes == 4 * 2048 * 656 + 8 * 128 * 576 * 2 + 4 * 2048 * 4, "each key by 4 blocks of heads"
+    assert part.flops == 2 * 2048 * 128 * (512 + 512 + 64) and part.products == "bf16"
+    assert part.pass_flops == 2 * 32 * 32 * (512 + 512 + 64)
+    assert (combine.read_bytes, combine.written_bytes) == (part.written_bytes, 128 * 512 * 2)
+    assert combine.programs == 128
+
+
+def test_attention_runs_all_steps_where_a_row_has_fewer_keys() -> None:
+    part = works("DsaAttention", load=Load(context=300), B=1, Q=1, MB=5, TOPK=2048)["part"]
+    assert part.flops == 2 * 300 * 128 * 1088 and part.read_bytes == 300 * 656 + 128 * 576 * 2 + 2048 * 4
+    assert part.passes == (8,)
+
+
+def test_attention_of_a_long_prompt() -> None:
+    found = works("DsaAttention", load=Load(context=4096), B=1, Q=512, MB=64, TOPK=2048)
+    expand, attend = found["expand"], found["attend-expanded"]
+    assert (expand.read_bytes, expand.written_bytes) == (4096 * 656 + 64 * 4, 4096 * 576 * 2)
+    assert expand.programs == 1024
+    assert attend.programs == 512 * 2 and attend.passes == (64,)
+    assert attend.read_bytes == 4096 * 1152 + 512 * (128 * 576 * 2 + 2048 * 4), "rows share what they choose"
+    assert attend.flops == 2 * 512 * 2048 * 128 * 1088
+    assert attend.loaded_bytes == 2 * 512 * 2048 * 1152 + 512 * (128 * 576 * 2 + 2 * 2048 * 4)
+
+
+def test_routing() -> None:
+    found = works("MoeRoute", T=10)["route"]
+    assert found == Work(
+        read_bytes=10 * 256 * 4 + 256 * 4, written_bytes=10 * 8 * 8, loaded_bytes=(10 + 3) * 256 * 4, programs=3
+    )
+
+
+def test_experts_of_one_token() -> None:
+    found = works("MoeExperts", T=1)
+    group, up, down, combine = (found[name] for name in ("group-16", "up-16", "down-16", "combine"))
+    assert group.programs == 1 and group.passes == (1, 1, 1)
+    assert group.read_bytes == 8 * 4 and group.written_bytes == 2 * 8 * 4 + 12 * (1 + 8)
+    assert up.programs == 8 * 16 and up.passes == (56,)
+    assert up.read_bytes == 8 * (4096 * 7168 + 32 * 56 * 4) + 7168 + 56 * 4
+    assert up.written_bytes == 8 * (2048 + 16 * 4)
+    assert up.flops == 2 * 8 * 4096 * 7168 and up.pass_flops == 2 * 2 * 16 * 128 * 128
+    assert down.programs == 8 * 56 and down.passes == (16,)
+    assert down.read_bytes == 8 * (7168 * 2048 + 56 * 16 * 4) + 8 * (2048 + 16 * 4)
+    assert down.written_bytes == 8 * 7168 * 2 and down.flops == 2 * 8 * 7168 * 2048
+    assert (combine.read_bytes, combine.written_bytes) == (8 * 7168 * 2 + 8 * 8, 7168 * 4)
+
+
+def test_experts_of_many_tokens_and_of_ranks() -> None:
+    found = works("MoeExperts", T=2048)
+    assert found["up-128"].programs == 256 * 16, "64 rows each: one tile of 128"
+    assert found["group-128"].passes == (256, 6, 256)  # 16,384 assignments and 384 tiles, 64 at a time
+    shared = works("MoeExperts", T=2048, E=32)  # of 256
+    assert shared["up-128"].programs == 32 * 16 and shared["up-128"].flops == 2 * 2048 * 4096 * 7168
+    whole = works("MoeExperts", load=Load(context=1, num_experts=32), T=2048, E=32)
+    assert whole["up-128"].flops == 8 * shared["up-128"].flops
+
+
+def test_slices_of_experts_are_told_apart() -> None:
+    bound = SIZES["MoeExperts"] | {"T": 2048 + 100}
+    load = Load(context=1, num_experts=256)
+    launches = op_kernels("MoeExperts").plan(bound, 90).launches
+    ups = [op_cost("MoeExperts").work(one, bound, 90, load) for one in launches if one.variant.startswith("up")]
+    assert [one.flops for one in ups] == [2 * 8 * tokens * 4096 * 7168 for tokens in (2048, 100)]
+
+
+def test_experts_that_are_hit() -> None:
+    assert experts_hit(256, 8, 1) == pytest.approx(8)
+    assert visible_keys(Load(context=10), 3) == [8, 9, 10]
+    assert visible_keys(Load(context=1), 1) == [1]
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "least"),
+    [
+        ("BlockFp8Linear", {"*lead": (1, 4096), "N": 7168, "K": 16384}, perfect.linear_work(4096, 7168, 16384)),
+        ("Bf16Linear", {"*lead": (4096,), "N": 256, "K": 7168}, perfect.bf16_linear_work(4096, 256, 7168)),
+        ("MoeRoute", {"T": 64}, perfect.route_work(64, 256, 8)),
+        (
+            "DsaAttention",
+            {"B": 128, "Q": 1, "MB": 512, "TOPK": 2048},
+            perfect.attention_work(128, 128 * 2048, heads=128, latent=512, rope=64, key_bytes=656),
+        ),
+        (
+            "DsaIndexer",
+            {"B": 2, "Q": 1, "MB": 512},
+            perfect.indexer_work([[32768]] * 2, heads=64, dim=128, topk=2048, key_bytes=132, takes_all=False),
+        ),
+        ("MoeExperts", {"T": 2048}, perfect.experts_work(2048, 16384, 256, hidden=7168, inner=2048)),
+    ],
+)
+def test_launches_do_the_work_of_a_perfect_kernel_and_never_less(
+    op: str, sizes: dict[str, Any], least: perfect.Work
+) -> None:
+    found = works(op, **sizes).values()
+    assert sum(one.flops for one in found) == least.flops
+    assert sum(one.memory_bytes for one in found) >= least.num_bytes
+    assert all(one.loaded_bytes >= one.read_bytes * 0.99 for one in found if one.passes or not one.flops)
+
+
+def _tiles() -> dict[tuple[str, int, str], float]:
+    """Return (op, SM, kernel) -> FLOPs of a pass, from plans of many sizes."""
+    shapes: dict[str, list[dict[str, Any]]] = {
+        "BlockFp8Linear": [{"*lead": (rows,), "N": n, "K": 7168} for rows in (16, 32, 64, 4096) for n in (2112, 65536)],
+        "Bf16Linear": [{"*lead": (rows,), "N": 256, "K": 7168} for rows in (16, 32, 64, 4096)],
+        "DsaIndexer": [{"B": 1, "Q": q, "MB": 512} for q in (1, 2, 64)],
+        "DsaAttention": [{"B": b, "Q": q, "MB": 512, "TOPK": 2048} for b, q in ((1, 1), (128, 1), (1, 512))],
+        "MoeExperts": [{"T": tokens} for tokens in (1, 512, 2048)],
+    }
+    return {
+        (op, sm, name): work.pass_flops
+        for op, listed in shapes.items()
+        for sizes in listed
+        for sm in kernels_doc.SMS
+        for name, work in works(op, sm=sm, **sizes).items()
+        if work.flops
+    }
+
+
+def test_main_loops_multiply_whole_tiles_and_no_product_thrice() -> None:
+    """What a plan counts is what the compiler made: a tile that is counted wrongly has another number of FLOPs."""
+    tiles, ratios = _tiles(), {}
+    for one in kernels_doc.recorded():
+        key = one["op"], one["sm"], one["kernel"]
+        if one["loop"] is None or key not in tiles:
+            continue
+        shapes = {name: shape_of(name)[0] for name in one["tensor"]}
+        if None in shapes.values() or len(shapes) > 1:
+            continue  # tcgen05 does not say; of several the record does not say which are in the loop
+        ((name, shape),) = shapes.items()
+        assert shape is not None
+        m, n, k = shape
+        groups = one["warps"] / (4 if sass.tensor_kind(name) == sass.WGMMA else 1)
+        ratios[key] = one["loop"]["tensor"] * 2 * m * n * k * groups / tiles[key]
+    assert len(ratios) > 60
+    assert all(1 <= ratio < 2 for ratio in ratios.values()), ratios
+    twice = {(op, kernel) for (op, _, kernel), ratio in ratios.items() if ratio > 1.001}
+    assert twice == {("DsaAttention", "attend"), ("DsaAttention", "part"), ("DsaAttention", "attend-expanded")}
+    assert ratios["DsaAttention", 90, "part"] == pytest.approx(104 / 68), "scores are computed twice"
