@@ -14,7 +14,7 @@ from tests import kernels_doc
 
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins.kernels import aot, sass
-from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Param, Resources, to_json
+from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Param, Resources
 from seekforge.plugins.kernels.launch_plan import op_kernels, statics_of
 from seekforge.plugins.kernels.sizes import operators
 from seekforge.plugins.registry import SPECS

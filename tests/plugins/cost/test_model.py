@@ -29,7 +29,9 @@ WORK = Work(
 )
 #: One pass of a [128, 128] tile by two warpgroups: 4 instructions of each, beside 60 others.
 TILE = {"QGMMA.64x128x32.F32.E4M3.E4M3": 4}
-BODY = Body(kinds={"tensor": 4, "integer": 50, "global": 6, "sync": 4}, barriers=2, waits=False, copies=True, tensor=TILE)
+BODY = Body(
+    kinds={"tensor": 4, "integer": 50, "global": 6, "sync": 4}, barriers=2, waits=False, copies=True, tensor=TILE
+)
 CODE = Code(100, TILE, 0, 0, None, bodies=(BODY,), kinds={"tensor": 4, "integer": 96})
 KERNEL = Kernel(Resources(registers=128, stack_bytes=0, shared_bytes=100_000, occupancy=0.25), 8, 3, CODE)
 

@@ -62,7 +62,9 @@ def test_a_linear_of_many_rows() -> None:
 def test_products_on_a_gpu_without_fp8_are_bf16() -> None:
     found = works("BlockFp8Linear", sm=80, **{"*lead": (1, 128), "N": 7168, "K": 2048})
     assert found["tile-64x128"].products == "bf16"
-    assert found["tile-64x128"].read_bytes == 128 * 2048 + 128 * 16 * 4 + 7168 * 2048 + 56 * 16 * 4, "weights stay bytes"
+    assert found["tile-64x128"].read_bytes == 128 * 2048 + 128 * 16 * 4 + 7168 * 2048 + 56 * 16 * 4, (
+        "weights stay bytes"
+    )
 
 
 def test_a_linear_of_bf16() -> None:

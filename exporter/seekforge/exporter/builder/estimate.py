@@ -144,8 +144,9 @@ def _check(image: Image, descriptor: Path, sm: int) -> None:
         occupancy(registers=used.registers, shared_bytes=used.shared_bytes, num_warps=image.num_warps, sm=sm), 3
     ):
         raise EngineError(
-            f"{descriptor}: {image.variant} has {used.registers} registers, {used.shared_bytes} bytes of shared memory and "
-            f"{image.num_warps} warps, which do not give an occupancy of {used.occupancy:g}; compile the kernels again"
+            f"{descriptor}: {image.variant} has {used.registers} registers, {used.shared_bytes} bytes of shared memory "
+            f"and {image.num_warps} warps, which do not give an occupancy of {used.occupancy:g}; "
+            "compile the kernels again"
         )
 
 

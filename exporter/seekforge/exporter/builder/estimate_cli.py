@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,8 +126,8 @@ def estimate(
 ) -> None:
     """Estimate the launches of one step: bytes, FLOPs, programs, instructions, occupancy, and a time.
 
-    Times come from counts and a simple model of the GPU, not from a run: docs/kernels.md says what it assumes and how far
-    it is from what others measured. Operators that TensorRT runs itself are not counted. Needs no GPU.
+    Times come from counts and a simple model of the GPU, not from a run: docs/kernels.md says what it assumes and how
+    far it is from what others measured. Operators that TensorRT runs itself are not counted. Needs no GPU.
     """
     if store is not None and counts_only:
         raise OptionError("--kernels and --counts-only exclude each other: one reads code, the other none")
@@ -157,7 +156,8 @@ def estimate(
         out.print(estimates.table(listed))
         out.print(estimates.summary(listed))
         out.print(
-            f"{card.name}, sm {card.sm}: a model, no measurement; code from {source}; operators of TensorRT are not counted"
+            f"{card.name}, sm {card.sm}: a model, no measurement; code from {source}; "
+            "operators of TensorRT are not counted"
         )
 
 

@@ -1,1 +1,1 @@
-"""What launches of kernels cost: bytes, FLOPs and programs of each operator's plan, and a time from a simple model of a GPU."""
+"""What launches of kernels cost: bytes, FLOPs and programs of plans, and a time from a simple model of a GPU."""

@@ -31,8 +31,8 @@ from seekforge.plugins.operator import cdiv
 #: Shares of the vendor's rates that long copies and large products reach: 3.0 of 3.35 TB/s and 790 of 989 TFLOPS on an
 #: H100, as its users publish them.
 MEMORY_SHARE, TENSOR_SHARE = 0.9, 0.8
-#: Share of the dense rate that mma.sync reaches where wgmma or tcgen05 exist: 62 % on SM90 ("Dissecting the NVIDIA Hopper
-#: Architecture through Microbenchmarking", 2025); on SM100 and SM103 what an SM90 would reach (assumed).
+#: Share of the dense rate that mma.sync reaches where wgmma or tcgen05 exist: 62 % on SM90 ("Dissecting the NVIDIA
+#: Hopper Architecture through Microbenchmarking", 2025); on SM100 and SM103 what an SM90 would reach (assumed).
 MMA_SYNC_SHARE: Final[dict[int, float]] = {90: 0.62, 100: 0.31, 103: 0.31}
 #: Clocks from a load to its value, from memory and from L2 (the same paper, rounded), and of one barrier of a block
 #: (assumed).
@@ -155,8 +155,8 @@ class _Program:
 def loops_of(work: Work, code: sass.Code) -> list[tuple[sass.Body, int]]:
     """Return the loops that a program runs, each with its passes.
 
-    Of a kernel with products it is the one with most tensor instructions. Of another, all of them where the compiler left
-    as many as the source has; else none: every instruction counts once, and waits as if it kept `CUT_PASSES` in flight.
+    Of a kernel with products it is the one with most tensor instructions. Of another, all of them where the compiler
+    left as many as the source has; else none: every instruction counts once, and loads of `CUT_PASSES` are in flight.
     """
     with_tensor = [body for body in code.bodies if body.tensor]
     if with_tensor:
@@ -193,8 +193,8 @@ def _program(work: Work, kernel: Kernel, card: Card) -> _Program:
 def _waits(body: sass.Body, kernel: Kernel, busy: float) -> float:
     """Return the clocks that a pass of `busy` clocks waits beside them.
 
-    Loads into registers alone are waited for in the pass. A pipeline has `num_stages` - 1 passes of loads in flight, and
-    what is loaded into registers beside it (scales) comes from L2 while the pass runs.
+    Loads into registers alone are waited for in the pass. A pipeline has `num_stages` - 1 passes of loads in flight,
+    and what is loaded into registers beside it (scales) comes from L2 while the pass runs.
     """
     barriers = body.barriers * BARRIER_CLOCKS
     if body.copies and kernel.num_stages > 1:

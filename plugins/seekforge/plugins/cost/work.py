@@ -1,4 +1,4 @@
-"""What one launch of a plan moves and computes, counted from its shapes: the form in which operators' `cost` modules say it.
+"""What one launch of a plan moves and computes, counted from its shapes: what operators' `cost` modules say.
 
 Pure arithmetic: no torch, no Triton, no file. What shapes do not say (how much of the context is filled, how tokens
 choose experts) is a `Load`.

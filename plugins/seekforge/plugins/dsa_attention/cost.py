@@ -15,7 +15,7 @@ from seekforge.plugins.operator import cdiv
 
 def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     """Return what attending, combining or expanding does."""
-    heads, c, r, q = (bound[name] for name in ("H", "C", "R", "Q"))
+    heads, c, r = (bound[name] for name in ("H", "C", "R"))
     programs = math.prod(launch.grid)
     if launch.variant == "expand":
         positions = bound["MB"] * 64

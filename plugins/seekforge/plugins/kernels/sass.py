@@ -23,24 +23,24 @@ _INSTRUCTION: Final = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\
 _TARGET: Final = re.compile(r"`\(([^)]+)\)")
 
 #: Kind of instruction -> the names that it has before the first dot; whatever is in none of them is INTEGER.
-_KINDS: Final[dict[str, frozenset[str]]] = {
-    "float": frozenset(
+_KINDS: Final[dict[str, str]] = {
+    "float": (
         "FADD FADD2 FFMA FFMA2 FFMA32I FMUL FMUL2 FMNMX FMNMX3 FSEL FSET FSETP FCHK FSWZADD "
-        "HADD2 HFMA2 HMUL2 HMNMX2 HSET2 HSETP2 DADD DFMA DMUL DSETP".split()
+        "HADD2 HFMA2 HMUL2 HMNMX2 HSET2 HSETP2 DADD DFMA DMUL DSETP"
     ),
-    "special": frozenset(("MUFU",)),
-    "convert": frozenset("F2F F2FP F2I F2IP FRND I2F I2FP I2I I2IP".split()),
-    "global": frozenset("LD LDG LDGSTS ST STG RED REDG ATOM ATOMG UBLKCP UTMALDG UTMASTG".split()),
-    "shared": frozenset("LDS LDSM STS STSM STAS ATOMS LDTM STTM UTCCP".split()),
-    "spill": frozenset(("LDL", "STL")),
-    "exchange": frozenset("SHFL VOTE VOTEU REDUX CREDUX MATCH".split()),
-    "sync": frozenset(
+    "special": "MUFU",
+    "convert": "F2F F2FP F2I F2IP FRND I2F I2FP I2I I2IP",
+    "global": "LD LDG LDGSTS ST STG RED REDG ATOM ATOMG UBLKCP UTMALDG UTMASTG",
+    "shared": "LDS LDSM STS STSM STAS ATOMS LDTM STTM UTCCP",
+    "spill": "LDL STL",
+    "exchange": "SHFL VOTE VOTEU REDUX CREDUX MATCH",
+    "sync": (
         "BAR DEPBAR LDGDEPBAR LDSDEPBAR ARRIVES SYNCS WARPSYNC WARPGROUP WARPGROUPSET MEMBAR FENCE ERRBAR CCTL UTCBAR "
-        "UTMACMDFLUSH NANOSLEEP YIELD BMOV BSSY BSYNC ELECT".split()
+        "UTMACMDFLUSH NANOSLEEP YIELD BMOV BSSY BSYNC ELECT"
     ),
-    "control": frozenset("BRA BRX BRXU JMP JMX JMXU CALL RET EXIT KILL".split()),
+    "control": "BRA BRX BRXU JMP JMX JMXU CALL RET EXIT KILL",
 }
-_KIND_OF: Final = {name: kind for kind, names in _KINDS.items() for name in names}
+_KIND_OF: Final = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 #: Kinds of tensor instruction are one kind here; addresses, compares, moves and selections are INTEGER.
 TENSOR, INTEGER = "tensor", "integer"
 #: All kinds, in the order in which a table shows them.
