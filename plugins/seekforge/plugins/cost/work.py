@@ -41,7 +41,7 @@ class Work:
         pass_flops: those of the tiles that one program multiplies in one pass of its main loop, padding included.
         products: element type of the factors; None without products.
         programs: programs that have work; the others of the grid end at once.
-        passes: how often the program with most work runs each of the kernel's loops, in the order of its source.
+        passes: how often the program with most work runs each of the kernel's loops, in the order of its code.
     """
 
     read_bytes: int

@@ -59,5 +59,5 @@ def _selection(seen: list[int], topk: int) -> Work:
         written_bytes=4 * topk * len(seen),
         loaded_bytes=_PASSES * 4 * sum(scored),
         programs=len(seen),
-        passes=(whole, *(blocks,) * _PASSES),
+        passes=(*(blocks,) * _PASSES, whole),
     )
