@@ -116,17 +116,17 @@ def stored_sets(store: Path, calls: Iterable[Call], sm: int) -> list[KernelSet]:
         EngineError: the folder is damaged, or a descriptor contradicts itself or its cubin.
         TargetError: it has none for an operator, with the sizes of the calls.
     """
-    found = []
+    stored = []
     for entry in read_index(store):
         if entry["sm"] == sm:
-            found.append(read_kernels(store / entry["file"]))
-            for image in found[-1].images.values():
+            stored.append(read_kernels(store / entry["file"]))
+            for image in stored[-1].images.values():
                 _check(image, store / entry["file"], sm)
     result = []
     for op, bound in {call.op: call.bound for call in calls}.items():
         statics = statics_of(op, bound)
         names = {one.name for one in op_kernels(op).variants(statics, sm)}
-        fitting = [one for one in found if one.op == op and one.statics == statics and set(one.images) == names]
+        fitting = [one for one in stored if one.op == op and one.statics == statics and set(one.images) == names]
         if not fitting:
             raise TargetError(
                 f"{store}: no kernels of {op} for sm {sm} with these sizes; compile them, or leave out --kernels"

@@ -17,7 +17,7 @@ class Card:
         sm: compute capability.
         num_sms: how many SMs it has.
         clock_hz: the clock at which its dense rates are quoted.
-        bytes_per_s: of its memory.
+        bytes_per_s: bandwidth of its memory.
         bf16_flops_per_clock: dense BF16 rate of one SM, 2 per multiply and add; FP8 has twice as much.
         has_fp8: whether it multiplies FP8.
     """

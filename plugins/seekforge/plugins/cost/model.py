@@ -69,11 +69,11 @@ class Roofs:
     """The least time that each resource needs, seconds.
 
     Attributes:
-        memory: of bytes that leave or enter the chip.
-        l2: of bytes that programs ask for.
-        tensor: of tensor instructions, on the SM with most programs.
-        issue: of all instructions, on the same.
-        path: of its programs one after another, as many at a time as fit.
+        memory: bytes that leave or enter the chip.
+        l2: bytes that programs ask for.
+        tensor: tensor instructions, on the SM with most programs.
+        issue: all instructions, on the same.
+        path: its programs one after another, as many at a time as fit.
     """
 
     memory: float
@@ -95,10 +95,10 @@ class Estimate:
         blocks_per_sm: programs that an SM holds at once.
         waves: how many times the GPU is filled with programs.
         roofs: least times.
-        instructions: that one warp issues in the program with most work; 0 without code.
+        instructions: how many a warp issues in the program with most work; 0 without code.
         tensor_flops_ratio: FLOPs of tensor instructions over those of the tile, in one pass of the main loop; more than
             1 where a product is done twice. None where instructions do not say their shape.
-        seconds: from the launch's start to its end, without the gap before it.
+        seconds: time between the launch's start and its end, without the gap before it.
         bound: name of the slowest roof.
     """
 
