@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from tests.support.samples import audit_of
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.exporter.sizing.memory import cache_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.engine.agreement import cache_block_bytes
 from seekforge.formats.engine.manifest import Manifest, Target
+from seekforge.formats.engine.ranks import Ranks
+from seekforge.formats.parallelism import Parallelism
 from seekforge.runtime import LLM, Engine, SamplingParams
 from seekforge.runtime.engine import cache_size
 from seekforge.runtime.engine.cache_size import cache_budget, decide_num_blocks
@@ -56,6 +60,35 @@ def test_a_gpu_s_default_is_what_the_planner_left(manifest: Manifest) -> None:
     full = on_gpu(manifest, usable=100 * MIB, weights=99 * MIB, scratch=2 * MIB)
     with pytest.raises(EngineError, match="num_blocks"):
         decide(full, 1)
+
+
+def test_of_several_gpus_the_one_with_room_for_the_fewest_blocks_decides(manifest: Manifest) -> None:
+    """Stage 1 has fewer layers and so smaller blocks, but far less room."""
+    model = manifest.graphs["model"]
+    caches = model.with_role("cache")
+    first = dataclasses.replace(model, inputs=caches, outputs=(), aliases={}, file="model.0.plan")
+    second = dataclasses.replace(model, inputs=caches[:1], outputs=(), aliases={}, file="model.1.plan")
+    size, less = (cache_block_bytes([one], manifest.cache) for one in (first, second))
+    assert less < size
+
+    def blocks(*rooms: int) -> int:
+        empty = dict.fromkeys(("weights", "scratch", "activations", "reserve"), 0)
+        accounts = tuple({**empty, "usable": room} for room in rooms)
+        ranks = Ranks(
+            parallelism=Parallelism(tp=2, pp=2),
+            pipeline_stages=((0, 1), (1, 2)),
+            pieces={"model": (("model.0",), ("model.1",))},
+            stage_bytes=accounts,
+        )
+        several = on_gpu(manifest, total=0, usable=max(rooms)).model_copy(
+            update={"graphs": {"model": model}, "stages": {"model": (first, second)}, "ranks": ranks}
+        )
+        return decide(several, None)
+
+    assert blocks(20 * size, 20 * size) == 20
+    assert blocks(20 * size, 7 * less + 1) == 7
+    with pytest.raises(EngineError, match=f"{less:,} bytes are left for caches, expected room for at least 2 "):
+        blocks(20 * size, less)
 
 
 def test_the_default_stays_inside_the_profiles(manifest: Manifest) -> None:

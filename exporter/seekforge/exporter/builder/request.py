@@ -27,24 +27,16 @@ if TYPE_CHECKING:
 _MOST_GRAPH_BYTES = 1 << 31
 
 
-def check_program(
-    program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path, *, shared: bool = False
-) -> None:
-    """Every weight and table of every graph has a recipe, and no other; and the program is one that can be built.
+def check_program(program: Program, bindings: dict[str, dict[str, Recipe]], folder: Path) -> None:
+    """Every weight and table of every graph has a recipe, and no other.
 
     Args:
         program, bindings: the program in `folder`.
         folder: its folder.
-        shared: whether it may be shared among ranks.
 
     Raises:
-        ProgramError: it is shared among ranks and may not be, or naming the first recipe that is wrong.
+        ProgramError: naming the first recipe that is wrong.
     """
-    if program.parallelism.num_ranks > 1 and not shared:
-        raise ProgramError(
-            f"{folder}: is shared among {program.parallelism.num_ranks} ranks ({program.parallelism.options}), and "
-            "engines of several ranks are built for CPUs alone; export it without these options, or build it for cpu"
-        )
     for name, graph in program.graphs.items():
         recipes = bindings.get(name, {})
         wanted = {spec.name for role in ("weight", "table") for spec in graph.with_role(role)}

@@ -5,7 +5,7 @@ A pipeline stage is what `stages.cut` makes of `model.onnx` at `Program.pipeline
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from seekforge.exporter.models import family_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -25,8 +25,19 @@ def rank_bindings(
     """
     parallelism = program.parallelism
     place = parallelism.coordinates(rank)
-    start, stop = program.pipeline_stages[place.pp_rank]
-    is_first, is_last = place.pp_rank == 0, place.pp_rank == parallelism.pp - 1
+    reads = stage_reads(program, place.pp_rank)
+    return {
+        graph: {
+            name: for_rank(recipe, parallelism, place.tp_rank) for name, recipe in named.items() if reads(graph, name)
+        }
+        for graph, named in bindings.items()
+    }
+
+
+def stage_reads(program: Program, stage: int) -> Callable[[str, str], bool]:
+    """Return whether the ranks of a pipeline stage have an input, by the names of its graph and of itself."""
+    start, stop = program.pipeline_stages[stage]
+    is_first, is_last = stage == 0, stage == program.parallelism.pp - 1
     config = ModelConfig.parse(program.config, "program.json")
     family = family_of(config)
     before = family.names_before(config)
@@ -40,9 +51,4 @@ def rank_bindings(
             return start <= layer < stop
         return is_first if name in before else is_last if name in behind else True
 
-    return {
-        graph: {
-            name: for_rank(recipe, parallelism, place.tp_rank) for name, recipe in named.items() if reads(graph, name)
-        }
-        for graph, named in bindings.items()
-    }
+    return reads

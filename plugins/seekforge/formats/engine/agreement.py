@@ -258,6 +258,10 @@ def _ranks(manifest: Manifest) -> Iterator[str]:
     if tuple(itertools.pairwise(borders)) != manifest.ranks.pipeline_stages or borders[-1] != manifest.layer_range[1]:
         said = [list(one) for one in manifest.ranks.pipeline_stages]
         yield f"ranks.pipeline_stages is {said!r:.100}, layer_range is {list(manifest.layer_range)}"
+    accounts = manifest.ranks.stage_bytes
+    expected = manifest.ranks.parallelism.pp if manifest.target.backend != "onnxruntime" else 0
+    if len(accounts) != expected or any(key not in account for account in accounts for key in _DEVICE_BYTES):
+        yield f"ranks.stage_bytes has {len(accounts)} accounts, expected {expected} with {', '.join(_DEVICE_BYTES)}"
 
 
 def _others(manifest: Manifest) -> Iterator[str]:

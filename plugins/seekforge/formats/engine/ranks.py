@@ -7,7 +7,9 @@ A graph is cut where ranks add up, and between pipeline stages. What goes from p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +20,7 @@ from seekforge.common.errors import EngineError
 from seekforge.common.records import Record, RecordError
 from seekforge.formats.engine.weight_file import constant_bytes, own_layout
 from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.program import GraphIO
+from seekforge.formats.program import GraphIO, TensorSpec
 from seekforge.formats.weight_recipes import Recipe
 
 #: Starts of those names.
@@ -26,6 +28,7 @@ PARTIAL: Final = "partial."
 SUM: Final = "sum."
 LOCAL: Final = "local."
 _HANDED_ON: Final = "intermediate_out."
+_RECEIVED: Final = "intermediate."
 
 
 class Ranks(Record):
@@ -36,11 +39,13 @@ class Ranks(Record):
         pipeline_stages: [a, b) of the layers of each stage.
         pieces: graph -> for each stage, the names of its pieces in order: files of `Manifest.stages` without their
             endings. Ranks of a stage run the same pieces.
+        stage_bytes: GPU: what a rank of each stage is expected to hold, under the keys of `Audit.device_bytes`.
     """
 
     parallelism: Parallelism
     pipeline_stages: tuple[tuple[int, int], ...]
     pieces: dict[str, tuple[tuple[str, ...], ...]]
+    stage_bytes: tuple[dict[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +106,37 @@ def sum_name(partial: str) -> str:
     return SUM + partial.removeprefix(PARTIAL)
 
 
+def crossing(stages: Sequence[Sequence[GraphIO]], border: int) -> dict[str, TensorSpec]:
+    """Return what goes over the border before a pipeline stage: `intermediate.N` -> its specification, in order.
+
+    That is what the stages behind it read before any of them makes it. Some may come from far before, and go far on.
+
+    Args:
+        stages: the pieces of each stage of one graph, in order.
+        border: the stage behind the border.
+    """
+    crosses: dict[str, TensorSpec] = {}
+    made: set[str] = set()
+    for piece in itertools.chain.from_iterable(stages[border:]):
+        for spec in piece.with_role("intermediate"):
+            if spec.name.startswith(_RECEIVED) and spec.name not in made:
+                crosses.setdefault(spec.name, spec)
+        made.update(received_name(spec.name) for spec in piece.outputs if is_handed_on(spec.name))
+    return crosses
+
+
+def joined(pieces: Sequence[GraphIO]) -> GraphIO:
+    """Return what pieces take and give together, without what they hand to each other; its file is the first's."""
+    inputs: dict[str, TensorSpec] = {}
+    outputs: dict[str, TensorSpec] = {}
+    aliases: dict[str, str] = {}
+    for piece in pieces:
+        inputs |= {spec.name: spec for spec in piece.inputs if spec.role != "intermediate" and spec.name not in inputs}
+        outputs |= {spec.name: spec for spec in piece.outputs if spec.role != "intermediate"}
+        aliases |= piece.aliases
+    return replace(pieces[0], inputs=tuple(inputs.values()), outputs=tuple(outputs.values()), aliases=aliases)
+
+
 def is_handed_on(name: str) -> bool:
     """Whether a value goes to the next pipeline stage."""
     return name.startswith(_HANDED_ON)
@@ -108,9 +144,9 @@ def is_handed_on(name: str) -> bool:
 
 def received_name(name: str) -> str:
     """Return the name under which the next stage takes it."""
-    return f"intermediate.{name.removeprefix(_HANDED_ON)}"
+    return _RECEIVED + name.removeprefix(_HANDED_ON)
 
 
 def is_handed(name: str) -> bool:
     """Whether a piece hands a value of this name to another, or takes it from one."""
-    return name.startswith((PARTIAL, SUM, LOCAL, "intermediate.", _HANDED_ON))
+    return name.startswith((PARTIAL, SUM, LOCAL, _RECEIVED, _HANDED_ON))

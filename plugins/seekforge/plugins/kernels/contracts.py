@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from seekforge.common.errors import ShapeError
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.plugins.kernels.launch_plan import op_kernels
 from seekforge.plugins.kernels.sizes import operators
 from seekforge.plugins.kernels.sm_limits import has_fp8
@@ -69,15 +69,18 @@ def inlined_fault(op: str, config: ModelConfig) -> str:
     return ""
 
 
-def refusals(config: ModelConfig, *, plugins: Collection[str], ops: Collection[str]) -> list[str]:
+def refusals(
+    config: ModelConfig, *, plugins: Collection[str], ops: Collection[str], parallelism: Parallelism = ONE_RANK
+) -> list[str]:
     """Return one sentence for every operator that a model asks too much of; none: it can be built.
 
     Args:
         config: the model.
         plugins: op_types that run as plugins; the other `ops` are inlined.
         ops: op_types of the program.
+        parallelism: how ranks share the model; what counts is the sizes of one of them.
     """
-    sizes = operators(config)
+    sizes = operators(config, parallelism=parallelism)
     faults = [plugin_fault(op, sizes) if op in plugins else inlined_fault(op, config) for op in ops]
     return [fault for fault in faults if fault]
 

@@ -33,9 +33,9 @@ def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
 
 
 def flops(shapes: Mapping[str, Sequence[int]], config: ModelConfig, keys: int) -> float:
-    """Return the FLOPs of the experts that one token chooses."""
+    """Return the FLOPs of the experts that one token chooses; of a rank that has some of them, in the mean."""
     per_expert = math.prod(shapes["w13"][1:]) + math.prod(shapes["w2"][1:])
-    return 2.0 * config.num_experts_per_tok * per_expert
+    return 2.0 * config.num_experts_per_tok * per_expert * shapes["w13"][0] / config.n_routed_experts
 
 
 OPERATOR = Operator(

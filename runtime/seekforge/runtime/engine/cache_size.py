@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from seekforge.common.errors import EngineError
+from seekforge.formats.engine.agreement import cache_block_bytes
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.paged_cache import blocks_needed
 
@@ -35,13 +37,13 @@ def decide_num_blocks(
         manifest: the manifest of the engine.
         max_batch_size, max_model_len: what the cache holds when no size is asked for, if that fits.
         num_blocks: asked for.
-        kv_cache_memory: bytes asked for.
+        kv_cache_memory: bytes asked for; of several GPUs on each of them.
         free_bytes: free main memory before the engine is loaded; None where nobody knows. For engines of a CPU.
 
     Raises:
         EngineError: both sizes are given, or there is not room for two blocks; the message says what to pass.
     """
-    size = manifest.cache.bytes_per_block * copies(manifest)
+    size = max(of_stage for of_stage, _ in _places(manifest, free_bytes))
     if num_blocks is not None and kv_cache_memory is not None:
         raise EngineError("num_blocks and kv_cache_memory both give the size of the cache; pass one")
     most = manifest.max_cache_blocks()
@@ -52,10 +54,11 @@ def decide_num_blocks(
     else:
         wanted = max_batch_size * blocks_needed(max_model_len, manifest.cache.block_size) + 1
         chosen = wanted if most is None else min(wanted, most)
-        budget = cache_budget(manifest, free_bytes)
-        cause = "no memory is known to be free" if budget is None else f"{max(budget, 0):,} bytes are left for caches"
-        if budget is not None:
-            chosen = min(chosen, budget // size)
+        cause = "no memory is known to be free"
+        for per_block, budget in _places(manifest, free_bytes):  # all ranks have as many blocks: the least of them
+            if budget is not None and budget // per_block <= chosen:
+                chosen, size = budget // per_block, per_block
+                cause = f"{max(budget, 0):,} bytes are left for caches"
     if chosen > _MOST_BLOCKS:
         raise EngineError(
             f"{cause}, {chosen:,} blocks, expected at most {_MOST_BLOCKS:,}; "
@@ -67,6 +70,22 @@ def decide_num_blocks(
             "free memory, or say how many with num_blocks"
         )
     return chosen
+
+
+def _places(manifest: Manifest, free_bytes: int | None) -> list[tuple[int, int | None]]:
+    """Return what a block takes, and the bytes that caches may take, of each memory that has caches: of several GPUs
+    one of each pipeline stage."""
+    if manifest.ranks is None or not manifest.ranks.stage_bytes:
+        return [(manifest.cache.bytes_per_block * copies(manifest), cache_budget(manifest, free_bytes))]
+    places: list[tuple[int, int | None]] = []
+    for stage, account in enumerate(manifest.ranks.stage_bytes):
+        pieces = [
+            piece
+            for graph in manifest.graphs
+            for piece in manifest.ranks.pieces_of(graph, manifest.plans(graph), stage)
+        ]
+        places.append((cache_block_bytes(pieces, manifest.cache), _left(account)))
+    return places
 
 
 def copies(manifest: Manifest) -> int:
@@ -88,7 +107,11 @@ def cache_budget(manifest: Manifest, free_bytes: int | None) -> int | None:
         return int(max(free_bytes - sum(file.bytes for file in manifest.files), 0) * _CPU_SHARE)
     if manifest.audit is None:
         return None
-    account = manifest.audit.device_bytes
+    return _left(manifest.audit.device_bytes)
+
+
+def _left(account: Mapping[str, int]) -> int:
+    """Return what an account of one GPU leaves for caches."""
     return account["usable"] - sum(account[key] for key in ("weights", "scratch", "activations", "reserve"))
 
 

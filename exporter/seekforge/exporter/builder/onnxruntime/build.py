@@ -29,7 +29,7 @@ from seekforge.exporter.builder.judge import check_measurable, judge
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile
 from seekforge.exporter.builder.onnxruntime.graphs import ROPE_TABLES, finish_graph, fold_graph, write_graph
 from seekforge.exporter.builder.onnxruntime.quantize import choose
-from seekforge.exporter.builder.onnxruntime.rank_build import fold_ranks, whole_graph
+from seekforge.exporter.builder.onnxruntime.rank_build import fold_ranks
 from seekforge.exporter.builder.onnxruntime.rank_session import RankSession
 from seekforge.exporter.builder.onnxruntime.self_check import make_self_check
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
@@ -46,7 +46,7 @@ from seekforge.exporter.checkpoint.validate import scan_values
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Limits, Manifest
-from seekforge.formats.engine.ranks import Ranks
+from seekforge.formats.engine.ranks import Ranks, joined
 from seekforge.formats.engine.weight_file import ALIGNMENT, WEIGHTS, is_divided
 from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO, Program, load_bindings, load_program
@@ -105,7 +105,7 @@ def check(
         raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
-    check_program(program, bindings, program_folder, shared=True)
+    check_program(program, bindings, program_folder)
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     read_generation(program_folder, config)
     with open_checkpoint(checkpoint_folder) as opened:
@@ -365,7 +365,7 @@ def _several_ranks(
     pieces = made.write_graphs(folder, program)
     by_name = {Path(piece.file).stem: piece for graph in pieces.values() for piece in graph}
     return _Made(
-        graphs={graph: whole_graph(ios) for graph, ios in pieces.items()},
+        graphs={graph: joined(ios) for graph, ios in pieces.items()},
         stages=pieces,
         bindings=made.bindings,
         files=[*(piece.file for piece in by_name.values()), *made.files],

@@ -8,7 +8,7 @@ place (`formats.engine.ranks`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -21,7 +21,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits
 from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.engine.weight_file import WEIGHTS, is_divided
-from seekforge.formats.program import GraphIO, Program, TensorSpec
+from seekforge.formats.program import GraphIO, Program
 from seekforge.formats.weight_recipes import Recipe, TensorSource, for_rank
 
 
@@ -139,15 +139,3 @@ def fold_ranks(
             stages.append(tuple(stems))
         names[graph] = tuple(stages)
     return RankGraphs(layout.model_copy(update={"pieces": names}), pieces, constants, common, stage_files)
-
-
-def whole_graph(pieces: tuple[GraphIO, ...]) -> GraphIO:
-    """Return what all pieces take and give together, as the graph that they were cut from; its file is the first's."""
-    inputs: dict[str, TensorSpec] = {}
-    outputs: dict[str, TensorSpec] = {}
-    aliases: dict[str, str] = {}
-    for piece in pieces:
-        inputs |= {spec.name: spec for spec in piece.inputs if spec.role != "intermediate" and spec.name not in inputs}
-        outputs |= {spec.name: spec for spec in piece.outputs if spec.role != "intermediate"}
-        aliases |= piece.aliases
-    return replace(pieces[0], inputs=tuple(inputs.values()), outputs=tuple(outputs.values()), aliases=aliases)

@@ -87,6 +87,7 @@ class RankSession:
                             raise EngineError(f"ranks of stage {stage} give different {spec.name}; please report this")
                         results[spec.name] = parts[0]
             handed = [
-                {received_name(name): value for name, value in one.items() if is_handed_on(name)} for one in values
+                before | {received_name(name): value for name, value in one.items() if is_handed_on(name)}
+                for before, one in zip(handed, values, strict=True)
             ]
         return results

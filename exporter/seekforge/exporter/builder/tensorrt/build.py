@@ -7,6 +7,7 @@ checkpoint. So the full model builds on a laptop. What cannot work is refused be
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import threading
@@ -39,6 +40,7 @@ from seekforge.exporter.program.graph_io import graph_io, roles_in
 from seekforge.exporter.program.stages import INTERMEDIATE, cut, stage_ranges
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import MANIFEST, Manifest
+from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.program import GraphIO, TensorSpec
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_digests import write_weight_digests
@@ -80,6 +82,7 @@ def build_gpu(
             if len(stages) > 1:
                 made.stages[name] = stages
         made.uses = {job.plan: len(job.stages) for job in jobs}
+        made.ranks = _ranks(inputs, checked, options, made)
         if inputs.weights.path is not None:
             with progress.steps_bar("digest weights") as advance:
                 _digest_weights(inputs, Path(inputs.weights.path), folder, advance)
@@ -153,10 +156,7 @@ def _jobs(
 ) -> list[Job]:
     """Return what must be compiled for one graph: one plan, or one for every kind of layer range."""
     target, config = checked.target, inputs.config
-    budget = checked.device_bytes["usable"] - sum(
-        checked.device_bytes[key] for key in ("weights", "scratch", "activations", "reserve")
-    )
-    per_block = block_bytes(inputs.program, config, target.kv_format)
+    budget, per_block = _cache_room(inputs, checked)
     jobs: dict[str, Job] = {}
     forms: dict[str, Form] = {}
     for number, (plan, graph) in enumerate(_ranges(name, inputs, options.layers_per_plan)):
@@ -187,10 +187,48 @@ def _jobs(
     return list(jobs.values())
 
 
+def _cache_room(inputs: Inputs, checked: GpuBuild) -> tuple[int, int]:
+    """Return the bytes that are left for caches, and those of a block, where that makes the fewest blocks: all ranks
+    have as many."""
+    rooms = []
+    for stage, account in enumerate(checked.stage_bytes):
+        held = sum(account[key] for key in ("weights", "scratch", "activations", "reserve"))
+        per_block = block_bytes(inputs.program, inputs.config, checked.target.kv_format, stage)
+        rooms.append((account["usable"] - held, per_block))
+    return min(rooms, key=lambda room: room[0] / room[1])
+
+
+def _layer_ranges(inputs: Inputs, most_layers: int | None) -> list[list[tuple[int, int]]]:
+    """Return for each pipeline stage the layers of the plans that it runs."""
+    stages = inputs.program.pipeline_stages
+    return [stage_ranges(layers, most_layers) if most_layers else [layers] for layers in stages]
+
+
+def _ranks(inputs: Inputs, checked: GpuBuild, options: BuildOptions, made: Made) -> Ranks | None:
+    """Describe which of the engine's plans each rank runs; None: there is one rank."""
+    parallelism = inputs.program.parallelism
+    if parallelism.num_ranks == 1:
+        return None
+    pieces: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for name, graph in made.graphs.items():
+        files = [Path(stage.file).stem for stage in made.stages.get(name, (graph,))]
+        counts = [0] * (parallelism.pp - 1) + [len(files)]
+        if name == "model":
+            counts = [len(ranges) for ranges in _layer_ranges(inputs, options.layers_per_plan)]
+        ends = list(itertools.accumulate(counts))
+        pieces[name] = tuple(tuple(files[end - count : end]) for end, count in zip(ends, counts, strict=True))
+    return Ranks(
+        parallelism=parallelism,
+        pipeline_stages=inputs.program.pipeline_stages,
+        pieces=pieces,
+        stage_bytes=checked.stage_bytes,
+    )
+
+
 def _ranges(name: str, inputs: Inputs, most_layers: int | None) -> list[tuple[str, onnx.ModelProto]]:
     """Return (name, canonical graph) of every stage of a graph. The MTP module is one layer, and one stage."""
     whole = inputs.graphs[name]
-    ranges = stage_ranges(inputs.program.layer_range, most_layers) if most_layers and name == "model" else []
+    ranges = [one for of_stage in _layer_ranges(inputs, most_layers) for one in of_stage] if name == "model" else []
     if len(ranges) < 2:
         return [(name, whole)]
     labels = [f"{name}.{first}" if last == first + 1 else f"{name}.{first}-{last - 1}" for first, last in ranges]

@@ -23,7 +23,7 @@ from seekforge.exporter.builder.request import (
 )
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import wide_weights
-from seekforge.exporter.builder.tensorrt.memory import expected_bytes, memory_refusal
+from seekforge.exporter.builder.tensorrt.memory import fullest, memory_refusal, stage_bytes
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -38,6 +38,7 @@ from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.contracts import refusals
 from seekforge.plugins.operator import evaluate_dim
 from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS
+from seekforge.plugins.sum_ranks.spec import SPEC as SUM_RANKS
 from seekforge.plugins.tensorrt.library import installed_version, large_tensor_fault
 
 
@@ -49,7 +50,8 @@ class GpuBuild:
         target: the target as options changed it, with the engine's limits.
         plugins, inlined: op_types that become plugins, and those whose bodies are inlined.
         how: dtypes of the specialization.
-        device_bytes: expected use of one GPU.
+        device_bytes: expected use of one GPU, of several the fullest.
+        stage_bytes: the same of a GPU of each pipeline stage.
         oversize: more is expected than there is.
         wide: graph -> weight inputs that the engine holds in f32.
         bf16_linears: graph -> weight inputs whose products are `Bf16Linear` plugins.
@@ -60,6 +62,7 @@ class GpuBuild:
     inlined: tuple[str, ...]
     how: Specialization
     device_bytes: dict[str, int]
+    stage_bytes: tuple[dict[str, int], ...]
     oversize: bool
     wide: dict[str, set[str]]
     bf16_linears: dict[str, set[str]]
@@ -91,8 +94,11 @@ class Inputs:
 
     @property
     def ops(self) -> dict[str, int]:
-        """op_type -> nodes of an engine, in the order of the registry: the program's, and one for each bf16 linear."""
-        counts = {op: use.num_nodes for op, use in self.program.ops.items()}
+        """op_type -> nodes of an engine, in the order of the registry: the program's, and one for each bf16 linear.
+
+        Sums over ranks are left out: they are layers of TensorRT's own, whatever is a plugin.
+        """
+        counts = {op: use.num_nodes for op, use in self.program.ops.items() if op != SUM_RANKS.name}
         counts[BF16_LINEAR] = sum(map(len, self.bf16_linears.values()))
         return {op: counts[op] for op in SPECS if counts.get(op)}
 
@@ -153,7 +159,7 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
     fault = _fault(target, program, config, ops, wanted)
     if fault:
         raise TargetError(f"{fault}; {_remedy(target, program, config, ops, wanted)}")
-    plugins = _choose_plugins(config, ops, wanted)
+    plugins = _choose_plugins(program, config, ops, wanted)
     inlined = tuple(op for op in ops if op not in plugins)
     large = _large_tensor(inputs, target, limits)
     if large:
@@ -161,7 +167,8 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
     bytes_only = any(OPERATORS[op].inlined_weights == "int8" for op in inlined)
     storage = "float8" if target.has_fp8 and not bytes_only else "int8"
     how = Specialization("bf16", storage, target.kv_format, "trt")
-    device = expected_bytes(inputs, target, limits, options.layers_per_plan, plugins)
+    stages = stage_bytes(inputs, target, limits, options.layers_per_plan, plugins)
+    device = fullest(stages)
     oversize = device["total"] > device["usable"]
     if oversize and not options.tensorrt.allow_oversize:
         raise TargetError(memory_refusal(inputs, target, limits, options.layers_per_plan, plugins, device))
@@ -171,6 +178,7 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
         inlined=inlined,
         how=how,
         device_bytes=device,
+        stage_bytes=stages,
         oversize=oversize,
         wide=inputs.wide(plugins),
         bf16_linears=inputs.bf16_linears if BF16_LINEAR in plugins else {},
@@ -203,9 +211,9 @@ def _fault(
             f"--kv-cache-dtype fp8_ds stores FP8, and the program has numerics {numerics['name']!r} without that "
             "rounding"
         )
-    plugins = _choose_plugins(config, ops, wanted)
+    plugins = _choose_plugins(program, config, ops, wanted)
     inlined = [op for op in ops if op not in plugins]
-    broken = refusals(config, plugins=plugins, ops=ops)
+    broken = refusals(config, plugins=plugins, ops=ops, parallelism=program.parallelism)
     if broken:
         return f"target {target.name}: {broken[0]}"
     if target.products == "fp8" and any(op in inlined for op in FP8_OPS):
@@ -260,11 +268,14 @@ def _remedy(
     return export + "pass " + " or ".join(said for said in working if len(said.split()) == fewest)
 
 
-def _choose_plugins(config: ModelConfig, ops: tuple[str, ...], wanted: PluginChoice) -> tuple[str, ...]:
+def _choose_plugins(
+    program: Program, config: ModelConfig, ops: tuple[str, ...], wanted: PluginChoice
+) -> tuple[str, ...]:
     match wanted:
         case "all":
             return ops
         case "none":
             return ()
         case _:
-            return tuple(op for op in ops if not refusals(config, plugins=[op], ops=[op]))
+            layout = program.parallelism
+            return tuple(op for op in ops if not refusals(config, plugins=[op], ops=[op], parallelism=layout))

@@ -28,7 +28,7 @@ def kernel_tasks(
         ShapeError: there are no kernels for the model's sizes.
         EnvironmentFault: the compiler is not installed.
     """
-    sizes = operators(config, kv_format=target.kv_format, numerics=program.numerics)
+    sizes = operators(config, kv_format=target.kv_format, numerics=program.numerics, parallelism=program.parallelism)
     try:
         aot.compiler()
     except EnvironmentFault as error:

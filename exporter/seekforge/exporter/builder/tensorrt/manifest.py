@@ -20,6 +20,7 @@ from seekforge.exporter.builder.tensorrt.graph import Prepared
 from seekforge.exporter.builder.tensorrt.kernels import count_images, kernel_files, min_drivers
 from seekforge.formats import weight_digests
 from seekforge.formats.engine.manifest import Audit, PluginUse
+from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import Recipe, cast, retarget
 from seekforge.plugins.functions.specialization import Specialization
@@ -42,6 +43,7 @@ class Made:
         stages: graph -> inputs and outputs of each plan that a step runs, where they are several.
         uses: plan -> how many of the stages it runs.
         profiles: profile -> plan -> input -> smallest, typical and largest shape.
+        ranks: how ranks share what was made; None: there is one.
     """
 
     kernels: list[KernelSet] = field(default_factory=list)
@@ -51,11 +53,15 @@ class Made:
     stages: dict[str, tuple[GraphIO, ...]] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
     profiles: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    ranks: Ranks | None = None
 
 
 def make_audit(inputs: Inputs, checked: GpuBuild, made: Made) -> Audit:
-    """Return what the compiled plans really are."""
+    """Return what the compiled plans really are. Shares of products are those of all pipeline stages together, with the
+    heads and experts of one rank."""
     target = checked.target
+    heads = inputs.program.parallelism.rank_sizes(inputs.config).num_attention_heads
+    config = inputs.config.model_copy(update={"num_attention_heads": heads})
     context = min(_AUDIT_CONTEXT, checked.limits.max_model_len)
     weights = {spec.name for graph in inputs.program.graphs.values() for spec in graph.with_role("weight")}
     compiled = made.compiled
@@ -64,7 +70,7 @@ def make_audit(inputs: Inputs, checked: GpuBuild, made: Made) -> Audit:
         for plan, graph in made.prepared.items()
         for product in audit.products(
             graph.operators,
-            inputs.config,
+            config,
             weights=weights,
             plugins=checked.plugins,
             precision=target.products,
@@ -185,6 +191,7 @@ def engine_parts(
         min_driver=min_drivers(made.kernels),
         capturable={name: one.capturable for name, one in made.compiled.items() if one.capturable is not None},
         audit=audited,
+        ranks=made.ranks,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from seekforge.common.dtypes import itemsize
 from seekforge.exporter.builder.tensorrt.profiles import largest_step, spanning
 from seekforge.exporter.models import family_of
+from seekforge.exporter.program.rank_bindings import stage_reads
 from seekforge.exporter.sizing.memory import (
     GIB,
     Workload,
@@ -45,7 +46,25 @@ def expected_bytes(
     plan_layers: int | None,
     plugins: Collection[str] = WITH_KERNELS,
 ) -> dict[str, int]:
-    """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has.
+    """Return what one GPU is expected to hold, with one sequence of the longest context, and what it has; of several
+    GPUs the fullest. Arguments as of `stage_bytes`."""
+    return fullest(stage_bytes(inputs, target, limits, plan_layers, plugins))
+
+
+def fullest(stages: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Return the account of the GPU with the most in it."""
+    return max(stages, key=lambda account: account["total"])
+
+
+def stage_bytes(
+    inputs: Inputs,
+    target: TargetConfig,
+    limits: Limits,
+    plan_layers: int | None,
+    plugins: Collection[str] = WITH_KERNELS,
+) -> tuple[dict[str, int], ...]:
+    """Return what a GPU of each pipeline stage is expected to hold, with one sequence of the longest context, and what
+    it has.
 
     Plans reserve memory for the largest step of each profile, so that is counted, also where no step gets so large.
 
@@ -55,16 +74,29 @@ def expected_bytes(
         plan_layers: most layers of one plan, None: all. Each has a place of its own for what it chooses.
         plugins: op_types that run as plugins.
     """
+    stages = range(inputs.program.parallelism.pp)
+    return tuple(_stage_bytes(inputs, target, limits, plan_layers, plugins, stage) for stage in stages)
+
+
+def _stage_bytes(
+    inputs: Inputs,
+    target: TargetConfig,
+    limits: Limits,
+    plan_layers: int | None,
+    plugins: Collection[str],
+    stage: int,
+) -> dict[str, int]:
     assert target.gpu is not None
     config = inputs.config
-    first, last = inputs.program.layer_range
+    first, last = inputs.program.pipeline_stages[stage]
     more_layers = min(plan_layers or last - first, last - first) - 1
     steps = [largest_step(profile, limits) for profile in spanning(target.profiles, limits).values()]
     tokens = max(batch * queries for batch, queries in steps)
     widest = Workload(max(limits.max_model_len, tokens), limits.max_batch_size, tokens)
     parts = {
-        "weights": weight_input_bytes(inputs, plugins),
-        "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1) * block_bytes(inputs.program, config, target.kv_format),
+        "weights": sum(one.num_bytes for one in _held(inputs, plugins, stage)),
+        "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1)
+        * block_bytes(inputs.program, config, target.kv_format, stage),
         "scratch": max(
             operator_scratch_bytes(
                 config,
@@ -82,11 +114,6 @@ def expected_bytes(
     return parts | {"total": sum(parts.values()), "usable": usable_bytes(target.gpu.memory_gib)}
 
 
-def weight_input_bytes(inputs: Inputs, plugins: Collection[str] = WITH_KERNELS) -> int:
-    """Bytes of all weight and table inputs of an engine; what two graphs make of the same tensors is held once."""
-    return sum(one.num_bytes for one in _held(inputs, plugins))
-
-
 @dataclass(frozen=True)
 class _Held:
     """A weight or table input of an engine, and the first graph that has it."""
@@ -97,12 +124,14 @@ class _Held:
     num_bytes: int
 
 
-def _held(inputs: Inputs, plugins: Collection[str]) -> Iterator[_Held]:
+def _held(inputs: Inputs, plugins: Collection[str], stage: int | None = None) -> Iterator[_Held]:
+    """Yield what one rank of a pipeline stage holds, or of all stages together."""
     wide = inputs.wide(plugins)
+    reads = None if stage is None else stage_reads(inputs.program, stage)
     held: dict[str, list[tuple[str, Recipe]]] = {}  # input -> each type and recipe that it has in some graph
     for name, graph in inputs.program.graphs.items():
         for spec in graph.inputs:
-            if spec.role not in ("weight", "table"):
+            if spec.role not in ("weight", "table") or (reads is not None and not reads(name, spec.name)):
                 continue
             one = ("f32" if spec.name in wide[name] else spec.dtype, inputs.bindings[name][spec.name])
             if one not in held.setdefault(spec.name, []):
@@ -148,9 +177,12 @@ def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: C
     return most
 
 
-def block_bytes(program: Program, config: ModelConfig, kv_format: str) -> int:
-    """Bytes of one cache block over all layers of all graphs."""
-    specs = [spec for graph in program.graphs.values() for spec in graph.with_role("cache")]
+def block_bytes(program: Program, config: ModelConfig, kv_format: str, stage: int) -> int:
+    """Bytes of one cache block over all layers that a pipeline stage has, of all graphs."""
+    reads = stage_reads(program, stage)
+    specs = [
+        spec for name, graph in program.graphs.items() for spec in graph.with_role("cache") if reads(name, spec.name)
+    ]
     layers = sorted({layer for spec in specs if (layer := layer_of(spec.name)) is not None})
     return BLOCK_SIZE * cache_bytes_per_token(config, kv_format, layers=layers)  # pyright: ignore[reportArgumentType]
 
@@ -174,6 +206,8 @@ def memory_refusal(
     allow = "or pass --allow-oversize to build what will not load"
     if low:
         return f"the engine {needs}; pass --max-model-len {low * BLOCK_SIZE} at most, {allow}"
+    if inputs.program.parallelism.num_ranks > 1:
+        return f"a rank of the engine {needs}; 'seekforge plan' says how many GPUs hold it all, {allow}"
     start, stop = inputs.program.layer_range
     other = device["total"] - device["weights"] - device["cache"]
     count = layers_that_fit(inputs, device["usable"] - other, device["cache"], plugins)
