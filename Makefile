@@ -63,7 +63,7 @@ wheel: $(VENV)/.dev
 
 # On a machine with a GPU: compile every kernel for it, compare all operators, walk whole programs (needs torch with CUDA:
 # the default index has it on Linux), time the real shapes into gpu-report/, then the tiny cases under compute-sanitizer
-# where that is installed.
+# where that is installed. With several GPUs also engines of several ranks, whose sums go through NCCL.
 SM ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 GPU_CHECK := $(BIN)/python -m tests.gpu.check
 GPU_FOLDER := $(CACHE)/gpu-check
@@ -77,6 +77,9 @@ gpu-check: $(VENV)/.gpu
 	@if command -v compute-sanitizer >/dev/null; then \
 		compute-sanitizer --error-exitcode 1 $(GPU_CHECK) run $(GPU_FOLDER) --only tiny; \
 	else echo 'compute-sanitizer is not installed: skipped'; fi
+	@if [ "$$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -gt 1 ]; then \
+		$(PIP) --no-build-isolation --editable '.[dev,gpu,nccl]' && $(BIN)/python -m pytest -m gpu -k several_real_gpus tests/runtime/backends/tensorrt; \
+	else echo 'one GPU: engines of several ranks are not run'; fi
 
 clean:
 	rm -rf $(VENV) .cache demo demo-ranks dist

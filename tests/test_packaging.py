@@ -134,7 +134,8 @@ def test_no_two_requirements_bring_the_same_module() -> None:
 #: Package -> the module that our code imports of it, where the names differ.
 MODULES = {
     "cuda-core": "cuda.core", "cuda-bindings": "cuda.bindings", "pyyaml": "yaml", "onnx-ir": "onnx_ir",
-    "tensorrt-rtx": "tensorrt_rtx",
+    "tensorrt-rtx": "tensorrt_rtx", "nccl4py": "nccl.core",
+    "nvidia-nccl-cu13": "nccl.core",  # the library, which those bindings load
 }  # fmt: skip
 
 

@@ -145,6 +145,7 @@ class FakeDevice:
         self.most_contexts = 10**6
         self.enqueues = self.launches = self.uploaded_bytes = self.capture_queries = self.captures = 0
         self.closed = False
+        self.group: Any = None
 
     def allocate(self, num_bytes: int) -> int:
         address, self.next = self.next, self.next + num_bytes + 4096

@@ -25,6 +25,7 @@ OURSELVES: Final = "seekforge"
 _PACKAGE_OF: Final[dict[str, str]] = {
     "cuda.core": "cuda-core",
     "cuda.bindings": "cuda-bindings",
+    "nccl": "nccl4py",
     "onnx_ir": "onnx-ir",
     "tensorrt_rtx": "tensorrt-rtx",
     "yaml": "pyyaml",

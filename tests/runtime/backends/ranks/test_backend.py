@@ -21,6 +21,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.step_io import MODEL, MTP, StepInputs, lay_out
 from seekforge.runtime.backends.base import Backend
+from seekforge.runtime.backends.ranks.same_check import VARIABLE, SameCheck
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.outputs import GenerationError
 
@@ -93,6 +94,24 @@ def test_steps_equal_those_of_one_rank(engine: Path, tiny_engines: dict[str, Pat
             value = many.cache(name)  # pyright: ignore[reportAttributeAccessIssue]
             np.testing.assert_allclose(value, expected, atol=2e-5 * expected.std(), rtol=0, err_msg=name)
     assert not children()
+
+
+def test_the_debug_mode_finds_nothing_in_a_sound_engine(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And compares something: every sum, and the keys and experts that each layer chooses."""
+    counted: list[str] = []
+    require = SameCheck.require
+
+    def noted(self: SameCheck, what: str, value: np.ndarray) -> None:
+        counted.append(what)
+        require(self, what, value)
+
+    monkeypatch.setattr(SameCheck, "require", noted)
+    monkeypatch.setenv(VARIABLE, "1")
+    with opened(engine) as many:
+        results(many, {"logits"})
+    kinds = {what.partition(".")[0] for what in counted}
+    tp = Engine.open(engine).manifest.ranks.parallelism.tp  # pyright: ignore[reportOptionalMemberAccess]
+    assert kinds == {"sum", "topk_indices", "expert_ids"} if tp > 1 else "sum" not in kinds
 
 
 def test_text_with_drafts_prefixes_preemption_and_new_weights_is_that_of_one_rank(

@@ -31,8 +31,8 @@ from seekforge.formats.step_io import StepInputs
 from seekforge.formats.weight_recipes import tensors_of
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.backends.tensorrt import backend as tensorrt
-from seekforge.runtime.backends.tensorrt.device_graph import halves, next_power_of_two, padded
 from seekforge.runtime.backends.tensorrt.device_weights import DeviceWeights
+from seekforge.runtime.backends.tensorrt.step_shapes import halves, next_power_of_two, padded
 from seekforge.runtime.cli.main import main
 from seekforge.runtime.engine.engine_folder import Engine
 

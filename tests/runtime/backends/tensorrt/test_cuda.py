@@ -530,3 +530,60 @@ def test_a_driver_too_old_for_the_kernels_is_refused_before_anything_is_loaded(
         r"of CUDA 12\.8; install a newer driver",
     ):
         CudaDevice(tmp_path, wanting)
+
+
+class Group:
+    """The ranks that add up with a device. `agrees`: what the others say."""
+
+    def __init__(self) -> None:
+        self.communicator, self.agrees, self.closed = object(), True, False
+
+    def agree(self, fine: bool) -> bool:
+        return fine and self.agrees
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_device_of_a_rank_joins_its_group_and_tells_every_context(
+    libraries, manifest: Manifest, tmp_path: Path
+) -> None:
+    fake, trt = libraries
+    fake.gpus = 4
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    chosen: list[int] = []
+    fake.do_cudaSetDevice = lambda number: chosen.append(number) or ()
+    group = Group()
+
+    def join() -> Group:
+        assert chosen == [3], "the GPU is the current one"
+        return group
+
+    device = CudaDevice(tmp_path, manifest, number=3, join=join)
+    plan = device.open_plan(tmp_path / "model.plan")
+    plan.enqueue(Call({}, {}, 0))
+    trt.contexts[0].set_communicator.assert_called_once_with(group.communicator)
+    group.agrees = False
+    with pytest.raises(MemoryError, match="no memory for an execution context"):
+        plan.enqueue(Call({}, {}, 1))
+    trt.contexts[1].set_communicator.assert_not_called()
+    group.agrees, make = True, trt.engine.create_execution_context.side_effect
+
+    def refusing(*arguments: Any) -> Any:
+        made = make(*arguments)
+        made.set_communicator.return_value = False
+        return made
+
+    trt.engine.create_execution_context.side_effect = refusing
+    with pytest.raises(EngineError, match="the communicator was refused"):
+        plan.enqueue(Call({}, {}, 1, context=1))
+    device.close()
+    assert group.closed and device.group is None
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(libraries, manifest: Manifest, tmp_path: Path) -> None:
+    libraries[0].gpus = 2
+    with pytest.raises(EnvironmentFault, match="rank 2 needs a GPU of its own, and there are 2"):
+        CudaDevice(tmp_path, manifest, number=2)

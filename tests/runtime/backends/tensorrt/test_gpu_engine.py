@@ -20,9 +20,11 @@ from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import check, open_inputs
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig, all_targets
 from seekforge.runtime import LLM, Engine, SamplingParams
 
@@ -93,8 +95,8 @@ def target_for(sm: int, backend: str) -> TargetConfig | None:
     return next((one for one in all_targets() if one.backend == backend and sm in one.sms), None)
 
 
-def gpu_sm() -> int:
-    """Return the compute capability of the first GPU, or skip the test."""
+def gpu_sm(num_gpus: int = 1) -> int:
+    """Return the compute capability of the first GPU, or skip the test where there are fewer than so many."""
     try:
         driver = importlib.import_module("cuda.bindings.driver")
         (status,) = driver.cuInit(0)
@@ -102,6 +104,8 @@ def gpu_sm() -> int:
         pytest.skip(f"no CUDA driver ({error})")
     if status != driver.CUresult.CUDA_SUCCESS or driver.cuDeviceGetCount()[1] == 0:
         pytest.skip(f"no GPU ({status.name})")
+    if driver.cuDeviceGetCount()[1] < num_gpus:
+        pytest.skip(f"{driver.cuDeviceGetCount()[1]} GPUs, this takes {num_gpus}")
     kind = driver.CUdevice_attribute
     major, minor = (
         driver.cuDeviceGetAttribute(one, 0)[1]
@@ -172,3 +176,31 @@ def test_a_real_gpu_answers_as_pytorch_does(
     build_gpu(inputs, check(inputs, target, options), out, options=options, force=False, progress=progress)
     oracle, vocab_size, tolerance = pytorch(checkpoint)
     assert judge(out, oracle, vocab_size, drafts=drafts, tolerance=tolerance, most_wrong=0.05) > 0.2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("library", "backend"),
+    [pytest.param("tensorrt", "tensorrt", marks=pytest.mark.trt), ("tensorrt_rtx", "tensorrt-rtx")],
+)
+@pytest.mark.parametrize(
+    "layout", [Parallelism(tp=2, ep=True), Parallelism(pp=2), Parallelism(tp=2, pp=2, ep=True)], ids=str
+)
+def test_several_real_gpus_answer_as_pytorch_does(
+    request: pytest.FixtureRequest, tmp_path: Path, library: str, backend: str, layout: Parallelism
+) -> None:
+    """Sums go through NCCL inside of plans, also of captured steps; stages over the host. `make gpu-check` runs it."""
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    if layout.tp > 1:
+        pytest.importorskip("nccl.core", reason="nccl4py is not installed")
+    sm = gpu_sm(layout.num_ranks)
+    target = target_for(sm, backend)
+    if target is None:
+        pytest.skip(f"no target of {backend} for a GPU of sm{sm}")
+    checkpoint = request.getfixturevalue("tiny_checkpoint")
+    export(checkpoint, tmp_path / "program", numerics=NUMERICS["fp8"], parallelism=layout)
+    inputs = open_inputs(tmp_path / "program", checkpoint)
+    options, out = gpu_options(), tmp_path / "engine"
+    build_gpu(inputs, check(inputs, target, options), out, options=options, force=False, progress=Stages(quiet=True))
+    oracle, vocab_size, tolerance = pytorch(checkpoint)
+    assert judge(out, oracle, vocab_size, drafts=2, tolerance=tolerance, most_wrong=0.05) > 0.2

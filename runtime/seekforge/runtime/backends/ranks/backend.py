@@ -5,6 +5,7 @@ What is above a backend - scheduling, sampling, drafts - knows nothing of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.onnxruntime import default_threads
 from seekforge.runtime.backends.ranks.host import Host, launched, meet
 from seekforge.runtime.backends.ranks.message import Message
-from seekforge.runtime.backends.ranks.rank import Rank
+from seekforge.runtime.backends.ranks.micro_batches import num_parts
+from seekforge.runtime.backends.ranks.opening import OpenRank, open_rank, settings_of
 from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
 from seekforge.runtime.backends.ranks.worker import message_of, work
 
@@ -51,8 +53,6 @@ class RanksBackend:
         In a process that a launcher made another rank than 0 this does not return: it works as that rank until rank 0
         closes the engine, and then ends the process.
         """
-        if manifest.target.backend != "onnxruntime":
-            raise EngineError(f"engines of several ranks run on onnxruntime, this one is for {manifest.target.backend}")
         place = launched()
         if place is not None and place.rank > 0:
             with meet(place) as connection:
@@ -64,10 +64,12 @@ class RanksBackend:
         self._pp, self._tp = parallelism.pp, parallelism.tp
         self._closed = False
         threads = threads or max(default_threads() // parallelism.num_ranks, 1)
-        self._host = Host(folder, self._memory, digest=manifest.digest, threads=threads)
+        settings = settings_of(manifest, threads=threads, checkpoint=checkpoint)
+        self._rank: OpenRank | None = None
+        self._host = Host(folder, self._memory, digest=manifest.digest, settings=settings, on_fault=self._abort)
         try:
             self._collectives = SharedMemory(self._memory, 0, self._host.check)
-            self._rank = Rank(folder, manifest, 0, self._collectives, threads)
+            self._rank = open_rank(folder, manifest, 0, self._collectives, settings, progress)
             self._host.await_ready()
         except BaseException:
             self._host.fail("the engine was not opened")
@@ -76,32 +78,35 @@ class RanksBackend:
     def allocate_caches(self, num_blocks: int) -> None:
         """Make zeroed caches of `num_blocks` blocks on every rank; earlier ones are given back."""
         self._call(Message({"call": "allocate_caches", "num_blocks": num_blocks}))
-        self._rank.allocate_caches(num_blocks)
+        self._opened.allocate_caches(num_blocks)
 
     def run(self, inputs: StepInputs, *, outputs: Collection[str], graph: str = MODEL) -> RankOutputs:
         """Run one step; see `Backend.run`."""
         names = sorted(outputs)
-        self._call(message_of(inputs, names, graph))
-        return RankOutputs(self._together(lambda: self._rank.run(inputs, names, graph)))
+        parts = num_parts(inputs, self._pp) if graph == MODEL else 1
+        self._call(message_of(inputs, names, graph, parts))
+        results = self._together(lambda: self._opened.run(inputs, names, graph, parts))
+        self._host.check()  # of sums that were ended for a lost rank nothing is right
+        return RankOutputs(results)
 
     def cache(self, name: str) -> np.ndarray:
         """Return a copy of one layer's cache, such as `latent_cache.3`; for parity checks."""
         self._call(Message({"call": "cache", "name": name}))
-        values = [self._rank.cache(name)]
+        values = [self._opened.cache(name)]
         for stage in range(1, self._pp):
             message = self._together(lambda at=stage: self._collectives.send(None, source=at * self._tp, target=0))
             values.append(message.arrays.get("cache"))
         return next(value for value in values if value is not None)
 
     def graph_metrics(self) -> GraphMetrics:
-        """Return zeros: there are no CUDA graphs."""
-        return GraphMetrics()
+        """Return what became of CUDA graphs on rank 0; the others capture the same steps."""
+        return self._opened.graph_metrics()
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Swap weights on every rank; see `Backend`. What is wrong with them is said before a rank changes any."""
-        self._rank.check_update(tensors)
+        self._opened.check_update(tensors)
         self._call(Message({"call": "update_weights"}, dict(tensors)))
-        self._together(lambda: self._rank.update_weights(tensors))
+        self._together(lambda: self._opened.update_weights(tensors))
 
     def close(self) -> None:
         """End the ranks and give back what they share."""
@@ -110,9 +115,21 @@ class RanksBackend:
         self._closed = True
         if self._host.fault is None:
             self._collectives.broadcast(Message({"call": "close"}))
+        if self._rank is not None:
+            with contextlib.suppress(EngineError):  # of a device whose step was ended for a lost rank
+                self._rank.close()  # with the others, which were told: some things are given back together
         self._host.close()
-        self._rank.close()
         self._collectives.close()
+
+    @property
+    def _opened(self) -> OpenRank:
+        assert self._rank is not None
+        return self._rank
+
+    def _abort(self) -> None:
+        """A rank is lost: end what this process waits for."""
+        if self._rank is not None:
+            self._rank.abort()
 
     def _call(self, message: Message) -> None:
         """Tell the ranks what to do."""
@@ -126,5 +143,8 @@ class RanksBackend:
         try:
             return work()
         except BaseException as error:
+            lost = self._host.fault
             self._host.fail(f"rank 0 left a step ({type(error).__name__})")
+            if lost is not None and isinstance(error, Exception):  # what broke here broke because of that
+                raise EngineError(lost) from None
             raise

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -106,19 +106,29 @@ class Host:
         fault: why the ranks ended; None: they live.
     """
 
-    def __init__(self, folder: Path, memory: Memory, *, digest: str, threads: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        memory: Memory,
+        *,
+        digest: str,
+        settings: Mapping[str, Any],
+        on_fault: Callable[[], None] = lambda: None,
+    ) -> None:
         """Start or await the other ranks, tell them what to open, and watch them.
 
         Args:
             folder: the engine folder.
             memory: what they will share.
             digest: the digest of the manifest that rank 0 read.
-            threads: CPU threads of each rank.
+            settings: what else they have to know (`opening.settings_of`).
+            on_fault: called once, from any thread, when the ranks are about to end for a fault.
 
         Raises:
             EngineError: a rank did not come.
         """
         self.fault: str | None = None
+        self._on_fault = on_fault
         self._memory, self._closing = memory, False
         self._changed = threading.Condition()
         self._processes: list[_Process] = []
@@ -135,7 +145,8 @@ class Host:
                     )
                 _await(meeting, self._processes)
             for process in self._processes:
-                first = {"folder": str(folder.resolve()), "rank": process.rank, "digest": digest, "threads": threads}
+                first = {"folder": str(folder.resolve()), "rank": process.rank, "digest": digest}
+                first["settings"] = settings
                 with contextlib.suppress(OSError):  # one that ended: the watch says so
                     process.tell(first, memory)
         except BaseException:
@@ -166,10 +177,13 @@ class Host:
     def fail(self, fault: str) -> None:
         """End all ranks, for a reason that every later call gives."""
         with self._changed:
-            if self.fault is None and not self._closing:
+            is_first = self.fault is None and not self._closing
+            if is_first:
                 self.fault = fault
             self._end()
             self._changed.notify_all()
+        if is_first:
+            self._on_fault()
 
     def close(self) -> None:
         """End the ranks, which were told to: those that do not within seconds are killed."""

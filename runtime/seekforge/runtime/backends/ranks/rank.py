@@ -17,12 +17,15 @@ import onnxruntime as ort
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.engine.ranks import PARTIAL, Ranks, is_handed_on, received_name, sum_name
-from seekforge.formats.program import GraphIO, load_bindings
-from seekforge.formats.step_io import MODEL, MTP, StepInputs
+from seekforge.formats.program import GraphIO, load_bindings, role_of
+from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import Recipe, evaluate_into, for_rank, tensors_of
+from seekforge.runtime.backends.base import GraphMetrics
 from seekforge.runtime.backends.onnxruntime import OrtGraph
 from seekforge.runtime.backends.ranks.collectives import Collectives
-from seekforge.runtime.backends.ranks.message import Message
+from seekforge.runtime.backends.ranks.micro_batches import join_columns, split_columns
+from seekforge.runtime.backends.ranks.same_check import SameCheck
+from seekforge.runtime.backends.ranks.stage_links import StageLinks
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 
 
@@ -34,21 +37,34 @@ class Rank:
         collectives: what it has of the others.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, number: int, collectives: Collectives, threads: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        number: int,
+        collectives: Collectives,
+        threads: int,
+        *,
+        checked: bool = False,
+    ) -> None:
         assert manifest.ranks is not None
         self.number, self.collectives = number, collectives
         self._folder, self._manifest, self._ranks, self._threads = folder, manifest, manifest.ranks, threads
         self._place = self._ranks.parallelism.coordinates(number)
         self._num_blocks: int | None = None
+        self._links = StageLinks(manifest, number, collectives)
+        self._check = SameCheck(collectives, self._ranks.parallelism, number) if checked else None
         self._bindings = load_bindings(folder)
         self._weights = _own_weights(folder, self._ranks, self._bindings, number)
         self._pieces = {
             graph: [
                 OrtGraph(folder, graph, piece, threads, self._weights.get(Path(piece.file).stem, {})) for piece in ios
             ]
-            for graph, ios in self._piece_ios().items()
+            for graph, ios in self._links.pieces(manifest).items()
         }
-        self._read_last = {graph: _read_last(ios) for graph, ios in self._piece_ios().items()}
+        self._read_last = {
+            graph: _read_last(ios, self._links.handed_on) for graph, ios in self._links.pieces(manifest).items()
+        }
 
     def allocate_caches(self, num_blocks: int) -> None:
         """Make zeroed caches of `num_blocks` blocks; earlier ones are given back."""
@@ -57,32 +73,39 @@ class Rank:
             for piece in pieces:
                 piece.allocate_caches(num_blocks, self._manifest.cache.block_size)
 
-    def run(self, inputs: StepInputs, outputs: Collection[str], graph: str = MODEL) -> dict[str, np.ndarray]:
+    def run(
+        self, inputs: StepInputs, outputs: Collection[str], graph: str = MODEL, parts: int = 1
+    ) -> dict[str, np.ndarray]:
         """Run this rank's part of a step.
+
+        Args:
+            inputs: the step.
+            outputs: names of the outputs that are wanted.
+            graph: which graph.
+            parts: micro-batches in which the step goes through the stages, see `micro_batches`.
 
         Returns:
             On rank 0 the outputs that were asked for; on others, those of their stage.
         """
-        parallelism, stage = self._ranks.parallelism, self._place.pp_rank
-        tp, last = parallelism.tp, parallelism.pp - 1
         results: dict[str, np.ndarray] = {}
-        pieces = self._pieces.get(graph, [])
-        if pieces:
-            values: dict[str, np.ndarray] = dict(inputs.intermediate_tensors)
-            if graph == MODEL and stage > 0:
-                values |= self.collectives.send(None, source=self.number - tp, target=self.number).arrays
-            for number, piece in enumerate(pieces):
-                self._run_piece(piece, inputs, outputs, values, results)
-                for name in self._read_last[graph][number]:
-                    values.pop(name, None)
-            if graph == MODEL and stage < last:
-                handed = {received_name(name): value for name, value in values.items() if is_handed_on(name)}
-                self.collectives.send(Message(arrays=handed), source=self.number, target=self.number + tp)
-        for other in range(1, parallelism.pp):
-            if (graph == MTP and other != last) or self.number not in (0, other * tp):
-                continue
-            message = Message(arrays=results) if self.number else None
-            results |= self.collectives.send(message, source=other * tp, target=0).arrays
+        if graph in self._pieces:
+            cut = split_columns(inputs, parts)
+            results = join_columns([self._run_part(part, outputs, graph) for part, _ in cut], cut)
+        return self._links.collect(graph, results)
+
+    def _run_part(self, inputs: StepInputs, outputs: Collection[str], graph: str) -> dict[str, np.ndarray]:
+        """Run one micro-batch through the pieces of this stage."""
+        results: dict[str, np.ndarray] = {}
+        values: dict[str, np.ndarray] = dict(inputs.intermediate_tensors)
+        if graph == MODEL:
+            values |= self._links.receive()
+        for number, piece in enumerate(self._pieces[graph]):
+            self._run_piece(piece, inputs, outputs, values, results)
+            for name in self._read_last[graph][number]:
+                values.pop(name, None)
+        if graph == MODEL:
+            made = {received_name(name): value for name, value in values.items() if is_handed_on(name)}
+            self._links.hand_on(values | made)
         return results
 
     def cache(self, name: str) -> np.ndarray | None:
@@ -105,7 +128,7 @@ class Rank:
         """Evaluate this rank's part of what reads `tensors`, which `check_update` passed, and open its pieces anew."""
         reopened: dict[tuple[str, int], OrtGraph] = {}
         weights = {stem: dict(values) for stem, values in self._weights.items()}
-        for graph, ios in self._piece_ios().items():
+        for graph, ios in self._links.pieces(self._manifest).items():
             for number, piece in enumerate(ios):
                 stem = Path(piece.file).stem
                 recipes = {
@@ -122,17 +145,16 @@ class Rank:
             piece.caches = self._pieces[graph][number].caches
             self._pieces[graph][number] = piece
 
+    def graph_metrics(self) -> GraphMetrics:
+        """Return zeros: there are no CUDA graphs."""
+        return GraphMetrics()
+
+    def abort(self) -> None:
+        """Do nothing: whoever waits here looks whether all ranks live."""
+
     def close(self) -> None:
         """Give back sessions and caches."""
         self._pieces.clear()
-
-    def _piece_ios(self) -> dict[str, list[GraphIO]]:
-        """Return graph -> its pieces that this rank runs, in order."""
-        return {
-            graph: pieces
-            for graph in self._manifest.graphs
-            if (pieces := self._ranks.pieces_of(graph, self._manifest.plans(graph), self._place.pp_rank))
-        }
 
     def _run_piece(
         self,
@@ -145,20 +167,27 @@ class Rank:
         """Run one piece, and put what it gives where it belongs."""
         wanted = [name for name in piece.output_names if name in outputs]
         inner = piece.intermediate_outputs
-        fetched = piece.run(replace(inputs, intermediate_tensors=values), {*wanted, *inner})
+        choices = [name for name in piece.output_names if role_of(name) == "tap"] if self._check is not None else []
+        fetched = piece.run(replace(inputs, intermediate_tensors=values), {*wanted, *inner, *choices})
         results.update((name, fetched.fetch(name)) for name in wanted)
+        if self._check is not None:
+            for name in choices:
+                self._check.require(name, fetched.fetch(name))
         for name in inner:
             if name.startswith(PARTIAL):
                 values[sum_name(name)] = self.collectives.sum(fetched.fetch(name))
+                if self._check is not None:
+                    self._check.require(f"{sum_name(name)} of graph {piece.name}", values[sum_name(name)])
             else:
                 values[name] = fetched.fetch(name)
 
 
-def _read_last(pieces: Sequence[GraphIO]) -> list[list[str]]:
-    """Return for each piece what it takes from others and no later one does."""
+def _read_last(pieces: Sequence[GraphIO], kept: Collection[str]) -> list[list[str]]:
+    """Return for each piece what it takes from others and no later one does, nor the next stage."""
     last = {spec.name: number for number, piece in enumerate(pieces) for spec in piece.with_role("intermediate")}
     return [
-        [name for name, at in last.items() if at == number and not is_handed_on(name)] for number in range(len(pieces))
+        [name for name, at in last.items() if at == number and not is_handed_on(name) and name not in kept]
+        for number in range(len(pieces))
     ]
 
 

@@ -15,8 +15,11 @@ from typing import Any
 
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.step_io import StepInputs
+from seekforge.runtime.backends.ranks.collectives import Collectives
 from seekforge.runtime.backends.ranks.message import Message
+from seekforge.runtime.backends.ranks.opening import OpenRank, open_rank
 from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
 
 #: Seconds between two beats.
@@ -56,8 +59,6 @@ def _first_line(connection: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _serve(connection: socket.socket, said: dict[str, Any], descriptor: int) -> None:
-    from seekforge.runtime.backends.ranks.rank import Rank  # brings ONNX Runtime
-
     folder, number = Path(said["folder"]), said["rank"]
     manifest = load_manifest(folder)
     if manifest.digest != said["digest"] or manifest.ranks is None:
@@ -67,27 +68,40 @@ def _serve(connection: socket.socket, said: dict[str, Any], descriptor: int) -> 
     beat = threading.Thread(target=_beat, args=(connection, memory, number, closed), name="seekforge-beat", daemon=True)
     beat.start()
     collectives = SharedMemory(memory, number, lambda: None)  # who waits in vain is ended by `_beat`
-    rank = Rank(folder, manifest, number, collectives, said["threads"])
+    rank = open_rank(folder, manifest, number, collectives, said["settings"])
     connection.sendall(json.dumps({"ready": number, "digest": manifest.digest}).encode() + b"\n")
+    take_calls(rank, collectives, manifest.ranks.parallelism, number)
+    closed.set()
+    beat.join()
+    rank.close()
+
+
+def take_calls(rank: OpenRank, collectives: Collectives, parallelism: Parallelism, number: int) -> None:
+    """Do what rank 0 broadcasts until it closes the engine.
+
+    Args:
+        rank: the opened rank.
+        collectives: what it has of the others.
+        parallelism: how many ranks there are.
+        number: which of them it is.
+    """
+    place = parallelism.coordinates(number)
     while True:
         message = collectives.broadcast()
         call = message.values["call"]
         if call == "run":
-            rank.run(step_of(message), message.values["outputs"], message.values["graph"])
+            rank.run(step_of(message), message.values["outputs"], message.values["graph"], message.values["parts"])
         elif call == "allocate_caches":
             rank.allocate_caches(message.values["num_blocks"])
         elif call == "update_weights":
             rank.update_weights(message.arrays)
         elif call == "cache":
             value = rank.cache(message.values["name"])
-            place = manifest.ranks.parallelism.coordinates(number)
             if place.tp_rank == 0 and place.pp_rank > 0:
                 arrays = {} if value is None else {"cache": value}
                 collectives.send(Message(arrays=arrays), source=number, target=0)
         else:
             assert call == "close", call
-            closed.set()
-            beat.join()
             return
 
 
@@ -102,10 +116,10 @@ def _beat(connection: socket.socket, memory: Memory, rank: int, closed: threadin
                 os._exit(1)
 
 
-def message_of(inputs: StepInputs, outputs: list[str], graph: str) -> Message:
-    """Return a step as what rank 0 broadcasts."""
+def message_of(inputs: StepInputs, outputs: list[str], graph: str, parts: int) -> Message:
+    """Return a step as what rank 0 broadcasts; `parts`: its micro-batches."""
     arrays = {name: value for name in _STEP_ARRAYS if (value := getattr(inputs, name)) is not None}
-    return Message({"call": "run", "outputs": outputs, "graph": graph}, arrays)
+    return Message({"call": "run", "outputs": outputs, "graph": graph, "parts": parts}, arrays)
 
 
 def step_of(message: Message) -> StepInputs:

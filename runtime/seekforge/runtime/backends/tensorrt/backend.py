@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ from seekforge.formats.step_runner import StepOutputs
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.tensorrt.cuda_graphs import CudaGraphs
 from seekforge.runtime.backends.tensorrt.device import SHARED, Device
-from seekforge.runtime.backends.tensorrt.device_graph import DeviceGraph, halves, padded
+from seekforge.runtime.backends.tensorrt.device_graph import DeviceGraph
 from seekforge.runtime.backends.tensorrt.device_weights import DeviceWeights
+from seekforge.runtime.backends.tensorrt.part import Part, whole_part
+from seekforge.runtime.backends.tensorrt.step_shapes import halves, padded
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 from seekforge.runtime.compatibility import check_weights
 
@@ -76,6 +79,7 @@ class TensorRtBackend:
         checkpoint: Path | None = None,
         progress: OnLoad | None = None,
         device: Device | None = None,
+        part: Part | None = None,
     ) -> None:
         """Load the model's plan and its weights.
 
@@ -84,7 +88,8 @@ class TensorRtBackend:
             threads: not used.
             checkpoint: where the weights are; None takes the folder that the engine was built with.
             progress: called while weights are loaded.
-            device: None opens the GPU.
+            device: None opens the first GPU.
+            part: what of the engine is run here; None: all of it.
 
         Raises:
             EngineError: a plan cannot be loaded, or the checkpoint is another one.
@@ -92,12 +97,15 @@ class TensorRtBackend:
         self.folder = folder
         self.manifest = manifest
         self.device: Device = device if device is not None else _open_gpu(folder, manifest)
-        self._bindings = load_bindings(folder) if _BINDINGS in {file.path for file in manifest.files} else {}
+        if part is None:
+            has_bindings = _BINDINGS in {file.path for file in manifest.files}
+            part = whole_part(manifest, load_bindings(folder) if has_bindings else {})
+        self._part = part
         self._checkpoint = checkpoint
         has_digests = weight_digests.FILE in {file.path for file in manifest.files}
         self._weights = DeviceWeights(
             folder,
-            self._bindings,
+            part.bindings,
             self.device,
             self._open_checkpoint,
             progress=progress,
@@ -105,7 +113,7 @@ class TensorRtBackend:
         )
         self._caches: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._captured = CudaGraphs(folder, self.device)
-        self._graphs = {MODEL: self._open(MODEL)}
+        self._graphs = {MODEL: self._open(MODEL)} if MODEL in part.plans else {}
 
     def allocate_caches(self, num_blocks: int) -> None:
         """Make zeroed caches of `num_blocks` blocks; earlier ones are given back.
@@ -125,8 +133,8 @@ class TensorRtBackend:
             self.device.free(address)
         self._caches.clear()
         per_block = 1 if self.manifest.cache.kv_format == "fp8_ds" else self.manifest.cache.block_size
-        for graph_io in self.manifest.graphs.values():
-            for spec in graph_io.with_role("cache"):
+        for name in self._part.plans:
+            for spec in self._part.whole(name, self.manifest).with_role("cache"):
                 shape = (num_blocks * per_block, *(int(dim) for dim in spec.shape[1:]))
                 num_bytes = math.prod(shape) * itemsize(spec.dtype)
                 address = self.device.allocate(num_bytes)
@@ -153,13 +161,26 @@ class TensorRtBackend:
         if profile is None:
             return self._run_halves(inputs, outputs, graph)
         shown = one.taps.intersection(outputs)
-        shapes = self._prepare(one, ready, shown)
+        shapes = self._prepare(one, self._received(one, ready), shown)
         bucket = (graph, *ready.input_ids.shape, ready.block_table.shape[1], len(ready.logits_index), shown)
         if small:
             self._captured.start(one, bucket, profile)
         else:
             self._enqueue(one, profile)
+        self._hand_on(one)
         return TensorRtStepOutputs(self.device, self._places(one, shapes, inputs, outputs))
+
+    def _received(self, graph: DeviceGraph, inputs: StepInputs) -> StepInputs:
+        """Return a step with what the stage before hands on, of a padded step padded as well."""
+        if self._part.links is None or not self._part.receives(graph.name):
+            return inputs
+        return replace(inputs, intermediate_tensors=self._part.links.receive())
+
+    def _hand_on(self, graph: DeviceGraph) -> None:
+        """Give the next stage what it takes, when the step is done."""
+        specs = self._part.hands_on(graph.name)
+        if self._part.links is not None and specs:
+            self._part.links.hand_on(graph.handed_on(specs))
 
     def _prepare(self, graph: DeviceGraph, inputs: StepInputs, shown: frozenset[str]) -> dict[str, tuple[int, ...]]:
         """Make room for a step and copy its inputs; returns the shapes of its outputs."""
@@ -187,13 +208,14 @@ class TensorRtBackend:
         if profile is None:
             return self._run_halves(inputs, outputs, one.name)
         watched: dict[str, np.ndarray] = {}
-        shapes = self._prepare(one, inputs, one.taps.intersection(outputs))
+        shapes = self._prepare(one, self._received(one, inputs), one.taps.intersection(outputs))
         one.watch(debug, watched.__setitem__)
         try:
             self._enqueue(one, profile)
             self.device.synchronize()
         finally:
             one.watch((), watched.__setitem__)
+        self._hand_on(one)
         missing = sorted(set(debug) - watched.keys())
         if missing:
             raise EngineError(f"{self.folder}: TensorRT did not show {missing[0]}; build the engine again with --taps")
@@ -227,7 +249,11 @@ class TensorRtBackend:
 
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write the weights that read `tensors` into their place: addresses and captured graphs stay valid."""
-        self._weights.update(changed_constants(self._bindings, tensors), GivenTensors(tensors))
+        self._weights.update(changed_constants(self._part.bindings, tensors), GivenTensors(tensors))
+
+    def write_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write what this rank has of weights that read `tensors`, which were checked for all ranks."""
+        self._weights.update(self._part.changed(set(tensors)), GivenTensors(tensors))
 
     def close(self) -> None:
         """Give back plans, weights and caches."""
@@ -242,24 +268,27 @@ class TensorRtBackend:
         self.device.close()
 
     def _open(self, graph: str) -> DeviceGraph:
-        if graph not in self.manifest.graphs:
+        if graph not in self._part.plans:
             raise EngineError(
                 f"{self.folder}: has no graph {graph!r}, only {', '.join(self.manifest.graphs)}; "
                 "build it from a program that has one"
             )
         self._check_weights(graph)
         self._captured.drop_recorded()  # they work in scratch memory that a larger plan makes move
-        graph_io = self.manifest.graphs[graph]
-        plans = {Path(stage.file).stem for stage in self.manifest.plans(graph)}
+        graph_io = self._part.whole(graph, self.manifest)
+        stages = self._part.plans[graph]
+        plans = {Path(stage.file).stem for stage in self.manifest.plans(graph)}  # all ranks capture, or none
         opened = DeviceGraph(
             self.folder,
             graph,
             graph_io,
-            self.manifest.plans(graph),
+            stages,
             self.manifest.profiles,
             self.device,
             self._weights.load(graph, [spec.name for spec in graph_io.inputs if spec.role in ("weight", "table")]),
             capturable=all(self.manifest.capturable.get(plan, True) for plan in plans),
+            plans=self.manifest.plans(graph),
+            received=self._part.receives(graph),
         )
         if self._caches:
             opened.set_caches(self._caches)
@@ -267,8 +296,8 @@ class TensorRtBackend:
 
     def _check_weights(self, graph: str) -> None:
         """Hold the weights and tables of the manifest against the recipes that fill them."""
-        for spec in self.manifest.graphs[graph].inputs:
-            recipe = self._bindings.get(graph, {}).get(spec.name)
+        for spec in self._part.whole(graph, self.manifest).inputs:
+            recipe = self._part.bindings.get(graph, {}).get(spec.name)
             if spec.role not in ("weight", "table") or recipe is None:
                 continue
             if (recipe.shape, recipe.dtype) != (spec.shape, spec.dtype):

@@ -19,6 +19,7 @@ from seekforge.plugins.kernels.cuda_driver import startup_fault
 from seekforge.plugins.kernels.launcher import CudaDriver, KernelFolder
 from seekforge.plugins.tensorrt.library import Flavour, load
 from seekforge.plugins.tensorrt.plugin import register
+from seekforge.runtime.backends.tensorrt.device import Group
 from seekforge.runtime.backends.tensorrt.plan import TrtPlan, library_log
 from seekforge.runtime.compatibility import check_driver, check_loadable, installed_versions
 
@@ -27,13 +28,17 @@ _NON_BLOCKING, _OUT_OF_MEMORY, _HOST_ALLOC_DEFAULT, _NO_DEVICE = 1, 2, 0, 100
 
 
 class CudaDevice:
-    """The first GPU. See `device.Device`."""
+    """One GPU. See `device.Device`."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, number: int = 0, join: Callable[[], Group] | None = None
+    ) -> None:
         """Check that the engine can run on this GPU, register its plugins with their kernels, and make a stream.
 
         Args:
             folder, manifest: the engine.
+            number: which of the GPUs it is.
+            join: finds the ranks that add up with it, when the GPU is the current one; None: it is alone.
 
         Raises:
             EngineError: the engine is for another GPU or other versions, or its kernels are missing.
@@ -51,28 +56,36 @@ class CudaDevice:
         self._plans: list[TrtPlan] = []
         self.scratch = (0, 0)
         self._pinned: list[int] = []
-        sm = self._open_gpu()
+        sm = self._open_gpu(number)
+        self.group: Group | None = None
         check_loadable(folder, manifest, sm=sm, versions=installed_versions(manifest.runtime_versions))
         check_driver(folder, manifest, sm=sm, driver=self._version("cudaDriverGetVersion"))
+        if join is not None:  # before TensorRT, which then finds the library of NCCL that is there
+            self.group = join()
         self.trt = load(self.flavour)
         self.log = library_log(self.trt)
         source = KernelFolder(folder, sm, CudaDriver()) if manifest.plugins else None
         self.registration = register(self.trt, source)
         self.stream = int(self._call(cudart.cudaStreamCreateWithFlags, _NON_BLOCKING))
 
-    def _open_gpu(self) -> int:
-        """Make the first GPU's context current and return its compute capability, 89 for an L40S.
+    def _open_gpu(self, number: int) -> int:
+        """Make a GPU's context current and return its compute capability, 89 for an L40S.
 
         Raises:
-            EnvironmentFault: CUDA does not start; says why by the error that it gave.
+            EnvironmentFault: CUDA does not start, by the error that it gave, or there are fewer GPUs.
         """
-        if not self._started(self._cuda.cudaGetDeviceCount):
+        count = int(self._started(self._cuda.cudaGetDeviceCount))
+        if not count:
             self._refuse_start(self._cuda.cudaError_t(_NO_DEVICE))
-        self._started(self._cuda.cudaSetDevice, 0)
+        if number >= count:
+            raise EnvironmentFault(
+                f"rank {number} needs a GPU of its own, and there are {count}; run where each has one"
+            )
+        self._started(self._cuda.cudaSetDevice, number)
         self._started(self._cuda.cudaFree, 0)  # the first call that needs a context makes it
         attribute = self._cuda.cudaDeviceAttr
-        major = self._started(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMajor, 0)
-        minor = self._started(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMinor, 0)
+        major = self._started(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMajor, number)
+        minor = self._started(self._cuda.cudaDeviceGetAttribute, attribute.cudaDevAttrComputeCapabilityMinor, number)
         return 10 * int(major) + int(minor)
 
     def _started(self, function: Any, *arguments: Any) -> Any:
@@ -218,6 +231,9 @@ class CudaDevice:
         for plan in self._plans:
             plan.close()
         self._plans.clear()
+        if self.group is not None:  # no context has it any more
+            self.group.close()
+            self.group = None
         if self.scratch[0]:
             self.free(self.scratch[0])
             self.scratch = (0, 0)

@@ -8,7 +8,7 @@ TensorRT-RTX must not swap kernels behind a graph's back: kernels are compiled f
 (`Call.specialized`).
 
 Nothing depends on a capture: a bucket that cannot be captured is enqueued from then on, in the contexts that all such
-steps share.
+steps share. Ranks that add up capture a bucket all together, or none of them does (`device.Group.agree`).
 """
 
 from __future__ import annotations
@@ -121,12 +121,18 @@ class CudaGraphs:
         except BaseException:
             self._evict(bucket)
             raise
+        refusal = ""
         try:
             if not graph.is_stream_capturable():
                 raise EngineError("TensorRT says that it is not stream capturable")
             kept.recorded = self._device.capture(graph.enqueue)
         except (EngineError, MemoryError) as error:
-            self._refuse(bucket, str(error))
+            refusal = str(error) or "no memory"
+        group = self._device.group
+        if group is not None and not group.agree(not refusal):
+            refusal = refusal or "another rank cannot"
+        if refusal:
+            self._refuse(bucket, refusal)
         else:
             self._captured += 1
 

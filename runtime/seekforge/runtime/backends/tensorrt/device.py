@@ -39,6 +39,27 @@ class Call:
     seen: Callable[[str, np.ndarray], None] = lambda name, value: None
 
 
+class Group(Protocol):
+    """The tensor-parallel ranks that add up with a device, each of which makes the same calls in the same order."""
+
+    @property
+    def communicator(self) -> object:
+        """What an execution context takes as its communicator."""
+        ...
+
+    def agree(self, fine: bool) -> bool:
+        """Return whether all ranks say that it went well; waits for them."""
+        ...
+
+    def abort(self) -> None:
+        """End every sum that is under way, since a rank is lost. Called from another thread."""
+        ...
+
+    def close(self) -> None:
+        """Give the communicator back."""
+        ...
+
+
 class Plan(Protocol):
     """One deserialized engine with its execution contexts."""
 
@@ -78,6 +99,11 @@ class Plan(Protocol):
 
 class Device(Protocol):
     """Device memory and one stream, on which everything happens in order."""
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks that add up with it; None: it is alone."""
+        ...
 
     def allocate(self, num_bytes: int) -> int:
         """Return the address of new memory.

@@ -12,7 +12,7 @@ import numpy as np
 from seekforge.common.dtypes import NUMPY, itemsize
 from seekforge.common.errors import EngineError
 from seekforge.formats.program import GraphIO, TensorSpec
-from seekforge.formats.step_io import PAD_POSITION, PAD_SLOT, StepInputs
+from seekforge.formats.step_io import StepInputs
 from seekforge.runtime.backends.tensorrt.device import Bound, Call, Device, Plan
 
 #: Roles of the inputs that every step gives, and of all that lies in buffers of its own.
@@ -24,59 +24,6 @@ _UNREAD: Final = "unread.{}"
 
 #: Profile -> plan -> input -> shapes, as `Manifest.profiles` has them.
 Profiles = Mapping[str, Mapping[str, Mapping[str, Bound]]]
-
-
-def next_power_of_two(value: int, most: int) -> int:
-    """Return the least power of two that is at least `value`, but at most `most` (which is at least `value`)."""
-    return min(1 << (value - 1).bit_length(), most)
-
-
-def padded(inputs: StepInputs, *, max_batch_size: int, max_blocks: int) -> StepInputs:
-    """Return a step of a bucket's shape: rows, table columns and logits rows that nobody reads are added.
-
-    Padding rows are those of `step_io`: they see nothing and change no cache.
-    """
-    rows, width = inputs.input_ids.shape
-    more = next_power_of_two(rows, max(max_batch_size, rows)) - rows
-    columns = inputs.block_table.shape[1]
-    wider = next_power_of_two(columns, max(max_blocks, columns)) - columns
-    count = len(inputs.logits_index)
-    longer = next_power_of_two(count, max(max_batch_size * width, count)) - count
-    down = ((0, more), (0, 0))
-    return StepInputs(
-        np.pad(inputs.input_ids, down),
-        np.pad(inputs.positions, down, constant_values=PAD_POSITION),
-        np.pad(inputs.slot_mapping, down, constant_values=PAD_SLOT),
-        np.pad(inputs.block_table, ((0, more), (0, wider))),
-        np.pad(inputs.logits_index, (0, longer)),
-        None if inputs.hidden_in is None else np.pad(inputs.hidden_in, (*down, (0, 0))),
-        {name: np.pad(value, (*down, (0, 0))) for name, value in inputs.intermediate_tensors.items()},
-    )
-
-
-def halves(inputs: StepInputs) -> list[tuple[StepInputs, np.ndarray]]:
-    """Return the upper and the lower rows of a step as two steps, each with the logits rows of the whole that it gives.
-
-    A half that gives none asks for its first row all the same, which a step must.
-    """
-    rows, width = inputs.input_ids.shape
-    middle = rows // 2
-    parts = []
-    for start, stop in ((0, middle), (middle, rows)):
-        of_row = inputs.logits_index // width
-        wanted = np.nonzero((of_row >= start) & (of_row < stop))[0]
-        picked = inputs.logits_index[wanted] - start * width
-        part = StepInputs(
-            inputs.input_ids[start:stop],
-            inputs.positions[start:stop],
-            inputs.slot_mapping[start:stop],
-            inputs.block_table[start:stop],
-            picked if len(picked) else np.zeros(1, np.int64),
-            None if inputs.hidden_in is None else inputs.hidden_in[start:stop],
-            {name: value[start:stop] for name, value in inputs.intermediate_tensors.items()},
-        )
-        parts.append((part, wanted))
-    return parts
 
 
 class Buffer:
@@ -156,6 +103,8 @@ class DeviceGraph:
         device: the device on which they run.
         constants: name of a weight or table -> its address.
         capturable: whether steps can be captured in a CUDA graph, as far as the build knew.
+        plans: all plans of the graph, where other devices run the others: their profiles bound a step too.
+        received: what comes from another device before each step, `intermediate.N`.
 
     Raises:
         EngineError: a plan cannot be loaded, or is not what the manifest says.
@@ -172,15 +121,21 @@ class DeviceGraph:
         constants: Mapping[str, int],
         *,
         capturable: bool = True,
+        plans: Sequence[GraphIO] = (),
+        received: Sequence[TensorSpec] = (),
     ) -> None:
+        self._received = received
         self.name, self.graph_io, self.device, self.capturable = name, graph_io, device, capturable
         self._stages = _open(folder, stages, device, profiles)
-        self._bounds = [step_bounds(profile, stages) for profile in profiles.values()]
+        self._bounds = [step_bounds(profile, plans or stages) for profile in profiles.values()]
         self.debug = frozenset(spec.name for spec in graph_io.outputs if spec.role == "debug")
         self.buffers: dict[str, Buffer] = {}
         self._given = [spec for spec in graph_io.inputs if spec.role in _GIVEN]
         self.dtypes = {spec.name: NUMPY[spec.dtype] for spec in graph_io.outputs}
         self.taps = frozenset(spec.name for spec in _of_role(graph_io.outputs, "tap"))
+        for spec in received:
+            self.buffers[spec.name] = Buffer(device)
+            self.dtypes[spec.name] = NUMPY[spec.dtype]
         self._placed: tuple[object, ...] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         for stage in self._stages:
@@ -220,7 +175,11 @@ class DeviceGraph:
         for stage in self._stages:
             for spec in (*stage.taken, *stage.made):
                 shapes[spec.name] = tuple(_size(dim, sizes) for dim in spec.shape)
+        for spec in self._received:
+            shapes[spec.name] = tuple(_size(dim, sizes) for dim in spec.shape)
         moved, self._placed = False, None  # until all is done: there may not be enough memory
+        for spec in self._received:
+            moved |= self.buffers[spec.name].reserve(max(math.prod(shapes[spec.name]), 1) * itemsize(spec.dtype))
         for stage in self._stages:
             for spec in (*stage.given, *stage.made):
                 room = max(math.prod(shapes[spec.name]), 1) * itemsize(spec.dtype)
@@ -252,6 +211,26 @@ class DeviceGraph:
         for spec in self._given:
             array = np.ascontiguousarray(inputs.array(spec.name), NUMPY[spec.dtype])
             self.device.upload(self.buffers[spec.name].address, array)
+        for spec in self._received:
+            array = inputs.intermediate_tensors[spec.name]
+            if array.shape != self._shapes[spec.name]:
+                raise EngineError(
+                    f"{spec.name} comes as {list(array.shape)} from the stage before, expected "
+                    f"{list(self._shapes[spec.name])}: they are not in the same step; start the engine again"
+                )
+            self.device.upload(self.buffers[spec.name].address, np.ascontiguousarray(array, NUMPY[spec.dtype]))
+
+    def handed_on(self, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
+        """Return what the next stage takes after a step: `intermediate.N` -> its value, in the dtype of the plans."""
+        values: dict[str, np.ndarray] = {}
+        for spec in specs:
+            shape = self._shapes.get(
+                spec.name.replace("intermediate.", "intermediate_out."), self._shapes.get(spec.name)
+            )
+            assert shape is not None
+            values[spec.name] = np.empty(shape, NUMPY[spec.dtype])
+            self.device.download(values[spec.name], self.buffers[spec.name].address)
+        return values
 
     def enqueue(self) -> None:
         """Start the step."""

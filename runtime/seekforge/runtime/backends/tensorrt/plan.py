@@ -227,9 +227,12 @@ class TrtPlan:
             context = self._engine.create_execution_context(config)
         else:
             context = self._engine.create_execution_context(strategy)
-        if context is None:
+        group = self._device.group
+        if (context is None) if group is None else not group.agree(context is not None):
             fault = self._device.reason(since, "no memory for an execution context")
             raise MemoryError(f"{self._path}: {fault}")
+        if group is not None:  # waits for the other ranks, which all got here
+            self._require(context.set_communicator(group.communicator), since, "the communicator was refused")
         if not context.set_optimization_profile_async(profile, self._device.stream):
             fault = self._device.reason(since, f"has no optimization profile {profile}")
             raise EngineError(f"{self._path}: {fault}; build the engine again")
