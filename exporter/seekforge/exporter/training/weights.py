@@ -12,17 +12,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from seekforge.common.dtypes import NUMPY
+from seekforge.common.errors import ConfigError
 from seekforge.exporter.checkpoint.new import layouts, split_into_shards, write_sidecars
 from seekforge.exporter.checkpoint.presets import Preset
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer_files
 from seekforge.exporter.training.model import Attention, Layer, Mlp, Moe, TrainedModel
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import ShardWriter
 from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes import evaluate, take
-from seekforge.formats.weight_recipes.stored import values_recipe
+from seekforge.formats.weight_recipes.stored import WORDS, values_recipe
 
 _ATTENTION = (
     "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj",
@@ -80,6 +82,19 @@ def _mlp(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Tens
     yield f"{prefix}gate_proj.weight", gate
     yield f"{prefix}up_proj.weight", up
     yield f"{prefix}down_proj.weight", down
+
+
+def check_form(config: ModelConfig) -> None:
+    """Refuse a checkpoint whose weights are written in a form that no update is rounded to.
+
+    Raises:
+        ConfigError: it is neither in FP8 blocks nor in BF16.
+    """
+    if config.stored_form not in ("fp8_blocks", "bf16"):
+        raise ConfigError(
+            f"the checkpoint holds {WORDS[config.stored_form]}, and trained weights are rounded to FP8 blocks or BF16; "
+            "take a checkpoint in one of these"
+        )
 
 
 def read_weights(model: TrainedModel, source: Checkpoint) -> None:

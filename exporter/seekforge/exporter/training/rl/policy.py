@@ -15,7 +15,7 @@ from torch import Tensor
 from seekforge.common.dtypes import NUMPY
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.training.model import TrainedModel
-from seekforge.exporter.training.weights import named_tensors
+from seekforge.exporter.training.weights import check_form, named_tensors
 from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.value_check import SCALE_SUFFIX
 from seekforge.formats.weight_recipes.evaluation import dequantize_into
@@ -36,7 +36,11 @@ class Policy:
             model: the model.
             learning_rate: the rate of AdamW.
             max_grad_norm: gradients are scaled down to this norm.
+
+        Raises:
+            ConfigError: the checkpoint's weights are neither in FP8 blocks nor in BF16.
         """
+        check_form(model.config)
         self.model, self.max_grad_norm = model, max_grad_norm
         learned = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
         self._pairs = [(p, p.detach().clone()) for p in learned]

@@ -18,6 +18,7 @@ from torch import Tensor
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import OptionError
 from seekforge.exporter.checkpoint.schema import expected_tensors
+from seekforge.exporter.training.weights import check_form
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.value_check import SCALE_SUFFIX
@@ -117,7 +118,9 @@ def checkpoint_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict
 
     Raises:
         OptionError: a tensor is not of this model.
+        ConfigError: the checkpoint's weights are neither in FP8 blocks nor in BF16.
     """
+    check_form(config)
     expected = expected_tensors(config)
     tensors: dict[str, np.ndarray] = {}
     for name, value in _unfused(state):
