@@ -139,6 +139,6 @@ def test_blocks_are_made_of_wide_matrices_alone(part: dict[str, Any]) -> None:
 
 
 def test_a_table_of_ones_is_bounded() -> None:
-    params = {"rows": 1 << 13, "columns": 1 << 13}
+    params: dict[str, float] = {"rows": 1 << 13, "columns": 1 << 13}
     with pytest.raises(ProgramError, match="ones of 8192 rows"):
         read_recipe(Recipe("computed", (1 << 13, 1 << 13), "f32", tensor="ones", params=params).to_dict())

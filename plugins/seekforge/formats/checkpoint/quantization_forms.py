@@ -149,12 +149,13 @@ def _compressed_tensors(form: dict[str, Any], origin: str) -> tuple[dict[str, An
     weights = group.get("weights")
     said = {key: value for key, value in (weights if isinstance(weights, dict) else {}).items() if value is not None}
     kind = (said.get("type"), said.get("num_bits"), said.get("strategy"))
-    stored = {
+    forms: dict[tuple[object, ...], str] = {
         ("float", 8, "block"): "ct_fp8_blocks",
         ("float", 8, "channel"): "ct_fp8_channel",
         ("float", 8, "tensor"): "ct_fp8_tensor",
         ("float", 4, "tensor_group"): "ct_nvfp4",
-    }.get(kind if all(isinstance(one, str | int) for one in kind) else (None, None, None))
+    }
+    stored = forms.get(kind) if all(isinstance(one, str | int) for one in kind) else None
     block, size = said.get("block_structure"), said.get("group_size", NVFP4_BLOCK)
     if stored is None or said.get("symmetric", True) is not True:
         raise ConfigError(
