@@ -67,7 +67,7 @@ def test_a_pipeline_that_is_too_short_waits_for_memory() -> None:
 @pytest.mark.parametrize(
     ("bent", "roof"),
     [
-        (replace(KERNEL, code=replace(CODE, bodies=(replace(BODY, kinds=BODY.kinds | {"integer": 500}),))), "issue"),
+        (replace(KERNEL, code=replace(CODE, bodies=(replace(BODY, kinds={**BODY.kinds, "integer": 500}),))), "issue"),
         (replace(KERNEL, code=replace(CODE, bodies=(replace(BODY, barriers=20),))), "path"),
         (replace(KERNEL, code=replace(CODE, bodies=(replace(BODY, tensor={next(iter(TILE)): 8}),))), "tensor"),
         (replace(KERNEL, num_warps=16), "issue"),
