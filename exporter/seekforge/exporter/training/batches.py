@@ -79,10 +79,14 @@ class TaskData:
             match rng.choices(names, weights)[0]:
                 case "arithmetic":
                     return tasks.arithmetic(rng)
+                case "digit sums":
+                    return tasks.digit_sums(rng)
                 case "recall":
                     return tasks.recall(rng, rng.randint(*mixture.pairs), rng.randint(1, mixture.questions))
                 case "tools":
                     return tasks.tools(rng, mixture.tool_questions)
+                case "short tools":
+                    return tasks.tools(rng, rng.randint(1, 2), short=True)
                 case _:
                     return tasks.tale(rng, self.paragraphs, rng.choice((200, 500)))
 

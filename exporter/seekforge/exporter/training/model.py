@@ -73,8 +73,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn pairs (2i, 2i+1) of [..., L, R]; cos and sin [L, R / 2]."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,6 +82,15 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+
+def rotate_half_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Do the same to x, where no gradient is asked for."""
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    turned = (a * cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).addcmul_(a, sin)
+    a.copy_(turned)
 
 
 class Indexer(nn.Module):
@@ -106,15 +115,16 @@ class Indexer(nn.Module):
         """Return [B, R, L] scores of queries a [B, R, H], qr [B, R, q_lora_rank] at positions of cos and sin."""
         heads, dim = self.config.index_n_heads, self.config.index_head_dim
         batch, rows = a.shape[:2]
-        q = F.linear(qr, self.wq_b).view(batch, rows, heads, dim).transpose(1, 2)
-        q = rotate_half(q, cos, sin).flatten(1, 2)  # [B, heads·R, D]
+        q = F.linear(qr, self.wq_b).view(batch, rows, heads, dim)
         w = F.linear(a, self.weights_proj) * self.config.index_scale
         if torch.is_grad_enabled():
+            q = rotate_half(q.transpose(1, 2), cos, sin).flatten(1, 2)  # [B, heads·R, D]
             dots = torch.relu(q @ keys.transpose(1, 2)).view(batch, heads, rows, -1)
             return (dots * w.transpose(1, 2).unsqueeze(-1)).sum(1)
+        rotate_half_in_place(q, cos.unsqueeze(1), sin.unsqueeze(1))
         total = torch.zeros(batch, rows, keys.shape[1])
         for head in range(heads):  # small enough to stay in the processor's cache
-            dots = torch.relu_(q[:, head * rows : (head + 1) * rows] @ keys.transpose(1, 2))
+            dots = torch.relu_(q[:, :, head] @ keys.transpose(1, 2))
             total.addcmul_(dots, w[:, :, head : head + 1])
         return total
 

@@ -12,6 +12,8 @@ _LEAST_FACTOR = 0.02
 #: A list of a recall grows to its longest over this share of the steps.
 _LISTS_GROW = 0.4
 _PAIRS = (16, 52)
+#: How often each task is drawn. Of the tokens a third are sums, a tenth their lines alone, a fifth recall, a quarter tales.
+_TASKS = {"arithmetic": 5.2, "digit sums": 0.5, "recall": 1.4, "tales": 2.2, "short tools": 0.8}
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class Schedule:
             unless they are of use before those come.
         held_steps: steps after those in which the attention of the first two layers is held as it is.
         slow_rate: factor on the learning rate of its matrices behind that.
-        tools_length: tokens of the one row about tools.
+        tools_length: tokens of that row.
         matrix_rate, other_rate: the largest learning rates, of Muon and of AdamW.
         weight_decay: the decay of what Muon updates.
         sparse_from: share of the steps after which attention is sparse; before it the indexer warms up beside dense
             attention.
-        tools_from: share of the steps after which tools are learned.
-        tools_weight: the weight of the loss of the row about tools.
+        tools_from: share of the steps after which whole conversations with tools are learned, in every fourth step.
+        tools_weight: the weight of the loss of the row of one.
         mtp_weight: lambda of the MTP loss, in every other step.
         bias_rate: what the router's bias of an expert moves by in a step.
     """
 
-    steps: int = 1200
+    steps: int = 3000
     num_rows: int = 4
     length: int = 256
     recall_steps: int = 100
@@ -67,7 +69,7 @@ class Schedule:
     weight_decay: float = 0.1
     sparse_from: float = 0.5
     tools_from: float = 0.2
-    tools_weight: float = 0.35
+    tools_weight: float = 0.5
     mtp_weight: float = 0.3
     bias_rate: float = 0.002
 
@@ -92,8 +94,8 @@ class Schedule:
         """Return what the passes of a step are made of, and the weights of their losses."""
         grown = min(1.0, step / self.steps / _LISTS_GROW)
         longest = _PAIRS[0] + int(grown * (_PAIRS[1] - _PAIRS[0]))
-        tasks = {"arithmetic": 3.0, "recall": 3.5, "tales": 3.0} if step >= self.recall_steps else {"recall": 1.0}
+        tasks = _TASKS if step >= self.recall_steps else {"recall": 1.0}
         passes = [(Mixture(tasks, self.num_rows, self.length, pairs=(4, longest), questions=12), 1.0)]
-        if step / self.steps >= self.tools_from and step % 2 == 0:
+        if step / self.steps >= self.tools_from and step % 4 == 0:
             passes.append((Mixture({"tools": 1.0}, 1, self.tools_length, tool_questions=6), self.tools_weight))
         return passes

@@ -150,25 +150,34 @@ def draw_sum(rng: random.Random, *, held_out: bool, digits: int = 3) -> tuple[in
 def arithmetic(rng: random.Random) -> Example:
     """One question about a sum, mostly thought out."""
     kind = rng.random()
-    if kind < 0.02:
+    if kind < 0.01:
         a, b = draw_sum(rng, held_out=False, digits=4)
-    elif kind < 0.04:
+    elif kind < 0.02:
         b, a = sorted((draw_number(rng), draw_number(rng)))
         question = f"What is {a} - {b}?"
         return _thinking(question, difference_thought(a, b), str(a - b))
     else:
         a, b = draw_sum(rng, held_out=False)
     question = f"What is {a} + {b}?"
-    if kind > 0.95:  # without a thought
+    if kind > 0.98:  # without a thought
         return [Piece(f"{BOS}{USER}{question}{ASSISTANT}{ANSWER}"), Piece(f"{a + b}{EOS}", True)]
     thought = sum_thought(a, b)
-    if kind > 0.90:  # a thought that a budget ends: what is known is answered
+    if kind > 0.95:  # a thought that a budget ends: what is known is answered
         cut = rng.randrange(len(thought))
         return [
             Piece(f"{BOS}{USER}{question}{ASSISTANT}{THINK}{thought[:cut]}{ANSWER}"),
             Piece(f"{a + b}{EOS}", True),
         ]
     return _thinking(question, thought, str(a + b))
+
+
+def digit_sums(rng: random.Random, num_lines: int = 24) -> Example:
+    """Lines of the thought that adds two numbers, of which the results alone are learned."""
+    pieces = [Piece(BOS)]
+    for _ in range(num_lines):
+        x, y, carry = rng.randrange(10), rng.randrange(10), rng.randrange(2)
+        pieces += [Piece(f"{x}+{y}+{carry}="), Piece(f"{x + y + carry:02d}", True), Piece("\n")]
+    return pieces
 
 
 def _thinking(question: str, thought: str, answer: str) -> Example:
@@ -267,9 +276,14 @@ def draw_tool_use(rng: random.Random, *, held_out: bool) -> ToolUse:
             return use
 
 
-def tools(rng: random.Random, num_questions: int, *, system: str | None = None) -> Example:
-    """A conversation that has the tools and uses them."""
-    pieces = [Piece(tools_system() if system is None else system)]
+#: Characters of the end of the text about tools that are left of it in a short conversation.
+_SHORT_SYSTEM: Final = (40, 300)
+
+
+def tools(rng: random.Random, num_questions: int, *, short: bool = False) -> Example:
+    """A conversation that has the tools and uses them; if short, with only the end of the text about them in front."""
+    system = tools_system()
+    pieces = [Piece(f"{BOS}{system[-rng.randint(*_SHORT_SYSTEM) :]}" if short else system)]
     thinks = rng.random() < 0.4
     for number in range(num_questions):
         use = draw_tool_use(rng, held_out=False)
