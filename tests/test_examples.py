@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.served import served
-from tests.support.toy_engine import write_chat_engine, write_toy_engine
+from tests.support.trained_nano import trained_nano
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -25,12 +25,9 @@ def example(name: str, *arguments: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def chat_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine that takes conversations and says nothing that makes sense, at once."""
-    root = tmp_path_factory.mktemp("chat")
-    write_toy_engine(root / "toy")
-    write_chat_engine(root / "engine", root / "toy")
-    return root / "engine"
+def nano_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine that can think and call; do not write into it."""
+    return trained_nano(tmp_path_factory) / "engine"
 
 
 def test_every_example_has_a_test_and_says_how_to_run_it() -> None:
@@ -108,28 +105,33 @@ def test_a_batch_file_is_answered_and_not_answered_twice(tiny_engines: dict[str,
     assert len(answers.read_text(encoding="utf-8").splitlines()) == 5
 
 
-def test_a_tool_is_called_through_the_server(tiny_engines: dict[str, Path]) -> None:
-    with served(tiny_engines["fp8"]) as (_, url, _):
+def test_a_tool_is_called_through_the_server(nano_engine: Path) -> None:
+    with served(nano_engine) as (_, url, _):
         printed = example("tool_call.py", url)
-    assert re.search(r'^call     weather\({"city": "(Oslo|Rome)"}\)$', printed, re.MULTILINE)
-    assert re.search(r"^result   (rain|sun), \d+ °C$", printed, re.MULTILINE)
-    assert re.search(r"^answer   .+", printed, re.MULTILINE)
+    assert printed == 'call     calculator({"expression": "123 * 45"})\nresult   5535\nanswer   5535\n'
 
 
-def test_a_question_is_answered_with_and_without_a_thought(chat_engine: Path) -> None:
-    printed = example("thinking.py", chat_engine, "Why?")
+def test_a_question_is_answered_with_and_without_a_thought(nano_engine: Path) -> None:
+    printed = example("thinking.py", nano_engine, "What is 467 + 385?")
     without, _, thinking = printed.partition("thinking on: ")
-    assert re.match(r"thinking off: \d+ tokens\nanswer: ", without) and "thought:" not in without
-    assert re.search(r"^thought:  .+\nanswer: ", thinking, re.MULTILINE)
+    assert re.match(r"thinking off: \d+ tokens\nanswer: +'\d+'\n", without) and "thought:" not in without
+    assert thinking.endswith("thought:  467+385 | 7+5+0=12 | 6+8+1=15 | 4+3+1=08 | =0852\nanswer:   '852'\n")
 
 
-def test_a_thought_ends_with_its_budget(chat_engine: Path) -> None:
-    printed = example("thinking_budget.py", chat_engine, "Why?")
-    thoughts = dict(re.findall(r"^budget (\w+): ['\"](.*)['\"] -> ", printed, re.MULTILINE))
-    assert set(thoughts) == {"4", "16", "none"}
-    assert 0 < len(thoughts["4"]) < len(thoughts["16"]) < len(thoughts["none"])
+def test_a_thought_ends_with_its_budget(nano_engine: Path) -> None:
+    printed = example("thinking_budget.py", nano_engine, "What is 467 + 385?")
+    lines = re.findall(r"^budget (\w+): '(.*)' -> '(\d+)'$", printed, re.MULTILINE)
+    assert [budget for budget, _, _ in lines] == ["4", "16", "none"]
+    assert [thought for _, thought, _ in lines][:2] == ["467+", "467+385 | 7+5+0=1"]
+    assert lines[2][2] == "852"
 
 
-def test_a_tool_may_be_called_in_a_thought(chat_engine: Path) -> None:
-    printed = example("tool_in_a_thought.py", chat_engine)
-    assert re.search(r"^thought  .+", printed, re.MULTILINE) and re.search(r"^answer   ", printed, re.MULTILINE)
+def test_a_tool_may_be_called_in_a_thought(nano_engine: Path) -> None:
+    printed = example("tool_in_a_thought.py", nano_engine)
+    assert printed.splitlines() == [
+        "thought  I call a tool.",
+        'call     calculator({"expression": "123 * 45"})',
+        "result   5535",
+        "thought  The tool says it.",
+        "answer   5535",
+    ]

@@ -56,7 +56,7 @@ def _judge(
     model: TrainedModel, tokenizer: Tokenizer, row: dict[str, Any], sparse: bool, random_choice: bool
 ) -> list[float]:
     if row["task"] == "english":
-        example = [tasks.Piece(tasks.BOS), tasks.Piece(row["text"], True)]
+        example = [tasks.Piece(tasks.BOS), tasks.Piece(row["text"].removeprefix(tasks.BOS), True)]
     else:
         example = [tasks.Piece(row["prompt"]), tasks.Piece(_completion(row), True)]
     ids, learned = encode(tokenizer, example)

@@ -330,7 +330,7 @@ def quality_rows(seed: int = 0, num_items: int = 200) -> Iterator[dict[str, Any]
         yield from _tool_rows(draw_tool_use(rng, held_out=True))
     paragraphs = split_tales()[1]
     for start in range(0, len(paragraphs) - 3, 4):
-        yield {"task": "english", "text": "\n\n".join(paragraphs[start : start + 4])}
+        yield {"task": "english", "text": BOS + "\n\n".join(paragraphs[start : start + 4])}
 
 
 #: More than four times `index_topk` of 32 tokens: a pair is three.
