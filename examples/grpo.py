@@ -1,8 +1,10 @@
-"""Teach `nano` sums by GRPO: it samples, answers that are right are made likelier, and it samples again.
+"""Teach `nano` differences by GRPO: it samples, what is right is made likelier, and it samples again.
 
-The compiled engine samples and gets the trainer's weights after each step, in FP8, without being built again. What its
-router and indexer chose is replayed by the trainer, so that both have the same log-probabilities (docs/rl.md). ENGINE
-is one of exact numerics, CHECKPOINT what it was built from; --chart needs the extra `charts`, the rest `train`.
+It knows how a difference is thought out and not what the digits are. A reward is half the share of right lines in the
+thought, and half the answer. The compiled engine samples and gets the trainer's weights after each step, in FP8, without
+being built again. What its router and indexer chose is replayed by the trainer, so that both have the same
+log-probabilities (docs/rl.md). ENGINE is one of exact numerics, CHECKPOINT what it was built from; --chart needs the
+extra `charts`, the rest `train`.
 
     python examples/grpo.py ENGINE CHECKPOINT --steps 60 --chart curve.svg --log log.jsonl
 """
@@ -13,6 +15,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from seekforge.exporter.training.model import TrainedModel
 from seekforge.exporter.training.rl.grpo import GrpoSettings, group_advantages, grpo_loss
 from seekforge.exporter.training.rl.policy import Policy
 from seekforge.exporter.training.rl.rollouts import RolloutBatch, token_logprobs
-from seekforge.exporter.training.tasks import is_held_out
+from seekforge.exporter.training.tasks import difference_thought, is_held_out, sum_thought
 from seekforge.exporter.training.weights import read_weights
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -48,12 +51,10 @@ def main() -> None:
                 right = score(llm, options)
             draws = [random.Random(f"{step} {number}") for number in range(options.prompts)]
             questions = [draw_question(rng, options) for rng in draws]
-            groups = sample(engine, [question for question, _ in questions], options, seed=step)
-            rewards = torch.tensor(
-                [[is_right(one, sums) for one in group] for group, (_, sums) in zip(groups, questions)]
-            )
-            advantages = group_advantages(rewards.float())
-            row = {"step": step, "reward": rewards.float().mean().item(), "right": right}
+            groups = sample(engine, [one.text for one in questions], options, seed=step)
+            rewards = torch.tensor([[reward(one, asked) for one in group] for group, asked in zip(groups, questions)])
+            advantages = group_advantages(rewards)
+            row = {"step": step, "reward": rewards.mean().item(), "right": right}
             row |= gaps(model, [group[0] for group in groups])
             for part, gains in updates(engine, groups, advantages):
                 row |= learn(policy, reference, part, gains, settings)
@@ -80,20 +81,33 @@ def ask(llm: LLM, question: str, params: SamplingParams) -> Any:
     return llm.chat_request([message], params, chat_template_kwargs={"thinking": True}).prompt
 
 
-def draw_question(rng: random.Random, options: argparse.Namespace, held_out: bool = False) -> tuple[str, int]:
-    """Return a question and its answer; those that are held out were never trained on, and are scored with."""
+@dataclass(frozen=True)
+class Question:
+    """What is asked, how it is thought out, and the answer."""
+
+    text: str
+    thought: str
+    answer: str
+
+
+def draw_question(rng: random.Random, options: argparse.Namespace, held_out: bool = False) -> Question:
+    """Return a question; those that are held out were never trained on, and are scored with."""
     while True:
         b, a = sorted(rng.randrange(10 ** (options.digits - 1), 10**options.digits) for _ in range(2))
         if options.sign == "+" and rng.random() < 0.5:
             a, b = b, a
         asked = f"{a} {options.sign} {b}"
         if is_held_out(asked) == held_out:
-            return f"What is {asked}?", a + b if options.sign == "+" else a - b
+            thought = sum_thought(a, b) if options.sign == "+" else difference_thought(a, b)
+            return Question(f"What is {asked}?", thought, str(a + b if options.sign == "+" else a - b))
 
 
-def is_right(rollout: Rollout, expected: int) -> bool:
-    """Whether what stands behind the thought is the answer and nothing else."""
-    return rollout.finish_reason == "stop" and rollout.text.rpartition("</think>")[2].strip() == str(expected)
+def reward(rollout: Rollout, question: Question) -> float:
+    """Return 0 to 1: half for the share of right lines in the thought, half for the answer and nothing else behind it."""
+    thought, _, answer = rollout.text.rpartition("</think>")
+    lines = question.thought.splitlines()
+    right = sum(one == other for one, other in zip(lines, thought.splitlines())) / len(lines)
+    return 0.5 * right + 0.5 * (rollout.finish_reason == "stop" and answer.strip() == question.answer)
 
 
 def gaps(model: TrainedModel, rollouts: list[Rollout]) -> dict[str, float]:
@@ -144,9 +158,9 @@ def score(llm: LLM, options: argparse.Namespace) -> float:
     """Return the share of held-out questions that are answered right, greedily."""
     rng, params = random.Random("held out"), SamplingParams(temperature=0.0, max_tokens=options.max_tokens)
     items = [draw_question(rng, options, held_out=True) for _ in range(options.items)]
-    outputs = llm.generate([ask(llm, question, params) for question, _ in items], params)
-    texts = [output.outputs[0].text.rpartition("</think>")[2].strip() for output in outputs]
-    return sum(text == str(sums) for text, (_, sums) in zip(texts, items)) / len(items)
+    outputs = llm.generate([ask(llm, question.text, params) for question in items], params)
+    answers = [output.outputs[0].text.rpartition("</think>")[2].strip() for output in outputs]
+    return sum(answer == question.answer for answer, question in zip(answers, items)) / len(items)
 
 
 def read_model(checkpoint: Path) -> TrainedModel:
@@ -176,7 +190,7 @@ def draw_chart(path: Path, log: list[dict[str, Any]]) -> None:
         above.set_ylim(0, 1.02)
         for name, label in (("gap", "replayed"), ("gap_without_replay", "not replayed")):
             below.semilogy(steps, [row.get(name) or float("nan") for row in log], label=label, linewidth=2)
-        for axes, label in ((above, "share right"), (below, "mean |Δ log p|, engine and trainer")):
+        for axes, label in ((above, "reward, share right"), (below, "mean |Δ log p|, engine and trainer")):
             axes.set_ylabel(label)
             axes.grid(color="0.9")
             axes.legend(fontsize="small", frameon=False)
@@ -190,8 +204,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("engine", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--digits", type=int, default=3, help="of the numbers")
-    parser.add_argument("--sign", choices=["+", "-"], default="+", help="what is done with them")
+    parser.add_argument("--digits", type=int, default=2, help="of the numbers")
+    parser.add_argument("--sign", choices=["+", "-"], default="-", help="what is done with them")
     parser.add_argument("--prompts", type=int, default=8, help="questions of a step")
     parser.add_argument("--n", type=int, default=16, help="answers to each")
     parser.add_argument("--max-tokens", type=int, default=72)

@@ -93,7 +93,7 @@ def test_a_model_is_taught_what_its_engine_samples(
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and printed.endswith("right at the end: 0%\n")
     assert all(0 < row["largest_gap"] < 1e-4 and row["weight_version"] == 0 for row in rows)
-    assert "share right" in chart.read_text(encoding="utf-8")
+    assert "reward, share right" in chart.read_text(encoding="utf-8")
 
 
 def test_a_batch_file_is_answered_and_not_answered_twice(tiny_engines: dict[str, Path], tmp_path: Path) -> None:
