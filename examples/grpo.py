@@ -1,7 +1,7 @@
 """Teach `nano` differences by GRPO: it samples, what is right is made likelier, and it samples again.
 
 It knows how a difference is thought out and not what the digits are. A reward is half the share of right lines in the
-thought, and half the answer. The compiled engine samples and gets the trainer's weights after each step, in FP8, without
+thought, and half the answer. The compiled engine samples and gets the trainer's weights after each step, without
 being built again. What its router and indexer chose is replayed by the trainer, so that both have the same
 log-probabilities (docs/rl.md). ENGINE is one of exact numerics, CHECKPOINT what it was built from; --chart needs the
 extra `charts`, the rest `train`.
@@ -103,7 +103,7 @@ def draw_question(rng: random.Random, options: argparse.Namespace, held_out: boo
 
 
 def reward(rollout: Rollout, question: Question) -> float:
-    """Return 0 to 1: half for the share of right lines in the thought, half for the answer and nothing else behind it."""
+    """Return 0 to 1: half for the share of right lines in the thought, half for the answer and nothing else."""
     thought, _, answer = rollout.text.rpartition("</think>")
     lines = question.thought.splitlines()
     right = sum(one == other for one, other in zip(lines, thought.splitlines())) / len(lines)
