@@ -14,8 +14,6 @@ _LISTS_GROW = 0.4
 _PAIRS = (16, 52)
 #: How often each task is drawn. Of the tokens a third are sums, a tenth their lines alone, a fifth recall, a quarter tales.
 _TASKS = {"arithmetic": 5.2, "digit sums": 0.5, "recall": 1.4, "tales": 2.2, "short tools": 0.8}
-#: The same once attention is sparse, when sums are learned: two fifths of the tokens are recall, a quarter sums.
-_SPARSE_TASKS = {"arithmetic": 4.5, "digit sums": 0.3, "recall": 2.6, "tales": 2.2, "short tools": 0.8}
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,7 @@ class Schedule:
         """Return what the passes of a step are made of, and the weights of their losses."""
         grown = min(1.0, step / self.steps / _LISTS_GROW)
         longest = _PAIRS[0] + int(grown * (_PAIRS[1] - _PAIRS[0]))
-        tasks = _SPARSE_TASKS if self.is_sparse(step) else _TASKS
-        tasks = {"recall": 1.0} if step < self.recall_steps else tasks
+        tasks = _TASKS if step >= self.recall_steps else {"recall": 1.0}
         passes = [(Mixture(tasks, self.num_rows, self.length, pairs=(4, longest), questions=12), 1.0)]
         if step / self.steps >= self.tools_from and step % 4 == 0:
             passes.append((Mixture({"tools": 1.0}, 1, self.tools_length, tool_questions=6), self.tools_weight))
