@@ -10,6 +10,7 @@ from tests.support.parity_faults import build_engine
 
 from seekforge.exporter.checkpoint.trained import copy_trained_checkpoint
 from seekforge.exporter.program.export import export
+from seekforge.formats.numerics import FP8
 
 
 def trained_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -17,7 +18,7 @@ def trained_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(root: Path) -> None:
         copy_trained_checkpoint(root / "checkpoint", "nano")
-        export(root / "checkpoint", root / "program")
+        export(root / "checkpoint", root / "program", numerics=FP8)
         build_engine(root / "program", root / "checkpoint", root / "engine")
 
     return made_once(tmp_path_factory, "trained-nano", make)
