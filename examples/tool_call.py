@@ -6,7 +6,6 @@ python examples/tool_call.py URL [QUESTION]
 
 from __future__ import annotations
 
-import json
 import sys
 
 from openai import OpenAI
@@ -24,7 +23,7 @@ def main(url: str, question: str = "What is 123 * 45?") -> None:
     message = client.chat.completions.create(messages=messages, **asked).choices[0].message
     messages.append(message.model_dump(exclude_none=True))
     for call in message.tool_calls or []:
-        result = call_tool(call.function.name, json.loads(call.function.arguments))
+        result = call_tool(call.function.name, call.function.arguments)
         print(f"call     {call.function.name}({call.function.arguments})")
         print(f"result   {result}")
         messages.append({"role": "tool", "tool_call_id": call.id, "content": result})

@@ -122,7 +122,7 @@ def test_a_thought_ends_with_its_budget(nano_engine: Path) -> None:
     printed = example("thinking_budget.py", nano_engine, "What is 467 + 385?")
     lines = re.findall(r"^budget (\w+): '(.*)' -> '(\d+)'$", printed, re.MULTILINE)
     assert [budget for budget, _, _ in lines] == ["4", "16", "none"]
-    assert [thought for _, thought, _ in lines][:2] == ["467+", "467+385 | 7+5+0=1"]
+    assert [thought for _, thought, _ in lines][:2] == ["467+", "467+385 | 7+5+0=12"]
     assert lines[2][2] == "852"
 
 
