@@ -12,7 +12,7 @@ _LEAST_FACTOR = 0.02
 #: A list of a recall grows to its longest over this share of the steps.
 _LISTS_GROW = 0.4
 _PAIRS = (16, 52)
-#: How often each task is drawn. Of the tokens a third are sums, a tenth their lines alone, a fifth recall, a quarter tales.
+#: How often each task is drawn. Of the tokens a third are sums, a tenth lines of sums, a fifth recall, a quarter tales.
 _TASKS = {"arithmetic": 5.2, "digit sums": 0.5, "recall": 1.4, "tales": 2.2, "short tools": 0.8}
 
 

@@ -51,7 +51,7 @@ def test_an_engine_answers_drafts_and_looks_at_what_matters(nano: Path, tmp_path
         assert min(scores(entry).values()) >= 0.5, scores(entry)  # of two items each
     assert abs(losses(engine)["english"] - losses(exact)["english"]) < 0.03  # FP8 activations and caches, nats
     assert engine["recall"]["inside"] > 0.65
-    assert engine["drafts"]["num_accepted"] / engine["drafts"]["num_drafted"] > 0.5
+    assert engine["drafts"]["accepted"][0] / engine["drafts"]["proposed"][0] > 0.5
 
 
 @pytest.mark.slow
