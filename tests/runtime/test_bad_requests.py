@@ -238,7 +238,7 @@ def test_a_hopeless_text_is_not_encoded_whole(llm: LLM, monkeypatch: pytest.Monk
         (None, "tensors is None, expected a mapping"),
         ([("a", np.zeros(1))], "expected a mapping"),
         ({1: np.zeros(1)}, "expected a mapping of names"),
-        ({"model.norm.weight": [1.0]}, "model.norm.weight is .*expected a NumPy array"),
+        ({"model.norm.weight": [1.0]}, "'model.norm.weight' is .*expected a NumPy array"),
     ],
     ids=str,
 )

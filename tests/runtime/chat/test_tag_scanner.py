@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from seekforge.runtime.chat.messages import Message
@@ -104,6 +104,11 @@ PIECES = [
 
 
 @settings(max_examples=150, deadline=None)
+@example(["<｜tool▁calls▁begin｜>", "```json\n"], "deepseek_v3", 1)
+@example(["<｜tool▁calls▁begin｜>", "\n```"], "deepseek_v3", 1)
+@example(
+    ["<tool_call>", "find", "<arg_key>", "a", "</arg_key>", "<arg_value>", "</arg_value>", "\n", "a", "\n"], "glm", 1
+)
 @given(st.lists(st.sampled_from(PIECES), max_size=12), st.sampled_from(["glm", "deepseek_v3"]), st.integers(1, 9))
 def test_nothing_is_lost_however_the_text_is_cut(pieces: list[str], syntax: TagSyntax, size: int) -> None:
     text = "".join(pieces)

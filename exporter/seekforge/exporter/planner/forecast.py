@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -18,6 +18,7 @@ from seekforge.exporter.models.parameters import linear_shapes_of
 from seekforge.exporter.planner.answer import GPU_COUNTS, layouts, memory_of
 from seekforge.exporter.planner.question import Question
 from seekforge.exporter.planner.speed import decode_times
+from seekforge.exporter.sizing.calls import layer_operators
 from seekforge.exporter.sizing.memory import Workload, usable_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
@@ -33,9 +34,6 @@ Goal = Literal["latency", "throughput"]
 _MOST_TIMES: Final = 4
 #: Links at least this fast go over a switch; others are a bus.
 _SWITCHED_GB_S: Final = 200.0
-#: Operators that a layer of every kind calls once, and those that a layer of experts calls too.
-_ATTENTION_OPS: Final = ("DsaCacheWrite", "DsaIndexer", "DsaAttention")
-_EXPERT_OPS: Final = ("MoeRoute", "MoeExperts")
 
 
 @dataclass(frozen=True)
@@ -231,14 +229,9 @@ def _launches(
         fp8_linears=list(linear_shapes_of(rows, tensors, BLOCK_FP8_LINEAR, parallelism)),
         bf16_linears=list(linear_shapes_of(rows, tensors, BF16_LINEAR, parallelism)),
     )
-    calls = itertools.chain.from_iterable(_calls(op, model, step) for op in _ops(config, layer))
+    ops = (BLOCK_FP8_LINEAR, BF16_LINEAR, *layer_operators(config, config.layer_kind(layer)))
+    calls = itertools.chain.from_iterable(_calls(op, model, step) for op in ops)
     return sum(len(op_kernels(op).plan(sizes, sm).launches) for op, sizes in calls)
-
-
-def _ops(config: ModelConfig, layer: int) -> Sequence[str]:
-    """Return the operators with kernels that a layer calls."""
-    ops = [BLOCK_FP8_LINEAR, BF16_LINEAR, *(_EXPERT_OPS if config.is_moe_layer(layer) else ())]
-    return [*ops, *(_ATTENTION_OPS if config.index_topk else ())]
 
 
 def _calls(op: str, model: RankModel, step: Step) -> Iterator[tuple[str, dict[str, Any]]]:

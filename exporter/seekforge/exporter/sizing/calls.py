@@ -80,14 +80,19 @@ def step_calls(
         rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layers[0])
         for op, what, bound in _linears(rows, tensors, tokens, parallelism):
             _count(counts, op, what, sizes[op] | bound, len(layers))
-        attention = _WITH_INDEXER if kind.has_indexer else _WITHOUT_INDEXER
-        for op in (*attention, *(_MOE if kind.is_moe else ())):
+        for op in layer_operators(config, kind):
             if op in sizes and op in rest:
                 _count(counts, op, "", sizes[op] | rest[op], len(layers))
     ends = (*family.end_tensors(config)[0], *family.end_tensors(config)[1])
     for op, what, bound in _linears(family.end_parameters(), ends, shape.batch, parallelism):
         _count(counts, op, what, sizes[op] | bound, 1)
     return [Call(op, what, dict(bound), count) for (op, what, bound), count in counts.items()]
+
+
+def layer_operators(config: ModelConfig, kind: LayerKind) -> tuple[str, ...]:
+    """Return the operators that a layer calls on a GPU beside its linears, in their order."""
+    attention = _WITH_INDEXER if kind.has_indexer else _WITHOUT_INDEXER
+    return (*(attention if config.index_topk else ()), *(_MOE if kind.is_moe else ()))
 
 
 def _count(

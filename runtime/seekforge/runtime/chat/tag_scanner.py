@@ -56,6 +56,7 @@ class TagScanner:
         self._held = ""
         self._named = ""  # the tag that opened a call or argument, and what there is of its name
         self._final = False
+        self._words_between = False  # whether something else than space came where only tags should
         self._state: Callable[[], Iterator[Span]] = self._reasoning if in_reasoning else self._start
 
     @property
@@ -107,6 +108,18 @@ class TagScanner:
         if text:
             yield Span(kind, text)
 
+    def _between_tags(self, tags: Sequence[str]) -> Iterator[Span]:
+        """Yield what stands where tags should: space is markup, unless words came before it; the tag is in `_named`."""
+        text, self._named = self._split(tags)
+        if not self._words_between:
+            words = text.lstrip(_SPACE)
+            if len(words) < len(text):
+                yield Span("markup", text[: len(text) - len(words)])
+            text = words
+        if text:
+            yield Span("content", text)
+        self._words_between = not self._named and (self._words_between or bool(text))
+
     # --- states ----------------------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[Span]:
@@ -137,14 +150,12 @@ class TagScanner:
 
     def _block(self) -> Iterator[Span]:
         """Between the calls of DeepSeek-V3."""
-        text, tag = self._split((_BEGIN, _BLOCK_END))
-        if text:
-            yield Span("content" if text.strip(_SPACE) else "markup", text)
-        if tag == _BEGIN:
-            self._named, self._state = tag, self._call_name
-        elif tag:
-            yield Span("markup", tag)
-            self._state = self._content
+        yield from self._between_tags((_BEGIN, _BLOCK_END))
+        if self._named == _BEGIN:
+            self._state = self._call_name
+        elif self._named:
+            yield Span("markup", self._named)
+            self._named, self._state = "", self._content
 
     def _call_name(self) -> Iterator[Span]:
         is_glm = self._syntax == "glm"
@@ -192,17 +203,15 @@ class TagScanner:
 
     def _arguments(self) -> Iterator[Span]:
         """Between the arguments of GLM."""
-        text, tag = self._split((_KEY, _CALL_END, _CALL))
-        if text:
-            yield Span("content" if text.strip(_SPACE) else "markup", text)
-        if tag == _KEY:
-            self._named, self._state = tag, self._argument_name
-        elif tag == _CALL_END:
-            yield Span("end_call", tag)
-            self._state = self._between_calls
-        elif tag:
+        yield from self._between_tags((_KEY, _CALL_END, _CALL))
+        if self._named == _KEY:
+            self._state = self._argument_name
+        elif self._named == _CALL_END:
+            yield Span("end_call", self._named)
+            self._named, self._state = "", self._between_calls
+        elif self._named:
             yield Span("end_call", "", problem=f"it is not ended by {_CALL_END}")
-            self._named, self._state = tag, self._call_name
+            self._state = self._call_name
 
     def _argument_name(self) -> Iterator[Span]:
         text, tag = self._split((_VALUE, _CALL_END))
