@@ -69,7 +69,7 @@ class Demo:
     @contextmanager
     def serve(self, engine: Path) -> Iterator[str]:
         """Show the command that serves an engine and run it for as long as the context lasts; gives its address."""
-        words = _words(("serve", engine, "--port", "0", "--max-model-len", "4K"))
+        words = _words(("serve", engine, "--port", "0", "--max-model-len", "2K"))
         _show(words)
         with subprocess.Popen(words, env=os.environ | ONE_THREAD, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None

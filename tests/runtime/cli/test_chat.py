@@ -57,7 +57,7 @@ def test_run_answers_one_message(chat_engine: Path) -> None:
     message = completion["message"]
     assert message["reasoning_content"] + "</think>" + message["content"] == completion["text"]
     plain = CliRunner().invoke(main, [*arguments, "--quiet"])
-    assert plain.stdout == message["content"] + "\n" and plain.stderr == message["reasoning_content"]
+    assert plain.stdout == message["content"] + "\n" and plain.stderr == message["reasoning_content"] + "\n"
     for wrong in (["--thinking"], ["--system", "a"], ["--chat", "--batch", "a", "--output", "b"]):
         extra = wrong if "--batch" in wrong else [*wrong, "--prompt", "a"]
         assert CliRunner().invoke(main, ["run", str(chat_engine), *extra]).exit_code == 2

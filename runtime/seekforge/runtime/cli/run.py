@@ -234,7 +234,7 @@ def _run_one(llm: LLM, prompt: str, params: SamplingParams, chat: ChatRequest | 
         (output,) = llm.generate(source, params)
         return output if chat is None else with_messages(output, chat)
     reader = None if chat is None else AnswerReader(chat)
-    last = None
+    last, was_thinking = None, False
     for delta in llm.stream(source, params):
         if reader is None:
             write_generated(delta.text)
@@ -242,6 +242,10 @@ def _run_one(llm: LLM, prompt: str, params: SamplingParams, chat: ChatRequest | 
             message = reader.delta(delta).message
             assert message is not None
             write_generated(message.reasoning_content, err=True)
+            was_thinking = was_thinking or bool(message.reasoning_content)
+            if message.content and was_thinking:  # the answer begins a line where both are shown together
+                write_generated("\n", err=True)
+                was_thinking = False
             write_generated(message.content)
         last = delta.output
     assert last is not None
