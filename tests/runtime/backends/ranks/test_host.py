@@ -7,14 +7,20 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from seekforge.common.errors import EngineError
+from seekforge.formats.parallelism import Parallelism
 from seekforge.runtime.backends.ranks import host
-from seekforge.runtime.backends.ranks.host import Launched, launched, meet
+from seekforge.runtime.backends.ranks.backend import RanksBackend
+from seekforge.runtime.backends.ranks.host import Host, Launched, launched, meet
+from seekforge.runtime.backends.ranks.shared_memory import Memory
 
 VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": f"{os.getpid()}"}
 
@@ -121,3 +127,41 @@ def test_the_file_of_a_killed_meeting_is_in_nobodys_way(monkeypatch: pytest.Monk
         alive.listen()
         with pytest.raises(EngineError, match=r"another engine's ranks meet at .*/meeting; set MASTER_PORT"):
             host._await(Launched(0, 2, str(place)), [])
+
+
+@pytest.mark.parametrize(("may_leave", "code", "is_lost"), [(True, 0, False), (True, -9, True), (False, 0, True)])
+def test_a_rank_that_was_told_to_end_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, may_leave: bool, code: int, is_lost: bool
+) -> None:
+    """Rank 0 may still be giving back its own things then, and nothing of them is to be aborted."""
+    theirs: list[socket.socket] = []
+
+    def start(rank: int) -> Any:
+        ours, there = socket.socketpair()
+        theirs.append(there)
+        process: Any = SimpleNamespace(pid=1, wait=lambda timeout=None: code, poll=lambda: code)
+        return host._Process(rank, ours, process)
+
+    monkeypatch.setattr(host, "_start", start)
+    aborted: list[bool] = []
+    memory = Memory(Parallelism(tp=2))
+    watched = Host(tmp_path, memory, digest="", settings={}, on_fault=lambda: aborted.append(True))
+    if may_leave:
+        watched.let_leave()
+    theirs[0].close()
+    deadline = time.monotonic() + 10
+    while not watched._processes[0].has_left and not aborted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watched._processes[0].has_left is not is_lost
+    watched.close()
+    memory.close()
+    assert (watched.fault is not None, aborted) == (is_lost, [True] if is_lost else [])
+
+
+def test_what_is_wrong_with_an_abort_is_not_said_in_place_of_the_rank_that_is_lost() -> None:
+    def abort() -> None:
+        raise EngineError("NCCL: unhandled system error")
+
+    backend = RanksBackend.__new__(RanksBackend)
+    backend._rank = SimpleNamespace(abort=abort)  # pyright: ignore[reportAttributeAccessIssue]
+    backend._abort()

@@ -73,6 +73,7 @@ class RanksBackend:
             self._host.await_ready()
         except BaseException:
             self._host.fail("the engine was not opened")
+            self._close_rank()
             raise
 
     def allocate_caches(self, num_blocks: int) -> None:
@@ -113,11 +114,11 @@ class RanksBackend:
         if self._closed:
             return
         self._closed = True
+        self._host.let_leave()
         if self._host.fault is None:
-            self._collectives.broadcast(Message({"call": "close"}))
-        if self._rank is not None:
-            with contextlib.suppress(EngineError):  # of a device whose step was ended for a lost rank
-                self._rank.close()  # with the others, which were told: some things are given back together
+            with contextlib.suppress(EngineError):  # a rank is lost now, and will not take it
+                self._collectives.broadcast(Message({"call": "close"}))
+        self._close_rank()  # with the others, which were told: some things are given back together
         self._host.close()
         self._collectives.close()
 
@@ -126,10 +127,17 @@ class RanksBackend:
         assert self._rank is not None
         return self._rank
 
-    def _abort(self) -> None:
-        """A rank is lost: end what this process waits for."""
+    def _close_rank(self) -> None:
+        """Give back what this process has as a rank."""
         if self._rank is not None:
-            self._rank.abort()
+            with contextlib.suppress(EngineError):  # of a device whose step was ended for a lost rank
+                self._rank.close()
+
+    def _abort(self) -> None:
+        """End what this process waits for: a rank is lost. What is wrong with that is not why the engine ends."""
+        if self._rank is not None:
+            with contextlib.suppress(EngineError):
+                self._rank.abort()
 
     def _call(self, message: Message) -> None:
         """Tell the ranks what to do."""

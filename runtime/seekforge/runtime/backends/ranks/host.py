@@ -93,6 +93,7 @@ class _Process:
         self.ready: dict[str, Any] | None = None
         self.beats, self.silent = -1, 0
         self.received = b""
+        self.has_left = False
 
     def tell(self, first: Mapping[str, Any], memory: Memory) -> None:
         """Send what the rank shall do, with the memory."""
@@ -129,7 +130,7 @@ class Host:
         """
         self.fault: str | None = None
         self._on_fault = on_fault
-        self._memory, self._closing = memory, False
+        self._memory, self._closing, self._may_leave = memory, False, False
         self._changed = threading.Condition()
         self._processes: list[_Process] = []
         count = memory.places.parallelism.num_ranks
@@ -185,6 +186,11 @@ class Host:
         if is_first:
             self._on_fault()
 
+    def let_leave(self) -> None:
+        """Take it from now on that ranks end by themselves, which they are about to be told; one that is killed or
+        stands still is lost as before."""
+        self._may_leave = True
+
     def close(self) -> None:
         """End the ranks, which were told to: those that do not within seconds are killed."""
         self._closing = True
@@ -220,7 +226,9 @@ class Host:
             while not self._closing and self.fault is None:
                 for key, _ in selector.select(_LOOK_S):
                     fault = self._read(key.data)
-                    if fault is not None:
+                    if key.data.has_left:
+                        selector.unregister(key.fileobj)
+                    elif fault is not None:
                         self.fail(fault)
                         return
                 silent = self._silent()
@@ -234,7 +242,9 @@ class Host:
         except OSError:
             data = b""
         if not data:
-            return f"rank {one.rank}{_pid(one)} {_ending(one)}; start the engine again"
+            said = _ending(one)
+            one.has_left = self._may_leave and (one.process is None or one.process.poll() == 0)
+            return f"rank {one.rank}{_pid(one)} {said}; start the engine again"
         one.received = (one.received + data)[-_MOST_LINE:]
         while b"\n" in one.received:
             line, _, one.received = one.received.partition(b"\n")
@@ -250,6 +260,8 @@ class Host:
         """Return a rank that has not said for long that it lives. Looks are counted, not seconds: where this process
         stood still itself, nobody is to blame."""
         for one in self._processes:
+            if one.has_left:
+                continue
             beats = self._memory.beats(one.rank)
             one.silent = one.silent + 1 if beats == one.beats and one.ready is not None else 0
             one.beats = beats

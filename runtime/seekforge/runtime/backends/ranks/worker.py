@@ -71,9 +71,9 @@ def _serve(connection: socket.socket, said: dict[str, Any], descriptor: int) -> 
     rank = open_rank(folder, manifest, number, collectives, said["settings"])
     connection.sendall(json.dumps({"ready": number, "digest": manifest.digest}).encode() + b"\n")
     take_calls(rank, collectives, manifest.ranks.parallelism, number)
+    rank.close()  # may take long, and wait for other ranks: it goes on saying that it lives
     closed.set()
     beat.join()
-    rank.close()
 
 
 def take_calls(rank: OpenRank, collectives: Collectives, parallelism: Parallelism, number: int) -> None:
