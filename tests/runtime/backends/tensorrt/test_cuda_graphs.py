@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.backends.base import GraphMetrics
 from seekforge.runtime.backends.tensorrt import backend as tensorrt
 from seekforge.runtime.backends.tensorrt import cuda_graphs
+from seekforge.runtime.backends.tensorrt.device import SHARED, Call
 
 #: Rows of the two buckets.
 A, B = 1, 3
@@ -71,6 +73,26 @@ def expected(gpu_engine: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> 
 
 def logits(backend: tensorrt.TensorRtBackend, rows: int, position: int) -> np.ndarray:
     return backend.run(step(rows, position), outputs=["logits"]).fetch("logits")
+
+
+def test_a_rank_that_fails_alone_does_not_add_up_twice(
+    backend: tensorrt.TensorRtBackend, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on behind the sums of the step: to run it again in other contexts would wait for them forever."""
+    monkeypatch.setattr(device, "group", SimpleNamespace(agree=lambda fine: fine))
+    logits(backend, A, 0)
+    enqueue = device.plans[0].enqueue
+
+    def failing(call: Call) -> None:
+        if call.context > SHARED:
+            raise EngineError("a plugin failed")
+        enqueue(call)
+
+    monkeypatch.setattr(device.plans[0], "enqueue", failing)
+    before = device.enqueues
+    with pytest.raises(EngineError, match="a plugin failed"):
+        logits(backend, A, 1)
+    assert device.enqueues == before
 
 
 def test_replaying_one_bucket_after_another_gives_its_own_bytes(

@@ -115,6 +115,8 @@ class CudaGraphs:
         try:
             graph.enqueue()
         except (EngineError, MemoryError) as error:
+            if self._device.group is not None and isinstance(error, EngineError):
+                raise  # the other ranks did not fail with this one, as they do for memory, and would add up once
             self._refuse(bucket, str(error))
             self._enqueue(graph, profile)  # what is wrong with the step itself is raised here; else it is written twice
             return
