@@ -45,6 +45,13 @@ def test_shapes_alone_as_a_table_and_as_json() -> None:
     assert step["total_us"] == pytest.approx(each + 122 * 1.25, rel=1e-3)
 
 
+def test_slices_of_a_long_prompt_that_need_no_scores_are_rows_too() -> None:
+    said = json.loads(run("--sm", "90", "--op", "DsaIndexer", "--shape", "queries=32K,context=32K", "--counts-only",
+                          "--json").stdout)  # fmt: skip
+    first = said["launches"][0]
+    assert first["kernel"] == "scores-4" and (first["programs"], first["us"]) == (0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -119,6 +119,14 @@ def test_without_code_shapes_alone_count() -> None:
     assert found.roofs.issue == 0 and found.roofs.memory == estimate(WORK, KERNEL, CARD).roofs.memory
 
 
+def test_a_launch_without_work_takes_no_time() -> None:
+    """The indexer has such launches: rows that take all keys that they see need no scores."""
+    idle = replace(WORK, read_bytes=0, loaded_bytes=0, programs=0, flops=0)
+    for kernel in (KERNEL, replace(KERNEL, code=None)):
+        found = estimate(idle, kernel, CARD)
+        assert (found.seconds, found.waves) == (0.0, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

@@ -123,11 +123,11 @@ def estimate(work: Work, kernel: Kernel, card: Card) -> Estimate:
     clocks = {
         "tensor": program.tensor * busiest,
         "issue": program.issue * busiest,
-        "path": program.path * (cdiv(busiest, resident) if kernel.code else 1),
+        "path": program.path * (cdiv(busiest, resident) if kernel.code else min(busiest, 1)),
     }
     roofs = Roofs(
         memory=work.memory_bytes / (card.bytes_per_s * MEMORY_SHARE),
-        l2=work.loaded_bytes / (min(work.programs, card.num_sms) * L2_BYTES_PER_CLOCK * card.clock_hz),
+        l2=work.loaded_bytes / (min(max(work.programs, 1), card.num_sms) * L2_BYTES_PER_CLOCK * card.clock_hz),
         **{name: value / card.clock_hz for name, value in clocks.items()},
     )
     bound, seconds = roofs.longest()
