@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 
+from seekforge.exporter.models import family_of
 from seekforge.exporter.planner.api import plan, read_config
 from seekforge.exporter.planner.forecast import ASSUMED, Assumptions, forecast, launches_of, rank_layouts
 from seekforge.exporter.planner.question import Question
 from seekforge.exporter.planner.ranking_chart import bars
 from seekforge.exporter.planner.speed import speed
+from seekforge.exporter.sizing.calls import StepShape, step_calls
 from seekforge.exporter.sizing.memory import Workload
-from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.targets import load_target
+from seekforge.plugins.cost.model import REPLAY_GAP_S
+from seekforge.plugins.kernels.launch_plan import op_kernels
+from seekforge.runtime.cli.main import main
 
 FULL, H200 = read_config("full"), load_target("h200")
 ASKED = Question("fp8", "fp8_ds", target=H200)
@@ -45,6 +51,21 @@ def test_launches_are_those_of_the_launch_plans() -> None:
     assert forecast(FULL, H200, TP8, work(), ASKED).launches == pytest.approx(
         1e-3 * ASSUMED.launch_us * (3 * dense + 58 * experts + 61 * ASSUMED.native_kernels)
     )
+
+
+@pytest.mark.parametrize(("name", "kv_format"), [("full", "fp8_ds"), ("glm5-full", "fp8_ds"), ("v3-full", "bf16")])
+def test_they_are_the_launches_that_the_estimate_counts(name: str, kv_format: str) -> None:
+    """Also where some layers take the keys of another's indexer, and where attention has no kernel of ours."""
+    config, asked = read_config(name), Question("fp8", kv_format, target=H200)  # pyright: ignore[reportArgumentType]
+    ends = {parameter.module for parameter in family_of(config).end_parameters()}
+    calls = [
+        call
+        for call in step_calls(config, StepShape(1, 1, 8192), kv_format=kv_format)
+        if not call.what or call.what not in ends
+    ]
+    counted = sum(call.count * len(op_kernels(call.op).plan(call.bound, 90).launches) for call in calls)
+    layers = range(config.num_hidden_layers)
+    assert sum(launches_of(config, layer, H200, ONE_RANK, work(), asked) for layer in layers) == counted
 
 
 def test_drafts_cost_a_layer_each() -> None:
@@ -79,6 +100,27 @@ def test_the_function_says_what_it_assumes() -> None:
     assert facts["goal"] == "latency" and facts["assumptions"]["memory_share"] == ASSUMED.memory_share
     (answer,) = facts["answers"]
     assert answer["ranking"][0]["step_ms"] == result.rankings[0][0].forecast.step_ms
+    assert sum(answer["ranking"][0]["parts_ms"].values()) == pytest.approx(answer["ranking"][0]["step_ms"])
     (name, pieces), *_ = bars(result.rankings[0])
     assert name.startswith(str(result.rankings[0][0].parallelism))
     assert pieces[-1][1] + pieces[-1][2] == pytest.approx(answer["ranking"][0]["step_ms"])
+
+
+def test_the_table_says_what_it_assumes() -> None:
+    arguments = [
+        "plan",
+        "full",
+        "--target",
+        "h200",
+        "--contexts",
+        "8K",
+        "--precision",
+        "fp8",
+        "--mtp",
+        "--goal",
+        "latency",
+    ]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    assert f"{REPLAY_GAP_S * 1e6:g} us between kernels" in said and "every draft accepted" in said

@@ -18,7 +18,7 @@ from seekforge.exporter.planner.answer import Answer, answer, best, fewest
 from seekforge.exporter.planner.chart import Row, write_plan_chart
 from seekforge.exporter.planner.forecast import ASSUMED, Goal, Ranked, rank_layouts
 from seekforge.exporter.planner.question import Question
-from seekforge.exporter.planner.ranking_chart import write_ranking_chart
+from seekforge.exporter.planner.ranking_chart import PARTS, write_ranking_chart
 from seekforge.exporter.sizing.matrices import (
     Precision,
     active_parameters,
@@ -250,7 +250,7 @@ def _answer(
 def _ranked_json(one: Ranked) -> dict[str, Any]:
     made = one.forecast
     facts = {"num_gpus": one.parallelism.num_gpus, **one.parallelism.model_dump()}
-    facts |= {"export_options": one.parallelism.options, "parts_ms": asdict(made)}
+    facts |= {"export_options": one.parallelism.options, "parts_ms": {part: getattr(made, part) for part in PARTS}}
     return facts | {
         "step_ms": made.step_ms,
         "tokens_per_s": made.tokens_per_s,

@@ -180,6 +180,7 @@ def _print(result: PlanResult) -> None:
 def _print_rankings(result: PlanResult) -> None:
     out = console()
     out.print(_summary(result))
+    accepted = ", every draft accepted" if result.mtp else ""
     for row, ranking in zip(result.answers, result.rankings, strict=True):
         columns = [
             Column("layout", "code"),
@@ -190,7 +191,7 @@ def _print_rankings(result: PlanResult) -> None:
             f"{row.target.name}, {row.question.precision}, {tokens(row.work.context)} tokens of context, batch "
             f"{row.work.batch}, for {result.goal}"
         )
-        table = Table(columns, title=title, caption=f"on paper, ms; assumed: {ASSUMED}")
+        table = Table(columns, title=title, caption=f"on paper, ms; assumed: {ASSUMED}{accepted}")
         for one in ranking[:MOST]:
             made = one.forecast
             parts = [f"{getattr(made, part):.2f}" for part in PARTS]

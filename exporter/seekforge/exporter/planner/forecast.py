@@ -24,6 +24,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig
+from seekforge.plugins.cost.model import REPLAY_GAP_S
 from seekforge.plugins.kernels.index import kernel_sm
 from seekforge.plugins.kernels.launch_plan import op_kernels
 from seekforge.plugins.operator import RankModel, Step, cdiv
@@ -42,7 +43,7 @@ class Assumptions:
 
     Attributes:
         memory_share, compute_share: the parts of the data sheet's bandwidth and dense rate that kernels reach.
-        launch_us: between two kernels of a captured graph.
+        launch_us: between two kernels of a captured graph, as `kernels estimate` has it.
         native_kernels: TensorRT's own, for a layer, after fusion.
         switch_us, bus_us: a sum over ranks that is infinitely small: over NVLink and a switch, or over a bus.
         host_gb_s, host_us: the rate at which values go from a pipeline stage to the next over the host, and what that
@@ -52,7 +53,7 @@ class Assumptions:
 
     memory_share: float = 0.75
     compute_share: float = 0.6
-    launch_us: float = 1.5
+    launch_us: float = REPLAY_GAP_S * 1e6
     native_kernels: int = 25
     switch_us: float = 12.0
     bus_us: float = 30.0
@@ -63,7 +64,7 @@ class Assumptions:
     def __str__(self) -> str:
         return (
             f"{self.memory_share:.0%} of the memory bandwidth, {self.compute_share:.0%} of the FLOPs, "
-            f"{self.launch_us} us between kernels, {self.native_kernels} kernels of TensorRT in a layer, a sum over "
+            f"{self.launch_us:g} us between kernels, {self.native_kernels} kernels of TensorRT in a layer, a sum over "
             f"ranks {self.switch_us:.0f} us ({self.bus_us:.0f} without NVLink) and its bytes, stages one after the "
             f"other over the host ({self.host_gb_s:.0f} GB/s, {self.host_us:.0f} us), {self.step_us:.0f} us of host "
             "a step"
@@ -83,7 +84,7 @@ class Forecast:
         sums: collectives of tensor-parallel ranks.
         links: what goes from stage to stage.
         host: scheduling and sampling.
-        tokens: the tokens that a step gives over all replicas, accepted drafts included.
+        tokens: the tokens that a step gives over all replicas, if every draft is accepted.
         num_gpus: GPUs of the layout.
     """
 
