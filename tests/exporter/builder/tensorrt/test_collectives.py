@@ -70,5 +70,6 @@ def test_a_layer_of_a_rank_builds_with_plugins_and_collectives(tmp_path: Path) -
         log=tmp_path / "log",
     )
     assert made.layers["DIST_COLLECTIVE"] == ready.collectives
+    assert made.capturable is True
     assert made.layers["PLUGIN_V3"] == sum(ready.plugins.values())
     assert made.plan_bytes == (tmp_path / "rank.plan").stat().st_size
