@@ -40,6 +40,12 @@ def test_a_composed_service_serves_and_drains(name: str) -> None:
     assert str(options["engine"]) in service["volumes"][0]
 
 
+def test_every_service_has_an_engine_of_its_own() -> None:
+    """The profile `gpu` adds to the other service, which cannot open what is for GPUs."""
+    engines = [service["volumes"][0].partition(":-")[0] for service in SERVICES.values()]
+    assert len(set(engines)) == len(SERVICES) == 2
+
+
 def test_probes_ask_for_what_is_answered_without_a_key() -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert CONTAINER[probe]["httpGet"]["path"] in OPEN
