@@ -17,6 +17,7 @@ import pytest
 
 from seekforge.common.errors import EngineError
 from seekforge.formats.parallelism import Parallelism
+from seekforge.runtime.backends.ranks import backend as ranks_backend
 from seekforge.runtime.backends.ranks import host
 from seekforge.runtime.backends.ranks.backend import RanksBackend
 from seekforge.runtime.backends.ranks.host import Host, Launched, launched, meet
@@ -165,3 +166,33 @@ def test_what_is_wrong_with_an_abort_is_not_said_in_place_of_the_rank_that_is_lo
     backend = RanksBackend.__new__(RanksBackend)
     backend._rank = SimpleNamespace(abort=abort)  # pyright: ignore[reportAttributeAccessIssue]
     backend._abort()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_an_engine_that_is_not_opened_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, comes: bool
+) -> None:
+    """Neither what rank 0 has on its device, nor the memory; whether the others came or not."""
+    closed: list[str] = []
+    memories: list[Memory] = []
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise EngineError("rank 1: there is no GPU")
+
+    def made(parallelism: Parallelism) -> Memory:
+        memories.append(Memory(parallelism))
+        return memories[-1]
+
+    watched = SimpleNamespace(check=lambda: None, await_ready=refuse, fail=closed.append)
+    monkeypatch.setattr(ranks_backend, "Memory", made)
+    monkeypatch.setattr(ranks_backend, "Host", (lambda *arguments, **options: watched) if comes else refuse)
+    rank = SimpleNamespace(close=lambda: closed.append("rank 0"))
+    monkeypatch.setattr(ranks_backend, "open_rank", lambda *arguments: rank)
+    manifest: Any = SimpleNamespace(
+        ranks=SimpleNamespace(parallelism=Parallelism(tp=2)), target=SimpleNamespace(backend="onnxruntime"), digest=""
+    )
+    with pytest.raises(EngineError, match="there is no GPU"):
+        RanksBackend(tmp_path, manifest)
+    assert closed == (["the engine was not opened", "rank 0"] if comes else [])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(memories[0].fd)

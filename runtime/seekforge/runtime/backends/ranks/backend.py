@@ -60,13 +60,17 @@ class RanksBackend:
             sys.exit(0)
         assert manifest.ranks is not None
         parallelism = manifest.ranks.parallelism
-        self._memory = Memory(parallelism)
         self._pp, self._tp = parallelism.pp, parallelism.tp
         self._closed = False
         threads = threads or max(default_threads() // parallelism.num_ranks, 1)
         settings = settings_of(manifest, threads=threads, checkpoint=checkpoint)
         self._rank: OpenRank | None = None
-        self._host = Host(folder, self._memory, digest=manifest.digest, settings=settings, on_fault=self._abort)
+        self._memory = Memory(parallelism)
+        try:
+            self._host = Host(folder, self._memory, digest=manifest.digest, settings=settings, on_fault=self._abort)
+        except BaseException:
+            self._memory.close()
+            raise
         try:
             self._collectives = SharedMemory(self._memory, 0, self._host.check)
             self._rank = open_rank(folder, manifest, 0, self._collectives, settings, progress)
@@ -74,6 +78,7 @@ class RanksBackend:
         except BaseException:
             self._host.fail("the engine was not opened")
             self._close_rank()
+            self._memory.close()
             raise
 
     def allocate_caches(self, num_blocks: int) -> None:
