@@ -107,20 +107,8 @@ def test_the_function_says_what_it_assumes() -> None:
 
 
 def test_the_table_says_what_it_assumes() -> None:
-    arguments = [
-        "plan",
-        "full",
-        "--target",
-        "h200",
-        "--contexts",
-        "8K",
-        "--precision",
-        "fp8",
-        "--mtp",
-        "--goal",
-        "latency",
-    ]
-    result = CliRunner().invoke(main, arguments)
+    asked = "plan full --target h200 --contexts 8K --precision fp8 --num-gpus 8 --mtp --goal latency"
+    result = CliRunner().invoke(main, asked.split())
     assert result.exit_code == 0, result.stderr
     said = " ".join(result.stdout.split())
     assert f"{REPLAY_GAP_S * 1e6:g} us between kernels" in said and "every draft accepted" in said
