@@ -33,10 +33,13 @@ def quantization_errors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str
     """
     if config.stored_form != "bf16":
         return {}
-    errors: dict[str, float] = {}
+    first: dict[str, str] = {}
     for name, tensor in expected_tensors(config).items():
-        kind = _NUMBERED.sub("", name).removesuffix(".weight")
-        if tensor.form != "bf16" or kind in errors or not _has_values(checkpoint, name):
+        if tensor.form == "bf16":
+            first.setdefault(_NUMBERED.sub("", name).removesuffix(".weight"), name)
+    errors: dict[str, float] = {}
+    for kind, name in first.items():
+        if not _has_values(checkpoint, name):
             continue
         values = checkpoint.tensor(name)[:_ROWS].astype(np.float32)
         spread = float(np.sqrt(np.mean(values**2, dtype=np.float64)))
