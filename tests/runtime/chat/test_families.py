@@ -111,6 +111,11 @@ def test_the_template_of_an_engine_is_found(tmp_path: Path) -> None:
     assert checkpoint_template(tmp_path) == GLM
 
 
+def doubled(step: str) -> str:
+    """A template that takes a step forty times."""
+    return "{% set n = namespace(s='x\"xxxxxx', i=9, l=[]) %}{% for i in range(40) %}" + step + "{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "fault"),
     [
@@ -123,9 +128,43 @@ def test_the_template_of_an_engine_is_found(tmp_path: Path) -> None:
             "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
             "text of more than 64,000,000",
         ),
+        (doubled("{% set n.s = n.s ~ n.s %}"), "text of more than 64,000,000"),
+        (doubled("{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}"), "text of more than 64,000,000"),
+        ("{% macro m(s) %}{{ s }}{{ s }}{% endmacro %}" + doubled("{% set n.s = m(n.s) %}"), "text of more than 64"),
+        (doubled("{% set n.s = n.s.replace('x', n.s) %}"), "text of more than 64,000,000"),
+        (doubled("{% set n.s = n.s | replace('x', n.s) %}"), "text of more than 64,000,000"),
+        (doubled("{% set n.s = n.s.join(n.s) %}"), "text of more than 64,000,000"),
+        (doubled("{% set n.s = n.s | join(n.s) %}"), "text of more than 64,000,000"),
+        (doubled("{% set n.s = n.s | tojson | tojson %}"), "text of more than 64,000,000"),
+        ("{{ 'x' | indent(99999999, first=true) }}", "text of more than 64,000,000"),
+        ("{{ 'x'.ljust(99999999999) }}", "uses ljust"),
+        ("{{ ('x' | attr('zfill'))(99999999999) }}", "uses zfill"),
+        ("{{ '{:>99999999999}'.format(1) }}", "uses format"),
+        ("{{ 'x'.format_map({}) }}", "uses format_map"),
+        ("{{ 1 | round(999999999, 'floor') }}", "No filter named 'round'"),
+        ("{{ [1] | batch(99999999999, 0) | list }}", "No filter named 'batch'"),
+        ("{{ lipsum(n=99999999) }}", "'lipsum' is undefined"),
+        (doubled("{% set n.l = [n.l, n.l] %}") + "{{ n.l }}", "text of more than 64,000,000"),
+        (doubled("{% set n.l = [n.l, n.l] %}") + "{{ n.l | tojson }}", "text of more than 64,000,000"),
+        (doubled("{% set n.l = {'a': n.l, 'b': n.l} %}") + "{{ n.l ~ '' }}", "text of more than 64,000,000"),
+        (doubled("{% set n.i = n.i * n.i %}"), "number of more than 1,024 bits"),
     ],
 )
 def test_a_template_of_a_stranger_is_bounded(template: str, fault: str, tokenizer: Tokenizer) -> None:
     conversation = [Message("user", "q")]
     with pytest.raises(RequestError, match=fault):
         ChatTemplate(template).render(conversation, tokenizer, tools=(), add_generation_prompt=True, variables={})
+
+
+def test_what_templates_do_with_texts_is_computed_as_ever(tokenizer: Tokenizer) -> None:
+    template = (
+        "{% set t = ['b', 'a'] %}{% set s %}{{ t[1] }}-{% endset %}{{ s ~ 1 ~ none ~ t[0] }} {{ t | join(', ') }} "
+        "{{ [{'n': {'k': 1}}, {'n': {'k': 2}}] | join('+', attribute='n.k') }} {{ '/'.join(t) }} "
+        "{{ 'aaa'.replace('a', 'b', 1) }} {{ 'aaa' | replace('a', 'b', 2) }} {{ 'x\ny\n\nz' | indent(2) }} "
+        "{% for x in t %}{{ x.replace('a', 'c') }}{% endfor %} "
+        "{{ t | map('upper') | list }} {{ 'a b'.split(' ')[-1] }} {{ (7 * 6) % 5 }}"
+    )
+    prompt = ChatTemplate(template).render(
+        [Message("user", "q")], tokenizer, tools=(), add_generation_prompt=True, variables={}
+    )
+    assert prompt.text == "a-1Noneb b, a 1+2 b/a baa bba x\n  y\n\n  z bc ['B', 'A'] b 2"

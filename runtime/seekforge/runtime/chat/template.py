@@ -1,5 +1,6 @@
 """A chat template, a user's own or that of a checkpoint: Jinja, in its sandbox, with the variables that Hugging Face's
-templates know. What it may compute is bounded: it is a file from elsewhere.
+templates know. It is a file from elsewhere: the lines that it may run are counted, and what each may make is bounded
+(`sandbox`).
 
 What messages say must not become a special token. A template returns one text, in which nobody could tell who wrote
 what; so messages are marked before: a character that stands nowhere in them is put into each text that is, begins or
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from seekforge.common.errors import EngineError, EnvironmentFault, RequestError
 from seekforge.common.reading import LISTING_BYTES, SETTINGS_BYTES, is_there, read_json, read_text
@@ -23,6 +24,7 @@ from seekforge.common.requirements import install
 from seekforge.formats.program import TEMPLATE_FILE
 from seekforge.runtime.chat import markup
 from seekforge.runtime.chat.messages import Message
+from seekforge.runtime.chat.sandbox import bounded_environment
 from seekforge.runtime.text.segments import Segment, SegmentedText
 from seekforge.runtime.text.tokenizer import Tokenizer
 
@@ -30,11 +32,6 @@ from seekforge.runtime.text.tokenizer import Tokenizer
 _MARKS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 #: Lines of a template that may run: a hundred for each of some thousand messages.
 _MOST_LINES: Final = 1_000_000
-#: Longest text or list that a product makes.
-_MOST_REPEATED: Final = 1_000_000
-_MOST_POWER: Final = 16
-#: Longest text or list that a sum makes: more than any context has.
-_MOST_JOINED: Final = 64_000_000
 #: Keys whose values a template compares and that no text comes from.
 _KEPT: Final = frozenset(("role", "type"))
 
@@ -53,7 +50,7 @@ class ChatTemplate:
             EnvironmentFault: jinja2 is not installed.
         """
         try:
-            from jinja2 import TemplateError, sandbox  # an optional dependency
+            from jinja2 import TemplateError  # an optional dependency
         except ModuleNotFoundError:
             raise EnvironmentFault(
                 f"a chat template needs the module 'jinja2', which is not installed; {install('templates')}"
@@ -65,13 +62,8 @@ class ChatTemplate:
                 raise RequestError(f"chat_template {source}: cannot be read ({error})") from None
         else:
             text = source
-        environment = _environment(sandbox)(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        for name in ("format", "center"):  # widths that a file names
-            del environment.filters[name]
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment = bounded_environment()
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._error = TemplateError
         try:
             self._template = environment.from_string(text)
@@ -216,38 +208,6 @@ def _segments(text: str, mark: str, tokenizer: Tokenizer) -> list[Segment]:
         segments += [Segment(text[at : match.start()].replace(mark, "")), Segment(match[0], True)]
         at = match.end()
     return [*segments, Segment(text[at:].replace(mark, ""))]
-
-
-def _environment(sandbox: Any) -> Any:
-    """Return the class of the sandbox: Jinja's, whose products and powers are bounded."""
-
-    class Bounded(sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**", "%", "+"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "+":
-                size = sum(len(one) for one in (left, right) if hasattr(one, "__len__"))
-                if size > _MOST_JOINED:
-                    raise RequestError(f"chat_template makes a text of more than {_MOST_JOINED:,} characters")
-                return super().call_binop(context, operator, left, right)
-            sizes = [len(one) if hasattr(one, "__len__") else abs(one) for one in (left, right)]
-            is_small = sizes[0] <= _MOST_REPEATED and sizes[1] <= _MOST_POWER
-            if (operator == "**" and not is_small) or (operator == "%" and isinstance(left, str)):
-                raise RequestError(f"chat_template uses {operator!r}, which is not computed here")
-            repeats = operator == "*" and any(hasattr(one, "__len__") for one in (left, right))
-            if repeats and sizes[0] * sizes[1] > _MOST_REPEATED:
-                raise RequestError(f"chat_template repeats a text to more than {_MOST_REPEATED:,} characters")
-            return super().call_binop(context, operator, left, right)
-
-    return Bounded
-
-
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, 16))
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError(message)
 
 
 def _line(error: Exception) -> str:
