@@ -17,6 +17,8 @@ from tests.support.hub_server import COMMIT, Hub, serve
 
 from seekforge.common.errors import CheckpointError
 from seekforge.formats.checkpoint.hub import Repo, headers, parse_repo, resolve
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.runtime.cli import main as cli
@@ -163,6 +165,19 @@ def test_retries_say_nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_reads_config_alone(hub: Hub) -> None:
     assert invoke("plan", "owner/name", "--target", "h200", "--contexts", "1K", "--json").exit_code == 0
     assert [path.rpartition("/")[2] for _, path, _, _ in hub.requests if "/resolve/" in path] == ["config.json"]
+
+
+def test_a_plan_reads_what_modelopt_says_beside_config(hub: Hub) -> None:
+    """Else weights of NVFP4 would be planned as BF16, at nearly four times their bytes."""
+    raw = json.loads((hub.folder / "config.json").read_text())
+    del raw["quantization_config"]
+    (hub.folder / "config.json").write_text(json.dumps(raw))
+    with headers("owner/name", config_only=True) as folder:
+        assert ModelConfig.load(folder).stored_form == "bf16"
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (hub.folder / MODELOPT_FILE).write_text(json.dumps(said))
+    with headers("owner/name", config_only=True) as folder:
+        assert ModelConfig.load(folder).stored_form == "nvfp4"
 
 
 def test_export_and_inspect_take_a_repository(hub: Hub, tmp_path: Path, tiny_programs: dict[str, Path]) -> None:

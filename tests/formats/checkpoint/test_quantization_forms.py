@@ -109,6 +109,26 @@ def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert ModelConfig.load(tmp_path).stored_form == "nvfp4"
 
 
+@pytest.mark.parametrize(
+    ("config", "said", "line"),
+    [
+        ({}, "null", r"hf_quant_config\.json: quantization_config\.quant_method is None"),
+        ({}, "[1]", r"hf_quant_config\.json: quantization_config is \[1\]"),
+        ({}, "{", r"hf_quant_config\.json: not valid JSON"),
+        ({}, '{"quantization": {"quant_algo": "MIXED_PRECISION"}}', r"hf_quant_config\.json: .*'MIXED_PRECISION'"),
+        ({"hidden_size": -1}, '{"quantization": {"quant_algo": "NVFP4"}}', r"/config\.json: the key 'hidden_size'"),
+        ({"compression_config": {"quant_method": "gptq"}}, "null", r"/config\.json: .*'gptq' \(GPTQ\)"),
+    ],
+)
+def test_a_fault_is_named_where_it_stands(config: dict[str, Any], said: str, line: str, tmp_path: Path) -> None:
+    raw = load_preset("tiny").config_json | config
+    del raw["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "hf_quant_config.json").write_text(said)
+    with pytest.raises(ConfigError, match=line):
+        ModelConfig.load(tmp_path)
+
+
 def test_modules_that_are_left_out_are_bf16() -> None:
     config = stored_as(load_preset("tiny"), "nvfp4").config
     tensors = expected_tensors(config)

@@ -32,7 +32,7 @@ from seekforge.common.reading import LISTING_BYTES, read_json
 from seekforge.common.requirements import install_module
 from seekforge.common.temporary import temporary_folder
 from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
-from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE
+from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE, says_nothing_of_weights
 from seekforge.formats.checkpoint.tools_preamble import ENCODING_FILE
 from seekforge.formats.program import TEMPLATE_FILE, TEXT_FILES
 
@@ -224,7 +224,7 @@ def headers(
     Args:
         source: a folder, which is given as it is, or what `parse_repo` takes.
         revision: the argument of `resolve`.
-        config_only: fetch config.json alone.
+        config_only: fetch config.json alone, and where it says nothing of the weights, the file in which ModelOpt does.
         say: called with the name of what is fetched.
 
     Raises:
@@ -256,6 +256,8 @@ def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
     if not files.fetch("config.json", folder / "config.json"):
         raise CheckpointError(f"{files.repo}: has no config.json; pass a repository with a model's checkpoint")
     if config_only:
+        if _leaves_it_to_modelopt(folder / "config.json"):
+            files.fetch(MODELOPT_FILE, folder / MODELOPT_FILE)
         return
     listed = files.listing()
     for name in (*TEXT_FILES, ENCODING_FILE, MODELOPT_FILE):
@@ -284,3 +286,11 @@ def _fetch(files: Files, folder: Path, *, config_only: bool) -> None:
             for future in running:
                 future.cancel()
             raise
+
+
+def _leaves_it_to_modelopt(path: Path) -> bool:
+    try:
+        config = read_json(path)
+    except (OSError, ValueError):
+        return False  # the reader says what is wrong with it
+    return isinstance(config, dict) and says_nothing_of_weights(config)

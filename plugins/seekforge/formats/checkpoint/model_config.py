@@ -17,7 +17,12 @@ from seekforge.common.errors import ConfigError
 from seekforge.common.reading import is_there, read_json
 from seekforge.common.records import MISSING, OpenRecord, Positive, Record, RecordError, Size, above_zero, finite
 from seekforge.formats.checkpoint.config_forms import TYPE_ALIASES, plain_form
-from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE, leaves_out
+from seekforge.formats.checkpoint.quantization_forms import (
+    MODELOPT_FILE,
+    leaves_out,
+    plain_quantization,
+    says_nothing_of_weights,
+)
 from seekforge.formats.numerics import FP8_BLOCK, Numerics
 from seekforge.formats.weight_recipes.stored import WeightForm
 
@@ -219,17 +224,14 @@ class ModelConfig(OpenRecord):
         """
         folder = path if path.is_dir() else None
         path = path / "config.json" if folder is not None else path
-        try:
-            raw = read_json(path)
-            if folder is not None and isinstance(raw, dict) and raw.get("quantization_config") is None:
-                path = folder / MODELOPT_FILE if is_there(folder / MODELOPT_FILE) else path
-                raw |= {"quantization_config": read_json(path)} if path.name == MODELOPT_FILE else {}
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error.strerror}); a checkpoint folder must hold config.json"
-            ) from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
+        raw = _decoded(path, "a checkpoint folder must hold config.json")
+        if folder is not None and isinstance(raw, dict) and says_nothing_of_weights(raw):
+            said = folder / MODELOPT_FILE
+            if is_there(said):
+                quantization = _decoded(said, "download it again")
+                # what is wrong with it is not wrong with config.json
+                plain_quantization({"quantization_config": quantization or {}}, str(said))
+                raw["quantization_config"] = quantization
         config = ModelConfig.parse(raw, str(path))
         return config, plain_form(raw, str(path))[1]
 
@@ -407,3 +409,12 @@ def _line(fault: RecordError) -> str:
     if fault.problem == MISSING:
         return f"the key {key!r} is missing; take the config.json that came with these weights"
     return f"the key {key!r} {fault.problem}" if key else fault.problem
+
+
+def _decoded(path: Path, advice: str) -> Any:
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None

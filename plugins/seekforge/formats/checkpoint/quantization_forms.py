@@ -35,11 +35,18 @@ _OTHERS: Final = {
 TAKE: Final = "take a checkpoint in DeepSeek's own FP8 format, such as deepseek-ai/DeepSeek-V3.2, or one in BF16"
 #: Where ModelOpt says it, where config.json does not.
 MODELOPT_FILE: Final = "hf_quant_config.json"
+#: Where config.json says it; LLM Compressor once called it otherwise.
+_KEYS: Final = ("quantization_config", "compression_config")
 #: `quant_algo` of ModelOpt -> form.
 _MODELOPT: Final = {"NVFP4": "nvfp4", "FP8": "fp8_tensor"}
 _MOST_PATTERNS: Final = 4096
 #: Of a regular expression: letters that stand for themselves, a dot, escaped or not, and any run of characters.
 _PLAIN_EXPRESSION: Final = re.compile(r"\^?(?:[A-Za-z0-9_]|\\\.|\.\*|\.)*\$?")
+
+
+def says_nothing_of_weights(config: Mapping[str, Any]) -> bool:
+    """Whether a decoded config.json leaves it to `MODELOPT_FILE`, or to BF16, how weights are held."""
+    return all(config.get(key) is None for key in _KEYS)
 
 
 def plain_quantization(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
@@ -52,9 +59,7 @@ def plain_quantization(config: Mapping[str, Any], origin: str) -> tuple[dict[str
     Raises:
         ConfigError: it is malformed, or of a form that is not read.
     """
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        quantization = config.get("compression_config")  # as LLM Compressor once called it
+    quantization = next((config[key] for key in _KEYS if config.get(key) is not None), None)
     if quantization is None:
         return None, ()
     if not isinstance(quantization, dict):
