@@ -94,6 +94,16 @@ def test_expressions_become_patterns(expression: str, pattern: str) -> None:
     assert stored == {"quant_method": "compressed-tensors", "form": "ct_fp8_channel", "ignore": [pattern]}
 
 
+@pytest.mark.parametrize("key", ["transform_config", "sparsity_config"])
+def test_weights_that_were_transformed_are_refused(key: str) -> None:
+    """Rotated ones have the tensors of plain ones, and would give wrong text."""
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}}
+    said = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []}
+    assert plain(**said, **{key: {}}) == plain(**said, **{key: {"format": "dense"}}) == plain(**said)
+    with pytest.raises(ConfigError, match=rf"quantization_config\.{key} is .*'R3'"):
+        plain(**said, **{key: {"config_groups": {"R3": {"type": "hadamard"}}}})
+
+
 def test_modelopt_writes_its_words_one_level_down_too() -> None:
     inner = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]}
     stored = plain(quant_method="modelopt", quantization=inner)

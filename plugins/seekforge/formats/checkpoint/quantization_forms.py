@@ -139,6 +139,13 @@ _UNROUNDED: Final = (
 
 
 def _compressed_tensors(form: dict[str, Any], origin: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    for key in ("transform_config", "sparsity_config"):
+        said = form.get(key)
+        if said and not (isinstance(said, dict) and said.get("format") == "dense"):
+            raise ConfigError(
+                f"{origin}: quantization_config.{key} is {said!r:.100}, expected none: weights that were rotated or "
+                f"packed sparsely are not what their tensors say; {TAKE}"
+            )
     groups = form.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(group := next(iter(groups.values())), dict):
         raise ConfigError(
