@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from seekforge.runtime.chat.messages import Message
 from seekforge.runtime.chat.parser import ChatParser
+from seekforge.runtime.chat.scanner import CHUNK
 from seekforge.runtime.chat.tag_scanner import TagScanner, TagSyntax
 
 TOOLS = [
@@ -85,6 +86,59 @@ def test_calls_of_deepseek_v3(call: str, size: int) -> None:
 def test_a_call_that_ends_early_is_said_to() -> None:
     (call,) = parse("glm", "<tool_call>find\n<arg_key>text</arg_key>\n<arg_value>abc").tool_calls
     assert call.arguments == '{"text": "abc' and call.problems == ("the text ends inside the call",)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(
+    ("syntax", "text"),
+    [
+        ("glm", "x<tool_call>find\n<arg_key>te"),
+        ("glm", "x<tool_call>find\n<arg_key>text</arg_key>\n<arg_va"),
+        ("glm", f"x<tool_call>find\n{arg('text', 'abc')}</tool_c"),
+        (
+            "deepseek_v3",
+            "x<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>find<｜tool▁sep｜>{}<｜tool▁call▁end｜>\n<｜tool▁c",
+        ),
+    ],
+)
+def test_a_tag_that_a_call_is_cut_off_in_is_no_content(syntax: TagSyntax, text: str, size: int) -> None:
+    message = parse(syntax, text, size=size)
+    assert message.content == "x" and [call.name for call in message.tool_calls] == ["find"]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "before", "after"),
+    [
+        ("deepseek_v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        ("glm", f"<tool_call>find\n{arg('count', '3')}", "</tool_call>"),
+    ],
+)
+def test_words_between_tags_are_the_same_however_they_are_cut(syntax: TagSyntax, before: str, after: str) -> None:
+    text = f"{before}  a b {after}"
+    assert {parse(syntax, text, size=size).content for size in (1, 2, 3, 1000)} == {"a b "}
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize("before", ["", f"<tool_call>find\n{arg('text', 'abc')}</tool_call>"])
+def test_white_space_is_waited_for_so_long_and_no_longer(before: str, size: int) -> None:
+    """A model that has lost its way writes nothing else, and each step would look at all of it."""
+    text = before + "\n" * 5000 + "<think>"
+    scanner = TagScanner("glm", in_reasoning=False)
+    spans = []
+    for at in range(0, len(text), size):
+        spans += scanner.push(text[at : at + size])
+        assert len(scanner._held) <= 1100
+    spans += scanner.finish()
+    assert "".join(span.text for span in spans if span.kind == "content") == text.removeprefix(before)
+
+
+def test_a_long_answer_takes_time_in_proportion_to_its_length() -> None:
+    """Of what is given at once, no more than a piece is copied with each tag."""
+    scanner = TagScanner("glm", in_reasoning=False)
+    longest = 0
+    for _ in scanner.push(GLM["as 5 writes"].removeprefix("<think>why</think>") * 500):
+        longest = max(longest, len(scanner._held))
+    assert longest <= CHUNK + 1100
 
 
 @pytest.mark.parametrize("syntax", ["glm", "deepseek_v3"])

@@ -26,7 +26,7 @@ _State = Literal["reasoning", "content", "block", "call", "value", "body"]
 MAX_TAG: Final = 1024
 _TOO_LONG: Final = -1
 #: A text is looked at in pieces of at most so many characters.
-_CHUNK: Final = 4096
+CHUNK: Final = 4096
 _TAG: Final = re.compile(r'<(?:[^">]|"[^"]*")*>')
 _ATTRIBUTE: Final = re.compile(r'\s+(\w+)="([^"]*)"')
 #: Space between tags.
@@ -79,8 +79,8 @@ class Scanner:
 
     def push(self, piece: str) -> Iterator[Span]:
         """Take a piece of text and yield what is certain."""
-        for start in range(0, len(piece), _CHUNK):
-            self._held += piece[start : start + _CHUNK]
+        for start in range(0, len(piece), CHUNK):
+            self._held += piece[start : start + CHUNK]
             yield from self._scan()
 
     def finish(self) -> Iterator[Span]:

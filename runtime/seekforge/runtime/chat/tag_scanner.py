@@ -1,7 +1,7 @@
 """Completions of GLM-5 and DeepSeek-V3 as spans: families whose calls are told apart by tags of fixed text.
 
 The same promises as `scanner`: joined, the spans are the text, and what is held back is at most the beginning of a
-tag, or the name of a call or argument. What is no complete call is content.
+tag, white space before one, or the name of a call or argument. What has no whole name is no call, and is content.
 
 GLM: `<tool_call>NAME`, then `<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>` for each argument, `</tool_call>`;
 white space may stand between all of these. DeepSeek-V3.1:
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal
 
 from seekforge.runtime.chat import markup
-from seekforge.runtime.chat.scanner import Kind, Span
+from seekforge.runtime.chat.scanner import CHUNK, Kind, Span
 
 TagSyntax = Literal["glm", "deepseek_v3"]
 
@@ -36,7 +36,7 @@ TAGS: Final[dict[TagSyntax, tuple[str, ...]]] = {
     "deepseek_v3": (markup.THINK_START, markup.THINK_END, _BLOCK, _BLOCK_END, _BEGIN, _SEPARATOR, _END),
 }
 _SPACE: Final = " \t\r\n"
-#: Longest name of a call or argument.
+#: Longest name of a call or argument, and longest white space before a tag that is not content.
 _MAX_NAME: Final = 1024
 
 
@@ -66,8 +66,9 @@ class TagScanner:
 
     def push(self, piece: str) -> Iterator[Span]:
         """Take a piece of text and yield what is certain."""
-        self._held += piece
-        yield from self._scan()
+        for start in range(0, len(piece), CHUNK):
+            self._held += piece[start : start + CHUNK]
+            yield from self._scan()
 
     def finish(self) -> Iterator[Span]:
         """Yield what is left, since nothing follows: the beginning of a tag is no tag."""
@@ -75,7 +76,7 @@ class TagScanner:
         yield from self._scan()
         rest, self._held, self._named = self._named + self._held, "", ""
         if rest:
-            yield Span("markup" if self._state == self._arguments else "content", rest)
+            yield Span("markup" if self._state == self._argument_name else "content", rest)
 
     def _scan(self) -> Iterator[Span]:
         while True:
@@ -117,14 +118,17 @@ class TagScanner:
                 yield Span("markup", text[: len(text) - len(words)])
             text = words
         if text:
-            yield Span("content", text)
+            ends_in_tag = self._final and not self._named and any(one.startswith(text) for one in tags)
+            yield Span("markup" if ends_in_tag else "content", text)
         self._words_between = not self._named and (self._words_between or bool(text))
 
     # --- states ----------------------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[Span]:
         opened = self._held.lstrip(_SPACE)
-        if opened.startswith(markup.THINK_START):
+        if len(self._held) - len(opened) > _MAX_NAME:
+            self._state = self._content
+        elif opened.startswith(markup.THINK_START):
             yield Span("markup", self._take(len(self._held) - len(opened) + len(markup.THINK_START)))
             self._state = self._reasoning
         elif not markup.THINK_START.startswith(opened) or self._final:
@@ -236,9 +240,10 @@ class TagScanner:
     def _between_calls(self) -> Iterator[Span]:
         """Behind a call of GLM: space is markup where another call follows, or nothing."""
         rest = self._held.lstrip(_SPACE)
-        if (not rest and not self._final) or (rest and _CALL.startswith(rest) and rest != _CALL and not self._final):
+        is_long = len(self._held) - len(rest) > _MAX_NAME
+        if not is_long and not self._final and rest != _CALL and _CALL.startswith(rest):
             return
-        if not rest or rest.startswith(_CALL):
+        if not is_long and (not rest or rest.startswith(_CALL)):
             space = self._take(len(self._held) - len(rest))
             if space:
                 yield Span("markup", space)
