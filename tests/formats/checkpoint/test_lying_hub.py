@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -276,3 +277,39 @@ def test_what_is_not_needed_any_more_is_left_alone(
     with pytest.raises(CheckpointError, match="not needed any more"):
         files.fetch(CONFIG, tmp_path / CONFIG)
     assert time.monotonic() - began < 5
+
+
+def test_what_ends_as_a_wait_does_is_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Late(Future[bytes]):
+        """Its first wait ends without a result just before there is one."""
+
+        waits = 0
+
+        def result(self, timeout: float | None = None) -> bytes:
+            self.waits += 1
+            if self.waits == 1:
+                super().result()
+                raise TimeoutError
+            return super().result(timeout)
+
+    monkeypatch.setattr(hub_files, "Future", Late)
+    files = Files(huggingface_hub, Repo("owner/name"))
+    assert files._in_time("a file", bytearray(), lambda: b"all of it") == b"all of it"
+
+
+def test_a_file_that_another_ends_is_said_to_be_ended_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shards that are read together the first to be waited for is not the one that is too slow."""
+    import huggingface_hub
+
+    monkeypatch.setattr(hub_files, "_PATIENCE_S", 0.3)
+    files, end = Files(huggingface_hub, Repo("owner/name")), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        reads = [
+            pool.submit(files._in_time, name, bytearray(size), end.wait)
+            for name, size in (("one", 1 << 20), ("two", 0))
+        ]
+        lines = [str(read.exception(timeout=20)) for read in reads]
+    end.set()
+    assert lines == [lines[0]] * 2 and "two comes too slowly (0 bytes" in lines[0]

@@ -77,6 +77,7 @@ class Files:
         self._commit: str | None = None
         self._left = _MAX_BYTES
         self._stopped = False
+        self._fault = ""  # why, where it was not wanted
         self._lock = threading.Lock()
 
     def stop(self) -> None:
@@ -161,17 +162,24 @@ class Files:
             waited = time.monotonic() - began
             allowed = _PATIENCE_S + len(content) / _LEAST_BYTES_PER_S
             if self._stopped:
-                raise CheckpointError(f"{self.repo}: {name} is not needed any more")
+                raise self._ended(name)
             if waited > allowed:
-                self.stop()
-                raise _TooSlowError(
+                self._fault = self._fault or (
                     f"{self.repo}: {name} comes too slowly ({len(content):,} bytes in {waited:.0f} s); try again later"
                 )
+                self.stop()
+                raise self._ended(name)
             try:
                 return future.result(timeout=min(0.2, allowed - waited + 0.01))
             except TimeoutError:
-                if future.done():  # its own
-                    raise
+                if future.done():  # meanwhile, or with a TimeoutError of its own
+                    return future.result()
+
+    def _ended(self, name: str) -> CheckpointError:
+        """Return what to say of a file that is read no further: what has ended it, if another one did."""
+        if self._fault:
+            return _TooSlowError(self._fault)
+        return CheckpointError(f"{self.repo}: {name} is not needed any more")
 
     def _collect(self, name: str, address: str, wanted: int | None, content: bytearray) -> tuple[bytes, int | None]:
         total: int | None = None
@@ -192,7 +200,7 @@ class Files:
                 total = answer.total
                 enough = most if total is None else min(most, total)
                 for piece in answer.pieces():
-                    self._count(piece)
+                    self._count(name, piece)
                     content += piece if wanted is None else piece[: wanted - len(content)]
                     if len(content) > most:
                         raise CheckpointError(
@@ -211,10 +219,12 @@ class Files:
             f"{self.repo}: {name} ended after {len(content):,} bytes{of}, and then nothing came; try again later"
         )
 
-    def _count(self, piece: bytes) -> None:
+    def _count(self, name: str, piece: bytes) -> None:
         with self._lock:
             self._left -= len(piece)
-            if self._stopped or self._left < 0:
+            if self._stopped:
+                raise self._ended(name)
+            if self._left < 0:
                 raise CheckpointError(
                     f"{self.repo}: its config and headers have more than {_MAX_BYTES >> 20} MiB, which those of no "
                     "model have; pass another repository"
