@@ -250,7 +250,7 @@ def put(name: str, array: np.ndarray) -> Edit:
         (NORM, put("model.extra.weight", np.zeros(4, np.float32)), "'model.extra.weight' is left over"),
         (NORM, put(NORM, np.ones(511, NUMPY["bf16"])), f"'{NORM}' has shape [511], expected [512]"),
         (NORM, put(NORM, np.ones(512, np.float32)), f"'{NORM}' has dtype f32, expected bf16"),
-        (SCALE, drop(SCALE), f"FP8 weight '{FP8}' has no '{SCALE}'"),
+        (SCALE, drop(SCALE), f"weight '{FP8}' has no '{SCALE}'"),
         (FP8, put(FP8, np.zeros((256, 512), NUMPY["bf16"])), f"'{FP8}' has dtype bf16, expected f8e4m3"),
         (BIAS, put(BIAS, np.ones(16, NUMPY["bf16"])), f"'{BIAS}' has dtype bf16, expected f32"),
     ],

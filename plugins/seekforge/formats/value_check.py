@@ -16,6 +16,8 @@ from seekforge.common.errors import CheckpointError
 
 #: What the name of a weight's block scales has behind that of the weight.
 SCALE_SUFFIX: Final = "_scale_inv"
+#: Ends of the names that ModelOpt and LLM Compressor give to scales of matrices, rows and blocks.
+_OTHER_SCALES: Final = (".weight_scale", ".weight_scale_2", ".weight_global_scale")
 _NUMBERED = re.compile(r"^model\.layers\.\d+\.|(?<=experts)\.\d+(?=\.)")
 
 #: dtype -> lane type, bits that are all set in a bad value, and what added to them carries into the sign bit.
@@ -107,8 +109,13 @@ def first_fault(values: np.ndarray, dtype: str, scratch: np.ndarray) -> int | No
     return whole.size * 8 // np.dtype(lane).itemsize + int(np.argmax(bad)) if bad.any() else None
 
 
+def is_positive(tensor: str, dtype: str) -> bool:
+    """Whether a tensor has scales that are all above 0. Those of NVFP4's blocks, in FP8, are 0 where a block is."""
+    return tensor.endswith(SCALE_SUFFIX) or (dtype != "f8e4m3" and tensor.endswith(_OTHER_SCALES))
+
+
 def first_not_positive(scales: np.ndarray) -> int | None:
-    """Return the place of the first block scale that is not above 0, or None."""
+    """Return the place of the first scale that is not above 0, or None."""
     flat = scales.reshape(-1)
     if not flat.size or flat.min() > 0:
         return None
@@ -123,7 +130,7 @@ def not_finite(tensor: str, value: float, place: object) -> CheckpointError:
 
 
 def not_positive(tensor: str, value: float, place: object) -> CheckpointError:
-    """Return the error for a block scale that is not above 0."""
+    """Return the error for a scale that is not above 0."""
     return CheckpointError(
         f"{tensor} holds {value} at {place}, expected every scale above 0; the file is damaged or was written without "
         "values, download it again"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seekforge.common.dtypes import NUMPY
-from seekforge.common.errors import ProgramError
+from seekforge.common.errors import CheckpointError, ProgramError
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.loader.loader import Loader, allocate
@@ -108,6 +108,40 @@ def test_streaming_quantizes_as_evaluating_does_and_reads_once(tmp_path: Path) -
         for name, recipe in recipes.items():
             expected = evaluate(recipe, checkpoint)
             assert np.array_equal(buffers[name].view(np.uint8), expected.view(np.uint8)), name
+
+
+#: The scales of f32 that each form has, if not DeepSeek's.
+SCALES: dict[WeightForm, str] = {
+    "ct_fp8_blocks": f"{NAME}_scale",
+    "ct_fp8_channel": f"{NAME}_scale",
+    "ct_fp8_tensor": f"{NAME}_scale",
+    "fp8_tensor": f"{NAME}_scale",
+    "nvfp4": f"{NAME}_scale_2",
+    "ct_nvfp4": f"{NAME}_global_scale",
+}
+
+
+@pytest.mark.parametrize("form", SCALES)
+def test_a_scale_that_is_not_above_0_is_refused_as_it_is_read(form: WeightForm, tmp_path: Path) -> None:
+    made = {name: np.array(array) for name, array in encode(form, NAME, matrix()).items()}
+    made[SCALES[form]].reshape(-1)[-1] = 0  # of what divides, the values would be infinite
+    write_shard(tmp_path / "model.safetensors", made)
+    recipes = {"w": values_recipe(form, NAME, SHAPE, "f32")}
+    with Checkpoint.open(tmp_path) as checkpoint:
+        loader = Loader(checkpoint, recipes, allocate(recipes), scan=True)
+        with pytest.raises(CheckpointError, match=rf"{SCALES[form]}'? holds 0.0 .*expected every scale above 0"):
+            loader.run()
+
+
+def test_a_block_of_zeros_has_a_scale_of_zero(tmp_path: Path) -> None:
+    made = {name: np.array(array) for name, array in encode("nvfp4", NAME, matrix()).items()}
+    made[f"{NAME}_scale"][0, 0] = 0
+    write_shard(tmp_path / "model.safetensors", made)
+    recipes = {"w": values_recipe("nvfp4", NAME, SHAPE, "f32")}
+    with Checkpoint.open(tmp_path) as checkpoint:
+        buffers = allocate(recipes)
+        Loader(checkpoint, recipes, buffers, scan=True).run()
+    assert not buffers["w"][0, :16].any() and buffers["w"][0, 16:].any()
 
 
 FAULTS: dict[str, tuple[WeightForm, Callable[[dict[str, Any]], object]]] = {

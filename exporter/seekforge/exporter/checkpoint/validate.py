@@ -25,6 +25,7 @@ from seekforge.formats.value_check import (
     Findings,
     first_fault,
     first_not_positive,
+    is_positive,
     not_finite,
     not_positive,
 )
@@ -91,8 +92,8 @@ def _structure_faults(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[s
                 continue
             if want.part_of is not None and want.part_of in checkpoint:
                 yield (
-                    f"FP8 weight {want.part_of!r} has no {name!r}, expected its block scales "
-                    f"{list(want.shape)} {want.dtype}; {TAKE}"
+                    f"weight {want.part_of!r} has no {name!r}, expected its scales {list(want.shape)} {want.dtype}; "
+                    f"{TAKE}"
                 )
             else:
                 yield (
@@ -186,10 +187,11 @@ def scan_values(
     for name in chosen:
         array = checkpoint.tensor(name)
         _check_finite(checkpoint, name, array, scratch)
-        if name.endswith(SCALE_SUFFIX):
+        if is_positive(name, checkpoint.info(name).dtype):
             scales = array.astype(np.float32, copy=False)
             _check_positive(checkpoint, name, scales)
-            findings.add(name, scales)
+            if name.endswith(SCALE_SUFFIX):
+                findings.add(name, scales)
         done += array.nbytes
         if progress is not None:
             progress(done, total)

@@ -20,6 +20,7 @@ from seekforge.formats.value_check import (
     Findings,
     first_fault,
     first_not_positive,
+    is_positive,
     not_finite,
     not_positive,
 )
@@ -192,12 +193,13 @@ class Reader:
         if fault is not None:
             value = float(values.view(NUMPY[dtype])[fault])
             raise not_finite(self._where(tensor), value, f"element {_element(view, fault)}")
-        if tensor.endswith(SCALE_SUFFIX):
+        if is_positive(tensor, dtype):
             scales = values.view(NUMPY[dtype]).astype(np.float32, copy=False)
             fault = first_not_positive(scales)
             if fault is not None:
                 raise not_positive(self._where(tensor), float(scales[fault]), f"element {_element(view, fault)}")
-            self._findings.add(tensor, scales)
+            if tensor.endswith(SCALE_SUFFIX):
+                self._findings.add(tensor, scales)
 
     def _where(self, tensor: str) -> str:
         return f"{self._checkpoint.folder / self._checkpoint.info(tensor).shard}: {tensor!r}"
