@@ -14,9 +14,19 @@ from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import CheckpointError, ProgramError
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import write_shard
+from seekforge.formats.loader.jobs import Whole
 from seekforge.formats.loader.loader import Loader, allocate
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.quantization.block_fp8 import quantize
-from seekforge.formats.weight_recipes import Recipe, dequantize_into, evaluate, read_recipe, retarget
+from seekforge.formats.weight_recipes import (
+    Recipe,
+    dequantize_into,
+    evaluate,
+    for_rank,
+    read_recipe,
+    retarget,
+    split,
+)
 from seekforge.formats.weight_recipes.stored import (
     BLOCK_FORMS,
     WeightForm,
@@ -108,6 +118,40 @@ def test_streaming_quantizes_as_evaluating_does_and_reads_once(tmp_path: Path) -
         for name, recipe in recipes.items():
             expected = evaluate(recipe, checkpoint)
             assert np.array_equal(buffers[name].view(np.uint8), expected.view(np.uint8)), name
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_rank_reads_its_part_of_bytes_alone(axis: int, tmp_path: Path) -> None:
+    shape = (256, 512)
+    write_shard(tmp_path / "model.safetensors", encode("fp8_blocks", NAME, matrix(shape)))
+    weight = block_recipes("fp8_blocks", NAME, shape)[0]
+    half = retarget(for_rank(split(weight, axis, 2), Parallelism(tp=2), 1), activations="f32", fp8_dtype="i8")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        buffers = allocate({"w": half})
+        loader = Loader(checkpoint, {"w": half}, buffers, scan=True)
+        assert loader.total_bytes == 256 * 512 // 2
+        loader.run()
+        assert np.array_equal(buffers["w"], evaluate(half, checkpoint))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_rank_quantizes_its_part_alone(axis: int, tmp_path: Path) -> None:
+    """And not the whole matrix, once for its codes and once for its scales, on each of eight ranks."""
+    shape = (256, 512)
+    values = matrix(shape).astype(NUMPY["bf16"])
+    write_shard(tmp_path / "model.safetensors", {NAME: values})
+    whole = block_recipes("bf16", NAME, shape)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for rank in range(2):
+            codes, scales = (for_rank(split(one, axis, 2), Parallelism(tp=2), rank) for one in whole)
+            recipes = {"w": codes, "s": scales, "bytes": retarget(codes, activations="f32", fp8_dtype="i8")}
+            buffers = allocate(recipes)
+            loader = Loader(checkpoint, recipes, buffers, scan=True)
+            assert {job.recipe.op for job in loader._jobs if isinstance(job, Whole)} == {"block_codes", "block_scales"}
+            loader.run()
+            for name, recipe in recipes.items():
+                expected = evaluate(recipe, checkpoint)
+                assert np.array_equal(buffers[name].view(np.uint8), expected.view(np.uint8)), (name, rank)
 
 
 #: The scales of f32 that each form has, if not DeepSeek's.

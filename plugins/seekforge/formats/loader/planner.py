@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -13,7 +14,20 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Job, Quantize, Whole, pieces
 from seekforge.formats.loader.views import View, as_view
 from seekforge.formats.numerics import FP8_BLOCK
-from seekforge.formats.weight_recipes import Recipe, cast, rounds_once, slice_, stack, tensors_of
+from seekforge.formats.weight_recipes import (
+    Recipe,
+    as_bytes,
+    block_codes,
+    cast,
+    rounds_once,
+    slice_,
+    stack,
+    tensors_of,
+)
+from seekforge.formats.weight_recipes.constructors import block_scales
+
+#: Ops below which a slice is moved, so that no more is read or computed than it has.
+_SLICED_BELOW: Final = ("bytes", "cast", "concat", "stack", "block_codes", "block_scales")
 
 
 class Planner:
@@ -152,11 +166,20 @@ class Planner:
 
 
 def _push_slice(recipe: Recipe) -> Recipe | None:
-    """Move a slice below a cast, concat or stack; None for everything else."""
-    if recipe.op != "slice" or recipe.parts[0].op not in ("cast", "concat", "stack"):
+    """Move a slice below what is made element by element or of parts, or block by block; None for everything else."""
+    if recipe.op != "slice" or recipe.parts[0].op not in _SLICED_BELOW:
         return None
     whole = recipe.parts[0]
     assert recipe.axis is not None and recipe.start is not None and recipe.stop is not None
+    if whole.op in ("block_codes", "block_scales"):
+        make, unit = (block_codes, 1) if whole.op == "block_codes" else (block_scales, FP8_BLOCK)
+        size = whole.parts[0].shape[recipe.axis]
+        start, stop = recipe.start * unit, min(recipe.stop * unit, size)
+        if start % FP8_BLOCK or (stop % FP8_BLOCK and stop != size):
+            return None
+        return make(slice_(whole.parts[0], recipe.axis, start, stop))
+    if whole.op == "bytes":
+        return as_bytes(slice_(whole.parts[0], recipe.axis, recipe.start, recipe.stop))
     if whole.op == "cast":
         return cast(slice_(whole.parts[0], recipe.axis, recipe.start, recipe.stop), whole.dtype)
     if whole.op == "stack":
