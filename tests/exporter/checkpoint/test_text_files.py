@@ -50,6 +50,7 @@ ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "shard fifo": ("model-00001-of-000003.safetensors", os.mkfifo, "is a FIFO"),
     "tokenizer fifo": ("tokenizer.json", os.mkfifo, "is a FIFO"),
     "tokenizer elsewhere": ("tokenizer.json", lambda path: path.symlink_to("/etc/passwd"), "leads outside"),
+    "template large": ("chat_template.jinja", large, "expected at most 16,777,216"),
     "defaults device": ("generation_config.json", lambda path: path.symlink_to("/dev/zero"), "is a device"),
 }
 
@@ -129,3 +130,9 @@ def test_what_is_copied_is_looked_at_when_it_is_read(folder: Path, make: Callabl
         replace(folder / name, make)
         with pytest.raises(CheckpointError, match=name):
             read_text_file(folder, name)
+
+
+def test_a_template_that_no_engine_could_read_is_said_at_export(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: is no text \('utf-8'.*download it again"):
+        read_text_file(folder, "chat_template.jinja")

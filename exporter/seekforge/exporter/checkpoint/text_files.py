@@ -10,9 +10,9 @@ from pathlib import Path
 
 from seekforge.common.errors import CheckpointError, ConfigError
 from seekforge.common.paths import checkpoint_file
-from seekforge.common.reading import LISTING_BYTES, check_regular, is_there, read_bytes
+from seekforge.common.reading import LISTING_BYTES, SETTINGS_BYTES, check_regular, is_there, read_bytes
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
-from seekforge.formats.program import TEXT_FILES
+from seekforge.formats.program import TEMPLATE_FILE, TEXT_FILES
 
 
 def check_files(folder: Path) -> None:
@@ -64,8 +64,8 @@ def present_text_files(folder: Path) -> list[str]:
     names = [name for name in TEXT_FILES if is_there(folder / name)]
     for name in names:
         size = checkpoint_file(folder, name, error=CheckpointError).stat().st_size
-        if size > LISTING_BYTES:
-            raise CheckpointError(f"{folder / name}: has {size:,} bytes, expected at most {LISTING_BYTES:,}")
+        if size > _most_bytes(name):
+            raise CheckpointError(f"{folder / name}: has {size:,} bytes, expected at most {_most_bytes(name):,}")
     return names
 
 
@@ -77,6 +77,15 @@ def read_text_file(folder: Path, name: str) -> bytes:
     """
     path = checkpoint_file(folder, name, error=CheckpointError)
     try:
-        return read_bytes(path, most=LISTING_BYTES)
+        raw = read_bytes(path, most=_most_bytes(name))
+        if name == TEMPLATE_FILE:
+            raw.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is no text ({error}); download it again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check it and its permissions") from None
+    return raw
+
+
+def _most_bytes(name: str) -> int:
+    return SETTINGS_BYTES if name == TEMPLATE_FILE else LISTING_BYTES  # what reads an engine's has the same bounds
