@@ -8,7 +8,7 @@ import pytest
 
 from seekforge.exporter.runtime_child import refusal
 
-COPY = Path("/work/copy-0")
+COPY = Path("copies/0")
 
 
 @pytest.mark.parametrize(

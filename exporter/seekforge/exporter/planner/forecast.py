@@ -8,27 +8,20 @@ kernels are counted as so many for a layer. No GPU has confirmed any of it.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from seekforge.exporter.models import family_of
-from seekforge.exporter.models.parameters import linear_shapes_of
 from seekforge.exporter.planner.answer import GPU_COUNTS, layouts, memory_of
 from seekforge.exporter.planner.question import Question
 from seekforge.exporter.planner.speed import decode_times
-from seekforge.exporter.sizing.calls import layer_operators
+from seekforge.exporter.sizing.calls import StepShape, layer_calls
 from seekforge.exporter.sizing.memory import Workload, usable_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig
 from seekforge.plugins.cost.model import REPLAY_GAP_S
 from seekforge.plugins.kernels.index import kernel_sm
 from seekforge.plugins.kernels.launch_plan import op_kernels
-from seekforge.plugins.operator import RankModel, Step, cdiv
-from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
 
 Goal = Literal["latency", "throughput"]
 #: A layout of more GPUs is tried up to so many times the fewest that fit.
@@ -216,33 +209,8 @@ def _launches(
     context: int,
     kv_format: str,
 ) -> int:
-    family = family_of(config)
-    rows = family.layer_parameters(config.layer_kind(layer))
-    tensors = tuple(itertools.chain(family.layer_tensors(config, layer)))
-    is_fp8 = kv_format == "fp8_ds"
-    numerics = {"act_quant": "ue8m0", "kv_fp8": is_fp8, "indexer_fp8": is_fp8}
-    model = RankModel(config=config, numerics=numerics, kv_format=kv_format, parallelism=parallelism)
-    step = Step(
-        batch=batch,
-        queries=queries,
-        num_blocks=cdiv(context, BLOCK_SIZE),
-        expert_tokens=batch * queries,
-        fp8_linears=list(linear_shapes_of(rows, tensors, BLOCK_FP8_LINEAR, parallelism)),
-        bf16_linears=list(linear_shapes_of(rows, tensors, BF16_LINEAR, parallelism)),
-    )
-    ops = (BLOCK_FP8_LINEAR, BF16_LINEAR, *layer_operators(config, config.layer_kind(layer)))
-    calls = itertools.chain.from_iterable(_calls(op, model, step) for op in ops)
-    return sum(len(op_kernels(op).plan(sizes, sm).launches) for op, sizes in calls)
-
-
-def _calls(op: str, model: RankModel, step: Step) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the calls of an operator in a step, with the symbols of its specification."""
-    form = KERNEL_FORMS[op]
-    # what no number of launches follows from: how long the caches are, and a factor
-    others: dict[str, Any] = {"*latent": (step.num_blocks,), "*index": (step.num_blocks,), "scale": 1.0}
-    static = form.static_sizes(model)
-    for sizes in form.step_sizes(model, step):
-        yield op, others | static | sizes
+    calls = layer_calls(config, layer, StepShape(batch, queries, context), kv_format=kv_format, parallelism=parallelism)
+    return sum(len(op_kernels(op).plan(bound, sm).launches) for op, _, bound in calls)
 
 
 def _for(question: Question, target: TargetConfig) -> Question:

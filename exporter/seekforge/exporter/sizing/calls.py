@@ -68,31 +68,34 @@ def step_calls(
         kv_format: format of the caches.
         parallelism: how ranks share the model; sizes are those of one of them.
     """
-    sizes = operators(config, kv_format=kv_format, parallelism=parallelism)
-    family = family_of(config)
     counts: dict[tuple[str, str, tuple[tuple[str, Any], ...]], int] = {}
     kinds: dict[LayerKind, list[int]] = {}
     for layer in range(config.num_hidden_layers):
         kinds.setdefault(config.layer_kind(layer), []).append(layer)
-    rest = _rest(config, shape, kv_format, parallelism)
-    tokens = shape.batch * shape.queries
-    for kind, layers in kinds.items():
-        rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layers[0])
-        for op, what, bound in _linears(rows, tensors, tokens, parallelism):
-            _count(counts, op, what, sizes[op] | bound, len(layers))
-        for op in layer_operators(config, kind):
-            if op in sizes and op in rest:
-                _count(counts, op, "", sizes[op] | rest[op], len(layers))
+    for layers in kinds.values():
+        for op, what, bound in layer_calls(config, layers[0], shape, kv_format=kv_format, parallelism=parallelism):
+            _count(counts, op, what, bound, len(layers))
+    sizes, family = operators(config, kv_format=kv_format, parallelism=parallelism), family_of(config)
     ends = (*family.end_tensors(config)[0], *family.end_tensors(config)[1])
     for op, what, bound in _linears(family.end_parameters(), ends, shape.batch, parallelism):
         _count(counts, op, what, sizes[op] | bound, 1)
     return [Call(op, what, dict(bound), count) for (op, what, bound), count in counts.items()]
 
 
-def layer_operators(config: ModelConfig, kind: LayerKind) -> tuple[str, ...]:
-    """Return the operators that a layer calls on a GPU beside its linears, in their order."""
+def layer_calls(
+    config: ModelConfig, layer: int, shape: StepShape, *, kv_format: str, parallelism: Parallelism = ONE_RANK
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield op_type, parameter (of linears) and sizes of each call in one layer; arguments as of `step_calls`."""
+    sizes = operators(config, kv_format=kv_format, parallelism=parallelism)
+    rest = _rest(config, shape, kv_format, parallelism)
+    family, kind = family_of(config), config.layer_kind(layer)
+    rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layer)
+    for op, what, bound in _linears(rows, tensors, shape.batch * shape.queries, parallelism):
+        yield op, what, sizes[op] | bound
     attention = _WITH_INDEXER if kind.has_indexer else _WITHOUT_INDEXER
-    return (*(attention if config.index_topk else ()), *(_MOE if kind.is_moe else ()))
+    for op in (*(attention if config.index_topk else ()), *(_MOE if kind.is_moe else ())):
+        if op in sizes and op in rest:
+            yield op, "", sizes[op] | rest[op]
 
 
 def _count(

@@ -38,7 +38,6 @@ def losses(
     sparse: bool,
     mtp_weight: float,
     rows: Tensor | None,
-    index_weight: float = 1.0,
 ) -> Losses:
     """Run a batch forward.
 

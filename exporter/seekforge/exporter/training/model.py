@@ -59,7 +59,6 @@ class Context:
     chosen: Choices = field(default_factory=Choices)
     index_losses: list[Tensor] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
-    masses: list[Tensor] = field(default_factory=list)
 
 
 def _linear(out_features: int, in_features: int, gain: float = 1.0) -> nn.Parameter:
