@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from seekforge.runtime.chat.held_text import CHUNK
 from seekforge.runtime.chat.messages import Message
 from seekforge.runtime.chat.parser import ChatParser
-from seekforge.runtime.chat.scanner import CHUNK
 from seekforge.runtime.chat.tag_scanner import TagScanner, TagSyntax
 
 TOOLS = [

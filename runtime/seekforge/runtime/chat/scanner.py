@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from seekforge.runtime.chat import markup
+from seekforge.runtime.chat.held_text import SPACE, HeldText, begun
 
 #: "markup": tags and the white space around them. "call", "parameter", "body": what such a tag opens, see `Span`.
 Kind = Literal["reasoning", "content", "markup", "call", "parameter", "value", "end_parameter", "body", "end_call"]
@@ -25,12 +26,8 @@ _State = Literal["reasoning", "content", "block", "call", "value", "body"]
 #: Longest tag that is waited for.
 MAX_TAG: Final = 1024
 _TOO_LONG: Final = -1
-#: A text is looked at in pieces of at most so many characters.
-CHUNK: Final = 4096
 _TAG: Final = re.compile(r'<(?:[^">]|"[^"]*")*>')
 _ATTRIBUTE: Final = re.compile(r'\s+(\w+)="([^"]*)"')
-#: Space between tags.
-_SPACE: Final = " \t\r\n"
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Span:
     problem: str | None = None
 
 
-class Scanner:
+class Scanner(HeldText):
     """Splits one completion."""
 
     def __init__(self, *, in_reasoning: bool, tool_calls: bool = True) -> None:
@@ -64,24 +61,17 @@ class Scanner:
             in_reasoning: whether it begins inside a thought.
             tool_calls: whether tags about tools are looked for; else they are content.
         """
+        super().__init__()
         self._state: _State = "reasoning" if in_reasoning else "content"
         self._tool_calls = tool_calls
-        self._held = ""
         self._in_block = False
         self._junk = False  # whether text stands between tags, which is content up to the next tag
         self._has_parameters = False
-        self._final = False
 
     @property
     def in_reasoning(self) -> bool:
         """Whether what comes next is thought."""
         return self._state == "reasoning"
-
-    def push(self, piece: str) -> Iterator[Span]:
-        """Take a piece of text and yield what is certain."""
-        for start in range(0, len(piece), CHUNK):
-            self._held += piece[start : start + CHUNK]
-            yield from self._scan()
 
     def finish(self) -> Iterator[Span]:
         """Yield what is left, since nothing follows: the beginning of a tag is no tag."""
@@ -113,15 +103,11 @@ class Scanner:
             if (self._state, len(self._held)) == before:
                 return
 
-    def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
-        return taken
-
     def _until(self, kind: Kind, tag: str) -> Iterator[Span]:
         """Yield the text before a tag as `kind`, as far as it is certain; the tag stands first then."""
         at = self._held.find(tag)
-        begun = _begun(self._held, tag) if at < 0 and "<" in self._held else 0
-        text = self._take(at if at >= 0 else len(self._held) - begun)
+        waited = begun(self._held, tag) if at < 0 and "<" in self._held else 0
+        text = self._take(at if at >= 0 else len(self._held) - waited)
         if text:
             yield Span(kind, text)
 
@@ -139,7 +125,7 @@ class Scanner:
         places = [at for at in (self._held.find(tag) for tag in (*tags, markup.EOS)) if at >= 0]
         if not places:
             texts = [*tags, *(markup.CALLS_GAP + tag for tag in tags), markup.EOS]
-            text = self._take(len(self._held) - max(_begun(self._held, tag) for tag in texts))
+            text = self._take(len(self._held) - max(begun(self._held, tag) for tag in texts))
             if text:
                 yield Span("content", text)
             return
@@ -169,7 +155,7 @@ class Scanner:
     def _between_tags(self) -> Iterator[Span]:
         """Take one tag, the space before it, or text that should not be there."""
         if not self._junk:
-            space = len(self._held) - len(self._held.lstrip(_SPACE))
+            space = len(self._held) - len(self._held.lstrip(SPACE))
             if space:
                 yield Span("markup", self._take(space))
                 return
@@ -257,14 +243,6 @@ class Scanner:
         if self._held.startswith(markup.INVOKE_END):
             self._state = "block"
             yield Span("end_call", self._take(len(markup.INVOKE_END)))
-
-
-def _begun(text: str, tag: str) -> int:
-    """Return how many last characters of `text` are the beginning of a tag, and not all of it."""
-    for size in range(min(len(text), len(tag) - 1), 0, -1):
-        if text.endswith(tag[:size]):
-            return size
-    return 0
 
 
 def _attributes(text: str) -> dict[str, str]:

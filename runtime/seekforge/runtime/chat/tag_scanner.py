@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal
 
 from seekforge.runtime.chat import markup
-from seekforge.runtime.chat.scanner import CHUNK, Kind, Span
+from seekforge.runtime.chat.held_text import SPACE, HeldText, begun
+from seekforge.runtime.chat.scanner import Kind, Span
 
 TagSyntax = Literal["glm", "deepseek_v3"]
 
@@ -35,12 +36,11 @@ TAGS: Final[dict[TagSyntax, tuple[str, ...]]] = {
     "glm": (markup.THINK_START, markup.THINK_END, _CALL, _CALL_END, _KEY, _KEY_END, _VALUE, _VALUE_END),
     "deepseek_v3": (markup.THINK_START, markup.THINK_END, _BLOCK, _BLOCK_END, _BEGIN, _SEPARATOR, _END),
 }
-_SPACE: Final = " \t\r\n"
 #: Longest name of a call or argument, and longest white space before a tag that is not content.
 _MAX_NAME: Final = 1024
 
 
-class TagScanner:
+class TagScanner(HeldText):
     """Splits one completion."""
 
     def __init__(self, syntax: TagSyntax, *, in_reasoning: bool, tool_calls: bool = True) -> None:
@@ -51,11 +51,10 @@ class TagScanner:
             in_reasoning: whether it begins inside a thought; if not, a thought may be the first thing in it.
             tool_calls: whether tags about tools are looked for; else they are content.
         """
+        super().__init__()
         self._syntax: TagSyntax = syntax
         self._tool_calls = tool_calls
-        self._held = ""
         self._named = ""  # the tag that opened a call or argument, and what there is of its name
-        self._final = False
         self._words_between = False  # whether something else than space came where only tags should
         self._state: Callable[[], Iterator[Span]] = self._reasoning if in_reasoning else self._start
 
@@ -63,12 +62,6 @@ class TagScanner:
     def in_reasoning(self) -> bool:
         """Whether what comes next is thought."""
         return self._state == self._reasoning
-
-    def push(self, piece: str) -> Iterator[Span]:
-        """Take a piece of text and yield what is certain."""
-        for start in range(0, len(piece), CHUNK):
-            self._held += piece[start : start + CHUNK]
-            yield from self._scan()
 
     def finish(self) -> Iterator[Span]:
         """Yield what is left, since nothing follows: the beginning of a tag is no tag."""
@@ -85,10 +78,6 @@ class TagScanner:
             if (self._state, len(self._held)) == before:
                 return
 
-    def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
-        return taken
-
     def _split(self, tags: Sequence[str]) -> tuple[str, str]:
         """Take the text before the first of some tags, as far as it is certain, and the tag ("": none is there yet)."""
         places = [(at, -len(tag), tag) for tag in tags if (at := self._held.find(tag)) >= 0]
@@ -100,8 +89,8 @@ class TagScanner:
             text = self._take(at)
             self._take(len(tag))
             return text, tag
-        begun = 0 if self._final else max(_begun(self._held, tag) for tag in tags)
-        return self._take(len(self._held) - begun), ""
+        waited = 0 if self._final else max(begun(self._held, tag) for tag in tags)
+        return self._take(len(self._held) - waited), ""
 
     def _text(self, kind: Kind, tags: Sequence[str]) -> Iterator[Span]:
         """Yield text before a tag; the tag is left in `_named`."""
@@ -113,7 +102,7 @@ class TagScanner:
         """Yield what stands where tags should: space is markup, unless words came before it; the tag is in `_named`."""
         text, self._named = self._split(tags)
         if not self._words_between:
-            words = text.lstrip(_SPACE)
+            words = text.lstrip(SPACE)
             if len(words) < len(text):
                 yield Span("markup", text[: len(text) - len(words)])
             text = words
@@ -125,7 +114,7 @@ class TagScanner:
     # --- states ----------------------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[Span]:
-        opened = self._held.lstrip(_SPACE)
+        opened = self._held.lstrip(SPACE)
         if len(self._held) - len(opened) > _MAX_NAME:
             self._state = self._content
         elif opened.startswith(markup.THINK_START):
@@ -239,7 +228,7 @@ class TagScanner:
 
     def _between_calls(self) -> Iterator[Span]:
         """Behind a call of GLM: space is markup where another call follows, or nothing."""
-        rest = self._held.lstrip(_SPACE)
+        rest = self._held.lstrip(SPACE)
         is_long = len(self._held) - len(rest) > _MAX_NAME
         if not is_long and not self._final and rest != _CALL and _CALL.startswith(rest):
             return
@@ -248,8 +237,3 @@ class TagScanner:
             if space:
                 yield Span("markup", space)
         self._state = self._content
-
-
-def _begun(text: str, tag: str) -> int:
-    """Return how many last characters of `text` are the beginning of a tag, and not all of it."""
-    return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:size])), 0)
