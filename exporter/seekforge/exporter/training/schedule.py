@@ -12,8 +12,8 @@ _LEAST_FACTOR = 0.02
 #: A list of a recall grows to its longest over this share of the steps.
 _LISTS_GROW = 0.4
 _PAIRS = (16, 52)
-#: How often each task is drawn. Of the tokens a third are sums, a tenth lines of sums, a fifth recall, a quarter tales.
-_TASKS = {"arithmetic": 5.2, "digit sums": 0.5, "recall": 1.4, "tales": 2.2, "short tools": 0.8}
+#: How often each task is drawn.
+_TASKS = {"arithmetic": 4.6, "digit sums": 0.4, "recall": 2.4, "tales": 2.2, "short tools": 0.8}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Schedule:
     num_rows: int = 4
     length: int = 256
     recall_steps: int = 100
-    held_steps: int = 300
+    held_steps: int = 900
     slow_rate: float = 0.3
     tools_length: int = 832
     matrix_rate: float = 6e-3

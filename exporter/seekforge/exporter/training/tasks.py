@@ -152,7 +152,7 @@ def arithmetic(rng: random.Random) -> Example:
     kind = rng.random()
     if kind < 0.01:
         a, b = draw_sum(rng, held_out=False, digits=4)
-    elif kind < 0.02:
+    elif kind < 0.04:
         b, a = sorted((draw_number(rng), draw_number(rng)))
         question = f"What is {a} - {b}?"
         return _thinking(question, difference_thought(a, b), str(a - b))
