@@ -7,7 +7,8 @@ Self-Attention Layers" (Trockman, Kolter, 2023).
 
 In the first layer a constant part of the embeddings makes a head out of RoPE that looks one token back; it writes what
 it sees into values of the residual stream that embeddings leave free. In the second layer a head compares its own token
-with what stands there; so does the first head of its indexer.
+with what stands there, so does the first head of its indexer; and it writes what it then sees back as it was embedded. The
+output begins as a small multiple of the embedding, so that this is the token that is said.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import cast
 import torch
 
 from seekforge.exporter.training.model import Attention, Layer, TrainedModel
+from seekforge.formats.checkpoint.model_config import ModelConfig
 
 #: The constant part of embeddings, in their first value.
 _CONSTANT = 4.0
@@ -26,6 +28,8 @@ _PAIRS, _SHARPNESS = 12, 0.9
 _WRITTEN, _MATCH = 1.0, 1.4
 #: Weight of the indexer's head that compares in the same way, for each unit of the constant part.
 _INDEX_WEIGHT = 0.5
+#: How strongly the token that was found is written, and what embeddings are multiplied by in the output.
+_COPIED, _SAID = 2.0, 0.04
 #: What is left of the random part of the rotary queries and keys.
 _NOISE = 0.3
 
@@ -37,7 +41,23 @@ def initialize(model: TrainedModel) -> None:
         free = model.config.v_head_dim
         model.embed_tokens[:, -free:] = 0
         model.embed_tokens[:, 0] = _CONSTANT
+        model.lm_head.copy_(model.embed_tokens * _SAID)
+        model.lm_head[:, 0] = 0
         _compare(second, _look_back(first, model))
+        _copy(second)
+
+
+def _directions(config: ModelConfig) -> torch.Tensor:
+    """Return [v_head_dim, H], orthonormal directions of what embeddings have at random.
+
+    Products of random matrices would keep fewer of them apart, and which tokens are taken for one another would hang on
+    the seed.
+    """
+    used = config.hidden_size - config.v_head_dim
+    drawn = torch.randn(used - 1, config.v_head_dim)
+    directions = torch.zeros(config.v_head_dim, config.hidden_size)
+    directions[:, 1:used] = torch.linalg.qr(drawn).Q.T
+    return directions
 
 
 def _look_back(attention: Attention, model: TrainedModel) -> torch.Tensor:
@@ -50,7 +70,9 @@ def _look_back(attention: Attention, model: TrainedModel) -> torch.Tensor:
     keys[0 : 2 * _PAIRS : 2, 0] = _SHARPNESS
     attention.q_a_proj[0] = 0
     attention.q_a_proj[0, 0] = 1
+    read = _directions(config)
     latent[:, 0] = 0
+    latent[:free] = read
     query = attention.q_b_proj.view(heads, config.qk_head_dim, -1)[0]
     query.mul_(_NOISE)
     query[nope : nope + 2 * _PAIRS : 2, 0] = _SHARPNESS * torch.cos(frequencies)
@@ -59,7 +81,9 @@ def _look_back(attention: Attention, model: TrainedModel) -> torch.Tensor:
     attention.o_proj[-free:] = 0
     attention.o_proj[-free:, :free] = torch.eye(free) * _WRITTEN
     values = attention.kv_b_proj.view(heads, nope + free, -1)[0, nope:]
-    return values @ latent
+    values.zero_()
+    values[:, :free] = torch.eye(free)
+    return read
 
 
 def _compare(attention: Attention, read: torch.Tensor) -> None:
@@ -84,3 +108,15 @@ def _compare(attention: Attention, read: torch.Tensor) -> None:
     first.zero_()
     first[rotated:, :free] = torch.eye(free) * _MATCH
     indexer.weights_proj[0, 0] = _INDEX_WEIGHT
+
+
+def _copy(attention: Attention) -> None:
+    """Make the first head write what it attends to as it was embedded, as far as v_head_dim values hold that."""
+    config = attention.config
+    heads, nope, free = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    read = _directions(config)
+    attention.kv_a_proj_with_mqa[free : 2 * free] = read
+    values = attention.kv_b_proj.view(heads, nope + free, -1)[0, nope:]
+    values.zero_()
+    values[:, free : 2 * free] = torch.eye(free)
+    attention.o_proj[:, :free] = _COPIED * read.T
