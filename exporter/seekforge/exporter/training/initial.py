@@ -7,8 +7,8 @@ Self-Attention Layers" (Trockman, Kolter, 2023).
 
 In the first layer a constant part of the embeddings makes a head out of RoPE that looks one token back; it writes what
 it sees into values of the residual stream that embeddings leave free. In the second layer a head compares its own token
-with what stands there, so does the first head of its indexer; and it writes what it then sees back as it was embedded. The
-output begins as a small multiple of the embedding, so that this is the token that is said.
+with what stands there, so does the first head of its indexer; and it writes what it then sees back as it was embedded.
+The output begins as a small multiple of the embedding, so that this is the token that is said.
 """
 
 from __future__ import annotations
