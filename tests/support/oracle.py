@@ -42,7 +42,7 @@ def write_dequantized(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def load_oracle(dequantized: Path) -> Any:
+def load_oracle(dequantized: Path, *, attention: str = "eager") -> Any:
     """Load the FP32 oracle and check that nothing but the MTP layer was left out."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -50,7 +50,7 @@ def load_oracle(dequantized: Path) -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     model, info = AutoModelForCausalLM.from_pretrained(
-        dequantized, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        dequantized, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
     prefix = f"model.layers.{model.config.num_hidden_layers}."
     assert not info["missing_keys"], info["missing_keys"]
