@@ -168,15 +168,25 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(checkpoint: Path, script: Script, **settings: Any) -> Iterator[LiveServer]:
-    """Serve `script` with the tokenizer of a checkpoint; arguments of `ServerSettings` may be given."""
+def live_server(
+    checkpoint: Path,
+    script: Script,
+    *,
+    model_type: str = "deepseek_v32",
+    template: str | None = None,
+    **settings: Any,
+) -> Iterator[LiveServer]:
+    """Serve `script` with the tokenizer of a checkpoint, of this family and with this chat template of the checkpoint.
+
+    Arguments of `ServerSettings` may be given.
+    """
     tokenizer = Tokenizer(checkpoint / "tokenizer.json")
     engine = ScriptedEngine(tokenizer, script)
     context = Context(
         engine,
         ServerSettings(**{"engine": checkpoint, "served_model_names": ("scripted",), **settings}),
         tokenizer,
-        ChatProcessor("deepseek_v32", tokenizer),
+        ChatProcessor(model_type, tokenizer, template),
         Metrics("scripted", engine.facts),
     )
     held = socket.socket()

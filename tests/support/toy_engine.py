@@ -7,6 +7,7 @@ the latent cache that the same step wrote in place: a wrong slot, a lost write o
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ from seekforge.formats.engine.manifest import (
     load_manifest,
     save_manifest,
 )
-from seekforge.formats.program import GraphIO, TensorSpec, role_of
+from seekforge.formats.program import TEMPLATE_FILE, GraphIO, TensorSpec, role_of
 
 VOCAB, TOP, HIDDEN, INDEX_DIM, BLOCK = 320, 32, 16, 128, 64
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -228,15 +229,35 @@ def write_toy_engine(folder: Path) -> None:
     )
 
 
-def write_chat_engine(folder: Path, toy_engine: Path, *, model_type: str = "deepseek_v32") -> None:
-    """Write a copy of the toy engine that has the tokens of DeepSeek-V3.2's conversations."""
+def write_chat_engine(
+    folder: Path,
+    toy_engine: Path,
+    *,
+    model_type: str = "deepseek_v32",
+    template: str | None = None,
+    tokens: Sequence[str] = (),
+) -> None:
+    """Write a copy of the toy engine that has the tokens of DeepSeek-V3.2's conversations.
+
+    Args:
+        folder: the folder to make.
+        toy_engine: what is copied.
+        model_type: the family that it says it is of.
+        template: the chat template of its checkpoint.
+        tokens: further special tokens.
+    """
     shutil.copytree(toy_engine, folder)
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken(text, special=False) for text in ("</think>", "<｜Assistant｜>")])
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in tokens])
     (folder / "tokenizer.json").unlink()
     tokenizer.save(str(folder / "tokenizer.json"))
     manifest = load_manifest(folder)
-    files = tuple(digest_file(folder, file.path) for file in manifest.files)
+    names = [file.path for file in manifest.files]
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        names.append(TEMPLATE_FILE)
+    files = tuple(digest_file(folder, name) for name in names)
     (folder / "manifest.json").unlink()
     changed = {"files": files, "config": {"model_type": model_type}}
     limits = manifest.limits.model_copy(update={"max_model_len": 3072})  # the text about tools is long in its tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from seekforge.exporter.checkpoint.tokenizer import write_tokenizer
@@ -11,8 +13,14 @@ VOCAB = 1024
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A small tokenizer in DeepSeek's layout."""
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer.json of a small tokenizer in DeepSeek's layout."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, VOCAB)
-    return Tokenizer(folder / "tokenizer.json")
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: Path) -> Tokenizer:
+    """A small tokenizer in DeepSeek's layout."""
+    return Tokenizer(tokenizer_file)

@@ -1,4 +1,4 @@
-"""Conversations of GLM-5 and DeepSeek-V3: the template of the checkpoint, in the sandbox, and answers by their tags."""
+"""Conversations of GLM-5, DeepSeek-V3 and Kimi-K2: the sandboxed template of a checkpoint, answers by their tags."""
 
 from __future__ import annotations
 
@@ -7,38 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.chat_families import ASK, GLM, KIMI, TOOLS, V3, add_tokens
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.runtime.chat import ChatProcessor, ChatRequest, ChatTemplate, Message
 from seekforge.runtime.chat.template import checkpoint_template
 from seekforge.runtime.sampling.params import SamplingParams
 from seekforge.runtime.text.tokenizer import Tokenizer
-
-#: Written here, in the manner of GLM's: arguments are an object, and `enable_thinking` decides.
-GLM = """[gMASK]<sop>
-{%- if tools %}<|system|>{% for tool in tools %}{{ tool | tojson(ensure_ascii=False) }}{% endfor %}{% endif %}
-{%- for m in messages %}
-{%- if m.role == 'user' %}<|user|>{{ m.content }}
-{%- elif m.role == 'tool' %}<|observation|><tool_response>{{ m.content }}</tool_response>
-{%- else %}<|assistant|><think></think>{{ m.content }}
-{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}
-{%- for k, v in call.function.arguments.items() -%}
-<arg_key>{{ k }}</arg_key><arg_value>{{ v if v is string else v | tojson }}</arg_value>
-{%- endfor %}</tool_call>{% endfor %}
-{%- endif %}{% endfor %}
-{%- if add_generation_prompt %}<|assistant|>
-{{- '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}{% endif %}"""
-#: In the manner of DeepSeek-V3.1's: arguments are text, and `thinking` decides.
-V3 = """{{ bos_token }}{% for m in messages %}
-{%- if m.role == 'user' %}<｜User｜>{{ m.content }}
-{%- elif m.role == 'tool' %}<｜tool▁output▁begin｜>{{ m.content }}<｜tool▁output▁end｜>
-{%- else %}<｜Assistant｜></think>{{ m.content }}
-{%- for call in m.tool_calls or [] -%}
-<｜tool▁call▁begin｜>{{ call.function.name + '<｜tool▁sep｜>' + call.function.arguments }}<｜tool▁call▁end｜>
-{%- endfor %}{{ eos_token }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"""
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-ASK = [{"role": "user", "content": "q"}]
 
 
 def request(model_type: str, template: str | None, tokenizer: Tokenizer, **options: Any) -> ChatRequest:
@@ -73,6 +48,20 @@ def test_a_turn_of_deepseek_v3_with_a_call_and_its_result(tokenizer: Tokenizer) 
     assert (message.reasoning_content, message.content) == ("why", "x")
     messages = [*ASK, message, {"role": "tool", "content": "r"}]
     assert called in request("deepseek_v3", V3, tokenizer, tools=TOOLS, messages=messages).prompt.text
+
+
+def test_a_turn_of_kimi_gives_the_result_to_the_call_of_its_id(tokenizer_file: Path, tmp_path: Path) -> None:
+    add_tokens(tokenizer_file, ("<|tool_call_begin|>",), tmp_path / "tokenizer.json")
+    with_kimi = Tokenizer(tmp_path / "tokenizer.json")
+    first = request("deepseek_v3", KIMI, with_kimi, tools=TOOLS)
+    assert first.syntax == "kimi" and not first.params.skip_special_tokens
+    called = '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>'
+    message = answer(first, f"x<|tool_calls_section_begin|>{called}<|tool_calls_section_end|>")
+    (call,) = message.tool_calls
+    assert (call.id, call.name, message.content) == ("functions.f:0", "f", "x")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "r"}
+    again = request("deepseek_v3", KIMI, with_kimi, tools=TOOLS, messages=[*ASK, message, result])
+    assert called in again.prompt.text and "## Return of functions.f:0\nr" in again.prompt.text
 
 
 @pytest.mark.parametrize(("model_type", "template"), [("glm_moe_dsa", GLM), ("deepseek_v3", V3)])

@@ -1,4 +1,4 @@
-"""Answers of GLM-5 and DeepSeek-V3: thoughts, calls in their tags, however the text was cut."""
+"""Answers of GLM-5, DeepSeek-V3 and Kimi-K2: thoughts, calls in their tags, however the text was cut."""
 
 from __future__ import annotations
 
@@ -83,6 +83,30 @@ def test_calls_of_deepseek_v3(call: str, size: int) -> None:
         assert (one.name, json.loads(one.arguments)) == ("find", {"text": "x", "count": 2}) and not one.problems
 
 
+def kimi(call_id: str, body: str) -> str:
+    return f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{body}<|tool_call_end|>"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_of_kimi_keep_the_ids_that_the_model_gave(size: int) -> None:
+    calls = kimi("functions.find:0", '{"text": "x"}') + kimi(" functions.find:1 ", '{"count": 2}')
+    text = f"<think>why</think>wait<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|><|im_end|>"
+    message = parse("kimi", text, size=size)
+    assert (message.reasoning_content, message.content) == ("why", "wait")
+    assert [(one.id, one.name, json.loads(one.arguments)) for one in message.tool_calls] == [
+        ("functions.find:0", "find", {"text": "x"}),
+        ("functions.find:1", "find", {"count": 2}),
+    ]
+    assert not any(one.problems for one in message.tool_calls)
+
+
+def test_an_id_of_kimi_that_is_none_or_there_twice_is_replaced() -> None:
+    calls = kimi("find", "{}") + kimi("functions.find:0", "{}") + kimi("functions.find:0", "{}")
+    first, second, third = parse("kimi", f"<|tool_calls_section_begin|>{calls}").tool_calls
+    assert {one.name for one in (first, second, third)} == {"find"} and second.id == "functions.find:0"
+    assert first.id.startswith("call_") and third.id.startswith("call_")
+
+
 def test_a_call_that_ends_early_is_said_to() -> None:
     (call,) = parse("glm", "<tool_call>find\n<arg_key>text</arg_key>\n<arg_value>abc").tool_calls
     assert call.arguments == '{"text": "abc' and call.problems == ("the text ends inside the call",)
@@ -99,6 +123,7 @@ def test_a_call_that_ends_early_is_said_to() -> None:
             "deepseek_v3",
             "x<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>find<｜tool▁sep｜>{}<｜tool▁call▁end｜>\n<｜tool▁c",
         ),
+        ("kimi", f"x<|tool_calls_section_begin|>{kimi('functions.find:0', '{}')}\n<|tool_calls_sec"),
     ],
 )
 def test_a_tag_that_a_call_is_cut_off_in_is_no_content(syntax: TagSyntax, text: str, size: int) -> None:
@@ -111,6 +136,7 @@ def test_a_tag_that_a_call_is_cut_off_in_is_no_content(syntax: TagSyntax, text: 
     [
         ("deepseek_v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
         ("glm", f"<tool_call>find\n{arg('count', '3')}", "</tool_call>"),
+        ("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
     ],
 )
 def test_words_between_tags_are_the_same_however_they_are_cut(syntax: TagSyntax, before: str, after: str) -> None:
@@ -154,6 +180,8 @@ PIECES = [
     "<think>", "</think>", "\n", " ", "a", "<", "find", "```json\n", "\n```", "{", "}", "function",
     "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|user|>",
     "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>",
+    "<|tool_call_argument_begin|>", "functions.find:0",
 ]  # fmt: skip
 
 
@@ -163,7 +191,9 @@ PIECES = [
 @example(
     ["<tool_call>", "find", "<arg_key>", "a", "</arg_key>", "<arg_value>", "</arg_value>", "\n", "a", "\n"], "glm", 1
 )
-@given(st.lists(st.sampled_from(PIECES), max_size=12), st.sampled_from(["glm", "deepseek_v3"]), st.integers(1, 9))
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=12), st.sampled_from(["glm", "deepseek_v3", "kimi"]), st.integers(1, 9)
+)
 def test_nothing_is_lost_however_the_text_is_cut(pieces: list[str], syntax: TagSyntax, size: int) -> None:
     text = "".join(pieces)
     scanner = TagScanner(syntax, in_reasoning=False)

@@ -65,7 +65,7 @@ class ChatParser:
             tools: the functions that may be called; None: nothing is known of them.
             tool_calls: whether calls are looked for; else their text is content.
             syntax: whose tags they are written with.
-            make_id: gives the id of a call.
+            make_id: gives the id of a call to which the model gave none, or that of another one.
         """
         self._scanner: Scanner | TagScanner = (
             Scanner(in_reasoning=in_reasoning, tool_calls=tool_calls)
@@ -129,7 +129,8 @@ class ChatParser:
 
     def _call_delta(self, span: Span) -> ToolCallDelta | None:
         if span.kind == "call":
-            self._open = _Call(self._make_id(), span.name, self._tools)
+            is_new = span.call_id and all(call.id != span.call_id for call in self._calls)
+            self._open = _Call(span.call_id if is_new else self._make_id(), span.name, self._tools)
             self._calls.append(self._open)
             return ToolCallDelta(len(self._calls) - 1, self._open.id, span.name)
         call = self._open

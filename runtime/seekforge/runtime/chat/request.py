@@ -13,7 +13,7 @@ from seekforge.runtime.chat import markup
 from seekforge.runtime.chat.encoding import encode_read, with_instructions
 from seekforge.runtime.chat.messages import Message, dumped, read_messages, read_tools
 from seekforge.runtime.chat.parser import ChatParser, Syntax
-from seekforge.runtime.chat.tag_scanner import TAGS
+from seekforge.runtime.chat.tag_scanner import KIMI_TOKEN, TAGS
 from seekforge.runtime.chat.template import template_reader
 from seekforge.runtime.chat.tools import ToolChoice, calls_grammar, read_tool_choice
 from seekforge.runtime.sampling.params import SamplingParams, StructuredOutputsParams
@@ -105,6 +105,8 @@ class ChatProcessor:
         """
         self._model_type, self._tokenizer = model_type, tokenizer
         self._syntax: Syntax = SYNTAX.get(str(model_type), "deepseek_v32")
+        if self._syntax == "deepseek_v3" and tokenizer.token_id(KIMI_TOKEN) is not None:
+            self._syntax = "kimi"
         self._chat_template = chat_template
         self._template = template_reader()
 

@@ -40,6 +40,7 @@ class Span:
             them, and "markup" is everything else.
         text: as the model wrote it; empty where a tag is missing and its meaning is certain.
         name: the name of a call or parameter.
+        call_id: the id that the model gave the call it opens; "": none.
         string: what a parameter says of its value: "true", "false", "either" (text where it is no JSON) or None.
         problem: what is not as it should be.
     """
@@ -49,6 +50,7 @@ class Span:
     name: str = ""
     string: str | None = None
     problem: str | None = None
+    call_id: str = ""
 
 
 class Scanner(HeldText):

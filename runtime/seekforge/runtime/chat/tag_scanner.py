@@ -1,4 +1,4 @@
-"""Completions of GLM-5 and DeepSeek-V3 as spans: families whose calls are told apart by tags of fixed text.
+"""Completions of GLM-5, DeepSeek-V3 and Kimi-K2 as spans: families whose calls are told apart by tags of fixed text.
 
 The same promises as `scanner`: joined, the spans are the text, and what is held back is at most the beginning of a
 tag, white space before one, or the name of a call or argument. What has no whole name is no call, and is content.
@@ -6,35 +6,74 @@ tag, white space before one, or the name of a call or argument. What has no whol
 GLM: `<tool_call>NAME`, then `<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>` for each argument, `</tool_call>`;
 white space may stand between all of these. DeepSeek-V3.1:
 `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>JSON<｜tool▁call▁end｜>`, with tags around all calls; V3 and R1 write
-`function` in place of the name, and name and fenced JSON behind it.
+`function` in place of the name, and name and fenced JSON behind it. Kimi-K2, whose config is DeepSeek-V3's:
+`<|tool_call_begin|>functions.NAME:NUMBER<|tool_call_argument_begin|>JSON<|tool_call_end|>`; what stands before the JSON
+is the call's id.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from seekforge.runtime.chat import markup
 from seekforge.runtime.chat.held_text import SPACE, HeldText, begun
 from seekforge.runtime.chat.scanner import Kind, Span
 
-TagSyntax = Literal["glm", "deepseek_v3"]
+TagSyntax = Literal["glm", "deepseek_v3", "kimi"]
 
 _CALL: Final = "<tool_call>"
 _CALL_END: Final = "</tool_call>"
 _KEY, _KEY_END, _VALUE, _VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
-_BLOCK, _BLOCK_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-_BEGIN, _SEPARATOR, _END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+
+
+@dataclass(frozen=True)
+class _JsonCalls:
+    """Tags of a family whose arguments are JSON: around all calls, around each, and before its arguments."""
+
+    block: str
+    block_end: str
+    begin: str
+    separator: str
+    end: str
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return self.block, self.block_end, self.begin, self.separator, self.end
+
+
+_DEEPSEEK: Final = _JsonCalls(
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+)
+_KIMI: Final = _JsonCalls(
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+)
+#: A token that only vocabularies of Kimi-K2 have, whose `model_type` is DeepSeek-V3's.
+KIMI_TOKEN: Final = _KIMI.begin
+#: An id as Kimi-K2 writes it, and the name in it.
+_KIMI_ID: Final = re.compile(r"(?:functions\.)?(\S+):\d+")
 _FENCE, _FENCE_END = "```json\n", "\n```"
 #: What ends a turn and may come as text.
 _ENDS: Final[dict[TagSyntax, tuple[str, ...]]] = {
     "glm": ("<|user|>", "<|observation|>", "<|endoftext|>"),
     "deepseek_v3": (markup.EOS,),
+    "kimi": ("<|im_end|>", "[EOS]"),
 }
 #: Tags that a tokenizer may have as special tokens, which text must then show.
 TAGS: Final[dict[TagSyntax, tuple[str, ...]]] = {
     "glm": (markup.THINK_START, markup.THINK_END, _CALL, _CALL_END, _KEY, _KEY_END, _VALUE, _VALUE_END),
-    "deepseek_v3": (markup.THINK_START, markup.THINK_END, _BLOCK, _BLOCK_END, _BEGIN, _SEPARATOR, _END),
+    "deepseek_v3": (markup.THINK_START, markup.THINK_END, *_DEEPSEEK.tags),
+    "kimi": (markup.THINK_START, markup.THINK_END, *_KIMI.tags),
 }
 #: Longest name of a call or argument, and longest white space before a tag that is not content.
 _MAX_NAME: Final = 1024
@@ -53,6 +92,7 @@ class TagScanner(HeldText):
         """
         super().__init__()
         self._syntax: TagSyntax = syntax
+        self._json = _KIMI if syntax == "kimi" else _DEEPSEEK
         self._tool_calls = tool_calls
         self._named = ""  # the tag that opened a call or argument, and what there is of its name
         self._words_between = False  # whether something else than space came where only tags should
@@ -131,20 +171,20 @@ class TagScanner(HeldText):
             self._named, self._state = "", self._content
 
     def _content(self) -> Iterator[Span]:
-        calls = (f"\n{_CALL}", _CALL) if self._syntax == "glm" else (_BLOCK, _BEGIN)
+        calls = (f"\n{_CALL}", _CALL) if self._syntax == "glm" else (self._json.block, self._json.begin)
         yield from self._text("content", (*(calls if self._tool_calls else ()), *_ENDS[self._syntax]))
-        if self._named.endswith((_CALL, _BEGIN)):
+        if self._named.endswith((_CALL, self._json.begin)):
             self._state = self._call_name
         elif self._named:
-            if self._named == _BLOCK:
+            if self._named == self._json.block:
                 self._state = self._block
             yield Span("markup", self._named)
             self._named = ""
 
     def _block(self) -> Iterator[Span]:
-        """Between the calls of DeepSeek-V3."""
-        yield from self._between_tags((_BEGIN, _BLOCK_END))
-        if self._named == _BEGIN:
+        """Between calls whose arguments are JSON."""
+        yield from self._between_tags((self._json.begin, self._json.block_end))
+        if self._named == self._json.begin:
             self._state = self._call_name
         elif self._named:
             yield Span("markup", self._named)
@@ -152,31 +192,35 @@ class TagScanner(HeldText):
 
     def _call_name(self) -> Iterator[Span]:
         is_glm = self._syntax == "glm"
-        ends = (_KEY, _CALL_END) if is_glm else (_SEPARATOR, _END)
-        opening = next(tag for tag in (f"\n{_CALL}", _CALL, _BEGIN) if self._named.startswith(tag))
+        separator, end = self._json.separator, self._json.end
+        ends = (_KEY, _CALL_END) if is_glm else (separator, end)
+        opening = next(tag for tag in (f"\n{_CALL}", _CALL, self._json.begin) if self._named.startswith(tag))
         text, tag = self._split(ends)
         self._named += text
         name = self._named.removeprefix(opening)
         if not tag and len(name) <= _MAX_NAME:
             return
-        if not name.strip() or len(name) > _MAX_NAME or tag == _END:  # no call begins so
+        if not name.strip() or len(name) > _MAX_NAME or tag == end:  # no call begins so
             yield Span("content", self._named + tag)
             self._named, self._state = "", self._content
             return
-        if tag == _SEPARATOR and name.strip() == "function":
+        if tag == separator and name.strip() == "function" and self._syntax == "deepseek_v3":
             self._named, self._state = self._named + tag, self._fenced_name
             return
-        yield Span("call", self._named + (tag if tag == _SEPARATOR else ""), name.strip())
+        name, call_id = name.strip(), ""
+        if self._syntax == "kimi" and (numbered := _KIMI_ID.fullmatch(name)):
+            name, call_id = numbered[1], name
+        yield Span("call", self._named + (tag if tag == separator else ""), name, call_id=call_id)
         self._named = ""
-        if tag == _SEPARATOR:
+        if tag == separator:
             self._state = self._body
         else:
             self._held, self._state = tag + self._held, self._arguments
 
     def _fenced_name(self) -> Iterator[Span]:
         """The name behind `function`, as V3 and R1 write it, up to the fence."""
-        opening = self._named[: self._named.index(_SEPARATOR) + len(_SEPARATOR)]
-        text, tag = self._split((_FENCE, _END))
+        opening = self._named[: self._named.index(self._json.separator) + len(self._json.separator)]
+        text, tag = self._split((_FENCE, self._json.end))
         self._named += text
         name = self._named.removeprefix(opening)
         if not tag and len(name) <= _MAX_NAME:
@@ -189,7 +233,8 @@ class TagScanner(HeldText):
         self._named, self._state = "", self._body
 
     def _body(self) -> Iterator[Span]:
-        yield from self._text("body", (f"{_FENCE_END}{_END}", _END))
+        end = self._json.end
+        yield from self._text("body", (f"{_FENCE_END}{end}", end))
         if self._named:
             yield Span("end_call", self._named)
             self._named, self._state = "", self._block
