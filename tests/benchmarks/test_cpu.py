@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from tests.benchmarks import cpu_vs_llama_cpp, cpu_vs_transformers
+from tests.benchmarks import cpu_profile, cpu_vs_llama_cpp, cpu_vs_transformers
 from tests.benchmarks.cpu.engine_side import EngineSide
 from tests.benchmarks.cpu.report import Comparison, Pair, draw, markdown
 from tests.benchmarks.cpu.rounds import Case, Measured, Shared, Side, factor, measure
+from tests.benchmarks.cpu_profile import by_operator
 from tests.support.toy_engine import write_toy_engine
 
 from seekforge.common.errors import EnvironmentFault
@@ -146,3 +147,19 @@ def test_a_missing_library_is_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cpu_vs_transformers.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: transformers is not installed, and there is nothing to compare with\n"
+
+
+def test_a_profile_counts_the_nodes_of_the_last_steps_and_not_their_containers() -> None:
+    def node(name: str, at: int, duration: int) -> dict[str, Any]:
+        return {"cat": "Node", "name": f"{name}_1_kernel_time", "ts": at, "dur": duration, "args": {"op_name": name}}
+
+    def run(at: int, duration: int) -> dict[str, Any]:
+        return {"cat": "Session", "name": "model_run", "ts": at, "dur": duration}
+
+    prefill = [run(0, 100), node("MatMul", 10, 80)]
+    steps = [run(200, 50), node("If", 201, 40), node("MatMul", 205, 30), run(300, 50), node("MatMul", 310, 40)]
+    shares = by_operator([[run(5, 1)], prefill + steps], 2)
+    assert [(one.operator, one.nodes, one.microseconds) for one in shares] == [("MatMul", 1, 35), ("session", 0, 15)]
+    text = cpu_profile.markdown(shares, 70, 1)
+    assert "| MatMul | 1 | 35 | 50% |" in text and "| 1 others | – | 15 | 21% |" in text
+    assert "| outside of ONNX Runtime | – | 20 | 29% |" in text and "| **a step** | **1** | **70** | |" in text
