@@ -38,24 +38,24 @@ def writing(text: str) -> SamplingParams:
 
 
 #: Templates of these families begin a thought unless they are told not to; Kimi-K2's has none.
-PLAIN = {"chat_template_kwargs": {"thinking": False}}
+PLAIN = {"thinking": False}
 
 
 def test_a_call_is_read_and_its_result_answered(llm: LLM, family: ChatFamily) -> None:
-    (first,) = llm.chat(ASK, writing(family.answer), tools=TOOLS, **PLAIN)
+    (first,) = llm.chat(ASK, writing(family.answer), tools=TOOLS, chat_template_kwargs=PLAIN)
     completion = first.outputs[0]
     message = completion.message
     assert completion.finish_reason == "stop" and message is not None and message.content == "I look."
     (call,) = message.tool_calls
     assert (call.name, json.loads(call.arguments), call.problems) == ("f", {"a": 1}, ())
-    (second,) = llm.chat(conversation(message, call.id), writing("It rains."), tools=TOOLS, **PLAIN)
+    (second,) = llm.chat(conversation(message, call.id), writing("It rains."), tools=TOOLS, chat_template_kwargs=PLAIN)
     prompt = llm.get_tokenizer().decode(second.prompt_token_ids, skip_special_tokens=False)
     assert family.shown in prompt and family.result in prompt
     assert second.outputs[0].message is not None and second.outputs[0].message.content == "It rains."
 
 
 def test_streamed_deltas_join_to_the_message(llm: LLM, family: ChatFamily) -> None:
-    deltas = list(llm.chat_stream(ASK, writing(family.answer), tools=TOOLS, **PLAIN))
+    deltas = list(llm.chat_stream(ASK, writing(family.answer), tools=TOOLS, chat_template_kwargs=PLAIN))
     joined = MessageDelta.joined([delta.message for delta in deltas if delta.message is not None])
     output = deltas[-1].output
     assert output is not None and output.outputs[0].message is not None
@@ -83,7 +83,7 @@ def test_text_of_a_user_becomes_no_tag(llm: LLM, family: ChatFamily) -> None:
     texts = [*family.tokens, "</think>", "<｜User｜>"]
 
     def count(content: str) -> list[int]:
-        (output,) = llm.chat([{"role": "user", "content": content}], writing("x"), **PLAIN)
+        (output,) = llm.chat([{"role": "user", "content": content}], writing("x"), chat_template_kwargs=PLAIN)
         return [output.prompt_token_ids.count(tokenizer.token_id(text)) for text in texts]  # type: ignore[arg-type]
 
     assert count("".join(texts)) == count("q")
