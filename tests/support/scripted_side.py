@@ -11,7 +11,7 @@ from tests.benchmarks.cpu.protocol import Clock, serve
 def make(options: dict[str, Any], _clock: Clock) -> dict[str, Any]:
     if "refuses" in options:
         raise ValueError(options["refuses"])
-    print("what a library prints")
+    print("what a library prints", flush=True)
 
     def fail(words: str) -> float:
         raise RuntimeError(words)

@@ -1,7 +1,8 @@
 """How a side of a comparison is asked and answers: JSON, a line each, over the pipes of a process of its own.
 
-The standard library alone: the Python of another library runs this too. A side is started with one argument, its
-options as JSON, of which `cores` and `clock` are of interest here; whatever it prints goes to stderr.
+The standard library alone: the Python of another library runs this too. A side is started with two arguments: its
+options as JSON, of which `cores` and `clock` are of interest here, and the descriptor that its answers go to, so that
+whatever a library prints is none.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ def serve(make: Callable[[dict[str, Any], Clock], Mapping[str, Callable[..., Any
             answer {"result": value} or {"error": sentence}. The first answer, to no request, says that all is loaded.
     """
     options = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library that prints does not answer
+    answers = os.fdopen(int(sys.argv[2]), "w", encoding="utf-8")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, options["cores"])
 

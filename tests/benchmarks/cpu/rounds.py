@@ -39,14 +39,24 @@ class Side:
         """
         self.name = name
         self._said = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115 (closed by close)
-        self._process = subprocess.Popen(
-            [python, "-m", module, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            text=True,
-            cwd=ROOT,
-        )
+        read, write = os.pipe()
+        self._answers = os.fdopen(read, encoding="utf-8")
+        try:
+            self._process = subprocess.Popen(
+                [python, "-m", module, json.dumps(options), str(write)],
+                stdin=subprocess.PIPE,
+                stdout=self._said,
+                stderr=self._said,
+                text=True,
+                cwd=ROOT,
+                pass_fds=(write,),
+            )
+        except OSError:
+            self._answers.close()
+            self._said.close()
+            raise
+        finally:
+            os.close(write)
         try:
             self._answer()
         except EnvironmentFault:
@@ -65,8 +75,7 @@ class Side:
         return self._answer()
 
     def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             self._said.seek(0)
             last = ([text for text in self._said.read().splitlines() if text.strip()] or ["it said nothing"])[-1]
@@ -90,6 +99,7 @@ class Side:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._answers.close()
         self._said.close()
 
     def __enter__(self) -> Self:
