@@ -74,7 +74,8 @@ def compare(arguments: argparse.Namespace, opponents: Opponents) -> Comparison:
         check_chart(arguments.chart)
     both, alone = cases_of(arguments)
     precisions = read_precisions(arguments.precisions)
-    cores = sorted(os.sched_getaffinity(0))[: arguments.threads] if hasattr(os, "sched_getaffinity") else []
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = usable[-arguments.threads :]  # what else a machine does is most often on the first
     options = {
         "threads": arguments.threads,
         "cores": cores,
