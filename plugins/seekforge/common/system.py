@@ -58,6 +58,17 @@ def read_at(file: int, out: memoryview, offset: int) -> int:
     return len(data)
 
 
+def read_all_at(file: int, out: memoryview, offset: int) -> int:
+    """Fill `out` from a place of an open file, as `read_at`; returns how many bytes came before the file ended."""
+    filled = 0
+    while filled < len(out):
+        count = read_at(file, out[filled:], offset + filled)
+        if count == 0:
+            break
+        filled += count
+    return filled
+
+
 def peak_bytes() -> int:
     """Return the most main memory that this process has held; 0 where nobody tells.
 

@@ -22,6 +22,7 @@ from seekforge.common.files import write_json
 from seekforge.common.paths import RelativePath, inside
 from seekforge.common.reading import LISTING_BYTES, SETTINGS_BYTES, check_regular, parse_json, read_json
 from seekforge.common.records import Record, RecordError, Size
+from seekforge.common.system import read_all_at
 from seekforge.formats.parity_steps import ParitySteps, step_inputs
 from seekforge.formats.step_io import StepInputs
 
@@ -111,7 +112,7 @@ class DumpWriter:
 
 
 class Dump:
-    """A dump folder; tensors are mapped when asked for."""
+    """A dump folder; tensors are read when asked for."""
 
     def __init__(self, folder: Path, index: _Index) -> None:
         self.folder, self.side, self.plan = folder, index.side, index.plan
@@ -160,7 +161,7 @@ class Dump:
         return self._layout(step)
 
     def tensor(self, step: int, name: str) -> np.ndarray:
-        """Map one tensor.
+        """Read one tensor.
 
         Raises:
             ConfigError: the dump does not have it, or its file is damaged.
@@ -172,12 +173,12 @@ class Dump:
             path, header = self._header(entry.file)
         except (OSError, ValueError) as error:
             raise _unreadable(self.folder / entry.file, name, error) from None
-        mapped = _map_tensor(path, header, name)
-        if mapped.shape != entry.shape or mapped.dtype != _TYPES[entry.dtype]:
+        array = _read_tensor(path, header, name)
+        if array.shape != entry.shape or array.dtype != _TYPES[entry.dtype]:
             raise ConfigError(
-                f"{path}: {name} is {mapped.dtype} {mapped.shape}, {INDEX} says {_TYPES[entry.dtype]} {entry.shape}"
+                f"{path}: {name} is {array.dtype} {array.shape}, {INDEX} says {_TYPES[entry.dtype]} {entry.shape}"
             )
-        return mapped
+        return array
 
     def _read_header(self, file: str) -> tuple[Path, _Header]:
         path = inside(self.folder, file, error=ConfigError, where=self.folder / INDEX, again="make the dump again")
@@ -226,7 +227,7 @@ def _read_header(path: Path) -> _Header:
         return _Header(parse_json(file.read(size)), 8 + size, num_bytes)
 
 
-def _map_tensor(path: Path, header: _Header, name: str) -> np.ndarray:
+def _read_tensor(path: Path, header: _Header, name: str) -> np.ndarray:
     try:
         entry = header.entries[name]
         start, stop = entry["data_offsets"]
@@ -235,9 +236,12 @@ def _map_tensor(path: Path, header: _Header, name: str) -> np.ndarray:
             raise ValueError("sizes are no whole numbers")
         if stop - start != dtype.itemsize * math.prod(shape) or header.begin + stop > header.end:
             raise ValueError("sizes do not fit")
-        if start == stop:
-            return np.zeros(shape, dtype)
-        return np.memmap(path, dtype, mode="r", offset=header.begin + start, shape=shape)
+        array = np.empty(shape, dtype)
+        with path.open("rb", buffering=0) as file:
+            out = array.reshape(-1).view(np.uint8)
+            if read_all_at(file.fileno(), out.data, header.begin + start) < out.size:
+                raise ValueError("it ends early")
+        return array
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, name, error) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seekforge.common.errors import CheckpointError
+from seekforge.formats.checkpoint import safetensors
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_header import parse_header
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE, SINGLE_FILE
@@ -86,20 +88,44 @@ def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
         assert checkpoint.info("bf16").shard == SINGLE_FILE
 
 
-def test_a_tensor_is_a_read_only_view_at_any_offset(folder: Path) -> None:
-    with Checkpoint.open(folder) as checkpoint:
-        info, view = checkpoint.info("f32"), checkpoint.tensor("f32")
-        assert info.begin % 4 != 0
-        assert not view.flags.writeable and not view.flags.owndata
-        with pytest.raises(ValueError, match="read-only"):
-            view[0, 0] = 1
-
-
-def test_views_outlive_close(folder: Path) -> None:
+def test_a_tensor_is_read_at_any_offset_and_outlives_the_checkpoint(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    view = checkpoint.tensor("f32")
+    assert checkpoint.info("f32").begin % 4 != 0
+    array = checkpoint.tensor("f32")
     checkpoint.close()
-    assert same(view, tensors()["f32"])
+    assert same(array, tensors()["f32"])
+    assert same(checkpoint.tensor("f32"), array)  # opened again
+    checkpoint.close()
+
+
+@pytest.mark.parametrize("name", tensors())
+@pytest.mark.parametrize("buffer_bytes", [4, 7, 1 << 10])
+def test_pieces_and_rows_are_those_of_the_tensor(folder: Path, name: str, buffer_bytes: int) -> None:
+    whole = tensors()[name]
+    with Checkpoint.open(folder) as checkpoint:
+        pieces = [(start, piece.copy()) for start, piece in checkpoint.pieces(name, np.empty(buffer_bytes, np.uint8))]
+        assert all(start == sum(piece.size for _, piece in pieces[:i]) for i, (start, _) in enumerate(pieces))
+        assert b"".join(piece.tobytes() for _, piece in pieces) == whole.tobytes()
+        for start in range(len(whole) if whole.ndim else 1):
+            rows = np.empty(whole[start:].shape if whole.ndim else (), whole.dtype)
+            checkpoint.read_rows(name, start, rows)
+            assert same(rows, np.asarray(whole[start:] if whole.ndim else whole))
+
+
+@pytest.mark.parametrize(
+    ("start", "out"),
+    [
+        (0, np.empty((4, 4), np.float32)),
+        (2, np.empty((2, 4), np.float32)),
+        (0, np.empty((2, 5), np.float32)),
+        (0, np.empty((3, 4), np.float16)),
+        (0, np.empty(12, np.float32)),
+        (0, np.empty((), np.float32)),
+    ],
+)
+def test_rows_that_a_tensor_does_not_have_are_refused(folder: Path, start: int, out: np.ndarray) -> None:
+    with Checkpoint.open(folder) as checkpoint, pytest.raises(CheckpointError, match=r"'f32' is f32 .* expected"):
+        checkpoint.read_rows("f32", start, out)
 
 
 def test_agrees_with_the_safetensors_library(tmp_path: Path) -> None:
@@ -228,20 +254,44 @@ def test_a_shard_that_shrinks_after_open_is_refused(folder: Path) -> None:
         checkpoint.tensor("f32")
 
 
-def test_a_tensor_is_read_as_it_is_mapped_and_a_shard_may_shrink_meanwhile(folder: Path) -> None:
-    """What is mapped would end the process with SIGBUS, as a server's that swaps weights."""
+def test_a_shard_that_shrinks_while_it_is_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is mapped would end the process with SIGBUS."""
+    look = safetensors.read_all_at
+
+    def shrink_and_read(file: int, out: memoryview, offset: int) -> int:
+        os.truncate(folder / FIRST, offset + len(out) - 1)
+        return look(file, out, offset)
+
     with Checkpoint.open(folder) as checkpoint:
-        for name in checkpoint.names:
-            copy, mapped = checkpoint.read(name), checkpoint.tensor(name)
-            assert (copy.dtype, copy.shape, copy.tobytes()) == (mapped.dtype, mapped.shape, mapped.tobytes())
-        held = [name for name in checkpoint.names if checkpoint.info(name).shard == FIRST]
-        last = max(held, key=lambda name: checkpoint.info(name).begin)
-        cut(FIRST, -1)(folder)
-        with pytest.raises(CheckpointError, match=rf"{FIRST}: cannot be read \(ends before {last}\)"):
-            checkpoint.read(last)
+        monkeypatch.setattr(safetensors, "read_all_at", shrink_and_read)
+        with pytest.raises(CheckpointError, match=rf"{FIRST}: shrank, it ends before 'f32' does; do not write"):
+            checkpoint.tensor("f32")
+
+
+def test_a_shard_that_is_written_to_is_refused(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        checkpoint.tensor("bf16")
+        with (folder / SECOND).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\1")
+        os.utime(folder / SECOND, ns=(0, 1))  # clocks of files tick slowly
+        with pytest.raises(CheckpointError, match=f"{SECOND}: was written to since it was opened; do not write"):
+            checkpoint.tensor("bf16")
+
+
+def test_a_shard_that_is_replaced_is_read_as_it_was(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        before = checkpoint.tensor("f32")
+        (folder / "new").write_bytes(bytes((folder / FIRST).stat().st_size))
+        (folder / "new").replace(folder / FIRST)
+        assert same(checkpoint.tensor("f32"), before)
+
+
+def test_a_shard_that_is_gone_is_one_line(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
         (folder / FIRST).unlink()
         with pytest.raises(CheckpointError, match=r"cannot be read \(No such file"):
-            checkpoint.read(last)
+            checkpoint.tensor("f32")
 
 
 # --- what is wrong with a header ----------------------------------------------------------------------------

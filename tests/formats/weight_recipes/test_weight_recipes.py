@@ -221,3 +221,44 @@ def test_a_weight_is_widened_in_place() -> None:
         tracemalloc.stop()
     assert (out == table.astype(np.float32)).all()
     assert peak < out.nbytes / 4
+
+
+class Rows(Source):
+    """A source that reads rows; counts their bytes."""
+
+    num_bytes = 0
+
+    def tensor(self, name: str) -> np.ndarray:
+        self.num_bytes += self.tensors[name].nbytes
+        return self.tensors[name]
+
+    def dtype(self, name: str) -> str:
+        return {np.dtype(np.float32): "f32", np.dtype(ml_dtypes.bfloat16): "bf16"}.get(
+            self.tensors[name].dtype, "f8e4m3"
+        )
+
+    def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
+        self.num_bytes += out.nbytes
+        out[...] = self.tensors[name][start : start + len(out)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_bytes"),
+    [
+        (slice_(take("a", (256, 384), "f8e4m3"), 0, 64, 192), 128 * 384),
+        (slice_(take("a", (256, 384), "f8e4m3"), 1, 64, 192), 256 * 384),
+        (stack([take("a", (256, 384), "f8e4m3"), take("a", (256, 384), "f8e4m3")]), 2 * 256 * 384),
+        (transpose(take("a", (256, 384), "f8e4m3"), (1, 0)), 256 * 384),
+        (cast(slice_(take("n", (384,), "bf16"), 0, 7, 9), "f32"), 4),
+        (take("n", (384,), "f32"), 768),
+        (dequantize(*fp8("b", 192, 384), "f32"), 192 * 384 + 24),
+    ],
+)
+def test_of_rows_no_others_are_read_and_values_are_the_same(source: Source, recipe: Recipe, num_bytes: int) -> None:
+    rows = Rows(source.tensors)
+    found = evaluate(recipe, rows)
+    assert rows.num_bytes == num_bytes
+    assert found.tobytes() == np.ascontiguousarray(evaluate(recipe, source)).tobytes()
+    out = np.zeros_like(found)
+    evaluate_into(recipe, rows, out)
+    assert out.tobytes() == found.tobytes()

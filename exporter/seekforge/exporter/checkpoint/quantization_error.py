@@ -7,6 +7,7 @@ from typing import Final
 
 import numpy as np
 
+from seekforge.common.dtypes import NUMPY
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -41,7 +42,10 @@ def quantization_errors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str
     for kind, name in first.items():
         if not _has_values(checkpoint, name):
             continue
-        values = checkpoint.tensor(name)[:_ROWS].astype(np.float32)
+        info = checkpoint.info(name)
+        stored = np.empty((min(_ROWS, info.shape[0]), *info.shape[1:]), NUMPY[info.dtype])
+        checkpoint.read_rows(name, 0, stored)
+        values = stored.astype(np.float32)
         spread = float(np.sqrt(np.mean(values**2, dtype=np.float64)))
         if not spread:
             continue

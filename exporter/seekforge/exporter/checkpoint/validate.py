@@ -34,10 +34,8 @@ from seekforge.formats.weight_recipes.stored import WORDS
 #: Told the bytes that are done, and all.
 OnBytes = Callable[[int, int], None]
 
-#: Compared at once.
-_CHUNK_BYTES = 1 << 24
-#: Scanned at once, in 64-bit words: half a megabyte, which a core's cache holds.
-_SCRATCH_WORDS = 1 << 16
+#: Read and scanned, or compared, at once: a core's cache holds it.
+_PIECE_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def scan_values(
     names: Iterable[str] | None = None,
     progress: OnBytes | None = None,
 ) -> ScanReport:
-    """Read values and check them (spec §2.6). Extra memory: some 50 MB.
+    """Read values and check them (spec §2.6). Extra memory: a megabyte, and one tensor of scales.
 
     Args:
         checkpoint: passed `check_structure`.
@@ -182,56 +180,57 @@ def scan_values(
     chosen = [name for name in (checkpoint.names if names is None else names) if name not in needless]
     total = sum(checkpoint.info(name).num_bytes for name in chosen)
     done = 0
-    scratch = np.empty(_SCRATCH_WORDS, np.uint64)
+    buffer, scratch = np.empty(_PIECE_BYTES, np.uint8), np.empty(_PIECE_BYTES // 8, np.uint64)
     findings = Findings()
     for name in chosen:
-        array = checkpoint.tensor(name)
-        _check_finite(checkpoint, name, array, scratch)
-        if is_positive(name, checkpoint.info(name).dtype):
-            scales = array.astype(np.float32, copy=False)
+        info = checkpoint.info(name)
+        if is_positive(name, info.dtype):
+            stored = checkpoint.tensor(name)
+            _check_finite(checkpoint, name, 0, stored.reshape(-1), scratch)
+            scales = stored.astype(np.float32, copy=False)
             _check_positive(checkpoint, name, scales)
             if name.endswith(SCALE_SUFFIX):
                 findings.add(name, scales)
-        done += array.nbytes
+        else:
+            for start, piece in checkpoint.pieces(name, buffer):
+                _check_finite(checkpoint, name, start, piece, scratch)
+        done += info.num_bytes
         if progress is not None:
             progress(done, total)
     _check_copies(checkpoint, config, set(chosen))
     return ScanReport(len(chosen), total, findings.families())
 
 
-def _check_finite(checkpoint: Checkpoint, name: str, array: np.ndarray, scratch: np.ndarray) -> None:
-    first = first_fault(array.reshape(-1).view(np.uint8), checkpoint.info(name).dtype, scratch)
+def _check_finite(checkpoint: Checkpoint, name: str, start: int, piece: np.ndarray, scratch: np.ndarray) -> None:
+    """Check elements of a tensor, which begin with the one that has the number `start`."""
+    first = first_fault(piece.view(np.uint8), checkpoint.info(name).dtype, scratch)
     if first is not None:
-        raise not_finite(_place(checkpoint, name), float(array.reshape(-1)[first]), _position(array, first))
+        place = _position(checkpoint.info(name).shape, start + first)
+        raise not_finite(_place(checkpoint, name), float(piece[first]), place)
 
 
 def _check_positive(checkpoint: Checkpoint, name: str, scales: np.ndarray) -> None:
     first = first_not_positive(scales)
     if first is not None:
-        raise not_positive(_place(checkpoint, name), float(scales.reshape(-1)[first]), _position(scales, first))
+        place = _position(scales.shape, first)
+        raise not_positive(_place(checkpoint, name), float(scales.reshape(-1)[first]), place)
 
 
-def _position(array: np.ndarray, first: int) -> list[int]:
-    return [int(i) for i in np.unravel_index(first, array.shape)]
+def _position(shape: tuple[int, ...], number: int) -> list[int]:
+    return [int(i) for i in np.unravel_index(number, shape)]
 
 
 def _check_copies(checkpoint: Checkpoint, config: ModelConfig, chosen: set[str]) -> None:
     for copy, main in family_of(config).mtp_copies(config).items():
         if not {copy, main} <= chosen:
             continue
-        first, second = (checkpoint.tensor(name).reshape(-1).view(np.uint16) for name in (copy, main))
-        for start, chunk in _chunks(first):
-            if not np.array_equal(chunk, second[start : start + chunk.size]):
+        both = (checkpoint.pieces(name, np.empty(_PIECE_BYTES, np.uint8)) for name in (copy, main))
+        for (_, first), (_, second) in zip(*both, strict=True):
+            if not np.array_equal(first.view(np.uint8), second.view(np.uint8)):
                 raise CheckpointError(
                     f"{_place(checkpoint, copy)} differs from {main!r}, expected equal bits (the MTP layer shares "
                     "it); the checkpoint was changed on one side only, download it again"
                 )
-
-
-def _chunks(flat: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    step = _CHUNK_BYTES // flat.itemsize
-    for start in range(0, flat.size, step):
-        yield start, flat[start : start + step]
 
 
 def _place(checkpoint: Checkpoint, name: str) -> str:

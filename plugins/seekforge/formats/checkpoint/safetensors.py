@@ -1,25 +1,28 @@
-"""A checkpoint folder of safetensors shards: headers checked whole, weights memory-mapped.
+"""A checkpoint folder of safetensors shards: headers checked whole, weights read when they are asked for.
 
 Our own reader, because the public NumPy one refuses F8_E4M3 and because every command starts here: what a
 damaged download looks like must be said in one line before any work is done. Opening reads the index and the
-headers only, so a 690 GB checkpoint opens in seconds; a tensor is a view of the mapped file, never a copy.
+headers only, so a 690 GB checkpoint opens in seconds. Weights are read, not mapped: a shard that shrinks meanwhile
+would end the process with SIGBUS, and one that is written to would change values that were checked before.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import mmap
-from collections.abc import Mapping
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 import numpy as np
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import CheckpointError
 from seekforge.common.reading import is_there
-from seekforge.common.system import read_at
+from seekforge.common.system import read_all_at
 from seekforge.formats.checkpoint.shard_header import Shard, TensorInfo, read_shard
 from seekforge.formats.checkpoint.shard_index import (
     INDEX_FILE,
@@ -31,9 +34,11 @@ from seekforge.formats.checkpoint.shard_index import (
     shards_without_index,
 )
 
+_IN_USE: Final = "do not write to a checkpoint in use, start again"
+
 
 class Checkpoint:
-    """The tensors of a checkpoint folder, by name. A context manager; `tensor` maps shards when first asked."""
+    """The tensors of a checkpoint folder, by name. A context manager; a shard is opened when it is first read."""
 
     def __init__(self, folder: Path, index: bytes, shards: Mapping[str, Shard]) -> None:
         """Use `Checkpoint.open`."""
@@ -41,7 +46,9 @@ class Checkpoint:
         self._index = index
         self._shards = dict(shards)
         self._tensors = {name: info for shard in shards.values() for name, info in shard.tensors.items()}
-        self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._closed = weakref.finalize(self, _close_all, self._files)
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
@@ -102,43 +109,66 @@ class Checkpoint:
                 "the checkpoint does not belong to this config"
             ) from None
 
+    def dtype(self, name: str) -> str:
+        """Return the name of a tensor's dtype, as it is stored.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        return self.info(name).dtype
+
     def tensor(self, name: str) -> np.ndarray:
-        """Return a tensor as a read-only view of its mapped shard; no copy, any byte offset.
+        """Read a tensor.
 
         Returns:
             Array of the tensor's shape; F8_E4M3 as ml_dtypes.float8_e4m3fn, BF16 as ml_dtypes.bfloat16.
 
         Raises:
-            CheckpointError: there is no such tensor, or the shard changed since it was opened.
+            CheckpointError: there is no such tensor, or its shard cannot be read or changed since it was opened.
+        """
+        info = self.info(name)
+        out = np.empty(info.shape, NUMPY[info.dtype])
+        self._fill(name, info, 0, out.reshape(-1).view(np.uint8))
+        return out
+
+    def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
+        """Read some of a tensor's rows, which lie along its first axis.
+
+        Args:
+            name: the tensor.
+            start: the first row.
+            out: C-contiguous, of the tensor's dtype and, but for the number of rows, shape; is filled.
+
+        Raises:
+            CheckpointError: as of `tensor`, or it has no such rows.
+        """
+        info = self.info(name)
+        fits = out.ndim == len(info.shape) and out.shape[1:] == info.shape[1:] and out.dtype == NUMPY[info.dtype]
+        if not fits or (out.ndim and start + len(out) > info.shape[0]):
+            raise CheckpointError(
+                f"{self.folder / info.shard}: {name!r} is {info.dtype} {list(info.shape)}, expected {out.dtype} "
+                f"{list(out.shape)} from row {start} on; program and checkpoint are of different models"
+            )
+        begin = start * (info.num_bytes // max(info.shape[0], 1)) if out.ndim else 0
+        self._fill(name, info, begin, out.reshape(-1).view(np.uint8))
+
+    def pieces(self, name: str, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a tensor piece by piece, as (number of the first element, elements).
+
+        Args:
+            name: the tensor.
+            buffer: uint8; every piece is read into it, so that one is gone when the next is taken.
+
+        Raises:
+            CheckpointError: as of `tensor`.
         """
         info = self.info(name)
         dtype = NUMPY[info.dtype]
-        if info.num_bytes == 0:
-            return np.empty(info.shape, dtype)
-        return np.ndarray(info.shape, dtype, buffer=self._map(info.shard), offset=info.begin)
-
-    def read(self, name: str) -> np.ndarray:
-        """Return a copy of a tensor, as `tensor` has it, by reading: a shard that shrinks meanwhile is no SIGBUS.
-
-        Raises:
-            CheckpointError: there is no such tensor, or its shard cannot be read or is shorter than when opened.
-        """
-        info = self.info(name)
-        path = self.folder / info.shard
-        out = np.empty(info.shape, NUMPY[info.dtype])
-        left, place = out.reshape(-1).view(np.uint8).data, info.begin
-        try:
-            with path.open("rb") as file:
-                while left:
-                    count = read_at(file.fileno(), left, place)
-                    if count == 0:
-                        raise OSError(errno.EIO, f"ends before {name}")
-                    left, place = left[count:], place + count
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror}); do not write to a checkpoint in use, start again"
-            ) from None
-        return out
+        step = buffer.size // dtype.itemsize * dtype.itemsize
+        for begin in range(0, info.num_bytes, step):
+            piece = buffer[: min(step, info.num_bytes - begin)]
+            self._fill(name, info, begin, piece)
+            yield begin // dtype.itemsize, piece.view(dtype)
 
     def index_digest(self) -> str:
         """Return a SHA-256, in hex, over the index and every shard's name, size and header.
@@ -153,12 +183,8 @@ class Checkpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Let go of the shards. Arrays given out stay valid: a mapping lives until its last view is gone.
-
-        mmap.close() is not called: NumPy keeps a reference to the mapping but no export of its buffer, so it
-        would unmap memory under live arrays.
-        """
-        self._maps.clear()
+        """Close the shards."""
+        _close_all(self._files)
 
     def __enter__(self) -> Checkpoint:
         """Return the checkpoint itself."""
@@ -170,19 +196,34 @@ class Checkpoint:
         """Close the checkpoint."""
         self.close()
 
-    def _map(self, name: str) -> mmap.mmap:
-        mapping = self._maps.get(name)
-        if mapping is None:
-            shard = self._shards[name]
-            try:
-                with shard.path.open("rb") as file:
-                    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{shard.path}: cannot be mapped ({error}); is it still there?") from None
-            if len(mapping) != shard.file_bytes:
-                raise CheckpointError(
-                    f"{shard.path}: is now {len(mapping)} bytes, was {shard.file_bytes} when opened; "
-                    "do not write to a checkpoint in use, start again"
-                )
-            self._maps[name] = mapping
-        return mapping
+    def _fill(self, name: str, info: TensorInfo, begin: int, out: np.ndarray) -> None:
+        """Fill `out`, uint8, from a byte of a tensor on."""
+        shard = self._shards[info.shard]
+        try:
+            file = self._file(shard)
+            if read_all_at(file, out.data, info.begin + begin) < out.size:
+                raise CheckpointError(f"{shard.path}: shrank, it ends before {name!r} does; {_IN_USE}")
+            written = os.fstat(file).st_mtime_ns != shard.modified_ns
+        except OSError as error:
+            raise CheckpointError(
+                f"{shard.path}: cannot be read ({error.strerror}); is it still there? Check the disk, then start again"
+            ) from None
+        if written:
+            raise CheckpointError(f"{shard.path}: was written to since it was opened; {_IN_USE}")
+
+    def _file(self, shard: Shard) -> int:
+        with self._lock:
+            file = self._files.get(shard.path.name)
+            if file is None:
+                file = self._files[shard.path.name] = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        num_bytes = os.fstat(file).st_size
+        if num_bytes != shard.file_bytes:
+            raise CheckpointError(
+                f"{shard.path}: is now {num_bytes} bytes, was {shard.file_bytes} when opened; {_IN_USE}"
+            )
+        return file
+
+
+def _close_all(files: dict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])

@@ -6,6 +6,7 @@ Source: safetensors format description, github.com/huggingface/safetensors READM
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeGuard
@@ -53,12 +54,14 @@ class Shard:
     Attributes:
         path: the file.
         file_bytes: its size.
+        modified_ns: when it was last written to.
         header: the JSON text of its header.
         tensors: tensor name -> place, in the order of the data.
     """
 
     path: Path
     file_bytes: int
+    modified_ns: int
     header: bytes
     tensors: dict[str, TensorInfo]
 
@@ -70,12 +73,14 @@ def read_shard(path: Path) -> Shard:
         CheckpointError: it cannot be read, is no regular file, or its header is damaged.
     """
     try:
-        file_bytes = check_regular(path).st_size
+        check_regular(path)
         with path.open("rb") as file:
-            header = _read_header(file, file_bytes, path)
+            status = os.fstat(file.fileno())
+            header = _read_header(file, status.st_size, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check it and its permissions") from None
-    return Shard(path, file_bytes, header, parse_header(header, file_bytes=file_bytes, path=path))
+    tensors = parse_header(header, file_bytes=status.st_size, path=path)
+    return Shard(path, status.st_size, status.st_mtime_ns, header, tensors)
 
 
 def _read_header(file: BinaryIO, file_bytes: int, path: Path) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 
 from seekforge.common.dtypes import NUMPY, itemsize, widen
 from seekforge.common.errors import CheckpointError
-from seekforge.common.system import read_at
+from seekforge.common.system import read_all_at
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.loader.jobs import READ_BYTES, Copy, Dequantize, Job, Quantize
 from seekforge.formats.loader.views import View
@@ -171,20 +171,17 @@ class Reader:
 
     def _fill(self, tensor: str, file: int, position: int, out: np.ndarray) -> None:
         """Fill `out` from a byte of a file on."""
-        filled = 0
-        while filled < out.size:
-            try:
-                count = read_at(file, out[filled:].data, position + filled)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self._where(tensor)} cannot be read ({error.strerror}); check the disk, then go on"
-                ) from None
-            if count == 0:
-                raise CheckpointError(
-                    f"{self._where(tensor)} ends {out.size - filled} bytes early: the file shrank while it "
-                    "was read; put the whole file back, then go on"
-                )
-            filled += count
+        try:
+            filled = read_all_at(file, out.data, position)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._where(tensor)} cannot be read ({error.strerror}); check the disk, then go on"
+            ) from None
+        if filled < out.size:
+            raise CheckpointError(
+                f"{self._where(tensor)} ends {out.size - filled} bytes early: the file shrank while it was read; put "
+                "the whole file back, then go on"
+            )
 
     def _scan(self, tensor: str, dtype: str, values: np.ndarray, view: View) -> None:
         """Check values, the bytes of what `view` sees of a tensor, one after the other."""

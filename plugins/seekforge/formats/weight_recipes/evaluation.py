@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,11 +24,24 @@ class TensorSource(Protocol):
         ...
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """A source that reads files, and nothing of a tensor but what is asked for."""
+
+    def dtype(self, name: str) -> str:
+        """Return the name of a tensor's dtype, as it is stored."""
+        ...
+
+    def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill `out`, C-contiguous and of the tensor's dtype, with its rows from `start` on."""
+        ...
+
+
 def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
     """Compute a recipe.
 
-    A `take`, `slice` or `reshape` is a view of the source (no copy); `concat`, `stack`, `dequantize` and
-    `cast` allocate their result once.
+    A `take`, `slice` or `reshape` is a view of what the source gives (no copy); `concat`, `stack`, `dequantize` and
+    `cast` allocate their result once. Of rows that are sliced off a tensor no others are read, if the source can.
 
     Returns:
         Array of `recipe.shape` and `recipe.dtype`.
@@ -37,7 +51,7 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         return widen(source.tensor(recipe.tensor), recipe.dtype)
     if recipe.op == "computed":
         return computed(recipe)
-    if recipe.op in ("concat", "stack"):
+    if recipe.op in ("concat", "stack") or (recipe.op == "slice" and _rows_of(recipe, source) is not None):
         out = np.empty(recipe.shape, NUMPY[recipe.dtype])
         evaluate_into(recipe, source, out)
         return out
@@ -95,8 +109,22 @@ def evaluate_into(recipe: Recipe, source: TensorSource, out: np.ndarray) -> None
         dequantize_into(evaluate(recipe.parts[0], source), evaluate(recipe.parts[1], source), out)
     elif recipe.op == "cast" and rounds_once(recipe):
         out[...] = evaluate(recipe.parts[0], source)
+    elif out.flags.c_contiguous and out.dtype == NUMPY[recipe.dtype] and (rows := _rows_of(recipe, source)) is not None:
+        rows(out)
     else:
         out[...] = evaluate(recipe, source)
+
+
+def _rows_of(recipe: Recipe, source: TensorSource) -> Callable[[np.ndarray], None] | None:
+    """Return what reads a recipe into an array, if it is a tensor as it is stored, or rows of one; else None."""
+    start, take = 0, recipe
+    if recipe.op == "slice" and recipe.axis == 0:
+        assert recipe.start is not None
+        start, take = recipe.start, recipe.parts[0]
+    if take.op != "take" or take.tensor is None or not isinstance(source, RowSource):
+        return None
+    name = take.tensor
+    return (lambda out: source.read_rows(name, start, out)) if source.dtype(name) == take.dtype else None
 
 
 def _nvfp4(recipe: Recipe, packed: np.ndarray, source: TensorSource) -> np.ndarray:

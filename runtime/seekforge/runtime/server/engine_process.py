@@ -184,7 +184,7 @@ def _update_weights(llm: LLM, path: str) -> int:
     """Swap in the tensors of a folder of safetensors; returns their number."""
     try:
         with Checkpoint.open(Path(path)) as checkpoint:
-            tensors = {name: checkpoint.read(name) for name in checkpoint.names}
+            tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
             llm.update_weights(tensors)
     except (CheckpointError, EngineError) as error:  # of the folder, or of tensors that this engine does not read
         raise RequestError(str(error)) from None

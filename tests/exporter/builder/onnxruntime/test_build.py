@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 import seekforge.exporter.builder.onnxruntime.build as engine
 from seekforge.common.cli.console import Stages
-from seekforge.common.errors import EngineError, OutputError, ProgramError, TargetError
+from seekforge.common.errors import CheckpointError, EngineError, OutputError, ProgramError, TargetError
 from seekforge.common.files import write_json
 from seekforge.exporter.builder.onnxruntime.build import build, check
 from seekforge.exporter.builder.options import BuildOptions
@@ -114,6 +115,33 @@ def test_an_engine_that_computes_something_else_is_not_written(
     with pytest.raises(EngineError, match="differs from PyTorch"):
         build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, None])
+def test_a_checkpoint_that_changes_during_the_build_is_one_line(
+    size: int | None, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """It was scanned already; a shard that shrinks would be SIGBUS if it were mapped."""
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    shard = max(copy.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+
+    class Spoil(Stages):
+        def __call__(self, stage: str) -> None:
+            super().__call__(stage)
+            if stage == "specialize and fold":
+                os.truncate(shard, shard.stat().st_size if size is None else size)
+                os.utime(shard, ns=(0, 1))
+
+    with pytest.raises(CheckpointError, match=f"{shard.name}: (is now 0 bytes|was written to).*do not write") as found:
+        build(
+            tiny_programs["exact"],
+            tmp_path / "engine",
+            target=load_target("cpu"),
+            checkpoint_folder=copy,
+            force=False,
+            progress=Spoil(quiet=True),
+        )
+    assert "\n" not in str(found.value) and list(tmp_path.iterdir()) == [copy]
 
 
 def test_an_engine_that_is_wrong_beyond_index_topk_only_is_not_written(

@@ -82,7 +82,7 @@ def unused_tensors(config: ModelConfig) -> dict[str, str]:
 def load_weights(model: StepModel | MtpModel, source: TensorSource) -> None:
     """Fill every parameter of `model` from a checkpoint, one at a time.
 
-    Parameters that are plain checkpoint tensors share the mapped memory of `source`, which must stay open.
+    Parameters that are plain checkpoint tensors share the memory of what `source` gives.
     """
     state = {name: to_torch(evaluate(recipe, source)) for name, recipe in recipes(model).items()}
     model.load_state_dict(state, strict=True, assign=True)
@@ -93,7 +93,7 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     carriers = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn)}
     array = np.require(array, requirements=["C", "ALIGNED"])
     carrier, dtype = carriers.get(array.dtype.name, (array.dtype, None))
-    with warnings.catch_warnings():  # the map is read-only and torch says so; nothing writes to a weight
+    with warnings.catch_warnings():  # a source may give read-only arrays, and torch says so; nothing writes to a weight
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array.view(carrier))
     return tensor if dtype is None else tensor.view(dtype)
