@@ -26,6 +26,10 @@ _MOST_AT_ONCE = 1 << 30
 _PR_SET_PDEATHSIG = 1
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: stop as if interrupted, so that nothing half-written and no process stays behind."""
+
+
 def check_platform() -> None:
     """Refuse a system that seekforge does not run on.
 

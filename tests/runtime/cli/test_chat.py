@@ -6,14 +6,17 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from seekforge.common.cli.console import console
+from seekforge.common.system import Terminated
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.chat import Message, ToolCall
-from seekforge.runtime.cli.chat import _interruptible
+from seekforge.runtime.cli.chat import _interruptible, _read
 from seekforge.runtime.cli.chat_session import ChatSession, ToolResult
 from seekforge.runtime.cli.chat_tools import calculate, call_tool
 from seekforge.runtime.cli.main import main
@@ -111,6 +114,20 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(llm: LLM) -> None:
         signal.raise_signal(signal.SIGINT)  # a second one interrupts whatever lasts
         raise AssertionError
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_termination_ends_the_chat_as_it_answers_and_as_it_waits(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt does not, and a termination is one of a kind."""
+
+    def terminated(*_: object) -> str:
+        raise Terminated
+
+    with pytest.raises(Terminated), _interruptible(ChatSession(llm, PARAMS, thinking=False)):
+        terminated()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", terminated)
+    with pytest.raises(Terminated):
+        _read(console(quiet=True))
 
 
 def test_tools_are_called_until_there_is_an_answer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

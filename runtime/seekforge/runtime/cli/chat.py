@@ -18,6 +18,7 @@ from seekforge.common.cli.console import Console, Stages, console, styled
 from seekforge.common.cli.options import Tokens, command, json_option, quiet_option, threads_option
 from seekforge.common.cli.terminal import shown, write_json
 from seekforge.common.errors import RequestError
+from seekforge.common.system import Terminated
 from seekforge.runtime.cli.chat_session import ChatSession, ToolResult
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 from seekforge.runtime.cli.sampling_options import OPTIONS, params_of
@@ -135,6 +136,8 @@ def _read(aside: Console) -> str | None:
             return (input("> ") if sys.stdin.isatty() else input()).strip()
         except EOFError:
             return None
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
@@ -159,6 +162,8 @@ def _interruptible(session: ChatSession) -> Iterator[None]:
     session.stopped = lambda: interrupted
     try:
         yield
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         pass
     finally:

@@ -25,7 +25,7 @@ from seekforge.common.cli.options import Group
 from seekforge.common.cli.terminal import drop, echo, flush_streams, one_line, prepare_streams, write
 from seekforge.common.errors import SeekforgeError
 from seekforge.common.requirements import own_version
-from seekforge.common.system import check_platform
+from seekforge.common.system import Terminated, check_platform
 from seekforge.plugins.faults import as_fault
 from seekforge.runtime.cli.output_paths import check_outputs_of
 
@@ -92,16 +92,12 @@ EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
 _COMMAND = "seekforge.command"
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: stop as if interrupted, so that nothing half-written and no process stays behind."""
-
-
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """Turn SIGTERM, as of `timeout` and service managers, into an exception of the main thread."""
 
     def stop(number: int, frame: object) -> NoReturn:
-        raise _Terminated
+        raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -194,7 +190,7 @@ class LazyGroup(Group):
         except SeekforgeError as error:
             _fail(str(error))
         except (KeyboardInterrupt, click.Abort) as error:
-            sys.exit(EXIT_TERMINATED if isinstance(error, _Terminated) else EXIT_INTERRUPTED)
+            sys.exit(EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED)
         except BrokenPipeError:
             drop(sys.stdout)  # who read our output is gone
             sys.exit(1)
