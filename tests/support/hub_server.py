@@ -9,10 +9,14 @@ import socket
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.support.lying_server import Lie
+
+from seekforge.common.files import sha256_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,6 +33,8 @@ class Hub:
         lists: knows the API's list of files.
         token: needed for everything; None: nothing is.
         redirects: gives shards from another address, as the hub does.
+        lies: file name -> what is sent where it is downloaded, from its content and the first and last byte asked for.
+        facts: file name -> what is said of it beside the truth, or in its place.
         cut: file name -> how many bytes its answers end after, without warning.
         sent: body bytes so far.
         requests: (method, path, range, authorization) of each request.
@@ -42,6 +48,8 @@ class Hub:
     lists: bool = True
     token: str | None = None
     redirects: bool = False
+    lies: dict[str, Lie] = field(default_factory=dict)
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     sent: int = 0
     requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
@@ -121,18 +129,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(file[3], body=body)
 
     def _facts(self, name: str) -> dict[str, str]:
-        size = (self.state.folder / name).stat().st_size
-        return {
-            "X-Repo-Commit": COMMIT,
-            "ETag": f'"{hashlib.sha1(name.encode()).hexdigest()}"',
-            "X-Linked-Size": str(size),
-        }
+        path = self.state.folder / name
+        digest = sha256_file(path) if name.endswith(".safetensors") else hashlib.sha1(name.encode()).hexdigest()
+        facts = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"', "X-Linked-Size": str(path.stat().st_size)}
+        return facts | self.state.facts.get(name, {})
 
     def _file(self, name: str, *, body: bool) -> None:
         path = self.state.folder / name
         size = path.stat().st_size
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         facts = self._facts(name)
+        if name in self.state.lies and body:
+            self._lie(name, match)
+            return
         with path.open("rb") as file:
             if match is None or not self.state.ranges:
                 self._send(200, file.read() if body else b"", facts, body=body, length=size, name=name)
@@ -141,6 +150,15 @@ class _Handler(BaseHTTPRequestHandler):
             file.seek(start)
             facts["Content-Range"] = f"bytes {start}-{stop}/{size}"
             self._send(206, file.read(stop + 1 - start), facts, body=body, name=name)
+
+    def _lie(self, name: str, asked: re.Match[str] | None) -> None:
+        self.close_connection = True
+        start, stop = (int(asked[1]), int(asked[2]) + 1 if asked[2] else None) if asked else (0, None)
+        with suppress(OSError):  # nobody listens any more
+            for piece in self.state.lies[name]((self.state.folder / name).read_bytes(), start, stop):
+                self.wfile.write(piece)
+                self.wfile.flush()
+                self.state.sent += len(piece)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": "no\nsuch thing"[:2]}, body=True)

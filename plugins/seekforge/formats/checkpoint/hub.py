@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from seekforge.common.errors import CheckpointError, EnvironmentFault, SeekforgeError
+from seekforge.common.files import sha256_file
 from seekforge.common.paths import name_fault
-from seekforge.common.reading import LISTING_BYTES, read_json
+from seekforge.common.reading import parse_json, read_json
 from seekforge.common.requirements import install_module
 from seekforge.common.temporary import temporary_folder
 from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
@@ -44,6 +45,11 @@ _HOSTS: Final = ("huggingface.co", "hf.co", "www.huggingface.co")
 #: What of a repository is downloaded.
 PATTERNS: Final = ["*.safetensors", "*.json", ENCODING_FILE, TEMPLATE_FILE]
 _THREADS: Final = 8
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+#: Files beside the weights, and headers of shards, have no more than that.
+_BESIDE_WEIGHTS_BYTES: Final = 1 << 30
+#: An index may have been left as it was by who converted weights: from codes to BF16 they became four times as large.
+_MOST_TIMES: Final = 4
 #: Shards of a repository: each takes a request. The 671B model has 163.
 _MAX_SHARDS: Final = 10_000
 
@@ -145,15 +151,60 @@ def download(repo: Repo, *, quiet: bool = False) -> Path:
     cached = _snapshot(hub, repo)
     if cached is not None and _is_whole(cached):
         return cached
+    more: dict[str, Any] = {}
     if hasattr(hub, "constants"):
-        _check_room(hub, repo)
+        most = _check_room(hub, repo)
+        more = {"endpoint": endpoint(hub), "tqdm_class": _bar_with_an_end(hub, repo, most)}
     if quiet and hasattr(hub, "utils"):
         hub.utils.disable_progress_bars()
-    place = {"endpoint": endpoint(hub)} if hasattr(hub, "constants") else {}
     try:
-        return Path(hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, **place))
+        folder = Path(hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, **more))
+    except SeekforgeError:
+        raise
     except Exception as error:  # of a dozen classes, ours, of its HTTP client's and of the operating system
         raise explained(error, repo) from None
+    _check_blobs(folder, repo)
+    return folder
+
+
+def _bar_with_an_end(hub: Any, repo: Repo, most: int) -> type:
+    """Return a progress bar of the library that refuses more bytes: it writes whatever comes, as long as it comes."""
+
+    class Bar(hub.utils.tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts_bytes, self._seen = options.get("unit") == "B", 0
+            super().__init__(*args, **options)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._seen += n or 0
+            if self._counts_bytes and self._seen > most:
+                raise CheckpointError(
+                    f"{repo}: {most / 1e9:,.1f} GB have come and it does not end: far more than its index says, or no "
+                    "room is left; try again later, or pass the folder of a downloaded checkpoint"
+                )
+            return super().update(n)
+
+    return Bar
+
+
+def _check_blobs(folder: Path, repo: Repo) -> None:
+    """Compare what was downloaded with its SHA-256, which is the name that the hub's cache gives to a large file.
+
+    The library compares sizes alone; a part that came from elsewhere in a file has the right one.
+    """
+    files = {path: path.resolve() for path in sorted(folder.rglob("*")) if path.is_symlink()}
+    named = {path: blob for path, blob in files.items() if _SHA256.fullmatch(blob.name)}
+    with ThreadPoolExecutor(_THREADS, "hub") as pool:
+        digests = pool.map(sha256_file, named.values())
+        damaged = [path for (path, blob), digest in zip(named.items(), digests, strict=True) if digest != blob.name]
+    for path in damaged:
+        for one in (named[path], path):
+            one.unlink(missing_ok=True)
+    if damaged:
+        raise CheckpointError(
+            f"{repo}: {damaged[0].relative_to(folder)} is not what the hub says that it is (its SHA-256 is another): "
+            "it was damaged on the way and was removed, run the command again"
+        )
 
 
 def _snapshot(hub: Any, repo: Repo) -> Path | None:
@@ -186,26 +237,30 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _check_room(hub: Any, repo: Repo) -> None:
-    """Refuse a download that does not fit, if the index says how large it is."""
-    from seekforge.formats.checkpoint.shard_index import INDEX_FILE
-
-    with temporary_folder("seekforge-hub") as scratch:
-        place = scratch / INDEX_FILE
-        if not Files(hub, repo).fetch(INDEX_FILE, place):
-            return
-        try:
-            needed = int(read_json(place, most=LISTING_BYTES)["metadata"]["total_size"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return
+def _check_room(hub: Any, repo: Repo) -> int:
+    """Return the most bytes that a download may take, and refuse one that does not fit."""
     cache = Path(hub.constants.HF_HUB_CACHE)
     where = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(where).free
-    if needed > free:
+    needed = _declared_bytes(Files(hub, repo))
+    if needed is not None and needed > free:
         raise CheckpointError(
             f"{repo}: has {needed / 1e9:,.0f} GB of weights and {where} has {free / 1e9:,.0f} GB free; set HF_HOME "
             "to a folder on a larger disk, or pass the folder of a downloaded checkpoint"
         )
+    room = max(free * 9 // 10, needed or 0)
+    return room if needed is None else min(_MOST_TIMES * needed + _BESIDE_WEIGHTS_BYTES, room)
+
+
+def _declared_bytes(files: Files) -> int | None:
+    """Return how many bytes of weights a repository's index says that there are; None where it does not say."""
+    from seekforge.formats.checkpoint.shard_index import INDEX_FILE
+
+    content = files.content(INDEX_FILE)
+    try:
+        return None if content is None else int(parse_json(content)["metadata"]["total_size"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 # --- headers ----------------------------------------------------------------------------------------------------

@@ -96,11 +96,17 @@ class Files:
             return None
         return names if all(isinstance(name, str) for name in names) else None
 
+    def content(self, name: str) -> bytes | None:
+        """Return a small file; None: there is none."""
+        try:
+            return self._read(name, self._address(name), None)[0]
+        except FileNotFoundError:
+            return None
+
     def fetch(self, name: str, place: Path) -> bool:
         """Write a small file to `place`; False: there is none."""
-        try:
-            content, _ = self._read(name, self._address(name), None)
-        except FileNotFoundError:
+        content = self.content(name)
+        if content is None:
             return False
         place.write_bytes(content)
         return True

@@ -1,0 +1,167 @@
+"""A server that lies while weights are downloaded: one line, in bounded time and bytes, and another try mends it."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.hub_server import Hub, serve
+from tests.support.lying_server import Lie, answer, honest
+
+from seekforge.common.errors import CheckpointError
+from seekforge.formats.checkpoint import hub as hub_module
+from seekforge.formats.checkpoint.hub import resolve
+from seekforge.formats.checkpoint.shard_index import INDEX_FILE
+from seekforge.formats.checkpoint.shard_writer import write_shard
+
+constants = pytest.importorskip("huggingface_hub.constants", reason="the hub extra is not installed")
+import numpy as np  # noqa: E402
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+_SIZE = 400_000
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Two shards of 400 kB; what is waited for is short."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, tensor in ((FIRST, "a"), (SECOND, "b")):
+        write_shard(folder / name, {tensor: rng.random(_SIZE // 4, np.float32)})
+    index = {"metadata": {"total_size": 2 * _SIZE}, "weight_map": {"a": FIRST, "b": SECOND}}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(hub_module, "_BESIDE_WEIGHTS_BYTES", 1 << 20)
+    monkeypatch.setattr("time.sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.02)))
+    with serve(folder) as one:
+        monkeypatch.setenv("HF_ENDPOINT", one.url)
+        yield one
+
+
+def outside(root: Path) -> list[str]:
+    """Return the files that are neither served nor in the cache."""
+    inside = (root / "served", root / "cache")
+    return [str(p) for p in root.rglob("*") if p.is_file() and not any(p.is_relative_to(folder) for folder in inside)]
+
+
+def body(change: slice, *, add: bytes = b"") -> Lie:
+    return lambda content, start, stop: [answer("200 OK", content[change] + add)]
+
+
+def half_and_then(rest: Lie) -> Lie:
+    """The first answer breaks off in the middle; what comes when the rest is asked for is another's."""
+
+    def lie(content: bytes, start: int, stop: int | None) -> Iterable[bytes]:
+        if start:
+            return rest(content, start, stop)
+        return [answer("200 OK", content[: len(content) // 2], length=len(content))]
+
+    return lie
+
+
+def endless(head: bytes) -> Lie:
+    def lie(content: bytes, start: int, stop: int | None) -> Iterator[bytes]:
+        yield head
+        yield from itertools.repeat(bytes(1 << 16))
+
+    return lie
+
+
+def from_elsewhere(content: bytes, start: int, stop: int | None) -> Iterable[bytes]:
+    said = f"Content-Range: bytes {start}-{len(content) - 1}/{len(content)}"
+    return [answer("206 Partial Content", content[: len(content) - start], said)]
+
+
+def short_part(content: bytes, start: int, stop: int | None) -> Iterable[bytes]:
+    said = f"Content-Range: bytes {start}-{len(content) - 2}/{len(content)}"
+    return [answer("206 Partial Content", content[start:-1], said)]
+
+
+def silent(content: bytes, start: int, stop: int | None) -> Iterable[bytes]:
+    threading.Event().wait(20)
+    return []
+
+
+LIES: dict[str, Lie] = {
+    "less than it has": body(slice(-100)),
+    "nothing": body(slice(0)),
+    "more than it has": body(slice(None), add=bytes(1000)),
+    "zeros": lambda content, start, stop: [answer("200 OK", bytes(len(content)))],
+    "a page": lambda content, start, stop: [answer("200 OK", b"<html>Log in</html>")],
+    "no end": endless(b"HTTP/1.1 200 OK\r\n\r\n"),
+    "no end, by its size": endless(b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999999\r\n\r\n"),
+    "chunks without an end": endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffff\r\n"),
+    "a bomb": lambda *_: [answer("200 OK", gzip.compress(bytes(64 << 20)), "Content-Encoding: gzip")],
+    "half, then from elsewhere": half_and_then(from_elsewhere),
+    "half, then a short part": half_and_then(short_part),
+    "half, then 416": half_and_then(lambda *_: [answer("416 Range Not Satisfiable")]),
+    "half, then 404": half_and_then(lambda *_: [answer("404 Not Found")]),
+    "half, then silence": half_and_then(silent),
+    "half, then nothing": half_and_then(lambda *_: []),
+    "half, again and again": half_and_then(lambda content, start, stop: [answer("206 Part", b"", length=9)]),
+    "no HTTP": lambda *_: [b"SSH-2.0-OpenSSH_9.6\r\n"],
+}
+
+
+def refused(hub: Hub, tmp_path: Path) -> str:
+    """Download what must be refused in one line, soon; return the line."""
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="owner/name") as found:
+        resolve("owner/name", quiet=True)
+    line = str(found.value)
+    assert "\n" not in line and len(line) < 1000
+    assert time.monotonic() - began < 60 and hub.sent < 64 << 20
+    assert outside(tmp_path) == []
+    return line
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_lie_about_a_shard_is_one_line_and_the_next_try_makes_it_good(name: str, hub: Hub, tmp_path: Path) -> None:
+    hub.lies[SECOND] = LIES[name]
+    refused(hub, tmp_path)
+    hub.lies.clear()
+    folder = resolve("owner/name", quiet=True)
+    for shard in (FIRST, SECOND):
+        assert (folder / shard).read_bytes() == (hub.folder / shard).read_bytes()
+
+
+def test_half_and_then_the_rest_is_no_lie(hub: Hub) -> None:
+    hub.lies[SECOND] = half_and_then(honest)
+    assert (resolve("owner/name", quiet=True) / SECOND).read_bytes() == (hub.folder / SECOND).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"X-Linked-Size": "7"},
+        {"X-Linked-Size": "-1"},
+        {"X-Linked-Size": str(10**15)},
+        {"ETag": f'"{"a" * 64}"'},
+        {"ETag": '"../../../evil"'},
+        {"ETag": '"/tmp/evil"'},
+        {"X-Repo-Commit": "../../evil"},
+    ],
+    ids=str,
+)
+def test_a_lie_about_size_or_digest_is_one_line(said: dict[str, str], hub: Hub, tmp_path: Path) -> None:
+    hub.facts[SECOND] = said
+    try:
+        folder = resolve("owner/name", quiet=True)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and "owner/name" in str(error)
+    else:  # what it said of was not believed
+        assert (folder / SECOND).read_bytes() == (hub.folder / SECOND).read_bytes()
+        assert "ETag" not in said or (folder / SECOND).resolve().is_relative_to(tmp_path / "cache")
+    assert outside(tmp_path) == [] and not Path("/tmp/evil").exists()
