@@ -6,6 +6,7 @@ another number).
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import resource
@@ -46,6 +47,8 @@ def all_formats(
 def fuzz(one: Format, folder: Path, seeds: range) -> None:
     found = {}
     one.prepare(folder)
+    gc.collect()
+    gc.freeze()  # what is there by now is never searched again
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_ROOM_BYTES, before[1]))
     try:
