@@ -1,5 +1,6 @@
 """A training goes on from its state to the same weights; what stands beside it is not believed."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,18 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     losses = []
     one.run(report=lambda progress: losses.append(progress.next_token))
     assert sum(losses[-5:]) / 5 < 0.5 * sum(losses[:5]) / 5
+
+
+def test_a_state_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """On a full disk too: nothing of torch's writes into the file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"state: cannot be written \(File too large\)"):
+            training().save(tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from seekforge.common.errors import OutputError
-from seekforge.common.files import replacing
+from seekforge.common.files import explain_os_error, replace_file
 from seekforge.exporter.training.batches import Batch
 from seekforge.exporter.training.losses import losses
 from seekforge.exporter.training.model import Moe, TrainedModel
@@ -114,7 +115,11 @@ class Training:
         return Progress(self.step, self.num_tokens, first.next_token, first.mtp, first.indexer)
 
     def save(self, path: Path) -> None:
-        """Write the state; what stood there is replaced whole."""
+        """Write the state; what stood there is replaced whole.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         state = {
             "key": self.key,
             "step": self.step,
@@ -122,8 +127,12 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state(),
         }
-        with replacing(path) as file:
-            torch.save(state, file)
+        packed = io.BytesIO()  # torch's writer ends in a RuntimeError of its own where a file cannot grow
+        torch.save(state, packed)
+        try:
+            replace_file(path, packed.getvalue())
+        except OSError as error:
+            raise explain_os_error(error, path) from None
 
     def load(self, path: Path) -> None:
         """Go on from a state; no code in it is run.

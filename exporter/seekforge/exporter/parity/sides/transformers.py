@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from seekforge.common.errors import ConfigError, EnvironmentFault
+from seekforge.common.errors import ConfigError, EnvironmentFault, OutputError
 from seekforge.common.requirements import install_module
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import expected_tensors, needless_tensors
@@ -87,6 +87,7 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Parit
 
 def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[Any, dict[str, Any]]:
     """Write an FP32 copy and load it; nothing but the MTP layer may be left out."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers.utils import logging
 
@@ -106,7 +107,12 @@ def _load(checkpoint_folder: Path, source: TensorSource, work: Path) -> tuple[An
             module = name.removesuffix("_packed")
             value = evaluate(values_recipe(tensor.form, module, tensor.matrix, "f32"), source)
             tensors[module] = to_torch(value).contiguous()
-        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(
+                f"{work}: cannot be written ({error}); set TMPDIR to a folder with room for the weights in f32"
+            ) from None
     known = {key: config[key] for key in fields if key != "quantization_config"}
     (work / "config.json").write_text(json.dumps(known | {"torch_dtype": "float32"}), encoding="utf-8")
     logging.disable_progress_bar()
