@@ -45,6 +45,8 @@ _HOSTS: Final = ("huggingface.co", "hf.co", "www.huggingface.co")
 #: What of a repository is downloaded.
 PATTERNS: Final = ["*.safetensors", "*.json", ENCODING_FILE, TEMPLATE_FILE]
 _THREADS: Final = 8
+#: An ETag, or a commit: with a slash, or of dots alone, it would be the path of something else.
+_PLAIN: Final = re.compile(r'(?:W/)?"?[\w+=:-][\w.+=:-]{0,199}"?')
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 #: Files beside the weights, and headers of shards, have no more than that.
 _BESIDE_WEIGHTS_BYTES: Final = 1 << 30
@@ -157,14 +159,40 @@ def download(repo: Repo, *, quiet: bool = False) -> Path:
         more = {"endpoint": endpoint(hub), "tqdm_class": _bar_with_an_end(hub, repo, most)}
     if quiet and hasattr(hub, "utils"):
         hub.utils.disable_progress_bars()
-    try:
-        folder = Path(hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, **more))
-    except SeekforgeError:
-        raise
-    except Exception as error:  # of a dozen classes, ours, of its HTTP client's and of the operating system
-        raise explained(error, repo) from None
+    with _plain_names(hub, repo) as refused:
+        try:
+            folder = Path(hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, **more))
+        except SeekforgeError:
+            raise
+        except Exception as error:  # of a dozen classes, ours, of its HTTP client's and of the operating system
+            raise (refused[0] if refused else explained(error, repo)) from None
     _check_blobs(folder, repo)
     return folder
+
+
+@contextmanager
+def _plain_names(hub: Any, repo: Repo) -> Iterator[list[CheckpointError]]:
+    """Refuse answers whose headers would lead out of the cache: the library makes names of files of them.
+
+    Yields what was refused: the library raises an error of its own for an answer that it does not get.
+    """
+    refused: list[CheckpointError] = []
+
+    def check(response: Any) -> None:
+        for header in ("etag", "x-linked-etag", "x-repo-commit"):
+            value = response.headers.get(header)
+            if value is not None and not _PLAIN.fullmatch(value):
+                refused.append(
+                    CheckpointError(f"{repo}: the server's {header} is {value[:60]!r}, expected the digest of a file")
+                )
+                raise refused[-1]
+
+    hooks = hub.utils.get_session().event_hooks["response"] if hasattr(hub, "utils") else []
+    hooks.append(check)
+    try:
+        yield refused
+    finally:
+        hooks.remove(check)
 
 
 def _bar_with_an_end(hub: Any, repo: Repo, most: int) -> type:
