@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +11,7 @@ from seekforge.common.configs import configs_folder, known
 from seekforge.common.errors import ConfigError
 from seekforge.common.records import Positive, Record, RecordError
 from seekforge.common.yaml_file import YamlError, YamlNumberError, read_yaml
+from seekforge.exporter.models.shared.parameters import ATTENTION, HEAD, ROUTER
 from seekforge.formats.checkpoint.model_config import ModelConfig
 
 
@@ -36,8 +38,8 @@ class Preset:
 
 
 #: What `new-checkpoint --dtype` names -> what config.json says of weights that are held so, in its writer's words.
-_MODELOPT_LEFT_OUT: Final = ["lm_head", "model.layers.*.self_attn*"]
-_CT_LEFT_OUT: Final = ["lm_head", "re:.*mlp\\.gate$"]
+_MODELOPT_LEFT_OUT: Final = [HEAD, f"model.layers.*.{ATTENTION}*"]
+_CT_LEFT_OUT: Final = [HEAD, f"re:.*{re.escape(ROUTER)}$"]
 
 
 def _compressed(form: str, **weights: Any) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def _compressed(form: str, **weights: Any) -> dict[str, Any]:
 DTYPES: Final[dict[str, dict[str, Any] | None]] = {
     "bf16": None,
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": _MODELOPT_LEFT_OUT},
-    "fp8-tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+    "fp8-tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": [HEAD]},
     "ct-nvfp4": _compressed("nvfp4-pack-quantized", type="float", num_bits=4, strategy="tensor_group", group_size=16),
     "ct-fp8-blocks": _compressed(
         "float-quantized", type="float", num_bits=8, strategy="block", block_structure=[128, 128]

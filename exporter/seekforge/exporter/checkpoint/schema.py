@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from seekforge.common.dtypes import itemsize
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import Draw, Tensor, in_order
+from seekforge.exporter.models.shared.parameters import ATTENTION
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.weight_recipes.stored import WeightForm, stored_parts
 
 #: A buffer that transformers once saved: what RoPE computes from the config.
-_ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_ROTARY = re.compile(rf"model\.(layers\.\d+\.{ATTENTION}\.)?rotary_emb\.inv_freq")
 #: Scales that ModelOpt and LLM Compressor fix beforehand for the inputs of products, and for FP8 caches.
-_FIXED_SCALE = re.compile(r"model\.layers\.\d+\.(.*\.input(_global)?_scale|self_attn\.(\w+\.)?[kv]_scale)")
+_FIXED_SCALE = re.compile(rf"model\.layers\.\d+\.(.*\.input(_global)?_scale|{ATTENTION}\.(\w+\.)?[kv]_scale)")
 
 
 @dataclass(frozen=True)

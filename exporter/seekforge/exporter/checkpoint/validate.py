@@ -16,6 +16,8 @@ from seekforge.common.dtypes import is_stored_as
 from seekforge.common.errors import CheckpointError
 from seekforge.exporter.checkpoint.schema import ExpectedTensor, expected_tensors, needless_tensors
 from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import EXPERT
+from seekforge.exporter.models.shared.parameters import STACKED_EXPERTS
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.quantization_forms import TAKE
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -139,12 +141,14 @@ def _is_read(want: ExpectedTensor, stored: str, config: ModelConfig) -> bool:
 
 def _foreign_form(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
     """Say of tensors that are named as another program names them which program that is."""
-    layer = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)(_|$)")
+    stacked = re.compile(rf"model\.layers\.\d+\.({'|'.join(map(re.escape, STACKED_EXPERTS))})(_|$)")
     for name in checkpoint.names:
-        if layer.match(name):
+        match = stacked.match(name)
+        if match:
+            each = STACKED_EXPERTS[match[1]][-1].replace(EXPERT, "0")
             return (
-                f"tensor {name!r} holds all experts of a layer, expected one tensor for each, such as "
-                "'…mlp.experts.0.up_proj.weight'; save it with transformers' save_pretrained(save_original_format=True)"
+                f"tensor {name!r} holds all experts of a layer, expected one tensor for each, such as '…{each}'; save "
+                "it with transformers' save_pretrained(save_original_format=True)"
             )
         if re.match(r"layers\.\d+\.(attn|ffn)\.", name):
             return (

@@ -22,6 +22,7 @@ class Taps:
         dense, moe: points behind those in a layer of either kind.
         linears: `BlockFp8Linear` by its module: (the point of its input, that of its output).
         norm: the point of a LayerNormalization's result.
+        entry_norm, final_norm: the norms that read what layers hand over: that of a layer, and that behind the last.
         per_head: points with an axis of heads.
         required: what every layer's graph shows, or it is not one of the family.
         width: how many values a point has per token, for estimates of memory.
@@ -32,6 +33,8 @@ class Taps:
     moe: tuple[str, ...]
     linears: Mapping[str, tuple[str | None, str | None]]
     norm: str
+    entry_norm: str
+    final_norm: str
     per_head: tuple[str, ...]
     required: frozenset[str]
     width: Callable[[ModelConfig, str], int]

@@ -30,6 +30,8 @@ _FAMILIES = [load_family(name).taps for name in FAMILIES]
 _LINEARS = {module: points for taps in _FAMILIES for module, points in taps.linears.items()}
 _MOE = {point for taps in _FAMILIES for point in taps.moe}
 _PER_HEAD = {point for taps in _FAMILIES for point in taps.per_head}
+_ENTRY_NORMS = {taps.entry_norm for taps in _FAMILIES}
+_FINAL_NORMS = {taps.final_norm for taps in _FAMILIES}
 
 
 def layer_points(config: ModelConfig, layer: int) -> tuple[str, ...]:
@@ -95,13 +97,14 @@ def name_taps(model: onnx.ModelProto) -> list[str]:
                 note(node.output[0], after, int(match[1]))
         elif node.op_type == "LayerNormalization" and match:
             note(casts.get(node.output[0], node.output[0]), norm_point, int(match[1]))
-        elif node.op_type == "RMSNormalization" and weight.endswith(("input_layernorm.weight", "norm.weight")):
+        elif node.op_type == "RMSNormalization":
             norms[weight] = node
     layers = sorted(
         {int(m[1]) for m in (re.match(r"latent_cache\.(\d+)$", v.name) for v in graph.input) if m is not None}
     )
     for layer in [*layers, layers[-1] + 1]:
-        node = norms.get(f"layers.{layer}.input_layernorm.weight" if layer in layers else "norm.weight")
+        names = [f"layers.{layer}.{norm}" for norm in _ENTRY_NORMS] if layer in layers else list(_FINAL_NORMS)
+        node = next((norms[f"{name}.weight"] for name in names if f"{name}.weight" in norms), None)
         if node is None:
             continue
         total = producer.get(node.input[0])

@@ -32,12 +32,14 @@ _INDEX_WEIGHT = 0.5
 _COPIED, _SAID = 2.0, 0.04
 #: What is left of the random part of the rotary queries and keys.
 _NOISE = 0.3
+#: The first layers, in which the two heads are planted.
+PLANTED_LAYERS = 2
 
 
 def initialize(model: TrainedModel) -> None:
     """Plant the pair into a model with random weights."""
     with torch.no_grad():
-        first, second = (cast(Layer, model.layers[number]).self_attn for number in (0, 1))
+        first, second = (cast(Layer, model.layers[number]).self_attn for number in range(PLANTED_LAYERS))
         free = model.config.v_head_dim
         model.embed_tokens[:, -free:] = 0
         model.embed_tokens[:, 0] = _CONSTANT

@@ -16,7 +16,7 @@ from seekforge.common.files import explain_os_error, replace_file
 from seekforge.exporter.training.batches import Batch
 from seekforge.exporter.training.losses import losses
 from seekforge.exporter.training.model import Moe, TrainedModel
-from seekforge.exporter.training.optimizer import Optimizer, is_planted
+from seekforge.exporter.training.optimizer import Optimizer
 from seekforge.exporter.training.schedule import Schedule
 
 #: Steps between two states on disk.
@@ -105,8 +105,8 @@ class Training:
                 moe.e_score_correction_bias.add_(torch.sign(mean - load), alpha=schedule.bias_rate)
             self.num_tokens += batch.ids.numel()
             first = first or one
-        for name, parameter in self.model.named_parameters():
-            if schedule.holds(step) and is_planted(name):
+        for parameter in self.model.parameters():
+            if schedule.holds(step) and id(parameter) in self.optimizer.planted:
                 parameter.grad = None
             elif parameter.grad is None:  # such as those of the MTP module, in a step without its loss
                 parameter.grad = torch.zeros_like(parameter)

@@ -6,10 +6,14 @@ scale of updates as in "Muon is scalable for LLM training" (arXiv 2502.16982), s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from seekforge.exporter.training.initial import PLANTED_LAYERS
+from seekforge.exporter.training.model import Attention, Layer, Mlp, Mtp, TrainedModel
 
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
@@ -30,14 +34,16 @@ class Optimizer:
         model: the model.
         matrix_rate, other_rate: the largest learning rates of matrices and of the rest.
         weight_decay: the decay of matrices.
-        slow_rate: factor on the rate of the matrices that `is_planted` names.
+        slow_rate: factor on the rate of the `planted` matrices.
     """
 
     def __init__(
-        self, model: nn.Module, matrix_rate: float, other_rate: float, weight_decay: float, slow_rate: float = 1.0
+        self, model: TrainedModel, matrix_rate: float, other_rate: float, weight_decay: float, slow_rate: float = 1.0
     ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.matrices = {name: p for name, p in named.items() if is_matrix(name, p)}
+        matrices = {id(p) for p in _matrices(model)}
+        self.matrices = {name: p for name, p in named.items() if id(p) in matrices}
+        self.planted = {id(p) for p in planted(model)}
         others = [p for name, p in named.items() if name not in self.matrices]
         self.rates, self.weight_decay, self.slow_rate = (matrix_rate, other_rate), weight_decay, slow_rate
         self.adam = torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.97), eps=1e-10, weight_decay=0.0)
@@ -52,7 +58,7 @@ class Optimizer:
             for name, p in self.matrices.items():
                 if p.grad is None:
                     continue
-                rate = self.rates[0] * factor * (self.slow_rate if is_planted(name) else 1.0)
+                rate = self.rates[0] * factor * (self.slow_rate if id(p) in self.planted else 1.0)
                 kept = self.momenta[name].lerp_(p.grad, 1 - momentum)
                 update = orthogonalize(p.grad.lerp(kept, momentum))
                 p.mul_(1 - rate * self.weight_decay)
@@ -70,16 +76,18 @@ class Optimizer:
         self.momenta = state["momenta"]
 
 
-def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon updates a parameter: a matrix of a layer that each token is multiplied with.
+def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield what Muon updates: the matrices of the layers that each token is multiplied with, but for the indexer's.
 
     Experts are left to AdamW, whose step costs a tenth: 32 matrices a layer, each of few tokens.
     """
-    if name.endswith(("embed_tokens", "lm_head", "mlp.gate")) or ".indexer." in name:
-        return False
-    return parameter.dim() == 2
+    for module in model.modules():
+        if isinstance(module, Attention | Mlp | Mtp):
+            yield from (p for p in module.parameters(recurse=False) if p.dim() == 2)
 
 
-def is_planted(name: str) -> bool:
-    """Whether a parameter belongs to the attention of the two layers in which `initial` plants heads."""
-    return name.startswith(("layers.0.self_attn.", "layers.1.self_attn.")) and ".indexer." not in name
+def planted(model: TrainedModel) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the attention of the layers in which `initial` plants heads."""
+    for layer in model.layers[:PLANTED_LAYERS]:
+        assert isinstance(layer, Layer)
+        yield from layer.self_attn.parameters(recurse=False)

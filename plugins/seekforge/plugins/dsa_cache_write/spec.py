@@ -13,7 +13,7 @@ SPEC = OpSpec(
     inputs=(
         Arg("latent_cache", "kv", ("*latent",), "[NB·64, C+R]; fp8_ds: [NB, 64, C + 4·C/128 + 2·R] bytes"),
         Arg("index_cache", "kv", ("*index",), "[NB·64, D]; fp8_ds: [NB, 64·132] bytes"),
-        Arg("c", "act", ("B", "Q", "C"), "latent after kv_a_layernorm"),
+        Arg("c", "act", ("B", "Q", "C"), "latent behind its norm"),
         Arg("k_pe", "act", ("B", "Q", "R"), "rotary key after RoPE"),
         Arg("index_k", "act", ("B", "Q", "D"), "indexer key after RoPE and Hadamard"),
         Arg("slot_mapping", "i64", ("B", "Q"), "block_id · 64 + offset; −1 pads"),

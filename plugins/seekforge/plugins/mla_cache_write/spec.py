@@ -12,7 +12,7 @@ SPEC = OpSpec(
     doc="Write one latent and rotary key per token into the paged cache at slot_mapping.",
     inputs=(
         Arg("latent_cache", "kv", ("*latent",), "[NB·64, C+R]; fp8_ds: [NB, 64, C + 4·C/128 + 2·R] bytes"),
-        Arg("c", "act", ("B", "Q", "C"), "latent after kv_a_layernorm"),
+        Arg("c", "act", ("B", "Q", "C"), "latent behind its norm"),
         Arg("k_pe", "act", ("B", "Q", "R"), "rotary key after RoPE"),
         Arg("slot_mapping", "i64", ("B", "Q"), "block_id · 64 + offset; −1 pads"),
     ),

@@ -8,7 +8,7 @@ SPEC = OpSpec(
     doc="Pick top_k experts by sigmoid(logits) + bias inside the topk_group best groups; weights from sigmoid alone.",
     inputs=(
         Arg("logits", "f32", ("T", "E"), "router logits"),
-        Arg("bias", "f32", ("E",), "e_score_correction_bias; selects only"),
+        Arg("bias", "f32", ("E",), "of each expert; selects only"),
     ),
     outputs=(
         Arg("expert_ids", "i32", ("T", "top_k"), "by falling biased score; ties to the lowest expert"),

@@ -16,6 +16,7 @@ import onnx
 
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.common.errors import EngineError
+from seekforge.exporter.models.shared.parameters import ATTENTION
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Share
 from seekforge.plugins.functions.attach import operator_of, read_attrs
@@ -90,7 +91,7 @@ def products(
 def _kind(weight: str) -> str:
     """Return the name of a weight's module, the same for all layers."""
     parts = weight.removesuffix(".weight").split(".")
-    return ".".join(parts[2:] if parts[0] == "layers" else parts).removeprefix("self_attn.")
+    return ".".join(parts[2:] if parts[0] == "layers" else parts).removeprefix(f"{ATTENTION}.")
 
 
 def shares(counted: Iterable[Product]) -> tuple[Share, ...]:

@@ -40,6 +40,18 @@ PLACES: Final[dict[str, str]] = {
 }
 
 
+#: Modules of a layer, and the one behind all layers, that tools and messages speak of.
+ATTENTION: Final = "self_attn"
+ROUTER: Final = "mlp.gate"
+HEAD: Final = "lm_head"
+#: The experts of a layer as transformers holds them, stacked: its parameter, below the layer -> the tensors of an
+#: expert in a checkpoint, which share its rows.
+STACKED_EXPERTS: Final[dict[str, tuple[str, ...]]] = {
+    "mlp.experts.gate_up_proj": (f"mlp.experts.{EXPERT}.gate_proj.weight", f"mlp.experts.{EXPERT}.up_proj.weight"),
+    "mlp.experts.down_proj": (f"mlp.experts.{EXPERT}.down_proj.weight",),
+}
+
+
 # --- checkpoint -----------------------------------------------------------------------------------------------
 
 

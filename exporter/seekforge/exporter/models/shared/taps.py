@@ -18,6 +18,8 @@ LINEARS = {
     "mlp.shared_experts.gate_up_proj": ("mlp_norm", "shared_gate_up"),
     "mlp.shared_experts.down_proj": ("shared_act", "shared"),
 }
+#: The norms that read what layers hand over: that of a layer, and that behind the last one.
+ENTRY_NORM, FINAL_NORM = "input_layernorm", "norm"
 #: What every layer's graph shows.
 REQUIRED = frozenset({"attn_out", "o_latent"})
 

@@ -125,7 +125,7 @@ class _FormSession(TorchSession):
                 if self._form.weights == "nvfp4":
                     _round_weights(layer)
                 if self._form.caches == "nvfp4":
-                    layer.get_submodule("self_attn.kv_a_layernorm").register_forward_hook(_round_latent)
+                    layer.self_attn.kv_a_layernorm.register_forward_hook(_round_latent)
         return module
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from seekforge.common.records import Record
-from seekforge.exporter.models.shared.layer_operations import NEXT, LayerModule, OuterModule
+from seekforge.exporter.models.shared.end_operations import Tables, TokenEmbedding
+from seekforge.exporter.models.shared.layer_operations import NEXT, LayerModule
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import EXACT
@@ -68,16 +69,15 @@ def measure_recall(
     """
     settings = Settings(config, EXACT)
     topk = config.index_topk or 0
-    tables = OuterModule(settings, 0, source, ("rope_cos", "rope_sin", "hadamard"))
-    embedding = OuterModule(settings, 0, source, ("embed_tokens",)).module.embed_tokens
+    tables, embedding = Tables(settings, source), TokenEmbedding(settings, source)
     sums: dict[str, dict[int, list[float]]] = {name: {} for name in (reference, *choices)}
     steps, carried = {}, {}
     for row, ids in sequences.items():
         blocks = blocks_needed(len(ids))
         inputs = lay_out([ids], [0], [range(1, 1 + blocks)])
         arrays = (inputs.positions, inputs.slot_mapping, inputs.block_table)
-        steps[row] = blocks, tables.module.make_step(*map(torch.from_numpy, arrays))
-        carried[row] = {"hidden_states": embedding(torch.from_numpy(inputs.input_ids))}
+        steps[row] = blocks, tables.step(*map(torch.from_numpy, arrays))
+        carried[row] = {"hidden_states": embedding.run(torch.from_numpy(inputs.input_ids))}
     for layer in range(config.num_hidden_layers):
         say(f"attention of layer {layer}")
         module = LayerModule(settings, layer, source)

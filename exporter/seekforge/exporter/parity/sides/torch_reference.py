@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from seekforge.common.errors import ConfigError
-from seekforge.exporter.models.shared.layer_operations import NEXT, LayerModule, LayerState, Op, OuterModule, Values
+from seekforge.exporter.models.shared.end_operations import Head, MtpInput, Tables, TokenEmbedding
+from seekforge.exporter.models.shared.layer_operations import NEXT, LayerModule, LayerState, Op
 from seekforge.exporter.models.shared.moe import Moe
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.step import Step
@@ -238,9 +239,9 @@ class Reference:
 
     def _make_steps(self) -> dict[int, Step]:
         """Return what all layers of each step share; the tables that it is looked up in are forgotten."""
-        tables = OuterModule(self.settings, 0, self.source, ("rope_cos", "rope_sin", "hadamard"))
+        tables = Tables(self.settings, self.source)
         return {
-            number: tables.module.make_step(
+            number: tables.step(
                 torch.from_numpy(arrays.positions),
                 torch.from_numpy(arrays.slot_mapping),
                 torch.from_numpy(arrays.block_table),
@@ -251,17 +252,15 @@ class Reference:
     # --- the ends of the model ------------------------------------------------------------------------------
 
     def _embed(self, numbers: Iterable[int]) -> None:
-        outer = OuterModule(self.settings, 0, self.source, ("embed_tokens",))
-        tensors = outer.tensors("embed_tokens")
-        op = Op("embed_tokens", "token embedding", (), "hidden_states", lambda v: v["hidden_states"], tensors)
+        embedding = TokenEmbedding(self.settings, self.source)
         for number in numbers:
-            embedded = outer.module.embed_tokens(torch.from_numpy(self._arrays[number].input_ids))
+            embedded = embedding.run(torch.from_numpy(self._arrays[number].input_ids))
             for stream in self.streams:
                 stream.carried[number] = {"hidden_states": self._perturb(embedded, stream, number)}
             if self.judge is not None:
                 values = self._subject_values(number, 0)
                 if "hidden_states" in values:
-                    self.judge(Judged(number, 0, op, {}, embedded, values["hidden_states"], None, None))
+                    self.judge(Judged(number, 0, embedding.op, {}, embedded, values["hidden_states"], None, None))
 
     def _perturb(self, embedded: Tensor, stream: Stream, number: int) -> Tensor:
         if not stream.perturbation:
@@ -288,32 +287,29 @@ class Reference:
 
     def _combine(self, layer: int, numbers: Sequence[int]) -> None:
         """Make what goes into the MTP module's layer: embedding of t_{i+1} beside the main model's hidden state."""
-        modules = ("embed_tokens", "eh_proj", "enorm", "hnorm")
-        outer = OuterModule(self.settings, layer, self.source, modules)
-        does = "embedding and hidden state as one"
-        op = Op("eh_proj", does, (), "hidden_states", lambda v: v["hidden_states"], outer.tensors(*modules))
+        combined = MtpInput(self.settings, layer, self.source)
         for number in numbers:
             ids = torch.from_numpy(self._arrays[number].input_ids)
             for stream in self.streams:
                 hidden = stream.hidden[number - 1]
                 if stream.beside is not None:
                     hidden = self._perturb(stream.beside.hidden[number - 1], stream, number)
-                stream.carried[number] = {"hidden_states": outer.module.combine(ids, hidden)}
+                stream.carried[number] = {"hidden_states": combined.run(ids, hidden)}
             if self.judge is not None and self.subject is not None:
                 values = self._subject_values(number, layer)
                 if "hidden_states" in values and self.subject.has(number - 1, "hidden"):
                     hidden = self._tensor(self.subject.tensor(number - 1, "hidden"), "hidden")
-                    expected = outer.module.combine(ids, hidden)
-                    self.judge(Judged(number, layer, op, {}, expected, values["hidden_states"], None, None))
+                    expected = combined.run(ids, hidden)
+                    self.judge(Judged(number, layer, combined.op, {}, expected, values["hidden_states"], None, None))
 
     def _head(self, layer: int, numbers: Sequence[int]) -> None:
         """Run final norm and LM head of the program that ends before `layer`, for free runs and for the subject."""
-        outer = OuterModule(self.settings, layer - 1, self.source, ("norm", "lm_head"))
+        head = Head(self.settings, layer - 1, self.source)
         self._nudge(numbers)
         for stream in self.streams:
             self._entered(stream, layer, numbers)
         for number in numbers:
-            ops = self._head_ops(outer, number)
+            ops = head.operations(torch.from_numpy(self._arrays[number].logits_index))
             for stream in self.streams:
                 values = dict(stream.carried.pop(number))
                 named = {f"{name}.{layer}": value for name, value in values.items()}
@@ -332,17 +328,3 @@ class Reference:
                 }
                 for op in ops:
                     self._judge_op(layer, number, op, values, None, None)
-
-    def _head_ops(self, outer: OuterModule, number: int) -> list[Op]:
-        module, rows = outer.module, torch.from_numpy(self._arrays[number].logits_index)
-
-        def normed(values: Values) -> Tensor:
-            return module.norm.add(values["hidden_states"], values["residual"])[0]
-
-        def logits(values: Values) -> Tensor:
-            return module.logits(values["hidden"], rows)
-
-        return [
-            Op("norm", "final norm", INTERMEDIATE_TENSORS, "hidden", normed, outer.tensors("norm")),
-            Op("lm_head", "logits", ("hidden",), "logits", logits, outer.tensors("lm_head")),
-        ]

@@ -18,6 +18,8 @@ from torch import Tensor
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import OptionError
 from seekforge.exporter.checkpoint.schema import expected_tensors
+from seekforge.exporter.models.parameters import EXPERT
+from seekforge.exporter.models.shared.parameters import STACKED_EXPERTS
 from seekforge.exporter.training.weights import check_form
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.quantization.block_fp8 import quantize
@@ -25,9 +27,6 @@ from seekforge.formats.value_check import SCALE_SUFFIX
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
-
-#: The experts of a layer, which transformers holds as one parameter: its name there -> the names in a checkpoint.
-_FUSED = {"experts.gate_up_proj": ("gate_proj", "up_proj"), "experts.down_proj": ("down_proj",)}
 
 
 class TrlRollouts:
@@ -123,7 +122,7 @@ def checkpoint_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict
     check_form(config)
     expected = expected_tensors(config)
     tensors: dict[str, np.ndarray] = {}
-    for name, value in _unfused(state):
+    for name, value in _unstacked(state):
         tensor = expected.get(name)
         if tensor is None or tuple(value.shape) != tensor.shape:
             what = "no tensor" if tensor is None else f"of shape {tensor.shape}"
@@ -136,13 +135,13 @@ def checkpoint_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict
     return tensors
 
 
-def _unfused(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _unstacked(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, value in state.items():
-        fused = next((end for end in _FUSED if name.endswith(end)), None)
-        if fused is None:
+        stacked = next((end for end in STACKED_EXPERTS if name.endswith(end)), None)
+        if stacked is None:
             yield name, value
             continue
-        prefix, parts = name.removesuffix(fused), _FUSED[fused]
+        prefix, parts = name.removesuffix(stacked), STACKED_EXPERTS[stacked]
         for expert, matrix in enumerate(value):
             for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
-                yield f"{prefix}experts.{expert}.{part}.weight", rows
+                yield prefix + part.replace(EXPERT, str(expert)), rows
