@@ -27,6 +27,11 @@ MADE_NUMERICS = ("fp8", "exact")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection() -> None:
+    """Search for no garbage while modules are imported and tests collected: there is hardly any."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Leave what is there by now out of the search for garbage: modules and tests, which stay to the end.
 
@@ -34,6 +39,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
