@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import numpy_helper
+from tests.support.ort_session import open_session
 
 from seekforge.common.errors import EngineError
 from seekforge.common.files import write_json
@@ -49,7 +49,7 @@ class FakePlan:
 
     def __init__(self, device: FakeDevice, path: Path) -> None:
         self.device = device
-        self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.session = open_session(path)
         self.contexts: dict[tuple[int, int, bool], FakeContext] = {}
         device.plans.append(self)
 

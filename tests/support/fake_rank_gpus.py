@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from tests.support.fake_gpu import FakeDevice, FakePlan
+from tests.support.ort_session import open_session
 
 from seekforge.common.errors import EngineError
 from seekforge.common.files import write_json
@@ -128,9 +128,7 @@ class _PieceSession:
     def __init__(self, path: Path, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
         self._add_up = add_up
         names = json.loads(path.read_text())["pieces"]
-        self._sessions = [
-            ort.InferenceSession(str(path.parent / name), providers=["CPUExecutionProvider"]) for name in names
-        ]
+        self._sessions = [open_session(path.parent / name) for name in names]
 
     def get_inputs(self) -> list[Any]:
         made = {one.name for session in self._sessions for one in session.get_outputs()}

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from tests.support.made_once import made_once
+from tests.support.ort_session import open_session
 
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.exporter.builder.onnxruntime.session import OrtSession
@@ -97,11 +98,11 @@ def test_the_canonical_form_does_not_open_alone_and_the_plain_one_does(program: 
     plain = onnx.load(program / f"{name}.f32.onnx")
     assert not plain.functions and {node.domain for node in plain.graph.node} == {""}
     assert properties(plain)["form"] == "plain program in f32"
-    session = ort.InferenceSession(str(program / f"{name}.f32.onnx"), providers=["CPUExecutionProvider"])
+    session = open_session(program / f"{name}.f32.onnx")
     assert session.get_modelmeta().producer_name == "seekforge"
     assert session.get_modelmeta().custom_metadata_map["graph"] == name
     with pytest.raises(Exception, match="NOT_IMPLEMENTED"):  # no bf16 products on a CPU
-        ort.InferenceSession(str(program / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+        open_session(program / f"{name}.onnx")
 
 
 def test_the_plain_form_computes_what_the_engine_computes(
@@ -110,7 +111,7 @@ def test_the_plain_form_computes_what_the_engine_computes(
     step = lay_out([[5, 6, 7, 8, 9]], [0], [[1]])
     folder = tiny_engines["exact"]
     expected = OrtSession(folder, {MODEL: load_manifest(folder).graphs[MODEL]}, 2, threads=1).run(step)["logits"]
-    session = ort.InferenceSession(str(program / "model.f32.onnx"), providers=["CPUExecutionProvider"])
+    session = open_session(program / "model.f32.onnx")
     recipes = load_bindings(program)["model"]
     feeds: dict[str, Any] = {}
     held = []  # ONNX Runtime reads these where they lie, and keeps none alive

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import inliner
+from tests.support.ort_session import open_session
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile, fold_weights, limit_tables
@@ -112,9 +112,7 @@ def _run(
     model: onnx.ModelProto, folder: Path, step: StepInputs, handed: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session = open_session(folder / "model.onnx")
     feeds: dict[str, np.ndarray] = {}
     for value in session.get_inputs():
         if "_cache" in value.name:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from tests.support.ort_session import open_session
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.checkpoint.new import new_checkpoint
@@ -63,9 +64,7 @@ def feeds_of(model: onnx.ModelProto, rng: np.random.Generator) -> dict[str, np.n
 
 
 def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString())
     names = [value.name for value in session.get_outputs()]
     given = {value.name: _value(feeds[value.name]) for value in session.get_inputs()}
     results = session.run_with_ort_values(names, given)

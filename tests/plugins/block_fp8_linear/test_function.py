@@ -2,9 +2,9 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from tests.support.ort_session import open_session
 
 from seekforge.plugins.block_fp8_linear.function import folded_body
 from seekforge.plugins.block_fp8_linear.spec import FOLDED
@@ -43,6 +43,6 @@ def test_folded_body_computes_the_reference(case: Case) -> None:
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("seekforge", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[folded_body(case.attrs)], ir_version=11)
     onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString())
     y = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
     assert max_error(y, case.expected()[0]) < TOLERANCE

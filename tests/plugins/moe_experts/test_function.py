@@ -1,9 +1,9 @@
 """Bodies of `MoeExperts` in ONNX Runtime against the reference."""
 
 import onnx
-import onnxruntime
 import pytest
 import torch
+from tests.support.ort_session import open_session
 
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.moe_experts.function import folded_body
@@ -53,5 +53,5 @@ def test_folded_body_computes_the_reference(case: Case) -> None:
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("seekforge", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[folded_body(case.attrs)], ir_version=11)
     onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString())
     assert max_error(torch.from_numpy(session.run(None, feeds)[0]), case.expected()[0]) < TOLERANCE

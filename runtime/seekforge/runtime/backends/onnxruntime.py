@@ -8,13 +8,13 @@ batch is 33 MB that greedy decoding never looks at.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from seekforge.common.cores import physical_cores
 from seekforge.common.dtypes import NUMPY, ONNX, ONNX_TYPES
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
@@ -109,7 +109,7 @@ class OnnxRuntimeBackend:
         """Load the model graph; see `BackendFactory`. The weights are in the engine, not in a checkpoint."""
         self._folder = folder
         self._manifest = manifest
-        self._threads = threads or default_threads()
+        self._threads = threads or physical_cores()
         self._new_weights: dict[str, dict[str, ort.OrtValue]] = {name: {} for name in manifest.graphs}
         self._num_blocks: int | None = None
         self._bindings: dict[str, dict[str, Recipe]] | None = None  # read when weights are first updated
@@ -176,18 +176,6 @@ class OnnxRuntimeBackend:
                 "build it from a program that has one"
             )
         return OrtGraph(self._folder, graph, self._manifest.graphs[graph], self._threads, self._new_weights[graph])
-
-
-def default_threads() -> int:
-    """Threads for one operator: the physical cores that this process may use, fewer in a container than there are."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    try:
-        return len({Path(topology.format(cpu)).read_text() for cpu in allowed})
-    except OSError:
-        return len(allowed)
 
 
 def _storage(dtype: str) -> np.dtype:

@@ -45,7 +45,7 @@ BLOCK = 64
 
 
 def open_engine(folder: Path, num_blocks: int | None = None, graph: str = "model") -> OrtSession:
-    return OrtSession(folder, {graph: load_manifest(folder).graphs[graph]}, num_blocks, threads=2)
+    return OrtSession(folder, {graph: load_manifest(folder).graphs[graph]}, num_blocks, threads=1)
 
 
 def caches_of(session: TorchSession) -> dict[str, np.ndarray]:

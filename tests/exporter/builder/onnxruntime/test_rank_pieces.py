@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper
+from tests.support.ort_session import open_session
 
 from seekforge.exporter.builder.onnxruntime.rank_pieces import cut_at_sums
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION
@@ -61,7 +61,7 @@ def test_a_graph_is_cut_at_its_sums_and_computes_the_same() -> None:
     xs = [np.array([1.0, -2.0, 0.5], np.float32), np.array([0.5, 1.0, -3.0], np.float32)]
     values: list[dict[str, np.ndarray]] = [{"x": x} for x in xs]
     for piece in pieces:
-        session = ort.InferenceSession(piece.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = open_session(piece.SerializeToString())
         names = [value.name for value in session.get_outputs()]
         for one in values:
             feeds = {value.name: one[value.name] for value in session.get_inputs()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from tests.support.ort_session import open_session
 
 from seekforge.exporter.builder.tensorrt.rope import write_out_rope
 
@@ -32,9 +32,6 @@ def test_plain_operators_give_what_the_operator_gives(interleaved: int, heads: i
     draw = np.random.default_rng(0)
     for batch in ((2, 3), (1, 1), (1, 5)):
         given = {name: draw.standard_normal((*batch, shape[-1]), np.float32) for name, shape in inputs.items()}
-        expected, found = (
-            ort.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, given)[0]
-            for one in (model, plain)
-        )
+        expected, found = (open_session(one.SerializeToString()).run(None, given)[0] for one in (model, plain))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
         assert np.ptp(found) > 1

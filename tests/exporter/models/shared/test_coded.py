@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import helper
+from tests.support.ort_session import open_session
 
 from seekforge.exporter.models.shared.layers import CodedLinear
 from seekforge.exporter.models.shared.session import TorchSession
@@ -38,7 +38,7 @@ def matmul_nbits(x: np.ndarray, weight: np.ndarray, bits: int) -> np.ndarray:
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString())
     return np.asarray(session.run(None, {"x": x})[0])
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import onnxruntime as ort
 
+from seekforge.common.cores import physical_cores
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import EngineError
 from seekforge.formats.paged_cache import BLOCK_SIZE
@@ -35,7 +36,7 @@ class OrtSession:
         folder: engine folder.
         graphs: inputs and outputs of the graphs to open, by name.
         num_blocks: size of the paged caches; None: `allocate_caches` comes before the first step.
-        threads: intra-op threads; 0 lets ONNX Runtime choose.
+        threads: intra-op threads; None takes the physical cores that this process may use.
         weights: graph -> constant -> value in place of the one that the file names.
 
     Raises:
@@ -48,12 +49,13 @@ class OrtSession:
         graphs: Mapping[str, GraphIO],
         num_blocks: int | None = None,
         *,
-        threads: int = 0,
+        threads: int | None = None,
         weights: Mapping[str, Mapping[str, ort.OrtValue]] = MappingProxyType({}),
     ) -> None:
         self._graphs = dict(graphs)
         self._sessions = {
-            name: _open(folder / graph.file, threads, weights.get(name, {})) for name, graph in graphs.items()
+            name: _open(folder / graph.file, threads or physical_cores(), weights.get(name, {}))
+            for name, graph in graphs.items()
         }
         #: By name: [NB·64, width].
         self.caches: dict[str, ort.OrtValue] = {}

@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from seekforge.common.cores import physical_cores
 from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
-from seekforge.runtime.backends.onnxruntime import default_threads
 from seekforge.runtime.backends.ranks.host import Host, launched, meet
 from seekforge.runtime.backends.ranks.message import Message
 from seekforge.runtime.backends.ranks.micro_batches import num_parts
@@ -62,7 +62,7 @@ class RanksBackend:
         parallelism = manifest.ranks.parallelism
         self._pp, self._tp = parallelism.pp, parallelism.tp
         self._closed = False
-        threads = threads or max(default_threads() // parallelism.num_ranks, 1)
+        threads = threads or max(physical_cores() // parallelism.num_ranks, 1)
         settings = settings_of(manifest, threads=threads, checkpoint=checkpoint)
         self._rank: OpenRank | None = None
         self._memory = Memory(parallelism)

@@ -1,0 +1,14 @@
+"""Sessions of ONNX Runtime as tests open them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+
+def open_session(model: Path | bytes) -> ort.InferenceSession:
+    """Open a model with one thread: the library would take all cores of the machine, and wait for each other's."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, ["CPUExecutionProvider"])
