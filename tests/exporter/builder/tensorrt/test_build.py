@@ -6,18 +6,14 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
 import random
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import onnx
 import pytest
@@ -25,29 +21,21 @@ from click.testing import CliRunner
 from tests.support.build_options import gpu_options
 
 from seekforge.common.cli.console import Stages
-from seekforge.common.dtypes import itemsize
-from seekforge.common.errors import EngineError, EnvironmentFault, ProgramError, SeekforgeError, TargetError
-from seekforge.exporter.builder.cli import build as build_command
+from seekforge.common.errors import EngineError, EnvironmentFault
 from seekforge.exporter.builder.options import BuildOptions, CompilerOptions
-from seekforge.exporter.builder.tensorrt import audit, compiler
 from seekforge.exporter.builder.tensorrt import build as gpu_engine
-from seekforge.exporter.builder.tensorrt import manifest as gpu_manifest
+from seekforge.exporter.builder.tensorrt import compiler
 from seekforge.exporter.builder.tensorrt.build import build_gpu
-from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
 from seekforge.exporter.builder.tensorrt.compiler import Phases, compile_graph
-from seekforge.exporter.builder.tensorrt.diagnostics import explain, place
-from seekforge.exporter.builder.tensorrt.graph import prepare, widen_weights
-from seekforge.exporter.builder.tensorrt.memory import expected_bytes, layers_that_fit
-from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, pool_blocks, spanning
+from seekforge.exporter.builder.tensorrt.graph import prepare
 from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.inspect.cli import inspect as inspect_command
-from seekforge.exporter.sizing.memory import Workload, activation_bytes, scratch_bytes, selection_bytes
-from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.engine.manifest import MANIFEST, Manifest, Share, load_manifest
+from seekforge.exporter.sizing.memory import selection_bytes
+from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
 from seekforge.formats.engine.verify import verify_files
-from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.program import load_bindings, load_program
-from seekforge.formats.targets import TargetConfig, all_targets, load_target
+from seekforge.formats.program import load_bindings
+from seekforge.formats.targets import TargetConfig, load_target
 from seekforge.plugins.kernels.index import Descriptors
 from seekforge.plugins.kernels.kernel_set import Image
 from seekforge.plugins.kernels.launcher import KernelFolder, OpLauncher
@@ -429,199 +417,6 @@ def test_tensorrt_says_where_to_build(one_layer: Inputs, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-# --- refusals before work -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "options", "message"),
-    [
-        ((), gpu_options(plugins="none"), "--precision fp8 needs BlockFp8Linear and MoeExperts as plugin"),
-        (("precision=bf16",), gpu_options(plugins="none"), "fp8_ds is read and written by plugins only"),
-        (("limits.max_model_len=1000000",), gpu_options(), "--max-model-len is 1000000, expected 1 to 163840"),
-        (("limits.max_model_len=0",), gpu_options(), "--max-model-len is 0, expected 1 to 163840"),
-        (("limits.max_batch_size=4096",), gpu_options(), "pass --max-num-batched-tokens 4096 too"),
-        (("gpu.memory_gib=2.05",), gpu_options(), r"needs 2\.\d GiB.*pass --max-model-len \d+ at most"),
-        (("gpu.memory_gib=1",), gpu_options(), "of it .* of weights; not one layer fits"),
-    ],
-)
-def test_refusals(inputs: Inputs, settings: tuple[str, ...], options: BuildOptions, message: str) -> None:
-    with pytest.raises(TargetError, match=message):
-        check(inputs, load_target("rtx4090", settings), replace(options, settings=settings))
-
-
-def test_the_number_that_would_work_works(inputs: Inputs) -> None:
-    small = ["gpu.memory_gib=2.05"]
-    with pytest.raises(TargetError) as caught:
-        check(inputs, load_target("rtx4090", small), gpu_options())
-    fits = str(caught.value).partition("--max-model-len ")[2].partition(" ")[0]
-    planned = check(inputs, load_target("rtx4090", [*small, f"limits.max_model_len={fits}"]), gpu_options())
-    assert not planned.oversize
-
-
-def test_layers_that_fit_count_what_the_ends_hold_beside_them(inputs: Inputs) -> None:
-    """The first stage embeds tokens, the last one has the head and the MTP module: a mean says too much of both."""
-    sizes: dict[str, int] = {}
-    for graph, graph_io in inputs.program.graphs.items():
-        for spec in (*graph_io.with_role("weight"), *graph_io.with_role("table")):
-            dtype = "f32" if spec.name in inputs.wide(SPECS)[graph] else spec.dtype
-            sizes[spec.name] = itemsize(dtype) * math.prod(map(int, spec.shape))
-    tables = tuple(spec.name for spec in inputs.program.graphs["model"].with_role("table"))
-    behind = tuple(name for name in sizes if not name.startswith(("layers.0.", "layers.1.", "layers.2.", *tables)))
-    cache = 1000  # of one layer
-
-    def held(first: int, stop: int) -> int:
-        """Bytes of the stage [first, stop)."""
-        names = tuple(f"layers.{layer}." for layer in range(first, stop)) + tables
-        names += behind if stop == 4 else ("embed_tokens.",) if first == 0 else ()
-        return sum(size for name, size in sizes.items() if name.startswith(names)) + cache * (
-            stop - first + (stop == 4)
-        )
-
-    stages = {
-        (first, stop): held(first, stop) for first in range(4) for stop in range(first + 1, 5) if stop - first < 4
-    }
-    assert len(set(stages.values())) > 4, "stages differ"
-    for budget in (size - fewer for size in stages.values() for fewer in (0, 1)):
-        expected = max((stop - first for (first, stop), size in stages.items() if size <= budget), default=0)
-        assert layers_that_fit(inputs, budget, 5 * cache) == expected
-    small = ["limits.max_model_len=64"]
-    device = expected_bytes(inputs, load_target("rtx4090", small), load_target("rtx4090", small).limits, 1)
-    there = device["total"] - device["weights"] - device["cache"] + device["cache"] + stages[1, 3]
-    with pytest.raises(TargetError, match="; at most 2 of its 4 layers fit: export stages with --layers"):
-        check(inputs, load_target("rtx4090", [*small, f"gpu.memory_gib={there / 0.98 / 2**30}"]), gpu_options())
-
-
-def test_oversize_is_built_only_when_asked(inputs: Inputs) -> None:
-    planned = check(inputs, load_target("rtx4090", ["gpu.memory_gib=1"]), gpu_options(allow_oversize=True))
-    assert planned.oversize
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ((), "--precision fp8 multiplies quantized activations.*export with --numerics fp8"),
-        (("precision=bf16",), "--kv-cache-dtype fp8_ds stores FP8.*export with --numerics fp8"),
-    ],
-)
-def test_the_program_must_carry_what_is_asked(
-    tiny_programs: dict[str, Path], settings: tuple[str, ...], message: str
-) -> None:
-    exact = open_inputs(tiny_programs["exact"], None)
-    with pytest.raises(TargetError, match=message):
-        check(exact, load_target("rtx4090", settings), gpu_options())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"index_n_heads": 48}, "DsaIndexer: index_n_heads is 48, kernels take 16, 32 or 64"),
-        (
-            {"num_experts_per_tok": 22, "n_routed_experts": 64},
-            "MoeRoute: num_experts_per_tok is 22, kernels take 1 to 16",
-        ),
-        ({"n_routed_experts": 2048}, "MoeRoute: n_routed_experts is 2048, kernels take a power of two from 16 to 1024"),
-        ({"kv_lora_rank": 384}, "DsaCacheWrite: kv_lora_rank is 384, kernels take 128, 256, 512 or 1024"),
-    ],
-)
-def test_an_operator_refuses_sizes_it_cannot_do(inputs: Inputs, change: dict[str, int], message: str) -> None:
-    bent = replace(inputs, config=inputs.config.model_copy(update=change))
-    with pytest.raises(TargetError, match=message):
-        check(bent, load_target("rtx4090"), gpu_options(plugins="all"))
-
-
-def test_auto_inlines_what_has_no_plugin(inputs: Inputs) -> None:
-    config = inputs.config.model_copy(update={"n_routed_experts": 160, "n_group": 8})
-    bent = replace(inputs, config=config)
-    planned = check(bent, load_target("rtx4090"), gpu_options())
-    assert planned.inlined == ("MoeRoute",)
-
-
-def test_a_checkpoint_of_another_model_is_refused(inputs: Inputs, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_checkpoint, other)
-    raw = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(raw | {"index_topk": 8}))
-    with pytest.raises(ProgramError, match="index_topk is 8, the program was exported for"):
-        open_inputs(inputs.folder, other)
-
-
-def test_less_than_was_asked_fails() -> None:
-    found = [
-        Share(what="BlockFp8Linear", form="inlined", precision="bf16", share=0.6),
-        Share(what="MoeExperts", form="plugin", precision="fp8", share=0.4),
-    ]
-    with pytest.raises(EngineError, match=r"BlockFp8Linear \(inlined\) multiply in bf16: 60%"):
-        audit.require_precision(found, "--precision fp8", "fp8")
-    audit.require_precision(found, "--precision bf16", "bf16")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--target", "cpu"], "pass --checkpoint"),
-        (["--target", "cpu", "--precision", "fp8"], "precision fp8 is for GPUs; a CPU knows f32, int8, int4"),
-        (["--target", "cpu", "--sm", "89"], "--sm is for GPU targets"),
-        (["--target", "rtx4090", "--timing-cache", "x"], "--timing-cache is for tensorrt"),
-        (["--target", "rtx4090", "--sm", "90"], "sm 90 is not one that tensorrt-rtx compiles for"),
-        (["--target", "rtx4090", "--taps", "--layers-per-engine", "2"], "leave out --layers-per-engine"),
-    ],
-)
-def test_options_that_a_target_does_not_know(
-    tiny_programs: dict[str, Path], tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    result = CliRunner().invoke(build_command, [str(tiny_programs["fp8"]), str(tmp_path / "x"), *arguments])
-    assert isinstance(result.exception, SeekforgeError)
-    assert message in str(result.exception)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_workspace_is_a_number_of_bytes(tiny_programs: dict[str, Path], tmp_path: Path) -> None:
-    arguments = [str(tiny_programs["fp8"]), str(tmp_path / "x"), "--target", "rtx4090", "--workspace", "big"]
-    result = CliRunner().invoke(build_command, arguments)
-    assert result.exit_code == 2
-    assert "'--workspace': 'big' is no number of bytes, such as 512M or 2G" in " ".join(result.stderr.split())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_dry_run_says_what_it_would_build_and_builds_nothing(tiny_programs: dict[str, Path], tmp_path: Path) -> None:
-    arguments = [str(tiny_programs["fp8"]), str(tmp_path / "x"), "--target", "rtx5090", "--dry-run", "--json"]
-    result = CliRunner().invoke(build_command, arguments)
-    said = json.loads(result.stdout)
-    assert said["plugins"].keys() == {*load_program(tiny_programs["fp8"]).ops, "Bf16Linear"}
-    assert said["sms"] == [120]
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- pure parts ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        (
-            "layers.3.self_attn.o_proj/BlockFp8Linear",
-            "layer 3, the output projection of the attention (operator BlockFp8Linear)",
-        ),
-        ("layers.12/Mul_4", "layer 12 (operator Mul)"),
-        ("lm_head/MatMul", "the head (operator MatMul)"),
-        ("(Unnamed Layer* 8) [Constant]", None),
-    ],
-)
-def test_places(name: str, expected: str | None) -> None:
-    assert place(name) == expected
-
-
-def test_the_first_place_and_the_first_message_are_told() -> None:
-    said = explain(["Internal  error", "in node layers.7.mlp.gate/MoeRoute_3: bad"])
-    assert said == "layer 7, the router (operator MoeRoute): Internal error"
-    assert explain(["no place here"]) == "no place here"
-
-
-@pytest.mark.parametrize(("alike", "expected"), [(1, "layer 7 (and 1 layer like it), the router"), (56, "56 layers")])
-def test_of_layers_that_are_alike_all_are_told(alike: int, expected: str) -> None:
-    assert expected in explain(["in node layers.7.mlp.gate/MoeRoute: bad"], alike)
-
-
 def test_progress_never_falls() -> None:
     phases = Phases()
     events = [
@@ -632,214 +427,6 @@ def test_progress_never_falls() -> None:
     assert seen == sorted(seen)
     assert seen[2] == pytest.approx(0.25)
     assert seen[-1] == 1.0
-
-
-def test_profiles_keep_the_limits(inputs: Inputs) -> None:
-    target = load_target("rtx4090", ["limits.max_batch_size=3", "limits.max_model_len=100"])
-    graph_io = inputs.program.graphs["model"]
-    blocks = pool_blocks(graph_io, target.limits, 10 << 30, 64 * 2560)
-    assert blocks == 3 * 2 + 1, "full sequences need no more"
-    decode = axis_bounds(target.profiles["decode"], target.limits, pool_blocks=blocks)
-    assert decode["B"] == (1, 3, 3)
-    assert decode["Q"] == (1, 1, 6)
-    assert decode["MB"] == (1, 2, 2)
-    assert decode["NS"] == (64, 7 * 64, 7 * 64)
-    prefill = axis_bounds(target.profiles["prefill"], target.limits, pool_blocks=blocks)
-    assert prefill["Q"][2] == 100
-    for bounds in (*decode.values(), *prefill.values()):
-        assert list(bounds) == sorted(bounds)
-
-
-def test_a_pool_is_no_larger_than_a_tensor_can_count(inputs: Inputs) -> None:
-    target = load_target("rtx4090", ["limits.max_batch_size=2048", "limits.max_num_batched_tokens=2048"])
-    graph_io = inputs.program.graphs["model"]
-    blocks = pool_blocks(graph_io, target.limits, 1 << 50, 1)
-    widest = max(int(spec.shape[1]) for spec in graph_io.with_role("cache"))
-    assert blocks * 64 * widest < 2**31
-
-
-@pytest.fixture(scope="module")
-def planned(inputs: Inputs) -> GpuBuild:
-    return check(inputs, load_target("rtx4090"), gpu_options())
-
-
-def test_the_audit_counts_what_the_sizes_say(inputs: Inputs, planned: GpuBuild) -> None:
-    """The FLOPs of the graph's products are those of the formulas, over main model and MTP module."""
-    from seekforge.exporter.sizing.flops import attention_flops, linear_flops
-    from seekforge.exporter.sizing.matrices import layer_matrices
-
-    config: ModelConfig = inputs.config
-    total = 0.0
-    for name in inputs.program.graphs:
-        ready = prepare(
-            onnx.load(inputs.folder / f"{name}.onnx"),
-            planned.how,
-            config,
-            plugins=planned.plugins,
-            products="fp8",
-            digests={},
-            weights=planned.wide[name],
-            bf16_linears=planned.bf16_linears[name],
-        )
-        weights = [spec.name for spec in inputs.program.graphs[name].with_role("weight")]
-        found = audit.products(
-            ready.operators, config, weights=weights, plugins=planned.plugins, precision="fp8", context=4096
-        )
-        total += sum(one.flops for one in found)
-        head = next(one for one in found if one.what == "lm_head")
-        assert (head.form, head.precision) == ("plugin", "bf16")
-    expected = linear_flops(config).total + attention_flops(config, 4096).total
-    assert config.mtp_layer is not None
-    expected += linear_flops(config, layer_matrices(config, config.mtp_layer)).total
-    expected += attention_flops(config, 4096, layers=[0]).total + 2.0 * config.vocab_size * config.hidden_size
-    assert total == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("plugins", ["all", "none"])
-def test_no_plan_converts_a_weight_in_every_step(inputs: Inputs, plugins: Literal["all", "none"]) -> None:
-    """What is only multiplied keeps its two bytes where a plugin multiplies it; all else that is read as f32 is f32,
-    and what converts it is the recipe. Memory is counted like that."""
-    target = load_target("rtx4090", ["precision=bf16", "kv_format=bf16"])
-    planned = check(inputs, target, gpu_options(plugins=plugins))
-    for name, graph in inputs.graphs.items():
-        wide, linears = planned.wide[name], planned.bf16_linears.get(name, set())
-        ready = prepare(
-            graph,
-            planned.how,
-            inputs.config,
-            plugins=planned.plugins,
-            products="bf16",
-            digests={},
-            weights=wide,
-            bf16_linears=linears,
-        )
-        types = {value.name: value.type.tensor_type.elem_type for value in ready.model.graph.input}
-        converted = {node.input[0] for node in ready.model.graph.node if node.op_type == "Cast"} & types.keys()
-        assert not [one for one in converted & inputs.bindings[name].keys() if types[one] == onnx.TensorProto.BFLOAT16]
-        assert {one for one in wide if types[one] == onnx.TensorProto.FLOAT} == wide
-        multiplied = {"lm_head.weight"} | {
-            one for one in types if one.endswith(("mlp.gate.weight", "weights_proj.weight"))
-        }
-        assert wide & multiplied == (set() if plugins == "all" else multiplied) and "norm.weight" in wide
-        assert linears == (multiplied if plugins == "all" else set())
-        narrow = {node.input[1]: node.name for node in ready.model.graph.node if node.op_type == "Bf16Linear"}
-        assert narrow.keys() == linears and ready.plugins.get("Bf16Linear", 0) == len(linears)
-        assert all(types[one] == onnx.TensorProto.BFLOAT16 and place(narrow[one]) for one in linears)
-        assert types["embed_tokens.weight"] == onnx.TensorProto.BFLOAT16
-    recipes = gpu_manifest.engine_bindings(inputs, planned.how, planned.wide)
-    dtype = "bf16" if plugins == "all" else "f32"
-    assert {recipes[name]["lm_head.weight"].dtype for name in inputs.graphs} == {dtype}
-    whole = check(inputs, target, gpu_options()).device_bytes["weights"]
-    more = sum(
-        2 * math.prod(map(int, inputs.program.graphs[graph].named(one).shape))
-        for graph, names in inputs.bf16_linears.items()
-        for one in names - (set() if graph == "model" else {"lm_head.weight"})
-    )
-    assert planned.device_bytes["weights"] == whole + (0 if plugins == "all" else more)
-
-
-def test_a_weight_that_something_else_reads_too_keeps_its_type() -> None:
-    graph = onnx.parser.parse_model(
-        """<ir_version: 11, opset_import: ["" : 23]>
-        g (bfloat16[2] x, bfloat16[2] a, bfloat16[2] b, bfloat16[2] c)
-            => (float[2] y, bfloat16[2] z, float[2] u, float[2] v) {
-          af = Cast<to = 1>(a)
-          bf = Cast<to = 1>(b)
-          y = Mul(af, bf)
-          z = Add(x, b)
-          u = Cast<to = 1>(x)
-          v = Cast<to = 1>(c)
-        }"""
-    )
-    graph.graph.node[0].name, graph.graph.node[2].name = "layers.3.mlp.gate/Cast", "layers.3/Mul"
-    assert widen_weights(graph, ["a", "b", "c"]) == {"a"}
-    assert [node.op_type for node in graph.graph.node] == ["Cast", "Mul", "Add", "Cast", "Cast"]
-    product = graph.graph.node[1]
-    assert (list(product.input), product.name) == (["a", "bf"], "layers.3.mlp.gate/Mul"), "messages still find it"
-    onnx.checker.check_model(graph, full_check=True)
-
-
-def test_expected_weights_are_those_of_the_planner(inputs: Inputs, planned: GpuBuild) -> None:
-    from seekforge.exporter.sizing.matrices import weight_bytes
-
-    tables = {
-        spec.name: itemsize(spec.dtype) * math.prod(map(int, spec.shape))
-        for graph_io in inputs.program.graphs.values()
-        for spec in graph_io.with_role("table")
-    }
-    expected = weight_bytes(inputs.config, mtp=True) + sum(tables.values())
-    assert planned.device_bytes["weights"] == expected
-
-
-def test_profiles_span_whatever_limits_are_asked() -> None:
-    """A larger limit than a target's profiles would be a step that no profile takes."""
-    target = load_target("rtx4090")
-    asked = target.limits.model_copy(update={"max_batch_size": 48, "max_num_batched_tokens": 8192})
-    found = spanning(target.profiles, asked)
-    assert (found["decode"].max_batch_size, found["decode"].max_query_len) == (48, 6)
-    assert (found["prefill"].max_batch_size, found["prefill"].max_query_len) == (1, 8192)
-    assert axis_bounds(found["decode"], asked, pool_blocks=99)["B"][2] == 48
-    assert axis_bounds(found["prefill"], asked, pool_blocks=99)["Q"][2] == 8192
-    assert spanning(target.profiles, target.limits) == target.profiles
-    short = asked.model_copy(update={"max_model_len": 512})
-    assert axis_bounds(spanning(target.profiles, short)["prefill"], short, pool_blocks=99)["Q"][2] == 512
-
-
-@pytest.mark.parametrize(
-    ("limits", "prefill", "short_prefill"),
-    [
-        ({}, (4, 2048), (4, 512)),
-        ({"max_num_batched_tokens": 512}, (4, 512), (4, 128)),
-        ({"max_num_batched_tokens": 8192}, (4, 8192), (4, 512)),
-        ({"max_model_len": 100}, (4, 100), (4, 100)),
-        ({"max_batch_size": 2, "max_num_batched_tokens": 3}, (2, 3), (2, 1)),
-    ],
-)
-def test_no_prefill_profile_is_larger_than_a_step(
-    limits: dict[str, int], prefill: tuple[int, int], short_prefill: tuple[int, int]
-) -> None:
-    """A plan reserves memory for the corner of each profile, so of a profile that a user wrote too wide is cut."""
-    target = load_target("rtx4090", ["profiles.prefill.max_batch_size=4"])
-    asked = target.limits.model_copy(update=limits)
-    found = spanning(target.profiles, asked)
-    most = asked.max_num_batched_tokens
-    fewer = (max(1, min(prefill[0], most // prefill[1])), prefill[1])
-    assert largest_step(found["prefill"], asked) == fewer
-    assert largest_step(found["short_prefill"], asked) == short_prefill
-    assert largest_step(found["decode"], asked)[0] == asked.max_batch_size, "steps are padded to it"
-    for name in ("prefill", "short_prefill"):
-        assert math.prod(largest_step(found[name], asked)) <= most
-
-
-@pytest.mark.parametrize(
-    "limits", [{}, {"max_batch_size": 2048, "max_num_batched_tokens": 2048}, {"max_model_len": 128}]
-)
-@pytest.mark.parametrize("name", [target.name for target in all_targets() if target.gpu])
-def test_expected_memory_covers_the_largest_step_of_each_profile(
-    inputs: Inputs, name: str, limits: dict[str, int]
-) -> None:
-    target = load_target(name, [f"limits.{key}={value}" for key, value in limits.items()])
-    found = expected_bytes(inputs, target, target.limits, 1)
-    bounds = [
-        axis_bounds(one, target.limits, pool_blocks=99) for one in spanning(target.profiles, target.limits).values()
-    ]
-    corners = [(one["B"][2], one["Q"][2]) for one in bounds]
-    if not limits:
-        assert max(b * q for b, q in corners) == target.limits.max_num_batched_tokens, "and no more than a step has"
-    for batch, queries in corners:
-        one = Workload(target.limits.max_model_len, batch, 1, queries - 1)
-        assert found["scratch"] >= scratch_bytes(inputs.config, Parallelism(), one, target.kv_format)
-        logits = batch * (queries - 1) * inputs.config.vocab_size * 4 * 2  # a step that samples needs one row of each
-        assert found["activations"] >= activation_bytes(inputs.config, Parallelism(), one) - logits
-
-
-@pytest.mark.parametrize("name", [target.name for target in all_targets() if target.gpu])
-def test_a_target_takes_short_prompts_together_and_the_longest_alone(name: str) -> None:
-    target = load_target(name)
-    assert spanning(target.profiles, target.limits) == target.profiles, "nothing is cut"
-    corners = {key: largest_step(profile, target.limits) for key, profile in target.profiles.items()}
-    assert corners["prefill"] == (1, target.limits.max_num_batched_tokens)
-    assert corners["short_prefill"] == (4, target.limits.max_num_batched_tokens // 4)
 
 
 def test_memory_of_a_compiler_is_its_own() -> None:
