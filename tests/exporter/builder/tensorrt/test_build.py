@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from tests.support.build_options import gpu_options
+from tests.support.made_once import made_once
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, EnvironmentFault
@@ -32,7 +34,7 @@ from seekforge.exporter.builder.tensorrt.graph import prepare
 from seekforge.exporter.builder.tensorrt.resume import Parts
 from seekforge.exporter.inspect.cli import inspect as inspect_command
 from seekforge.exporter.sizing.memory import selection_bytes
-from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
+from seekforge.formats.engine.manifest import MANIFEST, Audit, Manifest, load_manifest
 from seekforge.formats.engine.verify import verify_files
 from seekforge.formats.program import load_bindings
 from seekforge.formats.targets import TargetConfig, load_target
@@ -72,34 +74,74 @@ def build(inputs: Inputs, target: TargetConfig, out: Path, options: BuildOptions
 # --- builds -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
-def test_every_operator_becomes_a_plugin(inputs: Inputs, name: str, tmp_path: Path) -> None:
-    manifest = build(inputs, load_target(name), tmp_path / "engine")
-    uses = inputs.ops
+@pytest.fixture(scope="module", params=["rtx4090", "rtx5090"])
+def engine(request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of the whole model without kernels, made once per run; do not write into it."""
+    return whole_engine(request.param, inputs, tmp_path_factory)
+
+
+def whole_engine(name: str, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = made_once(tmp_path_factory, f"engine-{name}", lambda root: build(inputs, load_target(name), root / "engine"))
+    return made / "engine"
+
+
+@pytest.fixture
+def manifest(engine: Path) -> Manifest:
+    return load_manifest(engine)
+
+
+def audit_of(manifest: Manifest) -> Audit:
     assert manifest.audit is not None
-    assert manifest.audit.plugins == uses
-    assert manifest.audit.inlined == {}
-    assert max(manifest.audit.workspaces.values()) == manifest.audit.device_bytes["scratch"]
-    for graph, layers in manifest.audit.layers.items():
+    return manifest.audit
+
+
+def test_every_operator_becomes_a_plugin(inputs: Inputs, manifest: Manifest) -> None:
+    audited = audit_of(manifest)
+    assert audited.plugins == inputs.ops
+    assert audited.inlined == {}
+    for graph, layers in audited.layers.items():
         assert layers["PLUGIN_V3"] > 0, graph
         assert "LOOP_OUTPUT" not in layers and "CONDITION" not in layers, "a body was inlined"
+
+
+def test_layers_that_are_alike_run_one_plan_several_times(inputs: Inputs, manifest: Manifest) -> None:
     runs = manifest.uses()
     assert runs == {"model.0.plan": 1, "model.1.plan": 2, "model.3.plan": 1, "mtp.plan": 1}
+    layers = audit_of(manifest).layers
+    assert sum(runs[f"{plan}.plan"] * of_plan["PLUGIN_V3"] for plan, of_plan in layers.items()) == sum(
+        inputs.ops.values()
+    )
+
+
+def test_plans_of_plugins_are_capturable(manifest: Manifest) -> None:
     assert manifest.capturable == dict.fromkeys(["model.0", "model.1", "model.3", "mtp"], True)
-    counted = sum(runs[f"{plan}.plan"] * layers["PLUGIN_V3"] for plan, layers in manifest.audit.layers.items())
-    assert counted == sum(uses.values())
-    fp8 = [one for one in manifest.audit.products if one.what in FP8_OPS]
-    assert {one.precision for one in fp8} == {"fp8"}
-    assert sum(one.share for one in manifest.audit.products) == pytest.approx(1.0, abs=1e-4)
-    again = load_manifest(tmp_path / "engine")
-    assert again == manifest
-    verify_files(tmp_path / "engine", again, full=True)
-    assert not list(tmp_path.glob(".engine.*")), "nothing is left beside the engine"
+
+
+def test_plugins_multiply_in_fp8(manifest: Manifest) -> None:
+    products = audit_of(manifest).products
+    assert {one.precision for one in products if one.what in FP8_OPS} == {"fp8"}
+    assert sum(one.share for one in products) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_scratch_of_an_engine_is_that_of_its_largest_plan(manifest: Manifest) -> None:
+    audited = audit_of(manifest)
+    assert max(audited.workspaces.values()) == audited.device_bytes["scratch"]
+
+
+def test_a_build_writes_what_its_manifest_lists_and_nothing_beside_it(engine: Path, manifest: Manifest) -> None:
+    verify_files(engine, manifest, full=True)
+    assert [path.name for path in engine.parent.iterdir()] == [engine.name]
+
+
+def test_an_engine_without_kernels_is_not_loaded(engine: Path, manifest: Manifest) -> None:
     sm = manifest.target.sm
     assert sm is not None
     with pytest.raises(EngineError, match="built with --no-kernels"):
-        check_loadable(tmp_path / "engine", again, sm=sm, versions=again.runtime_versions)
-    recipes = load_bindings(tmp_path / "engine")
+        check_loadable(engine, manifest, sm=sm, versions=manifest.runtime_versions)
+
+
+def test_recipes_give_the_types_that_an_engine_takes(engine: Path, manifest: Manifest) -> None:
+    recipes = load_bindings(engine)
     for graph, graph_io in manifest.graphs.items():
         wanted = {spec.name: spec.dtype for role in ("weight", "table") for spec in graph_io.with_role(role)}
         assert {key: recipe.dtype for key, recipe in recipes[graph].items()} == wanted
@@ -126,47 +168,68 @@ def _attrs(inputs: Inputs, op: str) -> dict[str, object]:
     return found | {name: "fp8_ds" for name in ("kv_format", "index_format") if name in found}
 
 
-def test_an_engine_carries_the_kernels_of_its_plugins(one_layer: Inputs, tmp_path: Path) -> None:
-    """Built without a GPU for a GPU, the engine folder has all that a plugin asks for on that GPU, and only there."""
-    triton = pytest.importorskip("triton", reason="triton is not installed")
-    engine = tmp_path / "engine"
-    manifest = build(one_layer, load_target("rtx4090"), engine, gpu_options())
-    check_complete(engine, manifest)
-    check_loadable(engine, manifest, sm=89, versions=manifest.runtime_versions)
-    verify_files(engine, manifest, full=True)
-    assert manifest.audit is not None and manifest.audit.kernels.keys() == manifest.plugins.keys()
-    cubins = sorted(path.name for path in engine.rglob("*.cubin"))
-    assert len(cubins) == len(set(cubins)) <= sum(manifest.audit.kernels.values())
-    assert set(cubins) < {Path(file.path).name for file in manifest.files}, "every cubin has a digest"
+@pytest.fixture(scope="module")
+def with_kernels(one_layer: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of one layer with its kernels, made once per run; do not write into it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    def make(root: Path) -> None:
+        manifest = build(one_layer, load_target("rtx4090"), root / "engine", gpu_options())
+        assert load_manifest(root / "engine") == manifest, "what is returned is what is written"
+
+    return made_once(tmp_path_factory, "engine-with-kernels", make) / "engine"
+
+
+def test_an_engine_has_all_that_its_plugins_need_on_its_gpu(with_kernels: Path) -> None:
+    """Built without a GPU for a GPU."""
+    manifest = load_manifest(with_kernels)
+    check_complete(with_kernels, manifest)
+    check_loadable(with_kernels, manifest, sm=89, versions=manifest.runtime_versions)
+    verify_files(with_kernels, manifest, full=True)
     assert manifest.min_driver == {"89": 12000}
-    assert manifest.build["kernel_compiler"] == f"triton {triton.__version__}"
-    driver = Recorder()
-    source = KernelFolder(engine, 89, driver)
+    assert manifest.build["kernel_compiler"] == f"triton {importlib.metadata.version('triton')}"
+
+
+def test_every_kernel_of_an_engine_has_a_digest(with_kernels: Path) -> None:
+    manifest = load_manifest(with_kernels)
+    kernels = audit_of(manifest).kernels
+    assert kernels.keys() == manifest.plugins.keys()
+    cubins = sorted(path.name for path in with_kernels.rglob("*.cubin"))
+    assert len(cubins) == len(set(cubins)) <= sum(kernels.values())
+    assert set(cubins) < {Path(file.path).name for file in manifest.files}
+
+
+def test_the_kernels_of_an_operator_are_loaded_once_and_not_once_per_layer(
+    with_kernels: Path, one_layer: Inputs
+) -> None:
+    manifest, driver = load_manifest(with_kernels), Recorder()
+    source = KernelFolder(with_kernels, 89, driver)
     for op, use in manifest.plugins.items():
-        launcher = source.launcher(op, attrs=_attrs(one_layer, op), products="fp8", digest=use.kernel_digest)
-        assert launcher.kernels.sm == 89
-        again = source.launcher(op, attrs=_attrs(one_layer, op), products="fp8", digest=use.kernel_digest)
-        assert again is launcher, "the kernels of an operator are loaded once, not once per layer"
-    assert driver.loaded == sum(manifest.audit.kernels.values())
-    about = json.loads(CliRunner().invoke(inspect_command, [str(engine), "--json"]).output)
-    assert about["audit"]["kernels"] == manifest.audit.kernels and about["digest"] == manifest.digest
-    page = CliRunner().invoke(inspect_command, [str(engine)], env={"COLUMNS": "200"}).output
-    assert "matrix products of one token" in page and "9 BlockFp8Linear" in page and "fp8" in page
-    with pytest.raises(EngineError, match="no kernels for sm120"):
-        KernelFolder(engine, 120, driver).launcher(
-            "MoeRoute", attrs={}, products="", digest=manifest.plugins["MoeRoute"].kernel_digest
+        first, again = (
+            source.launcher(op, attrs=_attrs(one_layer, op), products="fp8", digest=use.kernel_digest) for _ in range(2)
         )
-    _every_flip_is_noticed(engine, manifest)
-    with pytest.raises(EngineError, match=r"\.cubin: (missing|not what was compiled)"):
-        (engine / "kernels" / "sm89" / cubins[0]).write_bytes(b"flipped")
-        for op, use in manifest.plugins.items():
-            OpLauncher.open(Descriptors(engine, 89).find(op, use.kernel_digest), _attrs(one_layer, op), driver)
-    with pytest.raises(EngineError, match=rf"{cubins[0]}: 7 bytes, the manifest says"):
-        verify_files(engine, manifest, full=False)
+        assert first.kernels.sm == 89 and again is first
+    assert driver.loaded == sum(audit_of(manifest).kernels.values())
 
 
-def _every_flip_is_noticed(engine: Path, manifest: Manifest) -> None:
+def test_an_engine_has_no_kernels_for_another_gpu(with_kernels: Path) -> None:
+    digest = load_manifest(with_kernels).plugins["MoeRoute"].kernel_digest
+    with pytest.raises(EngineError, match="no kernels for sm120"):
+        KernelFolder(with_kernels, 120, Recorder()).launcher("MoeRoute", attrs={}, products="", digest=digest)
+
+
+def test_inspect_tells_what_an_engine_multiplies_with(with_kernels: Path) -> None:
+    manifest = load_manifest(with_kernels)
+    about = json.loads(CliRunner().invoke(inspect_command, [str(with_kernels), "--json"]).output)
+    assert about["audit"]["kernels"] == audit_of(manifest).kernels and about["digest"] == manifest.digest
+    page = CliRunner().invoke(inspect_command, [str(with_kernels)], env={"COLUMNS": "200"}).output
+    assert "matrix products of one token" in page and "9 BlockFp8Linear" in page and "fp8" in page
+
+
+def test_every_flipped_bit_of_an_engine_is_noticed(with_kernels: Path, tmp_path: Path) -> None:
     """In every file of the folder but what the compiler said, which nothing reads."""
+    engine = shutil.copytree(with_kernels, tmp_path / "engine")
+    manifest = load_manifest(engine)
     files = sorted(path for path in engine.rglob("*") if path.is_file() and path.name != gpu_engine.LOG)
     names = {str(path.relative_to(engine)) for path in files}
     assert names == {file.path for file in manifest.files} | {MANIFEST}, "a file that nobody verifies"
@@ -185,6 +248,18 @@ def _every_flip_is_noticed(engine: Path, manifest: Manifest) -> None:
     Engine.open(engine, part=True)
 
 
+def test_a_kernel_that_was_replaced_is_noticed(with_kernels: Path, one_layer: Inputs, tmp_path: Path) -> None:
+    engine = shutil.copytree(with_kernels, tmp_path / "engine")
+    manifest = load_manifest(engine)
+    cubin = min(engine.rglob("*.cubin"))
+    cubin.write_bytes(b"flipped")
+    with pytest.raises(EngineError, match=r"\.cubin: (missing|not what was compiled)"):
+        for op, use in manifest.plugins.items():
+            OpLauncher.open(Descriptors(engine, 89).find(op, use.kernel_digest), _attrs(one_layer, op), Recorder())
+    with pytest.raises(EngineError, match=rf"{cubin.name}: 7 bytes, the manifest says"):
+        verify_files(engine, manifest, full=False)
+
+
 def test_without_the_compiler_of_kernels_a_build_says_so_before_it_works(
     one_layer: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,57 +272,87 @@ def test_without_the_compiler_of_kernels_a_build_says_so_before_it_works(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("most", "files"),
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         (None, ["model.0.plan", "model.1.plan", "model.1.plan", "model.3.plan"]),
         (3, ["model.0-1.plan", "model.2-3.plan"]),
     ],
     ids=["layers that are alike share one", "as even as can be"],
 )
-def test_a_model_in_several_plans(inputs: Inputs, tmp_path: Path, most: int | None, files: list[str]) -> None:
-    manifest = build(
-        inputs, load_target("rtx4090"), tmp_path / "engine", gpu_options(kernels=False, layers_per_engine=most)
+def cut(
+    request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """An engine of the whole model in several plans, and the plan of each stage; do not write into it."""
+    most, files = request.param
+    if most is None:
+        return whole_engine("rtx4090", inputs, tmp_path_factory), files
+    options = gpu_options(kernels=False, layers_per_engine=most)
+    made = made_once(
+        tmp_path_factory,
+        "engine-of-halves",
+        lambda root: build(inputs, load_target("rtx4090"), root / "engine", options),
     )
-    stages = manifest.stages["model"]
-    assert [stage.file for stage in stages] == files
-    assert manifest.graphs["model"].file == files[0] and "mtp" not in manifest.stages
-    whole = inputs.program.graphs["model"]
-    assert [spec.name for spec in manifest.graphs["model"].inputs] == [spec.name for spec in whole.inputs]
-    assert [spec.name for spec in manifest.graphs["model"].outputs] == [spec.name for spec in whole.outputs]
-    assert manifest.graphs["model"].aliases == whole.aliases
+    return made / "engine", files
+
+
+def test_a_model_in_several_plans_has_the_inputs_and_outputs_of_the_whole(
+    inputs: Inputs, cut: tuple[Path, list[str]]
+) -> None:
+    manifest, whole = load_manifest(cut[0]), inputs.program.graphs["model"]
+    graph = manifest.graphs["model"]
+    assert graph.file == cut[1][0] and "mtp" not in manifest.stages
+    assert [spec.name for spec in graph.inputs] == [spec.name for spec in whole.inputs]
+    assert [spec.name for spec in graph.outputs] == [spec.name for spec in whole.outputs]
+    assert graph.aliases == whole.aliases
+
+
+def test_stages_hand_on_what_the_next_one_takes(inputs: Inputs, cut: tuple[Path, list[str]]) -> None:
+    stages = load_manifest(cut[0]).stages["model"]
+    assert [stage.file for stage in stages] == cut[1]
     for before, after in itertools.pairwise(stages):
         gives = {spec.name for spec in before.outputs if spec.role == "intermediate"}
         takes = {spec.name for spec in after.inputs if spec.role == "intermediate"}
         assert len(gives) == 1 and {name.replace("_out", "") for name in gives} == takes
         assert takes.isdisjoint(spec.name.replace("_out", "") for spec in after.outputs), "not where it reads"
+
+
+def test_a_stage_has_weights_and_caches_of_its_own_layers(inputs: Inputs, cut: tuple[Path, list[str]]) -> None:
+    stages, whole = load_manifest(cut[0]).stages["model"], inputs.program.graphs["model"]
+    each = 4 // len(stages)
     for number, stage in enumerate(stages):
-        own = [spec for spec in stage.inputs if spec.role in ("weight", "cache")]
-        layers = {int(part) for spec in own for part in spec.name.split(".") if part.isdigit()}
-        assert layers == ({number} if most is None else {2 * number, 2 * number + 1})
+        held = [spec for spec in stage.inputs if spec.role in ("weight", "cache")]
+        layers = {int(part) for spec in held for part in spec.name.split(".") if part.isdigit()}
+        assert layers == set(range(each * number, each * (number + 1)))
         assert stage.aliases.items() <= whole.aliases.items() and len(stage.aliases) == 2 * len(layers)
-    assert manifest.audit is not None
-    assert manifest.audit.plugins == inputs.ops
+
+
+def test_plans_are_counted_and_listed_once(inputs: Inputs, cut: tuple[Path, list[str]]) -> None:
+    manifest, files = load_manifest(cut[0]), cut[1]
+    audited = audit_of(manifest)
+    assert audited.plugins == inputs.ops
     plans = {Path(file).stem for file in files} | {"mtp"}
-    assert manifest.audit.plan_bytes.keys() == plans == manifest.profiles["decode"].keys()
+    assert audited.plan_bytes.keys() == plans == manifest.profiles["decode"].keys()
     listed = [file.path for file in manifest.files if file.path.endswith(".plan")]
     assert sorted(listed) == sorted({*files, "mtp.plan"})
-    page = CliRunner().invoke(inspect_command, [str(tmp_path / "engine")], env={"COLUMNS": "300"}).output
-    said = "model.0.plan, model.1.plan 2 times, model.3.plan" if most is None else ", ".join(files)
+    verify_files(cut[0], manifest, full=True)
+
+
+def test_inspect_tells_how_often_a_plan_runs(cut: tuple[Path, list[str]]) -> None:
+    engine, files = cut
+    shared = len(set(files)) < len(files)
+    page = CliRunner().invoke(inspect_command, [str(engine)], env={"COLUMNS": "300"}).output
+    said = "model.0.plan, model.1.plan 2 times, model.3.plan" if shared else ", ".join(files)
     assert f"a step runs {len(files)} stages by {len(set(files))} plans" in page and said in page
-    assert (" MB 2 times, model.3 " in page) == (most is None)
-    verify_files(tmp_path / "engine", manifest, full=True)
+    assert (" MB 2 times, model.3 " in page) == shared
 
 
-def test_the_audit_is_the_same_however_the_model_is_cut(inputs: Inputs, tmp_path: Path) -> None:
+def test_the_audit_is_the_same_however_the_model_is_cut(
+    inputs: Inputs, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """But for the memory of what each layer of a plan chooses."""
-    found = []
-    for most in (1, 4):
-        options = gpu_options(kernels=False, layers_per_engine=most)
-        audit = build(inputs, load_target("rtx4090"), tmp_path / str(most), options).audit
-        assert audit is not None
-        found.append(audit)
-    cut, whole = found
+    cut = audit_of(load_manifest(whole_engine("rtx4090", inputs, tmp_path_factory)))  # a layer in each plan
+    whole = audit_of(build(inputs, load_target("rtx4090"), tmp_path / "engine", ONE_PLAN))
     assert cut.products == whole.products and cut.plugins == whole.plugins
     assert cut.weight_input_bytes == whole.weight_input_bytes
     limits = load_target("rtx4090").limits  # of the one profile, whose corner is counted
