@@ -71,6 +71,7 @@ def test_stages_that_install_have_all_that_the_wheel_is_made_of() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {name.partition("/")[0] for name in wheel["packages"]} | set(wheel["force-include"])
+    needed |= {wheel["hooks"]["custom"]["path"]}
     needed |= {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
     for name in ("build-cpu", "build-gpu"):
         assert needed <= {source for stage in chain(name) for source in copied(stage)}, name

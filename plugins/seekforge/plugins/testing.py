@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -217,15 +218,26 @@ def to_ort(tensor: Tensor) -> tuple[onnxruntime.OrtValue, Any]:
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element), array
 
 
-def run_model(model: onnx.ModelProto, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+def run_model(
+    model: onnx.ModelProto,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    *,
+    library: Path | None = None,
+    threads: int = 1,
+) -> None:
     """Run a model in ONNX Runtime on the CPU, writing into `outputs`; a tensor in both is updated in place.
 
     Args:
         inputs: name -> tensor.
         outputs: every output of the model, in its order: name -> contiguous tensor of the right shape and dtype.
+        library: a library of operators.
+        threads: how many one operator has. Tensors are small, and waiting threads would only disturb other tests.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # tensors are small, and waiting threads would only disturb other tests
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
@@ -296,7 +308,13 @@ def check_body(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def run_function(
-    op: str, inputs: Sequence[Tensor], attrs: Mapping[str, Any], how: Specialization
+    op: str,
+    inputs: Sequence[Tensor],
+    attrs: Mapping[str, Any],
+    how: Specialization,
+    *,
+    library: Path | None = None,
+    threads: int = 1,
 ) -> tuple[Tensor, ...]:
     """Run an operator's function body in ONNX Runtime, after checking it.
 
@@ -304,6 +322,8 @@ def run_function(
         inputs: tensors in the dtypes of `how`, in the order of the spec.
         attrs: attribute values.
         how: what the body is made for; ONNX Runtime computes in f32 activations only.
+        library: runs the operator of this library in place of the body, which is then taken out of the model.
+        threads: how many one operator has.
 
     Returns:
         The outputs, in the order of the spec.
@@ -320,10 +340,14 @@ def run_function(
         list(zip(kinds, shapes, strict=True)),
     )
     check_body(model)
+    if library is not None:
+        del model.functions[:]
     results = tuple(torch.empty(shape, dtype=TORCH_DTYPES[kind]) for shape, kind in zip(shapes, kinds, strict=True))
     run_model(
         model,
         {arg.name: t for arg, t in zip(spec.inputs, inputs, strict=True)},
         {arg.name: t for arg, t in zip(spec.outputs, results, strict=True)},
+        library=library,
+        threads=threads,
     )
     return results

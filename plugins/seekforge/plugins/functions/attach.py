@@ -13,6 +13,7 @@ import onnx
 from seekforge.common.errors import ProgramError
 from seekforge.plugins.functions.builder import Attrs
 from seekforge.plugins.functions.specialization import Specialization
+from seekforge.plugins.native import FUSED
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, FoldedForm, Operator, OpSpec, load
 from seekforge.plugins.registry import OPERATORS, SPECS
@@ -45,16 +46,25 @@ def attach(model: onnx.ModelProto, how: Specialization) -> None:
                 )
         if not any(attribute.name == PLUGIN_NAMESPACE for attribute in node.attribute):
             node.attribute.append(onnx.helper.make_attribute(PLUGIN_NAMESPACE, DOMAIN))
-    functions = [make_body(op_type, attrs, how) for op_type, (_, attrs) in shared.items()]
+    functions: dict[str, onnx.FunctionProto] = {}
+    wanted = {op_type: attrs for op_type, (_, attrs) in shared.items()}
+    while wanted:
+        op_type, attrs = wanted.popitem()
+        functions[op_type] = make_body(op_type, attrs, how)
+        for node in functions[op_type].node:  # bodies call operators too
+            if node.domain == DOMAIN:
+                node.attribute.append(onnx.helper.make_attribute(PLUGIN_NAMESPACE, DOMAIN))
+                if node.op_type not in functions:
+                    wanted[node.op_type] = read_attrs(node)
     others = [function for function in model.functions if function.domain != DOMAIN]
     del model.functions[:]
-    model.functions.extend([*others, *functions])
+    model.functions.extend([*others, *(functions[name] for name in sorted(functions))])
     if functions and not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
 
 
 def make_body(op_type: str, attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
-    """Return the function of one operator, folded forms included.
+    """Return the function of one operator, folded forms and fused nodes included.
 
     Raises:
         ProgramError: the operator is unknown or has no body for these values.
@@ -63,7 +73,9 @@ def make_body(op_type: str, attrs: Attrs, how: Specialization) -> onnx.FunctionP
         return load(OPERATORS[op_type].body)(attrs, how)
     if op_type in FOLDED_FORMS:
         return load(FOLDED_FORMS[op_type].body)(attrs)
-    raise ProgramError(f"no operator {DOMAIN}.{op_type}; known: {', '.join([*OPERATORS, *FOLDED_FORMS])}")
+    if op_type in FUSED:
+        return load(FUSED[op_type])(attrs)
+    raise ProgramError(f"no operator {DOMAIN}.{op_type}; known: {', '.join([*OPERATORS, *FOLDED_FORMS, *FUSED])}")
 
 
 def operator_of(node: onnx.NodeProto) -> Operator | None:

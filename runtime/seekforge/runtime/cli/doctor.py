@@ -20,6 +20,7 @@ from seekforge.common.yaml_file import read_yaml
 from seekforge.formats.support import TABLE, TARGETS
 from seekforge.formats.weight_recipes.stored import WORDS
 from seekforge.plugins.kernels.cuda_driver import KERNELS_NEED, needs, version_of_branch
+from seekforge.plugins.native.library import absence
 from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND
 
 _PACKAGES = (
@@ -65,11 +66,13 @@ class Report:
     Attributes:
         versions: package or component -> version, None when absent.
         gpus: "name, driver, compute capability" of each.
+        cpu_operators: why engines for the CPU run the bodies in standard operators; empty where the library is.
         capabilities: what can be done.
     """
 
     versions: dict[str, str | None]
     gpus: tuple[str, ...]
+    cpu_operators: str
     capabilities: tuple[Capability, ...]
 
 
@@ -107,7 +110,7 @@ def examine() -> Report:
             capabilities += target_capabilities(
                 target, backend, requirements, has_gpu=bool(gpus), sm=sm, driver=driver, no_gpu=no_gpu
             )
-    return Report(versions, gpus, tuple(capabilities))
+    return Report(versions, gpus, absence(), tuple(capabilities))
 
 
 def target_capabilities(
@@ -229,11 +232,13 @@ def doctor(as_json: bool) -> None:
         write_json(asdict(report) | {"models": [asdict(row) | {"works": row.works} for row in TABLE]}, indent=1)
         return
     installed_versions = {name: version for name, version in report.versions.items() if version}
-    width = max(map(len, installed_versions))
+    width = max(map(len, (*installed_versions, "CPU operators")))
     for name, version in installed_versions.items():
         echo(f"{name:<{width}}  {version}")
     for gpu in report.gpus:
         echo(f"{'GPU':<{width}}  {gpu}")
+    operators = f"standard ones, slower: {report.cpu_operators}" if report.cpu_operators else "compiled"
+    echo(f"{'CPU operators':<{width}}  {operators}")
     alike: dict[tuple[bool, str, str], list[str]] = {}
     for item in report.capabilities:
         alike.setdefault((item.ready, item.missing, item.remedy), []).append(item.name)

@@ -1,0 +1,26 @@
+"""Operators of the CPU as a library for ONNX Runtime: one node where the body in standard operators has dozens.
+
+At batch 1 a decode step is bound by reading weights, and every node costs some microseconds beside that: with the
+bodies in standard operators, nine of ten nodes of a step reshaped, gathered or compared. The library is optional.
+Engines hold the bodies as functions, which ONNX Runtime inlines where no library claims the operator: the same file
+runs both ways.
+
+C++ stands in the operator's folder, `plugins/<op>/cpu/`; here is what operators share.
+"""
+
+from typing import Final
+
+#: ONNX op_type of the program's operators that the library has; a test compares both tables with it.
+OPERATORS: Final = ("DsaCacheWrite", "DsaIndexer", "DsaAttention", "MlaCacheWrite", "MlaAttention", "MoeRoute")
+#: op_type of what a build for the CPU puts in place of several nodes -> `module:function` that makes its body.
+FUSED: Final = {
+    "AddRmsNorm": "seekforge.plugins.fused.bodies:add_rms_norm",
+    "SwiGlu": "seekforge.plugins.fused.bodies:swiglu_form",
+    "MoeRouteAll": "seekforge.plugins.fused.bodies:route_all",
+    "QueryRows": "seekforge.plugins.fused.bodies:query_rows",
+    "IndexQuery": "seekforge.plugins.fused.bodies:index_query",
+    "LatentRows": "seekforge.plugins.fused.bodies:latent_rows",
+    "PlainLatentRows": "seekforge.plugins.fused.bodies:plain_latent_rows",
+    "HeadAttention": "seekforge.plugins.fused.bodies:head_attention",
+    "HeadMlaAttention": "seekforge.plugins.fused.bodies:head_mla_attention",
+}

@@ -1,0 +1,36 @@
+// The inner loops that operators share. `kernels.cpp` is compiled once for each set of vector instructions, and the
+// best one that this processor has is taken when the library is first used.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace seekforge {
+
+struct Kernels {
+    // out[h * out_stride + j] = Σ_d q[h * q_stride + d] · rows[j][d], for h < heads, j < count, d < width.
+    void (*dots)(const float* q, size_t q_stride, size_t heads, const float* const* rows, size_t count, size_t width,
+                 float* out, size_t out_stride);
+    // out[h * out_stride + d] += Σ_j w[h * w_stride + j] · rows[j][d].
+    void (*add_weighted)(const float* w, size_t w_stride, size_t heads, const float* const* rows, size_t count,
+                         size_t width, float* out, size_t out_stride);
+    // x[i] = exp(x[i] − shift), and the sum of all; for x[i] ≤ shift.
+    float (*exp_sum)(float* x, size_t count, float shift);
+    float (*largest)(const float* x, size_t count);  // NaN is passed over
+    void (*scale)(float* x, size_t count, float by);
+    // out[j] = Σ_h w[h] · max(dots[h * stride + j], 0), NaN kept; then NaN to the lowest, infinities to the largest.
+    void (*head_scores)(const float* dots, size_t stride, size_t heads, const float* w, size_t count, float* out);
+    // Rounds to e4m3 with one power of two per 128 values, and back (plugins/quant.py: fake_quantize). In place too.
+    void (*fake_quantize)(const float* x, size_t count, float* out);
+    // out = w · x / √(mean x² + eps).
+    void (*rms_norm)(const float* x, const float* w, size_t count, float eps, float* out);
+    // out = w · (x − mean) / √(variance + eps) + b.
+    void (*layer_norm)(const float* x, const float* w, const float* b, size_t count, float eps, float* out);
+    // out = silu(gate) · up.
+    void (*swiglu)(const float* gate, const float* up, size_t count, float* out);
+    void (*add)(const float* a, const float* b, size_t count, float* out);
+};
+
+const Kernels& kernels();
+
+}  // namespace seekforge
