@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
@@ -33,9 +34,18 @@ def plain(model: onnx.ModelProto, config: ModelConfig, *, keeps_weights: bool = 
     return result
 
 
-def inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy with the bodies of its functions in place of their calls, and only the domains that are left."""
-    result = inliner.inline_local_functions(model)
+def inline(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
+    """Return a copy with the bodies of its functions in place of their calls, and only the domains that are left.
+
+    Args:
+        model: the graph with its functions.
+        kept: op_types of custom operators that stay calls of their functions.
+    """
+    if kept:
+        others = [(function.domain, function.name) for function in model.functions if function.name not in kept]
+        result = inliner.inline_selected_functions(model, others)
+    else:
+        result = inliner.inline_local_functions(model)
     left = _domains(result.graph)
     keep = [entry for entry in result.opset_import if entry.domain in left]
     del result.opset_import[:]

@@ -21,6 +21,7 @@ from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.program import GraphIO, TensorSpec, load_bindings
 from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import Recipe, evaluate_into
+from seekforge.plugins.native.library import add_operators
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 
@@ -51,6 +52,7 @@ class OrtGraph:
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors: warnings about the graph are for its builder
         options.intra_op_num_threads = threads
+        add_operators(options)
         if weights:  # in place of those in the file, before anything is folded or packed
             options.add_external_initializers(list(weights), list(weights.values()))
         try:

@@ -10,6 +10,7 @@ import onnx
 
 from seekforge.common.files import sha256_file
 from seekforge.exporter.builder.onnxruntime.fold import fold_weights, limit_tables
+from seekforge.exporter.builder.onnxruntime.fuse import fuse
 from seekforge.exporter.program.graph_io import graph_io, roles_in
 from seekforge.exporter.program.inline import F32, inline
 from seekforge.exporter.program.metadata import annotate_again
@@ -22,6 +23,7 @@ from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import Recipe, retarget
 from seekforge.plugins.functions.attach import attach
+from seekforge.plugins.native import FUSED, OPERATORS
 
 #: What a graph of an engine says of itself.
 _ENGINE_GRAPH: Final = (
@@ -67,11 +69,23 @@ def fold_graph(
     return model, fold_weights(model, tables, coded, top_k=config.num_experts_per_tok)
 
 
-def finish_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Inline the bodies of a folded graph, so that it holds operators of ONNX and ONNX Runtime only."""
+def finish_graph(model: onnx.ModelProto, *, whole: bool = True) -> onnx.ModelProto:
+    """Fuse a folded graph, and give it the bodies of its operators.
+
+    What the compiled library of CPU operators has stays one node each, whose body is a function of the file: ONNX
+    Runtime inlines it where no library is. All others are inlined here.
+
+    Args:
+        model: the graph.
+        whole: whether such nodes stay; a graph that is cut into pieces afterwards has none.
+    """
+    if whole:
+        fuse(model)
     attach(model, F32)
-    inlined = inline(model)
-    annotate_again(inlined, _ENGINE_GRAPH, {"form": "engine for ONNX Runtime", "custom_operators": "none"})
+    inlined = inline(model, (*OPERATORS, *FUSED) if whole else ())
+    left = [function.name for function in inlined.functions]
+    form = {"form": "engine for ONNX Runtime", "custom_operators": ", ".join(left) or "none"}
+    annotate_again(inlined, _ENGINE_GRAPH, form)
     return inlined
 
 

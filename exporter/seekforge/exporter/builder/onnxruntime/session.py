@@ -19,6 +19,7 @@ from seekforge.common.errors import EngineError
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import GraphIO
 from seekforge.formats.step_io import MODEL, StepInputs
+from seekforge.plugins.native.library import add_operators
 
 
 class OrtOutputs(dict[str, np.ndarray]):
@@ -115,6 +116,7 @@ def _open(path: Path, threads: int, weights: Mapping[str, ort.OrtValue]) -> ort.
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    add_operators(options)
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
     try:

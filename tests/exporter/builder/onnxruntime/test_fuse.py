@@ -1,0 +1,100 @@
+"""Fused pieces of layers: how many nodes a layer has, that no name is lost, and what is left as it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import pytest
+
+from seekforge.exporter.builder.onnxruntime.fold import WeightFile
+from seekforge.exporter.builder.onnxruntime.fuse import fuse
+from seekforge.exporter.builder.onnxruntime.graphs import finish_graph, fold_graph
+from seekforge.exporter.builder.onnxruntime.quantize import choose
+from seekforge.exporter.builder.options import BuildOptions
+from seekforge.exporter.builder.request import read_graph
+from seekforge.exporter.program.taps import taps_in
+from seekforge.formats.checkpoint.model_config import ModelConfig
+from seekforge.formats.program import load_bindings, load_program
+from seekforge.plugins.native import FUSED
+
+#: What a layer may have: every node is one kernel of ONNX Runtime, whatever the context is.
+MOST_NODES = 30
+
+
+def folded(program_folder: Path, precision: Literal["int8", "int4"] | None) -> onnx.ModelProto:
+    """Return the folded main graph of a program, its weights constants that lie nowhere."""
+    program, bindings = load_program(program_folder), load_bindings(program_folder)
+    config = ModelConfig.parse(program.config, "program")
+    limits = BuildOptions().target("cpu").limits
+    model, constants = fold_graph(
+        read_graph(program_folder, program.graphs["model"]),
+        bindings["model"],
+        config,
+        coded=None if precision is None else choose(precision, config),
+        limits=limits.model_copy(update={"max_model_len": 512}),
+        taps=False,
+    )
+    WeightFile("weights.bin").attach(model, constants)
+    return model
+
+
+def by_layer(model: onnx.ModelProto) -> list[list[onnx.NodeProto]]:
+    """Return the nodes of each layer: from what makes its attn_norm to what makes the next one's."""
+    layers: list[list[onnx.NodeProto]] = []
+    for node in model.graph.node:
+        if any(re.fullmatch(r"attn_norm\.\d+", name) for name in node.output):
+            layers.append([])
+        if "hidden" in node.output:
+            break
+        if layers and node.op_type != "Constant":
+            layers[-1].append(node)
+    return layers
+
+
+@pytest.mark.parametrize("numerics", ["fp8", "exact"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_layer_has_few_nodes(
+    tiny_programs: dict[str, Path], numerics: str, precision: Literal["int8", "int4"]
+) -> None:
+    finished = finish_graph(folded(tiny_programs[numerics], precision))
+    layers = by_layer(finished)
+    assert len(layers) == 4
+    for nodes in layers:
+        assert len(nodes) <= MOST_NODES, [node.op_type for node in nodes]
+        assert {"If", "Scan", "Loop"}.isdisjoint(node.op_type for node in nodes)
+    kinds = [node.op_type for nodes in layers[1:] for node in nodes]
+    used = {*FUSED, "DsaIndexer"} - {"PlainLatentRows", "HeadMlaAttention"}
+    assert {kind: kinds.count(kind) for kind in used} == {kind: 3 + 3 * (kind == "AddRmsNorm") for kind in used}
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_every_tap_and_output_keeps_its_name(tiny_programs: dict[str, Path], precision: Literal["int8"] | None) -> None:
+    model = folded(tiny_programs["exact"], precision)
+    before, outputs = set(taps_in(model)), [value.name for value in model.graph.output]
+    fuse(model)
+    assert set(taps_in(model)) == before
+    assert [value.name for value in model.graph.output] == outputs
+    made = {name for node in model.graph.node for name in node.output}
+    assert made.issuperset(outputs)
+    onnx.checker.check_model(finish_graph(model).SerializeToString(), full_check=False)
+
+
+def test_a_piece_that_looks_otherwise_is_left(tiny_programs: dict[str, Path]) -> None:
+    model = folded(tiny_programs["exact"], None)
+    for node in model.graph.node:
+        if node.op_type == "Transpose":  # another order of axes: the attention of this layer is another piece
+            node.attribute[0].CopyFrom(onnx.helper.make_attribute("perm", [0, 1, 2]))
+            break
+    fuse(model)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("QueryRows") == 3 and kinds.count("LatentRows") == 4
+
+
+def test_fused_nodes_are_those_of_the_table(tiny_programs: dict[str, Path]) -> None:
+    model = folded(tiny_programs["exact"], "int8")
+    fuse(model)
+    kinds = {node.op_type for node in model.graph.node if node.domain == "seekforge"}
+    assert kinds - {"DsaIndexer"} <= FUSED.keys()
