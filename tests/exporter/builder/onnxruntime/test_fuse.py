@@ -70,6 +70,17 @@ def test_a_layer_has_few_nodes(
     assert {kind: kinds.count(kind) for kind in used} == {kind: 3 + 3 * (kind == "AddRmsNorm") for kind in used}
 
 
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make inputs of the weights whose file has not been written."""
+    kept = [one for one in model.graph.initializer if one.data_location != onnx.TensorProto.EXTERNAL]
+    for one in model.graph.initializer:
+        if one.data_location == onnx.TensorProto.EXTERNAL:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_every_tap_and_output_keeps_its_name(tiny_programs: dict[str, Path], precision: Literal["int8"] | None) -> None:
     model = folded(tiny_programs["exact"], precision)
@@ -79,7 +90,7 @@ def test_every_tap_and_output_keeps_its_name(tiny_programs: dict[str, Path], pre
     assert [value.name for value in model.graph.output] == outputs
     made = {name for node in model.graph.node for name in node.output}
     assert made.issuperset(outputs)
-    onnx.checker.check_model(finish_graph(model).SerializeToString(), full_check=False)
+    onnx.checker.check_model(without_weights(finish_graph(model)))
 
 
 def test_a_piece_that_looks_otherwise_is_left(tiny_programs: dict[str, Path]) -> None:
