@@ -358,6 +358,7 @@ class Operator:
         inlined_scratch: (model, step) -> bytes that the function's operators hold at once on a GPU, of an operator that
             engines for GPUs always inline; None with kernels, or where those hold no more than it gives.
         folded: the form for CPUs; None where nothing is folded.
+        native: whether the library of CPU operators has it, in the folder's `cpu/` (`plugins.native`).
         products: its matrix products; None where it has none.
         taps: what `parity` sees of it.
         kernels: None for an operator that TensorRT itself has a layer for, or that engines for GPUs inline.
@@ -370,6 +371,7 @@ class Operator:
     inlined_weights: Literal["float8", "int8"] | None
     inlined_scratch: Callable[[RankModel, Step], int] | None
     folded: FoldedForm | None
+    native: bool
     products: Products | None
     taps: Taps
     kernels: KernelForm | None

@@ -43,6 +43,8 @@ KERNEL_FORMS: Final[dict[str, KernelForm]] = {
 }
 #: Operators that have kernels.
 WITH_KERNELS: Final = tuple(KERNEL_FORMS)
+#: Operators that the library for CPUs has.
+NATIVE: Final = tuple(op for op, operator in OPERATORS.items() if operator.native)
 
 #: Operators whose products have FP8 weights: what precision is about.
 FP8_OPS: Final = tuple(op for op, spec in SPECS.items() if spec.has_input_of("fp8"))

@@ -9,8 +9,8 @@ import torch
 
 from seekforge.plugins.dsa_indexer.reference import index_scores
 from seekforge.plugins.functions.specialization import Specialization
-from seekforge.plugins.native import OPERATORS
 from seekforge.plugins.native.library import compiled
+from seekforge.plugins.registry import NATIVE
 from seekforge.plugins.testing import SCRAP, Case, Draw, cases, equal_bits, max_error, run_function, same_selection
 
 F32 = Specialization("f32", "float8", "f32", "ort")
@@ -47,7 +47,7 @@ def assert_same(case: Case, outputs: tuple[torch.Tensor, ...]) -> None:
     assert max_error(outputs[0], expected[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", cases(*OPERATORS), ids=str)
+@pytest.mark.parametrize("case", cases(*NATIVE), ids=str)
 def test_an_operator_computes_the_reference(case: Case, library: Path) -> None:
     typed = case.typed(F32)
     assert_same(typed, run_function(case.op, typed.inputs, typed.attrs, F32, library=library))

@@ -29,6 +29,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=None,
     folded=None,
+    native=False,
     products=Products(
         flops=lambda shapes, config, keys: 2.0 * math.prod(shapes["weight"]),
         in_plugin=lambda attrs: "bf16",

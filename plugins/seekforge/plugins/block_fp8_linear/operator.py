@@ -33,6 +33,7 @@ OPERATOR = Operator(
         body="seekforge.plugins.block_fp8_linear.function:folded_body",
         quantized="MatMulNBits",
     ),
+    native=False,
     products=Products(
         flops=lambda shapes, config, keys: 2.0 * math.prod(shapes["weight"]),
         in_plugin=lambda attrs: "fp8" if attrs["act_quant"] == "ue8m0" else "bf16",

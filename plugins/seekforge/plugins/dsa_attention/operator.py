@@ -39,6 +39,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=None,
     folded=None,
+    native=True,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * min(keys, config.index_topk),
         in_plugin=lambda attrs: "bf16",

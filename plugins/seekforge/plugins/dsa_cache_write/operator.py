@@ -37,6 +37,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=None,
     folded=None,
+    native=True,
     products=None,
     taps=Taps(inputs={"c": "kv_latent", "k_pe": "k_pe", "index_k": "index_k"}, outputs={}),
     kernels=KernelForm(

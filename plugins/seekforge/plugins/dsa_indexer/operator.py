@@ -45,6 +45,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=None,
     folded=None,
+    native=True,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * keys,
         in_plugin=lambda attrs: "fp8" if attrs["indexer_fp8"] else "bf16",

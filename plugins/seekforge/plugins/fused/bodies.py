@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import onnx
 
+from seekforge.plugins.dsa_attention.spec import SPEC as DSA_ATTENTION
 from seekforge.plugins.functions.builder import Attrs, Text, onnx_type, swiglu
+from seekforge.plugins.mla_attention.spec import SPEC as MLA_ATTENTION
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION
 
 
@@ -63,14 +65,14 @@ def query_rows(attrs: Attrs) -> onnx.FunctionProto:
 
 
 def index_query(attrs: Attrs) -> onnx.FunctionProto:
-    """`IndexQuery(wq_b [B, Q, Hi · D], cos, sin, hadamard?) -> index_q [B, Q, Hi, D]`, rotated in its first values."""
+    """`IndexQuery(flat_q [B, Q, Hi · D], cos, sin, hadamard?) -> index_q [B, Q, Hi, D]`, rotated in its first values."""
     heads, dim = int(attrs["heads"]), int(attrs["dim"])
     text = Text()
-    text.add(f"turned = {_rope(attrs, heads)}(wq_b, cos, sin)")
+    text.add(f"turned = {_rope(attrs, heads)}(flat_q, cos, sin)")
     text.add(f"{'split' if attrs['hadamard'] else 'index_q'} = Reshape(turned, {text.ints(0, 0, heads, dim)})")
     if attrs["hadamard"]:
         text.add("index_q = MatMul(split, hadamard)")
-    inputs = "wq_b, cos, sin" + (", hadamard" if attrs["hadamard"] else "")
+    inputs = "flat_q, cos, sin" + (", hadamard" if attrs["hadamard"] else "")
     return _function(text, "IndexQuery", inputs, "index_q", attrs)
 
 
@@ -121,12 +123,12 @@ def _latent_norms(text: Text, attrs: Attrs) -> None:
 
 def head_attention(attrs: Attrs) -> onnx.FunctionProto:
     """`HeadAttention`: `DsaAttention` with queries and results as the products per head have them, [H, B · Q, C]."""
-    return _head_attention(attrs, "DsaAttention", "HeadAttention", "topk_indices")
+    return _head_attention(attrs, DSA_ATTENTION.name, "HeadAttention", "topk_indices")
 
 
 def head_mla_attention(attrs: Attrs) -> onnx.FunctionProto:
     """`HeadMlaAttention`: the same of `MlaAttention`."""
-    return _head_attention(attrs, "MlaAttention", "HeadMlaAttention", "positions")
+    return _head_attention(attrs, MLA_ATTENTION.name, "HeadMlaAttention", "positions")
 
 
 def _head_attention(attrs: Attrs, operator: str, name: str, last: str) -> onnx.FunctionProto:

@@ -27,6 +27,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=inlined_scratch,
     folded=None,
+    native=True,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * keys,
         in_plugin=lambda attrs: "bf16",

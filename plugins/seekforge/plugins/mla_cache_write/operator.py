@@ -36,6 +36,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=None,
     folded=None,
+    native=True,
     products=None,
     taps=Taps(inputs={"c": "kv_latent", "k_pe": "k_pe"}, outputs={}),
     kernels=KernelForm(

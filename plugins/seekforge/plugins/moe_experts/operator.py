@@ -50,6 +50,7 @@ OPERATOR = Operator(
         body="seekforge.plugins.moe_experts.function:folded_body",
         quantized="QMoE",
     ),
+    native=False,
     products=Products(
         flops=flops,
         in_plugin=lambda attrs: "fp8" if attrs["act_quant"] == "ue8m0" else "bf16",

@@ -33,6 +33,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=None,
     folded=None,
+    native=True,
     products=None,
     taps=Taps(inputs={"logits": "router_logits"}, outputs={"expert_weights": "expert_weights"}),
     kernels=KernelForm(

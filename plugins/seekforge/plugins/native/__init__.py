@@ -5,13 +5,12 @@ bodies in standard operators, nine of ten nodes of a step reshaped, gathered or 
 Engines hold the bodies as functions, which ONNX Runtime inlines where no library claims the operator: the same file
 runs both ways.
 
-C++ stands in the operator's folder, `plugins/<op>/cpu/`; here is what operators share.
+C++ stands in the operator's folder, `plugins/<op>/cpu/`, of those that `plugins.registry.NATIVE` lists; here is what
+operators share.
 """
 
 from typing import Final
 
-#: ONNX op_type of the program's operators that the library has; a test compares both tables with it.
-OPERATORS: Final = ("DsaCacheWrite", "DsaIndexer", "DsaAttention", "MlaCacheWrite", "MlaAttention", "MoeRoute")
 #: op_type of what a build for the CPU puts in place of several nodes -> `module:function` that makes its body.
 FUSED: Final = {
     "AddRmsNorm": "seekforge.plugins.fused.bodies:add_rms_norm",

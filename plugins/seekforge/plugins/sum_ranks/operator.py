@@ -11,6 +11,7 @@ OPERATOR = Operator(
     inlined_weights=None,
     inlined_scratch=None,
     folded=None,
+    native=False,
     products=None,
     taps=NO_TAPS,
     kernels=None,

@@ -24,7 +24,7 @@ from seekforge.plugins.native import FUSED
 MOST_NODES = 30
 
 
-def folded(program_folder: Path, precision: Literal["int8", "int4"] | None) -> onnx.ModelProto:
+def folded(program_folder: Path, precision: Literal["int8", "int4"] | None, *, taps: bool = False) -> onnx.ModelProto:
     """Return the folded main graph of a program, its weights constants that lie nowhere."""
     program, bindings = load_program(program_folder), load_bindings(program_folder)
     config = ModelConfig.parse(program.config, "program")
@@ -35,7 +35,7 @@ def folded(program_folder: Path, precision: Literal["int8", "int4"] | None) -> o
         config,
         coded=None if precision is None else choose(precision, config),
         limits=limits.model_copy(update={"max_model_len": 512}),
-        taps=False,
+        taps=taps,
     )
     WeightFile("weights.bin").attach(model, constants)
     return model
@@ -91,6 +91,15 @@ def test_every_tap_and_output_keeps_its_name(tiny_programs: dict[str, Path], pre
     made = {name for node in model.graph.node for name in node.output}
     assert made.issuperset(outputs)
     onnx.checker.check_model(without_weights(finish_graph(model)))
+
+
+@pytest.mark.parametrize("numerics", ["fp8", "exact"])
+def test_taps_leave_the_same_nodes(tiny_programs: dict[str, Path], numerics: str) -> None:
+    plain, tapped = folded(tiny_programs[numerics], None), folded(tiny_programs[numerics], None, taps=True)
+    fuse(plain)
+    fuse(tapped)
+    kinds = [[node.op_type for node in model.graph.node if node.op_type != "Cast"] for model in (plain, tapped)]
+    assert sorted(kinds[0]) == sorted(kinds[1])
 
 
 def test_a_piece_that_looks_otherwise_is_left(tiny_programs: dict[str, Path]) -> None:

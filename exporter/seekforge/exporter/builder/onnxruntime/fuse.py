@@ -15,7 +15,16 @@ from typing import Any, Final
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from seekforge.plugins.block_fp8_linear.spec import SPEC as BLOCK_FP8_LINEAR
+from seekforge.plugins.dsa_attention.spec import SPEC as DSA_ATTENTION
+from seekforge.plugins.dsa_cache_write.spec import SPEC as DSA_CACHE_WRITE
+from seekforge.plugins.dsa_indexer.spec import SPEC as DSA_INDEXER
+from seekforge.plugins.mla_attention.spec import SPEC as MLA_ATTENTION
+from seekforge.plugins.mla_cache_write.spec import SPEC as MLA_CACHE_WRITE
+from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
+from seekforge.plugins.moe_route.spec import SPEC as MOE_ROUTE
 from seekforge.plugins.operator import DOMAIN
+from seekforge.plugins.sum_ranks.spec import SPEC as SUM_RANKS
 
 #: Operators that give numbers of type f32 in a folded graph, whose casts to f32 do nothing.
 _GIVE_F32: Final = frozenset(
@@ -28,13 +37,13 @@ _GIVE_F32: Final = frozenset(
         "RMSNormalization",
         "LayerNormalization",
         "RotaryEmbedding",
-        "BlockFp8Linear",
+        BLOCK_FP8_LINEAR.name,
         "FoldedLinear",
         "FoldedExperts",
-        "MoeExperts",
-        "DsaAttention",
-        "MlaAttention",
-        "SumRanks",
+        MOE_EXPERTS.name,
+        DSA_ATTENTION.name,
+        MLA_ATTENTION.name,
+        SUM_RANKS.name,
         "AddRmsNorm",
         "SwiGlu",
     ]
@@ -57,6 +66,7 @@ class _Graph:
         self.nodes = list(graph.node)
         self.outputs = {value.name for value in graph.output}
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._attributes: dict[str, _Values] = {}
         self.index()
 
     def index(self) -> None:
@@ -101,7 +111,13 @@ class _Graph:
         return [int(one) for one in numpy_helper.to_array(self.constants[value]).reshape(-1)]
 
     def replace(self, op_type: str, name: str, inputs: list[str], outputs: list[str], attrs: _Values) -> None:
-        """Let one node give `outputs` in place of the nodes that do; those whose values nobody reads then go."""
+        """Let one node give `outputs` in place of the nodes that do; those whose values nobody reads then go.
+
+        Raises:
+            _Piece: an earlier node of this operator has other attributes.
+        """
+        if self._attributes.setdefault(op_type, attrs) != attrs:
+            raise _Piece  # all nodes of an operator share one body
         node = helper.make_node(op_type, inputs, outputs, name=name, domain=DOMAIN, **attrs)
         made = set(outputs)
         for other in self.nodes:
@@ -192,9 +208,9 @@ def _drop_casts(graph: _Graph) -> None:
         is_f32 = node.op_type in _GIVE_F32 or (node.op_type in (*_PASS_ON, "Gather") and node.input[0] in f32)
         if node.op_type == "Cast" and _attribute(node, "to") == TensorProto.FLOAT:
             source, result = node.input[0], node.output[0]
-            if source in f32 and source in graph.producer and source not in graph.outputs:
+            if source in f32 and source in graph.producer:
                 maker = graph.producer[source]
-                if "/" in source:  # the name of no tap: the result's name takes its place
+                if "/" in source and source not in graph.outputs:  # no tap: the result's name takes its place
                     maker.output[:] = [result if name == source else name for name in maker.output]
                     graph.producer[result] = maker
                     renamed[source] = result
@@ -202,9 +218,9 @@ def _drop_casts(graph: _Graph) -> None:
                         other.input[:] = [result if name == source else name for name in other.input]
                     f32.add(result)
                     continue
+                renamed[result] = source
                 if result not in graph.outputs:
-                    renamed[result] = source
-                    continue
+                    continue  # else both names are asked for: the cast stays, and what reads it reads its source
             is_f32 = True
         if is_f32:
             f32.update(node.output)
@@ -237,7 +253,7 @@ def _swiglu(graph: _Graph, product: onnx.NodeProto) -> None:
 
 def _route_all(graph: _Graph, scatter: onnx.NodeProto) -> None:
     ids = graph.made_by(scatter.input[1], "Cast").input[0]
-    route = graph.made_by(ids, "MoeRoute")
+    route = graph.made_by(ids, MOE_ROUTE.name)
     if scatter.input[2] != route.output[1]:
         raise _Piece
     outputs = [*route.output, scatter.output[0]]
@@ -304,7 +320,7 @@ def _index_weights(graph: _Graph, value: str) -> None:
 
 
 def _latent_rows(graph: _Graph, write: onnx.NodeProto) -> None:
-    has_indexer = write.op_type == "DsaCacheWrite"
+    has_indexer = write.op_type == DSA_CACHE_WRITE.name
     caches = list(write.input[: 2 if has_indexer else 1])
     c, pe, *keys, slots = write.input[len(caches) :]
     norm, turn = graph.made_by(c, "RMSNormalization"), graph.made_by(pe, "RotaryEmbedding")
@@ -353,7 +369,7 @@ def _head_attention(graph: _Graph, attention: onnx.NodeProto) -> None:
     result = graph.read_by(behind.output[0], "Transpose")
     if any(list(_attribute(node, "perm")) != [1, 0, 2] for node in (transpose, result)):
         raise _Piece
-    name = "HeadAttention" if attention.op_type == "DsaAttention" else "HeadMlaAttention"
+    name = "HeadAttention" if attention.op_type == DSA_ATTENTION.name else "HeadMlaAttention"
     inputs = [transpose.input[0], *attention.input[1:]]
     outputs = [result.output[0], attention.input[0], attention.output[0]]
     graph.replace(name, attention.name, inputs, outputs, {"scale": _attribute(attention, "scale")})
@@ -365,9 +381,9 @@ _RULES: Final[tuple[tuple[str, Callable[[_Graph, onnx.NodeProto], None]], ...]] 
     ("Mul", _swiglu),
     ("ScatterElements", _route_all),
     ("RotaryEmbedding", _query_rows),
-    ("DsaCacheWrite", _latent_rows),
-    ("MlaCacheWrite", _latent_rows),
-    ("DsaIndexer", _index_query),
-    ("DsaAttention", _head_attention),
-    ("MlaAttention", _head_attention),
+    (DSA_CACHE_WRITE.name, _latent_rows),
+    (MLA_CACHE_WRITE.name, _latent_rows),
+    (DSA_INDEXER.name, _index_query),
+    (DSA_ATTENTION.name, _head_attention),
+    (MLA_ATTENTION.name, _head_attention),
 )
