@@ -65,7 +65,7 @@ def query_rows(attrs: Attrs) -> onnx.FunctionProto:
 
 
 def index_query(attrs: Attrs) -> onnx.FunctionProto:
-    """`IndexQuery(flat_q [B, Q, Hi · D], cos, sin, hadamard?) -> index_q [B, Q, Hi, D]`, rotated in its first values."""
+    """`IndexQuery(flat_q [B, Q, Hi · D], cos, sin, hadamard?) -> index_q [B, Q, Hi, D]`, its first values rotated."""
     heads, dim = int(attrs["heads"]), int(attrs["dim"])
     text = Text()
     text.add(f"turned = {_rope(attrs, heads)}(flat_q, cos, sin)")

@@ -23,7 +23,8 @@ from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import Recipe, retarget
 from seekforge.plugins.functions.attach import attach
-from seekforge.plugins.native import FUSED, OPERATORS
+from seekforge.plugins.native import FUSED
+from seekforge.plugins.registry import NATIVE
 
 #: What a graph of an engine says of itself.
 _ENGINE_GRAPH: Final = (
@@ -82,7 +83,7 @@ def finish_graph(model: onnx.ModelProto, *, whole: bool = True) -> onnx.ModelPro
     if whole:
         fuse(model)
     attach(model, F32)
-    inlined = inline(model, (*OPERATORS, *FUSED) if whole else ())
+    inlined = inline(model, (*NATIVE, *FUSED) if whole else ())
     left = [function.name for function in inlined.functions]
     form = {"form": "engine for ONNX Runtime", "custom_operators": ", ".join(left) or "none"}
     annotate_again(inlined, _ENGINE_GRAPH, form)
