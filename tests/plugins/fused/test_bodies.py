@@ -14,7 +14,6 @@ from seekforge.common import dtypes
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.native import FUSED
-from seekforge.plugins.native.library import compiled
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION
 from seekforge.plugins.testing import Draw, max_error, run_model
 from seekforge.plugins.torch_ops import DTYPE_NAMES
@@ -23,14 +22,6 @@ F32 = Specialization("f32", "float8", "f32", "ort")
 #: f32 sums in another order, and another exponential; a weight bent by 1 % moves the results by 1e-3 and more.
 TOLERANCE = 3e-6
 Attrs = Mapping[str, int | float]
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    path = compiled()
-    if path is None:
-        pytest.skip("the CPU operators are not compiled: python -m seekforge.plugins.native.compile")
-    return path
 
 
 def run(

@@ -9,21 +9,12 @@ import torch
 
 from seekforge.plugins.dsa_indexer.reference import index_scores
 from seekforge.plugins.functions.specialization import Specialization
-from seekforge.plugins.native.library import compiled
 from seekforge.plugins.registry import NATIVE
 from seekforge.plugins.testing import SCRAP, Case, Draw, cases, equal_bits, max_error, run_function, same_selection
 
 F32 = Specialization("f32", "float8", "f32", "ort")
 #: f32 softmax and sums in another order; a scale bent by 1 % moves the results by 1e-3 and more.
 TOLERANCE = 3e-6
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    path = compiled()
-    if path is None:
-        pytest.skip("the CPU operators are not compiled: python -m seekforge.plugins.native.compile")
-    return path
 
 
 def assert_same(case: Case, outputs: tuple[torch.Tensor, ...]) -> None:

@@ -39,6 +39,27 @@ struct Queries {
     int64_t head_stride() const { return (heads_first ? tokens() : 1) * latent_dim; }
 };
 
+// What the attention operators have in common; `kKeys` is the type of the input that says which keys a token has.
+template <bool kHeadsFirst, ort::Type kKeys>
+struct LatentAttention {
+    static constexpr ort::Type kInputs[] = {ort::Type::kF32, ort::Type::kF32, ort::Type::kF32, ort::Type::kI32, kKeys};
+    static constexpr size_t kNumOutputs = kHeadsFirst ? 3 : 1;
+    static constexpr ort::Type kOutputs[] = {ort::Type::kF32, ort::Type::kF32, ort::Type::kF32};
+
+    explicit LatentAttention(const Attributes& attributes) : scale(attributes.number("scale")) {}
+
+    // The paged rows, whose sizes must be those of the queries.
+    static PagedRows paged_rows(const Call& call, const Queries& q) {
+        const Tensor cache = call.input(2, 2, "latent_cache is not [NB·64, C+R]");
+        const Tensor table = call.input(3, 2, "block_table is not [B, MB]");
+        require(cache.size(1) == q.latent_dim + q.rope && table.size(0) == q.batch,
+                "sizes of the inputs do not agree");
+        return PagedRows(cache, table);
+    }
+
+    float scale;
+};
+
 // Writes o[h, 0:latent] = Σ_j softmax_j(scale · q_h · key_j) · key_j[0:latent] for `heads` heads.
 //
 // The sum is that of a running softmax, block after block of 64 keys in the order in which they are given: it depends

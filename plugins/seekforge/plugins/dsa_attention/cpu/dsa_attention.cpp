@@ -27,35 +27,24 @@ struct Chosen {
 };
 
 template <bool kHeadsFirst>
-struct Attention {
+struct Attention : LatentAttention<kHeadsFirst, ort::Type::kI32> {
     static constexpr const char* kName = kHeadsFirst ? "HeadAttention" : "DsaAttention";
-    static constexpr ort::Type kInputs[] = {ort::Type::kF32, ort::Type::kF32, ort::Type::kF32, ort::Type::kI32,
-                                            ort::Type::kI32};
-    static constexpr size_t kNumOutputs = kHeadsFirst ? 3 : 1;
-    static constexpr ort::Type kOutputs[] = {ort::Type::kF32, ort::Type::kF32, ort::Type::kF32};
-
-    explicit Attention(const Attributes& attributes) : scale(attributes.number("scale")) {}
+    using LatentAttention<kHeadsFirst, ort::Type::kI32>::LatentAttention;
 
     void compute(Call& call) const {
         const Queries q(call, kHeadsFirst);
-        const Tensor cache = call.input(2, 2, "latent_cache is not [NB·64, C+R]");
-        const Tensor table = call.input(3, 2, "block_table is not [B, MB]");
         const Tensor chosen = call.input(4, 3, "topk_indices is not [B, Q, TOPK]");
         const int64_t topk = chosen.size(2);
-        require(cache.size(1) == q.latent_dim + q.rope && table.size(0) == q.batch && chosen.size(0) == q.batch &&
-                    chosen.size(1) == q.queries,
-                "sizes of the inputs do not agree");
-        const PagedRows keys(cache, table);
+        require(chosen.size(0) == q.batch && chosen.size(1) == q.queries, "sizes of the inputs do not agree");
+        const PagedRows keys = this->paged_rows(call, q);
         const int32_t* indices = chosen.as<int32_t>();
         for (int64_t i = 0; i < chosen.count(); ++i) {
             require(indices[i] < keys.positions(), "topk_indices names a position that the block table has not");
         }
-        attend_all(call, q, scale, q.tokens() * topk, [&](int64_t token) {
+        attend_all(call, q, this->scale, q.tokens() * topk, [&](int64_t token) {
             return Chosen(keys, token / q.queries, indices + token * topk, topk);
         });
     }
-
-    float scale;
 };
 
 }  // namespace

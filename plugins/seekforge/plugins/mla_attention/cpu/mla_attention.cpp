@@ -14,37 +14,26 @@ struct Visible {
 };
 
 template <bool kHeadsFirst>
-struct Attention {
+struct Attention : LatentAttention<kHeadsFirst, ort::Type::kI64> {
     static constexpr const char* kName = kHeadsFirst ? "HeadMlaAttention" : "MlaAttention";
-    static constexpr ort::Type kInputs[] = {ort::Type::kF32, ort::Type::kF32, ort::Type::kF32, ort::Type::kI32,
-                                            ort::Type::kI64};
-    static constexpr size_t kNumOutputs = kHeadsFirst ? 3 : 1;
-    static constexpr ort::Type kOutputs[] = {ort::Type::kF32, ort::Type::kF32, ort::Type::kF32};
-
-    explicit Attention(const Attributes& attributes) : scale(attributes.number("scale")) {}
+    using LatentAttention<kHeadsFirst, ort::Type::kI64>::LatentAttention;
 
     void compute(Call& call) const {
         const Queries q(call, kHeadsFirst);
-        const Tensor cache = call.input(2, 2, "latent_cache is not [NB·64, C+R]");
-        const Tensor table = call.input(3, 2, "block_table is not [B, MB]");
         const Tensor positions = call.input(4, 2, "positions is not [B, Q]");
-        require(cache.size(1) == q.latent_dim + q.rope && table.size(0) == q.batch && positions.size(0) == q.batch &&
-                    positions.size(1) == q.queries,
-                "sizes of the inputs do not agree");
-        const PagedRows keys(cache, table);
+        require(positions.size(0) == q.batch && positions.size(1) == q.queries, "sizes of the inputs do not agree");
+        const PagedRows keys = this->paged_rows(call, q);
         int64_t visible = 0;
         for (int64_t i = 0; i < positions.count(); ++i) {
             const int64_t position = positions.as<int64_t>()[i];
             require(position < keys.positions(), "a position is one that the block table has not");
             visible += position + 1;
         }
-        attend_all(call, q, scale, visible, [&](int64_t token) {
+        attend_all(call, q, this->scale, visible, [&](int64_t token) {
             const int64_t position = positions.as<int64_t>()[token];
             return Visible{keys, token / q.queries, position < 0 ? 0 : position + 1};
         });
     }
-
-    float scale;
 };
 
 }  // namespace
