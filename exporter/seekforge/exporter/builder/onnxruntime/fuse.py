@@ -9,7 +9,7 @@ test counts the nodes of a layer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import onnx
@@ -71,11 +71,20 @@ class _Graph:
 
     def index(self) -> None:
         """Note anew who makes and who reads what."""
-        self.producer = {name: node for node in self.nodes for name in node.output if name}
+        self.producer: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self._ids = {id(node) for node in self.nodes}
         for node in self.nodes:
-            for name in set(node.input):
-                self.readers[name].append(node)
+            self._note(node)
+
+    def _note(self, node: onnx.NodeProto) -> None:
+        self.producer.update((name, node) for name in node.output if name)
+        for name in set(_reads(node)):
+            self.readers[name].append(node)
+
+    def has(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is still part of the graph."""
+        return id(node) in self._ids
 
     def made_by(self, value: str, *op_types: str) -> onnx.NodeProto:
         """Return the node that makes `value`, one of these operators."""
@@ -119,29 +128,45 @@ class _Graph:
         if self._attributes.setdefault(op_type, attrs) != attrs:
             raise _Piece  # all nodes of an operator share one body
         node = helper.make_node(op_type, inputs, outputs, name=name, domain=DOMAIN, **attrs)
-        made = set(outputs)
-        for other in self.nodes:
-            for number, output in enumerate(other.output):
-                if output in made:
-                    other.output[number] = f"{output}/unused"
+        replaced = [self.producer[output] for output in outputs]
+        for other, output in zip(replaced, outputs, strict=True):
+            unused = f"{output}/unused"
+            other.output[list(other.output).index(output)] = unused
+            self.producer[unused] = other
         self.nodes.append(node)
-        self.clean()
+        self._ids.add(id(node))
+        self._note(node)
+        self.clean(replaced)
 
-    def clean(self) -> None:
-        """Drop the nodes that nobody reads, and note who makes what."""
-        while True:
-            read = {name for node in self.nodes for name in node.input} | self.outputs
-            kept = [node for node in self.nodes if not read.isdisjoint(node.output)]
-            if len(kept) == len(self.nodes):
-                break
-            self.nodes = kept
-        self.index()
+    def read(self, node: onnx.NodeProto, number: int, value: str) -> None:
+        """Let an input of a node be another value; what made the one before goes if nobody reads it."""
+        before = node.input[number]
+        node.input[number] = value
+        self.readers[before] = [one for one in self.readers[before] if one is not node]
+        self.readers[value].append(node)
+        self.clean([self.producer[before]])
+
+    def clean(self, suspects: Iterable[onnx.NodeProto]) -> None:
+        """Drop those of these nodes that nobody reads, and what nobody reads then."""
+        waiting = list(suspects)
+        while waiting:
+            node = waiting.pop()
+            if not self.has(node) or any(self.readers[name] or name in self.outputs for name in node.output):
+                continue
+            self._ids.discard(id(node))
+            for name in node.output:
+                if self.producer.get(name) is node:
+                    del self.producer[name]
+            for name in set(_reads(node)):
+                self.readers[name] = [one for one in self.readers[name] if one is not node]
+                if name in self.producer:
+                    waiting.append(self.producer[name])
 
     def write(self) -> None:
         """Put the nodes back, each behind those that it reads, else in their order."""
         known = {value.name for value in self.graph.input} | self.constants.keys() | {""}
         ordered: list[onnx.NodeProto] = []
-        waiting = sorted(self.nodes, key=self._place)
+        waiting = sorted((node for node in self.nodes if self.has(node)), key=self._place)
         while waiting:
             later = []
             for node in waiting:
@@ -177,9 +202,10 @@ def fuse(model: onnx.ModelProto) -> None:
     graph = _Graph(model.graph)
     graph.remember_order()
     _drop_casts(graph)
+    graph.clean(graph.nodes)
     for op_type, rule in _RULES:
         for node in [node for node in graph.nodes if node.op_type == op_type]:
-            if any(node is one for one in graph.nodes):
+            if graph.has(node):
                 try:
                     rule(graph, node)
                 except _Piece:
@@ -314,9 +340,8 @@ def _index_weights(graph: _Graph, value: str) -> None:
     flat = graph.made_by(product.input[0], "Reshape")
     if len(graph.readers[product.output[0]]) != 1:
         raise _Piece
-    product.input[0] = flat.input[0]
-    scaled.input[0] = product.output[0]
-    graph.clean()
+    graph.read(product, 0, flat.input[0])
+    graph.read(scaled, 0, product.output[0])
 
 
 def _latent_rows(graph: _Graph, write: onnx.NodeProto) -> None:
