@@ -31,9 +31,13 @@ class Hub:
         revisions: the revisions that it has.
         ranges: answers range requests with parts; False: with everything, as a plain file server does.
         lists: knows the API's list of files.
+        listed: file name -> what the list says of it beside the rest: digests of a file on Xet, say.
+        commit: the commit that the API says a revision is.
+        pages: further lists that each list says there are.
         token: needed for everything; None: nothing is.
         redirects: gives shards from another address, as the hub does.
-        lies: file name -> what is sent where it is downloaded, from its content and the first and last byte asked for.
+        lies: file name, or "list" -> what is sent where it is downloaded, from its content and the first and last byte
+            asked for.
         facts: file name -> what is said of it beside the truth, or in its place.
         cut: file name -> how many bytes its answers end after, without warning.
         sent: body bytes so far.
@@ -46,6 +50,9 @@ class Hub:
     revisions: tuple[str, ...] = ("main", COMMIT)
     ranges: bool = True
     lists: bool = True
+    listed: dict[str, dict[str, object]] = field(default_factory=dict)
+    commit: str = COMMIT
+    pages: int = 0
     token: str | None = None
     redirects: bool = False
     lies: dict[str, Lie] = field(default_factory=dict)
@@ -105,16 +112,23 @@ class _Handler(BaseHTTPRequestHandler):
         api = re.fullmatch(rf"/api/models/{hub.name}(?:/revision/([^/]+))?", path)
         if api is not None and hub.lists:
             names = [str(p.relative_to(hub.folder)) for p in sorted(hub.folder.rglob("*")) if p.is_file()]
-            answer = {"id": hub.name, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            answer = {"id": hub.name, "sha": hub.commit, "siblings": [{"rfilename": name} for name in names]}
             self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, body=body)
             return
         if re.fullmatch(rf"/api/models/{hub.name}/tree/[^/]+", path) and hub.lists:
             files = [p for p in sorted(hub.folder.rglob("*")) if p.is_file()]
             listed = [
                 {"type": "file", "path": str(p.relative_to(hub.folder)), "size": p.stat().st_size, "oid": "0" * 40}
+                | hub.listed.get(p.name, {})
                 for p in files
             ]
-            self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"}, body=body)
+            more = {"Link": f'<{hub.url}{self.path}>; rel="next"'} if hub.pages else {}
+            hub.pages = max(0, hub.pages - 1)
+            headers = {"Content-Type": "application/json", **more}
+            if "list" in hub.lies:
+                self._lie("list", None)
+            else:
+                self._send(200, json.dumps(listed).encode(), headers, body=body)
             return
         file = re.fullmatch(rf"/(cdn/)?{hub.name}/resolve/([^/]+)/(.+)", path)
         if file is None:
@@ -155,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         start, stop = (int(asked[1]), int(asked[2]) + 1 if asked[2] else None) if asked else (0, None)
         with suppress(OSError):  # nobody listens any more
-            for piece in self.state.lies[name]((self.state.folder / name).read_bytes(), start, stop):
+            file = self.state.folder / name
+            for piece in self.state.lies[name](file.read_bytes() if file.is_file() else b"", start, stop):
                 self.wfile.write(piece)
                 self.wfile.flush()
                 self.state.sent += len(piece)

@@ -17,6 +17,8 @@ from tests.support.lying_server import Lie, answer, honest
 from seekforge.common.errors import CheckpointError
 from seekforge.formats.checkpoint import hub as hub_module
 from seekforge.formats.checkpoint.hub import resolve
+from seekforge.formats.checkpoint.hub_answers import checked_answers
+from seekforge.formats.checkpoint.hub_files import Repo
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.checkpoint.shard_writer import write_shard
 
@@ -166,3 +168,101 @@ def test_a_lie_about_size_or_digest_is_one_line(said: dict[str, str], hub: Hub, 
         assert (folder / SECOND).read_bytes() == (hub.folder / SECOND).read_bytes()
         assert "ETag" not in said or (folder / SECOND).resolve().is_relative_to(tmp_path / "cache")
     assert outside(tmp_path) == [] and not Path("/tmp/evil").exists()
+
+
+def on_xet(**said: object) -> dict[str, object]:
+    """What a list says of a large file on Xet: from this alone the library makes the names of its blob."""
+    return {"lfs": {"oid": "a" * 64, "size": _SIZE, "pointerSize": 9}, "xetHash": "b" * 64} | said
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        on_xet(lfs={"oid": "../../../evil", "size": 9, "pointerSize": 9}),
+        on_xet(lfs={"oid": "/tmp/evil", "size": 9, "pointerSize": 9}),
+        on_xet(lfs={"oid": "..", "size": 9, "pointerSize": 9}),
+        on_xet(lfs={"oid": ["a"], "size": 9, "pointerSize": 9}),
+        on_xet(oid="../../evil"),
+        on_xet(xetHash="../evil"),
+        {"path": "../../../evil.json"},
+        {"path": "/tmp/evil.json"},
+        {"path": 7},
+        {"path": "a\0b.json"},
+        {"size": "many"},
+        {"type": "directory"},
+        {"lfs": 7},
+    ],
+    ids=str,
+)
+def test_a_lie_in_the_list_of_files_is_one_line(said: dict[str, object], hub: Hub, tmp_path: Path) -> None:
+    hub.listed[SECOND] = said
+    try:
+        folder = resolve("owner/name", quiet=True)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and "owner/name" in str(error) and len(str(error)) < 1000
+    else:  # what it said of was not believed
+        assert not (folder / SECOND).exists() or (folder / SECOND).resolve().is_relative_to(tmp_path / "cache")
+    assert outside(tmp_path) == [] and not list(Path("/tmp").glob("evil*"))
+
+
+@pytest.mark.parametrize("commit", ["../../../../evil", "/tmp/evil", "..", "main", ""])
+def test_a_commit_that_leads_elsewhere_is_one_line(commit: str, hub: Hub, tmp_path: Path) -> None:
+    hub.commit = commit
+    assert "sha in the server's list of files" in refused(hub, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (endless(b"HTTP/1.1 200 OK\r\n\r\n["), "says more than 64 MiB"),
+        (endless(b"HTTP/1.1 500 Oh\r\n\r\n"), "says more than 64 MiB"),
+        (lambda *_: [answer("200 OK", gzip.compress(bytes(8 << 20)), "Content-Encoding: gzip")], "Content-Encoding"),
+        (lambda *_: [answer("200 OK", b"<html>Log in</html>")], "no JSON"),
+        (lambda *_: [answer("200 OK", b"[" * 100_000)], "no JSON"),
+    ],
+)
+def test_a_list_of_files_is_bounded(lie: Lie, said: str, hub: Hub, tmp_path: Path) -> None:
+    hub.lies["list"] = lie
+    with pytest.raises(CheckpointError, match="owner/name") as found:
+        resolve("owner/name", quiet=True)
+    assert said in str(found.value) and "\n" not in str(found.value)
+    assert hub.sent < 80 << 20 and outside(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", ["302 Found", "200 OK"])
+def test_a_list_from_an_address_of_a_file_is_looked_at_too(status: str, hub: Hub, tmp_path: Path) -> None:
+    """A server chooses where a list is moved to, and where the next one is."""
+    evil = {"path": "x.json", "type": "file", "size": 1, "oid": "0" * 40} | on_xet(lfs={"oid": "../../evil", "size": 1})
+    (hub.folder / "list.json").write_text(json.dumps([evil]))
+    address = f"{hub.url}/owner/name/resolve/main/list.json"
+    said = f"Location: {address}" if status.startswith("302") else f'Link: <{address}>; rel="next"'
+    hub.lies["list"] = lambda *_: [answer(status, b"[]", said, "Content-Type: application/json")]
+    assert "oid in the server's list of files is '../../evil'" in refused(hub, tmp_path)
+
+
+def test_lists_without_end_are_given_up(hub: Hub, tmp_path: Path) -> None:
+    hub.pages = 10**9
+    assert "more than 100 lists" in refused(hub, tmp_path)
+
+
+def test_a_server_that_says_to_wait_for_years_is_not_waited_for(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    hub.lies["list"] = lambda *_: [answer("429 Too Many Requests", b"", "Retry-After: 99999999")]
+    assert "too many requests (status 429)" in refused(hub, tmp_path)
+    assert sum(waited) < 120
+
+
+def test_a_client_that_is_made_anew_is_watched_too(hub: Hub) -> None:
+    """The library closes its client and makes another when a connection fails."""
+    library = hub_module._library("owner/name")
+    hub.facts[SECOND] = {"ETag": '"../../evil"'}
+    address = f"{hub.url}/owner/name/resolve/main/{SECOND}"
+    with checked_answers(library, Repo("owner/name")) as answers:
+        answers.begin_files()
+        library.utils.close_session()
+        with pytest.raises(CheckpointError, match="etag"):
+            library.utils.get_session().get(address)
+    assert library.utils.get_session().head(address).headers["etag"] == '"../../evil"'

@@ -32,6 +32,7 @@ from seekforge.common.paths import name_fault
 from seekforge.common.reading import parse_json, read_json
 from seekforge.common.requirements import install_module
 from seekforge.common.temporary import temporary_folder
+from seekforge.formats.checkpoint.hub_answers import checked_answers
 from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
 from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE, says_nothing_of_weights
 from seekforge.formats.checkpoint.tools_preamble import ENCODING_FILE
@@ -45,8 +46,6 @@ _HOSTS: Final = ("huggingface.co", "hf.co", "www.huggingface.co")
 #: What of a repository is downloaded.
 PATTERNS: Final = ["*.safetensors", "*.json", ENCODING_FILE, TEMPLATE_FILE]
 _THREADS: Final = 8
-#: An ETag, or a commit: with a slash, or of dots alone, it would be the path of something else.
-_PLAIN: Final = re.compile(r'(?:W/)?"?[\w+=:-][\w.+=:-]{0,199}"?')
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 #: Files beside the weights, and headers of shards, have no more than that.
 _BESIDE_WEIGHTS_BYTES: Final = 1 << 30
@@ -153,53 +152,33 @@ def download(repo: Repo, *, quiet: bool = False) -> Path:
     cached = _snapshot(hub, repo)
     if cached is not None and _is_whole(cached):
         return cached
-    more: dict[str, Any] = {}
-    if hasattr(hub, "constants"):
-        most = _check_room(hub, repo)
-        more = {"endpoint": endpoint(hub), "tqdm_class": _bar_with_an_end(hub, repo, most)}
+    most = _check_room(hub, repo) if hasattr(hub, "constants") else None
     if quiet and hasattr(hub, "utils"):
         hub.utils.disable_progress_bars()
-    with _plain_names(hub, repo) as refused:
+    with checked_answers(hub, repo) as answers:
+        more: dict[str, Any] = {}
+        if most is not None:
+            bar = _bar_with_an_end(hub, repo, most, answers.begin_files)
+            more = {"endpoint": endpoint(hub), "tqdm_class": bar}
         try:
             folder = Path(hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, **more))
         except SeekforgeError:
             raise
         except Exception as error:  # of a dozen classes, ours, of its HTTP client's and of the operating system
-            raise (refused[0] if refused else explained(error, repo)) from None
+            raise (answers.refused[0] if answers.refused else explained(error, repo)) from None
     _check_blobs(folder, repo)
     return folder
 
 
-@contextmanager
-def _plain_names(hub: Any, repo: Repo) -> Iterator[list[CheckpointError]]:
-    """Refuse answers whose headers would lead out of the cache: the library makes names of files of them.
+def _bar_with_an_end(hub: Any, repo: Repo, most: int, begin: Callable[[], None]) -> type:
+    """Return a progress bar of the library that refuses more bytes: it writes whatever comes, as long as it comes.
 
-    Yields what was refused: the library raises an error of its own for an answer that it does not get.
+    `begin` is called when the first is made, which the library does when it has listed all files.
     """
-    refused: list[CheckpointError] = []
-
-    def check(response: Any) -> None:
-        for header in ("etag", "x-linked-etag", "x-repo-commit"):
-            value = response.headers.get(header)
-            if value is not None and not _PLAIN.fullmatch(value):
-                refused.append(
-                    CheckpointError(f"{repo}: the server's {header} is {value[:60]!r}, expected the digest of a file")
-                )
-                raise refused[-1]
-
-    hooks = hub.utils.get_session().event_hooks["response"] if hasattr(hub, "utils") else []
-    hooks.append(check)
-    try:
-        yield refused
-    finally:
-        hooks.remove(check)
-
-
-def _bar_with_an_end(hub: Any, repo: Repo, most: int) -> type:
-    """Return a progress bar of the library that refuses more bytes: it writes whatever comes, as long as it comes."""
 
     class Bar(hub.utils.tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
+            begin()
             self._counts_bytes, self._seen = options.get("unit") == "B", 0
             super().__init__(*args, **options)
 

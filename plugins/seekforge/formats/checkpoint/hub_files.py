@@ -342,6 +342,8 @@ def _range(said: str, start: int) -> tuple[int, int | None]:
 def explained(error: Exception, repo: Repo, name: str | None = None) -> CheckpointError:
     """Return one line for an error of the hub's library."""
     kind = type(error).__name__
+    if kind == "LocalEntryNotFoundError" and isinstance(error.__cause__, Exception):
+        return explained(error.__cause__, repo, name)  # why it was not asked, or did not answer
     what = _what(repo, name)
     if kind in ("OfflineModeIsEnabled", "LocalEntryNotFoundError") or "offline mode" in str(error).lower():
         return CheckpointError(
