@@ -119,6 +119,15 @@ def test_index_query(b: int, q: int, interleaved: int, hadamard: int, library: P
     assert_same("IndexQuery", attrs, inputs, [torch.empty(b, q, heads, dim)], library)
 
 
+def test_an_input_that_is_missing_is_an_error(library: Path) -> None:
+    """A graph of a stranger may leave one out that its attributes ask for."""
+    draw = Draw(1)
+    attrs = {"heads": 2, "dim": 128, "rope": 64, "interleaved": 0, "hadamard": 1}
+    inputs = [draw.normal(1, 1, 256), *angles(draw, 1, 1, 64)]
+    with pytest.raises(Exception, match=r"IndexQuery: an input that its attributes ask for is missing"):
+        run("IndexQuery", attrs, inputs, [torch.empty(1, 1, 2, 128)], library)
+
+
 @pytest.mark.parametrize("fp8", [0, 1])
 @pytest.mark.parametrize("has_indexer", [True, False])
 @pytest.mark.parametrize(("b", "q"), STEPS)

@@ -90,7 +90,7 @@ def test_no_key_wherever_it_stands_is_no_key(library: Path) -> None:
     assert_same(case, run_function(case.op, case.inputs, case.attrs, F32, library=library))
 
 
-@pytest.mark.parametrize("bad", ["block", "position", "slot"])
+@pytest.mark.parametrize("bad", ["block", "position", "slot", "scrap of no cache"])
 def test_an_index_outside_a_cache_is_an_error(bad: str, library: Path) -> None:
     """What a step says is checked before memory is read: nothing from outside is trusted."""
     q_latent, q_pe, cache, table, chosen = attention_case(4, 64, 16).inputs
@@ -103,6 +103,9 @@ def test_an_index_outside_a_cache_is_an_error(bad: str, library: Path) -> None:
         inputs[4][0, 1, 0] = 256
     else:
         op, attrs = "MlaCacheWrite", {"kv_format": "f32", "kv_fp8": False}
-        inputs = [cache, torch.zeros(1, 1, 64), torch.zeros(1, 1, 16), torch.tensor([[6 * 64]])]
+        slot = 6 * 64
+        if bad != "slot":
+            cache, slot = cache[:0], -1
+        inputs = [cache, torch.zeros(1, 1, 64), torch.zeros(1, 1, 16), torch.tensor([[slot]])]
     with pytest.raises(Exception, match=f"{op}.*that the (cache|block table) has not"):
         run_function(op, inputs, attrs, F32, library=library)

@@ -74,6 +74,7 @@ class Call {
     Tensor input(size_t index) const {
         const ort::Value* value = nullptr;
         check(api_, api_.input(context_, index, &value));
+        require(value != nullptr, "an input that its attributes ask for is missing");
         return tensor(value);
     }
     Tensor input(size_t index, size_t rank, const char* what) const {

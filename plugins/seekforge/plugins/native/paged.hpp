@@ -33,7 +33,7 @@ class PagedRows {
 // Writes [tokens, width] rows at `slots`; −1 goes to slot 0, which is scrap.
 inline void check_slots(const Tensor& slots, int64_t num_slots) {
     for (int64_t i = 0; i < slots.count(); ++i) {
-        require(slots.as<int64_t>()[i] < num_slots, "slot_mapping names a slot that the cache has not");
+        require(num_slots > 0 && slots.as<int64_t>()[i] < num_slots, "slot_mapping names a slot that the cache has not");
     }
 }
 inline float* slot_row(const Tensor& cache, const Tensor& slots, int64_t token) {
