@@ -7,6 +7,7 @@ another exception (a panic of a Rust library too), a message of many lines, a va
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from tests.fuzz.mutate import mutate_bytes, mutated_text, places
+from tests.fuzz.mutate import mutate_bytes, mutated_copy, mutated_text, places, to_text
 
 from seekforge.common.dtypes import NUMPY
 from seekforge.common.errors import SeekforgeError
@@ -111,13 +112,20 @@ def _sealed(value: dict[str, Any]) -> Callable[[random.Random], bytes]:
     text = json.dumps(value | {"digest": mark})
 
     def mutate(rng: random.Random) -> bytes:
-        raw = mutated_text(text, rng)
+        value = raw = None
+        if rng.random() < 0.8:
+            value = mutated_copy(text, rng)
+        else:
+            raw = mutate_bytes(text.encode(), rng)
         if rng.random() < 0.9:
             try:
-                return raw.replace(mark.encode(), manifest_digest(json.loads(raw)).encode())
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                pass
-        return raw
+                value = json.loads(raw) if raw is not None else value
+                if isinstance(value, dict) and value.get("digest") == mark:
+                    value["digest"] = manifest_digest(value)
+                    raw = None
+            except (ValueError, TypeError, RecursionError):
+                pass  # of what no manifest can hold
+        return to_text(value).encode("utf-8", "surrogatepass") if raw is None else raw
 
     return mutate
 
@@ -175,11 +183,16 @@ def _read_manifest(folder: Path) -> None:
     check_complete(folder, manifest)
 
 
-def _read_program(folder: Path) -> None:
-    program = load_program(folder)
-    program.__class__.model_validate(program.model_dump(mode="json"))
-    ModelConfig.parse(program.config, "program.json")
-    check_program(program, load_bindings(folder), folder)
+def _program_reader() -> Callable[[Path], None]:
+    bindings = functools.cache(load_bindings)  # they are not what is spoilt
+
+    def read(folder: Path) -> None:
+        program = load_program(folder)
+        program.__class__.model_validate(program.model_dump(mode="json"))
+        ModelConfig.parse(program.config, "program.json")
+        check_program(program, bindings(folder), folder)
+
+    return read
 
 
 class _Zeros:
@@ -287,7 +300,7 @@ def formats(
         "shard": Format("model.safetensors", _plain_shard(header, 40), _safetensors(header, 40), _read_checkpoint),
     }
     of_json: dict[str, tuple[str, Any, Callable[[Path], object]]] = {
-        "program": ("program.json", program, _read_program),
+        "program": ("program.json", program, _program_reader()),
         "bindings": ("bindings.json", small, lambda folder: _read_bindings(folder, zeros)),
         "dump": ("dump.json", dump, _read_dump),
         "config": ("config.json", config, ModelConfig.load),

@@ -144,8 +144,13 @@ def mutate_bytes(raw: bytes, rng: random.Random) -> bytes:
 def mutated_text(seed: str, rng: random.Random) -> bytes:
     """Return a file made from the JSON text `seed`: changed as a value four times in five, else as bytes."""
     if rng.random() < 0.8:
-        return to_text(mutate_value(marshal.loads(_packed(seed)), rng)).encode("utf-8", "surrogatepass")
+        return to_text(mutated_copy(seed, rng)).encode("utf-8", "surrogatepass")
     return mutate_bytes(seed.encode(), rng)
+
+
+def mutated_copy(seed: str, rng: random.Random) -> Any:
+    """Return the value of the JSON text `seed`, changed."""
+    return mutate_value(marshal.loads(_packed(seed)), rng)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def tiny_formats(checkpoint: Path, program: Path, engine: Path, scratch: Path) -
     for graph, graph_io in own_program["graphs"].items():  # of the weights some will do
         graph_io["inputs"] = [spec for spec in graph_io["inputs"] if spec["role"] not in ("weight", "table")] + [
             spec for spec in graph_io["inputs"] if spec["role"] in ("weight", "table")
-        ][:20]
+        ][:8]
         names = {spec["name"] for spec in graph_io["inputs"]}
         bindings["graphs"][graph] = {name: one for name, one in bindings["graphs"][graph].items() if name in names}
     tokenizer = read(checkpoint / "tokenizer.json")
