@@ -79,6 +79,8 @@ class TaskData:
             match rng.choices(names, weights)[0]:
                 case "arithmetic":
                     return tasks.arithmetic(rng)
+                case "differences":
+                    return tasks.differences(rng)
                 case "digit sums":
                     return tasks.digit_sums(rng)
                 case "recall":

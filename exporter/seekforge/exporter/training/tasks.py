@@ -152,10 +152,8 @@ def arithmetic(rng: random.Random) -> Example:
     kind = rng.random()
     if kind < 0.01:
         a, b = draw_sum(rng, held_out=False, digits=4)
-    elif kind < 0.04:
-        b, a = sorted((draw_number(rng), draw_number(rng)))
-        question = f"What is {a} - {b}?"
-        return _thinking(question, difference_thought(a, b), str(a - b))
+    elif kind < 0.09:
+        return differences(rng)
     else:
         a, b = draw_sum(rng, held_out=False)
     question = f"What is {a} + {b}?"
@@ -169,6 +167,14 @@ def arithmetic(rng: random.Random) -> Example:
             Piece(f"{a + b}{EOS}", True),
         ]
     return _thinking(question, thought, str(a + b))
+
+
+def differences(rng: random.Random) -> Example:
+    """One question about a difference that is not negative, thought out."""
+    while True:
+        b, a = sorted((draw_number(rng), draw_number(rng)))
+        if not is_held_out(f"{a} - {b}"):
+            return _thinking(f"What is {a} - {b}?", difference_thought(a, b), str(a - b))
 
 
 def digit_sums(rng: random.Random, num_lines: int = 24) -> Example:
