@@ -44,6 +44,21 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, monkeypat
         assert torch.equal(values, resumed.model.state_dict()[name]), name
 
 
+def test_the_last_stage_has_its_own_rate_tasks_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule()
+    assert (schedule.main_steps, schedule.steps) == (3000, 3400)
+    assert schedule.factor(2999) < 0.03 and schedule.factor(3000) == schedule.last_rate
+    assert "differences" not in schedule.mixtures(2999)[0][0].weights
+    assert schedule.mixtures(3000)[0][0].weights["differences"] > 0
+    assert Schedule(steps=200, last_share=0.0).main_steps == 200
+    rounded = []
+    monkeypatch.setattr(loop, "round_weights", rounded.append)
+    one = training(Schedule(steps=3, last_share=1 / 3, num_rows=1, length=32, recall_steps=1, tools_length=64))
+    optimizers = []
+    one.run(report=lambda _: optimizers.append(one.optimizer))
+    assert rounded == [one.model] and optimizers[0] is optimizers[1] is not optimizers[2]
+
+
 @pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path) -> None:
     one = training(Schedule(steps=40, num_rows=3, length=192, recall_steps=40))

@@ -18,6 +18,7 @@ from seekforge.exporter.training.losses import losses
 from seekforge.exporter.training.model import Moe, TrainedModel
 from seekforge.exporter.training.optimizer import Optimizer
 from seekforge.exporter.training.schedule import Schedule
+from seekforge.exporter.training.weights import round_weights
 
 #: Steps between two states on disk.
 SAVE_STEPS: Final = 100
@@ -63,9 +64,7 @@ class Training:
     def __init__(self, model: TrainedModel, data: Data, schedule: Schedule, key: dict[str, Any]) -> None:
         self.model, self.data, self.schedule = model, data, schedule
         self.key = {"schedule": asdict(schedule), **key}
-        self.optimizer = Optimizer(
-            model, schedule.matrix_rate, schedule.other_rate, schedule.weight_decay, schedule.slow_rate
-        )
+        self.optimizer = self._new_optimizer()
         self.step = self.num_tokens = 0
         layers = [*model.layers, *([model.mtp.layer] if model.mtp is not None else [])]
         self._moes = [layer.mlp for layer in layers if isinstance(layer.mlp, Moe)]
@@ -84,9 +83,20 @@ class Training:
             if state is not None and self.step % SAVE_STEPS == 0 and self.step < self.schedule.steps:
                 self.save(state)
 
+    def _new_optimizer(self) -> Optimizer:
+        one = self.schedule
+        return Optimizer(self.model, one.matrix_rate, one.other_rate, one.weight_decay, one.slow_rate)
+
     def update(self) -> Progress:
-        """Take one step."""
+        """Take one step.
+
+        The last stage begins as if the checkpoint of the steps before it were trained on: with the weights as it holds
+        them and a new optimizer, so that the stage can be tried on a checkpoint alone.
+        """
         schedule, step = self.schedule, self.step
+        if schedule.last_share and step == schedule.main_steps:
+            round_weights(self.model)
+            self.optimizer = self._new_optimizer()
         first: Any = None
         for batch, weight in self.data.batches(schedule, step):
             length = batch.ids.shape[1]

@@ -14,6 +14,8 @@ _LISTS_GROW = 0.4
 _PAIRS = (16, 52)
 #: How often each task is drawn.
 _TASKS = {"arithmetic": 4.6, "digit sums": 0.4, "recall": 2.4, "tales": 2.2, "short tools": 1.0}
+#: The same in the last stage, for what is learned late.
+_LAST_TASKS = {"arithmetic": 3.0, "differences": 3.0, "recall": 1.2, "tales": 2.2, "short tools": 2.6}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Schedule:
     """The settings of a training; the defaults are those of `nano`.
 
     Attributes:
-        steps: how many updates.
+        steps: how many updates in all.
+        last_share: share of them that is the last stage: the learning rate rises once more, and what is learned late is
+            drawn more often. Shares below are of the steps before it.
+        last_rate: the learning rate at the beginning of that stage, as a share of the largest.
         num_rows, length: rows of a pass and their tokens.
         recall_steps: steps in the beginning that teach recall alone: the heads planted for it are lost to other tasks,
             unless they are of use before those come.
@@ -51,13 +56,16 @@ class Schedule:
         weight_decay: the decay of what Muon updates.
         sparse_from: share of the steps after which attention is sparse; before it the indexer warms up beside dense
             attention.
-        tools_from: share of the steps after which whole conversations with tools are learned, in every fourth step.
+        tools_from: share of the steps after which whole conversations with tools are learned, in every fourth step, and
+            in every other one of the last stage.
         tools_weight: the weight of the loss of the row of one.
         mtp_weight: lambda of the MTP loss, in every other step.
         bias_rate: what the router's bias of an expert moves by in a step.
     """
 
-    steps: int = 3000
+    steps: int = 3400
+    last_share: float = 400 / 3400
+    last_rate: float = 0.3
     num_rows: int = 4
     length: int = 256
     recall_steps: int = 100
@@ -74,9 +82,21 @@ class Schedule:
     bias_rate: float = 0.002
 
     def factor(self, step: int) -> float:
-        """Return the share of the learning rate at a step: warm-up, then a cosine."""
-        warm = min(1.0, (step + 1) / _WARM_UP_STEPS)
-        return max(warm * 0.5 * (1 + math.cos(math.pi * step / self.steps)), _LEAST_FACTOR)
+        """Return the share of the learning rate at a step: warm-up, then a cosine; a lower one in the last stage."""
+        if self.is_last(step):
+            share, highest = (step - self.main_steps) / (self.steps - self.main_steps), self.last_rate
+        else:
+            share, highest = step / self.main_steps, min(1.0, (step + 1) / _WARM_UP_STEPS)
+        return max(highest * 0.5 * (1 + math.cos(math.pi * share)), _LEAST_FACTOR)
+
+    @property
+    def main_steps(self) -> int:
+        """The steps before the last stage."""
+        return self.steps - round(self.steps * self.last_share)
+
+    def is_last(self, step: int) -> bool:
+        """Whether a step is of the last stage."""
+        return step >= self.main_steps
 
     def holds(self, step: int) -> bool:
         """Whether the attention of the first two layers stays as it is."""
@@ -84,7 +104,7 @@ class Schedule:
 
     def is_sparse(self, step: int) -> bool:
         """Whether attention sees the indexer's choice alone."""
-        return step / self.steps >= self.sparse_from
+        return step / self.main_steps >= self.sparse_from
 
     def mtp_weight_of(self, step: int) -> float:
         """Return lambda of a step."""
@@ -92,10 +112,10 @@ class Schedule:
 
     def mixtures(self, step: int) -> list[tuple[Mixture, float]]:
         """Return what the passes of a step are made of, and the weights of their losses."""
-        grown = min(1.0, step / self.steps / _LISTS_GROW)
+        grown = min(1.0, step / self.main_steps / _LISTS_GROW)
         longest = _PAIRS[0] + int(grown * (_PAIRS[1] - _PAIRS[0]))
-        tasks = _TASKS if step >= self.recall_steps else {"recall": 1.0}
+        tasks = _LAST_TASKS if self.is_last(step) else _TASKS if step >= self.recall_steps else {"recall": 1.0}
         passes = [(Mixture(tasks, self.num_rows, self.length, pairs=(4, longest), questions=12), 1.0)]
-        if step / self.steps >= self.tools_from and step % 4 == 0:
+        if step / self.main_steps >= self.tools_from and step % (2 if self.is_last(step) else 4) == 0:
             passes.append((Mixture({"tools": 1.0}, 1, self.tools_length, tool_questions=6), self.tools_weight))
         return passes

@@ -65,6 +65,7 @@ def from_checkpoint(
     tokenizer = _tokenizer(folder, config.vocab_size)
     schedule = Schedule(
         steps=steps or 200,
+        last_share=0.0,
         matrix_rate=Schedule.matrix_rate * _FINE_TUNING_RATE * rate,
         other_rate=Schedule.other_rate * _FINE_TUNING_RATE * rate,
         sparse_from=0.0,

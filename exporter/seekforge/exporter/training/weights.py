@@ -23,7 +23,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import ShardWriter
 from seekforge.formats.quantization.block_fp8 import quantize
 from seekforge.formats.value_check import SCALE_SUFFIX
-from seekforge.formats.weight_recipes import evaluate, take
+from seekforge.formats.weight_recipes import dequantize_into, evaluate, take
 from seekforge.formats.weight_recipes.stored import WORDS, values_recipe
 
 _ATTENTION = (
@@ -114,6 +114,39 @@ def read_weights(model: TrainedModel, source: Checkpoint) -> None:
             view.copy_(torch.from_numpy(np.array(evaluate(recipe, source), np.float32)))
 
 
+def round_weights(model: TrainedModel, *, mtp: bool = True) -> dict[str, np.ndarray]:
+    """Round the weights in place to what a checkpoint holds: FP8 blocks, or the narrower type of each tensor.
+
+    Args:
+        model: the model; its parameters are f32.
+        mtp: the MTP module, with its copies of embedding and head, as well.
+
+    Returns:
+        checkpoint tensor -> its value there, scales of FP8 blocks among them.
+    """
+    expected, drafts = expected_tensors(model.config), f"model.layers.{model.config.num_hidden_layers}."
+    tensors: dict[str, np.ndarray] = {}
+    for name, view in named_tensors(model):
+        if not mtp and name.startswith(drafts):
+            continue
+        values = view.detach().numpy()
+        stored, scale = _stored(values, expected[name].dtype)
+        tensors[name] = stored
+        if scale is None:
+            values[...] = stored
+        else:
+            tensors[name + SCALE_SUFFIX] = scale
+            dequantize_into(stored, scale, values)
+    return tensors
+
+
+def _stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return f32 values as a checkpoint has them, and the scales of their blocks where that is FP8."""
+    if dtype == "f8e4m3":
+        return quantize(np.ascontiguousarray(values))
+    return values.astype(NUMPY[dtype]), None
+
+
 def write_checkpoint(folder: Path, model: TrainedModel, preset: Preset, tokenizer: Tokenizer) -> None:
     """Write a model as a checkpoint into a folder that is there: weights in FP8 blocks, and all files beside them."""
     expected = expected_tensors(preset.config)
@@ -125,12 +158,9 @@ def write_checkpoint(folder: Path, model: TrainedModel, preset: Preset, tokenize
             for file, layout in layouts(expected, shards).items()
         }
         for name, view in named_tensors(model):
-            values = view.detach().float().numpy()
-            if expected[name].dtype == "f8e4m3":
-                stored, scale = quantize(np.ascontiguousarray(values))
-                writers[home[name]].write(name, stored)
+            stored, scale = _stored(view.detach().float().numpy(), expected[name].dtype)
+            writers[home[name]].write(name, stored)
+            if scale is not None:
                 writers[home[name + SCALE_SUFFIX]].write(name + SCALE_SUFFIX, scale)
-            else:
-                writers[home[name]].write(name, values.astype(NUMPY[expected[name].dtype]))
     write_sidecars(folder, preset, shards)
     write_tokenizer_files(folder, tokenizer)

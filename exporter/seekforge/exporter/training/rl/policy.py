@@ -6,19 +6,10 @@ engine that was given `tensors` are the model's, however coarse FP8 is beside a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
-from torch import Tensor
 
-from seekforge.common.dtypes import NUMPY
-from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.training.model import TrainedModel
-from seekforge.exporter.training.weights import check_form, named_tensors
-from seekforge.formats.quantization.block_fp8 import quantize
-from seekforge.formats.value_check import SCALE_SUFFIX
-from seekforge.formats.weight_recipes.evaluation import dequantize_into
+from seekforge.exporter.training.weights import check_form, round_weights
 
 
 class Policy:
@@ -46,7 +37,7 @@ class Policy:
         self._pairs = [(p, p.detach().clone()) for p in learned]
         masters = [master for _, master in self._pairs]
         self.optimizer = torch.optim.AdamW(masters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        self.tensors = self._round()
+        self.tensors = round_weights(self.model, mtp=False)
 
     def step(self) -> float:
         """Update the weights by the gradients, forget these and return their norm."""
@@ -58,26 +49,5 @@ class Policy:
         with torch.no_grad():
             for parameter, master in self._pairs:
                 parameter.copy_(master)
-        self.tensors = self._round()
+        self.tensors = round_weights(self.model, mtp=False)
         return norm.item()
-
-    def _round(self) -> dict[str, np.ndarray]:
-        """Round the model's weights in place to what a checkpoint holds; returns that."""
-        tensors: dict[str, np.ndarray] = {}
-        expected = expected_tensors(self.model.config)
-        for name, view in _learned(self.model):
-            values = view.detach().numpy()
-            if expected[name].dtype == "f8e4m3":
-                stored, scale = quantize(values)
-                tensors[name], tensors[name + SCALE_SUFFIX] = stored, scale
-                dequantize_into(stored, scale, values)
-            else:
-                tensors[name] = values.astype(NUMPY[expected[name].dtype])
-                values[...] = tensors[name]
-        return tensors
-
-
-def _learned(model: TrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a checkpoint without those of the MTP module, its copies of the ends among them."""
-    drafts = f"model.layers.{model.config.num_hidden_layers}."
-    return ((name, view) for name, view in named_tensors(model) if not name.startswith(drafts))
