@@ -13,7 +13,7 @@ _LEAST_FACTOR = 0.02
 _LISTS_GROW = 0.4
 _PAIRS = (16, 52)
 #: How often each task is drawn.
-_TASKS = {"arithmetic": 4.6, "digit sums": 0.4, "recall": 2.4, "tales": 2.2, "short tools": 1.0}
+_TASKS = {"arithmetic": 4.6, "digit sums": 0.4, "recall": 2.4, "tales": 2.2, "short tools": 0.8}
 #: The same in the last stage, for what is learned late.
 _LAST_TASKS = {"arithmetic": 3.0, "differences": 3.0, "recall": 1.2, "tales": 2.2, "short tools": 2.6}
 

@@ -152,7 +152,7 @@ def arithmetic(rng: random.Random) -> Example:
     kind = rng.random()
     if kind < 0.01:
         a, b = draw_sum(rng, held_out=False, digits=4)
-    elif kind < 0.09:
+    elif kind < 0.04:
         return differences(rng)
     else:
         a, b = draw_sum(rng, held_out=False)
