@@ -34,7 +34,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.runtime.rollout import Rollout, RolloutEngine
 
 #: Rollouts that go through the trainer at a time, and those of one update of the weights.
-ROWS, UPDATE_ROWS = 16, 256
+ROWS, UPDATE_ROWS = 16, 64
 
 
 def main() -> None:

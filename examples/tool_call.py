@@ -13,7 +13,7 @@ from openai import OpenAI
 from seekforge.runtime.cli.chat_tools import TOOLS, call_tool  # a calculator and a clock, those of `seekforge chat`
 
 
-def main(url: str, question: str = "What is 123 * 45?") -> None:
+def main(url: str, question: str = "What is 67 * 89?") -> None:
     """Ask, call what the model wants to be called, and ask again with the result."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id

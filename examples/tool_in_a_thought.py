@@ -11,7 +11,7 @@ from seekforge import LLM, SamplingParams
 from seekforge.runtime.cli.chat_tools import TOOLS, call_tool  # a calculator and a clock, those of `seekforge chat`
 
 
-def main(engine: str, question: str = "What is 123 * 45?") -> None:
+def main(engine: str, question: str = "What is 67 * 89?") -> None:
     messages: list = [{"role": "user", "content": question}]
     params = SamplingParams(max_tokens=160, temperature=0)
     with LLM(engine) as llm:

@@ -108,7 +108,7 @@ def test_a_batch_file_is_answered_and_not_answered_twice(tiny_engines: dict[str,
 def test_a_tool_is_called_through_the_server(nano_engine: Path) -> None:
     with served(nano_engine) as (_, url, _):
         printed = example("tool_call.py", url)
-    assert printed == 'call     calculator({"expression": "123 * 45"})\nresult   5535\nanswer   5535\n'
+    assert printed == 'call     calculator({"expression": "67 * 89"})\nresult   5963\nanswer   5963\n'
 
 
 def test_a_question_is_answered_with_and_without_a_thought(nano_engine: Path) -> None:
@@ -130,8 +130,8 @@ def test_a_tool_may_be_called_in_a_thought(nano_engine: Path) -> None:
     printed = example("tool_in_a_thought.py", nano_engine)
     assert printed.splitlines() == [
         "thought  I call a tool.",
-        'call     calculator({"expression": "123 * 45"})',
-        "result   5535",
+        'call     calculator({"expression": "67 * 89"})',
+        "result   5963",
         "thought  The tool says it.",
-        "answer   5535",
+        "answer   5963",
     ]
