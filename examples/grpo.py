@@ -1,6 +1,6 @@
 """Teach `nano` differences by GRPO: it samples, what is right is made likelier, and it samples again.
 
-It knows how a difference is thought out and not what the digits are. A reward is half the share of right lines in the
+It knows how a difference is thought out, and some of the digits. A reward is half the share of right lines in the
 thought, and half the answer. The compiled engine samples and gets the trainer's weights after each step, without
 being built again. What its router and indexer chose is replayed by the trainer, so that both have the same
 log-probabilities (docs/rl.md). ENGINE is one of exact numerics, CHECKPOINT what it was built from; --chart needs the
@@ -34,7 +34,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.runtime.rollout import Rollout, RolloutEngine
 
 #: Rollouts that go through the trainer at a time, and those of one update of the weights.
-ROWS, UPDATE_ROWS = 16, 64
+ROWS, UPDATE_ROWS = 16, 256
 
 
 def main() -> None:
@@ -206,10 +206,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--digits", type=int, default=2, help="of the numbers")
     parser.add_argument("--sign", choices=["+", "-"], default="-", help="what is done with them")
-    parser.add_argument("--prompts", type=int, default=8, help="questions of a step")
+    parser.add_argument("--prompts", type=int, default=16, help="questions of a step")
     parser.add_argument("--n", type=int, default=16, help="answers to each")
     parser.add_argument("--max-tokens", type=int, default=72)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--items", type=int, default=50, help="held-out questions of a score")
     parser.add_argument("--every", type=int, default=10, help="steps from one score to the next")
     parser.add_argument("--chart", type=Path)
