@@ -11,6 +11,7 @@ import pytest
 
 from seekforge.common.errors import EngineError
 from seekforge.formats.parallelism import Parallelism
+from seekforge.runtime.backends.ranks import shared_memory
 from seekforge.runtime.backends.ranks.message import Message
 from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
 
@@ -93,3 +94,23 @@ def test_who_waits_asks_whether_the_others_live() -> None:
     with pytest.raises(EngineError, match="rank 1 is gone"):
         SharedMemory(memory, 0, alarm).sum(np.zeros(1, np.float32))
     memory.close()
+
+
+@pytest.mark.parametrize(("cores", "most_looks"), [(1, 100), (2, 100_000)])
+def test_who_waits_leaves_the_core_where_there_are_fewer_cores_than_ranks(
+    cores: int, most_looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank that is waited for needs it; with a core for each, looking again is faster than waking up."""
+    looks, naps = 0, []
+    monkeypatch.setattr(shared_memory, "usable_cores", lambda: cores)
+    monkeypatch.setattr(shared_memory.time, "sleep", lambda seconds: naps.append(looks))
+    memory = Memory(Parallelism(tp=2))
+
+    def slept() -> bool:
+        nonlocal looks
+        looks += 1
+        return bool(naps)
+
+    SharedMemory(memory, 0, lambda: None).wait(slept)
+    memory.close()
+    assert most_looks / 100 < naps[0] <= most_looks, naps

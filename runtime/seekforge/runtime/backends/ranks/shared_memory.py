@@ -5,6 +5,7 @@ last of them ends, however it ends, it is gone.
 
 Each counter is written by one rank alone. A waiting rank looks at it again and again, gives the core away between
 looks, and after some milliseconds sleeps between them: an idle engine costs next to nothing, and a step no wake-up.
+Where there are fewer cores than ranks it sleeps at once, since whoever it waits for needs the core.
 While it waits it asks now and then whether all ranks live (`alarm`).
 """
 
@@ -21,6 +22,7 @@ from typing import Final
 
 import numpy as np
 
+from seekforge.common.cores import usable_cores
 from seekforge.common.errors import EngineError
 from seekforge.formats.parallelism import Parallelism
 from seekforge.runtime.backends.ranks.message import Message
@@ -33,6 +35,8 @@ _MESSAGE_BYTES, _SUM_BYTES = 1 << 18, 1 << 20
 _PLACES, _SUMS = 4, 2
 #: Looks at a counter before the waiting rank begins to sleep between them, and how long it sleeps then.
 _SPINS, _NAP_S = 20_000, 0.0005
+#: The same where ranks share cores: each look would delay the rank that is waited for.
+_SPINS_ON_SHARED_CORES: Final = 64
 #: Looks after which the rank asks whether all others live.
 _ALARM_EVERY = 256
 
@@ -125,6 +129,7 @@ class SharedMemory:
         parallelism = memory.places.parallelism
         self._memory, self._rank, self._alarm = memory, rank, alarm
         ranks, tp = parallelism.num_ranks, parallelism.tp
+        self._spins = _SPINS if ranks <= usable_cores() else _SPINS_ON_SHARED_CORES
         counters = 1 + ranks  # of sums; after them those of the broadcast, then two of each pair
         first = rank // tp * tp
         self._group = range(first, first + tp)
@@ -216,9 +221,9 @@ class SharedMemory:
         looks = 0
         while not ready():
             looks += 1
-            if looks % _ALARM_EVERY == 0 or looks > _SPINS:
+            if looks % _ALARM_EVERY == 0 or looks > self._spins:
                 self._alarm()
-            if looks > _SPINS:
+            if looks > self._spins:
                 time.sleep(_NAP_S)
             elif looks > 64:
                 os.sched_yield()
