@@ -245,17 +245,34 @@ def test_the_completion_script_is_printed(shell: str) -> None:
     assert "_SEEKFORGE_COMPLETE" in text and shell in text
 
 
+#: Runs each command in a process that ends as any does: forked, after what all of them import was imported.
+_RUN_EACH = """
+import os, sys
+from pathlib import Path
+from seekforge.runtime.cli.main import main
+codes = []
+for line in sys.argv[2:]:
+    child = os.fork()
+    if not child:
+        sys.argv = ["seekforge", *line.split()]
+        sys.exit(main())
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+Path(sys.argv[1]).write_text(" ".join(map(str, codes)))
+os._exit(0)
+"""
+
+
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", ">/dev/full"])
-@pytest.mark.parametrize(
-    "args", ["targets", "targets --json", "plan full --target h200", "doctor", "inspect /nowhere", "completion bash"]
-)
-def test_streams_that_take_nothing_are_no_traceback(args: str, redirect: str, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m seekforge.runtime.cli.main {args} {redirect}"
+def test_streams_that_take_nothing_are_no_traceback(redirect: str, tmp_path: Path) -> None:
+    lines = ["targets", "targets --json", "plan full --target h200", "doctor", "inspect /nowhere", "completion bash"]
+    words = [sys.executable, "-c", _RUN_EACH, str(tmp_path / "codes"), *lines]
     env = {**os.environ, "PYTHONUNBUFFERED": ""}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    command = ["bash", "-c", f"{shlex.join(words)} {redirect}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
-    failed = args == "inspect /nowhere" or "full" in redirect
-    assert (done.returncode != 0) == failed, done.stderr
+    codes = (tmp_path / "codes").read_text().split()
+    failed = {line for line, code in zip(lines, codes, strict=True) if code != "0"}
+    assert failed == (set(lines) if "full" in redirect else {"inspect /nowhere"}), (codes, done.stderr)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
