@@ -10,6 +10,8 @@ from click.testing import CliRunner, Result
 
 from seekforge.common.errors import ConfigError, OutputError
 from seekforge.exporter.checkpoint.cli import new_checkpoint
+from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.exporter.checkpoint.schema import expected_tensors, totals
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 
 
@@ -23,14 +25,15 @@ def test_says_what_was_written_and_what_to_do_next(tmp_path: Path) -> None:
     first, second = result.stdout.splitlines()
     assert "8 files, 536 tensors, 38,389,952 parameters, 41.1 MB" in first
     assert second.startswith(f"next: seekforge export {tmp_path / 'out'}")
-    again = run(tmp_path / "out", "--force", "--quiet")
+    again = run(tmp_path / "out", "--preset", "nano", "--force", "--quiet")
     assert (again.exit_code, again.output) == (0, "")
 
 
 def test_json_is_one_object(tmp_path: Path) -> None:
-    summary = json.loads(run(tmp_path / "out", "--json").stdout)
+    summary = json.loads(run(tmp_path / "out", "--preset", "nano", "--json").stdout)
     assert summary["path"] == str(tmp_path / "out")
-    assert (summary["num_parameters"], summary["num_tensors"]) == (38_389_952, 536)
+    size = totals(expected_tensors(load_preset("nano").config))
+    assert (summary["num_parameters"], summary["num_tensors"]) == (size.num_parameters, size.num_tensors)
 
 
 def test_sparse_writes_structure_only(tmp_path: Path) -> None:
