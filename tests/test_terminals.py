@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.support.lm_eval_tasks import TASKS, write_tasks
+from tests.support.random_nano import random_nano_checkpoint
 from tests.support.terminal_runs import Done, Run, TerminalRuns
 
 #: What commands import when they are called: imported once for all of them, torch only for those that need it.
@@ -18,7 +23,7 @@ _HEAVY = (
     "torch", "onnx", *_LIGHT, "seekforge.exporter.program.export", "seekforge.exporter.builder.onnxruntime.build",
     "seekforge.exporter.parity.api", "seekforge.exporter.training.start", "seekforge.exporter.checkpoint.cli",
 )  # fmt: skip
-_WITHOUT_TORCH = ("run", "batch", "bench", "dump", "plan")
+_WITHOUT_TORCH = ("run", "batch", "bench", "dump", "plan", "chat", "serve")
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 
 
@@ -71,86 +76,205 @@ def cursor_is_shown(output: str) -> bool:
     return output.rfind("\x1b[?25l") <= output.rfind("\x1b[?25h")
 
 
-# --- Ctrl-C -------------------------------------------------------------------------------------------------------
+# --- Ctrl-C and SIGTERM -------------------------------------------------------------------------------------------
 
 
-def commands(engine: Path) -> dict[str, tuple[object, ...]]:
-    """Each command of the runtime that has stages and ends by itself."""
+@dataclass(frozen=True)
+class Made:
+    """What commands take: the folders of the tiny model, and nano's checkpoint."""
+
+    checkpoint: Path
+    program: Path
+    engine: Path
+    nano: Path
+
+
+@pytest.fixture
+def made(
+    tiny_checkpoint: Path,
+    tiny_programs: dict[str, Path],
+    tiny_engines: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Made:
+    nano = random_nano_checkpoint(tmp_path_factory)
+    return Made(tiny_checkpoint, tiny_programs["exact"], tiny_engines["exact"], nano)
+
+
+def commands(made: Made) -> dict[str, tuple[object, ...]]:
+    """Each command that has stages and ends by itself."""
+    parity = ("parity", made.engine, "--checkpoint", made.checkpoint, "--contexts", "10", "--modes", "whole", "--brief")
     return {
-        "run": ("run", engine, "--prompt", "Hello", "--max-tokens", "200", "--greedy"),
-        "batch": ("run", engine, "--batch", "in.jsonl", "--output", "out.jsonl"),
-        "dump": ("dump", engine, "out", "--contexts", "100"),
-    }
+        "run": ("run", made.engine, "--prompt", "Hello", "--max-tokens", "200", "--greedy"),
+        "batch": ("run", made.engine, "--batch", "in.jsonl", "--output", "out.jsonl"),
+        "dump": ("dump", made.engine, "out", "--contexts", "100"),
+        "new-checkpoint": ("new-checkpoint", "out"),
+        "export": ("export", made.checkpoint, "out", "--layers", "1-1", "--numerics", "exact"),
+        "build": ("build", made.program, "out", "--target", "cpu", "--checkpoint", made.checkpoint),
+        "parity": (*parity, "--save", "out", "--html", "out.html"),
+        "train": (
+            "train", "out", "--checkpoint", made.nano, "--data", "examples.jsonl", "--steps", "2", "--threads", "1",
+        ),
+        "eval": ("eval", made.engine, "--tasks", "words_choice", "--include-path", "tasks", "--output", "out"),
+        "chat": ("chat", made.engine, "--max-tokens", "20", "--no-thinking"),
+        "serve": ("serve", made.engine, "--port", "0", "--threads", "1"),
+    }  # fmt: skip
+
+
+#: Where a stage costs little, it is also interrupted when it begins and later.
+_LIGHT_COMMANDS = ("run", "batch", "new-checkpoint", "chat")
+#: What a command keeps of work that was interrupted, to go on with.
+_KEPT = {"batch": {"out.jsonl"}, "train": {"out.state"}, "eval": {"out"}}
+_ENDS = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def inputs(place: Place) -> None:
+    """Write what commands read."""
     (place.work / "in.jsonl").write_text('{"prompt": "Hello", "max_tokens": 100, "ignore_eos": true}\n' * 3)
+    (place.work / "examples.jsonl").write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n' * 4)
+    write_tasks(place.work / "tasks", 9, {"words_choice": TASKS["words_choice"]})
+
+
+_INPUTS = {"in.jsonl", "examples.jsonl", "tasks"}
+
+
+def running(place: Place) -> list[str]:
+    """Return the processes that have this place's folder of temporary files, other than those that end just now."""
+    until = time.monotonic() + 5
+    while True:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"TMPDIR={place.temporary}".encode() in (process / "environ").read_bytes():
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        found = [one for one in found if one]
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.05)
+
+
+def check_end(name: str, place: Place, done: Done, code: int, what: object) -> None:
+    """Check that an interrupted command ended at once and cleanly, and left what it goes on with, and no more."""
+    plain = _ESCAPE.sub("", done.output)
+    assert done.code == code and "Traceback" not in plain and "error:" not in plain, what
+    assert cursor_is_shown(done.output), what
+    assert done.seconds < 30, what
+    assert running(place) == [], what
+    left = set(place.left()) - _INPUTS
+    assert left <= _KEPT.get(name, set()), what
+    if name == "batch" and left:  # grows by whole lines
+        text = (place.work / "out.jsonl").read_text()
+        assert text == "" or (text.endswith("\n") and [json.loads(line) for line in text.splitlines()]), what
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", commands(Path()))
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", _ENDS)
+@pytest.mark.parametrize("name", commands(Made(*[Path()] * 4)))
 def test_an_interrupt_in_any_stage_leaves_nothing_half_written(
-    name: str, runs: TerminalRuns, place: Place, tiny_engines: dict[str, Path]
+    name: str, number: str, runs: TerminalRuns, place: Place, made: Made
 ) -> None:
-    """The cursor is there again, and the exit code says 130; of what was asked nothing stands there in part."""
-    args = commands(tiny_engines["exact"])[name]
+    """The cursor is there again, and the exit code says why; of what was asked nothing stands there in part."""
+    if name == "eval":
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    args = commands(made)[name]
     inputs(place)
-    whole = place.run(runs, *args)
+    how: dict[str, object] = {"typed": "Hello\n/quit\n"} if name == "chat" else {}
+    if name == "serve":
+        how = {"interrupt_when": "serving ", "interrupt_by": number}
+    whole = place.run(runs, *args, **how)
     assert whole.code == 0, whole.output
     assert whole.stages and cursor_is_shown(whole.output)
     ended = 0
-    for number, stage in enumerate(whole.stages):
-        for after_s in (0.0, 0.15):
+    for at, stage in enumerate(whole.stages):
+        for after_s in (0.0, 0.05, 0.15) if name in _LIGHT_COMMANDS else (0.02,):
             place.clear()
             inputs(place)
-            done = place.run(runs, *args, interrupt_at=number, interrupt_after_s=after_s)
-            what = (stage, after_s, done.output[-2000:])
-            assert cursor_is_shown(done.output), what
+            done = place.run(
+                runs, *args, **how | {"interrupt_when": None, "interrupt_by": number}, interrupt_at=at,
+                interrupt_after_s=after_s,
+            )  # fmt: skip
             if done.code == 0 and after_s:
                 continue  # it was over before
-            assert done.code == 130 and "Traceback" not in done.output, what
-            assert done.seconds < 30, what
+            check_end(name, place, done, _ENDS[number], (stage, after_s, done.output[-2000:]))
             ended += 1
-            left = place.left()
-            if name == "batch" and "out.jsonl" in left:  # grows by whole lines, and is gone on with
-                left.remove("out.jsonl")
-                text = (place.work / "out.jsonl").read_text()
-                assert text == "" or (text.endswith("\n") and [json.loads(line) for line in text.splitlines()]), what
-            assert left == ["in.jsonl"], what
-    assert ended >= len(whole.stages)
+    assert ended
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["chat"])
+@pytest.mark.parametrize("typed", ["", "Hello\n"])
+def test_a_chat_that_is_terminated_ends(name: str, typed: str, runs: TerminalRuns, place: Place, made: Made) -> None:
+    """While it waits for a line and while it answers, where Ctrl-C is no end of it."""
+    args = ("chat", made.engine, "--max-tokens", "4000", "--no-thinking")
+    done = place.run(
+        runs, *args, typed=typed, interrupt_when="> ", interrupt_after_s=0.3, interrupt_by="SIGTERM"
+    )  # fmt: skip
+    check_end(name, place, done, 143, done.output[-2000:])
 
 
 # --- files of bounded size ----------------------------------------------------------------------------------------
 
 
-def writers(checkpoint: Path, engine: Path) -> dict[str, tuple[object, ...]]:
+def writers(made: Made) -> dict[str, tuple[object, ...]]:
     """Each command that writes, on something small."""
-    return {
-        "new-checkpoint": ("new-checkpoint", "out"),
-        "batch": ("run", engine, "--batch", "in.jsonl", "--output", "out.jsonl"),
-        "dump": ("dump", engine, "out", "--contexts", "100"),
-        "plan": ("plan", checkpoint, "--chart", "out.svg"),
-        "bench": ("bench", engine, "--contexts", "8", "--concurrency", "1", "--max-tokens", "4", "--chart", "out.png"),
-    }
+    names = ("new-checkpoint", "batch", "dump", "export", "build", "parity", "train", "eval")
+    parity = ("parity", made.engine, "--checkpoint", made.checkpoint, "--contexts", "10", "--modes", "whole", "--brief")
+    return {name: commands(made)[name] for name in names} | {
+        "parity with transformers": (*parity, "--against", "transformers"),
+        "plan": ("plan", made.checkpoint, "--chart", "out.svg"),
+        "bench": (
+            "bench", made.engine, "--contexts", "8", "--concurrency", "1", "--max-tokens", "4", "--chart", "out.png",
+        ),
+    }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", writers(Path(), Path()))
-def test_a_file_that_cannot_grow_is_one_line(
-    name: str, runs: TerminalRuns, place: Place, tiny_checkpoint: Path, tiny_engines: dict[str, Path]
-) -> None:
-    """As on a full disk, or under a quota: the limit of the system (`ulimit -f`)."""
-    inputs(place)
-    args = writers(tiny_checkpoint, tiny_engines["exact"])[name]
-    done = place.run(runs, *args, file_bytes=200)
+def check_refusal(name: str, place: Place, done: Done) -> None:
+    """Check that a command that could not write said so in one line, and left what it goes on with, and no more."""
     plain = _ESCAPE.sub("", done.output).replace("\r", "\n")
     errors = [line for line in plain.splitlines() if line.startswith("error: ")]
     assert done.code == 2 and len(errors) == 1 and "Traceback" not in plain, plain[-3000:]
+    assert "File too large" in errors[0] or "file too large" in errors[0], errors
     assert cursor_is_shown(done.output)
-    left = [one for one in place.left() if one != "in.jsonl"]
-    assert left == (["out.jsonl"] if name == "batch" else []), plain[-2000:]
+    assert running(place) == []
+    assert set(place.left()) - _INPUTS <= _KEPT.get(name, set()), plain[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("file_bytes", [200, 20_000])
+@pytest.mark.parametrize("name", writers(Made(*[Path()] * 4)))
+def test_a_file_that_cannot_grow_is_one_line(
+    name: str, file_bytes: int, runs: TerminalRuns, place: Place, made: Made
+) -> None:
+    """As on a full disk, or under a quota: the limit of the system (`ulimit -f`)."""
+    if name == "eval":
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    inputs(place)
+    done = place.run(runs, *writers(made)[name], file_bytes=file_bytes)
+    if done.code or file_bytes == 200:  # else nothing that it writes is as large
+        check_refusal(name, place, done)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["new-checkpoint", "dump", "export", "build", "parity", "train"])
+def test_a_disk_that_fills_in_any_stage_is_one_line(name: str, runs: TerminalRuns, place: Place, made: Made) -> None:
+    """From a stage on no file grows: what was written until then goes, too."""
+    args = writers(made)[name]
+    inputs(place)
+    whole = place.run(runs, *args)
+    assert whole.code == 0 and whole.stages, whole.output
+    refused = 0
+    for at in range(len(whole.stages)):
+        place.clear()
+        inputs(place)
+        done = place.run(runs, *args, file_bytes=100, limit_at=at)
+        if done.code == 0:  # all was written before
+            continue
+        check_refusal(name, place, done)
+        refused += 1
+    assert refused
 
 
 # --- narrow, dumb and colorless -----------------------------------------------------------------------------------

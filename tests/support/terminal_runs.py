@@ -38,9 +38,13 @@ class Run:
         folder: the working folder.
         environment: variables beside those of this process.
         columns: width of the terminal.
-        interrupt_at: number of the stage during which Ctrl-C is pressed; None: it is not.
-        interrupt_after_s: how long after the stage began.
+        interrupt_at: number of the stage during which it is interrupted; None: in none.
+        interrupt_when: text of the output upon which it is interrupted; None: none.
+        interrupt_after_s: how long after the stage began, or the text came.
+        interrupt_by: SIGINT, to all its processes as Ctrl-C in a terminal, or SIGTERM, to itself as `kill` does.
+        typed: what is typed into the terminal at once; None: its input is empty.
         file_bytes: largest file that may be written; None: any.
+        limit_at: number of the stage from which on that holds; None: from the start.
         closed: streams that are closed: 1, 2.
         pipes: whether output goes to pipes in place of a terminal.
     """
@@ -50,8 +54,12 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     columns: int = 80
     interrupt_at: int | None = None
+    interrupt_when: str | None = None
     interrupt_after_s: float = 0.0
+    interrupt_by: str = "SIGINT"
+    typed: str | None = None
     file_bytes: int | None = None
+    limit_at: int | None = None
     closed: Sequence[int] = ()
     pipes: bool = False
 
@@ -126,11 +134,13 @@ def _run(one: Run) -> Done:
         _become(one, theirs, tells)
     os.close(theirs)
     os.close(tells)
-    output, news = _collected((ours, told), child, began + _LONGEST_S)
+    if one.typed is not None:
+        os.write(ours, one.typed.encode())
+    output, news, interrupted = _collected(one, (ours, told), child, began + _LONGEST_S)
     _, status = os.waitpid(child, 0)
     ended = time.monotonic()
     lines = [json.loads(line) for line in news.decode().splitlines()]
-    interrupts = [line["interrupt"] for line in lines if "interrupt" in line]
+    interrupts = [line["interrupt"] for line in lines if "interrupt" in line] + interrupted
     return Done(
         code=os.waitstatus_to_exitcode(status),
         output=output.decode("utf-8", "replace"),
@@ -139,12 +149,18 @@ def _run(one: Run) -> Done:
     )
 
 
-def _collected(sources: tuple[int, int], child: int, until: float) -> tuple[bytes, bytes]:
+def _collected(one: Run, sources: tuple[int, int], child: int, until: float) -> tuple[bytes, bytes, list[float]]:
+    """Return what came to the terminal, what was told, and when the child was interrupted upon its output."""
     found = dict.fromkeys(sources, b"")
-    waiting = set(sources)
+    waiting, interrupted = set(sources), []
+    marker, due = None if one.interrupt_when is None else one.interrupt_when.encode(), None
     while waiting:
-        ready, _, _ = select.select(list(waiting), [], [], max(0.0, until - time.monotonic()))
-        if not ready:
+        ready, _, _ = select.select(list(waiting), [], [], max(0.0, (due or until) - time.monotonic()))
+        if due is not None and time.monotonic() >= due:
+            due = None
+            interrupted.append(time.monotonic())
+            _interrupt(one, child)
+        elif not ready:
             os.killpg(child, signal.SIGKILL)
             until += 10
         for source in ready:
@@ -153,10 +169,17 @@ def _collected(sources: tuple[int, int], child: int, until: float) -> tuple[byte
             except OSError:  # the other end of a terminal is closed
                 block = b""
             found[source] += block
+            if marker is not None and marker in found[sources[0]]:
+                marker, due = None, time.monotonic() + one.interrupt_after_s
             if not block:
                 waiting.remove(source)
                 os.close(source)
-    return found[sources[0]], found[sources[1]]
+    return found[sources[0]], found[sources[1]], interrupted
+
+
+def _interrupt(one: Run, child: int) -> None:
+    """Send the signal to a child, which leads its group; a Ctrl-C goes to all of that."""
+    (os.killpg if one.interrupt_by == "SIGINT" else os.kill)(child, getattr(signal, one.interrupt_by))
 
 
 def _become(one: Run, terminal: int, tells: int) -> None:
@@ -166,8 +189,7 @@ def _become(one: Run, terminal: int, tells: int) -> None:
         os.setsid()
         if not one.pipes:
             fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
+        os.dup2(terminal if one.typed is not None else os.open(os.devnull, os.O_RDONLY), 0)
         for stream in (1, 2):
             os.dup2(terminal, stream)
         sys.stdin = os.fdopen(0, closefd=False)
@@ -180,8 +202,8 @@ def _become(one: Run, terminal: int, tells: int) -> None:
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
             if name not in one.environment:
                 os.environ.pop(name, None)
-        if one.file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (one.file_bytes, one.file_bytes))
+        if one.limit_at is None:
+            _limit(one.file_bytes)
         _tell_stages(one, tells)
         from seekforge.runtime.cli import main as cli
 
@@ -200,8 +222,14 @@ def _become(one: Run, terminal: int, tells: int) -> None:
         os._exit(code if isinstance(code, int) else 71)
 
 
+def _limit(file_bytes: int | None) -> None:
+    """Let no file of this process and those that it starts grow beyond that."""
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+
 def _tell_stages(one: Run, tells: int) -> None:
-    """Report each stage that begins, and interrupt the one that is asked for, with all its processes."""
+    """Report each stage that begins; interrupt the one that is asked for, with all its processes, or limit files."""
     from seekforge.common.cli.console import Stages
 
     begin = Stages.__call__
@@ -212,12 +240,14 @@ def _tell_stages(one: Run, tells: int) -> None:
 
     def interrupt() -> None:
         tell(interrupt=time.monotonic())
-        os.killpg(0, signal.SIGINT)
+        _interrupt(one, os.getpid())
 
     def call(self: Stages, stage: str) -> None:
         nonlocal count
         begin(self, stage)
         tell(stage=stage)
+        if count == one.limit_at:
+            _limit(one.file_bytes)
         if count == one.interrupt_at:
             timer = threading.Timer(one.interrupt_after_s, interrupt)
             timer.daemon = True
