@@ -12,6 +12,7 @@ import pytest
 from seekforge.common.errors import ProgramError
 from seekforge.formats.weight_recipes import (
     FP8_VALUES,
+    QuantizedOnce,
     Recipe,
     cast,
     concat,
@@ -262,3 +263,9 @@ def test_of_rows_no_others_are_read_and_values_are_the_same(source: Source, reci
     out = np.zeros_like(found)
     evaluate_into(recipe, rows, out)
     assert out.tobytes() == found.tobytes()
+
+
+def test_of_rows_no_others_are_read_where_weights_are_quantized_once(source: Source) -> None:
+    rows = Rows(source.tensors)
+    evaluate(slice_(take("a", (256, 384), "f8e4m3"), 0, 64, 192), QuantizedOnce(rows))
+    assert rows.num_bytes == 128 * 384

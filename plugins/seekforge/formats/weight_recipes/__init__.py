@@ -29,6 +29,7 @@ from seekforge.formats.weight_recipes.constructors import (
 from seekforge.formats.weight_recipes.coverage import Coverage, coverage, tensors_of
 from seekforge.formats.weight_recipes.evaluation import (
     FP8_VALUES,
+    QuantizedOnce,
     TensorSource,
     dequantize_into,
     evaluate,
@@ -42,6 +43,7 @@ from seekforge.formats.weight_recipes.tables import hadamard, rope_rows, yarn_in
 __all__ = [
     "FP8_VALUES",
     "Coverage",
+    "QuantizedOnce",
     "Recipe",
     "TensorSource",
     "as_bytes",

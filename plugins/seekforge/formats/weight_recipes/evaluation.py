@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ from seekforge.common.dtypes import NUMPY, widen
 from seekforge.common.errors import ProgramError
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.quantization import block_fp8, nvfp4
-from seekforge.formats.quantization.int_codes import evaluate_codes
+from seekforge.formats.quantization.int_codes import pack, quantize_rows
 from seekforge.formats.weight_recipes.recipe import Recipe
 from seekforge.formats.weight_recipes.tables import computed
 
@@ -37,6 +38,31 @@ class RowSource(Protocol):
         ...
 
 
+class QuantizedOnce:
+    """Checkpoint tensors from which codes and their scales are made at once: the scales of codes are kept until they
+    are asked for, so whoever asks for one behind the other quantizes each weight once, and keeps little."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+        self._scales: dict[str, np.ndarray] = {}
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Return the tensor as its source does."""
+        return self.source.tensor(name)
+
+    def keep(self, codes: Recipe, scales: np.ndarray) -> None:
+        """Remember the scales that belong to `codes`."""
+        self._scales[_operand(codes)] = scales
+
+    def take(self, scales: Recipe) -> np.ndarray | None:
+        """Return what a `code_scales` recipe makes and forget it; None if its codes were not made before."""
+        return self._scales.pop(_operand(scales), None)
+
+
+def _operand(recipe: Recipe) -> str:
+    return json.dumps([recipe.params, recipe.parts[0].to_dict()])
+
+
 def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
     """Compute a recipe.
 
@@ -55,6 +81,8 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         out = np.empty(recipe.shape, NUMPY[recipe.dtype])
         evaluate_into(recipe, source, out)
         return out
+    if recipe.op in ("codes", "code_scales"):
+        return _codes(recipe, source)
     first = evaluate(recipe.parts[0], source)
     if recipe.op == "slice":
         assert recipe.axis is not None
@@ -73,8 +101,8 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         out = np.empty(recipe.shape, NUMPY[recipe.dtype])
         dequantize_into(first, evaluate(recipe.parts[1], source), out)
         return out
-    if recipe.op in ("codes", "code_scales", "packed"):
-        return evaluate_codes(recipe.op, recipe.params, first)
+    if recipe.op == "packed":
+        return pack(first, int(recipe.params["bits"]), int(recipe.params["block_size"]))
     if recipe.op == "block_codes":
         return block_fp8.quantize(first)[0]
     if recipe.op == "block_scales":
@@ -117,6 +145,8 @@ def evaluate_into(recipe: Recipe, source: TensorSource, out: np.ndarray) -> None
 
 def _rows_of(recipe: Recipe, source: TensorSource) -> Callable[[np.ndarray], None] | None:
     """Return what reads a recipe into an array, if it is a tensor as it is stored, or rows of one; else None."""
+    if isinstance(source, QuantizedOnce):
+        source = source.source
     start, take = 0, recipe
     if recipe.op == "slice" and recipe.axis == 0:
         assert recipe.start is not None
@@ -125,6 +155,19 @@ def _rows_of(recipe: Recipe, source: TensorSource) -> Callable[[np.ndarray], Non
         return None
     name = take.tensor
     return (lambda out: source.read_rows(name, start, out)) if source.dtype(name) == take.dtype else None
+
+
+def _codes(recipe: Recipe, source: TensorSource) -> np.ndarray:
+    """Compute a `codes` or a `code_scales` recipe."""
+    once = source if isinstance(source, QuantizedOnce) else None
+    wants_codes = recipe.op == "codes"
+    if once is not None and not wants_codes and (kept := once.take(recipe)) is not None:
+        return kept
+    bits, block_size = int(recipe.params["bits"]), int(recipe.params["block_size"])
+    codes, scales = quantize_rows(evaluate(recipe.parts[0], source), bits, block_size)
+    if once is not None and wants_codes:
+        once.keep(recipe, scales)
+    return codes if wants_codes else scales
 
 
 def _nvfp4(recipe: Recipe, packed: np.ndarray, source: TensorSource) -> np.ndarray:

@@ -20,7 +20,7 @@ from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.program import GraphIO, TensorSpec, load_bindings
 from seekforge.formats.step_io import MODEL, StepInputs
-from seekforge.formats.weight_recipes import Recipe, evaluate_into
+from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, evaluate_into
 from seekforge.plugins.native.library import add_operators
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
@@ -148,13 +148,14 @@ class OnnxRuntimeBackend:
             self._bindings = load_bindings(self._folder)
         changed = changed_constants(self._bindings, tensors)
         made: dict[str, ort.OrtValue] = {}  # graphs share constants
+        source = QuantizedOnce(GivenTensors(tensors))
         weights = {name: dict(values) for name, values in self._new_weights.items()}
         for graph, recipes in changed.items():
             for name, recipe in recipes.items():
                 key = json.dumps(recipe.to_dict())
                 if key not in made:
                     value = np.empty(recipe.shape, NUMPY[recipe.dtype])
-                    evaluate_into(recipe, GivenTensors(tensors), value)
+                    evaluate_into(recipe, source, value)
                     made[key] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(value, ONNX[recipe.dtype])
                 weights[graph][name] = made[key]
         before, self._new_weights = self._new_weights, weights

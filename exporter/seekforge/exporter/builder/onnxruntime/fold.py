@@ -22,7 +22,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.quantize import MS_DOMAIN, quantize_experts, quantize_linear
 from seekforge.formats.engine.weight_file import WeightLayout, constant_bytes
 from seekforge.formats.int_quant import Quantization
-from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate_into, transpose, wide_values
+from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, TensorSource, evaluate_into, transpose, wide_values
 from seekforge.plugins.functions.attach import operator_of
 from seekforge.plugins.operator import FoldedForm, OpSpec
 
@@ -183,10 +183,10 @@ class WeightFile:
         with path.open("wb") as file:
             _allocate(file, self.num_bytes)
         mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.layout.num_bytes,))
-        done = 0
+        done, once = 0, QuantizedOnce(source)
         for recipe, offset in self._pending:
             dtype, size = NUMPY[recipe.dtype], constant_bytes(recipe)
-            evaluate_into(part(recipe), source, mapped[offset : offset + size].view(dtype).reshape(recipe.shape))
+            evaluate_into(part(recipe), once, mapped[offset : offset + size].view(dtype).reshape(recipe.shape))
             done += size
             progress(done, self.num_bytes)
         mapped.flush()

@@ -16,6 +16,7 @@ from seekforge.exporter.models.shared.model import MtpModel, StepModel
 from seekforge.formats.checkpoint.model_config import ModelConfig, RopeScaling
 from seekforge.formats.int_quant import quantized_recipes
 from seekforge.formats.weight_recipes import (
+    QuantizedOnce,
     Recipe,
     TensorSource,
     evaluate,
@@ -84,7 +85,8 @@ def load_weights(model: StepModel | MtpModel, source: TensorSource) -> None:
 
     Parameters that are plain checkpoint tensors share the memory of what `source` gives.
     """
-    state = {name: to_torch(evaluate(recipe, source)) for name, recipe in recipes(model).items()}
+    once = QuantizedOnce(source)
+    state = {name: to_torch(evaluate(recipe, once)) for name, recipe in recipes(model).items()}
     model.load_state_dict(state, strict=True, assign=True)
 
 
