@@ -153,6 +153,20 @@ def test_only_the_kinds_that_are_named_become_codes() -> None:
     assert found["lm_head.weight_scale"].shape == (256, 4)
 
 
+def test_a_weight_may_be_stored_otherwise_than_its_kind() -> None:
+    how = Quantization(
+        precision="int4",
+        block_size=32,
+        kinds={"o_proj": "int4", "lm_head": "int8", "gate": "f32"},
+        weights={"layers.1.self_attn.o_proj.weight": "int8", "lm_head.weight": "f32"},
+    )
+    assert [how.bits(f"layers.{i}.self_attn.o_proj.weight") for i in (0, 1, 11)] == [4, 8, 4]
+    assert [how.stored_in(i, "o_proj") for i in (0, 1, 11)] == ["int4", "int8", "int4"]
+    assert how.bits("lm_head.weight") is None and how.stored_in(4, "lm_head") == "f32"
+    assert how.stored_in(0, "gate") == how.stored_in(0, "norm") == "f32"
+    assert how.smallest == "int4"
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

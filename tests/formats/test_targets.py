@@ -83,7 +83,23 @@ def test_what_a_user_asks_for_is_told_from_defaults() -> None:
 def test_the_formats_of_a_target_in_words() -> None:
     assert load_target("a100-80g").formats == "FP8 weights, BF16 products"
     assert load_target("h100").formats == "FP8 weights, FP8 products"
-    assert load_target("cpu", ["precision=int8"]).formats == "int8 weights"
+    assert load_target("cpu", ["precision=int8"]).formats == "int8 weights in blocks of 32"
+    mixed = load_target("cpu", ["lm_head=int8", "weight_block_size=64"])
+    assert mixed.formats == "f32 weights (lm_head int8) in blocks of 64"
+    assert load_target("cpu").formats == "f32 weights"
+
+
+def test_a_precision_for_weights_that_a_pattern_names() -> None:
+    target = load_target("cpu", ["model.layers.0.*=int8", 'lm_head="f32"', "precision=int4", "lm_head=int4"])
+    assert target.precision == "int4"
+    assert target.weights == {"model.layers.0.*": "int8", "lm_head": "int4"}
+    assert load_target("cpu", ["weights={experts: int4}"]).weights == {"experts": "int4"}
+    with pytest.raises(TargetError, match=r"key 'weights\.experts'.*int3"):
+        load_target("cpu", ["weights={experts: int3}"])
+    with pytest.raises(TargetError, match="weights and weight_block_size are for CPUs"):
+        load_target("h100", ["lm_head=int8"])
+    with pytest.raises(TargetError, match=r"key 'weight_block_size': .*48"):
+        load_target("cpu", ["weight_block_size=48"])
 
 
 def test_a_file_of_the_user(tmp_path: Path) -> None:

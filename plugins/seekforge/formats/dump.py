@@ -23,6 +23,7 @@ from seekforge.common.paths import RelativePath, inside
 from seekforge.common.reading import LISTING_BYTES, SETTINGS_BYTES, check_regular, parse_json, read_json
 from seekforge.common.records import Record, RecordError, Size
 from seekforge.common.system import read_all_at
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.parity_steps import ParitySteps, step_inputs
 from seekforge.formats.step_io import StepInputs
 
@@ -48,7 +49,9 @@ class Side(Record):
         name: the engine's or checkpoint's folder name, for people.
         numerics: fields of `formats.numerics.Numerics`.
         activations: dtype that it computed in.
-        weights: int8 or int4 where an engine rounded its weights to codes; else as the checkpoint has them.
+        weights: int8 or int4 where an engine rounded its weights to codes, the smaller of both; else as the checkpoint
+            has them.
+        quantization: which of them are such codes; None: none.
         layers: [a, b) of the main model that it ran.
         config: the model's config.json.
         versions: the versions of what ran it.
@@ -62,6 +65,7 @@ class Side(Record):
     config: dict[str, Any]
     versions: dict[str, str]
     weights: str = CHECKPOINT
+    quantization: Quantization | None = None
 
 
 class _Tensor(Record):

@@ -7,6 +7,7 @@ Inputs of a product with such weights are rounded to int8, one scale per block, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Final, Literal
 
 from seekforge.common.errors import ProgramError
@@ -24,19 +25,33 @@ class Quantization(Record):
         precision: what was asked for.
         block_size: values along K that share a scale, of weights and of the inputs of their products.
         kinds: kind of weight (`kind_of`) -> how it is stored. Weights of no kind here (norms, tables) are f32.
+        weights: parameter -> how it is stored, of those that are stored otherwise than their kind.
     """
 
-    precision: Literal["int8", "int4"]
+    precision: Format
     block_size: int
     kinds: dict[str, Format]
+    weights: dict[str, Format] = field(default_factory=dict)
 
-    def is_coded(self, kind: str) -> bool:
-        """Whether weights of this kind are codes."""
-        return self.kinds.get(kind, "f32") != "f32"
+    def stored_as(self, name: str) -> Format:
+        """Return how a parameter is stored."""
+        return self.weights.get(name) or self.kinds.get(kind_of(name), "f32")
 
     def bits(self, name: str) -> int | None:
         """Return the bits of the codes of a parameter, None for one that stays f32."""
-        return BITS.get(self.kinds.get(kind_of(name), "f32"))
+        return BITS.get(self.stored_as(name))
+
+    def stored_in(self, layer: int, kind: str) -> Format:
+        """Return how a layer stores its weights of one kind; of those outside of layers the number does not matter."""
+        for name, stored in self.weights.items():
+            if kind_of(name) == kind and name.startswith((f"layers.{layer}.", f"{kind}.")):
+                return stored
+        return self.kinds.get(kind, "f32")
+
+    @property
+    def smallest(self) -> Format:
+        """The format of the fewest bits that any weight has."""
+        return min((*self.kinds.values(), *self.weights.values()), key=lambda stored: BITS.get(stored, 32))
 
 
 def kind_of(name: str) -> str:

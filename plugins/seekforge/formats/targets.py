@@ -20,6 +20,8 @@ Rate = Annotated[float, above_zero(1e9)]
 Precision = Literal["f32", "int8", "int4", "bf16", "fp8"]
 CPU_PRECISIONS = ("f32", "int8", "int4")
 GPU_PRECISIONS = ("bf16", "fp8")
+#: Values along K that may share a scale, where weights are codes.
+WeightBlockSize = Literal[32, 64, 128]
 
 #: SMs that TensorRT-RTX compiles for, and those of data-center GPUs that need TensorRT.
 RTX_SMS = (80, 86, 89, 120, 121)
@@ -70,6 +72,9 @@ class TargetConfig(Record):
         precision: the precision of matrix products: f32 on a CPU, or f32 with int8 or int4 weights; fp8 means FP8
             products from SM89 on, and FP8 weights with BF16 products before.
         also: other SMs that the same plan shall run on (tensorrt-rtx).
+        weight_block_size: CPU: values along K that share a scale, of weights that are codes.
+        weights: CPU: pattern -> precision of the weights that it names; of several, the last decides. A pattern is of
+            names of checkpoint tensors or of kinds, such as `lm_head` or `model.layers.0.*`.
     """
 
     name: str
@@ -83,6 +88,8 @@ class TargetConfig(Record):
     kv_format: Literal["f32", "bf16", "fp8_ds"]
     limits: Limits
     profiles: dict[str, Profile] = field(default_factory=dict)
+    weight_block_size: WeightBlockSize = 32
+    weights: dict[str, Literal["f32", "int8", "int4"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +99,8 @@ class TargetConfig(Record):
             if self.precision not in CPU_PRECISIONS:
                 raise RecordError(f"precision {self.precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
             return
+        if self.weights or self.weight_block_size != 32:
+            raise RecordError("weights and weight_block_size are for CPUs: a GPU engine takes those of the checkpoint")
         if self.sm is None or self.gpu is None or not self.profiles:
             raise RecordError(f"sm, gpu and profiles are needed with backend {self.backend}")
         allowed = RTX_SMS if self.backend == "tensorrt-rtx" else TENSORRT_SMS
@@ -123,14 +132,21 @@ class TargetConfig(Record):
         return "bf16" if self.precision == "fp8" and not self.has_fp8 else self.precision
 
     @property
+    def has_codes(self) -> bool:
+        """Whether any weight of a CPU engine may be codes."""
+        return any(one in ("int8", "int4") for one in (self.precision, *self.weights.values()))
+
+    @property
     def formats(self) -> str:
         """Weights and products in words; weights of a GPU engine are those of the checkpoint, FP8."""
         if self.backend == "onnxruntime":
-            return f"{self.precision} weights"
+            blocks = f" in blocks of {self.weight_block_size}" if self.has_codes else ""
+            others = f" ({', '.join(f'{name} {one}' for name, one in self.weights.items())})" if self.weights else ""
+            return f"{self.precision} weights{others}{blocks}"
         return f"FP8 weights, {self.products.upper()} products"
 
     def changed(self, settings: Sequence[str]) -> TargetConfig:
-        """Return the target with changes such as `limits.max_batch_size=8`.
+        """Return the target with changes such as `limits.max_batch_size=8`; see `load_target`.
 
         Raises:
             TargetError: a change does not fit.
@@ -153,7 +169,8 @@ def load_target(name: str, settings: Sequence[str] = ()) -> TargetConfig:
 
     Args:
         name: the name of a file in configs/targets, or the path of a YAML file.
-        settings: changes such as `limits.max_batch_size=8`, applied in order.
+        settings: changes such as `limits.max_batch_size=8`, applied in order. With a precision as the value and no key
+            of a target in front, `lm_head=f32`, it is one of `weights`.
 
     Raises:
         TargetError: unknown (the message lists the known ones), its file is malformed, or a change does not fit.
@@ -207,6 +224,9 @@ def _apply(raw: dict[str, Any], setting: str) -> None:
     """Write `a.b=c` into nested keys; the value is YAML."""
     path, equals, text = setting.partition("=")
     keys = path.split(".")
+    if keys[0] not in TargetConfig.model_fields and text.strip("\"'") in CPU_PRECISIONS and path:
+        keys = ["weights", path]
+        raw.setdefault("weights", {})
     if not equals or not all(keys):
         raise TargetError(f"--set {setting!r}: expected KEY=VALUE with dots, such as limits.max_batch_size=8")
     place: Any = raw

@@ -36,7 +36,8 @@ def engine_side(manifest: Manifest, name: str) -> Side:
         layers=manifest.layer_range,
         config=manifest.config,
         versions=versions,
-        weights=precision if (precision := manifest.build.get("precision")) in ("int8", "int4") else CHECKPOINT,
+        weights=CHECKPOINT if manifest.quantization is None else manifest.quantization.smallest,
+        quantization=manifest.quantization,
     )
 
 

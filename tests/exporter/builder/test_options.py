@@ -144,7 +144,9 @@ def test_a_dry_run_for_a_cpu_says_what_would_be_built(
     assert said["limits"] == {"max_model_len": 1000, "max_batch_size": 3, "max_num_batched_tokens": 100}
     assert said["precision"] == "int4" and said["path"] == str(out)
     page = run(*given, *limits, "--dry-run").stdout
-    assert f"would build {out} for cpu" in page and "int4 weights; sequences of up to 1,000 tokens" in page
+    assert (
+        f"would build {out} for cpu" in page and "int4 weights in blocks of 32; sequences of up to 1,000 tokens" in page
+    )
     assert (
         "steps of up to 3 sequences and 100 tokens" in page
         and f"expected {decimal(said['weight_bytes'])} of weights" in page

@@ -40,7 +40,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Audit, Limits, Manifest, SelfCheck
 from seekforge.formats.program import load_program
 from seekforge.formats.quality import Quality, read_tasks
-from seekforge.formats.targets import Precision, TargetConfig
+from seekforge.formats.targets import Precision, TargetConfig, WeightBlockSize
 
 if TYPE_CHECKING:
     from seekforge.exporter.builder.tensorrt.check import Inputs
@@ -148,6 +148,7 @@ def build(
     max_model_len: Count | None = None,
     max_num_batched_tokens: Count | None = None,
     precision: Precision | None = None,
+    weight_block_size: WeightBlockSize | None = None,
     kv_cache_dtype: Literal["fp8_ds", "bf16"] | None = None,
     sm: Counts = (),
     plugins: PluginChoice = DEFAULTS.tensorrt.plugins,
@@ -173,13 +174,15 @@ def build(
         program: folder that `export` wrote.
         out: the folder to make.
         target: a name of `seekforge targets`, or the path of a YAML file.
-        set: changes of keys of the target: `{"limits.max_batch_size": 8}`, or texts as `--set` takes them.
+        set: changes of keys of the target: `{"limits.max_batch_size": 8}`, or texts as `--set` takes them. CPU: with a
+            precision as the value, `{"lm_head": "f32"}`, of the weights with such a name or of such a kind.
         checkpoint: what the program was exported from, a folder or a repository. CPU: its weights go into the engine;
             GPU: remembered, not read.
         max_batch_size: most sequences of a step.
         max_model_len: longest sequence, prompt and answer together.
         max_num_batched_tokens: most tokens of a step.
         precision: CPU: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8.
+        weight_block_size: CPU: values of a row that share a scale, where weights are int8 or int4: 32, 64 or 128.
         kv_cache_dtype: GPU: format of the caches.
         sm: tensorrt-rtx: other SMs that the plan shall run on.
         plugins: GPU: operators as plugins: all, none (inlined), or auto, the default: all that the model's sizes allow.
@@ -212,6 +215,7 @@ def build(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         precision=precision,
+        weight_block_size=weight_block_size,
         taps=taps,
         quality=_quality_bounds(None if quality is None else Path(quality), cast("tuple[str, ...]", many(min_quality))),
         tensorrt=TensorRtOptions(

@@ -25,7 +25,7 @@ from seekforge.exporter.builder.api import BuildResult
 from seekforge.exporter.builder.audit_page import quality_words, self_check_words
 from seekforge.exporter.builder.options import DEFAULTS, LAYERS_PER_ENGINE, OptimizationLevel, PluginChoice
 from seekforge.exporter.option_types import TARGET
-from seekforge.formats.targets import Precision
+from seekforge.formats.targets import Precision, WeightBlockSize
 
 _GIB = 1 << 30
 _GPU = DEFAULTS.tensorrt
@@ -35,6 +35,7 @@ _GPU = DEFAULTS.tensorrt
     "build",
     examples=(
         "seekforge build program engine --target cpu --checkpoint checkpoint",
+        "seekforge build program engine --target cpu --checkpoint ck --precision int4 --set lm_head=f32",
         "seekforge build program engine --target h200 --checkpoint checkpoint --max-model-len 64K",
         "seekforge build program engine --target rtx4090 --sm 120 --dry-run",
         "seekforge build program engine --target cpu --checkpoint ck --quality tasks.jsonl --min-quality sums=0.95",
@@ -44,7 +45,12 @@ _GPU = DEFAULTS.tensorrt
 @click.argument("program", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target", type=TARGET, required=True, help="A name of 'seekforge targets', or the path of a YAML file.")
-@click.option("--set", multiple=True, metavar="A.B=C", help="Change a key of the target.")
+@click.option(
+    "--set",
+    multiple=True,
+    metavar="A.B=C",
+    help="Change a key of the target. cpu: PATTERN=PRECISION is for the weights with such a name or of such a kind.",
+)
 @click.option(
     "--checkpoint",
     default=None,
@@ -59,6 +65,12 @@ _GPU = DEFAULTS.tensorrt
     type=click.Choice(get_args(Precision)),
     default=DEFAULTS.precision,
     help="cpu: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8.",
+)
+@click.option(
+    "--weight-block-size",
+    type=click.Choice([str(size) for size in get_args(WeightBlockSize)]),
+    callback=lambda context, parameter, value: None if value is None else int(value),
+    help="cpu: values of a row that share a scale, where weights are int8 or int4.  [default: 32]",
 )
 @kv_cache_dtype_option("GPU: format of the caches.")
 @list_option("--sm", type=Whole(1), help="tensorrt-rtx: other SMs that the plan shall run on.")

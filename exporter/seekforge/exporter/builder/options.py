@@ -19,6 +19,7 @@ from seekforge.formats.targets import (
     RTX_SMS,
     Precision,
     TargetConfig,
+    WeightBlockSize,
     limits_named,
     load_target,
 )
@@ -102,6 +103,7 @@ class BuildOptions:
         max_model_len: longest sequence, prompt and answer together.
         max_num_batched_tokens: most tokens of a step.
         precision: CPU: precision of the weights; GPU: precision of products of FP8 weights.
+        weight_block_size: CPU: values along K that share a scale, of weights that are codes.
         taps: let the engine show the tensors inside each layer.
         quality: CPU: what it is measured on; None: nothing is.
         tensorrt: what only builds for a GPU know.
@@ -112,6 +114,7 @@ class BuildOptions:
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None
     precision: Precision | None = None
+    weight_block_size: WeightBlockSize | None = None
     taps: bool = False
     quality: QualityBounds | None = None
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
@@ -140,6 +143,12 @@ class BuildOptions:
         if self.precision is not None:
             _check_precision(target, self.precision)
             changes.append(f"precision={self.precision}")
+        if self.weight_block_size is not None:
+            if target.backend != "onnxruntime":
+                raise TargetError(
+                    f"--weight-block-size is for CPUs, target {target.name} takes the checkpoint's weights"
+                )
+            changes.append(f"weight_block_size={self.weight_block_size}")
         target = target.changed(changes)
         if target.backend == "onnxruntime":
             self._check_cpu(target)

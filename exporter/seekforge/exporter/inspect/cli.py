@@ -109,6 +109,8 @@ def show(about: dict[str, Any], out: Console) -> None:
             }
             stored = "; ".join(f"{name} {listed}" for name, listed in kinds.items())
             out.print(f"weights: {stored}; blocks of {how['block_size']}")
+            for name, one in how["weights"].items():
+                out.print(f"  but {one} {name}")
         show_audit(manifest, out)
     else:
         ranks = about["ranks"]

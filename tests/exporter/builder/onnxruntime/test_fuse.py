@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
 
 import onnx
 import pytest
@@ -13,28 +12,28 @@ from seekforge.exporter.builder.onnxruntime.fold import WeightFile
 from seekforge.exporter.builder.onnxruntime.fuse import fuse
 from seekforge.exporter.builder.onnxruntime.graphs import finish_graph, fold_graph
 from seekforge.exporter.builder.onnxruntime.quantize import choose
-from seekforge.exporter.builder.options import BuildOptions
 from seekforge.exporter.builder.request import read_graph
 from seekforge.exporter.program.taps import taps_in
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import load_bindings, load_program
+from seekforge.formats.targets import load_target
 from seekforge.plugins.native import FUSED
 
 #: What a layer may have: every node is one kernel of ONNX Runtime, whatever the context is.
 MOST_NODES = 30
 
 
-def folded(program_folder: Path, precision: Literal["int8", "int4"] | None, *, taps: bool = False) -> onnx.ModelProto:
-    """Return the folded main graph of a program, its weights constants that lie nowhere."""
+def folded(program_folder: Path, *settings: str, taps: bool = False) -> onnx.ModelProto:
+    """Return the folded main graph of a program for a CPU, its weights constants that lie nowhere."""
     program, bindings = load_program(program_folder), load_bindings(program_folder)
     config = ModelConfig.parse(program.config, "program")
-    limits = BuildOptions().target("cpu").limits
+    target = load_target("cpu", [*settings, "limits.max_model_len=512"])
     model, constants = fold_graph(
         read_graph(program_folder, program.graphs["model"]),
         bindings["model"],
         config,
-        coded=None if precision is None else choose(precision, config),
-        limits=limits.model_copy(update={"max_model_len": 512}),
+        coded=choose(target, config, bindings),
+        limits=target.limits,
         taps=taps,
     )
     WeightFile("weights.bin").attach(model, constants)
@@ -55,11 +54,11 @@ def by_layer(model: onnx.ModelProto) -> list[list[onnx.NodeProto]]:
 
 
 @pytest.mark.parametrize("numerics", ["fp8", "exact"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_layer_has_few_nodes(
-    tiny_programs: dict[str, Path], numerics: str, precision: Literal["int8", "int4"]
-) -> None:
-    finished = finish_graph(folded(tiny_programs[numerics], precision))
+@pytest.mark.parametrize(
+    "settings", [["precision=int8"], ["precision=int4"], ["precision=int8", "weight_block_size=128"]]
+)
+def test_a_layer_has_few_nodes(tiny_programs: dict[str, Path], numerics: str, settings: list[str]) -> None:
+    finished = finish_graph(folded(tiny_programs[numerics], *settings))
     layers = by_layer(finished)
     assert len(layers) == 4
     for nodes in layers:
@@ -81,9 +80,9 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.parametrize("precision", [None, "int8"])
-def test_every_tap_and_output_keeps_its_name(tiny_programs: dict[str, Path], precision: Literal["int8"] | None) -> None:
-    model = folded(tiny_programs["exact"], precision)
+@pytest.mark.parametrize("precision", ["f32", "int8"])
+def test_every_tap_and_output_keeps_its_name(tiny_programs: dict[str, Path], precision: str) -> None:
+    model = folded(tiny_programs["exact"], f"precision={precision}")
     before, outputs = set(taps_in(model)), [value.name for value in model.graph.output]
     fuse(model)
     assert set(taps_in(model)) == before
@@ -95,7 +94,7 @@ def test_every_tap_and_output_keeps_its_name(tiny_programs: dict[str, Path], pre
 
 @pytest.mark.parametrize("numerics", ["fp8", "exact"])
 def test_taps_leave_the_same_nodes(tiny_programs: dict[str, Path], numerics: str) -> None:
-    plain, tapped = folded(tiny_programs[numerics], None), folded(tiny_programs[numerics], None, taps=True)
+    plain, tapped = folded(tiny_programs[numerics]), folded(tiny_programs[numerics], taps=True)
     fuse(plain)
     fuse(tapped)
     kinds = [[node.op_type for node in model.graph.node if node.op_type != "Cast"] for model in (plain, tapped)]
@@ -103,7 +102,7 @@ def test_taps_leave_the_same_nodes(tiny_programs: dict[str, Path], numerics: str
 
 
 def test_a_piece_that_looks_otherwise_is_left(tiny_programs: dict[str, Path]) -> None:
-    model = folded(tiny_programs["exact"], None)
+    model = folded(tiny_programs["exact"])
     for node in model.graph.node:
         if node.op_type == "Transpose":  # another order of axes: the attention of this layer is another piece
             node.attribute[0].CopyFrom(onnx.helper.make_attribute("perm", [0, 1, 2]))
@@ -114,7 +113,7 @@ def test_a_piece_that_looks_otherwise_is_left(tiny_programs: dict[str, Path]) ->
 
 
 def test_fused_nodes_are_those_of_the_table(tiny_programs: dict[str, Path]) -> None:
-    model = folded(tiny_programs["exact"], "int8")
+    model = folded(tiny_programs["exact"], "precision=int8")
     fuse(model)
     kinds = {node.op_type for node in model.graph.node if node.domain == "seekforge"}
     assert kinds - {"DsaIndexer"} <= FUSED.keys()

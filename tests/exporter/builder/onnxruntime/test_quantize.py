@@ -14,20 +14,33 @@ from tests.support.made_once import made_once
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, TargetError
 from seekforge.exporter.builder.onnxruntime.build import build
+from seekforge.exporter.builder.onnxruntime.quantize import choose
 from seekforge.exporter.inspect.cli import inspect
 from seekforge.exporter.models.shared.sparse.parameters import CODES
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.int_quant import Quantization, kind_of
 from seekforge.formats.targets import load_target
+from seekforge.formats.weight_recipes import take
 from seekforge.runtime import LLM, SamplingParams
 
+#: What another form of weights is asked for by.
+MIXED = (
+    "precision=int4",
+    "weight_block_size=128",
+    "model.layers.0.*=int8",
+    "lm_head=f32",
+    "experts=int8",
+    "o_proj=f32",
+)
 
-def build_cpu(program: Path, out: Path, checkpoint: Path, precision: str) -> Path:
+
+def build_cpu(program: Path, out: Path, checkpoint: Path, *settings: str) -> Path:
     build(
         program,
         out,
-        target=load_target("cpu", [f"precision={precision}", "limits.max_model_len=1024"]),
+        target=load_target("cpu", [*settings, "limits.max_model_len=1024"]),
         checkpoint_folder=checkpoint,
         force=False,
         progress=Stages(quiet=True),
@@ -39,11 +52,16 @@ def build_cpu(program: Path, out: Path, checkpoint: Path, precision: str) -> Pat
 def engines(
     tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    kinds = {"int8": ("exact", "int8"), "int4": ("exact", "int4"), "fp8": ("fp8", "int8")}
+    kinds = {
+        "int8": ("exact", ("precision=int8",)),
+        "int4": ("exact", ("precision=int4",)),
+        "fp8": ("fp8", ("precision=int8",)),
+        "mixed": ("exact", MIXED),
+    }
 
     def make(root: Path) -> None:
-        for name, (numerics, precision) in kinds.items():
-            build_cpu(tiny_programs[numerics], root / name, tiny_checkpoint, precision)
+        for name, (numerics, settings) in kinds.items():
+            build_cpu(tiny_programs[numerics], root / name, tiny_checkpoint, *settings)
 
     root = made_once(tmp_path_factory, "coded", make)
     return {name: root / name for name in kinds}
@@ -75,12 +93,66 @@ def test_products_have_codes_and_the_manifest_lists_all_kinds(engines: dict[str,
             }
 
 
+def test_weights_that_are_named_are_stored_as_asked_in_blocks_as_asked(engines: dict[str, Path]) -> None:
+    how = load_manifest(engines["mixed"]).quantization
+    assert how is not None and how.precision == "int4" and how.block_size == 128
+    expected = {"f32": None, "int8": 8, "int4": 4}
+    # the last pattern that names a weight decides
+    assert how.stored_in(0, "o_proj") == "f32" and how.stored_in(0, "q_b_proj") == "int8"
+    assert how.stored_in(1, "experts") == "int8" and how.stored_in(1, "q_b_proj") == "int4"
+    model = onnx.load(engines["mixed"] / "model.onnx", load_external_data=False)
+    products = {
+        node.input[1].removesuffix(".codes"): {a.name: a.i for a in node.attribute}
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert products["layers.0.self_attn.q_b_proj.weight"]["bits"] == 8
+    assert products["layers.1.self_attn.q_b_proj.weight"]["bits"] == expected[how.stored_in(1, "q_b_proj")]
+    assert {attributes["block_size"] for attributes in products.values()} == {128}
+    assert not any("o_proj" in name or "lm_head" in name for name in products)
+    moe = [{a.name: a.i for a in node.attribute} for node in model.graph.node if node.op_type == "QMoE"]
+    assert moe and all(one["expert_weight_bits"] == 8 and one["block_size"] == 128 for one in moe)
+    shown = CliRunner().invoke(inspect, [str(engines["mixed"])], env={"COLUMNS": "400"}).output
+    assert "blocks of 128" in shown and "but f32 lm_head.weight" in shown
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("o_prj=int8", "--set o_prj: is no key of the target and names no weight, .*did you mean o_proj"),
+        ("precison=int8", "--set precison: is no key of the target and names no weight"),
+        ("gate=int8", "--set gate: gate stays f32"),
+        ("*.q_a_proj.weight=int8", r"names model\.layers\.0\.self_attn\.q_a_proj\.weight and not .*one matrix"),
+        ("*.experts.0.*=int4", "one matrix of an engine; name all of it, such as experts"),
+        ("*.experts.*.down_proj.weight=int4", "experts of a layer have one precision"),
+    ],
+)
+def test_a_pattern_that_names_no_weight_is_refused(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(TargetError, match=message):
+        build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint, setting)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_no_whole_blocks_are_refused_before_work(tiny_config: ModelConfig) -> None:
+    bindings = {"model": {"layers.0.self_attn.o_proj.weight": take("w", (128, 96), "f8e4m3")}}
+    with pytest.raises(
+        TargetError, match="rows of 96 values, which are no whole blocks of 64; pass --weight-block-size 32"
+    ):
+        choose(load_target("cpu", ["precision=int8", "weight_block_size=64"]), tiny_config, bindings)
+    assert (
+        choose(load_target("cpu", ["precision=int8", "o_proj=f32", "weight_block_size=64"]), tiny_config, bindings)
+        is None
+    )
+
+
 def test_weights_shrink_to_what_codes_and_scales_take(engines: dict[str, Path], tiny_engines: dict[str, Path]) -> None:
-    size = {name: (folder / "weights.bin").stat().st_size for name, folder in engines.items()}
+    size = {name: (folder / "weights.bin").stat().st_size for name, folder in engines.items() if name != "mixed"}
     assert size["int4"] < size["int8"] < 0.4 * (tiny_engines["exact"] / "weights.bin").stat().st_size
 
 
-@pytest.mark.parametrize("name", ("int8", "int4", "fp8"))
+@pytest.mark.parametrize("name", ("int8", "int4", "fp8", "mixed"))
 def test_the_self_check_is_tight_and_passes_at_load(engines: dict[str, Path], name: str) -> None:
     check = load_manifest(engines[name]).self_check
     assert check is not None and len(check.prompt_ids) == 1
@@ -95,16 +167,17 @@ def test_a_scale_that_is_one_percent_off_is_noticed(
     bent_engine: None, tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(EngineError, match="differs from PyTorch"):
-        build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint, "int4")
+        build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint, "precision=int4")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_updated_weights_are_quantized_again(engines: dict[str, Path], tiny_source: Checkpoint) -> None:
-    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+@pytest.mark.parametrize("engine", ("int8", "mixed"))
+def test_updated_weights_are_quantized_again(engines: dict[str, Path], tiny_source: Checkpoint, engine: str) -> None:
+    name = "model.layers.0.self_attn.q_b_proj.weight_scale_inv"
     names = [name.removesuffix("_scale_inv"), name]
     tensors = {key: np.asarray(tiny_source.tensor(key)).copy() for key in names}
     params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, logprobs=1)
-    with LLM(engines["int8"], num_blocks=8) as llm:
+    with LLM(engines[engine], num_blocks=8) as llm:
         before = llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs
         llm.update_weights(tensors)
         assert llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs == before

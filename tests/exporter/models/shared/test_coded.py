@@ -9,7 +9,7 @@ import torch
 from onnx import helper
 from tests.support.ort_session import open_session
 
-from seekforge.exporter.models.shared.layers import CodedLinear
+from seekforge.exporter.models.shared.coded import CodedLinear
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.checkpoint.model_config import ModelConfig

@@ -7,6 +7,7 @@ refused. Memory is not: weights are mapped, and the engine may be for another ma
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -117,15 +118,23 @@ def check(
         check_measurable(program, program_folder, limits, options.quality)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
-    if program.parallelism.num_ranks > 1 and target.precision != "f32":
+    if program.parallelism.num_ranks > 1 and target.has_codes:
         raise TargetError(
-            f"engines of several ranks have f32 weights, {target.precision} was asked for; pass --precision f32, or "
+            f"engines of several ranks have f32 weights, {target.formats} were asked for; pass --precision f32, or "
             f"export the program without {program.parallelism.options}"
         )
     tp = program.parallelism.tp
-    sizes = {name: layer_bytes(bindings, _coded(name, config), limits.max_model_len, tp) for name in _PRECISIONS}
+
+    def sizes_of(how: Quantization | None) -> dict[int | None, int]:
+        return layer_bytes(bindings, how, limits.max_model_len, tp)
+
+    coded = choose(target, config, bindings)
+    sizes = {target.precision: sizes_of(coded)}
     needed = sum(sizes[target.precision].values())
     if needed > free:
+        for smaller in _PRECISIONS[_PRECISIONS.index(target.precision) + 1 :]:
+            with contextlib.suppress(TargetError):  # some rows have no whole blocks
+                sizes[smaller] = sizes_of(choose(target.model_copy(update={"precision": smaller}), config, bindings))
         raise OutputError(_disk_refusal(program, target.precision, sizes, free, place))
     memory = _memory_bytes()
     warning = ""
@@ -134,11 +143,7 @@ def check(
             f"the weights are {decimal(needed)} and this machine has {decimal(memory)} of memory: here the "
             "engine will run at the speed of the disk, if at all"
         )
-    return CpuBuild(program, bindings, config, whole, limits, _coded(target.precision, config), needed, free, warning)
-
-
-def _coded(precision: Precision, config: ModelConfig) -> Quantization | None:
-    return None if precision == "f32" else choose(precision, config)
+    return CpuBuild(program, bindings, config, whole, limits, coded, needed, free, warning)
 
 
 def _memory_bytes() -> int | None:
@@ -196,7 +201,7 @@ def _disk_refusal(
 ) -> str:
     """Say by how much an engine does not fit on the disk, and what would."""
     needs = f"the engine takes {decimal(sum(sizes[precision].values()))} at {precision}, and {place} has"
-    smaller = _PRECISIONS[_PRECISIONS.index(precision) + 1 :]
+    smaller = [one for one in sizes if one != precision]
     for one in smaller:
         total = sum(sizes[one].values())
         if total <= free:
@@ -332,7 +337,7 @@ def _one_rank(
         )
         weights.attach(model, constants)
         graphs[name] = finish_graph(model)
-    with progress.bytes_bar("dequantize weights" if coded is None else f"{coded.precision} weights") as bar:
+    with progress.bytes_bar("dequantize weights" if coded is None else f"{coded.smallest} weights") as bar:
         weights.write(folder, checkpoint, bar)
     progress("inline, check, write")
     described = {name: write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}

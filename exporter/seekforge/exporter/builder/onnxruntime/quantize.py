@@ -6,30 +6,129 @@ round their inputs to int8 (`accuracy_level` 4): at one row exact inputs are 10 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+import difflib
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Final, get_args
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from seekforge.common.dtypes import ONNX
+from seekforge.common.errors import TargetError
 from seekforge.exporter.models import family_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.int_quant import Quantization, dequantized, packed, quantized
+from seekforge.formats.int_quant import Format, Quantization, dequantized, kind_of, packed, quantized
+from seekforge.formats.targets import TargetConfig, WeightBlockSize
 from seekforge.formats.weight_recipes import Recipe, reshape, stack, transpose
 
 #: Where MatMulNBits and QMoE live.
 MS_DOMAIN: Final = "com.microsoft"
-#: Values that share a scale. ONNX Runtime takes 16, 32, 64, 128 and 256; the smallest error for its bytes.
-BLOCK_SIZE: Final = 32
 
 
-def choose(precision: str, config: ModelConfig) -> Quantization:
-    """Return how each kind of weight is stored in an engine of `precision`: as its family says, at most so small."""
+def choose(
+    target: TargetConfig, config: ModelConfig, bindings: Mapping[str, Mapping[str, Recipe]]
+) -> Quantization | None:
+    """Return how each weight is stored in an engine: as its family says at the target's precision, at most so small,
+    but for weights that the target names. None: all are f32.
+
+    Args:
+        target: the target as options changed it.
+        config: the program's config.
+        bindings: graph -> weight or table -> recipe, as the program has them.
+
+    Raises:
+        TargetError: a pattern of the target names no weight or a part of one, or rows have no whole blocks.
+    """
     codes = family_of(config).codes
-    kinds = {kind: precision if smallest == "int4" else smallest for kind, smallest in codes.items()}
-    return Quantization.model_validate({"precision": precision, "block_size": BLOCK_SIZE, "kinds": kinds})
+    kinds = {kind: _at_precision(target.precision, smallest) for kind, smallest in codes.items()}
+    named = {
+        name: recipe
+        for recipes in bindings.values()
+        for name, recipe in recipes.items()
+        if kind_of(name) in codes and not name.endswith("_scale")
+    }
+    weights: dict[str, Format] = {}
+    for pattern, precision in target.weights.items():
+        weights |= dict.fromkeys(_matching(pattern, named, codes), precision)
+    how = Quantization.model_validate(
+        {
+            "precision": target.precision,
+            "block_size": target.weight_block_size,
+            "kinds": kinds,
+            "weights": {name: stored for name, stored in weights.items() if stored != kinds[kind_of(name)]},
+        }
+    )
+    for name, recipe in named.items():
+        _check_experts(name, how)
+        if how.bits(name):
+            _check_rows(name, recipe, how)
+    return how if any(map(how.bits, named)) else None
+
+
+def _at_precision(precision: str, smallest: str) -> str:
+    return "f32" if precision == "f32" else precision if smallest == "int4" else smallest
+
+
+def _matching(pattern: str, named: Mapping[str, Recipe], codes: Mapping[str, str]) -> list[str]:
+    """Return the weights whose kind, or all of whose checkpoint tensors, a pattern names."""
+    found, stays = [], ""
+    for name, recipe in named.items():
+        kind, tensors = kind_of(name), list(_tensors(recipe))
+        hits = [tensor for tensor in tensors if fnmatchcase(tensor, pattern)]
+        if not hits and not fnmatchcase(kind, pattern):
+            continue
+        if codes[kind] == "f32":
+            stays = kind
+        elif hits and len(hits) < len(tensors) and not fnmatchcase(kind, pattern):
+            missing = next(tensor for tensor in tensors if tensor not in hits)
+            raise TargetError(
+                f"--set {pattern}: names {hits[0]} and not {missing}, which are one matrix of an engine; name all of "
+                f"it, such as {kind}"
+            )
+        else:
+            found.append(name)
+    if found:
+        return found
+    if stays:
+        raise TargetError(f"--set {pattern}: {stays} stays f32, there is no product for its codes")
+    kinds = [kind for kind, smallest in codes.items() if smallest != "f32"]
+    close = difflib.get_close_matches(pattern[:100], kinds, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise TargetError(
+        f"--set {pattern}: is no key of the target and names no weight, expected a kind ({', '.join(kinds)}) or a "
+        f"tensor of the checkpoint, such as model.layers.0.*{hint}"
+    )
+
+
+def _tensors(recipe: Recipe) -> Iterator[str]:
+    """Yield the checkpoint tensors of a weight, without those of its scales."""
+    if recipe.tensor is not None and recipe.op == "take":
+        yield recipe.tensor
+    scaled = recipe.op in ("dequantize", "scale_rows", "nvfp4")
+    for part in recipe.parts[:1] if scaled else recipe.parts:
+        yield from _tensors(part)
+
+
+def _check_rows(name: str, recipe: Recipe, how: Quantization) -> None:
+    columns = recipe.shape[-1]
+    if columns % how.block_size:
+        fits = [str(size) for size in get_args(WeightBlockSize) if columns % size == 0]
+        remedy = f"pass --weight-block-size {fits[-1]}" if fits else f"pass --set {kind_of(name)}=f32"
+        raise TargetError(
+            f"{name} has rows of {columns} values, which are no whole blocks of {how.block_size}; {remedy}"
+        )
+
+
+def _check_experts(name: str, how: Quantization) -> None:
+    """Both matrices of an expert have codes of the same width: QMoE has one attribute for them."""
+    prefix, _, last = name.rpartition(".")
+    if last == "w13" and how.stored_as(name) != how.stored_as(f"{prefix}.w2"):
+        raise TargetError(
+            f"--set: {prefix} would have gate and up in {how.stored_as(name)} and down in "
+            f"{how.stored_as(f'{prefix}.w2')}; experts of a layer have one precision: name experts, or *.experts.*"
+        )
 
 
 def quantize_linear(

@@ -178,7 +178,7 @@ def _candidates(settings: Settings, source: TensorSource, length: int, count: in
                 f"{PERTURBATION:g}, at least {_FLOOR:g} of the logits' spread ({spread:.2f})"
             ),
             source=f"PyTorch {torch.__version__}, numerics {settings.numerics.name}, f32 activations"
-            + (f", the engine's {settings.quantization.precision} weights" if settings.quantization else ""),
+            + (f", the engine's {settings.quantization.smallest} weights" if settings.quantization else ""),
         )
         result.append(_Candidate(check, change, spread))
     return result

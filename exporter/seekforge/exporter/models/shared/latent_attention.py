@@ -34,13 +34,13 @@ class LatentAttention(nn.Module):
         self.settings, self.config, self.layer = settings, config, layer
         self.heads = heads = settings.rank.num_attention_heads
         self.splits = [config.q_lora_rank, *between, config.kv_lora_rank, config.qk_rope_head_dim]
-        self.qkv_a_proj = fp8_linear(settings, "qkv_a_proj", config.hidden_size, sum(self.splits))
+        self.qkv_a_proj = fp8_linear(settings, config.hidden_size, sum(self.splits))
         self.q_a_layernorm = RmsNorm(config.q_lora_rank, config.rms_norm_eps, settings.dtype)
-        self.q_b_proj = fp8_linear(settings, "q_b_proj", config.q_lora_rank, heads * config.qk_head_dim)
+        self.q_b_proj = fp8_linear(settings, config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_layernorm = RmsNorm(config.kv_lora_rank, config.rms_norm_eps, settings.dtype)
         self.w_uk = weight(heads, config.qk_nope_head_dim, config.kv_lora_rank, dtype=settings.dtype)
         self.w_uv = weight(heads, config.v_head_dim, config.kv_lora_rank, dtype=settings.dtype)
-        self.o_proj = fp8_linear(settings, "o_proj", heads * config.v_head_dim, config.hidden_size)
+        self.o_proj = fp8_linear(settings, heads * config.v_head_dim, config.hidden_size)
         self.sum_ranks = SumRanks(settings.parallelism.tp)
 
     def queries(self, qr: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -101,51 +101,9 @@ def product_per_head(x: Tensor, weight: Tensor) -> Tensor:
     return (x.transpose(0, 1) @ weight).transpose(0, 1)
 
 
-class CodedLinear(nn.Module):
-    """y = x · Wᵀ with W in codes of 8 or 4 bits and x rounded to int8, as int8 and int4 engines multiply."""
-
-    def __init__(self, in_features: int, out_features: int, block_size: int) -> None:
-        super().__init__()
-        self.block_size = block_size
-        self.weight = weight(out_features, in_features, dtype=torch.int8)
-        self.weight_scale = weight(out_features, in_features // block_size, dtype=torch.float32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [..., out_features], dtype of `x`."""
-        return coded_product(x, self.weight, self.weight_scale, self.block_size)
-
-
-def coded_product(x: Tensor, codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """Return x · Wᵀ of [..., K] and W = codes [N, K] int8 times scales [N, K / block_size], with x rounded to int8."""
-    decoded = (codes.float().unflatten(-1, (-1, block_size)) * scales.unsqueeze(-1)).flatten(-2)
-    return (round_to_int8(x.float(), block_size) @ decoded.T).to(x.dtype)
-
-
-def round_to_int8(x: Tensor, block_size: int) -> Tensor:
-    """Round [..., K] f32 to int8 with one scale per block, largest magnitude / 127, and back.
-
-    Source: ONNX Runtime 1.32, MatMulNBits with accuracy_level 4; checked to 4e-7 of its products' root mean square.
-    """
-    blocks = x.unflatten(-1, (-1, block_size))
-    largest = blocks.abs().amax(-1, keepdim=True)
-    codes = torch.round(blocks * torch.where(largest > 0, 127 / largest, 0.0))
-    return (codes * (largest / 127)).flatten(-2)
-
-
-def fp8_linear(settings: Settings, kind: str, in_features: int, out_features: int) -> Fp8Linear | CodedLinear:
-    """Return the linear of a weight that is FP8 in the checkpoint, as `settings` want its kind."""
-    how = settings.quantization
-    if how is not None and how.is_coded(kind):
-        return CodedLinear(in_features, out_features, how.block_size)
+def fp8_linear(settings: Settings, in_features: int, out_features: int) -> Fp8Linear:
+    """Return the linear of a weight that is FP8 in the checkpoint."""
     return Fp8Linear(in_features, out_features, settings.numerics.act_quant, settings.weight_dtype)
-
-
-def linear_f32(settings: Settings, kind: str, in_features: int, out_features: int) -> LinearF32 | CodedLinear:
-    """Return the linear of a weight that is BF16 in the checkpoint and gives f32, as `settings` want its kind."""
-    how = settings.quantization
-    if how is not None and how.is_coded(kind):
-        return CodedLinear(in_features, out_features, how.block_size)
-    return LinearF32(in_features, out_features, settings.dtype)
 
 
 def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int = 1) -> Tensor:
@@ -206,8 +164,8 @@ class Mlp(nn.Module):
     def __init__(self, settings: Settings, intermediate_size: int) -> None:
         super().__init__()
         hidden_size = settings.config.hidden_size
-        self.gate_up_proj = fp8_linear(settings, "gate_up_proj", hidden_size, 2 * intermediate_size)
-        self.down_proj = fp8_linear(settings, "down_proj", intermediate_size, hidden_size)
+        self.gate_up_proj = fp8_linear(settings, hidden_size, 2 * intermediate_size)
+        self.down_proj = fp8_linear(settings, intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same."""

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seekforge.exporter.models import family_of
+from seekforge.exporter.models.shared.coded import CodedLinear, use_codes
 from seekforge.exporter.models.shared.latent_attention import LatentAttention
 from seekforge.exporter.models.shared.layers import (
-    CodedLinear,
     LinearF32,
     Mlp,
     RmsNorm,
     SumRanks,
-    linear_f32,
     product,
     weight,
 )
@@ -197,7 +196,8 @@ class StepModel(_StepModule):
             self.embed_tokens = Embedding(settings)
         if self.is_last:
             self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-            self.lm_head = linear_f32(settings, "lm_head", config.hidden_size, config.vocab_size)
+            self.lm_head = LinearF32(config.hidden_size, config.vocab_size, settings.dtype)
+        use_codes(self, settings)
 
     def token_names(self) -> tuple[str, ...]:
         """Names of the inputs that carry the tokens."""
@@ -278,7 +278,8 @@ class MtpModel(_StepModule):
         self.hnorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         self.eh_proj = weight(config.hidden_size, 2 * config.hidden_size, dtype=settings.dtype)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-        self.lm_head = linear_f32(settings, "lm_head", config.hidden_size, config.vocab_size)
+        self.lm_head = LinearF32(config.hidden_size, config.vocab_size, settings.dtype)
+        use_codes(self, settings)
 
     def token_names(self) -> tuple[str, ...]:
         """Names of the inputs that carry the tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seekforge.exporter.models.shared.layers import LinearF32, Mlp, SumRanks, coded_product, swiglu, weight
+from seekforge.exporter.models.shared.layers import LinearF32, Mlp, SumRanks, weight
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.plugins.moe_experts.op import moe_experts
@@ -47,29 +47,6 @@ class Experts(nn.Module):
         )
 
 
-class CodedExperts(nn.Module):
-    """The same with weights in codes of 8 or 4 bits (see `CodedLinear`), for one rank."""
-
-    def __init__(self, settings: Settings, block_size: int) -> None:
-        super().__init__()
-        config, self.block_size = settings.config, block_size
-        experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.w13 = weight(experts, 2 * inter, hidden, dtype=torch.int8)
-        self.w13_scale = weight(experts, 2 * inter, hidden // block_size, dtype=torch.float32)
-        self.w2 = weight(experts, hidden, inter, dtype=torch.int8)
-        self.w2_scale = weight(experts, hidden, inter // block_size, dtype=torch.float32)
-
-    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        """[T, hidden_size] -> weighted sum of the chosen experts, [T, hidden_size] f32."""
-        y = torch.zeros_like(x, dtype=torch.float32)
-        for e in expert_ids.unique().tolist():
-            rows, column = torch.nonzero(expert_ids == e, as_tuple=True)
-            hidden = swiglu(coded_product(x[rows], self.w13[e], self.w13_scale[e], self.block_size))
-            out = coded_product(hidden, self.w2[e], self.w2_scale[e], self.block_size)
-            y[rows] += out.float() * expert_weights[rows, column, None]
-        return y
-
-
 class Moe(nn.Module):
     """Routed experts plus shared expert."""
 
@@ -78,9 +55,7 @@ class Moe(nn.Module):
         config = settings.config
         self.config = config
         self.gate = Gate(settings)
-        how = settings.quantization
-        coded = how is not None and how.is_coded("experts")
-        self.experts = CodedExperts(settings, how.block_size) if how is not None and coded else Experts(settings)
+        self.experts: nn.Module = Experts(settings)
         self.shared_experts = Mlp(settings, settings.rank.shared_intermediate_size)
         self.sum_ranks = SumRanks(settings.parallelism.tp)
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seekforge.exporter.models import load_family
 from seekforge.exporter.models.shared.layer_operations import Part
 from seekforge.exporter.models.shared.moe import Moe
 from seekforge.exporter.parity.compare.metrics import (
@@ -97,9 +96,6 @@ class LocalJudge:
 
     def __init__(self, subject: Dump, numerics: Numerics, activations: str) -> None:
         self.subject, self.numerics, self.activations = subject, numerics, activations
-        self.codes = subject.side.weights if subject.side.weights in GATE_CODES else None
-        stored = load_family(str(subject.side.config["model_type"])).codes
-        self._coded = tuple(kind for kind, codes in stored.items() if codes != "f32")
         self.records: dict[tuple[str, int, str], OpRecord] = {}
         self._experts: dict[tuple[str, int], _Experts] = {}
         self._last_steps = subject.plan.last_steps()
@@ -150,8 +146,10 @@ class LocalJudge:
             )
         else:
             gate, reason = GATE_F32, "each given the engine's own inputs; f32 sums in another order (7e-6 measured)"
-        if self.codes is not None and judged.op.module.endswith(self._coded):
-            gate, reason = GATE_CODES[self.codes], f"weights are {self.codes} codes: the price, unless codes are wrong"
+        how = self.subject.side.quantization
+        stored = "f32" if how is None else how.stored_in(judged.layer, judged.op.module.rpartition(".")[2])
+        if stored in GATE_CODES:
+            gate, reason = GATE_CODES[stored], f"weights are {stored} codes: the price, unless codes are wrong"
         record = self._record(judged, part.module, part.tensors, gate, reason)
         if len(expected) == 0:
             return

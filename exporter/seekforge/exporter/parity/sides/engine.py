@@ -47,7 +47,7 @@ class EngineSide:
     @property
     def has_codes(self) -> bool:
         """Whether its weights are int8 or int4 codes."""
-        return self.manifest.build.get("precision") in ("int8", "int4")
+        return self.manifest.quantization is not None
 
     def dump(
         self,

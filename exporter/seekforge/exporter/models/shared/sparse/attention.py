@@ -49,7 +49,7 @@ class Indexer(nn.Module):
         config = settings.config
         self.config = config
         heads, dim = config.index_n_heads, config.index_head_dim
-        self.wq_b = fp8_linear(settings, "wq_b", config.q_lora_rank, heads * dim)
+        self.wq_b = fp8_linear(settings, config.q_lora_rank, heads * dim)
         self.k_norm = KeyNorm(dim)
         self.weights_proj = LinearF32(config.hidden_size, heads, settings.dtype)
 
