@@ -73,13 +73,14 @@ def make_self_check(
     """
     settings = Settings(config, numerics_from_dict(numerics), "f32", quantization=quantization)
     longest = min((config.index_topk or _LONGEST) + 8, _LONGEST, limits.max_model_len)
+    reference = TorchSession(settings, source)  # its weights are made once, for all prompts
     if quantization is not None:
-        return _coded_check(settings, source, session, longest)
+        return _coded_check(reference, session, longest)
     tried: list[_Candidate] = []
     for length, count in ((longest, 1), (16, 6), (6, 12)):
         if length > longest:
             continue
-        candidates = _candidates(settings, source, length, count)
+        candidates = _candidates(reference, length, count)
         for candidate in filter(lambda candidate: candidate.holds_still, candidates):
             fault = _difference(candidate.check, session)
             if fault is None:
@@ -95,12 +96,12 @@ def make_self_check(
     return best
 
 
-def _coded_check(settings: Settings, source: TensorSource, session: StepRunner, longest: int) -> SelfCheck:
+def _coded_check(reference: TorchSession, session: StepRunner, longest: int) -> SelfCheck:
     """Prove an engine with int8 or int4 weights; see the head of this file."""
-    (long,) = _candidates(settings, source, longest, 1)
+    (long,) = _candidates(reference, longest, 1)
     fault = _difference(long.check, session)
     if fault is None:
-        tokens = _candidates(settings, source, 1, _TOKENS)
+        tokens = _candidates(reference, 1, _TOKENS)
         for candidate in tokens:
             tight = candidate.check.model_copy(update={"tolerance": _FLOOR * candidate.spread})
             fault = _difference(tight, session)
@@ -129,16 +130,16 @@ class _Candidate:
         return self.change <= _STILL * self.spread
 
 
-def _candidates(settings: Settings, source: TensorSource, length: int, count: int) -> list[_Candidate]:
+def _candidates(session: TorchSession, length: int, count: int) -> list[_Candidate]:
     """Try random prompts of one length in one batch; return them, the one that moves least first."""
-    config = settings.config
+    settings, config = session.settings, session.settings.config
     rng = np.random.default_rng(length)
     # no special token: ids below 16 and the padded end of the vocabulary are left out
     prompts = rng.integers(min(16, config.vocab_size // 2), config.vocab_size * 7 // 8, (count, length))
     rows = [prompt.tolist() for prompt in prompts for _ in range(_TRIALS)]
     blocks = blocks_needed(length)
     tables = [range(1 + i * blocks, 1 + (i + 1) * blocks) for i in range(len(rows))]
-    session = TorchSession(settings, source, 1 + len(rows) * blocks)
+    session.allocate_caches(1 + len(rows) * blocks)
     noise = torch.randn(len(rows), length, config.hidden_size, generator=torch.Generator().manual_seed(0))
     noise[::_TRIALS] = 0
 
