@@ -315,11 +315,13 @@ class FoldedForm:
         op_type: ONNX op_type of the form.
         body: `module:function` that makes its ONNX function from the attributes.
         quantized: operator of ONNX Runtime that takes the same weights as int8 or int4 codes.
+        native: whether the library of CPU operators has the form, as `Operator.native` says of the operator.
     """
 
     op_type: str
     body: str
     quantized: Literal["MatMulNBits", "QMoE"]
+    native: bool
 
 
 @dataclass(frozen=True, kw_only=True)

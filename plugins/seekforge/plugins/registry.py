@@ -45,6 +45,10 @@ KERNEL_FORMS: Final[dict[str, KernelForm]] = {
 WITH_KERNELS: Final = tuple(KERNEL_FORMS)
 #: Operators that the library for CPUs has.
 NATIVE: Final = tuple(op for op, operator in OPERATORS.items() if operator.native)
+#: Folded forms of operators that the library for CPUs has.
+NATIVE_FORMS: Final = tuple(
+    operator.folded.op_type for operator in OPERATORS.values() if operator.folded is not None and operator.folded.native
+)
 
 #: Operators whose products have FP8 weights: what precision is about.
 FP8_OPS: Final = tuple(op for op, spec in SPECS.items() if spec.has_input_of("fp8"))

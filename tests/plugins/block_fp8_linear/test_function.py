@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.support.ort_session import open_session
 
-from seekforge.plugins.block_fp8_linear.function import folded_body
 from seekforge.plugins.block_fp8_linear.spec import FOLDED
+from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.quant import dequantize_weight
 from seekforge.plugins.testing import Case, cases, max_error, run_function
@@ -41,7 +41,8 @@ def test_folded_body_computes_the_reference(case: Case) -> None:
         initializer=[onnx.numpy_helper.from_array(np.ascontiguousarray(folded), "w")],
     )
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("seekforge", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[folded_body(case.attrs)], ir_version=11)
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    attach(model, HOWS[0])
     onnx.checker.check_model(model, full_check=True)
     session = open_session(model.SerializeToString())
     y = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])

@@ -21,7 +21,7 @@ from seekforge.plugins.torch_ops import DTYPE_NAMES
 F32 = Specialization("f32", "float8", "f32", "ort")
 #: f32 sums in another order, and another exponential; a weight bent by 1 % moves the results by 1e-3 and more.
 TOLERANCE = 3e-6
-Attrs = Mapping[str, int | float]
+Attrs = Mapping[str, int | float | str]
 
 
 def run(
@@ -83,6 +83,14 @@ def test_swiglu_reaches_both_ends(rows: int, width: int, library: Path) -> None:
     x = Draw(rows).normal(rows, 2 * width) * 4
     x[0, 0], x[0, 1], x[0, 2] = 100.0, -100.0, 0.0
     assert_same("SwiGlu", {}, [x], [x[:, :width]], library)
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (3, 70, 384)])
+def test_fake_quantize_gives_the_same_numbers(shape: tuple[int, ...], library: Path) -> None:
+    x = Draw(shape[0]).normal(*shape) * torch.exp2(Draw(1).uniform(*shape[:-1], 1, low=-20, high=20))
+    x[..., 5] = 0.0
+    (expected,), (got,) = (run("FakeQuantize", {}, [x], [x], of) for of in (None, library))
+    assert torch.equal(got, expected)
 
 
 def test_route_all(library: Path) -> None:
@@ -168,6 +176,36 @@ def test_head_attention(b: int, q: int, operator: str, library: Path) -> None:
     inputs = [draw.normal(heads, b * q, latent), draw.normal(b, q, heads, rope), cache, table, last]
     outputs = [torch.empty(heads, b * q, latent), *(torch.empty(b, q, heads, latent) for _ in range(2))]
     assert_same(operator, {"scale": 0.1}, inputs, outputs, library)
+
+
+def experts_case(tokens: int, top_k: int, hidden: int, inter: int, experts: int = 9) -> list[Tensor]:
+    draw = Draw(tokens)
+    ids = torch.tensor([draw.order(experts)[:top_k].tolist() for _ in range(tokens)]).reshape(tokens, top_k)
+    w13, w2 = draw.normal(experts, hidden, 2 * inter) / hidden**0.5, draw.normal(experts, inter, hidden) / inter**0.5
+    return [draw.normal(tokens, hidden), ids.int(), draw.uniform(tokens, top_k), w13, w2]
+
+
+@pytest.mark.parametrize(("hidden", "inter"), [(512, 128), (40, 27)])
+@pytest.mark.parametrize("tokens", [0, 1, 150])
+def test_folded_experts(tokens: int, hidden: int, inter: int, library: Path) -> None:
+    inputs = experts_case(tokens, 4, hidden, inter)
+    assert_same("FoldedExperts", {"act_quant": "none"}, inputs, inputs[:1], library)
+
+
+def test_experts_that_there_are_not_and_sizes_that_differ_are_errors(library: Path) -> None:
+    attrs, good = {"act_quant": "none"}, experts_case(3, 2, 40, 27)
+    for place, bad in [
+        (1, torch.tensor([[0, 1], [2, 9], [3, 4]], dtype=torch.int32)),
+        (1, torch.tensor([[0, 1], [2, -2], [3, 4]], dtype=torch.int32)),
+        (2, good[2][:2]),
+        (3, good[3][:8]),
+        (4, good[4][:, :26]),
+    ]:
+        inputs = [*good[:place], bad.contiguous(), *good[place + 1 :]]
+        with pytest.raises(Exception, match=r"FoldedExperts: (sizes of the inputs|expert_ids names an expert)"):
+            run("FoldedExperts", attrs, inputs, good[:1], library)
+    with pytest.raises(Exception, match="no whole blocks of 128"):
+        run("FoldedExperts", {"act_quant": "ue8m0"}, good, good[:1], library)
 
 
 def test_every_fused_node_has_a_test_here() -> None:

@@ -1,4 +1,6 @@
-"""Bodies of `MoeExperts` in ONNX Runtime against the reference."""
+"""Bodies of `MoeExperts` in ONNX Runtime, and its form in the library, against the reference."""
+
+from pathlib import Path
 
 import onnx
 import pytest
@@ -31,8 +33,9 @@ def test_body_computes_the_reference(case: Case, how: Specialization) -> None:
     assert max_error(y * 1.01, expected) > TOLERANCE
 
 
+@pytest.mark.parametrize("runs", ["body", "library"])
 @pytest.mark.parametrize("case", cases("MoeExperts"), ids=str)
-def test_folded_body_computes_the_reference(case: Case) -> None:
+def test_folded_form_computes_the_reference(case: Case, runs: str, library: Path) -> None:
     x, ids, weights, w13, w13_scale, w2, w2_scale = case.inputs
     folded = [
         torch.stack([dequantize_weight(w, s).T for w, s in zip(stack, scales, strict=True)]).contiguous()
@@ -53,5 +56,7 @@ def test_folded_body_computes_the_reference(case: Case) -> None:
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("seekforge", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[folded_body(case.attrs)], ir_version=11)
     onnx.checker.check_model(model, full_check=True)
-    session = open_session(model.SerializeToString())
+    if runs == "library":
+        del model.functions[:]
+    session = open_session(model.SerializeToString(), library=library if runs == "library" else None)
     assert max_error(torch.from_numpy(session.run(None, feeds)[0]), case.expected()[0]) < TOLERANCE

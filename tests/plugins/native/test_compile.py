@@ -13,13 +13,13 @@ import seekforge.plugins.native.compile as compiling
 import seekforge.plugins.native.library as library
 from seekforge.common.errors import EngineError
 from seekforge.plugins.native import FUSED
-from seekforge.plugins.registry import NATIVE
+from seekforge.plugins.registry import NATIVE, NATIVE_FORMS
 
 
 def test_every_operator_of_the_tables_is_in_the_sources_and_no_other() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in compiling.sources() if "cpu" in path.parts)
     names = set(re.findall(r'"([A-Z][A-Za-z]+)"', text))
-    assert names == {*NATIVE, *FUSED}
+    assert names == {*NATIVE, *NATIVE_FORMS, *FUSED}
     made = re.findall(r"const ort::CustomOp\* (\w+)\(\) \{", text)
     listed = (compiling.FOLDER / "library.cpp").read_text(encoding="utf-8")
     assert len(made) == len(names) and all(f"const ort::CustomOp* {name}();" in listed for name in made)

@@ -5,6 +5,7 @@ import onnx
 from seekforge.plugins.block_fp8_linear.spec import FOLDED, SPEC
 from seekforge.plugins.functions.builder import Attrs, Text, dequantize_weight, fake_quantize, matmul_transposed
 from seekforge.plugins.functions.specialization import Specialization
+from seekforge.plugins.operator import DOMAIN
 
 
 def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
@@ -20,10 +21,12 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
 
 
 def folded_body(attrs: Attrs) -> onnx.FunctionProto:
-    """Return `FoldedLinear(x, weight)`: y = x · weight, all f32, weight [K, N] dequantized at build time."""
+    """Return `FoldedLinear(x, weight)`: y = x · weight, all f32, weight [K, N] dequantized at build time.
+
+    The rounding of x is a node of its own, which the library of CPU operators has.
+    """
     text = Text()
-    x = "x"
     if attrs["act_quant"] == "ue8m0":
-        x = fake_quantize(text, x, "q_", dtype="f32", bodies="ort")
-    text.add(f"y = MatMul({x}, weight)")
+        text.add(f"q = {DOMAIN}.FakeQuantize(x)")
+    text.add(f"y = MatMul({'q' if attrs['act_quant'] == 'ue8m0' else 'x'}, weight)")
     return text.function(FOLDED, ["x", "weight"], ["y"], ["act_quant"], "BlockFp8Linear with its weight folded to f32")

@@ -32,6 +32,7 @@ OPERATOR = Operator(
         op_type=FOLDED,
         body="seekforge.plugins.block_fp8_linear.function:folded_body",
         quantized="MatMulNBits",
+        native=False,
     ),
     native=False,
     products=Products(

@@ -26,7 +26,7 @@ from seekforge.common import dtypes
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
-from seekforge.plugins.operator import DOMAIN, OpSpec
+from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION, OpSpec
 
 #: Opset of bodies, as of the programs they are attached to.
 OPSET: Final = 23
@@ -102,6 +102,8 @@ class Text:
         nodes.extend(function.node)
         del function.node[:]
         function.node.extend(nodes)
+        if any(node.domain == DOMAIN for node in nodes):
+            function.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
         function.doc_string = doc
         return function
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import onnx
 
 from seekforge.plugins.dsa_attention.spec import SPEC as DSA_ATTENTION
-from seekforge.plugins.functions.builder import Attrs, Text, onnx_type, swiglu
+from seekforge.plugins.functions.builder import Attrs, Text, fake_quantize, onnx_type, swiglu
 from seekforge.plugins.mla_attention.spec import SPEC as MLA_ATTENTION
-from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION
+from seekforge.plugins.operator import DOMAIN
 
 
 def add_rms_norm(attrs: Attrs) -> onnx.FunctionProto:
@@ -29,6 +29,13 @@ def swiglu_form(attrs: Attrs) -> onnx.FunctionProto:
     text = Text()
     text.add(f"act = Identity({swiglu(text, 'gate_up', 'a_', dtype='f32')})")
     return _function(text, "SwiGlu", "gate_up", "act", attrs)
+
+
+def fake_quantize_form(attrs: Attrs) -> onnx.FunctionProto:
+    """`FakeQuantize(x [..., K]) -> y`: rounded to e4m3 with a power of two per 128 values, and back; same shape."""
+    text = Text()
+    text.add(f"y = Identity({fake_quantize(text, 'x', 'q_', dtype='f32', bodies='ort')})")
+    return _function(text, "FakeQuantize", "x", "y", attrs)
 
 
 def route_all(attrs: Attrs) -> onnx.FunctionProto:
@@ -166,7 +173,4 @@ def _value(value: int | float | str | bool) -> str:
 
 def _function(text: Text, name: str, inputs: str, outputs: str, attrs: Attrs) -> onnx.FunctionProto:
     doc = f"fused for ONNX Runtime on a CPU: seekforge.plugins.fused, {name}"
-    function = text.function(name, inputs.split(", "), outputs.split(", "), sorted(attrs), doc)
-    if any(node.domain == DOMAIN for node in function.node):
-        function.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-    return function
+    return text.function(name, inputs.split(", "), outputs.split(", "), sorted(attrs), doc)

@@ -49,6 +49,7 @@ OPERATOR = Operator(
         op_type=FOLDED,
         body="seekforge.plugins.moe_experts.function:folded_body",
         quantized="QMoE",
+        native=True,
     ),
     native=False,
     products=Products(

@@ -33,6 +33,8 @@ const ort::CustomOp* add_rms_norm();
 const ort::CustomOp* dsa_attention();
 const ort::CustomOp* dsa_cache_write();
 const ort::CustomOp* dsa_indexer();
+const ort::CustomOp* fake_quantize();
+const ort::CustomOp* folded_experts();
 const ort::CustomOp* head_attention();
 const ort::CustomOp* head_mla_attention();
 const ort::CustomOp* index_query();
@@ -47,9 +49,9 @@ const ort::CustomOp* swiglu();
 
 using Make = const ort::CustomOp* (*)();
 constexpr Make kOperators[] = {
-    add_rms_norm, dsa_attention, dsa_cache_write, dsa_indexer, head_attention, head_mla_attention,
-    index_query, latent_rows, mla_attention, mla_cache_write, moe_route, moe_route_all,
-    plain_latent_rows, query_rows, swiglu,
+    add_rms_norm, dsa_attention, dsa_cache_write, dsa_indexer, fake_quantize, folded_experts,
+    head_attention, head_mla_attention, index_query, latent_rows, mla_attention, mla_cache_write, moe_route,
+    moe_route_all, plain_latent_rows, query_rows, swiglu,
 };
 
 }  // namespace seekforge

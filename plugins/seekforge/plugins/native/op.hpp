@@ -53,7 +53,14 @@ class Attributes {
     Attributes(const ort::Api& api, const ort::KernelInfo* info) : api_(api), info_(info) {}
     int64_t integer(const char* name) const { return get<int64_t>(name); }
     float number(const char* name) const { return get<float>(name); }
+    std::string text(const char* name) const {
+        char value[32] = "";
+        size_t size = sizeof value;
+        check(api_, api_.attribute(info_, name, value, &size));
+        return value;
+    }
     const ort::Api& api() const { return api_; }
+    const ort::KernelInfo* info() const { return info_; }
 
   private:
     template <class T>
@@ -106,6 +113,7 @@ class Call {
         const auto run = [](void* user, size_t i) { (*static_cast<const Work*>(user))(i); };
         check(api_, api_.parallel_for(context_, run, count, const_cast<Work*>(&work)));
     }
+    const ort::KernelContext* context() const { return context_; }
 
   private:
     Tensor tensor(const ort::Value* value) const {
@@ -118,6 +126,17 @@ class Call {
     const ort::Api& api_;
     ort::KernelContext* context_;
 };
+
+// work(first, last) of rows of so many values, in pieces that are worth a thread.
+template <class Work>
+void by_rows(const Call& call, int64_t rows, int64_t width, const Work& work) {
+    constexpr int64_t kValuesOfPiece = 16384;
+    const int64_t some = kValuesOfPiece / width > 0 ? kValuesOfPiece / width : 1;
+    call.parallel((rows + some - 1) / some, true, [&](size_t piece) {
+        const int64_t first = piece * some, last = first + some < rows ? first + some : rows;
+        work(first, last);
+    });
+}
 
 // Memory of a thread for the time of one piece of work; its content is what was left there.
 inline float* scratch(size_t count) {

@@ -18,6 +18,8 @@ struct Status;
 struct Value;
 struct KernelContext;
 struct KernelInfo;
+struct MemoryInfo;
+struct Op;
 struct SessionOptions;
 struct CustomOpDomain;
 
@@ -31,12 +33,20 @@ enum Entry : size_t {
     kCreateCustomOpDomain = 26,
     kCustomOpDomainAdd = 27,
     kAddCustomOpDomain = 28,
+    kCreateTensorWithDataAsOrtValue = 49,
     kGetTensorMutableData = 51,
+    kCreateCpuMemoryInfo = 69,
     kKernelInfoGetAttributeFloat = 85,
     kKernelInfoGetAttributeInt64 = 86,
+    kKernelInfoGetAttributeString = 87,
     kKernelContextGetInput = 90,
     kKernelContextGetOutput = 91,
     kReleaseStatus = 93,
+    kReleaseMemoryInfo = 94,
+    kReleaseValue = 96,
+    kCreateOp = 213,
+    kInvokeOp = 214,
+    kReleaseOp = 215,
     kKernelContextParallelFor = 274,
     kGetTensorElementTypeAndShapeDataReference = 414,
 };
@@ -74,6 +84,11 @@ class Api {
         using Get = Status* (*)(const KernelInfo*, const char*, int64_t*);
         return entry<Get>(kKernelInfoGetAttributeInt64)(info, name, out);
     }
+    // `size`: of the memory at `out`; what is longer is an error.
+    Status* attribute(const KernelInfo* info, const char* name, char* out, size_t* size) const {
+        using Get = Status* (*)(const KernelInfo*, const char*, char*, size_t*);
+        return entry<Get>(kKernelInfoGetAttributeString)(info, name, out, size);
+    }
     Status* input(const KernelContext* context, size_t index, const Value** out) const {
         using Get = Status* (*)(const KernelContext*, size_t, const Value**);
         return entry<Get>(kKernelContextGetInput)(context, index, out);
@@ -89,6 +104,30 @@ class Api {
         using Get = Status* (*)(const Value*, Type*, const int64_t**, size_t*);
         return entry<Get>(kGetTensorElementTypeAndShapeDataReference)(value, type, sizes, rank);
     }
+    Status* cpu_memory(MemoryInfo** out) const {
+        return entry<Status* (*)(int, int, MemoryInfo**)>(kCreateCpuMemoryInfo)(0, 0, out);  // a device's, the default
+    }
+    void release(MemoryInfo* memory) const { entry<void (*)(MemoryInfo*)>(kReleaseMemoryInfo)(memory); }
+    // A tensor whose memory is the caller's.
+    Status* borrow(const MemoryInfo* memory, void* data, size_t num_bytes, const int64_t* sizes, size_t rank, Type type,
+                   Value** out) const {
+        using Make = Status* (*)(const MemoryInfo*, void*, size_t, const int64_t*, size_t, Type, Value**);
+        return entry<Make>(kCreateTensorWithDataAsOrtValue)(memory, data, num_bytes, sizes, rank, type, out);
+    }
+    void release(Value* value) const { entry<void (*)(Value*)>(kReleaseValue)(value); }
+    // An operator of ONNX Runtime without attributes, whose types `constraint` fixes.
+    Status* create_op(const KernelInfo* info, const char* name, int version, const char* constraint, Type type,
+                      Op** out) const {
+        using Make = Status* (*)(const KernelInfo*, const char*, const char*, int, const char**, const Type*, int,
+                                 const void* const*, int, int, int, Op**);
+        return entry<Make>(kCreateOp)(info, name, "", version, &constraint, &type, 1, nullptr, 0, 2, 1, out);
+    }
+    Status* invoke(const KernelContext* context, const Op* op, const Value* const* inputs, int num_inputs,
+                   Value* const* outputs, int num_outputs) const {
+        using Run = Status* (*)(const KernelContext*, const Op*, const Value* const*, int, Value* const*, int);
+        return entry<Run>(kInvokeOp)(context, op, inputs, num_inputs, outputs, num_outputs);
+    }
+    void release(Op* op) const { entry<void (*)(Op*)>(kReleaseOp)(op); }
     // Runs fn(user, i) for i < total on the threads of the session, which may be this one alone.
     Status* parallel_for(const KernelContext* context, void (*fn)(void*, size_t), size_t total, void* user) const {
         using Run = Status* (*)(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*);

@@ -30,7 +30,7 @@ from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.program import load_program
 from seekforge.formats.targets import Precision, load_target
 from seekforge.plugins.native import FUSED
-from seekforge.plugins.registry import NATIVE
+from seekforge.plugins.registry import NATIVE, NATIVE_FORMS
 
 
 def build_cpu(
@@ -58,7 +58,7 @@ def test_graphs_hold_standard_operators_and_no_weight_inputs(tiny_engines: dict[
     for folder in tiny_engines.values():
         for graph in ("model", "mtp"):
             model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
-            assert {function.name for function in model.functions} <= {*NATIVE, *FUSED}
+            assert {function.name for function in model.functions} <= {*NATIVE, *NATIVE_FORMS, *FUSED}
             assert {entry.domain for entry in inline(model).opset_import} == {""}
             assert all(value.name.count(".") <= 1 for value in model.graph.input)
 

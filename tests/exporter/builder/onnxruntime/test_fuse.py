@@ -55,17 +55,21 @@ def by_layer(model: onnx.ModelProto) -> list[list[onnx.NodeProto]]:
 
 @pytest.mark.parametrize("numerics", ["fp8", "exact"])
 @pytest.mark.parametrize(
-    "settings", [["precision=int8"], ["precision=int4"], ["precision=int8", "weight_block_size=128"]]
+    "settings", [[], ["precision=int8"], ["precision=int4"], ["precision=int8", "weight_block_size=128"]]
 )
 def test_a_layer_has_few_nodes(tiny_programs: dict[str, Path], numerics: str, settings: list[str]) -> None:
     finished = finish_graph(folded(tiny_programs[numerics], *settings))
     layers = by_layer(finished)
     assert len(layers) == 4
     for nodes in layers:
-        assert len(nodes) <= MOST_NODES, [node.op_type for node in nodes]
+        # in f32, products of FP8 numerics have a node before them that rounds
+        counted = [node.op_type for node in nodes if node.op_type != "FakeQuantize"]
+        assert len(counted) <= MOST_NODES and len(nodes) <= MOST_NODES + 6, counted
         assert {"If", "Scan", "Loop"}.isdisjoint(node.op_type for node in nodes)
     kinds = [node.op_type for nodes in layers[1:] for node in nodes]
-    used = {*FUSED, "DsaIndexer"} - {"PlainLatentRows", "HeadMlaAttention"}
+    used = {*FUSED, "DsaIndexer"} - {"PlainLatentRows", "HeadMlaAttention", "FakeQuantize"}
+    if not settings:
+        used = used - {"MoeRouteAll"} | {"FoldedExperts", "MoeRoute"}
     assert {kind: kinds.count(kind) for kind in used} == {kind: 3 + 3 * (kind == "AddRmsNorm") for kind in used}
 
 

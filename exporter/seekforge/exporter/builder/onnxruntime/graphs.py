@@ -24,7 +24,7 @@ from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import Recipe, retarget
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.native import FUSED
-from seekforge.plugins.registry import NATIVE
+from seekforge.plugins.registry import NATIVE, NATIVE_FORMS
 
 #: What a graph of an engine says of itself.
 _ENGINE_GRAPH: Final = (
@@ -83,7 +83,7 @@ def finish_graph(model: onnx.ModelProto, *, whole: bool = True) -> onnx.ModelPro
     if whole:
         fuse(model)
     attach(model, F32)
-    inlined = inline(model, (*NATIVE, *FUSED) if whole else ())
+    inlined = inline(model, (*NATIVE, *NATIVE_FORMS, *FUSED) if whole else ())
     left = [function.name for function in inlined.functions]
     form = {"form": "engine for ONNX Runtime", "custom_operators": ", ".join(left) or "none"}
     annotate_again(inlined, _ENGINE_GRAPH, form)

@@ -1,21 +1,9 @@
-// `AddRmsNorm` and `SwiGlu` for ONNX Runtime on a CPU.
+// `AddRmsNorm`, `SwiGlu` and `FakeQuantize` for ONNX Runtime on a CPU.
 #include "kernels.hpp"
 #include "op.hpp"
 
 namespace seekforge {
 namespace {
-
-constexpr int64_t kValuesOfPiece = 16384;  // what a thread takes at a time
-
-// work(first, last) of rows, in pieces of so many values.
-template <class Work>
-void by_rows(Call& call, int64_t rows, int64_t width, const Work& work) {
-    const int64_t some = kValuesOfPiece / width > 0 ? kValuesOfPiece / width : 1;
-    call.parallel((rows + some - 1) / some, true, [&](size_t piece) {
-        const int64_t first = piece * some, last = first + some < rows ? first + some : rows;
-        work(first, last);
-    });
-}
 
 struct AddRmsNorm {
     static constexpr const char* kName = "AddRmsNorm";
@@ -69,8 +57,27 @@ struct SwiGlu {
     }
 };
 
+struct FakeQuantize {
+    static constexpr const char* kName = "FakeQuantize";
+    static constexpr ort::Type kInputs[] = {ort::Type::kF32};
+    static constexpr ort::Type kOutputs[] = {ort::Type::kF32};
+    static constexpr int64_t kBlock = 128;  // values that share a power of two: plugins/quant.py
+
+    explicit FakeQuantize(const Attributes&) {}
+
+    void compute(Call& call) const {
+        const Tensor x = call.input(0);
+        require(x.rank > 0 && x.size(x.rank - 1) % kBlock == 0, "rows have no whole blocks of 128");
+        const Tensor y = call.output(0, x.sizes, x.rank);
+        by_rows(call, x.count() / kBlock, kBlock, [&](int64_t first, int64_t last) {
+            kernels().fake_quantize(x.f32() + first * kBlock, (last - first) * kBlock, y.f32() + first * kBlock);
+        });
+    }
+};
+
 }  // namespace
 
+const ort::CustomOp* fake_quantize() { return registered<FakeQuantize>(); }
 const ort::CustomOp* add_rms_norm() { return registered<AddRmsNorm>(); }
 const ort::CustomOp* swiglu() { return registered<SwiGlu>(); }
 
