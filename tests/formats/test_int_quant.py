@@ -134,6 +134,23 @@ def test_codes_and_scales_of_a_weight_are_made_at_once(monkeypatch: pytest.Monke
     assert np.array_equal(evaluate(read, source), quantize_rows(WEIGHT, 4, 32)[1]) and len(calls) == 3  # not kept
 
 
+def test_codes_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        calls.append(len(weight))
+        return quantize_rows(weight, bits, block_size)
+
+    monkeypatch.setattr(evaluation, "quantize_rows", counted)
+    source = QuantizedOnce(Source(w=WEIGHT[:64], v=WEIGHT[:64]), room=64 * 64 + 64 * 2 * 4)
+    fits, beyond = (quantized(take(name, (64, 64), "f32"), 8, 32) for name in "wv")
+    want = quantize_rows(WEIGHT[:64], 8, 32)
+    for _ in range(2):
+        for one, expected in (*zip(fits, want, strict=True), *zip(beyond, want, strict=True)):
+            assert np.array_equal(evaluate(one, source), expected)
+    assert len(calls) == 3
+
+
 def test_a_row_without_whole_blocks_is_refused() -> None:
     with pytest.raises(ProgramError, match="no whole blocks of 32"):
         quantized(take("w", (4, 80), "f32"), 8, 32)

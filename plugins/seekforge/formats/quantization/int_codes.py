@@ -7,9 +7,12 @@ best. A scale may be negative. NumPy only: the runtime makes new codes when weig
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
+
+from seekforge.common.cores import usable_cores
 
 #: bits -> on which (broken) code the value of largest magnitude falls, in the ways that are tried. On weights in FP8
 #: blocks these take 0.10 (8 bits) and 0.10 to 0.11 (4 bits) off the squared error of the first way alone; a grid five
@@ -36,9 +39,20 @@ def quantize_rows(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.nd
     blocks = weight.reshape(-1, block_size)
     codes, scales = np.empty(blocks.shape, np.int8), np.empty(len(blocks), np.float32)
     step = max(1, _VALUES // block_size)
-    for start in range(0, len(blocks), step):
+
+    def quantize(start: int) -> None:
         part = slice(start, start + step)
         codes[part], scales[part] = _quantize_blocks(blocks[part], bits)
+
+    starts = range(0, len(blocks), step)
+    threads = min(usable_cores(), len(starts))
+    if threads > 1:  # NumPy lets others run while it computes
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(quantize, starts):
+                pass
+    else:
+        for start in starts:
+            quantize(start)
     return codes.reshape(weight.shape), scales.reshape(*weight.shape[:-1], -1)
 
 

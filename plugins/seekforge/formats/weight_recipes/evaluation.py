@@ -39,24 +39,47 @@ class RowSource(Protocol):
 
 
 class QuantizedOnce:
-    """Checkpoint tensors from which codes and their scales are made at once: the scales of codes are kept until they
-    are asked for, so whoever asks for one behind the other quantizes each weight once, and keeps little."""
+    """Checkpoint tensors from which codes and their scales are made at once.
 
-    def __init__(self, source: TensorSource) -> None:
+    The scales of codes are kept until they are asked for, so whoever asks for one behind the other quantizes each
+    weight once. Where there is room both are kept, for whoever asks next.
+
+    Args:
+        source: the checkpoint.
+        room: bytes of codes and scales that are kept at most.
+    """
+
+    def __init__(self, source: TensorSource, room: int = 0) -> None:
         self.source = source
-        self._scales: dict[str, np.ndarray] = {}
+        self._room = room
+        self._made: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
+
+    @staticmethod
+    def of(source: TensorSource) -> QuantizedOnce:
+        """Return a source itself if it is one of these, else one that keeps scales alone."""
+        return source if isinstance(source, QuantizedOnce) else QuantizedOnce(source)
 
     def tensor(self, name: str) -> np.ndarray:
         """Return the tensor as its source does."""
         return self.source.tensor(name)
 
-    def keep(self, codes: Recipe, scales: np.ndarray) -> None:
-        """Remember the scales that belong to `codes`."""
-        self._scales[_operand(codes)] = scales
+    def keep(self, recipe: Recipe, codes: np.ndarray, scales: np.ndarray) -> None:
+        """Remember what was made of the operand of a `codes` or `code_scales` recipe."""
+        size = codes.nbytes + scales.nbytes
+        kept = codes if size <= self._room else None
+        if kept is not None:
+            self._room -= size
+        if kept is not None or recipe.op == "codes":
+            self._made[_operand(recipe)] = kept, scales
 
-    def take(self, scales: Recipe) -> np.ndarray | None:
-        """Return what a `code_scales` recipe makes and forget it; None if its codes were not made before."""
-        return self._scales.pop(_operand(scales), None)
+    def made(self, recipe: Recipe) -> np.ndarray | None:
+        """Return what such a recipe makes, if it is kept; scales without their codes are then forgotten."""
+        codes, scales = self._made.get(_operand(recipe), (None, None))
+        if recipe.op == "codes":
+            return codes
+        if codes is None and scales is not None:
+            del self._made[_operand(recipe)]
+        return scales
 
 
 def _operand(recipe: Recipe) -> str:
@@ -160,14 +183,13 @@ def _rows_of(recipe: Recipe, source: TensorSource) -> Callable[[np.ndarray], Non
 def _codes(recipe: Recipe, source: TensorSource) -> np.ndarray:
     """Compute a `codes` or a `code_scales` recipe."""
     once = source if isinstance(source, QuantizedOnce) else None
-    wants_codes = recipe.op == "codes"
-    if once is not None and not wants_codes and (kept := once.take(recipe)) is not None:
-        return kept
+    if once is not None and (made := once.made(recipe)) is not None:
+        return made
     bits, block_size = int(recipe.params["bits"]), int(recipe.params["block_size"])
     codes, scales = quantize_rows(evaluate(recipe.parts[0], source), bits, block_size)
-    if once is not None and wants_codes:
-        once.keep(recipe, scales)
-    return codes if wants_codes else scales
+    if once is not None:
+        once.keep(recipe, codes, scales)
+    return codes if recipe.op == "codes" else scales
 
 
 def _nvfp4(recipe: Recipe, packed: np.ndarray, source: TensorSource) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.int_quant import Quantization, kind_of
+from seekforge.formats.program import load_bindings
+from seekforge.formats.quantization.int_codes import quantize_rows
 from seekforge.formats.targets import load_target
-from seekforge.formats.weight_recipes import take
+from seekforge.formats.weight_recipes import Recipe, evaluation, take
 from seekforge.runtime import LLM, SamplingParams
 
 #: What another form of weights is asked for by.
@@ -183,6 +186,29 @@ def test_updated_weights_are_quantized_again(engines: dict[str, Path], tiny_sour
         assert llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs == before
         llm.update_weights({**tensors, name: tensors[name] * np.float32(4)})
         assert llm.generate([[5, 6, 7]], params)[0].outputs[0].logprobs != before
+
+
+def test_file_and_self_check_have_each_weight_quantized_once(
+    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def counted(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        calls.append(weight.shape)
+        return quantize_rows(weight, bits, block_size)
+
+    monkeypatch.setattr(evaluation, "quantize_rows", counted)
+    folder = build_cpu(tiny_programs["exact"], tmp_path / "engine", tiny_checkpoint, "precision=int4")
+
+    def operands(recipe: Recipe) -> Iterator[str]:
+        if recipe.op == "codes":
+            yield json.dumps(recipe.parts[0].to_dict())
+        for part in recipe.parts:
+            yield from operands(part)
+
+    bindings = load_bindings(folder)
+    quantized = {one for recipes in bindings.values() for recipe in recipes.values() for one in operands(recipe)}
+    assert len(calls) == len(quantized) > 20
 
 
 def test_inspect_lists_what_is_stored_how(engines: dict[str, Path]) -> None:

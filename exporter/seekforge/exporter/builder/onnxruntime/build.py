@@ -54,11 +54,13 @@ from seekforge.formats.program import GraphIO, Program, load_bindings, load_prog
 from seekforge.formats.step_io import MODEL
 from seekforge.formats.step_runner import StepRunner
 from seekforge.formats.targets import Precision, TargetConfig
-from seekforge.formats.weight_recipes import Recipe, tensors_of
+from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, TensorSource, tensors_of
 from seekforge.plugins.operator import cdiv
 
 #: What numbers become in an engine with f32 activations.
 _F32_BYTES = {"f8e4m3": 4, "bf16": 4, "f32": 4}
+#: Bytes of codes that are kept between the file and the self-check, which is given the same codes.
+_KEPT_CODES = 1 << 30
 #: From the largest engine to the smallest.
 _PRECISIONS: tuple[Precision, ...] = ("f32", "int8", "int4")
 
@@ -268,11 +270,12 @@ def build(
             scan_values(checkpoint, checked.whole, names=_read_tensors(program, bindings, checkpoint), progress=bar)
         progress("specialize and fold")
         make = _one_rank if program.parallelism.num_ranks == 1 else _several_ranks
-        made = make(program_folder, checked, folder, checkpoint, options, progress)
+        source = QuantizedOnce(checkpoint, _KEPT_CODES)
+        made = make(program_folder, checked, folder, source, options, progress)
         self_check = None
         if program.gives_logits:
             progress("self-check against PyTorch")
-            self_check = make_self_check(made.session(), config, program.numerics, checkpoint, limits, coded)
+            self_check = make_self_check(made.session(), config, program.numerics, source, limits, coded)
         parts = EngineParts(
             target=target,
             limits=limits,
@@ -318,7 +321,7 @@ def _one_rank(
     program_folder: Path,
     checked: CpuBuild,
     folder: Path,
-    checkpoint: Checkpoint,
+    source: TensorSource,
     options: BuildOptions,
     progress: Stages,
 ) -> _Made:
@@ -338,7 +341,7 @@ def _one_rank(
         weights.attach(model, constants)
         graphs[name] = finish_graph(model)
     with progress.bytes_bar("dequantize weights" if coded is None else f"{coded.smallest} weights") as bar:
-        weights.write(folder, checkpoint, bar)
+        weights.write(folder, source, bar)
     progress("inline, check, write")
     described = {name: write_graph(model, folder, program.graphs[name]) for name, model in graphs.items()}
     return _Made(
@@ -355,7 +358,7 @@ def _several_ranks(
     program_folder: Path,
     checked: CpuBuild,
     folder: Path,
-    checkpoint: Checkpoint,
+    source: TensorSource,
     options: BuildOptions,
     progress: Stages,
 ) -> _Made:
@@ -365,7 +368,7 @@ def _several_ranks(
         program_folder, program, checked.bindings, checked.config, limits=checked.limits, taps=options.taps
     )
     with progress.bytes_bar("dequantize weights") as bar:
-        made.write_weights(folder, checkpoint, bar)
+        made.write_weights(folder, source, bar)
     progress("inline, check, write")
     pieces = made.write_graphs(folder, program)
     by_name = {Path(piece.file).stem: piece for graph in pieces.values() for piece in graph}

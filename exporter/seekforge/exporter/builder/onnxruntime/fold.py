@@ -183,7 +183,7 @@ class WeightFile:
         with path.open("wb") as file:
             _allocate(file, self.num_bytes)
         mapped = np.memmap(path, np.uint8, mode="r+", shape=(self.layout.num_bytes,))
-        done, once = 0, QuantizedOnce(source)
+        done, once = 0, QuantizedOnce.of(source)
         for recipe, offset in self._pending:
             dtype, size = NUMPY[recipe.dtype], constant_bytes(recipe)
             evaluate_into(part(recipe), once, mapped[offset : offset + size].view(dtype).reshape(recipe.shape))

@@ -85,7 +85,7 @@ def load_weights(model: StepModel | MtpModel, source: TensorSource) -> None:
 
     Parameters that are plain checkpoint tensors share the memory of what `source` gives.
     """
-    once = QuantizedOnce(source)
+    once = QuantizedOnce.of(source)
     state = {name: to_torch(evaluate(recipe, once)) for name, recipe in recipes(model).items()}
     model.load_state_dict(state, strict=True, assign=True)
 
