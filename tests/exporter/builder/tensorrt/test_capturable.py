@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.support.build_options import gpu_options
+from tests.support.real_width import real_width
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt import worker
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import check, open_inputs
-from seekforge.exporter.checkpoint.presets import load_preset
-from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
-from seekforge.exporter.program.export import export
-from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.targets import load_target
 
 #: What TensorRT-RTX 1.7.1 says of a network that cannot have the flag.
@@ -30,16 +25,13 @@ REFUSALS = (
 )
 
 
-def test_every_kind_of_layer_is_capturable_at_real_width(tmp_path: Path) -> None:
+def test_every_kind_of_layer_is_capturable_at_real_width(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """One dense layer, one MoE layer and the MTP module of DeepSeek-V3.2, with all that a step needs around them."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    full = load_preset("full")
-    raw = full.config_json | {"num_hidden_layers": 2, "first_k_dense_replace": 1}
-    preset = replace(full, name="two layers", num_shards=2, config_json=raw, config=ModelConfig.parse(raw, "test"))
-    checkpoint, program = tmp_path / "checkpoint", tmp_path / "program"
-    new_sparse_checkpoint(checkpoint, preset)
-    export(checkpoint, program, numerics=NUMERICS["fp8"])
-    inputs = open_inputs(program, checkpoint)
+    made = real_width(tmp_path_factory, "model")
+    inputs = open_inputs(made / "program", made / "checkpoint")
     options = gpu_options(plugins="all", allow_oversize=True, kernels=False)
     target = load_target("rtx5090")
     target = target.model_copy(update={"profiles": {"decode": target.profiles["decode"]}})

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import pytest
 from click.testing import CliRunner
 from tests.support.build_options import gpu_options
+from tests.support.real_width import real_width
 
 from seekforge.common.cli.console import Stages
 from seekforge.exporter.builder.tensorrt import build as gpu_engine
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import check, open_inputs
-from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
+from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.inspect.cli import inspect as inspect_command
-from seekforge.exporter.program.export import export
 from seekforge.exporter.sizing.memory import Workload, logits_bytes
-from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig, load_target
 
@@ -33,21 +29,9 @@ FACTOR = 2
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint of DeepSeek-V3.2's structure without values."""
-    folder = tmp_path_factory.mktemp("full") / "checkpoint"
-    new_sparse_checkpoint(folder, "full")
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def layers(full: Path) -> dict[str, Path]:
-    """A dense and an MoE layer of it, each a program."""
-    found = {"dense": full.parent / "dense", "moe": full.parent / "moe"}
-    for name, first in (("dense", 0), ("moe", 3)):
-        export(full, found[name], numerics=NUMERICS["fp8"], layer_range=(first, first + 1))
-    return found
+def layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dense and an MoE layer of DeepSeek-V3.2, each a program."""
+    return {name: real_width(tmp_path_factory, name) / "program" for name in ("dense", "moe")}
 
 
 def decoding(batch: int, queries: int = 1) -> TargetConfig:
@@ -76,11 +60,11 @@ def shared(manifest: Manifest) -> int:
 
 
 def test_a_sequence_more_costs_its_activations_and_no_weight(
-    layers: dict[str, Path], full: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    layers: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """W_UK of one layer is 16.8 MB: held once per sequence, it would be the slope."""
     monkeypatch.setattr(gpu_engine, "spanning", lambda profiles, limits: profiles)  # one token of each sequence
-    config = ModelConfig.load(full)
+    config = load_preset("full").config
     small, large = 16, 256
     sizes = {batch: shared(built(layers["moe"], decoding(batch), tmp_path / "engine")[0]) for batch in (small, large)}
     slope = (sizes[large] - sizes[small]) / (large - small)
