@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.kept_traces import keep_traces
 from tests.support.made_once import made_once
 
 from seekforge.common.cli.console import Stages
@@ -58,6 +59,14 @@ def _own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What was verified is remembered for this run, and not in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(verified.VARIABLE, str(tmp_path_factory.mktemp("verified") / "verified.json"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A graph is traced once per run, whoever exports it."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_traces(patch, tmp_path_factory)
         yield
 
 

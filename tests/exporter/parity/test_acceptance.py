@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.in_process import dump_in_process
+from tests.support.kept_traces import trace_anew
 from tests.support.made_once import made_once
 from tests.support.parity_faults import (
     bent_engine,
@@ -276,6 +277,7 @@ def test_a_swapped_rope_layout_is_named_as_the_indexer_of_its_layer(
             indexer.rotate = bent_rotate.__get__(indexer)
 
     with monkeypatch.context() as patch:
+        trace_anew(patch)
         patch.setattr(StepModel, "__init__", init)
         patch.setattr(tracing, "groups_to_trace", lambda config, layer_range: tuple((i,) for i in range(*layer_range)))
         # the engine is right by its own model: the self-check at build compares it with the bent one

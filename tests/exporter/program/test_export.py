@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from tests.support.kept_traces import kept
 
 import seekforge.exporter.program.export as export_module
 from seekforge.common.errors import CheckpointError, OutputError, SeekforgeError
@@ -23,7 +25,7 @@ from seekforge.exporter.program.export import export
 from seekforge.exporter.program.trace import Traced, trace
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
-from seekforge.formats.numerics import EXACT
+from seekforge.formats.numerics import EXACT, FP8
 from seekforge.formats.program import load_bindings, load_program
 
 
@@ -50,6 +52,36 @@ def quick(traced: dict[bool, Traced], monkeypatch: pytest.MonkeyPatch) -> Callab
         export(checkpoint, out, numerics=EXACT, layer_range=(3, 4), force=force, progress=progress)
 
     return run
+
+
+def test_a_trace_that_tests_keep_is_the_traced_graph_and_nobody_elses(
+    traced: dict[bool, Traced], tiny_config: ModelConfig, tmp_path: Path
+) -> None:
+    """Tests of exports take graphs from files: equal settings, made anew, find them, and others do not."""
+    asked: list[object] = []
+
+    def from_fixture(settings: object, layers: object, progress: Callable[[str], None]) -> Traced:
+        asked.append((settings, layers))
+        progress("convert")
+        return traced[layers is not None]
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        if not (tmp_path / name).is_dir():
+            (tmp_path / name).mkdir()
+            make(tmp_path / name)
+        return tmp_path / name
+
+    told: list[str] = []
+    take = kept(from_fixture, made)
+    for _ in range(2):
+        settings = Settings(copy.deepcopy(tiny_config), EXACT, activations="bf16")
+        result = take(settings, (3, 4), told.append)
+        assert result == traced[True] and result.model is not traced[True].model
+        result.model.graph.ClearField("node")
+    assert len(asked) == 1 and told == ["convert", "convert"]
+    take(settings, None, told.append)
+    take(Settings(tiny_config, FP8, activations="bf16"), None, told.append)
+    assert len(asked) == 3
 
 
 def _files(folder: Path) -> dict[str, bytes]:
