@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,32 +96,39 @@ def tiny_source(tiny_checkpoint: Path) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
+def _in_turn(names: Iterable[str]) -> list[str]:
+    """Names in an order of this worker's own, so that none waits for what another makes while there is more to make."""
+    listed = list(names)
+    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(listed)
+    return listed[first:] + listed[:first]
+
+
 @pytest.fixture(scope="session")
 def tiny_programs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Numerics name -> canonical program of `tiny_checkpoint`."""
 
-    def make(root: Path) -> None:
+    def make(name: str, root: Path) -> None:
         from seekforge.exporter.program.export import export
 
-        for name in MADE_NUMERICS:
-            export(tiny_checkpoint, root / name, numerics=NUMERICS[name])
+        export(tiny_checkpoint, root / name, numerics=NUMERICS[name])
 
-    root = made_once(tmp_path_factory, "programs", make)
-    return {name: root / name for name in MADE_NUMERICS}
+    made = {
+        name: made_once(tmp_path_factory, f"program-{name}", partial(make, name)) / name
+        for name in _in_turn(MADE_NUMERICS)
+    }
+    return {name: made[name] for name in MADE_NUMERICS}
 
 
 @pytest.fixture(scope="session")
 def tiny_layers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Numerics name -> program of layer 1 of `tiny_checkpoint` alone, its first MoE layer; do not write into it."""
 
-    def make(root: Path) -> None:
+    def make(name: str, root: Path) -> None:
         from seekforge.exporter.program.export import export
 
-        for name in MADE_NUMERICS:
-            export(tiny_checkpoint, root / name, numerics=NUMERICS[name], layer_range=(1, 2))
+        export(tiny_checkpoint, root / name, numerics=NUMERICS[name], layer_range=(1, 2))
 
-    root = made_once(tmp_path_factory, "layers", make)
-    return {name: root / name for name in MADE_NUMERICS}
+    return {name: made_once(tmp_path_factory, f"layer-{name}", partial(make, name)) / name for name in MADE_NUMERICS}
 
 
 @pytest.fixture(scope="session")
@@ -129,18 +137,20 @@ def tiny_engines(
 ) -> dict[str, Path]:
     """Numerics name -> CPU engine of `tiny_checkpoint`; do not write into it."""
 
-    def make(root: Path) -> None:
+    def make(name: str, root: Path) -> None:
         from seekforge.exporter.builder.onnxruntime.build import build
 
-        for name, program in tiny_programs.items():
-            build(
-                program,
-                root / name,
-                target=load_target("cpu"),
-                checkpoint_folder=tiny_checkpoint,
-                force=False,
-                progress=Stages(quiet=True),
-            )
+        build(
+            tiny_programs[name],
+            root / name,
+            target=load_target("cpu"),
+            checkpoint_folder=tiny_checkpoint,
+            force=False,
+            progress=Stages(quiet=True),
+        )
 
-    root = made_once(tmp_path_factory, "engines", make)
-    return {name: root / name for name in tiny_programs}
+    made = {
+        name: made_once(tmp_path_factory, f"engine-{name}", partial(make, name)) / name
+        for name in _in_turn(MADE_NUMERICS)
+    }
+    return {name: made[name] for name in MADE_NUMERICS}

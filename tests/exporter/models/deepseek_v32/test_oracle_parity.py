@@ -56,10 +56,23 @@ def mtp_oracle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return load_oracle(folder), load_file(folder / "combine.st")
 
 
-def compare_with_oracle(config: ModelConfig, source: Checkpoint, oracle: Any, context: int, mode: str) -> None:
+@pytest.fixture(scope="module")
+def session(tiny_config: ModelConfig, tiny_source: Checkpoint) -> TorchSession:
+    """Our model, as it is."""
+    return TorchSession(Settings(tiny_config, EXACT), tiny_source)
+
+
+def compare_with_oracle(
+    config: ModelConfig,
+    source: Checkpoint,
+    oracle: Any,
+    context: int,
+    mode: str,
+    session: TorchSession | None = None,
+) -> None:
     """Assert that every sequence of a mode gives the oracle's logits (spec §11.2 for rows at a boundary)."""
     sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
-    session = TorchSession(Settings(config, EXACT), source)
+    session = session or TorchSession(Settings(config, EXACT), source)
     for ids, run in zip(sequences, drive(session, sequences, mode), strict=True):
         with torch.inference_mode(), record_selection(oracle) as chosen:
             expected = oracle(torch.tensor([ids])).logits[0].numpy()
@@ -87,9 +100,9 @@ def _flipped(config: ModelConfig, run: Run, chosen: list[np.ndarray]) -> np.ndar
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_logits_equal_transformers(
-    tiny_config: ModelConfig, tiny_source: Checkpoint, oracle: Any, context: int, mode: str
+    tiny_config: ModelConfig, tiny_source: Checkpoint, oracle: Any, session: TorchSession, context: int, mode: str
 ) -> None:
-    compare_with_oracle(tiny_config, tiny_source, oracle, context, mode)
+    compare_with_oracle(tiny_config, tiny_source, oracle, context, mode, session)
 
 
 @pytest.mark.parametrize("context", (10, 64, 65, 200))
