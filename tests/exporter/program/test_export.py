@@ -19,6 +19,7 @@ from tests.support.kept_traces import kept
 
 import seekforge.exporter.program.export as export_module
 from seekforge.common.errors import CheckpointError, OutputError, SeekforgeError
+from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.export import export
@@ -27,6 +28,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.numerics import EXACT, FP8
 from seekforge.formats.program import load_bindings, load_program
+from seekforge.formats.weight_recipes import take
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +56,17 @@ def quick(traced: dict[bool, Traced], monkeypatch: pytest.MonkeyPatch) -> Callab
     return run
 
 
-def test_a_trace_that_tests_keep_is_the_traced_graph_and_nobody_elses(
-    traced: dict[bool, Traced], tiny_config: ModelConfig, tmp_path: Path
-) -> None:
+def test_a_trace_that_tests_keep_is_the_traced_graph_and_nobody_elses(tmp_path: Path) -> None:
     """Tests of exports take graphs from files: equal settings, made anew, find them, and others do not."""
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    graph = onnx.helper.make_model(onnx.helper.make_graph([node], "step", [], []))
+    original = Traced(graph, {"w": take("w", (2, 3), "bf16")}, {"b": "a"}, ("y",))
     asked: list[object] = []
 
-    def from_fixture(settings: object, layers: object, progress: Callable[[str], None]) -> Traced:
+    def trace(settings: object, layers: object, progress: Callable[[str], None]) -> Traced:
         asked.append((settings, layers))
         progress("convert")
-        return traced[layers is not None]
+        return original
 
     def made(name: str, make: Callable[[Path], None]) -> Path:
         if not (tmp_path / name).is_dir():
@@ -72,16 +75,16 @@ def test_a_trace_that_tests_keep_is_the_traced_graph_and_nobody_elses(
         return tmp_path / name
 
     told: list[str] = []
-    take = kept(from_fixture, made)
+    from_files = kept(trace, made)
+    config = load_preset("tiny").config
     for _ in range(2):
-        settings = Settings(copy.deepcopy(tiny_config), EXACT, activations="bf16")
-        result = take(settings, (3, 4), told.append)
-        assert result == traced[True] and result.model is not traced[True].model
+        result = from_files(Settings(copy.deepcopy(config), EXACT, activations="bf16"), (3, 4), told.append)
+        assert result == original and result.model is not original.model
         result.model.graph.ClearField("node")
     assert len(asked) == 1 and told == ["convert", "convert"]
-    take(settings, None, told.append)
-    take(Settings(tiny_config, FP8, activations="bf16"), None, told.append)
-    assert len(asked) == 3
+    for other in ((EXACT, None), (EXACT, (2, 4)), (FP8, (3, 4))):
+        from_files(Settings(config, other[0], activations="bf16"), other[1], told.append)
+    assert len(asked) == 4
 
 
 def _files(folder: Path) -> dict[str, bytes]:
