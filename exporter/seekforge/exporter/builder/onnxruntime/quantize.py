@@ -73,7 +73,7 @@ def _at_precision(precision: str, smallest: str) -> str:
 
 def _matching(pattern: str, named: Mapping[str, Recipe], codes: Mapping[str, str]) -> list[str]:
     """Return the weights whose kind, or all of whose checkpoint tensors, a pattern names."""
-    found, stays = [], ""
+    matching, stays = [], ""
     for name, recipe in named.items():
         kind, tensors = kind_of(name), list(_tensors(recipe))
         hits = [tensor for tensor in tensors if fnmatchcase(tensor, pattern)]
@@ -88,9 +88,9 @@ def _matching(pattern: str, named: Mapping[str, Recipe], codes: Mapping[str, str
                 f"it, such as {kind}"
             )
         else:
-            found.append(name)
-    if found:
-        return found
+            matching.append(name)
+    if matching:
+        return matching
     if stays:
         raise TargetError(f"--set {pattern}: {stays} stays f32, there is no product for its codes")
     kinds = [kind for kind, smallest in codes.items() if smallest != "f32"]
