@@ -15,7 +15,8 @@ CACHE := $(CURDIR)/.cache
 CONSTRAINTS := configs/constraints.txt
 # Modules are compiled when they are first imported, also where the environment says to write no bytecode: of the
 # thousands that torch and transformers bring, a run imports a few hundred, and compiling all takes longer than installing.
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile --constraint $(CONSTRAINTS)
+PIP_ARGS := bin/python -m pip --quiet --disable-pip-version-check install --no-compile --constraint $(CONSTRAINTS)
+PIP := $(VENV)/$(PIP_ARGS)
 unexport PYTHONDONTWRITEBYTECODE
 
 export PIP_CACHE_DIR := $(CACHE)/pip
@@ -63,10 +64,12 @@ wheel: $(VENV)/.dev
 
 # On a machine with a GPU: compile every kernel for it, compare all operators, walk whole programs (needs torch with CUDA:
 # the default index has it on Linux), time the real shapes into gpu-report/, then the tiny cases under compute-sanitizer
-# where that is installed. With several GPUs also engines of several ranks, whose sums go through NCCL.
+# where that is installed; and engines that ONNX Runtime runs through CUDA, by parity. With several GPUs also engines of several ranks, whose sums go through NCCL.
 SM ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 GPU_CHECK := $(BIN)/python -m tests.gpu.check
 GPU_FOLDER := $(CACHE)/gpu-check
+# onnxruntime-gpu overwrites files of onnxruntime, which .venv has
+ORT_CUDA := $(CACHE)/ort-cuda
 
 gpu-check: $(VENV)/.gpu
 	@test -n "$(SM)" || { echo 'error: no GPU here (nvidia-smi lists none); make gpu-check SM=90' >&2; exit 2; }
@@ -74,6 +77,8 @@ gpu-check: $(VENV)/.gpu
 	$(GPU_CHECK) run $(GPU_FOLDER) --only tiny
 	$(GPU_CHECK) walk $(GPU_FOLDER)
 	$(GPU_CHECK) run $(GPU_FOLDER) --only real --report gpu-report
+	$(MAKE) --no-print-directory $(ORT_CUDA)/.installed
+	$(ORT_CUDA)/bin/python -m tests.gpu.ort_cuda $(GPU_FOLDER)/ort-cuda
 	@if command -v compute-sanitizer >/dev/null; then \
 		compute-sanitizer --error-exitcode 1 $(GPU_CHECK) run $(GPU_FOLDER) --only tiny; \
 	else echo 'compute-sanitizer is not installed: skipped'; fi
@@ -130,4 +135,12 @@ $(VENV)/.ci: $(VENV)/.base pyproject.toml
 $(VENV)/.gpu: $(VENV)/.dev
 	@echo 'installing what launches kernels'
 	@$(PIP) --no-build-isolation --editable '.[dev,gpu]'
+	@touch $@
+
+$(ORT_CUDA)/.installed: $(VENV)/.python pyproject.toml
+	@echo 'installing what runs engines through CUDA, into $(ORT_CUDA)'
+	@$(BIN)/python -m venv --clear $(ORT_CUDA)
+	@$(ORT_CUDA)/$(PIP_ARGS) pip hatchling
+	@$(ORT_CUDA)/$(PIP_ARGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch
+	@$(ORT_CUDA)/$(PIP_ARGS) --no-build-isolation --editable '.[export,ort-cuda]'
 	@touch $@

@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from seekforge.common.requirements import grouped
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_ROOTS = ("exporter", "plugins", "runtime")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -122,9 +124,18 @@ def test_the_wheel_asks_for_ranges_and_the_pinned_versions_are_in_them() -> None
 
 
 def test_no_two_requirements_bring_the_same_module() -> None:
-    names = {canonical(one.name) for one in all_requirements()}
+    extras = grouped({"": PYPROJECT["project"]["dependencies"], **PYPROJECT["project"]["optional-dependencies"]})
+    of_extra = {extra: {canonical(one.name) for one in found} for extra, found in extras.items()}
+    onnxruntimes = {"onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"}
+    for (
+        extra,
+        found,
+    ) in of_extra.items():  # extras that are installed together; ort-cuda is for an environment of its own
+        assert len(found & onnxruntimes) < 2, extra
+    assert {extra for extra, found in of_extra.items() if "onnxruntime-gpu" in found} == {"ort-cuda"}
+    names = set().union(*(found for extra, found in of_extra.items() if extra != "ort-cuda"))
     for module, packages in {
-        "onnxruntime": {"onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"},
+        "onnxruntime": onnxruntimes,
         "triton": {"triton", "triton-windows", "pytorch-triton"},
         "cv2": {"opencv-python", "opencv-python-headless"},
     }.items():

@@ -11,7 +11,7 @@ from seekforge.exporter.builder.targets_cli import markdown_tables
 from seekforge.formats.targets import all_targets, limits_named, load_target
 
 NAMES = {
-    "cpu", "a100-80g", "l40s", "rtx4090", "rtx5090", "rtx-pro-6000", "dgx-spark",
+    "cpu", "ort-cuda", "a100-80g", "l40s", "rtx4090", "rtx5090", "rtx-pro-6000", "dgx-spark",
     "h20", "h100", "h200", "gh200", "b200", "b300",
 }  # fmt: skip
 
@@ -86,7 +86,7 @@ def test_the_formats_of_a_target_in_words() -> None:
     assert load_target("cpu", ["precision=int8"]).formats == "int8 weights in blocks of 32"
     mixed = load_target("cpu", ["lm_head=int8", "weight_block_size=64"])
     assert mixed.formats == "f32 weights (lm_head int8) in blocks of 64"
-    assert load_target("cpu").formats == "f32 weights"
+    assert load_target("cpu").formats == load_target("ort-cuda").formats == "f32 weights"
 
 
 def test_a_precision_for_weights_that_a_pattern_names() -> None:

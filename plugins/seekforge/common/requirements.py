@@ -30,6 +30,8 @@ _PACKAGE_OF: Final[dict[str, str]] = {
     "tensorrt_rtx": "tensorrt-rtx",
     "yaml": "pyyaml",
 }
+#: The packages that have the module `onnxruntime`: without and with CUDA.
+ORT_CPU, ORT_CUDA = "onnxruntime", "onnxruntime-gpu"
 _PROJECT_FILE: Final = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 #: Extra -> its requirements, those of extras that it names among them; "" has those of every install.
@@ -94,6 +96,22 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def onnxruntime_package(version_of: Callable[[str], str | None] = installed) -> str:
+    """Return the package that has the module `onnxruntime` here, that of the CPU where there is none."""
+    return ORT_CUDA if version_of(ORT_CUDA) and not version_of(ORT_CPU) else ORT_CPU
+
+
+def onnxruntime_conflict(version_of: Callable[[str], str | None] = installed) -> str:
+    """Return why ONNX Runtime cannot be trusted here: both of its packages are installed. Empty where one is."""
+    cpu, cuda = version_of(ORT_CPU), version_of(ORT_CUDA)
+    if not cpu or not cuda:
+        return ""
+    return (
+        f"{ORT_CPU} {cpu} and {ORT_CUDA} {cuda} are both installed and overwrite each other's files; "
+        f"pip uninstall --yes {ORT_CPU} {ORT_CUDA}, then install the one that is wanted"
+    )
 
 
 def fault(requirement: Requirement, version: str | None) -> str:

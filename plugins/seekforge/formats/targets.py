@@ -72,6 +72,7 @@ class TargetConfig(Record):
         precision: the precision of matrix products: f32 on a CPU, or f32 with int8 or int4 weights; fp8 means FP8
             products from SM89 on, and FP8 weights with BF16 products before.
         also: other SMs that the same plan shall run on (tensorrt-rtx).
+        provider: onnxruntime: cuda where it runs the engine on a GPU, whichever that is.
         weight_block_size: CPU: values along K that share a scale, of weights that are codes.
         weights: CPU: pattern -> precision of the weights that it names; of several, the last decides. A pattern is of
             names of checkpoint tensors or of kinds, such as `lm_head` or `model.layers.0.*`.
@@ -88,6 +89,7 @@ class TargetConfig(Record):
     kv_format: Literal["f32", "bf16", "fp8_ds"]
     limits: Limits
     profiles: dict[str, Profile] = field(default_factory=dict)
+    provider: Literal["cuda"] | None = None
     weight_block_size: WeightBlockSize = 32
     weights: dict[str, Literal["f32", "int8", "int4"]] = field(default_factory=dict)
 
@@ -98,7 +100,14 @@ class TargetConfig(Record):
                 raise RecordError("sm and gpu belong to a GPU backend, expected null with onnxruntime")
             if self.precision not in CPU_PRECISIONS:
                 raise RecordError(f"precision {self.precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
+            if self.provider == "cuda" and self.has_codes:
+                raise RecordError(
+                    f"{self.formats} are for CPUs: ONNX Runtime's CUDA provider has no QMoE for f32 inputs, and its "
+                    "MatMulNBits does not round them to int8; take precision f32"
+                )
             return
+        if self.provider is not None:
+            raise RecordError("provider is for onnxruntime")
         if self.weights or self.weight_block_size != 32:
             raise RecordError("weights and weight_block_size are for CPUs: a GPU engine takes those of the checkpoint")
         if self.sm is None or self.gpu is None or not self.profiles:

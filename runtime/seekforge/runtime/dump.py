@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from seekforge.common.errors import EngineError, RequestError
+from seekforge.common.requirements import onnxruntime_package
 from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.parity_steps import ParitySteps, PlanStep
@@ -26,7 +27,7 @@ from seekforge.runtime.values import is_integer, shown
 
 def engine_side(manifest: Manifest, name: str) -> Side:
     """Describe an engine as the maker of a dump."""
-    packages = {"onnxruntime": ("onnxruntime",), "tensorrt-rtx": ("tensorrt-rtx",), "tensorrt": ("tensorrt",)}
+    packages = {"onnxruntime": (onnxruntime_package(),), "tensorrt-rtx": ("tensorrt-rtx",), "tensorrt": ("tensorrt",)}
     versions = {package: metadata.version(package) for package in packages[manifest.target.backend]}
     return Side(
         kind="engine",

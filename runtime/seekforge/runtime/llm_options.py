@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.runtime.engine.cache_size import decide_num_blocks, free_memory
+from seekforge.runtime.engine.cache_size import decide_num_blocks, free_gpu_memory, free_memory
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.speculative import MAX_DRAFTS
 from seekforge.runtime.sampling.params import SamplingParams
@@ -107,7 +107,7 @@ def decide_sizes(
         max_model_len=longest,
         num_blocks=num_blocks,
         kv_cache_memory=kv_cache_memory,
-        free_bytes=free_memory(),
+        free_bytes=free_memory() if manifest.target.provider is None else free_gpu_memory(),
     )
     holds = (blocks - 1) * cache.block_size
     if max_model_len is not None and holds < max_model_len:

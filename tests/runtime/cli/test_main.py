@@ -265,6 +265,31 @@ def test_doctor_names_the_command_for_what_is_missing() -> None:
     assert other.missing == "torch is 2.12.0, needs >=2.13,<3" and other.remedy == "pip install 'torch>=2.13,<3'"
 
 
+def test_doctor_knows_the_two_packages_of_onnxruntime() -> None:
+    lines = [
+        "a>=1; extra == 'export'",
+        "onnxruntime>=1.32; extra == 'cpu'",
+        "onnxruntime-gpu>=1.31; extra == 'ort-cuda'",
+    ]
+    wanted = parse(lines)
+    cpu, cuda = {"a": "1", "onnxruntime": "1.32.0"}, {"a": "1", "onnxruntime-gpu": "1.31.1"}
+
+    def judged(installed: dict[str, str], provider: str | None = None, *, has_gpu: bool = True):
+        return target_capabilities("x", "onnxruntime", wanted, installed.get, has_gpu=has_gpu, provider=provider)
+
+    assert all(
+        one.ready for one in (*judged(cpu), *judged(cuda), *judged(cuda, "cuda"))
+    )  # either builds and runs on CPUs
+    build, run = judged(cpu, "cuda")
+    assert build.ready and not run.ready and "beside which it must not lie" in run.missing
+    assert run.remedy == "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu>=1.31'"
+    assert judged(cuda, "cuda", has_gpu=False)[1].missing == "no NVIDIA GPU here"
+    for provider in (None, "cuda"):
+        for one in judged(cpu | cuda, provider):
+            assert not one.ready and "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are both installed" in one.missing
+    assert judged({"a": "1"})[0].remedy == "pip install 'onnxruntime>=1.32'"
+
+
 def test_doctor_promises_no_gpu_run_that_would_be_refused() -> None:
     lines = ["a>=1; extra == 'export'", "b>=1; extra == 'rtx'", "c>=1; extra == 'trt'", "k>=1; extra == 'kernels'"]
     wanted = parse([*lines, "seekforge[gpu]; extra == 'rtx'", "d>=1; extra == 'gpu'"])

@@ -193,6 +193,18 @@ def _planned(result: BuildResult) -> list[str]:
     ]
 
 
+def _left_to_the_cpu(result: BuildResult) -> list[str]:
+    """Say which operators a GPU's provider has no kernel for."""
+    assert result.manifest is not None
+    left: dict[str, int] = {}
+    for of_graph in result.manifest.build.get("on_the_cpu", {}).values():
+        for name, count in of_graph.items():
+            left[name] = left.get(name, 0) + count
+    return (
+        [f"on the CPU, without a CUDA kernel: {', '.join(f'{n} {name}' for name, n in left.items())}"] if left else []
+    )
+
+
 def _written(result: BuildResult) -> list[str]:
     """Say what a CPU engine has."""
     assert result.manifest is not None and result.num_nodes is not None and result.weight_bytes is not None
@@ -208,6 +220,7 @@ def _written(result: BuildResult) -> list[str]:
     return [
         f"wrote {result.path}: target {result.target}, {nodes} nodes, "
         f"{decimal(result.weight_bytes)} of {result.precision} weights",
+        *_left_to_the_cpu(result),
         *([] if result.quality is None else [f"quality: {quality_words(result.quality)}"]),
         *proof,
     ]

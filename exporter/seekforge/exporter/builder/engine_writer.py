@@ -105,7 +105,13 @@ def write_engine(
     manifest = Manifest(
         format=ENGINE_FORMAT,
         seekforge_version=importlib.metadata.version("seekforge"),
-        target=Target(name=parts.target.name, backend=parts.target.backend, sm=parts.target.sm, sms=parts.target.sms),
+        target=Target(
+            name=parts.target.name,
+            backend=parts.target.backend,
+            sm=parts.target.sm,
+            sms=parts.target.sms,
+            provider=parts.target.provider,
+        ),
         versions=parts.versions,
         runtime_versions=parts.runtime_versions,
         program_sha256=sha256_file(program_folder / "program.json"),

@@ -33,13 +33,14 @@ TARGET = "target.yaml"
 class Target(Record):
     """What the engine was built for. `sm` is the CUDA compute capability (90 for H100), None on a CPU.
 
-    `sms`: all of them, where one plan serves several.
+    `sms`: all of them, where one plan serves several. `provider`: cuda where ONNX Runtime runs it on a GPU.
     """
 
     name: str
     backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     sm: int | None = None
     sms: tuple[int, ...] = ()
+    provider: Literal["cuda"] | None = None
 
 
 class Cache(Record):

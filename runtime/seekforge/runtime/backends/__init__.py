@@ -16,6 +16,13 @@ BACKENDS: dict[str, str] = {
 
 #: manifest target.backend -> the extra that brings its library.
 EXTRA_OF_BACKEND: dict[str, str] = {"onnxruntime": "cpu", "tensorrt-rtx": "rtx", "tensorrt": "trt"}
+#: The same for engines that ONNX Runtime runs with a provider.
+EXTRA_OF_PROVIDER: dict[str, str] = {"cuda": "ort-cuda"}
+
+
+def extra_of(backend: str, provider: str | None) -> str:
+    """Return the extra that brings what runs engines of a target."""
+    return EXTRA_OF_BACKEND[backend] if provider is None else EXTRA_OF_PROVIDER[provider]
 
 
 def backend_factory(name: str) -> BackendFactory:
@@ -40,4 +47,12 @@ def ranks_factory() -> BackendFactory:
     return RanksBackend
 
 
-__all__ = ["BACKENDS", "EXTRA_OF_BACKEND", "Backend", "BackendFactory", "backend_factory", "ranks_factory"]
+__all__ = [
+    "BACKENDS",
+    "EXTRA_OF_BACKEND",
+    "Backend",
+    "BackendFactory",
+    "backend_factory",
+    "extra_of",
+    "ranks_factory",
+]

@@ -23,6 +23,7 @@ from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, evaluate_into
 from seekforge.plugins.native.library import add_operators
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
+from seekforge.runtime.backends.ort_device import CPU_PROVIDER, OrtDevice, device_of
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 
 
@@ -41,27 +42,37 @@ class OrtGraph:
     """One session with its caches."""
 
     def __init__(
-        self, folder: Path, name: str, graph_io: GraphIO, threads: int, weights: Mapping[str, ort.OrtValue]
+        self,
+        folder: Path,
+        name: str,
+        graph_io: GraphIO,
+        threads: int,
+        weights: Mapping[str, ort.OrtValue],
+        device: OrtDevice,
     ) -> None:
         self.name = name
         self.caches: dict[str, ort.OrtValue] = {}
+        self._device = device
+        self._fed: dict[str, ort.OrtValue] = {}
         self._cache_specs = graph_io.with_role("cache")
         self._aliases = graph_io.aliases
-        self._step_inputs = tuple(spec.name for spec in graph_io.inputs if spec.role != "cache")
+        self._step_inputs = tuple(spec for spec in graph_io.inputs if spec.role != "cache")
         path = folder / graph_io.file
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors: warnings about the graph are for its builder
         options.intra_op_num_threads = threads
-        add_operators(options)
+        if device.provider == CPU_PROVIDER:
+            add_operators(options)
         if weights:  # in place of those in the file, before anything is folded or packed
             options.add_external_initializers(list(weights), list(weights.values()))
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(str(path), options, providers=device.providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
             reason = " ".join(str(error).split())
             raise EngineError(
                 f"{path}: ONNX Runtime {ort.__version__} cannot load it ({reason}); build the engine again"
             ) from error
+        device.check(self.session.get_providers())
         _check_graph_io(path, "input", self.session.get_inputs(), graph_io.inputs)
         _check_graph_io(path, "output", self.session.get_outputs(), graph_io.outputs)
         self.output_names = tuple(spec.name for spec in graph_io.outputs)
@@ -75,14 +86,23 @@ class OrtGraph:
                 raise EngineError(f"cache {spec.name} has shape {spec.shape}, expected [num_slots, width]; build again")
             # np.zeros takes pages when they are first written: an unused part of the cache costs no memory.
             array = np.zeros((num_blocks * block_size, width), _storage(spec.dtype))
-            self.caches[spec.name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX[spec.dtype])
+            self.caches[spec.name] = self._device.value(array, spec.dtype)
 
     def run(self, inputs: StepInputs, outputs: Collection[str]) -> OrtStepOutputs:
         assert self.caches or not self._cache_specs, "allocate_caches comes before run"
         binding = self.session.io_binding()
-        fed = {name: np.ascontiguousarray(inputs.array(name)) for name in self._step_inputs}
-        for name, array in fed.items():
-            binding.bind_cpu_input(name, array)
+        fed = {spec.name: np.ascontiguousarray(inputs.array(spec.name)) for spec in self._step_inputs}
+        if self._device.holds_inputs:
+            self._fed = {
+                spec.name: self._device.value(fed[spec.name], spec.dtype, self._fed.get(spec.name))
+                for spec in self._step_inputs
+            }
+            for name, value in self._fed.items():
+                binding.bind_ortvalue_input(name, value)
+            binding.synchronize_inputs()
+        else:
+            for name, array in fed.items():
+                binding.bind_cpu_input(name, array)
         for name, value in self.caches.items():
             binding.bind_ortvalue_input(name, value)
         # get_outputs() follows the order of binding, which is therefore the graph's.
@@ -91,7 +111,7 @@ class OrtGraph:
             if name in self._aliases:
                 binding.bind_ortvalue_output(name, self.caches[self._aliases[name]])
             else:
-                binding.bind_output(name)
+                binding.bind_output(name, self._device.memory)
         self.session.run_with_iobinding(binding)
         return OrtStepOutputs({n: v for n, v in zip(bound, binding.get_outputs()) if n not in self._aliases})
 
@@ -115,6 +135,7 @@ class OnnxRuntimeBackend:
         self._new_weights: dict[str, dict[str, ort.OrtValue]] = {name: {} for name in manifest.graphs}
         self._num_blocks: int | None = None
         self._bindings: dict[str, dict[str, Recipe]] | None = None  # read when weights are first updated
+        self._device = device_of(manifest)
         self._graphs = {MODEL: self._open(MODEL)}
 
     def allocate_caches(self, num_blocks: int) -> None:
@@ -178,7 +199,14 @@ class OnnxRuntimeBackend:
                 f"{self._folder}: has no graph {graph!r}, only {', '.join(self._manifest.graphs)}; "
                 "build it from a program that has one"
             )
-        return OrtGraph(self._folder, graph, self._manifest.graphs[graph], self._threads, self._new_weights[graph])
+        return OrtGraph(
+            self._folder,
+            graph,
+            self._manifest.graphs[graph],
+            self._threads,
+            self._new_weights[graph],
+            self._device,
+        )
 
 
 def _storage(dtype: str) -> np.dtype:

@@ -14,14 +14,23 @@ from pathlib import Path
 
 from seekforge.common.cli.options import command, json_option
 from seekforge.common.cli.terminal import echo, write_json
-from seekforge.common.requirements import Requirements, declared, fault, installed, lacking
+from seekforge.common.requirements import (
+    ORT_CPU,
+    ORT_CUDA,
+    Requirements,
+    declared,
+    fault,
+    installed,
+    lacking,
+    onnxruntime_conflict,
+)
 from seekforge.common.requirements import command as install_command
 from seekforge.common.yaml_file import read_yaml
 from seekforge.formats.support import TABLE, TARGETS
 from seekforge.formats.weight_recipes.stored import WORDS
 from seekforge.plugins.kernels.cuda_driver import KERNELS_NEED, needs, version_of_branch
 from seekforge.plugins.native.library import absence
-from seekforge.runtime.backends import BACKENDS, EXTRA_OF_BACKEND
+from seekforge.runtime.backends import BACKENDS, extra_of
 
 _PACKAGES = (
     "seekforge",
@@ -32,7 +41,8 @@ _PACKAGES = (
     "onnxscript",
     "onnx-ir",
     "safetensors",
-    "onnxruntime",
+    ORT_CPU,
+    ORT_CUDA,
     "tensorrt-rtx",
     "tensorrt",
     "triton",
@@ -106,9 +116,16 @@ def examine() -> Report:
             capability("serve an engine", ("serve",), requirements),
         ]
         driver = versions["NVIDIA driver"]
-        for target, (backend, sm) in _targets().items():
+        for target, known in _targets().items():
             capabilities += target_capabilities(
-                target, backend, requirements, has_gpu=bool(gpus), sm=sm, driver=driver, no_gpu=no_gpu
+                target,
+                known.backend,
+                requirements,
+                has_gpu=bool(gpus),
+                sm=known.sm,
+                driver=driver,
+                no_gpu=no_gpu,
+                provider=known.provider,
             )
     return Report(versions, gpus, absence(), tuple(capabilities))
 
@@ -123,6 +140,7 @@ def target_capabilities(
     sm: int | None = None,
     driver: str | None = None,
     no_gpu: str = "no NVIDIA GPU here",
+    provider: str | None = None,
 ) -> list[Capability]:
     """Judge building for one target and running on it.
 
@@ -135,15 +153,16 @@ def target_capabilities(
         sm: the SM of the target; its kernels need a driver that loads them. None: nothing is said of drivers.
         driver: version of the NVIDIA driver here, such as 580.65.06.
         no_gpu: why none answers.
+        provider: which of ONNX Runtime's the target names; None: that of the CPU, or another backend.
     """
     build, run = f"build for {target}", f"run on {target}"
     if backend not in BACKENDS:
         missing = f"this version of seekforge has no {backend} backend"
         return [Capability(build, False, missing), Capability(run, False, missing)]
-    extra = EXTRA_OF_BACKEND[backend]
-    running = capability(run, (extra,), requirements, version_of)
     if backend == "onnxruntime":
-        return [capability(build, ("export", extra), requirements, version_of), running]
+        return _onnxruntime(build, run, provider, requirements, version_of, no_gpu="" if has_gpu else no_gpu)
+    extra = extra_of(backend, provider)
+    running = capability(run, (extra,), requirements, version_of)
     building = capability(build, ("export", extra, "kernels"), requirements, version_of)
     if not has_gpu:
         if backend == "tensorrt":  # whatever else is missing: installing it here would lead nowhere
@@ -154,6 +173,32 @@ def target_capabilities(
         old = driver_fault(sm, driver, version_of)
         if old is not None and running.ready:
             running = Capability(run, False, old)
+    return [building, running]
+
+
+def _onnxruntime(
+    build: str,
+    run: str,
+    provider: str | None,
+    requirements: Requirements,
+    version_of: Callable[[str], str | None],
+    *,
+    no_gpu: str,
+) -> list[Capability]:
+    """Judge a target of ONNX Runtime: either of its packages builds for any and runs on a CPU."""
+    conflict = onnxruntime_conflict(version_of)
+    if conflict:
+        return [Capability(build, False, conflict), Capability(run, False, conflict)]
+    here = "ort-cuda" if version_of(ORT_CUDA) else "cpu"
+    building = capability(build, ("export", here), requirements, version_of)
+    if provider is None:
+        return [building, capability(run, (here,), requirements, version_of)]
+    if no_gpu:
+        return [building, Capability(run, False, no_gpu)]
+    running = capability(run, (extra_of("onnxruntime", provider),), requirements, version_of)
+    if not running.ready and version_of(ORT_CPU):
+        missing = f"{ORT_CUDA} is not installed, and {ORT_CPU} is, beside which it must not lie"
+        running = Capability(run, False, missing, f"pip uninstall --yes {ORT_CPU} && {running.remedy}")
     return [building, running]
 
 
@@ -190,18 +235,31 @@ def _bindings_need(version_of: Callable[[str], str | None]) -> int:
     return 1000 * int(major) if major.isdecimal() else 0
 
 
-def _targets() -> dict[str, tuple[str, int | None]]:
-    """Target name -> backend and SM, from the target files in the source tree or in the installed package."""
+@dataclass(frozen=True)
+class _Target:
+    """What of a target's file decides what it needs."""
+
+    backend: str
+    sm: int | None = None
+    provider: str | None = None
+
+
+def _targets() -> dict[str, _Target]:
+    """Target name -> what it needs, from the target files in the source tree or in the installed package."""
     here = Path(__file__).resolve()
-    targets: dict[str, tuple[str, int | None]] = {"cpu": ("onnxruntime", None)}
+    targets = {"cpu": _Target("onnxruntime")}
     for root in (here.parents[4], here.parents[2]):
         folder = root / "configs" / "targets"
         if folder.is_dir():
             for path in sorted(folder.glob("*.yaml")):
                 data = read_yaml(path)
                 known = data if isinstance(data, dict) else {}
-                sm = known.get("sm")
-                targets[path.stem] = str(known.get("backend", "unknown")), sm if isinstance(sm, int) else None
+                sm, provider = known.get("sm"), known.get("provider")
+                targets[path.stem] = _Target(
+                    str(known.get("backend", "unknown")),
+                    sm if isinstance(sm, int) else None,
+                    "cuda" if provider == "cuda" else None,
+                )
             break
     return targets
 

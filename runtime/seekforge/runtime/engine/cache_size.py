@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +40,8 @@ def decide_num_blocks(
         max_batch_size, max_model_len: what the cache holds when no size is asked for, if that fits.
         num_blocks: asked for.
         kv_cache_memory: bytes asked for; of several GPUs on each of them.
-        free_bytes: free main memory before the engine is loaded; None where nobody knows. For engines of a CPU.
+        free_bytes: free memory before the engine is loaded, of what it will run on; None where nobody knows. For
+            engines of ONNX Runtime.
 
     Raises:
         EngineError: both sizes are given, or there is not room for two blocks; the message says what to pass.
@@ -99,7 +102,7 @@ def cache_budget(manifest: Manifest, free_bytes: int | None) -> int | None:
     """Return how many bytes caches may take when nothing is asked for; None where nobody knows.
 
     On a GPU: what is usable of it, less weights, scratch, activations and reserve, by the planner's account at build.
-    On a CPU: half of what is free when the engine's own files are in memory.
+    Of engines of ONNX Runtime: half of what is free when the engine's own files are in memory.
     """
     if manifest.target.backend == "onnxruntime":
         if free_bytes is None:
@@ -122,6 +125,22 @@ def free_memory() -> int | None:
     """
     limits = (_system_memory(), _container_memory(), _process_memory())
     return min((max(value, 0) for value in limits if value is not None), default=None)
+
+
+def free_gpu_memory() -> int | None:
+    """Bytes that are free on the first GPU that this process may use, by nvidia-smi; None: it does not answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    question = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    if visible:
+        question += ["--id", visible]
+    try:
+        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+        return int(answer.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def _system_memory() -> int | None:

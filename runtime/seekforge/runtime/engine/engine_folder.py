@@ -13,16 +13,16 @@ from seekforge.common.requirements import install
 from seekforge.common.system import check_platform
 from seekforge.formats.checkpoint.hub import resolve
 from seekforge.formats.engine.agreement import ROPE_TABLES
-from seekforge.formats.engine.manifest import MANIFEST, Manifest, load_manifest
+from seekforge.formats.engine.manifest import MANIFEST, Manifest, Target, load_manifest
 from seekforge.formats.engine.verify import OnVerify, Verification, verify_files
 from seekforge.formats.paged_cache import blocks_needed
 from seekforge.formats.step_io import ROW_RESULTS
 from seekforge.runtime.backends import (
     BACKENDS,
-    EXTRA_OF_BACKEND,
     Backend,
     BackendFactory,
     backend_factory,
+    extra_of,
     ranks_factory,
 )
 from seekforge.runtime.backends.base import OnLoad
@@ -94,7 +94,7 @@ class Engine:
         check_complete(self.folder, self.manifest)
         if checkpoint is not None and self.manifest.weights is not None:
             checkpoint = resolve(checkpoint)
-        factory = _factory(self.manifest.target.backend) if self.manifest.ranks is None else ranks_factory()
+        factory = _factory(self.manifest.target) if self.manifest.ranks is None else ranks_factory()
         return factory(self.folder, self.manifest, threads=threads, checkpoint=checkpoint, progress=progress)
 
     def cache_bytes(self, num_tokens: int, num_sequences: int = 1) -> int:
@@ -103,15 +103,15 @@ class Engine:
         return blocks * self.manifest.cache.bytes_per_block
 
 
-def _factory(name: str) -> BackendFactory:
+def _factory(target: Target) -> BackendFactory:
     try:
-        return backend_factory(name)
+        return backend_factory(target.backend)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("seekforge"):
             raise
         raise EnvironmentFault(
-            f"the engine runs on {name}, but the module {error.name!r} is not installed; "
-            f"{install(EXTRA_OF_BACKEND[name])}"
+            f"the engine runs on {target.backend}, but the module {error.name!r} is not installed; "
+            f"{install(extra_of(target.backend, target.provider))}"
         ) from None
 
 

@@ -22,11 +22,13 @@ from rich.filesize import decimal
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.dtypes import itemsize
-from seekforge.common.errors import OutputError, TargetError
+from seekforge.common.errors import EnvironmentFault, OutputError, TargetError
 from seekforge.common.files import atomic_folder
+from seekforge.common.requirements import onnxruntime_conflict, onnxruntime_package
 from seekforge.exporter.builder.engine_writer import EngineParts, write_engine
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.builder.judge import check_measurable, judge
+from seekforge.exporter.builder.onnxruntime.cuda_operators import on_the_cpu
 from seekforge.exporter.builder.onnxruntime.fold import WeightFile
 from seekforge.exporter.builder.onnxruntime.graphs import ROPE_TABLES, finish_graph, fold_graph, write_graph
 from seekforge.exporter.builder.onnxruntime.quantize import choose
@@ -87,6 +89,7 @@ class CpuBuild:
         weight_bytes: bytes of weights that the engine will hold.
         free_bytes: what is free on the disk where the engine will lie.
         warning: what the engine will meet on this machine; empty: nothing.
+        provider: which of ONNX Runtime's runs it; None: that of the CPU.
     """
 
     program: Program
@@ -98,6 +101,7 @@ class CpuBuild:
     weight_bytes: int
     free_bytes: int
     warning: str
+    provider: str | None = None
 
 
 def check(
@@ -106,6 +110,9 @@ def check(
     """Decide what will be built, or refuse with one sentence that names what would work. Arguments as of `build`."""
     if target.backend != "onnxruntime":
         raise TargetError(f"target {target.name} needs the {target.backend} backend, which this version does not build")
+    conflict = onnxruntime_conflict()
+    if conflict:
+        raise EnvironmentFault(conflict)
     program = load_program(program_folder)
     bindings = load_bindings(program_folder)
     check_program(program, bindings, program_folder)
@@ -120,6 +127,11 @@ def check(
         check_measurable(program, program_folder, limits, options.quality)
     place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
+    if program.parallelism.num_ranks > 1 and target.provider is not None:
+        raise TargetError(
+            f"target {target.name} runs on one GPU; pass --target cpu, or export the program without "
+            f"{program.parallelism.options}"
+        )
     if program.parallelism.num_ranks > 1 and target.has_codes:
         raise TargetError(
             f"engines of several ranks have f32 weights, {target.formats} were asked for; pass --precision f32, or "
@@ -145,7 +157,7 @@ def check(
             f"the weights are {decimal(needed)} and this machine has {decimal(memory)} of memory: here the "
             "engine will run at the speed of the disk, if at all"
         )
-    return CpuBuild(program, bindings, config, whole, limits, coded, needed, free, warning)
+    return CpuBuild(program, bindings, config, whole, limits, coded, needed, free, warning, target.provider)
 
 
 def _memory_bytes() -> int | None:
@@ -284,8 +296,15 @@ def build(
             stages=made.stages,
             bindings=made.bindings,
             files=made.files,
-            versions={name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
-            options={"activations": "f32", "precision": target.precision, "taps": options.taps},
+            versions={
+                name: importlib.metadata.version(name) for name in ("onnx", onnxruntime_package(), "torch", "numpy")
+            },
+            options={
+                "activations": "f32",
+                "precision": target.precision,
+                "taps": options.taps,
+                **({} if target.provider is None else {"on_the_cpu": made.on_the_cpu}),
+            },
             self_check=self_check,
             quantization=coded,
             ranks=made.ranks,
@@ -305,6 +324,7 @@ class _Made:
         graphs, stages, bindings, files, ranks: fields of `EngineParts`.
         session: opens what runs it, for a check.
         num_nodes, weight_bytes: fields of `Built`.
+        on_the_cpu: graph -> operators that a GPU's provider leaves to the CPU; empty for a CPU.
     """
 
     graphs: dict[str, GraphIO]
@@ -315,6 +335,7 @@ class _Made:
     weight_bytes: int
     stages: dict[str, tuple[GraphIO, ...]] = field(default_factory=dict)
     ranks: Ranks | None = None
+    on_the_cpu: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def _one_rank(
@@ -326,7 +347,7 @@ def _one_rank(
     progress: Stages,
 ) -> _Made:
     """Write graphs and weights of an engine of one rank into `folder`."""
-    program, coded = checked.program, checked.coded
+    program, coded, is_cuda = checked.program, checked.coded, checked.provider == "cuda"
     weights = WeightFile(WEIGHTS)
     graphs: dict[str, onnx.ModelProto] = {}
     for name, canonical in program.graphs.items():
@@ -339,7 +360,7 @@ def _one_rank(
             taps=options.taps,
         )
         weights.attach(model, constants)
-        graphs[name] = finish_graph(model)
+        graphs[name] = finish_graph(model, native=not is_cuda)
     with progress.bytes_bar("dequantize weights" if coded is None else f"{coded.smallest} weights") as bar:
         weights.write(folder, source, bar)
     progress("inline, check, write")
@@ -351,6 +372,7 @@ def _one_rank(
         session=lambda: OrtSession(folder, {MODEL: described[MODEL]}),
         num_nodes={name: len(model.graph.node) for name, model in graphs.items()},
         weight_bytes=weights.num_bytes,
+        on_the_cpu={name: on_the_cpu(model) for name, model in graphs.items()} if is_cuda else {},
     )
 
 

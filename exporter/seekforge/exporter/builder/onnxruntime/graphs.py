@@ -70,7 +70,7 @@ def fold_graph(
     return model, fold_weights(model, tables, coded, top_k=config.num_experts_per_tok)
 
 
-def finish_graph(model: onnx.ModelProto, *, whole: bool = True) -> onnx.ModelProto:
+def finish_graph(model: onnx.ModelProto, *, native: bool = True) -> onnx.ModelProto:
     """Fuse a folded graph, and give it the bodies of its operators.
 
     What the compiled library of CPU operators has stays one node each, whose body is a function of the file: ONNX
@@ -78,12 +78,12 @@ def finish_graph(model: onnx.ModelProto, *, whole: bool = True) -> onnx.ModelPro
 
     Args:
         model: the graph.
-        whole: whether such nodes stay; a graph that is cut into pieces afterwards has none.
+        native: whether there are such nodes; a graph that is cut into pieces afterwards, or that a GPU runs, has none.
     """
-    if whole:
+    if native:
         fuse(model)
     attach(model, F32)
-    inlined = inline(model, (*NATIVE, *NATIVE_FORMS, *FUSED) if whole else ())
+    inlined = inline(model, (*NATIVE, *NATIVE_FORMS, *FUSED) if native else ())
     left = [function.name for function in inlined.functions]
     form = {"form": "engine for ONNX Runtime", "custom_operators": ", ".join(left) or "none"}
     annotate_again(inlined, _ENGINE_GRAPH, form)

@@ -44,7 +44,7 @@ def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
         if node.domain == DOMAIN and node.op_type == SUM_RANKS.name:
             sums.add(node.output[0])
             node.CopyFrom(helper.make_node("Identity", list(node.input), list(node.output), name=node.name))
-    model = onnx.shape_inference.infer_shapes(finish_graph(folded, whole=False))
+    model = onnx.shape_inference.infer_shapes(finish_graph(folded, native=False))
     graph = model.graph
     groups: list[list[onnx.NodeProto]] = [[]]
     renamed: dict[str, str] = {}  # values that pieces hand on, as they are called outside

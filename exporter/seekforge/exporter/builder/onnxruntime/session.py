@@ -1,7 +1,7 @@
 """A CPU engine's graphs in ONNX Runtime as something that runs steps: the other side of self-checks at build.
 
-The runtime has its own, faster backend, which the builder does not know; this one returns every output. Both are a
-`StepRunner`.
+The runtime has its own, faster backend, which the builder does not know; this one returns every output, and runs on the
+CPU also what is built for a GPU: any machine builds. Both are a `StepRunner`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import Recipe, evaluate_into, for_rank, tensors_of
 from seekforge.runtime.backends.base import GraphMetrics
 from seekforge.runtime.backends.onnxruntime import OrtGraph
+from seekforge.runtime.backends.ort_device import OrtDevice
 from seekforge.runtime.backends.ranks.collectives import Collectives
 from seekforge.runtime.backends.ranks.micro_batches import join_columns, split_columns
 from seekforge.runtime.backends.ranks.same_check import SameCheck
@@ -58,7 +59,8 @@ class Rank:
         self._weights = _own_weights(folder, self._ranks, self._bindings, number)
         self._pieces = {
             graph: [
-                OrtGraph(folder, graph, piece, threads, self._weights.get(Path(piece.file).stem, {})) for piece in ios
+                OrtGraph(folder, graph, piece, threads, self._weights.get(Path(piece.file).stem, {}), OrtDevice())
+                for piece in ios
             ]
             for graph, ios in self._links.pieces(manifest).items()
         }
@@ -139,7 +141,9 @@ class Rank:
                 for name, recipe in recipes.items():
                     weights.setdefault(stem, {})[name] = _evaluated(recipe, tensors)
                 if recipes:
-                    reopened[graph, number] = OrtGraph(self._folder, graph, piece, self._threads, weights[stem])
+                    reopened[graph, number] = OrtGraph(
+                        self._folder, graph, piece, self._threads, weights[stem], OrtDevice()
+                    )
         self._weights = weights
         for (graph, number), piece in reopened.items():
             piece.caches = self._pieces[graph][number].caches
