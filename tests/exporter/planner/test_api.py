@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -53,3 +54,17 @@ def test_a_cache_that_no_kernel_of_a_family_reads_is_refused(deepseek_v3: Path) 
 def test_a_family_with_kernels_caches_fp8_unless_told_otherwise() -> None:
     assert plan("tiny", target="h200", contexts=1024).kv_cache_dtype == "fp8_ds"
     assert plan("tiny", target="h200", contexts=1024, kv_cache_dtype="bf16").kv_cache_dtype == "bf16"
+
+
+@pytest.mark.parametrize("preset", ["full", "v3-full", "glm5-full"])
+def test_every_family_is_planned_up_to_its_longest_context(preset: str) -> None:
+    """Each context has a layout that fits it; a longer one takes more cache, over all layers, and holds no more."""
+    contexts = (1024, 125 * 1024, load_preset(preset).config.max_position_embeddings)
+    rows = [row.found for row in plan(preset, target="b200", contexts=contexts, precision="fp8").answers]
+    assert len(rows) == len(contexts)
+    for context, found in zip(contexts, rows):
+        assert found is not None and found.max_context >= context
+    for short, long in itertools.pairwise(rows):
+        assert short is not None and long is not None
+        assert short.memory.cache * short.parallelism.pp < long.memory.cache * long.parallelism.pp
+        assert short.max_batch >= long.max_batch

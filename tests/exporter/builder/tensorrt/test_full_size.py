@@ -73,3 +73,22 @@ def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
     assert audit.share("fp8") > 0.6
     assert manifest.capturable == dict.fromkeys(plugins, True)
     assert max(audit.build_peak_bytes.values()) < 1 << 29
+
+
+@pytest.mark.parametrize(("preset", "num_layers"), [("glm5-full", 78), ("v3-full", 61)])
+def test_the_whole_program_of_another_family(preset: str, num_layers: int, tmp_path: Path) -> None:
+    """From headers alone: every operator of every layer becomes a plugin, and alike layers share a plan."""
+    checkpoint, program = tmp_path / "checkpoint", tmp_path / "program"
+    new_sparse_checkpoint(checkpoint, preset)
+    export(checkpoint, program, numerics=NUMERICS["fp8"])
+    inputs = open_inputs(program, checkpoint)
+    planned = check(inputs, load_target("rtx4090"), OPTIONS)
+    manifest = build_gpu(
+        inputs, planned, tmp_path / "engine", options=OPTIONS, force=False, progress=Stages(quiet=True)
+    )
+    audit, runs = manifest.audit, manifest.uses()
+    assert audit is not None and audit.oversize and audit.inlined == {}
+    assert sum(audit.plugins.values()) == sum(inputs.ops.values())
+    assert sum(count for plan, count in runs.items() if plan.startswith("model")) == num_layers
+    assert len(runs) <= 8 and all(manifest.capturable.values())
+    assert max(audit.build_peak_bytes.values()) < 1 << 29
