@@ -13,6 +13,7 @@ from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import check, open_inputs
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.targets import RTX_SMS, load_target
 
@@ -75,20 +76,27 @@ def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
     assert max(audit.build_peak_bytes.values()) < 1 << 29
 
 
-@pytest.mark.parametrize(("preset", "num_layers"), [("glm5-full", 78), ("v3-full", 61)])
-def test_the_whole_program_of_another_family(preset: str, num_layers: int, tmp_path: Path) -> None:
-    """From headers alone: every operator of every layer becomes a plugin, and alike layers share a plan."""
-    checkpoint, program = tmp_path / "checkpoint", tmp_path / "program"
-    new_sparse_checkpoint(checkpoint, preset)
-    export(checkpoint, program, numerics=NUMERICS["fp8"])
-    inputs = open_inputs(program, checkpoint)
-    planned = check(inputs, load_target("rtx4090"), OPTIONS)
+@pytest.fixture(scope="module", params=["glm5-full", "v3-full"])
+def another(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of another family, of headers alone, and the program beside it."""
+    folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
+    new_sparse_checkpoint(folder, request.param)
+    export(folder, folder.with_name("program"), numerics=NUMERICS["fp8"])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
+def test_the_whole_program_of_another_family(another: Path, name: str, tmp_path: Path) -> None:
+    """Every operator of every layer becomes a plugin, and alike layers share a plan."""
+    inputs = open_inputs(another.with_name("program"), another)
+    planned = check(inputs, load_target(name), OPTIONS)
     manifest = build_gpu(
         inputs, planned, tmp_path / "engine", options=OPTIONS, force=False, progress=Stages(quiet=True)
     )
     audit, runs = manifest.audit, manifest.uses()
     assert audit is not None and audit.oversize and audit.inlined == {}
     assert sum(audit.plugins.values()) == sum(inputs.ops.values())
+    num_layers = ModelConfig.load(another).num_hidden_layers
     assert sum(count for plan, count in runs.items() if plan.startswith("model")) == num_layers
     assert len(runs) <= 8 and all(manifest.capturable.values())
     assert max(audit.build_peak_bytes.values()) < 1 << 29
