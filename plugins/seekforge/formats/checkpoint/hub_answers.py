@@ -133,8 +133,12 @@ class Answers:
             raise self._fault("answers with a list of files that is no JSON") from None
         while waiting:
             value = waiting.pop()
-            waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-            for key in _DIGEST_KEYS.intersection(value) if isinstance(value, dict) else ():
+            if isinstance(value, list):
+                waiting.extend(value)
+            if not isinstance(value, dict):
+                continue
+            waiting.extend(value.values())
+            for key in _DIGEST_KEYS.intersection(value):
                 digest = value[key]
                 if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
                     said = digest if isinstance(digest, str) else type(digest).__name__

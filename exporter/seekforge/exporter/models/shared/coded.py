@@ -21,7 +21,8 @@ def use_codes(model: nn.Module, settings: Settings) -> None:
             out_features, in_features = module.weight.shape
             made = CodedLinear(in_features, out_features, how.block_size)
         elif isinstance(module, Experts) and how.bits(f"{name}.w13"):
-            made = CodedExperts(*module.w2.shape, how.block_size)
+            num_experts, hidden_size, intermediate_size = module.w2.shape
+            made = CodedExperts(num_experts, hidden_size, intermediate_size, how.block_size)
         if made is not None:
             model.set_submodule(name, made)
 
