@@ -145,7 +145,7 @@ def test_no_two_requirements_bring_the_same_module() -> None:
 #: Package -> the module that our code imports of it, where the names differ.
 MODULES = {
     "cuda-core": "cuda.core", "cuda-bindings": "cuda.bindings", "pyyaml": "yaml", "onnx-ir": "onnx_ir",
-    "tensorrt-rtx": "tensorrt_rtx", "nccl4py": "nccl.core",
+    "tensorrt-rtx": "tensorrt_rtx", "onnxruntime-gpu": "onnxruntime", "nccl4py": "nccl.core",
     "nvidia-nccl-cu13": "nccl.core",  # the library, which those bindings load
 }  # fmt: skip
 
