@@ -150,9 +150,9 @@ def test_routing() -> None:
 
 def test_experts_of_one_token() -> None:
     found = works("MoeExperts", T=1)
-    group, up, down, combine = (found[name] for name in ("group-16", "up-16", "down-16", "combine"))
-    assert group.programs == 1 and group.passes == (1, 1, 1)
-    assert group.read_bytes == 8 * 4 and group.written_bytes == 2 * 8 * 4 + 12 * (1 + 8)
+    place, up, down, combine = (found[name] for name in ("place", "up-16", "down-16", "combine"))
+    assert place.programs == 1 and place.passes == (0, 1, 1), "no counts of others; a tile of each; one tile too many"
+    assert place.read_bytes == 8 * 4 and place.written_bytes == 2 * 8 * 4 + 8 * 12 + 4
     assert up.programs == 8 * 16 and up.passes == (56,)
     assert up.read_bytes == 8 * (4096 * 7168 + 32 * 56 * 4) + 7168 + 56 * 4
     assert up.written_bytes == 8 * (2048 + 16 * 4)
@@ -166,7 +166,12 @@ def test_experts_of_one_token() -> None:
 def test_experts_of_many_tokens_and_of_ranks() -> None:
     found = works("MoeExperts", T=2048)
     assert found["up-128"].programs == 256 * 16, "64 rows each: one tile of 128"
-    assert found["group-128"].passes == (256, 6, 256)  # 16,384 assignments and 384 tiles, 64 at a time
+    count, place = found["count"], found["place"]  # 16,384 assignments by 64 programs; 384 tiles, of which 256 are used
+    assert count == Work(read_bytes=16384 * 4, written_bytes=64 * 256 * 4, loaded_bytes=16384 * 4, programs=64)
+    assert place.programs == 64 and place.passes == (2, 1, 1), "counts of 32 programs at a time"
+    assert place.read_bytes == 16384 * 4 + 64 * 256 * 4
+    assert place.written_bytes == 2 * 16384 * 4 + 256 * 12 + 128 * 4
+    assert place.loaded_bytes == 2 * 16384 * 4 + 64 * (64 * 256 * 4)
     shared = works("MoeExperts", T=2048, E=32)  # of 256
     assert shared["up-128"].programs == 32 * 16 and shared["up-128"].flops == 2 * 2048 * 4096 * 7168
     whole = works("MoeExperts", load=Load(context=1, num_experts=32), T=2048, E=32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.moe_experts import launch
-from seekforge.plugins.moe_experts.kernel import combine_kernel, group_kernel
+from seekforge.plugins.moe_experts.kernel import combine_kernel, count_kernel, place_kernel
 from seekforge.plugins.moe_experts.reference import moe_experts
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
@@ -122,16 +122,26 @@ def test_the_sum_is_in_slot_order_to_the_bit() -> None:
     assert equal_bits(y, want)
 
 
-def group(ids: list[int], experts: int, block_m: int) -> tuple[list[int], list[int], list[list[int]]]:
-    count = len(ids)
+def group(
+    ids: list[int], experts: int, block_m: int, chunk: int, *, bent: int = 0
+) -> tuple[list[int], list[int], list[list[int]]]:
+    """Return order, place and tiles; one program for each `chunk` ids, and counts of two of them at a time.
+
+    `bent` is added to what the first program counted of expert 0.
+    """
+    count, runs = len(ids), -(-len(ids) // chunk)
     max_tiles = -(-count // block_m) + min(experts, count)
-    order, place = torch.full((count,), -9, dtype=torch.int32), torch.full((count,), -9, dtype=torch.int32)
+    order, place = torch.full((count + abs(bent),), -9, dtype=torch.int32), torch.full((count,), -9, dtype=torch.int32)
     found = torch.full((3, max_tiles), -9, dtype=torch.int32)
-    bins = 1 << (experts - 1).bit_length()
-    group_kernel[(1, 1, 1)](
-        torch.tensor(ids, dtype=torch.int32), order, place, found, count, max_tiles,
-        E=experts, BINS=bins, BLOCK_M=block_m, CHUNK=16,
-    )  # fmt: skip
+    sizes = {"E": experts, "BINS": 1 << (experts - 1).bit_length(), "CHUNK": chunk}
+    given = torch.tensor(ids, dtype=torch.int32)
+    counts = torch.full((runs, sizes["BINS"]), -9, dtype=torch.int32)
+    if runs > 1:
+        count_kernel[(runs, 1, 1)](given, counts, count, **sizes)
+        counts[0, 0] += bent
+    place_kernel[(runs, 1, 1)](
+        given, counts, order, place, found, count, max_tiles, block_m, ROWS=2, COLUMNS=chunk // 2, **sizes
+    )
     return order.tolist(), place.tolist(), found.T.tolist()
 
 
@@ -141,7 +151,7 @@ def test_grouping_is_a_stable_sort_with_tiles_of_one_expert(data: st.DataObject)
     experts = data.draw(st.integers(1, 9))
     block_m = data.draw(st.sampled_from([4, 16]))
     ids = data.draw(st.lists(st.integers(-2, experts), min_size=1, max_size=50))
-    order, place, found = group(ids, experts, block_m)
+    order, place, found = group(ids, experts, block_m, data.draw(st.sampled_from([8, 16, 64])))
     valid = [i for i, e in enumerate(ids) if 0 <= e < experts]
     want = sorted(valid, key=lambda i: ids[i])
     assert order[: len(want)] == want
@@ -153,6 +163,41 @@ def test_grouping_is_a_stable_sort_with_tiles_of_one_expert(data: st.DataObject)
             assert mine and all(ids[want[row]] == expert for row in mine)
             rows += mine
     assert rows == list(range(len(want)))
+    assert all(expert >= -1 for expert, _, _ in found), "tiles past the end are none"
+
+
+def test_all_ids_of_one_expert_fill_tiles_of_every_program() -> None:
+    order, place, found = group([2] * 70, experts=3, block_m=4, chunk=16)
+    assert order == place == list(range(70))
+    assert found == [[2, 4 * i, 70] for i in range(18)] + found[18:] and [one[0] for one in found[18:]] == [-1] * 3
+
+
+@pytest.mark.parametrize("count", [256, 257, 600])
+def test_one_two_and_three_programs_of_the_real_size_sort(count: int) -> None:
+    """The counts of the full model: 256 experts, 256 assignments of each program."""
+    ids = Draw(count).integers(count, low=-1, high=256).tolist()
+    order, place, _ = group(ids, 256, 16, launch.CHUNK)
+    valid = [i for i, e in enumerate(ids) if e >= 0]
+    want = sorted(valid, key=lambda i: ids[i])
+    assert order[: len(want)] == want and [place[i] for i in want] == list(range(len(want)))
+
+
+def test_a_count_that_is_one_off_is_noticed() -> None:
+    """One assignment more in the first run moves those of later runs and of later experts."""
+    ids = [1, 0, 2, 1, 0, 2, 1, 0, 2, 1] * 3
+    want = sorted(range(30), key=lambda i: ids[i])
+    assert group(ids, 3, 4, 8)[0] == want
+    assert group(ids, 3, 4, 8, bent=1)[0] != want
+
+
+def test_many_programs_group_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the launch plan, which has one launch more."""
+    case = random_case(9, 3, seed=7)
+    whole = run(case)
+    monkeypatch.setattr(launch, "CHUNK", 8)
+    monkeypatch.setattr(launch, "COLUMNS", 4)
+    assert len(launch.plan(case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs), 90).launches) == 6
+    assert equal_bits(run(case), whole)
 
 
 @settings(max_examples=6, deadline=None)

@@ -29,7 +29,14 @@ def test_plans_name_compiled_variants_and_fit_their_workspace(tokens: int, quant
     check_plan(found, variants(V32 | {"act_quant": quant}, sm))
     most = workspace_bytes(bound | {"T": 8192}, sm)
     assert found.workspace_bytes <= workspace_bytes(bound, sm) <= most < 310e6
-    assert len(found.launches) == -(-tokens // 2048) * (5 if quant == "ue8m0" else 4)
+    counting = sum(8 * min(2048, tokens - first) > 256 for first in range(0, tokens, 2048))
+    assert len(found.launches) == -(-tokens // 2048) * (5 if quant == "ue8m0" else 4) + counting
+
+
+def test_grouping_has_a_program_for_each_256_assignments() -> None:
+    by_name = {one.variant: one for one in plan(V32 | {"T": 2048}, 90).launches}
+    assert by_name["count"].grid == by_name["place"].grid == (64, 1, 1)
+    assert [one.variant for one in plan(V32 | {"T": 32}, 90).launches][:2] == ["place", "quantize"]
 
 
 def test_no_tokens_no_launch() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from seekforge.plugins.block_fp8_linear.cost import quantize_work
 from seekforge.plugins.cost.work import Load, Work, experts_hit
-from seekforge.plugins.kernels.launch_plan import Launch
+from seekforge.plugins.kernels.launch_plan import Launch, next_power_of_two
 from seekforge.plugins.kernels.sm_limits import has_fp8
-from seekforge.plugins.moe_experts.launch import CHUNK, SLICE_TOKENS, choose_tile
+from seekforge.plugins.moe_experts.launch import CHUNK, COUNTS, SLICE_TOKENS, choose_tile
 from seekforge.plugins.operator import cdiv
 
 
@@ -31,17 +31,10 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     if launch.variant == "quantize":
         return quantize_work(launch, tokens, hidden)
     block_m = choose_tile(tokens * top_k, experts, sm).block_m
-    name = launch.variant.partition("-")[0]
-    if name == "group":
-        assignments, most_tiles = tokens * top_k, int(launch.arguments["max_tiles"])  # pyright: ignore[reportArgumentType]
-        return Work(
-            read_bytes=4 * assignments,
-            written_bytes=8 * assignments + 12 * most_tiles,
-            loaded_bytes=8 * assignments,
-            programs=1,
-            passes=(cdiv(assignments, CHUNK), cdiv(most_tiles, CHUNK), cdiv(assignments, CHUNK)),
-        )
     share = _share(tokens, bound, load, block_m)
+    if launch.variant in ("count", "place"):
+        return _grouping(launch, tokens * top_k, experts, share)
+    name = launch.variant.partition("-")[0]
     if name == "combine":
         return Work(
             read_bytes=2 * share.assignments * hidden + 8 * tokens * top_k,
@@ -66,6 +59,27 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
         pass_flops=2 * both * block_m * 128 * 128,
         products=products,
         passes=(depth // 128,),
+    )
+
+
+def _grouping(launch: Launch, assignments: int, experts: int, share: _Share) -> Work:
+    """Return what counting or placing the assignments of a slice does."""
+    bins, runs = next_power_of_two(experts), launch.grid[0]
+    counts = 4 * runs * bins if runs > 1 else 0
+    if launch.variant == "count":
+        return Work(read_bytes=4 * assignments, written_bytes=counts, loaded_bytes=4 * assignments, programs=runs)
+    rest = int(launch.arguments["max_tiles"]) - share.tiles  # pyright: ignore[reportArgumentType]
+    return Work(
+        read_bytes=4 * assignments + counts,
+        written_bytes=8 * assignments + 12 * share.tiles + 4 * rest,
+        # ids once as rows and once as columns, and every program reads all counts
+        loaded_bytes=2 * 4 * assignments + runs * counts,
+        programs=runs,
+        passes=(
+            cdiv(runs, COUNTS // bins) if runs > 1 else 0,
+            cdiv(share.tiles // share.hit, runs),
+            cdiv(rest, runs * CHUNK),
+        ),
     )
 
 

@@ -1,12 +1,13 @@
 """Routed experts: group assignments on the device, two grouped FP8 products, and an ordered sum (spec §4).
 
-An assignment is one (token, slot). `group_kernel` sorts them by expert, stably, by counting: no host synchronization,
-and grids depend on the number of tokens alone; tiles past the end find expert -1 and stop. `up_kernel` multiplies a
-token's quantized row with 128 gate and the matching 128 up columns, and since these are one scale block, forms
-SwiGLU and requantizes in its epilogue. `down_kernel` gives each assignment's bf16 row; `combine_kernel` adds a
-token's rows in slot order in f32, so the result does not depend on what else is in the batch. Bound by reading the
-weights of the experts that are hit: row tiles of one expert are neighbors. Few rows per expert (`SWAP`): weight rows
-are the M side. An id outside [0, E) is no assignment: it sorts nowhere and adds nothing.
+An assignment is one (token, slot). `count_kernel` and `place_kernel` sort them by expert, stably, by counting: many
+programs, each with a run of assignments. No host synchronization: grids depend on the number of tokens alone, and tiles
+past the end find expert -1 and stop. `up_kernel` multiplies a token's quantized row with 128 gate and the matching 128
+up columns, and since these are one scale block, forms SwiGLU and requantizes in its epilogue. `down_kernel` gives each
+assignment's bf16 row; `combine_kernel` adds a token's rows in slot order in f32, so the result does not depend on what
+else is in the batch. Bound by reading the weights of the experts that are hit: row tiles of one expert are neighbors.
+Few rows per expert (`SWAP`): weight rows are the M side. An id outside [0, E) is no assignment: it sorts nowhere and
+adds nothing.
 """
 
 import triton
@@ -14,51 +15,72 @@ import triton.language as tl
 
 from seekforge.plugins.kernels.device_lib import dot_bf16, quantize_kernel, round_bf16, to_bf16, to_e4m3, ue8m0, widen
 
-__all__ = ["combine_kernel", "down_kernel", "group_kernel", "quantize_kernel", "up_kernel"]
+__all__ = ["combine_kernel", "count_kernel", "down_kernel", "place_kernel", "quantize_kernel", "up_kernel"]
 
 
 @triton.jit
-def group_kernel(
-    ids_ptr, order_ptr, place_ptr, tile_ptr, num_assignments, max_tiles,
-    E: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+def _experts(ids_ptr, at, num_assignments, E: tl.constexpr):
+    """Return (expert of each assignment, whether it is one)."""
+    expert = tl.load(ids_ptr + at, mask=at < num_assignments, other=-1)
+    return expert, (expert >= 0) & (expert < E)
+
+
+@triton.jit
+def count_kernel(ids_ptr, count_ptr, num_assignments, E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
+    """ids i32 [A] -> count i32 [A / CHUNK, BINS]: assignments of each expert in each run of CHUNK."""
+    chunk = tl.program_id(0)
+    expert, ok = _experts(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), num_assignments, E)
+    counts = tl.histogram(tl.where(ok, expert, 0), BINS, mask=ok)
+    tl.store(count_ptr + chunk * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def place_kernel(
+    ids_ptr, count_ptr, order_ptr, place_ptr, tile_ptr, num_assignments, max_tiles, block_m,
+    E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ids i32 [A] -> order [A] (sorted row -> assignment), place [A] (its inverse, -1), tiles [3, max_tiles].
 
-    A tile is (expert or -1, first sorted row, end of the expert's rows). One program: the counts stay in registers.
+    A tile is (expert or -1, first sorted row, end of the expert's rows). One program: a run of CHUNK assignments, and
+    of every expert each tile whose number within it is the program's, modulo the number of programs. A program adds up
+    the counts by itself, ROWS runs at a time: that is cheaper than one more launch. One run has no counts before it.
     """
-    bins = tl.arange(0, BINS)
-    lane = tl.arange(0, CHUNK)
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    bins, lane = tl.arange(0, BINS), tl.arange(0, CHUNK)
+    at = chunk * CHUNK + lane
+    expert, ok = _experts(ids_ptr, at, num_assignments, E)
+    before = tl.zeros([BINS], tl.int32)
     counts = tl.zeros([BINS], tl.int32)
-    for start in range(0, num_assignments, CHUNK):
-        at = start + lane
-        expert = tl.load(ids_ptr + at, mask=at < num_assignments, other=-1)
-        ok = (expert >= 0) & (expert < E)
-        counts += tl.histogram(tl.where(ok, expert, 0), BINS, mask=ok)
+    if chunks == 1:
+        counts = tl.histogram(tl.where(ok, expert, 0), BINS, mask=ok)
+    else:
+        for runs in range(0, chunks, ROWS):
+            run = runs + tl.arange(0, ROWS)
+            found = tl.load(count_ptr + run[:, None] * BINS + bins[None, :], mask=run[:, None] < chunks, other=0)
+            counts += tl.sum(found, 0)
+            before += tl.sum(tl.where(run[:, None] < chunk, found, 0), 0)
     ends = tl.cumsum(counts, 0)
     starts = ends - counts
-    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+
+    earlier = tl.zeros([CHUNK], tl.int32)
+    for part in tl.static_range(CHUNK // COLUMNS):
+        column = part * COLUMNS + tl.arange(0, COLUMNS)
+        other, _ = _experts(ids_ptr, chunk * CHUNK + column, num_assignments, E)
+        earlier += tl.sum(((other[None, :] == expert[:, None]) & (column[None, :] < lane[:, None])).to(tl.int32), 1)
+    place = tl.gather(starts + before, tl.where(ok, expert, 0), 0) + earlier
+    tl.store(place_ptr + at, tl.where(ok, place, -1), mask=at < num_assignments)
+    tl.store(order_ptr + place, at, mask=ok)
+
+    tiles = (counts + block_m - 1) // block_m
     tile_ends = tl.cumsum(tiles, 0)
-    num_tiles = tl.sum(tiles, 0)
-    for start in range(0, max_tiles, CHUNK):
-        tile = start + lane
-        expert = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
-        mine = bins[None, :] == expert[:, None]
-        first = tl.sum(tl.where(mine, (starts - (tile_ends - tiles) * BLOCK_M)[None, :], 0), 1) + tile * BLOCK_M
-        end = tl.sum(tl.where(mine, ends[None, :], 0), 1)
-        inside = tile < max_tiles
-        tl.store(tile_ptr + tile, tl.where(tile < num_tiles, expert, -1), mask=inside)
-        tl.store(tile_ptr + max_tiles + tile, first, mask=inside)
-        tl.store(tile_ptr + 2 * max_tiles + tile, end, mask=inside)
-    for start in range(0, num_assignments, CHUNK):
-        at = start + lane
-        expert = tl.load(ids_ptr + at, mask=at < num_assignments, other=-1)
-        ok = (expert >= 0) & (expert < E)
-        earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
-        mine = (bins[None, :] == expert[:, None]) & ok[:, None]
-        place = tl.sum(tl.where(mine, starts[None, :], 0), 1) + tl.sum(earlier.to(tl.int32), 1)
-        tl.store(place_ptr + at, tl.where(ok, place, -1), mask=at < num_assignments)
-        tl.store(order_ptr + place, at, mask=ok)
-        starts += tl.sum(mine.to(tl.int32), 0)
+    for number in range(chunk, tl.max(tiles, 0), chunks):
+        tile = tile_ends - tiles + number
+        mine = number < tiles
+        tl.store(tile_ptr + tile, bins, mask=mine)
+        tl.store(tile_ptr + max_tiles + tile, starts + number * block_m, mask=mine)
+        tl.store(tile_ptr + 2 * max_tiles + tile, ends, mask=mine)
+    for empty in range(tl.sum(tiles, 0) + chunk * CHUNK, max_tiles, chunks * CHUNK):
+        tl.store(tile_ptr + empty + lane, -1, mask=empty + lane < max_tiles)
 
 
 @triton.jit

@@ -23,8 +23,12 @@ NOTES: Final = ()
 
 #: Tokens of one slice.
 SLICE_TOKENS: Final = 2048
-#: Assignments that the grouping looks at together, columns of one program of the sum.
-CHUNK, COMBINE_BLOCK = 64, 1024
+#: Assignments of one program of the grouping; as many as 32 tokens have, so that most decode steps need one program.
+CHUNK: Final = 256
+#: Of the grouping: assignments that each of them is compared with at a time, and counts that are added at a time.
+COLUMNS, COUNTS = 64, 8192
+#: Columns of one program of the sum.
+COMBINE_BLOCK: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -66,23 +70,22 @@ def check(statics: Mapping[str, Any]) -> None:
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
-    """Return the quantizer, and grouping and both products for every tile."""
+    """Return the quantizer, the grouping, both products for every tile, and the sum."""
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
     code = "*fp8e4nv" if fp8 else "*u8"
     rows = code if quant else "*bf16"
     sizes = {"H": statics["H"], "INNER": statics["I2"] // 2}
     result = [quantizer(sm)] if quant else []
+    bins = next_power_of_two(statics["E"])
+    grouping = {"E": statics["E"], "BINS": bins, "CHUNK": CHUNK}
+    types = {"ids_ptr": "*i32", "count_ptr": "*i32", "num_assignments": "i32"}
+    result.append(Variant("count", "count_kernel", types, grouping))
+    types = {"ids_ptr": "*i32", "count_ptr": "*i32", "order_ptr": "*i32", "place_ptr": "*i32", "tile_ptr": "*i32"}
+    types |= {"num_assignments": "i32", "max_tiles": "i32", "block_m": "i32"}
+    constants = grouping | {"ROWS": COUNTS // bins, "COLUMNS": COLUMNS}
+    result.append(Variant("place", "place_kernel", types, constants, ("block_m",), num_warps=8))
     for tile in tiles(sm).values():
         flags = {"BLOCK_M": tile.block_m, "SWAP": tile.swap, "QUANT": quant, "FP8": fp8}
-        types = {"ids_ptr": "*i32", "order_ptr": "*i32", "place_ptr": "*i32", "tile_ptr": "*i32"}
-        types |= {"num_assignments": "i32", "max_tiles": "i32"}
-        constants = {
-            "E": statics["E"],
-            "BINS": next_power_of_two(statics["E"]),
-            "BLOCK_M": tile.block_m,
-            "CHUNK": CHUNK,
-        }
-        result.append(Variant(f"group-{tile.block_m}", "group_kernel", types, constants, num_warps=8))
         types = {
             "x_ptr": rows,
             "x_scale_ptr": "*fp32",
@@ -115,6 +118,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
 
 @dataclass(frozen=True)
 class _Scratch:
+    counts: Buffer
     order: Buffer
     place: Buffer
     tiles: Buffer
@@ -127,7 +131,9 @@ def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Sc
     assignments, inner = tokens * bound["TOPK"], bound["I2"] // 2
     most_tiles = cdiv(assignments, 16) + min(bound["E"], assignments)
     quant = bound["act_quant"] == "ue8m0"
+    runs = cdiv(assignments, CHUNK)
     return _Scratch(
+        counts=workspace.take(4 * runs * next_power_of_two(bound["E"]) if runs > 1 else 0),
         order=workspace.take(4 * assignments),
         place=workspace.take(4 * assignments),
         tiles=workspace.take(3 * 4 * most_tiles),
@@ -148,7 +154,7 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
 
 
 def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
-    """Return four or five launches per slice of tokens."""
+    """Return four to six launches per slice of tokens: rows are quantized or not, assignments fill one run or more."""
     launches: list[Launch] = []
     size = 0
     for first in range(0, bound["T"], SLICE_TOKENS):
@@ -164,15 +170,21 @@ def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, work
     tile = choose_tile(assignments, experts, sm)
     max_tiles = cdiv(assignments, tile.block_m) + min(experts, assignments)
     scratch = _scratch(bound, tokens, workspace)
-    grouping: dict[str, Buffer | int | float] = {
+    runs = cdiv(assignments, CHUNK)
+    counting: dict[str, Buffer | int | float] = {
         "ids_ptr": Buffer("expert_ids", 4 * first * top_k),
+        "count_ptr": scratch.counts,
+        "num_assignments": assignments,
+    }
+    placing: dict[str, Buffer | int | float] = {
         "order_ptr": scratch.order,
         "place_ptr": scratch.place,
         "tile_ptr": scratch.tiles,
-        "num_assignments": assignments,
         "max_tiles": max_tiles,
+        "block_m": tile.block_m,
     }
-    launches = [Launch(f"group-{tile.block_m}", (1, 1, 1), grouping)]
+    launches = [Launch("count", (runs, 1, 1), counting)] if runs > 1 else []
+    launches.append(Launch("place", (runs, 1, 1), counting | placing))
     x, x_scale = Buffer("x", 2 * first * hidden), Buffer("w13_scale")  # unquantized rows have no scales to read
     if bound["act_quant"] == "ue8m0":
         launch, x, x_scale = quantize(x, tokens, hidden, workspace)
