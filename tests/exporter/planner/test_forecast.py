@@ -7,17 +7,21 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
+from seekforge.exporter.builder import estimate
 from seekforge.exporter.models import family_of
 from seekforge.exporter.planner.api import plan, read_config
 from seekforge.exporter.planner.forecast import ASSUMED, Assumptions, forecast, launches_of, rank_layouts
 from seekforge.exporter.planner.question import Question
 from seekforge.exporter.planner.ranking_chart import bars
 from seekforge.exporter.planner.speed import speed
-from seekforge.exporter.sizing.calls import StepShape, step_calls
+from seekforge.exporter.sizing.calls import StepShape, end_calls, step_calls
 from seekforge.exporter.sizing.memory import Workload
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.targets import load_target
+from seekforge.plugins.cost import model
+from seekforge.plugins.cost.card import card_of
 from seekforge.plugins.cost.model import REPLAY_GAP_S
+from seekforge.plugins.cost.work import Load
 from seekforge.plugins.kernels.launch_plan import op_kernels
 from seekforge.runtime.cli.main import main
 
@@ -25,7 +29,9 @@ FULL, H200 = read_config("full"), load_target("h200")
 ASKED = Question("fp8", "fp8_ds", target=H200)
 TP8 = Parallelism(tp=8)
 #: A machine that reaches its data sheet and costs nothing beside.
-IDEAL = Assumptions(memory_share=1, compute_share=1, launch_us=0, switch_us=0, bus_us=0, host_us=0, step_us=0)
+IDEAL = Assumptions(
+    memory_share=1, compute_share=1, launch_estimates=False, launch_us=0, switch_us=0, bus_us=0, host_us=0, step_us=0
+)
 
 
 def work(batch: int = 1, context: int = 8192) -> Workload:
@@ -48,8 +54,43 @@ def test_launches_are_those_of_the_launch_plans() -> None:
     assert 10 <= dense < experts < 60
     more = launches_of(FULL, 3, H200, TP8, work(context=65536), ASKED)
     assert more >= experts
+    head = sum(
+        len(op_kernels(op).plan(bound, 90).launches)
+        for op, _, bound in end_calls(FULL, StepShape(1, 1, 8192), kv_format="fp8_ds", parallelism=TP8)
+    )
     assert forecast(FULL, H200, TP8, work(), ASKED).launches == pytest.approx(
-        1e-3 * ASSUMED.launch_us * (3 * dense + 58 * experts + 61 * ASSUMED.native_kernels)
+        1e-3 * ASSUMED.launch_us * (3 * dense + 58 * experts + head + 61 * ASSUMED.native_kernels)
+    )
+
+
+@pytest.mark.parametrize(("layout", "batch"), [(TP8, 1), (TP8, 128), (Parallelism(tp=8, pp=2), 16)], ids=str)
+def test_kernels_take_no_less_than_their_launches_by_the_cost_model(layout: Parallelism, batch: int) -> None:
+    """One home for what a GPU reaches: the share of the roof is the cost model's, as the times of launches are."""
+    assert (ASSUMED.memory_share, ASSUMED.compute_share) == (model.MEMORY_SHARE, model.TENSOR_SHARE)
+    shape = StepShape(batch, 1, 8192)
+    calls = step_calls(FULL, shape, kv_format="fp8_ds", parallelism=layout)
+    listed = estimate.rows(calls, {}, card_of(H200), Load(context=8192, num_experts=256), 90)
+    by_launch = 1e3 * sum(row.count * row.estimate.seconds for row in listed)
+    made = forecast(FULL, H200, layout, work(batch), ASKED)
+    flat = forecast(FULL, H200, layout, work(batch), ASKED, replace(ASSUMED, launch_estimates=False))
+    assert made.kernels >= flat.kernels and made.kernels >= by_launch * 0.999
+    assert made.kernels <= flat.kernels + by_launch
+    if layout.pp == 1:
+        assert made.kernels == pytest.approx(max(flat.kernels, by_launch))
+    wide = forecast(FULL, H200, layout, work(batch), replace(ASKED, precision="bf16"))
+    assert (
+        wide.kernels
+        == forecast(
+            FULL, H200, layout, work(batch), replace(ASKED, precision="bf16"), replace(ASSUMED, launch_estimates=False)
+        ).kernels
+    ), "the launches are of FP8 weights"
+
+
+def test_small_launches_cost_more_than_their_bytes() -> None:
+    """At batch 1 on eight GPUs most launches are too small for the bandwidth, which a flat share does not see."""
+    made = forecast(FULL, H200, TP8, work(), ASKED)
+    assert (
+        made.kernels > 1.2 * forecast(FULL, H200, TP8, work(), ASKED, replace(ASSUMED, launch_estimates=False)).kernels
     )
 
 

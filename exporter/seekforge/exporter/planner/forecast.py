@@ -1,8 +1,10 @@
 """How long a decode step of a layout takes, as far as paper can say.
 
 `speed` bounds a step from below; this adds what a real machine adds, by a few numbers that are assumed (`Assumptions`)
-and stand beside every forecast. Launches are those of the very launch plans that the kernels have; TensorRT's own
-kernels are counted as so many for a layer. No GPU has confirmed any of it.
+and stand beside every forecast. What a GPU reaches of its rates and the gap between launches are the cost model's
+(`plugins/cost/model.py`). Launches are those of the very launch plans that the kernels have, each with the time that
+the cost model gives its shapes; TensorRT's own kernels are counted as so many for a layer. No GPU has confirmed any of
+it.
 """
 
 from __future__ import annotations
@@ -11,17 +13,19 @@ import functools
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from seekforge.exporter.builder.estimate import rows as rows_of
 from seekforge.exporter.planner.answer import GPU_COUNTS, layouts, memory_of
 from seekforge.exporter.planner.question import Question
 from seekforge.exporter.planner.speed import decode_times
-from seekforge.exporter.sizing.calls import StepShape, layer_calls
+from seekforge.exporter.sizing.calls import Call, StepShape, end_calls, layer_calls
 from seekforge.exporter.sizing.memory import Workload, usable_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import TargetConfig
-from seekforge.plugins.cost.model import REPLAY_GAP_S
+from seekforge.plugins.cost.card import Card, card_of
+from seekforge.plugins.cost.model import MEMORY_SHARE, REPLAY_GAP_S, TENSOR_SHARE
+from seekforge.plugins.cost.work import Load
 from seekforge.plugins.kernels.index import kernel_sm
-from seekforge.plugins.kernels.launch_plan import op_kernels
 
 Goal = Literal["latency", "throughput"]
 #: A layout of more GPUs is tried up to so many times the fewest that fit.
@@ -35,7 +39,10 @@ class Assumptions:
     """What a forecast takes for granted.
 
     Attributes:
-        memory_share, compute_share: the parts of the data sheet's bandwidth and dense rate that kernels reach.
+        memory_share, compute_share: the parts of the data sheet's bandwidth and dense rate that kernels reach, as
+            `kernels estimate` has them.
+        launch_estimates: whether the kernels of a stage take no less than its launches one after another, each by what
+            `kernels estimate --counts-only` says of it. It knows FP8 weights alone.
         launch_us: between two kernels of a captured graph, as `kernels estimate` has it.
         native_kernels: TensorRT's own, for a layer, after fusion.
         switch_us, bus_us: a sum over ranks that is infinitely small: over NVLink and a switch, or over a bus.
@@ -44,8 +51,9 @@ class Assumptions:
         step_us: the host's part of a step: scheduling, sampling, copies.
     """
 
-    memory_share: float = 0.75
-    compute_share: float = 0.6
+    memory_share: float = MEMORY_SHARE
+    compute_share: float = TENSOR_SHARE
+    launch_estimates: bool = True
     launch_us: float = REPLAY_GAP_S * 1e6
     native_kernels: int = 25
     switch_us: float = 12.0
@@ -56,7 +64,8 @@ class Assumptions:
 
     def __str__(self) -> str:
         return (
-            f"{self.memory_share:.0%} of the memory bandwidth, {self.compute_share:.0%} of the FLOPs, "
+            f"{self.memory_share:.0%} of the memory bandwidth, {self.compute_share:.0%} of the FLOPs"
+            f"{', and no less than the launches by their shapes' if self.launch_estimates else ''}, "
             f"{self.launch_us:g} us between kernels, {self.native_kernels} kernels of TensorRT in a layer, a sum over "
             f"ranks {self.switch_us:.0f} us ({self.bus_us:.0f} without NVLink) and its bytes, stages one after the "
             f"other over the host ({self.host_gb_s:.0f} GB/s, {self.host_us:.0f} us), {self.step_us:.0f} us of host "
@@ -72,7 +81,8 @@ class Forecast:
     """The time of one decode step of all sequences, by parts, in milliseconds.
 
     Attributes:
-        kernels: reading weights and caches, or multiplying, whichever takes longer in each stage.
+        kernels: reading weights and caches, or multiplying, or our launches by their estimates one after another,
+            whichever takes longest in each stage.
         launches: gaps between kernels.
         sums: collectives of tensor-parallel ranks.
         links: what goes from stage to stage.
@@ -147,14 +157,20 @@ def forecast(
     """Forecast one decode step of a layout."""
     assert target.gpu is not None
     rows = -(-work.batch // parallelism.dp) * (1 + work.draft_tokens)
-    kernels = launches = 0.0
-    for layers, memory_s, compute_s in decode_times(config, target, parallelism, work, question):
-        kernels += max(memory_s / assumed.memory_share, compute_s / assumed.compute_share)
-        counts = (launches_of(config, layer, target, parallelism, work, question) for layer in layers)
-        launches += sum(count + assumed.native_kernels for count in counts)
     drafts = work.draft_tokens if question.mtp else 0  # the module is a layer like the last, once for each draft
     last = config.num_hidden_layers - 1
-    launches += drafts * (launches_of(config, last, target, parallelism, work, question) + assumed.native_kernels)
+    by_launch = assumed.launch_estimates and question.precision == "fp8"
+    kernels = launches = 0.0
+    for layers, memory_s, compute_s in decode_times(config, target, parallelism, work, question):
+        ours = [_layer_launches(config, layer, target, parallelism, work, question) for layer in layers]
+        if last in layers:
+            ours += [ours[-1]] * drafts
+        launches += len(ours) * assumed.native_kernels
+        if last in layers:
+            ours += [_layer_launches(config, None, target, parallelism, work, question)] * (1 + drafts)
+        launches += sum(one.count for one in ours)
+        flat = max(memory_s / assumed.memory_share, compute_s / assumed.compute_share)
+        kernels += max(flat, sum(one.seconds for one in ours)) if by_launch else flat
     stream_bytes = rows * config.hidden_size * 2
     sums = 0.0
     if parallelism.tp > 1:
@@ -183,34 +199,45 @@ def launches_of(
     question: Question,
 ) -> int:
     """Return how many kernels of ours a decode step launches in one layer, by their launch plans."""
-    same = next(one for one in range(layer + 1) if config.layer_kind(one) == config.layer_kind(layer))
+    return _layer_launches(config, layer, target, parallelism, work, question).count
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """Launches of some calls: how many, and their seconds one after another, without gaps."""
+
+    count: int
+    seconds: float
+
+
+def _layer_launches(
+    config: ModelConfig,
+    layer: int | None,
+    target: TargetConfig,
+    parallelism: Parallelism,
+    work: Workload,
+    question: Question,
+) -> _Launched:
+    """Return the launches of one layer in a decode step; of the head for None."""
+    same = layer
+    if layer is not None:
+        same = next(one for one in range(layer + 1) if config.layer_kind(one) == config.layer_kind(layer))
     batch = -(-work.batch // parallelism.dp)
-    assert target.sm is not None
-    return _launches(
-        config,
-        same,
-        kernel_sm(target.sm),
-        parallelism,
-        batch,
-        1 + work.draft_tokens,
-        work.context,
-        question.kv_format,  # pyright: ignore[reportArgumentType] - hashable
-    )
+    shape = StepShape(batch, 1 + work.draft_tokens, max(work.context, 1 + work.draft_tokens))
+    return _launched(config, same, card_of(target), parallelism, shape, question.kv_format)  # pyright: ignore[reportArgumentType] - hashable
 
 
 @functools.lru_cache(maxsize=4096)
-def _launches(
-    config: ModelConfig,
-    layer: int,
-    sm: int,
-    parallelism: Parallelism,
-    batch: int,
-    queries: int,
-    context: int,
-    kv_format: str,
-) -> int:
-    calls = layer_calls(config, layer, StepShape(batch, queries, context), kv_format=kv_format, parallelism=parallelism)
-    return sum(len(op_kernels(op).plan(bound, sm).launches) for op, _, bound in calls)
+def _launched(
+    config: ModelConfig, layer: int | None, card: Card, parallelism: Parallelism, shape: StepShape, kv_format: str
+) -> _Launched:
+    if layer is None:
+        calls = end_calls(config, shape, kv_format=kv_format, parallelism=parallelism)
+    else:
+        calls = layer_calls(config, layer, shape, kv_format=kv_format, parallelism=parallelism)
+    load = Load(context=shape.context, num_experts=config.n_routed_experts)
+    listed = rows_of([Call(op, what, bound, 1) for op, what, bound in calls], {}, card, load, kernel_sm(card.sm))
+    return _Launched(len(listed), sum(row.estimate.seconds for row in listed))
 
 
 def _for(question: Question, target: TargetConfig) -> Question:

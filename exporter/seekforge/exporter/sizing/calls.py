@@ -75,10 +75,8 @@ def step_calls(
     for layers in kinds.values():
         for op, what, bound in layer_calls(config, layers[0], shape, kv_format=kv_format, parallelism=parallelism):
             _count(counts, op, what, bound, len(layers))
-    sizes, family = operators(config, kv_format=kv_format, parallelism=parallelism), family_of(config)
-    ends = (*family.end_tensors(config)[0], *family.end_tensors(config)[1])
-    for op, what, bound in _linears(family.end_parameters(), ends, shape.batch, parallelism):
-        _count(counts, op, what, sizes[op] | bound, 1)
+    for op, what, bound in end_calls(config, shape, kv_format=kv_format, parallelism=parallelism):
+        _count(counts, op, what, bound, 1)
     return [Call(op, what, dict(bound), count) for (op, what, bound), count in counts.items()]
 
 
@@ -96,6 +94,16 @@ def layer_calls(
     for op in (*(attention if config.index_topk else ()), *(_MOE if kind.is_moe else ())):
         if op in sizes and op in rest:
             yield op, "", sizes[op] | rest[op]
+
+
+def end_calls(
+    config: ModelConfig, shape: StepShape, *, kv_format: str, parallelism: Parallelism = ONE_RANK
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the same of the calls before the first layer and behind the last one: the head, for one token of each."""
+    sizes, family = operators(config, kv_format=kv_format, parallelism=parallelism), family_of(config)
+    ends = (*family.end_tensors(config)[0], *family.end_tensors(config)[1])
+    for op, what, bound in _linears(family.end_parameters(), ends, shape.batch, parallelism):
+        yield op, what, sizes[op] | bound
 
 
 def _count(
