@@ -175,7 +175,7 @@ def build(
         out: the folder to make.
         target: a name of `seekforge targets`, or the path of a YAML file.
         set: changes of keys of the target: `{"limits.max_batch_size": 8}`, or texts as `--set` takes them. CPU: with a
-            precision as the value, `{"lm_head": "f32"}`, of the weights with such a name or of such a kind.
+            precision as the value, `{"experts": "int4"}`, of the weights with such a name or of such a kind.
         checkpoint: what the program was exported from, a folder or a repository. CPU: its weights go into the engine;
             GPU: remembered, not read.
         max_batch_size: most sequences of a step.

@@ -35,7 +35,7 @@ _GPU = DEFAULTS.tensorrt
     "build",
     examples=(
         "seekforge build program engine --target cpu --checkpoint checkpoint",
-        "seekforge build program engine --target cpu --checkpoint ck --precision int4 --set lm_head=f32",
+        "seekforge build program engine --target cpu --checkpoint ck --precision int8 --set experts=int4",
         "seekforge build program engine --target h200 --checkpoint checkpoint --max-model-len 64K",
         "seekforge build program engine --target rtx4090 --sm 120 --dry-run",
         "seekforge build program engine --target cpu --checkpoint ck --quality tasks.jsonl --min-quality sums=0.95",
@@ -68,8 +68,7 @@ _GPU = DEFAULTS.tensorrt
 )
 @click.option(
     "--weight-block-size",
-    type=click.Choice([str(size) for size in get_args(WeightBlockSize)]),
-    callback=lambda context, parameter, value: None if value is None else int(value),
+    type=click.Choice(get_args(WeightBlockSize)),
     help="cpu: values of a row that share a scale, where weights are int8 or int4.  [default: 32]",
 )
 @kv_cache_dtype_option("GPU: format of the caches.")
