@@ -231,10 +231,9 @@ inline uint32_t bits_of(float x) {
 }
 
 void fake_quantize(const float* x, size_t count, float* out) {
-    constexpr size_t kBlock = 128;
-    for (size_t start = 0; start < count; start += kBlock) {
+    for (size_t start = 0; start < count; start += kFp8Block) {
         float amax = 0.0f;
-        for (size_t i = start; i < start + kBlock; ++i) {
+        for (size_t i = start; i < start + kFp8Block; ++i) {
             const float magnitude = fabsf(x[i]);
             amax = magnitude > amax ? magnitude : amax;
         }
@@ -242,7 +241,7 @@ void fake_quantize(const float* x, size_t count, float* out) {
         int exponent = int(share >> 23) - 127 + ((share & 0x7FFFFF) != 0);
         exponent = exponent < -22 ? -22 : exponent > 120 ? 120 : exponent;
         const float up = of_bits(uint32_t(exponent + 127) << 23), down = of_bits(uint32_t(127 - exponent) << 23);
-        for (size_t i = start; i < start + kBlock; ++i) {
+        for (size_t i = start; i < start + kFp8Block; ++i) {
             const float v = x[i] * down;
             const uint32_t bits = bits_of(v);
             const float normal = of_bits((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000);  // 3 bits of mantissa

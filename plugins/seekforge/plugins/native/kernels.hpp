@@ -7,6 +7,9 @@
 
 namespace seekforge {
 
+// Values that share a power of two where rows are rounded to FP8 (plugins/quant.py).
+constexpr int64_t kFp8Block = 128;
+
 struct Kernels {
     // out[h * out_stride + j] = Σ_d q[h * q_stride + d] · rows[j][d], for h < heads, j < count, d < width.
     void (*dots)(const float* q, size_t q_stride, size_t heads, const float* const* rows, size_t count, size_t width,
@@ -20,7 +23,7 @@ struct Kernels {
     void (*scale)(float* x, size_t count, float by);
     // out[j] = Σ_h w[h] · max(dots[h * stride + j], 0), NaN kept; then NaN to the lowest, infinities to the largest.
     void (*head_scores)(const float* dots, size_t stride, size_t heads, const float* w, size_t count, float* out);
-    // Rounds to e4m3 with one power of two per 128 values, and back (plugins/quant.py: fake_quantize). In place too.
+    // Rounds to e4m3 with one power of two per kFp8Block values, and back (plugins/quant.py: fake_quantize). In place too.
     void (*fake_quantize)(const float* x, size_t count, float* out);
     // out = w · x / √(mean x² + eps).
     void (*rms_norm)(const float* x, const float* w, size_t count, float eps, float* out);

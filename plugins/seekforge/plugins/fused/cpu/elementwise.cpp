@@ -61,16 +61,15 @@ struct FakeQuantize {
     static constexpr const char* kName = "FakeQuantize";
     static constexpr ort::Type kInputs[] = {ort::Type::kF32};
     static constexpr ort::Type kOutputs[] = {ort::Type::kF32};
-    static constexpr int64_t kBlock = 128;  // values that share a power of two: plugins/quant.py
 
     explicit FakeQuantize(const Attributes&) {}
 
     void compute(Call& call) const {
         const Tensor x = call.input(0);
-        require(x.rank > 0 && x.size(x.rank - 1) % kBlock == 0, "rows have no whole blocks of 128");
+        require(x.rank > 0 && x.size(x.rank - 1) % kFp8Block == 0, "rows have no whole blocks of 128");
         const Tensor y = call.output(0, x.sizes, x.rank);
-        by_rows(call, x.count() / kBlock, kBlock, [&](int64_t first, int64_t last) {
-            kernels().fake_quantize(x.f32() + first * kBlock, (last - first) * kBlock, y.f32() + first * kBlock);
+        by_rows(call, x.count() / kFp8Block, kFp8Block, [&](int64_t first, int64_t last) {
+            kernels().fake_quantize(x.f32() + first * kFp8Block, (last - first) * kFp8Block, y.f32() + first * kFp8Block);
         });
     }
 };

@@ -6,8 +6,6 @@
 namespace seekforge {
 namespace {
 
-constexpr int64_t kBlock = 128;  // values that share a power of two: plugins/quant.py
-
 struct FoldedExperts {
     static constexpr const char* kName = "FoldedExperts";
     static constexpr ort::Type kInputs[] = {ort::Type::kF32, ort::Type::kI32, ort::Type::kF32, ort::Type::kF32,
@@ -27,7 +25,7 @@ struct FoldedExperts {
         require(ids.size(0) == tokens && shares.size(0) == tokens && shares.size(1) == top_k && w13.size(1) == hidden &&
                     w13.size(2) == 2 * inter && w2.size(0) == experts && w2.size(2) == hidden && inter > 0 && hidden > 0,
                 "sizes of the inputs do not agree");
-        require(!rounds || (hidden % kBlock == 0 && inter % kBlock == 0), "rows have no whole blocks of 128");
+        require(!rounds || (hidden % kFp8Block == 0 && inter % kFp8Block == 0), "rows have no whole blocks of 128");
         const Tensor y = call.output(0, {tokens, hidden});
         if (tokens == 0) return;
         std::memset(y.bytes, 0, y.count() * sizeof(float));
