@@ -49,6 +49,7 @@ def made(checkpoint: Path, *options: str) -> Path:
     return engine
 
 
+@pytest.mark.timeout(7200)  # eight minutes of a quiet core for `tiny`; the default is for tests of the suite
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_prompt_of_16k_tokens_is_what_pytorch_computes(preset: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"

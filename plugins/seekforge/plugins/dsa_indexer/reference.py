@@ -1,4 +1,7 @@
-"""`DsaIndexer` in plain torch: all scores, a stable sort, the first k. Never `topk`: it breaks ties at will."""
+"""`DsaIndexer` in plain torch: all scores, the k-th best of them, all above it and the first that equal it.
+
+`topk` gives that score alone: which of equal ones it names is left to chance.
+"""
 
 import torch
 from torch import Tensor
@@ -6,6 +9,7 @@ from torch import Tensor
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.quant import fake_quantize, unpack_index_keys
 
+_ROWS = 256  # queries per pass: bounds the scores [B, _ROWS, L]
 _MAX = torch.finfo(torch.float32).max
 
 
@@ -31,7 +35,8 @@ def index_scores(
     keys = unpack_index_keys(index_cache, slots) if fmt == "fp8_ds" else index_cache[slots].float()  # [B, L, D]
     score = torch.zeros(*positions.shape, keys.shape[1], dtype=torch.float32, device=q.device)
     for head in range(q.shape[2]):
-        score += w[:, :, head, None] * torch.relu(q[:, :, head] @ keys.transpose(1, 2))
+        product = q[:, :, head] @ keys.transpose(1, 2)
+        score += product.relu_().mul_(w[:, :, head, None])
     score = torch.nan_to_num(score, nan=-_MAX, posinf=_MAX, neginf=-_MAX)
     visible = torch.arange(keys.shape[1], device=q.device) <= positions.unsqueeze(-1)
     return score.masked_fill(~visible, -torch.inf)
@@ -61,11 +66,33 @@ def dsa_indexer(
 
     Source: HF inference/model.py, `Indexer.forward`; the tie rule is ours (spec §3.7).
     """
-    score = index_scores(q, w, index_cache, block_table, positions, indexer_fp8, index_format)
-    order = torch.sort(score, dim=-1, descending=True, stable=True)
-    k = min(index_topk, score.shape[-1])
-    nowhere = score.shape[-1]
-    best = torch.where(order.values[..., :k] > -torch.inf, order.indices[..., :k], nowhere)
-    best = torch.sort(best, dim=-1).values
-    best = torch.where(best == nowhere, -1, best)
-    return torch.nn.functional.pad(best, (0, index_topk - k), value=-1).to(torch.int32)
+    best = torch.full((*positions.shape, index_topk), -1, dtype=torch.int32, device=q.device)
+    for start in range(0, positions.shape[1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        blocks = max(1, int(positions[:, rows].max()) // BLOCK_SIZE + 1)  # those behind hold nothing that is visible
+        score = index_scores(
+            q[:, rows], w[:, rows], index_cache, block_table[:, :blocks], positions[:, rows], indexer_fp8, index_format
+        )
+        chosen = first_best(score, index_topk)
+        best[:, rows, : chosen.shape[-1]] = chosen.to(torch.int32)
+    return best
+
+
+def first_best(score: Tensor, k: int) -> Tensor:
+    """Return where the `k` best scores of each row stand, of equal ones those that stand first.
+
+    Args:
+        score: [..., L] f32; -inf is never chosen.
+        k: how many to choose at most.
+
+    Returns:
+        [..., min(k, L)] int64: ascending, -1 fills.
+    """
+    length = score.shape[-1]
+    k = min(k, length)
+    least = torch.topk(score, k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = score > least, (score == least) & (least > -torch.inf)
+    room = k - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= room))
+    filled = torch.arange(k, device=score.device) < chosen.sum(-1, keepdim=True)
+    return torch.full_like(filled, -1, dtype=torch.int64).masked_scatter(filled, chosen.nonzero()[:, -1])

@@ -38,8 +38,9 @@ def mla_attention(
     out = torch.empty_like(q_latent)
     for start in range(0, q_latent.shape[1], _ROWS):
         rows = slice(start, start + _ROWS)
-        visible = (at <= positions[:, rows].unsqueeze(-1)).unsqueeze(2)
-        s = torch.einsum("bqhw,blw->bqhl", query[:, rows].float(), cached) * scale
+        last = max(1, int(positions[:, rows].max()) + 1)  # no query of these sees a key behind it
+        visible = (at[:last] <= positions[:, rows].unsqueeze(-1)).unsqueeze(2)
+        s = torch.einsum("bqhw,blw->bqhl", query[:, rows].float(), cached[:, :last]) * scale
         p = torch.softmax(s.masked_fill(~visible, -torch.inf), dim=-1).masked_fill(~visible, 0.0)
-        out[:, rows] = torch.einsum("bqhl,blc->bqhc", p, c).to(out.dtype)
+        out[:, rows] = torch.einsum("bqhl,blc->bqhc", p, c[:, :last]).to(out.dtype)
     return out
