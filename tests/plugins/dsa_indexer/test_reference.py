@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seekforge.plugins.dsa_indexer.reference import index_scores
+from seekforge.plugins.dsa_indexer.reference import first_best, index_scores
 from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.testing import Case, cases
 
@@ -38,6 +38,18 @@ def test_reference_picks_the_best_visible_keys(case: Case) -> None:
             order = sorted(range(len(scores)), key=lambda s: (-scores[s], s))[:topk]
             want = sorted(order) + [-1] * (topk - len(order))
             assert picked[b, row].tolist() == want
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 41])
+def test_of_equal_scores_those_that_stand_first_are_chosen(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.randint(-2, 3, (50, 40), generator=generator).float()
+    scores[scores == 1] = -0.0
+    scores[torch.rand(scores.shape, generator=generator) < torch.linspace(0, 1, 50)[:, None]] = -torch.inf
+    for row, got in zip(scores.tolist(), first_best(scores, k).tolist(), strict=True):
+        ranked = sorted((i for i, score in enumerate(row) if score > -math.inf), key=lambda i: (-row[i], i))
+        want = sorted(ranked[:k])
+        assert got == want + [-1] * (min(k, 40) - len(want))
 
 
 def test_index_scores_hide_what_is_not_visible() -> None:
