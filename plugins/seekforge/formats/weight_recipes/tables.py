@@ -33,9 +33,11 @@ def rope_rows(recipe: Recipe, start: int, stop: int) -> np.ndarray:
     """Return the rows of positions [start, stop) of a cosine or sine table."""
     params = recipe.params
     positions = np.arange(start, stop, dtype=np.float32)
-    angles = np.outer(positions, yarn_inv_freq(params)).astype(np.float32)
-    table = np.cos(angles) if recipe.tensor == "rope_cos" else np.sin(angles)
-    return table * np.float32(params["magnitude"])
+    table = np.outer(positions, yarn_inv_freq(params))
+    function = np.cos if recipe.tensor == "rope_cos" else np.sin
+    function(table, out=table)  # in place: new memory costs more than the sines
+    table *= np.float32(params["magnitude"])
+    return table
 
 
 def yarn_inv_freq(params: Mapping[str, float]) -> np.ndarray:
