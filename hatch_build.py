@@ -1,5 +1,6 @@
 """The build backend's part: compile the library of CPU operators into the wheel, or beside the sources of an editable
-install. Without a compiler the wheel is pure, and engines for the CPU run the bodies in standard operators.
+install; once for both. Without a compiler the wheel is pure, and engines for the CPU run the bodies in standard
+operators.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class CpuOperators(BuildHookInterface):
         """Compile; `version` is `standard` or `editable`."""
         module = _compile_module(Path(self.root))
         try:
-            library = module.compile_library()
+            library = module.compiled_library()
         except (RuntimeError, OSError) as error:
             self.app.display_warning(f"without the library of CPU operators: {error}")
             return

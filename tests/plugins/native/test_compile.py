@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,25 @@ def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_
     files = [changed if path.name == changed.name else path for path in compiling.sources()]
     monkeypatch.setattr(compiling, "sources", lambda: files)
     assert compiling.library_path() != before
+
+
+def test_a_library_is_compiled_once_for_sources_options_and_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, made = tmp_path / "library.so", []
+
+    def compile_library() -> Path:
+        made.append(path.write_bytes(b""))
+        return path
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiling, "library_path", lambda: path)
+    monkeypatch.setattr(compiling, "compile_library", compile_library)
+    assert compiling.compiled_library() == compiling.compiled_library() == path and len(made) == 1
+    os.utime(path, (0, 0))  # older than the file with the options
+    assert compiling.compiled_library() == path and len(made) == 2
+    monkeypatch.setenv("CXX", "c++")
+    assert compiling.compiled_library() == path and len(made) == 3
 
 
 @pytest.mark.parametrize(

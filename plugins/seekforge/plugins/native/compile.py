@@ -48,6 +48,20 @@ def compiler() -> str | None:
     return named or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 
 
+def compiled_library() -> Path:
+    """Return the library of these sources: the one that lies there, or a new one.
+
+    It is compiled again where this file, which has the options, is newer, and where `CXX` names the compiler.
+
+    Raises:
+        RuntimeError: as of `compile_library`.
+    """
+    path = library_path()
+    if "CXX" not in os.environ and path.is_file() and path.stat().st_mtime >= Path(__file__).stat().st_mtime:
+        return path
+    return compile_library()
+
+
 def compile_library(out: Path | None = None) -> Path:
     """Compile the library, and take older ones away.
 
