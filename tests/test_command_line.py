@@ -120,10 +120,16 @@ def test_the_pages_have_commands() -> None:
     assert len(documented()) > 40
 
 
-@pytest.mark.parametrize(("name", "option"), OPTIONS)
-def test_every_option_says_what_it_is(name: str, option: click.Option) -> None:
-    text = option.help or ""
-    assert text.rstrip("]").endswith((".", ":")) or "[default" in text or "  " in text, text
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_option_says_what_it_is(name: str) -> None:
+    options = [option for option in LEAVES[name].params if isinstance(option, click.Option)]
+    silent = {
+        option.opts[0]: text
+        for option in options
+        for text in [option.help or ""]
+        if not (text.rstrip("]").endswith((".", ":")) or "[default" in text or "  " in text)
+    }
+    assert silent == {}
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -164,14 +170,17 @@ def test_no_number_has_a_type_without_bounds() -> None:
     assert len(NUMBERS) > 40
 
 
+NO_NUMBERS = ("nan", "inf", "1e999", "9" * 30, "9" * 5000, "１", "", "x", "0x10", "1_0", "--1")
+
+
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
-@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "9" * 30, "9" * 5000, "１", "", "x", "0x10", "1_0", "--1"])
-def test_a_number_that_is_none_is_one_line(name: str, option: click.Option, value: str) -> None:
+def test_a_number_that_is_none_is_one_line(name: str, option: click.Option) -> None:
     kind = option.type.inner if isinstance(option.type, Listed) else option.type
-    if isinstance(kind, Number) and value == "9" * 30 and kind.most == float("inf"):
-        return  # a finite number
-    line = refused(*arguments(name), f"{option.opts[0]}={value}")
-    assert option.opts[0] in line and len(line) < 400
+    for value in NO_NUMBERS:
+        if isinstance(kind, Number) and value == "9" * 30 and kind.most == float("inf"):
+            continue  # a finite number
+        line = refused(*arguments(name), f"{option.opts[0]}={value}")
+        assert option.opts[0] in line and len(line) < 400, (value[:40], line)
 
 
 @pytest.mark.parametrize(
