@@ -20,7 +20,7 @@ from torch import Tensor
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.step import Step
-from seekforge.exporter.models.shared.weights import recipes, to_torch
+from seekforge.exporter.models.shared.weights import recipes, to_torch, widen_weights
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.weight_recipes import Recipe, TensorSource, evaluate, tensors_of
 from seekforge.formats.weight_recipes.stored import names_read
@@ -94,6 +94,7 @@ class LayerModule:
         }
         state = {name: to_torch(evaluate(recipe, source)) for name, recipe in self._recipes.items()}
         self.module.load_state_dict(state, strict=True, assign=True)
+        widen_weights(self.module)
 
     def new_state(self, num_blocks: int) -> LayerState:
         """Return zeroed caches."""

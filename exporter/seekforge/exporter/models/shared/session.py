@@ -14,7 +14,7 @@ from torch import Tensor
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.model import MtpModel, StepModel
 from seekforge.exporter.models.shared.settings import Settings
-from seekforge.exporter.models.shared.weights import load_weights
+from seekforge.exporter.models.shared.weights import load_weights, widen_weights
 from seekforge.formats.paged_cache import blocks_needed
 from seekforge.formats.step_io import MODEL, MTP, StepInputs, lay_out
 from seekforge.formats.weight_recipes import TensorSource
@@ -61,6 +61,7 @@ class TorchSession:
                     made.MtpModel(self.settings) if graph == MTP else made.StepModel(self.settings, self.layer_range)
                 )
             load_weights(module, self.source)
+            widen_weights(module)
             self._modules[graph] = module
             if self.num_blocks is not None:
                 self.caches |= module.new_caches(self.num_blocks)

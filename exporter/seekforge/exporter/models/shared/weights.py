@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import family_of
@@ -24,10 +25,13 @@ from seekforge.formats.weight_recipes import (
     hadamard_table,
     rope_table,
 )
+from seekforge.plugins.quant import dequantize_weight
 from seekforge.plugins.torch_ops import DTYPE_NAMES
 
 #: Why the MTP layer's own embedding and head are not read.
 _COPY = "checked equal when weights are read, stored once"
+#: Most bytes of f32 that `widen_weights` makes of one module: layers of 671B stay as they are.
+WIDE_BYTES = 512 << 20
 
 
 def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
@@ -88,6 +92,30 @@ def load_weights(model: StepModel | MtpModel, source: TensorSource) -> None:
     once = QuantizedOnce.of(source)
     state = {name: to_torch(evaluate(recipe, once)) for name, recipe in recipes(model).items()}
     model.load_state_dict(state, strict=True, assign=True)
+
+
+def widen_weights(module: nn.Module) -> None:
+    """Dequantize the FP8 weights of a module once, and not in each of its products; none if all take too much memory.
+
+    Nothing else changes, to the bit: the products make the same values of FP8 weights whenever they are called, and
+    take f32 weights, whose scales are 1, as they are.
+    """
+    narrow = [
+        (owner, name, weight)
+        for owner in module.modules()
+        for name, weight in owner.named_parameters(recurse=False)
+        if weight.dtype == torch.float8_e4m3fn
+    ]
+    if sum(weight.numel() * torch.float32.itemsize for _, _, weight in narrow) > WIDE_BYTES:
+        return
+    for owner, name, weight in narrow:
+        scale = owner.get_parameter(f"{name}_scale")
+        if weight.dim() == 2:
+            wide = dequantize_weight(weight, scale)
+        else:  # of experts
+            wide = torch.stack([dequantize_weight(*pair) for pair in zip(weight, scale, strict=True)])
+        setattr(owner, name, nn.Parameter(wide, requires_grad=False))
+        setattr(owner, f"{name}_scale", nn.Parameter(torch.ones_like(scale), requires_grad=False))
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
