@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.onnx.ops import rotary_embedding
+from torch.onnx.ops import aten_decompositions, rotary_embedding
 
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.plugins.block_fp8_linear.op import block_fp8_linear
 from seekforge.plugins.operator import cdiv
 from seekforge.plugins.sum_ranks.op import sum_ranks
+
+#: What `rotary_embedding` computes. Called as an operator it imports torch's compiler first, which takes seconds.
+_ROTARY_EMBEDDING: Final = aten_decompositions()[torch.ops.onnx.RotaryEmbedding.opset23]
 
 
 def weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -129,7 +134,8 @@ def rope_half_split(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int = 1) -> 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, interleaved: bool) -> Tensor:
     """RoPE as the one operator that ONNX has for it: written out, it was a third of a program's nodes."""
-    turned = rotary_embedding(
+    rotate = rotary_embedding if torch.compiler.is_exporting() else _ROTARY_EMBEDDING
+    turned = rotate(
         x.float(),
         cos,
         sin,
