@@ -1,6 +1,7 @@
 """A training goes on from its state to the same weights; what stands beside it is not believed."""
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,12 @@ from seekforge.exporter.training.loop import Training
 from seekforge.exporter.training.model import TrainedModel
 from seekforge.exporter.training.schedule import Schedule
 from seekforge.exporter.training.vocabulary import task_tokenizer
+from seekforge.exporter.training.weights import read_weights, write_checkpoint
+from seekforge.formats.checkpoint.safetensors import Checkpoint
 
 PRESET = load_preset("nano")
+#: Two steps, then rounds of one and two.
+ROUNDS = Schedule(steps=5, last_share=3 / 5, num_rows=1, length=32, recall_steps=1, tools_length=64)
 SHORT = Schedule(steps=6, num_rows=2, length=64, recall_steps=2, tools_length=96)
 
 
@@ -44,19 +49,44 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, monkeypat
         assert torch.equal(values, resumed.model.state_dict()[name]), name
 
 
-def test_the_last_stage_has_its_own_rate_tasks_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_of_the_last_stage_has_its_own_rate_tasks_and_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = Schedule()
-    assert (schedule.main_steps, schedule.steps) == (3000, 3400)
-    assert schedule.factor(2999) < 0.03 and schedule.factor(3000) == schedule.last_rate
+    assert (schedule.main_steps, schedule.round_steps, schedule.steps) == (3000, 400, 3800)
+    assert [step for step in range(schedule.steps) if schedule.begins_round(step)] == [3000, 3400]
+    for step in (3000, 3400):
+        assert schedule.factor(step - 1) < 0.03 and schedule.factor(step) == schedule.last_rate
     assert "differences" not in schedule.mixtures(2999)[0][0].weights
     assert schedule.mixtures(3000)[0][0].weights["differences"] > 0
-    assert Schedule(steps=200, last_share=0.0).main_steps == 200
+    whole = Schedule(steps=200, last_share=0.0)
+    assert whole.main_steps == 200 and not any(whole.begins_round(step) for step in range(200))
     rounded = []
     monkeypatch.setattr(loop, "round_weights", rounded.append)
-    one = training(Schedule(steps=3, last_share=1 / 3, num_rows=1, length=32, recall_steps=1, tools_length=64))
+    one = training(replace(ROUNDS, last_share=1 / 4, steps=4, last_rounds=1))
     optimizers = []
     one.run(report=lambda _: optimizers.append(one.optimizer))
-    assert rounded == [one.model] and optimizers[0] is optimizers[1] is not optimizers[2]
+    assert rounded == [one.model] and optimizers[1] is optimizers[2] is not optimizers[3]
+
+
+def test_rounds_divide_the_last_stage_whatever_its_length() -> None:
+    schedule = Schedule(steps=20, last_share=11 / 20, last_rounds=3)
+    assert [step for step in range(20) if schedule.begins_round(step)] == [9, 12, 15]
+    rates = [schedule.factor(step) for step in range(15, 20)]
+    assert rates == sorted(rates, reverse=True) and rates[0] == schedule.last_rate
+
+
+def test_a_round_on_a_checkpoint_is_the_round_of_the_whole_training(tmp_path: Path) -> None:
+    whole, begun = training(ROUNDS), training(ROUNDS)
+    whole.run()
+    while begun.step < 3:
+        begun.update()
+    write_checkpoint(tmp_path, begun.model, PRESET, task_tokenizer(PRESET.config.vocab_size))
+    rest = training(ROUNDS)
+    with Checkpoint.open(tmp_path) as source:
+        read_weights(rest.model, source)
+    rest.step = 3
+    rest.run()
+    for name, values in whole.model.state_dict().items():
+        assert torch.equal(values, rest.model.state_dict()[name]), name
 
 
 @pytest.mark.slow

@@ -90,11 +90,11 @@ class Training:
     def update(self) -> Progress:
         """Take one step.
 
-        The last stage begins as if the checkpoint of the steps before it were trained on: with the weights as it holds
-        them and a new optimizer, so that the stage can be tried on a checkpoint alone.
+        A round of the last stage begins as if the checkpoint of the steps before it were trained on: with the weights
+        as it holds them and a new optimizer, so that a round can be tried on a checkpoint alone.
         """
         schedule, step = self.schedule, self.step
-        if schedule.last_share and step == schedule.main_steps:
+        if schedule.begins_round(step):
             round_weights(self.model)
             self.optimizer = self._new_optimizer()
         first: Any = None

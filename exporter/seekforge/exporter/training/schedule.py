@@ -43,9 +43,10 @@ class Schedule:
 
     Attributes:
         steps: how many updates in all.
-        last_share: share of them that is the last stage: the learning rate rises once more, and what is learned late is
-            drawn more often. Shares below are of the steps before it.
-        last_rate: the learning rate at the beginning of that stage, as a share of the largest.
+        last_share: share of them that is the last stage: what is learned late is drawn more often. Shares below are of
+            the steps before it.
+        last_rounds: parts of that stage, of equal length; in each the learning rate rises once more.
+        last_rate: the learning rate at the beginning of each, as a share of the largest.
         num_rows, length: rows of a pass and their tokens.
         recall_steps: steps in the beginning that teach recall alone: the heads planted for it are lost to other tasks,
             unless they are of use before those come.
@@ -63,8 +64,9 @@ class Schedule:
         bias_rate: what the router's bias of an expert moves by in a step.
     """
 
-    steps: int = 3400
-    last_share: float = 400 / 3400
+    steps: int = 3800
+    last_share: float = 800 / 3800
+    last_rounds: int = 2
     last_rate: float = 0.3
     num_rows: int = 4
     length: int = 256
@@ -82,21 +84,37 @@ class Schedule:
     bias_rate: float = 0.002
 
     def factor(self, step: int) -> float:
-        """Return the share of the learning rate at a step: warm-up, then a cosine; a lower one in the last stage."""
+        """Return the share of the learning rate at a step: warm-up, then a cosine; lower ones in the last stage."""
         if self.is_last(step):
-            share, highest = (step - self.main_steps) / (self.steps - self.main_steps), self.last_rate
+            share, highest = self._share_of_round(step), self.last_rate
         else:
             share, highest = step / self.main_steps, min(1.0, (step + 1) / _WARM_UP_STEPS)
         return max(highest * 0.5 * (1 + math.cos(math.pi * share)), _LEAST_FACTOR)
+
+    def _share_of_round(self, step: int) -> float:
+        number = min((step - self.main_steps) // self.round_steps, self.last_rounds - 1)
+        begin = self.main_steps + number * self.round_steps
+        end = self.steps if number == self.last_rounds - 1 else begin + self.round_steps
+        return (step - begin) / (end - begin)
 
     @property
     def main_steps(self) -> int:
         """The steps before the last stage."""
         return self.steps - round(self.steps * self.last_share)
 
+    @property
+    def round_steps(self) -> int:
+        """The steps of a round of the last stage; the last round has those that do not divide as well."""
+        return max(1, (self.steps - self.main_steps) // self.last_rounds)
+
     def is_last(self, step: int) -> bool:
         """Whether a step is of the last stage."""
         return step >= self.main_steps
+
+    def begins_round(self, step: int) -> bool:
+        """Whether a step is the first of a round of the last stage."""
+        number, at = divmod(step - self.main_steps, self.round_steps)
+        return at == 0 and 0 <= number < self.last_rounds
 
     def holds(self, step: int) -> bool:
         """Whether the attention of the first two layers stays as it is."""
