@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from seekforge.common.errors import ConfigError
+from seekforge.exporter.checkpoint.check_tokenizer import check_tokenizer
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset, read_preset
 from seekforge.exporter.checkpoint.schema import expected_tensors, totals
-from seekforge.exporter.checkpoint.tokenizer import train_tokenizer
+from seekforge.exporter.checkpoint.tokenizer import train_tokenizer, write_tokenizer
+from seekforge.formats.end_of_sequence import end_ids
 
 
 def test_the_presets_ship() -> None:
@@ -35,6 +38,19 @@ def test_small_is_of_benchmark_size() -> None:
 def test_nearly_every_id_a_model_can_answer_has_a_token(name: str) -> None:
     vocab_size = load_preset(name).config.vocab_size
     assert 0.9 * vocab_size < train_tokenizer(vocab_size).get_vocab_size() < vocab_size
+
+
+@pytest.mark.parametrize("name", known_presets())
+def test_every_end_of_sequence_has_a_token(name: str, tmp_path: Path) -> None:
+    config = load_preset(name).config
+    write_tokenizer(tmp_path, config.vocab_size, end_ids(config.eos_token_id))
+    assert check_tokenizer(tmp_path, config) == ()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for end in end_ids(config.eos_token_id):
+        token = tokenizer.id_to_token(end)
+        assert tokenizer.encode(token).ids == [end] and tokenizer.decode([end]) == ""
+    text, plain = "Once upon a time<think>2+2</think>", train_tokenizer(config.vocab_size)
+    assert tokenizer.encode(text).ids == plain.encode(text).ids
 
 
 def test_full_has_the_published_softmax_scale() -> None:

@@ -26,6 +26,7 @@ from seekforge.exporter.checkpoint.validate import OnBytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.checkpoint.shard_writer import ShardWriter
+from seekforge.formats.end_of_sequence import end_ids
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.weight_recipes.stored import encode
 
@@ -160,7 +161,7 @@ def write_sidecars(folder: Path, preset: Preset, shards: dict[str, list[str]]) -
             "transformers_version": preset.config_json.get("transformers_version"),
         },
     )
-    write_tokenizer(folder, preset.config.vocab_size)
+    write_tokenizer(folder, preset.config.vocab_size, end_ids(preset.config.eos_token_id))
 
 
 def layouts(

@@ -9,7 +9,7 @@ Source: DeepSeek-V3.1 tokenizer.json, `pre_tokenizer`, `added_tokens`; spec §8.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,30 @@ def train_tokenizer(vocab_size: int, texts: Iterable[str] | None = None) -> Toke
     return tokenizer
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int, ends: Collection[int] = ()) -> None:
     """Write tokenizer.json and tokenizer_config.json (spec §1.1) into `folder`.
+
+    Args:
+        folder: where they go.
+        vocab_size: number of ids of the model.
+        ends: ids that have to be of tokens; those that end a sequence by config.json.
 
     Raises:
         ConfigError: `train_tokenizer` raises it.
     """
-    write_tokenizer_files(folder, train_tokenizer(vocab_size))
+    tokenizer = train_tokenizer(vocab_size)
+    missing = set(ends) - set(tokenizer.get_vocab().values())
+    write_tokenizer_files(folder, _with_ends(tokenizer, missing) if missing else tokenizer)
+
+
+def _with_ends(tokenizer: Tokenizer, ids: Collection[int]) -> Tokenizer:
+    """Return the tokenizer with a special token for each of `ids`, wherever they lie."""
+    content = json.loads(tokenizer.to_str(pretty=False))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": one, "content": f"<|end_{one}|>", **flags} for one in sorted(ids)]
+    # tokens that the merges do not know are numbered one after the other: those keep their ids which are known there
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def write_tokenizer_files(folder: Path, tokenizer: Tokenizer) -> None:
