@@ -6,7 +6,7 @@ being built again. What its router and indexer chose is replayed by the trainer,
 log-probabilities (docs/rl.md). ENGINE is one of exact numerics, CHECKPOINT what it was built from; --chart needs the
 extra `charts`, the rest `train`.
 
-    python examples/grpo.py ENGINE CHECKPOINT --steps 60 --chart curve.svg --log log.jsonl
+    python examples/grpo.py ENGINE CHECKPOINT --steps 80 --chart curve.svg --log log.jsonl
 """
 
 import argparse
@@ -188,9 +188,11 @@ def draw_chart(path: Path, log: list[dict[str, Any]]) -> None:
         above.plot(steps, [row["reward"] for row in log], label="reward, sampled", linewidth=2)
         above.plot(steps, [row["right"] for row in log], label="held out, greedy", linewidth=2)
         above.set_ylim(0, 1.02)
-        for name, label in (("gap", "replayed"), ("gap_without_replay", "not replayed")):
-            below.semilogy(steps, [row.get(name) or float("nan") for row in log], label=label, linewidth=2)
-        for axes, label in ((above, "reward, share right"), (below, "mean |Δ log p|, engine and trainer")):
+        for name, label, color in (("gap", "replayed", "C0"), ("gap_without_replay", "not replayed", "C1")):
+            for part, kind, style in (("", "mean", "-"), ("largest_", "largest", ":")):
+                gaps = [row.get(part + name) or float("nan") for row in log]
+                below.semilogy(steps, gaps, style, label=f"{kind}, {label}", color=color, linewidth=2)
+        for axes, label in ((above, "reward, share right"), (below, "|Δ log p|, engine and trainer")):
             axes.set_ylabel(label)
             axes.grid(color="0.9")
             axes.legend(fontsize="small", frameon=False)
@@ -203,13 +205,13 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=re.split(r"\n\n", __doc__ or "")[0])
     parser.add_argument("engine", type=Path)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--digits", type=int, default=2, help="of the numbers")
     parser.add_argument("--sign", choices=["+", "-"], default="-", help="what is done with them")
     parser.add_argument("--prompts", type=int, default=16, help="questions of a step")
     parser.add_argument("--n", type=int, default=16, help="answers to each")
     parser.add_argument("--max-tokens", type=int, default=72)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--items", type=int, default=50, help="held-out questions of a score")
     parser.add_argument("--every", type=int, default=10, help="steps from one score to the next")
     parser.add_argument("--chart", type=Path)

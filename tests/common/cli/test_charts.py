@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from seekforge.common.cli.charts import Line, Panel, check_chart, tokens, write_charts
+from seekforge.common.cli.charts import Line, Panel, check_chart, tokens, write_charts, write_figure
 from seekforge.common.errors import EnvironmentFault, OutputError
 
 PANEL = Panel("a < b", "tokens", "GiB", (Line("x & y", ((2048.0, 2.0), (1024.0, 1.0))),), (("limit", 3.0),))
@@ -52,3 +52,17 @@ def test_what_cannot_be_drawn_is_said_before_the_work(tmp_path: Path, monkeypatc
 
 def test_tokens_are_written_as_people_do() -> None:
     assert [tokens(131072), tokens(100), tokens(1025)] == ["128K", "100", "1025"]
+
+
+def test_marks_of_logarithmic_axes_are_numbers(tmp_path: Path) -> None:
+    """Formulas of matplotlib's are not read, since names may hold dollars: its marks would stand there raw."""
+
+    def draw(figure: Any) -> None:
+        near, far = figure.subplots(1, 2)
+        near.semilogy([6e-7, 9e-7])
+        far.loglog([1, 1000], [1e-7, 1e-2])
+
+    write_figure(tmp_path / "a.svg", (6.0, 3.0), draw, dpi=100)
+    words = {element.text for element in ElementTree.fromstring((tmp_path / "a.svg").read_text("utf-8")).iter()}
+    assert not any("$" in (word or "") for word in words)
+    assert {"9e−07", "1e−05", "100"} <= words

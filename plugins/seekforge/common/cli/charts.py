@@ -112,6 +112,7 @@ def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], No
     with matplotlib.rc_context(fixed):
         figure = figures.Figure(figsize=size, layout="constrained")
         draw(figure)
+        _write_powers_plainly(figure)
         _show_text(figure)
         suffix = path.suffix.lower()[1:]
         figure.savefig(drawn, format=suffix, dpi=dpi, metadata={"Date": None} if suffix == "svg" else None)
@@ -119,6 +120,17 @@ def write_figure(path: Path, size: tuple[float, float], draw: Callable[[Any], No
         replace_file(path, drawn.getvalue())
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _write_powers_plainly(figure: Any) -> None:
+    """Have the marks of logarithmic axes written as numbers: formulas, as they are by default, stay unread here."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+        base = axis.get_transform().base
+        if isinstance(axis.get_major_formatter(), ticker.LogFormatterMathtext):
+            axis.set_major_formatter(ticker.LogFormatter(base))
+        if isinstance(axis.get_minor_formatter(), ticker.LogFormatterMathtext):
+            axis.set_minor_formatter(ticker.LogFormatter(base, labelOnlyBase=False))
 
 
 def _show_text(figure: Any) -> None:
