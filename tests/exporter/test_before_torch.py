@@ -54,7 +54,9 @@ def test_what_is_odd_is_said_at_once(
 ) -> None:
     shard = next(path.name for path in sorted(tiny_checkpoint.glob("*.safetensors")))
     program, engine, out = str(tiny_programs["fp8"]), str(tiny_engines["fp8"]), str(tmp_path / "out")
-    commands: list[list[str]] = []
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"text": "a"}\n')
+    commands: list[list[str]] = [["train", out, "--preset", "full"]]
     cases = [("config.json", what, make) for what, make in {**ODD, **ODD_TEXT}.items()]
     cases += [(name, what, ODD[what]) for name in (INDEX, shard) for what in ("FIFO", "folder", "device", "loop")]
     for number, (name, _, make) in enumerate(cases):
@@ -64,7 +66,12 @@ def test_what_is_odd_is_said_at_once(
             ["parity", engine, "--checkpoint", folder],
             ["build", program, out, "--target", "cpu", "--checkpoint", folder, "--quiet"],
             ["export", folder, out, "--quiet"],
+            ["train", out, "--checkpoint", folder, "--data", str(examples), "--quiet"],
         ]
+    for number, make in enumerate({**ODD, **ODD_TEXT}.values()):
+        make(tmp_path / f"examples-{number}")
+        given = ["--data", str(tmp_path / f"examples-{number}"), "--quiet"]
+        commands.append(["train", out, "--checkpoint", str(tiny_checkpoint), *given])
     for number, (what, make) in enumerate({**ODD, **ODD_TEXT}.items()):
         spoilt = str(_spoilt(tiny_engines["fp8"], tmp_path / f"engine-{number}", "manifest.json", make))
         commands.append(["parity", spoilt, "--checkpoint", str(tiny_checkpoint)])

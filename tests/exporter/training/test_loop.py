@@ -1,8 +1,10 @@
 """A training goes on from its state to the same weights; what stands beside it is not believed."""
 
+import os
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,17 @@ def training(schedule: Schedule = SHORT, seed: int = 0) -> Training:
     initialize(model)
     tokenizer = task_tokenizer(PRESET.config.vocab_size)
     return Training(model, TaskData(tokenizer, seed), schedule, {"seed": seed})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, dict[str, Any]]:
+    """A training after a step, and its state."""
+    one = training(Schedule(steps=6, num_rows=1, length=32, recall_steps=2, tools_length=64))
+    one.update()
+    path = tmp_path_factory.mktemp("saved") / "state"
+    one.save(path)
+    one.load(path)
+    return one, torch.load(path, weights_only=True)
 
 
 @pytest.mark.slow
@@ -115,8 +128,43 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         training(seed=1).load(tmp_path / "state")
 
 
-@pytest.mark.parametrize("content", [b"", b"no state", b"PK\3\4 cut"])
-def test_what_is_no_state_is_refused_in_a_line(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "state").write_bytes(content)
-    with pytest.raises(OutputError, match="is no state of a training; delete it to begin anew"):
-        training().load(tmp_path / "state")
+def test_what_is_no_state_is_refused_in_a_line(tmp_path: Path) -> None:
+    """Whatever torch's reader of it ends in."""
+    one, state = training(), tmp_path / "state"
+    for content in (b"", b"no state", b"PK\3\4 cut", b"\x80\x02a.", b"\x80\x02\x8a", b"\x80\x02K\x01.", b"\x80\x02}."):
+        state.write_bytes(content)
+        with pytest.raises(OutputError, match="is no state of a training; delete it to begin anew"):
+            one.load(state)
+    state.unlink()
+    os.mkfifo(state)
+    with pytest.raises(OutputError, match="is no state of a training"):
+        one.load(state)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("step",), -1),
+        (("step",), "six"),
+        (("num_tokens",), None),
+        (("model",), []),
+        (("optimizer",), 5),
+        (("optimizer", "momenta"), {}),
+        (("optimizer", "momenta", "layers.0.self_attn.q_a_proj"), torch.zeros(2, 2)),
+        (("optimizer", "adam", "state", 0), {"step": torch.zeros(()), "exp_avg": torch.zeros(1)}),
+        (("optimizer", "adam", "state", 0), None),
+    ],
+)
+def test_a_state_with_a_damaged_value_is_refused_in_a_line(
+    place: tuple[Any, ...], value: object, saved: tuple[Training, dict[str, Any]], tmp_path: Path
+) -> None:
+    one, state = saved
+    kept = copied = {**state}
+    for name in place[:-1]:
+        copied[name] = {**copied[name]}
+        copied = copied[name]
+    assert place[-1] in copied
+    copied[place[-1]] = value
+    torch.save(kept, tmp_path / "state")
+    with pytest.raises(OutputError, match="state: is damaged; delete it to begin anew"):
+        one.load(tmp_path / "state")

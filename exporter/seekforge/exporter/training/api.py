@@ -6,12 +6,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seekforge.common.errors import OptionError
+from seekforge.common.errors import ConfigError, OptionError
 from seekforge.common.files import atomic_folder, check_vacant
 from seekforge.exporter.calls import AnyPath, Count, Flag, NotNegative, Progress, Seed, Threads, public, stages_of
+from seekforge.exporter.checkpoint.presets import Preset, load_preset
+from seekforge.exporter.checkpoint.source import resolve
+from seekforge.exporter.checkpoint.text_files import check_files
+from seekforge.exporter.training.examples import read_examples
+from seekforge.formats.checkpoint.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from seekforge.exporter.training.loop import Progress as TrainingProgress
+
+#: Presets that can be trained from a seed: what `training.tasks` teaches is made for them.
+TRAINED_PRESETS = ("nano",)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def train(
     Args:
         out: the folder to make.
         preset: train this preset from nothing ("nano").
-        checkpoint: train this folder on instead; needs `data`.
+        checkpoint: train this one on instead, a folder or a repository of the hub; needs `data`.
         data: JSONL of examples: {"prompt", "completion"} or {"text"} in each line.
         seed: the seed of the first weights and of all that is drawn.
         steps: updates; None: those of the preset, or 200 on a checkpoint.
@@ -79,18 +87,25 @@ def train(
         raise OptionError("train takes a preset or a checkpoint, expected one of them")
     if (checkpoint is None) != (data is None):
         raise OptionError("a checkpoint is trained on examples: pass --checkpoint and --data together")
-    from seekforge.exporter.training.start import cpu_threads, from_checkpoint, from_seed
-    from seekforge.exporter.training.weights import write_checkpoint
-
     stages, folder_out = stages_of(progress), Path(out)
     stages("prepare")
     check_vacant(folder_out, force=force, marker="config.json")
+    made = None if preset is None else _trained_preset(preset)
+    examples = None if data is None else read_examples(Path(data))
+    source = None if checkpoint is None else resolve(checkpoint, quiet=stages.quiet)
+    if source is not None:
+        ModelConfig.load(source)
+        check_files(source)
+    # these bring torch
+    from seekforge.exporter.training.start import cpu_threads, from_checkpoint, from_seed
+    from seekforge.exporter.training.weights import write_checkpoint
+
     with cpu_threads(threads):
-        if preset is not None:
-            training, made, tokenizer = from_seed(preset, seed, steps, rate)
+        if made is not None:
+            training, tokenizer = from_seed(made, seed, steps, rate)
         else:
-            assert checkpoint is not None and data is not None
-            training, made, tokenizer = from_checkpoint(Path(checkpoint), Path(data), seed, steps, rate)
+            assert source is not None and data is not None and examples is not None
+            training, made, tokenizer = from_checkpoint(source, Path(data), examples, seed=seed, steps=steps, rate=rate)
         state = folder_out.with_name(f"{folder_out.name}.state")
         if state.exists():
             training.load(state)
@@ -116,3 +131,10 @@ def train(
         loss=sum(last) / len(last) if last else 0.0,
         seconds=dict(stages.seconds),
     )
+
+
+def _trained_preset(name: str) -> Preset:
+    preset = load_preset(name)
+    if name not in TRAINED_PRESETS:
+        raise ConfigError(f"preset {name!r} cannot be trained, expected one of: {', '.join(TRAINED_PRESETS)}")
+    return preset

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from seekforge.common.errors import ConfigError
 from seekforge.exporter.training import tasks
 from seekforge.exporter.training.schedule import Mixture, Schedule
 from seekforge.exporter.training.tasks import Example
@@ -93,3 +94,34 @@ class TaskData:
                     return tasks.tale(rng, self.paragraphs, rng.choice((200, 500)))
 
         return pack(self.tokenizer, draw, mixture.num_rows, mixture.length)
+
+
+class ExampleData:
+    """Draws batches from a list of examples.
+
+    Args:
+        tokenizer: the checkpoint's.
+        examples: at least one; longer ones than a row are cut.
+        seed: the seed of the order.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, examples: list[Example], seed: int) -> None:
+        self.tokenizer, self.examples, self.seed = tokenizer, examples, seed
+
+    def batches(self, schedule: Schedule, step: int) -> list[tuple[Batch, float]]:
+        """Return the one batch of a step."""
+        rng = random.Random(f"{self.seed} {step}")
+        batch = pack(self.tokenizer, lambda: rng.choice(self.examples), schedule.num_rows, schedule.length)
+        return [(batch, 1.0)]
+
+    def check(self, schedule: Schedule) -> None:
+        """Refuse examples that a row has no room for.
+
+        Raises:
+            ConfigError: none has a learned token within a row.
+        """
+        for example in self.examples:
+            _, learned = encode(self.tokenizer, example)
+            if any(learned[1 : schedule.length]):
+                return
+        raise ConfigError(f"no example has a token to learn within its first {schedule.length} tokens")

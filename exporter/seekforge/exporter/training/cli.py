@@ -30,7 +30,12 @@ from seekforge.exporter.option_types import MODEL
 )
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--preset", type=MODEL, help="Train a preset of configs/models from nothing: nano.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Train the checkpoint in this folder on.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER|REPO",
+    help="Train this checkpoint on; a Hugging Face repository is downloaded.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any, Final
-
-from tokenizers import Tokenizer
 
 from seekforge.common.errors import ConfigError
 from seekforge.common.reading import parse_json, read_bytes
 from seekforge.common.records import Record, RecordError
-from seekforge.exporter.training.batches import Batch, encode, pack
-from seekforge.exporter.training.schedule import Schedule
 from seekforge.exporter.training.tasks import Example, Piece
 
 #: Most bytes of a file.
@@ -59,34 +54,3 @@ def _example(path: Path, number: int, line: bytes) -> Example:
     except ValueError as error:
         raise ConfigError(f"{path}: line {number}: is no JSON ({error})") from None
     return [Piece(one.prompt), Piece(one.completion, True)]
-
-
-class ExampleData:
-    """Draws batches from a list of examples.
-
-    Args:
-        tokenizer: the checkpoint's.
-        examples: at least one; longer ones than a row are cut.
-        seed: the seed of the order.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, examples: list[Example], seed: int) -> None:
-        self.tokenizer, self.examples, self.seed = tokenizer, examples, seed
-
-    def batches(self, schedule: Schedule, step: int) -> list[tuple[Batch, float]]:
-        """Return the one batch of a step."""
-        rng = random.Random(f"{self.seed} {step}")
-        batch = pack(self.tokenizer, lambda: rng.choice(self.examples), schedule.num_rows, schedule.length)
-        return [(batch, 1.0)]
-
-    def check(self, schedule: Schedule) -> None:
-        """Refuse examples that a row has no room for.
-
-        Raises:
-            ConfigError: none has a learned token within a row.
-        """
-        for example in self.examples:
-            _, learned = encode(self.tokenizer, example)
-            if any(learned[1 : schedule.length]):
-                return
-        raise ConfigError(f"no example has a token to learn within its first {schedule.length} tokens")

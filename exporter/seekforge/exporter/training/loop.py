@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from seekforge.common.errors import OutputError
 from seekforge.common.files import explain_os_error, replace_file
+from seekforge.common.reading import check_regular
 from seekforge.exporter.training.batches import Batch
 from seekforge.exporter.training.losses import losses
 from seekforge.exporter.training.model import Moe, TrainedModel
@@ -152,15 +152,18 @@ class Training:
         """
         remedy = "delete it to begin anew"
         try:
+            check_regular(path)
             state = torch.load(path, weights_only=True)
             key = state["key"]
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+        except Exception:  # torch's reader of a damaged file ends in any of a dozen
             raise OutputError(f"{path}: is no state of a training; {remedy}") from None
         if key != self.key:
             raise OutputError(f"{path}: is the state of a training with other settings; repeat those, or {remedy}")
         try:
+            self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
+            if not 0 <= self.step <= self.schedule.steps:
+                raise ValueError(f"step {self.step} of {self.schedule.steps}")
             self.model.load_state_dict(state["model"])
             self.optimizer.load(state["optimizer"])
-            self.step, self.num_tokens = int(state["step"]), int(state["num_tokens"])
-        except (RuntimeError, KeyError, TypeError, ValueError):
+        except Exception:  # whatever a value is in place of a number, a tensor or a mapping
             raise OutputError(f"{path}: is damaged; {remedy}") from None

@@ -71,9 +71,19 @@ class Optimizer:
         return {"adam": self.adam.state_dict(), "momenta": self.momenta}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.adam.load_state_dict(state["adam"])
-        self.momenta = state["momenta"]
+        """Go on from a state; settings are not taken from it.
+
+        Raises:
+            Exception: it is no state of these parameters; of many classes.
+        """
+        settings = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": state["adam"]["state"], "param_groups": settings})
+        pairs = [(p, kept[key]) for p, kept in self.adam.state.items() for key in ("exp_avg", "exp_avg_sq")]
+        pairs += [(p, state["momenta"][name]) for name, p in self.matrices.items()]
+        if any(kept.shape != p.shape for p, kept in pairs):
+            raise ValueError("a moment has not the shape of its parameter")
+        for name, kept in self.momenta.items():
+            kept.copy_(state["momenta"][name])
 
 
 def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:

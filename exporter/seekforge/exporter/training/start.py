@@ -14,28 +14,23 @@ from seekforge.common.errors import CheckpointError, ConfigError
 from seekforge.common.files import sha256_file
 from seekforge.common.reading import read_json
 from seekforge.exporter.checkpoint.opened import open_checkpoint
-from seekforge.exporter.checkpoint.presets import Preset, load_preset
-from seekforge.exporter.training.batches import TaskData
-from seekforge.exporter.training.examples import ExampleData, read_examples
+from seekforge.exporter.checkpoint.presets import Preset
+from seekforge.exporter.training.batches import ExampleData, TaskData
 from seekforge.exporter.training.initial import initialize
 from seekforge.exporter.training.loop import Training
 from seekforge.exporter.training.model import TrainedModel
 from seekforge.exporter.training.schedule import Schedule
+from seekforge.exporter.training.tasks import Example
 from seekforge.exporter.training.vocabulary import task_tokenizer
 from seekforge.exporter.training.weights import read_weights
 from seekforge.formats.checkpoint.tokenizer_file import read_tokenizer
 
-#: Presets that can be trained from a seed: what `training.tasks` teaches is made for them.
-TRAINED_PRESETS = ("nano",)
 #: Learning rates of fine-tuning, of those of a training from a seed.
 _FINE_TUNING_RATE = 0.05
 
 
-def from_seed(name: str, seed: int, steps: int | None, rate: float) -> tuple[Training, Preset, Tokenizer]:
-    """Return a training of a preset, the preset and its tokenizer; arguments as of `train`."""
-    preset = load_preset(name)
-    if name not in TRAINED_PRESETS:
-        raise ConfigError(f"preset {name!r} cannot be trained, expected one of: {', '.join(TRAINED_PRESETS)}")
+def from_seed(preset: Preset, seed: int, steps: int | None, rate: float) -> tuple[Training, Tokenizer]:
+    """Return a training of a preset and its tokenizer; arguments as of `train`."""
     torch.manual_seed(seed)
     model = TrainedModel(preset.config)
     initialize(model)
@@ -47,14 +42,13 @@ def from_seed(name: str, seed: int, steps: int | None, rate: float) -> tuple[Tra
         matrix_rate=schedule.matrix_rate * rate,
         other_rate=schedule.other_rate * rate,
     )
-    return Training(model, TaskData(tokenizer, seed), schedule, {"preset": name, "seed": seed}), preset, tokenizer
+    return Training(model, TaskData(tokenizer, seed), schedule, {"preset": preset.name, "seed": seed}), tokenizer
 
 
 def from_checkpoint(
-    folder: Path, data: Path, seed: int, steps: int | None, rate: float
+    folder: Path, data: Path, examples: list[Example], *, seed: int, steps: int | None, rate: float
 ) -> tuple[Training, Preset, Tokenizer]:
-    """Return a training of the checkpoint in `folder` on `data`, its form and its tokenizer."""
-    examples = read_examples(data)
+    """Return a training of the checkpoint in `folder` on the examples of `data`, its form and its tokenizer."""
     with open_checkpoint(folder) as opened:
         config = opened.config
         if config.model_type != "deepseek_v32":
