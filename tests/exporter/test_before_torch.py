@@ -59,8 +59,14 @@ def test_what_is_odd_is_said_at_once(
     commands: list[list[str]] = [["train", out, "--preset", "full"]]
     cases = [("config.json", what, make) for what, make in {**ODD, **ODD_TEXT}.items()]
     cases += [(name, what, ODD[what]) for name in (INDEX, shard) for what in ("FIFO", "folder", "device", "loop")]
-    for number, (name, _, make) in enumerate(cases):
-        folder = str(_spoilt(tiny_checkpoint, tmp_path / f"checkpoint-{number}", name, make))
+    folders = [
+        _spoilt(tiny_checkpoint, tmp_path / f"checkpoint-{number}", name, make)
+        for number, (name, _, make) in enumerate(cases)
+    ]
+    for name in ("FIFO", "device", "loop", "empty"):  # and in place of the folder itself
+        folders.append(tmp_path / f"no-checkpoint-{name}")
+        (ODD | ODD_TEXT)[name](folders[-1])
+    for folder in map(str, [*folders, tmp_path / "missing", tiny_checkpoint / "config.json"]):
         commands += [
             ["parity", "--checkpoint", folder, "--save", out],
             ["parity", engine, "--checkpoint", folder],

@@ -297,7 +297,7 @@ def _build_cpu(call: _Call) -> BuildResult:
     for graph in load_program(call.program).graphs.values():  # what is odd is said before torch is imported
         read_graph(call.program, graph)
     from_hub = parse_repo(checkpoint) is not None
-    if not from_hub and Path(checkpoint).is_dir():
+    if not from_hub:
         ModelConfig.load(Path(checkpoint))
         check_weight_files(Path(checkpoint))
     if call.dry_run or from_hub:

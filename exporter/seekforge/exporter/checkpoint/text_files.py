@@ -30,8 +30,10 @@ def check_weight_files(folder: Path) -> None:
     """Refuse a checkpoint folder whose config.json, index or shards are no regular files; reads none of them.
 
     Raises:
-        CheckpointError: naming the first.
+        CheckpointError: naming the first; or it is no folder.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder; pass the folder that holds {folder.name}")
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     for name in ("config.json", INDEX_FILE, *shards):
         path = folder / name

@@ -99,9 +99,8 @@ def export(
     """
     folder_out, stages = Path(out), stages_of(progress)
     with headers(checkpoint, revision=revision, say=stages) as folder:
-        if folder.is_dir():  # what is odd in it is said before torch is imported, which takes seconds
-            ModelConfig.load(folder)
-            check_files(folder)
+        ModelConfig.load(folder)  # what is odd in it is said before torch is imported, which takes seconds
+        check_files(folder)
         from seekforge.exporter.program.export import export as write_program
 
         exported = write_program(
