@@ -207,7 +207,7 @@ def other_formats(program: Path, engine: Path, tokenizer: Path, dump: Path) -> d
 
     def prompts(folder: Path) -> None:
         with mock.patch.object(inputs, "read_tokenizer", lambda *_, **__: encoder):
-            inputs._read_prompts(folder / "prompts.txt", tokenizer)
+            inputs._encoded_prompts(folder / "prompts.txt", tokenizer, 1000)
 
     text = b"the cat sat on the mat\n\nna\xc3\xafve caf\xc3\xa9 \xf0\x9f\x8e\x89\n"
     json_formats: dict[str, tuple[str, Any, Callable[[Path], object], dict[str, bytes]]] = {

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 
 from seekforge.common.errors import ConfigError
+from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.common.records import Record, RecordError, at_least
 from seekforge.formats.paged_cache import BLOCK_SIZE, blocks_needed
 from seekforge.formats.step_io import MODEL, MTP, StepInputs, lay_out
@@ -257,3 +259,22 @@ def _step(
         starts=tuple(starts),
         logits_index=tuple(rows.tolist()),
     )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file: a line each, empty ones passed over.
+
+    Raises:
+        ConfigError: it cannot be read, is no text, or holds none.
+    """
+    expected = "expected one prompt a line"
+    try:
+        lines = read_text(path, most=LISTING_BYTES).split("\n")  # at nothing else: prompts may hold U+2028
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {expected}") from None
+    except ValueError:
+        raise ConfigError(f"{path}: not UTF-8 text; {expected}") from None
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{path}: holds no prompt; {expected}")
+    return prompts

@@ -36,7 +36,7 @@ from seekforge.exporter.parity.refusals import refuse_unused
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
-from seekforge.formats.parity_steps import MODES
+from seekforge.formats.parity_steps import MODES, read_prompts
 from seekforge.formats.quality import FormName, read_tasks
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def parity(
     stages = stages_of(progress)
     source = None if checkpoint is None else resolve(checkpoint, quiet=stages.quiet)
     _look_at(folder, source, dumps)
+    if prompts is not None:
+        read_prompts(Path(prompts))
     # these bring torch
     from seekforge.exporter.parity.inputs import ParityOptions
     from seekforge.exporter.parity.report.page import render

@@ -11,7 +11,6 @@ import numpy as np
 
 from seekforge.common.dtypes import widen
 from seekforge.common.errors import ConfigError, OptionError
-from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import expected_tensors
 from seekforge.exporter.checkpoint.validate import scan_values
@@ -22,7 +21,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.tokenizer_file import read_tokenizer
 from seekforge.formats.numerics import NUMERICS, Numerics, numerics_from_dict
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.formats.parity_steps import MODES, Mode, ParitySteps, make_plan
+from seekforge.formats.parity_steps import MODES, Mode, ParitySteps, make_plan, read_prompts
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,14 @@ def plan_of(
         longest: tokens that the engine, or without one the model, accepts.
 
     Raises:
-        ConfigError: a context is longer than `longest`, or an option is malformed.
-        OptionError: two options exclude each other.
+        ConfigError: a context or a prompt is longer than `longest`, or the file of prompts is none.
     """
     modes: tuple[Mode, ...] = tuple(mode for mode in MODES if mode in options.modes)
     who = "model" if options.engine is None else "engine"
     prompts: list[list[int]] = []
     contexts: tuple[int, ...] = ()
     if options.prompts is not None:
-        if options.contexts:
-            raise OptionError("--prompts has its own lengths; drop --contexts")
-        prompts = _read_prompts(options.prompts, tokenizer)
-        most = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-        if len(prompts[most]) > longest:
-            raise ConfigError(
-                f"{options.prompts}: prompt {most} has {len(prompts[most])} tokens, the {who} accepts {longest}"
-            )
+        prompts = _encoded_prompts(options.prompts, tokenizer, longest)
     elif options.contexts:
         contexts = options.contexts
     else:
@@ -88,22 +79,22 @@ def plan_of(
     )  # fmt: skip
 
 
-def _read_prompts(path: Path, tokenizer: Path) -> list[list[int]]:
-    try:
-        lines = [line for line in read_text(path, most=LISTING_BYTES).splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected one prompt a line") from None
-    except ValueError:
-        raise ConfigError(f"{path}: not UTF-8 text; expected one prompt a line") from None
-    if not lines:
-        raise ConfigError(f"{path}: holds no prompt; expected one a line")
+def _encoded_prompts(path: Path, tokenizer: Path, longest: int) -> list[list[int]]:
+    """Return the token ids of each prompt of a file; what is far beyond `longest` tokens is not encoded."""
+    lines = read_prompts(path)
     if not tokenizer.exists():
         raise ConfigError(f"{tokenizer}: missing; --prompts needs the tokenizer")
     encoder = read_tokenizer(tokenizer, error=ConfigError, again="take the tokenizer.json of the checkpoint")
-    prompts = [encoder.encode(line, add_special_tokens=False).ids for line in lines]
-    empty = next((line for line, ids in zip(lines, prompts) if not ids), None)
-    if empty is not None:
-        raise ConfigError(f"{path}: the prompt {empty!r} encodes to no token")
+    room = longest * max(map(len, encoder.get_vocab()), default=1)  # no token has more characters
+    prompts: list[list[int]] = []
+    for number, line in enumerate(lines):
+        ids = encoder.encode(line, add_special_tokens=False).ids if len(line) <= room else None
+        if ids is None or len(ids) > longest:
+            has = f"{len(line):,} characters" if ids is None else f"{len(ids)} tokens"
+            raise ConfigError(f"{path}: prompt {number} has {has}, {longest} tokens are accepted here")
+        if not ids:
+            raise ConfigError(f"{path}: the prompt {line!r} encodes to no token")
+        prompts.append(ids)
     return prompts
 
 
