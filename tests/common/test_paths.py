@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from seekforge.common.errors import ConfigError
-from seekforge.common.paths import checkpoint_file, inside, name_fault, same_names
+from seekforge.common.paths import checkpoint_file, inside, name_fault, real_path, same_names
 
 ODD_NAMES = [
     "", ".", "..", "../x", "a/../../x", "a/..", "/etc/passwd", "//x", "a//b", "a/", "./a", "a/./b", "C:\\x", "C:x",
@@ -79,3 +80,19 @@ def test_links_of_a_download_tool_are_followed_and_others_are_not(tmp_path: Path
         checkpoint_file(snapshot, "tokenizer_config.json", error=ConfigError)
     with pytest.raises(ConfigError, match="is a folder"):
         checkpoint_file(snapshot, "generation_config.json", error=ConfigError)
+
+
+def test_links_that_loop_have_a_place(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c").symlink_to("d")
+    assert real_path(tmp_path / "a").parent == tmp_path.resolve()
+    assert real_path(tmp_path / "c") == tmp_path.resolve() / "d"
+
+
+def test_no_path_from_outside_goes_to_a_method_that_raises_of_loops() -> None:
+    """`Path.resolve` ends in a RuntimeError up to Python 3.12."""
+    root = Path(__file__).resolve().parents[2]
+    sources = [path for folder in ("exporter", "plugins", "runtime") for path in (root / folder).rglob("*.py")]
+    found = [path for path in sources if re.search(r"(?<!\(__file__\))\.resolve\(\)", path.read_text(encoding="utf-8"))]
+    assert sources and not found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from seekforge.common.errors import OutputError
+from seekforge.common.paths import real_path
 
 #: A folder is made beside its place and renamed, a store is filled where it is.
 Kind = Literal["file", "folder", "store"]
@@ -142,18 +143,18 @@ def _exists(path: Path) -> bool:
 def _same(one: Path, other: Path) -> bool:
     try:
         if not one.exists():
-            return one.resolve() == other.resolve()
+            return real_path(one) == real_path(other)
         if not (one.is_file() or one.is_dir()):
             return False  # a device or a pipe holds nothing
         return other.exists() and one.samefile(other)
-    except (OSError, RuntimeError):
+    except OSError:
         return False
 
 
 def _same_or_below(path: Path, folder: Path) -> bool:
     try:
-        return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):
+        return real_path(path).is_relative_to(real_path(folder))
+    except OSError:
         return False
 
 

@@ -102,6 +102,11 @@ def inside(
     return path
 
 
+def real_path(path: Path) -> Path:
+    """Return where a path leads, absolute and without links. Links that loop stay; `Path.resolve` raises of them."""
+    return Path(os.path.realpath(path))
+
+
 def checkpoint_file(folder: Path, name: str, *, error: type[SeekforgeError]) -> Path:
     """Return the path of a file of a checkpoint that is copied along with what is made of it.
 

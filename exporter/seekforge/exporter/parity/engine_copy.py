@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 
 from seekforge.common.errors import EngineError
-from seekforge.common.paths import inside
+from seekforge.common.paths import inside, real_path
 from seekforge.exporter.builder.request import read_engine_graph
 from seekforge.exporter.program.taps import TAP_NAME, expose, tap_specs, taps_in
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, digest_file, load_manifest, save_manifest
@@ -111,6 +111,6 @@ def engine_copy(
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.resolve(), target)
+        os.link(real_path(source), target)
     except OSError:  # another disk: no engine may have links that lead out of its folder, ONNX Runtime opens none
         shutil.copyfile(source, target)

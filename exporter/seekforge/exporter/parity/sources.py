@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from seekforge.common.errors import ConfigError, OptionError, OutputError
+from seekforge.common.paths import real_path
 from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.models.shared.settings import Settings
@@ -86,7 +87,7 @@ def _with_torch(
     if options.sensitivity and not codes and base.rounds_like(other):
         raise ConfigError("--sensitivity: the engine computes exactly, no layer costs anything")
     with open_source(folder, settings.config) as source:
-        walker = Walker(settings, source, folder.resolve().name, stages)
+        walker = Walker(settings, source, real_path(folder).name, stages)
         result = check_engine(
             side,
             walker,
@@ -154,7 +155,7 @@ def _two_engines(
         with open_source(options.checkpoint, settings.config) as source:
             walk = work / "walk"
             walk.mkdir()
-            name = options.checkpoint.resolve().name
+            name = real_path(options.checkpoint).name
             records = Walker(settings, source, name, stages).judge_dump(dumps[0], walk)
             other = Settings(settings.config, numerics[1], dumps[1].side.activations)  # pyright: ignore
             records += Walker(other, source, name, stages).judge_only(dumps[1])
@@ -184,13 +185,13 @@ def from_dumps(folders: Sequence[Path], options: ParityOptions, work: Path, stag
         check_pair(judged, second)
     if options.checkpoint is not None:
         with open_source(options.checkpoint, config) as source:
-            name = options.checkpoint.resolve().name
+            name = real_path(options.checkpoint).name
             records = Walker(settings, source, name, stages).judge_dump(judged, work)
         noise = Dump.open(work / "noise")
     if second is None:
         reference = Dump.open(work / "reference")
     else:
-        reference, beside = second, folders[1].resolve().parent / "noise"
+        reference, beside = second, real_path(folders[1]).parent / "noise"
         if noise is not None:
             noise = (noise, Dump.open(work / "reference"))
         elif (beside / "dump.json").is_file():
@@ -223,4 +224,4 @@ def reference_only(options: ParityOptions, save: Path | None, work: Path, stages
     (work / "plan.json").write_text(plan.model_dump_json(), encoding="utf-8")
     settings = Settings(config, without(NUMERICS[options.numerics or "fp8"], options.without), "f32")
     with open_source(folder, config) as source:
-        Walker(settings, source, folder.resolve().name, stages).run(plan, work)
+        Walker(settings, source, real_path(folder).name, stages).run(plan, work)

@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from seekforge.common.errors import CheckpointError, EnvironmentFault, SeekforgeError
 from seekforge.common.files import sha256_file
-from seekforge.common.paths import name_fault
+from seekforge.common.paths import name_fault, real_path
 from seekforge.common.reading import parse_json, read_json
 from seekforge.common.requirements import install_module
 from seekforge.common.temporary import temporary_folder
@@ -199,7 +199,7 @@ def _check_blobs(folder: Path, repo: Repo) -> None:
 
     The library compares sizes alone; a part that came from elsewhere in a file has the right one.
     """
-    files = {path: path.resolve() for path in sorted(folder.rglob("*")) if path.is_symlink()}
+    files = {path: real_path(path) for path in sorted(folder.rglob("*")) if path.is_symlink()}
     named = {path: blob for path, blob in files.items() if _SHA256.fullmatch(blob.name)}
     with ThreadPoolExecutor(_THREADS, "hub") as pool:
         digests = pool.map(sha256_file, named.values())

@@ -22,6 +22,7 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import echo, write_json
 from seekforge.common.errors import ConfigError
 from seekforge.common.files import atomic_folder
+from seekforge.common.paths import real_path
 from seekforge.common.reading import LISTING_BYTES, read_text
 from seekforge.common.system import end_with_parent
 from seekforge.formats.dump import Dump
@@ -113,7 +114,7 @@ def dump(
             opened.manifest,
             plan,
             folder,
-            name=name or engine.resolve().name,
+            name=name or real_path(engine).name,
             taps=kept,
             inputs=taken,
             progress=say,

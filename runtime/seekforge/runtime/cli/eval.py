@@ -21,6 +21,7 @@ from seekforge.common.cli.options import (
     threads_option,
 )
 from seekforge.common.cli.terminal import write_json
+from seekforge.common.paths import real_path
 from seekforge.common.requirements import own_version
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 from seekforge.runtime.evaluation.answers import AnswerStore
@@ -159,7 +160,7 @@ def evaluate(
     manifest = opened.manifest
     result = summary(
         results,
-        engine={"name": engine.resolve().name, "digest": manifest.digest, "target": manifest.target.name},
+        engine={"name": real_path(engine).name, "digest": manifest.digest, "target": manifest.target.name},
         settings=_settings(ask, options) | {"num_truncated": model.asker.num_truncated},
     )
     if store is not None:

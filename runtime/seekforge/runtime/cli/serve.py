@@ -21,6 +21,7 @@ from seekforge.common.cli.options import (
 )
 from seekforge.common.cli.terminal import write_json
 from seekforge.common.errors import OptionError
+from seekforge.common.paths import real_path
 from seekforge.common.reading import read_text
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 
@@ -139,7 +140,7 @@ def serve(
 
     settings = ServerSettings(
         engine=engine,
-        served_model_names=served_model_name or (engine.resolve().name,),
+        served_model_names=served_model_name or (real_path(engine).name,),
         api_keys=_keys("api-key", api_key, api_key_file),
         admin_keys=_keys("admin-key", admin_key, admin_key_file),
         max_body_bytes=max_body_size,

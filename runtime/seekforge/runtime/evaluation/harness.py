@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from seekforge.common.errors import EnvironmentFault, OptionError, RequestError, SeekforgeError
+from seekforge.common.paths import real_path
 from seekforge.common.requirements import install
 from seekforge.runtime.evaluation.task_files import (
     UNSAFE_LOADER,
@@ -171,7 +172,7 @@ def _folder(path: Path | None) -> str | None:
         return None
     if not path.is_dir():
         raise OptionError(f"--include-path is {path}, expected a folder with task files (YAML)")
-    return str(path.resolve())
+    return str(real_path(path))
 
 
 def _chosen(patterns: Iterable[str], names: Sequence[str]) -> list[str] | None:

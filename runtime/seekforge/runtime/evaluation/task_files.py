@@ -14,6 +14,7 @@ from typing import Any, Final
 import yaml
 
 from seekforge.common.errors import RequestError
+from seekforge.common.paths import real_path
 from seekforge.common.reading import SETTINGS_BYTES, read_text
 
 #: Loaders of files that the library `datasets` itself has; another name is a folder here or a repository of the hub.
@@ -45,7 +46,7 @@ def read_task_file(path: Path) -> TaskFile:
     functions: list[str] = []
     waiting, seen = [path], set[Path]()
     while waiting:
-        one = waiting.pop().resolve()
+        one = real_path(waiting.pop())
         if one in seen:
             continue
         seen.add(one)

@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from seekforge.common.errors import RequestError
+from seekforge.common.paths import real_path
 
 #: Most processor time of the trial, in seconds, and most address space of its process.
 TRIAL_SECONDS: Final = 1.0
@@ -176,7 +177,7 @@ class Trial:
         if process is None:
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _SERVE, *(str(Path(path).resolve()) for path in sys.path)],
+                    [sys.executable, "-I", "-S", "-c", _SERVE, *(str(real_path(Path(path))) for path in sys.path)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

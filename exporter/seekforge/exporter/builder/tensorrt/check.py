@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 
 from seekforge.common.errors import TargetError
+from seekforge.common.paths import real_path
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.builder.options import BuildOptions, PluginChoice
 from seekforge.exporter.builder.request import (
@@ -132,7 +133,7 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     with open_checkpoint(checkpoint_folder) as opened:
         check_same_model(program, config, opened.config, checkpoint_folder)
         check_takes(bindings, opened.checkpoint, program_folder)
-        weights = WeightSource(path=str(checkpoint_folder.resolve()), index_digest=opened.checkpoint.index_digest())
+        weights = WeightSource(path=str(real_path(checkpoint_folder)), index_digest=opened.checkpoint.index_digest())
     return replace(inputs, weights=weights)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import ConfigError
+from seekforge.common.paths import real_path
 from seekforge.common.records import Record, finite
 from seekforge.common.requirements import own_version
 from seekforge.exporter.builder.generation import read_generation
@@ -172,7 +173,7 @@ def check_quality(
     return QualityReport(
         format=REPORT_FORMAT,
         seekforge_version=own_version(),
-        checkpoint=checkpoint.resolve().name,
+        checkpoint=real_path(checkpoint).name,
         model={key: getattr(config, key) for key in _MODEL_KEYS},
         tasks={"file": tasks.path.name, "sha256": tasks.sha256, "num_rows": len(tasks.rows)},
         entries=tuple(entries),
@@ -185,8 +186,8 @@ _MODEL_KEYS: Final = ("model_type", "num_hidden_layers", "hidden_size", "n_route
 
 def _names(engines: Sequence[Path]) -> list[str]:
     """Return a name of each engine: of its folder, with the one above where two folders are called alike."""
-    names = [folder.resolve().name for folder in engines]
-    long = ["/".join(folder.resolve().parts[-2:]) for folder in engines]
+    names = [real_path(folder).name for folder in engines]
+    long = ["/".join(real_path(folder).parts[-2:]) for folder in engines]
     return [full if names.count(name) > 1 else name for name, full in zip(names, long, strict=True)]
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from seekforge.common.paths import real_path
 from seekforge.common.system import child_environment
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
 from seekforge.exporter.parity.sides.split_engine import cut_copy
@@ -102,7 +103,7 @@ class EngineSide:
         plan_file = self.work / "plan.json"
         plan_file.write_text(plan.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", "seekforge.runtime.cli.dump", str(engine), str(out), "--quiet", "--force"]
-        command += ["--plan", str(plan_file), "--name", self.folder.resolve().name]
+        command += ["--plan", str(plan_file), "--name", real_path(self.folder).name]
         if taps is not None:
             command += ["--taps", ",".join(taps)]
         if inputs is not None:

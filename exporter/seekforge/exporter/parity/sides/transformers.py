@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from seekforge.common.errors import ConfigError, EnvironmentFault, OutputError
+from seekforge.common.paths import real_path
 from seekforge.common.requirements import install_module
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.schema import expected_tensors, needless_tensors
@@ -62,7 +63,7 @@ def write_oracle_dump(checkpoint_folder: Path, source: TensorSource, plan: Parit
     number = int(config["num_hidden_layers"])
     side = Side(
         kind="transformers",
-        name=checkpoint_folder.resolve().name,
+        name=real_path(checkpoint_folder).name,
         numerics=EXACT.model_dump(),
         activations="f32",
         layers=(0, number),

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from seekforge.common.errors import EngineError
+from seekforge.common.paths import real_path
 from seekforge.common.system import child_environment
 from seekforge.runtime.backends.ranks.shared_memory import Memory
 
@@ -146,7 +147,7 @@ class Host:
                     )
                 _await(meeting, self._processes)
             for process in self._processes:
-                first = {"folder": str(folder.resolve()), "rank": process.rank, "digest": digest}
+                first = {"folder": str(real_path(folder)), "rank": process.rank, "digest": digest}
                 first["settings"] = settings
                 with contextlib.suppress(OSError):  # one that ended: the watch says so
                     process.tell(first, memory)

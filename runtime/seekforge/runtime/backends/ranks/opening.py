@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from seekforge.common.paths import real_path
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
@@ -70,7 +71,7 @@ def settings_of(manifest: Manifest, *, threads: int, checkpoint: Path | None) ->
         from seekforge.runtime.backends.tensorrt.nccl import unique_id
 
         groups = [unique_id().hex() for _ in range(parallelism.pp)]
-    where = None if checkpoint is None else str(checkpoint.resolve())
+    where = None if checkpoint is None else str(real_path(checkpoint))
     return {"threads": threads, "checkpoint": where, "groups": groups, "checked": is_asked_for()}
 
 
