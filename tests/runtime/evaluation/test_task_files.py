@@ -20,7 +20,7 @@ def test_functions_are_found_wherever_they_stand_and_none_is_run(tmp_path: Path)
     assert read_task_file(task).functions == ()
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: &x [*x]\nb: \x00"])
+@pytest.mark.parametrize("text", ["a: [", "a: &x [*x]\nb: \x00", "[" * 3000, "a: 1\n" * 100_000], ids=len)
 def test_what_is_no_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "task.yaml").write_text(text)
     with pytest.raises(RequestError, match=r"task\.yaml: .*a task is a YAML file"):

@@ -15,13 +15,15 @@ import yaml
 
 from seekforge.common.errors import RequestError
 from seekforge.common.paths import real_path
-from seekforge.common.reading import SETTINGS_BYTES, read_text
+from seekforge.common.reading import read_text
 
 #: Loaders of files that the library `datasets` itself has; another name is a folder here or a repository of the hub.
 LOCAL_LOADERS: Final = frozenset({"arrow", "csv", "json", "parquet", "text", "xml"})
 #: One that reads pickles, which run what they hold.
 UNSAFE_LOADER: Final = "pandas"
 _FUNCTION: Final = "!function"
+#: The harness's own have some kilobytes, and PyYAML reads a megabyte in ten seconds.
+_MOST_BYTES: Final = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def read_task_file(path: Path) -> TaskFile:
             continue
         seen.add(one)
         try:
-            root = yaml.compose(read_text(one, most=SETTINGS_BYTES), yaml.SafeLoader)
+            root = yaml.compose(read_text(one, most=_MOST_BYTES), yaml.SafeLoader)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
             raise RequestError(f"{one}: {reason}; a task is a YAML file of lm-evaluation-harness") from None
