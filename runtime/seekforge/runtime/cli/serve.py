@@ -40,11 +40,15 @@ def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
     """
     keys = list(said)
     if file is not None:
+        expected = "expected a file with one key on each line"
         try:
-            keys += [line.strip() for line in read_text(file, most=1 << 20).splitlines() if line.strip()]
+            read = [line.strip() for line in read_text(file, most=1 << 20).split("\n") if line.strip()]
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
-            raise OptionError(f"--{name}-file {file}: {why}; expected a file with one key on each line") from None
+            raise OptionError(f"--{name}-file {file}: {why}; {expected}") from None
+        if not read:  # a server that was to have keys would be open to all
+            raise OptionError(f"--{name}-file {file}: holds no key; {expected}")
+        keys += read
     for key in keys:
         if not key.isascii() or not key.isprintable() or " " in key or not key:
             raise OptionError(f"--{name}: a key has characters that no header can carry; expected printable ASCII")
