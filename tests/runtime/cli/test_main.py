@@ -18,6 +18,7 @@ from seekforge.common.requirements import parse
 from seekforge.runtime.cli import doctor as doctor_module
 from seekforge.runtime.cli import main as cli
 from seekforge.runtime.cli.doctor import capability, driver_fault, target_capabilities
+from seekforge.runtime.engine.engine_folder import Engine
 
 
 def invoke(*args: str) -> Result:
@@ -52,6 +53,22 @@ def test_version() -> None:
 def test_values_that_no_engine_takes_are_refused_before_one_is_read(options: tuple[str, ...], message: str) -> None:
     """An engine takes long to read; this one is not even there."""
     assert message in one_line(invoke("run", "no-engine", "--prompt", "x", *options))
+
+
+@pytest.mark.parametrize("option", ["--plan", "--inputs"])
+def test_what_is_dumped_is_read_before_the_engine(option: str, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    assert f"{given}" in one_line(invoke("dump", "no-engine", str(tmp_path / "out"), option, str(given)))
+
+
+def test_tasks_are_loaded_before_the_files_of_an_engine_are_compared(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(Engine, "open", lambda *_, **__: pytest.fail("was opened"))
+    args = ("eval", str(toy_engine), "--tasks", "sums", "--quiet")
+    assert "is not installed, which evaluation needs" in one_line(invoke(*args))
+    assert "cannot be read" in one_line(invoke("eval", "no-engine", *args[2:]))
 
 
 def test_an_unknown_command_suggests_near_ones() -> None:

@@ -86,17 +86,18 @@ def dump(
     --taps gives the inside of every layer too.
     """
     stages = Stages(quiet=quiet or as_json)
+    # before the files of a large engine are compared
+    planned = None if plan_file is None else _read(plan_file)
+    taken = None if inputs is None else Dump.open(inputs)
+    if planned is not None and taken is not None and taken.plan != planned:
+        raise ConfigError(f"{inputs}: ran other steps than the plan has; leave out --plan to run the steps of --inputs")
     opened = open_engine(engine, stages, part=True)
     stages.stop()
     check_checkpoint(opened, checkpoint)
     kept = None if not taps else _known_taps(taps, opened)
-    taken = None if inputs is None else Dump.open(inputs)
-    if plan_file is not None:
-        plan = _read(plan_file)
-    else:
-        plan = taken.plan if taken is not None else _random_plan(opened.manifest, contexts, modes, seed)
-    if taken is not None and taken.plan != plan:
-        raise ConfigError(f"{inputs}: ran other steps than the plan has; leave out --plan to run the steps of --inputs")
+    plan = planned if taken is None else taken.plan
+    if plan is None:
+        plan = _random_plan(opened.manifest, contexts, modes, seed)
 
     def say(case: str) -> None:
         if not quiet and not as_json:

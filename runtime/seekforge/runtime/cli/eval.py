@@ -23,6 +23,7 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import write_json
 from seekforge.common.paths import real_path
 from seekforge.common.requirements import own_version
+from seekforge.formats.engine.manifest import load_manifest
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 from seekforge.runtime.evaluation.answers import AnswerStore
 from seekforge.runtime.evaluation.asker import AskOptions
@@ -131,11 +132,12 @@ def evaluate(
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
     stages = Stages(quiet=quiet or as_json)
-    opened = open_engine(engine, stages)
-    check_checkpoint(opened, checkpoint)
+    load_manifest(engine)  # what is no engine is said before libraries are imported
     stages("loading tasks")
     prepare(download=download, say=stages.say)
-    loaded = load_tasks(options)
+    loaded = load_tasks(options)  # and tasks that are none before the files of a large engine are compared
+    opened = open_engine(engine, stages)
+    check_checkpoint(opened, checkpoint)
     from seekforge.runtime.evaluation.model import EngineModel  # imports lm_eval
 
     ask = AskOptions(chat=chat, thinking=thinking, add_bos_token=add_bos_token, seed=seed, sampling=sampling)
