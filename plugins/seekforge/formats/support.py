@@ -49,22 +49,15 @@ _OTHER_FP8: Final[tuple[WeightForm, ...]] = ("ct_fp8_channel", "ct_fp8_tensor", 
 
 
 def _rows() -> tuple[Support, ...]:
-    presets = {"deepseek_v32": "tiny", "deepseek_v3": "tiny-v3", "glm_moe_dsa": "glm5-tiny"}
-    gpu_shown = {
-        "deepseek_v32": "built; kernels in an interpreter; never run",
-        "deepseek_v3": "built with caches in BF16; never run",
-        "glm_moe_dsa": "`glm5-tiny` built for an RTX 4090; kernels in an interpreter; never run",
-    }
     rows: list[Support] = []
-    for family, preset in presets.items():
+    for family, preset in _PRESETS.items():
         parity = f"`parity` against PyTorch and `transformers`, on `{preset}`"
-        is_glm = family == "glm_moe_dsa"
-        deep = f"{parity}: below, at and above `index_topk`" if is_glm else parity
+        deep = f"{parity}: below, at and above `index_topk`" if family == "glm_moe_dsa" else parity
         rows += [
             Support(family, "fp8_blocks", "cpu", _ALL, deep),
-            Support(family, "fp8_blocks", "gpu", _ALL, gpu_shown[family]),
-            Support(family, "bf16", "cpu", _ALL, _BF16_CPU[family]),
-            Support(family, "bf16", "gpu", ("fp8",), _BF16_GPU if is_glm else "programs as of FP8 blocks; never run"),
+            Support(family, "fp8_blocks", "gpu", _ALL, _RTX[family]),
+            Support(family, "bf16", "cpu", _ALL, _BF16_CPU.format(preset)),
+            Support(family, "bf16", "gpu", ("fp8",), f"`{preset}` built for an RTX 4090; never run"),
             Support(family, "ct_fp8_blocks", "cpu", _ALL, _LAYERS if family == "deepseek_v32" else _SAME),
             Support(family, "ct_fp8_blocks", "gpu", ("fp8",), "programs as of FP8 blocks; never run"),
         ]
@@ -75,12 +68,14 @@ def _rows() -> tuple[Support, ...]:
 
 
 _SAME: Final = "read as in the other families; not run"
-_BF16_GPU: Final = "checks of a build for an RTX 4090 pass on `glm5-tiny`; programs as of FP8 blocks; never run"
-_BF16_CPU: Final = {
-    "deepseek_v32": _LAYERS,
-    "deepseek_v3": _LAYERS,
-    "glm_moe_dsa": f"`glm5-tiny` quantized: its build's self-check; kept: {_LAYERS}, and their engine by `parity`",
+_PRESETS: Final = {"deepseek_v32": "tiny", "deepseek_v3": "tiny-v3", "glm_moe_dsa": "glm5-tiny"}
+_BUILT: Final = "built for RTX cards; kernels in an interpreter; never run"
+_RTX: Final = {
+    "deepseek_v32": f"`tiny` and all of `full` {_BUILT}",
+    "deepseek_v3": f"`tiny-v3` and all of `v3-full`, caches in BF16, {_BUILT}",
+    "glm_moe_dsa": f"`glm5-tiny` and all of `glm5-full` {_BUILT}",
 }
+_BF16_CPU: Final = "`{}` kept: `parity` against `transformers`; quantized: its build's self-check"
 _SHOWN: Final[dict[tuple[str, WeightForm], str]] = {
     ("deepseek_v32", "nvfp4"): f"{_LAYERS}, and their engine by `parity`",
     ("deepseek_v3", "ct_nvfp4"): _LAYERS,
