@@ -69,11 +69,11 @@ def _rows() -> tuple[Support, ...]:
 
 _SAME: Final = "read as in the other families; not run"
 _PRESETS: Final = {"deepseek_v32": "tiny", "deepseek_v3": "tiny-v3", "glm_moe_dsa": "glm5-tiny"}
-_BUILT: Final = "built for RTX cards; kernels in an interpreter; never run"
+_BUILT: Final = "built for RTX cards"
 _RTX: Final = {
-    "deepseek_v32": f"`tiny` and all of `full` {_BUILT}",
-    "deepseek_v3": f"`tiny-v3` and all of `v3-full`, caches in BF16, {_BUILT}",
-    "glm_moe_dsa": f"`glm5-tiny` and all of `glm5-full` {_BUILT}",
+    "deepseek_v32": f"`tiny` and all of `full` {_BUILT}; kernels in an interpreter; never run",
+    "deepseek_v3": f"`tiny-v3` and all of `v3-full` {_BUILT}, caches in BF16, attention without kernels; never run",
+    "glm_moe_dsa": f"`glm5-tiny` and all of `glm5-full` {_BUILT}; kernels in an interpreter; never run",
 }
 _BF16_CPU: Final = "`{}` kept: `parity` against `transformers`; quantized: its build's self-check"
 _SHOWN: Final[dict[tuple[str, WeightForm], str]] = {
