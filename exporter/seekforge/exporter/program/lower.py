@@ -1,13 +1,15 @@
 """Write the composite operators of a traced graph as core ones, node by node, as the converter to ONNX wants them.
 
 torch's converter has the graph decomposed, which traces all of it a second time under fake tensors: half of an export.
-Of a step only casts, views, transposes and halves are composite, and what they need stands in the graph already.
+Of a step only casts, views, transposes and halves are composite, and what they need stands in the graph already. Then
+it runs the graph a third time, to cast operands of several types to one; a step has no such operands, and a graph that
+has is refused here.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -19,27 +21,54 @@ from seekforge.common.errors import ProgramError
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.flatten.using_ints, _aten.reshape.default, _aten.unflatten.int, _aten.view_as.default)
+#: What tracing notes for itself; the converter drops it.
+_ASSERTIONS = (
+    _aten.sym_constrain_range_for_size.default,
+    _aten._assert_async.default,
+    _aten._assert_async.msg,
+    _aten._assert_scalar.default,
+    _aten._assert_tensor_metadata.default,
+)
+#: Operators whose operands, and whose result, are of one type in ONNX.
+_ONE_TYPE = frozenset((
+    "add", "sub", "rsub", "mul", "div", "pow", "exp", "log", "sqrt", "rsqrt", "sigmoid", "silu", "relu", "neg", "abs",
+    "maximum", "minimum", "clamp", "clamp_min", "sum", "mean", "mm", "bmm", "matmul", "cat",
+))  # fmt: skip
+#: Operators whose operands are of one type, whatever their result is.
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 
 
 class LoweredProgram(ExportedProgram):
-    """A traced program in which nothing is left to decompose."""
+    """A traced program in which nothing is left to decompose, to promote or to drop."""
 
     def run_decompositions(self, *_: Any, **__: Any) -> LoweredProgram:
         """Return the program itself. What an operator without a translation is called, the converter says."""
+        vars(self.graph_module)["modules"] = _nothing_to_change
         return self
+
+
+def _nothing_to_change() -> Iterator[torch.nn.Module]:
+    """Stand for `Module.modules` of a lowered graph, over which the converter's passes go that change a graph."""
+    return iter(())
 
 
 def lower(exported: ExportedProgram) -> LoweredProgram:
     """Return `exported` with core operators for composite ones; its graph is changed in place.
 
     Raises:
-        ProgramError: a view has a size that is neither a number, an axis nor a product of axes.
+        ProgramError: a view has a size that is neither a number, an axis nor a product of axes, or operands of an
+            operator have several types.
     """
     graph = exported.graph
     sizes = _Sizes(graph)
     for node in list(graph.nodes):
-        if node.op == "call_function":
-            _lower(graph, node, sizes)
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+            continue
+        _check_types(node)
+        _lower(graph, node, sizes)
     return LoweredProgram(
         root=exported.graph_module,
         graph=graph,
@@ -78,6 +107,20 @@ def _lower(graph: Graph, node: Node, sizes: _Sizes) -> None:
     elif node.target is _aten.chunk.default:
         source, dim = node.args[0], node.args[2] if len(node.args) > 2 else 0
         _become(node, _aten.split.Tensor, source, node.meta["val"][0].shape[dim], dim)
+
+
+def _check_types(node: Node) -> None:
+    """Refuse an operator that PyTorch would promote operands of; a number among them takes the type of the tensors."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name = getattr(packet, "__name__", "")
+    if packet is None or not str(packet).startswith("aten.") or name not in _ONE_TYPE | _COMPARISONS:
+        return
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
+    if name in _ONE_TYPE:
+        values.append(node.meta["val"])
+    types = sorted({str(value.dtype) for value in values if isinstance(value, torch.Tensor)})
+    if len(types) > 1:
+        raise ProgramError(f"lower: {node.target} has {' and '.join(types)}, expected one type; cast one of them")
 
 
 def _become(node: Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -18,8 +18,11 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
 from onnxscript import optimizer, values
+from onnxscript.rewriter import RewriteRuleSet
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -48,6 +51,29 @@ _IR_VERSION = 11
 
 #: Symbolic axes: sequences, new tokens each, blocks per sequence, rows with logits, cache slots.
 AXES = ("B", "Q", "MB", "N", "NS")
+#: Those of the fifty rules which onnxscript's optimizer tries on every node that are about operators of a step, in its
+#: order. The others are about convolutions, batch norms, clips, scatters and biases of operators that no step has, and
+#: about a pair of slices that halve a tensor, which the optimizer looks for behind every node; steps split.
+_RULES = RewriteRuleSet(
+    [
+        *rules.mul_by_1_rule.commute(),
+        *rules.add_0_rule.commute(),
+        rules.sub_0_rule,
+        rules.div_by_1_rule,
+        rules.collapse_slice_rule,
+        rules.collapse_slice2_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.cast_cast_rule,
+        rules.no_op_cast_rule,
+        rules.no_op_expand_rule,
+        rules.flatten_to_reshape_rule,
+        rules.reshape_reshape_rule,
+        rules.no_op_transpose_rule,
+        rules.transpose_transpose_rule,
+        rules.unsqueeze_unsqueeze_rule,
+        rules.squeeze_reshape_1d_rule,
+    ]
+)
 # Example sizes for the trace. None may be 0 or 1 (torch specializes those), nor the model's own sizes.
 _EXAMPLE = {"B": 2, "Q": 3, "MB": 5, "N": 4, "NS": 7 * BLOCK_SIZE}
 
@@ -158,7 +184,7 @@ def trace(
         _drop_input(converted, "logits_index")
     _weights_to_inputs(converted, [name for name, _ in part.named_parameters()])
     progress("optimize")
-    optimizer.optimize(converted)
+    _optimize(converted)
     proto = _finish(converted)
     progress("stamp and name")
     named, outputs = recipes(whole), output_names(whole)
@@ -259,6 +285,28 @@ def _convert(exported: torch.export.ExportedProgram, inputs: list[_Input], outpu
         )
     assert program is not None
     return program.model
+
+
+def _optimize(model: ir.Model) -> None:
+    """Do what `onnxscript.optimizer.optimize` does, in its order, with `_RULES`."""
+    passes.InlinePass()(model)
+    for _ in range(2):
+        changed = optimizer.fold_constants(model, onnx_shape_inference=True).modified
+        changed = _RULES.apply_to_model(model) > 0 or changed
+        for kind in (passes.RemoveUnusedNodesPass, passes.RemoveUnusedFunctionsPass, passes.RemoveUnusedOpsetsPass):
+            changed = kind()(model).modified or changed
+        if not changed:
+            break
+    for finish in (
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        finish(model)
 
 
 def _drop_input(model: ir.Model, name: str) -> None:
