@@ -223,8 +223,10 @@ def _become(one: Run, terminal: int, tells: int) -> None:
 
 
 def _limit(file_bytes: int | None) -> None:
-    """Let no file of this process and those that it starts grow beyond that."""
+    """Let no file of this process and those that it starts grow beyond that, and compile no module: it would be cut."""
     if file_bytes is not None:
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
 

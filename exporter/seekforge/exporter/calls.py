@@ -161,7 +161,7 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*bound.args, **bound.kwargs)
         except SeekforgeError:
             raise
-        except (ModuleNotFoundError, MemoryError, OSError) as error:
+        except (ModuleNotFoundError, MemoryError, OSError, EOFError, ValueError) as error:
             fault = as_fault(error, function.__name__)
             if fault is None:
                 raise

@@ -6,6 +6,7 @@ The command line prints it as one line; functions that are called from Python ra
 from __future__ import annotations
 
 import errno
+import traceback
 
 from seekforge.common.errors import EnvironmentFault, OutputError, SeekforgeError
 from seekforge.common.requirements import install_module
@@ -32,4 +33,21 @@ def as_fault(error: BaseException, doing: str) -> SeekforgeError | None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full; free space" if full else error.strerror
         return OutputError(f"{error.filename}: {reason}" if error.filename else str(reason))
+    damaged = _damaged_module(error) if isinstance(error, (EOFError, ValueError)) else None
+    if damaged is not None:
+        return EnvironmentFault(
+            f"{damaged}: this module as Python compiled it is damaged, as when the disk was full while it was written; "
+            "delete the file and run again"
+        )
+    return None
+
+
+def _damaged_module(error: BaseException) -> str | None:
+    """Return the compiled form of a module that could not be imported because of it.
+
+    Python writes what it has room for, and ends in an EOFError at each import from then on.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "get_code" and frame.f_code.co_filename.startswith("<frozen importlib"):
+            return frame.f_locals.get("bytecode_path")
     return None

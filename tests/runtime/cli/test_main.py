@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import py_compile
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -69,6 +72,24 @@ def test_tasks_are_loaded_before_the_files_of_an_engine_are_compared(
     args = ("eval", str(toy_engine), "--tasks", "sums", "--quiet")
     assert "is not installed, which evaluation needs" in one_line(invoke(*args))
     assert "cannot be read" in one_line(invoke("eval", "no-engine", *args[2:]))
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:100], lambda raw: raw[:16] + b"\xff" * 40], ids=["cut", "other"])
+def test_a_module_that_was_cut_on_a_full_disk_is_named(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "cut_module.py"
+    source.write_text("\n".join(f"a{i} = {i} * 'text'" for i in range(100)))
+    compiled = Path(py_compile.compile(str(source), doraise=True) or "")
+    compiled.write_bytes(damage(compiled.read_bytes()))
+
+    @click.command()
+    def command() -> None:
+        importlib.import_module("cut_module")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: command)
+    assert f"{compiled}: this module as Python compiled it is damaged" in one_line(invoke("run"))
 
 
 def test_an_unknown_command_suggests_near_ones() -> None:

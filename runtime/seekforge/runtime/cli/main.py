@@ -194,7 +194,7 @@ class LazyGroup(Group):
         except BrokenPipeError:
             drop(sys.stdout)  # who read our output is gone
             sys.exit(1)
-        except (ModuleNotFoundError, MemoryError, OSError) as error:
+        except (ModuleNotFoundError, MemoryError, OSError, EOFError, ValueError) as error:
             fault = as_fault(error, ctx.meta.get(_COMMAND, "this command"))
             if fault is None:
                 raise
