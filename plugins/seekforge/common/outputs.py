@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 from seekforge.common.errors import OutputError
-from seekforge.common.paths import real_path
 
 #: A folder is made beside its place and renamed, a store is filled where it is.
 Kind = Literal["file", "folder", "store"]
@@ -143,7 +142,7 @@ def _exists(path: Path) -> bool:
 def _same(one: Path, other: Path) -> bool:
     try:
         if not one.exists():
-            return real_path(one) == real_path(other)
+            return os.path.realpath(one) == os.path.realpath(other)
         if not (one.is_file() or one.is_dir()):
             return False  # a device or a pipe holds nothing
         return other.exists() and one.samefile(other)
@@ -153,7 +152,7 @@ def _same(one: Path, other: Path) -> bool:
 
 def _same_or_below(path: Path, folder: Path) -> bool:
     try:
-        return real_path(path).is_relative_to(real_path(folder))
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except OSError:
         return False
 
