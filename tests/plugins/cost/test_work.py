@@ -89,15 +89,31 @@ def test_writing_into_caches() -> None:
 
 def test_the_indexer_in_decode() -> None:
     found = works("DsaIndexer", B=2, Q=1, MB=512)
-    scores, select = found["scores-1"], found["select"]
+    scores = found["scores-1"]
     assert scores.programs == 2 * 128  # 512 pages, 4 each
     assert scores.read_bytes == 2 * (32768 * 132 + 64 * (128 * 2 + 4))
-    assert scores.written_bytes == 2 * 32768 * 4
+    assert scores.written_bytes == 2 * 32768 * 4 + 2 * 4096 * 4, "and the counts of the first digit, cleared"
     assert scores.flops == 2 * 2 * 32768 * 64 * 128 and scores.products == "fp8"
     assert scores.pass_flops == 2 * 64 * 64 * 128 and scores.passes == (4,)
-    assert (select.read_bytes, select.written_bytes) == (2 * (32768 * 4 + 8), 2 * 2048 * 4)
-    assert select.loaded_bytes == 4 * 2 * 32768 * 4, "three histograms, and the pass that writes"
-    assert select.programs == 2 and select.passes == (16, 16, 16, 16, 0)
+    read, counts = 2 * (32768 * 4 + 8), 2 * 4096 * 4
+    assert found["digit-0"] == Work(
+        read_bytes=read, written_bytes=2 * counts, loaded_bytes=2 * 32768 * 4, programs=2 * 16, passes=(1,)
+    )
+    each = 32 * 257 * 4  # of 16 programs of each row, for the last digit
+    assert (found["digit-1"].read_bytes, found["digit-1"].written_bytes) == (read + counts, counts)
+    assert (found["digit-2"].read_bytes, found["digit-2"].written_bytes) == (read + counts, each)
+    assert found["digit-2"].loaded_bytes == 2 * 32768 * 4 + 32 * 4096 * 4, "every program reads the sums"
+    emit = found["emit"]
+    assert (emit.read_bytes, emit.written_bytes) == (read + each, 2 * 2048 * 4)
+    assert emit.programs == 32 and emit.passes == (1, 1, 0)
+    assert emit.loaded_bytes == 2 * 32768 * 4 + 16 * each, "every program reads the counts of its row"
+
+
+def test_the_selection_of_many_rows() -> None:
+    select = works("DsaIndexer", B=200, Q=1, MB=512)["select"]
+    assert (select.read_bytes, select.written_bytes) == (200 * (32768 * 4 + 8), 200 * 2048 * 4)
+    assert select.loaded_bytes == 4 * 200 * 32768 * 4, "three histograms, and the pass that writes"
+    assert select.programs == 200 and select.passes == (16, 16, 16, 16, 0)
 
 
 def test_the_indexer_scores_nothing_for_rows_that_take_all_they_see() -> None:

@@ -10,7 +10,7 @@ from tests.support.kernel_cases import ATTRS, gpu_cases, packed_index
 from torch import Tensor
 
 from seekforge.plugins.dsa_indexer import launch
-from seekforge.plugins.dsa_indexer.kernel import scores_kernel, select_kernel
+from seekforge.plugins.dsa_indexer.kernel import digit_kernel, emit_kernel, scores_kernel, select_kernel
 from seekforge.plugins.dsa_indexer.reference import index_scores
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits, same_selection
@@ -62,6 +62,7 @@ def scores(case: Case, *, sm: int = 90, rows: int = 1, first: int = 0) -> Tensor
     statics = {"Hi": q.shape[2], "D": 128, "indexer_fp8": True, "index_format": "fp8_ds"}
     variant = next(v for v in launch.variants(statics, sm) if v.name == f"scores-{rows}")
     out = torch.full((b * n - first, table.shape[1] * 64), torch.nan)
+    counts = torch.full((b * n - first, 2048), -9, dtype=torch.int32)
     groups = -(-n // rows)
     code = cache.view(torch.uint8).view(-1)
     scores_kernel[((b - first // n) * groups, -(-table.shape[1] // 4), 1)](
@@ -71,15 +72,18 @@ def scores(case: Case, *, sm: int = 90, rows: int = 1, first: int = 0) -> Tensor
         table,
         positions,
         out,
+        counts,
         cache.shape[0] * 64,
         table.shape[1],
         n,
         first,
         b * n,
         4,
+        2048,
         0,
         **variant.constants,
     )
+    assert (counts == 0).all(), "the selection finds its counts cleared"
     return out
 
 
@@ -119,6 +123,30 @@ def select(rows: Tensor, lengths: list[int], topk: int, *, block: int = 256) -> 
     return out
 
 
+def select_shared(
+    rows: Tensor, lengths: list[int], topk: int, *, block: int = 128, steps: int = 2, bent: str = ""
+) -> Tensor:
+    """Return what programs that share rows select, each with `steps` blocks of a row; one count more where `bent`."""
+    count, span = len(lengths), steps * block
+    programs = -(-rows.shape[1] // span)
+    out = torch.full((count, topk), -2, dtype=torch.int32)
+    positions = torch.tensor(lengths, dtype=torch.int64) - 1
+    sizes = {"state": 4, "high": 4096, "middle": 4096, "low": programs * 256, "above": programs}
+    found = {name: torch.full((count, size), -9, dtype=torch.int32) for name, size in sizes.items()}
+    found["high"].zero_()  # as the scores' kernel leaves it
+    state, high, middle, low, above = found.values()
+    for level in range(3):
+        digit_kernel[(count, programs, 1)](
+            rows, positions, state, high, middle, low, above, rows.shape[1], 0, span, topk, LEVEL=level, BLOCK=block
+        )
+    if bent:
+        found[bent][:, 0] += 1
+    emit_kernel[(count, programs, 1)](
+        rows, positions, state, low, above, out, rows.shape[1], 0, span, topk, BLOCK=block, CHUNKS=2
+    )
+    return out
+
+
 def oracle(row: Tensor, length: int, topk: int) -> list[int]:
     values = [float(v) for v in row[:length]]
     best = sorted(range(length), key=lambda i: (-values[i], i))[:topk]
@@ -153,6 +181,27 @@ def test_selection_is_exact(name: str) -> None:
     for i, n in enumerate(lengths):
         rows[i, :n] = row[:n]
     assert select(rows, lengths, topk).tolist() == [oracle(row, n, topk) for n in lengths]
+    shared = [0, 100, 101, 257, 700]
+    got = select_shared(rows[[lengths.index(n) for n in shared]], shared, topk)
+    assert got.tolist() == [oracle(row, n, topk) for n in shared]
+
+
+def test_a_count_that_is_one_off_is_noticed() -> None:
+    """What the first program of a row counted above the last digit decides where the second one writes."""
+    row = torch.arange(700).float().unsqueeze(0)
+    want = [oracle(row[0], 700, 500)]
+    assert select_shared(row, [700], 500).tolist() == want
+    assert select_shared(row, [700], 500, bent="above").tolist() != want
+
+
+def test_one_score_by_one_per_cent_decides() -> None:
+    """The last key that is taken and the best that is not: 1 % makes them change places."""
+    row = torch.linspace(1.0, 1.5, 600)[Draw(13).order(600)]
+    worst, best_left = row.sort(descending=True).indices[99:101].tolist()
+    bent = row.clone()
+    bent[best_left] *= 1.01
+    got, other = (set(select_shared(one.unsqueeze(0), [600], 100).flatten().tolist()) for one in (row, bent))
+    assert other - got == {best_left} and got - other == {worst}
 
 
 @settings(max_examples=15, deadline=None)
@@ -164,6 +213,8 @@ def test_selection_is_exact_for_any_row(data: st.DataObject) -> None:
     values = data.draw(st.lists(st.one_of(few, st.floats(width=32, allow_nan=False)), min_size=length, max_size=length))
     row = torch.tensor(values, dtype=torch.float32)
     assert select(row.unsqueeze(0), [length], topk, block=128).tolist() == [oracle(row, length, topk)]
+    shared = select_shared(row.unsqueeze(0), [length], topk, block=64, steps=data.draw(st.integers(1, 3)))
+    assert shared.tolist() == [oracle(row, length, topk)]
 
 
 def test_v32_selection_reads_2048_of_a_long_row() -> None:
@@ -171,6 +222,7 @@ def test_v32_selection_reads_2048_of_a_long_row() -> None:
     lengths = [2047, 2048, 2049, 5000]
     rows = row.expand(4, -1).contiguous()
     assert select(rows, lengths, 2048, block=2048).tolist() == [oracle(row, n, 2048) for n in lengths]
+    assert select_shared(rows, lengths, 2048, block=2048, steps=1).tolist() == [oracle(row, n, 2048) for n in lengths]
 
 
 def test_slices_of_rows_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +231,18 @@ def test_slices_of_rows_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, 3, 7):
         monkeypatch.setattr(launch, "SCORE_BYTES", rows * 4 * 192)
         assert equal_bits(interpret(case.op, case.inputs, case.attrs, sm=90)[0], whole)
+
+
+def test_programs_that_share_rows_select_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the launch plan: five launches for each slice of four rows, and the bytes of two for all rows."""
+    case = random_case(2, 5, seed=3)
+    (whole,) = interpret(case.op, case.inputs, case.attrs, sm=90)
+    monkeypatch.setattr(launch, "SELECT_BLOCK", 32)
+    monkeypatch.setattr(launch, "SCORE_BYTES", 4 * 4 * 192)
+    bound = case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs)
+    assert [one.variant for one in launch.plan(bound, 90).launches[1:5]] == ["digit-0", "digit-1", "digit-2", "emit"]
+    assert len(launch.plan(bound, 90).launches) == 5 * 3
+    assert equal_bits(interpret(case.op, case.inputs, case.attrs, sm=90)[0], whole)
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seekforge.common.errors import ShapeError
-from seekforge.plugins.dsa_indexer.launch import SCORE_BYTES, plan, variants, workspace_bytes
+from seekforge.plugins.dsa_indexer.launch import SCORE_BYTES, plan, programs_per_row, variants, workspace_bytes
 from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
 from seekforge.plugins.kernels.sm_limits import SMS
 
@@ -20,6 +20,27 @@ def test_plans_name_compiled_variants_and_fit_their_workspace(b: int, q: int, sm
     found = plan(bound, sm)
     check_plan(found, variants(V32, sm))
     assert found.workspace_bytes <= workspace_bytes(bound, sm) <= SCORE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "programs"),
+    [
+        *((1, 131072, 64), (4, 131072, 64), (32, 131072, 8), (128, 131072, 2), (129, 131072, 1), (2048, 131072, 1)),
+        *((1, 6144, 1), (1, 6208, 4), (5, 131072, 32), (1, 1 << 22, 256)),
+    ],
+)
+def test_few_rows_are_shared_so_that_all_sms_have_work(rows: int, length: int, programs: int) -> None:
+    assert programs_per_row(rows, length) == programs
+    if rows > 1000:
+        return
+    found = plan(BOUND | {"B": rows, "Q": 1, "MB": length // 64}, 90)
+    names = [one.variant for one in found.launches if one.grid[0] == min(rows, SCORE_BYTES // (4 * length))]
+    shared = ["scores-1", "digit-0", "digit-1", "digit-2", "emit"]
+    assert names == (shared if programs > 1 else ["scores-1", "select"])
+    if programs > 1:
+        (emit,) = (one for one in found.launches if one.variant == "emit")
+        span = int(emit.arguments["span"])  # pyright: ignore[reportArgumentType]
+        assert emit.grid == (rows, programs, 1) and (programs - 1) * span < length <= programs * span
 
 
 def test_every_row_is_selected_once() -> None:

@@ -124,7 +124,12 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     if op == "DsaIndexer":  # a slice has whole rows, so a shorter context may fill it better
         blocks |= {max(1, mb * n // 64) for n in range(1, 64)}
         blocks |= {min(mb, max(1, (256 << 20) // (256 * n))) for n in range(1, 300)}
-    return [{"B": x, "Q": y, "MB": z} for x, y in steps for z in blocks]
+    found = [{"B": x, "Q": y, "MB": z} for x, y in steps for z in blocks]
+    if op == "DsaIndexer":  # few rows are shared among programs that count
+        for rows in range(1, 129):
+            x, y = max(((n, min(q, rows // n)) for n in range(1, min(b, rows) + 1)), key=lambda pair: pair[0] * pair[1])
+            found.append({"B": x, "Q": y, "MB": min(mb, (256 << 20) // (256 * rows))})
+    return found
 
 
 #: Tokens of a step: beyond, a plan is thousands of launches, and hundreds of plans are tried.
@@ -132,6 +137,7 @@ _MOST_TOKENS = 1 << 16
 #: Operator, and what of it is fixed.
 CASES = st.sampled_from(WITH_KERNELS).flatmap(lambda op: st.tuples(st.just(op), FIXED[op]))
 V32_NONE = ("MoeExperts", {"E": 256, "K": 8, "H": 7168, "I": 2048, "act_quant": "none"})
+FEW_KEYS = {"Hi": 64, "index_topk": 2048, "indexer_fp8": True, "index_format": "fp8_ds"}
 ALL_KEYS = {"Hi": 64, "index_topk": 2048, "indexer_fp8": True, "index_format": "bf16"}
 TINY = ("MoeExperts", {"E": 8, "K": 2, "H": 256, "I": 128, "act_quant": "ue8m0"})
 
@@ -139,6 +145,9 @@ TINY = ("MoeExperts", {"E": 8, "K": 2, "H": 256, "I": 128, "act_quant": "ue8m0"}
 @given(CASES, st.fixed_dictionaries({"B": _STEPS, "Q": _STEPS, "MB": _BLOCKS}), st.sampled_from(SMS), st.data())
 @example(V32_NONE, {"B": 1, "Q": 2048, "MB": 1}, 80, None)
 @example(TINY, {"B": 1, "Q": 1, "MB": 1}, 90, None)
+@example(("DsaIndexer", FEW_KEYS), {"B": 11, "Q": 12, "MB": 100}, 90, None)
+@example(("DsaIndexer", FEW_KEYS), {"B": 300, "Q": 1, "MB": 2048}, 90, None)
+@example(("DsaIndexer", FEW_KEYS), {"B": 13, "Q": 13, "MB": 9000}, 90, None)  # slices have 128 rows, no step has
 @example(("DsaIndexer", ALL_KEYS), {"B": 4, "Q": 1024, "MB": 32}, 90, None)
 @settings(max_examples=120, deadline=None)
 def test_no_smaller_step_uses_more_and_none_is_asked_for_in_vain(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, exactly, one_of, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, most_rows
 from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.operator import cdiv
 
@@ -22,6 +23,10 @@ NOTES: Final = ("caches in bf16 or fp8_ds (which needs indexer_fp8); any index_t
 SCORE_BYTES: Final = 256 << 20
 #: Scores that one step of the selection reads.
 SELECT_BLOCK: Final = 2048
+#: Programs that select where rows are few, so that all SMs have work; steps of a row that is worth sharing.
+SELECT_PROGRAMS, SHARED_STEPS = 256, 4
+#: Counts of a digit: of the first two, and of the last. Programs whose counts of the last are added at a time.
+DIGIT_COUNTS, LAST_COUNTS, ADDED_PROGRAMS = 4096, 256, 32
 
 
 def rows_per_program(queries: int, sm: int) -> int:
@@ -35,6 +40,13 @@ def pages_per_program(rows: int, num_blocks: int) -> int:
     return 4 if rows * num_blocks < 4096 else 16
 
 
+def programs_per_row(rows: int, length: int) -> int:
+    """Return how many programs share the selection of one row; 1 where rows alone have work for all SMs."""
+    steps = cdiv(length, SELECT_BLOCK)
+    shared = min(steps, SELECT_PROGRAMS // rows)
+    return cdiv(steps, cdiv(steps, shared)) if shared > 1 and steps >= SHARED_STEPS else 1
+
+
 def check(statics: Mapping[str, Any]) -> None:
     """Refuse what the kernels cannot do."""
     if statics["index_format"] == "f32":
@@ -45,7 +57,7 @@ def check(statics: Mapping[str, Any]) -> None:
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
-    """Return scores for one, two and four rows per program, and the selection."""
+    """Return scores for one, two and four rows per program, the selection by one program per row, and by several."""
     from_bytes = statics["index_format"] == "fp8_ds"
     types = {
         "q_ptr": "*bf16",
@@ -54,12 +66,14 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         "table_ptr": "*i32",
         "position_ptr": "*i64",
         "score_ptr": "*fp32",
+        "count_ptr": "*i32",
         "num_slots": "i64",
         "num_blocks": "i32",
         "rows_per_sequence": "i32",
         "first_row": "i32",
         "last_row": "i32",
         "pages": "i32",
+        "num_counts": "i32",
         "TOPK": "i32",
     }
     result = []
@@ -74,7 +88,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         result.append(
             Variant(
                 f"scores-{rows}", "scores_kernel", types, constants,
-                num_warps=4 if rows * statics["Hi"] <= 64 else 8, num_stages=3, main_loop=True,
+                ("num_counts",), num_warps=4 if rows * statics["Hi"] <= 64 else 8, num_stages=3, main_loop=True,
             )
         )  # fmt: skip
     types = {
@@ -86,7 +100,49 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         "TOPK": "i32",
     }
     result.append(Variant("select", "select_kernel", types, {"BLOCK": SELECT_BLOCK}, ("length_limit",), num_warps=8))
+    types = {
+        "score_ptr": "*fp32",
+        "position_ptr": "*i64",
+        "state_ptr": "*i32",
+        "high_ptr": "*i32",
+        "middle_ptr": "*i32",
+        "low_ptr": "*i32",
+        "above_ptr": "*i32",
+        "length_limit": "i32",
+        "first_row": "i32",
+        "span": "i32",
+        "TOPK": "i32",
+    }
+    aligned = ("length_limit", "span")
+    for level in range(3):
+        constants = {"LEVEL": level, "BLOCK": SELECT_BLOCK}
+        result.append(Variant(f"digit-{level}", "digit_kernel", types, constants, aligned, num_warps=8))
+    types = {name: kind for name, kind in types.items() if name not in ("high_ptr", "middle_ptr")} | {"out_ptr": "*i32"}
+    constants = {"BLOCK": SELECT_BLOCK, "CHUNKS": ADDED_PROGRAMS}
+    result.append(Variant("emit", "emit_kernel", types, constants, aligned, num_warps=8))
     return tuple(result)
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """The scores of a slice of rows, and where programs that share them leave what they count."""
+
+    scores: Buffer
+    counts: dict[str, Buffer]
+
+
+def _scratch(rows: int, length: int, workspace: Workspace) -> _Scratch:
+    scores = workspace.take(4 * rows * length)
+    if programs_per_row(rows, length) == 1:
+        return _Scratch(scores, {})
+    counts = {
+        "state_ptr": workspace.take(4 * 4 * rows),
+        "high_ptr": workspace.take(4 * DIGIT_COUNTS * rows),
+        "middle_ptr": workspace.take(4 * DIGIT_COUNTS * rows),
+        "low_ptr": workspace.take(4 * LAST_COUNTS * SELECT_PROGRAMS),  # of all programs, which are no more
+        "above_ptr": workspace.take(4 * SELECT_PROGRAMS),
+    }
+    return _Scratch(scores, counts)
 
 
 def _slice_rows(rows: int, length: int) -> int:
@@ -94,25 +150,38 @@ def _slice_rows(rows: int, length: int) -> int:
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return scratch for the scores of one slice; none where no row can see more keys than it takes.
+    """Return scratch for the scores of one slice and for counts; none where no row can see more keys than it takes.
 
     A slice of a shorter context has more rows, so its scores come as near to `SCORE_BYTES` as those of the longest.
+    Rows are shared, and have counts, where they are few: fewer rows may need more than all of them.
     """
     rows, length, topk = bound["B"] * bound["Q"], bound["MB"] * 64, bound["index_topk"]
     if rows == 0 or topk == 0 or length <= topk:
         return 0
-    workspace = Workspace()
     per_slice = _slice_rows(rows, length)
     shorter = SCORE_BYTES // (4 * 64 * (per_slice + 1)) * 64  # the longest context whose slices have a row more
+    largest = Workspace()
     if per_slice < rows and shorter > topk:
-        workspace.take(max(SCORE_BYTES, 4 * length))
+        largest.take(max(SCORE_BYTES, 4 * length))
     else:
-        workspace.take(4 * per_slice * length)
-    return workspace.size
+        largest.take(4 * per_slice * length)
+    sizes = [largest.size]
+    shortest = (max(topk, (SHARED_STEPS - 1) * SELECT_BLOCK) // 64 + 1) * 64  # of the contexts that are shared
+    most = max(1, min(SELECT_PROGRAMS // 2, SCORE_BYTES // (4 * shortest)))
+    filling = SCORE_BYTES // (4 * 64 * most) * 64  # the longest context of which so many rows fill a slice
+    if rows <= most or length < filling:  # else a slice has `most` rows, whatever the axes of the step
+        most = most_rows(most, (bound["B"], bound["Q"]))
+        filling = SCORE_BYTES // (4 * 64 * most) * 64
+    for few, context in ((most, min(length, filling)), (per_slice, length)):
+        shared = Workspace()
+        if context >= shortest:
+            _scratch(few, context, shared)
+        sizes.append(shared.size)
+    return max(sizes)
 
 
 def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
-    """Return two launches per slice of rows; one when no row can see more keys than it takes."""
+    """Return two launches per slice of rows, five where rows are few; one when none can see more keys than it takes."""
     b, q, num_blocks, topk = bound["B"], bound["Q"], bound["MB"], bound["index_topk"]
     rows, length = b * q, bound["MB"] * 64
     if rows == 0 or topk == 0:
@@ -121,12 +190,13 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     group = rows_per_program(q, sm)
     pages = pages_per_program(rows, num_blocks)
     per_slice = _slice_rows(rows, length)
-    scores = workspace.take(4 * per_slice * length) if length > topk else Buffer("topk_indices")
+    # a row that takes all that it sees has no scores
+    scratch = _scratch(per_slice, length, workspace) if length > topk else _Scratch(Buffer("topk_indices"), {})
     slots = bound["*index"][0] * (64 if bound["index_format"] == "fp8_ds" else 1)
     launches = []
     for first in range(0, rows, per_slice):
         last = min(rows, first + per_slice)
-        if length > topk:  # else every row takes all that it sees
+        if length > topk:
             groups = cdiv(q, group)
             touched = (last - 1) // q - first // q + 1
             arguments: dict[str, Buffer | int | float] = {
@@ -135,24 +205,36 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
                 "cache_ptr": Buffer("index_cache"),
                 "table_ptr": Buffer("block_table"),
                 "position_ptr": Buffer("positions"),
-                "score_ptr": scores,
+                "score_ptr": scratch.scores,
+                "count_ptr": scratch.counts.get("high_ptr", scratch.scores),
                 "num_slots": slots,
                 "num_blocks": num_blocks,
                 "rows_per_sequence": q,
                 "first_row": first,
                 "last_row": last,
                 "pages": pages,
+                "num_counts": DIGIT_COUNTS if scratch.counts else 0,
                 "TOPK": topk,
             }
             grid = (touched * groups, cdiv(num_blocks, pages), 1)
             launches.append(Launch(f"scores-{group}", grid, arguments))
-        chosen: dict[str, Buffer | int | float] = {
-            "score_ptr": scores,
-            "position_ptr": Buffer("positions"),
-            "out_ptr": Buffer("topk_indices"),
-            "length_limit": length,
-            "first_row": first,
-            "TOPK": topk,
-        }
-        launches.append(Launch("select", (last - first, 1, 1), chosen))
+        launches += _selection(scratch, first, last, programs_per_row(per_slice, length), length, topk)
     return LaunchPlan(tuple(launches), workspace.size)
+
+
+def _selection(scratch: _Scratch, first: int, last: int, programs: int, length: int, topk: int) -> list[Launch]:
+    """Return the launches that choose among the scores of rows `first` to `last` - 1, each by so many programs."""
+    chosen: dict[str, Buffer | int | float] = {
+        "score_ptr": scratch.scores,
+        "position_ptr": Buffer("positions"),
+        "length_limit": length,
+        "first_row": first,
+        "TOPK": topk,
+    }
+    out = {"out_ptr": Buffer("topk_indices")}
+    if not scratch.counts:
+        return [Launch("select", (last - first, 1, 1), chosen | out)]
+    span = cdiv(cdiv(length, SELECT_BLOCK), programs) * SELECT_BLOCK
+    grid, shared = (last - first, programs, 1), chosen | scratch.counts | {"span": span}
+    emitted = {name: value for name, value in shared.items() if name not in ("high_ptr", "middle_ptr")}
+    return [*(Launch(f"digit-{level}", grid, shared) for level in range(3)), Launch("emit", grid, emitted | out)]

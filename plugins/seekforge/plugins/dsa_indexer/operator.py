@@ -10,8 +10,6 @@ from seekforge.plugins.operator import InlinedLimit, KernelForm, Operator, Produ
 if TYPE_CHECKING:
     from seekforge.formats.checkpoint.model_config import ModelConfig
 
-_ONCE = "one register, stored once a row and loaded between passes and once per 2,048 scores of the last"
-
 
 def static_sizes(model: RankModel) -> dict[str, Any]:
     """Return what the kernels are compiled for, and how many keys they pick."""
@@ -57,7 +55,7 @@ OPERATOR = Operator(
         cost="seekforge.plugins.dsa_indexer.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
-        known_spills={("select", 90): (8, _ONCE), ("select", 100): (8, _ONCE), ("select", 103): (8, _ONCE)},
+        known_spills={},
         known_mma_sync={},
     ),
 )
