@@ -262,7 +262,7 @@ def test_prompts_are_encoded_with_the_engines_tokenizer(
     assert [case["name"] for case in report["cases"]] == ["whole prompt 0", "whole prompt 1"]
     (tmp_path / "prompts").write_text("\n", encoding="utf-8")
     assert "holds no prompt" in refuse(*args)
-    assert "drop one of them" in refuse(*args, "--contexts", "5")
+    assert "drop --contexts" in refuse(*args, "--contexts", "5")
 
 
 def test_a_stage_is_checked_from_what_pytorch_has_before_it(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def refuse_unused(passed: Collection[str], options: Mapping[str, object]) -> Non
             raise OptionError("--quality needs --checkpoint, the folder with the weights of the exact model")
         return
     if "prompts" in passed:
-        refuse(("contexts",), "says how long random prompts are; --prompts has its own lengths, drop one of them")
+        refuse(("contexts",), "says how long random prompts are; --prompts has its own lengths, drop --contexts")
     refuse(("forms",), "are beside engines in the table of --quality; give that too")
     if options["from_dump"]:
         if options["engine"] is not None:
