@@ -15,7 +15,6 @@ from seekforge import LLM, SamplingParams, build, export, parity
 from seekforge.exporter.checkpoint.tokenizer import BOS
 from seekforge.exporter.parity.api import FORM_NAMES
 from seekforge.exporter.training import tasks
-from seekforge.formats.numerics import EXACT
 from seekforge.formats.targets import CPU_PRECISIONS
 
 
@@ -60,7 +59,7 @@ def test_no_precision_costs_answers(nano: Path, tmp_path_factory: pytest.TempPat
     checkpoint = nano / "checkpoint"
 
     def make(root: Path) -> None:
-        export(checkpoint, root / "program", numerics=EXACT)
+        export(checkpoint, root / "program", numerics="exact")
         for precision in CPU_PRECISIONS:
             build(root / "program", root / precision, target="cpu", checkpoint=checkpoint, precision=precision)
 

@@ -91,7 +91,7 @@ def test_choices_that_the_trainer_would_not_make_are_replayed(
 @pytest.mark.slow
 def test_two_steps_of_grpo_move_the_engine_with_the_trainer(tiny_engines: dict[str, Path], model: TrainedModel) -> None:
     """The reward is the share of even tokens; after each update the engine has the trainer's log-probabilities."""
-    policy = Policy(model, learning_rate=3e-3)
+    policy = Policy(model, learning_rate=3e-4)
     params = SamplingParams(n=8, temperature=1.0, max_tokens=12, ignore_eos=True)
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     rewards: list[float] = []
