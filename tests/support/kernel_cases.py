@@ -14,7 +14,10 @@ from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Param, Resour
 from seekforge.plugins.kernels.launch_plan import Scalar, op_kernels
 from seekforge.plugins.quant import pack_latent, quantize
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.testing import Case, cases
+from seekforge.plugins.testing import Case, calc_diff, cases
+
+#: FlashMLA's values are normal / 10 and its absolute error 1e-3; ours are normal.
+ABSOLUTE, RELATIVE, DIFF = 1e-2, 2.01 / 128, 5e-6
 
 HOW = Specialization("bf16", "float8", "bf16", "trt")
 
@@ -22,6 +25,20 @@ HOW = Specialization("bf16", "float8", "bf16", "trt")
 def gpu_cases(op: str) -> list[Case]:
     """Return the vectors of an operator with bf16 activations and caches."""
     return [case.typed(HOW) for case in cases(op)]
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    """FlashMLA's gate of sparse decode: each element within an absolute or a relative error, and all of them together.
+
+    For attention in the latent space, sparse or dense. Places that are not finite must be the same.
+    """
+    x, y = actual.double(), expected.double()
+    finite = y.isfinite()
+    if not torch.equal(finite, x.isfinite()):
+        return False
+    x, y = x[finite], y[finite]
+    error = (x - y).abs()
+    return bool(((error < ABSOLUTE) | (error < RELATIVE * y.abs())).all()) and calc_diff(x, y) <= DIFF
 
 
 def packed_latents(cache: Tensor, latent_dim: int) -> Tensor:
@@ -68,6 +85,10 @@ def _attention(case: Case, kv_format: str) -> Case | None:
     )
 
 
+def _dense_attention(case: Case, kv_format: str) -> Case | None:
+    return case if kv_format == "bf16" else None
+
+
 def _indexer(case: Case, kv_format: str) -> Case | None:
     q, w, cache, table, positions = case.inputs
     if kv_format == "fp8_ds":
@@ -86,6 +107,7 @@ ATTRS: Final[dict[str, Callable[[Case, str], Case | None]]] = {
     "DsaCacheWrite": _cache_write,
     "MlaCacheWrite": _latent_write,
     "DsaAttention": _attention,
+    "MlaAttention": _dense_attention,
     "DsaIndexer": _indexer,
 }
 

@@ -6,32 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.kernel_cases import ATTRS, gpu_cases, packed_latents
+from tests.support.kernel_cases import ATTRS, close, gpu_cases, packed_latents
 from torch import Tensor
 
 from seekforge.plugins.dsa_attention import launch
 from seekforge.plugins.dsa_attention.reference import dsa_attention
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.quant import fake_quantize
-from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
+from seekforge.plugins.testing import Case, Draw, equal_bits
 
 SCALE = 0.1352337788608801
-#: FlashMLA's values are normal / 10 and its absolute error 1e-3; ours are normal.
-ABSOLUTE, RELATIVE, DIFF = 1e-2, 2.01 / 128, 5e-6
-
-
-def close(actual: Tensor, expected: Tensor) -> bool:
-    """FlashMLA's gate of sparse decode: each element within an absolute or a relative error, and all of them together.
-
-    Places that are not finite must be the same.
-    """
-    x, y = actual.double(), expected.double()
-    finite = y.isfinite()
-    if not torch.equal(finite, x.isfinite()):
-        return False
-    x, y = x[finite], y[finite]
-    error = (x - y).abs()
-    return bool(((error < ABSOLUTE) | (error < RELATIVE * y.abs())).all()) and calc_diff(x, y) <= DIFF
 
 
 def run(case: Case, *, sm: int = 90) -> Tensor:

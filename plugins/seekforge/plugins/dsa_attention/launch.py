@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, one_of, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, most_rows
-from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
+from seekforge.plugins.kernels.sm_limits import has_fp8
+from seekforge.plugins.latent_tile import MAX_PARTS, choose_tile, most_parts, take_parts
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
@@ -20,32 +19,12 @@ RULES: Final = (
 )
 NOTES: Final = ("caches in bf16 or fp8_ds", "any number of heads and any index_topk")
 
-#: Most parts that the positions of a row are cut into, and most parts of all rows together: what the workspace holds.
-MAX_SPLITS, MAX_PARTS = 8, 128
+#: Most parts that the positions of a row are cut into.
+MAX_SPLITS: Final = 8
 #: Query rows per sequence from which its cache is expanded to bf16 once.
 EXPAND_ROWS: Final = 256
 _EXPAND_POSITIONS: Final = 4
 _LOG2_E: Final = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Heads and positions per step, and how the program runs."""
-
-    block_h: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_tile(heads: int, sm: int, *, from_bytes: bool) -> Tile:
-    """Return the tile; a function of the head count, the SM and whether keys are widened from bytes."""
-    if heads <= 16:
-        return Tile(16, 16 if sm in (120, 121) else 32, 4, 1)
-    if is_datacenter(sm) and not from_bytes:
-        return Tile(64, 32, 8, 2)  # wgmma and tcgen05 need 64 rows
-    # widening bytes takes the registers that 64 heads would need
-    return Tile(32, 32, 8, 1 if from_bytes else 2)
 
 
 def choose_splits(rows: int, topk: int, block_n: int) -> int:
@@ -123,21 +102,11 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     expands = from_bytes and bound["Q"] >= EXPAND_ROWS
     queries = min(bound["Q"], EXPAND_ROWS - 1) if from_bytes else bound["Q"]
     workspace = Workspace()
-    _take_parts(bound, _most_parts(bound["B"], queries, min(MAX_SPLITS, cdiv(bound["TOPK"], block_n))), workspace)
+    take_parts(bound, most_parts(bound["B"], queries, min(MAX_SPLITS, cdiv(bound["TOPK"], block_n))), workspace)
     expanded = Workspace()
     if expands:
         _take_expanded(bound, expanded)
     return max(workspace.size, expanded.size)
-
-
-@functools.lru_cache(maxsize=1024)
-def _most_parts(batch: int, queries: int, most_splits: int) -> int:
-    """Return the most parts of all rows together, in a step of at most so many sequences and queries of each."""
-    return max((s * most_rows(MAX_PARTS // s, (batch, queries)) for s in range(2, most_splits + 1)), default=0)
-
-
-def _take_parts(bound: Mapping[str, Any], parts: int, workspace: Workspace) -> tuple[Buffer, Buffer]:
-    return workspace.take(4 * parts * bound["H"] * bound["C"]), workspace.take(4 * parts * bound["H"])
 
 
 def _take_expanded(bound: Mapping[str, Any], workspace: Workspace) -> Buffer:
@@ -169,7 +138,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     part, lse = Buffer("o_latent"), Buffer("o_latent")  # lse is not written by the whole variant
     workspace = Workspace()
     if splits > 1:
-        part, lse = _take_parts(bound, rows * splits, workspace)
+        part, lse = take_parts(bound, rows * splits, workspace)
     rest: dict[str, Buffer | int | float] = {
         "q_ptr": Buffer("q_latent"),
         "q_pe_ptr": Buffer("q_pe"),

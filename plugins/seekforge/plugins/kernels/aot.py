@@ -84,7 +84,8 @@ def image_key(op: str, variant: Variant, sm: int, *, compiler: str) -> str:
 def _sources(op: str) -> bytes:
     """Return the text that images of `op` depend on: device code, and the choices of tiles and in `launch.py`."""
     folder = _OPERATORS / SPECS[op].torch_name
-    files = (_DEVICE_LIB, _OPERATORS / "linear_tile.py", folder / "kernel.py", folder / "launch.py")
+    tiles = (_OPERATORS / "linear_tile.py", _OPERATORS / "latent_tile.py")
+    files = (_DEVICE_LIB, *tiles, folder / "kernel.py", folder / "launch.py")
     return b"\0".join(path.read_bytes() for path in files)
 
 

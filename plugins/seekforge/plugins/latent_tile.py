@@ -1,0 +1,45 @@
+"""How attention in the latent space is cut into tiles and parts: of the sparse and of the dense operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from seekforge.plugins.kernels.launch_plan import Buffer, Workspace, most_rows
+from seekforge.plugins.kernels.sm_limits import is_datacenter
+
+#: Most parts that the keys of all rows together are cut into: what the workspace holds.
+MAX_PARTS: Final = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Heads and positions per step, and how the program runs."""
+
+    block_h: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(heads: int, sm: int, *, from_bytes: bool) -> Tile:
+    """Return the tile; a function of the head count, the SM and whether keys are widened from bytes."""
+    if heads <= 16:
+        return Tile(16, 16 if sm in (120, 121) else 32, 4, 1)
+    if is_datacenter(sm) and not from_bytes:
+        return Tile(64, 32, 8, 2)  # wgmma and tcgen05 need 64 rows
+    # widening bytes takes the registers that 64 heads would need
+    return Tile(32, 32, 8, 1 if from_bytes else 2)
+
+
+@functools.lru_cache(maxsize=1024)
+def most_parts(batch: int, queries: int, most_splits: int) -> int:
+    """Return the most parts of all rows together, in a step of at most so many sequences and queries of each."""
+    return max((s * most_rows(MAX_PARTS // s, (batch, queries)) for s in range(2, most_splits + 1)), default=0)
+
+
+def take_parts(bound: Mapping[str, Any], parts: int, workspace: Workspace) -> tuple[Buffer, Buffer]:
+    """Return the places of f32 values [parts, H, C] and of their log-sums [parts, H]."""
+    return workspace.take(4 * parts * bound["H"] * bound["C"]), workspace.take(4 * parts * bound["H"])
