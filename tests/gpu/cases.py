@@ -72,6 +72,7 @@ _ROWS: Final[dict[str, tuple[tuple[int, ...], int]]] = {
     "Bf16Linear": ((0,), 0),
     "DsaIndexer": ((0, 1, 4), 1),
     "DsaAttention": ((0, 1, 4), 1),
+    "MlaAttention": ((0, 1, 4), 1),
     "MoeExperts": ((0, 1, 2), 0),
 }
 
@@ -150,6 +151,22 @@ def attention(b: int, q: int, heads: int = 128) -> Real:
     elif b * q == 1:
         target = "<= 15 us"
     return Real("DsaAttention", f"B={b} Q={q}", statics, make, target, anchor)
+
+
+def dense_attention(b: int, q: int, length: int) -> Real:
+    """DeepSeek-V3's attention: the last q rows of sequences of `length` keys."""
+    statics = {"H": 128, "C": 512, "R": 64, "kv_format": "bf16"}
+
+    def make() -> Case:
+        draw, blocks = Draw(b), length // 64
+        table = draw.block_table(b, blocks, b * blocks + 1)
+        positions = torch.arange(length - q, length).expand(b, q).contiguous()
+        queries = draw.normal(b, q, 128, 512).bfloat16(), draw.normal(b, q, 128, 64).bfloat16()
+        inputs = (*queries, draw.normal((b * blocks + 1) * 64, 576).bfloat16(), table, positions)
+        return Case("MlaAttention", "real", inputs, {"scale": 0.1352337788608801, "kv_format": "bf16"})
+
+    target = ">= 65 % of copy bandwidth" if b * q == 1 else ""
+    return Real("MlaAttention", f"B={b} Q={q} L={length}", statics, make, target)
 
 
 def indexer(b: int, length: int, q: int = 1) -> Real:
@@ -253,5 +270,6 @@ def real_cases() -> list[Real]:
     found += [latent_write(t) for t in (1, 256, 8192)]
     found += [indexer(1, 32768), indexer(32, 32768), indexer(1, 131072), indexer(64, 9344), indexer(1, 32768, 512)]
     found += [attention(1, 1), attention(64, 1), attention(128, 2), attention(1, 512)]
+    found += [dense_attention(1, 1, 32768), dense_attention(64, 1, 4096), dense_attention(1, 512, 4096)]
     found += [experts(t) for t in (1, 32, 128, 256, 2048)]
     return found

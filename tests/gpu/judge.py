@@ -35,7 +35,7 @@ def judge(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[bo
     x, y = got[0].double(), want[0].double()
     finite = y.isfinite()
     diff = calc_diff(x[finite], y[finite]) if torch.equal(finite, x.isfinite()) else math.inf
-    limit = 5e-6 if case.op == "DsaAttention" else PRODUCT_TOLERANCE
+    limit = 5e-6 if case.op in ("DsaAttention", "MlaAttention") else PRODUCT_TOLERANCE
     return diff <= limit, f"diff {diff:.1e} of {limit:.0e}"
 
 

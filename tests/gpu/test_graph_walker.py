@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +92,24 @@ class Rig:
         return lay_out([draw.integers(16, 900, n).tolist() for n in new], starts, self.tables)
 
 
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory):
-    raw = load_preset("tiny").config_json | SMALL
+@contextmanager
+def small_rig(preset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    raw = load_preset(preset).config_json | SMALL
 
     def once(name: str, make: Callable[[Path], None]) -> Path:
-        return made_once(tmp_path_factory, f"walks-{name}", make)
+        return made_once(tmp_path_factory, f"walks-{preset}-{name}", make)
 
     def make_checkpoint(root: Path) -> None:
         new_checkpoint(root / "small", Preset("small", 1, raw, ModelConfig.parse(raw, "small")))
 
     with ExitStack() as stack:
         yield Rig(once("checkpoint", make_checkpoint) / "small", once, stack)
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory):
+    with small_rig("tiny", tmp_path_factory) as found:
+        yield found
 
 
 def test_prefill_then_decode_without_fp8_rounding_meets_the_gates_of_two_runs(rig: Rig) -> None:
@@ -114,6 +120,19 @@ def test_prefill_then_decode_without_fp8_rounding_meets_the_gates_of_two_runs(ri
         assert found.hidden <= LAYER_DIFF * NUM_LAYERS and found.kl <= KL
         assert found.keys == found.experts == 0
         assert found.within(noise, NUM_LAYERS), (found, noise)
+
+
+def test_dense_attention_prefills_and_decodes_through_its_plugin(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Over 70 and 5 cached tokens: parts of the longer row, and a combination of them."""
+    with small_rig("tiny-v3", tmp_path_factory) as rig:
+        walk = rig.with_past(rig.walk("exact", "bf16", 90, num_layers=1))
+        step = rig.step((2, 1), PAST)
+        noise = walk.noise(step, 3)
+        found = walk.step(step)
+        assert found.hidden <= LAYER_DIFF and found.kl <= KL
+        assert found.within(noise, 1), (found, noise)
+        entries = {entry for entry, _ in walk.place.driver.launches}
+    assert {"attend_kernel", "combine_kernel", "latent_write_kernel"} <= entries
 
 
 def test_fp8_caches_and_products_are_as_near_as_pytorch_is_to_itself(rig: Rig) -> None:

@@ -49,6 +49,7 @@ class Model:
         past: cached tokens of each sequence before a step, more than index_topk in the first.
         steps: new tokens of each sequence, a decode step and others.
         trials: PyTorch runs that measure its noise.
+        formats: those of the caches.
     """
 
     preset: str
@@ -56,10 +57,19 @@ class Model:
     past: tuple[int, ...]
     steps: tuple[tuple[int, ...], ...]
     trials: int
+    formats: tuple[KvFormat, ...] = ("fp8_ds", "bf16")
 
 
 MODELS: Final[dict[str, Model]] = {
     "tiny": Model("tiny", {"num_nextn_predict_layers": 0}, (150, 9), ((1, 1), (4, 3), (60, 33)), trials=12),
+    "tiny-v3": Model(
+        "tiny-v3",
+        {"num_nextn_predict_layers": 0},
+        (150, 9),
+        ((1, 1), (4, 3), (60, 33)),
+        trials=12,
+        formats=("bf16",),  # dense attention reads no other
+    ),
     # two layers of real width, one dense and one with 16 of the 256 experts, and a short vocabulary
     "real-width": Model(
         "full",
@@ -75,7 +85,6 @@ MODELS: Final[dict[str, Model]] = {
         trials=2,
     ),
 }
-FORMATS: Final[tuple[KvFormat, ...]] = ("fp8_ds", "bf16")
 
 
 def engine_folder(folder: Path, kv_format: KvFormat) -> Path:
@@ -95,10 +104,10 @@ def prepare_program(folder: Path, name: str) -> None:
 
 
 def prepare_model(folder: Path, name: str, sms: Sequence[int], *, jobs: int | None) -> None:
-    """Write checkpoint and program, and compile the kernels of both cache formats."""
+    """Write checkpoint and program, and compile the kernels of each of its cache formats."""
     prepare_program(folder, name)
     program = load_program(folder / PROGRAM)
-    for kv_format in FORMATS:
+    for kv_format in MODELS[name].formats:
         tasks = aot.tasks(kernel_ops(program, kv_format), sms)
         aot.build(tasks, engine_folder(folder, kv_format) / KERNELS, cache=aot.default_cache(), jobs=jobs)
 
@@ -109,14 +118,15 @@ def fill_past(walk: Walk, lengths: Sequence[int], tables: Sequence[Sequence[int]
     config, session = walk.config, walk.session
     session.allocate_caches(walk.num_blocks)
     for layer in session.module().layer_numbers:
-        latent, index = (session.caches[f"{kind}.{layer}"] for kind in ("latent_cache", "index_cache"))
+        latent, index = session.caches[f"latent_cache.{layer}"], session.caches.get(f"index_cache.{layer}")
         for length, blocks in zip(lengths, tables, strict=True):
             slots = (torch.tensor(blocks).unsqueeze(1) * 64 + torch.arange(64)).view(-1)[:length]
             c = fake_quantize(torch.randn(length, config.kv_lora_rank, generator=draw))
             k_pe = torch.randn(length, config.qk_rope_head_dim, generator=draw)
             latent[slots] = torch.cat([c, k_pe], 1).to(latent.dtype)
-            keys = fake_quantize(torch.randn(length, config.index_head_dim, generator=draw))
-            index[slots] = keys.to(index.dtype)
+            if index is not None:
+                keys = fake_quantize(torch.randn(length, config.index_head_dim, generator=draw))
+                index[slots] = keys.to(index.dtype)
     walk.take_caches()
 
 
@@ -184,5 +194,7 @@ def _ignore(outputs: object) -> None:
 def walk_models(folder: Path, names: Sequence[str]) -> int:
     """Walk models on the first GPU; returns the exit code."""
     place = CudaPlace()
-    right = [walk_model(folder / name, name, kv_format, place)[0] for name in names for kv_format in FORMATS]
+    right = [
+        walk_model(folder / name, name, kv_format, place)[0] for name in names for kv_format in MODELS[name].formats
+    ]
     return int(not all(right))

@@ -71,6 +71,14 @@ def attention_work(rows: int, keys: int, *, heads: int, latent: int, rope: int, 
     return Work(keys * (key_bytes + 4) + queries, 2 * keys * heads * (2 * latent + rope), "bf16")
 
 
+def dense_attention_work(visible: list[list[int]], *, heads: int, latent: int, rope: int, key_bytes: int) -> Work:
+    """Absorbed attention over all positions that each query of each sequence sees, each read once by a sequence."""
+    rows, seen = sum(map(len, visible)), sum(map(sum, visible))
+    keys = sum(max(each, default=0) for each in visible) * key_bytes
+    queries = rows * (heads * 2 * (2 * latent + rope) + 8)
+    return Work(keys + queries, 2 * seen * heads * (2 * latent + rope), "bf16")
+
+
 def route_work(tokens: int, experts: int, top_k: int) -> Work:
     """f32 logits in, ids and weights out."""
     return Work(tokens * (4 * experts + 8 * top_k) + 4 * experts)
@@ -118,6 +126,14 @@ def work_of(case: Case) -> Work:
                 latent=bound["C"],
                 rope=bound["R"],
                 key_bytes=key_bytes,
+            )
+        case "MlaAttention":
+            return dense_attention_work(
+                (inputs["positions"] + 1).tolist(),
+                heads=bound["H"],
+                latent=bound["C"],
+                rope=bound["R"],
+                key_bytes=2 * (bound["C"] + bound["R"]),
             )
         case "MoeRoute":
             return route_work(bound["T"], bound["E"], bound["top_k"])

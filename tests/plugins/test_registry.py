@@ -38,6 +38,7 @@ FOLDERS = {path.parent.name for path in PLUGINS.glob("*/spec.py")}
 
 CONFIG = load_preset("full").config
 MODEL = RankModel(config=CONFIG, numerics=FP8.model_dump(), kv_format="fp8_ds", parallelism=ONE_RANK)
+DENSE = dataclasses.replace(MODEL, config=load_preset("tiny-v3").config, kv_format="bf16")
 STEP = Step(
     batch=2, queries=3, num_blocks=40, expert_tokens=6, fp8_linears=[(256, 384)], bf16_linears=[(128, 384), (64, 384)]
 )
@@ -70,14 +71,11 @@ def test_a_description_that_leaves_something_out_is_an_error(kind: type[Any]) ->
             kind(**{key: value for key, value in fields.items() if key != name})
 
 
-def test_what_is_always_inlined_says_what_it_holds() -> None:
-    """An operator with kernels has a workspace instead."""
-    for op, operator in OPERATORS.items():
-        assert operator.kernels is None or operator.inlined_scratch is None, op
-    dense = dataclasses.replace(MODEL, config=load_preset("tiny-v3").config)
+def test_what_is_inlined_says_what_it_holds() -> None:
+    """Dense attention gathers whole contexts in f32 where it is no plugin."""
     scratch = OPERATORS["MlaAttention"].inlined_scratch
     assert scratch is not None and scratch(MODEL, STEP) == 0
-    assert scratch(dense, dataclasses.replace(STEP, batch=4)) == 2 * scratch(dense, STEP) > 0
+    assert scratch(DENSE, dataclasses.replace(STEP, batch=4)) == 2 * scratch(DENSE, STEP) > 0
 
 
 def named(operator: Operator) -> Iterator[str]:
@@ -135,7 +133,7 @@ def test_sizes_stand_under_symbols_of_the_contract_and_are_enough_for_scratch(op
     static = form.static_sizes(MODEL)
     assert set(module.STATICS) <= static.keys() <= symbols(SPECS[op])
     sharing = dataclasses.replace(MODEL, config=load_preset("glm5-tiny").config)
-    calls = [call for model in (MODEL, sharing) for call in form.step_sizes(model, STEP)]
+    calls = [call for model in (MODEL, sharing, DENSE) for call in form.step_sizes(model, STEP)]
     assert calls, "a step of one of them calls every operator"
     for call in calls:
         assert call.keys() <= symbols(SPECS[op]) - static.keys()

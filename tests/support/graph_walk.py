@@ -18,6 +18,7 @@ from torch import Tensor
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import prepare, wide_weights
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.weights import to_torch
@@ -175,24 +176,22 @@ class Walk:
         config, caches = self.config, {}
         record = latent_record_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
         for i in self.session.module().layer_numbers:
-            for name, wide, packed in (
-                (f"latent_cache.{i}", config.latent_dim, (self.num_blocks, 64, record)),
-                (f"index_cache.{i}", config.index_head_dim, (self.num_blocks, 64 * 132)),
-            ):
+            for kind, wide in family_of(config).caches(config, i).items():
+                shape, dtype = (self.num_blocks * 64, wide), torch.bfloat16
                 if self.kv_format == "fp8_ds":
-                    caches[name] = self.place.empty(packed, torch.int8).zero_()
-                else:
-                    caches[name] = self.place.empty((self.num_blocks * 64, wide), torch.bfloat16).zero_()
+                    packed = (64, record) if kind == "latent_cache" else (64 * 132,)
+                    shape, dtype = (self.num_blocks, *packed), torch.int8
+                caches[f"{kind}.{i}"] = self.place.empty(shape, dtype).zero_()
         return caches
 
     def take_caches(self) -> None:
         """Copy PyTorch's caches into the walker's, in the walker's format."""
-        for i in self.session.module().layer_numbers:
-            latent, index = (self.session.caches[f"{kind}.{i}"] for kind in ("latent_cache", "index_cache"))
+        for name, cache in self.caches.items():
+            rows = self.session.caches[name]
             if self.kv_format == "fp8_ds":
-                latent, index = packed_latents(latent, self.config.kv_lora_rank), packed_index(index)
-            self.caches[f"latent_cache.{i}"].copy_(latent)
-            self.caches[f"index_cache.{i}"].copy_(index)
+                is_latent = name.startswith("latent_cache")
+                rows = packed_latents(rows, self.config.kv_lora_rank) if is_latent else packed_index(rows)
+            cache.copy_(rows)
 
     def inputs(self, step: StepInputs) -> dict[str, Tensor]:
         """Return a step's graph inputs on the place's device, caches included."""

@@ -72,7 +72,7 @@ _PRESETS: Final = {"deepseek_v32": "tiny", "deepseek_v3": "tiny-v3", "glm_moe_ds
 _BUILT: Final = "built for RTX cards"
 _RTX: Final = {
     "deepseek_v32": f"`tiny` and all of `full` {_BUILT}; kernels in an interpreter; never run",
-    "deepseek_v3": f"`tiny-v3` and all of `v3-full` {_BUILT}, caches in BF16, attention without kernels; never run",
+    "deepseek_v3": f"`tiny-v3` and all of `v3-full` {_BUILT}, caches in BF16; kernels in an interpreter; never run",
     "glm_moe_dsa": f"`glm5-tiny` and all of `glm5-full` {_BUILT}; kernels in an interpreter; never run",
 }
 _BF16_CPU: Final = "`{}` kept: `parity` against `transformers`; quantized: its build's self-check"

@@ -357,13 +357,13 @@ class Operator:
         inlined_limits: what TensorRT takes of that function.
         inlined_weights: how the function stores FP8 weights for TensorRT: float8 where the target has it, or always
             INT8-typed bytes. None without FP8 weights.
-        inlined_scratch: (model, step) -> bytes that the function's operators hold at once on a GPU, of an operator that
-            engines for GPUs always inline; None with kernels, or where those hold no more than it gives.
+        inlined_scratch: (model, step) -> bytes that the function's operators hold at once on a GPU where the operator
+            is no plugin; None where they hold no more than its kernels.
         folded: the form for CPUs; None where nothing is folded.
         native: whether the library of CPU operators has it, in the folder's `cpu/` (`plugins.native`).
         products: its matrix products; None where it has none.
         taps: what `parity` sees of it.
-        kernels: None for an operator that TensorRT itself has a layer for, or that engines for GPUs inline.
+        kernels: None for an operator that TensorRT itself has a layer for.
     """
 
     spec: OpSpec

@@ -68,6 +68,7 @@ def test_slices_of_a_long_prompt_that_need_no_scores_are_rows_too() -> None:
         (("--sm", "90", "--tp", "3"), "--tp 3"),
         (("--sm", "90", "--op", "Softmax"), "calls none of Softmax; operators are BlockFp8Linear"),
         (("--sm", "90", "--model", "tiny-v3", "--op", "DsaAttention"), "tiny-v3 calls none of DsaAttention"),
+        (("--sm", "90", "--model", "tiny-v3", "--counts-only"), "caches of a deepseek_v3 model are bf16 on GPUs"),
         (("--sm", "90", "--kernels", "/nowhere"), "'/nowhere' does not exist"),
         (("--sm", "90", "--kernels", ".", "--counts-only"), "exclude each other"),
     ],

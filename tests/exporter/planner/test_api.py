@@ -39,9 +39,7 @@ def test_deepseek_v3_has_the_sizes_of_its_release(deepseek_v3: Path) -> None:
     for row in result.answers:
         assert row.found is not None
         assert row.found.memory.indexer_scores == 0
-    short, long = (row.found for row in result.answers)
-    assert short is not None and long is not None
-    assert long.memory.scratch > short.memory.scratch  # the inlined attention holds the cached rows in f32
+        assert row.found.memory.scratch < 163840 * 576 * 4, "no kernel gathers a context in f32"
 
 
 def test_a_cache_that_no_kernel_of_a_family_reads_is_refused(deepseek_v3: Path) -> None:

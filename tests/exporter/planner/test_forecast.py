@@ -96,7 +96,7 @@ def test_small_launches_cost_more_than_their_bytes() -> None:
 
 @pytest.mark.parametrize(("name", "kv_format"), [("full", "fp8_ds"), ("glm5-full", "fp8_ds"), ("v3-full", "bf16")])
 def test_they_are_the_launches_that_the_estimate_counts(name: str, kv_format: str) -> None:
-    """Also where some layers take the keys of another's indexer, and where attention has no kernel of ours."""
+    """Also where some layers take the keys of another's indexer, and where attention is dense."""
     config, asked = read_config(name), Question("fp8", kv_format, target=H200)  # pyright: ignore[reportArgumentType]
     ends = {parameter.module for parameter in family_of(config).end_parameters()}
     calls = [

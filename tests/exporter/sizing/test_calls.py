@@ -90,6 +90,17 @@ def test_layers_that_share_an_indexer_call_it_not() -> None:
     }
 
 
+def test_a_model_without_an_indexer_attends_to_all_keys() -> None:
+    config = load_preset("v3-full").config
+    calls = step_calls(config, StepShape(1, 1, 4096), kv_format="bf16")
+    counts = {call.op: call.count for call in calls if call.op.startswith(("Dsa", "Mla"))}
+    assert counts == {"MlaCacheWrite": 61, "MlaAttention": 61}
+    absorbed = 2 * 61 * config.num_attention_heads * config.kv_lora_rank
+    absorbed *= config.qk_nope_head_dim + config.v_head_dim  # W_UK and W_UV
+    wanted = linear_flops(config).total - absorbed + attention_flops(config, 4096).total
+    assert flops(calls, 4096, config.n_routed_experts) == pytest.approx(wanted, rel=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["tiny", "tiny-v3", "glm5-tiny"])
 @pytest.mark.parametrize("kv_format", ["fp8_ds", "bf16"])
 def test_every_call_has_a_plan_on_every_sm(preset: str, kv_format: str) -> None:

@@ -18,7 +18,7 @@ from seekforge.exporter.planner.answer import memory_of
 from seekforge.exporter.planner.cli import plan as plan_command
 from seekforge.exporter.planner.question import Question
 from seekforge.exporter.sizing.memory import Workload
-from seekforge.exporter.sizing.scratch import bf16_linear_shapes, linear_shapes
+from seekforge.exporter.sizing.scratch import Kernels, bf16_linear_shapes, linear_shapes, step_scratch_bytes
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import all_targets, load_target
@@ -59,6 +59,14 @@ def test_the_planner_counts_what_a_build_expects(inputs: Inputs, target: str, li
     question = Question("fp8", "fp8_ds", target=chosen)
     memory = memory_of(inputs.config, Parallelism(), work, question)
     assert memory.indexer_scores + memory.scratch == expected_bytes(inputs, chosen, known, 1)["scratch"]
+
+
+def test_dense_attention_holds_whole_contexts_only_where_it_is_inlined() -> None:
+    config, step = load_preset("v3-full").config, {"context": 65536, "kv_format": "bf16"}
+    plugin = step_scratch_bytes(config, 16, 1, **step)["MlaAttention"]
+    assert plugin == 16 * 8 * 128 * (512 + 1) * 4, "8 parts of each row, values and log-sums"
+    inlined = step_scratch_bytes(config, 16, 1, **step, kernels=Kernels(inlined=frozenset({"MlaAttention"})))
+    assert inlined["MlaAttention"] == 16 * 65536 * (3 * 576 + 128) * 4
 
 
 def test_the_command_plan_says_what_a_build_expects(full: ModelConfig) -> None:

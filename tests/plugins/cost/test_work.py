@@ -157,6 +157,28 @@ def test_attention_of_a_long_prompt() -> None:
     assert attend.loaded_bytes == 2 * 512 * 2048 * 1152 + 512 * (128 * 576 * 2 + 2 * 2048 * 4)
 
 
+def test_dense_attention_in_decode() -> None:
+    found = works("MlaAttention", B=1, Q=1, MB=512)
+    part, combine = found["part"], found["combine"]
+    assert part.programs == 2 * 128 and part.passes == (8,)  # 128 heads by 64, 1,024 steps of 32 keys in 128 parts
+    assert part.read_bytes == 32768 * 1152 + 128 * 576 * 2 + 8 + 512 * 4
+    assert part.written_bytes == 128 * 128 * (512 + 1) * 4
+    assert part.loaded_bytes == 2 * (32768 * 1152 + 1024 * 4) + 128 * (128 * 576 * 2 + 2 * 8)
+    assert part.flops == 2 * 32768 * 128 * (512 + 512 + 64) and part.products == "bf16"
+    assert part.pass_flops == 2 * 64 * 32 * (512 + 512 + 64)
+    assert (combine.read_bytes, combine.written_bytes) == (part.written_bytes, 128 * 512 * 2)
+    assert combine.programs == 128 and combine.passes == (8, 8), "16 parts at a time"
+
+
+def test_dense_attention_of_a_prompt_reads_the_keys_of_a_sequence_once() -> None:
+    found = works("MlaAttention", load=Load(context=4096), B=2, Q=512, MB=64)["attend"]
+    seen = sum(range(3585, 4097))
+    assert found.read_bytes == 2 * 4096 * 1152 + 1024 * (128 * 576 * 2 + 8) + 2 * 64 * 4
+    assert found.written_bytes == 1024 * 128 * 512 * 2
+    assert found.flops == 2 * 2 * seen * 128 * 1088 and found.passes == (128,)
+    assert found.programs == 1024 * 2 and found.loaded_bytes > 2 * 2 * seen * 1152, "each row by 2 blocks of heads"
+
+
 def test_routing() -> None:
     found = works("MoeRoute", T=10)["route"]
     assert found == Work(
@@ -220,6 +242,11 @@ def test_experts_that_are_hit() -> None:
             perfect.attention_work(128, 128 * 2048, heads=128, latent=512, rope=64, key_bytes=656),
         ),
         (
+            "MlaAttention",
+            {"B": 128, "Q": 1, "MB": 512},
+            perfect.dense_attention_work([[32768]] * 128, heads=128, latent=512, rope=64, key_bytes=1152),
+        ),
+        (
             "DsaIndexer",
             {"B": 2, "Q": 1, "MB": 512},
             perfect.indexer_work([[32768]] * 2, heads=64, dim=128, topk=2048, key_bytes=132, takes_all=False),
@@ -243,6 +270,7 @@ def _tiles() -> dict[tuple[str, int, str], float]:
         "Bf16Linear": [{"*lead": (rows,), "N": 256, "K": 7168} for rows in (16, 32, 64, 4096)],
         "DsaIndexer": [{"B": 1, "Q": q, "MB": 512} for q in (1, 2, 64)],
         "DsaAttention": [{"B": b, "Q": q, "MB": 512, "TOPK": 2048} for b, q in ((1, 1), (128, 1), (1, 512))],
+        "MlaAttention": [{"B": b, "Q": 1, "MB": 512} for b in (1, 128)],
         "MoeExperts": [{"T": tokens} for tokens in (1, 512, 2048)],
     }
     return {
@@ -273,5 +301,6 @@ def test_main_loops_multiply_whole_tiles_and_no_product_thrice() -> None:
     assert len(ratios) > 60
     assert all(1 <= ratio < 2 for ratio in ratios.values()), ratios
     twice = {(op, kernel) for (op, _, kernel), ratio in ratios.items() if ratio > 1.001}
-    assert twice == {("DsaAttention", "attend"), ("DsaAttention", "part"), ("DsaAttention", "attend-expanded")}
+    sparse = {("DsaAttention", "attend"), ("DsaAttention", "part"), ("DsaAttention", "attend-expanded")}
+    assert twice == sparse | {("MlaAttention", "attend"), ("MlaAttention", "part")}
     assert ratios["DsaAttention", 90, "part"] == pytest.approx(104 / 68), "scores are computed twice"

@@ -63,6 +63,7 @@ def test_every_preset_can_be_built_with_plugins_and_inlined(preset: str) -> None
                 "DsaCacheWrite: kv_lora_rank is 384, kernels take 128, 256, 512 or 1024",
                 "DsaAttention: kv_lora_rank is 384, kernels take 128, 256 or 512",
                 "MlaCacheWrite: kv_lora_rank is 384, kernels take 128, 256, 512 or 1024",
+                "MlaAttention: kv_lora_rank is 384, kernels take 128, 256 or 512",
             ],
         ),
         (
@@ -82,6 +83,16 @@ def test_plugins_refuse_what_their_kernels_refuse(values: dict[str, int], senten
                 statics_of(op, bound)
         else:
             statics_of(op, bound)
+
+
+@pytest.mark.parametrize("preset", ["tiny-v3", "v3-full"])
+def test_a_model_without_an_indexer_is_built_with_plugins_over_caches_in_bf16(preset: str) -> None:
+    config = load_preset(preset).config
+    ops = [op for op in WITH_KERNELS if not op.startswith("Dsa")]
+    assert refusals(config, plugins=ops, ops=ops, kv_format="bf16") == []
+    assert export_warnings(config, ops=ops, parallelism=Parallelism(), kv_format="bf16") == []
+    refused = [one.partition(":")[0] for one in refusals(config, plugins=ops, ops=ops, kv_format="fp8_ds")]
+    assert refused == ["MlaCacheWrite", "MlaAttention"]
 
 
 def test_the_inlined_indexer_is_refused_above_what_tensorrt_selects() -> None:

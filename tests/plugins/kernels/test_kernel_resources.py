@@ -32,11 +32,7 @@ RENEW = "run: python -m tests.kernels_doc --compile"
 
 
 def test_every_operator_has_kernels_but_those_that_tensorrt_runs_itself() -> None:
-    without = {
-        "SumRanks",
-        "MlaAttention",
-    }  # a collective is TensorRT's own layer; dense attention is inlined on a GPU
-    assert set(SPECS) - set(WITH_KERNELS) <= without
+    assert set(SPECS) - set(WITH_KERNELS) <= {"SumRanks"}, "a collective is TensorRT's own layer"
 
 
 def test_the_record_is_of_every_kernel_of_the_full_model_for_every_sm_as_its_sources_are() -> None:
@@ -82,6 +78,9 @@ def test_every_kernel_with_products_has_tensor_instructions_in_a_main_loop_that_
         (("DsaAttention", 90, "part"), "HMMA"),
         (("DsaAttention", 90, "attend-expanded"), "HGMMA"),
         (("DsaAttention", 103, "attend-expanded"), "UTCHMMA"),
+        (("MlaAttention", 120, "attend"), "HMMA"),
+        (("MlaAttention", 90, "part"), "HGMMA"),
+        (("MlaAttention", 100, "part"), "UTCHMMA"),
         (("BlockFp8Linear", 90, "combine"), ""),
     ],
 )

@@ -43,6 +43,10 @@ def shapes_of(op: str, fixed: dict[str, Any], sizes: Sizes) -> tuple[Shapes, dic
             h, c, r = f["H"], f["C"], f["R"]
             shapes = [(b, q, h, c), (b, q, h, r), (64, c + r), (b, mb), (b, q, f["TOPK"])]
             return shapes, {"scale": 0.1, "kv_format": f["kv_format"]}
+        case "MlaAttention":
+            h, c, r = f["H"], f["C"], f["R"]
+            shapes = [(b, q, h, c), (b, q, h, r), (64, c + r), (b, mb), (b, q)]
+            return shapes, {"scale": 0.1, "kv_format": "bf16"}
         case "MoeExperts":
             t, e, h, i, k = b * q, f["E"], f["H"], f["I"], f["K"]
             weights = [(e, 2 * i, h), (e, i // 64, h // 128), (e, h, i), (e, h // 128, i // 128)]
@@ -87,6 +91,9 @@ FIXED = {
             "kv_format": _FORMATS,
         }
     ),
+    "MlaAttention": st.fixed_dictionaries(
+        {"H": st.integers(1, 128), "C": st.sampled_from([128, 256, 512]), "R": st.sampled_from([16, 32, 64])}
+    ),
     "MoeExperts": st.fixed_dictionaries(
         {
             "E": st.integers(1, 1024),
@@ -119,7 +126,8 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     rows = [(x, min(q, n // x)) for x in range(1, min(b, 128) + 1) for n in most if n >= x]
     if op == "Bf16Linear":
         rows += [(x, min(q, 2048 // x)) for x in range(1, min(b, 2048) + 1)]
-    steps = {(b, q), (b, min(q, 255)), *rows} if op in ("BlockFp8Linear", "Bf16Linear", "DsaAttention") else {(b, q)}
+    split = ("BlockFp8Linear", "Bf16Linear", "DsaAttention", "MlaAttention")
+    steps = {(b, q), (b, min(q, 255)), *rows} if op in split else {(b, q)}
     blocks = {mb}
     if op == "DsaIndexer":  # a slice has whole rows, so a shorter context may fill it better
         blocks |= {max(1, mb * n // 64) for n in range(1, 64)}

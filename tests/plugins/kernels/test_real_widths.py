@@ -110,6 +110,18 @@ def test_attention() -> None:
     check(Case("DsaAttention", "real", inputs, {"scale": 0.1352337788608801, "kv_format": "fp8_ds"}))
 
 
+def test_dense_attention() -> None:
+    """128 heads; 133 of 192 positions, in parts, one of which has a single position; NaN behind them."""
+    draw, blocks = Draw(5), 3
+    table = draw.block_table(1, blocks, blocks + 1)
+    cache = torch.full(((blocks + 1) * 64, 576), torch.nan)
+    seen = torch.arange(133)
+    cache[table[0].long()[seen // 64] * 64 + seen % 64] = draw.normal(133, 576)
+    queries = draw.normal(1, 1, 128, 512).bfloat16(), draw.normal(1, 1, 128, 64).bfloat16()
+    inputs = (*queries, cache.bfloat16(), table, torch.tensor([[132]]))
+    check(Case("MlaAttention", "real", inputs, {"scale": 0.1352337788608801, "kv_format": "bf16"}))
+
+
 def test_route() -> None:
     draw = Draw(4)
     attrs = {name: SIZES["MoeRoute"][name] for name in ("n_group", "topk_group", "top_k", "norm")} | {"scale": 2.5}

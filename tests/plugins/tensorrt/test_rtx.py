@@ -46,6 +46,10 @@ def described(op: str, how: Specialization) -> tuple[dict[str, Any], list[Type],
             q = [(act, ["B", "Q", 128, 512]), (act, ["B", "Q", 128, 64])]
             attrs = {"scale": 0.1352337788608801, "kv_format": kv}
             return attrs, [*q, latent, table, ("i32", ["B", "Q", 2048])], [(act, ["B", "Q", 128, 512])]
+        case "MlaAttention":
+            q = [(act, ["B", "Q", 128, 512]), (act, ["B", "Q", 128, 64])]
+            attrs = {"scale": 0.1352337788608801, "kv_format": kv}
+            return attrs, [*q, latent, table, ("i64", ["B", "Q"])], [(act, ["B", "Q", 128, 512])]
         case "MoeRoute":
             attrs = {"n_group": 8, "topk_group": 4, "top_k": 8, "norm": True, "scale": 2.5}
             return attrs, [("f32", ["T", 256]), ("f32", [256])], [("i32", ["T", 8]), ("f32", ["T", 8])]
@@ -97,8 +101,8 @@ def build(model: onnx.ModelProto, inputs: dict[str, list[int | str]], targets: l
 
 
 OPS = [
-    "BlockFp8Linear", "Bf16Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MlaCacheWrite", "MoeRoute",
-    "MoeExperts",
+    "BlockFp8Linear", "Bf16Linear", "DsaCacheWrite", "DsaIndexer", "DsaAttention", "MlaCacheWrite",
+    "MlaAttention", "MoeRoute", "MoeExperts",
 ]  # fmt: skip
 #: MoeExperts has no float8 body: TensorRT takes no float8 in a loop.
 FORMS = [(op, storage) for op in OPS for storage in ("int8", "float8") if (op, storage) != ("MoeExperts", "float8")]

@@ -25,6 +25,7 @@ from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.builder import estimate as estimates
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset
 from seekforge.exporter.checkpoint.source import headers
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.option_types import MODEL, TARGET
 from seekforge.exporter.sizing.calls import Call, StepShape, step_calls
@@ -143,6 +144,12 @@ def estimate(
     if not calls:
         raise TargetError(
             f"{model} calls none of {', '.join(map(shown, only))}; operators are {', '.join(WITH_KERNELS)}"
+        )
+    formats = family_of(config).kv_formats
+    if kv_cache_dtype not in formats:
+        raise TargetError(
+            f"the caches of a {config.model_type} model are {' or '.join(formats)} on GPUs, --kv-cache-dtype is "
+            f"{kv_cache_dtype}; pass --kv-cache-dtype {formats[0]}"
         )
     kernels = {} if counts_only else _kernels(calls, card, store, jobs=jobs, cache=cache)
     load = Load(context=shape.context, num_experts=config.n_routed_experts)

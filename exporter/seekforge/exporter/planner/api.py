@@ -117,7 +117,7 @@ def plan(
         contexts: tokens of a sequence; none: 1K to 160K.
         batch_size: sequences at once.
         precision: that of weights: "fp8", "bf16" or both, which none takes.
-        kv_cache_dtype: format of the caches; None: fp8_ds, or bf16 of a model whose attention has no kernels for that.
+        kv_cache_dtype: format of the caches; None: fp8_ds, or bf16 of a model whose attention does not read that.
         mtp: with the MTP module, drafting one token per step.
         goal: forecast a decode step of every layout that fits and rank them: "latency" for the shortest step,
             "throughput" for the most tokens per second of each GPU. `PlanResult.rankings` has them.

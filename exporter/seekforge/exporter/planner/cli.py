@@ -68,7 +68,7 @@ _PARTS = {
     metavar="fp8,bf16",
     help="Of weights. Default: both.",
 )
-@kv_cache_dtype_option("Format of the caches. Default: fp8_ds where the model's attention has kernels, else bf16.")
+@kv_cache_dtype_option("Format of the caches. Default: fp8_ds where the model's attention reads it, else bf16.")
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")
 @click.option(
     "--goal",

@@ -17,6 +17,7 @@ from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.checkpoint.quantization_error import quantization_errors
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import read_text_file, text_files
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.sharding import check_parallelism
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.weights import unused_tensors
@@ -171,7 +172,15 @@ def export(
         num_tensors=len(sizes),
         num_outside=len(away),
         quantization_errors=errors,
-        warnings=(*notes, *export_warnings(config, ops=[op for op in SPECS if op in ops], parallelism=parallelism)),
+        warnings=(
+            *notes,
+            *export_warnings(
+                config,
+                ops=[op for op in SPECS if op in ops],
+                parallelism=parallelism,
+                kv_format=family_of(config).kv_formats[0],
+            ),
+        ),
     )
 
 

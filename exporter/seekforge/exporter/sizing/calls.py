@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import Parameter, Tensor, linear_shapes_of
@@ -19,7 +19,9 @@ from seekforge.plugins.operator import RankModel, Step
 from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
 
 #: Operators of each part of a layer, in the order in which it calls them; linears stand in the family's table.
-_WITH_INDEXER, _WITHOUT_INDEXER = ("DsaCacheWrite", "DsaIndexer", "DsaAttention"), ("MlaCacheWrite", "DsaAttention")
+_LATENT_WRITE: Final = "MlaCacheWrite"
+_WITH_INDEXER, _WITHOUT_INDEXER = ("DsaCacheWrite", "DsaIndexer", "DsaAttention"), (_LATENT_WRITE, "DsaAttention")
+_DENSE = (_LATENT_WRITE, "MlaAttention")
 _MOE = ("MoeRoute", "MoeExperts")
 #: Attributes that say how numbers come out, not how many there are.
 _ANY_SCALE = {"scale": 1.0}
@@ -90,8 +92,8 @@ def layer_calls(
     rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layer)
     for op, what, bound in _linears(rows, tensors, shape.batch * shape.queries, parallelism):
         yield op, what, sizes[op] | bound
-    attention = _WITH_INDEXER if kind.has_indexer else _WITHOUT_INDEXER
-    for op in (*(attention if config.index_topk else ()), *(_MOE if kind.is_moe else ())):
+    sparse = _WITH_INDEXER if kind.has_indexer else _WITHOUT_INDEXER
+    for op in (*(sparse if config.index_topk else _DENSE), *(_MOE if kind.is_moe else ())):
         if op in sizes and op in rest:
             yield op, "", sizes[op] | rest[op]
 

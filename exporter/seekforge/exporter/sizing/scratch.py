@@ -31,10 +31,12 @@ class Kernels:
     Attributes:
         sms: SMs for which they are compiled.
         act_quant: what the program's numerics say of activations.
+        inlined: op_types that run as standard operators instead.
     """
 
     sms: tuple[int, ...] = SMS
     act_quant: str = "ue8m0"
+    inlined: frozenset[str] = frozenset()
 
 
 #: Whatever the GPU, with the numerics of the official reference.
@@ -95,7 +97,7 @@ def _step(
         calls = (static | sizes for sizes in form.step_sizes(model, step))
         scratch[op] = max((bound_workspace_bytes(op, call, kernels.sms) for call in calls), default=0)
     for op, operator in OPERATORS.items():
-        if operator.inlined_scratch is not None:
+        if op in kernels.inlined and operator.inlined_scratch is not None:
             scratch[op] = operator.inlined_scratch(model, step)
     return scratch
 

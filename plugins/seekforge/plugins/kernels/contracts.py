@@ -14,7 +14,7 @@ from seekforge.common.errors import ShapeError
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.plugins.kernels.launch_plan import op_kernels
-from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT, operators
 from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.registry import CACHE_OPS, FP8_OPS, OPERATORS, WITH_KERNELS
 
@@ -70,7 +70,12 @@ def inlined_fault(op: str, config: ModelConfig) -> str:
 
 
 def refusals(
-    config: ModelConfig, *, plugins: Collection[str], ops: Collection[str], parallelism: Parallelism = ONE_RANK
+    config: ModelConfig,
+    *,
+    plugins: Collection[str],
+    ops: Collection[str],
+    parallelism: Parallelism = ONE_RANK,
+    kv_format: str = DEFAULT_FORMAT,
 ) -> list[str]:
     """Return one sentence for every operator that a model asks too much of; none: it can be built.
 
@@ -79,19 +84,23 @@ def refusals(
         plugins: op_types that run as plugins; the other `ops` are inlined.
         ops: op_types of the program.
         parallelism: how ranks share the model; what counts is the sizes of one of them.
+        kv_format: layout and dtype of both caches.
     """
-    sizes = operators(config, parallelism=parallelism)
+    sizes = operators(config, kv_format=kv_format, parallelism=parallelism)
     faults = [plugin_fault(op, sizes) if op in plugins else inlined_fault(op, config) for op in ops]
     return [fault for fault in faults if fault]
 
 
-def export_warnings(config: ModelConfig, *, ops: Collection[str], parallelism: Parallelism) -> list[str]:
+def export_warnings(
+    config: ModelConfig, *, ops: Collection[str], parallelism: Parallelism, kv_format: str = DEFAULT_FORMAT
+) -> list[str]:
     """Return one sentence for every operator of a program that has no kernels for the model.
 
     An export does not know its target. What no target computes is refused with the config; what is said here is what
-    GPU targets will refuse or do without plugins, so that nobody learns of it only when an engine is built.
+    GPU targets will refuse or do without plugins, so that nobody learns of it only when an engine is built. `kv_format`
+    is the first of those that its caches can have on a GPU.
     """
-    sizes = operators(config, parallelism=parallelism)
+    sizes = operators(config, kv_format=kv_format, parallelism=parallelism)
     lines = []
     for op in ops:
         fault = plugin_fault(op, sizes) if op in sizes else ""

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.latent_attention import flops_per_key
 from seekforge.plugins.mla_attention.spec import SPEC
-from seekforge.plugins.operator import Operator, Products, RankModel, Step, Taps
+from seekforge.plugins.operator import KernelForm, Operator, Products, RankModel, Step, Taps
+
+_WIDE = "64 heads, which wgmma needs, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
+
+
+def static_sizes(model: RankModel) -> dict[str, Any]:
+    """Return what the kernels are compiled for."""
+    config = model.config
+    return {
+        "H": model.sizes.num_attention_heads,
+        "C": config.kv_lora_rank,
+        "R": config.qk_rope_head_dim,
+        # a model with an indexer, whose caches may be FP8, does not call it
+        "kv_format": "bf16" if config.index_topk else model.kv_format,
+    }
+
+
+def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
+    """Return the sizes of a step."""
+    if model.config.index_topk:  # a model with an indexer does not call it
+        return []
+    return [{"B": step.batch, "Q": step.queries, "MB": step.num_blocks}]
 
 
 def inlined_scratch(model: RankModel, step: Step) -> int:
@@ -34,5 +57,12 @@ OPERATOR = Operator(
         inlined="f32",  # the body computes in f32, as the reference does
     ),
     taps=Taps(inputs={"q_latent": "q_latent", "q_pe": "q_pe"}, outputs={"o_latent": "o_latent"}),
-    kernels=None,
+    kernels=KernelForm(
+        launch="seekforge.plugins.mla_attention.launch",
+        cost="seekforge.plugins.mla_attention.cost",
+        static_sizes=static_sizes,
+        step_sizes=step_sizes,
+        known_spills={("attend", 90): (152, _WIDE), ("part", 90): (56, _WIDE)},
+        known_mma_sync={},
+    ),
 )

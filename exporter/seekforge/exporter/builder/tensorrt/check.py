@@ -160,7 +160,7 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
     fault = _fault(target, program, config, ops, wanted)
     if fault:
         raise TargetError(f"{fault}; {_remedy(target, program, config, ops, wanted)}")
-    plugins = _choose_plugins(program, config, ops, wanted)
+    plugins = _choose_plugins(program, config, ops, wanted, target.kv_format)
     inlined = tuple(op for op in ops if op not in plugins)
     large = _large_tensor(inputs, target, limits)
     if large:
@@ -212,9 +212,9 @@ def _fault(
             f"--kv-cache-dtype fp8_ds stores FP8, and the program has numerics {numerics['name']!r} without that "
             "rounding"
         )
-    plugins = _choose_plugins(program, config, ops, wanted)
+    plugins = _choose_plugins(program, config, ops, wanted, target.kv_format)
     inlined = [op for op in ops if op not in plugins]
-    broken = refusals(config, plugins=plugins, ops=ops, parallelism=program.parallelism)
+    broken = refusals(config, plugins=plugins, ops=ops, parallelism=program.parallelism, kv_format=target.kv_format)
     if broken:
         return f"target {target.name}: {broken[0]}"
     if target.products == "fp8" and any(op in inlined for op in FP8_OPS):
@@ -270,7 +270,7 @@ def _remedy(
 
 
 def _choose_plugins(
-    program: Program, config: ModelConfig, ops: tuple[str, ...], wanted: PluginChoice
+    program: Program, config: ModelConfig, ops: tuple[str, ...], wanted: PluginChoice, kv_format: str
 ) -> tuple[str, ...]:
     match wanted:
         case "all":
@@ -279,4 +279,8 @@ def _choose_plugins(
             return ()
         case _:
             layout = program.parallelism
-            return tuple(op for op in ops if not refusals(config, plugins=[op], ops=[op], parallelism=layout))
+            return tuple(
+                op
+                for op in ops
+                if not refusals(config, plugins=[op], ops=[op], parallelism=layout, kv_format=kv_format)
+            )

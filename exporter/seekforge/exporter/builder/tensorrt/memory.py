@@ -103,7 +103,9 @@ def _stage_bytes(
                 inputs.program.parallelism,
                 Workload(limits.max_model_len, limits.max_batch_size),
                 target.kv_format,
-                kernels=Kernels(target.sms, inputs.program.numerics["act_quant"]),
+                kernels=Kernels(
+                    target.sms, inputs.program.numerics["act_quant"], frozenset(inputs.ops.keys() - set(plugins))
+                ),
                 steps=steps,
             ).values()
         ),

@@ -18,6 +18,6 @@ FAMILY: Final = Family(
     codes=shared.CODES,
     places=shared.PLACES,
     caches=parameters.caches,
-    kv_formats=("bf16",),  # what reads fp8_ds are kernels, which its attention has not
+    kv_formats=("bf16",),  # dense attention reads no other on a GPU
     taps=TAPS,
 )
