@@ -7,9 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from seekforge.plugins.kernels.constraints import one_of, rule
 from seekforge.plugins.kernels.launch_plan import Buffer, Workspace, most_rows
 from seekforge.plugins.kernels.sm_limits import is_datacenter
 
+#: Sizes that the kernels of both take.
+RULES: Final = (
+    rule("kv_lora_rank", "C", one_of(128, 256, 512)),
+    rule("qk_rope_head_dim", "R", one_of(16, 32, 64)),
+)
+#: Softmax is in base 2.
+LOG2_E: Final = 1.4426950408889634
 #: Most parts that the keys of all rows together are cut into: what the workspace holds.
 MAX_PARTS: Final = 128
 

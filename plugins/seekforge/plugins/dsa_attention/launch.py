@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
-from seekforge.plugins.kernels.constraints import check_rules, one_of, rule
+from seekforge.plugins.kernels.constraints import check_rules
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
 from seekforge.plugins.kernels.sm_limits import has_fp8
-from seekforge.plugins.latent_tile import MAX_PARTS, choose_tile, most_parts, take_parts
+from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, choose_tile, most_parts, take_parts
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
-RULES: Final = (
-    rule("kv_lora_rank", "C", one_of(128, 256, 512)),
-    rule("qk_rope_head_dim", "R", one_of(16, 32, 64)),
-)
 NOTES: Final = ("caches in bf16 or fp8_ds", "any number of heads and any index_topk")
 
 #: Most parts that the positions of a row are cut into.
@@ -24,7 +20,6 @@ MAX_SPLITS: Final = 8
 #: Query rows per sequence from which its cache is expanded to bf16 once.
 EXPAND_ROWS: Final = 256
 _EXPAND_POSITIONS: Final = 4
-_LOG2_E: Final = 1.4426950408889634
 
 
 def choose_splits(rows: int, topk: int, block_n: int) -> int:
@@ -129,7 +124,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         "TOPK": topk,
         "first_row": 0,
         "rows_per_sequence": q,
-        "scale_log2": bound["scale"] * _LOG2_E,
+        "scale_log2": bound["scale"] * LOG2_E,
     }
     blocks_h = cdiv(heads, choose_tile(heads, sm, from_bytes=from_bytes).block_h)
     if from_bytes and q >= EXPAND_ROWS:

@@ -7,21 +7,16 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.formats.paged_cache import BLOCK_SIZE
-from seekforge.plugins.kernels.constraints import check_rules, one_of, rule
+from seekforge.plugins.kernels.constraints import check_rules
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
-from seekforge.plugins.latent_tile import MAX_PARTS, choose_tile, most_parts, take_parts
+from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, choose_tile, most_parts, take_parts
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
-RULES: Final = (
-    rule("kv_lora_rank", "C", one_of(128, 256, 512)),
-    rule("qk_rope_head_dim", "R", one_of(16, 32, 64)),
-)
 NOTES: Final = ("cache in bf16", "any number of heads")
 
 #: Parts that are combined at a time.
 COMBINED: Final = 16
-_LOG2_E: Final = 1.4426950408889634
 
 
 def choose_splits(rows: int, num_blocks: int, block_n: int) -> int:
@@ -103,7 +98,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         "num_blocks": bound["MB"],
         "rows_per_sequence": q,
         "splits": splits,
-        "scale_log2": bound["scale"] * _LOG2_E,
+        "scale_log2": bound["scale"] * LOG2_E,
     }
     launches = [Launch("part" if splits > 1 else "attend", (rows, cdiv(heads, tile.block_h), splits), arguments)]
     if splits > 1:
