@@ -67,6 +67,25 @@ def test_one_row_that_a_flip_moved_farther_does_not_fail_few_rows() -> None:
     assert not passed(compared(many, np.full(2000, 0.035)))["logits"], "2 % of the rows are no luck"
 
 
+@pytest.mark.parametrize(("followed", "most"), [(False, 20), (True, 0)])
+def test_choices_that_were_followed_excuse_no_row(followed: bool, most: int) -> None:
+    """Where PyTorch goes on with the engine's choices, neither a row that chose otherwise nor one that reads it moves."""
+    rows = 2000
+    for out in (most, most + 1):
+        error = np.full(rows, 1e-6)
+        error[:out] = 1e-2
+        comparison = compared(error, np.zeros(0))
+        comparison.cases[0].flipped[-1] = True
+        gates = {gate.name: gate for gate in judge(comparison, [], same_numerics=True, exact=True, followed=followed)}
+        assert gates["logits"].passed is (out == most)
+    error = np.full(rows, 1e-6)
+    error[-1] = 1e-2
+    comparison = compared(error, np.zeros(0))
+    comparison.cases[0].flipped[-1] = True
+    gates = {gate.name: gate for gate in judge(comparison, [], same_numerics=True, exact=True, followed=followed)}
+    assert gates["logits"].passed is not followed
+
+
 @pytest.mark.parametrize(
     ("rows", "other", "noise_other", "right"),
     [(24, 2, 0, True), (24, 12, 0, False), (1000, 8, 0, True), (1000, 60, 10, False), (1000, 30, 25, True)],

@@ -126,6 +126,8 @@ def check_engine(
     progress(f"engine {engine.folder.name}")
     judged = engine.dump(plan, work / "judged", wanted, selections=narrow, inputs=inputs)
     same = numerics_from_dict(judged.side.numerics).rounds_like(walker.settings.numerics)
+    # without roundings a choice by noise is all that moves a row, and those behind it that read it: PyTorch follows it
+    follow = same and _is_exact(judged.side) and judged.side.weights == CHECKPOINT
     feed = fits and same and engine.opens and inputs is None and shown[0] == 0
     records = walker.run(
         plan,
@@ -133,6 +135,7 @@ def check_engine(
         layers=layers,
         subject=judged,
         inside=fits,
+        follow=follow,
         kinds=(REFERENCE, NOISE, *([NUDGED] if feed else [])),
         points=None if fits else NOISE_POINTS if narrow else INTERMEDIATE_TENSORS,
         kept_layers=None if narrow else ends,
@@ -150,7 +153,7 @@ def check_engine(
     if same and not fed and engine.taps and not engine.opens:
         notes.append("the engine is compiled: PyTorch ran on its inputs, its layers could not be run on PyTorch's")
     progress("compare")
-    how = {"same": same, "max_kl": max_kl, "notes": notes, "num_runs": engine.num_runs, "fed": fed}
+    how = {"same": same, "max_kl": max_kl, "notes": notes, "num_runs": engine.num_runs, "fed": fed, "followed": follow}
     result = conclude(judged, reference, noise, records, **how)
     # where nothing is wrong in itself and yet the whole differs, it may be luck: noise is drawn again on few rows
     failed = {gate.name for gate in result.gates if not gate.passed}
@@ -171,10 +174,10 @@ def conclude(
     notes: Sequence[str] = (),
     num_runs: int = 0,
     fed: Sequence[FedLayer] = (),
+    followed: bool = False,
 ) -> Result:
     """Compare dumps, apply the gates, name the first divergence."""
     comparison = compare(judged, reference, noise)
-    exact = judged.side.numerics.get("act_quant") == "none" and judged.side.activations == "f32"
     same_weights = judged.side.weights == reference.side.weights
     gates = judge(
         comparison,
@@ -182,7 +185,8 @@ def conclude(
         fed,
         same_numerics=same,
         same_weights=same_weights,
-        exact=exact,
+        exact=_is_exact(judged.side),
+        followed=followed,
         max_kl=max_kl,
     )
     return Result(
@@ -198,6 +202,11 @@ def conclude(
         notes=list(notes),
         fed=list(fed),
     )
+
+
+def _is_exact(side: Side) -> bool:
+    """Whether a side rounds nothing."""
+    return side.numerics.get("act_quant") == "none" and side.activations == "f32"
 
 
 def _layer(tap: str) -> int:

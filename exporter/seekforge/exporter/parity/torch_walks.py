@@ -69,6 +69,7 @@ class Walker:
         layers: tuple[int, int] | None = None,
         subject: Dump | None = None,
         inside: bool = False,
+        follow: bool = False,
         kinds: Collection[str] = (REFERENCE, NOISE),
         points: Sequence[str] | None = None,
         kept_layers: Collection[int] | None = None,
@@ -81,6 +82,8 @@ class Walker:
             layers: [a, b); None: the whole model.
             subject: an engine's dump: what goes into layer a, if that is not 0, and what is judged.
             inside: judge the operations that `subject` shows, each by its own inputs.
+            follow: the reference and the noise go on with the keys and experts that `subject` chose, where it shows
+                them. Each choice is judged by itself; what it leads to is then no difference of the two sides.
             kinds: which runs to make.
             points: what the reference keeps of each layer; None: all.
             kept_layers: the layers of which it and the noise keep that; None: all.
@@ -89,17 +92,17 @@ class Walker:
             Records of the operations; empty if not `inside`.
         """
         side = torch_side(self.settings, self.name, layers or (0, self.settings.config.num_hidden_layers))
-        change = self._change
+        change, follows = self._change, subject if follow else None
         streams: dict[str, Stream] = {}
         for kind in kinds:
             shutil.rmtree(work / kind, ignore_errors=True)
             (work / kind).mkdir(parents=True)
             writer = DumpWriter(work / kind, side, plan)
             if kind == REFERENCE:
-                streams[kind] = Stream(writer, points=points, layers=kept_layers)
+                streams[kind] = Stream(writer, points=points, layers=kept_layers, follows=follows)
             elif kind == NOISE:
                 few = NOISE_POINTS if points is None else points
-                streams[kind] = Stream(writer, change, points=few, layers=kept_layers)
+                streams[kind] = Stream(writer, change, points=few, layers=kept_layers, follows=follows)
             else:
                 streams[kind] = Stream(writer, change, points=INTERMEDIATE_TENSORS, beside=streams[REFERENCE])
         local = None

@@ -14,6 +14,7 @@ from seekforge.common.errors import ConfigError
 from seekforge.exporter.models.shared.layer_operations import LayerModule
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.parity.compare.dumps import stream_rows
 from seekforge.exporter.parity.sides import torch_reference as walking
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import Stream
@@ -94,6 +95,31 @@ def test_a_perturbed_run_differs_a_little_and_repeats(
     moved = float((logits[0] - logits[1]).abs().max() / logits[0].std())
     assert 0 < moved < 1e-4
     assert runs[0].names(0) == ["hidden", "logits"]  # no points asked for
+
+
+def test_a_run_goes_on_with_the_choices_of_another_and_keeps_its_own(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path
+) -> None:
+    """What a choice by noise leads to is then no difference: rows that read it through the caches are the same too."""
+    settings, plan = Settings(tiny_config, EXACT), plan_of(tiny_config, 70, "whole")
+    free = walk(tmp_path / "free", settings, tiny_source, plan)
+    layer = next(i for i in range(tiny_config.num_hidden_layers) if tiny_config.is_moe_layer(i))
+    name, row = f"expert_ids.{layer}", 40
+    other = free.tensor(0, name).copy()
+    other[row, -1] = next(e for e in range(tiny_config.n_routed_experts) if e not in other[row])
+    (tmp_path / "other").mkdir()
+    writer = DumpWriter(tmp_path / "other", free.side, plan)
+    writer.write(0, {name: other})
+    writer.close()
+    followed = walk(tmp_path / "followed", settings, tiny_source, plan, follows=Dump.open(tmp_path / "other"))
+    assert np.array_equal(followed.tensor(0, name), free.tensor(0, name)), "its own choice is what is compared"
+    moved = [
+        set(np.flatnonzero((stream_rows(followed, 0, i) != stream_rows(free, 0, i)).any(-1)))
+        for i in (layer, layer + 1, layer + 2)
+    ]
+    assert moved[:2] == [set(), {row}]
+    assert moved[2] > {row} and min(moved[2]) == row
+    assert not np.array_equal(free.tensor(0, "logits"), followed.tensor(0, "logits"))
 
 
 def test_a_range_needs_what_goes_into_it(tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from seekforge.exporter.models.shared.moe import Moe
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.step import Step
 from seekforge.exporter.parity.sides.torch_streams import Judge, Judged, Stream
+from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump
 from seekforge.formats.parity_steps import ParitySteps, step_inputs
 from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, TOPK_INDICES
@@ -163,12 +164,20 @@ class Reference:
 
     def _free(self, stream: Stream, module: LayerModule, state: LayerState, number: int) -> None:
         layer = module.layer
-        values = dict(stream.carried[number])
-        for op in module.before_cache(state):
+        values, chosen = dict(stream.carried[number]), dict[str, Tensor]()
+
+        def run(op: Op) -> None:
             values[op.output] = op.run(values)
+            name = f"{op.output}.{layer}"
+            if stream.follows is not None and op.output in SELECTIONS and stream.follows.has(number, name):
+                chosen[op.output] = values[op.output]
+                values[op.output] = self._tensor(stream.follows.tensor(number, name), op.output)
+
+        for op in module.before_cache(state):
+            run(op)
         module.write_cache(state, values)
         for op in module.behind_cache(state):
-            values[op.output] = op.run(values)
+            run(op)
         if "router_logits" in values:  # what decides about experts; an engine does not show it
             moe = module.module.mlp
             assert isinstance(moe, Moe)
@@ -179,7 +188,7 @@ class Reference:
         if stream.beside is not None:
             stream.keep(number, {f"{name}.{layer + 1}": value for name, value in stream.carried[number].items()})
             return
-        named = {f"{name}.{layer}": value for name, value in values.items()}
+        named = {f"{name}.{layer}": value for name, value in (values | chosen).items()}
         if number in self._last_steps and stream.points is None:
             caches = state.caches.items()
             named |= {f"cache_{kind.removesuffix('_cache')}.{layer}": cache for kind, cache in caches}
