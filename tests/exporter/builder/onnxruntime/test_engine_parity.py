@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,24 @@ def open_engine(folder: Path, num_blocks: int | None = None, graph: str = "model
     return OrtSession(folder, {graph: load_manifest(folder).graphs[graph]}, num_blocks, threads=1)
 
 
+@pytest.fixture(scope="module")
+def opened(tiny_engines: dict[str, Path]) -> dict[str, OrtSession]:
+    """The engines, open; who takes steps by himself makes caches first."""
+    return {name: open_engine(folder) for name, folder in tiny_engines.items()}
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_config: ModelConfig, tiny_source: Checkpoint) -> TorchSession:
+    """The PyTorch model; a run of steps begins with empty caches."""
+    return TorchSession(Settings(tiny_config, EXACT), tiny_source)
+
+
+@pytest.fixture(scope="module")
+def rounding(tiny_config: ModelConfig, tiny_source: Checkpoint) -> TorchSession:
+    """The same with the roundings of FP8."""
+    return TorchSession(Settings(tiny_config, FP8, "f32"), tiny_source)
+
+
 def caches_of(session: TorchSession) -> dict[str, np.ndarray]:
     """Cache name -> values, without the scrap block."""
     return {name: session.cache(name)[BLOCK:] for name in session.caches}
@@ -56,16 +75,15 @@ def caches_of(session: TorchSession) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_exact_engine_equals_pytorch(
-    tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int, mode: str
+    exact: TorchSession, opened: dict[str, OrtSession], context: int, mode: str
 ) -> None:
     sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
-    reference = TorchSession(Settings(tiny_config, EXACT), tiny_source)
-    engine = open_engine(tiny_engines["exact"])
-    pairs = list(zip(drive(engine, sequences, mode), drive(reference, sequences, mode), strict=True))
+    engine = opened["exact"]
+    pairs = list(zip(drive(engine, sequences, mode), drive(exact, sequences, mode), strict=True))
     for from_engine, from_torch in pairs:
         assert_same(from_engine, from_torch, f"{mode} at {context}")
     moved = sum(moved_rows(from_engine, from_torch).sum() for from_engine, from_torch in pairs)
-    for name, expected in caches_of(reference).items():
+    for name, expected in caches_of(exact).items():
         cache = engine.cache(name)[BLOCK:]
         wrong = ~np.isclose(cache, expected, rtol=1e-4, atol=1e-4).all(-1)
         # every byte that nobody owns is untouched, and rows differ only where a layer before chose differently
@@ -74,10 +92,12 @@ def test_exact_engine_equals_pytorch(
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_results_of_a_step_are_consistent(tiny_engines: dict[str, Path], context: int) -> None:
+def test_results_of_a_step_are_consistent(opened: dict[str, OrtSession], context: int) -> None:
     ids = tokens(context)
     blocks = list(range(1, 2 + context // BLOCK))
-    got = open_engine(tiny_engines["exact"], len(blocks) + 1).run(lay_out([ids], [0], [blocks]))
+    engine = opened["exact"]
+    engine.allocate_caches(len(blocks) + 1)
+    got = engine.run(lay_out([ids], [0], [blocks]))
     logits = got["logits"]
     order = np.argsort(-logits, axis=-1, kind="stable")[:, : got["top_ids"].shape[1]]
     assert np.array_equal(got["top_ids"], order)
@@ -87,9 +107,9 @@ def test_results_of_a_step_are_consistent(tiny_engines: dict[str, Path], context
     assert np.allclose(got["logsumexp"], exact, rtol=0, atol=1e-5)
 
 
-def test_a_padded_row_changes_no_byte_outside_the_scrap_block(tiny_engines: dict[str, Path]) -> None:
-    for folder in tiny_engines.values():
-        engine = open_engine(folder, 6)
+def test_a_padded_row_changes_no_byte_outside_the_scrap_block(opened: dict[str, OrtSession]) -> None:
+    for engine in opened.values():
+        engine.allocate_caches(6)
         for name in engine.caches:
             engine.caches[name].update_inplace(np.full_like(engine.cache(name), 7.5))
         # the second sequence is two tokens long, the rectangle nine wide
@@ -100,14 +120,13 @@ def test_a_padded_row_changes_no_byte_outside_the_scrap_block(tiny_engines: dict
             assert touched.tolist() == [*range(2 * BLOCK, 2 * BLOCK + 9), 4 * BLOCK, 4 * BLOCK + 1], name
 
 
-def test_rubbish_in_unused_slots_does_not_leak(tiny_engines: dict[str, Path]) -> None:
-    ids = tokens(100)
-    clean = open_engine(tiny_engines["exact"], 5)
-    dirty = open_engine(tiny_engines["exact"], 5)
-    for name in dirty.caches:
-        dirty.caches[name].update_inplace(np.full_like(dirty.cache(name), np.nan))
-    step = lay_out([ids], [0], [[3, 1]])
-    assert np.array_equal(dirty.run(step)["logits"], clean.run(step)["logits"])
+def test_rubbish_in_unused_slots_does_not_leak(opened: dict[str, OrtSession]) -> None:
+    engine, step = opened["exact"], lay_out([tokens(100)], [0], [[3, 1]])
+    engine.allocate_caches(5)
+    clean = engine.run(step)["logits"].copy()
+    for name in engine.caches:
+        engine.caches[name].update_inplace(np.full_like(engine.cache(name), np.nan))
+    assert np.array_equal(engine.run(step)["logits"], clean)
 
 
 @pytest.mark.parametrize("context", (10, 65, 200))
@@ -149,21 +168,24 @@ def test_one_loop_drives_pytorch_the_graphs_and_the_backend_that_serves(
 # --- numerics fp8: rounding to e4m3 is discrete too ---------------------------------------------------------
 
 
-def _perturbed(config: ModelConfig, source: Checkpoint, seed: int) -> TorchSession:
-    """The PyTorch model with its embeddings changed by parts in a million."""
-    session = TorchSession(Settings(config, FP8, "f32"), source)
+@contextlib.contextmanager
+def _perturbed(session: TorchSession, seed: int) -> Iterator[TorchSession]:
+    """Change the embeddings of a model by parts in a million."""
     generator = torch.Generator().manual_seed(seed)
 
     def perturb(module: torch.nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         return embedded * (1 + 1e-6 * torch.randn(embedded.shape, generator=generator))
 
-    session.module().token_embedding().register_forward_hook(perturb)
-    return session
+    hook = session.module().token_embedding().register_forward_hook(perturb)
+    try:
+        yield session
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize(("context", "mode"), [(10, "whole"), (10, "decode"), (64, "whole"), (200, "ragged")])
 def test_fp8_engine_differs_from_pytorch_no_more_than_pytorch_from_itself(
-    tiny_config: ModelConfig, tiny_source: Checkpoint, tiny_engines: dict[str, Path], context: int, mode: str
+    rounding: TorchSession, opened: dict[str, OrtSession], context: int, mode: str
 ) -> None:
     """A sum in another order can flip one e4m3 rounding, and the rows that attend to it then differ for good.
 
@@ -172,15 +194,18 @@ def test_fp8_engine_differs_from_pytorch_no_more_than_pytorch_from_itself(
     strict comparison is layer by layer, below.
     """
     sequences = [tokens(n, seed=n) for n in lengths_of(mode, context)]
-    reference = drive(TorchSession(Settings(tiny_config, FP8, "f32"), tiny_source), sequences, mode)
-    engine = drive(open_engine(tiny_engines["fp8"]), sequences, mode)
+    reference = drive(rounding, sequences, mode)
+    engine = drive(opened["fp8"], sequences, mode)
     quantiles = (0.5, 0.9, 1.0)
 
     def error(runs: list[Any]) -> np.ndarray:
         rows = [relative_error(a.logits, b.logits) for a, b in zip(runs, reference, strict=True)]
         return np.quantile(np.concatenate(rows), quantiles)
 
-    noise = [error(drive(_perturbed(tiny_config, tiny_source, seed), sequences, mode)) for seed in range(8)]
+    noise = []
+    for seed in range(8):
+        with _perturbed(rounding, seed) as session:
+            noise.append(error(drive(session, sequences, mode)))
     bound = 1.5 * np.max(noise, axis=0) + GATE
     of_engine = error(engine)
     assert (of_engine <= bound).all(), f"quantiles {quantiles}: {of_engine}, allowed {bound}"
