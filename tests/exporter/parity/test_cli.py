@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from tests.support.in_process import dump_in_process
 from tests.support.made_once import made_once
 from tests.support.parity_faults import (
     bent_engine,
@@ -35,6 +36,15 @@ from seekforge.runtime.cli import main as cli
 
 FEW = ("--contexts", "70", "--modes", "whole,mtp", "--threads", "1")
 NORM = "model.layers.2.post_attention_layernorm.weight"
+
+
+#: Engines run in this process: in one of their own they are run by the check that is `saved`, and by faults.
+HERE = pytest.mark.usefixtures("engines_run_here")
+
+
+@pytest.fixture
+def engines_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    dump_in_process(monkeypatch)
 
 
 def invoke(*args: str | Path) -> Result:
@@ -188,6 +198,7 @@ def test_the_torch_side_alone_is_written_for_later(tiny_checkpoint: Path, tmp_pa
     assert "pass --force" in refuse(*args)
 
 
+@HERE
 def test_one_range_of_layers_from_what_the_engine_had(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     args = (tiny_engines["exact"], "--checkpoint", tiny_checkpoint, "--contexts", "20", "--modes", "whole")
     result = invoke(*args, "--layers", "1-2", "--json")
@@ -197,6 +208,7 @@ def test_one_range_of_layers_from_what_the_engine_had(tiny_engines: dict[str, Pa
     assert report["layers"][1]["stream"]["max_relative"] < 1e-4
 
 
+@HERE
 def test_two_engines_and_the_weights_that_judge_both(
     tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +222,7 @@ def test_two_engines_and_the_weights_that_judge_both(
     assert report["layers"][3]["stream"]["max_abs"] > 0
 
 
+@HERE
 def test_numerics_that_differ_are_shown_as_a_cost(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     args = (tiny_engines["fp8"], "--checkpoint", tiny_checkpoint, "--contexts", "30", "--modes", "whole")
     result = invoke(*args, "--numerics", "exact", "--sensitivity", "--json")
@@ -241,6 +254,7 @@ def test_without_transformers_nothing_runs_and_the_line_says_what_to_install(
     assert f"transformers, which is not installed; pip install 'transformers{ranges}'" in line
 
 
+@HERE
 def test_transformers_is_a_side(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     pytest.importorskip("transformers")
     args = (tiny_engines["exact"], "--checkpoint", tiny_checkpoint, "--against", "transformers")
@@ -253,6 +267,7 @@ def test_transformers_is_a_side(tiny_engines: dict[str, Path], tiny_checkpoint: 
     assert "whole prompts only" in refuse(*args)
 
 
+@HERE
 def test_prompts_are_encoded_with_the_engines_tokenizer(
     tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -265,6 +280,7 @@ def test_prompts_are_encoded_with_the_engines_tokenizer(
     assert "drop --contexts" in refuse(*args, "--contexts", "5")
 
 
+@HERE
 def test_a_stage_is_checked_from_what_pytorch_has_before_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Layers 1 and 2 of 4 as an engine of their own: what goes into layer 1 is PyTorch's."""
     export(tiny_checkpoint, tmp_path / "program", numerics=FP8, layer_range=(1, 3))
@@ -284,6 +300,7 @@ def test_a_stage_is_checked_from_what_pytorch_has_before_it(tiny_checkpoint: Pat
     assert dump.exit_code == 2 and "holds layers 1 to 2 only: pass --inputs" in dump.stderr
 
 
+@HERE
 def test_the_first_layer_alone_is_checked(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """What comes out of a stage has names of its own, and nothing goes into this one."""
     export(tiny_checkpoint, tmp_path / "program", numerics=FP8, layer_range=(0, 1))
