@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from tests.benchmarks.builder import (
     wanted,
 )
 
-from seekforge.exporter.builder.tensorrt.check import open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, open_inputs
+from seekforge.exporter.program.export import export
+from seekforge.formats.numerics import NUMERICS
 
 
 def test_the_full_program_is_inlined_only_alone() -> None:
@@ -49,27 +52,49 @@ def test_the_table_has_a_row_per_graph_and_names_what_is_not_built() -> None:
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
-def test_one_engine_is_measured(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> None:
+@pytest.fixture(scope="module")
+def two_layers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Layers 1 and 2 of the tiny model, which are alike."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    program = tmp_path_factory.mktemp("layers") / "program"
+    export(tiny_checkpoint, program, numerics=NUMERICS["fp8"], layer_range=(1, 3))
+    return open_inputs(program, tiny_checkpoint)
+
+
+def check_measured(inputs: Inputs, rows: Sequence[Row]) -> None:
+    """The rows of plans add up to that of the build, the last one."""
+    *plans, whole = rows
+    assert sum(row.runs * row.plugin_layers for row in plans) == whole.plugin_layers == sum(inputs.ops.values())
+    assert whole.cpu_seconds >= sum(row.cpu_seconds for row in plans)
+    assert max(row.peak_gib for row in plans) <= whole.peak_gib
+    assert all(row.plan_mb > 0 and row.peak_gib > 0 and not row.fault for row in rows)
+
+
+def test_one_engine_is_measured(two_layers: Inputs) -> None:
+    rows = measure(two_layers, "tiny", "plugins", 120, "decode")
+    assert [(row.graph, row.runs) for row in rows] == [("model.1", 2), ("build", 2)]
+    check_measured(two_layers, rows)
+    cut = measure(two_layers, "tiny", "plugins", 120, "decode", layers_per_engine=2)
+    assert [(row.graph, row.runs) for row in cut] == [("model", 1), ("build", 1)]
+    check_measured(two_layers, cut)
+
+
+@pytest.mark.slow
+def test_an_engine_of_several_plans_is_measured(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> None:
+    """What plans there are, and how often each runs, is asserted of a build in tests/exporter/builder/tensorrt/."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     inputs = open_inputs(tiny_programs["fp8"], tiny_checkpoint)
     rows = measure(inputs, "tiny", "plugins", 120, "decode")
-    assert [(row.graph, row.runs) for row in rows] == [
-        ("model.0", 1),
-        ("model.1", 2),
-        ("model.3", 1),
-        ("mtp", 1),
-        ("build", 5),
-    ]
-    nodes = sum(inputs.ops.values())
-    whole = rows[-1]
-    assert sum(row.runs * row.plugin_layers for row in rows[:-1]) == whole.plugin_layers == nodes
-    assert whole.cpu_seconds >= sum(row.cpu_seconds for row in rows[:-1])
-    assert max(row.peak_gib for row in rows[:-1]) <= whole.peak_gib
-    cut = measure(inputs, "tiny", "plugins", 120, "decode", layers_per_engine=4)
-    assert [row.graph for row in cut] == ["model", "mtp", "build"]
-    assert cut[-1].plugin_layers == nodes
-    assert all(row.plan_mb > 0 and row.peak_gib > 0 and not row.fault for row in rows)
-    exact = open_inputs(tiny_programs["exact"], tiny_checkpoint)
+    runs = [("model.0", 1), ("model.1", 2), ("model.3", 1), ("mtp", 1), ("build", 5)]
+    assert [(row.graph, row.runs) for row in rows] == runs
+    check_measured(inputs, rows)
+
+
+def test_a_program_that_cannot_be_built_is_a_row_with_its_fault(
+    tiny_layers: dict[str, Path], tiny_checkpoint: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    exact = open_inputs(tiny_layers["exact"], tiny_checkpoint)
     (refused,) = measure(exact, "tiny", "plugins", 120, "decode")
     assert "--numerics fp8" in refused.fault
 
