@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -150,15 +151,24 @@ def _compile(key: tuple[str, int, str], folder: Path) -> KernelSet:
     return KernelSet(op, 1, sm, "", statics, aot.compiler(), {image.variant: image})
 
 
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[ProcessPoolExecutor]:
+    """A process that compiles: one for all tests, since it imports torch and triton."""
+    _need_the_compiler()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)  # the process inherits it when it starts
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(int).result()
+    with pool:
+        yield pool
+
+
 @pytest.mark.parametrize("sm", [89, 90, 100])
 def test_compiled_again_a_kernel_of_each_tensor_unit_is_as_recorded(
-    sm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sm: int, tmp_path: Path, compiling: ProcessPoolExecutor
 ) -> None:
-    _need_the_compiler()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the process below inherits it
     key = ("BlockFp8Linear", sm, "swap-16x128-split")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        made = pool.submit(_compile, key, tmp_path).result()
+    made = compiling.submit(_compile, key, tmp_path).result()
     assert records([made], tmp_path, cache=tmp_path) == [RECORD[key]]
 
 
