@@ -23,7 +23,7 @@ from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.program.export import export
-from seekforge.exporter.program.trace import Traced, trace
+from seekforge.exporter.program.trace import Traced
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.shard_index import INDEX_FILE
 from seekforge.formats.numerics import EXACT, FP8
@@ -35,7 +35,7 @@ from seekforge.formats.weight_recipes import take
 def traced(tiny_config: ModelConfig) -> dict[bool, Traced]:
     """The graphs of a one-layer range and of the MTP module, so that a test of the writing need not trace."""
     settings = Settings(tiny_config, EXACT, activations="bf16")
-    return {True: trace(settings, (3, 4), lambda stage: None), False: trace(settings, None, lambda stage: None)}
+    return {in_model: export_module.trace(settings, (3, 4) if in_model else None, print) for in_model in (True, False)}
 
 
 @pytest.fixture
