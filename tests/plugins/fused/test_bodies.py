@@ -185,11 +185,20 @@ def experts_case(tokens: int, top_k: int, hidden: int, inter: int, experts: int 
     return [draw.normal(tokens, hidden), ids.int(), draw.uniform(tokens, top_k), w13, w2]
 
 
-@pytest.mark.parametrize(("hidden", "inter"), [(512, 128), (40, 27)])
-@pytest.mark.parametrize("tokens", [0, 1, 150])
+@pytest.mark.parametrize(("hidden", "inter"), [(640, 128), (40, 27)])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 150])
 def test_folded_experts(tokens: int, hidden: int, inter: int, library: Path) -> None:
     inputs = experts_case(tokens, 4, hidden, inter)
     assert_same("FoldedExperts", {"act_quant": "none"}, inputs, inputs[:1], library)
+
+
+def test_experts_of_a_few_tokens_do_not_depend_on_company(library: Path) -> None:
+    inputs = experts_case(8, 4, 640, 128)
+    together = run("FoldedExperts", {"act_quant": "none"}, inputs, inputs[:1], library)[0]
+    for token in range(8):
+        alone = [part[token : token + 1].contiguous() for part in inputs[:3]] + inputs[3:]
+        (result,) = run("FoldedExperts", {"act_quant": "none"}, alone, alone[:1], library)
+        assert torch.equal(result, together[token : token + 1])
 
 
 def test_experts_that_there_are_not_and_sizes_that_differ_are_errors(library: Path) -> None:

@@ -2,7 +2,8 @@
 //
 // Compiled with instructions that not every processor has, so nothing here may be an inline function of the standard
 // library: the linker would keep one copy for all callers. GCC's and Clang's vector types are the same on all
-// processors. Products are of rows that lie apart (a paged cache), which no product of ONNX Runtime takes.
+// processors. Products are of rows that lie apart (a paged cache), which no product of ONNX Runtime takes, and of a few
+// rows with a matrix that is no constant of a node, which ONNX Runtime would pack anew in every call.
 #include "kernels.hpp"
 
 #include <float.h>
@@ -144,6 +145,38 @@ void add_weighted(const float* w, size_t w_stride, size_t heads, const float* co
             float total = sums_of[d];
             for (size_t j = 0; j < count; ++j) total += w[rest * w_stride + j] * rows[j][d];
             sums_of[d] = total;
+        }
+    }
+}
+
+constexpr size_t kDepth = 4;  // rows of the matrix that `few_rows` adds at a time, while its sums are in vectors
+
+void few_rows(const float* x, size_t x_stride, size_t rows, const float* w, size_t w_stride, size_t depth, size_t width,
+              float* out, size_t out_stride) {
+    const size_t whole = width / L * L, deep = depth / kDepth * kDepth;
+    for (size_t r = 0; r < rows; ++r) memset(out + r * out_stride, 0, width * sizeof(float));
+    for (size_t k = 0; k < deep; k += kDepth) {
+        const float *const w0 = w + k * w_stride, *const w1 = w0 + w_stride, *const w2 = w1 + w_stride,
+                    *const w3 = w2 + w_stride;
+        for (size_t r = 0; r < rows; ++r) {
+            const float* const by = x + r * x_stride + k;
+            float* const sums_of = out + r * out_stride;
+            for (size_t n = 0; n < whole; n += L) {
+                V total = load(sums_of + n);
+                total += by[0] * load(w0 + n);
+                total += by[1] * load(w1 + n);
+                total += by[2] * load(w2 + n);
+                total += by[3] * load(w3 + n);
+                store(sums_of + n, total);
+            }
+            for (size_t n = whole; n < width; ++n) {
+                sums_of[n] = sums_of[n] + by[0] * w0[n] + by[1] * w1[n] + by[2] * w2[n] + by[3] * w3[n];
+            }
+        }
+    }
+    for (size_t k = deep; k < depth; ++k) {
+        for (size_t r = 0; r < rows; ++r) {
+            for (size_t n = 0; n < width; ++n) out[r * out_stride + n] += x[r * x_stride + k] * w[k * w_stride + n];
         }
     }
 }
@@ -306,7 +339,7 @@ void add(const float* a, const float* b, size_t count, float* out) {
 }  // namespace
 
 extern const Kernels SEEKFORGE_KERNELS;
-const Kernels SEEKFORGE_KERNELS = {dots,          add_weighted, exp_sum,    largest, scale, head_scores,
-                                   fake_quantize, rms_norm,     layer_norm, swiglu,  add};
+const Kernels SEEKFORGE_KERNELS = {dots,        add_weighted,  few_rows, exp_sum,    largest, scale,
+                                   head_scores, fake_quantize, rms_norm, layer_norm, swiglu,  add};
 
 }  // namespace seekforge

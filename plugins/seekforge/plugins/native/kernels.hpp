@@ -17,6 +17,10 @@ struct Kernels {
     // out[h * out_stride + d] += Σ_j w[h * w_stride + j] · rows[j][d].
     void (*add_weighted)(const float* w, size_t w_stride, size_t heads, const float* const* rows, size_t count,
                          size_t width, float* out, size_t out_stride);
+    // out[r * out_stride + n] = Σ_k x[r * x_stride + k] · w[k * w_stride + n], for r < rows, k < depth, n < width. For few
+    // rows: w is read once, row after row, and what a row gives does not depend on how many there are.
+    void (*few_rows)(const float* x, size_t x_stride, size_t rows, const float* w, size_t w_stride, size_t depth,
+                     size_t width, float* out, size_t out_stride);
     // x[i] = exp(x[i] − shift), and the sum of all; for x[i] ≤ shift.
     float (*exp_sum)(float* x, size_t count, float shift);
     float (*largest)(const float* x, size_t count);  // NaN is passed over

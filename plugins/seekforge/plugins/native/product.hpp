@@ -1,5 +1,5 @@
 // ONNX Runtime's own product for operators that need one of memory that is no tensor of the step: of rows that they
-// gathered, with a matrix out of a stack. So no product is written by hand here, and its threads are the session's.
+// gathered, with a matrix out of a stack. Its threads are the session's.
 #pragma once
 
 #include "op.hpp"

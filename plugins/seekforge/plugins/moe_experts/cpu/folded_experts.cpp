@@ -49,27 +49,27 @@ struct FoldedExperts {
         }
 
         const Kernels& loops = kernels();
-        float* const rounded = scratch((rounds ? tokens * hidden : 0) + most * (2 * hidden + 3 * inter));
+        const bool few = most <= kFewRows;
+        const int64_t held = few ? starts[experts] : most;  // rows that are worked on at a time
+        float* const rounded = scratch((rounds ? tokens * hidden : 0) + held * (2 * hidden + 3 * inter));
         float* const own = rounded + (rounds ? tokens * hidden : 0);
-        float* const gate_up = own + most * hidden;
-        float* const act = gate_up + most * 2 * inter;
-        float* const out = act + most * inter;
+        float* const gate_up = own + held * hidden;
+        float* const act = gate_up + held * 2 * inter;
+        float* const out = act + held * inter;
         const float* const taken = rounds ? rounded : x.f32();
         if (rounds) {
             by_rows(call, tokens, hidden, [&](int64_t first, int64_t last) {
                 loops.fake_quantize(x.f32() + first * hidden, (last - first) * hidden, rounded + first * hidden);
             });
         }
-        for (int64_t e = 0; e < experts; ++e) {
-            const int64_t rows = starts[e + 1] - starts[e];
-            if (rows == 0) continue;
-            const int64_t* const mine = places.data() + starts[e];
+        const auto gather = [&](const int64_t* mine, int64_t rows) {
             by_rows(call, rows, hidden, [&](int64_t first, int64_t last) {
                 for (int64_t row = first; row < last; ++row) {
                     std::memcpy(own + row * hidden, taken + mine[row] / top_k * hidden, hidden * sizeof(float));
                 }
             });
-            product.run(call, own, w13.f32() + e * hidden * 2 * inter, rows, hidden, 2 * inter, gate_up);
+        };
+        const auto activate = [&](int64_t rows) {
             by_rows(call, rows, inter, [&](int64_t first, int64_t last) {
                 for (int64_t row = first; row < last; ++row) {
                     const float* gate = gate_up + row * 2 * inter;
@@ -77,17 +77,51 @@ struct FoldedExperts {
                     if (rounds) loops.fake_quantize(act + row * inter, inter, act + row * inter);
                 }
             });
+        };
+        const auto add = [&](int64_t place, const float* part) {
+            float* const sum = y.f32() + place / top_k * hidden;
+            const float share = shares.f32()[place];
+            for (int64_t d = 0; d < hidden; ++d) sum[d] += share * part[d];
+        };
+        if (few) {
+            std::vector<int64_t> active;
+            for (int64_t e = 0; e < experts; ++e) {
+                if (starts[e + 1] > starts[e]) active.push_back(e);
+            }
+            const auto multiply = [&](const float* rows, const Tensor& of, int64_t depth, int64_t width, float* result) {
+                const int64_t pieces = (width + kColumns - 1) / kColumns, some = (width + pieces - 1) / pieces;
+                call.parallel(active.size() * pieces, true, [&](size_t task) {
+                    const int64_t e = active[task / pieces], first = int64_t(task) % pieces * some;
+                    loops.few_rows(rows + starts[e] * depth, depth, starts[e + 1] - starts[e],
+                                   of.f32() + e * depth * width + first, width, depth,
+                                   first + some < width ? some : width - first, result + starts[e] * width + first,
+                                   width);
+                });
+            };
+            gather(places.data(), held);
+            multiply(own, w13, hidden, 2 * inter, gate_up);
+            activate(held);
+            multiply(act, w2, inter, hidden, out);
+            for (int64_t row = 0; row < held; ++row) add(places[row], out + row * hidden);
+            return;
+        }
+        for (int64_t e = 0; e < experts; ++e) {
+            const int64_t rows = starts[e + 1] - starts[e];
+            if (rows == 0) continue;
+            const int64_t* const mine = places.data() + starts[e];
+            gather(mine, rows);
+            product.run(call, own, w13.f32() + e * hidden * 2 * inter, rows, hidden, 2 * inter, gate_up);
+            activate(rows);
             product.run(call, act, w2.f32() + e * inter * hidden, rows, inter, hidden, out);
             by_rows(call, rows, hidden, [&](int64_t first, int64_t last) {  // a token has an expert once at most
-                for (int64_t row = first; row < last; ++row) {
-                    float* const sum = y.f32() + mine[row] / top_k * hidden;
-                    const float* const part = out + row * hidden;
-                    const float share = shares.f32()[mine[row]];
-                    for (int64_t d = 0; d < hidden; ++d) sum[d] += share * part[d];
-                }
+                for (int64_t row = first; row < last; ++row) add(mine[row], out + row * hidden);
             });
         }
     }
+
+    // Experts of so few rows read their matrices row after row, in pieces of so many columns. ONNX Runtime's product
+    // packs a matrix in every call, since here it is no constant of its own.
+    static constexpr int64_t kFewRows = 8, kColumns = 512;
 
     bool rounds;
     Product product;
