@@ -36,6 +36,8 @@ def dsa_attention(
     for start in range(0, q_latent.shape[1], _ROWS):
         rows = slice(start, start + _ROWS)
         chosen = topk_indices[:, rows].long()
+        used = (chosen >= 0).flatten(0, 1).any(0).nonzero()
+        chosen = chosen[..., : int(used.max()) + 1 if len(used) else 1]  # the first rows of a prompt see few keys
         valid = chosen >= 0
         safe = chosen.clamp_min(0)
         block = torch.gather(block_table.long(), 1, (safe // BLOCK_SIZE).flatten(1)).view_as(safe)
@@ -45,8 +47,7 @@ def dsa_attention(
         else:
             c, k_pe = latent_cache[slots].float().split([latent_dim, q_pe.shape[-1]], dim=-1)
         # rubbish (NaN) in rows that are not chosen must not leak through 0 · NaN
-        c = c.masked_fill(~valid.unsqueeze(-1), 0.0)
-        k_pe = k_pe.masked_fill(~valid.unsqueeze(-1), 0.0)
+        c, k_pe = (part.masked_fill_(~valid.unsqueeze(-1), 0.0) for part in (c, k_pe))
         s = q_latent[:, rows].float() @ c.transpose(-1, -2) + q_pe[:, rows].float() @ k_pe.transpose(-1, -2)
         s = (s * scale).masked_fill(~valid.unsqueeze(2), -torch.inf)
         p = torch.softmax(s, dim=-1).masked_fill(~valid.any(-1)[..., None, None], 0.0)

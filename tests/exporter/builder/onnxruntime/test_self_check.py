@@ -13,7 +13,7 @@ from seekforge.formats.engine.manifest import SelfCheck, SelfCheckRow
 LONGEST = 136
 
 
-def candidates(reference: object, length: int, count: int) -> list[self_check._Candidate]:
+def candidates(reference: object, length: int, count: int, draw: int = 0) -> list[self_check._Candidate]:
     row = SelfCheckRow(position=length - 1, top_ids=(1,), top_logits=(1.0,), logsumexp=2.0)
     check = SelfCheck(prompt_ids=(7,) * length, rows=(row,), tolerance=1.0, reason="measured", source="PyTorch")
     return [self_check._Candidate(check, change=0.1, spread=1.0)] * count
