@@ -69,7 +69,7 @@ def test_one_row_that_a_flip_moved_farther_does_not_fail_few_rows() -> None:
 
 @pytest.mark.parametrize(("followed", "most"), [(False, 20), (True, 0)])
 def test_choices_that_were_followed_excuse_no_row(followed: bool, most: int) -> None:
-    """Where PyTorch goes on with the engine's choices, neither a row that chose otherwise nor one that reads it moves."""
+    """Where PyTorch goes on with the engine's choices, no row moves: neither by a choice nor by reading such a row."""
     rows = 2000
     for out in (most, most + 1):
         error = np.full(rows, 1e-6)

@@ -21,7 +21,7 @@ def candidates(reference: object, length: int, count: int, draw: int = 0) -> lis
 
 @pytest.fixture
 def prove(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], tuple[SelfCheck, list[int]]]:
-    """Returns what makes a check with an engine that agrees on prompts of some lengths, and the lengths it was asked."""
+    """Checks an engine that agrees on prompts of some lengths; returns the check and the lengths it was asked."""
 
     def run(agreeing: set[int]) -> tuple[SelfCheck, list[int]]:
         asked: list[int] = []
@@ -49,5 +49,5 @@ def test_an_engine_that_agrees_on_no_long_prompt_is_refused(prove) -> None:
 
 
 def test_an_engine_must_give_one_token_tightly(prove) -> None:
-    with pytest.raises(EngineError, match="differs on 1 tokens within 0.0001"):
+    with pytest.raises(EngineError, match=r"differs on 1 tokens within 0\.0001"):
         prove({LONGEST})
