@@ -44,7 +44,6 @@ _ALL: Final = ("fp8", "exact", "bf16")
 _KEPT: Final = ("exact", "bf16")
 _LAYERS: Final = "two layers against `transformers`"
 _NO_GPU: Final = "refused: kernels multiply FP8 blocks"
-#: Forms that one family stands for: how they are read does not depend on the family.
 _OTHER_FP8: Final[tuple[WeightForm, ...]] = ("ct_fp8_channel", "ct_fp8_tensor", "fp8_tensor")
 
 
@@ -58,16 +57,15 @@ def _rows() -> tuple[Support, ...]:
             Support(family, "fp8_blocks", "gpu", _ALL, _RTX[family]),
             Support(family, "bf16", "cpu", _ALL, _BF16_CPU.format(preset)),
             Support(family, "bf16", "gpu", ("fp8",), f"`{preset}` built for an RTX 4090; never run"),
-            Support(family, "ct_fp8_blocks", "cpu", _ALL, _LAYERS if family == "deepseek_v32" else _SAME),
+            Support(family, "ct_fp8_blocks", "cpu", _ALL, _LAYERS),
             Support(family, "ct_fp8_blocks", "gpu", ("fp8",), "programs as of FP8 blocks; never run"),
         ]
         for form in (*_OTHER_FP8, "nvfp4", "ct_nvfp4"):
-            shown = _SHOWN.get((family, form), _SAME)
+            shown = _SHOWN.get((family, form), _LAYERS)
             rows += [Support(family, form, "cpu", _KEPT, shown), Support(family, form, "gpu", (), _NO_GPU)]
     return tuple(rows)
 
 
-_SAME: Final = "read as in the other families; not run"
 _PRESETS: Final = {"deepseek_v32": "tiny", "deepseek_v3": "tiny-v3", "glm_moe_dsa": "glm5-tiny"}
 _BUILT: Final = "built for RTX cards"
 _RTX: Final = {
@@ -78,13 +76,6 @@ _RTX: Final = {
 _BF16_CPU: Final = "`{}` kept: `parity` against `transformers`; quantized: its build's self-check"
 _SHOWN: Final[dict[tuple[str, WeightForm], str]] = {
     ("deepseek_v32", "nvfp4"): f"{_LAYERS}, and their engine by `parity`",
-    ("deepseek_v3", "ct_nvfp4"): _LAYERS,
-    ("deepseek_v3", "nvfp4"): _LAYERS,
-    ("glm_moe_dsa", "nvfp4"): _LAYERS,
-    ("deepseek_v32", "ct_fp8_channel"): _LAYERS,
-    ("deepseek_v32", "ct_fp8_tensor"): _LAYERS,
-    ("deepseek_v32", "fp8_tensor"): _LAYERS,
-    ("deepseek_v32", "ct_nvfp4"): _LAYERS,
 }
 TABLE: Final = _rows()
 
