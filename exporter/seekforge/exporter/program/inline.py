@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -46,19 +46,33 @@ def inline(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProt
         result = inliner.inline_selected_functions(model, others)
     else:
         result = inliner.inline_local_functions(model)
-    left = _domains(result.graph)
-    keep = [entry for entry in result.opset_import if entry.domain in left]
-    del result.opset_import[:]
-    result.opset_import.extend(keep)
+    drop_unused(result)
     return result
 
 
-def _domains(graph: onnx.GraphProto) -> set[str]:
-    """Domains of all nodes, bodies of Scan and If included, and the standard one."""
-    domains = {""}
-    for node in graph.node:
-        domains.add("" if node.domain == "ai.onnx" else node.domain)
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Take out of a model the functions that nothing calls, and the domains of which it has no node."""
+    by_name = {(function.domain, function.name): function for function in model.functions}
+    called: set[tuple[str, str]] = set()
+    waiting = list(_operators(model.graph.node))
+    while waiting:
+        name = waiting.pop()
+        if name in by_name and name not in called:
+            called.add(name)
+            waiting += _operators(by_name[name].node)
+    functions = [function for name, function in by_name.items() if name in called]
+    del model.functions[:]
+    model.functions.extend(functions)
+    left = {"", *(domain for domain, _ in _operators(model.graph.node)), *(domain for domain, _ in called)}
+    keep = [entry for entry in model.opset_import if entry.domain in left]
+    del model.opset_import[:]
+    model.opset_import.extend(keep)
+
+
+def _operators(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, str]]:
+    """Yield domain and name of the operator of each node, bodies of Scan and If included."""
+    for node in nodes:
+        yield "" if node.domain == "ai.onnx" else node.domain, node.op_type
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                domains |= _domains(attribute.g)
-    return domains
+                yield from _operators(attribute.g.node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from seekforge.formats.program import GraphIO
 from seekforge.formats.weight_recipes import Recipe, retarget
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.native import FUSED
+from seekforge.plugins.onnx_schema import register_schemas
 from seekforge.plugins.registry import NATIVE, NATIVE_FORMS
 
 #: What a graph of an engine says of itself.
@@ -42,6 +43,7 @@ def fold_graph(
     coded: Quantization | None,
     limits: Limits,
     taps: bool,
+    is_typed: bool = False,
 ) -> tuple[onnx.ModelProto, dict[str, Recipe]]:
     """Specialize and fold one graph.
 
@@ -52,6 +54,7 @@ def fold_graph(
         coded: which weights become codes.
         limits: the limits of the engine.
         taps: give the tensors inside each layer too.
+        is_typed: note the types of all values, which nobody can tell behind products with codes.
 
     Returns:
         The graph, and its constants, which are inputs until they have a place in a file.
@@ -60,6 +63,9 @@ def fold_graph(
     names = name_taps(model)
     if taps:
         expose(model, names)
+    if is_typed:
+        register_schemas()
+        model = onnx.shape_inference.infer_shapes(model)
     read = {value.name for value in model.graph.input}
     retargeted = {
         name: retarget(recipe, activations=F32.activations, fp8_dtype=F32.fp8_dtype)
@@ -70,7 +76,7 @@ def fold_graph(
     return model, fold_weights(model, tables, coded, top_k=config.num_experts_per_tok)
 
 
-def finish_graph(model: onnx.ModelProto, *, native: bool = True) -> onnx.ModelProto:
+def finish_graph(model: onnx.ModelProto, *, native: bool = True, keeps: Collection[str] = ()) -> onnx.ModelProto:
     """Fuse a folded graph, and give it the bodies of its operators.
 
     What the compiled library of CPU operators has stays one node each, whose body is a function of the file: ONNX
@@ -78,12 +84,13 @@ def finish_graph(model: onnx.ModelProto, *, native: bool = True) -> onnx.ModelPr
 
     Args:
         model: the graph.
-        native: whether there are such nodes; a graph that is cut into pieces afterwards, or that a GPU runs, has none.
+        native: whether there are such nodes; a graph that a GPU runs has none.
+        keeps: op_types of further operators that stay nodes.
     """
     if native:
         fuse(model)
     attach(model, F32)
-    inlined = inline(model, (*NATIVE, *NATIVE_FORMS, *FUSED) if native else ())
+    inlined = inline(model, (*NATIVE, *NATIVE_FORMS, *FUSED, *keeps) if native else keeps)
     left = [function.name for function in inlined.functions]
     form = {"form": "engine for ONNX Runtime", "custom_operators": ", ".join(left) or "none"}
     annotate_again(inlined, _ENGINE_GRAPH, form)

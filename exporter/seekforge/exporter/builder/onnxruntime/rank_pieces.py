@@ -1,18 +1,20 @@
 """Cut a graph into the pieces that a rank of a CPU engine runs one after the other.
 
 ONNX Runtime has no operator that adds up over processes, so a graph ends where it would stand: `SumRanks` becomes an
-output of one piece and an input of the next. Everything else that a later piece reads is handed over as it is.
+output of one piece and an input of the next. Everything else that a later piece reads is handed over as it is. Within
+a piece are the fused nodes and the library's operators of an engine of one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx
 from onnx import helper
 
 from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.graphs import finish_graph
+from seekforge.exporter.program.inline import drop_unused
 from seekforge.exporter.program.stages import cut
 from seekforge.formats.engine.ranks import LOCAL, PARTIAL, sum_name
 from seekforge.formats.program import Program
@@ -38,31 +40,30 @@ def stage_graphs(program: Program, graph: str, model: onnx.ModelProto) -> list[o
 
 
 def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
-    """Finish a folded graph, and return the graphs between its sums over ranks, in order."""
-    sums: set[str] = set()
-    for node in folded.graph.node:
-        if node.domain == DOMAIN and node.op_type == SUM_RANKS.name:
-            sums.add(node.output[0])
-            node.CopyFrom(helper.make_node("Identity", list(node.input), list(node.output), name=node.name))
-    model = onnx.shape_inference.infer_shapes(finish_graph(folded, native=False))
+    """Finish a folded graph, and return the graphs between its sums over ranks, in order.
+
+    Sums stay until everything else is fused: what is around them is found by its structure.
+
+    Raises:
+        ProgramError: the type of a value that must be handed over is not known.
+    """
+    finished = finish_graph(folded, keeps=(SUM_RANKS.name,))
+    _copy_outputs(finished.graph)
+    model = onnx.shape_inference.infer_shapes(finished)
     graph = model.graph
-    groups: list[list[onnx.NodeProto]] = [[]]
     renamed: dict[str, str] = {}  # values that pieces hand on, as they are called outside
-    for node in graph.node:
-        if sums.isdisjoint(node.output):
-            groups[-1].append(node)
-            continue
-        partial = f"{PARTIAL}{len(groups) - 1}"
+    for number, node in enumerate(filter(_is_sum, graph.node)):
+        partial = f"{PARTIAL}{number}"
         renamed |= {node.input[0]: partial, node.output[0]: sum_name(partial)}
-        groups.append([])
+    groups = _between_sums(graph.node)
     made = {name: number for number, nodes in enumerate(groups) for node in nodes for name in node.output}
     outputs = {value.name for value in graph.output}
     reads = [{name for node in nodes for name in _reads(node)} for nodes in groups]
     for number, names in enumerate(reads):
         for name in sorted(names):
-            if renamed.get(name, "").startswith(PARTIAL) and made.get(name, number) < number:
-                raise ProgramError(f"ranks: {name!r} is read behind the sum of which it is a part; export again")
-            if made.get(name, number) < number and name not in outputs:
+            if made.get(name, number) < number:
+                if renamed.get(name, "").startswith(PARTIAL):
+                    raise ProgramError(f"ranks: {name!r} is read behind the sum of which it is a part; export again")
                 renamed.setdefault(name, f"{LOCAL}{len(renamed)}")
     infos = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -96,8 +97,51 @@ def cut_at_sums(folded: onnx.ModelProto) -> list[onnx.ModelProto]:
         piece.graph.output.extend(_value(name, infos, renamed) for name in _in_order(leaves, graph))
         piece.graph.initializer.extend(constants[name] for name in sorted(reads[number] & constants.keys(), key=place))
         piece.graph.value_info.extend(infos[name] for name in inside)
+        drop_unused(piece)
         pieces.append(piece)
     return pieces
+
+
+def _is_sum(node: onnx.NodeProto) -> bool:
+    return node.domain == DOMAIN and node.op_type == SUM_RANKS.name
+
+
+def _between_sums(nodes: Iterable[onnx.NodeProto]) -> list[list[onnx.NodeProto]]:
+    """Return the nodes up to each sum, without it, and those behind the last one."""
+    groups: list[list[onnx.NodeProto]] = [[]]
+    for node in nodes:
+        if _is_sum(node):
+            groups.append([])
+        else:
+            groups[-1].append(node)
+    return groups
+
+
+def _copy_outputs(graph: onnx.GraphProto) -> None:
+    """Let outputs that pieces also hand on, or that are added up or sums, be copies of what is handed on, in place.
+
+    What is handed on has a name of its own, by which pieces give it to each other; what comes out keeps the graph's.
+    """
+    outputs = {value.name: value for value in graph.output}
+    groups = _between_sums(graph.node)
+    made = {name: number for number, nodes in enumerate(groups) for node in nodes for name in node.output}
+    handed = {name for node in graph.node if _is_sum(node) for name in (*node.input, *node.output)}
+    for number, nodes in enumerate(groups):
+        handed |= {name for node in nodes for name in _reads(node) if made.get(name, number) < number}
+    inner = {name: f"{name}/handed" for name in outputs if name in handed}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        copies = [name for name in node.output if name in inner]
+        _rename(node, inner)
+        nodes.append(node)
+        nodes += [helper.make_node("Identity", [inner[name]], [name], f"{name}/Identity") for name in copies]
+    for name, called in inner.items():
+        value = graph.value_info.add()
+        value.CopyFrom(outputs[name])
+        value.name = called
+    ordered = onnx.GraphProto(node=nodes)
+    del graph.node[:]
+    graph.node.extend(ordered.node)
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
