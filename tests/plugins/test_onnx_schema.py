@@ -52,6 +52,18 @@ def test_symbolic_sizes_pass_through(lead: list[int | str]) -> None:
     assert shape_of(model, "y") == [*lead, 576]
 
 
+def test_nothing_is_told_behind_an_operator_that_is_unknown() -> None:
+    """Types that others noted stay, and nothing fails."""
+    model = linear(["B", 256])
+    model.graph.node.insert(0, helper.make_node("Unknown", ["x"], ["hidden"], domain="com.microsoft"))
+    model.graph.node[1].input[0] = "hidden"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    inferred = onnx.shape_inference.infer_shapes(model)
+    assert not inferred.graph.value_info
+    model.graph.value_info.append(helper.make_tensor_value_info("hidden", BF16, ["B", 256]))
+    assert shape_of(model, "y") == ["B", 576]
+
+
 def test_attributes_give_sizes() -> None:
     node = helper.make_node("MoeRoute", ["l", "b"], ["i", "w"], domain="seekforge", norm=1, scale=2.5, top_k=8)
     node.attribute.extend([helper.make_attribute("n_group", 8), helper.make_attribute("topk_group", 4)])

@@ -16,7 +16,11 @@ from seekforge.formats.targets import load_target
 
 
 def rank_engine(
-    checkpoint: Path, parallelism: Parallelism, tmp_path_factory: pytest.TempPathFactory, numerics: str = "exact"
+    checkpoint: Path,
+    parallelism: Parallelism,
+    tmp_path_factory: pytest.TempPathFactory,
+    numerics: str = "exact",
+    precision: str = "f32",
 ) -> Path:
     """Return the engine of a layout, made once per run; do not write into it."""
 
@@ -25,10 +29,10 @@ def rank_engine(
         build(
             root / "program",
             root / "engine",
-            target=load_target("cpu", ["limits.max_model_len=4096"]),
+            target=load_target("cpu", ["limits.max_model_len=4096", f"precision={precision}"]),
             checkpoint_folder=checkpoint,
             force=False,
             progress=Stages(quiet=True),
         )
 
-    return made_once(tmp_path_factory, f"ranks-{numerics}-{parallelism}", make) / "engine"
+    return made_once(tmp_path_factory, f"ranks-{numerics}-{precision}-{parallelism}", make) / "engine"

@@ -68,7 +68,7 @@ def register_schemas() -> None:
 
 
 def infer(spec: OpSpec, context: Any) -> None:
-    """Set the output types of a node of `spec`; does nothing while the rank of an input is unknown.
+    """Set the output types of a node of `spec`; does nothing while the type or the rank of an input is unknown.
 
     Args:
         context: `onnx.shape_inference.InferenceContext`.
@@ -77,7 +77,8 @@ def infer(spec: OpSpec, context: Any) -> None:
         InferenceError: a rank, size, dtype or attribute differs from the contract.
     """
     types = [context.get_input_type(i) for i in range(context.get_num_inputs())]
-    if any(not t.HasField("tensor_type") or not t.tensor_type.HasField("shape") for t in types):
+    # None behind operators that ONNX does not know, such as products with codes
+    if any(t is None or not t.HasField("tensor_type") or not t.tensor_type.HasField("shape") for t in types):
         return
     attrs = {}
     for attr in spec.attrs:

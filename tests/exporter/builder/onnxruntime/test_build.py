@@ -16,7 +16,6 @@ import pytest
 import seekforge.exporter.builder.onnxruntime.build as engine
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import CheckpointError, EngineError, OutputError, ProgramError, TargetError
-from seekforge.common.files import write_json
 from seekforge.exporter.builder.onnxruntime.build import build, check
 from seekforge.exporter.builder.options import BuildOptions
 from seekforge.exporter.program.export import export
@@ -27,7 +26,6 @@ from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.engine.verify import verify_files
 from seekforge.formats.engine.weight_file import WEIGHTS
 from seekforge.formats.numerics import NUMERICS
-from seekforge.formats.program import load_program
 from seekforge.formats.targets import Precision, load_target
 from seekforge.plugins.native import FUSED
 from seekforge.plugins.registry import NATIVE, NATIVE_FORMS
@@ -287,20 +285,6 @@ def test_an_edited_program_is_refused(tiny_programs: dict[str, Path], tiny_check
         file.write(b"x")
     with pytest.raises(ProgramError, match=r"model\.onnx: digest"):
         build_cpu(program, tmp_path / "engine", tiny_checkpoint)
-
-
-def test_a_program_that_is_shared_among_ranks_is_refused_in_codes(
-    tiny_programs: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    program = tmp_path / "program"
-    shutil.copytree(tiny_programs["exact"], program)
-    document = load_program(program)
-    write_json(
-        program / "program.json",
-        document.model_copy(update={"parallelism": {"tp": 2, "ep": True}}).model_dump(mode="json"),
-    )
-    with pytest.raises(TargetError, match=r"engines of several ranks have f32 weights, int8 .* without --tp 2 --ep"):
-        build_cpu(program, tmp_path / "engine", tiny_checkpoint, precision="int8")
 
 
 def test_unknown_targets_are_answered_with_the_known_ones() -> None:

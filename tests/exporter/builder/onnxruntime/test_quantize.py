@@ -10,23 +10,39 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
 from tests.support.made_once import made_once
+from tests.support.ort_session import open_session
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.errors import EngineError, TargetError
 from seekforge.exporter.builder.onnxruntime.build import build
-from seekforge.exporter.builder.onnxruntime.quantize import choose
+from seekforge.exporter.builder.onnxruntime.quantize import MS_DOMAIN, choose, quantize_experts
 from seekforge.exporter.inspect.cli import inspect
 from seekforge.exporter.models.shared.sparse.parameters import CODES
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.int_quant import Quantization, kind_of
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.program import load_bindings
 from seekforge.formats.quantization.int_codes import quantize_rows
 from seekforge.formats.targets import load_target
-from seekforge.formats.weight_recipes import Recipe, evaluation, take
+from seekforge.formats.weight_recipes import (
+    Recipe,
+    evaluate,
+    evaluation,
+    expert_map,
+    for_rank,
+    ones_table,
+    split,
+    stack,
+    take,
+)
+from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
+from seekforge.plugins.operator import DOMAIN
 from seekforge.runtime import LLM, SamplingParams
+from seekforge.runtime.backends.weights import GivenTensors
 
 #: What another form of weights is asked for by.
 MIXED = (
@@ -117,6 +133,56 @@ def test_weights_that_are_named_are_stored_as_asked_in_blocks_as_asked(engines: 
     assert moe and all(one["expert_weight_bits"] == 8 and one["block_size"] == 128 for one in moe)
     shown = CliRunner().invoke(inspect, [str(engines["mixed"])], env={"COLUMNS": "400"}).output
     assert "blocks of 128" in shown and "but f32 lm_head.weight" in shown
+
+
+@pytest.mark.parametrize("tp", (2, 4))
+def test_experts_of_all_ranks_add_up_to_what_one_rank_computes(tp: int) -> None:
+    """With four ranks each has fewer experts than a token chooses, and some tokens choose none of a rank's."""
+    num_experts, hidden, inner, top_k, tokens = 8, 64, 32, 3, 16
+    rng = np.random.default_rng(5)
+    tensors: dict[str, np.ndarray] = {}
+    recipes: dict[str, Recipe] = {}
+    for name, shape in (("w13", (2 * inner, hidden)), ("w2", (hidden, inner))):
+        tensors |= {f"{name}.{e}": rng.standard_normal(shape).astype(np.float32) for e in range(num_experts)}
+        recipes[name] = stack(take(f"{name}.{e}", shape, "f32") for e in range(num_experts))
+        recipes[f"{name}_scale"] = stack(ones_table(1, 1) for _ in range(num_experts))
+    how = Quantization(precision="int8", block_size=32, kinds={"experts": "int8"})
+    x = rng.standard_normal((tokens, hidden)).astype(np.float32)
+    ids = np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens)], np.int32)
+    weights = rng.random((tokens, top_k), np.float32)
+
+    def routed(parallelism: Parallelism, rank: int, ids: np.ndarray) -> np.ndarray:
+        kinds = {"x": TensorProto.FLOAT, "ids": TensorProto.INT32, "weights": TensorProto.FLOAT}
+        names = [*kinds, *(f"experts.{name}" for name in recipes)]
+        node = helper.make_node(MOE_EXPERTS.name, names, ["y"], domain=DOMAIN, act_quant="none")
+        constants = {f"experts.{name}": split(one, 0, parallelism.ep_size) for name, one in recipes.items()}
+        nodes = quantize_experts(node, top_k, how, constants)
+        read = {name for node in nodes for name in node.input}
+        source = GivenTensors(tensors)
+        made = {
+            name: np.ascontiguousarray(evaluate(for_rank(recipe, parallelism, rank), source))
+            for name, recipe in constants.items()
+            if name in read
+        }
+        graph = helper.make_graph(
+            nodes,
+            "experts",
+            [helper.make_tensor_value_info(name, kind, ["T", None]) for name, kind in kinds.items()],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", hidden])],
+            [numpy_helper.from_array(value, name) for name, value in made.items()],
+        )
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid(MS_DOMAIN, 1)]
+        session = open_session(helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString())
+        return np.asarray(session.run(None, {"x": x, "ids": ids, "weights": weights})[0])
+
+    whole = routed(Parallelism(), 0, ids)
+    layout, parts = Parallelism(tp=tp, ep=True), []
+    for rank in range(tp):
+        here = evaluate(for_rank(expert_map(num_experts, layout), layout, rank), GivenTensors({}))[ids]
+        parts.append(routed(layout, rank, here))
+        assert not parts[-1][(here < 0).all(1)].any()
+    np.testing.assert_allclose(sum(parts), whole, atol=1e-5 * whole.std(), rtol=0)
+    assert tp < 4 or any((ids // 2 != rank).all(1).any() for rank in range(tp))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ from seekforge.formats.program import GraphIO, Program, load_bindings, load_prog
 from seekforge.formats.step_io import MODEL
 from seekforge.formats.step_runner import StepRunner
 from seekforge.formats.targets import Precision, TargetConfig
-from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, TensorSource, tensors_of
+from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, tensors_of
 from seekforge.plugins.operator import cdiv
 
 #: What numbers become in an engine with f32 activations.
@@ -131,11 +131,6 @@ def check(
         raise TargetError(
             f"target {target.name} runs on one GPU; pass --target cpu, or export the program without "
             f"{program.parallelism.options}"
-        )
-    if program.parallelism.num_ranks > 1 and target.has_codes:
-        raise TargetError(
-            f"engines of several ranks have f32 weights, {target.formats} were asked for; pass --precision f32, or "
-            f"export the program without {program.parallelism.options}"
         )
     tp = program.parallelism.tp
 
@@ -342,7 +337,7 @@ def _one_rank(
     program_folder: Path,
     checked: CpuBuild,
     folder: Path,
-    source: TensorSource,
+    source: QuantizedOnce,
     options: BuildOptions,
     progress: Stages,
 ) -> _Made:
@@ -380,16 +375,22 @@ def _several_ranks(
     program_folder: Path,
     checked: CpuBuild,
     folder: Path,
-    source: TensorSource,
+    source: QuantizedOnce,
     options: BuildOptions,
     progress: Stages,
 ) -> _Made:
     """Write pieces and weights of an engine of several ranks into `folder`."""
-    program = checked.program
+    program, coded = checked.program, checked.coded
     made = fold_ranks(
-        program_folder, program, checked.bindings, checked.config, limits=checked.limits, taps=options.taps
+        program_folder,
+        program,
+        checked.bindings,
+        checked.config,
+        coded=coded,
+        limits=checked.limits,
+        taps=options.taps,
     )
-    with progress.bytes_bar("dequantize weights") as bar:
+    with progress.bytes_bar("dequantize weights" if coded is None else f"{coded.smallest} weights") as bar:
         made.write_weights(folder, source, bar)
     progress("inline, check, write")
     pieces = made.write_graphs(folder, program)

@@ -21,7 +21,7 @@ from seekforge.exporter.models import family_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.int_quant import Format, Quantization, dequantized, kind_of, packed, quantized
 from seekforge.formats.targets import TargetConfig, WeightBlockSize
-from seekforge.formats.weight_recipes import Recipe, reshape, stack, transpose
+from seekforge.formats.weight_recipes import Recipe, reshape, split, stack, transpose
 
 #: Where MatMulNBits and QMoE live.
 MS_DOMAIN: Final = "com.microsoft"
@@ -159,20 +159,20 @@ def quantize_experts(
 
     QMoE takes the `top_k` largest of its router input, and weights as they are: given the program's weights, and zeros
     for the other experts, as both, it runs the experts that the program's router chose with exactly its weights.
+    Those of other ranks have the number −1, which is the place behind the last expert; it is cut off.
     """
     x, ids, weights, w13, w13_scale, w2, w2_scale = node.input
     bits = how.bits(w13)
     assert bits is not None
-    experts, inter2, _ = constants[w13].shape
-    for name, scale, rows in ((w13, w13_scale, inter2), (w2, w2_scale, None)):
-        codes, scales = quantized(dequantized(constants[name], constants[scale]), bits, how.block_size)
-        ready = packed(codes, bits, how.block_size)
-        flat = stack(reshape(part, (part.shape[0], part.shape[1] * part.shape[2])) for part in ready.parts)
-        constants[f"{name}.codes"] = _interleaved(flat) if rows else flat
-        constants[f"{name}.scales"] = _interleaved(scales) if rows else scales
+    experts = constants[w13].shape[0]
+    for name, scale in ((w13, w13_scale), (w2, w2_scale)):
+        ready = _expert_codes(constants[name], constants[scale], bits, how.block_size, interleaves=name == w13)
+        constants[f"{name}.codes"], constants[f"{name}.scales"] = ready
+    is_dealt = constants[w13].op == "split"
+    places = experts + 1 if is_dealt else experts
     p = node.output[0]
     spread = [
-        helper.make_node("Constant", [], [f"{p}.experts"], value=numpy_helper.from_array(np.array([experts]))),
+        helper.make_node("Constant", [], [f"{p}.experts"], value=numpy_helper.from_array(np.array([places]))),
         helper.make_node("Constant", [], [f"{p}.zero"], value=numpy_helper.from_array(np.array(0, np.float32))),
         helper.make_node("Shape", [ids], [f"{p}.tokens"], start=0, end=1),
         helper.make_node("Concat", [f"{p}.tokens", f"{p}.experts"], [f"{p}.shape"], axis=0),
@@ -180,10 +180,18 @@ def quantize_experts(
         helper.make_node("Cast", [ids], [f"{p}.ids"], to=ONNX["i64"]),
         helper.make_node("ScatterElements", [f"{p}.zeros", f"{p}.ids", weights], [f"{p}.routing"], axis=1),
     ]
+    if is_dealt:
+        spread[-1].output[0] = f"{p}.all"
+        ends = {"first": 0, "here": experts, "axis": 1}
+        spread += [
+            helper.make_node("Constant", [], [f"{p}.{name}"], value=numpy_helper.from_array(np.array([number])))
+            for name, number in ends.items()
+        ]
+        spread.append(helper.make_node("Slice", [f"{p}.all", *(f"{p}.{name}" for name in ends)], [f"{p}.routing"]))
     inputs = [x, f"{p}.routing", f"{w13}.codes", f"{w13}.scales", "", f"{w2}.codes", f"{w2}.scales"]
     product = helper.make_node("QMoE", [*inputs, *[""] * 7, f"{p}.routing"], [p], node.name, domain=MS_DOMAIN)
     attributes = {
-        "k": top_k,
+        "k": min(top_k, experts),
         "expert_weight_bits": bits,
         "block_size": how.block_size,
         "activation_type": "swiglu",
@@ -196,6 +204,29 @@ def quantize_experts(
     }
     _set_attributes(product, attributes)
     return [*spread, product]
+
+
+def _expert_codes(
+    weight: Recipe, scale: Recipe, bits: int, block_size: int, *, interleaves: bool
+) -> tuple[Recipe, Recipe]:
+    """Return the codes and scales of stacked experts as QMoE reads them; of experts that are dealt out to ranks, those
+    of a rank.
+
+    Args:
+        weight, scale: the experts, stacked.
+        bits: how many a code has.
+        block_size: values along K that share a scale.
+        interleaves: whether rows of gate and up come in turns.
+    """
+    if weight.op == "split":
+        assert weight.axis == 0, "experts are dealt out whole"
+        num_ranks = weight.parts[0].shape[0] // weight.shape[0]
+        whole = _expert_codes(weight.parts[0], scale.parts[0], bits, block_size, interleaves=interleaves)
+        return split(whole[0], 0, num_ranks), split(whole[1], 0, num_ranks)
+    codes, scales = quantized(dequantized(weight, scale), bits, block_size)
+    ready = packed(codes, bits, block_size)
+    flat = stack(reshape(part, (part.shape[0], part.shape[1] * part.shape[2])) for part in ready.parts)
+    return (_interleaved(flat), _interleaved(scales)) if interleaves else (flat, scales)
 
 
 def _interleaved(rows: Recipe) -> Recipe:

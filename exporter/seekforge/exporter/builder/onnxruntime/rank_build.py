@@ -21,8 +21,9 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits
 from seekforge.formats.engine.ranks import Ranks
 from seekforge.formats.engine.weight_file import WEIGHTS, is_divided
+from seekforge.formats.int_quant import Quantization
 from seekforge.formats.program import GraphIO, Program
-from seekforge.formats.weight_recipes import Recipe, TensorSource, for_rank
+from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, for_rank
 
 
 @dataclass
@@ -60,12 +61,12 @@ class RankGraphs:
             for graph, stages in self.ranks.pieces.items()
         }
 
-    def write_weights(self, folder: Path, source: TensorSource, progress: Callable[[int, int], None]) -> None:
+    def write_weights(self, folder: Path, source: QuantizedOnce, progress: Callable[[int, int], None]) -> None:
         """Write the weights of every rank.
 
         Args:
             folder: the engine folder.
-            source: the checkpoint.
+            source: the checkpoint; it may keep codes that all ranks read, since the check of the engine reads them too.
             progress: told (bytes that were written, bytes that will be).
         """
         parallelism, total = self.ranks.parallelism, self.num_bytes
@@ -76,7 +77,7 @@ class RankGraphs:
             if weights.num_bytes:
                 weights.write(
                     folder,
-                    source,
+                    source.source,
                     lambda done, _, start=before: progress(start + done, total),
                     name=self.ranks.weight_file(rank),
                     part=lambda recipe, at=tp_rank: for_rank(recipe, parallelism, at),
@@ -101,6 +102,7 @@ def fold_ranks(
     bindings: Mapping[str, Mapping[str, Recipe]],
     config: ModelConfig,
     *,
+    coded: Quantization | None,
     limits: Limits,
     taps: bool,
 ) -> RankGraphs:
@@ -110,6 +112,7 @@ def fold_ranks(
         program_folder: the program.
         program, bindings: what its JSON files say.
         config: its config, parsed.
+        coded: which weights become codes.
         limits: the limits of the engine.
         taps: give the tensors inside each layer too.
     """
@@ -126,7 +129,9 @@ def fold_ranks(
         for stage, part in enumerate(stage_graphs(program, graph, read_graph(program_folder, described))):
             stems: list[str] = []
             if part is not None:
-                model, read = fold_graph(part, bindings[graph], config, coded=None, limits=limits, taps=taps)
+                model, read = fold_graph(
+                    part, bindings[graph], config, coded=coded, limits=limits, taps=taps, is_typed=True
+                )
                 for piece in cut_at_sums(model):
                     stem = f"{graph}.{number}"
                     inputs = {value.name for value in piece.graph.input}

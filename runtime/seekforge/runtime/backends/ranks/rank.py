@@ -19,7 +19,7 @@ from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.engine.ranks import PARTIAL, Ranks, is_handed_on, received_name, sum_name
 from seekforge.formats.program import GraphIO, load_bindings, role_of
 from seekforge.formats.step_io import MODEL, StepInputs
-from seekforge.formats.weight_recipes import Recipe, evaluate_into, for_rank, tensors_of
+from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, TensorSource, evaluate_into, for_rank, tensors_of
 from seekforge.runtime.backends.base import GraphMetrics
 from seekforge.runtime.backends.onnxruntime import OrtGraph
 from seekforge.runtime.backends.ort_device import OrtDevice
@@ -129,6 +129,7 @@ class Rank:
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Evaluate this rank's part of what reads `tensors`, which `check_update` passed, and open its pieces anew."""
         reopened: dict[tuple[str, int], OrtGraph] = {}
+        source = QuantizedOnce(GivenTensors(tensors))
         weights = {stem: dict(values) for stem, values in self._weights.items()}
         for graph, ios in self._links.pieces(self._manifest).items():
             for number, piece in enumerate(ios):
@@ -139,7 +140,7 @@ class Rank:
                 }
                 recipes = {name: recipe for name, recipe in recipes.items() if tensors_of(recipe) & tensors.keys()}
                 for name, recipe in recipes.items():
-                    weights.setdefault(stem, {})[name] = _evaluated(recipe, tensors)
+                    weights.setdefault(stem, {})[name] = _evaluated(recipe, source)
                 if recipes:
                     reopened[graph, number] = OrtGraph(
                         self._folder, graph, piece, self._threads, weights[stem], OrtDevice()
@@ -195,9 +196,9 @@ def _read_last(pieces: Sequence[GraphIO], kept: Collection[str]) -> list[list[st
     ]
 
 
-def _evaluated(recipe: Recipe, tensors: Mapping[str, np.ndarray]) -> ort.OrtValue:
+def _evaluated(recipe: Recipe, source: TensorSource) -> ort.OrtValue:
     value = np.empty(recipe.shape, NUMPY[recipe.dtype])
-    evaluate_into(recipe, GivenTensors(tensors), value)
+    evaluate_into(recipe, source, value)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(value, ONNX[recipe.dtype])
 
 
