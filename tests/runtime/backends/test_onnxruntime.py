@@ -74,6 +74,15 @@ def test_the_mtp_graph_has_its_own_caches(backend, toy) -> None:
     assert not backend._graphs["model"].caches["latent_cache.0"].numpy().any()
 
 
+def test_threads_of_a_graph_do_not_spin_while_another_runs(backend) -> None:
+    """Drafts run two graphs by turns, each with threads of its own on the same cores."""
+    backend.run(step([5], [1], hidden=np.zeros((1, 1, 16), np.float32)), outputs=(), graph=MTP)
+    assert set(backend._graphs) == {"model", MTP}
+    for graph in backend._graphs.values():
+        options = graph.session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_an_absent_graph_is_named(backend) -> None:
     with pytest.raises(EngineError, match="has no graph 'draft'"):
         backend.run(step([5], [1]), outputs=(), graph="draft")

@@ -61,6 +61,8 @@ class OrtGraph:
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors: warnings about the graph are for its builder
         options.intra_op_num_threads = threads
+        # threads that go on looking for work behind a run take it from the next graph's, which has threads of its own
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if device.provider == CPU_PROVIDER:
             add_operators(options)
         if weights:  # in place of those in the file, before anything is folded or packed
