@@ -12,6 +12,7 @@ from seekforge.formats.int_quant import (
     quantized,
     quantized_recipes,
 )
+from seekforge.formats.quantization import int_codes
 from seekforge.formats.quantization.int_codes import pack, quantize_rows
 from seekforge.formats.weight_recipes import QuantizedOnce, dequantize, evaluate, evaluation, read_recipe, stack, take
 
@@ -79,6 +80,15 @@ def test_many_rows_are_quantized_as_each_of_them() -> None:
     for row in (0, 15, 16, 39):
         one = quantize_rows(wide[row], 4, 64)
         assert np.array_equal(codes[row], one[0]) and np.array_equal(scales[row], one[1])
+
+
+def test_threads_give_the_codes_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_normal((1100, 1024)).astype(np.float32)
+    made = []
+    for cores in (1, 3):
+        monkeypatch.setattr(int_codes, "usable_cores", lambda cores=cores: cores)
+        made.append(quantize_rows(weight, 4, 32))
+    assert all(np.array_equal(one, other) for one, other in zip(*made, strict=True))
 
 
 def test_zeros_stay_zeros() -> None:

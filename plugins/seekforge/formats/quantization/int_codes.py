@@ -21,8 +21,11 @@ _PLACES: Final[dict[int, tuple[float, ...]]] = {
     8: (-128.0, -127.5, -127.0, -128.5),
     4: (-8.0, -7.7, -7.4, -7.1, -8.3, -8.6, -8.9),
 }
-#: Values that are rounded at a time: what is made of them on the way stays in a core's cache.
+#: Values that are rounded at a time by one thread, so that what is made of them on the way stays in a core's cache; and
+#: by each of several, so that they seldom wait for each other: NumPy takes Python's lock between two loops, and two
+#: threads with pieces of 64K took twice as long as one, with these 0.8 times as long.
 _VALUES: Final = 1 << 16
+_VALUES_OF_THREADS: Final = 1 << 19
 
 
 def quantize_rows(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,14 +41,14 @@ def quantize_rows(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.nd
     """
     blocks = weight.reshape(-1, block_size)
     codes, scales = np.empty(blocks.shape, np.int8), np.empty(len(blocks), np.float32)
-    step = max(1, _VALUES // block_size)
+    threads = min(usable_cores(), -(-weight.size // _VALUES_OF_THREADS))
+    step = max(1, (_VALUES_OF_THREADS if threads > 1 else _VALUES) // block_size)
 
     def quantize(start: int) -> None:
         part = slice(start, start + step)
         codes[part], scales[part] = _quantize_blocks(blocks[part], bits)
 
     starts = range(0, len(blocks), step)
-    threads = min(usable_cores(), len(starts))
     if threads > 1:  # NumPy lets others run while it computes
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(quantize, starts):
