@@ -12,18 +12,16 @@ from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import (
     ByteSize,
     Number,
-    Tokens,
     Whole,
     command,
     json_option,
     quiet_option,
-    threads_option,
 )
 from seekforge.common.cli.terminal import write_json
 from seekforge.common.errors import OptionError
 from seekforge.common.paths import real_path
 from seekforge.common.reading import read_text
-from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
+from seekforge.runtime.cli.options import check_checkpoint, open_engine, serving_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,18 +73,6 @@ def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
     "--admin-key", multiple=True, envvar="SEEKFORGE_ADMIN_KEY", help="Opens what changes the engine, to its holder."
 )
 @click.option("--admin-key-file", type=click.Path(path_type=Path), help="The same from a file, one on each line.")
-@click.option("--max-model-len", type=Tokens(), help="Most tokens of a request.  [default: what the cache holds]")
-@click.option(
-    "--max-batch-size", type=Whole(1), help="Most completions at the same time.  [default: the engine's limit]"
-)
-@click.option("--kv-cache-memory", type=ByteSize(), help="Size of the cache.  [default: what fits]")
-@click.option(
-    "--max-waiting",
-    type=Whole(1),
-    default=1024,
-    show_default=True,
-    help="More completions than that are refused (429).",
-)
 @click.option("--request-timeout", type=Number(0, above=True), metavar="SECONDS", help="An answer ends after so long.")
 @click.option("--max-body-size", type=ByteSize(), default="16M", show_default=True, help="Largest body of a request.")
 @click.option(
@@ -95,13 +81,8 @@ def _keys(name: str, said: Sequence[str], file: Path | None) -> tuple[str, ...]:
 @click.option("--max-logprobs", type=Whole(-1), default=20, show_default=True, help="Most that may be asked; -1: all.")
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Lets pages of that origin call.  [default: none]")
 @click.option("--allow-special-tokens", is_flag=True, help="Special tokens written in messages mean what they name.")
-@click.option("--deterministic", is_flag=True, help="Same tokens whatever else runs; CPU only, twice the work.")
-@click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
-@drafts_option
-@checkpoint_option
-@threads_option
+@serving_options
 @click.option("--verify", is_flag=True, help="Read every byte of the engine first.")
-@click.option("--no-self-check", is_flag=True, help="Skip the check against stored results.")
 @quiet_option
 @json_option
 def serve(
@@ -113,25 +94,16 @@ def serve(
     api_key_file: Path | None,
     admin_key: tuple[str, ...],
     admin_key_file: Path | None,
-    max_model_len: int | None,
-    max_batch_size: int | None,
-    kv_cache_memory: int | None,
-    max_waiting: int,
     request_timeout: float | None,
     max_body_size: int,
     drain_timeout: float,
     max_logprobs: int,
     cors_origin: tuple[str, ...],
     allow_special_tokens: bool,
-    deterministic: bool,
-    no_prefix_caching: bool,
-    num_speculative_tokens: int,
-    checkpoint: Path | None,
-    threads: int | None,
     verify: bool,
-    no_self_check: bool,
     quiet: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Serve ENGINE over HTTP, as OpenAI's and Anthropic's clients expect it.
 
@@ -158,20 +130,8 @@ def serve(
     with bound(host, port) as held:
         stages = Stages(quiet=quiet or as_json)
         opened = open_engine(engine, stages, verify=verify)
-        check_checkpoint(opened, checkpoint)
+        check_checkpoint(opened, options["checkpoint"])
         stages("loading")
-        options: dict[str, Any] = {
-            "max_model_len": max_model_len,
-            "max_batch_size": max_batch_size,
-            "kv_cache_memory": kv_cache_memory,
-            "max_waiting": max_waiting,
-            "deterministic": deterministic,
-            "prefix_caching": not no_prefix_caching,
-            "num_speculative_tokens": num_speculative_tokens,
-            "checkpoint": checkpoint,
-            "threads": threads,
-            "self_check": not no_self_check,
-        }
 
         def ready(facts: Mapping[str, Any]) -> None:
             where = held.getsockname()
