@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 
 from seekforge.common.errors import EngineError, RequestError
+from seekforge.runtime.engine.block_changes import BlockChanges
 from seekforge.runtime.engine.core import Core
 from seekforge.runtime.engine.input_processor import InputProcessor
 from seekforge.runtime.engine.scheduler import Scheduler
@@ -68,6 +69,14 @@ class EngineControl:
         """Forget what prompts have in common: what comes is computed anew. Requests on their way keep their blocks."""
         with self._turns.between_steps():
             self._scheduler.cache.pool.forget_all()
+
+    def follow_blocks(self) -> BlockChanges:
+        """Return what notes from now on which beginnings of prompts are in the cache, for a router of several engines.
+
+        What it notes is to be taken between steps, such as when `after_deltas` of the step loop is called.
+        """
+        with self._turns.between_steps():
+            return self._scheduler.cache.follow()
 
     def pause(self) -> None:
         """Begin no further step. The one that runs ends first; requests enter and wait, and none times out."""

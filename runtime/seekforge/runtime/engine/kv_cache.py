@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from seekforge.formats.paged_cache import SCRAP_BLOCK, blocks_needed
 from seekforge.runtime.block_table import BlockTable
+from seekforge.runtime.engine.block_changes import BlockChanges
 
 #: Returns the tokens at positions [start, stop) of a sequence.
 Tokens = Callable[[int, int], Sequence[int]]
@@ -43,6 +44,9 @@ class BlockPool:
 
     A block has as many owners as tables name it (`share` adds one); it is free again when the last one lets go.
     Free blocks are reused unpublished ones first, then the one that was freed longest ago.
+
+    Attributes:
+        on_forget: called with a digest that finds no block any more.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -54,6 +58,7 @@ class BlockPool:
         self._owners = [0] * num_blocks
         self._digest_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self.on_forget: Callable[[bytes], None] | None = None
 
     @property
     def num_usable(self) -> int:
@@ -146,6 +151,8 @@ class BlockPool:
             del self._block_of[digest]
             if not self._owners[block]:
                 self._free.move_to_end(block, last=False)
+            if self.on_forget is not None:
+                self.on_forget(digest)
 
     def forget_all(self) -> None:
         """Unpublish every block: what is cached no longer fits the weights."""
@@ -213,6 +220,14 @@ class KvCache:
         self.lookahead = lookahead
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self._changes: BlockChanges | None = None
+
+    def follow(self) -> BlockChanges:
+        """Return what notes from now on which blocks are published and forgotten."""
+        if self._changes is None:
+            self._changes = BlockChanges()
+            self.pool.on_forget = self._changes.forgotten
+        return self._changes
 
     def admit(
         self, table: BlockTable, tokens: Tokens, num_tokens: int, *, spare: int = 0, reuse: bool = True
@@ -259,7 +274,12 @@ class KvCache:
             return
         self._digest(table, tokens, full)
         for index in range(table.num_published, full):
-            self.pool.publish(table.blocks[index], table.digests[index])
+            digest = table.digests[index]
+            is_new = self.pool.find(digest) is None
+            self.pool.publish(table.blocks[index], digest)
+            if is_new and self._changes is not None:
+                block = tokens(index * self.block_size, (index + 1) * self.block_size)
+                self._changes.published(digest, table.digests[index - 1] if index else None, block)
         table.num_published = full
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:

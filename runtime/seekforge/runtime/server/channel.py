@@ -9,6 +9,7 @@ To the engine:
 - `("add", request_id, prompt, params, priority, timeout_s, in_reasoning)`: start a request.
 - `("abort", request_ids)`: end some, as far as they run.
 - `("call", call_id, name, arguments)`: do something else (`engine_process.CALLS`).
+- `("follow_blocks",)`: say from now on what the prefix cache holds.
 
 From it:
 
@@ -16,6 +17,7 @@ From it:
 - `("accepted", request_id, num_prompt_tokens)`, or `("refused", request_id, kind, message)`: it cannot be served;
   kind is the name of the error's class, or nothing where it is a bug of ours.
 - `("step", pieces)`: what requests gained, the fields of a `Piece` each; one frame for all of them.
+- `("blocks", changes)`: what the prefix cache gained and lost, a `BlockChange` each; only where it is followed.
 - `("result", call_id, value)`, or `("error", call_id, kind, message)`.
 """
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from seekforge.common import errors
 from seekforge.common.errors import EngineError, RequestError, SeekforgeError
 from seekforge.common.system import child_environment
+from seekforge.runtime.engine.block_changes import BlockChange
 from seekforge.runtime.engine.outputs import GenerationError
 from seekforge.runtime.engine.scheduler import QueueFullError
 from seekforge.runtime.sampling.params import SamplingParams
@@ -159,6 +160,7 @@ class EngineProcess:
         self.facts: Mapping[str, Any] = {}
         self.dead = ""
         self.on_dead: Callable[[], None] = lambda: None
+        self._on_blocks: Callable[[Sequence[BlockChange]], None] = lambda changes: None
         self._process, self._reader, self._writer = process, reader, writer
         self._numbers = itertools.count()
         self._streams: dict[int, Stream] = {}
@@ -260,6 +262,11 @@ class EngineProcess:
         finally:
             self._calls.pop(number, None)
 
+    def follow_blocks(self, on_blocks: Callable[[Sequence[BlockChange]], None]) -> None:
+        """Learn from now on which beginnings of prompts are in the cache; called in the order of the changes."""
+        self._on_blocks = on_blocks
+        self._writer.write(packed("follow_blocks"))
+
     async def close(self) -> None:
         """End the process; requests on their way end with it."""
         self._closing = True
@@ -284,6 +291,8 @@ class EngineProcess:
                         stream = streams.get(fields[0])
                         if stream is not None:
                             stream.take(Piece._make(fields))
+                case ("blocks", changes):
+                    self._on_blocks(changes)
                 case ("accepted", request_id, count):
                     if (stream := self._streams.get(request_id)) is not None:
                         stream.num_prompt_tokens = count

@@ -21,6 +21,7 @@ from typing import Any
 from seekforge.common.errors import CheckpointError, EngineError, RequestError, SeekforgeError
 from seekforge.common.system import end_with_parent
 from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.runtime.engine.block_changes import BlockChanges
 from seekforge.runtime.engine.outputs import CompletionOutput, Delta, RequestOutput
 from seekforge.runtime.engine.request import RequestState
 from seekforge.runtime.llm import LLM
@@ -45,6 +46,7 @@ class EngineHost:
         self._changing = threading.Lock()  # guards it
         self._pieces: list[tuple[Any, ...]] = []  # fields of `Piece`: plain tuples are pickled in a tenth of the time
         self._closing = False
+        self._blocks: BlockChanges | None = None
         self._preparers = ThreadPoolExecutor(_PREPARERS, "seekforge-prepare")
         llm._turns.after_deltas = self._send_pieces
 
@@ -60,6 +62,8 @@ class EngineHost:
                 self._add(*rest)
             elif kind == "abort":
                 self._abort(*rest)
+            elif kind == "follow_blocks":
+                self._blocks = self._llm.follow_blocks()
             elif kind == "call":
                 self._preparers.submit(self._call, *rest)
         self._closing = True
@@ -124,6 +128,8 @@ class EngineHost:
 
     def _send_pieces(self) -> None:
         """Send what has come together; called with the turn held."""
+        if self._blocks is not None and (changes := self._blocks.take()):
+            self._channel.send("blocks", changes)
         if not self._pieces:
             return
         pieces, self._pieces = self._pieces, []

@@ -90,6 +90,19 @@ def log_to_stderr(level: int) -> None:
         logger.propagate = False
 
 
+def context_of(client: EngineProcess, settings: ServerSettings) -> Context:
+    """Return the parts of a server whose engine is open."""
+    manifest = load_manifest(settings.engine)
+    tokenizer = Tokenizer(settings.engine / manifest.tokenizer)
+    return Context(
+        client,
+        settings,
+        tokenizer,
+        ChatProcessor(manifest.config.get("model_type"), tokenizer, checkpoint_template(settings.engine)),
+        Metrics(settings.served_model_names[0], client.facts),
+    )
+
+
 class _Server(uvicorn.Server):
     """Uvicorn's server, which tells the application that the end has begun."""
 
@@ -137,15 +150,7 @@ async def serve(
     more = {} if command is None else {"command": command}
     client = await EngineProcess.open(settings.engine, options, on_loading, **more)
     try:
-        manifest = load_manifest(settings.engine)
-        tokenizer = Tokenizer(settings.engine / manifest.tokenizer)
-        context = Context(
-            client,
-            settings,
-            tokenizer,
-            ChatProcessor(manifest.config.get("model_type"), tokenizer, checkpoint_template(settings.engine)),
-            Metrics(settings.served_model_names[0], client.facts),
-        )
+        context = context_of(client, settings)
         config = uvicorn.Config(
             make_app(context),
             http="httptools" if importlib.util.find_spec("httptools") else "h11",
