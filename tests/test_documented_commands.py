@@ -32,6 +32,8 @@ NOT_HERE = {
     "curl ": "asks a server that is told to run in another terminal",
     "pip install": "installs from the network",
     ". .venv/bin/activate": "belongs to an environment that make sets up",
+    "python -m dynamo.frontend": "needs ai-dynamo; tests/runtime/dynamo/test_frontend.py starts it",
+    "seekforge dynamo": "as the line before",
     "python -m pytest": "is what runs these tests, with GPUs",
     "python examples/tool_call.py": "asks a server; tests/test_examples.py does",
     "python examples/grpo.py": "trains for an hour; tests/test_examples.py makes one step",

@@ -146,6 +146,7 @@ def test_no_two_requirements_bring_the_same_module() -> None:
 MODULES = {
     "cuda-core": "cuda.core", "cuda-bindings": "cuda.bindings", "pyyaml": "yaml", "onnx-ir": "onnx_ir",
     "tensorrt-rtx": "tensorrt_rtx", "onnxruntime-gpu": "onnxruntime", "nccl4py": "nccl.core",
+    "ai-dynamo": "dynamo.common.backend",
     "nvidia-nccl-cu13": "nccl.core",  # the library, which those bindings load
 }  # fmt: skip
 

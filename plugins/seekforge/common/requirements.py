@@ -23,6 +23,7 @@ from packaging.version import InvalidVersion, Version
 OURSELVES: Final = "seekforge"
 #: Import name -> the package that has it, where the two differ.
 _PACKAGE_OF: Final[dict[str, str]] = {
+    "dynamo": "ai-dynamo",
     "cuda.core": "cuda-core",
     "cuda.bindings": "cuda-bindings",
     "nccl": "nccl4py",

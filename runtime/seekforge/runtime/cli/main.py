@@ -61,6 +61,9 @@ COMMANDS: dict[str, _Command] = {
     "serve": _Command(
         "seekforge.runtime.cli.serve:serve", "Use it", "Serve an engine over HTTP, as OpenAI's clients expect it."
     ),
+    "dynamo": _Command(
+        "seekforge.runtime.dynamo.cli:dynamo", "Use it", "Serve an engine as a worker of NVIDIA Dynamo."
+    ),
     "bench": _Command(
         "seekforge.runtime.cli.bench:bench", "Use it", "Measure an engine: throughput, latency, what the host costs."
     ),
