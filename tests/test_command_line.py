@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -114,6 +115,20 @@ def test_every_command_of_the_pages_is_understood(words: list[str]) -> None:
     name = next(name for name in sorted(LEAVES, key=len, reverse=True) if name.split() == words[: len(name.split())])
     parent = click.Context(cli.main, info_name="seekforge")
     LEAVES[name].make_context(name, words[len(name.split()) :], parent=parent)
+
+
+def test_a_path_in_a_command_that_is_advised_is_quoted() -> None:
+    """Commands with values in them are made by `typed_command`: a text with a path in it is torn at a space."""
+    found = []
+    for root in ("exporter", "plugins", "runtime"):
+        for path in sorted((ROOT / root).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.JoinedStr):
+                    continue
+                words = [str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values]
+                if re.search(rf"seekforge ({'|'.join(COMMANDS)}) [^'\";]*{{}}", "".join(words)):
+                    found.append(f"{path.name}:{node.lineno}")
+    assert found == []
 
 
 def test_the_pages_have_commands() -> None:

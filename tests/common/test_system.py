@@ -92,6 +92,20 @@ def test_calls_that_only_linux_has_are_asked_for_first() -> None:
                 assert asked, f"{path}: os.{node.attr}"
 
 
+def test_what_other_programs_say_is_read_even_where_it_is_no_text() -> None:
+    """A path in a message of a compiler need not be UTF-8."""
+    calls = 0
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            names = {word.arg for word in node.keywords}
+            if names & {"capture_output", "stdout", "stderr"} and names & {"text", "encoding", "universal_newlines"}:
+                assert "errors" in names, f"{path}:{node.lineno}"
+                calls += 1
+    assert calls >= 9
+
+
 def test_no_module_needs_one_that_only_unix_has_to_be_imported() -> None:
     for path, tree in sources():
         for node in tree.body:

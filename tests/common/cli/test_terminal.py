@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +123,11 @@ def test_a_full_disk_behind_stdout_is_noticed() -> None:
     )
     done = python(script, ">/dev/full", PYTHONUNBUFFERED="")
     assert (done.returncode, done.stderr) == (7, "")
+
+
+@pytest.mark.parametrize("name", ["a b", "-x", "--out", "it's", "$(x)", "a;b", "*", "~", "#a", "ä", "a/b", "-", "\\"])
+def test_a_command_that_is_advised_has_the_same_words_for_a_shell(name: str) -> None:
+    words = shlex.split(terminal.typed_command("export", Path(name), "--numerics", "exact"))
+    assert words[:2] == ["seekforge", "export"] and words[3:] == ["--numerics", "exact"]
+    assert Path(words[2]) == Path(name) and not words[2].startswith("-")
+    assert terminal.typed(name) == words[2]

@@ -19,7 +19,7 @@ from seekforge.common.cli.options import (
     list_option,
     quiet_option,
 )
-from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.cli.terminal import echo, typed_command, write_json
 from seekforge.exporter.builder import api
 from seekforge.exporter.builder.api import BuildResult
 from seekforge.exporter.builder.audit_page import quality_words, self_check_words
@@ -214,7 +214,7 @@ def _written(result: BuildResult) -> list[str]:
         proof = [
             f"self-check: {len(check.prompt_ids)} tokens, {len(check.rows)} rows equal to PyTorch within "
             f"{check.tolerance:.2g} logits",
-            f'next: seekforge run {result.path} --prompt "Hello" --max-tokens 64 --greedy',
+            f"next: {typed_command('run', result.path, '--prompt', 'Hello', '--max-tokens', 64, '--greedy')}",
         ]
     return [
         f"wrote {result.path}: target {result.target}, {nodes} nodes, "

@@ -46,7 +46,9 @@ def sms_here() -> list[int]:
         return []
     question = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+        answer = subprocess.run(
+            question, capture_output=True, text=True, errors="replace", timeout=30, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     return [int(line.replace(".", "")) for line in answer.split() if line.replace(".", "").isdigit()]

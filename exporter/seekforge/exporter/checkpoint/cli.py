@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import command, json_option, quiet_option, seed_option
-from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.cli.terminal import echo, typed_command, write_json
 from seekforge.common.errors import OptionError
 from seekforge.exporter.checkpoint.new import WrittenCheckpoint
 from seekforge.exporter.checkpoint.new import new_checkpoint as write_checkpoint
@@ -98,5 +98,5 @@ def _sentences(written: WrittenCheckpoint, *, sparse: bool) -> list[str]:
     return [
         f"wrote {written.path}: {written.num_files} files, {written.num_tensors:,} tensors, "
         f"{written.num_parameters:,} parameters, {decimal(written.num_bytes)}{disk}",
-        f"next: seekforge export {written.path} PROGRAM",
+        f"next: {typed_command('export', written.path, 'PROGRAM')}",
     ]

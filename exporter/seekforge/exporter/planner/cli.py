@@ -19,7 +19,7 @@ from seekforge.common.cli.options import (
     kv_cache_dtype_option,
     list_option,
 )
-from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.cli.terminal import echo, typed, typed_command, write_json
 from seekforge.exporter.checkpoint.source import parse_repo
 from seekforge.exporter.option_types import MODEL, TARGET
 from seekforge.exporter.planner import api
@@ -117,7 +117,7 @@ def _export_commands(model: str, rows: Sequence[Row]) -> Iterator[str]:
     """Yield the command that makes the program of each layout that fits, once."""
     checkpoint = model if Path(model).is_dir() or parse_repo(model) is not None else "CHECKPOINT"
     for layout in dict.fromkeys(row.found.parallelism for row in rows if row.found is not None and row.found.fits):
-        yield f"{layout}: seekforge export {checkpoint} PROGRAM {layout.options}".rstrip()
+        yield f"{layout}: {typed_command('export', typed(checkpoint), 'PROGRAM', *layout.options.split())}"
 
 
 def _summary(result: PlanResult) -> str:

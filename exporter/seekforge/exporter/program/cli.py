@@ -10,7 +10,7 @@ import click
 
 from seekforge.common.cli.console import Stages
 from seekforge.common.cli.options import Whole, command, json_option, quiet_option
-from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.cli.terminal import echo, typed, typed_command, write_json
 from seekforge.exporter.checkpoint.source import parse_repo
 from seekforge.exporter.program import api
 from seekforge.exporter.program.api import ExportResult
@@ -87,9 +87,11 @@ def _sentences(result: ExportResult, checkpoint: str) -> list[str]:
     inside = result.num_tensors - result.num_outside
     away = f" of this part ({result.num_outside:,} lie outside)" if result.num_outside else ""
     count, out = result.parallelism.num_ranks, result.path
-    following = f"next: seekforge build {out} ENGINE --target cpu --checkpoint {checkpoint}"
+    building = typed_command("build", out, "ENGINE", "--target", "cpu", "--checkpoint", typed(checkpoint))
+    following = f"next: {building}"
     if count > 1:
-        following = f"the program is that of each of {count} ranks; see what each loads: seekforge inspect {out}"
+        looking = typed_command("inspect", out)
+        following = f"the program is that of each of {count} ranks; see what each loads: {looking}"
     return [
         f"wrote {out}: {graphs}, {nodes} nodes ({sum(result.ops.values())} custom), "
         f"{inputs} weight inputs cover all {inside:,} tensors{away}",

@@ -17,7 +17,7 @@ from seekforge.common.cli.options import (
     seed_option,
     threads_option,
 )
-from seekforge.common.cli.terminal import echo, write_json
+from seekforge.common.cli.terminal import echo, typed_command, write_json
 from seekforge.exporter.option_types import MODEL
 
 
@@ -65,4 +65,4 @@ def train(out: Path, *, quiet: bool, as_json: bool, **options: Any) -> None:
             f"wrote {result.path}: {result.steps:,} steps, {result.num_tokens:,} tokens, "
             f"loss {result.loss:.3f}{resumed}"
         )
-        echo(f"next: seekforge export {result.path} PROGRAM")
+        echo(f"next: {typed_command('export', result.path, 'PROGRAM')}")

@@ -12,7 +12,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 #: Controls (C0, DEL, C1), marks and overrides of direction, line and paragraph separators, invisible tags, halves of
@@ -40,6 +42,17 @@ def shown(text: object, *, keep: str = "") -> str:
 def one_line(message: object) -> str:
     """Return a message as one line: runs of white space become one space, and the rest is `shown`."""
     return shown(" ".join(str(message).split()))
+
+
+def typed(path: Path | str) -> str:
+    """Return a path as the words of a command have it: none is taken for an option."""
+    text = os.fspath(path)
+    return f"./{text}" if text.startswith("-") else text
+
+
+def typed_command(*words: object) -> str:
+    """Return a seekforge command as a shell takes it, whatever is in the paths (`Path`) among its words."""
+    return shlex.join(["seekforge", *(typed(word) if isinstance(word, Path) else str(word) for word in words)])
 
 
 def echo(line: object = "", *, err: bool = False) -> None:

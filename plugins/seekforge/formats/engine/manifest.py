@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections import Counter
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
+from seekforge.common.cli.terminal import typed, typed_command
 from seekforge.common.errors import EngineError
 from seekforge.common.files import json_text, sha256_file, write_json
 from seekforge.common.paths import RelativePath
@@ -303,13 +303,13 @@ def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = No
     """
     options: dict[str, object] = {"--target": target or manifest.target.name}
     if target is None and TARGET in {file.path for file in manifest.files}:
-        options["--target"] = str(folder / TARGET)  # with precision, cache format and limits
+        options["--target"] = folder / TARGET  # with precision, cache format and limits
     else:
         options |= {f"--{name.replace('_', '-')}": value for name, value in manifest.limits.model_dump().items()}
     if manifest.weights is None:  # they are in the engine, and nobody noted where they came from
         options["--checkpoint"] = "CHECKPOINT"
     elif manifest.weights.path is not None:
-        options["--checkpoint"] = manifest.weights.path
+        options["--checkpoint"] = typed(manifest.weights.path)
     build = manifest.build
     if build.get("plugins", "auto") != "auto":
         options["--plugins"] = build["plugins"]
@@ -319,10 +319,10 @@ def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = No
     for name, option in _COMPILER_OPTIONS.items():
         if isinstance(compiler, dict) and name in compiler:
             options[option] = compiler[name]
-    words = [str(word) for pair in options.items() for word in pair]
+    words = [word for pair in options.items() for word in pair]
     shown = any(spec.role == "debug" for graph_io in manifest.graphs.values() for spec in graph_io.outputs)
     flags = ["--taps"] if shown or build.get("taps") else []
-    return shlex.join(["seekforge", "build", "PROGRAM", str(folder), *words, *flags, "--force"])
+    return typed_command("build", "PROGRAM", folder, *words, *flags, "--force")
 
 
 #: Options of the compiler in `Manifest.build` -> as they are typed.

@@ -291,7 +291,9 @@ def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
         file.write_bytes(cubin)
 
         def dump(option: str) -> str:
-            return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                [tool, option, file], capture_output=True, text=True, errors="replace", check=True
+            ).stdout
 
         elf, usage = dump("-elf"), dump("--dump-resource-usage")
     parameters = re.findall(r"Ordinal\s*:\s*(0x\w+)\s*Offset\s*:\s*(0x\w+)\s*Size\s*:\s*(0x\w+)", elf)
@@ -317,7 +319,9 @@ def read_code(cubin: Path, *, cache: Path) -> sass.Code:
     if record.is_file():
         with contextlib.suppress(Exception):
             return sass.from_json(record.read_text(encoding="utf-8"))
-    made = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, errors="replace", check=False
+    )
     try:
         code = sass.read(made.stdout)
     except ValueError as error:

@@ -112,7 +112,13 @@ def compile_library(out: Path | None = None) -> Path:
 def _run(command: str, jobs: Sequence[Sequence[str]]) -> None:
     """Run the compiler with each of these arguments, at once."""
     running = [
-        subprocess.Popen([*shlex.split(command), *job], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*shlex.split(command), *job],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
         for job in jobs
     ]
     said = [(process.communicate()[1], process.returncode) for process in running]

@@ -272,7 +272,7 @@ def _gpus() -> tuple[tuple[str, ...], str]:
         return (), absent
     query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return (), f"nvidia-smi does not answer ({error})"
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]

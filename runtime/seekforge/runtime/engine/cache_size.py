@@ -137,7 +137,9 @@ def free_gpu_memory() -> int | None:
     if visible:
         question += ["--id", visible]
     try:
-        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+        answer = subprocess.run(
+            question, capture_output=True, text=True, errors="replace", timeout=30, check=True
+        ).stdout
         return int(answer.split()[0]) << 20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None

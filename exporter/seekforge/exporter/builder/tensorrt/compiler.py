@@ -180,7 +180,9 @@ def _run(
     environment = child_environment() | {"PYTHONPATH": path}
     before = log.stat().st_size if log.is_file() else 0
     with log.open("a", encoding="utf-8") as errors_to:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors_to, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors_to, text=True, errors="replace", env=environment
+        )
         try:
             assert process.stdout is not None
             for line in process.stdout:

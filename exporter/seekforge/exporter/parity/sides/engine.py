@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from seekforge.common.cli.terminal import typed
 from seekforge.common.paths import real_path
 from seekforge.common.system import child_environment
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
@@ -102,17 +103,17 @@ class EngineSide:
         self.num_runs += 1
         plan_file = self.work / "plan.json"
         plan_file.write_text(plan.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "seekforge.runtime.cli.dump", str(engine), str(out), "--quiet", "--force"]
-        command += ["--plan", str(plan_file), "--name", real_path(self.folder).name]
+        command = [sys.executable, "-m", "seekforge.runtime.cli.dump", typed(engine), typed(out), "--quiet", "--force"]
+        command += ["--plan", typed(plan_file), "--name", real_path(self.folder).name]
         if taps is not None:
             command += ["--taps", ",".join(taps)]
         if inputs is not None:
-            command += ["--inputs", str(inputs.folder)]
+            command += ["--inputs", typed(inputs.folder)]
         if self.checkpoint is not None and self.manifest.weights is not None:
-            command += ["--checkpoint", str(self.checkpoint)]
+            command += ["--checkpoint", typed(self.checkpoint)]
         if self.threads:
             command += ["--threads", str(self.threads)]
-        done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment())
         if done.returncode != 0:
             raise refusal(engine, str(self.folder), done.stderr, done.returncode)
         return Dump.open(out)
