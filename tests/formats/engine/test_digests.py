@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +61,25 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     path.write_bytes(bytes(10))
     with pytest.raises(OSError, match="shrank while it was read"):
         damaged([(path, 11, ("",))])
+
+
+def test_an_interrupt_ends_the_other_threads_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the thread that waits for them: Ctrl-C was heard when the last of 690 GB had been read."""
+    began: list[range] = []
+
+    def slow(path: Path, size: int, chunks: range, buffer: memoryview) -> Iterator[tuple[int, str]]:
+        began.append(chunks)
+        if len(began) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        yield chunks.start, ""
+
+    monkeypatch.setattr(digests, "_digests_of", slow)
+    monkeypatch.setattr(digests, "_TASK_BYTES", CHUNK)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            damaged([(tmp_path / "file", 400 * CHUNK, ("",) * 400)], threads=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert 3 <= len(began) < 50

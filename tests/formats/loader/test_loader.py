@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 import tracemalloc
 from collections import Counter
@@ -409,6 +410,34 @@ def test_a_shard_that_shrinks_while_it_is_read_gives_one_line_and_the_load_goes_
     with Checkpoint.open(tmp_path / "checkpoint") as mended:
         for name, recipe in recipes.items():
             _assert_equal(buffers[name], evaluate(recipe, mended), name)
+
+
+def test_an_interrupt_ends_the_other_threads_too(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the thread that waits for them: Ctrl-C was heard when the last of 690 GB had been loaded."""
+    table = take("table", (300, 200), "bf16")
+    recipes = {str(row): slice_(table, 0, row, row + 1) for row in range(200)}
+    buffers = allocate(recipes)
+    load = Loader(checkpoint, recipes, buffers, threads=2)
+    real, began = reader.Reader.do, []
+
+    def slow(self: reader.Reader, job: Any) -> None:
+        began.append(job)
+        if len(began) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        real(self, job)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(reader.Reader, "do", slow)
+            load.run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert 3 <= len(began) < 30
+    load.run()  # goes on
+    for name, recipe in recipes.items():
+        _assert_equal(buffers[name], evaluate(recipe, checkpoint), name)
 
 
 def test_a_read_error_names_the_tensor(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,8 +138,11 @@ def _for_each_chunk(
         work()
         return
     with ThreadPoolExecutor(room, "digests") as pool:
-        for future in [pool.submit(work) for _ in range(room)]:
-            future.result()
+        try:
+            for future in [pool.submit(work) for _ in range(room)]:
+                future.result()
+        finally:
+            stop.set()  # an interrupt reaches this thread alone
 
 
 def _tasks(files: Iterable[tuple[Path, int]]) -> Iterator[tuple[Path, int, range]]:

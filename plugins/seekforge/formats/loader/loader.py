@@ -154,8 +154,12 @@ class Loader:
                 for numbers in (self._left - checks, checks):
                     queue = iter(sorted(numbers))
                     running = [pool.submit(work, queue) for _ in range(self._threads)]
-                    for future in running:
-                        future.result()
+                    try:
+                        for future in running:
+                            future.result()
+                    except BaseException:  # an interrupt reaches this thread alone
+                        stop.set()
+                        raise
         finally:
             for file in self._files.values():
                 os.close(file)
