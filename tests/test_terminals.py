@@ -213,6 +213,24 @@ def test_a_chat_that_is_terminated_ends(name: str, typed: str, runs: TerminalRun
     check_end(name, place, done, 143, done.output[-2000:])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", _ENDS)
+@pytest.mark.parametrize("after_s", [0.0, 3.0])
+def test_an_interrupt_ends_every_compiler_of_kernels(
+    after_s: float, number: str, heavy_runs: TerminalRuns, place: Place
+) -> None:
+    """While processes begin and while they compile. What was compiled is kept, in the folder of images alone."""
+    args = ("kernels", "build", "out", "--sm", "80,89,90", "--op", "DsaIndexer", "--cache", "images")
+    done = place.run(
+        heavy_runs, *args, interrupt_when="compile", interrupt_after_s=after_s, interrupt_by=number
+    )  # fmt: skip
+    plain = _ESCAPE.sub("", done.output)
+    assert done.code == _ENDS[number] and "Traceback" not in plain and "Process Spawn" not in plain, plain[-2000:]
+    assert cursor_is_shown(done.output) and done.seconds < 30 and running(place) == []
+    assert set(place.left()) <= {"images"}
+
+
 # --- files of bounded size ----------------------------------------------------------------------------------------
 
 

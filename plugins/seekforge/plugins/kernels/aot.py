@@ -15,7 +15,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -28,9 +27,9 @@ from seekforge.common.cores import usable_cores
 from seekforge.common.errors import EnvironmentFault, TargetError
 from seekforge.common.files import replace_file
 from seekforge.common.requirements import install
-from seekforge.common.system import end_with
 from seekforge.common.temporary import temporary_folder
 from seekforge.common.user_cache import user_cache
+from seekforge.common.workers import Workers
 from seekforge.plugins.kernels import rules, sass
 from seekforge.plugins.kernels.cuda_driver import needed_driver
 from seekforge.plugins.kernels.kernel_set import FORMAT, Image, KernelSet, Param, Resources, from_json, to_json
@@ -138,22 +137,19 @@ def build(
 
     Raises:
         TargetError: a kernel does not compile, or compiles to one that could not run. Names it.
-        EnvironmentFault: the compiler is missing.
+        EnvironmentFault: the compiler is missing, or a process of it was ended from outside.
     """
     compiler()
     cache.mkdir(parents=True, exist_ok=True)
     jobs = max(1, min(jobs or usable_cores(), len(work)))
     done: dict[tuple[str, int], KernelSet] = {}  # by digest, which tells sizes apart, and SM
-    context = multiprocessing.get_context("spawn")
     before = os.environ.pop("TRITON_INTERPRET", None)  # the spawned processes inherit it
     try:
-        with concurrent.futures.ProcessPoolExecutor(
-            jobs, mp_context=context, max_tasks_per_child=1, initializer=end_with, initargs=(os.getpid(),)
-        ) as pool:
+        with Workers(jobs, "compiles kernels") as workers:
             running = {}
             for task in work:
                 progress(task, None)
-                running[pool.submit(_compile_task, task, cache)] = task
+                running[workers.submit(_compile_task, task, cache)] = task
             for future in concurrent.futures.as_completed(running):
                 task = running[future]
                 done[task.digest, task.sm] = future.result()
