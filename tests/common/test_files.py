@@ -47,6 +47,31 @@ def test_force_replaces_and_plain_refuses(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_an_interrupt_between_two_renames_loses_nothing(
+    after: int, kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the old folder was put aside, and after the new one took its place."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "program.json").write_text("old")
+    real, renamed = Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        renamed.append(target)
+        done = real(self, target)
+        if len(renamed) == after:
+            raise kind(errno.EIO, "stop")
+        return done
+
+    with pytest.raises((KeyboardInterrupt, OutputError)), atomic_folder(out, force=True) as folder:
+        (folder / "program.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", interrupted)
+    assert (out / "program.json").read_text() == {1: "old", 2: "new"}[after]
+    assert leftovers(tmp_path) == []
+
+
 def test_force_refuses_a_folder_that_is_not_ours(tmp_path: Path) -> None:
     out = tmp_path / "home"
     out.mkdir()

@@ -89,7 +89,7 @@ def _blaming_the_right_file(temporary: Path, out: Path) -> Iterator[None]:
 
 
 def _replace_folder(new: Path, out: Path, *, force: bool) -> None:
-    """Rename `new` to `out`; what stood there is put aside first and put back if the rename fails.
+    """Rename `new` to `out`; what stood there is put aside first, and put back unless that goes well.
 
     Without `force` nothing may stand there, also if it came while `new` was filled: a rename replaces an empty folder.
     """
@@ -105,11 +105,7 @@ def _replace_folder(new: Path, out: Path, *, force: bool) -> None:
         return
     with temporary_folder(f".{out.name}", parent=out.parent, kind="old") as aside:
         out.rename(aside / "old")
-        try:
-            new.rename(out)
-        except BaseException:
-            (aside / "old").rename(out)
-            raise
+        new.rename(out)
 
 
 def _umask() -> int:

@@ -32,7 +32,8 @@ def temporary_folder(stem: str, *, parent: Path | None = None, kind: str = "part
     Args:
         stem: what its name begins with: `seekforge-` and what it is for, where it lies among those of other programs.
         parent: the folder to make it in; None: where the system has temporary files (TMPDIR).
-        kind: `partial`, or `old` for a folder `old` that was put aside and is put back if its process is killed.
+        kind: `partial`, or `old` for a folder `old` in it that was put aside, and is put back if nothing takes its
+            place, however the block ends.
 
     Raises:
         OSError: it cannot be made.
@@ -44,8 +45,8 @@ def temporary_folder(stem: str, *, parent: Path | None = None, kind: str = "part
     try:
         yield path
     finally:
-        if not _is_last_copy(path, stem, kind):
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _clear(path, stem, kind)
         os.close(lock)
 
 
@@ -98,10 +99,10 @@ def sweep(parent: Path) -> None:
             match = _OURS.fullmatch(entry.name)
             if match is not None:
                 with contextlib.suppress(OSError):
-                    _remove(parent, Path(entry.path), match["stem"], match["kind"])
+                    _remove(Path(entry.path), match["stem"], match["kind"])
 
 
-def _remove(parent: Path, path: Path, stem: str, kind: str) -> None:
+def _remove(path: Path, stem: str, kind: str) -> None:
     about = path.lstat()
     is_folder = stat.S_ISDIR(about.st_mode)
     if about.st_uid != os.getuid() or not (is_folder or stat.S_ISREG(about.st_mode)):
@@ -113,16 +114,17 @@ def _remove(parent: Path, path: Path, stem: str, kind: str) -> None:
         if not is_folder:
             path.unlink()
             return
-        if _is_last_copy(path, stem, kind):
-            (path / "old").rename(parent / stem.removeprefix("."))
-        shutil.rmtree(path, ignore_errors=True)
+        _clear(path, stem, kind)
     finally:
         os.close(lock)
 
 
-def _is_last_copy(path: Path, stem: str, kind: str) -> bool:
-    """Return whether what was put aside in `path` stands nowhere else: nothing took its place."""
-    return kind == "old" and (path / "old").exists() and not (path.parent / stem.removeprefix(".")).exists()
+def _clear(path: Path, stem: str, kind: str) -> None:
+    """Remove a folder; what was put aside in it is put back if nothing took its place."""
+    place = path.parent / stem.removeprefix(".")
+    if kind == "old" and (path / "old").exists() and not place.exists():
+        (path / "old").rename(place)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _lock(number: int, *, wait: bool) -> bool:
