@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -143,6 +145,45 @@ def test_a_lie_about_a_shard_is_one_line_and_the_next_try_makes_it_good(name: st
 def test_half_and_then_the_rest_is_no_lie(hub: Hub) -> None:
     hub.lies[SECOND] = half_and_then(honest)
     assert (resolve("owner/name", quiet=True) / SECOND).read_bytes() == (hub.folder / SECOND).read_bytes()
+
+
+def slowly(content: bytes, start: int, stop: int | None) -> Iterator[bytes]:
+    yield answer("200 OK", b"", length=len(content))
+    for begin in range(0, len(content), 1 << 13):
+        threading.Event().wait(0.2)
+        yield content[begin : begin + (1 << 13)]
+
+
+def test_an_interrupt_waits_for_no_shard(hub: Hub) -> None:
+    """The library's threads, eight of them with 4 GB each, end with the next piece that comes."""
+    hub.lies[FIRST] = hub.lies[SECOND] = slowly  # ten seconds
+    others = set(threading.enumerate())
+
+    def threads() -> list[str]:
+        found = [one.name for one in threading.enumerate() if one not in others]
+        return [name for name in found if name.startswith("ThreadPoolExecutor")]
+
+    def interrupt() -> None:
+        while not threads():
+            threading.Event().wait(0.01)
+        threading.Event().wait(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            resolve("owner/name", quiet=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    began = time.monotonic()
+    assert threads()
+    while threads():
+        threading.Event().wait(0.05)
+    assert time.monotonic() - began < 5
+    hub.lies.clear()
+    folder = resolve("owner/name", quiet=True)
+    assert [(folder / name).read_bytes() == (hub.folder / name).read_bytes() for name in (FIRST, SECOND)] == [True] * 2
 
 
 def resolved_or_refused() -> Path | None:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,8 +33,8 @@ from seekforge.common.paths import name_fault, real_path
 from seekforge.common.reading import parse_json, read_json
 from seekforge.common.requirements import install_module
 from seekforge.common.temporary import temporary_folder
-from seekforge.formats.checkpoint.hub_answers import checked_answers
-from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained
+from seekforge.formats.checkpoint.hub_answers import Answers, checked_answers
+from seekforge.formats.checkpoint.hub_files import Files, Repo, endpoint, explained, in_a_thread
 from seekforge.formats.checkpoint.quantization_forms import MODELOPT_FILE, says_nothing_of_weights
 from seekforge.formats.checkpoint.tools_preamble import ENCODING_FILE
 from seekforge.formats.program import TEMPLATE_FILE, TEXT_FILES
@@ -158,31 +159,35 @@ def download(repo: Repo, *, quiet: bool = False) -> Path:
     with checked_answers(hub, repo) as answers:
         more: dict[str, Any] = {}
         if most is not None:
-            bar = _bar_with_an_end(hub, repo, most, answers.begin_files)
+            bar = _bar_with_an_end(hub, repo, most, answers)
             more = {"endpoint": endpoint(hub), "tqdm_class": bar}
         try:
-            folder = Path(hub.snapshot_download(repo.name, revision=repo.revision, allow_patterns=PATTERNS, **more))
+            load = partial(hub.snapshot_download, repo.name, revision=repo.revision, allow_patterns=PATTERNS, **more)
+            folder = Path(in_a_thread(load).result())
         except SeekforgeError:
             raise
         except Exception as error:  # of a dozen classes, ours, of its HTTP client's and of the operating system
             raise (answers.refused[0] if answers.refused else explained(error, repo)) from None
+        finally:  # an interrupt does not wait for the library's threads: that is to wait for eight shards
+            answers.stop()
     _check_blobs(folder, repo)
     return folder
 
 
-def _bar_with_an_end(hub: Any, repo: Repo, most: int, begin: Callable[[], None]) -> type:
+def _bar_with_an_end(hub: Any, repo: Repo, most: int, answers: Answers) -> type:
     """Return a progress bar of the library that refuses more bytes: it writes whatever comes, as long as it comes.
 
-    `begin` is called when the first is made, which the library does when it has listed all files.
+    The first is made when the library has listed all files.
     """
 
     class Bar(hub.utils.tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            begin()
+            answers.begin_files()
             self._counts_bytes, self._seen = options.get("unit") == "B", 0
             super().__init__(*args, **options)
 
         def update(self, n: float | None = 1) -> bool | None:
+            answers.go_on()
             self._seen += n or 0
             if self._counts_bytes and self._seen > most:
                 raise CheckpointError(

@@ -82,7 +82,16 @@ class Answers:
         self.refused: list[CheckpointError] = []
         self._repo, self._are_lists = repo, True
         self._left, self._lists = _MAX_BYTES, 0
-        self._lock = threading.Lock()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def stop(self) -> None:
+        """Let every thread of the library that asks for something or takes a piece of it end there."""
+        self._stopped = True
+
+    def go_on(self) -> None:
+        """Refuse to, once it was stopped."""
+        if self._stopped:
+            raise CheckpointError(f"{self._repo}: the download was interrupted; run the command again to go on")
 
     def begin_files(self) -> None:
         """From here on files come, which end where their progress bar does."""
@@ -90,6 +99,7 @@ class Answers:
 
     def ask_plainly(self, request: Any) -> None:
         """Ask for no coding: a few bytes of one may be gigabytes."""
+        self.go_on()
         request.headers["Accept-Encoding"] = "identity"
 
     def check(self, response: Any) -> None:

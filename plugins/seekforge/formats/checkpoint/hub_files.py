@@ -154,16 +154,7 @@ class Files:
 
     def _in_time(self, name: str, content: bytearray, work: Callable[[], _Result]) -> _Result:
         """Run `work` in a thread that is left behind when what it adds to `content` comes too slowly."""
-        future: Future[_Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:  # handed to who waits
-                future.set_exception(error)
-
-        began = time.monotonic()
-        threading.Thread(target=run, name="hub", daemon=True).start()
+        began, future = time.monotonic(), in_a_thread(work)
         while True:
             waited = time.monotonic() - began
             allowed = _PATIENCE_S + len(content) / _LEAST_BYTES_PER_S
@@ -281,6 +272,20 @@ class Files:
                     yield response
                     return
             time.sleep(wait)
+
+
+def in_a_thread(work: Callable[[], _Result]) -> Future[_Result]:
+    """Run `work` in a thread that nobody waits for; return what it will give."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # handed to who waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="hub", daemon=True).start()
+    return future
 
 
 def _wait_s(retry_after: str | None, default_s: float) -> float:
