@@ -186,6 +186,27 @@ def test_an_interrupt_waits_for_no_shard(hub: Hub) -> None:
     assert [(folder / name).read_bytes() == (hub.folder / name).read_bytes() for name in (FIRST, SECOND)] == [True] * 2
 
 
+def test_an_interrupt_waits_for_no_digest(tmp_path: Path) -> None:
+    """Of what was downloaded; here of holes, which would take a minute."""
+    for number in range(8):
+        blob = tmp_path / "blobs" / f"{number:064x}"
+        blob.parent.mkdir(exist_ok=True)
+        with blob.open("wb") as file:
+            file.truncate(16 << 30)
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        (tmp_path / "snapshot" / f"{number}.safetensors").symlink_to(blob)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            hub_module._check_blobs(tmp_path / "snapshot", Repo("owner/name", None))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 5
+    assert len(list((tmp_path / "blobs").iterdir())) == 8
+
+
 def resolved_or_refused() -> Path | None:
     """Return the folder of the checkpoint; None where one short line refuses it, which names the repository."""
     try:

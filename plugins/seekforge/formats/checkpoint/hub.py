@@ -13,11 +13,15 @@ checkpoint is made of, and reads the whole of a file from a server that ignores 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import importlib
+import io
 import logging
 import os
 import re
 import shutil
+import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +32,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from seekforge.common.errors import CheckpointError, EnvironmentFault, SeekforgeError
-from seekforge.common.files import sha256_file
 from seekforge.common.paths import name_fault, real_path
 from seekforge.common.reading import parse_json, read_json
 from seekforge.common.requirements import install_module
@@ -206,9 +209,18 @@ def _check_blobs(folder: Path, repo: Repo) -> None:
     """
     files = {path: real_path(path) for path in sorted(folder.rglob("*")) if path.is_symlink()}
     named = {path: blob for path, blob in files.items() if _SHA256.fullmatch(blob.name)}
+    stop = threading.Event()
+
+    def digest(blob: Path) -> str:
+        with _Stoppable(blob, stop) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     with ThreadPoolExecutor(_THREADS, "hub") as pool:
-        digests = pool.map(sha256_file, named.values())
-        damaged = [path for (path, blob), digest in zip(named.items(), digests, strict=True) if digest != blob.name]
+        try:
+            digests = pool.map(digest, named.values())
+            damaged = [path for (path, blob), one in zip(named.items(), digests, strict=True) if one != blob.name]
+        finally:
+            stop.set()  # an interrupt reaches this thread alone
     for path in damaged:
         for one in (named[path], path):
             one.unlink(missing_ok=True)
@@ -217,6 +229,19 @@ def _check_blobs(folder: Path, repo: Repo) -> None:
             f"{repo}: {damaged[0].relative_to(folder)} is not what the hub says that it is (its SHA-256 is another): "
             "it was damaged on the way and was removed, run the command again"
         )
+
+
+class _Stoppable(io.FileIO):
+    """A file that is read until somebody says to stop."""
+
+    def __init__(self, path: Path, stop: threading.Event) -> None:
+        super().__init__(path)
+        self._stop = stop
+
+    def readinto(self, buffer: Any, /) -> int:
+        if self._stop.is_set():
+            raise InterruptedError(errno.EINTR, "nobody waits for it any more")
+        return super().readinto(buffer)
 
 
 def _snapshot(hub: Any, repo: Repo) -> Path | None:
