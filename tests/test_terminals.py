@@ -85,6 +85,7 @@ class Made:
 
     checkpoint: Path
     program: Path
+    fp8_program: Path
     engine: Path
     nano: Path
 
@@ -97,7 +98,7 @@ def made(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
     nano = random_nano_checkpoint(tmp_path_factory)
-    return Made(tiny_checkpoint, tiny_programs["exact"], tiny_engines["exact"], nano)
+    return Made(tiny_checkpoint, tiny_programs["exact"], tiny_programs["fp8"], tiny_engines["exact"], nano)
 
 
 def commands(made: Made) -> dict[str, tuple[object, ...]]:
@@ -110,6 +111,9 @@ def commands(made: Made) -> dict[str, tuple[object, ...]]:
         "new-checkpoint": ("new-checkpoint", "out"),
         "export": ("export", made.checkpoint, "out", "--layers", "1-1", "--numerics", "exact"),
         "build": ("build", made.program, "out", "--target", "cpu", "--checkpoint", made.checkpoint),
+        "build for a GPU": (
+            "build", made.fp8_program, "out", "--target", "rtx4090", "--checkpoint", made.checkpoint,
+        ),
         "parity": (*parity, "--save", "out", "--html", "out.html"),
         "train": (
             "train", "out", "--checkpoint", made.nano, "--data", "examples.jsonl", "--steps", "2", "--threads", "1",
@@ -123,7 +127,12 @@ def commands(made: Made) -> dict[str, tuple[object, ...]]:
 #: Where a stage costs little, it is also interrupted when it begins and later.
 _LIGHT_COMMANDS = ("run", "batch", "new-checkpoint", "chat")
 #: What a command keeps of work that was interrupted, to go on with.
-_KEPT = {"batch": {"out.jsonl"}, "train": {"out.state"}, "eval": {"out"}}
+_KEPT = {
+    "batch": {"out.jsonl"},
+    "build for a GPU": {".out.parts", "out.build.log"},
+    "train": {"out.state"},
+    "eval": {"out"},
+}
 _ENDS = {"SIGINT": 130, "SIGTERM": 143}
 
 
@@ -169,13 +178,15 @@ def check_end(name: str, place: Place, done: Done, code: int, what: object) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", _ENDS)
-@pytest.mark.parametrize("name", commands(Made(*[Path()] * 4)))
+@pytest.mark.parametrize("name", commands(Made(*[Path()] * 5)))
 def test_an_interrupt_in_any_stage_leaves_nothing_half_written(
     name: str, number: str, runs: TerminalRuns, place: Place, made: Made
 ) -> None:
     """The cursor is there again, and the exit code says why; of what was asked nothing stands there in part."""
     if name == "eval":
         pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    if name == "build for a GPU":
+        pytest.importorskip("tensorrt_rtx", reason="the rtx extra is not installed")
     args = commands(made)[name]
     inputs(place)
     how: dict[str, object] = {"typed": "Hello\n/quit\n"} if name == "chat" else {}
@@ -261,7 +272,7 @@ def check_refusal(name: str, place: Place, done: Done) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file_bytes", [200, 20_000])
-@pytest.mark.parametrize("name", writers(Made(*[Path()] * 4)))
+@pytest.mark.parametrize("name", writers(Made(*[Path()] * 5)))
 def test_a_file_that_cannot_grow_is_one_line(
     name: str, file_bytes: int, runs: TerminalRuns, place: Place, made: Made
 ) -> None:

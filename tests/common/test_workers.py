@@ -34,7 +34,7 @@ def own_process() -> int:
 def test_an_interrupt_ends_them_and_what_waits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C goes to all: they hold it back, since this process ends them; what has not begun never does."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    place = tmp_path / "began"
+    place, began = tmp_path / "began", 0.0
     with pytest.raises(KeyboardInterrupt), Workers(1, "sleeps") as workers:
         waiting = [workers.submit(leave_a_file_and_last, str(place)) for _ in range(3)]
         while not (place.exists() and place.read_text()):
