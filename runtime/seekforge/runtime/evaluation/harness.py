@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fnmatch
 import importlib
 import io
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from seekforge.common.errors import EnvironmentFault, OptionError, RequestError, SeekforgeError
+from seekforge.common.errors import EnvironmentFault, OptionError, OutputError, RequestError, SeekforgeError
 from seekforge.common.paths import real_path
 from seekforge.common.requirements import install
 from seekforge.runtime.evaluation.task_files import (
@@ -265,6 +266,15 @@ def _sandbox_templates() -> None:
     utils.env = sandbox
 
 
+def _full(error: BaseException | None) -> OSError | None:
+    """Return what of an error and its causes says that a file cannot grow."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _blamed(what: str, work: Callable[[], Any]) -> Any:
     """Do work of the harness, whose prints nobody reads; whatever it raises about its input becomes one line."""
     try:
@@ -273,6 +283,12 @@ def _blamed(what: str, work: Callable[[], Any]) -> Any:
     except (SeekforgeError, MemoryError):
         raise
     except Exception as error:  # lm_eval, datasets and jinja2 raise of every kind
+        full = _full(error)
+        if full is not None:
+            raise OutputError(
+                f"{what}: lm_eval cannot write its copy of the data ({full.strerror}); free space, or name another "
+                "place in the environment variable HF_HOME"
+            ) from error
         text = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
             f"{what}: lm_eval says {type(error).__name__}: {text}; see the task's file and data"
