@@ -36,6 +36,7 @@ class RankSizes:
         shared_intermediate_size: width of all shared experts together.
         n_routed_experts: routed experts that the rank holds, whole or a part of each.
         moe_intermediate_size: width of what it holds of each.
+        vocab_size: rows of the embedding and of the head.
     """
 
     num_attention_heads: int
@@ -43,6 +44,7 @@ class RankSizes:
     shared_intermediate_size: int
     n_routed_experts: int
     moe_intermediate_size: int
+    vocab_size: int
 
 
 class Parallelism(Record):
@@ -50,8 +52,8 @@ class Parallelism(Record):
 
     Attributes:
         tp: vLLM's `tensor_parallel_size`. So many ranks divide the heads of the attention and the columns of dense MLPs
-            and experts of every layer, and add up what they make of their parts. Embedding, head, router, indexer,
-            norms and caches are whole on each of them.
+            and experts of every layer, and add up what they make of their parts. They divide the vocabulary of
+            embedding and head where it divides into equal parts. Router, indexer, norms and caches are whole on each.
         pp: vLLM's `pipeline_parallel_size`: stages of consecutive layers, of `tp` ranks each.
         dp: vLLM's `data_parallel_size`: replicas, each with its own requests and caches. They are whole models of
             `tp · pp` ranks, which share nothing; so programs and engines are those of one replica, whose `dp` is 1.
@@ -89,6 +91,10 @@ class Parallelism(Record):
         sizes = (("TP", self.tp), ("EP", self.ep_size), ("PP", self.pp), ("DP", self.dp))
         return "·".join(f"{name}{size}" for name, size in sizes if size > 1) or "1 GPU"
 
+    def divides_vocabulary(self, config: ModelConfig) -> bool:
+        """Whether each rank of a stage has a part of the vocabulary; else embedding and head are whole on each."""
+        return self.tp > 1 and config.vocab_size % self.tp == 0
+
     def coordinates(self, rank: int) -> Coordinates:
         """Return where a rank stands.
 
@@ -110,6 +116,7 @@ class Parallelism(Record):
             shared_intermediate_size=config.n_shared_experts * config.moe_intermediate_size // tp,
             n_routed_experts=config.n_routed_experts // self.ep_size,
             moe_intermediate_size=config.moe_intermediate_size // (1 if self.ep else tp),
+            vocab_size=config.vocab_size // (tp if self.divides_vocabulary(config) else 1),
         )
 
 

@@ -39,6 +39,7 @@ _ROLES: dict[str, Role] = {
     "rope_sin": "table",
     "hadamard": "table",
     "expert_map": "table",
+    "vocab_start": "table",
     "latent_cache": "cache",
     "index_cache": "cache",
     "latent_cache_out": "cache",

@@ -158,7 +158,7 @@ def test_the_mtp_module_and_its_head_are_charged(full: ModelConfig) -> None:
     matrices = layer_matrices(full, 61)
     module = sum(rank_weight_bytes(m, layout, "fp8") for m in matrices if m.sharding != "experts")
     experts = sum(rank_weight_bytes(m, layout, "fp8") for m in matrices if m.sharding == "experts")
-    head = 129_280 * 7168 * 2
+    head = 129_280 * 7168 * 2 // 8
     more = module + experts * experts_hit(256, 8, 2) / 256 + head + cache_read_bytes(full, "fp8_ds", 8192, [0])
     assert (steps[1] - steps[0]) * 1e-3 * 4.8e12 == pytest.approx(more, rel=1e-6)
 

@@ -28,6 +28,8 @@ from seekforge.runtime.cli.main import main
 FULL, H200 = read_config("full"), load_target("h200")
 ASKED = Question("fp8", "fp8_ds", target=H200)
 TP8 = Parallelism(tp=8)
+#: What ranks add up of one token: in bf16 two values of a layer and the embedding, in f32 the logits.
+STREAM, LOGITS = 7168 * 2, 129280 * 4
 #: A machine that reaches its data sheet and costs nothing beside.
 IDEAL = Assumptions(
     memory_share=1, compute_share=1, launch_estimates=False, launch_us=0, switch_us=0, bus_us=0, host_us=0, step_us=0
@@ -43,7 +45,7 @@ def test_without_assumed_costs_it_is_the_bound_and_the_bytes_of_sums(layout: Par
     made = forecast(FULL, H200, layout, work(16), ASKED, IDEAL)
     assert made.kernels == pytest.approx(speed(FULL, H200, layout, work(16), ASKED).decode_step_ms)
     rows = 16 // layout.dp
-    assert made.sums == pytest.approx(1e3 * 2 * 61 * 2 * 7 / 8 * rows * 7168 * 2 / 450e9)
+    assert made.sums == pytest.approx(1e3 * 2 * 7 / 8 * rows * ((2 * 61 + 1) * STREAM + LOGITS) / 450e9)
     assert made.launches == made.host == 0
     assert made.links == pytest.approx(1e3 * (layout.pp - 1) * 2 * rows * 7168 * 2 / 20e9)
 
@@ -114,7 +116,14 @@ def test_drafts_cost_a_layer_each() -> None:
     asked = replace(ASKED, mtp=True)
     plain, more = forecast(FULL, H200, TP8, work(), ASKED, IDEAL), forecast(FULL, H200, TP8, drafting, asked, IDEAL)
     assert more.tokens == 3 * plain.tokens and more.kernels > plain.kernels
-    assert more.sums / 63 == pytest.approx(3 * plain.sums / 61), "three tokens of a row, and two layers more"
+    expected = ((2 * 63 + 3) * STREAM + 3 * LOGITS) / ((2 * 61 + 1) * STREAM + LOGITS)
+    assert more.sums / plain.sums == pytest.approx(3 * expected), "three tokens of a row; twice more of all else"
+
+
+def test_a_vocabulary_that_ranks_do_not_divide_is_not_added_up() -> None:
+    odd = FULL.model_copy(update={"vocab_size": 129281})
+    whole, divided = (forecast(config, H200, TP8, work(), ASKED, IDEAL).sums for config in (odd, FULL))
+    assert divided - whole == pytest.approx(1e3 * 2 * 7 / 8 * (STREAM + LOGITS) / 450e9)
 
 
 def test_a_slow_link_costs_more() -> None:

@@ -120,7 +120,7 @@ def _run(
         else:
             feeds[value.name] = handed[value.name] if value.name in handed else step.array(value.name)
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    return dict(zip(names, map(np.asarray, session.run(names, feeds)), strict=True))
 
 
 def _assert_ranks_equal_whole(
@@ -132,7 +132,7 @@ def _assert_ranks_equal_whole(
     step = lay_out([PROMPT], [0], [[1, 2]])
     traced = trace(Settings(config, numerics, "bf16", parallelism=ranks), (0, 2), lambda stage: None)
     sums = [node for node in traced.model.graph.node if node.op_type == "SumRanks"]
-    assert len(sums) == (4 if ranks.tp > 1 else 0)
+    assert len(sums) == (6 if ranks.tp > 1 else 0), "two of a layer, of the embedding and of the logits"
     program = _program(config, ranks)
     parts = cut(traced.model, program.pipeline_stages) if ranks.pp > 1 else [traced.model]
     assert len(parts) == ranks.pp
@@ -159,6 +159,8 @@ def _assert_ranks_equal_whole(
             np.testing.assert_array_equal(results[name], expected.numpy(), err_msg=name)
 
 
+#: Parts of the names of tensors of which each tensor-parallel rank reads a part.
+DIVIDED = ("q_b_proj", "kv_b_proj", "o_proj", "mlp.", "embed_tokens", "lm_head")
 TWO, FOUR = Parallelism(tp=2), Parallelism(tp=4)
 TWO_EP, FOUR_EP = Parallelism(tp=2, ep=True), Parallelism(tp=4, ep=True)
 
@@ -198,7 +200,7 @@ def test_every_element_is_read_by_exactly_one_rank_or_by_all(
     split_bytes = whole_bytes = total = 0
     for name in source.names:
         size = source.info(name).num_bytes
-        is_split = any(part in name for part in ("q_b_proj", "kv_b_proj", "o_proj", "mlp.")) and "gate." not in name
+        is_split = any(part in name for part in DIVIDED) and "gate." not in name
         split_bytes, whole_bytes = (split_bytes + size, whole_bytes) if is_split else (split_bytes, whole_bytes + size)
     for rank in range(ranks.num_ranks):
         read = rank_bindings(_program(preset.config, ranks), {"model": named}, rank)["model"]
@@ -206,6 +208,17 @@ def test_every_element_is_read_by_exactly_one_rank_or_by_all(
         assert sum(loader.shard_bytes.values()) == loader.total_bytes
         total += loader.total_bytes
     assert total == split_bytes + ranks.tp * whole_bytes
+
+
+def test_a_vocabulary_that_does_not_divide_is_whole_on_each_rank(preset: Preset) -> None:
+    raw = preset.config_json | {"vocab_size": 1027}
+    config = ModelConfig.parse(raw, "test")
+    check_parallelism(config, TWO)
+    model = trace(Settings(config, EXACT, "bf16", parallelism=TWO), (0, 2), lambda stage: None).model
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.input}
+    assert shapes["embed_tokens.weight"] == shapes["lm_head.weight"] == [1027, config.hidden_size]
+    assert "vocab_start" not in shapes
+    assert len([node for node in model.graph.node if node.op_type == "SumRanks"]) == 4
 
 
 def test_graphs_without_a_collective_are_not_merged() -> None:

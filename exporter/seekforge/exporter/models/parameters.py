@@ -29,9 +29,9 @@ from seekforge.formats.weight_recipes import (
 )
 from seekforge.formats.weight_recipes.stored import block_recipes, kept_recipes, values_recipe
 
-#: How a tensor is divided among tensor-parallel ranks: not at all, along its axis, or as experts are: along the axis
-#: too, or dealt out whole with expert parallelism.
-Sharding = Literal["none", "tensor", "experts"]
+#: How a tensor is divided among tensor-parallel ranks: not at all, along its axis, as experts are: along the axis too,
+#: or dealt out whole with expert parallelism, or as the vocabulary is: along the axis where that divides, else whole.
+Sharding = Literal["none", "tensor", "experts", "vocabulary"]
 #: How random values of a tensor are drawn: see `checkpoint.new`.
 Draw = Literal["blocks", "branch", "paired_heads", "plain", "norm", "shift", "bias", "router", "embedding", "head"]
 #: Stands for the number of an expert in a tensor's name.
@@ -111,6 +111,19 @@ class Parameter:
         return self.name if self.form == "linear" else self.name.rpartition(".")[0] or self.name
 
 
+def num_shares(sharding: Sharding, size: int, tp: int) -> int:
+    """Return into how many equal parts so many tensor-parallel ranks divide a tensor, or all tensors of its row.
+
+    Args:
+        sharding: how.
+        size: along the axis.
+        tp: ranks.
+    """
+    if sharding == "none" or (sharding == "vocabulary" and size % tp):
+        return 1
+    return tp
+
+
 def expert_names(tensor: Tensor, prefix: str = "") -> list[str]:
     """Return the names of all tensors that a row stands for."""
     if EXPERT not in tensor.name:
@@ -175,6 +188,8 @@ def recipes_of(
             result[name] = _per_head(row, rows[0], config, source, dtype, parallelism, keeps)
         else:
             whole = take(source + rows[0].name, rows[0].shape, rows[0].dtype)
+            if rows[0].axis is not None:
+                whole = split(whole, rows[0].axis, _shares(rows[0], parallelism))
             result[name] = cast(whole, dtype) if rows[0].dtype == "bf16" else whole
     return result
 
@@ -185,6 +200,11 @@ def _divided(tensor: Tensor, pair: tuple[Recipe, Recipe], parallelism: Paralleli
     if tensor.axis is None or (tensor.sharding == "experts" and parallelism.ep):
         return weight, scale
     return split(weight, tensor.axis, parallelism.tp), split(scale, tensor.axis, parallelism.tp)
+
+
+def _shares(tensor: Tensor, parallelism: Parallelism) -> int:
+    assert tensor.axis is not None
+    return num_shares(tensor.sharding, tensor.shape[tensor.axis], parallelism.tp)
 
 
 def _check_blocks(rows: Sequence[Tensor]) -> None:
@@ -235,6 +255,7 @@ def linear_shapes_of(
     named = {key: tensor for tensor in tensors for key in (tensor.name, tensor.module)}
     for parameter in parameters:
         if parameter.op == op:
-            rows, tp = [named[name] for name in parameter.tensors], parallelism.tp
+            rows = [named[name] for name in parameter.tensors]
             n, k = sum(tensor.shape[0] for tensor in rows), rows[0].shape[1]
-            yield (n // tp if rows[0].axis == 0 else n), (k // tp if rows[0].axis == 1 else k)
+            shares = 1 if rows[0].axis is None else _shares(rows[0], parallelism)
+            yield (n // shares if rows[0].axis == 0 else n), (k // shares if rows[0].axis == 1 else k)

@@ -41,6 +41,16 @@ def fault_of(config: ModelConfig, parallelism: Parallelism) -> str | None:
     return _fault(config, tp, parallelism.ep)  # pyright: ignore[reportArgumentType] - frozen, so hashable
 
 
+def whole_vocabulary(config: ModelConfig, parallelism: Parallelism) -> str | None:
+    """Return the sentence that says that each rank has embedding and head whole, where they cannot be divided."""
+    if parallelism.tp == 1 or parallelism.divides_vocabulary(config):
+        return None
+    return (
+        f"vocab_size is {config.vocab_size}, which {parallelism.tp} ranks do not divide into equal parts: each has "
+        "embedding and head whole"
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def _fault(config: ModelConfig, tp: int, ep: bool) -> str | None:
     return next((fault for tensor in _divided(config) if (fault := _fault_of_tensor(tensor, tp, ep))), None)
@@ -57,6 +67,8 @@ def _divided(config: ModelConfig) -> Iterator[Tensor]:
 
 def _fault_of_tensor(tensor: Tensor, tp: int, ep: bool) -> str | None:
     """Return why `tp` ranks cannot divide a tensor, or None."""
+    if tensor.sharding == "vocabulary":
+        return None
     if tensor.sharding == "experts" and ep:
         if tensor.count % tp:
             return f"n_routed_experts is {tensor.count}, expected equally many for each of {tp} ranks"

@@ -80,7 +80,7 @@ class PlanResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `seekforge plan --json` prints."""
-        answers = [_json(row) for row in self.answers]
+        answers = [_json(row, self.config) for row in self.answers]
         for facts, ranking in zip(answers, self.rankings):
             facts["ranking"] = [_ranked_json(one) for one in ranking]
         whole = {"model": asdict(self.model), "answers": answers}
@@ -258,7 +258,7 @@ def _ranked_json(one: Ranked) -> dict[str, Any]:
     }
 
 
-def _json(row: Row) -> dict[str, Any]:
+def _json(row: Row, config: ModelConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "target": row.target.name,
         "precision": row.question.precision,
@@ -275,6 +275,7 @@ def _json(row: Row) -> dict[str, Any]:
         "num_gpus": result.parallelism.num_gpus,
         **result.parallelism.model_dump(),
         "export_options": result.parallelism.options,
+        "divides_vocabulary": result.parallelism.divides_vocabulary(config),
         "bytes_per_gpu": asdict(result.memory) | {"total": result.memory.total, "usable": result.usable},
         "max_context": result.max_context,
         "max_batch": result.max_batch,

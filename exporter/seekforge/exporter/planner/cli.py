@@ -21,6 +21,7 @@ from seekforge.common.cli.options import (
 )
 from seekforge.common.cli.terminal import echo, typed, typed_command, write_json
 from seekforge.exporter.checkpoint.source import parse_repo
+from seekforge.exporter.models.sharding import whole_vocabulary
 from seekforge.exporter.option_types import MODEL, TARGET
 from seekforge.exporter.planner import api
 from seekforge.exporter.planner.answer import GPU_COUNTS, Answer
@@ -29,6 +30,7 @@ from seekforge.exporter.planner.chart import Row
 from seekforge.exporter.planner.forecast import ASSUMED
 from seekforge.exporter.planner.ranking_chart import MOST, PARTS
 from seekforge.exporter.sizing.memory import GIB, RankMemory
+from seekforge.formats.checkpoint.model_config import ModelConfig
 
 #: Columns of a breakdown, by the parts of `RankMemory`.
 _PARTS = {
@@ -107,17 +109,20 @@ def plan(model: str, *, everything: bool, as_json: bool, **options: Any) -> None
         of_precision = [row for row in result.answers if options["precision"] or row.question.precision == first]
         rows = [row for row in of_precision if row.work.context == longest]
         _print_best(result, rows)
-    for line in _export_commands(model, rows):
+    for line in _export_commands(model, result.config, rows):
         echo(line)
     if options["chart"] is not None:
         echo(f"wrote {options['chart']}")
 
 
-def _export_commands(model: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the command that makes the program of each layout that fits, once."""
+def _export_commands(model: str, config: ModelConfig, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the command that makes the program of each layout that fits, once, and what its ranks cannot divide."""
     checkpoint = model if Path(model).is_dir() or parse_repo(model) is not None else "CHECKPOINT"
     for layout in dict.fromkeys(row.found.parallelism for row in rows if row.found is not None and row.found.fits):
         yield f"{layout}: {typed_command('export', typed(checkpoint), 'PROGRAM', *layout.options.split())}"
+        whole = whole_vocabulary(config, layout)
+        if whole is not None:
+            yield f"{layout}: {whole}"
 
 
 def _summary(result: PlanResult) -> str:

@@ -84,7 +84,8 @@ class Forecast:
         kernels: reading weights and caches, or multiplying, or our launches by their estimates one after another,
             whichever takes longest in each stage.
         launches: gaps between kernels.
-        sums: collectives of tensor-parallel ranks.
+        sums: collectives of tensor-parallel ranks: two in a layer, and where they divide the vocabulary one of the
+            embedding and one of the logits.
         links: what goes from stage to stage.
         host: scheduling and sampling.
         tokens: the tokens that a step gives over all replicas, if every draft is accepted.
@@ -175,9 +176,14 @@ def forecast(
     sums = 0.0
     if parallelism.tp > 1:
         rate = target.gpu.link_gb_s or assumed.host_gb_s
-        each = (assumed.switch_us if rate >= _SWITCHED_GB_S else assumed.bus_us) * 1e-6
-        each += 2 * (parallelism.tp - 1) / parallelism.tp * stream_bytes / (rate * 1e9)
-        sums = 2 * (config.num_hidden_layers + drafts) * each
+        least = (assumed.switch_us if rate >= _SWITCHED_GB_S else assumed.bus_us) * 1e-6
+
+        def summed(num_bytes: int) -> float:
+            return least + 2 * (parallelism.tp - 1) / parallelism.tp * num_bytes / (rate * 1e9)
+
+        sums = 2 * (config.num_hidden_layers + drafts) * summed(stream_bytes)
+        if parallelism.divides_vocabulary(config):  # the embedding, and the logits in f32
+            sums += (1 + drafts) * (summed(stream_bytes) + summed(rows * config.vocab_size * 4))
     link = assumed.host_us * 1e-6 + 2 * stream_bytes / (assumed.host_gb_s * 1e9)  # down, and up again
     return Forecast(
         kernels=1e3 * kernels,

@@ -18,7 +18,7 @@ from seekforge.exporter.checkpoint.quantization_error import quantization_errors
 from seekforge.exporter.checkpoint.schema import needless_tensors
 from seekforge.exporter.checkpoint.text_files import read_text_file, text_files
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.sharding import check_parallelism
+from seekforge.exporter.models.sharding import check_parallelism, whole_vocabulary
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.models.shared.weights import unused_tensors
 from seekforge.exporter.program.graph_io import graph_io
@@ -109,8 +109,8 @@ def export(
     cut = pipeline_stages(config, parallelism) if parallelism.pp > 1 else (layer_range,)
     files = text_files(checkpoint_folder)
     notes = (*notes, *check_tokenizer(checkpoint_folder, config))
-    difference = preamble_difference(checkpoint_folder)
-    notes = notes if difference is None else (*notes, difference)
+    more = (preamble_difference(checkpoint_folder), whole_vocabulary(config, parallelism))
+    notes = (*notes, *(note for note in more if note is not None))
     settings = Settings(config, numerics, activations=CANONICAL.activations, parallelism=parallelism)
     canonical = CANONICAL_KEPT if settings.keeps_weights else CANONICAL
     graphs: dict[str, tuple[int, int] | None] = {"model": layer_range}

@@ -35,6 +35,7 @@ _TENSORS: Final[dict[str, str]] = {
     "rope_sin": "table of RoPE, a row per position",
     "hadamard": "the rotation in front of the indexer's quantization",
     "expert_map": "which experts this rank has",
+    "vocab_start": "the first token of this rank's part of the vocabulary",
     "hidden": "hidden states behind the last norm: what the draft (MTP) layer takes",
     "top_logits": "the best logits of each row, in descending order",
     "top_ids": "tokens that have those logits",

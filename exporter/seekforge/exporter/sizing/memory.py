@@ -192,8 +192,11 @@ def activation_bytes(config: ModelConfig, parallelism: Parallelism, work: Worklo
 
 
 def logits_bytes(config: ModelConfig, parallelism: Parallelism, work: Workload) -> int:
-    """Logits of a decode step, which a runtime holds beside what plans share, twice."""
-    return -(-work.batch // parallelism.dp) * (1 + work.draft_tokens) * config.vocab_size * 4 * 2
+    """Logits of a decode step, which a runtime holds beside what plans share, twice. Ranks that divide the vocabulary
+    have their part besides, alone and among zeros."""
+    divided = parallelism.rank_sizes(config).vocab_size + config.vocab_size
+    width = 2 * config.vocab_size + (divided if parallelism.divides_vocabulary(config) else 0)
+    return -(-work.batch // parallelism.dp) * (1 + work.draft_tokens) * width * 4
 
 
 def selection_bytes(config: ModelConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from seekforge.exporter.models.parameters import num_shares
 from seekforge.exporter.sizing.matrices import Matrix, Precision, end_matrices, held_bytes, layer_matrices
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
@@ -12,7 +13,7 @@ from seekforge.formats.parallelism import Parallelism
 
 def rank_share(matrix: Matrix, parallelism: Parallelism) -> int:
     """Return into how many equal parts ranks divide a matrix, or all of its copies."""
-    return 1 if matrix.sharding == "none" else parallelism.tp
+    return num_shares(matrix.sharding, matrix.rows, parallelism.tp)
 
 
 def rank_weight_bytes(matrix: Matrix, parallelism: Parallelism, precision: Precision) -> int:

@@ -59,7 +59,8 @@ def constants_in(graphs: Iterable[Mapping[str, Recipe]], begin: int, end: int) -
 
 def is_divided(recipe: Recipe) -> bool:
     """Whether each tensor-parallel rank has another value of a constant."""
-    return recipe.op == "split" or recipe.tensor == "expert_map" or any(map(is_divided, recipe.parts))
+    of_a_rank = recipe.op == "split" or (recipe.op == "computed" and recipe.tensor in ("expert_map", "vocab_start"))
+    return of_a_rank or any(map(is_divided, recipe.parts))
 
 
 def own_layout(pieces: Mapping[str, Mapping[str, Recipe]]) -> tuple[dict[str, dict[str, int]], int]:

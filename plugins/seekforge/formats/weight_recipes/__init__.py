@@ -24,6 +24,7 @@ from seekforge.formats.weight_recipes.constructors import (
     stack,
     take,
     transpose,
+    vocab_start,
     wide_values,
 )
 from seekforge.formats.weight_recipes.coverage import Coverage, coverage, tensors_of
@@ -72,6 +73,7 @@ __all__ = [
     "take",
     "tensors_of",
     "transpose",
+    "vocab_start",
     "wide_values",
     "yarn_inv_freq",
 ]

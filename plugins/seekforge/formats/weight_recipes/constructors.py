@@ -119,6 +119,12 @@ def expert_map(num_experts: int, parallelism: Parallelism) -> Recipe:
     return Recipe("computed", (num_experts,), "i32", tensor="expert_map", params=params)
 
 
+def vocab_start(vocab_size: int, parallelism: Parallelism) -> Recipe:
+    """The table [1] i32 with the first token of this rank's part of the vocabulary."""
+    params: dict[str, float] = {"vocab_size": vocab_size, "tp": parallelism.tp}
+    return Recipe("computed", (1,), "i32", tensor="vocab_start", params=params)
+
+
 def rope_table(kind: str, *, num_positions: int, dim: int, rope: Mapping[str, float]) -> Recipe:
     """The cosine or sine table [num_positions, dim / 2] in f32 (`kind`: rope_cos or rope_sin)."""
     params = {"num_positions": num_positions, "dim": dim, **rope}
@@ -178,6 +184,8 @@ def for_rank(recipe: Recipe, parallelism: Parallelism, tp_rank: int) -> Recipe:
         return recipe
     if recipe.tensor == "expert_map":
         return replace(recipe, params=recipe.params | {"ep_rank": tp_rank if parallelism.ep else 0})
+    if recipe.tensor == "vocab_start":
+        return replace(recipe, params=recipe.params | {"tp_rank": tp_rank})
     if not recipe.parts:
         return recipe
     if recipe.op == "split":

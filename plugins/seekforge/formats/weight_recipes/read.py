@@ -45,8 +45,11 @@ _TABLE_PARAMS = {
     "rope_sin": ("num_positions", "dim", *_ROPE_PARAMS),
     "hadamard": ("size",),
     "expert_map": ("num_experts", "ep"),
+    "vocab_start": ("vocab_size", "tp"),
     "ones": ("rows", "columns"),
 }
+#: What a table of one rank has besides: which rank that is.
+_RANK_PARAMS = {"expert_map": "ep_rank", "vocab_start": "tp_rank"}
 #: Fields beside op, shape, dtype and parts, and which of them each op has, in the same order.
 _OPTIONAL = ("tensor", "axis", "start", "stop", "perm", "params")
 _FIELDS = {"take": ["tensor"], "computed": ["tensor", "params"], "slice": ["axis", "start", "stop"], "concat": ["axis"]}
@@ -230,7 +233,7 @@ def _codes_shape(recipe: Recipe, first: Recipe) -> tuple[tuple[int, ...], str]:
 def _table_shape(recipe: Recipe) -> tuple[tuple[int, ...], str]:
     params = recipe.params
     wanted = _TABLE_PARAMS.get(recipe.tensor or "")
-    if wanted is None or not set(wanted) <= params.keys() <= {*wanted, "ep_rank"}:
+    if wanted is None or not set(wanted) <= params.keys() <= {*wanted, _RANK_PARAMS.get(recipe.tensor or "")}:
         raise ValueError(f"computed table {recipe.tensor!r} with the params {sorted(params)!r:.200}")
     sizes = [params[key] for key in wanted[:2] if key not in _ROPE_PARAMS]
     if not all(type(size) is int and 1 <= size <= 1 << 24 for size in sizes):
@@ -244,11 +247,11 @@ def _table_shape(recipe: Recipe) -> tuple[tuple[int, ...], str]:
         if size > 1 << 12 or size & (size - 1):
             raise ValueError(f"hadamard of size {size}, expected a power of two up to 4096")
         return (size, size), "f32"
-    if recipe.tensor == "expert_map":
-        ranks = params.get("ep_rank", 0)
-        if int(params["num_experts"]) % int(params["ep"]) or type(ranks) is not int or not 0 <= ranks < params["ep"]:
-            raise ValueError(f"expert_map of {params['num_experts']} experts over {params['ep']} groups")
-        return (int(params["num_experts"]),), "i32"
+    if recipe.tensor in _RANK_PARAMS:
+        size, groups, rank = *map(int, sizes), params.get(_RANK_PARAMS[recipe.tensor], 0)
+        if size % groups or type(rank) is not int or not 0 <= rank < groups:
+            raise ValueError(f"{recipe.tensor} of {size} over {groups} groups")
+        return (size if recipe.tensor == "expert_map" else 1,), "i32"
     positive = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
     if not all(params[key] > 0 for key in positive) or params["rope_theta"] == 1 or params["dim"] % 2:
         raise ValueError(f"{recipe.tensor} with params that no table has: {params!r:.200}")

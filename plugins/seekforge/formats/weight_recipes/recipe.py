@@ -18,8 +18,8 @@ class Recipe:
         dtype: element type of the result (our names, `common.dtypes.NUMPY`).
         parts: operands. `dequantize` and `scale_rows` have two: FP8 weight and f32 scale; `nvfp4` three: packed codes,
             block scales, the tensor's scale.
-        tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard, expert_map or
-            ones.
+        tensor: `take`: the name of the checkpoint tensor. `computed`: rope_cos, rope_sin, hadamard, expert_map,
+            vocab_start or ones.
         axis, start, stop: the bounds of slice; axis also that of concat, stack and split, of which each rank has an
             equal part.
         perm: the order of axes of transpose.

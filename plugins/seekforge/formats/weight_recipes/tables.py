@@ -1,4 +1,4 @@
-"""Tables that are computed and not read: cosines and sines of RoPE, the Hadamard matrix, the map of experts."""
+"""Tables that are computed and not read: cosines and sines of RoPE, the Hadamard matrix, what a rank has of a model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def computed(recipe: Recipe) -> np.ndarray:
         per_rank = int(params["num_experts"]) // int(params["ep"])
         local = np.arange(int(params["num_experts"]), dtype=np.int32) - np.int32(params["ep_rank"] * per_rank)
         return np.where((local >= 0) & (local < per_rank), local, np.int32(-1))
+    if recipe.tensor == "vocab_start":
+        if "tp_rank" not in params:
+            raise ProgramError("bindings: vocab_start is of no rank yet; apply for_rank first")
+        return np.array([int(params["tp_rank"]) * (int(params["vocab_size"]) // int(params["tp"]))], np.int32)
     if recipe.tensor == "ones":
         return np.ones(recipe.shape, np.float32)
     if recipe.tensor not in ("rope_cos", "rope_sin"):

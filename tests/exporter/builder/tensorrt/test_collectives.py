@@ -41,15 +41,19 @@ def test_a_sum_over_ranks_becomes_the_collective_that_the_parser_knows() -> None
     assert to_collectives(model) == 0
 
 
-def test_a_layer_of_a_rank_builds_with_plugins_and_collectives(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layers", "collectives"), [((1, 2), 3), pytest.param((0, 2), 6, marks=pytest.mark.slow)])
+def test_layers_of_a_rank_build_with_plugins_and_collectives(
+    layers: tuple[int, int], collectives: int, tmp_path: Path
+) -> None:
+    """Two sums of a layer, one of the logits; and one of the embedding, where the model begins."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     raw = load_preset("tiny").config_json | {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}
     config = ModelConfig.parse(raw | {"moe_intermediate_size": 512}, "wide")
     settings = Settings(config, FP8, "bf16", parallelism=Parallelism(tp=2, ep=True))
-    traced = trace(settings, (1, 2), lambda stage: None)
+    traced = trace(settings, layers, lambda stage: None)
     how = Specialization("bf16", "int8", "fp8_ds", "trt")
     ready = prepare(traced.model, how, config, plugins=list(SPECS), products="bf16", digests={})
-    assert ready.collectives == 2, "one for attention, one for the experts"
+    assert ready.collectives == collectives
     assert "SumRanks" not in ready.plugins and not ready.inlined
     bounds = {"B": (1, 2, 4), "Q": (1, 1, 8), "MB": (1, 2, 4), "N": (1, 2, 4), "NB": (2, 4, 8)}
     shapes = {}

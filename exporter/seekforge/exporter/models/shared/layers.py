@@ -1,4 +1,4 @@
-"""The small parts: norms, linears, the two RoPE layouts, SwiGLU. Roundings as in spec §3 and §4."""
+"""The small parts: embedding, norms, linears, the two RoPE layouts, SwiGLU. Roundings as in spec §3 and §4."""
 
 from __future__ import annotations
 
@@ -176,3 +176,46 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same."""
         return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Embedding(nn.Module):
+    """Token embedding, [rows of the rank, hidden_size].
+
+    Ranks that divide the vocabulary look up what they have and give zeros for other tokens, and put their logits in
+    their place among zeros (`all_logits`). Sums over ranks make both whole, to the bit: whatever is added to a value is
+    zero. So all ranks go on with the same numbers, and `SumRanks` stays the one collective of a program.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.num_ranks = settings.parallelism.tp
+        self.weight = weight(settings.rank.vocab_size, settings.config.hidden_size, dtype=settings.dtype)
+
+    def forward(self, ids: Tensor, vocab_start: Tensor | None = None) -> Tensor:
+        """[B, Q] int64 -> [B, Q, hidden_size].
+
+        Args:
+            ids: the tokens.
+            vocab_start: [1] int32, the token of the first row; None: all rows are here.
+        """
+        if vocab_start is None:
+            return F.embedding(ids, self.weight)
+        wanted = ids - vocab_start.long()
+        row = wanted.clamp(0, self.weight.shape[0] - 1)
+        is_here = (row == wanted).unsqueeze(-1).to(self.weight.dtype)
+        return sum_ranks(F.embedding(row, self.weight) * is_here, self.num_ranks)
+
+
+def all_logits(part: Tensor, vocab_start: Tensor, settings: Settings) -> Tensor:
+    """Return the logits [N, vocab_size] f32 of all ranks.
+
+    Args:
+        part: [N, rows of the rank] f32, the rank's logits.
+        vocab_start: [1] int32, the token of the first of them.
+        settings: how the model is divided.
+    """
+    ranks, size = settings.parallelism.tp, settings.rank.vocab_size
+    place = torch.arange(0, ranks * size, size, dtype=torch.int32)
+    is_mine = (place == vocab_start).to(part.dtype)
+    spread = part.unsqueeze(1) * is_mine.unsqueeze(-1)
+    return sum_ranks(spread.reshape(-1, ranks * size), ranks)

@@ -20,10 +20,12 @@ from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.coded import CodedLinear, use_codes
 from seekforge.exporter.models.shared.latent_attention import LatentAttention
 from seekforge.exporter.models.shared.layers import (
+    Embedding,
     LinearF32,
     Mlp,
     RmsNorm,
     SumRanks,
+    all_logits,
     product,
     weight,
 )
@@ -87,6 +89,8 @@ class _StepModule(nn.Module):
         is_dealt = settings.parallelism.ep_size > 1 and any(config.is_moe_layer(i) for i in layers)
         self.expert_map = weight(config.n_routed_experts, dtype=torch.int32) if is_dealt else None
         self.layers = nn.ModuleDict({str(i): self.layer(settings, i) for i in layers})
+        #: The first token of the rank's part of the vocabulary; None where that is not divided, or not met here.
+        self.vocab_start: nn.Parameter | None = None
 
     def make_step(self, positions: Tensor, slot_mapping: Tensor, block_table: Tensor) -> Step:
         """Look up what all layers of one step share.
@@ -124,7 +128,14 @@ class _StepModule(nn.Module):
     def logits(self, hidden: Tensor, logits_index: Tensor) -> Tensor:
         """Return [N, V] f32, the logits of the rows `logits_index` [N] of the flattened [B, Q, H]."""
         assert isinstance(self.lm_head, LinearF32 | CodedLinear)
-        return self.lm_head(hidden.flatten(0, 1).index_select(0, logits_index))
+        logits = self.lm_head(hidden.flatten(0, 1).index_select(0, logits_index))
+        return logits if self.vocab_start is None else all_logits(logits, self.vocab_start, self.settings)
+
+    def _add_vocabulary(self) -> None:
+        """Add what says which part of the vocabulary this rank has, behind the modules that have one."""
+        settings = self.settings
+        if settings.parallelism.divides_vocabulary(settings.config):
+            self.vocab_start = weight(1, dtype=torch.int32)
 
     def _results(self, hidden: Tensor, logits_index: Tensor) -> tuple[Tensor, ...]:
         """Return top_logits, top_ids, logsumexp, logits of the rows `logits_index` of [B·Q, H]."""
@@ -196,7 +207,9 @@ class StepModel(_StepModule):
             self.embed_tokens = Embedding(settings)
         if self.is_last:
             self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-            self.lm_head = LinearF32(config.hidden_size, config.vocab_size, settings.dtype)
+            self.lm_head = LinearF32(config.hidden_size, settings.rank.vocab_size, settings.dtype)
+        if self.is_first or self.is_last:
+            self._add_vocabulary()
         use_codes(self, settings)
 
     def token_names(self) -> tuple[str, ...]:
@@ -234,7 +247,7 @@ class StepModel(_StepModule):
         """
         step = self.make_step(positions, slot_mapping, block_table)
         if self.is_first:
-            x, residual = self.embed_tokens(tokens[0]), None
+            x, residual = self.embed_tokens(tokens[0], self.vocab_start), None
         else:
             x, residual, *shared = tokens
             step = replace(step, topk_indices=shared[0] if shared else None)
@@ -246,18 +259,6 @@ class StepModel(_StepModule):
         assert logits_index is not None
         hidden, _ = self.norm.add(x, residual)
         return (hidden, *self._results(hidden, logits_index), *written, *taps)
-
-
-class Embedding(nn.Module):
-    """Token embedding, [vocab_size, hidden_size]."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.weight = weight(settings.config.vocab_size, settings.config.hidden_size, dtype=settings.dtype)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, Q] int64 -> [B, Q, hidden_size]."""
-        return F.embedding(ids, self.weight)
 
 
 class MtpModel(_StepModule):
@@ -278,7 +279,8 @@ class MtpModel(_StepModule):
         self.hnorm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
         self.eh_proj = weight(config.hidden_size, 2 * config.hidden_size, dtype=settings.dtype)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, settings.dtype)
-        self.lm_head = LinearF32(config.hidden_size, config.vocab_size, settings.dtype)
+        self.lm_head = LinearF32(config.hidden_size, settings.rank.vocab_size, settings.dtype)
+        self._add_vocabulary()
         use_codes(self, settings)
 
     def token_names(self) -> tuple[str, ...]:
@@ -308,5 +310,5 @@ class MtpModel(_StepModule):
     def combine(self, input_ids: Tensor, hidden_in: Tensor) -> Tensor:
         """Return what goes into the layer, [B, Q, H], of input_ids t_{i+1} [B, Q] and hidden_in h_i [B, Q, H]."""
         # embedding first, hidden second: the paper writes it the other way round, the weights do not (spec §6)
-        pair = torch.cat([self.enorm(self.embed_tokens(input_ids)), self.hnorm(hidden_in)], dim=-1)
+        pair = torch.cat([self.enorm(self.embed_tokens(input_ids, self.vocab_start)), self.hnorm(hidden_in)], dim=-1)
         return product(pair, self.eh_proj.T)

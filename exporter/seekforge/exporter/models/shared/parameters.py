@@ -165,8 +165,29 @@ def mtp_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
 def end_tensors(config: ModelConfig) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the tensors before the first layer and those behind the last one."""
     table = (config.vocab_size, config.hidden_size)
-    embedding = Tensor("model.embed_tokens.weight", table, "bf16", active=0, draw="embedding")
-    head = Tensor("lm_head.weight", table, "bf16", draw="head", is_head=True)
+    key = "vocab_size"
+    embedding = Tensor(
+        "model.embed_tokens.weight",
+        table,
+        "bf16",
+        sharding="vocabulary",
+        axis=0,
+        units=config.vocab_size,
+        units_key=key,
+        active=0,
+        draw="embedding",
+    )
+    head = Tensor(
+        "lm_head.weight",
+        table,
+        "bf16",
+        sharding="vocabulary",
+        axis=0,
+        units=config.vocab_size,
+        units_key=key,
+        draw="head",
+        is_head=True,
+    )
     return (embedding,), (_norm("model.norm.weight", config.hidden_size), head)
 
 

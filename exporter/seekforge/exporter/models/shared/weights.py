@@ -24,6 +24,7 @@ from seekforge.formats.weight_recipes import (
     expert_map,
     hadamard_table,
     rope_table,
+    vocab_start,
 )
 from seekforge.plugins.quant import dequantize_weight
 from seekforge.plugins.torch_ops import DTYPE_NAMES
@@ -41,7 +42,10 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
         ProgramError: a parameter has no recipe, or one of another shape (a bug of ours, found at export).
     """
     config, dtype, parallelism = model.settings.config, model.settings.dtype_name, model.settings.parallelism
-    table = table_recipes(config) | {"expert_map": expert_map(config.n_routed_experts, parallelism)}
+    table = table_recipes(config) | {
+        "expert_map": expert_map(config.n_routed_experts, parallelism),
+        "vocab_start": vocab_start(config.vocab_size, parallelism),
+    }
     family = family_of(config)
 
     def made(parameters: Sequence[Parameter], tensors: Sequence[Tensor], source: str, target: str) -> dict[str, Recipe]:
