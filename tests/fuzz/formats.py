@@ -36,7 +36,7 @@ from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.targets import load_target
 from seekforge.formats.weight_recipes import Recipe, coverage, evaluate, for_rank, retarget
-from seekforge.plugins.kernels.arguments import pack_arguments
+from seekforge.plugins.kernels.arguments import CallArguments
 from seekforge.plugins.kernels.index import Descriptors, read_index
 from seekforge.plugins.kernels.kernel_set import read_kernels
 from seekforge.runtime.compatibility import check_complete
@@ -237,7 +237,7 @@ def _read_dump(folder: Path) -> None:
 def _read_kernels(folder: Path) -> None:
     kernels = read_kernels(folder / "op.json")
     for image in kernels.images.values():
-        pack_arguments(image, {param.name: 0 for param in image.params if param.name})
+        CallArguments([(image, {param.name: 0 for param in image.params if param.name})], [])
 
 
 def _read_kernel_index(folder: Path) -> None:

@@ -113,7 +113,7 @@ class _Call:
 
     def enqueue(self) -> None:
         """Launch once."""
-        self.launcher.enqueue(self.shapes, [], self.inputs, self.outputs, self.workspace, self.device.stream)
+        self.launcher.enqueue(self.shapes, self.inputs, self.outputs, self.workspace, self.device.stream)
 
     def results(self) -> tuple[Tensor, ...]:
         """Launch once and read the outputs."""

@@ -265,9 +265,9 @@ def test_a_call_takes_turns_with_copies_of_its_buffers() -> None:
     launcher = call.launcher
 
     class Noting:
-        def enqueue(self, shapes: Any, out: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> None:
+        def enqueue(self, shapes: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> None:
             others.append({*inputs, *outputs, workspace})
-            launcher.enqueue(shapes, out, inputs, outputs, workspace, stream)
+            launcher.enqueue(shapes, inputs, outputs, workspace, stream)
 
     call.launcher = Noting()  # pyright: ignore[reportAttributeAccessIssue]
     assert gpu_check.seconds_cold(call, touched, repeats=2) == (1e-3, True)

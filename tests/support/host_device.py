@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from tests.support.kernel_cases import fake_kernels
+from tests.support.kernel_cases import copy_parameters, fake_kernels
 from torch import Tensor
 
 from seekforge.plugins.kernels import aot
-from seekforge.plugins.kernels.arguments import pack_arguments
 from seekforge.plugins.kernels.index import INDEX, INDEX_FORMAT, KERNELS
 from seekforge.plugins.kernels.interpreter import POINTERS, POISON
 from seekforge.plugins.kernels.kernel_set import Image, KernelSet, argument_code, to_json
@@ -73,7 +72,7 @@ def write_host_kernels(engine: Path, ops: Mapping[str, Mapping[str, Any]], sm: i
 
 
 class HostDriver:
-    """A `device.Driver` that interprets. Addresses are those of host memory.
+    """A `launcher.Driver` that interprets. Addresses are those of host memory.
 
     Attributes:
         memory: start -> bytes of the buffers that a launch may use.
@@ -89,14 +88,21 @@ class HostDriver:
         module, function, constants = json.loads(cubin)
         return getattr(importlib.import_module(module), function), constants
 
-    def launch(
-        self, kernel: Any, image: Image, grid: tuple[int, int, int], values: Sequence[int | float], stream: int
-    ) -> None:
-        """Pack the arguments as for a GPU, read them back from the raw buffer, and run."""
+    def prepare(self, kernel: Any, image: Image, grid: tuple[int, int, int], parameters: int) -> Any:
+        """Keep what a launch takes."""
+        return kernel, image, grid, parameters
+
+    def launch(self, prepared: Sequence[Any], stream: int) -> None:
+        """Run one after the other."""
         assert stream == STREAM
+        for one in prepared:
+            self._run(*one)
+
+    def _run(self, kernel: Any, image: Image, grid: tuple[int, int, int], parameters: int) -> None:
+        """Copy the parameters as a driver does, read them back from the raw buffer, and run."""
         function, constants = kernel
         self.launches.append((image.entry, grid))
-        raw = pack_arguments(image, {p.name: v for p, v in zip(image.params, values, strict=True) if p.name})
+        raw = copy_parameters(image, parameters)
         arguments = {}
         for param in image.params[:-2]:
             (value,) = struct.unpack_from("<" + argument_code(param), raw, param.offset)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import struct
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from seekforge.plugins.functions.specialization import Specialization
-from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Param, Resources
-from seekforge.plugins.kernels.launch_plan import Scalar, op_kernels
+from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Param, Resources, argument_code
+from seekforge.plugins.kernels.launch_plan import Buffer, Scalar, op_kernels
+from seekforge.plugins.operator import OpSpec, evaluate_dim
 from seekforge.plugins.quant import pack_latent, quantize
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.testing import Case, calc_diff, cases
@@ -138,3 +141,31 @@ def fake_kernels(op: str, statics: Mapping[str, Scalar], sm: int) -> KernelSet:
             resources=Resources(32, 0, 0, 1.0),
         )
     return KernelSet(op, SPECS[op].version, sm, "0" * 64, dict(statics), "none", images)
+
+
+def input_shapes(spec: OpSpec, bound: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Return the shapes of an operator's inputs by sizes and attributes under the symbols of its spec."""
+    sizes = [[evaluate_dim(dim, bound) for dim in arg.shape] for arg in spec.inputs]
+    return [tuple(n for one in shape for n in (one if isinstance(one, tuple) else (one,))) for shape in sizes]
+
+
+def pack_arguments(image: Image, arguments: Mapping[str, Buffer | int | float], addresses: Mapping[str, int]) -> bytes:
+    """Return the parameters of a launch as a kernel finds them, packed from a launch plan one by one."""
+    last = image.params[-1]
+    buffer = bytearray(last.offset + last.size)
+    for param in image.params[:-2]:
+        value = arguments[param.name]
+        if isinstance(value, Buffer):
+            value = addresses[value.name] + value.offset
+        struct.pack_into("<" + argument_code(param), buffer, param.offset, value)
+    return bytes(buffer)
+
+
+def copy_parameters(image: Image, parameters: int) -> bytes:
+    """Return the same as a driver copies it, which is given an array of pointers to values."""
+    pointers = (ctypes.c_uint64 * len(image.params)).from_address(parameters)
+    last = image.params[-1]
+    buffer = bytearray(last.offset + last.size)
+    for param, pointer in zip(image.params, pointers, strict=True):
+        buffer[param.offset : param.offset + param.size] = ctypes.string_at(pointer, param.size)
+    return bytes(buffer)

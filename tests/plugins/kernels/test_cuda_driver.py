@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,7 +110,9 @@ def test_a_launcher_asks_the_driver_before_it_loads_a_cubin(monkeypatch: pytest.
     version = [12080]
     success = "CUDA_SUCCESS"
     bindings = SimpleNamespace(
-        cuDriverGetVersion=lambda: (success, version[0]), CUresult=SimpleNamespace(CUDA_SUCCESS=success)
+        cuDriverGetVersion=lambda: (success, version[0]),
+        cuLaunchKernelEx=None,
+        CUresult=SimpleNamespace(CUDA_SUCCESS=success),
     )
     loaded: list[bytes] = []
 
@@ -140,3 +143,35 @@ def test_a_descriptor_with_an_odd_driver_is_damaged(value: object) -> None:
     odd = text.replace('"driver": 12000', f'"driver": {json.dumps(value)}')
     with pytest.raises(EngineError, match="damaged kernel descriptor"):
         from_json(odd, where="here")
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2])
+def test_a_launch_is_described_once_in_cudas_own_words(num_ctas: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    names = ("CUresult", "CUlaunchConfig", "CUlaunchAttribute", "CUlaunchAttributeID", "CUfunction", "CUstream")
+    answers, seen = [bindings.CUresult.CUDA_SUCCESS] * 3 + [bindings.CUresult.CUDA_ERROR_LAUNCH_FAILED], []
+
+    def launch(config: Any, function: Any, parameters: int, extra: int) -> tuple[Any]:
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        block = config.blockDimX, config.blockDimY, config.blockDimZ
+        clusters = [(one.id, one.value.clusterDim.x, one.value.clusterDim.y) for one in config.attrs]
+        assert config.numAttrs == len(clusters)
+        seen.append((int(function), parameters, int(config.hStream), grid, block, config.sharedMemBytes, clusters))
+        assert extra == 0
+        return (answers.pop(0),)
+
+    driver_module = SimpleNamespace(**{name: getattr(bindings, name) for name in names}, cuLaunchKernelEx=launch)
+    modules = {"cuda.core": SimpleNamespace(), "cuda.bindings.driver": driver_module}
+    monkeypatch.setattr(device, "importlib", SimpleNamespace(import_module=modules.__getitem__))
+    driver = device.CudaDriver()
+    image = next(iter(fake_kernels("MoeRoute", ROUTER, 90).images.values()))
+    resources = replace(image.resources, shared_bytes=70_000)
+    image = replace(image, num_warps=8, num_ctas=num_ctas, resources=resources)
+    prepared = [driver.prepare(SimpleNamespace(handle=7), image, (n, 5, 6), 0x100 * n) for n in (3, 4)]
+    driver.launch(prepared, 0x77)
+    attributes = [(bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, 2, 1)] if num_ctas == 2 else []
+    expected = [(7, 0x100 * n, 0x77, (n * num_ctas, 5, 6), (256, 1, 1), 70_000, attributes) for n in (3, 4)]
+    assert seen == expected
+    with pytest.raises(EngineError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        driver.launch(prepared, 0x78)
+    assert [one[2] for one in seen] == [0x77, 0x77, 0x78, 0x78]

@@ -232,7 +232,7 @@ def test_a_plugin_of_an_opened_engine_raises_where_it_has_no_kernels(op: str, co
     assert kept
     desc = [SimpleNamespace(dims=(2, 256))]
     plugin.enqueue(desc, desc, [1], [2], 3, 4)
-    assert source.enqueued == [([(2, 256)], [(2, 256)], [1], [2], 3, 4)]
+    assert source.enqueued == [([(2, 256)], [1], [2], 3, 4)]
     plugin.launcher = None
     with pytest.raises(EngineError, match=f"{op}: no kernels were found for this GPU"):
         plugin.enqueue(desc, desc, [1], [2], 3, 4)
@@ -271,6 +271,9 @@ def test_at_run_time_the_plugin_gets_the_launcher_of_its_digest() -> None:
     assert kept
     assert source.asked == [("BlockFp8Linear", {"act_quant": "ue8m0"}, "fp8", "abc")]
     attached = plugin.attach_to_context(None)
-    desc = [SimpleNamespace(dims=(2, 256))]
-    attached.enqueue(desc, desc, [1], [2], 3, 4)
-    assert source.enqueued == [([(2, 256)], [(2, 256)], [1], [2], 3, 4)]
+    desc = trt.PluginTensorDesc()
+    desc.dims = trt.Dims((2, 256))
+    attached.enqueue([desc], [desc], [1], [2], 3, 4)
+    ((shapes, *rest),) = source.enqueued
+    assert rest == [[1], [2], 3, 4]
+    assert shapes == [(2, 256)] and type(shapes[0]) is tuple, "shapes are keys"

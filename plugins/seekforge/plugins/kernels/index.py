@@ -30,14 +30,13 @@ class Launcher(Protocol):
 
     def enqueue(
         self,
-        input_shapes: Sequence[Sequence[int]],
-        output_shapes: Sequence[Sequence[int]],
+        input_shapes: Sequence[tuple[int, ...]],
         inputs: Sequence[int],
         outputs: Sequence[int],
         workspace: int,
         stream: int,
     ) -> None:
-        """Launch on `stream`; pointers are device addresses. Allocates nothing, loads nothing, waits for nothing."""
+        """Launch on `stream`; pointers are device addresses. Allocates none there, loads nothing, waits for nothing."""
         ...
 
 

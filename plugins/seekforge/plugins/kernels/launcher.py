@@ -1,36 +1,34 @@
 """Launch compiled kernels: the only file that talks to a CUDA driver. No torch, no Triton.
 
 An `OpLauncher` holds one operator's kernels, loaded once for the current device, and turns a call into launches on a
-foreign stream. It allocates nothing, loads nothing and waits for nothing in `enqueue`, so a call can be captured
-in a CUDA graph. The driver is a small protocol: tests put one in that records.
+foreign stream. It allocates no device memory, loads nothing and waits for nothing in `enqueue`, so a call can be
+captured in a CUDA graph. What the shapes of a call decide is worked out once and kept: launches, parameters, grids; a
+call that comes again sets its addresses and launches. The driver is a small protocol: tests put one in that records.
 """
 
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import numpy as np
-
 from seekforge.common.errors import EngineError, EnvironmentFault
 from seekforge.common.requirements import install
-from seekforge.plugins.kernels.arguments import resolve
+from seekforge.plugins.kernels.arguments import CallArguments
 from seekforge.plugins.kernels.cuda_driver import too_old
 from seekforge.plugins.kernels.index import Descriptors
-from seekforge.plugins.kernels.kernel_set import Image, KernelSet, argument_code, read_cubin, read_kernels
+from seekforge.plugins.kernels.kernel_set import Image, KernelSet, read_cubin, read_kernels
 from seekforge.plugins.kernels.launch_plan import WORKSPACE, LaunchPlan, op_kernels
 from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.registry import FP8_OPS, SPECS
 
-#: Shapes whose plans are remembered per launcher; a server sees few.
-_PLANS: Final = 512
+#: Shapes whose calls are kept per launcher, those seen first leaving first; a server sees few.
+MAX_CALLS: Final = 512
 #: Dynamic shared memory that a kernel may use without asking.
 _SHARED_DEFAULT: Final = 48 * 1024
-_NUMPY: Final[dict[str, Any]] = {
-    "b": np.int8, "i": np.int32, "q": np.int64, "I": np.uint32, "Q": np.uint64, "f": np.float32,
-}  # fmt: skip
 
 
 class Driver(Protocol):
@@ -40,10 +38,20 @@ class Driver(Protocol):
         """Load a cubin on the current device and return a handle of its kernel."""
         ...
 
-    def launch(
-        self, kernel: Any, image: Image, grid: tuple[int, int, int], values: Sequence[int | float], stream: int
-    ) -> None:
-        """Launch on a stream. `values` are all parameters in order, the hidden ones included."""
+    def prepare(self, kernel: Any, image: Image, grid: tuple[int, int, int], parameters: int) -> Any:
+        """Return a launch that can be repeated.
+
+        Args:
+            kernel: what `load` returned.
+            image: its image.
+            grid: blocks, or clusters where the image has them.
+            parameters: address of an array of pointers, one to each parameter in order, the hidden ones included. It
+                and the values must stay while the launch is used; a launch takes the values that are there then.
+        """
+        ...
+
+    def launch(self, prepared: Sequence[Any], stream: int) -> None:
+        """Launch on a stream, in order, what `prepare` returned."""
         ...
 
 
@@ -58,6 +66,8 @@ class CudaDriver:
             raise EnvironmentFault(
                 f"kernels are launched with cuda-core, which cannot be imported ({error}); {install('gpu')}"
             ) from None
+        self._success = self._driver.CUresult.CUDA_SUCCESS
+        self._launch_kernel = self._driver.cuLaunchKernelEx
 
     def load(self, image: Image, cubin: bytes) -> Any:
         """Load a cubin, compare its parameters with the descriptor, and raise the shared memory limit.
@@ -82,21 +92,46 @@ class CudaDriver:
             self._checked(self._driver.cuKernelSetAttribute(attribute, shared, kernel.handle, device))
         return kernel
 
-    def launch(
-        self, kernel: Any, image: Image, grid: tuple[int, int, int], values: Sequence[int | float], stream: int
-    ) -> None:
-        """Launch; every scalar gets its exact width, since cuda-core passes a Python int as 8 bytes."""
-        arguments = [_NUMPY[argument_code(p)](value) for p, value in zip(image.params, values, strict=True)]
-        cluster = {"cluster": (image.num_ctas, 1, 1)} if image.num_ctas > 1 else {}
-        config = self._core.LaunchConfig(
-            grid=grid, block=image.num_warps * 32, shmem_size=image.resources.shared_bytes, **cluster
-        )
-        self._core.launch(self._core.Stream.from_handle(stream), config, kernel, *arguments)
+    def prepare(self, kernel: Any, image: Image, grid: tuple[int, int, int], parameters: int) -> Any:
+        """Make CUDA's description of a launch, the arguments of `cuLaunchKernelEx`."""
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid[0] * image.num_ctas, grid[1], grid[2]
+        config.blockDimX, config.blockDimY, config.blockDimZ = image.num_warps * 32, 1, 1
+        config.sharedMemBytes = image.resources.shared_bytes
+        if image.num_ctas > 1:
+            attribute = self._driver.CUlaunchAttribute()
+            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster = attribute.value.clusterDim
+            cluster.x, cluster.y, cluster.z = image.num_ctas, 1, 1
+            config.attrs, config.numAttrs = [attribute], 1
+        # launching takes a kernel that belongs to no context as a function, cast by the caller
+        return config, self._driver.CUfunction(int(kernel.handle)), parameters
+
+    def launch(self, prepared: Sequence[Any], stream: int) -> None:
+        """Launch one after the other.
+
+        Raises:
+            EngineError: CUDA refuses one.
+        """
+        handle, launch, success = self._driver.CUstream(stream), self._launch_kernel, self._success
+        for config, function, parameters in prepared:
+            config.hStream = handle
+            result = launch(config, function, parameters, 0)
+            if result[0] != success:
+                self._checked(result)
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
-        if result[0] != self._driver.CUresult.CUDA_SUCCESS:
+        if result[0] != self._success:
             raise EngineError(f"CUDA: {result[0].name}")
         return result[1] if len(result) > 1 else None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the shapes of a call decide: its launches as the driver prepared them, and their parameters."""
+
+    launches: tuple[Any, ...]
+    arguments: CallArguments
 
 
 class OpLauncher:
@@ -120,7 +155,10 @@ class OpLauncher:
         self._spec.check_attrs(self._attrs)
         self._check(self._attrs)
         self._loaded = {name: driver.load(image, cubins[name]) for name, image in kernels.images.items()}
-        self._plans: dict[tuple[tuple[int, ...], ...], LaunchPlan] = {}
+        arguments = (*self._spec.inputs, *self._spec.outputs)
+        self._names = (*(arg.name for arg in arguments), WORKSPACE)
+        self._calls: dict[tuple[tuple[int, ...], ...], _Call] = {}
+        self._lock = threading.Lock()
 
     @staticmethod
     def open(path: Path, attrs: Mapping[str, Any], driver: Driver) -> OpLauncher:
@@ -146,49 +184,55 @@ class OpLauncher:
         return self._module.workspace_bytes(self._spec.bind(shapes, self._attrs), self.kernels.sm)
 
     def plan(self, shapes: Sequence[Sequence[int]]) -> LaunchPlan:
-        """Return the launches for these input shapes; made once per shape.
+        """Return the launches for these input shapes.
 
         Raises:
             ShapeError, EngineError: the shapes break the contract, or are not those the kernels are compiled for.
         """
-        key = tuple(map(tuple, shapes))
-        plan = self._plans.get(key)
-        if plan is None:
-            bound = self._spec.bind(key, self._attrs)
-            self._check(bound)
-            plan = self._module.plan(bound, self.kernels.sm)
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            self._plans[key] = plan
-        return plan
+        bound = self._spec.bind(shapes, self._attrs)
+        self._check(bound)
+        return self._module.plan(bound, self.kernels.sm)
+
+    def _prepare(self, shapes: tuple[tuple[int, ...], ...]) -> _Call:
+        """Return all of a call but its addresses, and keep it."""
+        launches = self.plan(shapes).launches
+        images = [self.kernels.images[launch.variant] for launch in launches]
+        pairs = [(image, launch.arguments) for image, launch in zip(images, launches, strict=True)]
+        arguments = CallArguments(pairs, self._names)
+        prepared = [
+            self._driver.prepare(self._loaded[launch.variant], image, launch.grid, parameters)
+            for launch, image, parameters in zip(launches, images, arguments.parameters, strict=True)
+        ]
+        while len(self._calls) >= MAX_CALLS:
+            del self._calls[next(iter(self._calls))]
+        call = self._calls[shapes] = _Call(tuple(prepared), arguments)
+        return call
 
     def enqueue(
         self,
-        input_shapes: Sequence[Sequence[int]],
-        output_shapes: Sequence[Sequence[int]],
+        input_shapes: Sequence[tuple[int, ...]],
         inputs: Sequence[int],
         outputs: Sequence[int],
         workspace: int,
         stream: int,
     ) -> None:
-        """Launch on `stream`.
+        """Launch on `stream`. Threads take turns: addresses are those of one call until all of it is launched.
 
         Args:
             input_shapes: shapes of the inputs in the order of the spec.
-            output_shapes: not used; they follow from the inputs.
             inputs: device addresses, in the order of the spec.
             outputs: the same. An aliased output has the address of its input.
             workspace: address of `workspace_bytes` of scratch.
             stream: CUstream handle.
+
+        Raises:
+            ShapeError, EngineError: as `plan`, or CUDA refuses a launch.
         """
-        addresses = {arg.name: at for arg, at in zip(self._spec.inputs, inputs, strict=True)}
-        addresses |= {arg.name: at for arg, at in zip(self._spec.outputs, outputs, strict=True)}
-        addresses[WORKSPACE] = workspace
-        for launch in self.plan(input_shapes).launches:
-            image = self.kernels.images[launch.variant]
-            values = resolve(launch.arguments, addresses)
-            row = [values[param.name] if param.name else 0 for param in image.params]
-            self._driver.launch(self._loaded[launch.variant], image, launch.grid, row, stream)
+        shapes = tuple(input_shapes)
+        with self._lock:
+            call = self._calls.get(shapes) or self._prepare(shapes)
+            call.arguments.set_addresses([*inputs, *outputs, workspace])
+            self._driver.launch(call.launches, stream)
 
 
 class KernelFolder:

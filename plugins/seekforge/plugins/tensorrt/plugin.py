@@ -185,6 +185,7 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
             self.plugin_name, self.plugin_namespace, self.plugin_version = spec.name, DOMAIN, "1"
             self.num_outputs = len(spec.outputs)
             self._fields, self._kept = make_fields(trt, values)
+            self._reported = _Reported(spec.name, failures)
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
@@ -252,19 +253,14 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
         ) -> None:
             if not self.runs:
                 return
-            with _Reported(self.spec.name, failures):
+            with self._reported:
                 if self.launcher is None:
                     raise EngineError(
                         f"{self.spec.name}: no kernels were found for this GPU; open the engine with seekforge"
                     )
-                self.launcher.enqueue(
-                    [tuple(one.dims) for one in input_desc],
-                    [tuple(one.dims) for one in output_desc],
-                    list(inputs),
-                    list(outputs),
-                    workspace,
-                    stream,
-                )
+                # a slice of `Dims` is a tuple at once; a tuple of it takes five times as long, an exception for its end
+                shapes = [one.dims[:] for one in input_desc]
+                self.launcher.enqueue(shapes, inputs, outputs, workspace, stream)
 
     if aliased:
 
