@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,24 @@ def test_every_operator_of_the_tables_is_in_the_sources_and_no_other() -> None:
     made = re.findall(r"const ort::CustomOp\* (\w+)\(\) \{", text)
     listed = (compiling.FOLDER / "library.cpp").read_text(encoding="utf-8")
     assert len(made) == len(names) and all(f"const ort::CustomOp* {name}();" in listed for name in made)
+
+
+def test_the_sources_are_of_the_standard_that_all_compilers_take() -> None:
+    """A lambda takes no structured binding in C++17; g++ lets it pass, clang++ before 16 does not."""
+    bindings = [
+        path.name for path in compiling.sources() if re.search(r"auto[&\s]*\[", path.read_text(encoding="utf-8"))
+    ]
+    assert bindings == []
+
+
+def test_the_sources_compile_with_clang() -> None:
+    """With g++ they are compiled when seekforge is installed."""
+    if shutil.which("clang++") is None:
+        pytest.skip("clang++ is not installed")
+    files = [str(path) for path in compiling.sources() if path.suffix == ".cpp"]
+    options = (*compiling._OPTIONS, "-fsyntax-only", "-DSEEKFORGE_LANES=4", "-DSEEKFORGE_KERNELS=kernels_baseline")
+    done = subprocess.run(["clang++", *options, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ struct DsaIndexer {
             i = end;
         }
         if (passes.size() == 1) {
-            const auto [first, last] = passes[0];
+            const int64_t first = passes[0].first, last = passes[0].second;
             const int64_t length = longest(scored, seen, first, last), rows = last - first;
             std::vector<float> scores(rows * length);
             const int64_t pieces = (length + kKeysOfPiece - 1) / kKeysOfPiece;
@@ -117,7 +117,7 @@ struct DsaIndexer {
             return;
         }
         call.parallel(passes.size(), true, [&](size_t pass) {
-            const auto [first, last] = passes[pass];
+            const int64_t first = passes[pass].first, last = passes[pass].second;
             const int64_t length = longest(scored, seen, first, last), rows = last - first;
             std::vector<float> scores(rows * length);
             score(query, w.f32(), keys, &scored[first], rows, queries, heads, dim, 0, length, scores.data(), length);
