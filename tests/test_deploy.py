@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 from seekforge.runtime.cli.serve import serve
+from seekforge.runtime.ray.application import API_KEY, DEPLOYMENT, ApplicationArguments
 from seekforge.runtime.server.app import ROUTES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +23,40 @@ COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text(encoding="utf-
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
+RAY = yaml.safe_load((ROOT / "deploy/kuberay.yaml").read_text(encoding="utf-8"))
+SERVE_CONFIG = yaml.safe_load(RAY["spec"]["serveConfigV2"])
+
+#: Fields that the API servers know, of what these files use: an unknown one is dropped or refused there, and said
+#: by nobody here. Of Kubernetes' core/v1 and apps/v1, KubeRay's ray.io/v1 and the Gateway API's inference extension v1.
+POD_FIELDS = {
+    "automountServiceAccountToken", "containers", "securityContext", "terminationGracePeriodSeconds", "volumes",
+}  # fmt: skip
+CONTAINER_FIELDS = {
+    "name", "image", "args", "command", "env", "ports", "resources", "securityContext", "startupProbe",
+    "readinessProbe", "livenessProbe", "volumeMounts", "lifecycle",
+}  # fmt: skip
+SPEC_FIELDS = {
+    "Deployment": {"replicas", "selector", "strategy", "template"},
+    "Service": {"selector", "ports", "type"},
+    "InferencePool": {"selector", "targetPorts", "endpointPickerRef"},
+    "RayService": {"serveConfigV2", "rayClusterConfig"},
+}
+API_VERSIONS = {
+    "Deployment": "apps/v1",
+    "Service": "v1",
+    "InferencePool": "inference.networking.k8s.io/v1",
+    "RayService": "ray.io/v1",
+}
+HEAD_FIELDS = {"rayStartParams", "template", "serviceType"}
+WORKER_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+
+
+def pods() -> Iterator[Mapping[str, Any]]:
+    """Yield the specification of every pod of these files."""
+    yield POD
+    cluster = RAY["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        yield group["template"]["spec"]
 
 
 def options_of(words: list[str]) -> dict[str, Any]:
@@ -71,3 +108,50 @@ def test_the_metrics_that_a_picker_reads_are_there() -> None:
     page = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
     names = [word for word in page.split("`") if word.startswith("vllm:")]
     assert len(names) == 3 and all(name.removeprefix("vllm:") in sources for name in names)
+
+
+def test_objects_have_fields_that_are_known() -> None:
+    for one in (*OBJECTS.values(), RAY):
+        kind = one["kind"]
+        assert one["apiVersion"] == API_VERSIONS[kind] and set(one) == {"apiVersion", "kind", "metadata", "spec"}
+        assert set(one["spec"]) <= SPEC_FIELDS[kind], kind
+    for pod in pods():
+        assert set(pod) <= POD_FIELDS
+        for container in pod["containers"]:
+            assert set(container) <= CONTAINER_FIELDS
+            assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+            assert set(container["resources"]) == {"limits", "requests"}
+    cluster = RAY["spec"]["rayClusterConfig"]
+    assert set(cluster) <= {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    assert set(cluster["headGroupSpec"]) <= HEAD_FIELDS
+    for group in cluster["workerGroupSpecs"]:
+        assert set(group) <= WORKER_FIELDS and group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "they are options as text"
+
+
+def test_ray_is_told_of_an_application_that_there_is() -> None:
+    (application,) = SERVE_CONFIG["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    arguments = ApplicationArguments.model_validate(application["args"])
+    (deployment,) = application["deployments"]
+    assert deployment["name"] == DEPLOYMENT
+    (group,) = RAY["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    (container,) = pod["containers"]
+    assert group["replicas"] >= deployment["num_replicas"], "a replica has a machine of its own"
+    limits, requests = container["resources"]["limits"], container["resources"]["requests"]
+    assert arguments.threads * limits["nvidia.com/gpu"] <= requests["cpu"], "cores that Ray reserves for all ranks"
+    assert pod["terminationGracePeriodSeconds"] > arguments.drain_s
+    assert any(Path(arguments.engine).is_relative_to(one["mountPath"]) for one in container["volumeMounts"])
+    assert API_KEY in {one["name"] for one in container["env"]}
+
+
+def test_the_page_shows_a_serve_config_that_is_one() -> None:
+    page = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    (application,) = shown["applications"]
+    assert application["import_path"] == SERVE_CONFIG["applications"][0]["import_path"]
+    ApplicationArguments.model_validate(application["args"])
+    assert [one["name"] for one in application["deployments"]] == [DEPLOYMENT]

@@ -34,6 +34,7 @@ NOT_HERE = {
     ". .venv/bin/activate": "belongs to an environment that make sets up",
     "python -m dynamo.frontend": "needs ai-dynamo; tests/runtime/dynamo/test_frontend.py starts it",
     "seekforge dynamo": "as the line before",
+    "seekforge ray": "needs ray; tests/runtime/ray/test_serve.py starts it",
     "python -m pytest": "is what runs these tests, with GPUs",
     "python examples/tool_call.py": "asks a server; tests/test_examples.py does",
     "python examples/grpo.py": "trains for an hour; tests/test_examples.py makes one step",

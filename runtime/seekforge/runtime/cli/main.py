@@ -64,6 +64,7 @@ COMMANDS: dict[str, _Command] = {
     "dynamo": _Command(
         "seekforge.runtime.dynamo.cli:dynamo", "Use it", "Serve an engine as a worker of NVIDIA Dynamo."
     ),
+    "ray": _Command("seekforge.runtime.ray.cli:ray", "Use it", "Serve replicas of an engine with Ray Serve."),
     "bench": _Command(
         "seekforge.runtime.cli.bench:bench", "Use it", "Measure an engine: throughput, latency, what the host costs."
     ),

@@ -1,0 +1,147 @@
+"""What Ray Serve deploys: `build_app`, which a Serve config names, makes an application of one deployment of replicas.
+
+All ranks of an engine are on one machine, and are started by the replica: its placement group has one bundle, with the
+cores and GPUs of all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from seekforge.common.errors import OptionError
+from seekforge.common.paths import real_path
+from seekforge.common.records import Record, RecordError, at_least
+from seekforge.formats.engine.manifest import Manifest, load_manifest
+
+DEPLOYMENT: Final = "seekforge"
+#: Variables with the keys of a server: arguments of an application can be read in Ray's dashboard.
+API_KEY, ADMIN_KEY = "SEEKFORGE_API_KEY", "SEEKFORGE_ADMIN_KEY"
+#: Seconds between two looks at a replica, and until one that does not answer counts as lost.
+_HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 2, 30
+
+
+class ApplicationArguments(Record):
+    """The `args` of an application in a Serve config.
+
+    Attributes:
+        engine: the engine's folder, which every node has under this path.
+        served_model_name: what requests call the model; None: the folder's name.
+        num_replicas: replicas; None: one, or what the config says of the deployment.
+        threads: CPU threads of each rank, which are the cores that Ray reserves.
+        max_model_len, max_batch_size, kv_cache_memory, max_waiting, deterministic, prefix_caching: as `LLM` has them.
+        num_speculative_tokens, checkpoint, self_check: as `LLM` has them.
+        drain_s: seconds that requests on their way have to end when a replica is taken away.
+    """
+
+    engine: str
+    served_model_name: str | None = None
+    num_replicas: Annotated[int, at_least(1)] | None = None
+    threads: Annotated[int, at_least(1)] = 1
+    max_model_len: int | None = None
+    max_batch_size: int | None = None
+    kv_cache_memory: int | None = None
+    max_waiting: int = 1024
+    deterministic: bool = False
+    prefix_caching: bool = True
+    num_speculative_tokens: int = 0
+    checkpoint: str | None = None
+    self_check: bool = True
+    drain_s: float = 30.0
+
+
+#: Arguments that `LLM` has too.
+_ENGINE_OPTIONS: Final = (
+    "threads",
+    "max_model_len",
+    "max_batch_size",
+    "kv_cache_memory",
+    "max_waiting",
+    "deterministic",
+    "prefix_caching",
+    "num_speculative_tokens",
+    "checkpoint",
+    "self_check",
+)
+
+
+def resources_of(manifest: Manifest, threads: int) -> dict[str, float]:
+    """Return what Ray reserves for a replica: a bundle of a placement group.
+
+    Args:
+        manifest: the engine's.
+        threads: CPU threads of each rank.
+    """
+    ranks = 1 if manifest.ranks is None else manifest.ranks.parallelism.num_ranks
+    on_gpus = manifest.target.backend != "onnxruntime" or manifest.target.provider is not None
+    return {"CPU": float(threads * ranks), "GPU": float(ranks if on_gpus else 0)}
+
+
+def build_app(args: Mapping[str, Any]) -> Any:
+    """Return the application of an engine; a Serve config has this function as `import_path`.
+
+    Args:
+        args: see `ApplicationArguments`.
+
+    Raises:
+        OptionError: an argument is wrong.
+        EngineError: it is no engine.
+    """
+    from ray import serve
+
+    try:
+        arguments = ApplicationArguments.model_validate(dict(args))
+    except RecordError as error:
+        raise OptionError(f"args of the Ray Serve application: {error}") from None
+    engine = Path(arguments.engine)
+    bundle = resources_of(load_manifest(engine), arguments.threads)
+    replica = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=arguments.max_waiting,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=arguments.drain_s,
+        ray_actor_options={"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"]},
+        placement_group_bundles=[bundle],
+        placement_group_strategy="STRICT_PACK",
+        **({} if arguments.num_replicas is None else {"num_replicas": arguments.num_replicas}),
+    )(_replica_class(arguments))
+    return replica.bind()
+
+
+def _replica_class(arguments: ApplicationArguments) -> Any:
+    """Return the class of the actors."""
+    from ray import serve
+
+    def made() -> Any:  # Ray asks whether it is a function
+        return make_replica_app(arguments)
+
+    @serve.ingress(made)
+    class Replica:
+        """An engine with the server's endpoints."""
+
+        def check_health(self) -> None:
+            """Raise where the engine is gone; Ray then starts another replica."""
+            self.app.check()  # pyright: ignore[reportAttributeAccessIssue]  # of the class that `ingress` makes
+
+    return Replica
+
+
+def make_replica_app(arguments: ApplicationArguments) -> Any:
+    """Return the application of one replica; called in its process."""
+    from seekforge.runtime.ray.replica import ReplicaApp
+    from seekforge.runtime.server.settings import ServerSettings
+
+    engine = Path(arguments.engine)
+    settings = ServerSettings(
+        engine=engine,
+        served_model_names=(arguments.served_model_name or real_path(engine).name,),
+        api_keys=tuple(os.environ.get(API_KEY, "").split()),
+        admin_keys=tuple(os.environ.get(ADMIN_KEY, "").split()),
+        drain_s=arguments.drain_s,
+    )
+    options = {name: getattr(arguments, name) for name in _ENGINE_OPTIONS}
+    return ReplicaApp(settings, options, end=functools.partial(os._exit, 1))
