@@ -17,6 +17,8 @@ from tests.support.lm_eval_tasks import TASKS, write_tasks
 from tests.support.random_nano import random_nano_checkpoint
 from tests.support.terminal_runs import Done, Run, TerminalRuns
 
+from seekforge.formats.dump import Dump
+
 #: What commands import when they are called: imported once for all of them, torch only for those that need it.
 _LIGHT = ("onnxruntime", "tokenizers", "rich.live", "seekforge.runtime.llm", "seekforge.exporter.planner.cli")
 _HEAVY = (
@@ -266,7 +268,12 @@ def check_refusal(name: str, place: Place, done: Done) -> None:
     assert "File too large" in errors[0] or "file too large" in errors[0], errors
     assert cursor_is_shown(done.output)
     assert running(place) == []
-    assert set(place.left()) - _INPUTS <= _KEPT.get(name, set()), plain[-2000:]
+    left = set(place.left()) - _INPUTS
+    if name == "parity" and left == {"out"}:  # the page alone could not be written
+        assert "(the dumps are whole, in out: --from-dump compares them again)" in errors[0]
+        assert all(Dump.open(place.work / "out" / side).cases for side in ("judged", "reference"))
+        return
+    assert left <= _KEPT.get(name, set()), plain[-2000:]
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def parity(
     stages.done()
     report = to_json(result)
     if page is not None:
-        _write_page(page, render(report))
+        _write_page(page, render(report), saved)
     return ParityResult(
         passed=result.passed,
         gates=tuple(result.gates),
@@ -241,11 +241,13 @@ def _quality(
     return ParityResult(None, report=report, html=page)
 
 
-def _write_page(page: Path, text: str) -> None:
+def _write_page(page: Path, text: str, saved: Path | None = None) -> None:
+    """Write a report; what it is of was kept in `saved` before, and stays."""
     try:
         replace_file(page, text.encode())
     except OSError as error:
-        raise OutputError(f"{page}: cannot be written ({error.strerror}); choose another place") from None
+        kept = "" if saved is None else f" (the dumps are whole, in {saved}: --from-dump compares them again)"
+        raise OutputError(f"{page}: cannot be written ({error.strerror}); choose another place{kept}") from None
 
 
 def _look_at(engine: Path | None, checkpoint: Path | None, dumps: Iterable[Path]) -> None:
