@@ -15,7 +15,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -94,8 +95,9 @@ def prepare(*, download: bool, say: Callable[[str], None]) -> None:
     """
     os.environ.update(_SILENT if download else _SILENT | _OFFLINE)
     try:
-        for module in ("lm_eval.evaluator", "lm_eval.tasks", "lm_eval.api.metrics"):
-            importlib.import_module(module)
+        with contextlib.nullcontext() if download else _no_sockets():
+            for module in ("lm_eval.evaluator", "lm_eval.tasks", "lm_eval.api.metrics"):
+                importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise EnvironmentFault(
             f"the module {error.name!r} is not installed, which evaluation needs; {install('eval')}"
@@ -103,6 +105,16 @@ def prepare(*, download: bool, say: Callable[[str], None]) -> None:
     logger = logging.getLogger("lm_eval")
     logger.handlers, logger.propagate = [_Heard(say)], False
     logger.setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _no_sockets() -> Iterator[None]:
+    """Keep urllib3 from opening one as it is imported, to see whether there is IPv6: nothing is fetched."""
+    before, socket.has_ipv6 = socket.has_ipv6, False
+    try:
+        yield
+    finally:
+        socket.has_ipv6 = before
 
 
 def load_tasks(options: TaskOptions) -> Any:
