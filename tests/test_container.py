@@ -99,3 +99,15 @@ def test_images_run_as_a_user_and_the_default_is_the_one_for_cpus() -> None:
         assert ("ENTRYPOINT", '["seekforge"]') in steps
         froms = [rest for word, rest in steps if word == "COPY"]
         assert froms == [f"--from=build-{name} /opt/seekforge /opt/seekforge"]
+
+
+def test_every_argument_is_declared_by_the_stage_that_uses_it() -> None:
+    """One that begins from another has none of its arguments: podman asked the network in spite of PIP_OPTIONS."""
+    used = 0
+    for stage in stages():
+        declared = {rest.partition("=")[0] for word, rest in stage.steps if word == "ARG"}
+        for word, rest in stage.steps:
+            names = set(re.findall(r"\$\{(\w+)", rest)) if word in ("RUN", "COPY") else set()
+            assert names <= declared, (stage.name, names - declared)
+            used += len(names)
+    assert used >= 4
