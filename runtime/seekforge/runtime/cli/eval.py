@@ -23,6 +23,7 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import write_json
 from seekforge.common.paths import real_path
 from seekforge.common.requirements import own_version
+from seekforge.common.temporary import temporary_folder
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.runtime.cli.options import check_checkpoint, checkpoint_option, drafts_option, open_engine
 from seekforge.runtime.evaluation.answers import AnswerStore
@@ -134,7 +135,8 @@ def evaluate(
     stages = Stages(quiet=quiet or as_json)
     load_manifest(engine)  # what is no engine is said before libraries are imported
     stages("loading tasks")
-    prepare(download=download, say=stages.say)
+    copies = click.get_current_context().with_resource(temporary_folder("seekforge-eval"))
+    prepare(download=download, copies=copies, say=stages.say)
     loaded = load_tasks(options)  # and tasks that are none before the files of a large engine are compared
     opened = open_engine(engine, stages)
     check_checkpoint(opened, checkpoint)

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import fnmatch
+import functools
 import importlib
 import io
 import logging
@@ -87,8 +88,13 @@ class _Heard(logging.Handler):
             self._say(f"lm_eval  {line}")
 
 
-def prepare(*, download: bool, say: Callable[[str], None]) -> None:
+def prepare(*, download: bool, copies: Path, say: Callable[[str], None]) -> None:
     """Import lm_eval, offline unless `download`, with its progress bars off and its warnings handed to `say`.
+
+    Args:
+        download: whether data of tasks may be fetched, which are kept below the user's home.
+        copies: a folder for what the library datasets makes of data that lie here, for as long as tasks are used.
+        say: told warnings.
 
     Raises:
         EnvironmentFault: it is not installed.
@@ -102,6 +108,8 @@ def prepare(*, download: bool, say: Callable[[str], None]) -> None:
         raise EnvironmentFault(
             f"the module {error.name!r} is not installed, which evaluation needs; {install('eval')}"
         ) from None
+    if not download:
+        _copy_into(copies)
     logger = logging.getLogger("lm_eval")
     logger.handlers, logger.propagate = [_Heard(say)], False
     logger.setLevel(logging.WARNING)
@@ -115,6 +123,21 @@ def _no_sockets() -> Iterator[None]:
         yield
     finally:
         socket.has_ipv6 = before
+
+
+def _copy_into(folder: Path) -> None:
+    """Let datasets put its copy of data that lie here into a folder, in place of one below the user's home."""
+    import datasets
+
+    load_dataset = datasets.load_dataset
+
+    @functools.wraps(load_dataset)
+    def load(path: str, *args: Any, **options: Any) -> Any:
+        if needs_download({"dataset_path": path}) is None:
+            options["cache_dir"] = str(folder)
+        return load_dataset(path, *args, **options)
+
+    datasets.load_dataset = load
 
 
 def load_tasks(options: TaskOptions) -> Any:
@@ -299,7 +322,7 @@ def _blamed(what: str, work: Callable[[], Any]) -> Any:
         if full is not None:
             raise OutputError(
                 f"{what}: lm_eval cannot write its copy of the data ({full.strerror}); free space, or name another "
-                "place in the environment variable HF_HOME"
+                "place in the environment variable TMPDIR, or HF_HOME for what is downloaded"
             ) from error
         text = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
