@@ -12,6 +12,10 @@ from typing import Literal
 from seekforge.exporter.models.parameters import Parameter, Tensor
 from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 
+#: How tensor-parallel ranks divide a point: each has heads or columns of its own ("parts"), columns of gate and of up
+#: ("pairs"), or a summand of what is added up behind the point ("sum").
+Division = Literal["parts", "pairs", "sum"]
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -26,6 +30,7 @@ class Taps:
         per_head: points with an axis of heads.
         required: what every layer's graph shows, or it is not one of the family.
         width: how many values a point has per token, for estimates of memory.
+        divided: points that tensor-parallel ranks divide -> how. They have the others alike.
     """
 
     attention: tuple[str, ...]
@@ -38,6 +43,7 @@ class Taps:
     per_head: tuple[str, ...]
     required: frozenset[str]
     width: Callable[[ModelConfig, str], int]
+    divided: Mapping[str, Division]
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def check_engine(
         kinds=(REFERENCE, NOISE, *([NUDGED] if feed else [])),
         points=None if fits else NOISE_POINTS if narrow else INTERMEDIATE_TENSORS,
         kept_layers=None if narrow else ends,
+        ranks=engine.ranks,
     )
     reference, noise = Dump.open(work / REFERENCE), Dump.open(work / NOISE)
     fed: list[FedLayer] = []
@@ -151,7 +152,8 @@ def check_engine(
     elif not fits and engine.taps:
         records, fed = _bisect(engine, walker, plan, work, shown, notes, inputs)
     if same and not fed and engine.taps and not engine.opens:
-        notes.append("the engine is compiled: PyTorch ran on its inputs, its layers could not be run on PyTorch's")
+        what = "the engine is compiled" if engine.manifest.ranks is None else "ranks share the engine"
+        notes.append(f"{what}: PyTorch ran on its inputs, its layers could not be run on PyTorch's")
     progress("compare")
     how = {"same": same, "max_kl": max_kl, "notes": notes, "num_runs": engine.num_runs, "fed": fed, "followed": follow}
     result = conclude(judged, reference, noise, records, **how)
@@ -274,7 +276,7 @@ def _bisect(
         taps = [tap for tap in engine.taps if _layer(tap) == layer]
         taps += [tap for tap in engine.taps if _layer(tap) == layer + 1 and tap.startswith(INTERMEDIATE_TENSORS)]
         judged = engine.dump(plan, probe / "judged", taps, inputs=stage_input)
-        records = walker.judge_only(judged, (layer, layer + 1))
+        records = walker.judge_only(judged, (layer, layer + 1), engine.ranks)
         stood = "was found" if any(record.failed for record in records) else "stood out, but is right inside,"
         notes.append(f"layer {layer} {stood} in {engine.num_runs} runs of the engine")
         fed: list[FedLayer] = []

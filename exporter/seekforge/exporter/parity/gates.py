@@ -61,6 +61,7 @@ class Finding:
         text: what is wrong, in words.
         tensors: the checkpoint tensors that the module reads.
         others: how many more operations are off by themselves.
+        ranks: ranks on which the operation is off; empty of an engine of one rank.
     """
 
     layer: int
@@ -68,6 +69,7 @@ class Finding:
     text: str
     tensors: tuple[str, ...]
     others: int
+    ranks: tuple[int, ...] = ()
 
 
 def judge(
@@ -274,7 +276,10 @@ def first_divergence(records: Sequence[OpRecord], fed: Sequence[FedLayer] = ()) 
             text += f"; {first.detail}"
     if (first.graph, first.layer) in other:
         text += f". {_fed_text(other[first.graph, first.layer])}"
-    return Finding(first.layer, first.module, text, first.tensors, len(failed) - 1)
+    ranks = tuple(sorted(first.ranks))
+    if ranks:
+        text = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}"
+    return Finding(first.layer, first.module, text, first.tensors, len(failed) - 1, ranks)
 
 
 def _fed_text(one: FedLayer) -> str:

@@ -156,9 +156,9 @@ def _two_engines(
             walk = work / "walk"
             walk.mkdir()
             name = real_path(options.checkpoint).name
-            records = Walker(settings, source, name, stages).judge_dump(dumps[0], walk)
+            records = Walker(settings, source, name, stages).judge_dump(dumps[0], walk, sides[0].ranks)
             other = Settings(settings.config, numerics[1], dumps[1].side.activations)  # pyright: ignore
-            records += Walker(other, source, name, stages).judge_only(dumps[1])
+            records += Walker(other, source, name, stages).judge_only(dumps[1], ranks=sides[1].ranks)
             noise = (Dump.open(walk / "noise"), Dump.open(walk / "reference"))
     stages("compare")
     same = numerics[0] == numerics[1]

@@ -12,6 +12,7 @@ from seekforge.common.errors import ConfigError
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.compare.dumps import compare, draw_folder
 from seekforge.exporter.parity.compare.operations import LocalJudge, OpRecord
+from seekforge.exporter.parity.sides.rank_dump import RankDump
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS, Stream
 from seekforge.exporter.tolerances import PERTURBATION, PERTURBATION_BF16
@@ -73,6 +74,7 @@ class Walker:
         kinds: Collection[str] = (REFERENCE, NOISE),
         points: Sequence[str] | None = None,
         kept_layers: Collection[int] | None = None,
+        ranks: RankDump | None = None,
     ) -> list[OpRecord]:
         """Make one pass over the weights; dumps go to `work`/reference and so on.
 
@@ -87,6 +89,7 @@ class Walker:
             kinds: which runs to make.
             points: what the reference keeps of each layer; None: all.
             kept_layers: the layers of which it and the noise keep that; None: all.
+            ranks: what single ranks of the engine had that made `subject`; None: it has one.
 
         Returns:
             Records of the operations; empty if not `inside`.
@@ -108,7 +111,7 @@ class Walker:
         local = None
         if inside:
             assert subject is not None
-            local = LocalJudge(subject, self.settings.numerics, self.settings.dtype_name)
+            local = LocalJudge(subject, self.settings.numerics, self.settings.dtype_name, ranks)
         Reference(
             self.settings,
             self.source,
@@ -156,15 +159,17 @@ class Walker:
             stream.writer.close()
         return True
 
-    def judge_only(self, judged: Dump, layers: tuple[int, int] | None = None) -> list[OpRecord]:
+    def judge_only(
+        self, judged: Dump, layers: tuple[int, int] | None = None, ranks: RankDump | None = None
+    ) -> list[OpRecord]:
         """Judge the operations that a dump shows by their own inputs; no model is run."""
-        return self.run(judged.plan, judged.folder, layers=layers, subject=judged, inside=True, kinds=())
+        return self.run(judged.plan, judged.folder, layers=layers, subject=judged, inside=True, kinds=(), ranks=ranks)
 
-    def judge_dump(self, judged: Dump, work: Path) -> list[OpRecord]:
+    def judge_dump(self, judged: Dump, work: Path, ranks: RankDump | None = None) -> list[OpRecord]:
         """Judge the operations that a dump shows, and write PyTorch's own dumps into `work`."""
         whole = (0, self.settings.config.num_hidden_layers)
         layers = None if judged.side.layers == whole else judged.side.layers
-        return self.run(judged.plan, work, layers=layers, subject=judged, inside=True)
+        return self.run(judged.plan, work, layers=layers, subject=judged, inside=True, ranks=ranks)
 
 
 def sensitivity(

@@ -8,6 +8,7 @@ A graph is cut where ranks add up, and between pipeline stages. What goes from p
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,17 @@ def joined(pieces: Sequence[GraphIO]) -> GraphIO:
         outputs |= {spec.name: spec for spec in piece.outputs if spec.role != "intermediate"}
         aliases |= piece.aliases
     return replace(pieces[0], inputs=tuple(inputs.values()), outputs=tuple(outputs.values()), aliases=aliases)
+
+
+def shown_name(rank: int, name: str) -> str:
+    """Return the name under which a rank of a CPU engine shows a tensor that it has for itself, such as
+    `rank1.attn_out.3`; by the bare name the first rank of the stage shows it."""
+    return f"rank{rank}.{name}"
+
+
+def bare_name(name: str) -> str:
+    """Return the name of what `shown_name` names."""
+    return re.sub(r"^rank\d+\.", "", name)
 
 
 def is_handed_on(name: str) -> bool:

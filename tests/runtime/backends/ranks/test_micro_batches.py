@@ -27,6 +27,7 @@ def test_parts_joined_are_the_step(count: int) -> None:
         return {
             "logits": ids.reshape(-1)[inputs.logits_index][:, None],
             "hidden": np.stack([ids, inputs.positions], axis=-1),
+            "o_latent.3": np.stack([ids, inputs.positions], axis=-1)[..., None, :],
             "expert_ids.3": np.stack([ids.reshape(-1), inputs.slot_mapping.reshape(-1)], axis=-1),
         }
 

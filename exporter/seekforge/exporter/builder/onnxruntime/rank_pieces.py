@@ -16,6 +16,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.builder.onnxruntime.graphs import finish_graph
 from seekforge.exporter.program.inline import drop_unused
 from seekforge.exporter.program.stages import cut
+from seekforge.exporter.program.taps import TAP_NAME
 from seekforge.formats.engine.ranks import LOCAL, PARTIAL, sum_name
 from seekforge.formats.program import Program
 from seekforge.plugins.operator import DOMAIN
@@ -118,17 +119,20 @@ def _between_sums(nodes: Iterable[onnx.NodeProto]) -> list[list[onnx.NodeProto]]
 
 
 def _copy_outputs(graph: onnx.GraphProto) -> None:
-    """Let outputs that pieces also hand on, or that are added up or sums, be copies of what is handed on, in place.
+    """Let outputs and taps that pieces also hand on, or that are added up or sums, be copies of what is handed on, in
+    place.
 
-    What is handed on has a name of its own, by which pieces give it to each other; what comes out keeps the graph's.
+    What is handed on has a name of its own, by which pieces give it to each other; the copy keeps the graph's. That of
+    a tap nobody reads until `parity` asks for it: ONNX Runtime drops it.
     """
-    outputs = {value.name: value for value in graph.output}
+    outputs = {value.name for value in graph.output}
+    types = {value.name: value for value in (*graph.value_info, *graph.output)}
     groups = _between_sums(graph.node)
     made = {name: number for number, nodes in enumerate(groups) for node in nodes for name in node.output}
     handed = {name for node in graph.node if _is_sum(node) for name in (*node.input, *node.output)}
     for number, nodes in enumerate(groups):
         handed |= {name for node in nodes for name in _reads(node) if made.get(name, number) < number}
-    inner = {name: f"{name}/handed" for name in outputs if name in handed}
+    inner = {name: f"{name}/handed" for name in sorted(handed) if name in outputs or TAP_NAME.fullmatch(name)}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         copies = [name for name in node.output if name in inner]
@@ -136,9 +140,10 @@ def _copy_outputs(graph: onnx.GraphProto) -> None:
         nodes.append(node)
         nodes += [helper.make_node("Identity", [inner[name]], [name], f"{name}/Identity") for name in copies]
     for name, called in inner.items():
-        value = graph.value_info.add()
-        value.CopyFrom(outputs[name])
-        value.name = called
+        if name in types:
+            value = graph.value_info.add()
+            value.CopyFrom(types[name])
+            value.name = called
     ordered = onnx.GraphProto(node=nodes)
     del graph.node[:]
     graph.node.extend(ordered.node)

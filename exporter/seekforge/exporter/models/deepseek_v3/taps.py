@@ -33,4 +33,5 @@ TAPS: Final = Taps(
     per_head=taps.PER_HEAD,
     required=taps.REQUIRED,
     width=taps.width,
+    divided=taps.DIVIDED,
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from seekforge.exporter.models.family import Division
 from seekforge.formats.checkpoint.model_config import ModelConfig
 
 DENSE = ("gate_up", "act")
@@ -17,6 +20,21 @@ LINEARS = {
     "mlp.down_proj": ("act", None),
     "mlp.shared_experts.gate_up_proj": ("mlp_norm", "shared_gate_up"),
     "mlp.shared_experts.down_proj": ("shared_act", "shared"),
+}
+#: How tensor-parallel ranks divide points.
+DIVIDED: Final[dict[str, Division]] = {
+    "q_b": "parts",
+    "q_pe": "parts",
+    "q_latent": "parts",
+    "o_latent": "parts",
+    "o": "parts",
+    "attn_out": "sum",
+    "gate_up": "pairs",
+    "act": "parts",
+    "routed": "sum",
+    "shared_gate_up": "pairs",
+    "shared_act": "parts",
+    "shared": "sum",
 }
 #: The norms that read what layers hand over: that of a layer, and that behind the last one.
 ENTRY_NORM, FINAL_NORM = "input_layernorm", "norm"

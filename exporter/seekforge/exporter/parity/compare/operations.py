@@ -19,6 +19,8 @@ from seekforge.exporter.parity.compare.metrics import (
     key_gaps,
     row_errors,
 )
+from seekforge.exporter.parity.compare.rank_errors import other_choices, rank_errors
+from seekforge.exporter.parity.sides.rank_dump import RankDump
 from seekforge.exporter.parity.sides.torch_streams import Judged
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.formats.dump import Dump
@@ -62,6 +64,7 @@ class OpRecord:
         flips: keys or experts chosen on one side only, with gaps: the farthest, farthest first.
         num_flips: kind of flip -> how many there were.
         num_choices: how many choices were compared.
+        ranks: ranks that gave something else -> their largest row error; empty of an engine of one rank.
         failed: whether the operation is at fault.
         detail: what is known beyond that, in words.
     """
@@ -81,6 +84,7 @@ class OpRecord:
     flips: list[Flip] = field(default_factory=list)
     num_flips: dict[str, int] = field(default_factory=lambda: {"tie": 0, "noise": 0, "wrong": 0})
     num_choices: int = 0
+    ranks: dict[int, float] = field(default_factory=dict)
     failed: bool = False
     detail: str = ""
 
@@ -92,10 +96,11 @@ class LocalJudge:
         subject: the dump that is judged.
         numerics: the roundings that both sides make.
         activations: the dtype that they compute in, f32 or bf16.
+        ranks: what single ranks of the engine had; None: it has one.
     """
 
-    def __init__(self, subject: Dump, numerics: Numerics, activations: str) -> None:
-        self.subject, self.numerics, self.activations = subject, numerics, activations
+    def __init__(self, subject: Dump, numerics: Numerics, activations: str, ranks: RankDump | None = None) -> None:
+        self.subject, self.numerics, self.activations, self.ranks = subject, numerics, activations, ranks
         self.records: dict[tuple[str, int, str], OpRecord] = {}
         self._experts: dict[tuple[str, int], _Experts] = {}
         self._last_steps = subject.plan.last_steps()
@@ -110,6 +115,8 @@ class LocalJudge:
         parts = judged.op.parts or (Part(0, expected.shape[1], judged.op.module, judged.op.tensors),)
         for part in parts:
             self._numbers(judged, part, expected[:, part.start : part.stop], actual[:, part.start : part.stop])
+            if self.ranks is not None:
+                self._name_ranks(self.ranks, judged, part, expected, actual, real)
         if judged.op.output == "o_latent" and judged.step in self._last_steps:
             self._caches(judged)
 
@@ -170,6 +177,25 @@ class LocalJudge:
             experts = self._experts.setdefault((graph, judged.layer), _Experts(judged.op.module, rounded))
             experts.add(ids, errors)
 
+    def _name_ranks(
+        self, ranks: RankDump, judged: Judged, part: Part, expected: np.ndarray, actual: np.ndarray, real: Tensor
+    ) -> None:
+        """Note which ranks gave something else; one that has alone what all should have alike is found here."""
+        record = self.records[self.subject.cases[judged.step][1].graph, judged.layer, part.module]
+        columns = slice(part.start, part.stop)
+        errors = rank_errors(
+            ranks,
+            judged,
+            expected[:, columns],
+            actual[:, columns],
+            record.gate,
+            lambda array: _rows(torch.from_numpy(array), real)[:, columns],
+        )
+        for rank, error in errors.items():
+            record.ranks[rank] = max(error, record.ranks.get(rank, 0.0))
+            if not error <= record.gate:
+                record.error = max(record.error, error)
+
     def _where(self, step: int, row: int) -> dict[str, object]:
         case, plan_step = self.subject.cases[step]
         sequence, position = plan_step.places()[row]
@@ -189,6 +215,11 @@ class LocalJudge:
         expected, actual = _rows(judged.expected, real), _rows(judged.actual, real)
         record.num_rows += len(expected)
         record.num_choices += int((expected >= 0).sum())
+        if self.ranks is not None:
+            for rank in other_choices(self.ranks, judged.step, f"{judged.op.output}.{judged.layer}"):
+                record.ranks[rank] = np.inf
+                record.num_flips["wrong"] += 1
+                record.detail = "ranks of a stage chose otherwise from each other"
         rows = np.flatnonzero((np.sort(expected, -1) != np.sort(actual, -1)).any(-1))
         if len(rows) == 0:
             return

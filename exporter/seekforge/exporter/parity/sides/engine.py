@@ -12,11 +12,14 @@ from seekforge.common.cli.terminal import typed
 from seekforge.common.paths import real_path
 from seekforge.common.system import child_environment
 from seekforge.exporter.parity.engine_copy import available_taps, tapped_copy
+from seekforge.exporter.parity.sides.rank_dump import RankDump
 from seekforge.exporter.parity.sides.split_engine import cut_copy
 from seekforge.exporter.program.taps import SELECTIONS
 from seekforge.exporter.runtime_child import refusal
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.dump import Dump
 from seekforge.formats.engine.manifest import load_manifest
+from seekforge.formats.engine.ranks import Ranks, bare_name
 from seekforge.formats.engine.verify import listed_files
 from seekforge.formats.parity_steps import ParitySteps
 
@@ -39,6 +42,8 @@ class EngineSide:
         #: Whether its graph can be opened and cut between layers.
         self.opens = self.manifest.target.backend == "onnxruntime" and self.manifest.ranks is None
         self.num_runs = 0
+        #: What single ranks showed in the last dump; None of an engine of one rank, or without taps.
+        self.ranks: RankDump | None = None
 
     @property
     def layers(self) -> tuple[int, int] | None:
@@ -72,6 +77,8 @@ class EngineSide:
         Raises:
             EngineError: the runtime refused, with its own words.
         """
+        if self.manifest.ranks is not None and taps:
+            return self._dump_ranks(self.manifest.ranks, plan, out, taps, selections)
         outputs = {spec.name for graph_io in self.manifest.graphs.values() for spec in graph_io.outputs}
         kept = [*taps, *(name for name in outputs if selections and name.startswith(_SELECTIONS))]
         if set(taps) <= outputs:
@@ -81,6 +88,23 @@ class EngineSide:
             return self._run(tapped_copy(self.folder, copy, taps), plan, out, kept, inputs)
         finally:
             shutil.rmtree(copy, ignore_errors=True)
+
+    def _dump_ranks(self, ranks: Ranks, plan: ParitySteps, out: Path, taps: Collection[str], selections: bool) -> Dump:
+        """Run a plan on a copy whose ranks show what each has, and put that together."""
+        copy, shown = self._copy(), out.with_name(f"{out.name}-ranks")
+        shutil.rmtree(shown, ignore_errors=True)
+        try:
+            tapped_copy(self.folder, copy, taps)
+            graphs = load_manifest(copy).graphs.values()
+            names = [spec.name for graph_io in graphs for spec in graph_io.outputs if spec.role in ("tap", "debug")]
+            kept = [name for name in names if selections or not bare_name(name).startswith(_SELECTIONS)]
+            dump = self._run(copy, plan, shown, kept)
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+        self.ranks = RankDump(dump, ranks, ModelConfig.parse(self.manifest.config, str(self.folder)))
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        return self.ranks.write_whole(out)
 
     def dump_fed(self, inputs: Dump, out: Path, layers: tuple[int, int], taps: Collection[str] = ()) -> Dump:
         """Run layers [a, b), each on what `inputs` had before it; what comes out of each is kept, and `taps`.

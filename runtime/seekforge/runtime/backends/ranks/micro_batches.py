@@ -58,7 +58,8 @@ def join_columns(
     """Return the results of a step from those of its parts.
 
     Args:
-        results: the results of each part, by name: rows of logits, [B, Q, ...], or [B * Q, ...].
+        results: the results of each part, by name: rows of logits, [B, Q, ...] of at least three axes, or
+            [B * Q, width].
         parts: what `split_columns` made of the step.
     """
     if len(parts) == 1:
@@ -72,7 +73,7 @@ def join_columns(
             joined[name] = np.empty((count, *first.shape[1:]), first.dtype)
             for value, (_, wanted) in zip(values, parts, strict=True):
                 joined[name][wanted] = value[: len(wanted)]
-        elif first.ndim == 3:
+        elif first.ndim > 2:
             joined[name] = np.concatenate(values, axis=1)
         else:
             by_row = [value.reshape(rows, -1, *value.shape[1:]) for value in values]

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from seekforge.common.dtypes import NUMPY, ONNX
 from seekforge.formats.engine.manifest import Manifest
-from seekforge.formats.engine.ranks import PARTIAL, Ranks, is_handed_on, received_name, sum_name
+from seekforge.formats.engine.ranks import PARTIAL, Ranks, is_handed_on, received_name, shown_name, sum_name
 from seekforge.formats.program import GraphIO, load_bindings, role_of
 from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, TensorSource, evaluate_into, for_rank, tensors_of
@@ -52,6 +52,8 @@ class Rank:
         self.number, self.collectives = number, collectives
         self._folder, self._manifest, self._ranks, self._threads = folder, manifest, manifest.ranks, threads
         self._place = self._ranks.parallelism.coordinates(number)
+        first = number - self._place.tp_rank
+        self._stage = range(first, first + self._ranks.parallelism.tp)
         self._num_blocks: int | None = None
         self._links = StageLinks(manifest, number, collectives)
         self._check = SameCheck(collectives, self._ranks.parallelism, number) if checked else None
@@ -82,7 +84,7 @@ class Rank:
 
         Args:
             inputs: the step.
-            outputs: names of the outputs that are wanted.
+            outputs: names of the outputs that are wanted; `shown_name` has those of single ranks.
             graph: which graph.
             parts: micro-batches in which the step goes through the stages, see `micro_batches`.
 
@@ -170,11 +172,21 @@ class Rank:
         results: dict[str, np.ndarray],
     ) -> None:
         """Run one piece, and put what it gives where it belongs."""
+        shown = [
+            (name, rank) for name in piece.output_names for rank in self._stage if shown_name(rank, name) in outputs
+        ]
         wanted = [name for name in piece.output_names if name in outputs]
         inner = piece.intermediate_outputs
         choices = [name for name in piece.output_names if role_of(name) == "tap"] if self._check is not None else []
-        fetched = piece.run(replace(inputs, intermediate_tensors=values), {*wanted, *inner, *choices})
+        fetched = piece.run(
+            replace(inputs, intermediate_tensors=values), {*wanted, *inner, *choices, *(name for name, _ in shown)}
+        )
         results.update((name, fetched.fetch(name)) for name in wanted)
+        for name, rank in shown:  # all ranks of the stage come here, and the first gets what the one has
+            value = fetched.fetch(name)
+            results[shown_name(rank, name)] = self.collectives.sum(
+                value if rank == self.number else np.zeros_like(value)
+            )
         if self._check is not None:
             for name in choices:
                 self._check.require(name, fetched.fetch(name))

@@ -55,4 +55,5 @@ TAPS: Final = Taps(
     per_head=(*taps.PER_HEAD, "index_q"),
     required=taps.REQUIRED,
     width=width,
+    divided=taps.DIVIDED,
 )
