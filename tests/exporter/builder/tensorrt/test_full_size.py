@@ -15,6 +15,7 @@ from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import RTX_SMS, load_target
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -74,6 +75,35 @@ def test_the_whole_program(checkpoint: Path, name: str, tmp_path: Path) -> None:
     assert audit.share("fp8") > 0.6
     assert manifest.capturable == dict.fromkeys(plugins, True)
     assert max(audit.build_peak_bytes.values()) < 1 << 29
+
+
+@pytest.fixture(scope="module", params=[Parallelism(tp=8, ep=True), Parallelism(tp=8, pp=2)], ids=str)
+def of_ranks(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Parallelism, Path]:
+    """A layout of the whole model on eight GPUs, or on two machines of eight, and its program."""
+    program = checkpoint.parent / f"program-{request.param_index}"
+    export(checkpoint, program, numerics=NUMERICS["fp8"], parallelism=request.param)
+    return request.param, program
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "rtx5090"])
+def test_the_whole_program_of_several_ranks(
+    of_ranks: tuple[Parallelism, Path], checkpoint: Path, name: str, tmp_path: Path
+) -> None:
+    """What TensorRT will build for data-center GPUs, dry: plans that stages share, with their sums over ranks."""
+    layout, program = of_ranks
+    inputs = open_inputs(program, checkpoint)
+    planned = check(inputs, load_target(name), OPTIONS)
+    manifest = build_gpu(
+        inputs, planned, tmp_path / "engine", options=OPTIONS, force=False, progress=Stages(quiet=True)
+    )
+    audit, ranks, runs = manifest.audit, manifest.ranks, manifest.uses()
+    assert audit is not None and audit.inlined == {} and ranks is not None and ranks.parallelism == layout
+    assert sum(count for plan, count in runs.items() if plan.startswith("model")) == 61
+    assert sum(audit.plugins.values()) == 61 * (7 + 3) + 58 * 3 + 1 + 14, "as many as of one rank"
+    assert len(ranks.stage_bytes) == layout.pp and len(runs) <= 8 and all(manifest.capturable.values())
+    whole = sum(one["weights"] for one in ranks.stage_bytes) * layout.tp
+    assert 640e9 < whole < 800e9, "what tensor-parallel ranks do not divide is on each of them"
+    assert max(audit.build_peak_bytes.values()) < 1.5 * (1 << 29)
 
 
 @pytest.fixture(scope="module", params=["glm5-full", "v3-full"])
