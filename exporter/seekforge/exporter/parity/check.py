@@ -126,7 +126,7 @@ def check_engine(
     progress(f"engine {engine.folder.name}")
     judged = engine.dump(plan, work / "judged", wanted, selections=narrow, inputs=inputs)
     same = numerics_from_dict(judged.side.numerics).rounds_like(walker.settings.numerics)
-    # without roundings a choice by noise is all that moves a row, and those behind it that read it: PyTorch follows it
+    # without roundings only choices by noise move a row, and those behind it that read it: PyTorch follows them
     follow = same and _is_exact(judged.side) and judged.side.weights == CHECKPOINT
     feed = fits and same and engine.opens and inputs is None and shown[0] == 0
     records = walker.run(

@@ -94,7 +94,8 @@ def judge(
         same_weights: no side rounded its weights to codes. If one did, operations are still judged, those without
             weights as strictly as ever, and what becomes of the whole model is the price: shown, not gated.
         exact: the numerics have no quantization: then every row must agree.
-        followed: the reference went on with the keys and experts of the judged side, so no row is moved by a choice.
+        followed: the reference went on with the keys and experts of the judged side where they tie but for noise, so no
+            row is moved by such a choice.
         max_kl: the largest mean KL that is accepted, when somebody decides about numerics.
     """
     finite = Gate(
@@ -167,7 +168,7 @@ def _logits(
         out = (error > GATE) & ~flipped
         # a row may also move because one before it chose otherwise
         allowed = 0 if not flipped.any() else int(np.ceil(FLIPPED * len(error)))
-        which = "rows, PyTorch going on with the engine's choices" if followed else "rows that chose alike"
+        which = "rows, PyTorch following choices that tie" if followed else "rows that chose alike"
         reason = f"{which}, beyond {GATE:g} of the logits' spread: FP32 sums in another order give 4e-6"
         gates.append(
             Gate("logits", int(out.sum()) <= allowed, f"{out.sum()} of {len(out)} rows", f"{allowed} rows", reason)

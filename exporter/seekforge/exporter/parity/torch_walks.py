@@ -11,6 +11,7 @@ from typing import Any
 from seekforge.common.errors import ConfigError
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.exporter.parity.compare.dumps import compare, draw_folder
+from seekforge.exporter.parity.compare.following import Follower
 from seekforge.exporter.parity.compare.operations import LocalJudge, OpRecord
 from seekforge.exporter.parity.sides.rank_dump import RankDump
 from seekforge.exporter.parity.sides.torch_reference import Reference
@@ -84,8 +85,8 @@ class Walker:
             layers: [a, b); None: the whole model.
             subject: an engine's dump: what goes into layer a, if that is not 0, and what is judged.
             inside: judge the operations that `subject` shows, each by its own inputs.
-            follow: the reference and the noise go on with the keys and experts that `subject` chose, where it shows
-                them. Each choice is judged by itself; what it leads to is then no difference of the two sides.
+            follow: the reference and the noise go on with the keys and experts that `subject` chose, where these tie
+                with their own but for noise: what such a choice leads to is then no difference of the two sides.
             kinds: which runs to make.
             points: what the reference keeps of each layer; None: all.
             kept_layers: the layers of which it and the noise keep that; None: all.
@@ -95,7 +96,7 @@ class Walker:
             Records of the operations; empty if not `inside`.
         """
         side = torch_side(self.settings, self.name, layers or (0, self.settings.config.num_hidden_layers))
-        change, follows = self._change, subject if follow else None
+        change, follows = self._change, Follower(subject) if follow and subject is not None else None
         streams: dict[str, Stream] = {}
         for kind in kinds:
             shutil.rmtree(work / kind, ignore_errors=True)

@@ -14,7 +14,9 @@ from seekforge.common.errors import ConfigError
 from seekforge.exporter.models.shared.layer_operations import LayerModule
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
+from seekforge.exporter.parity.compare import following
 from seekforge.exporter.parity.compare.dumps import stream_rows
+from seekforge.exporter.parity.compare.following import Follower
 from seekforge.exporter.parity.sides import torch_reference as walking
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import Stream
@@ -97,8 +99,8 @@ def test_a_perturbed_run_differs_a_little_and_repeats(
     assert runs[0].names(0) == ["hidden", "logits"]  # no points asked for
 
 
-def test_a_run_goes_on_with_the_choices_of_another_and_keeps_its_own(
-    tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path
+def test_a_run_goes_on_with_choices_of_another_that_tie_and_keeps_its_own(
+    tiny_config: ModelConfig, tiny_source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a choice by noise leads to is then no difference: rows that read it through the caches are the same too."""
     settings, plan = Settings(tiny_config, EXACT), plan_of(tiny_config, 70, "whole")
@@ -111,12 +113,18 @@ def test_a_run_goes_on_with_the_choices_of_another_and_keeps_its_own(
     writer = DumpWriter(tmp_path / "other", free.side, plan)
     writer.write(0, {name: other})
     writer.close()
-    followed = walk(tmp_path / "followed", settings, tiny_source, plan, follows=Dump.open(tmp_path / "other"))
-    assert np.array_equal(followed.tensor(0, name), free.tensor(0, name)), "its own choice is what is compared"
-    moved = [
-        set(np.flatnonzero((stream_rows(followed, 0, i) != stream_rows(free, 0, i)).any(-1)))
-        for i in (layer, layer + 1, layer + 2)
-    ]
+
+    def follow(folder: str) -> tuple[Dump, list[set[int]]]:
+        followed = walk(tmp_path / folder, settings, tiny_source, plan, follows=Follower(Dump.open(tmp_path / "other")))
+        assert np.array_equal(followed.tensor(0, name), free.tensor(0, name)), "its own choice is what is compared"
+        return followed, [
+            set(np.flatnonzero((stream_rows(followed, 0, i) != stream_rows(free, 0, i)).any(-1)))
+            for i in (layer, layer + 1, layer + 2)
+        ]
+
+    assert follow("far")[1] == [set(), set(), set()], "another expert that does not tie is no noise"
+    monkeypatch.setattr(following, "FLOOR_EXPERTS", 10.0)  # now it does
+    followed, moved = follow("tie")
     assert moved[:2] == [set(), {row}]
     assert moved[2] > {row} and min(moved[2]) == row
     assert not np.array_equal(free.tensor(0, "logits"), followed.tensor(0, "logits"))

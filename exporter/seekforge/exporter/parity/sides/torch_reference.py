@@ -168,10 +168,9 @@ class Reference:
 
         def run(op: Op) -> None:
             values[op.output] = op.run(values)
-            name = f"{op.output}.{layer}"
-            if stream.follows is not None and op.output in SELECTIONS and stream.follows.has(number, name):
+            if stream.follows is not None and op.output in SELECTIONS:
                 chosen[op.output] = values[op.output]
-                values[op.output] = self._tensor(stream.follows.tensor(number, name), op.output)
+                values[op.output] = stream.follows(number, op, values, state, module)
 
         for op in module.before_cache(state):
             run(op)

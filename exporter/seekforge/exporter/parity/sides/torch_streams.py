@@ -18,6 +18,9 @@ NOISE_POINTS = (*INTERMEDIATE_TENSORS, *SELECTIONS, "index_q", "index_w", "index
 
 #: Told each operation of the side that is judged.
 Judge = Callable[["Judged"], None]
+#: Told the step, the operation that chooses, all values of the run with its own choice, the caches and the layer;
+#: returns the choice to go on with.
+Follow = Callable[[int, Op, Mapping[str, Tensor], LayerState, LayerModule], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Stream:
         beside: a run whose inputs each layer takes, changed by `perturbation`: what one layer makes of noise, while
             noise from the embeddings on grows from layer to layer. It keeps what comes out of each layer.
         enters: (layer, dump): the run begins there, with what that dump has there.
-        follows: a dump whose keys and experts the run goes on with, where that shows them. It keeps its own choices.
+        follows: says with which keys and experts the run goes on. It keeps its own choices.
         carried: step -> what goes into the next layer, by point.
         hidden: step -> the normed hidden state behind the last layer.
     """
@@ -72,7 +75,7 @@ class Stream:
     layers: Collection[int] | None = None
     beside: Stream | None = None
     enters: tuple[int, Dump] | None = None
-    follows: Dump | None = None
+    follows: Follow | None = None
     carried: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
