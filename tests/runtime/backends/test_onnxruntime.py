@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from seekforge.common.errors import EngineError
-from seekforge.formats.step_io import MTP, StepInputs
+from seekforge.formats.program import GraphIO, TensorSpec
+from seekforge.formats.step_io import MODEL, MTP, StepInputs
+from seekforge.runtime.backends.onnxruntime import OrtGraph
+from seekforge.runtime.backends.ort_device import OrtDevice
 from seekforge.runtime.engine.engine_folder import Engine
 
 
@@ -94,3 +100,29 @@ def test_a_broken_graph_is_one_line(toy_copy: Path) -> None:
     with pytest.raises(EngineError, match="cannot load it") as caught:
         engine.open_backend()
     assert "\n" not in str(caught.value)
+
+
+def test_a_graph_of_which_nothing_is_wanted_is_not_run(tmp_path: Path) -> None:
+    """As a rank's piece behind the logits, in a step that asks for hidden states alone; ONNX Runtime would refuse."""
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["sum.0"], ["logits"])],
+        "g",
+        [value("sum.0", TensorProto.FLOAT, ["N"])],
+        [value("logits", TensorProto.FLOAT, ["N"])],
+    )
+    opsets = [helper.make_opsetid("", 23)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), tmp_path / "model.1.onnx")
+    spec = TensorSpec(name="sum.0", dtype="f32", shape=("N",), role="intermediate")
+    described = GraphIO(
+        file="model.1.onnx",
+        sha256="",
+        inputs=(spec,),
+        outputs=(spec.model_copy(update={"name": "logits", "role": "result"}),),
+        aliases={},
+    )
+    opened = OrtGraph(tmp_path, MODEL, described, 1, {}, OrtDevice())
+    inputs = replace(step([1, 2], [1]), intermediate_tensors={"sum.0": np.ones(2, np.float32)})
+    assert opened.run(inputs, {"logits"}).fetch("logits").tolist() == [1, 1]
+    with pytest.raises(KeyError):
+        opened.run(inputs, set()).fetch("logits")

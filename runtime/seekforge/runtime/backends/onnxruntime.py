@@ -92,6 +92,10 @@ class OrtGraph:
 
     def run(self, inputs: StepInputs, outputs: Collection[str]) -> OrtStepOutputs:
         assert self.caches or not self._cache_specs, "allocate_caches comes before run"
+        # get_outputs() follows the order of binding, which is therefore the graph's.
+        bound = [name for name in self.output_names if name in self._aliases or name in outputs]
+        if not bound:  # a rank's piece of which nothing is wanted, such as that behind the logits
+            return OrtStepOutputs({})
         binding = self.session.io_binding()
         fed = {spec.name: np.ascontiguousarray(inputs.array(spec.name)) for spec in self._step_inputs}
         if self._device.holds_inputs:
@@ -107,8 +111,6 @@ class OrtGraph:
                 binding.bind_cpu_input(name, array)
         for name, value in self.caches.items():
             binding.bind_ortvalue_input(name, value)
-        # get_outputs() follows the order of binding, which is therefore the graph's.
-        bound = [name for name in self.output_names if name in self._aliases or name in outputs]
         for name in bound:
             if name in self._aliases:
                 binding.bind_ortvalue_output(name, self.caches[self._aliases[name]])
