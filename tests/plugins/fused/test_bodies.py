@@ -14,6 +14,7 @@ from seekforge.common import dtypes
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.native import FUSED
+from seekforge.plugins.native.library import keep_row_bits
 from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION
 from seekforge.plugins.testing import Draw, max_error, run_model
 from seekforge.plugins.torch_ops import DTYPE_NAMES
@@ -199,6 +200,26 @@ def test_experts_of_a_few_tokens_do_not_depend_on_company(library: Path) -> None
         alone = [part[token : token + 1].contiguous() for part in inputs[:3]] + inputs[3:]
         (result,) = run("FoldedExperts", {"act_quant": "none"}, alone, alone[:1], library)
         assert torch.equal(result, together[token : token + 1])
+
+
+def test_few_rows_give_the_bits_of_many_where_that_is_asked_for(library: Path) -> None:
+    inputs = experts_case(40, 4, 640, 128)
+    few = [part[:10].contiguous() for part in inputs[:3]] + inputs[3:]
+    most, some = (torch.bincount(one[1].flatten(), minlength=9) for one in (inputs, few))
+    assert most.max() > 8 >= some.max() and some.min() > 1
+
+    def equal() -> bool:
+        together, alone = (
+            run("FoldedExperts", {"act_quant": "none"}, one, one[:1], library)[0] for one in (inputs, few)
+        )
+        return torch.equal(together[:10], alone)
+
+    keep_row_bits(True)
+    keep_row_bits(True)
+    assert equal()
+    keep_row_bits(False)
+    assert equal(), "the other one who asked is still there"
+    keep_row_bits(False)
 
 
 def test_experts_that_there_are_not_and_sizes_that_differ_are_errors(library: Path) -> None:

@@ -1,8 +1,10 @@
-// The library's one exported function, and which processor's loops it uses.
+// The functions that the library exports, and which processor's loops it uses.
+#include <atomic>
 #include <cstdlib>
 
 #include "kernels.hpp"
 #include "op.hpp"
+#include "product.hpp"
 
 namespace seekforge {
 
@@ -27,6 +29,10 @@ const Kernels& kernels() {
     }();
     return best;
 }
+
+std::atomic<int> asked_for_row_bits{0};
+
+bool rows_keep_their_bits() { return asked_for_row_bits.load(std::memory_order_relaxed) > 0; }
 
 // Each is defined in the file of its operator.
 const ort::CustomOp* add_rms_norm();
@@ -78,4 +84,10 @@ extern "C" __attribute__((visibility("default"))) seekforge::ort::Status* Regist
     }();
     if (failed != nullptr) return api.create_status(api.message(failed));
     return api.add_domain(options, domain);
+}
+
+// Called by library.py, with 1 and, when that is over, −1: until then a row gives the same bits among any number of rows
+// but one.
+extern "C" __attribute__((visibility("default"))) void SeekforgeKeepRowBits(int change) {
+    seekforge::asked_for_row_bits += change;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from pathlib import Path
@@ -45,3 +46,13 @@ def add_operators(options: Any) -> bool:
             f"{path}: the CPU operators cannot be loaded ({reason}); install seekforge again, or set {SWITCH}=0"
         ) from error
     return True
+
+
+def keep_row_bits(on: bool) -> None:
+    """Ask that a row gives the same bits among any number of rows but one, in all sessions of this process; or no more.
+
+    Who asks says later that it is over; until all have, few rows take the way of many, which is slower.
+    """
+    path = compiled()
+    if path is not None and not absence():
+        ctypes.CDLL(str(path)).SeekforgeKeepRowBits(1 if on else -1)

@@ -6,6 +6,10 @@
 
 namespace seekforge {
 
+// Whether every row has to go through ONNX Runtime's product, however few there are: another product of few rows is
+// quicker, and sums in another order.
+bool rows_keep_their_bits();
+
 class Product {
   public:
     explicit Product(const Attributes& attributes) : api_(attributes.api()) {

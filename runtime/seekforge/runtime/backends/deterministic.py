@@ -3,17 +3,19 @@
 ONNX Runtime's CPU products give a row the same bits among any number of rows, except alone: a product of one row sums
 in another order. A head works on the Q tokens of a sequence, an expert on the tokens routed to it, of which there may
 be one. With every token doubled in its sequence (the second writes to no cache) no product ever has a single row,
-whatever the batch, the chunk and the routing.
+whatever the batch, the chunk and the routing. Our own product of few rows is left out (`keep_row_bits`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from seekforge.formats.step_io import MODEL, ROW_RESULTS, StepInputs
 from seekforge.formats.step_runner import StepOutputs
+from seekforge.plugins.native.library import keep_row_bits
 from seekforge.runtime.backends.base import Backend, GraphMetrics
 
 
@@ -40,6 +42,9 @@ class DeterministicBackend:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._release = contextlib.ExitStack()
+        keep_row_bits(True)
+        self._release.callback(keep_row_bits, False)
 
     def allocate_caches(self, num_blocks: int) -> None:
         """Make caches; see `Backend`."""
@@ -61,6 +66,7 @@ class DeterministicBackend:
 
     def close(self) -> None:
         """Give back sessions and caches."""
+        self._release.close()
         self._backend.close()
 
 

@@ -49,7 +49,7 @@ struct FoldedExperts {
         }
 
         const Kernels& loops = kernels();
-        const bool few = most <= kFewRows;
+        const bool few = most <= kFewRows && !rows_keep_their_bits();
         const int64_t held = few ? starts[experts] : most;  // rows that are worked on at a time
         float* const rounded = scratch((rounds ? tokens * hidden : 0) + held * (2 * hidden + 3 * inter));
         float* const own = rounded + (rounds ? tokens * hidden : 0);
