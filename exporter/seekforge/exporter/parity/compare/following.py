@@ -46,19 +46,19 @@ class Follower:
             The run's own choice, but for rows in which the other one chose others, all of them nearer to the boundary
             than noise takes them.
         """
-        own, name = values[op.output], f"{op.output}.{module.layer}"
+        chosen, name = values[op.output], f"{op.output}.{module.layer}"
         if not self._other.has(step, name):
-            return own
-        rows, theirs = _rows(own), _rows(torch.from_numpy(np.array(self._other.tensor(step, name))))
+            return chosen
+        rows, other_rows = _rows(chosen), _rows(torch.from_numpy(np.array(self._other.tensor(step, name))))
         real = self._other.arrays(step).real
-        differ = np.flatnonzero((np.sort(rows, -1) != np.sort(theirs, -1)).any(-1) & real)
+        differ = np.flatnonzero((np.sort(rows, -1) != np.sort(other_rows, -1)).any(-1) & real)
         if not len(differ):
-            return own
+            return chosen
         keys = op.output == TOPK_INDICES
         scores = _rows(module.key_scores(state, values) if keys else _biased_scores(module, values))
         followed = rows.copy()
         for row in differ:
-            changed = np.concatenate(different(theirs[row], rows[row]))
+            changed = np.concatenate(different(other_rows[row], rows[row]))
             if keys:
                 visible = scores[row][np.isfinite(scores[row])]
                 near = key_gaps(visible, rows[row], changed) <= _TIMES * FLOOR_KEYS
@@ -66,8 +66,8 @@ class Follower:
                 groups = module.config.n_group, module.config.topk_group
                 near = expert_gaps(scores[row], rows[row], changed, *groups) <= _TIMES * FLOOR_EXPERTS
             if near.all():
-                followed[row] = theirs[row]
-        return torch.from_numpy(followed).view_as(own)
+                followed[row] = other_rows[row]
+        return torch.from_numpy(followed).view_as(chosen)
 
 
 def _biased_scores(module: LayerModule, values: Mapping[str, Tensor]) -> Tensor:
