@@ -190,7 +190,7 @@ def test_a_rank_that_is_killed_is_named_and_leaves_nothing(engine: Path) -> None
 _SCRIPT = """
 import sys
 from seekforge import LLM, SamplingParams
-with LLM(sys.argv[1], num_blocks=5, self_check=False, threads=1) as llm:
+with LLM(sys.argv[1], num_blocks=5, num_speculative_tokens=1, self_check=False, threads=1) as llm:
     print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, temperature=0))[0].outputs[0].token_ids, flush=True)
     if len(sys.argv) > 2:
         sys.stdin.read()
