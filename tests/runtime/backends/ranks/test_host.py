@@ -146,7 +146,9 @@ def test_a_rank_that_was_told_to_end_is_not_lost(
     monkeypatch.setattr(host, "_start", start)
     aborted: list[bool] = []
     memory = Memory(Parallelism(tp=2))
-    watched = Host(tmp_path, memory, digest="", settings={}, on_fault=lambda: aborted.append(True))
+    watched = Host(
+        tmp_path, memory, parallelism=Parallelism(tp=2), digest="", settings={}, on_fault=lambda: aborted.append(True)
+    )
     if may_leave:
         watched.let_leave()
     theirs[0].close()

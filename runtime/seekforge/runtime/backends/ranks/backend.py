@@ -18,12 +18,14 @@ from seekforge.common.errors import EngineError
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
+from seekforge.runtime.backends.ranks.collectives import Collectives
 from seekforge.runtime.backends.ranks.host import Host, launched, meet
 from seekforge.runtime.backends.ranks.message import Message
 from seekforge.runtime.backends.ranks.micro_batches import num_parts
+from seekforge.runtime.backends.ranks.network import Network
 from seekforge.runtime.backends.ranks.opening import OpenRank, open_rank, settings_of
 from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
-from seekforge.runtime.backends.ranks.worker import message_of, work
+from seekforge.runtime.backends.ranks.worker import message_of, work, work_across
 
 T = TypeVar("T")
 
@@ -55,8 +57,11 @@ class RanksBackend:
         """
         place = launched()
         if place is not None and place.rank > 0:
-            with meet(place) as connection:
-                work(connection)
+            if place.across is not None:
+                work_across(place.across, place.rank, folder)
+            else:
+                with meet(place) as connection:
+                    work(connection)
             sys.exit(0)
         assert manifest.ranks is not None
         parallelism = manifest.ranks.parallelism
@@ -65,20 +70,31 @@ class RanksBackend:
         threads = threads or max(physical_cores() // parallelism.num_ranks, 1)
         settings = settings_of(manifest, threads=threads, checkpoint=checkpoint)
         self._rank: OpenRank | None = None
-        self._memory = Memory(parallelism)
+        self._memory = None if place is not None and place.across is not None else Memory(parallelism)
         try:
-            self._host = Host(folder, self._memory, digest=manifest.digest, settings=settings, on_fault=self._abort)
+            self._host = Host(
+                folder,
+                self._memory,
+                parallelism=parallelism,
+                digest=manifest.digest,
+                settings=settings,
+                on_fault=self._abort,
+            )
         except BaseException:
-            self._memory.close()
+            self._close_memory()
             raise
         try:
-            self._collectives = SharedMemory(self._memory, 0, self._host.check)
+            self._collectives: Collectives = (
+                Network(parallelism, 0, self._host.links, self._host.check)
+                if self._memory is None
+                else SharedMemory(self._memory, 0, self._host.check)
+            )
             self._rank = open_rank(folder, manifest, 0, self._collectives, settings, progress)
             self._host.await_ready()
         except BaseException:
             self._host.fail("the engine was not opened")
             self._close_rank()
-            self._memory.close()
+            self._close_memory()
             raise
 
     def allocate_caches(self, num_blocks: int) -> None:
@@ -131,6 +147,10 @@ class RanksBackend:
     def _opened(self) -> OpenRank:
         assert self._rank is not None
         return self._rank
+
+    def _close_memory(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
 
     def _close_rank(self) -> None:
         """Give back what this process has as a rank."""

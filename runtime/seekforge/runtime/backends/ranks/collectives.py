@@ -1,7 +1,7 @@
 """How ranks work together: four calls. Whoever runs graphs of several ranks knows no more of the others than these.
 
-`shared_memory.SharedMemory` is the one for ranks of a machine; what goes between machines, or between GPUs, is another
-class of these calls.
+`shared_memory.SharedMemory` is the one for ranks of a machine, `network.Network` the one for those of several. What
+goes between GPUs is inside of plans.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.ranks.collectives import Collectives
 from seekforge.runtime.backends.ranks.micro_batches import join_columns, split_columns
+from seekforge.runtime.backends.ranks.nodes import local_number
 from seekforge.runtime.backends.ranks.same_check import SameCheck
 from seekforge.runtime.backends.ranks.stage_links import StageLinks, wanted_of
 from seekforge.runtime.backends.tensorrt.backend import TensorRtBackend
@@ -140,4 +141,4 @@ class DeviceRank:
 def _open_gpu(folder: Path, manifest: Manifest, number: int, join: Callable[[], Group] | None) -> Device:
     from seekforge.runtime.backends.tensorrt.cuda import CudaDevice  # needs a driver and TensorRT
 
-    return CudaDevice(folder, manifest, number=number, join=join)
+    return CudaDevice(folder, manifest, number=local_number(number), join=join)

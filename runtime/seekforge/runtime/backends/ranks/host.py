@@ -7,6 +7,7 @@ ends all others when one is lost. A rank whose process stands still no longer be
 Processes are started here, or by somebody else with the variables that torchrun sets: RANK, WORLD_SIZE and MASTER_PORT.
 Then they meet at a socket that has a name but no file on Linux, and elsewhere one among the temporary files. Such a
 name is anybody's: both ends look whose process the other is before they say anything, as the memory is the model's.
+Ranks on several machines meet over TCP (`nodes`), and beat by empty lines.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from typing import Any, Final
 from seekforge.common.errors import EngineError
 from seekforge.common.paths import real_path
 from seekforge.common.system import child_environment
+from seekforge.formats.parallelism import Parallelism
+from seekforge.runtime.backends.ranks.nodes import Meeting, gather, link, listening, meeting_of
 from seekforge.runtime.backends.ranks.shared_memory import Memory
 
 #: Seconds between looks at all ranks, and looks without a beat after which one counts as hanging.
@@ -50,11 +53,13 @@ class Launched:
         rank: its rank.
         num_ranks: the number of all.
         meeting: the name of the socket where they meet.
+        across: where they meet if they are on several machines; None: all are on this one.
     """
 
     rank: int
     num_ranks: int
     meeting: str
+    across: Meeting | None = None
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
@@ -78,10 +83,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     if size == 1:
         return None
     if environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]:
-        raise EngineError(
-            f"LOCAL_WORLD_SIZE is {environment['LOCAL_WORLD_SIZE']!r:.50} of {size} ranks: ranks on several machines "
-            "do not work yet; start all of them on one"
-        )
+        return Launched(rank, size, "", meeting_of(environment, port))
     name = f"seekforge-{os.getuid()}-{port}"
     return Launched(rank, size, f"\0{name}" if sys.platform == "linux" else str(Path(tempfile.gettempdir(), name)))
 
@@ -93,12 +95,18 @@ class _Process:
         self.rank, self.connection, self.process = rank, connection, process
         self.ready: dict[str, Any] | None = None
         self.beats, self.silent = -1, 0
+        self.heard = 0
         self.received = b""
         self.has_left = False
 
-    def tell(self, first: Mapping[str, Any], memory: Memory) -> None:
-        """Send what the rank shall do, with the memory."""
-        socket.send_fds(self.connection, [json.dumps(first).encode() + b"\n"], [memory.fd])
+    def tell(self, first: Mapping[str, Any], memory: Memory | None) -> None:
+        """Send what the rank shall do, with the memory, where it shares one. Of one that ended the watch tells."""
+        line = json.dumps({**first, "rank": self.rank}).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            if memory is None:
+                self.connection.sendall(line)
+            else:
+                socket.send_fds(self.connection, [line], [memory.fd])
 
 
 class Host:
@@ -106,13 +114,15 @@ class Host:
 
     Attributes:
         fault: why the ranks ended; None: they live.
+        links: rank -> connection of rank 0 to it, where ranks are on several machines.
     """
 
     def __init__(
         self,
         folder: Path,
-        memory: Memory,
+        memory: Memory | None,
         *,
+        parallelism: Parallelism,
         digest: str,
         settings: Mapping[str, Any],
         on_fault: Callable[[], None] = lambda: None,
@@ -121,7 +131,8 @@ class Host:
 
         Args:
             folder: the engine folder.
-            memory: what they will share.
+            memory: what they will share; None: they are on several machines.
+            parallelism: how many there are.
             digest: the digest of the manifest that rank 0 read.
             settings: what else they have to know (`opening.settings_of`).
             on_fault: called once, from any thread, when the ranks are about to end for a fault.
@@ -134,28 +145,40 @@ class Host:
         self._memory, self._closing, self._may_leave = memory, False, False
         self._changed = threading.Condition()
         self._processes: list[_Process] = []
-        count = memory.places.parallelism.num_ranks
+        self.links: dict[int, socket.socket] = {}
+        count = parallelism.num_ranks
         meeting = launched()
+        first = {"folder": str(real_path(folder)), "digest": digest, "settings": settings}
         try:
-            if meeting is None:
-                for rank in range(1, count):
-                    self._processes.append(_start(rank))
+            if meeting is not None and meeting.num_ranks != count:
+                raise EngineError(
+                    f"WORLD_SIZE is {meeting.num_ranks}, {folder} is an engine of {count} ranks; start {count}"
+                )
+            if meeting is not None and meeting.across is not None:
+                self._meet_across(meeting.across, parallelism, first)
             else:
-                if meeting.num_ranks != count:
-                    raise EngineError(
-                        f"WORLD_SIZE is {meeting.num_ranks}, {folder} is an engine of {count} ranks; start {count}"
-                    )
-                _await(meeting, self._processes)
-            for process in self._processes:
-                first = {"folder": str(real_path(folder)), "rank": process.rank, "digest": digest}
-                first["settings"] = settings
-                with contextlib.suppress(OSError):  # one that ended: the watch says so
+                if meeting is None:
+                    for rank in range(1, count):
+                        self._processes.append(_start(rank))
+                else:
+                    _await(meeting, self._processes)
+                for process in self._processes:
                     process.tell(first, memory)
         except BaseException:
             self._end()
             raise
         self._watch = threading.Thread(target=self._look, name="seekforge-ranks", daemon=True)
         self._watch.start()
+
+    def _meet_across(self, meeting: Meeting, parallelism: Parallelism, first: Mapping[str, Any]) -> None:
+        """Await the ranks of all machines, tell them what to open and where the others are, and connect with them."""
+        with listening(meeting.port) as server:
+            arrivals = gather(meeting, parallelism.num_ranks, server)
+            addresses = {one.rank: one.address for one in arrivals} | {0: (meeting.address, meeting.port)}
+            for one in arrivals:
+                self._processes.append(_Process(one.rank, one.connection, None))
+                self._processes[-1].tell({**first, "addresses": addresses}, None)
+            self.links = link(parallelism, 0, addresses, server, meeting.secret)
 
     def check(self) -> None:
         """Raise when a rank is lost.
@@ -249,6 +272,9 @@ class Host:
         one.received = (one.received + data)[-_MOST_LINE:]
         while b"\n" in one.received:
             line, _, one.received = one.received.partition(b"\n")
+            if not line:  # a beat
+                one.heard += 1
+                continue
             said = json.loads(line)
             if "error" in said:
                 return f"rank {one.rank}: {said['error']}"
@@ -263,7 +289,7 @@ class Host:
         for one in self._processes:
             if one.has_left:
                 continue
-            beats = self._memory.beats(one.rank)
+            beats = one.heard if self._memory is None else self._memory.beats(one.rank)
             one.silent = one.silent + 1 if beats == one.beats and one.ready is not None else 0
             one.beats = beats
             if one.silent > _SILENT_LOOKS:
