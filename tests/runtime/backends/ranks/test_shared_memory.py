@@ -57,6 +57,20 @@ def test_ranks_that_are_in_different_steps_are_named() -> None:
     assert "rank 1 adds 16 bytes where rank 0 adds 12: they are not in the same step" in said[0]
 
 
+def test_ranks_that_add_as_much_in_another_step_are_named() -> None:
+    """A step that one of them did not take: sizes would not tell."""
+
+    def work(rank: int, shared: SharedMemory) -> str:
+        if rank == 0:
+            shared.broadcast(Message({"step": 1}))
+        with pytest.raises(EngineError) as raised:
+            shared.sum(np.zeros(3, np.float32))
+        return str(raised.value)
+
+    said = together(Parallelism(tp=2), work)
+    assert "rank 1 adds after 0 pieces of broadcasts, rank 0 after 1: they are not in the same step" in said[0]
+
+
 def test_every_rank_gets_what_rank_0_broadcasts_however_long() -> None:
     sent = [np.arange(count, dtype=np.int64) for count in (0, 5, 400_000, 1, 70_000)]
 

@@ -31,6 +31,8 @@ from seekforge.runtime.backends.ranks.message import Message
 _LINE: Final = 128
 #: Bytes of a piece of a message, and of a piece of a sum.
 _MESSAGE_BYTES, _SUM_BYTES = 1 << 18, 1 << 20
+#: Bytes before a part of a sum: its length, and how many pieces of broadcasts its rank has had.
+_SUM_HEAD: Final = 16
 #: Pieces of messages that a reader may be behind; two sums are under way at most.
 _PLACES, _SUMS = 4, 2
 #: Looks at a counter before the waiting rank begins to sleep between them, and how long it sleeps then.
@@ -168,7 +170,7 @@ class SharedMemory:
             return part
         flat = np.ascontiguousarray(part).reshape(-1)
         result = np.empty_like(flat)
-        most = (_SUM_BYTES - 8) // flat.itemsize
+        most = (_SUM_BYTES - _SUM_HEAD) // flat.itemsize
         for start in range(0, max(len(flat), 1), most):
             self._sum_piece(flat[start : start + most], result[start : start + most])
         return result.reshape(part.shape)
@@ -187,27 +189,34 @@ class SharedMemory:
         self._memory.close()
 
     def _sum_piece(self, part: np.ndarray, result: np.ndarray) -> None:
-        """Lay a part down, wait for those of the others, and add them up; the first 8 bytes say how long it is.
+        """Lay a part down, wait for those of the others, and add them up; heads say how long they are, of which step.
 
         The next sum has other slots. The one after it has these again: no rank is there before all have left this one,
         since all have come to the next.
         """
         slots = self._slots[self._num_sums % _SUMS]
         own_slot = slots[self._rank - self._group.start]
-        own_slot[:8].view(np.int64)[0] = part.nbytes
-        own_slot[8 : 8 + part.nbytes].view(part.dtype)[:] = part
+        step = self._broadcast.count
+        own_slot[:_SUM_HEAD].view(np.int64)[:] = part.nbytes, step
+        own_slot[_SUM_HEAD : _SUM_HEAD + part.nbytes].view(part.dtype)[:] = part
         self._num_sums += 1
         self._memory.write(self._arrivals[self._rank - self._group.start], self._num_sums)
         for arrival in self._arrivals:
             self.wait(lambda counter=arrival: self._memory.read(counter) >= self._num_sums)
-        sizes = [int(slot[:8].view(np.int64)[0]) for slot in slots]
+        sizes, steps = zip(*(slot[:_SUM_HEAD].view(np.int64).tolist() for slot in slots), strict=True)
         if set(sizes) != {part.nbytes}:
             wrong = next(member for member, size in zip(self._group, sizes, strict=True) if size != part.nbytes)
             raise EngineError(
                 f"rank {wrong} adds {sizes[wrong - self._group.start]} bytes where rank {self._rank} adds "
                 f"{part.nbytes}: they are not in the same step; start the engine again and report this"
             )
-        values = [slot[8 : 8 + part.nbytes].view(part.dtype) for slot in slots]
+        if set(steps) != {step}:
+            wrong = next(member for member, other in zip(self._group, steps, strict=True) if other != step)
+            raise EngineError(
+                f"rank {wrong} adds after {steps[wrong - self._group.start]} pieces of broadcasts, rank {self._rank} "
+                f"after {step}: they are not in the same step; start the engine again and report this"
+            )
+        values = [slot[_SUM_HEAD : _SUM_HEAD + part.nbytes].view(part.dtype) for slot in slots]
         np.add(values[0], values[1], out=result)
         for value in values[2:]:
             np.add(result, value, out=result)
@@ -235,14 +244,18 @@ class SharedMemory:
 
 
 class _Channel:
-    """Messages from one rank to one or more others, in pieces that lie in a ring."""
+    """Messages from one rank to one or more others, in pieces that lie in a ring.
+
+    Attributes:
+        count: pieces that this rank has written, or read.
+    """
 
     def __init__(self, owner: SharedMemory, written: int, reads: Sequence[int], place: int, reader: int | None) -> None:
         """`written`, `reads`: counters of pieces. `reader`: that of this rank, which else is the writer."""
         self._owner, self._memory = owner, owner.memory
         self._written, self._reads, self._reader = written, reads, reader
         self._slots = [self._memory.array(place + i * _MESSAGE_BYTES, _MESSAGE_BYTES) for i in range(_PLACES)]
-        self._count = 0
+        self.count = 0
 
     def send(self, message: Message) -> None:
         """Write a message; waits while readers are behind."""
@@ -269,9 +282,9 @@ class _Channel:
         while True:
             count = min(total - at, _MESSAGE_BYTES - start)
             data[at : at + count] = slot[start : start + count].tobytes()
-            self._count += 1
+            self.count += 1
             assert self._reader is not None
-            self._memory.write(self._reader, self._count)
+            self._memory.write(self._reader, self.count)
             at, start = at + count, 0
             if at == total:
                 return Message.unpack(data)
@@ -279,16 +292,16 @@ class _Channel:
 
     def _next_slot(self) -> np.ndarray:
         for reads in self._reads:
-            self._owner.wait(lambda counter=reads: self._count - self._memory.read(counter) < _PLACES)
-        return self._slots[self._count % _PLACES]
+            self._owner.wait(lambda counter=reads: self.count - self._memory.read(counter) < _PLACES)
+        return self._slots[self.count % _PLACES]
 
     def _publish(self) -> None:
-        self._count += 1
-        self._memory.write(self._written, self._count)
+        self.count += 1
+        self._memory.write(self._written, self.count)
 
     def _arrived(self) -> np.ndarray:
-        self._owner.wait(lambda: self._memory.read(self._written) > self._count)
-        return self._slots[self._count % _PLACES]
+        self._owner.wait(lambda: self._memory.read(self._written) > self.count)
+        return self._slots[self.count % _PLACES]
 
 
 def _unnamed_file() -> int:
