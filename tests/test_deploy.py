@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from tests.support.replicas import free_port
 
+from seekforge.runtime.backends.ranks.nodes import SECRET
+from seekforge.runtime.cli import main as cli
 from seekforge.runtime.cli.serve import serve
 from seekforge.runtime.ray.application import API_KEY, DEPLOYMENT, ApplicationArguments
 from seekforge.runtime.server.app import ROUTES
@@ -23,11 +35,16 @@ COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text(encoding="utf-
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
+LWS: dict[str, dict[str, Any]] = {
+    one["kind"]: one for one in yaml.safe_load_all((ROOT / "deploy/leaderworkerset.yaml").read_text(encoding="utf-8"))
+}
+GROUP = LWS["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
 RAY = yaml.safe_load((ROOT / "deploy/kuberay.yaml").read_text(encoding="utf-8"))
 SERVE_CONFIG = yaml.safe_load(RAY["spec"]["serveConfigV2"])
 
 #: Fields that the API servers know, of what these files use: an unknown one is dropped or refused there, and said
-#: by nobody here. Of Kubernetes' core/v1 and apps/v1, KubeRay's ray.io/v1 and the Gateway API's inference extension v1.
+#: by nobody here. Of Kubernetes' core/v1 and apps/v1, LeaderWorkerSet's v1, KubeRay's ray.io/v1 and the Gateway API's
+#: inference extension v1.
 POD_FIELDS = {
     "automountServiceAccountToken", "containers", "securityContext", "terminationGracePeriodSeconds", "volumes",
 }  # fmt: skip
@@ -40,12 +57,15 @@ SPEC_FIELDS = {
     "Service": {"selector", "ports", "type"},
     "InferencePool": {"selector", "targetPorts", "endpointPickerRef"},
     "RayService": {"serveConfigV2", "rayClusterConfig"},
+    "LeaderWorkerSet": {"replicas", "leaderWorkerTemplate", "startupPolicy"},
 }
+GROUP_FIELDS = {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
 API_VERSIONS = {
     "Deployment": "apps/v1",
     "Service": "v1",
     "InferencePool": "inference.networking.k8s.io/v1",
     "RayService": "ray.io/v1",
+    "LeaderWorkerSet": "leaderworkerset.x-k8s.io/v1",
 }
 HEAD_FIELDS = {"rayStartParams", "template", "serviceType"}
 WORKER_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
@@ -54,6 +74,7 @@ WORKER_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStar
 def pods() -> Iterator[Mapping[str, Any]]:
     """Yield the specification of every pod of these files."""
     yield POD
+    yield from (GROUP[f"{role}Template"]["spec"] for role in ("leader", "worker"))
     cluster = RAY["spec"]["rayClusterConfig"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         yield group["template"]["spec"]
@@ -111,7 +132,8 @@ def test_the_metrics_that_a_picker_reads_are_there() -> None:
 
 
 def test_objects_have_fields_that_are_known() -> None:
-    for one in (*OBJECTS.values(), RAY):
+    assert set(GROUP) <= GROUP_FIELDS and GROUP["restartPolicy"] == "RecreateGroupOnPodRestart"
+    for one in (*OBJECTS.values(), RAY, LWS["LeaderWorkerSet"], LWS["Service"]):
         kind = one["kind"]
         assert one["apiVersion"] == API_VERSIONS[kind] and set(one) == {"apiVersion", "kind", "metadata", "spec"}
         assert set(one["spec"]) <= SPEC_FIELDS[kind], kind
@@ -155,3 +177,70 @@ def test_the_page_shows_a_serve_config_that_is_one() -> None:
     assert application["import_path"] == SERVE_CONFIG["applications"][0]["import_path"]
     ApplicationArguments.model_validate(application["args"])
     assert [one["name"] for one in application["deployments"]] == [DEPLOYMENT]
+
+
+def test_machines_of_a_group_start_their_ranks_and_meet() -> None:
+    containers = {}
+    for role in ("leader", "worker"):
+        template = GROUP[f"{role}Template"]
+        (containers[role],) = template["spec"]["containers"]
+        container, volumes = containers[role], {one["name"]: one for one in template["spec"]["volumes"]}
+        assert container["command"][:2] == ["bash", "/ranks/start"]
+        assert volumes["ranks"]["configMap"]["name"] == LWS["ConfigMap"]["metadata"]["name"]
+        assert int(container["command"][2]) == container["resources"]["limits"]["nvidia.com/gpu"]
+        assert SECRET in {one["name"] for one in container["env"]}
+    assert containers["leader"]["command"] == containers["worker"]["command"]
+    options = options_of(["serve", containers["leader"]["command"][3], *containers["leader"]["args"]])
+    assert options["port"] == containers["leader"]["ports"][0]["containerPort"]
+    grace = [GROUP[f"{role}Template"]["spec"]["terminationGracePeriodSeconds"] for role in ("leader", "worker")]
+    assert options["drain_timeout"] < grace[0] < grace[1], "the workers' ranks end behind the leader's"
+    labels = GROUP["leaderTemplate"]["metadata"]["labels"]
+    assert LWS["Service"]["spec"]["selector"] == labels != GROUP["workerTemplate"]["metadata"]["labels"]
+
+
+@pytest.mark.slow
+def test_the_script_of_a_group_serves_over_two_machines_and_drains(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Two groups of processes, as two pods would be: the leader's serves, and all end when it is told to."""
+    run, port = CliRunner().invoke, free_port()
+    program, engine = tmp_path / "program", tmp_path / "engine"
+    assert run(cli.main, ["export", str(tiny_checkpoint), str(program), "--tp", "2", "--quiet"]).exit_code == 0
+    made = run(cli.main, ["build", str(program), str(engine), "--target", "cpu", "--checkpoint", str(tiny_checkpoint)])
+    assert made.exit_code == 0, made.output
+    script, command = tmp_path / "start", tmp_path / "bin/seekforge"
+    script.write_text(LWS["ConfigMap"]["data"]["start"].replace("29500", str(free_port())))
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/bash\nexec {sys.executable} -m seekforge "$@"\n')
+    command.chmod(0o755)
+    common = os.environ | {
+        "PATH": f"{command.parent}:{os.environ['PATH']}", SECRET: "of a test, long enough",
+        "LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "127.0.0.1",
+    }  # fmt: skip
+    options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
+    pods = [
+        subprocess.Popen(
+            ["bash", str(script), "1", str(engine), *(options if index == 0 else [])],
+            env=common | {"LWS_WORKER_INDEX": str(index)},
+            start_new_session=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while True:
+            assert all(pod.poll() is None for pod in pods) and time.monotonic() < deadline
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/ready", timeout=5) as answer:
+                if answer.status == 200:
+                    break
+            time.sleep(0.2)
+        body = json.dumps({"model": "tiny", "prompt": "Hello", "max_tokens": 4}).encode()
+        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.loads(answer.read())["usage"]["completion_tokens"] == 4
+        pods[1].send_signal(signal.SIGTERM)  # both are told at once; the ranks of a worker wait for the leader's
+        pods[0].send_signal(signal.SIGTERM)
+        assert [pod.wait(60) for pod in pods] == [0, 0]
+    finally:
+        for pod in pods:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pod.pid, signal.SIGKILL)
