@@ -26,6 +26,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     dynamo.install(monkeypatch)
 
 
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toy answers in less than the time between two looks at its counters."""
+    monkeypatch.setattr("seekforge.runtime.dynamo.worker._COUNTERS_S", 0.002)
+
+
 def driven(engine: Path, work: Callable[[Any, Any], Awaitable[Any]], **options: Any) -> Any:
     """Do `work` with a started worker and what it registered as."""
 
@@ -150,9 +156,9 @@ def test_what_cannot_be_served_is_the_callers_fault_and_a_full_queue_is_not(toy_
     driven(toy_engine, work, max_waiting=1)
 
 
-def test_a_client_that_goes_away_gives_its_blocks_back(toy_engine: Path) -> None:
+def test_a_client_that_goes_away_gives_its_blocks_back(toy_engine: Path, looks_often: None) -> None:
     async def work(worker: Any, config: Any) -> None:
-        running = asyncio.create_task(answered(worker, request([1, 2], 500), "gone"))
+        running = asyncio.create_task(answered(worker, request([1, 2], 1000), "gone"))
         await until(lambda: worker._counters["num_running"] == 1)
         await worker.abort(dynamo.Context("gone"))
         assert (await running)[-1]["finish_reason"] == "cancelled"
@@ -163,7 +169,7 @@ def test_a_client_that_goes_away_gives_its_blocks_back(toy_engine: Path) -> None
 
 
 def test_a_killed_engine_fails_what_was_in_flight_and_ends_the_worker(
-    toy_engine: Path, monkeypatch: pytest.MonkeyPatch
+    toy_engine: Path, looks_often: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
     real = os.kill
@@ -173,7 +179,7 @@ def test_a_killed_engine_fails_what_was_in_flight_and_ends_the_worker(
     )
 
     async def work(worker: Any, config: Any) -> None:
-        running = asyncio.create_task(answered(worker, request([1, 2], 500)))
+        running = asyncio.create_task(answered(worker, request([1, 2], 1000)))
         await until(lambda: worker._counters["num_running"] == 1)
         os.kill(worker._client.process_id, signal.SIGKILL)
         with pytest.raises(dynamo.ERRORS["EngineShutdown"], match="ended by signal 9"):

@@ -31,6 +31,8 @@ class Taps:
         required: what every layer's graph shows, or it is not one of the family.
         width: how many values a point has per token, for estimates of memory.
         divided: points that tensor-parallel ranks divide -> how. They have the others alike.
+        embedding: the module of the embedding, whose rows ranks may divide.
+        dense_output: the module below a layer of the product that a dense MLP ends with, which ranks add up.
     """
 
     attention: tuple[str, ...]
@@ -44,6 +46,8 @@ class Taps:
     required: frozenset[str]
     width: Callable[[ModelConfig, str], int]
     divided: Mapping[str, Division]
+    embedding: str = "embed_tokens"
+    dense_output: str = "mlp.down_proj"
 
 
 @dataclass(frozen=True)

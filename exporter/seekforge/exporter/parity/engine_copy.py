@@ -19,7 +19,9 @@ from onnx import helper
 from seekforge.common.errors import EngineError
 from seekforge.common.paths import inside, real_path
 from seekforge.exporter.builder.request import read_engine_graph
+from seekforge.exporter.models import family_of
 from seekforge.exporter.program.taps import TAP_NAME, expose, tap_specs, taps_in
+from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import MANIFEST, Manifest, digest_file, load_manifest, save_manifest
 from seekforge.formats.engine.ranks import Ranks, is_handed_on, joined, shown_name
 from seekforge.formats.program import GraphIO
@@ -27,8 +29,6 @@ from seekforge.formats.step_io import INTERMEDIATE_TENSORS, MODEL
 
 #: What ranks add up behind a dense MLP, as their dumps call it.
 DENSE_PART: Final = "mlp_part"
-#: The weight of the product that a dense MLP ends with.
-_DOWN = re.compile(r"layers\.(\d+)\.mlp\.down_proj\.weight")
 
 
 def available_taps(engine: Path) -> list[str]:
@@ -64,10 +64,12 @@ def tapped_copy(engine: Path, out: Path, names: Collection[str]) -> Path:
     Raises:
         EngineError: the engine is not one of ONNX Runtime: its graph is compiled and cannot be opened.
     """
-    ranks = load_manifest(engine).ranks
+    manifest = load_manifest(engine)
+    ranks, taps = manifest.ranks, family_of(ModelConfig.parse(manifest.config, str(engine))).taps
+    weight = re.compile(rf"layers\.(\d+)\.{re.escape(taps.dense_output)}\.weight")
 
     def edit(name: str, model: onnx.ModelProto, graph_io: GraphIO) -> GraphIO:
-        parts = {} if ranks is None else _dense_parts(model)
+        parts = {} if ranks is None else _dense_parts(model, weight)
         for tap, value in (stream_taps(model, ranks, graph_io.file) | parts).items():
             model.graph.node.append(helper.make_node("Identity", [value], [tap], f"{tap}/Identity"))
         layers = {name.rpartition(".")[2] for name in names}
@@ -101,11 +103,11 @@ def stream_taps(model: onnx.ModelProto, ranks: Ranks | None, file: str) -> dict[
     return {f"{point}.{border}": value for point, value in zip(INTERMEDIATE_TENSORS, totals[0].input)}
 
 
-def _dense_parts(model: onnx.ModelProto) -> dict[str, str]:
-    """Return what ranks add up behind a dense MLP, of which no tap tells -> the values."""
+def _dense_parts(model: onnx.ModelProto, weight: re.Pattern[str]) -> dict[str, str]:
+    """Return what ranks add up behind a dense MLP, of which no tap tells -> the values; `weight` is that of a layer."""
     taps: dict[str, str] = {}
     for node in model.graph.node:
-        layer = next((match[1] for name in node.input if (match := _DOWN.match(name))), None)
+        layer = next((match[1] for name in node.input if (match := weight.match(name))), None)
         if layer is not None and node.output[0] != f"{DENSE_PART}.{layer}":
             taps[f"{DENSE_PART}.{layer}"] = node.output[0]
     return taps

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.coded import CodedExperts
 from seekforge.exporter.models.shared.layer_operations import NEXT
 from seekforge.exporter.models.shared.moe import Experts
@@ -17,7 +19,7 @@ from seekforge.exporter.parity.engine_copy import DENSE_PART
 from seekforge.exporter.parity.sides.rank_dump import RankDump
 from seekforge.exporter.parity.sides.torch_streams import Judged
 
-_EMBEDDING, _LOGITS, _DENSE = "embed_tokens", "logits", "mlp.down_proj"
+_LOGITS: Final = "logits"
 Rows = Callable[[np.ndarray], np.ndarray]
 
 
@@ -33,9 +35,9 @@ def rank_errors(
         gate: what an error may be.
         rows: makes such rows of an array.
     """
-    op, layer = judged.op, judged.layer
+    op, layer, taps = judged.op, judged.layer, family_of(ranks.config).taps
     how, members = ranks.divided.get(op.output), ranks.members(layer)
-    if how is None and op.module not in (_EMBEDDING, _DENSE) and op.output != _LOGITS:
+    if how is None and op.module not in (taps.embedding, taps.dense_output) and op.output != _LOGITS:
         point = NEXT.get(op.output, op.output)
         name = f"{point}.{layer + (op.output in NEXT)}"
         if not ranks.dump.has(judged.step, name):
@@ -44,13 +46,14 @@ def rank_errors(
         return _beyond({members[i]: (rows(part), expected) for i, part in parts}, gate)
     if not (row_errors(actual, expected) > gate).any():
         return {}
-    if op.module == _EMBEDDING:
+    if op.module == taps.embedding:
         return _of_tokens(ranks, judged.step, row_errors(actual, expected), gate)
     if op.output == _LOGITS:
         divides = ranks.ranks.parallelism.divides_vocabulary(ranks.config)
         return _of_columns(members, expected, actual, gate, pairs=False) if divides else {}
-    if op.module == _DENSE or how == "sum":
-        point = DENSE_PART if op.module == _DENSE else op.output
+    is_dense = op.module == taps.dense_output
+    if is_dense or how == "sum":
+        point = DENSE_PART if is_dense else op.output
         return _of_summands(ranks, judged, f"{point}.{layer}", gate, rows)
     pairs = how == "pairs" and not op.parts  # else gate and up come one by one
     return _of_columns(members, expected, actual, gate, pairs=pairs)
