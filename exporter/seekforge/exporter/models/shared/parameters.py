@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final, Literal
 
 from seekforge.exporter.models.parameters import EXPERT, Draw, Parameter, Tensor
@@ -164,30 +165,17 @@ def mtp_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
 
 def end_tensors(config: ModelConfig) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the tensors before the first layer and those behind the last one."""
-    table = (config.vocab_size, config.hidden_size)
-    key = "vocab_size"
-    embedding = Tensor(
-        "model.embed_tokens.weight",
-        table,
-        "bf16",
+    table = functools.partial(
+        Tensor,
+        shape=(config.vocab_size, config.hidden_size),
+        dtype="bf16",
         sharding="vocabulary",
         axis=0,
         units=config.vocab_size,
-        units_key=key,
-        active=0,
-        draw="embedding",
+        units_key="vocab_size",
     )
-    head = Tensor(
-        "lm_head.weight",
-        table,
-        "bf16",
-        sharding="vocabulary",
-        axis=0,
-        units=config.vocab_size,
-        units_key=key,
-        draw="head",
-        is_head=True,
-    )
+    embedding = table("model.embed_tokens.weight", active=0, draw="embedding")
+    head = table("lm_head.weight", draw="head", is_head=True)
     return (embedding,), (_norm("model.norm.weight", config.hidden_size), head)
 
 
