@@ -1,7 +1,8 @@
 """Write docs/kernel-resources.json, what kernels cost by their compiled code, and the tables of docs/kernels.md.
 
-python -m tests.kernels_doc --compile     after a change of a kernel, a tile or the compiler: the record, and the page
-python -m tests.kernels_doc               after a change of a contract: the page alone
+python -m tests.kernels_doc --compile          after a change of a kernel, a tile or the compiler: the record, and the page
+python -m tests.kernels_doc --compile OP...    the same where only these operators changed: the others' record is kept
+python -m tests.kernels_doc                    after a change of a contract: the page alone
 
 What the cache of compiled kernels has is not compiled again.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +120,39 @@ def updated(text: str) -> str:
     return text
 
 
-def compiled() -> list[Record]:
-    """Compile every kernel of the full model for every SM, or take it from the cache, and return what the code says."""
+def compiled(ops: Collection[str] = ()) -> list[Record]:
+    """Compile kernels of the full model for every SM, or take them from the cache, and return what the code says.
+
+    Args:
+        ops: the operators; none: all.
+    """
     cache = aot.default_cache()
+    sizes = {op: bound for op, bound in operators(load_preset("full").config).items() if not ops or op in ops}
     with tempfile.TemporaryDirectory() as folder:
-        sets = aot.build(aot.tasks(operators(load_preset("full").config), SMS), Path(folder), cache=cache)
+        sets = aot.build(aot.tasks(sizes, SMS), Path(folder), cache=cache)
         return records(sets, Path(folder), cache=cache)
 
 
+def renewed(ops: Collection[str]) -> list[Record]:
+    """Return the record with these operators' kernels compiled now, and the others' as it has them."""
+    if not ops:
+        return compiled()
+    known = read_record()
+    if unknown := set(ops) - {one["op"] for one in known["kernels"]}:
+        raise SystemExit(f"no kernels of {', '.join(sorted(unknown))} are recorded")
+    if known["compiler"] != aot.compiler():
+        raise SystemExit(f"the record is of {known['compiler']}, here is {aot.compiler()}; compile all")
+    found = compiled(ops)
+    by_op = {one["op"]: [new for new in found if new["op"] == one["op"]] for one in found}
+    kept: dict[str, list[Record]] = {}
+    for one in known["kernels"]:
+        kept.setdefault(one["op"], []).append(one)
+    return [one for op, listed in kept.items() for one in by_op.get(op, listed)]
+
+
 def main() -> int:
-    if sys.argv[1:] == ["--compile"]:
-        lines = [json.dumps(one) for one in compiled()]
+    if sys.argv[1:2] == ["--compile"]:
+        lines = [json.dumps(one) for one in renewed(sys.argv[2:])]
         text = f'{{"compiler": {json.dumps(aot.compiler())}, "kernels": [\n' + ",\n".join(lines) + "\n]}\n"
         RESOURCES.write_text(text, encoding="utf-8")
     page = DOCS / "kernels.md"

@@ -130,20 +130,27 @@ def test_the_indexer_scores_nothing_for_rows_that_take_all_they_see() -> None:
 def test_attention_in_decode() -> None:
     found = works("DsaAttention", B=1, Q=1, MB=512, TOPK=2048)
     part, combine = found["part"], found["combine"]
-    assert part.programs == 4 * 8 and part.passes == (8,)  # 128 heads by 32, 64 steps of 32 keys in 8 splits
+    assert part.programs == 4 * 32 and part.passes == (2,)  # 128 heads by 32, 64 steps of 32 keys in 32 splits
     assert part.read_bytes == 2048 * 656 + 128 * 576 * 2 + 2048 * 4
-    assert part.written_bytes == 8 * 128 * (512 + 1) * 4
-    assert part.loaded_bytes == 4 * 2048 * 656 + 8 * 128 * 576 * 2 + 4 * 2048 * 4, "each key by 4 blocks of heads"
+    assert part.written_bytes == 32 * 128 * (512 + 1) * 4
+    looked = 4 * 32 * 2048 * 4  # each program looks for the end of its row
+    assert part.loaded_bytes == 4 * 2048 * (656 + 4) + 32 * 128 * 576 * 2 + looked, "each key by 4 blocks of heads"
     assert part.flops == 2 * 2048 * 128 * (512 + 512 + 64) and part.products == "bf16"
     assert part.pass_flops == 2 * 32 * 32 * (512 + 512 + 64)
     assert (combine.read_bytes, combine.written_bytes) == (part.written_bytes, 128 * 512 * 2)
-    assert combine.programs == 128
+    assert combine.loaded_bytes == 32 * 128 * (512 + 4) * 4, "four programs of 128 columns, each of which reads sums"
+    assert combine.programs == 128 * 4 and combine.passes == ()
 
 
-def test_attention_runs_all_steps_where_a_row_has_fewer_keys() -> None:
-    part = works("DsaAttention", load=Load(context=300), B=1, Q=1, MB=5, TOPK=2048)["part"]
+def test_attention_works_on_the_keys_that_a_row_has() -> None:
+    found = works("DsaAttention", load=Load(context=300), B=1, Q=1, MB=5, TOPK=2048)
+    part, combine = found["part"], found["combine"]
     assert part.flops == 2 * 300 * 128 * 1088 and part.read_bytes == 300 * 656 + 128 * 576 * 2 + 2048 * 4
-    assert part.passes == (8,)
+    assert part.programs == 4 * 32 and part.passes == (1,), "10 steps are the share of 10 splits"
+    assert part.written_bytes == combine.read_bytes == 128 * (10 * 512 + 32) * 4
+    assert part.loaded_bytes == 4 * 300 * 660 + 10 * 128 * 576 * 2 + 4 * 32 * 2048 * 4
+    many = works("DsaAttention", load=Load(context=300), B=128, Q=1, MB=5, TOPK=2048)
+    assert many["attend"].passes == (10,)
 
 
 def test_attention_of_a_long_prompt() -> None:
@@ -154,7 +161,7 @@ def test_attention_of_a_long_prompt() -> None:
     assert attend.programs == 512 * 2 and attend.passes == (64,)
     assert attend.read_bytes == 4096 * 1152 + 512 * (128 * 576 * 2 + 2048 * 4), "rows share what they choose"
     assert attend.flops == 2 * 512 * 2048 * 128 * 1088
-    assert attend.loaded_bytes == 2 * 512 * 2048 * 1152 + 512 * (128 * 576 * 2 + 2 * 2048 * 4)
+    assert attend.loaded_bytes == 2 * 512 * 2048 * (1152 + 4) + 512 * (128 * 576 * 2 + 2 * 2048 * 4)
 
 
 def test_dense_attention_in_decode() -> None:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tests.support.kernel_cases import ATTRS, close, gpu_cases, packed_latents
 from torch import Tensor
 
-from seekforge.plugins.dsa_attention import launch
+from seekforge.plugins.dsa_attention import kernel, launch
 from seekforge.plugins.dsa_attention.reference import dsa_attention
 from seekforge.plugins.kernels.interpreter import interpret
+from seekforge.plugins.latent_tile import LOG2_E
 from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.testing import Case, Draw, equal_bits
 
@@ -75,11 +76,52 @@ def random_case(
     return Case("DsaAttention", "random", inputs, {"scale": SCALE, "kv_format": "fp8_ds"})
 
 
+def cut_into(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every row cut into so many parts, and scratch asked for them."""
+    monkeypatch.setattr(launch, "choose_splits", lambda rows, blocks_h, topk, block_n: splits)
+    monkeypatch.setattr(launch, "_most_parts", launch._most_parts.__wrapped__)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 def test_splits_agree(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(b=2, q=2, topk=270, visible=300, seed=splits)
-    monkeypatch.setattr(launch, "choose_splits", lambda rows, topk, block_n: splits)
+    cut_into(splits, monkeypatch)
     assert close(run(case), case.expected()[0])
+
+
+@pytest.mark.parametrize(("count", "used"), [(0, 0), (1, 1), (32, 1), (100, 4), (270, 5)])
+def test_splits_share_the_keys_that_there_are_and_others_do_nothing(count: int, used: int) -> None:
+    """The parts of splits without keys are neither written nor read: here they stay NaN."""
+    splits, heads, width, topk = 8, 4, 128, 270
+    case = random_case(b=1, q=1, heads=heads, topk=topk, visible=300, seed=count)
+    q, q_pe, cache, table, indices = case.inputs
+    indices[0, 0] = -1
+    indices[0, 0, :count] = torch.arange(count)
+    variants = launch.variants({"H": heads, "C": width, "R": 64, "kv_format": "fp8_ds"}, 90)
+    part, combine = (next(one for one in variants if one.name == name) for name in ("part", "combine"))
+    parts, sums = torch.full((splits, heads, width), torch.nan), torch.full((splits, heads), torch.nan)
+    sizes = {"num_slots": cache.shape[0] * 64, "num_blocks": table.shape[1], "TOPK": topk, "first_row": 0}
+    sizes |= {"rows_per_sequence": 1, "splits": splits, "scale_log2": SCALE * LOG2_E}
+    kernel.attend_kernel[1, 1, splits](
+        q, q_pe, cache.view(torch.uint8), table, indices, parts, sums, **sizes, **part.constants
+    )
+    assert parts.isnan().flatten(1).all(1).tolist() == [False] * used + [True] * (splits - used)
+    assert (sums == -torch.inf).all(1).tolist() == [False] * used + [True] * (splits - used)
+    out = torch.full((1, 1, heads, width), torch.nan, dtype=torch.bfloat16)
+    kernel.combine_kernel[1, heads, 1](parts, sums, out, splits, **combine.constants)
+    assert close(out, case.expected()[0])
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 37, 39])
+def test_a_key_behind_places_without_one_is_found(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row whose places are looked at in several passes."""
+    monkeypatch.setattr(launch, "_BLOCK_K", 16)
+    case = random_case(b=1, q=2, topk=40, visible=100, seed=place)
+    indices = case.inputs[4]
+    indices[0, 0] = -1
+    indices[0, 0, place] = 77
+    got = run(case)
+    assert close(got, case.expected()[0]) and (got[0, 0] != 0).any()
 
 
 @pytest.mark.parametrize("heads", [1, 16, 17, 40])
@@ -123,10 +165,12 @@ def test_block_table_entries_outside_the_pool_are_no_key() -> None:
     assert (run(case) == 0).all()
 
 
-def test_nan_of_a_chosen_key_stays_visible() -> None:
-    case = random_case(b=1, q=2, topk=8, visible=64, seed=7)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_nan_of_a_chosen_key_stays_visible(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_into(splits, monkeypatch)
+    case = random_case(b=1, q=2, topk=40, visible=64, seed=7)
     cache, table, indices = case.inputs[2:]
-    indices[0, 0], indices[0, 1] = torch.arange(8), torch.arange(8, 16)
+    indices[0, 0], indices[0, 1] = torch.arange(40), torch.arange(8, 48)
     cache[int(table[0, 0]), 3] = -1
     got = run(case)
     assert got[0, 0].isnan().all() and got[0, 1].isfinite().all()

@@ -14,11 +14,22 @@ BOUND = V32 | {"MB": 2048, "TOPK": 2048, "scale": 0.135, "*latent": (70_000, 64,
 
 
 @pytest.mark.parametrize(
-    ("rows", "topk", "splits"),
-    [(1, 2048, 8), (1, 64, 2), (16, 2048, 8), (17, 2048, 7), (64, 2048, 2), (65, 2048, 1), (70_000, 2048, 1)],
+    ("rows", "blocks_h", "topk", "splits"),
+    [
+        (1, 4, 2048, 32),  # 128 programs of 2 steps
+        (2, 4, 2048, 16),
+        (1, 1, 2048, 32),  # a rank of eight: no more than are combined at once
+        (1, 4, 64, 2),  # no more than there are steps
+        (8, 4, 2048, 4),
+        (16, 4, 2048, 2),
+        (17, 4, 2048, 5),  # 68 programs would leave half of the GPU without work: 3 waves of 13 steps, not one of 64
+        (32, 4, 2048, 1),
+        (128, 4, 2048, 1),
+        (70_000, 4, 2048, 1),
+    ],
 )
-def test_splits_fill_the_gpu_within_the_workspace(rows: int, topk: int, splits: int) -> None:
-    assert choose_splits(rows, topk, 32) == splits
+def test_splits_fill_the_gpu_within_the_workspace(rows: int, blocks_h: int, topk: int, splits: int) -> None:
+    assert choose_splits(rows, blocks_h, topk, 32) == splits
 
 
 @pytest.mark.parametrize("sm", SMS)

@@ -26,38 +26,34 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
             loaded_bytes=positions * record,
             programs=programs,
         )
+    rows, _, _ = launch.grid
+    splits = int(launch.arguments["splits"])  # pyright: ignore[reportArgumentType]
+    chosen = [min(keys, bound["TOPK"]) for keys in visible_keys(load, bound["Q"])]
+    expanded = launch.variant == "attend-expanded"
+    tile = choose_tile(heads, sm, from_bytes=bound["kv_format"] == "fp8_ds" and not expanded)
+    longest = [cdiv(cdiv(keys, tile.block_n), splits) for keys in chosen]  # steps of the first split, which has most
+    used = rows // bound["Q"] * sum(cdiv(cdiv(keys, tile.block_n), n) for keys, n in zip(chosen, longest, strict=True))
+    parts = 4 * heads * (used * c + rows * splits)
     if launch.variant == "combine":
-        rows, _, _ = launch.grid
-        parts = 4 * rows * int(launch.arguments["splits"]) * heads * (c + 1)  # pyright: ignore[reportArgumentType]
         return Work(
             read_bytes=parts,
             written_bytes=2 * rows * heads * c,
-            loaded_bytes=parts,
+            loaded_bytes=4 * heads * (used * c + rows * splits * launch.grid[2]),
             programs=programs,
-            passes=(int(launch.arguments["splits"]),) * 2,  # pyright: ignore[reportArgumentType]
         )
-    return _attend(launch, bound, sm, load, programs)
-
-
-def _attend(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load, programs: int) -> Work:
-    heads, c, r, q, topk = (bound[name] for name in ("H", "C", "R", "Q", "TOPK"))
-    rows, blocks_h, splits = launch.grid
-    expanded = launch.variant == "attend-expanded"
-    from_bytes = bound["kv_format"] == "fp8_ds" and not expanded
-    tile = choose_tile(heads, sm, from_bytes=from_bytes)
-    key_bytes = latent_row_bytes(c, r, "fp8_ds" if from_bytes else "bf16")
-    visible = visible_keys(load, q)
-    chosen = [min(keys, topk) for keys in visible]
-    keys = rows // q * sum(chosen)
-    different = rows // q * min(sum(chosen), max(visible))  # rows of one sequence share what they choose
-    query_bytes = 2 * heads * (c + r)
+    key_bytes = latent_row_bytes(c, r, bound["kv_format"] if not expanded else "bf16")
+    keys, topk = rows // bound["Q"] * sum(chosen), bound["TOPK"]
+    different = rows // bound["Q"] * min(sum(chosen), max(visible_keys(load, bound["Q"])))
+    query_bytes, blocks_h = 2 * heads * (c + r), launch.grid[1]
     return Work(
-        read_bytes=different * key_bytes + rows * (query_bytes + 4 * topk),
-        written_bytes=rows * heads * (4 * splits * (c + 1) if splits > 1 else 2 * c),
-        loaded_bytes=blocks_h * keys * key_bytes + rows * (splits * query_bytes + 4 * blocks_h * topk),
+        read_bytes=different * key_bytes + rows * (query_bytes + 4 * topk),  # rows of a sequence share what they choose
+        written_bytes=parts if splits > 1 else 2 * rows * heads * c,
+        # the positions once more in each program, which looks for the last
+        loaded_bytes=blocks_h * keys * (key_bytes + 4) + used * query_bytes + 4 * programs * topk,
         programs=programs,
         flops=2 * keys * heads * (2 * c + r),
         pass_flops=2 * tile.block_h * tile.block_n * (2 * c + r),
         products="bf16",
-        passes=(cdiv(cdiv(topk, tile.block_n), splits),),  # also where the row has fewer keys
+        passes=(max(longest),),
     )
+

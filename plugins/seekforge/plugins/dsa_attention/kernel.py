@@ -4,9 +4,10 @@ One program: one query row x BLOCK_H heads x one split of its chosen positions. 
 to a slot, whose record (656 bytes for V3.2) is read as e4m3, scales and bf16, widened to a bf16 tile, and serves as
 key and as value. Softmax in base 2, f32; the product with the values has bf16 weights and f32 sums. -1 anywhere, and
 whatever lies outside the pool, is no key: such rows are loaded as 0, so what lies in unused slots never enters.
-Decode is bound by latency and by the widening of bytes, so positions are split over programs and a second launch
-combines them; long prompts first expand each sequence's cache to bf16 once (`expand_kernel`), since thousands of rows
-share it.
+A program first looks for the last place of its row that holds a position, and splits cut what lies before it: behind it
+there is nothing to do, which in a short context is most of TOPK. Decode is bound by latency and by the widening of
+bytes, so positions are split over programs and a second launch combines them; long prompts first expand each sequence's
+cache to bf16 once (`expand_kernel`), since thousands of rows share it.
 """
 
 import triton
@@ -47,15 +48,27 @@ def _slots(index, table_ptr, num_slots, num_blocks, LINEAR: tl.constexpr):
 
 
 @triton.jit
+def _places(topk_ptr, TOPK, BLOCK: tl.constexpr):
+    """Return how many places of a row there are up to the last that holds a position."""
+    last = 0
+    for start in tl.range(0, TOPK, BLOCK, num_stages=1):  # a pipeline would take shared memory from the main loop
+        at = start + tl.arange(0, BLOCK)
+        index = tl.load(topk_ptr + at, mask=at < TOPK, other=-1)
+        last = tl.maximum(last, tl.max(tl.where(index >= 0, at + 1, 0), 0))
+    return last
+
+
+@triton.jit
 def attend_kernel(
     q_ptr, q_pe_ptr, cache_ptr, table_ptr, topk_ptr, out_ptr, lse_ptr,
     num_slots, num_blocks, TOPK, first_row, rows_per_sequence, splits, scale_log2,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    BYTES: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr, LINEAR: tl.constexpr,
+    BYTES: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr, LINEAR: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """q bf16 [rows, H, C], q_pe [rows, H, R], topk i32 [rows, TOPK] -> out.
 
-    out: bf16 [rows, H, C]; PARTIAL: f32 [rows, splits, H, C] and lse (base 2) [rows, splits, H].
+    out: bf16 [rows, H, C]; PARTIAL: f32 [rows, splits, H, C] and lse (base 2) [rows, splits, H]. A split without keys
+    writes -inf to lse alone.
     """
     row = tl.program_id(0).to(tl.int64) + first_row
     split = tl.program_id(2)
@@ -63,16 +76,17 @@ def attend_kernel(
     h_ok = h < H
     column = tl.arange(0, C)
     rope = tl.arange(0, R)
-    q = tl.load(q_ptr + (row * H + h)[:, None] * C + column[None, :], mask=h_ok[:, None], other=0.0)
-    q_pe = tl.load(q_pe_ptr + (row * H + h)[:, None] * R + rope[None, :], mask=h_ok[:, None], other=0.0)
+    steps = tl.cdiv(_places(topk_ptr + row * TOPK, TOPK, BLOCK_K), BLOCK_N)
+    per_split = tl.cdiv(steps, splits)
+    start = split * per_split
+    works = h < tl.where(start < steps, H, 0)
+    q = tl.load(q_ptr + (row * H + h)[:, None] * C + column[None, :], mask=works[:, None], other=0.0)
+    q_pe = tl.load(q_pe_ptr + (row * H + h)[:, None] * R + rope[None, :], mask=works[:, None], other=0.0)
     table = table_ptr + row // rows_per_sequence * num_blocks
 
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, C], tl.float32)
-    steps = tl.cdiv(TOPK, BLOCK_N)
-    per_split = tl.cdiv(steps, splits)
-    start = split * per_split
     for step in range(start, tl.minimum(start + per_split, steps)):
         at = step * BLOCK_N + tl.arange(0, BLOCK_N)
         index = tl.load(topk_ptr + row * TOPK + at, mask=at < TOPK, other=-1)
@@ -100,7 +114,7 @@ def attend_kernel(
     acc = tl.where(any_key[:, None], acc / tl.where(any_key, total, 1.0)[:, None], 0.0)
     if PARTIAL:
         part = (row * splits + split) * H + h
-        tl.store(out_ptr + part[:, None] * C + column[None, :], acc, mask=h_ok[:, None])
+        tl.store(out_ptr + part[:, None] * C + column[None, :], acc, mask=works[:, None])
         tl.store(
             lse_ptr + part, tl.where(any_key, m + tl.log2(tl.where(any_key, total, 1.0)), float("-inf")), mask=h_ok
         )
@@ -109,22 +123,25 @@ def attend_kernel(
 
 
 @triton.jit
-def combine_kernel(part_ptr, lse_ptr, out_ptr, splits, H: tl.constexpr, C: tl.constexpr):
-    """Add the splits of one row and head in order, each with its share of the softmax; no key anywhere gives 0."""
+def combine_kernel(
+    part_ptr, lse_ptr, out_ptr, splits, H: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Add the splits of one row and head, each with its share of the softmax; no key anywhere gives 0.
+
+    All of them are loaded at once; of a split without keys, whose lse is -inf, nothing else is read.
+    """
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
-    column = tl.arange(0, C)
-    m = float("-inf")
-    for split in range(splits):
-        m = tl.maximum(m, tl.load(lse_ptr + (row * splits + split) * H + h))
-    base = tl.where(m == float("-inf"), 0.0, m)
-    total = 0.0
-    acc = tl.zeros([C], tl.float32)
-    for split in range(splits):
-        part = (row * splits + split) * H + h
-        share = tl.exp2(tl.load(lse_ptr + part) - base)
-        total += share
-        acc += share * tl.load(part_ptr + part * C + column)
+    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.arange(0, SPLITS)
+    part = (row * splits + split) * H + h
+    lse = tl.load(lse_ptr + part, mask=split < splits, other=float("-inf"))
+    some = lse != float("-inf")  # also true for NaN, which must stay visible
+    value = tl.load(part_ptr + part[:, None] * C + column[None, :], mask=some[:, None], other=0.0)
+    m = tl.max(lse, 0)
+    share = tl.where(some, tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m)), 0.0)
+    total = tl.sum(share, 0)
+    acc = tl.sum(share[:, None] * value, 0)
     acc = tl.where(total != 0.0, acc / tl.where(total != 0.0, total, 1.0), 0.0)
     tl.store(out_ptr + (row * H + h) * C + column, to_bf16(acc))
 

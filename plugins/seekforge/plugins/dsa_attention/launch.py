@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -9,22 +10,51 @@ from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
 from seekforge.plugins.kernels.sm_limits import has_fp8
-from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, choose_tile, most_parts, take_parts
+from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, choose_tile, take_parts
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
 NOTES: Final = ("caches in bf16 or fp8_ds", "any number of heads and any index_topk")
 
-#: Most parts that the positions of a row are cut into.
-MAX_SPLITS: Final = 8
+#: Most parts that the positions of a row are cut into: what the kernel that combines them loads at once.
+MAX_SPLITS: Final = 32
+#: Programs that run at a time on the GPU that parts are counted for, one on each SM of an H100, and steps of keys that
+#: a program takes beside its own: to find the end of its row, to load queries, to leave its part to be combined.
+_PROGRAMS, _STEPS_BESIDE = 132, 2
+#: Chosen positions that a program looks at at a time, and columns of one program that combines.
+_BLOCK_K, _COMBINE_BLOCK = 2048, 128
 #: Query rows per sequence from which its cache is expanded to bf16 once.
 EXPAND_ROWS: Final = 256
 _EXPAND_POSITIONS: Final = 4
 
 
-def choose_splits(rows: int, topk: int, block_n: int) -> int:
-    """Return the parts that each row's positions are cut into: all of them fill the GPU and fit the workspace."""
-    return max(1, min(MAX_SPLITS, MAX_PARTS // rows, cdiv(topk, block_n)))
+@functools.lru_cache(maxsize=4096)
+def choose_splits(rows: int, blocks_h: int, topk: int, block_n: int) -> int:
+    """Return the parts that each row's positions are cut into, so that the GPU is full and the workspace has room.
+
+    Programs run in waves, and a wave lasts as long as a program: the fewest parts that take the least time.
+
+    Args:
+        rows: query rows of the call.
+        blocks_h: programs that share the heads of a row.
+        topk: positions of a row.
+        block_n: positions of a step.
+    """
+    steps = cdiv(topk, block_n)
+    most = max(1, min(MAX_SPLITS, MAX_PARTS // rows, steps))
+
+    def duration(splits: int) -> int:
+        return cdiv(rows * blocks_h * splits, _PROGRAMS) * (cdiv(steps, splits) + _STEPS_BESIDE)
+
+    return min(range(1, most + 1), key=duration)
+
+
+@functools.lru_cache(maxsize=1024)
+def _most_parts(batch: int, queries: int, blocks_h: int, topk: int, block_n: int) -> int:
+    """Return the most parts of all rows together, in a step of at most so many sequences and queries of each."""
+    rows = {b * q for b in range(1, batch + 1) for q in range(1, min(queries, MAX_PARTS // b) + 1)}
+    splits = {n: choose_splits(n, blocks_h, topk, block_n) for n in rows}
+    return max((n * parts for n, parts in splits.items() if parts > 1), default=0)
 
 
 def check(statics: Mapping[str, Any]) -> None:
@@ -64,6 +94,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "FP8": has_fp8(sm),
             "PARTIAL": partial,
             "LINEAR": linear,
+            "BLOCK_K": _BLOCK_K,
         }
         return Variant(
             name, "attend_kernel", types, constants,
@@ -74,7 +105,8 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         attend(name, bytes_=from_bytes, partial=p, linear=False) for name, p in (("attend", False), ("part", True))
     ]
     types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32"}
-    result.append(Variant("combine", "combine_kernel", types, {"H": statics["H"], "C": statics["C"]}))
+    constants = {"H": statics["H"], "C": statics["C"], "SPLITS": MAX_SPLITS, "BLOCK_C": _COMBINE_BLOCK}
+    result.append(Variant("combine", "combine_kernel", types, constants))
     if from_bytes:
         types = {
             "cache_ptr": "*u8",
@@ -93,15 +125,21 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     """Return scratch for the parts of few rows, or for one expanded sequence of a long prompt."""
     from_bytes = bound["kv_format"] == "fp8_ds"
-    block_n = choose_tile(bound["H"], sm, from_bytes=from_bytes).block_n
     expands = from_bytes and bound["Q"] >= EXPAND_ROWS
     queries = min(bound["Q"], EXPAND_ROWS - 1) if from_bytes else bound["Q"]
     workspace = Workspace()
-    take_parts(bound, most_parts(bound["B"], queries, min(MAX_SPLITS, cdiv(bound["TOPK"], block_n))), workspace)
+    sizes = min(bound["B"], MAX_PARTS), min(queries, MAX_PARTS), *_cut(bound, sm)
+    take_parts(bound, _most_parts(*sizes), workspace)
     expanded = Workspace()
     if expands:
         _take_expanded(bound, expanded)
     return max(workspace.size, expanded.size)
+
+
+def _cut(bound: Mapping[str, Any], sm: int) -> tuple[int, int, int]:
+    """Return the programs that share the heads of a row, the positions of a row, and those of a step."""
+    tile = choose_tile(bound["H"], sm, from_bytes=bound["kv_format"] == "fp8_ds")
+    return cdiv(bound["H"], tile.block_h), bound["TOPK"], tile.block_n
 
 
 def _take_expanded(bound: Mapping[str, Any], workspace: Workspace) -> Buffer:
@@ -126,10 +164,10 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         "rows_per_sequence": q,
         "scale_log2": bound["scale"] * LOG2_E,
     }
-    blocks_h = cdiv(heads, choose_tile(heads, sm, from_bytes=from_bytes).block_h)
     if from_bytes and q >= EXPAND_ROWS:
         return _prompt_plan(bound, common, slots=slots, sm=sm)
-    splits = choose_splits(rows, topk, choose_tile(heads, sm, from_bytes=from_bytes).block_n)
+    cut = _cut(bound, sm)
+    splits = choose_splits(rows, *cut)
     part, lse = Buffer("o_latent"), Buffer("o_latent")  # lse is not written by the whole variant
     workspace = Workspace()
     if splits > 1:
@@ -142,7 +180,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         "lse_ptr": lse,
         "splits": splits,
     }
-    launches = [Launch("part" if splits > 1 else "attend", (rows, blocks_h, splits), common | rest)]
+    launches = [Launch("part" if splits > 1 else "attend", (rows, cut[0], splits), common | rest)]
     if splits > 1:
         arguments: dict[str, Buffer | int | float] = {
             "part_ptr": part,
@@ -150,7 +188,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
             "out_ptr": Buffer("o_latent"),
             "splits": splits,
         }
-        launches.append(Launch("combine", (rows, heads, 1), arguments))
+        launches.append(Launch("combine", (rows, heads, bound["C"] // _COMBINE_BLOCK), arguments))
     return LaunchPlan(tuple(launches), workspace.size)
 
 

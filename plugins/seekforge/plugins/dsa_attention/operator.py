@@ -54,7 +54,7 @@ OPERATOR = Operator(
         known_spills={
             ("part", 80): (24, _NARROW),
             ("attend", 80): (24, _NARROW),
-            ("attend-expanded", 90): (168, _WIDE),
+            ("attend-expanded", 90): (176, _WIDE),
             ("attend-expanded", 100): (8, _WIDE),
             ("attend-expanded", 103): (8, _WIDE),
         },
