@@ -1,8 +1,8 @@
 """Write docs/kernel-resources.json, what kernels cost by their compiled code, and the tables of docs/kernels.md.
 
-python -m tests.kernels_doc --compile          after a change of a kernel, a tile or the compiler: the record, and the page
-python -m tests.kernels_doc --compile OP...    the same where only these operators changed: the others' record is kept
-python -m tests.kernels_doc                    after a change of a contract: the page alone
+python -m tests.kernels_doc --compile         after a change of a kernel, a tile or the compiler: record and page
+python -m tests.kernels_doc --compile OP...   the same where only these operators changed
+python -m tests.kernels_doc                   after a change of a contract: the page alone
 
 What the cache of compiled kernels has is not compiled again.
 
