@@ -56,4 +56,3 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
         products="bf16",
         passes=(max(longest),),
     )
-
