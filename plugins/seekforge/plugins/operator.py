@@ -30,6 +30,8 @@ DOMAIN = "seekforge"
 #: Version of the domain in a model's opset imports.
 DOMAIN_VERSION = 1
 
+#: The provider of every operator's own kernels.
+TRITON = "triton"
 #: What kernels take for FP8 weights: values, or INT8-typed bytes where a target has no float8.
 STORED_FP8 = ("f8e4m3", "i8")
 #: Type variables of arguments, and what each may be. A fixed type names itself.
@@ -325,6 +327,22 @@ class FoldedForm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LibraryForm:
+    """The operator as CUDA C++ over the headers of a library (`providers.library`). Not run on a GPU yet.
+
+    Attributes:
+        launch: module of the launch plans (`launch_plan.OpKernels`) with the same static sizes. Kernels of its variants
+            are `extern "C"`, and constants are macros, `SEEKFORGE_` before their names.
+        cost: as that of `KernelForm`.
+        source: file of the device code, beside `launch`.
+    """
+
+    launch: str
+    cost: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelForm:
     """The operator as Triton kernels. Sizes stand under the symbols of the spec.
 
@@ -335,6 +353,7 @@ class KernelForm:
         step_sizes: what one step fixes beside them, for each kind of call.
         known_spills: (variant, SM) -> most bytes of stack that a compiled kernel may have, and why.
         known_mma_sync: variant -> why it multiplies with mma.sync on SMs that have wgmma or tcgen05.
+        libraries: provider -> the same operator from a library that the user installs.
     """
 
     launch: str
@@ -343,6 +362,7 @@ class KernelForm:
     step_sizes: Callable[[RankModel, Step], Iterable[dict[str, Any]]]
     known_spills: Mapping[tuple[str, int], tuple[int, str]]
     known_mma_sync: Mapping[str, str]
+    libraries: Mapping[str, LibraryForm]
 
 
 @dataclass(frozen=True, kw_only=True)

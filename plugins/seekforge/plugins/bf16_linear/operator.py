@@ -43,5 +43,6 @@ OPERATOR = Operator(
         step_sizes=step_sizes,
         known_spills={},
         known_mma_sync={},
+        libraries={},
     ),
 )

@@ -48,5 +48,6 @@ OPERATOR = Operator(
         step_sizes=step_sizes,
         known_spills={("swap-16x128", 80): (8, "one register, stored and loaded outside of the main loop")},
         known_mma_sync={},
+        libraries={},
     ),
 )

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from seekforge.plugins.kernels.launch_plan import Launch
-from seekforge.plugins.operator import load
+from seekforge.plugins.kernels.launch_plan import Launch, library_form
+from seekforge.plugins.operator import TRITON, load
 from seekforge.plugins.registry import KERNEL_FORMS
 
 
@@ -75,9 +75,9 @@ class OpCost(Protocol):
 
 
 @functools.cache
-def op_cost(op: str) -> OpCost:
-    """Return the `cost` module of an operator that has kernels, by its ONNX op_type."""
-    return load(KERNEL_FORMS[op].cost)
+def op_cost(op: str, provider: str = TRITON) -> OpCost:
+    """Return the `cost` module of an operator that has kernels, by its ONNX op_type and their provider."""
+    return load((library_form(op, provider) or KERNEL_FORMS[op]).cost)
 
 
 def visible_keys(load: Load, queries: int) -> list[int]:

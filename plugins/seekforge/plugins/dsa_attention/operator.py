@@ -59,5 +59,6 @@ OPERATOR = Operator(
             ("attend-expanded", 103): (8, _WIDE),
         },
         known_mma_sync={"attend": _HEADS, "part": _HEADS},
+        libraries={},
     ),
 )

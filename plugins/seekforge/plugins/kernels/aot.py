@@ -3,7 +3,7 @@
 Work is cut into one process per operator and SM, so that no target sees another's compiler state
 (Triton 3.6 keeps the first conversion from FP8 that it compiles for every later target of the process). An image is
 cached under a hash of everything that it is made from: the sources, the variant, the SM and the compiler.
-Triton is imported only inside the worker processes.
+Triton is imported only inside the worker processes; kernels of a library are nvcc's (`providers.compile`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
-import importlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,15 +22,22 @@ from typing import Any, Final
 from seekforge.common.cores import usable_cores
 from seekforge.common.errors import EnvironmentFault, TargetError
 from seekforge.common.files import replace_file
-from seekforge.common.requirements import install
 from seekforge.common.temporary import temporary_folder
 from seekforge.common.user_cache import user_cache
 from seekforge.common.workers import Workers
-from seekforge.plugins.kernels import rules, sass
-from seekforge.plugins.kernels.cuda_driver import needed_driver
-from seekforge.plugins.kernels.kernel_set import FORMAT, Image, KernelSet, Param, Resources, from_json, to_json
+from seekforge.plugins.kernels import sass
+from seekforge.plugins.kernels.kernel_set import (
+    FORMAT,
+    Image,
+    KernelSet,
+    from_json,
+    to_json,
+)
 from seekforge.plugins.kernels.launch_plan import Scalar, Variant, op_kernels, statics_of
-from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT, occupancy
+from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT
+from seekforge.plugins.operator import TRITON
+from seekforge.plugins.providers import compile as libraries
+from seekforge.plugins.providers.images import compile_variant, compiler, packaged_tool
 from seekforge.plugins.registry import SPECS
 
 #: The list of descriptors in a folder of kernels: format 1, entries op, sm, digest, file.
@@ -57,64 +60,73 @@ class Task:
     sm: int
     digest: str
     statics: Mapping[str, Scalar]
+    provider: str = TRITON
 
 
-def compiler() -> str:
-    """Return the compiler's name and version.
+def compiler_of(op: str, provider: str) -> str:
+    """Return the name and version of what compiles an operator's kernels of a provider.
 
     Raises:
         EnvironmentFault: it is not installed.
     """
-    try:
-        return f"triton {importlib.metadata.version('triton')}"
-    except importlib.metadata.PackageNotFoundError:
-        raise EnvironmentFault(
-            f"triton is not installed, and kernels are compiled with it; {install('kernels')} (no GPU is needed)"
-        ) from None
+    return compiler() if provider == TRITON else libraries.compiler(op, provider)
 
 
-def image_key(op: str, variant: Variant, sm: int, *, compiler: str) -> str:
+def image_key(op: str, variant: Variant, sm: int, *, compiler: str, provider: str = TRITON) -> str:
     """Return the digest of all that one image is made from. Neither the compiler nor a GPU is needed to tell it."""
     head = json.dumps([_MADE, compiler, sm, asdict(variant)], sort_keys=True)
-    sources = _DEVICE_LIB.read_bytes() + (_OPERATORS / SPECS[op].torch_name / "kernel.py").read_bytes()
+    files = (_DEVICE_LIB, _OPERATORS / SPECS[op].torch_name / "kernel.py")
+    if provider != TRITON:
+        files = libraries.sources(op, provider)[:1]
+    sources = b"".join(path.read_bytes() for path in files)
     return hashlib.sha256(head.encode() + b"\0" + sources).hexdigest()
 
 
-def _sources(op: str) -> bytes:
+def _sources(op: str, provider: str) -> bytes:
     """Return the text that images of `op` depend on: device code, and the choices of tiles and in `launch.py`."""
+    if provider != TRITON:
+        return b"\0".join(path.read_bytes() for path in libraries.sources(op, provider))
     folder = _OPERATORS / SPECS[op].torch_name
     tiles = (_OPERATORS / "linear_tile.py", _OPERATORS / "latent_tile.py")
     files = (_DEVICE_LIB, *tiles, folder / "kernel.py", folder / "launch.py")
     return b"\0".join(path.read_bytes() for path in files)
 
 
-def set_digest(op: str, statics: Mapping[str, Scalar]) -> str:
-    """Return the digest of an operator's kernels: the same for every SM, since one engine may serve several."""
+def set_digest(op: str, statics: Mapping[str, Scalar], provider: str = TRITON) -> str:
+    """Return the digest of an operator's kernels: the same for every SM, since one engine may serve several.
+
+    It covers the provider: its sources, and in `compiler_of` its versions and the headers of a library.
+    """
     spec = SPECS[op]
-    head = json.dumps([FORMAT, op, spec.version, compiler(), dict(statics)], sort_keys=True)
-    return hashlib.sha256(head.encode() + b"\0" + _sources(op)).hexdigest()
+    head = json.dumps([FORMAT, op, spec.version, compiler_of(op, provider), dict(statics)], sort_keys=True)
+    return hashlib.sha256(head.encode() + b"\0" + _sources(op, provider)).hexdigest()
 
 
-def tasks(ops: Mapping[str, Mapping[str, Any]], sms: Iterable[int]) -> list[Task]:
+def tasks(
+    ops: Mapping[str, Mapping[str, Any]], sms: Iterable[int], providers: Mapping[str, str] | None = None
+) -> list[Task]:
     """Return the work for operators and SMs, the longest first.
 
     Args:
         ops: op_type -> its sizes and attributes (at least the static ones).
         sms: compute capabilities.
+        providers: op_type -> provider of its kernels; Triton of those that it does not name.
 
     Raises:
+        EnvironmentFault: a compiler or a library is not installed.
         ShapeError: there are no kernels for the sizes.
         TargetError: there are none for an SM.
     """
-    sms = tuple(sms)
+    sms, providers = tuple(sms), providers or {}
     for sm in sms:
         if sm not in SHARED_LIMIT:
             raise TargetError(f"sm {sm}: kernels are compiled for {', '.join(map(str, SHARED_LIMIT))}")
     tasks = []
     for op, bound in ops.items():
-        statics = statics_of(op, bound)
-        digest = set_digest(op, statics)
-        tasks += [Task(op, sm, digest, statics) for sm in sms]
+        provider = providers.get(op, TRITON)
+        statics = statics_of(op, bound, provider)
+        digest = set_digest(op, statics, provider)
+        tasks += [Task(op, sm, digest, statics, provider) for sm in sms]
     loops = {op: sum(v.main_loop for v in op_kernels(op).variants(statics_of(op, ops[op]), 90)) for op in ops}
     return sorted(tasks, key=lambda task: -loops[task.op])
 
@@ -185,13 +197,20 @@ def write(sets: Sequence[KernelSet], out: Path, *, cache: Path) -> None:
 
 def _compile_task(task: Task, cache: Path) -> KernelSet:
     images = {}
-    for variant in op_kernels(task.op).variants(task.statics, task.sm):
+    for variant in op_kernels(task.op, task.provider).variants(task.statics, task.sm):
         images[variant.name] = _cached(task, variant, cache)
-    return KernelSet(task.op, SPECS[task.op].version, task.sm, task.digest, task.statics, compiler(), images)
+    return _kernel_set(task, images)
+
+
+def _kernel_set(task: Task, images: Mapping[str, Image]) -> KernelSet:
+    made_by = compiler_of(task.op, task.provider)
+    version = SPECS[task.op].version
+    return KernelSet(task.op, version, task.sm, task.digest, task.statics, made_by, images, provider=task.provider)
 
 
 def _cached(task: Task, variant: Variant, cache: Path) -> Image:
-    record = cache / f"{image_key(task.op, variant, task.sm, compiler=compiler())}.json"
+    made_by = compiler_of(task.op, task.provider)
+    record = cache / f"{image_key(task.op, variant, task.sm, compiler=made_by, provider=task.provider)}.json"
     if record.is_file():
         try:
             image = from_json(record.read_text(encoding="utf-8"), where=str(record)).images[variant.name]
@@ -199,105 +218,10 @@ def _cached(task: Task, variant: Variant, cache: Path) -> Image:
                 return image
         except Exception:
             pass
-    image, cubin = compile_variant(task.op, variant, task.sm)
+    image, cubin = compile_variant(task.op, variant, task.sm, task.provider)
     replace_file(cache / image.cubin, cubin)
-    one = KernelSet(
-        task.op, SPECS[task.op].version, task.sm, task.digest, task.statics, compiler(), {variant.name: image}
-    )
-    replace_file(record, to_json(one).encode())
+    replace_file(record, to_json(_kernel_set(task, {variant.name: image})).encode())
     return image
-
-
-def compile_variant(op: str, variant: Variant, sm: int) -> tuple[Image, bytes]:
-    """Compile one variant for one SM; call it in a process that serves one SM only.
-
-    Raises:
-        TargetError: it does not compile, or the result could not run.
-    """
-    where = f"{op} {variant.name} sm{sm}"
-    triton = importlib.import_module("triton")
-    backend = importlib.import_module("triton.backends.compiler")
-    source_class = importlib.import_module("triton.compiler").ASTSource
-    function = getattr(importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.kernel"), variant.kernel)
-    aligned = [name for name, kind in variant.types.items() if kind.startswith("*")] + list(variant.aligned)
-    source = source_class(
-        function,
-        signature={name: variant.types.get(name, "constexpr") for name in function.arg_names},
-        constexprs=dict(variant.constants),
-        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    with temporary_folder("seekforge-kernels") as scratch:
-        os.environ["TRITON_CACHE_DIR"] = str(scratch)  # ours is the cache; Triton's depends on the process
-        try:
-            made = triton.compile(source, target=backend.GPUTarget("cuda", sm, 32), options=options)
-        except Exception as error:
-            raise TargetError(f"{where}: does not compile: {type(error).__name__}: {error}") from None
-        cubin, ptx, meta = made.asm["cubin"], made.asm["ptx"], made.metadata
-    layout, registers, stack = _inspect(cubin)
-    names = [(name, variant.types[name]) for name in function.arg_names if name in variant.types]
-    names += [("", "*u8"), ("", "*u8")]
-    entry = re.search(r"\.entry\s+\w+\((.*?)\)", ptx, re.S)
-    declared = entry.group(1).count(".param") if entry else -1
-    if not len(layout) == len(names) == declared:
-        raise TargetError(f"{where}: {len(names)} parameters expected, PTX has {declared}, the cubin {len(layout)}")
-    fault = rules.unrunnable(
-        ptx,
-        sm=sm,
-        shared_bytes=meta.shared,
-        tmem=getattr(meta, "tmem_size", 0) or 0,
-        scratch=meta.global_scratch_size,
-        profile=meta.profile_scratch_size,
-    )
-    if fault:
-        raise TargetError(f"{where}: {fault}")
-    try:
-        driver = needed_driver(cubin)
-    except TargetError as error:
-        raise TargetError(f"{where}: {error}") from None
-    sha256 = hashlib.sha256(cubin).hexdigest()
-    shared = meta.shared
-    image = Image(
-        variant=variant.name,
-        entry=meta.name,
-        cubin=f"{sha256[:32]}.cubin",
-        sha256=sha256,
-        num_warps=meta.num_warps,
-        num_ctas=meta.num_ctas,
-        scratch_bytes=meta.global_scratch_size,
-        scratch_align=meta.global_scratch_align,
-        params=tuple(
-            Param(name, kind, offset, size) for (name, kind), (offset, size) in zip(names, layout, strict=True)
-        ),
-        main_loop=variant.main_loop,
-        driver=driver,
-        resources=Resources(
-            registers, stack, shared,
-            round(occupancy(registers=registers, shared_bytes=shared, num_warps=meta.num_warps, sm=sm), 3),
-        ),
-    )  # fmt: skip
-    return image, cubin
-
-
-def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], int, int]:
-    """Return ([(offset, size) per parameter], registers per thread, stack bytes per thread) from the cubin itself."""
-    tool = _tool("cuobjdump")
-    with temporary_folder("seekforge-kernels") as folder:
-        file = folder / "kernel.cubin"
-        file.write_bytes(cubin)
-
-        def dump(option: str) -> str:
-            return subprocess.run(
-                [tool, option, file], capture_output=True, text=True, errors="replace", check=True
-            ).stdout
-
-        elf, usage = dump("-elf"), dump("--dump-resource-usage")
-    parameters = re.findall(r"Ordinal\s*:\s*(0x\w+)\s*Offset\s*:\s*(0x\w+)\s*Size\s*:\s*(0x\w+)", elf)
-    layout = [(off, size) for _, off, size in sorted((int(o, 16), int(a, 16), int(s, 16)) for o, a, s in parameters)]
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if match is None:
-        raise TargetError(f"cuobjdump reports no registers; {install('kernels')}")
-    return layout, int(match.group(1)), int(match.group(2))
 
 
 def read_code(cubin: Path, *, cache: Path) -> sass.Code:
@@ -316,7 +240,7 @@ def read_code(cubin: Path, *, cache: Path) -> sass.Code:
         with contextlib.suppress(Exception):
             return sass.from_json(record.read_text(encoding="utf-8"))
     made = subprocess.run(
-        [_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, errors="replace", check=False
+        [packaged_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, errors="replace", check=False
     )
     try:
         code = sass.read(made.stdout)
@@ -325,14 +249,6 @@ def read_code(cubin: Path, *, cache: Path) -> sass.Code:
     cache.mkdir(parents=True, exist_ok=True)
     replace_file(record, sass.to_json(code).encode())
     return code
-
-
-def _tool(name: str) -> Path:
-    """Return where the compiler's wheel has one of NVIDIA's tools."""
-    compiler()  # says what to install
-    spec = importlib.util.find_spec("triton")
-    assert spec is not None and spec.origin is not None  # compiler() found the distribution
-    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
 
 
 def default_cache() -> Path:

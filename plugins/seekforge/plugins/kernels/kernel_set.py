@@ -13,7 +13,8 @@ from seekforge.common.errors import EngineError
 from seekforge.common.paths import inside, name_fault
 from seekforge.common.reading import SETTINGS_BYTES, parse_json, read_bytes, read_text
 from seekforge.plugins.kernels.launch_plan import Scalar
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.operator import TRITON
+from seekforge.plugins.registry import KERNEL_FORMS, SPECS
 
 #: Version of the descriptor file.
 FORMAT: Final = 2
@@ -63,7 +64,7 @@ class Image:
         num_ctas: blocks per cluster.
         scratch_bytes: hidden global scratch per block.
         scratch_align: its alignment.
-        params: the parameters in order, the two hidden ones last.
+        params: the parameters in order, the two hidden ones of Triton's kernels last.
         main_loop: as in `Variant`.
         driver: the CUDA version that a driver must have to load it, 13000 for 13.0 (`cuda_driver.needed_driver`).
         resources: registers and the like.
@@ -90,7 +91,8 @@ class KernelSet:
     Attributes:
         digest: that of everything from which the images are made, without the SM: an engine for several SMs has one.
         statics: sizes and attributes that are fixed in the code.
-        compiler: name and version.
+        compiler: name and version; of a library's kernels with its name and version, and a digest of its headers.
+        provider: where the kernels come from (`providers.choice`).
     """
 
     op: str
@@ -101,6 +103,7 @@ class KernelSet:
     compiler: str
     images: Mapping[str, Image]
     format: int = field(default=FORMAT)
+    provider: str = TRITON
 
 
 #: Triton type -> struct code; pointers are "Q".
@@ -161,8 +164,9 @@ def _check_image(image: Image) -> None:
     if fault is not None or "/" in image.cubin:
         raise ValueError(f"cubin {fault or f'is {image.cubin!r}, expected a file beside the descriptor'}")
     names = [param.name for param in image.params]
-    if names[-2:] != ["", ""] or "" in names[:-2] or len(set(names[:-2])) != len(names) - 2:
-        raise ValueError(f"{image.variant} has the parameters {names!r:.200}, expected the last two without names")
+    named = names[:-2] if names[-2:] == ["", ""] else names
+    if "" in named or len(set(named)) != len(named):
+        raise ValueError(f"{image.variant} has the parameters {names!r:.200}, expected all with names but the last two")
     for param in image.params:
         if param.name and not param.type.startswith("*") and param.type not in _CODES:
             raise ValueError(f"parameter {param.name} is a {param.type}, expected {', '.join(_CODES)} or a pointer")
@@ -194,6 +198,12 @@ def read_kernels(path: Path) -> KernelSet:
         raise EngineError(
             f"{path}: kernels of {kernels.op} version {kernels.op_version}, this seekforge has "
             f"{'no such operator' if spec is None else f'version {spec.version}'}; compile the kernels again"
+        )
+    known = (TRITON, *KERNEL_FORMS[kernels.op].libraries) if kernels.op in KERNEL_FORMS else ()
+    if kernels.provider not in known:
+        raise EngineError(
+            f"{path}: kernels of provider {kernels.provider[:60]!r}, for {kernels.op} this seekforge has "
+            f"{', '.join(known) or 'none'}; compile the kernels again"
         )
     return kernels
 

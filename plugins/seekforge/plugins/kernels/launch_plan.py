@@ -17,7 +17,7 @@ from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import Rule
 from seekforge.plugins.kernels.index import kernel_sm
 from seekforge.plugins.kernels.sm_limits import SMS
-from seekforge.plugins.operator import load
+from seekforge.plugins.operator import TRITON, LibraryForm, load
 from seekforge.plugins.registry import KERNEL_FORMS, SPECS
 
 #: Name that a `Buffer` uses for the operator's scratch memory.
@@ -129,22 +129,35 @@ class OpKernels(Protocol):
         ...
 
 
-@functools.cache
-def op_kernels(op: str) -> OpKernels:
-    """Return the `launch` module of an operator by its ONNX op_type.
+def library_form(op: str, provider: str) -> LibraryForm | None:
+    """Return an operator as a library's kernels; None where the provider is Triton.
 
     Raises:
-        ShapeError: the operator has no kernels.
+        ShapeError: the operator has no kernels, or none of this provider.
     """
     if op not in KERNEL_FORMS:
         raise ShapeError(f"{op}: there are no kernels for it")
-    return load(KERNEL_FORMS[op].launch)
+    libraries = KERNEL_FORMS[op].libraries
+    if provider != TRITON and provider not in libraries:
+        raise ShapeError(f"{op}: no kernels of provider {provider[:60]!r}; it has {', '.join((TRITON, *libraries))}")
+    return libraries.get(provider)
+
+
+@functools.cache
+def op_kernels(op: str, provider: str = TRITON) -> OpKernels:
+    """Return the `launch` module of an operator by its ONNX op_type and the provider of its kernels.
+
+    Raises:
+        ShapeError: the operator has no kernels, or none of this provider.
+    """
+    form = library_form(op, provider)
+    return load(KERNEL_FORMS[op].launch if form is None else form.launch)
 
 
 def workspace_bytes(
     op: str, shapes: Sequence[Sequence[int]], attrs: Mapping[str, Any], sms: Collection[int] = SMS
 ) -> int:
-    """Return the scratch bytes that one operator needs on the greediest of several GPUs.
+    """Return the scratch bytes that one operator needs on the greediest of several GPUs, whoever provides its kernels.
 
     All who reserve scratch ask here: the plugin while an engine is built, the planner, and the checks of a build.
 
@@ -167,8 +180,16 @@ def bound_workspace_bytes(op: str, bound: Mapping[str, Any], sms: Collection[int
 
 @functools.lru_cache(maxsize=1 << 15)  # a plan asks for the same products in thousands of settings
 def _bound_workspace_bytes(op: str, bound: frozenset[tuple[str, Any]], sms: frozenset[int]) -> int:
-    kernels, sizes = op_kernels(op), dict(bound)
-    return max(kernels.workspace_bytes(sizes, sm) for sm in sms)
+    sizes = dict(bound)
+    most = max(op_kernels(op).workspace_bytes(sizes, sm) for sm in sms)
+    for provider in KERNEL_FORMS[op].libraries:
+        kernels = op_kernels(op, provider)
+        try:
+            kernels.check({name: sizes[name] for name in kernels.STATICS})
+        except ShapeError:
+            continue  # no such kernels for these sizes
+        most = max(most, *(kernels.workspace_bytes(sizes, sm) for sm in sms))
+    return most
 
 
 def most_rows(limit: int, axes: Sequence[int]) -> int:
@@ -186,17 +207,18 @@ def most_rows(limit: int, axes: Sequence[int]) -> int:
     return max((size * most_rows(limit // size, rest) for size in range(1, min(shortest, limit) + 1)), default=0)
 
 
-def statics_of(op: str, bound: Mapping[str, Any]) -> dict[str, Scalar]:
+def statics_of(op: str, bound: Mapping[str, Any], provider: str = TRITON) -> dict[str, Scalar]:
     """Return the compile-time values of an operator, checked.
 
     Args:
         op: ONNX op_type.
         bound: sizes and attributes, at least the static ones.
+        provider: of the kernels.
 
     Raises:
         ShapeError: there are no kernels for them; says what there is.
     """
-    module = op_kernels(op)
+    module = op_kernels(op, provider)
     statics = {name: bound[name] for name in module.STATICS}
     module.check(statics)
     return statics

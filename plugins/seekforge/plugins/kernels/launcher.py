@@ -151,7 +151,7 @@ class OpLauncher:
         self, kernels: KernelSet, attrs: Mapping[str, Any], cubins: Mapping[str, bytes], driver: Driver
     ) -> None:
         self.kernels, self._attrs, self._driver = kernels, dict(attrs), driver
-        self._spec, self._module = SPECS[kernels.op], op_kernels(kernels.op)
+        self._spec, self._module = SPECS[kernels.op], op_kernels(kernels.op, kernels.provider)
         self._spec.check_attrs(self._attrs)
         self._check(self._attrs)
         self._loaded = {name: driver.load(image, cubins[name]) for name, image in kernels.images.items()}

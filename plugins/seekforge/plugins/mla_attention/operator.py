@@ -64,5 +64,6 @@ OPERATOR = Operator(
         step_sizes=step_sizes,
         known_spills={("attend", 90): (152, _WIDE), ("part", 90): (56, _WIDE)},
         known_mma_sync={},
+        libraries={},
     ),
 )

@@ -70,5 +70,6 @@ OPERATOR = Operator(
             ("up-128", 103): (136, _TWO),
         },
         known_mma_sync={},
+        libraries={},
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from seekforge.plugins.moe_route.spec import SPEC
-from seekforge.plugins.operator import KernelForm, Operator, RankModel, Step, Taps
+from seekforge.plugins.operator import KernelForm, LibraryForm, Operator, RankModel, Step, Taps
 
 
 def static_sizes(model: RankModel) -> dict[str, Any]:
@@ -43,5 +43,12 @@ OPERATOR = Operator(
         step_sizes=step_sizes,
         known_spills={},
         known_mma_sync={},
+        libraries={
+            "flashinfer": LibraryForm(
+                launch="seekforge.plugins.moe_route.flashinfer_launch",
+                cost="seekforge.plugins.moe_route.cost",
+                source="flashinfer.cu",
+            )
+        },
     ),
 )
