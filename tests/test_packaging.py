@@ -148,6 +148,7 @@ MODULES = {
     "tensorrt-rtx": "tensorrt_rtx", "onnxruntime-gpu": "onnxruntime", "nccl4py": "nccl.core",
     "ai-dynamo": "dynamo.common.backend",
     "nvidia-nccl-cu13": "nccl.core",  # the library, which those bindings load
+    "flashinfer-python": "flashinfer-python", "nvidia-cuda-nvcc": "nvidia-cuda-nvcc",  # headers and a tool, by package
 }  # fmt: skip
 
 

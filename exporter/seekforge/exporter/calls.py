@@ -74,6 +74,14 @@ def _not_negative(value: float) -> float:
 _texts = converter(tuple[str, ...])
 
 
+def _kernels(value: object) -> bool | tuple[str, ...]:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping):
+        return _texts(_listed([f"{op}={provider}" for op, provider in value.items()]))
+    return _texts(_listed(value))
+
+
 if TYPE_CHECKING:  # what callers may pass
     Flag = bool
     Count = int
@@ -92,6 +100,7 @@ if TYPE_CHECKING:  # what callers may pass
     Forms = FormName | Sequence[FormName]
     Sources = Source | Sequence[Source]
     Settings = Mapping[str, Any] | Sequence[str]
+    Kernels = bool | str | Mapping[str, str] | Sequence[str]
 else:  # what a function gets
     Flag = bool
     Count = Annotated[int, at_least(1, MOST)]
@@ -110,6 +119,7 @@ else:  # what a function gets
     Forms = Annotated[Any, _listed, converter(tuple[FormName, ...])]
     Sources = Annotated[Any, _listed, converter(tuple[Source, ...])]
     Settings = Annotated[Any, _settings]
+    Kernels = Annotated[Any, _kernels]
 
 
 def many(value: _T | Sequence[_T]) -> tuple[_T, ...]:

@@ -70,6 +70,12 @@ def test_slices_of_a_long_prompt_that_need_no_scores_are_rows_too() -> None:
         (("--sm", "90", "--model", "tiny-v3", "--op", "DsaAttention"), "tiny-v3 calls none of DsaAttention"),
         (("--sm", "90", "--model", "tiny-v3", "--counts-only"), "caches of a deepseek_v3 model are bf16 on GPUs"),
         (("--sm", "90", "--kernels", "/nowhere"), "'/nowhere' does not exist"),
+        (("--sm", "90", "--provider", "MoeRoute=cutlass"), "it has triton, flashinfer, or auto"),
+        (("--sm", "90", "--provider", "auto", "--counts-only"), "--provider auto compares code"),
+        (
+            ("--sm", "90", "--op", "DsaAttention", "--provider", "MoeRoute=flashinfer", "--counts-only"),
+            "MoeRoute=flashinfer: the step calls no MoeRoute",
+        ),
         (("--sm", "90", "--kernels", ".", "--counts-only"), "exclude each other"),
     ],
 )

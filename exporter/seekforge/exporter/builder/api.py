@@ -25,6 +25,7 @@ from seekforge.exporter.calls import (
     Count,
     Counts,
     Flag,
+    Kernels,
     Progress,
     Settings,
     Size,
@@ -41,6 +42,7 @@ from seekforge.formats.engine.manifest import MANIFEST, Audit, Limits, Manifest,
 from seekforge.formats.program import load_program
 from seekforge.formats.quality import Quality, read_tasks
 from seekforge.formats.targets import Precision, TargetConfig, WeightBlockSize
+from seekforge.plugins.providers.choice import read_choice
 
 if TYPE_CHECKING:
     from seekforge.exporter.builder.tensorrt.check import Inputs
@@ -156,7 +158,7 @@ def build(
     timing_cache: AnyPath | None = None,
     builder_optimization_level: OptimizationLevel | None = None,
     layers_per_engine: Count | None = None,
-    kernels: Flag = DEFAULTS.tensorrt.kernels,
+    kernels: Kernels = DEFAULTS.tensorrt.kernels,
     allow_oversize: Flag = DEFAULTS.tensorrt.allow_oversize,
     dry_run: Flag = False,
     taps: Flag = DEFAULTS.taps,
@@ -190,7 +192,8 @@ def build(
         timing_cache: tensorrt: file of measured tactics.
         builder_optimization_level: GPU: the library's.
         layers_per_engine: GPU: most layers of one plan.
-        kernels: GPU: compile the plugins' kernels; an engine without can be looked at, not run.
+        kernels: GPU: compile the plugins' kernels; an engine without can be looked at, not run. `{"MoeRoute":
+            "flashinfer"}`, or texts as `--kernels` takes them: those of an operator from a library.
         allow_oversize: GPU: build what does not fit; it is marked and does not load.
         dry_run: check everything, build nothing.
         taps: let the engine show the tensors inside each layer, for `parity`.
@@ -209,6 +212,8 @@ def build(
         OutputError: `out` cannot be written.
         EnvironmentFault: a library is not installed.
     """
+    providers = () if isinstance(kernels, bool) else cast("tuple[str, ...]", kernels)
+    read_choice(providers)
     options = BuildOptions(
         settings=cast("tuple[str, ...]", many(set)),  # `public` made them texts
         max_batch_size=max_batch_size,
@@ -226,7 +231,8 @@ def build(
             timing_cache=None if timing_cache is None else Path(timing_cache),
             builder_optimization_level=builder_optimization_level,
             layers_per_engine=layers_per_engine,
-            kernels=kernels,
+            kernels=kernels is not False,
+            providers=providers,
             allow_oversize=allow_oversize,
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from seekforge.common.cli.console import Column, Console, Table
+from seekforge.common.cli.terminal import shown
 from seekforge.formats.engine.manifest import Audit, Manifest
 from seekforge.formats.quality import Quality, TaskQuality
 from seekforge.plugins.kernels.cuda_driver import needs
@@ -33,6 +34,12 @@ def show_audit(manifest: Manifest, console: Console) -> None:
     if manifest.plugins:
         without = "none (--no-kernels), this engine does not load"
         console.print(f"kernels: {_counts(audit.kernels) if audit.kernels else without}")
+        sources: dict[str, list[str]] = {}
+        for op, use in manifest.plugins.items():
+            if use.kernel_source:
+                sources.setdefault(use.kernel_source, []).append(op)
+        for source, ops in sorted(sources.items(), key=lambda one: -len(one[1])):
+            console.print(f"kernels by {shown(source)}: {', '.join(ops)}")
     for sm, version in manifest.min_driver.items():
         console.print(f"kernels of sm{sm} need {needs(version)}")
     if audit.activation_bytes:

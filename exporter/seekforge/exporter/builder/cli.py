@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from seekforge.common.cli.console import Stages, console
 from seekforge.common.cli.options import (
     ByteSize,
+    Listed,
     Tokens,
     Whole,
     command,
@@ -29,6 +30,37 @@ from seekforge.formats.targets import Precision, WeightBlockSize
 
 _GIB = 1 << 30
 _GPU = DEFAULTS.tensorrt
+
+
+class _KernelsOption(click.Option):
+    """`--kernels` with values, and `--no-kernels` without one: True, False, or the values in their order."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, type=Listed(click.STRING), multiple=True, callback=_kernels, **more)
+        self.secondary_opts = ["--no-kernels"]
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the parser know both."""
+        super().add_to_parser(parser, ctx)
+        parser.add_option(
+            obj=self, opts=self.secondary_opts, dest=self.name, action="append_const", nargs=0, const=_NO_KERNELS
+        )
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return both, and the help."""
+        record = super().get_help_record(ctx)
+        return record and (f"{self.opts[0]} {self.metavar} / {self.secondary_opts[0]}", record[1])
+
+
+#: What `--no-kernels` gives, which no operator is called.
+_NO_KERNELS = "\0"
+
+
+def _kernels(ctx: click.Context, param: click.Parameter, value: tuple[list[str], ...]) -> bool | tuple[str, ...]:
+    texts = tuple(dict.fromkeys(one for part in value for one in part))
+    if _NO_KERNELS in texts and len(texts) > 1:
+        raise click.BadParameter("--kernels and --no-kernels exclude each other", ctx, param)
+    return _NO_KERNELS not in texts and (texts or _GPU.kernels)
 
 
 @command(
@@ -102,10 +134,11 @@ _GPU = DEFAULTS.tensorrt
     f"[default: {LAYERS_PER_ENGINE}, with --taps all]",
 )
 @click.option(
-    "--kernels/--no-kernels",
-    default=_GPU.kernels,
-    show_default=True,
-    help="GPU: compile the plugins' kernels; an engine without can be looked at, not run.",
+    "--kernels",
+    cls=_KernelsOption,
+    metavar="OP=PROVIDER,…",
+    help="GPU: kernels of an operator from a library (MoeRoute=flashinfer), or auto: of each the quickest by the model "
+    "of 'kernels estimate'. --no-kernels compiles none: such an engine can be looked at, not run.  [default: triton]",
 )
 @click.option("--allow-oversize", is_flag=True, help="GPU: build what does not fit; it is marked and does not load.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be built, build nothing.")

@@ -18,6 +18,7 @@ from seekforge.plugins.kernels.index import read_index
 from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Resources, read_cubin, read_kernels
 from seekforge.plugins.kernels.launch_plan import op_kernels, statics_of
 from seekforge.plugins.kernels.sm_limits import occupancy
+from seekforge.plugins.operator import TRITON
 
 #: Most tokens of a step, and most keys of a sequence, that are estimated: grids of larger ones would not be launched.
 MOST_TOKENS, MOST_CONTEXT = 1 << 20, 1 << 22
@@ -32,6 +33,7 @@ class Row:
     Attributes:
         op: ONNX op_type.
         what: the parameter of a linear, else empty.
+        provider: who provides the kernel, Triton or a library.
         variant: name of the kernel.
         count: how often a step launches it.
         grid: programs in each direction.
@@ -42,6 +44,7 @@ class Row:
 
     op: str
     what: str
+    provider: str
     variant: str
     count: int
     grid: tuple[int, int, int]
@@ -51,7 +54,12 @@ class Row:
 
 
 def rows(
-    calls: Iterable[Call], kernels: Mapping[tuple[str, str], model.Kernel], card: Card, load: Load, sm: int
+    calls: Iterable[Call],
+    kernels: Mapping[tuple[str, str], model.Kernel],
+    card: Card,
+    load: Load,
+    sm: int,
+    providers: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Return a row for each launch of each call.
 
@@ -61,6 +69,7 @@ def rows(
         card: the GPU.
         load: what decides the work beside the shapes.
         sm: the SM that kernels are compiled for.
+        providers: op_type -> provider of its kernels; Triton of those that it does not name.
 
     Raises:
         ShapeError: there are no kernels for the sizes.
@@ -68,20 +77,23 @@ def rows(
     """
     result = []
     for call in calls:
-        statics = statics_of(call.op, call.bound)
-        stages = {one.name: one.num_stages for one in op_kernels(call.op).variants(statics, sm)}
-        for launch in op_kernels(call.op).plan(call.bound, sm).launches:
+        provider = (providers or {}).get(call.op, TRITON)
+        module = op_kernels(call.op, provider)
+        statics = statics_of(call.op, call.bound, provider)
+        stages = {one.name: one.num_stages for one in module.variants(statics, sm)}
+        for launch in module.plan(call.bound, sm).launches:
             kernel = kernels.get((call.op, launch.variant))
             if kernels and kernel is None:
                 raise TargetError(
                     f"{call.op}: no compiled kernel {launch.variant} for sm {sm}; compile the kernels again"
                 )
-            work = op_cost(call.op).work(launch, call.bound, sm, load)
+            work = op_cost(call.op, provider).work(launch, call.bound, sm, load)
             judged = kernel or model.Kernel(_UNKNOWN, 8, stages[launch.variant], None)
             result.append(
                 Row(
                     op=call.op,
                     what=call.what,
+                    provider=provider,
                     variant=launch.variant,
                     count=call.count,
                     grid=launch.grid,
@@ -101,7 +113,9 @@ def read_kernel_sets(sets: Sequence[KernelSet], store: Path, *, cache: Path) -> 
     """
     result = {}
     for kernels in sets:
-        variants = {one.name: one for one in op_kernels(kernels.op).variants(kernels.statics, kernels.sm)}
+        variants = {
+            one.name: one for one in op_kernels(kernels.op, kernels.provider).variants(kernels.statics, kernels.sm)
+        }
         for name, image in kernels.images.items():
             code = aot.read_code(store / f"sm{kernels.sm}" / image.cubin, cache=cache)
             stages = variants[name].num_stages
@@ -109,8 +123,10 @@ def read_kernel_sets(sets: Sequence[KernelSet], store: Path, *, cache: Path) -> 
     return result
 
 
-def stored_sets(store: Path, calls: Iterable[Call], sm: int) -> list[KernelSet]:
-    """Return the kernels that a folder has for some calls.
+def stored_sets(
+    store: Path, calls: Iterable[Call], sm: int, providers: Mapping[str, str] | None = None
+) -> list[KernelSet]:
+    """Return the kernels that a folder has for some calls; providers are those of `rows`.
 
     Raises:
         EngineError: the folder is damaged, or a descriptor contradicts itself or its cubin.
@@ -124,12 +140,15 @@ def stored_sets(store: Path, calls: Iterable[Call], sm: int) -> list[KernelSet]:
                 _check(image, store / entry["file"], sm)
     result = []
     for op, bound in {call.op: call.bound for call in calls}.items():
-        statics = statics_of(op, bound)
-        names = {one.name for one in op_kernels(op).variants(statics, sm)}
-        fitting = [one for one in stored if one.op == op and one.statics == statics and set(one.images) == names]
+        provider = (providers or {}).get(op, TRITON)
+        statics = statics_of(op, bound, provider)
+        names = {one.name for one in op_kernels(op, provider).variants(statics, sm)}
+        of_op = [one for one in stored if one.op == op and one.provider == provider]
+        fitting = [one for one in of_op if one.statics == statics and set(one.images) == names]
         if not fitting:
+            whose = "" if provider == TRITON else f" by {provider}"
             raise TargetError(
-                f"{store}: no kernels of {op} for sm {sm} with these sizes; compile them, or leave out --kernels"
+                f"{store}: no kernels of {op}{whose} for sm {sm} with these sizes; compile them, or leave out --kernels"
             )
         result.append(fitting[-1])
     return result
@@ -194,6 +213,7 @@ def _launch_json(row: Row) -> dict[str, Any]:
     result: dict[str, Any] = {
         "op": row.op,
         "parameter": row.what or None,
+        "provider": row.provider,
         "kernel": row.variant,
         "count": row.count,
         "grid": list(row.grid),

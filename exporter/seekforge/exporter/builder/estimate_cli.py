@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from seekforge.common.cli.terminal import shown, write_json
 from seekforge.common.errors import OptionError, TargetError
 from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.builder import estimate as estimates
+from seekforge.exporter.builder.kernel_choice import settle
 from seekforge.exporter.checkpoint.presets import known_presets, load_preset
 from seekforge.exporter.checkpoint.source import headers
 from seekforge.exporter.models import family_of
@@ -38,6 +39,7 @@ from seekforge.plugins.cost.work import Load
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import kernel_sm
 from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT
+from seekforge.plugins.providers.choice import AUTO, read_choice
 from seekforge.plugins.registry import WITH_KERNELS
 
 #: Keys of `--shape`, and what they are where it does not say.
@@ -97,6 +99,13 @@ def config_of(model: str) -> ModelConfig:
 )
 @click.option("--ep", is_flag=True, help="Expert parallelism: experts dealt out whole among these ranks.")
 @list_option("--op", "only", type=Named("operator", lambda: WITH_KERNELS), help="Only these operators.")
+@list_option(
+    "--provider",
+    "providers",
+    type=click.STRING,
+    metavar="OP=NAME,…",
+    help="Kernels of a library (flashinfer); auto: the quickest by this model.",
+)
 @click.option(
     "--kernels",
     "store",
@@ -118,6 +127,7 @@ def estimate(
     tp: int,
     ep: bool,
     only: tuple[str, ...],
+    providers: tuple[str, ...],
     store: Path | None,
     counts_only: bool,
     jobs: int | None,
@@ -132,6 +142,9 @@ def estimate(
     """
     if store is not None and counts_only:
         raise OptionError("--kernels and --counts-only exclude each other: one reads code, the other none")
+    choice = read_choice(providers)
+    if counts_only and AUTO in choice.values():
+        raise OptionError(f"--provider {AUTO} compares code, --counts-only has none; name a provider")
     card = _card(target, sm)
     config, parallelism = config_of(model), Parallelism(tp=tp, ep=ep)
     check_parallelism(config, parallelism)
@@ -151,9 +164,11 @@ def estimate(
             f"the caches of a {config.model_type} model are {' or '.join(formats)} on GPUs, --kv-cache-dtype is "
             f"{kv_cache_dtype}; pass --kv-cache-dtype {formats[0]}"
         )
-    kernels = {} if counts_only else _kernels(calls, card, store, jobs=jobs, cache=cache)
     load = Load(context=shape.context, num_experts=config.n_routed_experts)
-    listed = estimates.rows(calls, kernels, card, load, kernel_sm(card.sm))
+    with aot.cache_folder(cache) as kept:
+        settled = settle(choice, calls, card, load, cache=kept, jobs=jobs)
+        kernels = {} if counts_only else _kernels(calls, card, store, settled, jobs=jobs, cache=kept)
+    listed = estimates.rows(calls, kernels, card, load, kernel_sm(card.sm), settled)
     source = "none: shapes alone" if counts_only else "nvdisasm"
     if as_json:
         head = {"model": model, "kv_cache_dtype": kv_cache_dtype, "tp": tp, "ep": ep, "code_from": source}
@@ -194,13 +209,18 @@ def _check(shape: StepShape) -> None:
 
 
 def _kernels(
-    calls: Sequence[Call], card: Card, store: Path | None, *, jobs: int | None, cache: Path | None
+    calls: Sequence[Call],
+    card: Card,
+    store: Path | None,
+    providers: Mapping[str, str],
+    *,
+    jobs: int | None,
+    cache: Path,
 ) -> dict[tuple[str, str], Kernel]:
     """Return the compiled kernels of some calls: of a folder, or compiled now where the cache lacks them."""
     sm = kernel_sm(card.sm)
-    with aot.cache_folder(cache) as kept:
-        if store is not None:
-            return estimates.read_kernel_sets(estimates.stored_sets(store, calls, sm), store, cache=kept)
-        with temporary_folder("seekforge-kernels") as folder:
-            sets = aot.build(aot.tasks({call.op: call.bound for call in calls}, [sm]), folder, cache=kept, jobs=jobs)
-            return estimates.read_kernel_sets(sets, folder, cache=kept)
+    if store is not None:
+        return estimates.read_kernel_sets(estimates.stored_sets(store, calls, sm, providers), store, cache=cache)
+    with temporary_folder("seekforge-kernels") as folder:
+        work = aot.tasks({call.op: call.bound for call in calls}, [sm], providers)
+        return estimates.read_kernel_sets(aot.build(work, folder, cache=cache, jobs=jobs), folder, cache=cache)

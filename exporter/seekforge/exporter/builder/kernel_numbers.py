@@ -46,7 +46,9 @@ def records(sets: Sequence[KernelSet], store: Path, *, cache: Path, jobs: int | 
 
 def _images(sets: Sequence[KernelSet]) -> Iterator[tuple[KernelSet, Variant, Image]]:
     for kernels in sets:
-        variants = {one.name: one for one in op_kernels(kernels.op).variants(kernels.statics, kernels.sm)}
+        variants = {
+            one.name: one for one in op_kernels(kernels.op, kernels.provider).variants(kernels.statics, kernels.sm)
+        }
         for image in kernels.images.values():
             yield kernels, variants[image.variant], image
 
@@ -57,7 +59,9 @@ def _record(kernels: KernelSet, variant: Variant, image: Image, code: Code) -> R
         "op": kernels.op,
         "sm": kernels.sm,
         "kernel": image.variant,
-        "key": aot.image_key(kernels.op, variant, kernels.sm, compiler=kernels.compiler)[:16],
+        "key": aot.image_key(kernels.op, variant, kernels.sm, compiler=kernels.compiler, provider=kernels.provider)[
+            :16
+        ],
         "warps": image.num_warps,
         "registers": used.registers,
         "spill_bytes": used.stack_bytes,

@@ -20,7 +20,7 @@ from seekforge.common.cli.options import (
     quiet_option,
 )
 from seekforge.common.cli.terminal import shown, write_json
-from seekforge.common.errors import OutputError, TargetError
+from seekforge.common.errors import OptionError, OutputError, TargetError
 from seekforge.exporter.builder import kernel_numbers
 from seekforge.exporter.builder.estimate_cli import config_of, estimate
 from seekforge.exporter.option_types import MODEL
@@ -29,6 +29,7 @@ from seekforge.plugins.kernels.index import INDEX
 from seekforge.plugins.kernels.kernel_set import KernelSet
 from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT, operators
 from seekforge.plugins.kernels.sm_limits import SMS
+from seekforge.plugins.providers.choice import AUTO, read_choice
 from seekforge.plugins.registry import WITH_KERNELS
 
 
@@ -54,6 +55,9 @@ kernels.add_command(estimate)
 )
 @kv_cache_dtype_option("Format of the caches.", default=DEFAULT_FORMAT)
 @list_option("--op", "only", type=Named("operator", lambda: WITH_KERNELS), help="Only these operators.")
+@list_option(
+    "--provider", "providers", type=click.STRING, metavar="OP=NAME,…", help="Kernels of a library (flashinfer)."
+)
 @click.option("--jobs", type=Whole(1, 4096), help="Processes. Default: one per core.")
 @click.option("--cache", type=click.Path(path_type=Path), default=None, help="Folder of compiled images.")
 @quiet_option
@@ -65,6 +69,7 @@ def build(
     model: str,
     kv_cache_dtype: str,
     only: tuple[str, ...],
+    providers: tuple[str, ...],
     jobs: int | None,
     cache: Path | None,
     quiet: bool,
@@ -77,7 +82,11 @@ def build(
     unknown = set(only) - set(ops)
     if unknown:
         raise TargetError(f"no kernels of {', '.join(sorted(unknown))}; operators are {', '.join(ops)}")
-    work = aot.tasks({op: bound for op, bound in ops.items() if not only or op in only}, sorted(sms))
+    choice = _named(providers)
+    idle = [op for op in choice if op not in ops or (only and op not in only)]
+    if idle:
+        raise TargetError(f"{idle[0]}={choice[idle[0]]}: no kernels of {idle[0]} are compiled here; leave it out")
+    work = aot.tasks({op: bound for op, bound in ops.items() if not only or op in only}, sorted(sms), choice)
     start = time.perf_counter()
     quietly = console(err=True, quiet=quiet or as_json)
     with bar(quietly, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
@@ -94,7 +103,10 @@ def build(
     slow = kernel_numbers.faults(records, kernel_numbers.variants_of(sets))
     seconds = time.perf_counter() - start
     if as_json:
-        write_json({"path": str(store), "seconds": round(seconds, 3), "kernels": records, "slow": slow})
+        made_by = {one.op: {"provider": one.provider, "compiler": one.compiler} for one in sets}
+        write_json(
+            {"path": str(store), "seconds": round(seconds, 3), "kernels": records, "slow": slow, "made_by": made_by}
+        )
     elif not quiet:
         out = console()
         out.print(kernel_numbers.table(records))
@@ -102,6 +114,15 @@ def build(
         out.print(f"wrote {store}: {count} kernels for {len({one.sm for one in sets})} SMs in {seconds:.0f} s")
         for line in slow:
             out.print(f"slow: {line}")
+
+
+def _named(texts: tuple[str, ...]) -> dict[str, str]:
+    """Return op_type -> provider; a store has no shape by which the cost model could choose."""
+    choice = read_choice(texts)
+    left = [op for op, provider in choice.items() if provider == AUTO]
+    if left:
+        raise OptionError(f"--provider {AUTO} chooses for a step; name the provider of {', '.join(left)}")
+    return choice
 
 
 def _check_store(store: Path) -> None:

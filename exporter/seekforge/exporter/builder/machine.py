@@ -33,7 +33,7 @@ def missing_here(inputs: Inputs, checked: GpuBuild, options: BuildOptions) -> li
         missing.append(f"no GPU of sm{target.sm} here; TensorRT measures on the GPU that it builds for")
     if options.tensorrt.kernels:
         try:
-            kernel_tasks(inputs.program, inputs.config, target, checked.plugins)
+            kernel_tasks(inputs.program, inputs.config, target, checked.plugins, options.tensorrt.providers, dry=True)
         except EnvironmentFault as error:
             missing.append(str(error))
     return missing

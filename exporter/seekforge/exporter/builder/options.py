@@ -61,6 +61,7 @@ class TensorRtOptions:
         builder_optimization_level: the level of the library's search; None takes the library's default.
         layers_per_engine: most layers of one plan; None: one, or all of them where the engine shows its taps.
         kernels: compile the kernels of the plugins into the engine; without, it can be looked at but not run.
+        providers: who else than Triton provides them, `OPERATOR=PROVIDER` as `plugins.providers.choice` reads it.
         allow_oversize: build although it will not fit; such an engine is marked and does not load.
     """
 
@@ -72,6 +73,7 @@ class TensorRtOptions:
     builder_optimization_level: OptimizationLevel | None = None
     layers_per_engine: int | None = None
     kernels: bool = True
+    providers: tuple[str, ...] = ()
     allow_oversize: bool = False
 
     @property
@@ -158,7 +160,8 @@ class BuildOptions:
     def _check_cpu(self, target: TargetConfig) -> None:
         for option in fields(TensorRtOptions):
             if getattr(self.tensorrt, option.name) != option.default:
-                name = "no-kernels" if option.name == "kernels" else option.name.replace("_", "-")
+                name = {"kernels": "no-kernels", "providers": "kernels"}.get(option.name, option.name)
+                name = name.replace("_", "-")
                 raise TargetError(f"--{name} is for GPU targets, target {target.name} does not know it")
 
     def _gpu_changes(self, target: TargetConfig) -> list[str]:

@@ -126,12 +126,14 @@ class PluginUse(Record):
         products: precision of its matrix products, fp8 or bf16.
         kernel_digest: the digest of the kernels that it was built with; empty: there were none, and it cannot run.
         num_layers: over all graphs.
+        kernel_source: what made the kernels, with versions: triton, or nvcc and a library; empty: nobody noted it.
     """
 
     version: int
     products: str
     kernel_digest: str
     num_layers: int
+    kernel_source: str = ""
 
 
 class Share(Record):
@@ -315,6 +317,9 @@ def rebuild_command(folder: Path, manifest: Manifest, *, target: str | None = No
         options["--plugins"] = build["plugins"]
     if build.get("layers_per_engine", 1) != 1:
         options["--layers-per-engine"] = build["layers_per_engine"]
+    kernels = build.get("kernels")
+    if isinstance(kernels, list) and kernels and all(isinstance(one, str) for one in kernels):
+        options["--kernels"] = typed(",".join(kernels))
     compiler = build.get("compiler")  # of a manifest that was edited it may be anything
     for name, option in _COMPILER_OPTIONS.items():
         if isinstance(compiler, dict) and name in compiler:

@@ -213,7 +213,7 @@ def statics_of(op: str, bound: Mapping[str, Any], provider: str = TRITON) -> dic
     Args:
         op: ONNX op_type.
         bound: sizes and attributes, at least the static ones.
-        provider: of the kernels.
+        provider: who provides the kernels, Triton or a library.
 
     Raises:
         ShapeError: there are no kernels for them; says what there is.

@@ -22,9 +22,9 @@ def compiler(op: str, provider: str) -> str:
     Raises:
         EnvironmentFault: nvcc or the library is missing, or is too old.
     """
-    found = library.find(provider)
-    headers = found.text_digest(_source(_form(op, provider)).read_bytes())[:12]
-    return f"nvcc {nvcc.find(provider).version} with {found.package} {found.version} (headers {headers})"
+    installed = library.find(provider)
+    headers = installed.text_digest(_source(_form(op, provider)).read_bytes())[:12]
+    return f"nvcc {nvcc.find(provider).version} with {installed.package} {installed.version} (headers {headers})"
 
 
 def sources(op: str, provider: str) -> tuple[Path, ...]:
@@ -40,14 +40,13 @@ def compile_library(op: str, variant: Variant, sm: int, provider: str) -> bytes:
         EnvironmentFault: nvcc or the library is missing, or is too old.
         TargetError: it does not compile.
     """
-    form, found = _form(op, provider), library.find(provider)
+    form, installed = _form(op, provider), library.find(provider)
     return nvcc.compile_source(
         nvcc.find(provider),
         _source(form),
         entry=variant.kernel,
         macros=_macros(variant.constants),
-        include=[found.headers],
-        system=found.system,
+        include=[installed.headers, *installed.system],
         sm=sm,
     )
 

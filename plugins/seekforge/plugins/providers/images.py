@@ -15,6 +15,7 @@ import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from seekforge.common.errors import EnvironmentFault, TargetError
 from seekforge.common.requirements import install
@@ -27,6 +28,9 @@ from seekforge.plugins.kernels.sm_limits import occupancy
 from seekforge.plugins.operator import TRITON
 from seekforge.plugins.providers.compile import compile_library
 from seekforge.plugins.registry import SPECS
+
+#: Bytes of shared memory that CUDA itself takes of a block that has any, and counts as static.
+_RESERVED: Final = 1024
 
 
 def compiler() -> str:
@@ -51,9 +55,8 @@ def compile_variant(op: str, variant: Variant, sm: int, provider: str = TRITON) 
         TargetError: it does not compile, or the result could not run.
     """
     where = f"{op} {variant.name} sm{sm}"
-    return _image(
-        where, variant, sm, _by_triton(op, variant, sm) if provider == TRITON else _by_nvcc(op, variant, sm, provider)
-    )
+    made = _by_triton(op, variant, sm) if provider == TRITON else _by_nvcc(op, variant, sm, provider)
+    return _image(where, variant, sm, made)
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,13 @@ def _image(where: str, variant: Variant, sm: int, made: _Made) -> tuple[Image, b
     """Return the record of a cubin, checked: it takes the arguments of its variant, and asks for nothing else."""
     layout, used = _inspect(made.cubin)
     sizes = [struct.calcsize("<" + argument_code(Param(name, kind, 0, 1))) for name, kind in made.signature]
-    if [size for _, size in layout] != sizes:
-        raise TargetError(
-            f"{where}: parameters of {sizes} bytes expected, the cubin has {[size for _, size in layout]}"
-        )
+    got = [size for _, size in layout]
+    if got != sizes:
+        raise TargetError(f"{where}: parameters of {sizes} bytes expected, the cubin has {got}")
     if list(used) != [made.entry]:
-        raise TargetError(
-            f"{where}: the cubin has the kernels {', '.join(used) or 'none'}, expected {made.entry} alone"
-        )
+        raise TargetError(f"{where}: the cubin has the kernels {', '.join(used)}, expected {made.entry} alone")
     registers, stack, static = used[made.entry]
-    if static:
+    if static > _RESERVED:
         raise TargetError(f"{where}: {static} bytes of static shared memory, which no launch plan knows of")
     try:
         driver = needed_driver(made.cubin)
@@ -179,10 +179,10 @@ def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], dict[str, tuple[int, 
         elf, usage = dump("-elf"), dump("--dump-resource-usage")
     parameters = re.findall(r"Ordinal\s*:\s*(0x\w+)\s*Offset\s*:\s*(0x\w+)\s*Size\s*:\s*(0x\w+)", elf)
     layout = [(off, size) for _, off, size in sorted((int(o, 16), int(a, 16), int(s, 16)) for o, a, s in parameters)]
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    if not found:
+    functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    if not functions:
         raise TargetError(f"cuobjdump reports no registers; {install('kernels')}")
-    return layout, {name: (int(registers), int(stack), int(static)) for name, registers, stack, static in found}
+    return layout, {name: (int(registers), int(stack), int(static)) for name, registers, stack, static in functions}
 
 
 def packaged_tool(name: str) -> Path:

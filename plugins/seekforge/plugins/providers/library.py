@@ -24,7 +24,7 @@ class Library:
     """A library of headers.
 
     Attributes:
-        name: of the provider, of the extra that has its package, and of its module.
+        name: what the provider, the extra that has its package, and its module are called.
         package: its distribution.
         headers: folder of its own headers, below the module's folder.
         system: folders of headers of others that it brings, in the order of a search.
@@ -41,7 +41,7 @@ class Found:
     """An installed library.
 
     Attributes:
-        version: of its package.
+        package, version: its distribution.
         headers: folder of its own headers.
         system: folders of headers of others.
     """

@@ -21,8 +21,8 @@ from seekforge.common.temporary import temporary_folder
 _LEAST: Final = (12, 9)
 #: Where NVIDIA's packages have it, below their common folder: of CUDA 13 and of CUDA 12.
 _PACKAGED: Final = ("cu13/bin/nvcc", "cuda_nvcc/bin/nvcc")
-#: What `docs/kernels.md` calls the extra's packages beside the library.
-_PACKAGES: Final = ("nvidia-cuda-nvcc", "nvidia-cuda-cccl")
+#: Packages of the extra that bring the compiler.
+_PACKAGES: Final = ("nvidia-cuda-nvcc",)
 _VERSION: Final = re.compile(r"release \d+\.\d+, V(\d+\.\d+\.\d+)")
 _ENOUGH_S: Final = 600
 
@@ -66,12 +66,10 @@ def _path(extra: str) -> Path:
         if home := os.environ.get(name):
             path = Path(home) / "bin" / "nvcc"
             if not path.is_file():
-                raise EnvironmentFault(
-                    f"{name} is {home}, where there is no bin/nvcc; set it to a toolkit, or unset it"
-                )
+                raise EnvironmentFault(f"{name} is {home}, which has no bin/nvcc; set it to a toolkit, or unset it")
             return path
-    if found := shutil.which("nvcc"):
-        return Path(found)
+    if on_path := shutil.which("nvcc"):
+        return Path(on_path)
     spec = importlib.machinery.PathFinder.find_spec("nvidia", sys.path)
     for folder in [] if spec is None else spec.submodule_search_locations or ():
         for name in _PACKAGED:
@@ -95,7 +93,6 @@ def compile_source(
     entry: str,
     macros: Mapping[str, int],
     include: Sequence[Path],
-    system: Sequence[Path],
     sm: int,
 ) -> bytes:
     """Return the cubin of one kernel.
@@ -105,7 +102,7 @@ def compile_source(
         source: a file of this package.
         entry: the kernel, an `extern "C"` symbol; others of the headers are left out of the cubin.
         macros: name -> value.
-        include, system: folders of headers.
+        include: folders of headers, searched before those of the compiler.
         sm: compute capability.
 
     Raises:
@@ -119,7 +116,6 @@ def compile_source(
                 f"-Xptxas=--entry,{entry}",
                 *(f"-D{name}={value}" for name, value in macros.items()),
                 *(f"-I{path}" for path in include),
-                *(part for path in system for part in ("-isystem", path)),
                 "-o", out, source,
             ],
             cwd=folder, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,

@@ -63,7 +63,8 @@ def build_gpu(
         ShapeError, TargetError: there are no kernels for the model's sizes, or one does not compile.
     """
     target, program = checked.target, inputs.program
-    tasks = kernel_tasks(program, inputs.config, target, checked.plugins) if options.tensorrt.kernels else []
+    gpu = options.tensorrt
+    tasks = kernel_tasks(program, inputs.config, target, checked.plugins, gpu.providers) if gpu.kernels else []
     digests = dict.fromkeys(checked.plugins, NO_KERNELS) | digests_of(tasks)
     parts = Parts(out.parent / f".{out.name}.parts")
     lost_log = out.parent / f"{out.name}.{LOG}"

@@ -17,7 +17,7 @@ from seekforge.exporter.builder.tensorrt import audit
 from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs
 from seekforge.exporter.builder.tensorrt.compiler import Compiled
 from seekforge.exporter.builder.tensorrt.graph import Prepared
-from seekforge.exporter.builder.tensorrt.kernels import count_images, kernel_files, min_drivers
+from seekforge.exporter.builder.tensorrt.kernels import count_images, kernel_files, min_drivers, sources_of
 from seekforge.formats import weight_digests
 from seekforge.formats.engine.manifest import Audit, PluginUse
 from seekforge.formats.engine.ranks import Ranks
@@ -156,7 +156,7 @@ def engine_parts(
     _, distribution, _ = MODULES[target.backend]
     version = next(iter(made.compiled.values())).version
     plans = dict.fromkeys(stage.file for name, graph in graphs.items() for stage in made.stages.get(name, (graph,)))
-    files = [*plans, *kernel_files(folder, made.kernels)]
+    files, sources = [*plans, *kernel_files(folder, made.kernels)], sources_of(made.kernels)
     if (folder / weight_digests.FILE).exists():
         files.append(weight_digests.FILE)
     return EngineParts(
@@ -173,7 +173,7 @@ def engine_parts(
             "activations": "bf16",
             "fp8_storage": checked.how.fp8_storage,
             "plugins": options.tensorrt.plugins,
-            **({} if not made.kernels else {"kernel_compiler": made.kernels[0].compiler}),
+            **({} if not options.tensorrt.providers else {"kernels": list(options.tensorrt.providers)}),
             **({} if options.layers_per_plan is None else {"layers_per_engine": options.layers_per_plan}),
             "compiler": {key: str(v) for key, v in asdict(options.tensorrt.compiler).items() if v is not None},
         },
@@ -183,6 +183,7 @@ def engine_parts(
                 version=SPECS[op].version,
                 products=target.products,
                 kernel_digest=digests[op],
+                kernel_source=sources.get(op, ""),
                 num_layers=audited.plugins.get(op, 0),
             )
             for op in checked.plugins
