@@ -42,7 +42,7 @@ from seekforge.formats.engine.manifest import MANIFEST, Audit, Limits, Manifest,
 from seekforge.formats.program import load_program
 from seekforge.formats.quality import Quality, read_tasks
 from seekforge.formats.targets import Precision, TargetConfig, WeightBlockSize
-from seekforge.plugins.providers.choice import read_choice
+from seekforge.plugins.kernels.providers.choice import read_choice
 
 if TYPE_CHECKING:
     from seekforge.exporter.builder.tensorrt.check import Inputs

@@ -38,8 +38,8 @@ from seekforge.plugins.cost.model import Kernel
 from seekforge.plugins.cost.work import Load
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import kernel_sm
+from seekforge.plugins.kernels.providers.choice import AUTO, read_choice
 from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT
-from seekforge.plugins.providers.choice import AUTO, read_choice
 from seekforge.plugins.registry import WITH_KERNELS
 
 #: Keys of `--shape`, and what they are where it does not say.

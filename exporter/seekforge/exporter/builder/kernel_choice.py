@@ -13,8 +13,8 @@ from seekforge.plugins.cost.card import Card
 from seekforge.plugins.cost.work import Load
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import kernel_sm
+from seekforge.plugins.kernels.providers.choice import AUTO, provider_fault, providers_of
 from seekforge.plugins.operator import TRITON
-from seekforge.plugins.providers.choice import AUTO, provider_fault, providers_of
 
 
 def settle(

@@ -27,9 +27,9 @@ from seekforge.exporter.option_types import MODEL
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import INDEX
 from seekforge.plugins.kernels.kernel_set import KernelSet
+from seekforge.plugins.kernels.providers.choice import AUTO, read_choice
 from seekforge.plugins.kernels.sizes import DEFAULT_FORMAT, operators
 from seekforge.plugins.kernels.sm_limits import SMS
-from seekforge.plugins.providers.choice import AUTO, read_choice
 from seekforge.plugins.registry import WITH_KERNELS
 
 

@@ -34,10 +34,10 @@ from seekforge.plugins.kernels.kernel_set import (
     to_json,
 )
 from seekforge.plugins.kernels.launch_plan import Scalar, Variant, op_kernels, statics_of
+from seekforge.plugins.kernels.providers import compile as libraries
+from seekforge.plugins.kernels.providers.images import compile_variant, compiler, packaged_tool
 from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT
 from seekforge.plugins.operator import TRITON
-from seekforge.plugins.providers import compile as libraries
-from seekforge.plugins.providers.images import compile_variant, compiler, packaged_tool
 from seekforge.plugins.registry import SPECS
 
 #: The list of descriptors in a folder of kernels: format 1, entries op, sm, digest, file.

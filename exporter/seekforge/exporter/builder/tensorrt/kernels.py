@@ -17,8 +17,8 @@ from seekforge.plugins.cost.work import Load
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import KERNELS, kernel_sm
 from seekforge.plugins.kernels.kernel_set import KernelSet
+from seekforge.plugins.kernels.providers.choice import AUTO, read_choice
 from seekforge.plugins.kernels.sizes import operators
-from seekforge.plugins.providers.choice import AUTO, read_choice
 
 #: Shows a bar for a stage: `Stages.steps_bar`.
 StepsBar = Callable[[str], AbstractContextManager[Callable[[float], None]]]

@@ -9,7 +9,7 @@ import pytest
 from tests.support.pretended_toolkit import HEADER
 
 from seekforge.common.errors import EnvironmentFault
-from seekforge.plugins.providers import library
+from seekforge.plugins.kernels.providers import library
 
 SOURCE = f'#include <cmath>\n#include "{HEADER}"\n'.encode()
 

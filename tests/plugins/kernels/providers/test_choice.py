@@ -6,7 +6,7 @@ import pytest
 
 from seekforge.common.errors import OptionError
 from seekforge.plugins.kernels.launch_plan import op_kernels
-from seekforge.plugins.providers.choice import provider_fault, read_choice
+from seekforge.plugins.kernels.providers.choice import provider_fault, read_choice
 
 SIZES = {"E": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "norm": True}
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.pretended_toolkit import called, write_nvcc
 
 from seekforge.common.errors import EnvironmentFault, TargetError
-from seekforge.plugins.providers import nvcc
+from seekforge.plugins.kernels.providers import nvcc
 
 
 def compiled(folder: Path, found: nvcc.Nvcc) -> bytes:

@@ -9,8 +9,8 @@ from typing import Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.launch_plan import Scalar, Variant, library_form
+from seekforge.plugins.kernels.providers import library, nvcc
 from seekforge.plugins.operator import LibraryForm
-from seekforge.plugins.providers import library, nvcc
 
 #: Before the names of a variant's constants, where they are macros.
 PREFIX: Final = "SEEKFORGE_"

@@ -24,9 +24,9 @@ from seekforge.plugins.kernels import rules
 from seekforge.plugins.kernels.cuda_driver import needed_driver
 from seekforge.plugins.kernels.kernel_set import Image, Param, Resources, argument_code
 from seekforge.plugins.kernels.launch_plan import Variant
+from seekforge.plugins.kernels.providers.compile import compile_library
 from seekforge.plugins.kernels.sm_limits import occupancy
 from seekforge.plugins.operator import TRITON
-from seekforge.plugins.providers.compile import compile_library
 from seekforge.plugins.registry import SPECS
 
 #: Bytes of shared memory that CUDA itself takes of a block that has any, and counts as static.

@@ -16,7 +16,7 @@ from seekforge.plugins.kernels import aot, launch_plan
 from seekforge.plugins.kernels.kernel_set import Image, KernelSet, read_kernels, to_json
 from seekforge.plugins.kernels.launch_plan import op_kernels, statics_of, workspace_bytes
 from seekforge.plugins.kernels.launcher import OpLauncher
-from seekforge.plugins.providers import images
+from seekforge.plugins.kernels.providers import images
 
 SIZES = {"E": 256, "n_group": 8, "topk_group": 4, "top_k": 8, "norm": True}
 ATTRS = {"n_group": 8, "topk_group": 4, "top_k": 8, "norm": True, "scale": 2.5}
@@ -129,7 +129,7 @@ def test_what_nvcc_refuses_is_one_line(made: Callable[..., KernelSet], toolkit: 
 
 
 def test_a_missing_library_is_said_before_any_work(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seekforge.plugins.providers.library.installed", lambda package: None)
+    monkeypatch.setattr("seekforge.plugins.kernels.providers.library.installed", lambda package: None)
     with pytest.raises(EnvironmentFault, match="flashinfer-python is not installed"):
         aot.tasks({"MoeRoute": SIZES}, [90], FLASHINFER)
 

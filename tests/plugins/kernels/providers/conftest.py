@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.pretended_toolkit import write_flashinfer, write_nvcc
 
-from seekforge.plugins.providers import library
+from seekforge.plugins.kernels.providers import library
 
 
 @pytest.fixture(autouse=True)
