@@ -61,7 +61,7 @@ class TensorRtOptions:
         builder_optimization_level: the level of the library's search; None takes the library's default.
         layers_per_engine: most layers of one plan; None: one, or all of them where the engine shows its taps.
         kernels: compile the kernels of the plugins into the engine; without, it can be looked at but not run.
-        providers: who else than Triton provides them, `OPERATOR=PROVIDER` as `plugins.kernels.providers.choice` reads it.
+        providers: who else than Triton provides them, `OPERATOR=PROVIDER` (`plugins.kernels.providers`).
         allow_oversize: build although it will not fit; such an engine is marked and does not load.
     """
 
