@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterable
@@ -50,6 +51,8 @@ from seekforge.plugins.kernels.interpreter import POISON
 from seekforge.plugins.kernels.kernel_set import KernelSet, read_cubin, read_kernels
 from seekforge.plugins.kernels.launch_plan import statics_of
 from seekforge.plugins.kernels.launcher import OpLauncher
+from seekforge.plugins.kernels.providers.choice import provider_fault, providers_of
+from seekforge.plugins.operator import TRITON
 from seekforge.plugins.testing import Case
 from seekforge.plugins.torch_ops import DTYPE_NAMES, TORCH_DTYPES
 
@@ -146,24 +149,45 @@ def seconds_cold(call: _Call, touched: int, repeats: int) -> tuple[float, bool]:
             one.free()
 
 
-def needed(cases: Iterable[Case], real: Iterable[Real]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return every set of kernels that cases need: digest -> (op, statics)."""
+def needed(cases: Iterable[Case], real: Iterable[Real]) -> dict[str, tuple[str, dict[str, Any], str]]:
+    """Return every set of kernels that cases need: digest -> (op, statics, provider).
+
+    Kernels of a library are among them where it is installed, and nvcc, and the sizes are its own.
+    """
+    bounds = [(case.op, case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs)) for case in cases] + [
+        (one.op, one.statics) for one in real
+    ]
     found = {}
-    for case in cases:
-        statics = statics_of(case.op, case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs))
-        found[aot.set_digest(case.op, statics)] = (case.op, statics)
-    for one in real:
-        statics = statics_of(one.op, one.statics)
-        found[aot.set_digest(one.op, statics)] = (one.op, statics)
+    for op, bound in bounds:
+        statics = statics_of(op, bound)
+        for provider in providers_of(op):
+            if provider in _providers_here(op) and not provider_fault(op, provider, statics):
+                found[aot.set_digest(op, statics, provider)] = (op, statics, provider)
     return found
+
+
+@functools.cache
+def _providers_here(op: str) -> tuple[str, ...]:
+    """Return whose kernels of an operator can be compiled here; says of others why not."""
+    here = []
+    for provider in providers_of(op):
+        try:
+            aot.compiler_of(op, provider)
+        except EnvironmentFault as error:
+            if provider == TRITON:
+                raise
+            sys.stderr.write(f"not checked: {op} of {provider}: {error}\n")
+            continue
+        here.append(provider)
+    return tuple(here)
 
 
 def compile_all(out: Path, sms: list[int], *, jobs: int | None) -> None:
     """Compile the kernels of all cases, with one index, and make the programs that are walked."""
     kept = [kernel_sm(sm) for sm in sms]
     work = []
-    for op, statics in needed(tiny_cases(), real_cases()).values():
-        work += aot.tasks({op: statics}, kept)
+    for op, statics, provider in needed(tiny_cases(), real_cases()).values():
+        work += aot.tasks({op: statics}, kept, {op: provider})
     sys.stderr.write(f"compiling {len(work)} sets of kernels\n")
     aot.build(work, out / OPERATORS, cache=aot.default_cache(), jobs=jobs)
     for name in MODELS:
@@ -171,21 +195,23 @@ def compile_all(out: Path, sms: list[int], *, jobs: int | None) -> None:
         prepare_model(out / PROGRAMS / name, name, kept, jobs=jobs)
 
 
-def load(folder: Path, sm: int) -> dict[tuple[str, str], tuple[KernelSet, dict[str, bytes]]]:
-    """Return the kernels of one SM: (op, statics as JSON) -> descriptor and cubins."""
+def load(folder: Path, sm: int) -> dict[tuple[str, str], list[tuple[KernelSet, dict[str, bytes]]]]:
+    """Return the kernels of one SM: (op, statics as JSON) -> descriptor and cubins of each provider, Triton's first."""
     try:
         index = json.loads((folder / aot.INDEX).read_text(encoding="utf-8"))
     except OSError:
         raise EnvironmentFault(
             f"{folder / aot.INDEX}: missing; gpu_check.py compile {folder.parent} --sm {sm}"
         ) from None
-    found = {}
+    found: dict[tuple[str, str], list[tuple[KernelSet, dict[str, bytes]]]] = {}
     for entry in index["kernels"]:
         if entry["sm"] == sm:
             path = folder / entry["file"]
             kernels = read_kernels(path)
             cubins = {name: read_cubin(path, image) for name, image in kernels.images.items()}
-            found[kernels.op, json.dumps(dict(kernels.statics), sort_keys=True)] = (kernels, cubins)
+            key = kernels.op, json.dumps(dict(kernels.statics), sort_keys=True)
+            found.setdefault(key, []).append((kernels, cubins))
+            found[key].sort(key=lambda one: providers_of(one[0].op).index(one[0].provider))
     if not found:
         raise EnvironmentFault(f"{folder} has no kernels for sm{sm}; gpu_check.py compile {folder.parent} --sm {sm}")
     return found
@@ -202,7 +228,11 @@ def run_all(device: Device, folder: Path, roof: Roof | None, *, tiny: bool, real
 
     def one(case: Case, label: str, work: Real | None) -> None:
         statics = statics_of(case.op, case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs))
-        kernels, cubins = sets[case.op, json.dumps(statics, sort_keys=True)]
+        for kernels, cubins in sets[case.op, json.dumps(statics, sort_keys=True)]:
+            whose = "" if kernels.provider == TRITON else f" ({kernels.provider})"
+            of_provider(case, label + whose, work, kernels, cubins)
+
+    def of_provider(case: Case, label: str, work: Real | None, kernels: KernelSet, cubins: dict[str, bytes]) -> None:
         call = _Call(device, kernels, cubins, case)
         part, got = judged_part(case, call.results()) if work is not None else (case, call.results())
         right, error = judge(part, got, part.expected())

@@ -148,8 +148,25 @@ def test_a_small_real_case_is_drawn_as_described(real: gpu_cases.Real) -> None:
 
 def test_digests_tell_the_sets_of_kernels_apart() -> None:
     sets = gpu_check.needed(gpu_cases.tiny_cases(), gpu_cases.real_cases())
-    assert len(sets) == len({(op, str(sorted(statics.items()))) for op, statics in sets.values()})
-    assert {op for op, _ in sets.values()} == set(WITH_KERNELS)
+    assert len(sets) == len({(op, str(sorted(statics.items())), provider) for op, statics, provider in sets.values()})
+    assert {op for op, *_ in sets.values()} == set(WITH_KERNELS)
+
+
+def test_every_provider_that_can_be_compiled_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.aot, "compiler_of", lambda op, provider: provider)
+    gpu_check._providers_here.cache_clear()
+    providers = [one[2] for one in gpu_check.needed([], [gpu_cases.route(4), gpu_cases.write(70)]).values()]
+    assert sorted(providers) == ["flashinfer", "triton", "triton"]
+
+    def no_library(op: str, provider: str) -> str:
+        if provider != "triton":
+            raise EnvironmentFault("no library")
+        return provider
+
+    monkeypatch.setattr(gpu_check.aot, "compiler_of", no_library)
+    gpu_check._providers_here.cache_clear()
+    assert [one[2] for one in gpu_check.needed([], [gpu_cases.route(4)]).values()] == ["triton"]
+    gpu_check._providers_here.cache_clear()
 
 
 # --- bytes and FLOPs --------------------------------------------------------------------------------------------
