@@ -68,9 +68,21 @@ def test_one_kernel_is_compiled_in_a_temporary_place(
     assert flags == [] and not folder.exists(), "flags that no digest knows of, and what was left behind"
 
 
-def test_the_first_error_is_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_nvcc(tmp_path / "cuda", message="x.cuh(3): error: expected a thing")
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        ("x.cuh(3): error: expected a thing", ""),
+        (
+            "nvcc fatal   : Failed to preprocess host compiler properties.",
+            "; it needs a host C++ compiler, such as g++, ",
+        ),
+    ],
+)
+def test_the_first_error_is_the_message(
+    message: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_nvcc(tmp_path / "cuda", message=message)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     with pytest.raises(TargetError) as caught:
         compiled(tmp_path, nvcc.find("flashinfer"))
-    assert str(caught.value) == "nvcc 13.0.88 ended with 2: x.cuh(3): error: expected a thing"
+    assert str(caught.value) == f"nvcc 13.0.88 ended with 2: {message}" + (f"{hint}in PATH" if hint else "")

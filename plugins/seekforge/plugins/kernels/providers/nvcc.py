@@ -124,9 +124,9 @@ def compile_source(
         if made.returncode or not out.is_file():
             lines = [line.strip() for line in f"{made.stderr}\n{made.stdout}".splitlines() if line.strip()]
             first = next((line for line in lines if "error" in line.lower() or "fatal" in line.lower()), None)
-            raise TargetError(
-                f"nvcc {nvcc.version} ended with {made.returncode}: {(first or (lines or ['no message'])[-1])[:400]}"
-            )
+            said = (first or (lines or ["no message"])[-1])[:400]
+            hint = "; it needs a host C++ compiler, such as g++, in PATH" if "host compiler" in said else ""
+            raise TargetError(f"nvcc {nvcc.version} ended with {made.returncode}: {said}{hint}")
         return out.read_bytes()
 
 
