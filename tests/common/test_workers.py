@@ -6,6 +6,8 @@ import concurrent.futures
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,6 +55,21 @@ def test_an_interrupt_ends_them_and_what_waits_at_once(tmp_path: Path, monkeypat
 def test_one_that_was_killed_is_one_line() -> None:
     with pytest.raises(EnvironmentFault, match="a process that dies was ended from outside"), Workers(1, "dies") as one:
         one.submit(be_killed).result()
+
+
+def test_what_fails_ends_at_once_every_time() -> None:
+    """One that is killed may hold the lock of the queue that a later one waits for: half a second each, or for ever."""
+    code = (
+        "import operator\nfrom seekforge.common.workers import Workers\n"
+        "if __name__ == '__main__':\n    for _ in range(8):\n"
+        "        try:\n"
+        "            with Workers(1, 'divides') as workers: workers.submit(operator.truediv, 1, 0).result()\n"
+        "        except ZeroDivisionError: print('said')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.count("said") == 8
 
 
 def test_each_part_has_a_process_of_its_own() -> None:

@@ -7,16 +7,20 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Final, ParamSpec, Self, TypeVar
 
 from seekforge.common.errors import EnvironmentFault
 from seekforge.common.system import end_with
 from seekforge.common.temporary import temporary_folder
+
+#: How often it is looked for processes that were begun while all were ended.
+_LOOK_AGAIN_S: Final = 0.05
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -58,15 +62,22 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None:
-            for process in set(multiprocessing.active_children()) - self._others:
-                process.kill()
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._end_all()
         self._block.close()
         if isinstance(error, BrokenProcessPool):
             raise EnvironmentFault(
                 f"a process that {self._doing} was ended from outside, as when memory is short; run it again, with "
                 "fewer at a time"
             ) from None
+
+    def _end_all(self) -> None:
+        """End all, also those that begin meanwhile: one that was killed may hold the lock that they wait for."""
+        ending = threading.Thread(target=self._pool.shutdown, kwargs={"wait": True, "cancel_futures": True})
+        ending.start()
+        while ending.is_alive():
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.kill()
+            ending.join(_LOOK_AGAIN_S)
 
     def submit(self, function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
         """Have a function of a module called in one of them, when its turn comes."""
