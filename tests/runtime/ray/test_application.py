@@ -6,37 +6,14 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from seekforge.common.errors import EngineError
 from seekforge.common.records import RecordError
-from seekforge.formats.engine.manifest import load_manifest
-from seekforge.formats.parallelism import Parallelism
-from seekforge.runtime.ray.application import ApplicationArguments, make_replica_app, resources_of
-
-
-@pytest.mark.parametrize(
-    ("ranks", "backend", "expected"),
-    [
-        (None, "onnxruntime", {"CPU": 2.0, "GPU": 0.0}),
-        (Parallelism(tp=2, pp=2), "onnxruntime", {"CPU": 8.0, "GPU": 0.0}),
-        (Parallelism(tp=8), "tensorrt", {"CPU": 16.0, "GPU": 8.0}),
-        (None, "tensorrt-rtx", {"CPU": 2.0, "GPU": 1.0}),
-    ],
-)
-def test_a_bundle_has_the_cores_and_gpus_of_all_ranks(
-    toy_engine: Path, ranks: Parallelism | None, backend: Any, expected: dict[str, float]
-) -> None:
-    manifest: Any = SimpleNamespace(
-        ranks=None if ranks is None else SimpleNamespace(parallelism=ranks),
-        target=replace(load_manifest(toy_engine).target, backend=backend),
-    )
-    assert resources_of(manifest, 2) == expected
+from seekforge.runtime.ray.application import ApplicationArguments, make_replica_app
 
 
 @pytest.mark.parametrize("odd", [{"engin": "e"}, {"num_replicas": 0}, {"threads": "many"}, {"self_check": 1}])
@@ -123,3 +100,69 @@ def test_a_replica_whose_engine_is_killed_ends(toy_engine: Path, monkeypatch: py
             app.check()
 
     asyncio.run(lived(app, work))
+
+
+class FakeRanks:
+    """Other ranks that remember what happens to them."""
+
+    def __init__(self) -> None:
+        self.lose: Callable[[str], None] = lambda line: None
+        self.closed: list[float | None] = []
+
+    async def start(self, on_lost: Callable[[str], None]) -> dict[str, str]:
+        self.lose = on_lost
+        return {"SEEKFORGE_TEST": "0"}
+
+    async def close(self, patience_s: float | None = None) -> None:
+        self.closed.append(patience_s)
+
+
+def test_a_replica_that_loses_a_rank_ends_with_a_line_that_names_it(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("seekforge.runtime.ray.replica._LAST_WORDS_S", 0.01)
+    ended: list[int] = []
+    app = make_replica_app(ApplicationArguments(engine=str(toy_engine), kv_cache_memory=1 << 22))
+    ranks = FakeRanks()
+    app._ranks, app._end = ranks, lambda: ended.append(1)
+
+    async def work() -> None:
+        variables = Path(f"/proc/{app._client.process_id}/environ").read_bytes()
+        assert b"SEEKFORGE_TEST=0" in variables.split(b"\0")
+        app.check()
+        ranks.lose("rank 1 was ended by signal 9")
+        ranks.lose("rank 2 ended with exit code 1")  # which it did because of the other
+        async with asyncio.timeout(20):
+            while not ended:
+                await asyncio.sleep(0.01)
+        with pytest.raises(EngineError, match=r"^rank 1 was ended by signal 9$"):
+            app.check()
+
+    asyncio.run(lived(app, work))
+    assert len(ended) == 1 and ranks.closed == [None]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"error: {toy_engine}: rank 1 was ended by signal 9; the replica ends"
+
+
+def test_a_rank_that_is_lost_while_the_engine_opens_is_why_the_replica_does_not_start(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 would wait minutes for it."""
+    ranks, stopped = FakeRanks(), []
+
+    async def never(*_: object, **__: object) -> None:
+        ranks.lose("rank 1 ended with exit code 2: no manifest.json")
+        try:
+            await asyncio.sleep(600)
+        finally:
+            stopped.append(1)
+
+    monkeypatch.setattr("seekforge.runtime.ray.replica.EngineProcess.open", never)
+    app = make_replica_app(ApplicationArguments(engine=str(toy_engine)))
+    app._ranks = ranks
+    (said,) = asyncio.run(lived(app, lambda: asyncio.sleep(0)))
+    assert said == {
+        "type": "lifespan.startup.failed",
+        "message": "rank 1 ended with exit code 2: no manifest.json",
+    }
+    assert stopped and ranks.closed == [0.0]

@@ -1,118 +1,84 @@
-"""Two replicas under a local Ray, one of which is killed under load.
-
-Ray is no part of the environment that the other tests have: SEEKFORGE_RAY_PYTHON names an interpreter that has it
-beside what an engine needs, unless this one does.
-"""
+"""Replicas under a local Ray, one of which is killed under load, or loses a rank on another node."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.support.replicas import Load, check_after_kill, completion, expected_texts, free_port, wait_until
-from tests.support.served import alive
+from tests.support.rank_engines import rank_engine
+from tests.support.ray_served import ABSENT, PYTHON, serving, variables_of
+from tests.support.replicas import Load, check_after_kill, completion, expected_texts, wait_until
 
-PYTHON = os.environ.get("SEEKFORGE_RAY_PYTHON") or (sys.executable if importlib.util.find_spec("ray") else "")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="ray is not installed; SEEKFORGE_RAY_PYTHON names a Python with it"),
-]
+from seekforge.formats.parallelism import Parallelism
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason=ABSENT)]
 PROMPTS = [[5 + i, 9, 20 + 3 * i, 7] for i in range(8)]
 MODEL = "toy"
+ENGINE, RANK = "server.engine_process", "seekforge.runtime.ray.rank"
 
 
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
-
-
-def below(parent: int) -> list[int]:
-    """Return all processes that a process started, and those that they did."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    reached = [parent]
-    for one in reached:
-        reached += [pid for pid, its in parents.items() if its == one]
-    return reached[1:]
-
-
-@pytest.fixture
-def served(toy_engine: Path, tmp_path: Path) -> Iterator[tuple[str, Any]]:
-    """Two replicas: their address, and the process that started them."""
-    root = Path(__file__).parents[3]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(root / one) for one in ("exporter", "plugins", "runtime")),
-        "HOME": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    command = [
-        PYTHON,
-        "-m",
-        "seekforge.runtime.ray",
-        str(toy_engine),
-        "--num-replicas",
-        "2",
-        "--port",
-        str(free_port()),
-    ]
-    command += ["--served-model-name", MODEL, "--threads", "1", "--kv-cache-memory", "4M", "--json"]
-    log = tmp_path / "ray.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, env=environment, text=True)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line, log.read_text()[-5000:]
-        yield json.loads(line)["url"], process
-    finally:
-        started = below(process.pid)
-        engines = [pid for pid in started if "server.engine_process" in command_of(pid)]
-        process.terminate()
-        try:
-            process.wait(60)
-            wait_until(lambda: not any(alive(pid) for pid in engines), 30, lambda: "an engine was left")
-        finally:  # agents of Ray wait for each other where its raylet had to be killed
-            for pid in started:
-                if alive(pid) and "ray" in command_of(pid):
-                    os.kill(pid, signal.SIGKILL)
-
-
-def test_a_replica_that_is_killed_under_load_loses_what_was_on_it(served: tuple[str, Any], toy_engine: Path) -> None:
-    url, process = served
+def test_a_replica_that_is_killed_under_load_loses_what_was_on_it(toy_engine: Path, tmp_path: Path) -> None:
     texts = expected_texts(toy_engine, PROMPTS)
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        assert completion(url, MODEL, prompt) == text
+    with serving(toy_engine, MODEL, tmp_path, "--num-replicas", "2") as served:
+        for prompt, text in zip(PROMPTS, texts, strict=True):
+            assert completion(served.url, MODEL, prompt) == text
 
-    def replicas() -> list[int]:
-        """Return the actors that have an engine below them."""
-        engines = [pid for pid in below(process.pid) if "server.engine_process" in command_of(pid)]
-        return sorted(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in engines)
+        def replicas() -> list[int]:
+            """Return the actors that have an engine below them."""
+            engines = served.processes(ENGINE)
+            return sorted(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in engines)
 
-    wait_until(lambda: len(replicas()) == 2)
-    first, second = replicas()
-    with Load(url, MODEL, PROMPTS) as load:
-        load.until(lambda answers: len(answers) > 20)
-        killed = time.monotonic()
-        os.kill(first, signal.SIGKILL)
-        load.until(lambda answers: sum(answer.began > killed + 5 for answer in answers) > 20)
-        wait_until(lambda: len(replicas()) == 2 and first not in replicas() and second in replicas(), 120)
-        again = time.monotonic()
-        load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
-    failed = check_after_kill(load.answers, texts, killed)
-    assert len(failed) <= load.num_clients
+        wait_until(lambda: len(replicas()) == 2)
+        first, second = replicas()
+        with Load(served.url, MODEL, PROMPTS) as load:
+            load.until(lambda answers: len(answers) > 20)
+            killed = time.monotonic()
+            os.kill(first, signal.SIGKILL)
+            load.until(lambda answers: sum(answer.began > killed + 5 for answer in answers) > 20)
+            wait_until(lambda: len(replicas()) == 2 and first not in replicas() and second in replicas(), 120)
+            again = time.monotonic()
+            load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
+        failed = check_after_kill(load.answers, texts, killed)
+        assert len(failed) <= load.num_clients
+
+
+@pytest.mark.parametrize(("nodes", "local"), [((2,), "2"), ((1, 1), "1")])
+def test_ranks_are_on_bundles_and_one_that_is_lost_ends_the_replica(
+    nodes: Sequence[int],
+    local: str,
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+) -> None:
+    """On one node, where they share memory, and on two, where they meet over TCP."""
+    engine = rank_engine(tiny_checkpoint, Parallelism(tp=2), tmp_path_factory)
+    prompts, max_tokens = PROMPTS[:2], 8
+    texts = expected_texts(engine, prompts, max_tokens)
+    with serving(engine, MODEL, tmp_path, nodes=nodes) as served:
+
+        def answers() -> list[str]:
+            return [completion(served.url, MODEL, prompt, max_tokens) for prompt in prompts]
+
+        assert answers() == texts
+        (process,), (rank,) = served.processes(ENGINE), served.processes(RANK)
+        variables = {one: variables_of(one) for one in (process, rank)}
+        assert [variables[one]["RANK"] for one in (process, rank)] == ["0", "1"]
+        assert all(one["LOCAL_WORLD_SIZE"] == local and one["WORLD_SIZE"] == "2" for one in variables.values())
+        log = Path(f"/proc/{process}/fd/2").readlink()  # the replica's
+        os.kill(rank, signal.SIGKILL)
+        wait_until(lambda: not {process, rank} & {*served.processes(ENGINE), *served.processes(RANK)}, 30)
+
+        def serves_again() -> bool:
+            try:
+                return answers() == texts
+            except OSError:  # until Ray has noticed, or while the next replica loads
+                return False
+
+        wait_until(serves_again, 120)
+        assert len(served.processes(ENGINE)) == len(served.processes(RANK)) == 1
+        said = [line for line in log.read_text(errors="replace").splitlines() if "the replica ends" in line]
+        assert len(said) == 1 and f"rank 1 (process {rank} at " in said[0] and "was ended by signal 9" in said[0]

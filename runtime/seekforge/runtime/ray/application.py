@@ -1,7 +1,7 @@
 """What Ray Serve deploys: `build_app`, which a Serve config names, makes an application of one deployment of replicas.
 
-All ranks of an engine are on one machine, and are started by the replica: its placement group has one bundle, with the
-cores and GPUs of all of them.
+A replica has a placement group with a bundle for each rank of its engine: the first one is the replica's own, which
+starts the other ranks on theirs (`ranks`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Annotated, Any, Final
 from seekforge.common.errors import OptionError
 from seekforge.common.paths import real_path
 from seekforge.common.records import Record, RecordError, at_least
-from seekforge.formats.engine.manifest import Manifest, load_manifest
+from seekforge.formats.engine.manifest import load_manifest
+from seekforge.runtime.ray.placement import bundles_of
 
 DEPLOYMENT: Final = "seekforge"
 #: Variables with the keys of a server: arguments of an application can be read in Ray's dashboard.
@@ -68,18 +69,6 @@ _ENGINE_OPTIONS: Final = (
 )
 
 
-def resources_of(manifest: Manifest, threads: int) -> dict[str, float]:
-    """Return what Ray reserves for a replica: a bundle of a placement group.
-
-    Args:
-        manifest: the engine's.
-        threads: CPU threads of each rank.
-    """
-    ranks = 1 if manifest.ranks is None else manifest.ranks.parallelism.num_ranks
-    on_gpus = manifest.target.backend != "onnxruntime" or manifest.target.provider is not None
-    return {"CPU": float(threads * ranks), "GPU": float(ranks if on_gpus else 0)}
-
-
 def build_app(args: Mapping[str, Any]) -> Any:
     """Return the application of an engine; a Serve config has this function as `import_path`.
 
@@ -97,27 +86,27 @@ def build_app(args: Mapping[str, Any]) -> Any:
     except RecordError as error:
         raise OptionError(f"args of the Ray Serve application: {error}") from None
     engine = Path(arguments.engine)
-    bundle = resources_of(load_manifest(engine), arguments.threads)
+    bundles = bundles_of(load_manifest(engine), arguments.threads)
     replica = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=arguments.max_waiting,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=arguments.drain_s,
-        ray_actor_options={"num_cpus": bundle["CPU"], "num_gpus": bundle["GPU"]},
-        placement_group_bundles=[bundle],
-        placement_group_strategy="STRICT_PACK",
+        ray_actor_options={"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0]["GPU"]},
+        placement_group_bundles=bundles,
+        placement_group_strategy="STRICT_PACK" if len(bundles) == 1 else "PACK",
         **({} if arguments.num_replicas is None else {"num_replicas": arguments.num_replicas}),
-    )(_replica_class(arguments))
+    )(_replica_class(arguments, len(bundles)))
     return replica.bind()
 
 
-def _replica_class(arguments: ApplicationArguments) -> Any:
+def _replica_class(arguments: ApplicationArguments, num_ranks: int) -> Any:
     """Return the class of the actors."""
     from ray import serve
 
     def made() -> Any:  # Ray asks whether it is a function
-        return make_replica_app(arguments)
+        return make_replica_app(arguments, num_ranks)
 
     @serve.ingress(made)
     class Replica:
@@ -130,8 +119,9 @@ def _replica_class(arguments: ApplicationArguments) -> Any:
     return Replica
 
 
-def make_replica_app(arguments: ApplicationArguments) -> Any:
-    """Return the application of one replica; called in its process."""
+def make_replica_app(arguments: ApplicationArguments, num_ranks: int = 1) -> Any:
+    """Return the application of one replica, whose engine has so many ranks; called in its process."""
+    from seekforge.runtime.ray.ranks import Ranks
     from seekforge.runtime.ray.replica import ReplicaApp
     from seekforge.runtime.server.settings import ServerSettings
 
@@ -144,4 +134,5 @@ def make_replica_app(arguments: ApplicationArguments) -> Any:
         drain_s=arguments.drain_s,
     )
     options = {name: getattr(arguments, name) for name in _ENGINE_OPTIONS}
-    return ReplicaApp(settings, options, end=functools.partial(os._exit, 1))
+    ranks = Ranks(engine, num_ranks) if num_ranks > 1 else None
+    return ReplicaApp(settings, options, end=functools.partial(os._exit, 1), ranks=ranks)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from seekforge.common import errors
@@ -175,6 +176,7 @@ class EngineProcess:
         on_loading: Callable[[str], None],
         *,
         command: Sequence[str] = (sys.executable, "-m", "seekforge.runtime.server.engine_process"),
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> EngineProcess:
         """Start the process and load the engine.
 
@@ -183,6 +185,7 @@ class EngineProcess:
             options: keyword arguments of `LLM`.
             on_loading: called with what is done.
             command: what is started, before the number of its descriptor.
+            environment: variables that the process has beside those of this one.
 
         Raises:
             EngineError: the engine cannot be loaded.
@@ -192,7 +195,7 @@ class EngineProcess:
             process = subprocess.Popen(
                 [*command, str(its.fileno())],
                 pass_fds=(its.fileno(),),
-                env=child_environment(),
+                env={**child_environment(), **environment},
                 stdin=subprocess.DEVNULL,
             )
         client = EngineProcess(process, *await asyncio.open_connection(sock=ours))

@@ -147,7 +147,7 @@ async def serve(
     Raises:
         EngineError: the engine cannot be loaded, or ended by itself.
     """
-    more = {} if command is None else {"command": command}
+    more: dict[str, Any] = {} if command is None else {"command": command}
     client = await EngineProcess.open(settings.engine, options, on_loading, **more)
     try:
         context = context_of(client, settings)

@@ -1,0 +1,139 @@
+"""`seekforge ray` in a process of its own, on a Ray of its own or on pretended nodes, and the processes below it.
+
+Ray is no part of the environment that the other tests have: SEEKFORGE_RAY_PYTHON names an interpreter that has it
+beside what an engine needs, unless this one does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.replicas import free_port, wait_until
+from tests.support.served import alive
+
+PYTHON = os.environ.get("SEEKFORGE_RAY_PYTHON") or (sys.executable if importlib.util.find_spec("ray") else "")
+ABSENT = "ray is not installed; SEEKFORGE_RAY_PYTHON names a Python with it"
+#: Commands of processes that belong to an engine.
+_OURS = ("server.engine_process", "seekforge.runtime.ray.rank", "ranks.worker")
+#: Starts nodes with so many cores each, says where they are, and waits to be ended.
+_NODES = """
+import signal, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+try:
+    for cores in sys.argv[1:]:
+        cluster.add_node(num_cpus=int(cores), include_dashboard=False)
+    cluster.wait_for_nodes()
+    print(cluster.address, flush=True)
+    signal.pause()
+finally:
+    cluster.shutdown()
+"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves.
+
+    Attributes:
+        url: its address.
+        roots: the processes below which all others are.
+        log: what they say.
+    """
+
+    url: str
+    roots: tuple[int, ...]
+    log: Path
+
+    def processes(self, word: str) -> list[int]:
+        """Return the processes that are there and whose command has a word."""
+        return sorted({pid for root in self.roots for pid in below(root) if word in command_of(pid)})
+
+
+def command_of(pid: int) -> str:
+    """Return the words of a process; nothing where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def variables_of(pid: int) -> dict[str, str]:
+    """Return the environment that a process was started with."""
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return {name: value for name, _, value in (entry.partition("=") for entry in entries)}
+
+
+def below(parent: int) -> list[int]:
+    """Return all processes that a process started, and those that they did."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    reached = [parent]
+    for one in reached:
+        reached += [pid for pid, its in parents.items() if its == one]
+    return reached[1:]
+
+
+@contextmanager
+def serving(engine: Path, model: str, tmp_path: Path, *options: str, nodes: Sequence[int] = ()) -> Iterator[Served]:
+    """Serve an engine; at the end nothing of it may be left.
+
+    Args:
+        engine: its folder.
+        model: what requests call it.
+        tmp_path: for logs.
+        options: more options of `seekforge ray`.
+        nodes: cores of each pretended node; none: the command starts a Ray of its own.
+    """
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(root / one) for one in ("exporter", "plugins", "runtime")),
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    log = tmp_path / "ray.log"
+    command = [PYTHON, "-m", "seekforge.runtime.ray", str(engine), "--port", str(free_port()), "--served-model-name"]
+    command += [model, "--threads", "1", "--kv-cache-memory", "4M", "--json", *options]
+    started: list[subprocess.Popen[str]] = []
+
+    def start(words: Sequence[str]) -> str:
+        with log.open("ab") as file:
+            started.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=file, env=environment, text=True))
+        assert started[-1].stdout is not None
+        line = started[-1].stdout.readline()
+        assert line, log.read_text()[-5000:]
+        return line
+
+    left: list[int] = []
+    try:
+        if nodes:
+            command += ["--address", start([PYTHON, "-c", _NODES, *map(str, nodes)]).strip()]
+        url = json.loads(start(command))["url"]
+        yield Served(url, tuple(one.pid for one in started), log)
+    finally:
+        left = [pid for one in started for pid in below(one.pid)]
+        ours = [pid for pid in left if any(word in command_of(pid) for word in _OURS)]
+        try:
+            for one in reversed(started):
+                one.terminate()
+                one.wait(60)
+            wait_until(lambda: not any(alive(pid) for pid in ours), 30, lambda: "a process of an engine was left")
+        finally:  # agents of Ray wait for each other where its raylet had to be killed
+            for pid in left:
+                if alive(pid) and "ray" in command_of(pid):
+                    os.kill(pid, signal.SIGKILL)
