@@ -35,14 +35,17 @@ def program(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return rank_engine(tiny_checkpoint, ALL, tmp_path_factory).parent / "program"
 
 
-@pytest.fixture(scope="session")
-def engine(program: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stand_in_engine(
+    program: Path, checkpoint: Path, parallelism: Parallelism, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the engine that is made of a program of several ranks by a compiler which compiles nothing."""
+
     def compiled(*, plan: Path, plugins: dict[str, int], **_: Any) -> Compiled:
         plan.write_bytes(plan.name.encode())
         return Compiled({}, {}, dict(plugins), plan.stat().st_size, 0.0, 0.0, 0.0, 0, "1.7.1", True)
 
     def make(root: Path) -> None:
-        inputs = open_inputs(program, tiny_checkpoint)
+        inputs = open_inputs(program, checkpoint)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpu_engine, "compile_graph", compiled)
             planned = check(inputs, load_target("rtx4090", TARGET), OPTIONS)
@@ -50,7 +53,12 @@ def engine(program: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPa
                 inputs, planned, root / "engine", options=OPTIONS, force=False, progress=Stages(quiet=True)
             )
 
-    return made_once(tmp_path_factory, "gpu-rank-engine", make) / "engine"
+    return made_once(tmp_path_factory, f"gpu-rank-engine-{parallelism}", make) / "engine"
+
+
+@pytest.fixture(scope="session")
+def engine(program: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stand_in_engine(program, tiny_checkpoint, ALL, tmp_path_factory)
 
 
 @pytest.fixture
