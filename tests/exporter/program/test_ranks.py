@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import inliner
+from onnx import TensorProto, inliner
 from tests.support.ort_session import open_session
 
 from seekforge.common.errors import ProgramError
@@ -208,6 +208,17 @@ def test_every_element_is_read_by_exactly_one_rank_or_by_all(
         assert sum(loader.shard_bytes.values()) == loader.total_bytes
         total += loader.total_bytes
     assert total == split_bytes + ranks.tp * whole_bytes
+
+
+def test_sums_of_hidden_states_travel_in_bf16(preset: Preset) -> None:
+    """As `plan` counts them: two bytes an element, and four of the logits. A graph in f32 keeps f32."""
+    config = preset.config
+    model = trace(Settings(config, EXACT, "bf16", parallelism=TWO_EP), (0, 2), lambda stage: None).model
+    nodes = [node for node in model.graph.node if node.op_type == "SumRanks"]
+    values = {value.name: value.type.tensor_type for value in (*model.graph.value_info, *model.graph.output)}
+    sums = [(values[node.output[0]].elem_type, values[node.output[0]].shape.dim[-1].dim_value) for node in nodes]
+    hidden, logits = (TensorProto.BFLOAT16, config.hidden_size), (TensorProto.FLOAT, config.vocab_size)
+    assert sums == [hidden] * 5 + [logits], "of the embedding, two of a layer, of the logits"
 
 
 def test_a_vocabulary_that_does_not_divide_is_whole_on_each_rank(preset: Preset) -> None:

@@ -77,5 +77,6 @@ class Moe(nn.Module):
         )
         here = expert_ids if expert_map is None else expert_map[expert_ids.long()]
         routed = self.experts(tokens, here, expert_weights)
-        y = self.sum_ranks(routed + self.shared_experts(tokens).float()).to(x.dtype)
-        return y.view_as(x), expert_ids
+        y = (routed + self.shared_experts(tokens).float()).to(x.dtype)
+        # over ranks go numbers of the hidden states' type: half the bytes of f32 where that is bf16
+        return self.sum_ranks(y).view_as(x), expert_ids
