@@ -33,6 +33,7 @@ from seekforge.runtime.backends.ranks.device_rank import DeviceRank
 from seekforge.runtime.backends.ranks.message import Message
 from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
 from seekforge.runtime.backends.ranks.worker import message_of, take_calls
+from seekforge.runtime.backends.tensorrt.waiting import await_stream
 
 _INSIDE, _BETWEEN = (PARTIAL, SUM, LOCAL), ("intermediate.", "intermediate_out.")
 #: What a GPU has room for, by the account of its stage.
@@ -163,25 +164,38 @@ class FakeGroup:
 
     def __init__(self, add_up: Callable[[np.ndarray], np.ndarray], size: int) -> None:
         self.add_up, self._size = add_up, size
-        self.communicator, self.agreed, self.aborted, self.closed = object(), 0, False, False
+        self.communicator, self.agreed, self.is_aborted, self.closed = object(), 0, False, False
 
     def agree(self, fine: bool) -> bool:
         self.agreed += 1
         return int(self.add_up(np.array([int(fine)], np.int64))[0]) == self._size
 
     def abort(self) -> None:
-        self.aborted = True
+        self.is_aborted = True
 
     def close(self) -> None:
         self.closed = True
 
 
 class RankDevice(FakeDevice):
-    """The pretended GPU of one rank."""
+    """The pretended GPU of one rank.
+
+    Attributes:
+        is_done: what its stream says when it is asked.
+    """
 
     def __init__(self, group: FakeGroup | None) -> None:
         super().__init__()
         self.group = group
+        self.is_done: Callable[[], bool] = lambda: True
+
+    def synchronize(self) -> None:
+        await_stream(self.is_done, self.group)
+        super().synchronize()
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        self.synchronize()
+        super().download(array, address)
 
     def open_plan(self, path: Path) -> FakePlan:
         self.opened.append(path.name)
@@ -199,7 +213,13 @@ class ThreadRanks:
         devices: the GPUs by rank.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, edit: Callable[[int, RankDevice], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        edit: Callable[[int, RankDevice], None] | None = None,
+        on_fault: Callable[[int, BaseException], None] = lambda number, error: None,
+    ) -> None:
         assert manifest.ranks is not None
         self._parallelism = parallelism = manifest.ranks.parallelism
         memory = Memory(parallelism)
@@ -211,7 +231,7 @@ class ThreadRanks:
 
         def open_rank(number: int) -> DeviceRank:
             def open_device(folder: Path, manifest: Manifest, number: int, join: Any) -> RankDevice:
-                self.devices[number] = RankDevice(None if join is None else join())
+                self.devices[number] = RankDevice(None if join is None else join(lambda: None))
                 if edit is not None:
                     edit(number, self.devices[number])
                 return self.devices[number]
@@ -232,6 +252,7 @@ class ThreadRanks:
                 take_calls(rank, shared[number], parallelism, number)
                 rank.close()
             except BaseException as error:
+                on_fault(number, error)
                 self.faults.append(error)
 
         numbers = range(1, parallelism.num_ranks)

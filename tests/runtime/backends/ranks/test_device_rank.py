@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from seekforge.common.errors import EngineError
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.step_io import lay_out
+from seekforge.runtime.backends.ranks import device_rank
+from seekforge.runtime.backends.ranks.device_rank import DeviceRank
+from seekforge.runtime.backends.tensorrt import waiting
 from seekforge.runtime.engine.engine_folder import Engine
 
 
@@ -108,6 +113,61 @@ def test_micro_batches_change_nothing(folder: Path) -> None:
         else:
             there, here = (np.sort(value.reshape(len(real), -1))[real] for value in (cut[name], expected))
             np.testing.assert_array_equal(there, here, err_msg=name)
+
+
+@pytest.mark.parametrize("stands_still", range(4))
+def test_the_rank_whose_gpu_never_answers_is_the_first_to_say_so(
+    folder: Path, stands_still: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks of its stage wait for its part of a sum, until they end their sums."""
+    for name, seconds in (("PATIENCE_S", 0.3), ("AFTER_ABORT_S", 0.2), ("OTHERS_S", 1.0)):
+        monkeypatch.setattr(waiting, name, seconds)
+    said: list[tuple[int, str]] = []
+    ranks = ThreadRanks(folder, load_manifest(folder), on_fault=lambda number, error: said.append((number, str(error))))
+    ranks.allocate_caches(4)
+    stage = stands_still // 2 * 2
+    for number in (stage, stage + 1):
+        group = ranks.devices[number].group
+        ranks.devices[number].is_done = lambda number=number, group=group: number != stands_still and group.is_aborted
+    with pytest.raises(EngineError) as caught:
+        ranks.run(lay_out([COMMON[:3]], [0], [[1]]), outputs={"logits"})
+    if stands_still == 0:
+        said.insert(0, (0, str(caught.value)))
+    number, words = said[0]
+    assert number == stands_still
+    assert words == "its GPU stands still, without an answer for 0 s; start the engine again"
+    assert ranks.devices[stands_still].group.is_aborted, "and has ended its own sums"
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_ranks_that_do_not_meet_inside_of_nccl_say_so(
+    folder: Path, comes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A communicator that never answers is left: for its time, or as soon as a rank is lost."""
+    manifest, never = load_manifest(folder), threading.Event()
+    made: list[str] = []
+
+    def make_group(*_: Any) -> Any:
+        made.append("asked")
+        never.wait()
+
+    def open_device(folder: Path, manifest: Any, number: int, join: Any) -> Any:
+        join(lambda: made.append("current"))
+
+    def lost() -> None:
+        if not comes:
+            raise EngineError("rank 1 was ended by signal 9")
+
+    collectives = SimpleNamespace(sum=lambda part: part)
+    monkeypatch.setattr(device_rank, "MEETING_S", 0.1)
+    words = "rank 1 was ended by signal 9" if not comes else "NCCL: rank 0 and those .* did not meet within 0 s"
+    with pytest.raises(EngineError, match=f"^{words}$"):
+        DeviceRank(
+            folder, manifest, 0, collectives, groups=[b"", b""], lost=lost,  # pyright: ignore[reportArgumentType]
+            open_device=open_device, make_group=make_group,
+        )  # fmt: skip
+    assert made == ["current", "asked"]
+    never.set()
 
 
 @pytest.mark.parametrize("refuses", ["capture", "context"])

@@ -22,6 +22,7 @@ from seekforge.runtime.backends.ranks import host
 from seekforge.runtime.backends.ranks.backend import RanksBackend
 from seekforge.runtime.backends.ranks.host import Host, Launched, launched, meet
 from seekforge.runtime.backends.ranks.shared_memory import Memory
+from seekforge.runtime.backends.tensorrt.waiting import SilentGpuError
 
 VARIABLES = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": f"{os.getpid()}"}
 
@@ -168,6 +169,22 @@ def test_what_is_wrong_with_an_abort_is_not_said_in_place_of_the_rank_that_is_lo
     backend = RanksBackend.__new__(RanksBackend)
     backend._rank = SimpleNamespace(abort=abort)  # pyright: ignore[reportAttributeAccessIssue]
     backend._abort()
+
+
+@pytest.mark.parametrize("told", [None, "rank 1: its GPU stands still"])
+def test_a_step_that_a_silent_gpu_ends_names_the_rank(told: str | None) -> None:
+    """Rank 0 itself, if nobody has said before that it is to blame."""
+    said: list[str] = []
+    backend = RanksBackend.__new__(RanksBackend)
+    backend._host = SimpleNamespace(fault=told, fail=said.append)  # pyright: ignore[reportAttributeAccessIssue]
+    expected = told or "rank 0: its GPU stands still"
+
+    def work() -> None:
+        raise SilentGpuError("its GPU stands still")
+
+    with pytest.raises(EngineError, match=f"^{expected}$"):
+        backend._together(work)
+    assert said == [expected]
 
 
 @pytest.mark.parametrize("comes", [True, False])

@@ -6,6 +6,7 @@ import ctypes
 import sys
 import types
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ import pytest
 
 from seekforge.common.errors import EngineError, EnvironmentFault
 from seekforge.formats.engine.manifest import Manifest, load_manifest
-from seekforge.runtime.backends.tensorrt import cuda
+from seekforge.runtime.backends.tensorrt import cuda, waiting
 from seekforge.runtime.backends.tensorrt.cuda import CudaDevice
 from seekforge.runtime.backends.tensorrt.device import Call
 
@@ -292,9 +293,29 @@ def test_an_engine_for_another_gpu_is_refused_before_anything_is_loaded(
 def test_a_cuda_fault_is_told_in_its_words(libraries, manifest: Manifest, tmp_path: Path) -> None:
     fake, _ = libraries
     device = CudaDevice(tmp_path, manifest)
-    fake.do_cudaStreamSynchronize = lambda stream: (real.cudaError_t.cudaErrorIllegalAddress, None)
+    fake.do_cudaStreamQuery = lambda stream: (real.cudaError_t.cudaErrorIllegalAddress, None)
     with pytest.raises(EngineError, match="CUDA: a made-up fault"):
         device.synchronize()
+
+
+def test_a_stream_that_never_ends_is_left_and_nothing_is_given_back(
+    libraries, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that gives memory back waits for the GPU, without end."""
+    fake, _ = libraries
+    device = CudaDevice(tmp_path, manifest)
+    answers = [real.cudaError_t.cudaErrorNotReady] * 3 + [real.cudaError_t.cudaSuccess]
+    fake.do_cudaStreamQuery = lambda stream: (answers.pop(0), None)
+    device.synchronize()
+    assert fake.calls["cudaStreamQuery"] == 4 and not answers, "it is asked until it is done"
+    fake.do_cudaStreamQuery = lambda stream: (real.cudaError_t.cudaErrorNotReady, None)
+    monkeypatch.setattr(waiting, "PATIENCE_S", 0.1)
+    with pytest.raises(EngineError, match=r"^its GPU stands still, without an answer for 0 s; start the engine again$"):
+        device.download(np.zeros(4, np.uint8), device.allocate(4))
+    before = fake.calls.total()
+    device.close()
+    assert fake.calls.total() == before
+    assert not fake.calls["cudaStreamSynchronize"], "nobody can leave it"
 
 
 # --- contexts -------------------------------------------------------------------------------------------------
@@ -536,7 +557,7 @@ class Group:
     """The ranks that add up with a device. `agrees`: what the others say."""
 
     def __init__(self) -> None:
-        self.communicator, self.agrees, self.closed = object(), True, False
+        self.communicator, self.agrees, self.closed, self.is_aborted = object(), True, False, False
 
     def agree(self, fine: bool) -> bool:
         return fine and self.agrees
@@ -557,8 +578,9 @@ def test_the_device_of_a_rank_joins_its_group_and_tells_every_context(
     fake.do_cudaSetDevice = lambda number: chosen.append(number) or ()
     group = Group()
 
-    def join() -> Group:
-        assert chosen == [3], "the GPU is the current one"
+    def join(make_current: Callable[[], None]) -> Group:
+        make_current()
+        assert chosen == [3, 3], "the GPU is the current one, also of the thread that asks NCCL"
         return group
 
     device = CudaDevice(tmp_path, manifest, number=3, join=join)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import types
 
 import numpy as np
@@ -66,9 +67,27 @@ def test_a_group_has_a_communicator_and_agrees(library: type[Communicator]) -> N
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     assert pointer(group.communicator, None) == 0xC0FFEE
     assert group.agree(True) and not group.agree(False) and said == [1, 0]
+    group.close()
+    assert made.calls == ["destroy"] and not group.is_aborted
+    group.abort()
+    assert group.is_aborted
     group.abort()
     group.close()
-    assert made.calls == ["abort", "destroy"]
+    assert made.calls == ["destroy", "abort"], "what was aborted is given back"
+
+
+@pytest.mark.parametrize(("call", "words"), [("abort", "no abort"), ("destroy", "the communicator was not given back")])
+def test_a_communicator_that_never_answers_is_left(
+    call: str, words: str, library: type[Communicator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(library, call, lambda self: never.wait())
+    monkeypatch.setattr(nccl, "_ANSWER_S", 0.1)
+    group = NcclGroup(unique_id(), 0, 2, lambda part: part)
+    with pytest.raises(EngineError, match=rf"^NCCL: {words} within 0 s$"):
+        (group.abort if call == "abort" else group.close)()
+    never.set()
+    assert group.is_aborted == (call == "abort")
 
 
 def test_faults_are_one_line(library: type[Communicator], monkeypatch: pytest.MonkeyPatch) -> None:

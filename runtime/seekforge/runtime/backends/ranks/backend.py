@@ -26,6 +26,7 @@ from seekforge.runtime.backends.ranks.network import Network
 from seekforge.runtime.backends.ranks.opening import OpenRank, open_rank, settings_of
 from seekforge.runtime.backends.ranks.shared_memory import Memory, SharedMemory
 from seekforge.runtime.backends.ranks.worker import message_of, work, work_across
+from seekforge.runtime.backends.tensorrt.waiting import SilentGpuError
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ class RanksBackend:
                 if self._memory is None
                 else SharedMemory(self._memory, 0, self._host.check)
             )
-            self._rank = open_rank(folder, manifest, 0, self._collectives, settings, progress)
+            self._rank = open_rank(folder, manifest, 0, self._collectives, settings, progress, self._host.check)
             self._host.await_ready()
         except BaseException:
             self._host.fail("the engine was not opened")
@@ -177,7 +178,9 @@ class RanksBackend:
             return work()
         except BaseException as error:
             lost = self._host.fault
-            self._host.fail(f"rank 0 left a step ({type(error).__name__})")
+            if lost is None and isinstance(error, SilentGpuError):
+                lost = f"rank 0: {error}"
+            self._host.fail(lost or f"rank 0 left a step ({type(error).__name__})")
             if lost is not None and isinstance(error, Exception):  # what broke here broke because of that
                 raise EngineError(lost) from None
             raise

@@ -21,13 +21,14 @@ from seekforge.runtime.backends.ranks.nodes import local_number
 from seekforge.runtime.backends.ranks.same_check import SameCheck
 from seekforge.runtime.backends.ranks.stage_links import StageLinks, wanted_of
 from seekforge.runtime.backends.tensorrt.backend import TensorRtBackend
-from seekforge.runtime.backends.tensorrt.device import Device, Group
-from seekforge.runtime.backends.tensorrt.nccl import HostSum, NcclGroup
+from seekforge.runtime.backends.tensorrt.device import Device, Group, Join
+from seekforge.runtime.backends.tensorrt.nccl import MEETING_S, HostSum, NcclGroup
 from seekforge.runtime.backends.tensorrt.part import rank_part
+from seekforge.runtime.backends.tensorrt.waiting import beside
 from seekforge.runtime.backends.weights import changed_constants
 
 #: Opens the GPU of a rank and, where it has a group, joins that.
-OpenDevice = Callable[[Path, Manifest, int, Callable[[], Group] | None], Device]
+OpenDevice = Callable[[Path, Manifest, int, Join | None], Device]
 
 
 class DeviceRank:
@@ -41,6 +42,7 @@ class DeviceRank:
         checkpoint: where the weights are; None takes where they were at build.
         progress: called while weights are loaded.
         checked: compare what ranks choose, in every step.
+        lost: raises when a rank is lost, while this one waits for all.
         open_device: opens its GPU.
         make_group: joins the ranks that add up with it.
     """
@@ -56,6 +58,7 @@ class DeviceRank:
         checkpoint: Path | None = None,
         progress: OnLoad | None = None,
         checked: bool = False,
+        lost: Callable[[], None] = lambda: None,
         open_device: OpenDevice | None = None,
         make_group: Callable[[bytes, int, int, HostSum], Group] = NcclGroup,
     ) -> None:
@@ -72,10 +75,15 @@ class DeviceRank:
             if checked
         }
 
-        def join() -> Group:
+        def join(make_current: Callable[[], None]) -> Group:
+            def make() -> Group:
+                make_current()
+                return make_group(groups[place.pp_rank], place.tp_rank, parallelism.tp, collectives.sum)
+
             # until every rank has its GPU: one that has none says so, and nobody waits for it inside of NCCL
             collectives.sum(np.zeros(1, np.int64))
-            return make_group(groups[place.pp_rank], place.tp_rank, parallelism.tp, collectives.sum)
+            words = f"NCCL: rank {number} and those that add up with it did not meet within {MEETING_S:.0f} s"
+            return beside(make, MEETING_S, words, lost)
 
         self.device = (open_device or _open_gpu)(folder, manifest, number, join if parallelism.tp > 1 else None)
         self._backend = TensorRtBackend(
@@ -94,6 +102,8 @@ class DeviceRank:
         if graph in self._part.plans:
             cut = split_columns(inputs, parts)
             results = join_columns([self._run_part(part, outputs, graph) for part, _ in cut], cut)
+            if not self._links.is_first:  # it fetches nothing, and would not see that its own GPU stands still
+                self.device.synchronize()
         return self._links.collect(graph, results)
 
     def _run_part(self, inputs: StepInputs, outputs: Collection[str], graph: str) -> dict[str, np.ndarray]:
@@ -138,7 +148,7 @@ class DeviceRank:
         self._backend.close()
 
 
-def _open_gpu(folder: Path, manifest: Manifest, number: int, join: Callable[[], Group] | None) -> Device:
+def _open_gpu(folder: Path, manifest: Manifest, number: int, join: Join | None) -> Device:
     from seekforge.runtime.backends.tensorrt.cuda import CudaDevice  # needs a driver and TensorRT
 
     return CudaDevice(folder, manifest, number=local_number(number), join=join)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,6 +82,7 @@ def open_rank(
     collectives: Collectives,
     settings: Mapping[str, Any],
     progress: OnLoad | None = None,
+    lost: Callable[[], None] = lambda: None,
 ) -> OpenRank:
     """Open one rank.
 
@@ -91,6 +92,7 @@ def open_rank(
         collectives: what it has of the others.
         settings: what `settings_of` says, the same on all ranks.
         progress: called while weights are loaded.
+        lost: raises when a rank is lost.
 
     Raises:
         EngineError, EnvironmentFault: it cannot be opened here.
@@ -113,4 +115,5 @@ def open_rank(
         checkpoint=checkpoint,
         progress=progress,
         checked=settings["checked"],
+        lost=lost,
     )

@@ -19,26 +19,25 @@ from seekforge.plugins.kernels.cuda_driver import startup_fault
 from seekforge.plugins.kernels.launcher import CudaDriver, KernelFolder
 from seekforge.plugins.tensorrt.library import Flavour, load
 from seekforge.plugins.tensorrt.plugin import register
-from seekforge.runtime.backends.tensorrt.device import Group
+from seekforge.runtime.backends.tensorrt.device import Group, Join
 from seekforge.runtime.backends.tensorrt.plan import TrtPlan, library_log
+from seekforge.runtime.backends.tensorrt.waiting import SilentGpuError, await_stream
 from seekforge.runtime.compatibility import check_driver, check_loadable, installed_versions
 
 #: Values of CUDA's enumerations that are passed as plain numbers.
-_NON_BLOCKING, _OUT_OF_MEMORY, _HOST_ALLOC_DEFAULT, _NO_DEVICE = 1, 2, 0, 100
+_NON_BLOCKING, _OUT_OF_MEMORY, _HOST_ALLOC_DEFAULT, _NO_DEVICE, _NOT_READY = 1, 2, 0, 100, 600
 
 
 class CudaDevice:
     """One GPU. See `device.Device`."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, *, number: int = 0, join: Callable[[], Group] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, number: int = 0, join: Join | None = None) -> None:
         """Check that the engine can run on this GPU, register its plugins with their kernels, and make a stream.
 
         Args:
             folder, manifest: the engine.
             number: which of the GPUs it is.
-            join: finds the ranks that add up with it, when the GPU is the current one; None: it is alone.
+            join: finds the ranks that add up with it; None: it is alone.
 
         Raises:
             EngineError: the engine is for another GPU or other versions, or its kernels are missing.
@@ -51,6 +50,7 @@ class CudaDevice:
         except ImportError:
             raise EnvironmentFault(f"cuda-bindings is not installed; {install('gpu')}") from None
         self._cuda: Any = cudart
+        self._is_silent = False
         self._graphs: dict[int, Any] = {}
         self._next_graph = 1
         self._plans: list[TrtPlan] = []
@@ -61,7 +61,7 @@ class CudaDevice:
         check_loadable(folder, manifest, sm=sm, versions=installed_versions(manifest.runtime_versions))
         check_driver(folder, manifest, sm=sm, driver=self._version("cudaDriverGetVersion"))
         if join is not None:  # before TensorRT, which then finds the library of NCCL that is there
-            self.group = join()
+            self.group = join(lambda: self._started(cudart.cudaSetDevice, number))
         self.trt = load(self.flavour)
         self.log = library_log(self.trt)
         source = KernelFolder(folder, sm, CudaDriver()) if manifest.plugins else None
@@ -156,7 +156,19 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         """Wait for everything that was started."""
-        self._call(self._cuda.cudaStreamSynchronize, self.stream)
+        try:
+            await_stream(self._is_done, self.group)
+        except SilentGpuError:
+            self._is_silent = True
+            raise
+
+    def _is_done(self) -> bool:
+        """Ask whether everything that was started is done."""
+        error, *_ = self._cuda.cudaStreamQuery(self.stream)
+        if int(error) == _NOT_READY:
+            return False
+        self._check(error)
+        return True
 
     def reserve_scratch(self, num_bytes: int) -> None:
         """Make room for what a plan needs while it runs: all share it, since they run one after the other.
@@ -224,7 +236,9 @@ class CudaDevice:
         self._call(self._cuda.cudaGraphExecDestroy, self._graphs.pop(graph))
 
     def close(self) -> None:
-        """Give back plans, graphs, page-locked memory and the stream."""
+        """Give back plans, graphs, page-locked memory and the stream. A GPU that stands still gives nothing back."""
+        if self._is_silent:
+            return
         self.synchronize()
         for graph in list(self._graphs):
             self.forget(graph)

@@ -47,6 +47,11 @@ class Group(Protocol):
         """What an execution context takes as its communicator."""
         ...
 
+    @property
+    def is_aborted(self) -> bool:
+        """Whether its sums were ended: nothing of what they gave is right."""
+        ...
+
     def agree(self, fine: bool) -> bool:
         """Return whether all ranks say that it went well; waits for them."""
         ...
@@ -58,6 +63,10 @@ class Group(Protocol):
     def close(self) -> None:
         """Give the communicator back."""
         ...
+
+
+#: Finds the ranks that add up with a device; is given what makes the GPU the current one of the thread that calls it.
+Join = Callable[[Callable[[], None]], Group]
 
 
 class Plan(Protocol):
@@ -134,7 +143,11 @@ class Device(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait for everything that was started."""
+        """Wait for everything that was started.
+
+        Raises:
+            SilentGpuError: it does not come to its end (`waiting`).
+        """
         ...
 
     def download(self, array: np.ndarray, address: int) -> None:

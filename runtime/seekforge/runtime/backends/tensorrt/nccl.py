@@ -16,9 +16,13 @@ import numpy as np
 
 from seekforge.common.errors import EngineError, EnvironmentFault
 from seekforge.common.requirements import install
+from seekforge.runtime.backends.tensorrt.waiting import beside
 
 #: Returns the sum over the tensor-parallel ranks of what each of them passes, on the host.
 HostSum = Callable[[np.ndarray], np.ndarray]
+
+#: Seconds in which NCCL ends or gives back a communicator, and in which the ranks of one find each other.
+_ANSWER_S, MEETING_S = 5.0, 60.0
 
 
 def unique_id() -> bytes:
@@ -51,23 +55,43 @@ class NcclGroup:
         meeting = nccl.UniqueId.from_bytes(unique)
         self._made = _called(nccl.Communicator.init, num_ranks, rank, meeting)
         self._capsule = _capsule(int(self._made.ptr))
+        self._is_aborted = False
 
     @property
     def communicator(self) -> object:
         """The communicator in a capsule, as TensorRT takes it."""
         return self._capsule
 
+    @property
+    def is_aborted(self) -> bool:
+        """Whether its sums were ended."""
+        return self._is_aborted
+
     def agree(self, fine: bool) -> bool:
         """Return whether all ranks say that it went well."""
         return int(self._host_sum(np.array([int(fine)], np.int64))[0]) == self._num_ranks
 
     def abort(self) -> None:
-        """End every sum that is under way."""
-        _called(self._made.abort)
+        """End every sum that is under way.
+
+        Raises:
+            EngineError: NCCL cannot, or does not answer.
+        """
+        if self._is_aborted:
+            return
+        self._is_aborted = True
+        beside(lambda: _called(self._made.abort), _ANSWER_S, f"NCCL: no abort within {_ANSWER_S:.0f} s")
 
     def close(self) -> None:
-        """Give the communicator back, on all ranks."""
-        _called(self._made.destroy)
+        """Give the communicator back, on all ranks.
+
+        Raises:
+            EngineError: NCCL cannot, or does not answer: another rank does not give its own back.
+        """
+        if self._is_aborted:
+            return  # which gave it back
+        words = f"NCCL: the communicator was not given back within {_ANSWER_S:.0f} s"
+        beside(lambda: _called(self._made.destroy), _ANSWER_S, words)
 
 
 def _nccl() -> Any:
