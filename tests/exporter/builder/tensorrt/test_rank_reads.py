@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -66,7 +65,7 @@ def bytes_read(folder: Path, source: Checkpoint, number: int, monkeypatch: pytes
     fill = reader.read_all_at
 
     def counted(file: int, out: memoryview, offset: int) -> int:
-        shard = Path(os.readlink(f"/proc/self/fd/{file}")).name
+        shard = Path(f"/proc/self/fd/{file}").readlink().name
         name = max(one for one in starts if one[:2] <= (shard, offset))[2]
         assert offset + len(out) <= source.info(name).end, "a read stays in its tensor"
         read[name] += len(out)
@@ -89,8 +88,8 @@ def test_a_rank_reads_its_part_alone(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stages, heads, experts and vocabulary of others stay unread. Of matrices that are cut by columns a rank reads what
-    lies between its own as well, where they are as narrow as here: a page of the file holds both."""
+    """Stages, heads, experts and vocabulary of others stay unread. Of matrices that are cut by columns a rank reads
+    what lies between its own as well, where they are as narrow as here: a page of the file holds both."""
     program = program_of(layout, tiny_checkpoint, tmp_path_factory)
     folder = stand_in_engine(program, tiny_checkpoint, layout, tmp_path_factory)
     ranks = load_manifest(folder).ranks
