@@ -94,7 +94,7 @@ def tensor() -> str:
     for (op, kernel, text), sms in cells.items():
         rows.append(f"| {op} | {kernel} | {', '.join(sms)} | {text} |")
     rows += ["", "Kernels that use mma.sync where there is wgmma or tcgen05:", ""]
-    rows += [f"* {op} {kernel}: {reason}." for (op, kernel), reason in KNOWN_MMA_SYNC.items()]
+    rows += [f"* {op} {kernel} sm{sm}: {reason}." for (op, kernel, sm), reason in KNOWN_MMA_SYNC.items()]
     return "\n".join(rows)
 
 

@@ -352,7 +352,7 @@ class KernelForm:
         static_sizes: what a model fixes: sizes and attributes that the kernels are compiled for, and limits look at.
         step_sizes: what one step fixes beside them, for each kind of call.
         known_spills: (variant, SM) -> most bytes of stack that a compiled kernel may have, and why.
-        known_mma_sync: variant -> why it multiplies with mma.sync on SMs that have wgmma or tcgen05.
+        known_mma_sync: (variant, SM) -> why it multiplies with mma.sync on SMs that have wgmma or tcgen05.
         libraries: provider -> the same operator from a library that the user installs.
     """
 
@@ -361,7 +361,7 @@ class KernelForm:
     static_sizes: Callable[[RankModel], dict[str, Any]]
     step_sizes: Callable[[RankModel, Step], Iterable[dict[str, Any]]]
     known_spills: Mapping[tuple[str, int], tuple[int, str]]
-    known_mma_sync: Mapping[str, str]
+    known_mma_sync: Mapping[tuple[str, int], str]
     libraries: Mapping[str, LibraryForm]
 
 

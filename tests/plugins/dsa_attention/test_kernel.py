@@ -13,7 +13,7 @@ from seekforge.plugins.dsa_attention import kernel, launch
 from seekforge.plugins.dsa_attention.reference import dsa_attention
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.latent_tile import LOG2_E
-from seekforge.plugins.quant import fake_quantize
+from seekforge.plugins.quant import fake_quantize, unpack_latent
 from seekforge.plugins.testing import Case, Draw, equal_bits
 
 SCALE = 0.1352337788608801
@@ -78,7 +78,7 @@ def random_case(
 
 def cut_into(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every row cut into so many parts, and scratch asked for them."""
-    monkeypatch.setattr(launch, "choose_splits", lambda rows, blocks_h, topk, block_n: splits)
+    monkeypatch.setattr(launch, "choose_splits", lambda rows, programs, topk, block_n, per_sm: splits)
     monkeypatch.setattr(launch, "_most_parts", launch._most_parts.__wrapped__)
 
 
@@ -87,6 +87,27 @@ def test_splits_agree(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(b=2, q=2, topk=270, visible=300, seed=splits)
     cut_into(splits, monkeypatch)
     assert close(run(case), case.expected()[0])
+
+
+@pytest.mark.parametrize("kv_format", ["fp8_ds", "bf16"])
+@pytest.mark.parametrize(
+    ("heads", "c", "sm"), [(4, 512, 90), (4, 256, 120), (40, 512, 90), (40, 256, 90), (40, 512, 80)]
+)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_columns_are_shared(
+    kv_format: str, heads: int, c: int, sm: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of programs that sum half of the columns, each scale belongs to its own tile: they differ here."""
+    cut_into(splits, monkeypatch)
+    case = random_case(b=1, q=2, heads=heads, c=c, seed=heads + c)
+    q, q_pe, cache, table, indices = case.inputs
+    scales = cache.view(torch.uint8)[..., c : c + c // 32].view(torch.float32)
+    scales *= torch.tensor([1.0, 3.0, 0.5, 2.0])[: c // 128]
+    if kv_format == "bf16":
+        cache = torch.cat(unpack_latent(cache.flatten(0, 1), c), 1).bfloat16()
+    inputs, attrs = (q, q_pe, cache, table, indices), {"scale": SCALE, "kv_format": kv_format}
+    got, want = interpret(case.op, inputs, attrs, sm=sm)[0], dsa_attention(*inputs, SCALE, kv_format)
+    assert close(got, want) and not close(got, want.float() * 1.01)
 
 
 @pytest.mark.parametrize(("count", "used"), [(0, 0), (1, 1), (32, 1), (100, 4), (270, 5)])

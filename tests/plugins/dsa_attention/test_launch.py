@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seekforge.common.errors import ShapeError
-from seekforge.plugins.dsa_attention.launch import choose_splits, plan, variants, workspace_bytes
+from seekforge.plugins.dsa_attention.launch import choose_cut, choose_splits, plan, variants, workspace_bytes
 from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
 from seekforge.plugins.kernels.sm_limits import SMS
 
@@ -14,7 +14,7 @@ BOUND = V32 | {"MB": 2048, "TOPK": 2048, "scale": 0.135, "*latent": (70_000, 64,
 
 
 @pytest.mark.parametrize(
-    ("rows", "blocks_h", "topk", "splits"),
+    ("rows", "programs", "topk", "splits"),
     [
         (1, 4, 2048, 32),  # 128 programs of 2 steps
         (2, 4, 2048, 16),
@@ -28,8 +28,28 @@ BOUND = V32 | {"MB": 2048, "TOPK": 2048, "scale": 0.135, "*latent": (70_000, 64,
         (70_000, 4, 2048, 1),
     ],
 )
-def test_splits_fill_the_gpu_within_the_workspace(rows: int, blocks_h: int, topk: int, splits: int) -> None:
-    assert choose_splits(rows, blocks_h, topk, 32) == splits
+def test_splits_fill_the_gpu_within_the_workspace(rows: int, programs: int, topk: int, splits: int) -> None:
+    assert choose_splits(rows, programs, topk, 32) == splits
+
+
+def test_where_two_programs_share_an_sm_more_parts_fill_the_gpu() -> None:
+    assert choose_splits(32, 4, 2048, 32, per_sm=2) == 2
+
+
+@pytest.mark.parametrize(
+    ("heads", "c", "sm", "from_bytes", "programs"),
+    [
+        (128, 512, 90, True, 4),  # 64 heads and 256 columns of each
+        (128, 512, 90, False, 4),
+        (128, 512, 100, True, 4),  # 32 heads and all columns
+        (128, 128, 90, True, 2),
+        (16, 512, 100, True, 2),
+        (16, 512, 100, False, 1),
+        (17, 512, 90, True, 2),
+    ],
+)
+def test_programs_share_heads_and_columns(heads: int, c: int, sm: int, from_bytes: bool, programs: int) -> None:
+    assert choose_cut(heads, c, sm, from_bytes=from_bytes).programs(heads, c) == programs
 
 
 @pytest.mark.parametrize("sm", SMS)

@@ -20,10 +20,10 @@ from seekforge.exporter.builder.kernel_numbers import Record, code_of, faults, r
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.plugins.kernels import aot, sass
 from seekforge.plugins.kernels.kernel_set import KernelSet
-from seekforge.plugins.kernels.launch_plan import Variant, statics_of
+from seekforge.plugins.kernels.launch_plan import Variant, op_kernels, statics_of
 from seekforge.plugins.kernels.rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_instruction
 from seekforge.plugins.kernels.sizes import operators
-from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT
+from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT, is_datacenter
 from seekforge.plugins.registry import SPECS, WITH_KERNELS
 
 COMPILER = kernels_doc.read_record()["compiler"]
@@ -49,13 +49,23 @@ def test_nothing_spills_and_no_tensor_instruction_is_lost_unsaid() -> None:
 def test_what_is_known_to_be_slow_still_is_and_has_a_reason() -> None:
     spilled = {(op, name, sm): one["spill_bytes"] for (op, sm, name), one in RECORD.items() if one["spill_bytes"]}
     assert spilled == {key: size for key, (size, _) in KNOWN_SPILLS.items()}
-    narrow = {(op, name) for (op, sm, name), one in RECORD.items() if sm == 90 and _kinds(one) == {sass.MMA_SYNC}}
+    datacenter = {key: one for key, one in RECORD.items() if is_datacenter(key[1])}
+    narrow = {(op, name, sm) for (op, sm, name), one in datacenter.items() if _kinds(one) == {sass.MMA_SYNC}}
     assert narrow == set(KNOWN_MMA_SYNC)
     assert all(len(reason) > 20 for reason in [*KNOWN_MMA_SYNC.values(), *(why for _, why in KNOWN_SPILLS.values())])
 
 
 def _kinds(one: Record) -> set[str]:
     return {sass.tensor_kind(name) for name in one["tensor"]}
+
+
+@pytest.mark.parametrize(
+    ("heads", "sm", "instruction"), [(16, 90, "HMMA"), (17, 90, "HGMMA"), (17, 100, "HMMA"), (17, 120, "HMMA")]
+)
+def test_few_heads_need_no_wide_products(heads: int, sm: int, instruction: str) -> None:
+    statics = {"H": heads, "C": 512, "R": 64, "kv_format": "fp8_ds"}
+    part = next(one for one in op_kernels("DsaAttention").variants(statics, sm) if one.name == "part")
+    assert tensor_instruction("DsaAttention", part, sm) == instruction
 
 
 def test_every_kernel_with_products_has_tensor_instructions_in_a_main_loop_that_may_be_unrolled() -> None:

@@ -122,7 +122,9 @@ def smaller(largest: Sizes, draw: Any) -> Sizes:
 def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     """The sizes among which an operator's plans are greediest, found by trying and not by its own arithmetic."""
     b, q, mb = largest["B"], largest["Q"], largest["MB"]
-    most = {64, *(128 // splits for splits in range(1, 33))}  # rows up to which calls are split into so many parts
+    most = {64, *(128 // splits for splits in range(1, 9))}  # rows up to which calls are split into so many parts
+    if op == "DsaAttention":  # parts are as many as take the least waves
+        most = set(range(1, 129))
     rows = [(x, min(q, n // x)) for x in range(1, min(b, 128) + 1) for n in most if n >= x]
     if op == "Bf16Linear":
         rows += [(x, min(q, 2048 // x)) for x in range(1, min(b, 2048) + 1)]

@@ -1,9 +1,11 @@
 """Sparse MLA: one latent key and value per chosen position, shared by all heads (spec §3.5).
 
-One program: one query row x BLOCK_H heads x one split of its chosen positions. A position goes through the block table
-to a slot, whose record (656 bytes for V3.2) is read as e4m3, scales and bf16, widened to a bf16 tile, and serves as
-key and as value. Softmax in base 2, f32; the product with the values has bf16 weights and f32 sums. -1 anywhere, and
-whatever lies outside the pool, is no key: such rows are loaded as 0, so what lies in unused slots never enters.
+One program: one query row x BLOCK_H heads x COLUMNS of the latent x one split of the chosen positions. A position goes
+through the block table to a slot, whose record (656 bytes for V3.2) is read as e4m3, scales and bf16, widened to bf16
+tiles, and serves as key and as value. Where registers are scarce, scales are not multiplied with the tiles, but with
+scores and with the weights of the values: fewer products, and one rounding less. Softmax in base 2, f32; the product with the values has bf16 weights
+and f32 sums. -1 anywhere, and whatever lies outside the pool, is no key: such rows are loaded as 0, so what lies in
+unused slots never enters.
 A program first looks for the last place of its row that holds a position, and splits cut what lies before it: behind it
 there is nothing to do, which in a short context is most of TOPK. Decode is bound by latency and by the widening of
 bytes, so positions are split over programs and a second launch combines them; long prompts first expand each sequence's
@@ -59,67 +61,114 @@ def _places(topk_ptr, TOPK, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _codes(record, column, valid, FP8: tl.constexpr):
+    """Return bf16 [rows, columns] of the codes of fp8_ds records, without their scales; 0 where not valid."""
+    at = record[:, None] + column[None, :]
+    if FP8:
+        code = tl.load(at.to(tl.pointer_type(tl.float8e4nv)), mask=valid[:, None], other=0.0)
+    else:
+        code = tl.load(at, mask=valid[:, None], other=0)
+    return to_bf16(from_e4m3(code, FP8))
+
+
+@triton.jit
 def attend_kernel(
     q_ptr, q_pe_ptr, cache_ptr, table_ptr, topk_ptr, out_ptr, lse_ptr,
     num_slots, num_blocks, TOPK, first_row, rows_per_sequence, splits, scale_log2,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     BYTES: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr, LINEAR: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """q bf16 [rows, H, C], q_pe [rows, H, R], topk i32 [rows, TOPK] -> out.
 
     out: bf16 [rows, H, C]; PARTIAL: f32 [rows, splits, H, C] and lse (base 2) [rows, splits, H]. A split without keys
-    writes -inf to lse alone.
+    writes -inf to lse alone. A program's grid: (row, heads x columns, split). It loads its columns of a key first, and
+    all of them in tiles of WIDTH; where that is 128 of fp8_ds, scales stay apart from codes.
     """
+    TILES: tl.constexpr = C // WIDTH
+    PARTS: tl.constexpr = C // COLUMNS
+    APART: tl.constexpr = BYTES and WIDTH == 128
+    SUMS: tl.constexpr = COLUMNS // WIDTH
     row = tl.program_id(0).to(tl.int64) + first_row
     split = tl.program_id(2)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    h = tl.program_id(1) // PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
+    first = tl.program_id(1) % PARTS * SUMS
     h_ok = h < H
-    column = tl.arange(0, C)
+    column = tl.arange(0, WIDTH)
     rope = tl.arange(0, R)
     steps = tl.cdiv(_places(topk_ptr + row * TOPK, TOPK, BLOCK_K), BLOCK_N)
     per_split = tl.cdiv(steps, splits)
     start = split * per_split
     works = h < tl.where(start < steps, H, 0)
-    q = tl.load(q_ptr + (row * H + h)[:, None] * C + column[None, :], mask=works[:, None], other=0.0)
+    queries = q_ptr + (row * H + h)[:, None] * C + column[None, :]
+    q = ()
+    for t in tl.static_range(TILES):
+        q = q + (tl.load(queries + (first + t) % TILES * WIDTH, mask=works[:, None], other=0.0),)
     q_pe = tl.load(q_pe_ptr + (row * H + h)[:, None] * R + rope[None, :], mask=works[:, None], other=0.0)
     table = table_ptr + row // rows_per_sequence * num_blocks
 
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_H, C], tl.float32)
+    acc = ()
+    for _ in tl.static_range(SUMS):
+        acc = acc + (tl.zeros([BLOCK_H, WIDTH], tl.float32),)
     for step in range(start, tl.minimum(start + per_split, steps)):
         at = step * BLOCK_N + tl.arange(0, BLOCK_N)
         index = tl.load(topk_ptr + row * TOPK + at, mask=at < TOPK, other=-1)
         slot, valid = _slots(index, table, num_slots, num_blocks, LINEAR)
         if BYTES:
             record = cache_ptr + slot * (C + C // 32 + 2 * R)
-            k = _latents(record, column, valid, C, FP8)
             ropes = (record + C + C // 32).to(tl.pointer_type(tl.bfloat16))
         else:
             record = cache_ptr + slot * (C + R)
-            k = tl.load(record[:, None] + column[None, :], mask=valid[:, None], other=0.0)
             ropes = record + C
         k_pe = tl.load(ropes[:, None] + rope[None, :], mask=valid[:, None], other=0.0)
-        s = dot_bf16(q, tl.trans(k))
-        s = dot_bf16(q_pe, tl.trans(k_pe), s) * scale_log2
-        s = tl.where(valid[None, :], s, float("-inf"))
+        k = ()
+        scale = ()
+        if APART:
+            tile = tl.arange(0, TILES)[None, :]
+            scale_at = (record + C).to(tl.pointer_type(tl.float32))[:, None] + (first + tile) % TILES
+            scales = tl.load(scale_at, mask=valid[:, None], other=0.0)
+            s = dot_bf16(q_pe, tl.trans(k_pe))
+            for t in tl.static_range(TILES):
+                k = k + (_codes(record + (first + t) % TILES * WIDTH, column, valid, FP8),)
+                scale = scale + (tl.sum(tl.where(tile == t, scales, 0.0), 1),)
+                s += dot_bf16(q[t], tl.trans(k[t])) * scale[t][None, :]
+        else:
+            for t in tl.static_range(TILES):
+                if BYTES:
+                    k = k + (_latents(record, column, valid, C, FP8),)
+                else:
+                    at_tile = record + (first + t) % TILES * WIDTH
+                    k = k + (tl.load(at_tile[:, None] + column[None, :], mask=valid[:, None], other=0.0),)
+                s = dot_bf16(q[t], tl.trans(k[t]), s) if t > 0 else dot_bf16(q[t], tl.trans(k[t]))
+            s = dot_bf16(q_pe, tl.trans(k_pe), s)
+        s = tl.where(valid[None, :], s * scale_log2, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s - base[:, None])
         alpha = tl.exp2(m - base)
         total = total * alpha + tl.sum(p, 1)
-        acc = dot_bf16(to_bf16(p), k, acc * alpha[:, None])
+        sums = ()
+        for t in tl.static_range(SUMS):
+            share = to_bf16(p * scale[t][None, :] if APART else p)
+            sums = sums + (dot_bf16(share, k[t], acc[t] * alpha[:, None]),)
+        acc = sums
         m = m_new
     any_key = total != 0.0  # also true for NaN, which must stay visible
-    acc = tl.where(any_key[:, None], acc / tl.where(any_key, total, 1.0)[:, None], 0.0)
     if PARTIAL:
         part = (row * splits + split) * H + h
-        tl.store(out_ptr + part[:, None] * C + column[None, :], acc, mask=works[:, None])
-        tl.store(
-            lse_ptr + part, tl.where(any_key, m + tl.log2(tl.where(any_key, total, 1.0)), float("-inf")), mask=h_ok
-        )
+        out = out_ptr + part[:, None] * C + column[None, :]
+        lse = tl.where(any_key, m + tl.log2(tl.where(any_key, total, 1.0)), float("-inf"))
+        tl.store(lse_ptr + part, lse, mask=h < tl.where(first == 0, H, 0))
     else:
-        tl.store(out_ptr + (row * H + h)[:, None] * C + column[None, :], to_bf16(acc), mask=h_ok[:, None])
+        out = out_ptr + (row * H + h)[:, None] * C + column[None, :]
+    for t in tl.static_range(SUMS):
+        value = tl.where(any_key[:, None], acc[t] / tl.where(any_key, total, 1.0)[:, None], 0.0)
+        if PARTIAL:
+            tl.store(out + (first + t) * WIDTH, value, mask=works[:, None])
+        else:
+            tl.store(out + (first + t) * WIDTH, to_bf16(value), mask=h_ok[:, None])
 
 
 @triton.jit

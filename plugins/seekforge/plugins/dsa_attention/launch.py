@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
 from seekforge.plugins.kernels.sm_limits import has_fp8
-from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, choose_tile, take_parts
+from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, Tile, choose_tile, take_parts
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
@@ -18,9 +19,9 @@ NOTES: Final = ("caches in bf16 or fp8_ds", "any number of heads and any index_t
 
 #: Most parts that the positions of a row are cut into: what the kernel that combines them loads at once.
 MAX_SPLITS: Final = 32
-#: Programs that run at a time on the GPU that parts are counted for, one on each SM of an H100, and steps of keys that
-#: a program takes beside its own: to find the end of its row, to load queries, to leave its part to be combined.
-_PROGRAMS, _STEPS_BESIDE = 132, 2
+#: SMs of the GPU that parts are counted for, an H100, and steps of keys that a program takes beside its own: to find the
+#: end of its row, to load queries, to leave its part to be combined.
+_SMS, _STEPS_BESIDE = 132, 2
 #: Chosen positions that a program looks at at a time, and columns of one program that combines.
 _BLOCK_K, _COMBINE_BLOCK = 2048, 128
 #: Query rows per sequence from which its cache is expanded to bf16 once.
@@ -28,32 +29,71 @@ EXPAND_ROWS: Final = 256
 _EXPAND_POSITIONS: Final = 4
 
 
+#: Columns of a tile of keys where the columns are shared: those that fp8_ds has one scale of.
+_WIDTH: Final = 128
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a row is cut over programs.
+
+    Attributes:
+        tile: heads and positions of a step.
+        columns: columns of the latent that a program sums values of; it scores its keys with all of them.
+        per_sm: programs that an SM runs at a time.
+    """
+
+    tile: Tile
+    columns: int
+    per_sm: int = 1
+
+    def programs(self, heads: int, c: int) -> int:
+        """Return the programs that share the heads and columns of a row and see all of its keys."""
+        return cdiv(heads, self.tile.block_h) * (c // self.columns)
+
+
+def choose_cut(heads: int, c: int, sm: int, *, from_bytes: bool) -> Cut:
+    """Return how rows of so many heads are cut.
+
+    wgmma takes 64 rows, and sums of [64, 512] leave no registers for a tile of keys; sums of half of the columns do, and
+    for a second program on the SM, which multiplies while the first waits for its keys or widens them. Scores are
+    computed twice for it. Of few heads there are programs for twice the SMs so.
+    """
+    if heads <= 16:
+        tile = choose_tile(heads, sm, from_bytes=from_bytes)
+        return Cut(tile, min(c, 256), 2) if from_bytes else Cut(tile, c)
+    if sm == 90:
+        return Cut(Tile(64, 32, 4, 1), min(c, 256), 2)
+    return Cut(choose_tile(heads, sm, from_bytes=from_bytes), c)
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_splits(rows: int, blocks_h: int, topk: int, block_n: int) -> int:
+def choose_splits(rows: int, programs: int, topk: int, block_n: int, per_sm: int = 1) -> int:
     """Return the parts that each row's positions are cut into, so that the GPU is full and the workspace has room.
 
     Programs run in waves, and a wave lasts as long as a program: the fewest parts that take the least time.
 
     Args:
         rows: query rows of the call.
-        blocks_h: programs that share the heads of a row.
+        programs: programs that share a row's heads and columns.
         topk: positions of a row.
         block_n: positions of a step.
+        per_sm: programs that an SM runs at a time.
     """
     steps = cdiv(topk, block_n)
     most = max(1, min(MAX_SPLITS, MAX_PARTS // rows, steps))
 
     def duration(splits: int) -> int:
-        return cdiv(rows * blocks_h * splits, _PROGRAMS) * (cdiv(steps, splits) + _STEPS_BESIDE)
+        return cdiv(rows * programs * splits, _SMS * per_sm) * (cdiv(steps, splits) + _STEPS_BESIDE)
 
     return min(range(1, most + 1), key=duration)
 
 
 @functools.lru_cache(maxsize=1024)
-def _most_parts(batch: int, queries: int, blocks_h: int, topk: int, block_n: int) -> int:
+def _most_parts(batch: int, queries: int, programs: int, topk: int, block_n: int, per_sm: int) -> int:
     """Return the most parts of all rows together, in a step of at most so many sequences and queries of each."""
     rows = {b * q for b in range(1, batch + 1) for q in range(1, min(queries, MAX_PARTS // b) + 1)}
-    splits = {n: choose_splits(n, blocks_h, topk, block_n) for n in rows}
+    splits = {n: choose_splits(n, programs, topk, block_n, per_sm) for n in rows}
     return max((n * parts for n, parts in splits.items() if parts > 1), default=0)
 
 
@@ -70,7 +110,8 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     sizes = {name: statics[name] for name in ("H", "C", "R")}
 
     def attend(name: str, *, bytes_: bool, partial: bool, linear: bool) -> Variant:
-        tile = choose_tile(statics["H"], sm, from_bytes=bytes_)
+        cut = choose_cut(statics["H"], statics["C"], sm, from_bytes=bytes_)
+        tile = cut.tile
         types = {
             "q_ptr": "*bf16",
             "q_pe_ptr": "*bf16",
@@ -95,6 +136,8 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "PARTIAL": partial,
             "LINEAR": linear,
             "BLOCK_K": _BLOCK_K,
+            "COLUMNS": cut.columns,
+            "WIDTH": _WIDTH if cut.columns < statics["C"] else cut.columns,
         }
         return Variant(
             name, "attend_kernel", types, constants,
@@ -136,10 +179,10 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     return max(workspace.size, expanded.size)
 
 
-def _cut(bound: Mapping[str, Any], sm: int) -> tuple[int, int, int]:
-    """Return the programs that share the heads of a row, the positions of a row, and those of a step."""
-    tile = choose_tile(bound["H"], sm, from_bytes=bound["kv_format"] == "fp8_ds")
-    return cdiv(bound["H"], tile.block_h), bound["TOPK"], tile.block_n
+def _cut(bound: Mapping[str, Any], sm: int) -> tuple[int, int, int, int]:
+    """Return the programs that share a row, its positions, those of a step, and the programs of an SM."""
+    cut = choose_cut(bound["H"], bound["C"], sm, from_bytes=bound["kv_format"] == "fp8_ds")
+    return cut.programs(bound["H"], bound["C"]), bound["TOPK"], cut.tile.block_n, cut.per_sm
 
 
 def _take_expanded(bound: Mapping[str, Any], workspace: Workspace) -> Buffer:
@@ -199,7 +242,7 @@ def _prompt_plan(
     num_blocks = bound["MB"]
     workspace = Workspace()
     expanded = _take_expanded(bound, workspace)
-    tile = choose_tile(heads, sm, from_bytes=False)
+    programs = choose_cut(heads, bound["C"], sm, from_bytes=False).programs(heads, bound["C"])
     launches = []
     for i in range(b):
         arguments: dict[str, Buffer | int | float] = {
@@ -222,6 +265,5 @@ def _prompt_plan(
             "first_row": q * i,
             "splits": 1,
         }
-        grid = (q, cdiv(heads, tile.block_h), 1)
-        launches.append(Launch("attend-expanded", grid, dict(common) | rest))
+        launches.append(Launch("attend-expanded", (q, programs, 1), dict(common) | rest))
     return LaunchPlan(tuple(launches), workspace.size)

@@ -18,10 +18,14 @@ KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {
     (op, variant, sm): most for op, form in KERNEL_FORMS.items() for (variant, sm), most in form.known_spills.items()
 }
 
-#: (op, variant) -> why a kernel multiplies with mma.sync on SMs that have wgmma or tcgen05.
-KNOWN_MMA_SYNC: Final[dict[tuple[str, str], str]] = {
-    (op, variant): reason for op, form in KERNEL_FORMS.items() for variant, reason in form.known_mma_sync.items()
+#: (op, variant, SM) -> why a kernel multiplies with mma.sync on SMs that have wgmma or tcgen05.
+KNOWN_MMA_SYNC: Final[dict[tuple[str, str, int], str]] = {
+    (op, variant, sm): reason
+    for op, form in KERNEL_FORMS.items()
+    for (variant, sm), reason in form.known_mma_sync.items()
 }
+#: Most heads of a tile that would leave wgmma and tcgen05, which take 64 rows, three quarters empty.
+_FEW_HEADS: Final = 16
 
 
 def tensor_unit(sm: int) -> str:
@@ -36,7 +40,8 @@ def tensor_instruction(op: str, variant: Variant, sm: int) -> str:
     """
     if not variant.main_loop:
         return ""
-    unit = sass.MMA_SYNC if (op, variant.name) in KNOWN_MMA_SYNC else tensor_unit(sm)
+    few = int(variant.constants.get("BLOCK_H", 64)) <= _FEW_HEADS
+    unit = sass.MMA_SYNC if few or (op, variant.name, sm) in KNOWN_MMA_SYNC else tensor_unit(sm)
     letter = "Q" if variant.constants.get("QUANT") and variant.constants.get("FP8") else "H"
     return {sass.MMA_SYNC: "{}MMA", sass.WGMMA: "{}GMMA", sass.TCGEN05: "UTC{}MMA"}[unit].format(letter)
 
