@@ -3,9 +3,9 @@
 One program: one query row x BLOCK_H heads x COLUMNS of the latent x one split of the chosen positions. A position goes
 through the block table to a slot, whose record (656 bytes for V3.2) is read as e4m3, scales and bf16, widened to bf16
 tiles, and serves as key and as value. Where registers are scarce, scales are not multiplied with the tiles, but with
-scores and with the weights of the values: fewer products, and one rounding less. Softmax in base 2, f32; the product with the values has bf16 weights
-and f32 sums. -1 anywhere, and whatever lies outside the pool, is no key: such rows are loaded as 0, so what lies in
-unused slots never enters.
+scores and with the weights of the values: fewer products, and one rounding less. Softmax in base 2, f32; the product
+with the values has bf16 weights and f32 sums. -1 anywhere, and whatever lies outside the pool, is no key: such rows are
+loaded as 0, so what lies in unused slots never enters.
 A program first looks for the last place of its row that holds a position, and splits cut what lies before it: behind it
 there is nothing to do, which in a short context is most of TOPK. Decode is bound by latency and by the widening of
 bytes, so positions are split over programs and a second launch combines them; long prompts first expand each sequence's
@@ -103,7 +103,7 @@ def attend_kernel(
     queries = q_ptr + (row * H + h)[:, None] * C + column[None, :]
     q = ()
     for t in tl.static_range(TILES):
-        q = q + (tl.load(queries + (first + t) % TILES * WIDTH, mask=works[:, None], other=0.0),)
+        q += (tl.load(queries + (first + t) % TILES * WIDTH, mask=works[:, None], other=0.0),)
     q_pe = tl.load(q_pe_ptr + (row * H + h)[:, None] * R + rope[None, :], mask=works[:, None], other=0.0)
     table = table_ptr + row // rows_per_sequence * num_blocks
 
@@ -111,7 +111,7 @@ def attend_kernel(
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = ()
     for _ in tl.static_range(SUMS):
-        acc = acc + (tl.zeros([BLOCK_H, WIDTH], tl.float32),)
+        acc += (tl.zeros([BLOCK_H, WIDTH], tl.float32),)
     for step in range(start, tl.minimum(start + per_split, steps)):
         at = step * BLOCK_N + tl.arange(0, BLOCK_N)
         index = tl.load(topk_ptr + row * TOPK + at, mask=at < TOPK, other=-1)
@@ -131,16 +131,16 @@ def attend_kernel(
             scales = tl.load(scale_at, mask=valid[:, None], other=0.0)
             s = dot_bf16(q_pe, tl.trans(k_pe))
             for t in tl.static_range(TILES):
-                k = k + (_codes(record + (first + t) % TILES * WIDTH, column, valid, FP8),)
-                scale = scale + (tl.sum(tl.where(tile == t, scales, 0.0), 1),)
+                k += (_codes(record + (first + t) % TILES * WIDTH, column, valid, FP8),)
+                scale += (tl.sum(tl.where(tile == t, scales, 0.0), 1),)
                 s += dot_bf16(q[t], tl.trans(k[t])) * scale[t][None, :]
         else:
             for t in tl.static_range(TILES):
                 if BYTES:
-                    k = k + (_latents(record, column, valid, C, FP8),)
+                    k += (_latents(record, column, valid, C, FP8),)
                 else:
                     at_tile = record + (first + t) % TILES * WIDTH
-                    k = k + (tl.load(at_tile[:, None] + column[None, :], mask=valid[:, None], other=0.0),)
+                    k += (tl.load(at_tile[:, None] + column[None, :], mask=valid[:, None], other=0.0),)
                 s = dot_bf16(q[t], tl.trans(k[t]), s) if t > 0 else dot_bf16(q[t], tl.trans(k[t]))
             s = dot_bf16(q_pe, tl.trans(k_pe), s)
         s = tl.where(valid[None, :], s * scale_log2, float("-inf"))
@@ -149,10 +149,10 @@ def attend_kernel(
         p = tl.exp2(s - base[:, None])
         alpha = tl.exp2(m - base)
         total = total * alpha + tl.sum(p, 1)
-        sums = ()
+        sums = ()  # a tuple that is carried over the loop is made anew
         for t in tl.static_range(SUMS):
             share = to_bf16(p * scale[t][None, :] if APART else p)
-            sums = sums + (dot_bf16(share, k[t], acc[t] * alpha[:, None]),)
+            sums += (dot_bf16(share, k[t], acc[t] * alpha[:, None]),)
         acc = sums
         m = m_new
     any_key = total != 0.0  # also true for NaN, which must stay visible

@@ -19,8 +19,8 @@ NOTES: Final = ("caches in bf16 or fp8_ds", "any number of heads and any index_t
 
 #: Most parts that the positions of a row are cut into: what the kernel that combines them loads at once.
 MAX_SPLITS: Final = 32
-#: SMs of the GPU that parts are counted for, an H100, and steps of keys that a program takes beside its own: to find the
-#: end of its row, to load queries, to leave its part to be combined.
+#: SMs of the GPU that parts are counted for, an H100, and steps of keys that a program takes beside its own: to find
+#: the end of its row, to load queries, to leave its part to be combined.
 _SMS, _STEPS_BESIDE = 132, 2
 #: Chosen positions that a program looks at at a time, and columns of one program that combines.
 _BLOCK_K, _COMBINE_BLOCK = 2048, 128
@@ -55,8 +55,8 @@ class Cut:
 def choose_cut(heads: int, c: int, sm: int, *, from_bytes: bool) -> Cut:
     """Return how rows of so many heads are cut.
 
-    wgmma takes 64 rows, and sums of [64, 512] leave no registers for a tile of keys; sums of half of the columns do, and
-    for a second program on the SM, which multiplies while the first waits for its keys or widens them. Scores are
+    wgmma takes 64 rows, and sums of [64, 512] leave no registers for a tile of keys; sums of half of the columns do,
+    and for a second program on the SM, which multiplies while the first waits for its keys or widens them. Scores are
     computed twice for it. Of few heads there are programs for twice the SMs so.
     """
     if heads <= 16:
