@@ -33,6 +33,8 @@ from seekforge.formats.weight_recipes import (
     expert_map,
     for_rank,
     hadamard_table,
+    nvfp4_rows,
+    nvfp4_scales,
     reshape,
     retarget,
     rope_table,
@@ -125,6 +127,11 @@ def _recipes() -> dict[str, Recipe]:
         "kv_f32": dequantize(*kv.parts, "f32"),
         "rope_cos": rope_table("rope_cos", num_positions=20_000, dim=64, rope=rope),
         "hadamard": hadamard_table(128),
+        "nvfp4": nvfp4_rows(stack(concat([_expert(i), _expert(3 - i)]) for i in range(4))),
+        "nvfp4_of_a_rank": nvfp4_rows(slice_(stack(_expert(i) for i in range(4)), 1, 128, 256)),
+        "nvfp4_columns": nvfp4_rows(slice_(stack(_expert(i) for i in range(4)), 2, 128, 384)),
+        "nvfp4_side_by_side": nvfp4_rows(concat([_expert(0), _expert(1)], axis=1)),
+        "nvfp4_scales": nvfp4_scales(stack(take(f"e{i}.weight_scale_inv", (2, 3), "f32") for i in range(4))),
         "no_view": reshape(slice_(table, 1, 0, 100), (100, 300)),
     }
 

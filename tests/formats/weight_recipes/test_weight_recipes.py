@@ -21,6 +21,8 @@ from seekforge.formats.weight_recipes import (
     evaluate,
     evaluate_into,
     hadamard,
+    nvfp4_rows,
+    nvfp4_scales,
     read_recipe,
     reshape,
     retarget,
@@ -127,6 +129,23 @@ def test_a_recipe_survives_json(source: Source) -> None:
 
 @pytest.mark.parametrize("raw", ({}, {"op": "take", "shape": [1], "dtype": "f32", "parts": 3}))
 def test_a_malformed_recipe_is_refused(raw: dict[str, object]) -> None:
+    with pytest.raises(ProgramError, match="malformed recipe"):
+        read_recipe(raw)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part"),
+    [
+        (nvfp4_rows(take("a", (256, 384), "f8e4m3")), {"dtype": "bf16"}),
+        (nvfp4_rows(take("a", (256, 384), "f8e4m3")), {"shape": [256, 376]}),
+        (nvfp4_scales(take("a_scale", (2, 3), "f32")), {"dtype": "bf16"}),
+        (nvfp4_scales(take("a_scale", (2, 3), "f32")), {"shape": []}),
+    ],
+)
+def test_nvfp4_is_made_of_fp8_rows_in_blocks_of_16_alone(recipe: Recipe, part: dict[str, object]) -> None:
+    raw = recipe.to_dict()
+    assert read_recipe(raw) == recipe
+    raw["parts"][0] |= part
     with pytest.raises(ProgramError, match="malformed recipe"):
         read_recipe(raw)
 

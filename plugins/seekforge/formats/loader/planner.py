@@ -19,6 +19,9 @@ from seekforge.formats.weight_recipes import (
     as_bytes,
     block_codes,
     cast,
+    concat,
+    nvfp4_rows,
+    nvfp4_scales,
     rounds_once,
     slice_,
     stack,
@@ -28,6 +31,9 @@ from seekforge.formats.weight_recipes.constructors import block_scales
 
 #: Ops below which a slice is moved, so that no more is read or computed than it has.
 _SLICED_BELOW: Final = ("bytes", "cast", "concat", "stack", "block_codes", "block_scales")
+
+#: What is made of each part of a stack or of rows by itself, so that a job holds one matrix.
+_OF_EACH_PART: Final = {"nvfp4_rows": nvfp4_rows, "nvfp4_scales": nvfp4_scales}
 
 
 class Planner:
@@ -58,6 +64,8 @@ class Planner:
             self.add(recipe.parts[0], target.transpose(np.argsort(recipe.perm)))
         elif recipe.op == "bytes":
             self.add(recipe.parts[0], target.view(NUMPY["f8e4m3"]))
+        elif recipe.op in _OF_EACH_PART and (pushed := _push_below_parts(recipe)) is not None:
+            self.add(pushed, target)
         elif recipe.op == "cast" and rounds_once(recipe):
             self.add(recipe.parts[0], target)
         elif recipe.op in ("block_codes", "block_scales") and recipe.parts[0].op == "take":
@@ -163,6 +171,20 @@ class Planner:
             name, offset = (job.tensor if isinstance(job, Quantize) else job.weight), job.rows[0]
         info = self._checkpoint.info(name)
         return info.shard, info.begin + offset * itemsize(info.dtype)
+
+
+def _push_below_parts(recipe: Recipe) -> Recipe | None:
+    """Move what is made row by row below a stack, a concat of rows, or a slice of these; None: it is above none."""
+    make, whole = _OF_EACH_PART[recipe.op], recipe.parts[0]
+    if whole.op == "slice":
+        moved = _push_slice(whole)
+        return None if moved is None else make(moved)
+    if whole.op == "stack":
+        return stack(map(make, whole.parts))
+    if whole.op == "concat" and whole.axis != len(whole.shape) - 1:
+        assert whole.axis is not None
+        return concat(map(make, whole.parts), whole.axis)
+    return None
 
 
 def _push_slice(recipe: Recipe) -> Recipe | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from seekforge.common.errors import ProgramError
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.quantization.nvfp4 import row_bytes
 from seekforge.formats.weight_recipes.recipe import Recipe
 
 
@@ -91,6 +92,16 @@ def dequantize_nvfp4(
     return Recipe("nvfp4", (n, 2 * half), dtype, parts, params=params)
 
 
+def nvfp4_rows(weight: Recipe) -> Recipe:
+    """The NVFP4 rows [..., 9 K / 16] i8 of FP8 values [..., K] (`quantization.nvfp4.rows_of_fp8`)."""
+    return Recipe("nvfp4_rows", (*weight.shape[:-1], row_bytes(weight.shape[-1])), "i8", (weight,))
+
+
+def nvfp4_scales(scale: Recipe) -> Recipe:
+    """What multiplies the 128×128 blocks of `nvfp4_rows` besides, f32, of the scales of the FP8 values."""
+    return Recipe("nvfp4_scales", scale.shape, "f32", (scale,))
+
+
 def ones_table(rows: int, columns: int) -> Recipe:
     """Block scales [rows, columns] f32 of weights that are kept: ones."""
     return Recipe("computed", (rows, columns), "f32", tensor="ones", params={"rows": rows, "columns": columns})
@@ -149,7 +160,7 @@ def retarget(recipe: Recipe, *, activations: str, fp8_dtype: str) -> Recipe:
         return replace(recipe, dtype=activations if recipe.dtype == "bf16" else recipe.dtype)
     if recipe.op == "block_codes":
         return recipe if fp8_dtype == "f8e4m3" else as_bytes(recipe)
-    if recipe.op == "block_scales":
+    if recipe.op in ("block_scales", "nvfp4_rows", "nvfp4_scales"):
         return recipe
     parts = tuple(retarget(part, activations=activations, fp8_dtype=fp8_dtype) for part in recipe.parts)
     if recipe.op == "cast":

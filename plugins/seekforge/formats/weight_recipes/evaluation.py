@@ -132,6 +132,10 @@ def evaluate(recipe: Recipe, source: TensorSource) -> np.ndarray:
         return block_fp8.block_scales(first)
     if recipe.op == "scale_rows":
         return (FP8_VALUES[first.view(np.uint8)] * evaluate(recipe.parts[1], source)).astype(NUMPY[recipe.dtype])
+    if recipe.op == "nvfp4_rows":
+        return nvfp4.rows_of_fp8(np.ascontiguousarray(first))
+    if recipe.op == "nvfp4_scales":
+        return nvfp4.second_scales(first)
     if recipe.op == "nvfp4":
         return _nvfp4(recipe, first, source).astype(NUMPY[recipe.dtype])
     if recipe.op == "split":

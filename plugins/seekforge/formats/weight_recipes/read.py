@@ -18,6 +18,8 @@ from seekforge.formats.weight_recipes.constructors import (
     concat,
     dequantize,
     dequantize_nvfp4,
+    nvfp4_rows,
+    nvfp4_scales,
     reshape,
     scale_rows,
     slice_,
@@ -55,6 +57,7 @@ _OPTIONAL = ("tensor", "axis", "start", "stop", "perm", "params")
 _FIELDS = {"take": ["tensor"], "computed": ["tensor", "params"], "slice": ["axis", "start", "stop"], "concat": ["axis"]}
 _FIELDS |= {"stack": ["axis"], "split": ["axis"], "transpose": ["perm"]}
 _FIELDS |= {op: [] for op in ("reshape", "dequantize", "cast", "bytes", "block_codes", "block_scales", "scale_rows")}
+_FIELDS |= {op: [] for op in ("nvfp4_rows", "nvfp4_scales")}
 _FIELDS |= {op: ["params"] for op in ("codes", "code_scales", "packed", "nvfp4")}
 _TAKE = {"op", "shape", "dtype", "tensor"}
 #: Parts of the ops that have not one; concat and stack have any number.
@@ -185,6 +188,12 @@ def _shape_of(recipe: Recipe) -> tuple[tuple[int, ...], str]:
         if (first.dtype, scale.dtype) != ("f8e4m3", "f32") or not fits or recipe.dtype not in _FLOATS:
             raise ValueError(f"scale_rows of {first.dtype} {list(first.shape)} by {scale.dtype} {list(scale.shape)}")
         made = scale_rows(first, scale, recipe.dtype)
+    elif op in ("nvfp4_rows", "nvfp4_scales"):
+        is_rows = op == "nvfp4_rows"
+        fits = bool(first.shape) and (not is_rows or first.shape[-1] % NVFP4_BLOCK == 0)
+        if first.dtype != ("f8e4m3" if is_rows else "f32") or not fits:
+            raise ValueError(f"{op} of {first.dtype} {list(first.shape)}")
+        made = nvfp4_rows(first) if is_rows else nvfp4_scales(first)
     elif op == "nvfp4":
         made = _nvfp4(recipe)
     elif op == "cast":

@@ -12,8 +12,8 @@ class Recipe:
 
     Attributes:
         op: take, slice, reshape, transpose, concat, stack, dequantize, scale_rows, nvfp4, cast, bytes, split or
-            computed; block_codes or block_scales (`formats.quantization.block_fp8`); codes, code_scales or packed
-            (`formats.quantization.int_codes`).
+            computed; block_codes or block_scales (`formats.quantization.block_fp8`); nvfp4_rows or nvfp4_scales
+            (`formats.quantization.nvfp4`); codes, code_scales or packed (`formats.quantization.int_codes`).
         shape: shape of the result.
         dtype: element type of the result (our names, `common.dtypes.NUMPY`).
         parts: operands. `dequantize` and `scale_rows` have two: FP8 weight and f32 scale; `nvfp4` three: packed codes,
