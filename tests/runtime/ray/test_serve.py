@@ -46,10 +46,19 @@ def test_a_replica_that_is_killed_under_load_loses_what_was_on_it(toy_engine: Pa
         assert len(failed) <= load.num_clients
 
 
-@pytest.mark.parametrize(("nodes", "local"), [((2,), "2"), ((1, 1), "1")])
+@pytest.mark.parametrize(
+    ("nodes", "local", "number", "said"),
+    [
+        ((2,), "2", signal.SIGKILL, "was ended by signal 9"),
+        ((1, 1), "1", signal.SIGKILL, "was ended by signal 9"),
+        ((1, 1), "1", signal.SIGSTOP, "rank 1 stands still"),
+    ],
+)
 def test_ranks_are_on_bundles_and_one_that_is_lost_ends_the_replica(
     nodes: Sequence[int],
     local: str,
+    number: signal.Signals,
+    said: str,
     tiny_checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
@@ -69,7 +78,7 @@ def test_ranks_are_on_bundles_and_one_that_is_lost_ends_the_replica(
         assert [variables[one]["RANK"] for one in (process, rank)] == ["0", "1"]
         assert all(one["LOCAL_WORLD_SIZE"] == local and one["WORLD_SIZE"] == "2" for one in variables.values())
         log = Path(f"/proc/{process}/fd/2").readlink()  # the replica's
-        os.kill(rank, signal.SIGKILL)
+        os.kill(rank, number)
         wait_until(lambda: not {process, rank} & {*served.processes(ENGINE), *served.processes(RANK)}, 30)
 
         def serves_again() -> bool:
@@ -80,5 +89,6 @@ def test_ranks_are_on_bundles_and_one_that_is_lost_ends_the_replica(
 
         wait_until(serves_again, 120)
         assert len(served.processes(ENGINE)) == len(served.processes(RANK)) == 1
-        said = [line for line in log.read_text(errors="replace").splitlines() if "the replica ends" in line]
-        assert len(said) == 1 and f"rank 1 (process {rank} at " in said[0] and "was ended by signal 9" in said[0]
+        ends = [line for line in log.read_text(errors="replace").splitlines() if "the replica ends" in line]
+        assert len(ends) == 1 and said in ends[0]
+        assert number == signal.SIGSTOP or f"rank 1 (process {rank} at " in ends[0]

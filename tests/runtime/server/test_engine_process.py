@@ -19,11 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.rank_engines import rank_engine
+from tests.support.ray_served import below
 from tests.support.served import alive, engine_of, post, served
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import write_shard
+from seekforge.formats.parallelism import Parallelism
 from seekforge.runtime import LLM, SamplingParams
 from seekforge.runtime.engine.scheduler import QueueFullError
 from seekforge.runtime.server.channel import Piece
@@ -197,6 +200,61 @@ def test_a_server_answers_and_ends_on_sigterm_when_its_requests_have(toy_engine:
         assert text.rstrip().endswith("data: [DONE]")
         assert process.wait(30) == 0
         assert not alive(engine)
+
+
+#: `engine_process` of an engine that loses a rank as soon as the file is there that the environment names.
+_LOSING = """
+import os, pathlib
+from seekforge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from seekforge.runtime.server.engine_process import main
+lost = pathlib.Path(os.environ["LOST"])
+OnnxRuntimeBackend.fault = property(lambda self: "rank 1 stands still" if lost.exists() else None)
+main()
+"""
+
+
+def test_an_engine_that_lost_a_rank_ends_and_says_which(toy_engine: Path, tmp_path: Path) -> None:
+    """Also when nothing is asked of it, and though its own process could go on refusing."""
+
+    async def main() -> str:
+        client = await EngineProcess.open(
+            toy_engine,
+            OPTIONS,
+            lambda said: None,
+            command=(sys.executable, "-c", _LOSING),
+            environment={"LOST": str(tmp_path / "lost")},
+        )
+        try:
+            dead = asyncio.Event()
+            client.on_dead = dead.set
+            assert len(await whole(client.start([5, 6], SamplingParams(max_tokens=2, temperature=0)))) > 0
+            (tmp_path / "lost").touch()
+            await asyncio.wait_for(dead.wait(), 20)
+            with pytest.raises(EngineDeadError, match=r"^rank 1 stands still$"):
+                await client.call("metrics")
+            return client.dead
+        finally:
+            await client.close()
+
+    assert asyncio.run(main()) == "rank 1 stands still"
+
+
+@pytest.mark.slow  # makes an engine of two ranks
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_loses_a_rank_names_it_and_ends(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, number: signal.Signals
+) -> None:
+    engine = rank_engine(tiny_checkpoint, Parallelism(tp=2), tmp_path_factory)
+    with served(engine, "0", "--kv-cache-memory", "4M") as (process, _, lines):
+        (rank,) = below(engine_of(process))
+        os.kill(rank, number)
+        assert process.wait(30) == 2
+        deadline = time.monotonic() + 10
+        while alive(rank) or not any(line.startswith("error:") for line in lines):
+            assert time.monotonic() < deadline, lines
+            time.sleep(0.05)
+    said = [line for line in lines if line.startswith("error:")]
+    assert len(said) == 1 and f"rank 1 (process {rank})" in said[0] and "Traceback" not in "".join(lines)
 
 
 def test_a_killed_server_leaves_no_engine_and_the_next_one_serves(toy_engine: Path) -> None:

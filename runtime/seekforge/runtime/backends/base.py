@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,6 +52,21 @@ class Backend(StepRunner, Protocol):
     def close(self) -> None:
         """Give back sessions and caches."""
         ...
+
+
+@runtime_checkable
+class OfProcesses(Protocol):
+    """A backend of several processes, which can be lost."""
+
+    @property
+    def fault(self) -> str | None:
+        """Why no step can be run any more; None: one can."""
+        ...
+
+
+def fault_of(backend: Backend) -> str | None:
+    """Return why no step can be run any more by a backend that lost a process; None: one can."""
+    return backend.fault if isinstance(backend, OfProcesses) else None
 
 
 #: Told while weights are loaded.

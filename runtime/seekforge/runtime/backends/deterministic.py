@@ -16,7 +16,7 @@ import numpy as np
 from seekforge.formats.step_io import MODEL, ROW_RESULTS, StepInputs
 from seekforge.formats.step_runner import StepOutputs
 from seekforge.plugins.native.library import keep_row_bits
-from seekforge.runtime.backends.base import Backend, GraphMetrics
+from seekforge.runtime.backends.base import Backend, GraphMetrics, fault_of
 
 
 class _WithoutDoubles:
@@ -55,6 +55,11 @@ class DeterministicBackend:
         if "logsumexp" in outputs:
             outputs = {*outputs, "logits"} - {"logsumexp"}
         return _WithoutDoubles(self._backend.run(doubled(inputs), outputs=outputs, graph=graph), inputs.input_ids.shape)
+
+    @property
+    def fault(self) -> str | None:
+        """Why no step can be run any more; None: one can."""
+        return fault_of(self._backend)
 
     def graph_metrics(self) -> GraphMetrics:
         """Return what became of CUDA graphs."""

@@ -129,7 +129,8 @@ class ReplicaApp:
         """Say what was lost, and end this process when requests have been told; unless it ends anyway."""
         if self._client is None:
             return
-        self._lost = self._client.dead or line
+        dead = self._client.dead  # one is lost because of the other
+        self._lost = f"{dead} ({line})" if dead and dead != line else line
         sys.stderr.write(f"error: {self._settings.engine}: {self._lost}; the replica ends\n")
         sys.stderr.flush()
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._end)

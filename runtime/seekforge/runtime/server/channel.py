@@ -18,6 +18,7 @@ From it:
   kind is the name of the error's class, or nothing where it is a bug of ours.
 - `("step", pieces)`: what requests gained, the fields of a `Piece` each; one frame for all of them.
 - `("blocks", changes)`: what the prefix cache gained and lost, a `BlockChange` each; only where it is followed.
+- `("lost", line)`: a rank of the engine is lost, and this process ends.
 - `("result", call_id, value)`, or `("error", call_id, kind, message)`.
 """
 

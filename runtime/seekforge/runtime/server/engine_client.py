@@ -286,8 +286,11 @@ class EngineProcess:
 
     async def _read(self) -> None:
         """Hand on what the engine says, until it says nothing any more."""
+        lost = ""
         while (frame := await receive(self._reader)) is not None:
             match frame:
+                case ("lost", line):
+                    lost = line
                 case ("step", pieces):
                     streams = self._streams
                     for fields in pieces:
@@ -310,7 +313,7 @@ class EngineProcess:
                     if (answer := self._calls.get(call_id)) is not None and not answer.done():
                         answer.set_exception(_error(kind, message))
         how = "was closed" if self._closing else f"ended {await self._how_it_ended()}"
-        self.dead = f"the process that runs the engine {how}"
+        self.dead = lost or f"the process that runs the engine {how}"
         error = EngineDeadError(self.dead)
         for stream in self._streams.values():
             stream.fail(error)

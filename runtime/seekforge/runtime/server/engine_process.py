@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 from seekforge.common.errors import CheckpointError, EngineError, RequestError, SeekforgeError
 from seekforge.common.system import end_with_parent
 from seekforge.formats.checkpoint.safetensors import Checkpoint
+from seekforge.runtime.backends.base import OfProcesses, fault_of
 from seekforge.runtime.engine.block_changes import BlockChanges
 from seekforge.runtime.engine.outputs import CompletionOutput, Delta, RequestOutput
 from seekforge.runtime.engine.request import RequestState
@@ -35,6 +37,8 @@ from seekforge.runtime.values import shown
 _PREPARERS = 2
 #: Seconds between two lines about the loading.
 _LOADING_S = 0.5
+#: Seconds between two looks at the ranks.
+_LOOK_S = 0.2
 
 
 class EngineHost:
@@ -56,6 +60,8 @@ class EngineHost:
             target=self._llm._turns.serve, args=(lambda: self._channel.broken,), name="seekforge-steps", daemon=True
         )
         steps.start()
+        if isinstance(self._llm._core.backend, OfProcesses):
+            threading.Thread(target=self._watch, name="seekforge-watch", daemon=True).start()
         while (frame := self._channel.receive()) is not None:
             kind, *rest = frame
             if kind == "add":
@@ -69,6 +75,16 @@ class EngineHost:
         self._closing = True
         self._preparers.shutdown(wait=False, cancel_futures=True)
         self._llm.close()
+
+    def _watch(self) -> None:
+        """End this process when a rank of the engine is lost: every request would fail from then on."""
+        while (fault := fault_of(self._llm._core.backend)) is None:
+            time.sleep(_LOOK_S)
+            if self._closing:
+                return
+        if not self._closing:
+            self._channel.send("lost", fault)
+            os._exit(2)
 
     def _add(self, request_id: int, prompt: Any, params: SamplingParams, *rest: Any) -> None:
         with self._changing:

@@ -125,6 +125,11 @@ class RanksBackend:
         """Return what became of CUDA graphs on rank 0; the others capture the same steps."""
         return self._opened.graph_metrics()
 
+    @property
+    def fault(self) -> str | None:
+        """Why no step can be run any more, when all other ranks have ended; None: one can."""
+        return self._host.ended()
+
     def update_weights(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Swap weights on every rank; see `Backend`. What is wrong with them is said before a rank changes any."""
         self._opened.check_update(tensors)

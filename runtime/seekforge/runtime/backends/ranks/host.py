@@ -189,6 +189,11 @@ class Host:
         if self.fault is not None:
             raise EngineError(self.fault)
 
+    def ended(self) -> str | None:
+        """Return why all other ranks were ended, when they have; None: they live."""
+        with self._changed:
+            return self.fault
+
     def await_ready(self) -> None:
         """Wait until every rank has opened its part.
 
