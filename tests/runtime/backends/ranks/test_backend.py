@@ -21,6 +21,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.step_io import MODEL, MTP, StepInputs, lay_out
 from seekforge.runtime.backends.base import Backend
+from seekforge.runtime.backends.ranks import micro_batches
 from seekforge.runtime.backends.ranks.same_check import VARIABLE, SameCheck
 from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.engine.outputs import GenerationError
@@ -96,6 +97,34 @@ def test_steps_equal_those_of_one_rank(engine: Path, tiny_engines: dict[str, Pat
     assert not children()
 
 
+def test_micro_batches_change_nothing(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts cut by columns, a step of many sequences cut by rows: results, taps and caches of the whole steps."""
+    taps = {spec.name for spec in Engine.open(engine).manifest.graphs[MODEL].outputs if spec.role == "tap"}
+    names = {"logits", "hidden", *taps}
+    prompts = lay_out([COMMON[:50], COMMON[7:40], COMMON[3:33]], [0] * 3, [[1], [2], [3]], [3, 20, 149, 60, 82])
+    ahead = (50, 33, 30, 0, 0)
+    one_each = lay_out([[5], [6, 7], [8], [9, 10], [11]], ahead, [[1], [2], [3], [4], [5]], [9, 0, 3, 2])
+    told: list[list[np.ndarray]] = []
+    with opened(engine) as backend:
+        for least in (micro_batches.LEAST_TOKENS, 2):
+            monkeypatch.setattr(micro_batches, "LEAST_TOKENS", least)
+            backend.allocate_caches(7)
+            given: list[np.ndarray] = []
+            for step in (prompts, one_each):
+                fetched = backend.run(step, outputs=names)
+                for name in sorted(names):
+                    value = np.array(fetched.fetch(name))
+                    if name in taps:
+                        value = np.sort(value.reshape(len(step.real), -1))[step.real]
+                    elif name == "hidden":
+                        value = value.reshape(len(step.real), -1)[step.real]
+                    given.append(value)
+            told.append([*given, backend.cache("latent_cache.3")])  # pyright: ignore[reportAttributeAccessIssue]
+    for expected, value in zip(*told, strict=True):
+        exact = np.issubdtype(expected.dtype, np.integer)  # choices
+        np.testing.assert_allclose(value, expected, atol=0 if exact else 2e-5 * expected.std(), rtol=0)
+
+
 def test_the_debug_mode_finds_nothing_in_a_sound_engine(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And compares something: every sum, and the keys and experts that each layer chooses."""
     counted: list[str] = []
@@ -147,9 +176,10 @@ def test_weights_in_codes_are_those_of_one_rank(
 
 
 def test_text_with_drafts_prefixes_preemption_and_new_weights_is_that_of_one_rank(
-    engine: Path, tiny_engines: dict[str, Path], tiny_source: Checkpoint
+    engine: Path, tiny_engines: dict[str, Path], tiny_source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new weight is one that ranks divide, in a layer of the last stage."""
+    """The new weight is one that ranks divide, in a layer of the last stage. Stages take all steps in micro-batches."""
+    monkeypatch.setattr(micro_batches, "LEAST_TOKENS", 1)
     name = "model.layers.3.self_attn.o_proj.weight_scale_inv"
     changed = {name: tiny_source.tensor(name) * np.float32(1.5)}
     changed[name.removesuffix("_scale_inv")] = tiny_source.tensor(name.removesuffix("_scale_inv"))

@@ -18,10 +18,11 @@ from seekforge import LLM
 from seekforge.common.errors import EngineError
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
-from seekforge.formats.step_io import lay_out
+from seekforge.formats.step_io import StepInputs, lay_out
 from seekforge.runtime.backends.ranks import device_rank
 from seekforge.runtime.backends.ranks.device_rank import DeviceRank
 from seekforge.runtime.backends.tensorrt import waiting
+from seekforge.runtime.backends.tensorrt.device import Call
 from seekforge.runtime.engine.engine_folder import Engine
 
 
@@ -86,16 +87,55 @@ def test_text_of_captured_steps_is_that_of_one_rank(
     assert all(device.launches for device in made[0].devices.values()), "decode steps are captured graphs on all ranks"
 
 
-def test_micro_batches_change_nothing(folder: Path) -> None:
-    """Two prompts give the same results and caches in one step and in three parts of its columns."""
+def test_stages_work_at_once_on_a_decode_step_of_several_sequences(folder: Path) -> None:
+    """The second stage gets through its first part only after the first stage has begun the second one."""
+    ranks = ThreadRanks(folder, load_manifest(folder))
+    begun = threading.Semaphore(0)
+    met: list[bool] = []
+    first, second = ranks.devices[0].plans[0], ranks.devices[2].plans[0]
+    enqueue_first, enqueue_second = first.enqueue, second.enqueue
+
+    def counted(call: Call) -> None:
+        begun.release()
+        enqueue_first(call)
+
+    def awaiting(call: Call) -> None:
+        if not met:
+            met.append(begun.acquire(timeout=60) and begun.acquire(timeout=60))
+        enqueue_second(call)
+
+    step = lay_out([[token] for token in COMMON[:4]], [0] * 4, [[1], [2], [3], [4]])
+    try:
+        ranks.allocate_caches(6)
+        whole = ranks.run(step, outputs={"logits"}).fetch("logits")
+        first.enqueue, second.enqueue = counted, awaiting
+        np.testing.assert_allclose(
+            ranks.run(step, outputs={"logits"}, parts=2).fetch("logits"), whole, atol=2e-5 * whole.std(), rtol=0
+        )
+    finally:
+        ranks.close()
+    assert met == [True]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lay_out([COMMON[:50], COMMON[7:40]], [0, 0], [[1], [2]], [3, 20, 49, 60, 82]),
+        lay_out(
+            [COMMON[row : row + 1 + row % 3] for row in range(5)], [0] * 5, [[1 + r] for r in range(5)], [0, 14, 4]
+        ),
+    ],
+    ids=["columns", "rows"],
+)
+def test_micro_batches_change_nothing(folder: Path, step: StepInputs) -> None:
+    """Few prompts, or many short ones, give the same results and caches in one step and in three parts of it."""
     manifest = load_manifest(folder)
     names = {"logits", "hidden"} | {spec.name for spec in manifest.graphs["model"].outputs if spec.role == "tap"}
-    step = lay_out([COMMON[:50], COMMON[7:40]], [0, 0], [[1], [2]], [3, 20, 49, 60, 82])
     ranks = ThreadRanks(folder, manifest)
     told: list[dict[str, np.ndarray]] = []
     try:
         for parts in (1, 3):
-            ranks.allocate_caches(3)
+            ranks.allocate_caches(7)
             given = ranks.run(step, outputs=names, parts=parts)
             told.append({name: given.fetch(name) for name in names})
             told[-1]["cache"] = ranks.cache("latent_cache.3")

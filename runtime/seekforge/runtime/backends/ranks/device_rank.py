@@ -16,7 +16,7 @@ from seekforge.formats.program import load_bindings
 from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
 from seekforge.runtime.backends.ranks.collectives import Collectives
-from seekforge.runtime.backends.ranks.micro_batches import join_columns, split_columns
+from seekforge.runtime.backends.ranks.micro_batches import join_parts, split_step
 from seekforge.runtime.backends.ranks.nodes import local_number
 from seekforge.runtime.backends.ranks.same_check import SameCheck
 from seekforge.runtime.backends.ranks.stage_links import StageLinks, wanted_of
@@ -100,8 +100,8 @@ class DeviceRank:
         """Run this rank's part of a step; see `rank.Rank.run`."""
         results: dict[str, np.ndarray] = {}
         if graph in self._part.plans:
-            cut = split_columns(inputs, parts)
-            results = join_columns([self._run_part(part, outputs, graph) for part, _ in cut], cut)
+            cut = split_step(inputs, parts)
+            results = join_parts([self._run_part(part.inputs, outputs, graph) for part in cut], cut)
             if not self._links.is_first:  # it fetches nothing, and would not see that its own GPU stands still
                 self.device.synchronize()
         return self._links.collect(graph, results)

@@ -1,80 +1,104 @@
-"""Long steps of pipeline stages in parts: a stage works on one part while the next stage works on the one before.
+"""Steps of pipeline stages in parts: a stage works on one part while the next stage works on the one before.
 
-A part is some columns of a step: the next tokens of each of its rows. Stages take the parts in order, so what a part
-reads of the caches is there, as with prompts that are prefilled in chunks. Steps of few tokens stay whole: each part
-reads all weights of its stage.
+A part is some columns of a step, the next tokens of each of its rows, or some of its rows, other sequences: whichever
+there are more of. Stages take the parts in order, so what a part reads of the caches is there, as with prompts that are
+prefilled in chunks. Steps of few tokens stay whole: each part reads the weights of its stage, and of routed experts
+few tokens need nearly all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from seekforge.formats.step_io import ROW_RESULTS, StepInputs
 
-#: Columns that a part has at least.
-LEAST_COLUMNS: Final = 128
+#: Tokens that a part has at least. Two parts in two stages are worth it where half of the tokens take less than two
+#: thirds of the time; below that, reading the experts twice costs more than idle stages. By the forecast of `plan` for
+#: the 671B model on H200 (tp 8, ep, pp 2) 256 sequences at 8K of context take 1.3 times as long in two parts, 1,024
+#: as long, and 0.85 at 64K. Two stages of `tiny` on two busy cores broke even with parts of 128 (2026-12-01).
+LEAST_TOKENS: Final = 512
 
 
-def num_parts(inputs: StepInputs, num_stages: int, least: int = LEAST_COLUMNS) -> int:
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch.
+
+    Attributes:
+        inputs: a step of some rows or columns of the whole.
+        wanted: [N] int64, which of the whole's rows of logits it gives.
+        axis: what was cut: 0 rows, 1 columns.
+    """
+
+    inputs: StepInputs
+    wanted: np.ndarray
+    axis: int
+
+
+def num_parts(inputs: StepInputs, num_stages: int) -> int:
     """Return in how many parts a step goes through so many stages."""
-    return max(1, min(num_stages, inputs.input_ids.shape[1] // least))
+    return max(1, min(num_stages, inputs.input_ids.size // LEAST_TOKENS, max(inputs.input_ids.shape)))
 
 
-def split_columns(inputs: StepInputs, count: int) -> list[tuple[StepInputs, np.ndarray]]:
-    """Return a step as parts of columns, each with the logits rows of the whole that it gives.
+def split_step(inputs: StepInputs, count: int) -> list[Part]:
+    """Return a step as parts of rows or columns.
 
-    A part that gives none asks for its first row all the same, which a step must.
+    A part that gives no logits asks for its first row all the same, which a step must.
 
     Args:
         inputs: a step of the model's graph.
-        count: how many parts; at most its columns.
+        count: how many parts; at most its rows, or its columns where those are not fewer.
     """
-    width = inputs.input_ids.shape[1]
+    rows, width = inputs.input_ids.shape
+    axis = 1 if width >= rows else 0
     row, column = np.divmod(inputs.logits_index, width)
+    place, size = (column, width) if axis else (row, rows)
     parts = []
     for number in range(count):
-        start, stop = width * number // count, width * (number + 1) // count
-        wanted = np.nonzero((column >= start) & (column < stop))[0]
-        picked = row[wanted] * (stop - start) + column[wanted] - start
+        start, stop = size * number // count, size * (number + 1) // count
+        wanted = np.nonzero((place >= start) & (place < stop))[0]
+        if axis:
+            picked = row[wanted] * (stop - start) + column[wanted] - start
+        else:
+            picked = inputs.logits_index[wanted] - start * width
+        cut = (slice(None), slice(start, stop)) if axis else (slice(start, stop),)
         part = replace(
             inputs,
-            input_ids=inputs.input_ids[:, start:stop],
-            positions=inputs.positions[:, start:stop],
-            slot_mapping=inputs.slot_mapping[:, start:stop],
+            input_ids=inputs.input_ids[cut],
+            positions=inputs.positions[cut],
+            slot_mapping=inputs.slot_mapping[cut],
+            block_table=inputs.block_table if axis else inputs.block_table[cut],
             logits_index=picked if len(picked) else np.zeros(1, np.int64),
-            intermediate_tensors={name: value[:, start:stop] for name, value in inputs.intermediate_tensors.items()},
+            intermediate_tensors={name: value[cut] for name, value in inputs.intermediate_tensors.items()},
         )
-        parts.append((part, wanted))
+        parts.append(Part(part, wanted, axis))
     return parts
 
 
-def join_columns(
-    results: Sequence[Mapping[str, np.ndarray]], parts: Sequence[tuple[StepInputs, np.ndarray]]
-) -> dict[str, np.ndarray]:
+def join_parts(results: Sequence[Mapping[str, np.ndarray]], parts: Sequence[Part]) -> dict[str, np.ndarray]:
     """Return the results of a step from those of its parts.
 
     Args:
         results: the results of each part, by name: rows of logits, [B, Q, ...] of at least three axes, or
             [B * Q, width].
-        parts: what `split_columns` made of the step.
+        parts: what `split_step` made of the step.
     """
     if len(parts) == 1:
         return dict(results[0])
-    rows = parts[0][0].input_ids.shape[0]
+    axis = parts[0].axis
+    rows = parts[0].inputs.input_ids.shape[0]
     joined: dict[str, np.ndarray] = {}
     for name, first in results[0].items():
         values = [one[name] for one in results]
         if name in ROW_RESULTS:
-            count = sum(len(wanted) for _, wanted in parts)
-            joined[name] = np.empty((count, *first.shape[1:]), first.dtype)
-            for value, (_, wanted) in zip(values, parts, strict=True):
-                joined[name][wanted] = value[: len(wanted)]
-        elif first.ndim > 2:
-            joined[name] = np.concatenate(values, axis=1)
+            joined[name] = np.empty((sum(len(part.wanted) for part in parts), *first.shape[1:]), first.dtype)
+            for value, part in zip(values, parts, strict=True):
+                joined[name][part.wanted] = value[: len(part.wanted)]
+        elif first.ndim > 2 or axis == 0:
+            joined[name] = np.concatenate(values, axis=axis)
         else:
             by_row = [value.reshape(rows, -1, *value.shape[1:]) for value in values]
             joined[name] = np.concatenate(by_row, axis=1).reshape(-1, *first.shape[1:])

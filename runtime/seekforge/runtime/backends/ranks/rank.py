@@ -24,7 +24,7 @@ from seekforge.runtime.backends.base import GraphMetrics
 from seekforge.runtime.backends.onnxruntime import OrtGraph
 from seekforge.runtime.backends.ort_device import OrtDevice
 from seekforge.runtime.backends.ranks.collectives import Collectives
-from seekforge.runtime.backends.ranks.micro_batches import join_columns, split_columns
+from seekforge.runtime.backends.ranks.micro_batches import join_parts, split_step
 from seekforge.runtime.backends.ranks.same_check import SameCheck
 from seekforge.runtime.backends.ranks.stage_links import StageLinks
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
@@ -93,8 +93,8 @@ class Rank:
         """
         results: dict[str, np.ndarray] = {}
         if graph in self._pieces:
-            cut = split_columns(inputs, parts)
-            results = join_columns([self._run_part(part, outputs, graph) for part, _ in cut], cut)
+            cut = split_step(inputs, parts)
+            results = join_parts([self._run_part(part.inputs, outputs, graph) for part in cut], cut)
         return self._links.collect(graph, results)
 
     def _run_part(self, inputs: StepInputs, outputs: Collection[str], graph: str) -> dict[str, np.ndarray]:
