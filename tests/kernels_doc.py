@@ -20,6 +20,7 @@ from typing import Any
 
 from seekforge.exporter.builder.kernel_numbers import Record, faults, records, resources_text
 from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.formats.targets import NVFP4_SM
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.launch_plan import Variant, op_kernels, statics_of
 from seekforge.plugins.kernels.rules import KNOWN_MMA_SYNC, KNOWN_SPILLS, tensor_unit
@@ -42,12 +43,21 @@ def recorded() -> list[Record]:
     return read_record()["kernels"]
 
 
+def forms() -> list[tuple[dict[str, dict[str, Any]], tuple[int, ...]]]:
+    """Return op_type -> sizes of the full model, and the SMs that take them: with FP8 weights, and with NVFP4 ones."""
+    config = load_preset("full").config
+    sizes, nvfp4 = operators(config), operators(config, nvfp4_experts=True)
+    changed = {op: bound for op, bound in nvfp4.items() if bound != sizes[op]}
+    return [(sizes, SMS), (changed, tuple(sm for sm in SMS if sm >= NVFP4_SM))]
+
+
 def variants() -> dict[tuple[str, int, str], Variant]:
     """Return (op, SM, name) -> every kernel that the full model needs, as its sources are now."""
     return {
         (op, sm, variant.name): variant
-        for op, bound in operators(load_preset("full").config).items()
-        for sm in SMS
+        for sizes, sms in forms()
+        for op, bound in sizes.items()
+        for sm in sms
         for variant in op_kernels(op).variants(statics_of(op, bound), sm)
     }
 
@@ -127,10 +137,14 @@ def compiled(ops: Collection[str] = ()) -> list[Record]:
         ops: the operators; none: all.
     """
     cache = aot.default_cache()
-    sizes = {op: bound for op, bound in operators(load_preset("full").config).items() if not ops or op in ops}
-    with tempfile.TemporaryDirectory() as folder:
-        sets = aot.build(aot.tasks(sizes, SMS), Path(folder), cache=cache)
-        return records(sets, Path(folder), cache=cache)
+    listed: dict[tuple[str, int, str], Record] = {}
+    for sizes, sms in forms():
+        tasks = aot.tasks({op: bound for op, bound in sizes.items() if not ops or op in ops}, sms)
+        with tempfile.TemporaryDirectory() as folder:
+            sets = aot.build(tasks, Path(folder), cache=cache)
+            made = records(sets, Path(folder), cache=cache)
+        listed |= {(one["op"], one["sm"], one["kernel"]): one for one in made}
+    return list(listed.values())
 
 
 def renewed(ops: Collection[str]) -> list[Record]:

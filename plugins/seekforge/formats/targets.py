@@ -26,8 +26,8 @@ WeightBlockSize = Literal[32, 64, 128]
 #: SMs that TensorRT-RTX compiles for, and those of data-center GPUs that need TensorRT.
 RTX_SMS = (80, 86, 89, 120, 121)
 TENSORRT_SMS = (80, 86, 89, 90, 100, 103, 120, 121)
-#: The first SM with FP8 matrix units.
-FP8_SM = 89
+#: The first SM with FP8 matrix units, and the first whose kernels take experts in NVFP4.
+FP8_SM, NVFP4_SM = 89, 100
 
 
 class Gpu(Record):

@@ -230,12 +230,14 @@ class RankModel:
         numerics: the fields of `formats.numerics.Numerics`.
         kv_format: layout and dtype of both caches.
         parallelism: how ranks share the model.
+        nvfp4_experts: whether it has the weights of experts in NVFP4.
     """
 
     config: ModelConfig
     numerics: Mapping[str, Any]
     kv_format: str
     parallelism: Parallelism
+    nvfp4_experts: bool = False
 
     @property
     def sizes(self) -> RankSizes:
@@ -271,12 +273,13 @@ class Products:
     Attributes:
         flops: (shapes of the inputs that are weights by name, config, keys that a token sees) -> FLOPs of one decoded
             token, 2 per multiply and add.
-        in_plugin: attributes -> dtype in which the kernels multiply where the target multiplies FP8.
+        in_plugin: (attributes, shapes of the inputs that are weights by name) -> dtype in which the kernels multiply
+            where the target multiplies FP8.
         inlined: dtype in which the standard operators multiply that TensorRT gets in place of the plugin.
     """
 
     flops: Callable[[Mapping[str, Sequence[int]], ModelConfig, int], float]
-    in_plugin: Callable[[Mapping[str, Any]], Literal["fp8", "bf16"]]
+    in_plugin: Callable[[Mapping[str, Any], Mapping[str, Sequence[int]]], Literal["fp8", "bf16"]]
     inlined: Literal["bf16", "f32"]
 
 

@@ -9,6 +9,7 @@ from tests import kernels_doc
 from tests.gpu import work as perfect
 
 from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.formats.targets import NVFP4_SM
 from seekforge.plugins.cost.model import shape_of
 from seekforge.plugins.cost.work import Load, Work, experts_hit, op_cost, visible_keys
 from seekforge.plugins.kernels import sass
@@ -225,11 +226,23 @@ def test_experts_of_many_tokens_and_of_ranks() -> None:
     assert whole["up-128"].flops == 8 * shared["up-128"].flops
 
 
-def test_slices_of_experts_are_told_apart() -> None:
-    bound = SIZES["MoeExperts"] | {"T": 2048 + 100}
+def test_experts_in_nvfp4_read_nine_sixteenths_and_multiply_in_bf16() -> None:
+    found = works("MoeExperts", sm=100, T=1, W13=4032)
+    up, down, fp8 = found["up-nvfp4-16"], found["down-nvfp4-16"], works("MoeExperts", sm=100, T=1)
+    assert up.programs == 8 * 16 and up.passes == (56,) and up.products == down.products == "bf16"
+    assert up.read_bytes == 8 * (4096 * 7168 * 9 // 16 + 32 * 56 * 4) + 7168 + 56 * 4
+    assert up.loaded_bytes == up.programs * (16 * 7168 + 256 * 4032)
+    assert down.read_bytes == 8 * (7168 * 2048 * 9 // 16 + 56 * 16 * 4) + 8 * (2048 + 16 * 4)
+    for name, one in (("up-16", up), ("down-16", down)):
+        assert (one.flops, one.written_bytes) == (fp8[name].flops, fp8[name].written_bytes)
+
+
+@pytest.mark.parametrize(("sm", "w13"), [(90, 7168), (100, 4032)])
+def test_slices_of_experts_are_told_apart(sm: int, w13: int) -> None:
+    bound = SIZES["MoeExperts"] | {"T": 2048 + 100, "W13": w13}
     load = Load(context=1, num_experts=256)
-    launches = op_kernels("MoeExperts").plan(bound, 90).launches
-    ups = [op_cost("MoeExperts").work(one, bound, 90, load) for one in launches if one.variant.startswith("up")]
+    launches = op_kernels("MoeExperts").plan(bound, sm).launches
+    ups = [op_cost("MoeExperts").work(one, bound, sm, load) for one in launches if one.variant.startswith("up")]
     assert [one.flops for one in ups] == [2 * 8 * tokens * 4096 * 7168 for tokens in (2048, 100)]
 
 
@@ -282,11 +295,13 @@ def _tiles() -> dict[tuple[str, int, str], float]:
         "MlaAttention": [{"B": b, "Q": 1, "MB": 512} for b in (1, 128)],
         "MoeExperts": [{"T": tokens} for tokens in (1, 512, 2048)],
     }
+    nvfp4 = [sizes | {"W13": 4032} for sizes in shapes["MoeExperts"]]
     return {
         (op, sm, name): work.pass_flops
-        for op, listed in shapes.items()
+        for op, listed in [*shapes.items(), ("MoeExperts", nvfp4)]
         for sizes in listed
         for sm in kernels_doc.SMS
+        if "W13" not in sizes or sm >= NVFP4_SM
         for name, work in works(op, sm=sm, **sizes).items()
         if work.flops
     }

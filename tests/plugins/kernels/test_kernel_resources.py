@@ -84,6 +84,8 @@ def test_every_kernel_with_products_has_tensor_instructions_in_a_main_loop_that_
         (("BlockFp8Linear", 89, "tile-64x128"), "QMMA"),
         (("BlockFp8Linear", 90, "tile-128x128"), "QGMMA"),
         (("MoeExperts", 100, "up-128"), "UTCQMMA"),
+        (("MoeExperts", 100, "up-nvfp4-64"), "UTCHMMA"),
+        (("MoeExperts", 120, "down-nvfp4-32"), "HMMA"),
         (("DsaIndexer", 121, "scores-4"), "QMMA"),
         (("DsaAttention", 89, "attend"), "HMMA"),
         (("DsaAttention", 90, "part"), "HGMMA"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.kernel_cases import gpu_cases
 from torch import Tensor
 
+from seekforge.formats.quantization import nvfp4
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.moe_experts import launch
-from seekforge.plugins.moe_experts.kernel import combine_kernel, count_kernel, place_kernel
+from seekforge.plugins.moe_experts.kernel import _nvfp4, combine_kernel, count_kernel, place_kernel
 from seekforge.plugins.moe_experts.reference import moe_experts
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
@@ -19,6 +24,13 @@ from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+@triton.jit
+def read_nvfp4(row_ptr, value_ptr):
+    """128 rows of 128 NVFP4 values, 72 bytes each -> f32."""
+    n = tl.arange(0, 128)
+    tl.store(value_ptr + n[:, None] * 128 + n[None, :], _nvfp4(row_ptr + n * 72, 0, 128).to(tl.float32))
 
 
 def run(case: Case, *, sm: int = 90) -> Tensor:
@@ -64,10 +76,65 @@ def random_case(tokens: int, top_k: int, *, experts: int = 6, seed: int = 0, hid
     return Case("MoeExperts", "random", inputs, {"act_quant": "ue8m0"})
 
 
+def nvfp4_case(tokens: int, top_k: int, *, seed: int, act_quant: str = "ue8m0", hidden: int = 256) -> Case:
+    """Return a case whose weights are NVFP4, with a scale for each expert; one has zeros and one the largest values."""
+    case = random_case(tokens, top_k, seed=seed, hidden=hidden)
+    draw, inputs = Draw(seed + 100), list(case.inputs)
+    for at, shape in ((3, (6, 256, hidden)), (5, (6, hidden, 128))):
+        values = (draw.normal(*shape) / 16).numpy()
+        values[0, :, :32], values[1, :, 16:32] = 0.0, 1.5
+        coded = [nvfp4.quantize(one) for one in values]
+        inputs[at] = torch.from_numpy(np.stack([nvfp4.to_rows(one) for one in coded]))
+        scales = torch.tensor([float(one.tensor_scale) for one in coded])
+        inputs[at + 1] = scales[:, None, None].expand(6, shape[1] // 128, shape[2] // 128).contiguous()
+    return Case("MoeExperts", "nvfp4", tuple(inputs), {"act_quant": act_quant})
+
+
+@pytest.mark.parametrize("act_quant", ["ue8m0", "none"])
+@pytest.mark.parametrize(("tokens", "sm"), [(1, 100), (9, 120), (30, 120)])
+def test_nvfp4_weights_equal_the_reference(tokens: int, sm: int, act_quant: str) -> None:
+    case = nvfp4_case(tokens, 3, seed=tokens, act_quant=act_quant)
+    got, (want,) = run(case, sm=sm), case.expected()
+    assert calc_diff(got, want) <= TOLERANCE
+    assert calc_diff(got * 1.01, want) > TOLERANCE
+
+
+@pytest.mark.parametrize(("block_m", "sm"), [(16, 100), (64, 100), (32, 120)])
+def test_every_tile_of_nvfp4_weights(block_m: int, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = nvfp4_case(5, 2, seed=block_m)
+    monkeypatch.setattr(launch, "choose_tile", lambda a, e, sm, *, nvfp4: launch.tiles(sm, nvfp4=nvfp4)[block_m])
+    assert calc_diff(run(case, sm=sm), case.expected()[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("index", [3, 4, 5, 6])
+def test_bent_nvfp4_weights_and_scales_are_noticed(index: int) -> None:
+    """Scales by 1 %; of rows, the last two bits of the scale of each block."""
+    case = nvfp4_case(2, 2, seed=9)
+    inputs = list(case.inputs)
+    if index in (4, 6):
+        inputs[index] = inputs[index] * 1.01
+    else:
+        inputs[index] = inputs[index].clone()
+        inputs[index][..., inputs[index].shape[-1] * 8 // 9 :] &= -4
+    assert calc_diff(run(case, sm=100), moe_experts(*inputs, **case.attrs)) > TOLERANCE  # pyright: ignore[reportArgumentType]
+
+
+def test_every_nvfp4_code_times_every_scale_is_exact() -> None:
+    """All 16 codes under all finite positive scales; bf16 holds each."""
+    scales = np.arange(127, dtype=np.uint8)
+    codes = np.tile(np.arange(16, dtype=np.uint8), (128, 8))
+    blocks = np.concatenate([np.resize(scales, 1016), scales[:8]]).reshape(128, 8)
+    rows = nvfp4.to_rows(nvfp4.Nvfp4(codes, blocks.view(ml_dtypes.float8_e4m3fn), np.float32(1)))
+    got = torch.empty(128, 128)
+    read_nvfp4[(1,)](torch.from_numpy(rows).view(torch.uint8), got)
+    assert equal_bits(got.bfloat16().float(), got)
+    assert equal_bits(got + 0.0, torch.from_numpy(nvfp4.from_rows(rows)) + 0.0)
+
+
 @pytest.mark.parametrize(("block_m", "sm"), [(16, 90), (64, 90), (128, 90), (64, 120)])
 def test_every_tile(block_m: int, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(9, 3, seed=block_m)
-    monkeypatch.setattr(launch, "choose_tile", lambda assignments, experts, sm: launch.tiles(sm)[block_m])
+    monkeypatch.setattr(launch, "choose_tile", lambda assignments, experts, sm, nvfp4: launch.tiles(sm)[block_m])
     assert calc_diff(run(case, sm=sm), case.expected()[0]) <= TOLERANCE
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from seekforge.common.errors import ShapeError
+from seekforge.common.errors import ShapeError, TargetError
 from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
 from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.moe_experts.launch import choose_tile, plan, variants, workspace_bytes
 
-V32 = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "act_quant": "ue8m0"}
+V32 = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "W13": 7168, "act_quant": "ue8m0"}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,28 @@ def test_grouping_has_a_program_for_each_256_assignments() -> None:
     assert [one.variant for one in plan(V32 | {"T": 32}, 90).launches][:2] == ["place", "quantize"]
 
 
+NVFP4 = V32 | {"W13": 4032}
+
+
+@pytest.mark.parametrize("sm", [100, 103, 120, 121])
+@pytest.mark.parametrize("quant", ["ue8m0", "none"])
+@pytest.mark.parametrize("tokens", [1, 257, 2049])
+def test_nvfp4_plans_are_those_of_fp8_weights_with_other_products(tokens: int, quant: str, sm: int) -> None:
+    bound = NVFP4 | {"T": tokens, "act_quant": quant}
+    found = plan(bound, sm)
+    made = variants(NVFP4 | {"act_quant": quant}, sm)
+    check_plan(found, made)
+    assert found.workspace_bytes <= workspace_bytes(bound, sm) == workspace_bytes(bound | {"W13": 7168}, sm)
+    assert {one.types["w_ptr"] for one in made if one.main_loop} == {"*u8"}
+    assert all(one.constants["NVFP4"] for one in made if one.main_loop)
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90])
+def test_sms_before_blackwell_take_no_nvfp4(sm: int) -> None:
+    with pytest.raises(TargetError, match=f"sm {sm} takes no NVFP4 weights, SMs from 100 on do; build with FP8 ones"):
+        variants(NVFP4, sm)
+
+
 def test_no_tokens_no_launch() -> None:
     assert plan(V32 | {"T": 0}, 90).launches == ()
 
@@ -47,9 +69,10 @@ def test_no_tokens_no_launch() -> None:
     ("changed", "fault"),
     [
         ({"I2": 2 * 1400}, "moe_intermediate_size is 1400, kernels take a multiple of 128"),
-        ({"H": 7000}, "hidden_size is 7000"),
+        ({"H": 7000, "W13": 7000}, "hidden_size is 7000"),
         ({"TOPK": 22}, "num_experts_per_tok is 22"),
         ({"E": 2048}, "n_routed_experts is 2048"),
+        ({"W13": 3584}, r"rows of w13 have 3584 bytes, kernels take 7168 \(FP8\) or 4032 \(NVFP4\)"),
     ],
 )
 def test_refusals_are_sentences(changed: dict, fault: str) -> None:

@@ -32,7 +32,7 @@ OPERATOR = Operator(
     native=False,
     products=Products(
         flops=lambda shapes, config, keys: 2.0 * math.prod(shapes["weight"]),
-        in_plugin=lambda attrs: "bf16",
+        in_plugin=lambda attrs, shapes: "bf16",
         inlined="f32",
     ),
     taps=NO_TAPS,  # which product of a layer it is, its weight tells

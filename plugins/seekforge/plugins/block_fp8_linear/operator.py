@@ -37,7 +37,7 @@ OPERATOR = Operator(
     native=False,
     products=Products(
         flops=lambda shapes, config, keys: 2.0 * math.prod(shapes["weight"]),
-        in_plugin=lambda attrs: "fp8" if attrs["act_quant"] == "ue8m0" else "bf16",
+        in_plugin=lambda attrs, shapes: "fp8" if attrs["act_quant"] == "ue8m0" else "bf16",
         inlined="bf16",
     ),
     taps=NO_TAPS,  # which linear of a layer it is, its weight tells

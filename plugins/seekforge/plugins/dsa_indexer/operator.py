@@ -46,7 +46,7 @@ OPERATOR = Operator(
     native=True,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * keys,
-        in_plugin=lambda attrs: "fp8" if attrs["indexer_fp8"] else "bf16",
+        in_plugin=lambda attrs, shapes: "fp8" if attrs["indexer_fp8"] else "bf16",
         inlined="f32",  # the body computes in f32, as the reference does
     ),
     taps=Taps(inputs={"q": "index_q", "w": "index_w"}, outputs={}),

@@ -127,7 +127,8 @@ def tasks(
         statics = statics_of(op, bound, provider)
         digest = set_digest(op, statics, provider)
         tasks += [Task(op, sm, digest, statics, provider) for sm in sms]
-    loops = {op: sum(v.main_loop for v in op_kernels(op).variants(statics_of(op, ops[op]), 90)) for op in ops}
+    newest = max(sms, default=90)  # all SMs have as many loops, but some take less
+    loops = {op: sum(v.main_loop for v in op_kernels(op).variants(statics_of(op, ops[op]), newest)) for op in ops}
     return sorted(tasks, key=lambda task: -loops[task.op])
 
 

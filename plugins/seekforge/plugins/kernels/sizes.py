@@ -22,6 +22,7 @@ def operators(
     kv_format: str = DEFAULT_FORMAT,
     numerics: Mapping[str, Any] = _FP8,
     parallelism: Parallelism = ONE_RANK,
+    nvfp4_experts: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return op_type -> the static sizes and attributes of a model, under the symbols of the specs.
 
@@ -30,6 +31,13 @@ def operators(
         kv_format: layout and dtype of both caches.
         numerics: fields of `formats.numerics.Numerics`; by default those of the official reference.
         parallelism: how ranks share the model; sizes are those of one of them.
+        nvfp4_experts: whether it has the weights of experts in NVFP4.
     """
-    model = RankModel(config=config, numerics=numerics, kv_format=kv_format, parallelism=parallelism)
+    model = RankModel(
+        config=config,
+        numerics=numerics,
+        kv_format=kv_format,
+        parallelism=parallelism,
+        nvfp4_experts=nvfp4_experts,
+    )
     return {op: form.static_sizes(model) for op, form in KERNEL_FORMS.items()}

@@ -53,7 +53,7 @@ OPERATOR = Operator(
     native=True,
     products=Products(
         flops=lambda shapes, config, keys: flops_per_key(config) * keys,
-        in_plugin=lambda attrs: "bf16",
+        in_plugin=lambda attrs, shapes: "bf16",
         inlined="f32",  # the body computes in f32, as the reference does
     ),
     taps=Taps(inputs={"q_latent": "q_latent", "q_pe": "q_pe"}, outputs={"o_latent": "o_latent"}),

@@ -11,7 +11,7 @@ from seekforge.plugins.block_fp8_linear.cost import quantize_work
 from seekforge.plugins.cost.work import Load, Work, experts_hit
 from seekforge.plugins.kernels.launch_plan import Launch, next_power_of_two
 from seekforge.plugins.kernels.sm_limits import has_fp8
-from seekforge.plugins.moe_experts.launch import CHUNK, COUNTS, SLICE_TOKENS, choose_tile
+from seekforge.plugins.moe_experts.launch import CHUNK, COUNTS, SLICE_TOKENS, choose_tile, is_nvfp4
 from seekforge.plugins.operator import cdiv
 
 
@@ -30,7 +30,8 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     tokens = _tokens(launch, bound, sm)
     if launch.variant == "quantize":
         return quantize_work(launch, tokens, hidden)
-    block_m = choose_tile(tokens * top_k, experts, sm).block_m
+    nvfp4 = is_nvfp4(bound)
+    block_m = choose_tile(tokens * top_k, experts, sm, nvfp4=nvfp4).block_m
     share = _share(tokens, bound, load, block_m)
     if launch.variant in ("count", "place"):
         return _grouping(launch, tokens * top_k, experts, share)
@@ -43,17 +44,19 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
             programs=math.prod(launch.grid),
         )
     quant = bound["act_quant"] == "ue8m0"
-    value, products = (1, "fp8") if quant and has_fp8(sm) else (1 if quant else 2, "bf16")
+    value = 1 if quant else 2
+    products = "fp8" if quant and has_fp8(sm) and not nvfp4 else "bf16"
     h_bytes = share.assignments * (value * inner + (4 * (inner // 128) if quant else 0))
     columns, depth = (inner // 128, hidden) if name == "up" else (hidden // 128, inner)
     both = 2 if name == "up" else 1  # gate and up
-    weights = share.hit * both * (columns * 128 * depth + 4 * columns * (depth // 128))
+    row_bytes = depth * bound["W13"] // hidden  # of a weight's row
+    weights = share.hit * both * (columns * 128 * row_bytes + 4 * columns * (depth // 128))
     programs = share.tiles * columns
     x_bytes = min(tokens, share.assignments) * (value * hidden + (4 * (hidden // 128) if quant else 0))
     return Work(
         read_bytes=weights + (x_bytes if name == "up" else h_bytes),
         written_bytes=h_bytes if name == "up" else 2 * share.assignments * hidden,
-        loaded_bytes=programs * depth * (value * block_m + 128 * both),
+        loaded_bytes=programs * (value * block_m * depth + 128 * both * row_bytes),
         programs=programs,
         flops=2 * both * share.assignments * inner * hidden,
         pass_flops=2 * both * block_m * 128 * 128,
@@ -92,10 +95,10 @@ def _tokens(launch: Launch, bound: Mapping[str, Any], sm: int) -> int:
     if launch.variant == "quantize":
         return int(launch.arguments["num_rows"])  # pyright: ignore[reportArgumentType]
     experts, full = bound["E"], min(bound["T"], SLICE_TOKENS)
-    block_m, most_tiles = int(launch.variant.partition("-")[2]), launch.arguments["max_tiles"]
+    block_m, most_tiles = int(launch.variant.rpartition("-")[2]), launch.arguments["max_tiles"]
     for tokens in (full, bound["T"] % SLICE_TOKENS):
         assignments = tokens * bound["TOPK"]
-        is_tile = choose_tile(assignments, experts, sm).block_m == block_m
+        is_tile = choose_tile(assignments, experts, sm, nvfp4=is_nvfp4(bound)).block_m == block_m
         if is_tile and most_tiles == cdiv(assignments, block_m) + min(experts, assignments):
             return tokens
     raise AssertionError(f"{launch.variant} with {most_tiles} tiles is of no slice of {bound['T']} tokens")

@@ -8,12 +8,25 @@ assignment's bf16 row; `combine_kernel` adds a token's rows in slot order in f32
 else is in the batch. Bound by reading the weights of the experts that are hit: row tiles of one expert are neighbors.
 Few rows per expert (`SWAP`): weight rows are the M side. An id outside [0, E) is no assignment: it sorts nowhere and
 adds nothing.
+
+NVFP4 weights (`NVFP4`) are bytes, a row of K values its K / 2 bytes of codes and behind them its K / 16 e4m3 scales.
+A code times its scale has six significant bits, so bf16 holds it exactly: products are those of bf16, with FP8 rows
+widened, and nothing but f32 sums rounds. The scale of a 128×128 block multiplies those as an FP8 weight's does.
 """
 
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, quantize_kernel, round_bf16, to_bf16, to_e4m3, ue8m0, widen
+from seekforge.plugins.kernels.device_lib import (
+    dot_bf16,
+    from_e4m3,
+    quantize_kernel,
+    round_bf16,
+    to_bf16,
+    to_e4m3,
+    ue8m0,
+    widen,
+)
 
 __all__ = ["combine_kernel", "count_kernel", "down_kernel", "place_kernel", "quantize_kernel", "up_kernel"]
 
@@ -84,9 +97,36 @@ def place_kernel(
 
 
 @triton.jit
-def _product(rows, weight, acc_scale, SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr):
+def _e2m1(code):
+    """Return the value of e2m1 codes, i32 below 16, as f32: as exponent and mantissa of f32 it is 2^126 too small."""
+    bits = ((code & 8) << 28) | ((code & 7) << 22)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126; a subnormal f32 of 0.5 stays exact
+
+
+@triton.jit
+def _nvfp4(row_at, block, K: tl.constexpr):
+    """Return block `block` of 128 columns of NVFP4 rows [128] at `row_at`, [128, 128] bf16, exact."""
+    byte = tl.load(row_at[:, None] + block * 64 + tl.arange(0, 64)[None, :]).to(tl.int32)
+    scale_at = row_at[:, None] + (K // 2) + block * 8 + tl.arange(0, 8)[None, :]
+    scale = from_e4m3(tl.load(scale_at), False)
+    values = tl.reshape(tl.join(_e2m1(byte & 15), _e2m1(byte >> 4)), [128, 8, 16])
+    return tl.reshape(to_bf16(values * scale[:, :, None]), [128, 128])
+
+
+@triton.jit
+def _weight(at, row_at, block, K: tl.constexpr, NVFP4: tl.constexpr):
+    """Return block `block` of 128 columns of weight rows [128]: as they are at `at`, or made of NVFP4 at `row_at`."""
+    if NVFP4:
+        weight = _nvfp4(row_at, block, K)
+    else:
+        weight = tl.load(at + block * 128)
+    return weight
+
+
+@triton.jit
+def _product(rows, weight, acc_scale, SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr):
     """One 128 block of rows [M, 128] · weight [128, 128]ᵀ, scaled; transposed when SWAP. acc_scale: [M] or a scalar."""
-    if QUANT and FP8:
+    if QUANT and FP8 and not NVFP4:
         if SWAP:
             part = tl.dot(weight, tl.trans(rows))
         else:
@@ -110,7 +150,7 @@ def _product(rows, weight, acc_scale, SWAP: tl.constexpr, QUANT: tl.constexpr, F
 def up_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, h_ptr, h_scale_ptr, order_ptr, tile_ptr, max_tiles,
     H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
-    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
     """x [T, H] (e4m3 and scales, or bf16), w [E, 2I, H] -> h [A, I] in sorted order, e4m3 and scales, or bf16."""
     tile = tl.program_id(0)
@@ -122,8 +162,11 @@ def up_kernel(
         n = tl.program_id(1) * 128 + tl.arange(0, 128)
         k = tl.arange(0, 128)
         x_at = x_ptr + token[:, None] * H + k[None, :]
-        gate_at = w_ptr + expert.to(tl.int64) * (2 * INNER * H) + n[:, None] * H + k[None, :]
-        up_at = gate_at + INNER * H
+        ROW: tl.constexpr = 9 * H // 16 if NVFP4 else H  # bytes
+        gate_row = w_ptr + expert.to(tl.int64) * (2 * INNER * ROW) + n * ROW
+        up_row = gate_row + INNER * ROW
+        gate_at = gate_row[:, None] + k[None, :]
+        up_at = up_row[:, None] + k[None, :]
         x_scale_at = x_scale_ptr + token * (H // 128)
         gate_scale_at = w_scale_ptr + (expert * (2 * INNER // 128) + tl.program_id(1)) * (H // 128)
         up_scale_at = gate_scale_at + (INNER // 128) * (H // 128)
@@ -141,8 +184,10 @@ def up_kernel(
                 x_scale = tl.load(x_scale_at + block)
                 gate_scale = x_scale * gate_scale
                 up_scale = x_scale * up_scale
-            gate += _product(x, tl.load(gate_at + block * 128), gate_scale, SWAP, QUANT, FP8)
-            up += _product(x, tl.load(up_at + block * 128), up_scale, SWAP, QUANT, FP8)
+            gate_weight = _weight(gate_at, gate_row, block, H, NVFP4)
+            gate += _product(x, gate_weight, gate_scale, SWAP, QUANT, FP8, NVFP4)
+            up_weight = _weight(up_at, up_row, block, H, NVFP4)
+            up += _product(x, up_weight, up_scale, SWAP, QUANT, FP8, NVFP4)
         if SWAP:
             gate = tl.trans(gate)
             up = tl.trans(up)
@@ -161,7 +206,7 @@ def up_kernel(
 def down_kernel(
     h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tile_ptr, max_tiles,
     H: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr,
-    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
     """h [A, I] in sorted order, w [E, H, I] -> out bf16 [A, H] in sorted order."""
     tile = tl.program_id(0)
@@ -173,7 +218,9 @@ def down_kernel(
         n = tl.program_id(1) * 128 + tl.arange(0, 128)
         k = tl.arange(0, 128)
         h_at = h_ptr + safe[:, None] * INNER + k[None, :]
-        w_at = w_ptr + expert.to(tl.int64) * (H * INNER) + n[:, None] * INNER + k[None, :]
+        ROW: tl.constexpr = 9 * INNER // 16 if NVFP4 else INNER  # bytes
+        w_row = w_ptr + expert.to(tl.int64) * (H * ROW) + n * ROW
+        w_at = w_row[:, None] + k[None, :]
         h_scale_at = h_scale_ptr + safe * (INNER // 128)
         w_scale_at = w_scale_ptr + (expert * (H // 128) + tl.program_id(1)) * (INNER // 128)
         if SWAP:
@@ -184,7 +231,8 @@ def down_kernel(
             scale = tl.load(w_scale_at + block)
             if QUANT:
                 scale = tl.load(h_scale_at + block) * scale
-            acc += _product(tl.load(h_at + block * 128), tl.load(w_at + block * 128), scale, SWAP, QUANT, FP8)
+            h = tl.load(h_at + block * 128)
+            acc += _product(h, _weight(w_at, w_row, block, INNER, NVFP4), scale, SWAP, QUANT, FP8, NVFP4)
         if SWAP:
             acc = tl.trans(acc)
         tl.store(out_ptr + row[:, None].to(tl.int64) * H + n[None, :], to_bf16(acc), mask=ok[:, None])

@@ -6,20 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from seekforge.common.errors import ShapeError, TargetError
+from seekforge.formats.quantization.nvfp4 import row_bytes
+from seekforge.formats.targets import NVFP4_SM
 from seekforge.plugins.block_fp8_linear.launch import quantize, quantizer
 from seekforge.plugins.kernels.constraints import between, check_rules, multiple, rule
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, next_power_of_two
 from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
 from seekforge.plugins.operator import cdiv
 
-STATICS: Final = ("E", "TOPK", "H", "I2", "act_quant")
+STATICS: Final = ("E", "TOPK", "H", "I2", "W13", "act_quant")
 RULES: Final = (
     rule("hidden_size", "H", multiple(128, "one FP8 block")),
     rule("moe_intermediate_size", "I2", multiple(128, "one FP8 block"), factor=2),
     rule("n_routed_experts", "E", between(1, 1024)),
     rule("num_experts_per_tok", "TOPK", between(1, 16)),
 )
-NOTES: Final = ()
+NOTES: Final = ("on SMs from 100 on weights may be NVFP4",)
 
 #: Tokens of one slice.
 SLICE_TOKENS: Final = 2048
@@ -48,31 +51,51 @@ class Tile:
     num_stages: int
 
 
-def tiles(sm: int) -> dict[int, Tile]:
-    """Return the tiles of an SM by rows."""
+def tiles(sm: int, *, nvfp4: bool = False) -> dict[int, Tile]:
+    """Return the tiles of an SM by rows; NVFP4 weights are widened in registers, which larger tiles need."""
+    if nvfp4:
+        more = 64 if is_datacenter(sm) else 32  # 64 rows spill where tensor instructions keep sums in registers
+        return {16: Tile(16, True, 8, 3), more: Tile(more, False, 8, 3)}
     tiles = {16: Tile(16, True, 8, 3), 64: Tile(64, False, 8, 3)}
     if is_datacenter(sm):
         tiles[128] = Tile(128, False, 8, 3)
     return tiles
 
 
-def choose_tile(assignments: int, experts: int, sm: int) -> Tile:
+def choose_tile(assignments: int, experts: int, sm: int, *, nvfp4: bool = False) -> Tile:
     """Return the tile for a mean number of rows per expert."""
     mean = assignments / experts
     wanted = 16 if mean <= 8 else 64 if mean <= 48 else 128
-    known = tiles(sm)
+    known = tiles(sm, nvfp4=nvfp4)
     return known[min(wanted, max(known))]
 
 
 def check(statics: Mapping[str, Any]) -> None:
     """Refuse what the kernels cannot do."""
     check_rules("MoeExperts", RULES, statics)
+    widths = (statics["H"], row_bytes(statics["H"]))
+    if statics["W13"] not in widths:
+        taken = f"{widths[0]} (FP8) or {widths[1]} (NVFP4)"
+        raise ShapeError(f"MoeExperts: rows of w13 have {statics['W13']} bytes, kernels take {taken}")
+
+
+def is_nvfp4(statics: Mapping[str, Any]) -> bool:
+    """Return whether weights are NVFP4."""
+    return statics["W13"] != statics["H"]
+
+
+def _product(name: str, tile: Tile, statics: Mapping[str, Any]) -> str:
+    """Return the variant of the product `name` with a tile; its rows stand behind the last hyphen."""
+    return f"{name}{'-nvfp4' if is_nvfp4(statics) else ''}-{tile.block_m}"
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     """Return the quantizer, the grouping, both products for every tile, and the sum."""
-    quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
+    quant, fp8, nvfp4 = statics["act_quant"] == "ue8m0", has_fp8(sm), is_nvfp4(statics)
+    if nvfp4 and sm < NVFP4_SM:
+        raise TargetError(f"MoeExperts: sm {sm} takes no NVFP4 weights, SMs from {NVFP4_SM} on do; build with FP8 ones")
     code = "*fp8e4nv" if fp8 else "*u8"
+    weights = "*u8" if nvfp4 else code
     rows = code if quant else "*bf16"
     sizes = {"H": statics["H"], "INNER": statics["I2"] // 2}
     result = [quantizer(sm)] if quant else []
@@ -84,12 +107,12 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     types |= {"num_assignments": "i32", "max_tiles": "i32", "block_m": "i32"}
     constants = grouping | {"ROWS": COUNTS // bins, "COLUMNS": COLUMNS}
     result.append(Variant("place", "place_kernel", types, constants, ("block_m",), num_warps=8))
-    for tile in tiles(sm).values():
-        flags = {"BLOCK_M": tile.block_m, "SWAP": tile.swap, "QUANT": quant, "FP8": fp8}
+    for tile in tiles(sm, nvfp4=nvfp4).values():
+        flags = {"BLOCK_M": tile.block_m, "SWAP": tile.swap, "QUANT": quant, "FP8": fp8, "NVFP4": nvfp4}
         types = {
             "x_ptr": rows,
             "x_scale_ptr": "*fp32",
-            "w_ptr": code,
+            "w_ptr": weights,
             "w_scale_ptr": "*fp32",
             "h_ptr": "*u8" if quant else "*bf16",
             "h_scale_ptr": "*fp32",
@@ -99,17 +122,17 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         }
         loop: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "main_loop": True}
         constants = sizes | {"TOPK": statics["TOPK"]} | flags
-        result.append(Variant(f"up-{tile.block_m}", "up_kernel", types, constants, **loop))
+        result.append(Variant(_product("up", tile, statics), "up_kernel", types, constants, **loop))
         types = {
             "h_ptr": rows,
             "h_scale_ptr": "*fp32",
-            "w_ptr": code,
+            "w_ptr": weights,
             "w_scale_ptr": "*fp32",
             "out_ptr": "*bf16",
             "tile_ptr": "*i32",
             "max_tiles": "i32",
         }
-        result.append(Variant(f"down-{tile.block_m}", "down_kernel", types, sizes | flags, **loop))
+        result.append(Variant(_product("down", tile, statics), "down_kernel", types, sizes | flags, **loop))
     types = {"out_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "y_ptr": "*fp32"}
     constants = {"H": statics["H"], "TOPK": statics["TOPK"], "BLOCK": COMBINE_BLOCK}
     result.append(Variant("combine", "combine_kernel", types, constants))
@@ -167,7 +190,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
 def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, workspace: Workspace) -> list[Launch]:
     hidden, inner, top_k, experts = bound["H"], bound["I2"] // 2, bound["TOPK"], bound["E"]
     assignments = tokens * top_k
-    tile = choose_tile(assignments, experts, sm)
+    tile = choose_tile(assignments, experts, sm, nvfp4=is_nvfp4(bound))
     max_tiles = cdiv(assignments, tile.block_m) + min(experts, assignments)
     scratch = _scratch(bound, tokens, workspace)
     runs = cdiv(assignments, CHUNK)
@@ -200,7 +223,7 @@ def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, work
         "tile_ptr": scratch.tiles,
         "max_tiles": max_tiles,
     }
-    launches.append(Launch(f"up-{tile.block_m}", (max_tiles, inner // 128, 1), up))
+    launches.append(Launch(_product("up", tile, bound), (max_tiles, inner // 128, 1), up))
     down: dict[str, Buffer | int | float] = {
         "h_ptr": scratch.h,
         "h_scale_ptr": scratch.h_scale,
@@ -210,7 +233,7 @@ def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, work
         "tile_ptr": scratch.tiles,
         "max_tiles": max_tiles,
     }
-    launches.append(Launch(f"down-{tile.block_m}", (max_tiles, hidden // 128, 1), down))
+    launches.append(Launch(_product("down", tile, bound), (max_tiles, hidden // 128, 1), down))
     combine: dict[str, Buffer | int | float] = {
         "out_ptr": scratch.out,
         "place_ptr": scratch.place,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from seekforge.formats.quantization.nvfp4 import row_bytes
 from seekforge.plugins.moe_experts.spec import FOLDED, SPEC
 from seekforge.plugins.operator import FoldedForm, KernelForm, Operator, Products, RankModel, Step, Taps
 
@@ -23,6 +23,7 @@ def static_sizes(model: RankModel) -> dict[str, Any]:
         "TOPK": model.config.num_experts_per_tok,
         "H": model.config.hidden_size,
         "I2": 2 * model.sizes.moe_intermediate_size,
+        "W13": row_bytes(model.config.hidden_size) if model.nvfp4_experts else model.config.hidden_size,
         "act_quant": model.numerics["act_quant"],
     }
 
@@ -34,8 +35,14 @@ def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
 
 def flops(shapes: Mapping[str, Sequence[int]], config: ModelConfig, keys: int) -> float:
     """Return the FLOPs of the experts that one token chooses; of a rank that has some of them, in the mean."""
-    per_expert = math.prod(shapes["w13"][1:]) + math.prod(shapes["w2"][1:])
+    per_expert = 1.5 * shapes["w13"][1] * shapes["w2"][1]  # rows of gate, up and hidden size: rows may be NVFP4
     return 2.0 * config.num_experts_per_tok * per_expert * shapes["w13"][0] / config.n_routed_experts
+
+
+def in_plugin(attrs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Literal["fp8", "bf16"]:
+    """Return the dtype in which kernels multiply: BF16 unquantized rows and NVFP4 weights, which FP8 does not hold."""
+    is_nvfp4 = shapes["w13"][2] != shapes["w2"][1]
+    return "bf16" if is_nvfp4 or attrs["act_quant"] != "ue8m0" else "fp8"
 
 
 OPERATOR = Operator(
@@ -54,7 +61,7 @@ OPERATOR = Operator(
     native=False,
     products=Products(
         flops=flops,
-        in_plugin=lambda attrs: "fp8" if attrs["act_quant"] == "ue8m0" else "bf16",
+        in_plugin=in_plugin,
         inlined="bf16",
     ),
     taps=Taps(inputs={}, outputs={"y": "routed"}),

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.quantization.nvfp4 import from_rows
 from seekforge.plugins.block_fp8_linear.reference import block_fp8_linear
 
 
@@ -10,6 +12,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) · up for [..., gate | up]; formed in f32 and rounded once (spec §4)."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def _values(rows: Tensor, scale: Tensor) -> Tensor:
+    """Return the values [E, N, K] f32 of NVFP4 rows [E, N, 9 K / 16] int8 and what multiplies their 128×128 blocks."""
+    values = torch.from_numpy(from_rows(rows.cpu().numpy())).to(rows.device)
+    return values * scale.repeat_interleave(FP8_BLOCK, 1).repeat_interleave(FP8_BLOCK, 2)
 
 
 def moe_experts(
@@ -27,13 +35,16 @@ def moe_experts(
     Args:
         x: [T, H], f32 or bf16. expert_ids: [T, k] int32; −1 is an expert of another rank and adds nothing.
         expert_weights: [T, k] f32.
-        w13: [E, 2I, H], w2: [E, H, I], e4m3 or its bytes as int8, with their 128×128 block scales.
+        w13: [E, 2I, H], w2: [E, H, I], e4m3 or its bytes as int8, with their 128×128 block scales; or rows of NVFP4,
+            [E, 2I, 9 H / 16] and [E, H, 9 I / 16] int8, with what multiplies them besides in the place of these.
 
     Returns:
         [T, H] f32. Each expert's output is rounded to the dtype of `x` before it is weighted.
 
     Source: HF inference/model.py, `MoE.forward`.
     """
+    if w13.shape[-1] != x.shape[-1]:
+        w13, w2 = _values(w13, w13_scale), _values(w2, w2_scale)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in expert_ids[expert_ids >= 0].unique().tolist():
         rows, column = torch.nonzero(expert_ids == expert, as_tuple=True)

@@ -1,4 +1,7 @@
-"""Contract of `MoeExperts` (spec §4): y = Σ weight · down(silu(gate(x)) · up(x)), FP8 weights in 128×128 blocks."""
+"""Contract of `MoeExperts` (spec §4): y = Σ weight · down(silu(gate(x)) · up(x)), FP8 weights in 128×128 blocks.
+
+Weights in NVFP4 are bytes (`quantization.nvfp4.to_rows`): rows of 9 bytes for 16 values say so by their width.
+"""
 
 from seekforge.plugins.operator import Arg, Attr, OpSpec
 
@@ -18,9 +21,9 @@ SPEC = OpSpec(
             "all different; −1 (of another rank) adds nothing",
         ),
         Arg("expert_weights", "f32", ("T", "TOPK"), "multiply the experts' outputs"),
-        Arg("w13", "fp8", ("E", "I2", "H"), "gate rows, then up rows"),
+        Arg("w13", "fp8", ("E", "I2", "W13"), "gate rows, then up rows; W13 is H, in NVFP4 9 H / 16"),
         Arg("w13_scale", "f32", ("E", "cdiv(I2, 128)", "cdiv(H, 128)"), "multiplies to recover"),
-        Arg("w2", "fp8", ("E", "H", "I2 // 2"), "down projection"),
+        Arg("w2", "fp8", ("E", "H", "I2 // 2 * W13 // H"), "down projection"),
         Arg("w2_scale", "f32", ("E", "cdiv(H, 128)", "cdiv(I2 // 2, 128)"), "multiplies to recover"),
     ),
     outputs=(Arg("y", "f32", ("T", "H"), "f32: the shared expert is added before the one rounding"),),

@@ -77,7 +77,7 @@ def products(
             form: Form = "plugin" if node.op_type in plugins else "inlined"
             dtype = operator.products.inlined
             if form == "plugin":
-                dtype = precision if operator.products.in_plugin(read_attrs(node)) == "fp8" else "bf16"
+                dtype = precision if operator.products.in_plugin(read_attrs(node), known) == "fp8" else "bf16"
             counted.append(Product(what, form, dtype, operator.products.flops(known, config, context)))
         elif node.op_type == "MatMul":
             name = next((name for name in node.input if name in source), None)
