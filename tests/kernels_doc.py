@@ -104,7 +104,15 @@ def tensor() -> str:
     for (op, kernel, text), sms in cells.items():
         rows.append(f"| {op} | {kernel} | {', '.join(sms)} | {text} |")
     rows += ["", "Kernels that use mma.sync where there is wgmma or tcgen05:", ""]
-    rows += [f"* {op} {kernel} sm{sm}: {reason}." for (op, kernel, sm), reason in KNOWN_MMA_SYNC.items()]
+    known: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for (op, kernel, sm), reason in KNOWN_MMA_SYNC.items():
+        known.setdefault((op, reason), {}).setdefault(kernel, []).append(sm)
+    for (op, reason), kernels in known.items():
+        alike: dict[str, list[str]] = {}
+        for kernel, sms in kernels.items():
+            alike.setdefault(", ".join(f"sm{sm}" for sm in sms), []).append(kernel)
+        places = "; ".join(f"{', '.join(names)} on {sms}" for sms, names in alike.items())
+        rows.append(f"* {op} {places}: {reason}.")
     return "\n".join(rows)
 
 

@@ -8,6 +8,7 @@ from seekforge.common.errors import ShapeError
 from seekforge.plugins.bf16_linear.launch import choose_tile, plan, variants, workspace_bytes
 from seekforge.plugins.kernels.launch_plan import check_plan
 from seekforge.plugins.kernels.sm_limits import SMS
+from seekforge.plugins.linear_tile import Tile
 
 HEAD, ROUTER, HEAD_WEIGHTS = (129280, 7168), (256, 7168), (64, 7168)
 
@@ -16,13 +17,19 @@ HEAD, ROUTER, HEAD_WEIGHTS = (129280, 7168), (256, 7168), (64, 7168)
     ("weight", "few", "many"), [(HEAD, 1, 1), (ROUTER, 16, 8), (HEAD_WEIGHTS, 16, 8), ((256, 256), 4, 4)]
 )
 def test_splits_follow_the_weight_alone(weight: tuple[int, int], few: int, many: int) -> None:
-    assert {choose_tile(rows, *weight, 90).splits for rows in (1, 16, 64)} == {few}
+    assert {choose_tile(rows, *weight, 90).splits for rows in (17, 64)} == {few}
     assert {choose_tile(rows, *weight, 90).splits for rows in (65, 2048)} == {many}
     assert choose_tile(2049, *weight, 90).splits == 1
 
 
+@pytest.mark.parametrize(("rows", "tile"), [(1, Tile(4, 8, True, 1, 8, 3, 8)), (16, Tile(16, 16, True, 1, 8, 3, 8))])
+def test_a_small_weight_and_a_token_or_some_take_one_launch(rows: int, tile: Tile) -> None:
+    assert {choose_tile(rows, *weight, sm) for weight in (ROUTER, HEAD_WEIGHTS) for sm in SMS} == {tile}
+    assert choose_tile(rows, *HEAD, 90) == Tile(16, 128, True, 1, 4, 5)
+
+
 @pytest.mark.parametrize("sm", SMS)
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 2048, 8192])
+@pytest.mark.parametrize("rows", [1, 4, 5, 16, 17, 64, 65, 2048, 8192])
 def test_plans_name_compiled_variants_and_fit_their_workspace(rows: int, sm: int) -> None:
     for n, k in (HEAD, ROUTER, HEAD_WEIGHTS, (131, 64)):
         bound = {"*lead": (rows,), "N": n, "K": k}

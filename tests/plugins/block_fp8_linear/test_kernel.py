@@ -41,19 +41,32 @@ def test_equals_the_reference(case: Case, sm: int) -> None:
     assert not close(got, block_fp8_linear(x, weight, scale * 1.01, case.attrs["act_quant"]))
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 128, 130])
-def test_row_counts_around_every_tile(rows: int) -> None:
+@pytest.mark.parametrize("sm", [90, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 15, 16, 17, 32, 33, 63, 64, 65, 128, 130])
+def test_row_counts_around_every_tile(rows: int, sm: int) -> None:
     draw = Draw(rows)
     x, weight, scale = draw.normal(rows, 256).bfloat16(), draw.fp8(192, 256), draw.weight_scale(2, 2)
+    got = run(x, weight, scale, sm=sm)
+    assert close(got, block_fp8_linear(x, weight, scale, "ue8m0"))
+    assert not close(got, block_fp8_linear(x, weight, scale * 1.01, "ue8m0"))
+
+
+@pytest.mark.parametrize("rows", [2, 5, 40])
+@pytest.mark.parametrize("blocks", [1, 3, 4, 5, 9])
+def test_blocks_that_are_no_multiple_of_the_parts(rows: int, blocks: int) -> None:
+    draw = Draw(blocks)
+    x, weight = draw.normal(rows, 128 * blocks).bfloat16(), draw.fp8(40, 128 * blocks)
+    scale = draw.weight_scale(1, blocks)
+    scale[0, -1] = 1.0  # the last block must count once, whichever part has it
     assert close(run(x, weight, scale), block_fp8_linear(x, weight, scale, "ue8m0"))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8, 16])
 def test_splits_agree_within_a_step_of_bf16(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = Draw(splits)
-    x, weight, scale = draw.normal(3, 2048).bfloat16(), draw.fp8(128, 2048), draw.weight_scale(1, 16)
+    x, weight, scale = draw.normal(35, 2048).bfloat16(), draw.fp8(128, 2048), draw.weight_scale(1, 16)
     monkeypatch.setattr(launch, "choose_splits", lambda n, k: splits)
-    got = run(x, weight, scale)
+    got = run(x, weight, scale, sm=100)
     want = (fake_quantize(x).double() @ dequantize_weight(weight, scale).double().T).bfloat16()
     step = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
     near_zero = want.float().abs() < 1e-3 * want.float().abs().max()

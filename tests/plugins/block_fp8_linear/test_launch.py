@@ -26,16 +26,26 @@ from seekforge.plugins.kernels.sm_limits import SMS
 )
 def test_splits_follow_the_weight_alone(n: int, k: int, splits: int) -> None:
     assert choose_splits(n, k) == splits
-    assert {choose_tile(rows, n, k, 90).splits for rows in (1, 16, 64)} == {splits}
+    assert {choose_tile(rows, n, k, 100).splits for rows in (33, 64)} == {splits}
+
+
+@pytest.mark.parametrize(("n", "features"), [(2112, 16), (24576, 32), (7168, 32), (4096, 16), (16, 16), (36864, 32)])
+def test_programs_of_few_rows_follow_the_weight_alone(n: int, features: int) -> None:
+    """So that a row is the same beside any others."""
+    for sm, most in ((80, 64), (90, 64), (100, 32)):
+        tiles = [choose_tile(rows, n, 7168, sm) for rows in range(1, most + 1)]
+        assert {(tile.block_n, tile.parts, tile.splits) for tile in tiles} == {(features, 4, 1)}
+        assert all(rows <= tile.block_t for rows, tile in enumerate(tiles, 1)), "all rows in one program"
 
 
 @pytest.mark.parametrize(
     ("rows", "sm", "tile"),
     [
-        (1, 90, Tile(16, 128, True, 16, 4, 4)),
-        (17, 90, Tile(32, 128, True, 16, 4, 4)),
-        (17, 100, Tile(32, 128, True, 16, 8, 4)),
-        (33, 120, Tile(64, 128, True, 16, 8, 3)),
+        (1, 90, Tile(2, 16, True, 1, 4, 3, 4)),
+        (17, 90, Tile(32, 16, True, 1, 4, 3, 4)),
+        (17, 100, Tile(32, 16, True, 1, 4, 3, 4)),
+        (33, 120, Tile(64, 16, True, 1, 4, 3, 4)),
+        (33, 103, Tile(64, 128, True, 16, 8, 4)),
         (65, 90, Tile(128, 128, False, 1, 8, 3)),
         (8192, 80, Tile(64, 128, False, 1, 8, 3)),
         (8192, 121, Tile(64, 128, False, 1, 4, 3)),
@@ -46,7 +56,7 @@ def test_tiles(rows: int, sm: int, tile: Tile) -> None:
 
 
 @pytest.mark.parametrize("sm", SMS)
-@pytest.mark.parametrize("rows", [1, 16, 64, 65, 8192])
+@pytest.mark.parametrize("rows", [1, 4, 5, 16, 64, 65, 8192])
 @pytest.mark.parametrize("quant", ["ue8m0", "none"])
 def test_plans_name_compiled_variants_and_fit_their_workspace(rows: int, sm: int, quant: str) -> None:
     for n, k in ((576, 7168), (7168, 16384), (64, 128), (36864, 7168)):
@@ -55,7 +65,8 @@ def test_plans_name_compiled_variants_and_fit_their_workspace(rows: int, sm: int
         check_plan(found, variants({"act_quant": quant}, sm))
         most = workspace_bytes(bound | {"*lead": (8192,)}, sm)
         assert found.workspace_bytes <= workspace_bytes(bound, sm) <= most
-        assert len(found.launches) == (quant == "ue8m0") + 1 + (rows <= 64 and choose_splits(n, k) > 1)
+        is_split = rows == 64 and sm in (100, 103) and choose_splits(n, k) > 1
+        assert len(found.launches) == (quant == "ue8m0" and rows > 4) + 1 + is_split
 
 
 def test_empty_and_wrong_shapes() -> None:

@@ -31,24 +31,41 @@ def works(op: str, sm: int = 90, load: Load | None = None, **sizes: Any) -> dict
 
 def test_a_linear_of_few_rows() -> None:
     found = works("BlockFp8Linear", **{"*lead": (4, 8), "N": 2112, "K": 7168})
-    assert list(found) == ["quantize", "swap-32x128-split", "combine"]
+    assert list(found) == ["quantize", "narrow-32x16"]
     assert found["quantize"] == Work(
         read_bytes=32 * 7168 * 2,
         written_bytes=32 * 7168 + 32 * 56 * 4,
         loaded_bytes=32 * 7168 * 2,
         programs=4 * 56,  # 8 rows and 128 columns each
     )
-    product = found["swap-32x128-split"]  # 17 tiles of 128 rows of the weight, 16 splits of 56 blocks of K
-    assert product.programs == 17 * 16
+    product = found["narrow-32x16"]  # 132 times 16 rows of the weight, 4 blocks of 128 in a pass
+    assert product.programs == 132 and product.passes == (14,)
     assert product.read_bytes == 32 * 7168 + 32 * 56 * 4 + 2112 * 7168 + 17 * 56 * 4
-    assert product.written_bytes == 16 * 32 * 2112 * 4
+    assert product.written_bytes == 32 * 2112 * 2
     assert product.flops == 2 * 32 * 2112 * 7168
-    assert product.pass_flops == 2 * 32 * 128 * 128 and product.products == "fp8"
-    assert product.passes == (4,)
-    assert product.loaded_bytes == product.programs * (32 + 128) * (7168 // 16)
+    assert product.pass_flops == 2 * 32 * 16 * 512 and product.products == "fp8"
+    assert product.loaded_bytes == 132 * (32 + 16) * 7168
+
+
+def test_a_linear_of_two_rows_quantizes_them_itself() -> None:
+    found = works("BlockFp8Linear", **{"*lead": (2, 1), "N": 7168, "K": 2048})
+    assert list(found) == ["narrow-2x32"]
+    product = found["narrow-2x32"]
+    assert product.programs == 224 and product.passes == (4,)
+    assert product.read_bytes == 2 * 2048 * 2 + 7168 * 2048 + 56 * 16 * 4, "rows as BF16"
+    assert product.loaded_bytes == 224 * (2 * 2 + 32) * 2048
+
+
+def test_a_linear_of_some_rows_where_tcgen05_is() -> None:
+    found = works("BlockFp8Linear", sm=100, **{"*lead": (4, 16), "N": 2112, "K": 7168})
+    product = found["swap-64x128-split"]  # 17 tiles of 128 rows of the weight, 16 splits of 56 blocks of K
+    assert product.programs == 17 * 16 and product.passes == (4,)
+    assert product.written_bytes == 16 * 64 * 2112 * 4
+    assert product.pass_flops == 2 * 64 * 128 * 128
+    assert product.loaded_bytes == product.programs * (64 + 128) * (7168 // 16)
     assert found["combine"].read_bytes == product.written_bytes
-    assert found["combine"].written_bytes == 32 * 2112 * 2
-    assert found["combine"].programs == 66  # 1,024 values each
+    assert found["combine"].written_bytes == 64 * 2112 * 2
+    assert found["combine"].programs == 132  # 1,024 values each
 
 
 def test_a_linear_of_many_rows() -> None:
@@ -69,14 +86,23 @@ def test_products_on_a_gpu_without_fp8_are_bf16() -> None:
 
 
 def test_a_linear_of_bf16() -> None:
-    found = works("Bf16Linear", **{"*lead": (16,), "N": 256, "K": 7168})
-    product = found["swap-16x128"]  # two tiles, 16 splits of 112 blocks of 64
+    found = works("Bf16Linear", **{"*lead": (32,), "N": 256, "K": 7168})
+    product = found["swap-32x128"]  # two tiles, 16 splits of 112 blocks of 64
     assert product.programs == 2 * 16 and product.passes == (7,)
-    assert product.read_bytes == 2 * (16 * 7168 + 256 * 7168)
-    assert product.written_bytes == 16 * 16 * 256 * 4
-    assert product.flops == 2 * 16 * 256 * 7168 and product.products == "bf16"
+    assert product.read_bytes == 2 * (32 * 7168 + 256 * 7168)
+    assert product.written_bytes == 16 * 32 * 256 * 4
+    assert product.flops == 2 * 32 * 256 * 7168 and product.products == "bf16"
     assert found["add-splits"].read_bytes == product.written_bytes
-    assert found["add-splits"].written_bytes == 16 * 256 * 4 and found["add-splits"].programs == 4
+    assert found["add-splits"].written_bytes == 32 * 256 * 4 and found["add-splits"].programs == 8
+
+
+def test_a_linear_of_bf16_of_a_token() -> None:
+    found = works("Bf16Linear", **{"*lead": (1, 1), "N": 256, "K": 7168})
+    assert list(found) == ["narrow-4x8"]
+    product = found["narrow-4x8"]  # 8 blocks of 64 in a pass
+    assert product.programs == 32 and product.passes == (14,)
+    assert product.written_bytes == 256 * 4 and product.pass_flops == 2 * 4 * 8 * 512
+    assert product.loaded_bytes == 2 * 32 * (4 + 8) * 7168
 
 
 def test_writing_into_caches() -> None:

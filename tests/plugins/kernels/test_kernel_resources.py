@@ -95,7 +95,7 @@ def test_every_kernel_with_products_has_tensor_instructions_in_a_main_loop_that_
         (("MlaAttention", 120, "attend"), "HMMA"),
         (("MlaAttention", 90, "part"), "HGMMA"),
         (("MlaAttention", 100, "part"), "UTCHMMA"),
-        (("BlockFp8Linear", 90, "combine"), ""),
+        (("Bf16Linear", 90, "add-splits"), ""),
     ],
 )
 def test_the_instruction_that_a_kernel_must_have_follows_from_its_operands_and_sm(
@@ -122,10 +122,10 @@ TILE = ("BlockFp8Linear", 90, "tile-128x128")
         (TILE, {"tensor": {}}, "compiled to no tensor instruction, expected QGMMA"),
         (TILE, {"tensor": {"HMMA.16816.F32.BF16": 32}}, "compiled to HMMA, expected QGMMA"),
         (TILE, {"tensor": {"HGMMA.64x128x16.F32.BF16": 4, "QGMMA.64x128x32": 4}}, "compiled to HGMMA and QGMMA"),
-        (("BlockFp8Linear", 90, "combine"), {"tensor": {"HMMA.1688.F32": 1}}, "compiled to HMMA, expected none"),
+        (("Bf16Linear", 90, "add-splits"), {"tensor": {"HMMA.1688.F32": 1}}, "compiled to HMMA, expected none"),
         (TILE, {"spill_bytes": 8}, "8 bytes of stack, 0 known"),
         (TILE, {"spill_stores": 1, "spill_loads": 2}, "spills, 1 stores and 2 loads"),
-        (("BlockFp8Linear", 90, "combine"), {"spill_bytes": 16}, "16 bytes of stack, 0 known"),
+        (("Bf16Linear", 90, "add-splits"), {"spill_bytes": 16}, "16 bytes of stack, 0 known"),
         (("MoeExperts", 90, "up-128"), {"spill_bytes": 72}, "72 bytes of stack, 64 known"),
     ],
 )
@@ -176,11 +176,11 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize("sm", [89, 90, 100])
+@pytest.mark.parametrize(("sm", "kernel"), [(89, "narrow-16x32"), (90, "tile-128x128"), (100, "tile-128x128")])
 def test_compiled_again_a_kernel_of_each_tensor_unit_is_as_recorded(
-    sm: int, tmp_path: Path, compiling: ProcessPoolExecutor
+    sm: int, kernel: str, tmp_path: Path, compiling: ProcessPoolExecutor
 ) -> None:
-    key = ("BlockFp8Linear", sm, "swap-16x128-split")
+    key = ("BlockFp8Linear", sm, kernel)
     made = compiling.submit(_compile, key, tmp_path).result()
     assert records([made], tmp_path, cache=tmp_path) == [RECORD[key]]
 

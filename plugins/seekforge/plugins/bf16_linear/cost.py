@@ -31,7 +31,7 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
         loaded_bytes=2 * programs * (tile.block_t + tile.block_n) * (k // tile.splits),
         programs=programs,
         flops=2 * rows * n * k,
-        pass_flops=2 * tile.block_t * tile.block_n * BLOCK_K,
+        pass_flops=2 * tile.block_t * tile.block_n * BLOCK_K * tile.parts,
         products="bf16",
-        passes=(cdiv(k // BLOCK_K, tile.splits),),
+        passes=(cdiv(k // BLOCK_K, tile.splits * tile.parts),),
     )

@@ -2,10 +2,11 @@
 
 TensorRT multiplies bf16 only into bf16, and given an f32 weight reads twice the bytes: 3.7 GB for DeepSeek-V3.2's head,
 which bounds the time of its product in a decode step. Products of bf16 are exact in f32, and tensor cores add them in
-f32; no TF32 is involved. One GEMM serves two shapes, as in `BlockFp8Linear`. Few tokens (`SWAP`): weight rows are the
-M side, and a small weight's K is cut into splits until every SM streams a part of it. Many tokens: square tiles, rows
-in groups of 8 for L2; a router's few columns are still split along K, or most SMs would idle. A second launch adds
-splits in order.
+f32; no TF32 is involved. A small weight and a token or some (`narrow_kernel`): each program has 8 or 16 rows of the
+weight and all of K, a part of it in each warp, so there is one launch and no sum afterwards. More (`linear_kernel`): one
+GEMM for two shapes. Few tokens (`SWAP`): weight rows are the M side, and a small weight's K is cut into splits until
+every SM streams a part of it. Many tokens: square tiles, rows in groups of 8 for L2; a router's few columns are still
+split along K, or most SMs would idle. A second launch adds splits in order.
 """
 
 import triton
@@ -13,7 +14,33 @@ import triton.language as tl
 
 from seekforge.plugins.kernels.device_lib import dot_bf16
 
-__all__ = ["add_splits_kernel", "linear_kernel"]
+__all__ = ["add_splits_kernel", "linear_kernel", "narrow_kernel"]
+
+
+@triton.jit
+def narrow_kernel(
+    x_ptr, w_ptr, y_ptr, num_rows, N, K,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Few out features of y [T, N] f32 for all rows, T <= BLOCK_T; a warp has every `PARTS`-th block along K."""
+    t = tl.arange(0, BLOCK_T)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    t_ok, n_ok = t < num_rows, n < N
+    # rows past the end read row 0 and are not stored: no mask in the loop, so loads stay vectors
+    x_at = x_ptr + tl.where(t_ok, t, 0)[None, :, None] * K + k[None, None, :]
+    w_at = w_ptr + tl.where(n_ok, n, 0).to(tl.int64)[None, :, None] * K + k[None, None, :]
+    blocks = K // BLOCK_K
+    acc = tl.zeros([PARTS, BLOCK_N, BLOCK_T], tl.float32)
+    for first in range(0, blocks, PARTS):
+        block = first + tl.arange(0, PARTS)
+        in_k = (block < blocks)[:, None, None]
+        at = tl.where(in_k, block[:, None, None], 0) * BLOCK_K
+        x = tl.load(x_at + at)
+        w = tl.load(w_at + at)
+        acc += tl.where(in_k, dot_bf16(w, tl.permute(x, (0, 2, 1))), 0.0)
+    y = tl.trans(tl.sum(acc, 0))
+    tl.store(y_ptr + t[:, None] * N + n[None, :], y, mask=t_ok[:, None] & n_ok[None, :])
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, most_rows
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Scalar, Variant, Workspace, most_rows
 from seekforge.plugins.kernels.sm_limits import is_datacenter
 from seekforge.plugins.linear_tile import GROUP, Tile
 from seekforge.plugins.operator import cdiv
@@ -22,6 +22,11 @@ NOTES: Final = ()
 
 #: Most rows of a call that is bound by its weight: tokens are the narrow side.
 SMALL_ROWS: Final = 64
+#: Rows -> out features of a program that has all of K, of which each of its warps has a part: of more rows what programs
+#: read of x would bind the time.
+NARROW: Final = {4: 8, 16: 16}
+#: Parts of K in such a program.
+PARTS: Final = 8
 #: Thread blocks that a split call aims at (two per SM of an H100).
 SPLIT_BLOCKS: Final = 264
 #: Most splits of few rows; of more rows, which are some tiles anyway; and the rows from which there are enough tiles.
@@ -33,9 +38,13 @@ BLOCK_K, COMBINE_BLOCK = 64, 1024
 def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
     """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`.
 
-    Splits are those of the weight for few rows, for more, and none for many: rows do not depend on how many there are
-    within each.
+    A weight of fewer tiles than `SPLIT_BLOCKS` has programs of all K for the fewest rows, splits of its own for few and
+    for more, and none for many: rows do not depend on how many there are within each.
     """
+    if cdiv(n, 128) < SPLIT_BLOCKS:
+        for block_t in NARROW:
+            if rows <= block_t:
+                return _narrow(block_t)
     few = rows <= SMALL_ROWS
     tile = _small(16 if rows <= 16 else 32 if rows <= 32 else 64, sm) if few else _large(sm)
     blocks, most = cdiv(n, tile.block_n), MAX_SPLITS
@@ -43,6 +52,10 @@ def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
         blocks, most = blocks * LARGE_TILES, MAX_LARGE_SPLITS
     splits = max(1, min(cdiv(SPLIT_BLOCKS, blocks), most, k // BLOCK_K)) if rows <= SPLIT_ROWS else 1
     return replace(tile, splits=splits)
+
+
+def _narrow(block_t: int) -> Tile:
+    return Tile(block_t, NARROW[block_t], True, 1, PARTS, 3, PARTS)
 
 
 def _small(block_t: int, sm: int) -> Tile:
@@ -62,27 +75,20 @@ def check(statics: Mapping[str, Any]) -> None:
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     """Return every tile, and the sum over splits."""
-    types = {
-        "x_ptr": "*bf16",
-        "w_ptr": "*bf16",
-        "y_ptr": "*fp32",
-        "num_rows": "i32",
-        "N": "i32",
-        "K": "i32",
-        "splits": "i32",
-    }
     result = []
-    for tile in (*(_small(block_t, sm) for block_t in (16, 32, 64)), _large(sm)):
-        constants = {
-            "BLOCK_T": tile.block_t,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": BLOCK_K,
-            "GROUP": GROUP,
-            "SWAP": tile.swap,
-        }
+    for tile in (*map(_narrow, NARROW), *(_small(block_t, sm) for block_t in (16, 32, 64)), _large(sm)):
+        types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*fp32", "num_rows": "i32", "N": "i32", "K": "i32"}
+        constants: dict[str, Scalar] = {"BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_K": BLOCK_K}
+        if tile.parts > 1:
+            kernel = "narrow_kernel"
+            constants["PARTS"] = tile.parts
+        else:
+            kernel = "linear_kernel"
+            types["splits"] = "i32"
+            constants |= {"GROUP": GROUP, "SWAP": tile.swap}
         result.append(
             Variant(
-                tile.name, "linear_kernel", types, constants, aligned=("K",),
+                tile.name, kernel, types, constants, aligned=("K",),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
             )
         )  # fmt: skip
@@ -118,8 +124,9 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         "num_rows": rows,
         "N": n,
         "K": k,
-        "splits": tile.splits,
     }
+    if tile.parts == 1:
+        arguments["splits"] = tile.splits
     launches = [Launch(tile.name, tile.grid(rows, n), arguments)]
     if parts is not None:
         sums: dict[str, Buffer | int | float] = {

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from seekforge.plugins.bf16_linear.spec import SPEC
+from seekforge.plugins.linear_tile import FEW_FEATURES
 from seekforge.plugins.operator import NO_TAPS, KernelForm, Operator, Products, RankModel, Step
 
 
@@ -42,7 +43,7 @@ OPERATOR = Operator(
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={},
-        known_mma_sync={},
+        known_mma_sync={(name, sm): FEW_FEATURES for name in ("narrow-4x8", "narrow-16x16") for sm in (90, 100, 103)},
         libraries={},
     ),
 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from seekforge.plugins.block_fp8_linear.launch import choose_tile
+from seekforge.plugins.block_fp8_linear.launch import choose_tile, quantizes
 from seekforge.plugins.cost.work import Load, Work
 from seekforge.plugins.kernels.launch_plan import Launch
 from seekforge.plugins.kernels.sm_limits import has_fp8
@@ -28,18 +28,18 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
             programs=math.prod(launch.grid),
             passes=(tile.splits,),
         )
-    quant = bound["act_quant"] == "ue8m0"
-    x_bytes = rows * (k + 4 * (k // 128)) if quant else 2 * rows * k
-    x_value, programs = 1 if quant else 2, math.prod(launch.grid)
+    quant, programs = bound["act_quant"] == "ue8m0", math.prod(launch.grid)
+    quantized = quant and not quantizes(tile, bound["act_quant"])
+    x_bytes, x_value = (rows * (k + 4 * (k // 128)), 1) if quantized else (2 * rows * k, 2)
     return Work(
         read_bytes=x_bytes + n * k + 4 * cdiv(n, 128) * (k // 128),
         written_bytes=rows * n * (4 * tile.splits if tile.splits > 1 else 2),
         loaded_bytes=programs * (x_value * tile.block_t + tile.block_n) * (k // tile.splits),
         programs=programs,
         flops=2 * rows * n * k,
-        pass_flops=2 * tile.block_t * tile.block_n * 128,
+        pass_flops=2 * tile.block_t * tile.block_n * 128 * tile.parts,
         products="fp8" if quant and has_fp8(sm) else "bf16",
-        passes=(cdiv(k // 128, tile.splits),),
+        passes=(cdiv(k // 128, tile.splits * tile.parts),),
     )
 
 

@@ -9,17 +9,19 @@ from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
-from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, most_rows
+from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Scalar, Variant, Workspace, most_rows
 from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
-from seekforge.plugins.linear_tile import GROUP, Tile
+from seekforge.plugins.linear_tile import GROUP, PARTS, Tile, narrow_block
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("act_quant",)
 RULES: Final = (rule("in features", "K", multiple(128, "one FP8 block")),)
 NOTES: Final = ("out features any number below 2^31",)
 
-#: Most rows of a call that is bound by its weight: tokens are the narrow side and K is split.
+#: Most rows of a call that is bound by its weight: each program has all rows and few out features, or K is split.
 SMALL_ROWS: Final = 64
+#: Most rows that every program quantizes for itself: of more it costs more than the launch that it saves.
+QUANTIZE_IN_PLACE: Final = 4
 #: Thread blocks that a split call aims at (two per SM of an H100), and most splits.
 SPLIT_BLOCKS, MAX_SPLITS = 264, 16
 #: Rows per program of the quantizer, elements per program of the sum over splits.
@@ -27,23 +29,32 @@ QUANTIZE_ROWS, COMBINE_BLOCK = 8, 1024
 
 
 def choose_splits(n: int, k: int) -> int:
-    """Return how many parts K is cut into when few rows are multiplied: a function of the weight alone."""
+    """Return how many parts K is cut into when some rows are multiplied: a function of the weight alone."""
     wanted = cdiv(SPLIT_BLOCKS, cdiv(n, 128))
     return max(1, min(wanted, MAX_SPLITS, k // 128))
 
 
 def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
     """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`."""
+    for block_t in _narrow_rows(sm):
+        if rows <= block_t:
+            return _narrow(block_t, narrow_block(n))
     if rows <= SMALL_ROWS:
-        block_t = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return _small(block_t, choose_splits(n, k), sm)
+        return _small(choose_splits(n, k))
     return _large(sm)
 
 
-def _small(block_t: int, splits: int, sm: int) -> Tile:
-    # the accumulator [128, 64] fills the registers of four warps; SM100 copies it out of tensor memory besides
-    num_warps = 8 if block_t == 64 or (block_t == 32 and sm in (100, 103)) else 4
-    return Tile(block_t, 128, True, splits, num_warps, 4 if is_datacenter(sm) else 3)
+def _narrow_rows(sm: int) -> tuple[int, ...]:
+    # of 64 rows mma.sync would bind the time where tcgen05 is, not the weight
+    return (2, QUANTIZE_IN_PLACE, 16, 32) if sm in (100, 103) else (2, QUANTIZE_IN_PLACE, 16, 32, SMALL_ROWS)
+
+
+def _narrow(block_t: int, block_n: int) -> Tile:
+    return Tile(block_t, block_n, True, 1, PARTS, 3, PARTS)
+
+
+def _small(splits: int) -> Tile:
+    return Tile(SMALL_ROWS, 128, True, splits, 8, 4)
 
 
 def _large(sm: int) -> Tile:
@@ -64,6 +75,11 @@ def check(statics: Mapping[str, Any]) -> None:
         raise ShapeError(f"BlockFp8Linear: act_quant is {statics['act_quant']}, kernels take ue8m0 and none")
 
 
+def quantizes(tile: Tile, act_quant: str) -> bool:
+    """Return whether the product quantizes its rows itself."""
+    return act_quant == "ue8m0" and tile.block_t <= QUANTIZE_IN_PLACE
+
+
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     """Return the quantizer, every tile, and the sums over splits."""
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
@@ -71,10 +87,12 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     result = []
     if quant:
         result.append(quantizer(sm))
-    tiles = [_small(block_t, splits, sm) for block_t in (16, 32, 64) for splits in (1, 2)] + [_large(sm)]
-    for tile in tiles:
+    narrow = [_narrow(block_t, block_n) for block_t in _narrow_rows(sm) for block_n in (16, 32)]
+    split = [] if SMALL_ROWS in _narrow_rows(sm) else [_small(1), _small(2)]
+    for tile in (*narrow, *split, _large(sm)):
+        in_place = quantizes(tile, statics["act_quant"])
         types = {
-            "a_ptr": code if quant else "*bf16",
+            "a_ptr": code if quant and not in_place else "*bf16",
             "a_scale_ptr": "*fp32",
             "w_ptr": code,
             "w_scale_ptr": "*fp32",
@@ -82,25 +100,24 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "num_rows": "i32",
             "N": "i32",
             "K": "i32",
-            "splits": "i32",
         }
-        constants = {
-            "BLOCK_T": tile.block_t,
-            "BLOCK_N": tile.block_n,
-            "GROUP": GROUP,
-            "SWAP": tile.swap,
-            "QUANT": quant,
-            "FP8": fp8,
-            "PARTIAL": tile.splits > 1,
-        }
+        constants: dict[str, Scalar] = {"BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "QUANT": quant, "FP8": fp8}
+        if tile.parts > 1:
+            kernel = "narrow_kernel"
+            constants |= {"PARTS": tile.parts, "QUANTIZE": in_place}
+        else:
+            kernel = "linear_kernel"
+            types["splits"] = "i32"
+            constants |= {"GROUP": GROUP, "SWAP": tile.swap, "PARTIAL": tile.splits > 1}
         result.append(
             Variant(
-                _variant(tile), "linear_kernel", types, constants, aligned=("K",),
+                _variant(tile), kernel, types, constants, aligned=("K",),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
             )
         )  # fmt: skip
-    types = {"part_ptr": "*fp32", "y_ptr": "*bf16", "num_elements": "i64", "splits": "i32"}
-    result.append(Variant("combine", "combine_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
+    if split:
+        types = {"part_ptr": "*fp32", "y_ptr": "*bf16", "num_elements": "i64", "splits": "i32"}
+        result.append(Variant("combine", "combine_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
     return tuple(result)
 
 
@@ -131,8 +148,9 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
 
 @dataclass(frozen=True)
 class _Scratch:
-    """What a call keeps in its workspace; `quantize` and `parts` are None where it needs none."""
+    """How a call is cut and what it keeps in its workspace; `quantize` and `parts` are None where it needs none."""
 
+    tile: Tile
     size: int
     quantize: Launch | None
     a: Buffer
@@ -142,13 +160,12 @@ class _Scratch:
 
 def _scratch(bound: Mapping[str, Any], rows: int, sm: int) -> _Scratch:
     n, k = bound["N"], bound["K"]
-    workspace = Workspace()
-    launch, a, a_scale = None, Buffer("x"), Buffer("weight_scale")  # without quantization the scales of x are not read
-    if bound["act_quant"] == "ue8m0":
+    workspace, tile = Workspace(), choose_tile(rows, n, k, sm)
+    launch, a, a_scale = None, Buffer("x"), Buffer("weight_scale")  # scales of x are read of quantized rows alone
+    if bound["act_quant"] == "ue8m0" and not quantizes(tile, bound["act_quant"]):
         launch, a, a_scale = quantize(a, rows, k, workspace)
-    splits = choose_tile(rows, n, k, sm).splits
-    parts = workspace.take(4 * splits * rows * n) if splits > 1 else None
-    return _Scratch(workspace.size, launch, a, a_scale, parts)
+    parts = workspace.take(4 * tile.splits * rows * n) if tile.splits > 1 else None
+    return _Scratch(tile, workspace.size, launch, a, a_scale, parts)
 
 
 def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
@@ -157,7 +174,8 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     check_rules("BlockFp8Linear", RULES, bound)
     if rows == 0 or n == 0:
         return LaunchPlan(())
-    scratch, tile = _scratch(bound, rows, sm), choose_tile(rows, n, k, sm)
+    scratch = _scratch(bound, rows, sm)
+    tile = scratch.tile
     launches = [] if scratch.quantize is None else [scratch.quantize]
     arguments: dict[str, Buffer | int | float] = {
         "a_ptr": scratch.a,
@@ -168,8 +186,9 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         "num_rows": rows,
         "N": n,
         "K": k,
-        "splits": tile.splits,
     }
+    if tile.parts == 1:
+        arguments["splits"] = tile.splits
     launches.append(Launch(_variant(tile), tile.grid(rows, n), arguments))
     if scratch.parts is not None:
         sums: dict[str, Buffer | int | float] = {

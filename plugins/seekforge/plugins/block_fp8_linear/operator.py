@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from seekforge.plugins.block_fp8_linear.spec import FOLDED, SPEC
+from seekforge.plugins.linear_tile import FEW_FEATURES
 from seekforge.plugins.operator import NO_TAPS, FoldedForm, KernelForm, Operator, Products, RankModel, Step
 
 
@@ -46,8 +47,14 @@ OPERATOR = Operator(
         cost="seekforge.plugins.block_fp8_linear.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
-        known_spills={("swap-16x128", 80): (8, "one register, stored and loaded outside of the main loop")},
-        known_mma_sync={},
+        known_spills={("narrow-64x32", 80): (8, "two registers, stored and loaded outside of the main loop")},
+        known_mma_sync={
+            (f"narrow-{rows}x{features}", sm): FEW_FEATURES
+            for sm, most in ((90, 64), (100, 32), (103, 32))
+            for rows in (2, 4, 16, 32, 64)
+            for features in (16, 32)
+            if rows <= most
+        },
         libraries={},
     ),
 )

@@ -37,14 +37,15 @@ def tensor_instruction(op: str, variant: Variant, sm: int) -> str:
     """Return the tensor instruction that a kernel has to have, without shape and types; nothing if it has no products.
 
     A variant multiplies FP8 where its constants say that activations are quantized (`QUANT`), that the SM has FP8, and
-    that weights are not `NVFP4`.
+    that weights are not `NVFP4`; with mma.sync only where there is nothing better: elsewhere Triton gives it f16, in
+    which products are exact too.
     """
     if not variant.main_loop:
         return ""
     few = int(variant.constants.get("BLOCK_H", 64)) <= _FEW_HEADS
     unit = sass.MMA_SYNC if few or (op, variant.name, sm) in KNOWN_MMA_SYNC else tensor_unit(sm)
     fp8 = variant.constants.get("QUANT") and variant.constants.get("FP8") and not variant.constants.get("NVFP4")
-    letter = "Q" if fp8 else "H"
+    letter = "Q" if fp8 and (unit != sass.MMA_SYNC or not is_datacenter(sm)) else "H"
     return {sass.MMA_SYNC: "{}MMA", sass.WGMMA: "{}GMMA", sass.TCGEN05: "UTC{}MMA"}[unit].format(letter)
 
 
