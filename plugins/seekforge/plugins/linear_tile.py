@@ -12,7 +12,7 @@ GROUP: Final = 8
 #: Parts of K in a program of few out features, which its warps multiply beside each other.
 PARTS: Final = 4
 #: Why the products of such a program are mma.sync's where there is wgmma or tcgen05.
-FEW_FEATURES: Final = "a program has 8 to 32 rows of the weight, so that programs fill the GPU; the others take 64 or more"
+FEW_FEATURES: Final = "a program has 8 to 32 rows of the weight, so that programs fill the GPU; others take 64 or more"
 #: Programs that fill a GPU (three for two SMs of an H100): 32 out features each where that gives as many, else 16.
 NARROW_PROGRAMS: Final = 198
 

@@ -22,8 +22,8 @@ NOTES: Final = ()
 
 #: Most rows of a call that is bound by its weight: tokens are the narrow side.
 SMALL_ROWS: Final = 64
-#: Rows -> out features of a program that has all of K, of which each of its warps has a part: of more rows what programs
-#: read of x would bind the time.
+#: Rows -> out features of a program that has all of K, of which each of its warps has a part: of more rows what
+#: programs read of x would bind the time.
 NARROW: Final = {4: 8, 16: 16}
 #: Parts of K in such a program.
 PARTS: Final = 8

@@ -1,10 +1,11 @@
 """FP8 block linear: y = x · Wᵀ with one f32 promotion per 128 along K (spec §5.2).
 
-Few tokens (`narrow_kernel`): the weight bounds the time, so each program streams 16 or 32 of its rows whole, a part of K
-in each warp, which gives every SM work with one launch and no sum afterwards. Up to four rows it quantizes itself; more
-are quantized first (`quantize_kernel`, shared), so once however many programs read them. Many tokens (`linear_kernel`):
-square tiles, rows in groups of 8 for L2. Where tcgen05 is, what lies between has the weight's rows as the M side of
-the product (`SWAP`), which must be 64 or more there, and K cut into splits; another launch adds these in order and rounds.
+Few tokens (`narrow_kernel`): the weight bounds the time, so each program streams 16 or 32 of its rows whole, a part of
+K in each warp, which gives every SM work with one launch and no sum afterwards. Up to four rows it quantizes itself;
+more are quantized first (`quantize_kernel`, shared), so once however many programs read them. Many tokens
+(`linear_kernel`): square tiles, rows in groups of 8 for L2. Where tcgen05 is, what lies between has the weight's rows
+as the M side of the product (`SWAP`), which must be 64 or more there, and K cut into splits; another launch adds these
+in order and rounds.
 Each 128 block starts from a zero accumulator: that is the promotion; the tensor core's own sum is less exact.
 """
 
