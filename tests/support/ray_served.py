@@ -55,6 +55,10 @@ class Served:
     roots: tuple[int, ...]
     log: Path
 
+    def replicas(self) -> list[int]:
+        """Return the actors that have an engine's process below them."""
+        return sorted({parent_of(pid) for pid in self.processes(_OURS[0])} - {0})
+
     def processes(self, word: str) -> list[int]:
         """Return the processes that are there and whose command has a word."""
         return sorted({pid for root in self.roots for pid in below(root) if word in command_of(pid)})
@@ -74,14 +78,17 @@ def variables_of(pid: int) -> dict[str, str]:
     return {name: value for name, _, value in (entry.partition("=") for entry in entries)}
 
 
+def parent_of(pid: int) -> int:
+    """Return the process that started one; 0 where it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def below(parent: int) -> list[int]:
     """Return all processes that a process started, and those that they did."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
+    parents = {pid: parent_of(pid) for pid in (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))}
     reached = [parent]
     for one in reached:
         reached += [pid for pid, its in parents.items() if its == one]
@@ -99,6 +106,21 @@ def serving(engine: Path, model: str, tmp_path: Path, *options: str, nodes: Sequ
         options: more options of `seekforge ray`.
         nodes: cores of each pretended node; none: the command starts a Ray of its own.
     """
+    command = [PYTHON, "-m", "seekforge.runtime.ray", str(engine), "--port", str(free_port()), "--served-model-name"]
+    command += [model, "--threads", "1", "--kv-cache-memory", "4M", "--json", *options]
+    with running(command, tmp_path, nodes) as served:
+        yield served
+
+
+@contextmanager
+def running(command: Sequence[str], tmp_path: Path, nodes: Sequence[int] = ()) -> Iterator[Served]:
+    """Run a command that says where it serves (a line of JSON with `url`); at the end no engine may be left.
+
+    Args:
+        command: its words.
+        tmp_path: for logs.
+        nodes: cores of each pretended node, whose address is added as `--address`; none: it starts a Ray of its own.
+    """
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(root / one) for one in ("exporter", "plugins", "runtime")),
@@ -107,8 +129,6 @@ def serving(engine: Path, model: str, tmp_path: Path, *options: str, nodes: Sequ
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     log = tmp_path / "ray.log"
-    command = [PYTHON, "-m", "seekforge.runtime.ray", str(engine), "--port", str(free_port()), "--served-model-name"]
-    command += [model, "--threads", "1", "--kv-cache-memory", "4M", "--json", *options]
     started: list[subprocess.Popen[str]] = []
 
     def start(words: Sequence[str]) -> str:
@@ -122,7 +142,7 @@ def serving(engine: Path, model: str, tmp_path: Path, *options: str, nodes: Sequ
     left: list[int] = []
     try:
         if nodes:
-            command += ["--address", start([PYTHON, "-c", _NODES, *map(str, nodes)]).strip()]
+            command = [*command, "--address", start([PYTHON, "-c", _NODES, *map(str, nodes)]).strip()]
         url = json.loads(start(command))["url"]
         yield Served(url, tuple(one.pid for one in started), log)
     finally:

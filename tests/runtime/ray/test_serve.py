@@ -27,19 +27,15 @@ def test_a_replica_that_is_killed_under_load_loses_what_was_on_it(toy_engine: Pa
         for prompt, text in zip(PROMPTS, texts, strict=True):
             assert completion(served.url, MODEL, prompt) == text
 
-        def replicas() -> list[int]:
-            """Return the actors that have an engine below them."""
-            engines = served.processes(ENGINE)
-            return sorted(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in engines)
-
-        wait_until(lambda: len(replicas()) == 2)
-        first, second = replicas()
+        wait_until(lambda: len(served.replicas()) == 2)
+        first, second = served.replicas()
         with Load(served.url, MODEL, PROMPTS) as load:
             load.until(lambda answers: len(answers) > 20)
             killed = time.monotonic()
             os.kill(first, signal.SIGKILL)
             load.until(lambda answers: sum(answer.began > killed + 5 for answer in answers) > 20)
-            wait_until(lambda: len(replicas()) == 2 and first not in replicas() and second in replicas(), 120)
+            wait_until(lambda: len(now := served.replicas()) == 2 and first not in now, 120)
+            assert second in served.replicas()
             again = time.monotonic()
             load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
         failed = check_after_kill(load.answers, texts, killed)

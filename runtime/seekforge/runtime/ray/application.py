@@ -85,20 +85,29 @@ def build_app(args: Mapping[str, Any]) -> Any:
         arguments = ApplicationArguments.model_validate(dict(args))
     except RecordError as error:
         raise OptionError(f"args of the Ray Serve application: {error}") from None
-    engine = Path(arguments.engine)
-    bundles = bundles_of(load_manifest(engine), arguments.threads)
-    replica = serve.deployment(
-        name=DEPLOYMENT,
-        max_ongoing_requests=arguments.max_waiting,
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=arguments.drain_s,
-        ray_actor_options={"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0]["GPU"]},
-        placement_group_bundles=bundles,
-        placement_group_strategy="STRICT_PACK" if len(bundles) == 1 else "PACK",
-        **({} if arguments.num_replicas is None else {"num_replicas": arguments.num_replicas}),
-    )(_replica_class(arguments, len(bundles)))
+    options = deployment_options(arguments)
+    num_ranks = len(options["placement_group_bundles"])
+    replica = serve.deployment(name=DEPLOYMENT, **options)(_replica_class(arguments, num_ranks))
     return replica.bind()
+
+
+def deployment_options(arguments: ApplicationArguments) -> dict[str, Any]:
+    """Return the options of a deployment whose replicas have an engine each.
+
+    Raises:
+        EngineError: it is no engine.
+    """
+    bundles = bundles_of(load_manifest(Path(arguments.engine)), arguments.threads)
+    return {
+        "max_ongoing_requests": arguments.max_waiting,
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": arguments.drain_s,
+        "ray_actor_options": {"num_cpus": bundles[0]["CPU"], "num_gpus": bundles[0]["GPU"]},
+        "placement_group_bundles": bundles,
+        "placement_group_strategy": "STRICT_PACK" if len(bundles) == 1 else "PACK",
+        **({} if arguments.num_replicas is None else {"num_replicas": arguments.num_replicas}),
+    }
 
 
 def _replica_class(arguments: ApplicationArguments, num_ranks: int) -> Any:

@@ -84,22 +84,12 @@ class ReplicaApp:
         if self._client is not None and self._client.dead:
             raise EngineError(self._client.dead)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                try:
-                    await self._open()
-                except SeekforgeError as error:
-                    await send({"type": "lifespan.startup.failed", "message": str(error)})
-                    return
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await self._close()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+    async def open(self) -> None:
+        """Open the engine, and start the ranks that others hold.
 
-    async def _open(self) -> None:
+        Raises:
+            SeekforgeError: it cannot be opened, or a rank was lost meanwhile.
+        """
         loop = asyncio.get_running_loop()
         lost: asyncio.Future[str] = loop.create_future()
 
@@ -125,6 +115,31 @@ class ReplicaApp:
         self._context = context_of(client, self._settings)
         self._app = make_app(self._context)
 
+    async def close(self) -> None:
+        """Take no more requests, and close the engine."""
+        if self._context is not None:
+            self._context.draining = "the replica ends"
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+        if self._ranks is not None:
+            await self._ranks.close()
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    await self.open()
+                except SeekforgeError as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
     def _die(self, line: str) -> None:
         """Say what was lost, and end this process when requests have been told; unless it ends anyway."""
         if self._client is None:
@@ -134,15 +149,6 @@ class ReplicaApp:
         sys.stderr.write(f"error: {self._settings.engine}: {self._lost}; the replica ends\n")
         sys.stderr.flush()
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._end)
-
-    async def _close(self) -> None:
-        if self._context is not None:
-            self._context.draining = "the replica ends"
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()
-        if self._ranks is not None:
-            await self._ranks.close()
 
 
 async def _unless_lost(opening: Coroutine[Any, Any, EngineProcess], lost: asyncio.Future[str]) -> EngineProcess:

@@ -1,0 +1,108 @@
+"""Replicas behind the OpenAI ingress of a real Ray Serve LLM, one of which is killed under load.
+
+SEEKFORGE_RAY_LLM_PYTHON names an interpreter that has Ray, and vLLM or SGLang for Ray's classes of requests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+from tests.support.ray_served import running
+from tests.support.replicas import Load, check_after_kill, completion, expected_texts, free_port, wait_until
+
+PYTHON = os.environ.get("SEEKFORGE_RAY_LLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not PYTHON, reason="SEEKFORGE_RAY_LLM_PYTHON names no Python with ray, and vLLM or SGLang beside it"
+    ),
+]
+PROMPTS = [[5 + i, 9, 20 + 3 * i, 7] for i in range(8)]
+MODEL = "deepseek-v3.2"
+#: Serves what a Serve config says, on cores that need not be there.
+_SERVE = """
+import importlib, json, os, signal, sys
+told = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # vLLM speaks on stdout
+import ray, yaml
+from ray import serve
+(application,) = yaml.safe_load(open(sys.argv[1]))["applications"]
+ray.init(num_cpus=8, include_dashboard=False)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+module, _, name = application["import_path"].partition(":")
+app = getattr(importlib.import_module(module), name)(application["args"])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+try:
+    serve.run(app, name=application["name"], route_prefix=application["route_prefix"])
+    print(json.dumps({"url": f"http://127.0.0.1:{sys.argv[2]}"}), file=told, flush=True)
+    signal.pause()
+finally:
+    serve.shutdown()
+    ray.shutdown()
+"""
+
+
+def shown_config(engine: Path) -> dict[str, Any]:
+    """Return the Serve config that docs/deploy.md shows, of another engine."""
+    page = (Path(__file__).parents[3] / "docs/deploy.md").read_text(encoding="utf-8")
+    shown = page.partition("### Ray Serve LLM")[2].partition("```yaml\n")[2].partition("```")[0]
+    config = yaml.safe_load(shown)
+    (llm_config,) = config["applications"][0]["args"]["llm_configs"]
+    assert llm_config["model_loading_config"]["model_id"] == MODEL
+    llm_config["model_loading_config"]["model_source"] = str(engine)
+    llm_config["engine_kwargs"] |= {"max_model_len": 2048, "kv_cache_memory": 1 << 22}
+    return config
+
+
+def test_replicas_answer_openais_client_and_one_that_is_killed_loses_what_was_on_it(
+    chat_engine: Path, tmp_path: Path
+) -> None:
+    texts = expected_texts(chat_engine, PROMPTS)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(shown_config(chat_engine)), encoding="utf-8")
+    with running([PYTHON, "-c", _SERVE, str(config), str(free_port())], tmp_path) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == [MODEL]
+        for prompt, text in zip(PROMPTS, texts, strict=True):
+            assert completion(served.url, MODEL, prompt) == text
+
+        pieces = client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=120, temperature=0, stream=True)
+        streamed = [choice.text for piece in pieces for choice in piece.choices]
+        assert "".join(streamed) == texts[0] and len(streamed) > 1
+        chat: dict[str, Any] = {"model": MODEL, "max_tokens": 20, "temperature": 0}
+        chat["messages"] = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+        whole = client.chat.completions.create(**chat)
+        assert whole.usage is not None and whole.usage.completion_tokens == 20
+        deltas = client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True})
+        parts = list(deltas)
+        said = "".join(choice.delta.content or "" for part in parts for choice in part.choices)
+        assert said == whole.choices[0].message.content
+        usage = parts[-1].usage
+        assert usage is not None and usage.completion_tokens == 20 and usage.prompt_tokens == whole.usage.prompt_tokens
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.completions.create(model=MODEL, prompt=PROMPTS[0], temperature=-1)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="another", prompt=PROMPTS[0])
+        with pytest.raises(openai.NotFoundError, match="/v1/embeddings"):
+            client.embeddings.create(model=MODEL, input="a")
+
+        wait_until(lambda: len(served.replicas()) == 2)
+        first, second = served.replicas()
+        with Load(served.url, MODEL, PROMPTS) as load:
+            load.until(lambda answers: len(answers) > 20)
+            killed = time.monotonic()
+            os.kill(first, signal.SIGKILL)
+            load.until(lambda answers: sum(answer.began > killed + 5 for answer in answers) > 20)
+            wait_until(lambda: len(now := served.replicas()) == 2 and first not in now, 120)
+            assert second in served.replicas()
+            again = time.monotonic()
+            load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
+        failed = check_after_kill(load.answers, texts, killed)
+        assert len(failed) <= load.num_clients
