@@ -80,7 +80,7 @@ def test_stages_that_install_have_all_that_the_wheel_is_made_of() -> None:
 def test_extras_exist_and_versions_are_the_pinned_ones() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     text = (ROOT / "Containerfile").read_text(encoding="utf-8")
-    lists = re.findall(r"ARG EXTRAS=(\S+)", text) + re.findall(r"\"\.\[([a-z,]+)\]\"", text)
+    lists = re.findall(r"ARG (?:GPU_)?EXTRAS=(\S+)", text)
     assert len(lists) == 2
     for extra in ",".join(lists).split(","):
         assert extra in project["optional-dependencies"], extra

@@ -128,7 +128,7 @@ def test_the_metrics_that_a_picker_reads_are_there() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "runtime").rglob("metrics*.py"))
     page = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
     names = [word for word in page.split("`") if word.startswith("vllm:")]
-    assert len(names) == 3 and all(name.removeprefix("vllm:") in sources for name in names)
+    assert len(names) == 4 and all(name.removeprefix("vllm:") in sources for name in names)
 
 
 def test_objects_have_fields_that_are_known() -> None:
