@@ -63,6 +63,25 @@ def test_threads_that_share_a_selection_find_the_same(num_tokens: int, blocks: i
     assert_same(case, (two,))
 
 
+@pytest.mark.parametrize("step", [2.0**-23, 2.0**-10, 1.0])
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_scores_that_differ_in_any_bit_are_told_apart(step: float, weight: float, library: Path) -> None:
+    """A score is the first value of its key, times the weight: some equal, the others one step apart."""
+    q, w, cache, table, positions = indexer_case(1, 12, heads=1).inputs
+    where = table[0].long().repeat_interleave(64) * 64 + torch.arange(64).repeat(12)
+    cache[where, 0] = 1 + Draw(1).order(768) // 3 * step
+    inputs = (
+        torch.zeros_like(q).index_fill_(3, torch.tensor(0), 1.0),
+        torch.full_like(w, weight),
+        cache,
+        table,
+        positions,
+    )
+    case = Case("DsaIndexer", "near", inputs, {"index_topk": 100, "indexer_fp8": False, "index_format": "f32"})
+    (found,) = run_function(case.op, case.inputs, case.attrs, F32, library=library)
+    assert torch.equal(found, case.expected()[0])
+
+
 def attention_case(heads: int, latent: int, rope: int) -> Case:
     """Two tokens of one sequence that chose 130 and 7 keys; other rows of the cache are NaN."""
     draw = Draw(heads)

@@ -78,21 +78,29 @@ inline float sum(V v) {
 }
 
 constexpr size_t kHeads = 4, kRows = L / 4;  // a tile: as many sums as there are lanes
+constexpr size_t kLine = 16;                 // floats of a line of the processor's caches
 
-void dots(const float* q, size_t q_stride, size_t heads, const float* const* rows, size_t count, size_t width,
-          float* out, size_t out_stride) {
+void dots(const float* q, size_t q_stride, size_t heads, const float* const* rows, size_t count, size_t known,
+          size_t width, float* out, size_t out_stride) {
     const size_t whole = width / L * L;
-    for (size_t h = 0; h < heads; h += kHeads) {
-        const size_t some = heads - h < kHeads ? heads - h : kHeads;
-        const float* queries[kHeads];
-        for (size_t i = 0; i < kHeads; ++i) queries[i] = q + (h + (i < some ? i : 0)) * q_stride;
-        for (size_t j = 0; j < count; j += kRows) {
-            const size_t here = count - j < kRows ? count - j : kRows;
-            const float* keys[kRows];
-            for (size_t r = 0; r < kRows; ++r) keys[r] = rows[j + (r < here ? r : 0)];
+    for (size_t j = 0; j < count; j += kRows) {
+        const size_t here = count - j < kRows ? count - j : kRows;
+        const float *keys[kRows], *later[kRows];
+        for (size_t r = 0; r < kRows; ++r) {
+            const size_t next = j + r + kRowsAhead;
+            keys[r] = rows[j + (r < here ? r : 0)];
+            later[r] = rows[next < known ? next : known - 1];
+        }
+        for (size_t h = 0; h < heads; h += kHeads) {
+            const size_t some = heads - h < kHeads ? heads - h : kHeads;
+            const float* queries[kHeads];
+            for (size_t i = 0; i < kHeads; ++i) queries[i] = q + (h + (i < some ? i : 0)) * q_stride;
             V tile[L];
             for (size_t i = 0; i < L; ++i) tile[i] = V{};
             for (size_t d = 0; d < whole; d += L) {
+                if (h == 0 && d % kLine == 0) {  // into the second cache: what is worked on stays in the first
+                    for (size_t r = 0; r < kRows; ++r) __builtin_prefetch(later[r] + d, 0, 2);
+                }
                 V key[kRows];
                 for (size_t r = 0; r < kRows; ++r) key[r] = load(keys[r] + d);
                 for (size_t i = 0; i < kHeads; ++i) {

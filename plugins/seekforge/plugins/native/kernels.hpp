@@ -10,10 +10,15 @@ namespace seekforge {
 // Values that share a power of two where rows are rounded to FP8 (plugins/quant.py).
 constexpr int64_t kFp8Block = 128;
 
+// How many rows before its turn `dots` has a row fetched from memory: at 512 to 2,560 bytes a row 8 to 40 KB, which a
+// second cache holds beside all else.
+constexpr size_t kRowsAhead = 16;
+
 struct Kernels {
-    // out[h * out_stride + j] = Σ_d q[h * q_stride + d] · rows[j][d], for h < heads, j < count, d < width.
-    void (*dots)(const float* q, size_t q_stride, size_t heads, const float* const* rows, size_t count, size_t width,
-                 float* out, size_t out_stride);
+    // out[h * out_stride + j] = Σ_d q[h * q_stride + d] · rows[j][d], for h < heads, j < count, d < width. `rows` has
+    // `known` ≥ count rows: those behind are what comes next, and the first kRowsAhead of them are fetched meanwhile.
+    void (*dots)(const float* q, size_t q_stride, size_t heads, const float* const* rows, size_t count, size_t known,
+                 size_t width, float* out, size_t out_stride);
     // out[h * out_stride + d] += Σ_j w[h * w_stride + j] · rows[j][d].
     void (*add_weighted)(const float* w, size_t w_stride, size_t heads, const float* const* rows, size_t count,
                          size_t width, float* out, size_t out_stride);

@@ -84,11 +84,13 @@ void attend(const float* q_latent, const float* q_pe, int64_t stride, int64_t he
         total[h] = 0.0f;
     }
     loops.scale(query, heads * width, scale);
-    const float* rows[kBlockSize];
+    const float* rows[kBlockSize + kRowsAhead];
     for (int64_t start = 0; start < keys.count; start += kBlockSize) {
         const int64_t here = keys.count - start < kBlockSize ? keys.count - start : kBlockSize;
-        for (int64_t j = 0; j < here; ++j) rows[j] = keys.row(start + j);
-        loops.dots(query, width, heads, rows, here, width, score, kBlockSize);
+        const int64_t left = keys.count - start, most = kBlockSize + int64_t(kRowsAhead);
+        const int64_t known = left < most ? left : most;
+        for (int64_t j = 0; j < known; ++j) rows[j] = keys.row(start + j);
+        loops.dots(query, width, heads, rows, here, known, width, score, kBlockSize);
         for (int64_t h = 0; h < heads; ++h) {
             float* line = score + h * kBlockSize;
             const float highest = loops.largest(line, here);

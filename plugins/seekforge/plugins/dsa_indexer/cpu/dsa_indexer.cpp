@@ -20,29 +20,40 @@ uint32_t rank_of(float x) {
 }
 
 // Writes the positions of the `k` largest of `count` scores, k < count, ascending; equal scores go to the lowest.
+//
+// The digits of a score's rank, the highest first: counting how often each comes finds that of the k-th largest. The
+// first digit has so many bits that hardly more scores than k have it or a higher one; the rest is done with those alone.
 void choose(const float* scores, int64_t count, int64_t k, int32_t* out) {
-    thread_local std::vector<uint32_t> left;
-    left.resize(count);
-    for (int64_t i = 0; i < count; ++i) left[i] = rank_of(scores[i]);
-    int64_t size = count, wanted = k;  // of those left, `wanted` more belong to the largest
-    uint32_t threshold = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        int64_t histogram[256] = {};
-        for (int64_t i = 0; i < size; ++i) ++histogram[left[i] >> shift & 255];
-        uint32_t digit = 255;
-        while (histogram[digit] < wanted) wanted -= histogram[digit--];
-        threshold |= digit << shift;
-        int64_t kept = 0;
-        for (int64_t i = 0; i < size; ++i) {
-            const uint32_t rank = left[i];
-            left[kept] = rank;
-            kept += (rank >> shift & 255) == digit;
+    constexpr int kFirst = 20;  // bits behind the first digit: a sign, an exponent and 3 bits of mantissa are in it
+    thread_local std::vector<uint32_t> ranks;
+    thread_local std::vector<int32_t> places;
+    ranks.resize(count);
+    places.resize(count);
+    int32_t often[1 << (32 - kFirst)] = {};
+    for (int64_t i = 0; i < count; ++i) ranks[i] = rank_of(scores[i]);
+    for (int64_t i = 0; i < count; ++i) ++often[ranks[i] >> kFirst];
+    int64_t wanted = k;  // of those that begin with `threshold`, so many belong to the largest
+    uint32_t digit = (1 << (32 - kFirst)) - 1;
+    while (often[digit] < wanted) wanted -= often[digit--];
+    uint32_t threshold = digit << kFirst;
+    int64_t candidates = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t rank = ranks[i];
+        ranks[candidates] = rank;
+        places[candidates] = int32_t(i);
+        candidates += rank >= threshold;
+    }
+    for (int shift = kFirst - 10; shift >= 0; shift -= 10) {
+        int32_t counts[1 << 10] = {};
+        for (int64_t i = 0; i < candidates; ++i) {
+            if ((ranks[i] ^ threshold) >> (shift + 10) == 0) ++counts[ranks[i] >> shift & 1023];
         }
-        size = kept;
+        uint32_t next = 1023;
+        while (counts[next] < wanted) wanted -= counts[next--];
+        threshold |= next << shift;
     }
     for (int64_t i = 0, at = 0; at < k; ++i) {  // `wanted` of those that are equal to the k-th, the first ones
-        const uint32_t rank = rank_of(scores[i]);
-        if (rank > threshold || (rank == threshold && wanted-- > 0)) out[at++] = int32_t(i);
+        if (ranks[i] > threshold || (ranks[i] == threshold && wanted-- > 0)) out[at++] = places[i];
     }
 }
 
@@ -140,13 +151,15 @@ struct DsaIndexer {
                       int64_t length) {
         const Kernels& loops = kernels();
         float* dots = scratch(heads * kBlockSize);
-        const float* block[kBlockSize];
+        const float* block[kBlockSize + kRowsAhead];
         for (int64_t at = start; at < stop; at += kBlockSize) {
             const int64_t here = stop - at < kBlockSize ? stop - at : kBlockSize;
-            for (int64_t j = 0; j < here; ++j) block[j] = keys.row(tokens[0] / queries, at + j);
+            const int64_t left = stop - at, most = kBlockSize + int64_t(kRowsAhead), known = left < most ? left : most;
+            for (int64_t j = 0; j < known; ++j) block[j] = keys.row(tokens[0] / queries, at + j);
             for (int64_t row = 0; row < rows; ++row) {
                 const int64_t token = tokens[row];
-                loops.dots(q + token * heads * dim, dim, heads, block, here, dim, dots, kBlockSize);
+                loops.dots(q + token * heads * dim, dim, heads, block, here, row ? here : known, dim, dots,
+                           kBlockSize);
                 loops.head_scores(dots, kBlockSize, heads, w + token * heads, here, scores + row * length + at);
             }
         }
