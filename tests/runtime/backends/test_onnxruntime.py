@@ -51,6 +51,40 @@ def test_caches_are_written_in_place(backend) -> None:
     assert rows.tolist() == [64, 65]
 
 
+def test_results_of_a_step_stay_when_the_next_ones_are_made(backend, toy) -> None:
+    ids = [(7 * i) % 300 for i in range(9)]
+    backend.run(step(ids[:6], [4]), outputs=())
+    steps = [backend.run(step(ids[n : n + 1], [4], n), outputs={"logits"}) for n in (6, 7)]
+    kept = [values.fetch("logits").copy() for values in steps]
+    steps.append(backend.run(step(ids[8:], [4], 8), outputs={"logits", "hidden"}))
+    for n, values in enumerate(steps):
+        np.testing.assert_allclose(values.fetch("logits")[0], toy.logits(ids[: 7 + n]), atol=1e-4)
+    assert all(np.array_equal(values.fetch("logits"), before) for values, before in zip(steps, kept))
+    assert steps[2].fetch("hidden").shape[:2] == (1, 1)
+
+
+def test_steps_that_are_alike_are_bound_once(backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binding is what a short step spends most of its time on outside of ONNX Runtime."""
+    graph = backend._graphs["model"]
+    made: list[object] = []
+    plain = graph.session.io_binding
+    monkeypatch.setattr(graph.session, "io_binding", lambda: made.append(plain()) or made[-1])
+    for position in range(4):
+        backend.run(step([5], [1], position), outputs={"logits"})
+    assert len(made) == 1
+    backend.allocate_caches(8)
+    backend.run(step([5], [7]), outputs={"logits"})
+    assert len(made) == 2 and np.flatnonzero(backend.cache("latent_cache.0").any(axis=1)).tolist() == [7 * 64]
+
+
+def test_a_step_that_fails_is_none_that_others_are_bound_like(backend, toy) -> None:
+    backend.run(step([5], [1]), outputs={"logits"})
+    with pytest.raises(Exception, match="invalid indice"):
+        backend.run(step([5], [99]), outputs={"logits"})
+    found = backend.run(step([5], [1]), outputs={"logits"}).fetch("logits")
+    np.testing.assert_allclose(found[0], toy.logits([5]), atol=1e-4)
+
+
 def test_padding_touches_scrap_only(backend) -> None:
     inputs = step([5, 6], [1])
     inputs.slot_mapping[0, 1] = -1

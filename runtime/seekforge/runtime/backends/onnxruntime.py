@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -27,10 +28,18 @@ from seekforge.runtime.backends.ort_device import CPU_PROVIDER, OrtDevice, devic
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
 
 
+class ArrayHolder(Protocol):
+    """What ONNX Runtime gives for a result, with its wrapper of Python or without."""
+
+    def numpy(self) -> np.ndarray:
+        """Return a copy of the result."""
+        ...
+
+
 class OrtStepOutputs:
     """Outputs of one step as OrtValues."""
 
-    def __init__(self, values: dict[str, ort.OrtValue]) -> None:
+    def __init__(self, values: Mapping[str, ArrayHolder]) -> None:
         self._values = values
 
     def fetch(self, name: str) -> np.ndarray:
@@ -54,6 +63,7 @@ class OrtGraph:
         self.caches: dict[str, ort.OrtValue] = {}
         self._device = device
         self._fed: dict[str, ort.OrtValue] = {}
+        self._binding: tuple[list[str], ort.IOBinding] | None = None  # of the step before, and its results
         self._cache_specs = graph_io.with_role("cache")
         self._aliases = graph_io.aliases
         self._step_inputs = tuple(spec for spec in graph_io.inputs if spec.role != "cache")
@@ -82,6 +92,7 @@ class OrtGraph:
 
     def allocate_caches(self, num_blocks: int, block_size: int) -> None:
         self.caches.clear()
+        self._binding = None
         for spec in self._cache_specs:
             width = spec.shape[-1]
             if len(spec.shape) != 2 or not isinstance(width, int):
@@ -92,11 +103,11 @@ class OrtGraph:
 
     def run(self, inputs: StepInputs, outputs: Collection[str]) -> OrtStepOutputs:
         assert self.caches or not self._cache_specs, "allocate_caches comes before run"
-        # get_outputs() follows the order of binding, which is therefore the graph's.
-        bound = [name for name in self.output_names if name in self._aliases or name in outputs]
-        if not bound:  # a rank's piece of which nothing is wanted, such as that behind the logits
+        results = [name for name in self.output_names if name in outputs and name not in self._aliases]
+        if not results and not self._aliases:  # a rank's piece of which nothing is wanted, as that behind the logits
             return OrtStepOutputs({})
-        binding = self.session.io_binding()
+        binding = self._bound(results)
+        self._binding = None  # until the step has gone well
         fed = {spec.name: np.ascontiguousarray(inputs.array(spec.name)) for spec in self._step_inputs}
         if self._device.holds_inputs:
             self._fed = {
@@ -109,15 +120,30 @@ class OrtGraph:
         else:
             for name, array in fed.items():
                 binding.bind_cpu_input(name, array)
+        self.session.run_with_iobinding(binding)
+        made = binding.get_outputs_as_ortvaluevector()
+        values = {name: made[place] for place, name in enumerate(results)}  # the caches were bound behind them
+        for name in results:  # memory of their own for those of the next step, and none is held here until then
+            binding.bind_output(name, self._device.memory)
+        self._binding = (results, binding)
+        return OrtStepOutputs(values)
+
+    def _bound(self, results: list[str]) -> ort.IOBinding:
+        """Return a binding of these results and of the caches, as inputs and as outputs: the last one, if it is alike.
+
+        get_outputs() follows the order of binding: the results come first.
+        """
+        if self._binding is not None and self._binding[0] == results:
+            return self._binding[1]
+        binding = self.session.io_binding()
+        for name in results:
+            binding.bind_output(name, self._device.memory)
+        for name, cache in self._aliases.items():
+            if name in self.output_names:
+                binding.bind_ortvalue_output(name, self.caches[cache])
         for name, value in self.caches.items():
             binding.bind_ortvalue_input(name, value)
-        for name in bound:
-            if name in self._aliases:
-                binding.bind_ortvalue_output(name, self.caches[self._aliases[name]])
-            else:
-                binding.bind_output(name, self._device.memory)
-        self.session.run_with_iobinding(binding)
-        return OrtStepOutputs({n: v for n, v in zip(bound, binding.get_outputs()) if n not in self._aliases})
+        return binding
 
 
 class OnnxRuntimeBackend:

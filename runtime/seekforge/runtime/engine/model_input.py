@@ -57,8 +57,8 @@ class InputBuilder:
             input_ids, positions, real = _rectangle(rows, width)
         reach = blocks_needed(max([row.stop for row in rows]), self.block_size)
         block_table = self._tables[places, :reach]
-        block, offset = np.divmod(positions, self.block_size)
-        slots = np.take_along_axis(block_table, block, axis=1).astype(np.int64) * self.block_size + offset
+        block = positions // self.block_size
+        slots = self._tables[places[:, None], block].astype(np.int64) * self.block_size + positions % self.block_size
         if real is not None:
             slots = np.where(real, slots, PAD_SLOT)
             positions = np.where(real, positions, PAD_POSITION)
