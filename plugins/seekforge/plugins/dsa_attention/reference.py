@@ -1,4 +1,7 @@
-"""`DsaAttention` in plain torch: gather the chosen rows, softmax in f32, one block of queries at a time."""
+"""`DsaAttention` in plain torch: gather the chosen rows, softmax in f32, one block of queries at a time.
+
+Queries in f64 are computed in f64, as those of `MlaAttention` are.
+"""
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ def dsa_attention(
     """Return the attention output in the latent space.
 
     Args:
-        q_latent: [B, Q, H, C]. q_pe: [B, Q, H, R]. f32 or bf16.
+        q_latent: [B, Q, H, C]. q_pe: [B, Q, H, R]. f32, bf16 or f64.
         latent_cache: [NB·64, C + R] f32 or bf16, or [NB, 64, record bytes] int8 for fp8_ds.
         block_table: [B, MB] int32.
         topk_indices: [B, Q, TOPK] int32; −1 is no key, wherever it stands.
@@ -32,6 +35,7 @@ def dsa_attention(
     Source: spec §3.5; FP32 softmax as in FlashMLA @9241ae3 (spec §3.4).
     """
     latent_dim = q_latent.shape[-1]
+    wide = torch.promote_types(q_latent.dtype, torch.float32)
     out = torch.empty_like(q_latent)
     for start in range(0, q_latent.shape[1], _ROWS):
         rows = slice(start, start + _ROWS)
@@ -45,10 +49,10 @@ def dsa_attention(
         if kv_format == "fp8_ds":
             c, k_pe = unpack_latent(latent_cache.view(-1, latent_cache.shape[-1])[slots], latent_dim)
         else:
-            c, k_pe = latent_cache[slots].float().split([latent_dim, q_pe.shape[-1]], dim=-1)
+            c, k_pe = latent_cache[slots].split([latent_dim, q_pe.shape[-1]], dim=-1)
         # rubbish (NaN) in rows that are not chosen must not leak through 0 · NaN
-        c, k_pe = (part.masked_fill_(~valid.unsqueeze(-1), 0.0) for part in (c, k_pe))
-        s = q_latent[:, rows].float() @ c.transpose(-1, -2) + q_pe[:, rows].float() @ k_pe.transpose(-1, -2)
+        c, k_pe = (part.to(wide).masked_fill_(~valid.unsqueeze(-1), 0.0) for part in (c, k_pe))
+        s = q_latent[:, rows].to(wide) @ c.transpose(-1, -2) + q_pe[:, rows].to(wide) @ k_pe.transpose(-1, -2)
         s = (s * scale).masked_fill(~valid.unsqueeze(2), -torch.inf)
         p = torch.softmax(s, dim=-1).masked_fill(~valid.any(-1)[..., None, None], 0.0)
         out[:, rows] = (p @ c).to(out.dtype)
