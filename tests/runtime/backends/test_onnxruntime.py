@@ -51,16 +51,32 @@ def test_caches_are_written_in_place(backend) -> None:
     assert rows.tolist() == [64, 65]
 
 
-def test_results_of_a_step_stay_when_the_next_ones_are_made(backend, toy) -> None:
-    ids = [(7 * i) % 300 for i in range(9)]
+def test_results_that_were_fetched_stay_when_the_next_ones_are_made(backend, toy) -> None:
+    ids = [(7 * i) % 300 for i in range(12)]
     backend.run(step(ids[:6], [4]), outputs=())
-    steps = [backend.run(step(ids[n : n + 1], [4], n), outputs={"logits"}) for n in (6, 7)]
-    kept = [values.fetch("logits").copy() for values in steps]
-    steps.append(backend.run(step(ids[8:], [4], 8), outputs={"logits", "hidden"}))
-    for n, values in enumerate(steps):
-        np.testing.assert_allclose(values.fetch("logits")[0], toy.logits(ids[: 7 + n]), atol=1e-4)
-    assert all(np.array_equal(values.fetch("logits"), before) for values, before in zip(steps, kept))
-    assert steps[2].fetch("hidden").shape[:2] == (1, 1)
+    kept = [backend.run(step(ids[n : n + 1], [4], n), outputs={"logits"}).fetch("logits") for n in range(6, 10)]
+    wider = backend.run(step(ids[10:], [4], 10), outputs={"logits", "hidden"})
+    kept.append(wider.fetch("logits"))
+    for known, logits in zip((7, 8, 9, 10, 12), kept):
+        np.testing.assert_allclose(logits[0], toy.logits(ids[:known]), atol=1e-4)
+    assert wider.fetch("hidden").shape[:2] == (1, 2)
+
+
+def test_an_array_that_comes_again_is_read_again(backend, toy) -> None:
+    """What lays out a decode step changes its arrays in place."""
+    ids = [5, 6, 7, 8, 9]
+    inputs = step(ids[:1], [1])
+    for place, token in enumerate(ids):
+        inputs.input_ids[0, 0], inputs.positions[0, 0], inputs.slot_mapping[0, 0] = token, place, 64 + place
+        found = backend.run(inputs, outputs={"logits"}).fetch("logits")
+        np.testing.assert_allclose(found[0], toy.logits(ids[: place + 1]), atol=1e-4)
+
+
+def test_shapes_may_change_under_the_same_results(backend, toy) -> None:
+    for count in (1, 1, 1, 3, 3, 3, 1, 2):
+        found = backend.run(step([5, 6, 7][:count], [1]), outputs={"logits", "hidden"})
+        np.testing.assert_allclose(found.fetch("logits")[0], toy.logits([5, 6, 7][:count]), atol=1e-4)
+        assert found.fetch("hidden").shape[:2] == (1, count)
 
 
 def test_steps_that_are_alike_are_bound_once(backend, monkeypatch: pytest.MonkeyPatch) -> None:

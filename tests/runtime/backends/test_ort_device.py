@@ -72,10 +72,10 @@ def test_values_on_a_device_give_what_bound_arrays_give(toy_engine: Path, toy, m
     ids = [(7 * i) % 300 for i in range(70)]
     backend.run(step(ids[:67], [4, 2]), outputs=())
     first = backend.run(step(ids[67:68], [4, 2], 67), outputs={"logits"})
-    held = {name: value.data_ptr() for name, value in graph._fed.items()}
+    held = {name: value.data_ptr() for name, value in graph._binding._on_device.items()}
     second = backend.run(step(ids[68:69], [4, 2], 68), outputs={"logits"})
     # values of a step of the same shape are written over, and the results of the step before stay
-    assert {name: value.data_ptr() for name, value in graph._fed.items()} == held
+    assert held and {name: value.data_ptr() for name, value in graph._binding._on_device.items()} == held
     np.testing.assert_allclose(first.fetch("logits")[0], toy.logits(ids[:68]), atol=1e-4)
     np.testing.assert_allclose(second.fetch("logits")[0], toy.logits(ids[:69]), atol=1e-4)
     assert {name: value.data_ptr() for name, value in graph.caches.items()} == caches

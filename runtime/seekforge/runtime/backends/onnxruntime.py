@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -24,27 +23,9 @@ from seekforge.formats.step_io import MODEL, StepInputs
 from seekforge.formats.weight_recipes import QuantizedOnce, Recipe, evaluate_into
 from seekforge.plugins.native.library import add_operators
 from seekforge.runtime.backends.base import GraphMetrics, OnLoad
+from seekforge.runtime.backends.ort_binding import OrtStepOutputs, StepBinding
 from seekforge.runtime.backends.ort_device import CPU_PROVIDER, OrtDevice, device_of
 from seekforge.runtime.backends.weights import GivenTensors, changed_constants
-
-
-class ArrayHolder(Protocol):
-    """What ONNX Runtime gives for a result, with its wrapper of Python or without."""
-
-    def numpy(self) -> np.ndarray:
-        """Return a copy of the result."""
-        ...
-
-
-class OrtStepOutputs:
-    """Outputs of one step as OrtValues."""
-
-    def __init__(self, values: Mapping[str, ArrayHolder]) -> None:
-        self._values = values
-
-    def fetch(self, name: str) -> np.ndarray:
-        """Return one output as an array. It must have been named when the step was run."""
-        return self._values[name].numpy()
 
 
 class OrtGraph:
@@ -62,10 +43,11 @@ class OrtGraph:
         self.name = name
         self.caches: dict[str, ort.OrtValue] = {}
         self._device = device
-        self._fed: dict[str, ort.OrtValue] = {}
-        self._binding: tuple[list[str], ort.IOBinding] | None = None  # of the step before, and its results
+        self._binding: StepBinding | None = None  # of the step before
         self._cache_specs = graph_io.with_role("cache")
-        self._aliases = graph_io.aliases
+        self._results = [spec for spec in graph_io.outputs if spec.name not in graph_io.aliases]
+        names = {spec.name for spec in graph_io.outputs}
+        self._aliases = {name: cache for name, cache in graph_io.aliases.items() if name in names}
         self._step_inputs = tuple(spec for spec in graph_io.inputs if spec.role != "cache")
         path = folder / graph_io.file
         options = ort.SessionOptions()
@@ -103,47 +85,18 @@ class OrtGraph:
 
     def run(self, inputs: StepInputs, outputs: Collection[str]) -> OrtStepOutputs:
         assert self.caches or not self._cache_specs, "allocate_caches comes before run"
-        results = [name for name in self.output_names if name in outputs and name not in self._aliases]
-        if not results and not self._aliases:  # a rank's piece of which nothing is wanted, as that behind the logits
-            return OrtStepOutputs({})
-        binding = self._bound(results)
-        self._binding = None  # until the step has gone well
-        fed = {spec.name: np.ascontiguousarray(inputs.array(spec.name)) for spec in self._step_inputs}
-        if self._device.holds_inputs:
-            self._fed = {
-                spec.name: self._device.value(fed[spec.name], spec.dtype, self._fed.get(spec.name))
-                for spec in self._step_inputs
-            }
-            for name, value in self._fed.items():
-                binding.bind_ortvalue_input(name, value)
-            binding.synchronize_inputs()
-        else:
-            for name, array in fed.items():
-                binding.bind_cpu_input(name, array)
-        self.session.run_with_iobinding(binding)
-        made = binding.get_outputs_as_ortvaluevector()
-        values = {name: made[place] for place, name in enumerate(results)}  # the caches were bound behind them
-        for name in results:  # memory of their own for those of the next step, and none is held here until then
-            binding.bind_output(name, self._device.memory)
-        self._binding = (results, binding)
-        return OrtStepOutputs(values)
-
-    def _bound(self, results: list[str]) -> ort.IOBinding:
-        """Return a binding of these results and of the caches, as inputs and as outputs: the last one, if it is alike.
-
-        get_outputs() follows the order of binding: the results come first.
-        """
-        if self._binding is not None and self._binding[0] == results:
-            return self._binding[1]
-        binding = self.session.io_binding()
-        for name in results:
-            binding.bind_output(name, self._device.memory)
-        for name, cache in self._aliases.items():
-            if name in self.output_names:
-                binding.bind_ortvalue_output(name, self.caches[cache])
-        for name, value in self.caches.items():
-            binding.bind_ortvalue_input(name, value)
-        return binding
+        wanted = frozenset(outputs)
+        binding, self._binding = self._binding, None  # until the step has gone well
+        if binding is None or binding.wanted != wanted:
+            results = [spec for spec in self._results if spec.name in wanted]
+            if not results and not self._aliases:  # a rank's piece of which nothing is wanted: that behind the logits
+                return OrtStepOutputs({})
+            binding = StepBinding(
+                self.session, self._device, self._step_inputs, wanted, results, self.caches, self._aliases
+            )
+        step_outputs = binding.run(inputs)
+        self._binding = binding
+        return step_outputs
 
 
 class OnnxRuntimeBackend:
