@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from seekforge.runtime.backends.base import GraphMetrics
 from seekforge.runtime.engine.core import Core, StepMetrics
 from seekforge.runtime.engine.speculative import SpeculationMetrics
@@ -49,25 +47,29 @@ class StepTotals:
     def __init__(self, on_step: Callable[[StepMetrics], None] | None) -> None:
         """Begin at zero; `on_step` is told of each iteration as well."""
         self._on_step = on_step
-        self._totals = np.zeros(5)
+        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = self._num_sampled = 0
+        self._step_s = 0.0
 
     def add(self, step: StepMetrics) -> None:
         """Count one iteration."""
-        self._totals += (1, step.seconds, step.num_prefill_tokens, step.num_decode_tokens, step.num_sampled)
+        self._num_steps += 1
+        self._step_s += step.seconds
+        self._num_prefill_tokens += step.num_prefill_tokens
+        self._num_decode_tokens += step.num_decode_tokens
+        self._num_sampled += step.num_sampled
         if self._on_step is not None:
             self._on_step(step)
 
     def metrics(self, core: Core) -> LLMMetrics:
         """Return the totals with what `core` and its scheduler count."""
-        steps, seconds, prefill, decode, sampled = self._totals.tolist()
         drafts = core.speculator.metrics if core.speculator else SpeculationMetrics([], [])
         cache = core.scheduler.cache
         return LLMMetrics(
-            int(steps),
-            seconds,
-            int(prefill),
-            int(decode),
-            int(sampled),
+            self._num_steps,
+            self._step_s,
+            self._num_prefill_tokens,
+            self._num_decode_tokens,
+            self._num_sampled,
             cache.num_queried_tokens,
             cache.num_hit_tokens,
             core.scheduler.num_preemptions,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ from seekforge.runtime.sampling.logits_processors import reason
 from seekforge.runtime.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class StepMetrics:
+class StepMetrics(NamedTuple):
     """One iteration, as told to whoever listens.
 
     Attributes:
@@ -112,8 +111,8 @@ class Core:
         scheduler = self.scheduler
         return StepMetrics(
             time.monotonic() - began,
-            sum(row.num_tokens for row in plan.prefill),
-            sum(row.num_tokens for row in plan.decode),
+            sum([row.num_tokens for row in plan.prefill]),
+            sum([row.num_tokens for row in plan.decode]),
             sampled,
             scheduler.num_running,
             scheduler.num_waiting,
@@ -157,9 +156,12 @@ class Core:
         wanted = self._chooser.outputs(group, packed)
         drafting = self.speculator is not None and any(row.sequence.speculates for row in group)
         if drafting:
-            wanted.add("hidden")
-        taps = sorted({name for row in group for kind in row.sequence.params.taps for name in self.tap_names[kind]})
-        results = self.backend.run(packed.inputs, outputs={*wanted, *taps})
+            wanted |= {"hidden"}
+        kinds = {kind for row in group for kind in row.sequence.params.taps}
+        taps = sorted({name for kind in kinds for name in self.tap_names[kind]})
+        if taps:
+            wanted |= {*taps}
+        results = self.backend.run(packed.inputs, outputs=wanted)
         hidden = results.fetch("hidden") if drafting else None
         for name in taps:
             values = results.fetch(name)

@@ -72,7 +72,7 @@ class RequestState:
 
     def _hand_on(self, index: int, text: str, start: int, new: tuple[int, ...]) -> None:
         sequence = self.sequences[index]
-        if all(count < 0 for count in self._num_emitted):
+        if max(self._num_emitted) < 0:
             self.output = _output(self)
         delta = Delta(
             text,

@@ -184,7 +184,8 @@ class Scheduler:
         """
         self._iteration += 1
         decode, area = self._plan_decode(verify)
-        prefill = self._plan_prefill(self.max_num_batched_tokens - area)
+        only_decode = len(decode) == len(self._running) and not self._num_waiting
+        prefill = () if only_decode else self._plan_prefill(self.max_num_batched_tokens - area)
         assert decode or prefill or not self.has_work, "nothing can run: a bug of the scheduler"
         return Iteration(prefill, decode)
 

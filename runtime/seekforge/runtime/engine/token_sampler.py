@@ -6,6 +6,7 @@ What goes wrong with one row is its fault alone, and is told to the caller in wo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from seekforge.runtime.sampling.logprobs import token_logprobs
 from seekforge.runtime.sampling.sampler import NO_TOKEN, FullLogits, TopLogits, choose, needs_full_logits
 from seekforge.runtime.sequence import Sequence
 
+_OUTPUTS = frozenset(TopLogits.OUTPUTS)
+_WITH_LOGITS = _OUTPUTS | {"logits"}
+
 
 @dataclass(frozen=True)
 class _Company:
@@ -33,6 +37,7 @@ class _Company:
         scoring: those that want log-probabilities.
         thinking: those whose thoughts may have to end.
         needs_full: whether a step must keep whole logits for them.
+        plain: whether the largest logit of each is all that matters.
     """
 
     key: tuple[int, ...]
@@ -42,6 +47,7 @@ class _Company:
     scoring: list[int]
     thinking: list[int]
     needs_full: bool
+    plain: bool
 
 
 class TokenSampler:
@@ -56,13 +62,14 @@ class TokenSampler:
         self.on_verified: Callable[[int, int], None] | None = None
         self._tables = EditTables(max_batch_size, vocab_size)
         self._company: _Company | None = None
+        self._packed: ModelInput | None = None  # whose rows they are: a decode step that goes on has the same
 
-    def outputs(self, group: Rows[Row], packed: ModelInput) -> set[str]:
+    def outputs(self, group: Rows[Row], packed: ModelInput) -> frozenset[str]:
         """Return which results of the model `sample` may look at."""
         if not packed.sampling and not packed.prompt_spans:
-            return set()
+            return frozenset()
         needs_full = packed.prompt_spans or self._together(group, packed).needs_full
-        return {*TopLogits.OUTPUTS, "logits"} if needs_full else {*TopLogits.OUTPUTS}
+        return _WITH_LOGITS if needs_full else _OUTPUTS
 
     def sample(self, group: Rows[Row], packed: ModelInput, results: StepOutputs) -> list[tuple[Row, str]]:
         """Append a token to each row that samples, and further ones as long as drafts come true.
@@ -77,6 +84,10 @@ class TokenSampler:
         """
         if not packed.sampling and not packed.prompt_spans:
             return []
+        if not packed.prompt_spans and len(packed.inputs.logits_index) == len(packed.sampling):  # and no drafts
+            company = self._together(group, packed)
+            if company.plain and math.isfinite(sum(results.fetch("logsumexp").tolist())):
+                return self._take_largest(company, group, packed, results)
         top = TopLogits.of(results, self.vocab_size)
         all_finite = bool(np.isfinite(top.logsumexp).all())
         faults = {} if all_finite else _prompt_faults(group, packed, top.logsumexp)
@@ -98,22 +109,39 @@ class TokenSampler:
             sequence.drafts = []
         return [(group[index], fault) for index, fault in faults.items()]
 
+    def _take_largest(
+        self, company: _Company, group: Rows[Row], packed: ModelInput, results: StepOutputs
+    ) -> list[tuple[Row, str]]:
+        """Append the token with the largest logit to each row; NumPy's calls would cost more than the choice."""
+        faults: dict[int, str] = {}
+        tokens = results.fetch("top_ids")[:, 0].tolist()
+        _append(range(len(tokens)), company.sequences, tokens, packed, faults)
+        for sequence in company.sequences:
+            sequence.drafts = []
+        return [(group[index], fault) for index, fault in faults.items()]
+
     def _together(self, group: Rows[Row], packed: ModelInput) -> _Company:
         """Return what is fixed about the rows that sample, from the step before if they are the same."""
+        if self._company is not None and packed is self._packed and self._company.key[0] == self._tables.version:
+            return self._company
+        self._packed = packed
         sequences = [group[index].sequence for index in packed.sampling]
         key = (self._tables.version, *[s.request_id for s in sequences])
         if self._company is None or self._company.key != key:
             params = [s.params for s in sequences]
             edits = any(p.edits_logits for p in params)
             edited = EditedRows(self._tables, sequences) if edits else None
+            needs_full = any(needs_full_logits(p) for p in params)
+            thinking = [at for at, sequence in enumerate(sequences) if sequence.thinking is not None]
             self._company = _Company(
                 (self._tables.version, *key[1:]),
                 sequences,
                 SamplingMetadata.of(params, [s.seed for s in sequences]),
                 edited,
                 [at for at, p in enumerate(params) if p.logprobs is not None or p.best_of is not None],
-                [at for at, sequence in enumerate(sequences) if sequence.thinking is not None],
-                any(needs_full_logits(p) for p in params),
+                thinking,
+                needs_full,
+                plain=not needs_full and not thinking,
             )
         return self._company
 
@@ -147,20 +175,7 @@ class TokenSampler:
             wanted = set(company.scoring)
             scoring = [i for i, at in enumerate(alive) if at in wanted and tokens[i] != NO_TOKEN]
             _score([sequences[i] for i in scoring], np.array(scoring, np.int64), tokens, top, full)
-        appended: list[int] = []
-        for at, sequence, token in zip(alive, sequences, tokens.tolist()):
-            if faults and packed.sampling[at] in faults:
-                continue
-            if token == NO_TOKEN:
-                faults[packed.sampling[at]] = "every token is banned or forbidden by the grammar"
-                continue
-            try:
-                sequence.append(token)
-            except Exception as error:  # the grammar's, or the listener's
-                faults[packed.sampling[at]] = reason(error)
-            else:
-                appended.append(at)
-        return appended
+        return _append(alive, sequences, tokens.tolist(), packed, faults)
 
     def _coming_true(
         self, group: Rows[Row], packed: ModelInput, company: _Company, appended: list[int], depth: int
@@ -177,6 +192,26 @@ class TokenSampler:
             elif drafts and self.on_verified is not None:
                 self.on_verified(drafts, depth + true)
         return going
+
+
+def _append(
+    alive: Rows[int], sequences: Rows[Sequence], tokens: Rows[int], packed: ModelInput, faults: dict[int, str]
+) -> list[int]:
+    """Append a token to each sequence that has no fault yet; returns those of `alive` that got theirs."""
+    appended: list[int] = []
+    for at, sequence, token in zip(alive, sequences, tokens):
+        if faults and packed.sampling[at] in faults:
+            continue
+        if token == NO_TOKEN:
+            faults[packed.sampling[at]] = "every token is banned or forbidden by the grammar"
+            continue
+        try:
+            sequence.append(token)
+        except Exception as error:  # the grammar's, or the listener's
+            faults[packed.sampling[at]] = reason(error)
+        else:
+            appended.append(at)
+    return appended
 
 
 def _end_thoughts(tokens: np.ndarray, sequences: Rows[Sequence]) -> None:
