@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -148,9 +149,9 @@ def test_advice_is_the_same_in_whatever_order_extras_are_listed(monkeypatch: pyt
     lines.append("jinja2>=3; extra == 'templates'")
 
     def absent(package: str) -> str:
-        raise requirements.metadata.PackageNotFoundError(package)
+        raise metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(requirements.metadata, "version", absent)
+    monkeypatch.setattr(metadata, "version", absent)
     for order in (lines, lines[::-1]):
         monkeypatch.setattr(requirements, "declared", lambda order=order: parse(order))
         assert set(re.findall("'(.*?)'", install_module("torch"))) == {"torch>=2", "jinja2>=3"}
@@ -176,7 +177,7 @@ def test_outside_of_a_source_tree_the_installed_metadata_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(requirements, "_PROJECT_FILE", tmp_path / "pyproject.toml")
-    monkeypatch.setattr(requirements.metadata, "requires", lambda name: LINES)
+    monkeypatch.setattr(metadata, "requires", lambda name: LINES)
     declared.cache_clear()
     try:
         assert [one.name for one in declared()["export"]] == ["torch", "onnx-ir"]

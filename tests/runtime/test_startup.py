@@ -19,6 +19,7 @@ OTHERS = (
     "cuda",
     "tensorrt",
     "tensorrt_rtx",
+    "packaging",
     "seekforge.formats.loader",
     "seekforge.formats.checkpoint.safetensors",
     "seekforge.formats.checkpoint.model_config",

@@ -2,6 +2,9 @@
 
 The command names the libraries themselves with the ranges of our own metadata. Their names exist however seekforge was
 installed: from a wheel, a clone, an editable tree or not at all; its own name need not be known to any index.
+
+What reads metadata is imported where it is used: whatever opens an engine imports this for advice that it never gives,
+and 3 MB with it.
 """
 
 from __future__ import annotations
@@ -9,15 +12,12 @@ from __future__ import annotations
 import functools
 import platform
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 #: The name that the requirements of an extra call our own extras by.
 OURSELVES: Final = "seekforge"
@@ -36,16 +36,17 @@ ORT_CPU, ORT_CUDA = "onnxruntime", "onnxruntime-gpu"
 _PROJECT_FILE: Final = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 #: Extra -> its requirements, those of extras that it names among them; "" has those of every install.
-Requirements = Mapping[str, Sequence[Requirement]]
+Requirements = Mapping[str, Sequence["Requirement"]]
 
 
 @functools.cache
 def declared() -> Requirements:
     """Return the requirements of this seekforge: of its source tree if it runs from one, else of what is installed."""
-    if _PROJECT_FILE.is_file():
-        project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8")).get("project", {})
-        if project.get("name") == OURSELVES:
-            return grouped({"": project["dependencies"], **project["optional-dependencies"]})
+    from importlib import metadata
+
+    project = _project()
+    if project.get("name") == OURSELVES:
+        return grouped({"": project["dependencies"], **project["optional-dependencies"]})
     try:
         return parse(metadata.requires(OURSELVES) or [])
     except metadata.PackageNotFoundError:
@@ -57,8 +58,16 @@ def own_version() -> str:
     version = installed(OURSELVES)
     if version is not None:
         return version
-    project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"] if _PROJECT_FILE.is_file() else {}
-    return f"{project.get('version', '0')}+source"
+    return f"{_project().get('version', '0')}+source"
+
+
+def _project() -> dict[str, Any]:
+    """Return what the project file of a source tree says of it; nothing where there is none."""
+    import tomllib
+
+    if not _PROJECT_FILE.is_file():
+        return {}
+    return tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8")).get("project", {})
 
 
 def parse(lines: Iterable[str]) -> Requirements:
@@ -75,6 +84,8 @@ def grouped(by_extra: Mapping[str, Sequence[str]]) -> Requirements:
 
     A marker that holds here is left out, so that a requirement with a marker is one that this machine cannot have.
     """
+    from packaging.requirements import Requirement
+
     known = {extra: [Requirement(line) for line in lines] for extra, lines in by_extra.items()}
     for extra, parsed in known.items():
         for one in parsed:
@@ -93,6 +104,8 @@ def grouped(by_extra: Mapping[str, Sequence[str]]) -> Requirements:
 
 def installed(package: str) -> str | None:
     """Return the version of an installed package, or None."""
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -117,6 +130,8 @@ def onnxruntime_conflict(version_of: Callable[[str], str | None] = installed) ->
 
 def fault(requirement: Requirement, version: str | None) -> str:
     """Return what is wrong with an installed version; nothing if it will do. A local build is its version."""
+    from packaging.version import InvalidVersion, Version
+
     if requirement.marker is not None:
         return f"{requirement.name} does not exist for {platform.system()}"
     if version is None:
@@ -160,6 +175,8 @@ def install(*extras: str) -> str:
 
 def install_module(module: str) -> str:
     """Return the command that installs a module and what else its extra lacks, or nothing if no extra has it."""
+    from packaging.utils import canonicalize_name
+
     head, _, rest = module.partition(".")
     package = _PACKAGE_OF.get(f"{head}.{rest.partition('.')[0]}") or _PACKAGE_OF.get(head) or head
     # the smallest extra that has it, in whatever order a wheel's metadata lists them; that of tests has everything
@@ -176,6 +193,10 @@ def install_exactly(package: str, version: str) -> str:
 
     What comes from a file is not advised blindly: its name could be anybody's.
     """
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import InvalidVersion, Version
+
     declared_names = {canonicalize_name(one.name) for requirements in declared().values() for one in requirements}
     try:
         wanted = Requirement(f"{package}=={Version(version)}")

@@ -8,14 +8,12 @@ checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 from seekforge.common.errors import CheckpointError, EngineError, EnvironmentFault
 from seekforge.common.reading import is_there, read_json
-from seekforge.common.requirements import install_exactly
+from seekforge.common.requirements import install_exactly, installed
 from seekforge.formats.engine.manifest import Manifest, rebuild_command
 from seekforge.plugins.kernels.cuda_driver import too_old
 from seekforge.plugins.kernels.index import Descriptors, kernel_sm
@@ -132,11 +130,8 @@ def _install(package: str, version: str) -> str:
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Return package -> installed version; those that are not installed are left out."""
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
+    versions = {package: installed(package) for package in packages}
+    return {package: version for package, version in versions.items() if version is not None}
 
 
 def check_complete(folder: Path, manifest: Manifest) -> None:
