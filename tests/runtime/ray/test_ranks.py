@@ -161,6 +161,18 @@ def test_a_rank_that_cannot_open_its_engine_says_why(tmp_path: Path) -> None:
     assert how.startswith("ended with exit code 2: ") and "absent" in how
 
 
+def test_a_rank_whose_copy_of_the_engine_is_damaged_says_so(toy_copy: Path) -> None:
+    """Its node may have another copy than the replica's, with the same manifest."""
+    file = max(load_manifest(toy_copy).files, key=lambda one: one.bytes)
+    content = bytearray((toy_copy / file.path).read_bytes())
+    content[-1] ^= 1
+    (toy_copy / file.path).write_bytes(content)
+    process = RankProcess()
+    process.start(str(toy_copy), {"RANK": "1", "WORLD_SIZE": "2"})
+    how = process.ended()
+    assert how.startswith("ended with exit code 2: ") and file.path in how
+
+
 def test_a_rank_that_is_killed_is_told_by_its_signal(tmp_path: Path) -> None:
     process = RankProcess()
     os.kill(process.start(str(tmp_path), {}), signal.SIGKILL)

@@ -14,8 +14,7 @@ from typing import Final
 
 from seekforge.common.errors import SeekforgeError
 from seekforge.common.system import child_environment, end_with_parent
-from seekforge.formats.engine.manifest import load_manifest
-from seekforge.runtime.backends.ranks.backend import RanksBackend
+from seekforge.runtime.engine.engine_folder import Engine
 from seekforge.runtime.ray.placement import Seat
 
 #: Characters of the last line of a process that are told.
@@ -75,9 +74,9 @@ class RankProcess:
 def main() -> None:
     """Work as a rank of the engine that the first argument names."""
     end_with_parent()
-    engine = Path(sys.argv[1])
     try:
-        RanksBackend(engine, load_manifest(engine))  # does not return
+        # its files on this machine are held against their digests; then it works as the rank, and does not return
+        Engine.open(Path(sys.argv[1])).open_backend()
     except SeekforgeError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
