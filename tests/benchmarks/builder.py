@@ -3,9 +3,11 @@
     python -m tests.benchmarks.builder                               # the table of docs/targets.md: everything, all SMs
     python -m tests.benchmarks.builder --programs layer --forms plugins --sms 89,120 --profiles all --json
     python -m tests.benchmarks.builder --programs full --forms plugins --sms 89 --layers-per-engine 61   # one plan
+    python -m tests.benchmarks.builder --programs full,full-tp8-ep,full-tp8-pp2 --forms plugins --sms 89,120   # ranks
 
 Programs are made here, from checkpoints without weights: `tiny` (4 layers and MTP), `layer` (one MoE layer of
-DeepSeek-V3.2), `full` (all 61 layers and MTP). Forms: `plugins` (every operator a plugin, fp8_ds caches, FP8 products)
+DeepSeek-V3.2), `full` (all 61 layers and MTP), and `full` of several ranks: of eight that deal experts out, and of two
+stages of eight. Forms: `plugins` (every operator a plugin, fp8_ds caches, FP8 products)
 and `inlined` (none: bf16 caches, BF16 products). The full program is inlined only for --programs full --forms inlined.
 CPU seconds are those of the compiling process, which other work on the machine does not change; peak memory is that
 process's. Layers that are alike have one plan; `runs` is how often a step runs it. The row `build` is the whole of it:
@@ -37,13 +39,16 @@ from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.checkpoint.sparse import new_sparse_checkpoint
 from seekforge.exporter.program.export import export
 from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.formats.targets import RTX_SMS, TargetConfig, load_target
 
-#: name -> preset, and layers of the program (None: all of them).
-PROGRAMS: Final[dict[str, tuple[str, tuple[int, int] | None]]] = {
-    "tiny": ("tiny", None),
-    "layer": ("full", (3, 4)),
-    "full": ("full", None),
+#: name -> preset, layers of the program (None: all of them), and its ranks.
+PROGRAMS: Final[dict[str, tuple[str, tuple[int, int] | None, Parallelism]]] = {
+    "tiny": ("tiny", None, ONE_RANK),
+    "layer": ("full", (3, 4), ONE_RANK),
+    "full": ("full", None, ONE_RANK),
+    "full-tp8-ep": ("full", None, Parallelism(tp=8, ep=True)),
+    "full-tp8-pp2": ("full", None, Parallelism(tp=8, pp=2)),
 }
 #: name -> settings of the target.
 FORMS: Final[dict[str, tuple[str, ...]]] = {"plugins": (), "inlined": ("precision=bf16", "kv_format=bf16")}
@@ -79,13 +84,13 @@ class Row:
 
 def make_program(name: str, root: Path) -> Inputs:
     """Write a checkpoint (once per preset) and export a program of it."""
-    preset, layers = PROGRAMS[name]
+    preset, layers, parallelism = PROGRAMS[name]
     checkpoint = root / f"{preset}-checkpoint"
     if not checkpoint.is_dir():
         (new_checkpoint if preset == "tiny" else new_sparse_checkpoint)(checkpoint, preset)
     folder = root / f"{name}-program"
     if not folder.is_dir():
-        export(checkpoint, folder, numerics=NUMERICS["fp8"], layer_range=layers)
+        export(checkpoint, folder, numerics=NUMERICS["fp8"], layer_range=layers, parallelism=parallelism)
     return open_inputs(folder, checkpoint)
 
 
@@ -163,7 +168,7 @@ def wanted(programs: Sequence[str], forms: Sequence[str], sms: Sequence[int]) ->
         for program in programs
         for form in forms
         for sm in sms
-        if alone or (program, form) != ("full", "inlined")
+        if alone or form != "inlined" or not program.startswith("full")
     ]
 
 
@@ -191,7 +196,7 @@ def markdown(rows: Iterable[Row]) -> str:
 def main() -> int:
     """Parse arguments, export, measure, print each row as it comes, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", default=",".join(PROGRAMS), help="of tiny, layer, full")
+    parser.add_argument("--programs", default="tiny,layer,full", help=f"of {', '.join(PROGRAMS)}")
     parser.add_argument("--forms", default=",".join(FORMS), help="of plugins, inlined")
     parser.add_argument("--sms", default=",".join(map(str, RTX_SMS)))
     parser.add_argument("--profiles", choices=PROFILES, default="decode", help="decode alone, or all of the target")
