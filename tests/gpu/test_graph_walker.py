@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -37,7 +38,9 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.numerics import NUMERICS
 from seekforge.formats.parity_steps import shuffled_tables
 from seekforge.formats.program import load_program
+from seekforge.formats.quantization import nvfp4
 from seekforge.formats.step_io import StepInputs, lay_out
+from seekforge.formats.weight_recipes import TensorSource
 from seekforge.plugins.kernels.launcher import OpLauncher
 from seekforge.plugins.testing import calc_diff, run_model
 
@@ -69,16 +72,31 @@ class Rig:
         return self.once(f"{numerics}-{num_layers}", make) / "program"
 
     def walk(
-        self, numerics: str, kv_format: KvFormat, sm: int, *, trt: Any = None, num_layers: int = NUM_LAYERS
+        self,
+        numerics: str,
+        kv_format: KvFormat,
+        sm: int,
+        *,
+        trt: Any = None,
+        num_layers: int = NUM_LAYERS,
+        nvfp4_from: TensorSource | None = None,
     ) -> Walk:
-        program = self.program(numerics, num_layers)
+        """Open a walk; with experts in NVFP4 that are made of the weights of `nvfp4_from`, which PyTorch reads too."""
+        program, nvfp4 = self.program(numerics, num_layers), nvfp4_from is not None
 
         def make(root: Path) -> None:
-            write_host_kernels(root, kernel_ops(load_program(program), kv_format), sm)
+            write_host_kernels(root, kernel_ops(load_program(program), kv_format, nvfp4_experts=nvfp4), sm)
 
-        engine = self.once(f"kernels-{numerics}-{num_layers}-{kv_format}-{sm}", make)
+        engine = self.once(f"kernels-{numerics}-{num_layers}-{kv_format}-{sm}{'-nvfp4' if nvfp4 else ''}", make)
         return Walk(
-            self.source, program, engine, HostPlace(sm), kv_format=kv_format, num_blocks=self.num_blocks, trt=trt
+            self.source if nvfp4_from is None else nvfp4_from,
+            program,
+            engine,
+            HostPlace(sm),
+            kv_format=kv_format,
+            num_blocks=self.num_blocks,
+            nvfp4_experts=nvfp4,
+            trt=trt,
         )
 
     def with_past(self, walk: Walk) -> Walk:
@@ -153,6 +171,43 @@ def test_sm80_reads_int8_bytes_through_the_stand_in_module(rig: Rig) -> None:
     noise = walk.noise(step)
     found = walk.step(step)
     assert found.within(noise, NUM_LAYERS), (found, noise)
+
+
+class ExpertsThatNvfp4Holds:
+    """A checkpoint whose experts are e2m1 values times one scale for each 16 along K, all of them e4m3 values too."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+
+    def tensor(self, name: str) -> np.ndarray:
+        stored = self.source.tensor(name)
+        if ".experts." not in name or not name.endswith(".weight"):
+            return stored
+        blocks = stored.astype(np.float32).reshape(-1, nvfp4.BLOCK)
+        scales = np.exp2(np.clip(np.ceil(np.log2(np.abs(blocks).max(-1, keepdims=True) / 6)), -6, 6))
+        values = nvfp4.e2m1(blocks / scales).view(ml_dtypes.float4_e2m1fn).astype(np.float32) * scales
+        return values.reshape(stored.shape).astype(stored.dtype)
+
+
+@pytest.mark.parametrize("sm", [100, 120])
+def test_experts_in_nvfp4_are_as_near_as_pytorch_is_to_itself(rig: Rig, sm: int) -> None:
+    """What NVFP4 holds it holds exactly, so PyTorch with the same values says what the whole step must give."""
+    walk = rig.with_past(rig.walk("fp8", "fp8_ds", sm, nvfp4_from=ExpertsThatNvfp4Holds(rig.source)))
+    weights = walk.walker.weights
+    assert weights["layers.1.mlp.experts.w13"].shape[-1] == nvfp4.row_bytes(SMALL["hidden_size"])
+    step = rig.step((2, 2), PAST)
+    noise = walk.noise(step)
+    found = walk.step(step)
+    assert found.within(noise, NUM_LAYERS), (found, noise)
+
+
+def test_what_nvfp4_takes_off_experts_is_noticed_and_each_node_is_right_by_its_own_inputs(rig: Rig) -> None:
+    """Without FP8 rounding, whose flips are larger than that in so small a model."""
+    walk = rig.walk("exact", "bf16", 100, nvfp4_from=rig.source)
+    step = rig.step((3, 2), (0, 0))
+    noise = walk.noise(step, 3)
+    found = walk.step(step)
+    assert not found.within(noise, NUM_LAYERS), (found, noise)
 
 
 def test_a_captured_step_gives_the_bytes_of_an_eager_one_and_a_bent_weight_is_noticed(rig: Rig) -> None:

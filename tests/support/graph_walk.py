@@ -18,6 +18,7 @@ from torch import Tensor
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import prepare, wide_weights
+from seekforge.exporter.builder.tensorrt.nvfp4_experts import nvfp4_recipes
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
@@ -46,10 +47,10 @@ FLIPPED, TRIALS = 0.3, 12
 LAYER_DIFF: Final = 1e-5
 
 
-def kernel_ops(program: Program, kv_format: KvFormat) -> dict[str, dict[str, Any]]:
+def kernel_ops(program: Program, kv_format: KvFormat, *, nvfp4_experts: bool = False) -> dict[str, dict[str, Any]]:
     """Return op_type -> sizes and attributes of the kernels that a program's engines need."""
     config = ModelConfig.parse(program.config, "program")
-    needed = operators(config, kv_format=kv_format, numerics=program.numerics)
+    needed = operators(config, kv_format=kv_format, numerics=program.numerics, nvfp4_experts=nvfp4_experts)
     return {op: bound for op, bound in needed.items() if op in program.ops or op == BF16_LINEAR}
 
 
@@ -127,6 +128,7 @@ class Walk:
         place: where the program is walked; PyTorch runs on the CPU.
         kv_format: the format of the walker's caches.
         num_blocks: the size of the paged caches.
+        nvfp4_experts: whether the walker has its experts in NVFP4.
         trt: the module of plugin classes, as `Walker` takes it.
     """
 
@@ -139,6 +141,7 @@ class Walk:
         *,
         kv_format: KvFormat,
         num_blocks: int,
+        nvfp4_experts: bool = False,
         trt: Any = None,
     ) -> None:
         loaded = load_program(program)
@@ -158,7 +161,10 @@ class Walk:
             digests=digests,
             weights=recipes,
             bf16_linears=bf16_linear_weights(graph, wide_weights(graph, recipes)),
+            nvfp4_experts=nvfp4_experts,
         )
+        if nvfp4_experts:
+            recipes = recipes | nvfp4_recipes(graph, recipes)
         types = {value.name: FROM_ONNX[value.type.tensor_type.elem_type] for value in prepared.model.graph.input}
         weights = {}
         for name, recipe in recipes.items():

@@ -17,9 +17,9 @@ from seekforge.formats.engine.manifest import Limits
 #: Far above any hardware, and what is computed from it stays finite.
 Rate = Annotated[float, above_zero(1e9)]
 
-Precision = Literal["f32", "int8", "int4", "bf16", "fp8"]
+Precision = Literal["f32", "int8", "int4", "bf16", "fp8", "nvfp4"]
 CPU_PRECISIONS = ("f32", "int8", "int4")
-GPU_PRECISIONS = ("bf16", "fp8")
+GPU_PRECISIONS = ("bf16", "fp8", "nvfp4")
 #: Values along K that may share a scale, where weights are codes.
 WeightBlockSize = Literal[32, 64, 128]
 
@@ -70,7 +70,7 @@ class TargetConfig(Record):
 
     Attributes:
         precision: the precision of matrix products: f32 on a CPU, or f32 with int8 or int4 weights; fp8 means FP8
-            products from SM89 on, and FP8 weights with BF16 products before.
+            products from SM89 on, and FP8 weights with BF16 products before; nvfp4 the same with experts in NVFP4.
         also: other SMs that the same plan shall run on (tensorrt-rtx).
         provider: onnxruntime: cuda where it runs the engine on a GPU, whichever that is.
         weight_block_size: CPU: values along K that share a scale, of weights that are codes.
@@ -122,7 +122,12 @@ class TargetConfig(Record):
             raise RecordError("also is for tensorrt-rtx; a TensorRT plan runs on one SM")
         if self.activations != "bf16" or self.precision in CPU_PRECISIONS or self.kv_format == "f32":
             raise RecordError(
-                "a GPU target computes in bf16: activations bf16, precision bf16 or fp8, kv_format not f32"
+                "a GPU target computes in bf16: activations bf16, precision bf16, fp8 or nvfp4, kv_format not f32"
+            )
+        if self.nvfp4_experts and min(self.sms) < NVFP4_SM:
+            raise RecordError(
+                f"precision nvfp4 is for SMs from {NVFP4_SM} on (Blackwell), and this is for sm {min(self.sms)}; take "
+                "precision fp8"
             )
 
     @property
@@ -138,7 +143,14 @@ class TargetConfig(Record):
     @property
     def products(self) -> Precision:
         """The precision in which products of FP8 weights run: fp8 where it was asked and the hardware has it."""
+        if self.nvfp4_experts:
+            return "fp8"
         return "bf16" if self.precision == "fp8" and not self.has_fp8 else self.precision
+
+    @property
+    def nvfp4_experts(self) -> bool:
+        """Whether a GPU engine has its experts in NVFP4, whose products are BF16; other FP8 weights stay FP8."""
+        return self.precision == "nvfp4"
 
     @property
     def has_codes(self) -> bool:
@@ -152,6 +164,8 @@ class TargetConfig(Record):
             blocks = f" in blocks of {self.weight_block_size}" if self.has_codes else ""
             others = f" ({', '.join(f'{name} {one}' for name, one in self.weights.items())})" if self.weights else ""
             return f"{self.precision} weights{others}{blocks}"
+        if self.nvfp4_experts:
+            return "experts in NVFP4 with BF16 products, other weights in FP8 with FP8 products"
         return f"FP8 weights, {self.products.upper()} products"
 
     def changed(self, settings: Sequence[str]) -> TargetConfig:

@@ -118,7 +118,7 @@ def test_a_default_beyond_the_model_is_cut_on_a_gpu(tiny_programs: dict[str, Pat
 @pytest.mark.parametrize(
     ("target", "arguments", "message"),
     [
-        ("h200", ["--precision", "int8"], "--precision int8 is for CPUs; target h200 takes bf16 or fp8"),
+        ("h200", ["--precision", "int8"], "--precision int8 is for CPUs; target h200 takes bf16, fp8 or nvfp4"),
         ("cpu", ["--precision", "bf16"], "--precision bf16 is for GPUs; a CPU knows f32, int8, int4"),
         ("h200", ["--sm", "89"], "--sm 89 is for tensorrt-rtx; target h200 is built by TensorRT"),
         ("rtx4090", ["--sm", "90"], "--sm 90 is not one that tensorrt-rtx compiles for (80, 86, 89, 120, 121)"),

@@ -22,6 +22,7 @@ from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.checkpoint.shard_writer import write_shard
 from seekforge.formats.loader import EXTRA_BYTES, Loader, LoadProgress, allocate, jobs, loader, planner, reader
 from seekforge.formats.parallelism import Parallelism
+from seekforge.formats.quantization.nvfp4 import rows_of_fp8
 from seekforge.formats.value_check import first_fault
 from seekforge.formats.weight_recipes import (
     Recipe,
@@ -235,6 +236,7 @@ def test_ranks_together_have_the_whole_once(checkpoint: Checkpoint, ranks: Paral
         "columns": split(table, 1, tp),
         "experts": split(stack(split(_expert(i), 0, columns) for i in range(4)), 0, ranks.ep_size),
     }
+    whole["nvfp4"] = nvfp4_rows(whole["experts"])
     parts: dict[str, list[np.ndarray]] = {name: [] for name in whole}
     for rank in range(tp):
         recipes = {name: for_rank(recipe, ranks, rank) for name, recipe in whole.items()}
@@ -254,6 +256,8 @@ def test_ranks_together_have_the_whole_once(checkpoint: Checkpoint, ranks: Paral
     experts = np.stack([checkpoint.tensor(f"e{i}.weight").view(np.uint8) for i in range(4)])
     together = np.concatenate([part.view(np.uint8) for part in parts["experts"]], 0 if ranks.ep else 1)
     np.testing.assert_array_equal(together, experts)
+    rows = np.concatenate(parts["nvfp4"], 0 if ranks.ep else 1)
+    np.testing.assert_array_equal(rows, rows_of_fp8(experts.view(F8)))
 
 
 def test_a_shared_recipe_needs_a_rank(checkpoint: Checkpoint) -> None:

@@ -183,7 +183,8 @@ def build(
         max_batch_size: most sequences of a step.
         max_model_len: longest sequence, prompt and answer together.
         max_num_batched_tokens: most tokens of a step.
-        precision: CPU: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8.
+        precision: CPU: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or
+            fp8, or nvfp4: as fp8, with experts in NVFP4.
         weight_block_size: CPU: values of a row that share a scale, where weights are int8 or int4: 32, 64 or 128.
         kv_cache_dtype: GPU: format of the caches.
         sm: tensorrt-rtx: other SMs that the plan shall run on.

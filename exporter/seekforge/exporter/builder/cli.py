@@ -96,7 +96,8 @@ def _kernels(ctx: click.Context, param: click.Parameter, value: tuple[list[str],
     "--precision",
     type=click.Choice(get_args(Precision)),
     default=DEFAULTS.precision,
-    help="cpu: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8.",
+    help="cpu: of the weights, f32, int8 or int4; GPU: of products of FP8 weights, bf16 or fp8; nvfp4: fp8 with "
+    "experts in NVFP4, on SMs from 100 on.",
 )
 @click.option(
     "--weight-block-size",

@@ -104,7 +104,7 @@ class BuildOptions:
         max_batch_size: most sequences of a step.
         max_model_len: longest sequence, prompt and answer together.
         max_num_batched_tokens: most tokens of a step.
-        precision: CPU: precision of the weights; GPU: precision of products of FP8 weights.
+        precision: CPU: of the weights; GPU: of products of FP8 weights, or nvfp4: as fp8, with experts in NVFP4.
         weight_block_size: CPU: values along K that share a scale, of weights that are codes.
         taps: let the engine show the tensors inside each layer.
         quality: CPU: what it is measured on; None: nothing is.
@@ -201,5 +201,5 @@ def _check_precision(target: TargetConfig, precision: Precision) -> None:
     if on_cpu and precision not in CPU_PRECISIONS:
         raise TargetError(f"--precision {precision} is for GPUs; a CPU knows {', '.join(CPU_PRECISIONS)}")
     if not on_cpu and precision not in GPU_PRECISIONS:
-        known = " or ".join(GPU_PRECISIONS)
+        known = f"{', '.join(GPU_PRECISIONS[:-1])} or {GPU_PRECISIONS[-1]}"
         raise TargetError(f"--precision {precision} is for CPUs; target {target.name} takes {known}")

@@ -290,7 +290,7 @@ def test_inspect_lists_what_is_stored_how(engines: dict[str, Path]) -> None:
 def test_only_a_cpu_has_such_weights_and_it_has_no_fp8() -> None:
     with pytest.raises(TargetError, match="precision fp8 is for GPUs; a CPU knows f32, int8, int4"):
         load_target("cpu", ["precision=fp8"])
-    with pytest.raises(TargetError, match="precision bf16 or fp8"):
+    with pytest.raises(TargetError, match="precision bf16, fp8 or nvfp4"):
         load_target("h100", ["precision=int4"])
 
 

@@ -89,7 +89,7 @@ def build_gpu(
                 _digest_weights(inputs, Path(inputs.weights.path), folder, advance)
         progress("audit, write")
         audited = make_audit(inputs, checked, made)
-        audit.require_precision(audited.products, f"--precision {target.precision}", target.products)
+        audit.require_precision(audited.products, f"--precision {target.precision}", target.products, checked.in_bf16)
         engine = engine_parts(inputs, checked, options, folder, made, audited, digests)
         manifest = write_engine(folder, engine, program_folder=inputs.folder, program=program, config=inputs.config)
     parts.drop()
@@ -176,6 +176,7 @@ def _jobs(
             taps=options.taps,
             weights=checked.wide[name],
             bf16_linears=checked.bf16_linears.get(name, ()),
+            nvfp4_experts=target.nvfp4_experts,
         )
         described = _describe(ready.model, canonical, f"{plan}.plan")
         blocks = pool_blocks(described, checked.limits, budget, per_block)

@@ -37,6 +37,7 @@ from seekforge.formats.weight_recipes import Recipe
 from seekforge.formats.weight_recipes.stored import WORDS
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.contracts import refusals
+from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
 from seekforge.plugins.operator import evaluate_dim
 from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS
 from seekforge.plugins.sum_ranks.spec import SPEC as SUM_RANKS
@@ -72,6 +73,11 @@ class GpuBuild:
     def limits(self) -> Limits:
         """The limits of the engine."""
         return self.target.limits
+
+    @property
+    def in_bf16(self) -> tuple[str, ...]:
+        """Operators of FP8 weights whose plugins multiply in BF16, since they have others here."""
+        return (MOE_EXPERTS.name,) if self.target.nvfp4_experts else ()
 
 
 @dataclass(frozen=True)
@@ -202,11 +208,13 @@ def _fault(
 ) -> str:
     """Return why precision, cache format, operators and the program's roundings do not go together, or nothing."""
     numerics = program.numerics
-    if target.precision == "fp8" and numerics["act_quant"] != "ue8m0":
+    if target.precision in ("fp8", "nvfp4") and numerics["act_quant"] != "ue8m0":
         return (
-            f"--precision fp8 multiplies quantized activations, and the program has numerics {numerics['name']!r} "
-            "without them"
+            f"--precision {target.precision} multiplies quantized activations, and the program has numerics "
+            f"{numerics['name']!r} without them"
         )
+    if target.nvfp4_experts and MOE_EXPERTS.name not in ops:
+        return "--precision nvfp4 is for experts, and the program's layers have none"
     if target.kv_format == "fp8_ds" and not (numerics["kv_fp8"] and numerics["indexer_fp8"]):
         return (
             f"--kv-cache-dtype fp8_ds stores FP8, and the program has numerics {numerics['name']!r} without that "
@@ -219,7 +227,7 @@ def _fault(
         return f"target {target.name}: {broken[0]}"
     if target.products == "fp8" and any(op in inlined for op in FP8_OPS):
         names = " and ".join(op for op in FP8_OPS if op in inlined)
-        return f"--precision fp8 needs {names} as plugin on sm{target.sm}, inlined it multiplies in BF16"
+        return f"--precision {target.precision} needs {names} as plugin on sm{target.sm}, inlined it multiplies in BF16"
     if target.kv_format == "fp8_ds" and any(op in inlined for op in CACHE_OPS):
         names = ", ".join(op for op in CACHE_OPS if op in inlined)
         return f"--kv-cache-dtype fp8_ds is read and written by plugins only, and {names} would be inlined"
@@ -252,7 +260,7 @@ def _remedy(
     changes: list[tuple[str, PluginChoice, TargetConfig]] = []
     choices: tuple[PluginChoice, ...] = (wanted, *(one for one in ("auto", "all") if one != wanted))
     for plugins in choices:
-        for precision in dict.fromkeys((target.precision, "bf16")):
+        for precision in dict.fromkeys((target.precision, target.products, "bf16")):
             for kv_format in dict.fromkeys((target.kv_format, "bf16")):
                 said = [f"--plugins {plugins}"] if plugins != wanted else []
                 said += [f"--precision {precision}"] if precision != target.precision else []

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, inliner
 
 from seekforge.common.dtypes import FROM_TENSORRT
 from seekforge.exporter.builder.tensorrt.bf16_linears import use_bf16_linear
+from seekforge.exporter.builder.tensorrt.nvfp4_experts import use_nvfp4
 from seekforge.exporter.builder.tensorrt.rope import write_out_rope
 from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.taps import name_taps, tap_shape
@@ -57,6 +58,7 @@ def prepare(
     taps: bool = False,
     weights: Collection[str] = (),
     bf16_linears: Collection[str] = (),
+    nvfp4_experts: bool = False,
 ) -> Prepared:
     """Specialize a canonical graph and decide what becomes of every custom node.
 
@@ -70,6 +72,7 @@ def prepare(
         taps: give the tensors inside each layer the names that `parity` knows.
         weights: inputs that may change their type, see `widen_weights`.
         bf16_linears: weights whose products become `Bf16Linear`, see `use_bf16_linear`.
+        nvfp4_experts: whether experts get their weights in NVFP4.
 
     Raises:
         ProgramError: an operator that is to be inlined has no body for `how`.
@@ -77,6 +80,8 @@ def prepare(
     specialized = specialize(model, how, config)
     use_bf16_linear(specialized, bf16_linears)
     widen_weights(specialized, weights)
+    if nvfp4_experts:
+        use_nvfp4(specialized)
     names = tuple(name_taps(specialized)) if taps else ()
     collectives = to_collectives(specialized)
     counts = Counter(node.op_type for node in specialized.graph.node if node.domain == DOMAIN)

@@ -47,7 +47,13 @@ def kernel_tasks(
         TargetError: a named provider has none for them, or its operator is no plugin.
         EnvironmentFault: a compiler or a library is not installed.
     """
-    sizes = operators(config, kv_format=target.kv_format, numerics=program.numerics, parallelism=program.parallelism)
+    sizes = operators(
+        config,
+        kv_format=target.kv_format,
+        numerics=program.numerics,
+        parallelism=program.parallelism,
+        nvfp4_experts=target.nvfp4_experts,
+    )
     try:
         aot.compiler()
     except EnvironmentFault as error:

@@ -18,6 +18,7 @@ from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs
 from seekforge.exporter.builder.tensorrt.compiler import Compiled
 from seekforge.exporter.builder.tensorrt.graph import Prepared
 from seekforge.exporter.builder.tensorrt.kernels import count_images, kernel_files, min_drivers, sources_of
+from seekforge.exporter.builder.tensorrt.nvfp4_experts import nvfp4_recipes
 from seekforge.formats import weight_digests
 from seekforge.formats.engine.manifest import Audit, PluginUse
 from seekforge.formats.engine.ranks import Ranks
@@ -165,7 +166,7 @@ def engine_parts(
         kv_format=target.kv_format,
         graphs=graphs,
         stages=made.stages,
-        bindings=engine_bindings(inputs, checked.how, checked.wide),
+        bindings=engine_bindings(inputs, checked.how, checked.wide, nvfp4_experts=target.nvfp4_experts),
         files=files,
         versions={"onnx": onnx.__version__, distribution: version},
         runtime_versions={distribution: version},
@@ -173,6 +174,7 @@ def engine_parts(
             "activations": "bf16",
             "fp8_storage": checked.how.fp8_storage,
             "plugins": options.tensorrt.plugins,
+            **({"precision": target.precision} if target.nvfp4_experts else {}),
             **({} if not options.tensorrt.providers else {"kernels": list(options.tensorrt.providers)}),
             **({} if options.layers_per_plan is None else {"layers_per_engine": options.layers_per_plan}),
             "compiler": {key: str(v) for key, v in asdict(options.tensorrt.compiler).items() if v is not None},
@@ -196,20 +198,27 @@ def engine_parts(
     )
 
 
-def engine_bindings(inputs: Inputs, how: Specialization, wide: Mapping[str, set[str]]) -> dict[str, dict[str, Recipe]]:
+def engine_bindings(
+    inputs: Inputs, how: Specialization, wide: Mapping[str, set[str]], *, nvfp4_experts: bool = False
+) -> dict[str, dict[str, Recipe]]:
     """Return the program's recipes in the dtypes of the engine: graph -> weight input -> recipe.
 
     Args:
         inputs: the program.
         how: the dtypes of the specialization.
         wide: graph -> weight inputs that the engine holds in f32.
+        nvfp4_experts: whether it has experts in NVFP4.
     """
 
     def retyped(recipe: Recipe, *, wide: bool) -> Recipe:
         stored = retarget(recipe, activations=how.activations, fp8_dtype=how.fp8_dtype)
         return cast(stored, "f32") if wide else stored
 
-    return {
+    bindings = {
         graph: {name: retyped(recipe, wide=name in wide[graph]) for name, recipe in recipes.items()}
         for graph, recipes in inputs.bindings.items()
     }
+    if nvfp4_experts:
+        for graph, recipes in inputs.bindings.items():
+            bindings[graph] |= nvfp4_recipes(inputs.graphs[graph], recipes)
+    return bindings

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from seekforge.common.dtypes import itemsize
+from seekforge.exporter.builder.tensorrt.nvfp4_experts import expert_weights
 from seekforge.exporter.builder.tensorrt.profiles import largest_step, spanning
 from seekforge.exporter.models import family_of
 from seekforge.exporter.program.rank_bindings import stage_reads
@@ -27,6 +28,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.engine.manifest import Limits
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.program import Program, Role, layer_of
+from seekforge.formats.quantization.nvfp4 import row_bytes
 from seekforge.formats.targets import TargetConfig
 from seekforge.formats.weight_recipes import Recipe
 from seekforge.plugins.operator import cdiv
@@ -94,7 +96,7 @@ def _stage_bytes(
     tokens = max(batch * queries for batch, queries in steps)
     widest = Workload(max(limits.max_model_len, tokens), limits.max_batch_size, tokens)
     parts = {
-        "weights": sum(one.num_bytes for one in _held(inputs, plugins, stage)),
+        "weights": sum(one.num_bytes for one in _held(inputs, plugins, stage, nvfp4_experts=target.nvfp4_experts)),
         "cache": (cdiv(limits.max_model_len, BLOCK_SIZE) + 1)
         * block_bytes(inputs.program, config, target.kv_format, stage),
         "scratch": max(
@@ -126,9 +128,14 @@ class _Held:
     num_bytes: int
 
 
-def _held(inputs: Inputs, plugins: Collection[str], stage: int | None = None) -> Iterator[_Held]:
+def _held(
+    inputs: Inputs, plugins: Collection[str], stage: int | None = None, *, nvfp4_experts: bool = False
+) -> Iterator[_Held]:
     """Yield what one rank of a pipeline stage holds, or of all stages together."""
     wide = inputs.wide(plugins)
+    narrow: set[str] = set()
+    if nvfp4_experts:
+        narrow = {weight for graph in inputs.graphs.values() for weight, _ in expert_weights(graph)}
     reads = None if stage is None else stage_reads(inputs.program, stage)
     held: dict[str, list[tuple[str, Recipe]]] = {}  # input -> each type and recipe that it has in some graph
     for name, graph in inputs.program.graphs.items():
@@ -138,11 +145,21 @@ def _held(inputs: Inputs, plugins: Collection[str], stage: int | None = None) ->
             one = ("f32" if spec.name in wide[name] else spec.dtype, inputs.bindings[name][spec.name])
             if one not in held.setdefault(spec.name, []):
                 held[spec.name].append(one)
-                size = itemsize(one[0]) * math.prod(int(size) for size in spec.shape)
+                shape = [int(size) for size in spec.shape]
+                if spec.name in narrow:
+                    shape[-1] = row_bytes(shape[-1])
+                size = itemsize(one[0]) * math.prod(shape)
                 yield _Held(name, spec.name, spec.role, size)
 
 
-def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: Collection[str] = WITH_KERNELS) -> int:
+def layers_that_fit(
+    inputs: Inputs,
+    num_bytes: int,
+    cache_bytes: int,
+    plugins: Collection[str] = WITH_KERNELS,
+    *,
+    nvfp4_experts: bool = False,
+) -> int:
     """Return the most consecutive layers of the program whose weights, tables and caches are at most `num_bytes`.
 
     With the first layer goes the embedding, with the last one the head and the MTP module, which embeds tokens too.
@@ -152,6 +169,7 @@ def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: C
         num_bytes: what there is for them.
         cache_bytes: the caches of all layers together, that of the MTP module included.
         plugins: op_types that run as plugins.
+        nvfp4_experts: whether experts are in NVFP4.
     """
     start, stop = inputs.program.layer_range
     mtp = len(inputs.program.graphs) - 1
@@ -159,7 +177,7 @@ def layers_that_fit(inputs: Inputs, num_bytes: int, cache_bytes: int, plugins: C
     layers = [per_cache] * (stop - start)
     before = family_of(inputs.config).names_before(inputs.config)
     tables = embedding = behind = 0
-    for one in _held(inputs, plugins):
+    for one in _held(inputs, plugins, nvfp4_experts=nvfp4_experts):
         layer = _LAYER.match(one.name) if one.graph == "model" else None
         if layer is not None:
             layers[int(layer[1]) - start] += one.num_bytes
@@ -212,7 +230,8 @@ def memory_refusal(
         return f"a rank of the engine {needs}; 'seekforge plan' says how many GPUs hold it all, {allow}"
     start, stop = inputs.program.layer_range
     other = device["total"] - device["weights"] - device["cache"]
-    count = layers_that_fit(inputs, device["usable"] - other, device["cache"], plugins)
+    left, nvfp4_experts = device["usable"] - other, target.nvfp4_experts
+    count = layers_that_fit(inputs, left, device["cache"], plugins, nvfp4_experts=nvfp4_experts)
     remedy = (
         f"at most {count} of its {stop - start} layers fit: export stages with --layers"
         if count
