@@ -45,6 +45,15 @@ def test_shapes_alone_as_a_table_and_as_json() -> None:
     assert step["total_us"] == pytest.approx(each + 122 * 1.25, rel=1e-3)
 
 
+def test_experts_in_nvfp4_read_nine_sixteenths() -> None:
+    arguments = ("--target", "b200", "--op", "MoeExperts", "--counts-only", "--json")
+    fp8, nvfp4 = (json.loads(run(*arguments, "--precision", one).stdout) for one in ("fp8", "nvfp4"))
+    assert (fp8["precision"], nvfp4["precision"]) == ("fp8", "nvfp4")
+    up = {one["kernel"]: one for said in (fp8, nvfp4) for one in said["launches"]}
+    assert 0.56 < up["up-nvfp4-16"]["read_bytes"] / up["up-16"]["read_bytes"] < 0.57
+    assert nvfp4["step"]["total_us"] < fp8["step"]["total_us"]
+
+
 def test_slices_of_a_long_prompt_that_need_no_scores_are_rows_too() -> None:
     said = json.loads(run("--sm", "90", "--op", "DsaIndexer", "--shape", "queries=32K,context=32K", "--counts-only",
                           "--json").stdout)  # fmt: skip
@@ -57,6 +66,10 @@ def test_slices_of_a_long_prompt_that_need_no_scores_are_rows_too() -> None:
     [
         ((), "give one of --target and --sm"),
         (("--sm", "90", "--target", "h100"), "give one of --target and --sm"),
+        (
+            ("--sm", "90", "--precision", "nvfp4"),
+            "--precision nvfp4 is for SMs from 100 on (Blackwell), and this is for sm 90",
+        ),
         (("--sm", "86"), "sm 86: no target has it; targets have 80, 89, 90"),
         (("--target", "cpu"), "target cpu is a CPU"),
         (("--target", "h1000"), "unknown target 'h1000'"),

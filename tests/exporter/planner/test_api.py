@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from seekforge.common.errors import ConfigError
+from seekforge.common.errors import ConfigError, TargetError
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.planner.api import plan
 
@@ -52,6 +53,31 @@ def test_a_cache_that_no_kernel_of_a_family_reads_is_refused(deepseek_v3: Path) 
 def test_a_family_with_kernels_caches_fp8_unless_told_otherwise() -> None:
     assert plan("tiny", target="h200", contexts=1024).kv_cache_dtype == "fp8_ds"
     assert plan("tiny", target="h200", contexts=1024, kv_cache_dtype="bf16").kv_cache_dtype == "bf16"
+
+
+def test_experts_in_nvfp4_take_fewer_gpus_and_decode_faster() -> None:
+    result = plan("full", target="b200", contexts=32768, batch_size=32, precision=("fp8", "nvfp4"), num_gpus=8)
+    fp8, nvfp4 = (row.found for row in result.answers)
+    assert fp8 is not None and nvfp4 is not None
+    experts = 58 * 256 * 3 * 2048 * 7168
+    assert result.model.weight_bytes["fp8"] - result.model.weight_bytes["nvfp4"] == experts * 7 // 16
+    assert fp8.memory.weights - nvfp4.memory.weights == experts * 7 // 16 // 8
+    assert fp8.speed.decode_tokens_per_s < nvfp4.speed.decode_tokens_per_s, "which weights bound"
+    assert nvfp4.speed.prefill_tokens_per_s < fp8.speed.prefill_tokens_per_s, "experts multiply in BF16"
+
+
+def test_experts_in_nvfp4_are_for_gpus_that_have_kernels_of_them() -> None:
+    assert {row.target.sm for row in plan("full", contexts=1024, precision="nvfp4").answers} == {100, 103, 120, 121}
+    with pytest.raises(TargetError, match="target h200 is of sm 90, precision nvfp4 is for SMs from 100 on"):
+        plan("full", target=("b200", "h200"), precision="nvfp4")
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+def test_a_forecast_counts_what_nvfp4_reads(goal: Literal["latency", "throughput"]) -> None:
+    asked = {"target": "b200", "contexts": 8192, "batch_size": 32, "num_gpus": 8, "goal": goal}
+    fp8, nvfp4 = plan("full", precision=("fp8", "nvfp4"), **asked).rankings
+    assert nvfp4[0].forecast.kernels < fp8[0].forecast.kernels
+    assert nvfp4[0].forecast.launches == fp8[0].forecast.launches
 
 
 @pytest.mark.parametrize("preset", ["full", "v3-full", "glm5-full"])

@@ -52,6 +52,13 @@ def test_every_operator_of_a_step_is_called_once_a_layer(full: ModelConfig) -> N
     assert launches([Call(one.op, one.what, one.bound, 1) for one in moe]) == 36
 
 
+def test_experts_in_nvfp4_change_their_call_alone(full: ModelConfig) -> None:
+    fp8 = step_calls(full, StepShape(1, 1, 32768), kv_format="fp8_ds")
+    nvfp4 = step_calls(full, StepShape(1, 1, 32768), kv_format="fp8_ds", nvfp4_experts=True)
+    changed = [(a, b) for a, b in zip(fp8, nvfp4, strict=True) if a != b]
+    assert [(a.op, b.bound["W13"]) for a, b in changed] == [("MoeExperts", 7168 * 9 // 16)]
+
+
 def test_the_products_are_those_of_the_model_but_for_what_tensorrt_runs(full: ModelConfig) -> None:
     context = 32768
     calls = step_calls(full, StepShape(1, 1, context), kv_format="fp8_ds")

@@ -63,6 +63,8 @@ def test_engine_weights_hold_kv_b_in_bf16_and_norms_in_f32(full: ModelConfig) ->
     scales = 4 * 256 * 4
     norms = 61 * (2 * 7168 + 1536 + 512) + 7168
     assert weight_bytes(full) == 674_030_368_448 + 61 * (kv_b - scales) + 2 * norms
+    experts = 58 * 256 * 3 * 2048 * 7168  # 4.5 bits instead of 8
+    assert weight_bytes(full) - weight_bytes(full, precision="nvfp4") == experts * 7 // 16
     assert weight_bytes(full, precision="bf16") == pytest.approx(2 * 671.88e9 + 2 * norms, rel=1e-3)
 
 

@@ -32,7 +32,7 @@ from seekforge.exporter.option_types import MODEL, TARGET
 from seekforge.exporter.sizing.calls import Call, StepShape, step_calls
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.targets import all_targets, load_target
+from seekforge.formats.targets import NVFP4_SM, all_targets, load_target
 from seekforge.plugins.cost.card import Card, card_of
 from seekforge.plugins.cost.model import Kernel
 from seekforge.plugins.cost.work import Load
@@ -62,6 +62,14 @@ class Shape(click.ParamType):
                 self.fail(f"{part[:60]!r} is no part of a shape; parts are {', '.join(_SHAPE)}, each once, as KEY=N")
             sizes[key] = Tokens().convert(number, param, ctx)
         return StepShape(**(_SHAPE | sizes))
+
+
+def check_nvfp4(sms: Sequence[int]) -> None:
+    """Refuse SMs whose kernels take no experts in NVFP4."""
+    if min(sms) < NVFP4_SM:
+        raise TargetError(
+            f"--precision nvfp4 is for SMs from {NVFP4_SM} on (Blackwell), and this is for sm {min(sms)}; take fp8"
+        )
 
 
 def config_of(model: str) -> ModelConfig:
@@ -95,6 +103,13 @@ def config_of(model: str) -> ModelConfig:
 )
 @kv_cache_dtype_option("Format of the caches.", default=DEFAULT_FORMAT)
 @click.option(
+    "--precision",
+    type=click.Choice(["fp8", "nvfp4"]),
+    default="fp8",
+    show_default=True,
+    help="nvfp4: experts in NVFP4, on SMs from 100 on.",
+)
+@click.option(
     "--tp", type=Whole(1), default=1, show_default=True, help="Tensor-parallel ranks; sizes are those of one."
 )
 @click.option("--ep", is_flag=True, help="Expert parallelism: experts dealt out whole among these ranks.")
@@ -124,6 +139,7 @@ def estimate(
     *,
     model: str,
     kv_cache_dtype: str,
+    precision: str,
     tp: int,
     ep: bool,
     only: tuple[str, ...],
@@ -146,12 +162,15 @@ def estimate(
     if counts_only and AUTO in choice.values():
         raise OptionError(f"--provider {AUTO} compares code, --counts-only has none; name a provider")
     card = _card(target, sm)
+    nvfp4 = precision == "nvfp4"
+    if nvfp4:
+        check_nvfp4((card.sm,))
     config, parallelism = config_of(model), Parallelism(tp=tp, ep=ep)
     check_parallelism(config, parallelism)
     _check(shape)
     calls = [
         call
-        for call in step_calls(config, shape, kv_format=kv_cache_dtype, parallelism=parallelism)
+        for call in step_calls(config, shape, kv_format=kv_cache_dtype, parallelism=parallelism, nvfp4_experts=nvfp4)
         if not only or call.op in only
     ]
     if not calls:
@@ -171,7 +190,8 @@ def estimate(
     listed = estimates.rows(calls, kernels, card, load, kernel_sm(card.sm), settled)
     source = "none: shapes alone" if counts_only else "nvdisasm"
     if as_json:
-        head = {"model": model, "kv_cache_dtype": kv_cache_dtype, "tp": tp, "ep": ep, "code_from": source}
+        head = {"model": model, "kv_cache_dtype": kv_cache_dtype, "precision": precision, "tp": tp, "ep": ep}
+        head |= {"code_from": source}
         write_json(head | estimates.as_json(listed, card, shape))
     elif not quiet:
         out = console()

@@ -22,7 +22,7 @@ from seekforge.common.cli.options import (
 from seekforge.common.cli.terminal import shown, write_json
 from seekforge.common.errors import OptionError, OutputError, TargetError
 from seekforge.exporter.builder import kernel_numbers
-from seekforge.exporter.builder.estimate_cli import config_of, estimate
+from seekforge.exporter.builder.estimate_cli import check_nvfp4, config_of, estimate
 from seekforge.exporter.option_types import MODEL
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import INDEX
@@ -54,6 +54,13 @@ kernels.add_command(estimate)
     "--model", type=MODEL, default="full", show_default=True, help="A name of configs/models, or a config.json."
 )
 @kv_cache_dtype_option("Format of the caches.", default=DEFAULT_FORMAT)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp8", "nvfp4"]),
+    default="fp8",
+    show_default=True,
+    help="nvfp4: experts in NVFP4, on SMs from 100 on.",
+)
 @list_option("--op", "only", type=Named("operator", lambda: WITH_KERNELS), help="Only these operators.")
 @list_option(
     "--provider", "providers", type=click.STRING, metavar="OP=NAME,…", help="Kernels of a library (flashinfer)."
@@ -68,6 +75,7 @@ def build(
     sms: tuple[int, ...],
     model: str,
     kv_cache_dtype: str,
+    precision: str,
     only: tuple[str, ...],
     providers: tuple[str, ...],
     jobs: int | None,
@@ -78,7 +86,9 @@ def build(
     """Compile every kernel that the model needs into the folder OUT, and print what their code costs. Needs no GPU."""
     _check_store(store)
     config = config_of(model)
-    ops = operators(config, kv_format=kv_cache_dtype)
+    if precision == "nvfp4":
+        check_nvfp4(sms)
+    ops = operators(config, kv_format=kv_cache_dtype, nvfp4_experts=precision == "nvfp4")
     unknown = set(only) - set(ops)
     if unknown:
         raise TargetError(f"no kernels of {', '.join(sorted(unknown))}; operators are {', '.join(ops)}")

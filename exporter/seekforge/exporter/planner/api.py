@@ -30,7 +30,7 @@ from seekforge.exporter.sizing.matrices import (
 from seekforge.exporter.sizing.memory import KvFormat, Workload, cache_bytes_per_token
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.targets import TargetConfig, all_targets, load_target
+from seekforge.formats.targets import NVFP4_SM, TargetConfig, all_targets, load_target
 
 _CONTEXTS = (1024, 8192, 32768, 64512, 128000, 163840)
 #: Contexts that a chart marks when none are asked for, of those below.
@@ -116,7 +116,8 @@ def plan(
         ep: with expert parallelism: experts dealt out whole among the tensor-parallel ranks.
         contexts: tokens of a sequence; none: 1K to 160K.
         batch_size: sequences at once.
-        precision: that of weights: "fp8", "bf16" or both, which none takes.
+        precision: those of weights: "fp8", "bf16", "nvfp4" (experts in NVFP4, for SMs from 100 on); none:
+            the first two.
         kv_cache_dtype: format of the caches; None: fp8_ds, or bf16 of a model whose attention does not read that.
         mtp: with the MTP module, drafting one token per step.
         goal: forecast a decode step of every layout that fits and rank them: "latency" for the shortest step,
@@ -136,15 +137,22 @@ def plan(
     config = read_config(name)
     named = many(contexts)
     lengths = within(named, config) or [one for one in _CONTEXTS if one <= config.max_position_embeddings]
-    targets = [load_target(str(one)) for one in many(target)] or [one for one in all_targets() if one.gpu is not None]
+    wanted: tuple[Precision, ...] = tuple(many(precision)) or ("fp8", "bf16")
+    least = NVFP4_SM if "nvfp4" in wanted else 0
+    targets = [load_target(str(one)) for one in many(target)] or [
+        one for one in all_targets() if one.gpu is not None and (one.sm or 0) >= least
+    ]
     for one in targets:
         if one.gpu is None:
             raise TargetError(f"target {one.name} is no GPU; 'seekforge plan' sizes GPUs")
+        if (one.sm or 0) < least:
+            raise TargetError(
+                f"target {one.name} is of sm {one.sm}, precision nvfp4 is for SMs from {least} on; leave one out"
+            )
     if mtp and config.mtp_layer is None:
         raise ConfigError(f"{name}: has no MTP module (num_nextn_predict_layers is 0); leave --mtp out")
     kv_format = _kv_format(name, config, kv_cache_dtype)
     layout = _layout(tp, pp, dp, num_gpus, config, ep=ep)
-    wanted: Iterable[Precision] = many(precision) or ("fp8", "bf16")
     rows: list[Row] = []
     for question in [Question(one, kv_format, mtp, ep) for one in wanted]:
         for one in targets:
@@ -167,7 +175,9 @@ def plan(
         parameters=num_parameters(config, mtp=mtp),
         active_parameters=active_parameters(config),
         checkpoint_bytes=checkpoint_bytes(config),
-        weight_bytes={one: weight_bytes(config, mtp=mtp, precision=one) for one in ("fp8", "bf16")},
+        weight_bytes={
+            one: weight_bytes(config, mtp=mtp, precision=one) for one in dict.fromkeys(("fp8", "bf16", *wanted))
+        },
         cache_bytes_per_token=cache_bytes_per_token(config, kv_format, layers=all_layers(config, mtp=mtp)),
     )
     return PlanResult(config, size, tuple(rows), kv_format, mtp, goal, tuple(rankings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -29,6 +29,7 @@ from seekforge.exporter.planner.api import PlanResult
 from seekforge.exporter.planner.chart import Row
 from seekforge.exporter.planner.forecast import ASSUMED
 from seekforge.exporter.planner.ranking_chart import MOST, PARTS
+from seekforge.exporter.sizing.matrices import Precision
 from seekforge.exporter.sizing.memory import GIB, RankMemory
 from seekforge.formats.checkpoint.model_config import ModelConfig
 
@@ -66,9 +67,9 @@ _PARTS = {
 @click.option("--batch-size", type=Whole(1), default=1, show_default=True, help="Sequences at once.")
 @list_option(
     "--precision",
-    type=click.Choice(["fp8", "bf16"]),
+    type=click.Choice(get_args(Precision)),
     metavar="fp8,bf16",
-    help="Of weights. Default: both.",
+    help="Of weights; nvfp4: experts in NVFP4, on SMs from 100 on. Default: fp8 and bf16.",
 )
 @kv_cache_dtype_option("Format of the caches. Default: fp8_ds where the model's attention reads it, else bf16.")
 @click.option("--mtp", is_flag=True, help="With the MTP module, drafting one token per step.")

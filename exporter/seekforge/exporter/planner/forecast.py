@@ -160,7 +160,7 @@ def forecast(
     rows = -(-work.batch // parallelism.dp) * (1 + work.draft_tokens)
     drafts = work.draft_tokens if question.mtp else 0  # the module is a layer like the last, once for each draft
     last = config.num_hidden_layers - 1
-    by_launch = assumed.launch_estimates and question.precision == "fp8"
+    by_launch = assumed.launch_estimates and question.precision != "bf16"
     kernels = launches = 0.0
     for layers, memory_s, compute_s in decode_times(config, target, parallelism, work, question):
         ours = [_layer_launches(config, layer, target, parallelism, work, question) for layer in layers]
@@ -230,17 +230,26 @@ def _layer_launches(
         same = next(one for one in range(layer + 1) if config.layer_kind(one) == config.layer_kind(layer))
     batch = -(-work.batch // parallelism.dp)
     shape = StepShape(batch, 1 + work.draft_tokens, max(work.context, 1 + work.draft_tokens))
-    return _launched(config, same, card_of(target), parallelism, shape, question.kv_format)  # pyright: ignore[reportArgumentType] - hashable
+    card, nvfp4 = card_of(target), question.precision == "nvfp4"
+    return _launched(config, same, card, parallelism, shape, question.kv_format, nvfp4)  # pyright: ignore[reportArgumentType] - hashable
 
 
 @functools.lru_cache(maxsize=4096)
 def _launched(
-    config: ModelConfig, layer: int | None, card: Card, parallelism: Parallelism, shape: StepShape, kv_format: str
+    config: ModelConfig,
+    layer: int | None,
+    card: Card,
+    parallelism: Parallelism,
+    shape: StepShape,
+    kv_format: str,
+    nvfp4_experts: bool,
 ) -> _Launched:
     if layer is None:
         calls = end_calls(config, shape, kv_format=kv_format, parallelism=parallelism)
     else:
-        calls = layer_calls(config, layer, shape, kv_format=kv_format, parallelism=parallelism)
+        calls = layer_calls(
+            config, layer, shape, kv_format=kv_format, parallelism=parallelism, nvfp4_experts=nvfp4_experts
+        )
     load = Load(context=shape.context, num_experts=config.n_routed_experts)
     listed = rows_of([Call(op, what, bound, 1) for op, what, bound in calls], {}, card, load, kernel_sm(card.sm))
     return _Launched(len(listed), sum(row.estimate.seconds for row in listed))

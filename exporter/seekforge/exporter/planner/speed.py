@@ -262,6 +262,8 @@ def _sum_weights(
     for matrix in matrices:
         held = rank_weight_bytes(matrix, parallelism, precision)
         flops = linear_flops(config, [matrix]) * (1 / rank_share(matrix, parallelism))
+        if precision == "nvfp4" and matrix.has_nvfp4:
+            flops = Flops(bf16=flops.total)
         if matrix.is_head:
             total += _Weights(head_bytes=held, head=flops)
         elif matrix.sharding == "experts":
@@ -293,7 +295,7 @@ def _prefill_attention_flops(config: ModelConfig, prompt: int, layers: Collectio
 def seconds(work: Flops, target: TargetConfig, precision: Precision) -> float:
     """Return the time of `work` at the dense rates of a GPU; FP8 falls back to BF16 where it is not there."""
     assert target.gpu is not None
-    has_fp8 = target.gpu.fp8_tflops is not None and (target.sm or 0) >= FP8_SM and precision == "fp8"
+    has_fp8 = target.gpu.fp8_tflops is not None and (target.sm or 0) >= FP8_SM and precision != "bf16"
     fp8_rate = target.gpu.fp8_tflops if has_fp8 else target.gpu.bf16_tflops
     assert fp8_rate is not None
     return work.fp8 / (fp8_rate * 1e12) + work.bf16 / (target.gpu.bf16_tflops * 1e12)

@@ -60,7 +60,12 @@ class Call:
 
 
 def step_calls(
-    config: ModelConfig, shape: StepShape, *, kv_format: str, parallelism: Parallelism = ONE_RANK
+    config: ModelConfig,
+    shape: StepShape,
+    *,
+    kv_format: str,
+    parallelism: Parallelism = ONE_RANK,
+    nvfp4_experts: bool = False,
 ) -> list[Call]:
     """Return the calls of a step of the main model, each kind once, in the order in which they first come.
 
@@ -69,24 +74,32 @@ def step_calls(
         shape: the step.
         kv_format: format of the caches.
         parallelism: how ranks share the model; sizes are those of one of them.
+        nvfp4_experts: whether it has experts in NVFP4.
     """
+    forms: dict[str, Any] = {"kv_format": kv_format, "parallelism": parallelism}
     counts: dict[tuple[str, str, tuple[tuple[str, Any], ...]], int] = {}
     kinds: dict[LayerKind, list[int]] = {}
     for layer in range(config.num_hidden_layers):
         kinds.setdefault(config.layer_kind(layer), []).append(layer)
     for layers in kinds.values():
-        for op, what, bound in layer_calls(config, layers[0], shape, kv_format=kv_format, parallelism=parallelism):
+        for op, what, bound in layer_calls(config, layers[0], shape, nvfp4_experts=nvfp4_experts, **forms):
             _count(counts, op, what, bound, len(layers))
-    for op, what, bound in end_calls(config, shape, kv_format=kv_format, parallelism=parallelism):
+    for op, what, bound in end_calls(config, shape, **forms):
         _count(counts, op, what, bound, 1)
     return [Call(op, what, dict(bound), count) for (op, what, bound), count in counts.items()]
 
 
 def layer_calls(
-    config: ModelConfig, layer: int, shape: StepShape, *, kv_format: str, parallelism: Parallelism = ONE_RANK
+    config: ModelConfig,
+    layer: int,
+    shape: StepShape,
+    *,
+    kv_format: str,
+    parallelism: Parallelism = ONE_RANK,
+    nvfp4_experts: bool = False,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield op_type, parameter (of linears) and sizes of each call in one layer; arguments as of `step_calls`."""
-    sizes = operators(config, kv_format=kv_format, parallelism=parallelism)
+    sizes = operators(config, kv_format=kv_format, parallelism=parallelism, nvfp4_experts=nvfp4_experts)
     rest = _rest(config, shape, kv_format, parallelism)
     family, kind = family_of(config), config.layer_kind(layer)
     rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layer)

@@ -14,8 +14,9 @@ from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import EXPERT, Sharding, Tensor
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.quantization.nvfp4 import row_bytes
 
-Precision = Literal["fp8", "bf16"]
+Precision = Literal["fp8", "bf16", "nvfp4"]
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,23 @@ class Matrix:
         return self.rows * self.cols * self.count
 
     @property
+    def has_nvfp4(self) -> bool:
+        """Whether engines of precision nvfp4 hold it in NVFP4: routed experts."""
+        return self.dtype == "f8e4m3" and self.sharding == "experts"
+
+    @property
     def scales(self) -> int:
         """f32 scales, all copies."""
         blocks = -(-self.rows // FP8_BLOCK) * -(-self.cols // FP8_BLOCK)
         return blocks * self.count if self.dtype == "f8e4m3" else 0
 
     def num_bytes(self, precision: Precision = "fp8") -> int:
-        """Bytes of all copies; with `bf16`, FP8 weights are held dequantized."""
+        """Bytes of all copies; with `bf16`, FP8 weights are held dequantized, with `nvfp4` experts in NVFP4."""
         if self.dtype == "f8e4m3":
-            return self.elements + 4 * self.scales if precision == "fp8" else 2 * self.elements
+            if precision == "bf16":
+                return 2 * self.elements
+            row = row_bytes(self.cols) if precision == "nvfp4" and self.has_nvfp4 else self.cols
+            return self.rows * row * self.count + 4 * self.scales
         return self.elements * (2 if self.dtype == "bf16" else 4)
 
 
