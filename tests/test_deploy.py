@@ -133,7 +133,7 @@ def test_the_metrics_that_a_picker_reads_are_there() -> None:
 
 def test_objects_have_fields_that_are_known() -> None:
     assert set(GROUP) <= GROUP_FIELDS and GROUP["restartPolicy"] == "RecreateGroupOnPodRestart"
-    for one in (*OBJECTS.values(), RAY, LWS["LeaderWorkerSet"], LWS["Service"]):
+    for one in (*OBJECTS.values(), RAY, *(LWS[kind] for kind in ("LeaderWorkerSet", "Service", "InferencePool"))):
         kind = one["kind"]
         assert one["apiVersion"] == API_VERSIONS[kind] and set(one) == {"apiVersion", "kind", "metadata", "spec"}
         assert set(one["spec"]) <= SPEC_FIELDS[kind], kind
@@ -197,6 +197,8 @@ def test_machines_of_a_group_start_their_ranks_and_meet() -> None:
     assert options["drain_timeout"] < grace[0] < grace[1], "the workers' ranks end behind the leader's"
     labels = GROUP["leaderTemplate"]["metadata"]["labels"]
     assert LWS["Service"]["spec"]["selector"] == labels != GROUP["workerTemplate"]["metadata"]["labels"]
+    pool = LWS["InferencePool"]["spec"]
+    assert pool["selector"]["matchLabels"] == labels and pool["targetPorts"] == [{"number": options["port"]}]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ OBJECTS: list[dict[str, Any]] = [
     for one in yaml.safe_load_all((DEPLOY / f"{name}.yaml").read_text(encoding="utf-8"))
 ]
 CORE = [one for one in OBJECTS if one["apiVersion"] in ("v1", "apps/v1")]
-CUSTOM = {one["kind"]: one for one in OBJECTS if one not in CORE}
+CUSTOM = [one for one in OBJECTS if one not in CORE]
 #: The Kubernetes whose schemas are taken.
 VERSION = "1.37"
 CRDS = os.environ.get("SEEKFORGE_CRDS", "")
@@ -76,12 +76,11 @@ def fields_of(value: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow  # needs schemas that are not here
 @pytest.mark.skipif(not CRDS, reason="SEEKFORGE_CRDS names no folder of CustomResourceDefinitions")
-@pytest.mark.parametrize("kind", sorted(CUSTOM))
-def test_objects_of_other_projects_are_valid(kind: str) -> None:
+@pytest.mark.parametrize("one", CUSTOM, ids=kind_of)
+def test_objects_of_other_projects_are_valid(one: dict[str, Any]) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (kubernetes-validate brings it)")
-    one = CUSTOM[kind]
-    found = dict(schemas_of(Path(CRDS), kind))
-    assert one["apiVersion"] in found, f"{kind} is there in {sorted(found)}"
+    found = dict(schemas_of(Path(CRDS), one["kind"]))
+    assert one["apiVersion"] in found, f"{one['kind']} is there in {sorted(found)}"
     schema = closed(found[one["apiVersion"]])
     schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which the schema leaves open
     validator = jsonschema.Draft202012Validator(schema)
