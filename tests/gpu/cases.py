@@ -199,7 +199,7 @@ _EXPERT_TARGETS: Final = {256: "<= 5500 us", 2048: "<= 9000 us"}
 
 def experts(tokens: int) -> Real:
     """All 256 experts on one GPU."""
-    statics = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "act_quant": "ue8m0"}
+    statics = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "W13": 7168, "act_quant": "ue8m0"}
 
     def make() -> Case:
         draw = Draw(tokens)

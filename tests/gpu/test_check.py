@@ -403,7 +403,7 @@ def write_kernels(folder: Path, cases: list[gpu_cases.Real]) -> None:
 def test_the_benchmark_runs_on_the_pretended_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cases = [gpu_cases.route(4), gpu_cases.write(70), gpu_cases.linear(2, 256, 128)]
+    cases = [gpu_cases.route(4), gpu_cases.write(70), gpu_cases.linear(5, 256, 128)]
     write_kernels(tmp_path, cases)
     monkeypatch.setattr(gpu_check, "real_cases", lambda: cases)
     results = gpu_check.run_all(HostDevice(), tmp_path, ROOF, tiny=False, real=True, repeats=2)
