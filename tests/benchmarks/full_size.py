@@ -93,10 +93,11 @@ def measure_export(folder: Path) -> dict[str, Any]:
 
 
 def wide_checkpoint(folder: Path, gigabytes: float) -> dict[str, Recipe]:
-    """Write experts of true size with random valid values; return recipes that stack them as the program does."""
+    """Write experts of true size, an even number, with random valid values; return recipes that stack them as the
+    program does."""
     config = load_preset("full").config
     hidden, inner = config.hidden_size, config.moe_intermediate_size
-    num_experts = max(2, int(gigabytes * 1e9 / (3 * hidden * inner)))
+    num_experts = max(2, int(gigabytes * 1e9 / (3 * hidden * inner)) // 2 * 2)
     prefix = "model.layers.3.mlp.experts"
     tensors: dict[str, ExpectedTensor] = {}
     for name, tensor in expected_tensors(config).items():

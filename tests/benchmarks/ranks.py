@@ -88,11 +88,9 @@ def expert_parts(recipes: Mapping[str, Recipe], parallelism: Parallelism, rank: 
 
 
 def _load(
-    folder: Path, recipes: Mapping[str, Recipe], parallelism: Parallelism, rank: int, meet: Any, say: Any
+    folder: Path, mine: Mapping[str, Recipe], dealt: Mapping[str, Recipe], rank: int, meet: Any, say: Any
 ) -> None:
     """Be a rank that loads its part and reads as much plainly, in turns, each time together with the others."""
-    mine = expert_parts(recipes, parallelism, rank)
-    dealt = expert_parts(recipes, Parallelism(tp=parallelism.tp, ep=True), rank)
     with Checkpoint.open(folder) as checkpoint:
         buffers, plain = allocate(mine), allocate(dealt)
         total = Loader(checkpoint, mine, buffers).total_bytes
@@ -115,10 +113,12 @@ def loading(folder: Path, recipes: Mapping[str, Recipe], parallelism: Parallelis
     """
     context = multiprocessing.get_context("fork")
     meet, told = context.Barrier(parallelism.tp), context.Queue()
-    ranks = [
-        context.Process(target=_load, args=(folder, recipes, parallelism, rank, meet, told))
-        for rank in range(parallelism.tp)
-    ]
+    ranks = []
+    for rank in range(parallelism.tp):
+        mine, dealt = (
+            expert_parts(recipes, one, rank) for one in (parallelism, Parallelism(tp=parallelism.tp, ep=True))
+        )
+        ranks.append(context.Process(target=_load, args=(folder, mine, dealt, rank, meet, told)))
     for process in ranks:
         process.start()
     turns: dict[int, list[dict[str, float]]] = {}
