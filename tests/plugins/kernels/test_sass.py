@@ -103,7 +103,9 @@ def test_a_wait_moved_behind_the_end_belongs_to_its_loop_and_makes_no_other() ->
         @!P0 BRA `(.L_x_9)
         BRA `(.L_x_1)
     """
-    assert sass.read(listing(text)).loop == Loop(instructions=7, tensor=1, spills=0), "4 inside, 3 of the wait"
+    code = sass.read(listing(text))
+    assert code.loop == Loop(instructions=7, tensor=1, spills=0), "4 inside, 3 of the wait"
+    assert [body.instructions for body in code.bodies] == [7], "the wait inside it makes it no outer loop"
 
 
 def test_a_jump_back_to_shared_code_behind_the_loop_is_no_loop() -> None:

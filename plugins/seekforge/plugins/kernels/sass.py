@@ -161,17 +161,19 @@ def _counted(opcodes: Iterable[str]) -> dict[str, int]:
 
 def _bodies(code: _Listing) -> Iterator[Body]:
     """Yield the innermost loops by their first instruction; one that only waits for a barrier to turn is none."""
-    loops = list(_loops(set(range(len(code.opcodes))), code.successors))
+    bases = [opcode.split(".")[0] for opcode in code.opcodes]
+    loops = [
+        body
+        for body in _loops(set(range(len(bases))), code.successors)
+        if not {bases[i] for i in body} <= {"SYNCS", "BRA", "NANOSLEEP", "YIELD", "NOP"}
+    ]
     for body in sorted((one for one in loops if not any(other < one for other in loops)), key=min):
         opcodes = [code.opcodes[i] for i in sorted(body) if code.opcodes[i] != "NOP"]
-        bases = [opcode.split(".")[0] for opcode in opcodes]
-        if set(bases) <= {"SYNCS", "BRA", "NANOSLEEP", "YIELD"}:
-            continue
         yield Body(
             kinds=_counted(opcodes),
-            barriers=bases.count("BAR"),
-            waits=bool({"LD", "LDG"}.intersection(bases)),
-            copies=bool({"LDGSTS", "UBLKCP", "UTMALDG"}.intersection(bases)),
+            barriers=sum(bases[i] == "BAR" for i in body),
+            waits=any(bases[i] in ("LD", "LDG") for i in body),
+            copies=any(bases[i] in ("LDGSTS", "UBLKCP", "UTMALDG") for i in body),
             tensor=dict(sorted(Counter(opcode for opcode in opcodes if tensor_kind(opcode)).items())),
         )
 
