@@ -14,12 +14,18 @@ HEAD, ROUTER, HEAD_WEIGHTS = (129280, 7168), (256, 7168), (64, 7168)
 
 
 @pytest.mark.parametrize(
-    ("weight", "few", "many"), [(HEAD, 1, 1), (ROUTER, 16, 8), (HEAD_WEIGHTS, 16, 8), ((256, 256), 4, 4)]
+    ("rows", "weight", "sm", "tile"),
+    [
+        (17, ROUTER, 90, Tile(32, 128, True, 16, 4, 5)),
+        (33, HEAD_WEIGHTS, 90, Tile(64, 128, False, 16, 4, 4)),
+        (512, ROUTER, 90, Tile(64, 128, False, 14, 4, 4)),
+        (2049, ROUTER, 90, Tile(64, 128, False, 1, 4, 4)),
+        (4096, HEAD, 90, Tile(128, 128, False, 1, 8, 3)),
+        (4096, HEAD, 120, Tile(64, 128, False, 1, 4, 3)),
+    ],
 )
-def test_splits_follow_the_weight_alone(weight: tuple[int, int], few: int, many: int) -> None:
-    assert {choose_tile(rows, *weight, 90).splits for rows in (17, 64)} == {few}
-    assert {choose_tile(rows, *weight, 90).splits for rows in (65, 2048)} == {many}
-    assert choose_tile(2049, *weight, 90).splits == 1
+def test_tiles(rows: int, weight: tuple[int, int], sm: int, tile: Tile) -> None:
+    assert choose_tile(rows, *weight, sm) == tile
 
 
 @pytest.mark.parametrize(("rows", "tile"), [(1, Tile(4, 8, True, 1, 8, 3, 8)), (16, Tile(16, 16, True, 1, 8, 3, 8))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from torch import Tensor
 from seekforge.plugins.block_fp8_linear import launch
 from seekforge.plugins.block_fp8_linear.reference import block_fp8_linear
 from seekforge.plugins.kernels.interpreter import interpret
+from seekforge.plugins.linear_tile import Form, Tile
 from seekforge.plugins.quant import dequantize_weight, fake_quantize
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
@@ -61,11 +64,36 @@ def test_blocks_that_are_no_multiple_of_the_parts(rows: int, blocks: int) -> Non
     assert close(run(x, weight, scale), block_fp8_linear(x, weight, scale, "ue8m0"))
 
 
+def cut(monkeypatch: pytest.MonkeyPatch, form: int, splits: int) -> None:
+    """Cut products as the form of this place among those of a call, or the last, and into so many splits."""
+
+    def choose(forms: tuple[Form, ...], *_: int, **__: bool) -> Tile:
+        return replace(forms[min(form, len(forms) - 1)].tile, splits=splits)
+
+    monkeypatch.setattr(launch, "choose", choose)
+
+
+@pytest.mark.parametrize("rows", [65, 128, 130])
+@pytest.mark.parametrize("columns", [64, 100, 300])
+@pytest.mark.parametrize(("sm", "form", "splits"), [(90, 0, 1), (90, 0, 3), (90, 1, 2), (100, 0, 2), (80, 0, 2)])
+def test_every_large_tile_at_its_borders(
+    rows: int, columns: int, sm: int, form: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = Draw(rows + columns)
+    x, weight = draw.normal(rows, 384).bfloat16(), draw.fp8(columns, 384)
+    scale = draw.weight_scale(-(-columns // 128), 3)
+    cut(monkeypatch, form, splits)
+    got = run(x, weight, scale, sm=sm)
+    assert close(got, block_fp8_linear(x, weight, scale, "ue8m0"))
+    assert not close(got, block_fp8_linear(x, weight, scale * 1.01, "ue8m0"))
+
+
+@pytest.mark.parametrize("rows", [35, 70])
 @pytest.mark.parametrize("splits", [1, 2, 3, 8, 16])
-def test_splits_agree_within_a_step_of_bf16(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_agree_within_a_step_of_bf16(rows: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = Draw(splits)
-    x, weight, scale = draw.normal(35, 2048).bfloat16(), draw.fp8(128, 2048), draw.weight_scale(1, 16)
-    monkeypatch.setattr(launch, "choose_splits", lambda n, k: splits)
+    x, weight, scale = draw.normal(rows, 2048).bfloat16(), draw.fp8(128, 2048), draw.weight_scale(1, 16)
+    cut(monkeypatch, 0, splits)
     got = run(x, weight, scale, sm=100)
     want = (fake_quantize(x).double() @ dequantize_weight(weight, scale).double().T).bfloat16()
     step = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()

@@ -56,16 +56,16 @@ def test_a_linear_of_two_rows_quantizes_them_itself() -> None:
     assert product.loaded_bytes == 224 * (2 * 2 + 32) * 2048
 
 
-def test_a_linear_of_some_rows_where_tcgen05_is() -> None:
-    found = works("BlockFp8Linear", sm=100, **{"*lead": (4, 16), "N": 2112, "K": 7168})
-    product = found["swap-64x128-split"]  # 17 tiles of 128 rows of the weight, 16 splits of 56 blocks of K
-    assert product.programs == 17 * 16 and product.passes == (4,)
-    assert product.written_bytes == 16 * 64 * 2112 * 4
+def test_a_linear_of_a_few_hundred_rows_is_split() -> None:
+    found = works("BlockFp8Linear", **{"*lead": (1, 128), "N": 7168, "K": 16384})
+    product = found["tile-64x128-split"]  # two tiles of rows, 56 of columns, two splits of 128 blocks of K
+    assert product.programs == 2 * 56 * 2 and product.passes == (64,)
+    assert product.written_bytes == 2 * 128 * 7168 * 4
     assert product.pass_flops == 2 * 64 * 128 * 128
-    assert product.loaded_bytes == product.programs * (64 + 128) * (7168 // 16)
+    assert product.loaded_bytes == 2 * 56 * (64 + 128) * 16384
     assert found["combine"].read_bytes == product.written_bytes
-    assert found["combine"].written_bytes == 64 * 2112 * 2
-    assert found["combine"].programs == 132  # 1,024 values each
+    assert found["combine"].written_bytes == 128 * 7168 * 2
+    assert found["combine"].programs == 896  # 1,024 values each
 
 
 def test_a_linear_of_many_rows() -> None:

@@ -119,6 +119,11 @@ def smaller(largest: Sizes, draw: Any) -> Sizes:
     return {name: draw(st.integers(1, size), label=name) for name, size in largest.items()}
 
 
+def largest_product(b: int, q: int, most: int) -> tuple[int, int]:
+    """At most `b` sequences and `q` queries of each that are most rows, but no more than `most`."""
+    return max(((n, min(q, most // n)) for n in range(1, min(b, most) + 1)), key=lambda pair: pair[0] * pair[1])
+
+
 def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     """The sizes among which an operator's plans are greediest, found by trying and not by its own arithmetic."""
     b, q, mb = largest["B"], largest["Q"], largest["MB"]
@@ -126,8 +131,9 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     if op == "DsaAttention":  # parts are as many as take the least waves
         most = set(range(1, 129))
     rows = [(x, min(q, n // x)) for x in range(1, min(b, 128) + 1) for n in most if n >= x]
-    if op == "Bf16Linear":
-        rows += [(x, min(q, 2048 // x)) for x in range(1, min(b, 2048) + 1)]
+    if op in ("BlockFp8Linear", "Bf16Linear"):  # each number of tiles has splits of its own
+        axes = (1, b * q) if fixed["axes"] == 1 else (b, q)
+        rows += [largest_product(*axes, n) for n in range(16, 2049, 16)]
     split = ("BlockFp8Linear", "Bf16Linear", "DsaAttention", "MlaAttention")
     steps = {(b, q), (b, min(q, 255)), *rows} if op in split else {(b, q)}
     blocks = {mb}
@@ -137,7 +143,7 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     found = [{"B": x, "Q": y, "MB": z} for x, y in steps for z in blocks]
     if op == "DsaIndexer":  # few rows are shared among programs that count
         for rows in range(1, 129):
-            x, y = max(((n, min(q, rows // n)) for n in range(1, min(b, rows) + 1)), key=lambda pair: pair[0] * pair[1])
+            x, y = largest_product(b, q, rows)
             found.append({"B": x, "Q": y, "MB": min(mb, (256 << 20) // (256 * rows))})
     return found
 

@@ -4,9 +4,9 @@ TensorRT multiplies bf16 only into bf16, and given an f32 weight reads twice the
 which bounds the time of its product in a decode step. Products of bf16 are exact in f32, and tensor cores add them in
 f32; no TF32 is involved. A small weight and a token or some (`narrow_kernel`): each program has 8 or 16 rows of the
 weight and all of K, a part of it in each warp, so there is one launch and no sum afterwards. More (`linear_kernel`):
-one GEMM for two shapes. Few tokens (`SWAP`): weight rows are the M side, and a small weight's K is cut into splits
-until every SM streams a part of it. Many tokens: square tiles, rows in groups of 8 for L2; a router's few columns are
-still split along K, or most SMs would idle. A second launch adds splits in order.
+one GEMM for two shapes. Few tokens (`SWAP`): weight rows are the M side. Many tokens: square tiles, rows in groups of 8
+for L2. K of a weight of few tiles is cut into splits until every SM streams a part of it; a second launch adds the
+splits in order.
 """
 
 import triton

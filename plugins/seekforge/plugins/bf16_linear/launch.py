@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Scalar, Variant, Workspace, most_rows
 from seekforge.plugins.kernels.sm_limits import is_datacenter
-from seekforge.plugins.linear_tile import GROUP, Tile
+from seekforge.plugins.linear_tile import GROUP, Form, Tile, choose, row_limits
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ()
@@ -20,17 +19,15 @@ RULES: Final = (
 )
 NOTES: Final = ()
 
-#: Most rows of a call that is bound by its weight: tokens are the narrow side.
-SMALL_ROWS: Final = 64
+#: Most rows of a call in which out features are the M side; most rows whose K is split.
+SWAP_ROWS, SPLIT_ROWS = 32, 2048
 #: Rows -> out features of a program that has all of K, of which each of its warps has a part: of more rows what
 #: programs read of x would bind the time.
 NARROW: Final = {4: 8, 16: 16}
 #: Parts of K in such a program.
 PARTS: Final = 8
-#: Thread blocks that a split call aims at (two per SM of an H100).
-SPLIT_BLOCKS: Final = 264
-#: Most splits of few rows; of more rows, which are some tiles anyway; and the rows from which there are enough tiles.
-MAX_SPLITS, MAX_LARGE_SPLITS, LARGE_TILES, SPLIT_ROWS = 16, 8, 8, 2048
+#: Blocks of 128 out features from which on a weight has programs enough with no others.
+MANY_BLOCKS: Final = 264
 #: K per step of the loop, elements per program of the sum over splits.
 BLOCK_K, COMBINE_BLOCK = 64, 1024
 
@@ -38,35 +35,29 @@ BLOCK_K, COMBINE_BLOCK = 64, 1024
 def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
     """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`.
 
-    A weight of fewer tiles than `SPLIT_BLOCKS` has programs of all K for the fewest rows, splits of its own for few and
-    for more, and none for many: rows do not depend on how many there are within each.
+    A weight of few blocks has programs of all K for the fewest rows.
     """
-    if cdiv(n, 128) < SPLIT_BLOCKS:
+    if cdiv(n, 128) < MANY_BLOCKS:
         for block_t in NARROW:
             if rows <= block_t:
                 return _narrow(block_t)
-    few = rows <= SMALL_ROWS
-    tile = _small(16 if rows <= 16 else 32 if rows <= 32 else 64, sm) if few else _large(sm)
-    blocks, most = cdiv(n, tile.block_n), MAX_SPLITS
-    if not few:
-        blocks, most = blocks * LARGE_TILES, MAX_LARGE_SPLITS
-    splits = max(1, min(cdiv(SPLIT_BLOCKS, blocks), most, k // BLOCK_K)) if rows <= SPLIT_ROWS else 1
-    return replace(tile, splits=splits)
+    return choose(_forms(rows, sm), rows, n, k // BLOCK_K, split=rows <= SPLIT_ROWS)
 
 
 def _narrow(block_t: int) -> Tile:
     return Tile(block_t, NARROW[block_t], True, 1, PARTS, 3, PARTS)
 
 
-def _small(block_t: int, sm: int) -> Tile:
-    num_warps = 8 if block_t == 64 else 4
-    return Tile(block_t, 128, True, 1, num_warps, 5 if is_datacenter(sm) else 3)
-
-
-def _large(sm: int) -> Tile:
-    if is_datacenter(sm):
-        return Tile(128, 128, False, 1, 8, 4)
-    return Tile(64, 128, False, 1, 4, 3)  # 99 KiB of shared memory, mma.sync
+def _forms(rows: int, sm: int) -> tuple[Form, ...]:
+    """Return the tiles that a product of more tokens may be cut into."""
+    datacenter = is_datacenter(sm)
+    if rows <= SWAP_ROWS:
+        block_t = 16 if rows <= 16 else 32
+        return (Form(Tile(block_t, 128, True, 1, 4, 5 if datacenter else 3), 2, 2 if block_t == 16 else 3),)
+    small = Form(Tile(64, 128, False, 1, 4, 4 if datacenter else 3), 2, 3)
+    if rows <= 64 or not datacenter:
+        return (small,)  # 99 KiB of shared memory
+    return (Form(Tile(128, 128, False, 1, 8, 3), 2, 5), small)
 
 
 def check(statics: Mapping[str, Any]) -> None:
@@ -76,7 +67,8 @@ def check(statics: Mapping[str, Any]) -> None:
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     """Return every tile, and the sum over splits."""
     result = []
-    for tile in (*map(_narrow, NARROW), *(_small(block_t, sm) for block_t in (16, 32, 64)), _large(sm)):
+    others = [form.tile for rows in (16, 32, SPLIT_ROWS) for form in _forms(rows, sm)]
+    for tile in (*map(_narrow, NARROW), *others):
         types = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*fp32", "num_rows": "i32", "N": "i32", "K": "i32"}
         constants: dict[str, Scalar] = {"BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_K": BLOCK_K}
         if tile.parts > 1:
@@ -98,8 +90,8 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return the scratch of the largest call of few rows, or of the largest that is split at all."""
-    return max(_parts(bound, most_rows(limit, bound["*lead"]), sm)[1] for limit in (SMALL_ROWS, SPLIT_ROWS))
+    """Return the scratch of the largest call whose K is split."""
+    return max(_parts(bound, most_rows(limit, bound["*lead"]), sm)[1] for limit in row_limits(SPLIT_ROWS))
 
 
 def _parts(bound: Mapping[str, Any], rows: int, sm: int) -> tuple[Buffer | None, int]:

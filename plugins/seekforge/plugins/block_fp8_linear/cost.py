@@ -18,7 +18,8 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
     if launch.variant == "quantize":
         return quantize_work(launch, rows, k)
-    tile = choose_tile(rows, n, k, sm)
+    quant = bound["act_quant"] == "ue8m0"
+    tile = choose_tile(rows, n, k, sm, quant=quant)
     if launch.variant == "combine":
         parts = 4 * tile.splits * rows * n
         return Work(
@@ -28,7 +29,7 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
             programs=math.prod(launch.grid),
             passes=(tile.splits,),
         )
-    quant, programs = bound["act_quant"] == "ue8m0", math.prod(launch.grid)
+    programs = math.prod(launch.grid)
     quantized = quant and not quantizes(tile, bound["act_quant"])
     x_bytes, x_value = (rows * (k + 4 * (k // 128)), 1) if quantized else (2 * rows * k, 2)
     return Work(

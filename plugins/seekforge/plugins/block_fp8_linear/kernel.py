@@ -3,10 +3,10 @@
 Few tokens (`narrow_kernel`): the weight bounds the time, so each program streams 16 or 32 of its rows whole, a part of
 K in each warp, which gives every SM work with one launch and no sum afterwards. Up to four rows it quantizes itself;
 more are quantized first (`quantize_kernel`, shared), so once however many programs read them. Many tokens
-(`linear_kernel`): square tiles, rows in groups of 8 for L2. Where tcgen05 is, what lies between has the weight's rows
-as the M side of the product (`SWAP`), which must be 64 or more there, and K cut into splits; another launch adds these
-in order and rounds.
-Each 128 block starts from a zero accumulator: that is the promotion; the tensor core's own sum is less exact.
+(`tile_kernel`): square tiles, rows in groups of 8 for L2. Where tiles are fewer than SMs have room for, K is cut into
+splits, so that every SM streams a part of the weight; another launch adds these in order and rounds.
+Each 128 block starts from a zero accumulator: that is the promotion; the tensor core's own sum is less exact. A program
+waits for a product before it promotes it; another on the same SM multiplies meanwhile.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from seekforge.plugins.kernels.device_lib import dot_bf16, quantize_kernel, to_bf16, to_e4m3, ue8m0, widen
 
-__all__ = ["combine_splits_kernel", "linear_kernel", "narrow_kernel", "quantize_kernel"]
+__all__ = ["combine_splits_kernel", "narrow_kernel", "quantize_kernel", "tile_kernel"]
 
 
 @triton.jit
@@ -63,15 +63,19 @@ def narrow_kernel(
 
 
 @triton.jit
-def linear_kernel(
+def tile_kernel(
     a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, y_ptr, num_rows, N, K, splits,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    QUANT: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, or of one split of it.
+    """One tile of y, or of one split of it, for many tokens, which are the M side.
 
     a [T, K] e4m3 with scales [T, K/128], or bf16 (not QUANT); w [N, K]; y bf16 [T, N] or f32 [splits, T, N] (PARTIAL).
     BLOCK_N divides 128: a tile has one weight scale per block.
+
+    COLUMNS of the tile are multiplied at a time: a product stands in registers beside the sums of all columns until it
+    is scaled, and with half of them two programs of [128, 128] have room on an SM90. Addresses go on by a step in each
+    pass, and places inside of a tile have 32 bits: registers are short.
     """
     split = tl.program_id(1)
     tiles_t = tl.cdiv(num_rows, BLOCK_T)
@@ -82,49 +86,61 @@ def linear_kernel(
     width = tl.minimum(tiles_t - first, GROUP)
     tile_t = first + (pid % (GROUP * tiles_n)) % width
     tile_n = (pid % (GROUP * tiles_n)) // width
-
-    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, 128)
-    t_ok, n_ok = t < num_rows, n < N
-    # rows past the end read row 0 and are not stored: no mask in the loop, so loads stay vectors
-    a_at = a_ptr + tl.where(t_ok, t, 0).to(tl.int64)[:, None] * K + k[None, :]
-    w_at = w_ptr + tl.where(n_ok, n, 0).to(tl.int64)[:, None] * K + k[None, :]
+    PARTS: tl.constexpr = BLOCK_N // COLUMNS
+    first_t, first_n = tile_t * BLOCK_T, tile_n * BLOCK_N
+    t, n, k = tl.arange(0, BLOCK_T), tl.arange(0, COLUMNS), tl.arange(0, 128)
+    t_ok = t < num_rows - first_t
     blocks = K // 128
-    a_scale_at = a_scale_ptr + tl.where(t_ok, t, 0).to(tl.int64) * blocks
-    w_scale_at = w_scale_ptr + (tile_n * BLOCK_N // 128).to(tl.int64) * blocks
+    # rows past the end read the last one and are not stored
+    a_at = (tl.minimum(t, num_rows - first_t - 1)[:, None] * K + k[None, :]).to(tl.uint32)
+    a_scale_at = (tl.minimum(t, num_rows - first_t - 1) * blocks).to(tl.uint32)
+    w_at = ()
+    for part in tl.static_range(PARTS):
+        of_part = part * COLUMNS + n
+        w_at += ((tl.minimum(of_part, N - first_n - 1)[:, None] * K + k[None, :]).to(tl.uint32),)
+    a_tile = a_ptr + first_t.to(tl.int64) * K
+    w_tile = w_ptr + first_n.to(tl.int64) * K
+    a_scale_tile = a_scale_ptr + first_t.to(tl.int64) * blocks
+    w_scale_tile = w_scale_ptr + (first_n // 128).to(tl.int64) * blocks
 
     per_split = tl.cdiv(blocks, splits)
     start = split * per_split
     end = tl.minimum(start + per_split, blocks)
-    if SWAP:
-        acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for block in range(start, end):
-        a = tl.load(a_at + block * 128)
-        w = tl.load(w_at + block * 128)
-        scale = tl.load(w_scale_at + block)
-        if SWAP:
-            part = _product(w, tl.trans(a), QUANT, FP8)
-        else:
-            part = _product(a, tl.trans(w), QUANT, FP8)
+    a_tile += start * 128
+    w_tile += start * 128
+    a_scale_tile += start
+    w_scale_tile += start
+    sums = ()
+    for _ in tl.static_range(PARTS):
+        sums += (tl.zeros([BLOCK_T, COLUMNS], tl.float32),)
+    for _ in range(start, end):
+        a = tl.load(a_tile + a_at)
+        scale = tl.load(w_scale_tile)
         if QUANT:
-            row_scale = tl.load(a_scale_at + block) * scale
-            if SWAP:
-                acc += part * row_scale[None, :]
+            scale = tl.load(a_scale_tile + a_scale_at) * scale
+        added = ()  # a tuple that is carried over the loop is made anew
+        for part in tl.static_range(PARTS):
+            w = tl.load(w_tile + w_at[part])
+            product = _product(a, tl.trans(w), QUANT, FP8)
+            if QUANT:
+                product *= scale[:, None]
             else:
-                acc += part * row_scale[:, None]
+                product *= scale
+            added += (sums[part] + product,)
+        sums = added
+        a_tile += 128
+        w_tile += 128
+        a_scale_tile += 1
+        w_scale_tile += 1
+    y_tile = y_ptr + (split * num_rows + first_t).to(tl.int64) * N + first_n
+    for part in tl.static_range(PARTS):
+        of_part = part * COLUMNS + n
+        at = t[:, None] * N + of_part[None, :]
+        mask = t_ok[:, None] & (of_part < N - first_n)[None, :]
+        if PARTIAL:
+            tl.store(y_tile + at, sums[part], mask=mask)
         else:
-            acc += part * scale
-    if SWAP:
-        acc = tl.trans(acc)
-    at = t.to(tl.int64)[:, None] * N + n[None, :]
-    mask = t_ok[:, None] & n_ok[None, :]
-    if PARTIAL:
-        tl.store(y_ptr + split.to(tl.int64) * num_rows * N + at, acc, mask=mask)
-    else:
-        tl.store(y_ptr + at, to_bf16(acc), mask=mask)
+            tl.store(y_tile + at, to_bf16(sums[part]), mask=mask)
 
 
 @triton.jit

@@ -11,62 +11,62 @@ from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules, multiple, rule
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Scalar, Variant, Workspace, most_rows
 from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
-from seekforge.plugins.linear_tile import GROUP, PARTS, Tile, narrow_block
+from seekforge.plugins.linear_tile import GROUP, PARTS, Form, Tile, choose, narrow_block, row_limits
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("act_quant",)
-RULES: Final = (rule("in features", "K", multiple(128, "one FP8 block")),)
-NOTES: Final = ("out features any number below 2^31",)
+#: So that places inside of a tile have 32 bits.
+_BELOW: Final = (lambda value: value < 2**24, "below 2^24")
+RULES: Final = (
+    rule("in features", "K", multiple(128, "one FP8 block")),
+    rule("in features", "K", _BELOW),
+    rule("out features", "N", _BELOW),
+)
+NOTES: Final = ()
 
-#: Most rows of a call that is bound by its weight: each program has all rows and few out features, or K is split.
-SMALL_ROWS: Final = 64
+#: Most rows whose K is split.
+SPLIT_ROWS: Final = 2048
 #: Most rows that every program quantizes for itself: of more it costs more than the launch that it saves.
 QUANTIZE_IN_PLACE: Final = 4
-#: Thread blocks that a split call aims at (two per SM of an H100), and most splits.
-SPLIT_BLOCKS, MAX_SPLITS = 264, 16
 #: Rows per program of the quantizer, elements per program of the sum over splits.
 QUANTIZE_ROWS, COMBINE_BLOCK = 8, 1024
 
 
-def choose_splits(n: int, k: int) -> int:
-    """Return how many parts K is cut into when some rows are multiplied: a function of the weight alone."""
-    wanted = cdiv(SPLIT_BLOCKS, cdiv(n, 128))
-    return max(1, min(wanted, MAX_SPLITS, k // 128))
-
-
-def choose_tile(rows: int, n: int, k: int, sm: int) -> Tile:
-    """Return the tile of a product of `rows` tokens with a weight [n, k] on `sm`."""
+def choose_tile(rows: int, n: int, k: int, sm: int, *, quant: bool) -> Tile:
+    """Return the tile of a product of `rows` tokens, which are quantized or not, with a weight [n, k] on `sm`."""
     for block_t in _narrow_rows(sm):
         if rows <= block_t:
             return _narrow(block_t, narrow_block(n))
-    if rows <= SMALL_ROWS:
-        return _small(choose_splits(n, k))
-    return _large(sm)
+    return choose(_forms(rows, sm, quant=quant), rows, n, k // 128, split=rows <= SPLIT_ROWS)
 
 
 def _narrow_rows(sm: int) -> tuple[int, ...]:
     # of 64 rows mma.sync would bind the time where tcgen05 is, not the weight
-    return (2, QUANTIZE_IN_PLACE, 16, 32) if sm in (100, 103) else (2, QUANTIZE_IN_PLACE, 16, 32, SMALL_ROWS)
+    return (2, QUANTIZE_IN_PLACE, 16, 32) if sm in (100, 103) else (2, QUANTIZE_IN_PLACE, 16, 32, 64)
 
 
 def _narrow(block_t: int, block_n: int) -> Tile:
     return Tile(block_t, block_n, True, 1, PARTS, 3, PARTS)
 
 
-def _small(splits: int) -> Tile:
-    return Tile(SMALL_ROWS, 128, True, splits, 8, 4)
+def _forms(rows: int, sm: int, *, quant: bool) -> tuple[Form, ...]:
+    """Return the tiles that a product of many tokens may be cut into."""
+    small = Form(Tile(64, 128, False, 1, 4, 3), 2, 3)
+    # 99 KiB of shared memory; of rows that are not quantized weights are widened, which tiles of 128 do no faster
+    if rows <= 64 or not is_datacenter(sm) or not quant:
+        return (small,)
+    if sm == 90:
+        return (Form(Tile(128, 128, False, 1, 4, 3), 2, 5), small)
+    return (Form(Tile(128, 128, False, 1, 8, 3), 1, 3), small)
 
 
-def _large(sm: int) -> Tile:
-    if is_datacenter(sm):
-        return Tile(128, 128, False, 1, 8, 3)
-    # 99 KiB of shared memory, mma.sync
-    return Tile(64, 128, False, 1, 4 if has_fp8(sm) else 8, 3)
+def _quant(values: Mapping[str, Any]) -> bool:
+    return values["act_quant"] == "ue8m0"
 
 
-def _variant(tile: Tile) -> str:
+def _variant(tile: Tile, partial: bool) -> str:
     """Return the name of a tile's kernel: one of splits writes its parts in FP32."""
-    return tile.name + ("-split" if tile.splits > 1 else "")
+    return tile.name + ("-split" if partial else "")
 
 
 def check(statics: Mapping[str, Any]) -> None:
@@ -82,21 +82,22 @@ def quantizes(tile: Tile, act_quant: str) -> bool:
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     """Return the quantizer, every tile, and the sums over splits."""
-    quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
+    quant, fp8 = _quant(statics), has_fp8(sm)
     code = "*fp8e4nv" if fp8 else "*u8"
     result = []
     if quant:
         result.append(quantizer(sm))
     narrow = [_narrow(block_t, block_n) for block_t in _narrow_rows(sm) for block_n in (16, 32)]
-    split = [] if SMALL_ROWS in _narrow_rows(sm) else [_small(1), _small(2)]
-    for tile in (*narrow, *split, _large(sm)):
+    large = [form.tile for form in _forms(SPLIT_ROWS, sm, quant=quant)]
+    cuts = [(tile, False) for tile in narrow] + [(tile, partial) for tile in large for partial in (False, True)]
+    for tile, partial in cuts:
         in_place = quantizes(tile, statics["act_quant"])
         types = {
             "a_ptr": code if quant and not in_place else "*bf16",
             "a_scale_ptr": "*fp32",
             "w_ptr": code,
             "w_scale_ptr": "*fp32",
-            "y_ptr": "*fp32" if tile.splits > 1 else "*bf16",
+            "y_ptr": "*fp32" if partial else "*bf16",
             "num_rows": "i32",
             "N": "i32",
             "K": "i32",
@@ -106,18 +107,19 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             kernel = "narrow_kernel"
             constants |= {"PARTS": tile.parts, "QUANTIZE": in_place}
         else:
-            kernel = "linear_kernel"
+            kernel = "tile_kernel"
             types["splits"] = "i32"
-            constants |= {"GROUP": GROUP, "SWAP": tile.swap, "PARTIAL": tile.splits > 1}
+            # sums and a product of [128, 128] fill the registers of four warps
+            columns = 64 if tile.block_t == 128 and tile.num_warps == 4 else 128
+            constants |= {"COLUMNS": columns, "GROUP": GROUP, "PARTIAL": partial}
         result.append(
             Variant(
-                _variant(tile), kernel, types, constants, aligned=("K",),
+                _variant(tile, partial), kernel, types, constants, aligned=("K",),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
             )
         )  # fmt: skip
-    if split:
-        types = {"part_ptr": "*fp32", "y_ptr": "*bf16", "num_elements": "i64", "splits": "i32"}
-        result.append(Variant("combine", "combine_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
+    types = {"part_ptr": "*fp32", "y_ptr": "*bf16", "num_elements": "i64", "splits": "i32"}
+    result.append(Variant("combine", "combine_splits_kernel", types, {"BLOCK": COMBINE_BLOCK}))
     return tuple(result)
 
 
@@ -141,9 +143,9 @@ def quantize(x: Buffer, rows: int, k: int, workspace: Workspace) -> tuple[Launch
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return the scratch of the largest call, or of the largest whose K is split: the parts may take more than rows."""
-    rows, small = math.prod(bound["*lead"]), most_rows(SMALL_ROWS, bound["*lead"])
-    return max(_scratch(bound, rows, sm).size, _scratch(bound, small, sm).size)
+    """Return the scratch of the largest call, or of a smaller one whose K is split: parts may take more than rows."""
+    rows = {math.prod(bound["*lead"]), *(most_rows(limit, bound["*lead"]) for limit in row_limits(SPLIT_ROWS))}
+    return max(_scratch(bound, one, sm).size for one in rows)
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class _Scratch:
 
 def _scratch(bound: Mapping[str, Any], rows: int, sm: int) -> _Scratch:
     n, k = bound["N"], bound["K"]
-    workspace, tile = Workspace(), choose_tile(rows, n, k, sm)
+    workspace, tile = Workspace(), choose_tile(rows, n, k, sm, quant=_quant(bound))
     launch, a, a_scale = None, Buffer("x"), Buffer("weight_scale")  # scales of x are read of quantized rows alone
-    if bound["act_quant"] == "ue8m0" and not quantizes(tile, bound["act_quant"]):
+    if _quant(bound) and not quantizes(tile, bound["act_quant"]):
         launch, a, a_scale = quantize(a, rows, k, workspace)
     parts = workspace.take(4 * tile.splits * rows * n) if tile.splits > 1 else None
     return _Scratch(tile, workspace.size, launch, a, a_scale, parts)
@@ -189,7 +191,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     }
     if tile.parts == 1:
         arguments["splits"] = tile.splits
-    launches.append(Launch(_variant(tile), tile.grid(rows, n), arguments))
+    launches.append(Launch(_variant(tile, tile.splits > 1), tile.grid(rows, n), arguments))
     if scratch.parts is not None:
         sums: dict[str, Buffer | int | float] = {
             "part_ptr": scratch.parts,
