@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seekforge.runtime.block_table import BlockTable
@@ -43,6 +43,7 @@ def assert_same(packed: ModelInput, rows: list[Row]) -> None:
     assert packed.sampling == anew.sampling and np.array_equal(packed.first_logit, anew.first_logit)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.lists(st.tuples(st.sampled_from(["go", "skip", "chunk", "move", "drop"]), st.integers(0, 3)), max_size=12),
