@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from seekforge.common.errors import EngineError, RequestError
-from seekforge.formats.dump import Dump
+from seekforge.formats.dump import CHECKPOINT, NVFP4_EXPERTS, Dump
 from seekforge.formats.engine.manifest import load_manifest
 from seekforge.formats.parity_steps import make_plan
 from seekforge.formats.step_io import StepInputs
 from seekforge.runtime.cli import main as cli
-from seekforge.runtime.dump import write_dump
+from seekforge.runtime.dump import engine_side, write_dump
 
 
 class Results:
@@ -132,3 +132,10 @@ def test_the_engine_side_imports_no_torch() -> None:
     code = "import sys, seekforge.runtime.cli.dump; print([m for m in ('torch', 'onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_dump_of_an_engine_with_experts_in_nvfp4_says_so(tiny_engines: dict[str, Path]) -> None:
+    manifest = load_manifest(tiny_engines["exact"])
+    assert engine_side(manifest, "engine").weights == CHECKPOINT
+    nvfp4 = manifest.model_copy(update={"build": manifest.build | {"precision": "nvfp4"}})
+    assert engine_side(nvfp4, "engine").weights == NVFP4_EXPERTS

@@ -33,6 +33,8 @@ INDEX = "dump.json"
 _REMEMBERED = 512
 #: Weights of a side that has them as they are in the checkpoint.
 CHECKPOINT = "checkpoint"
+#: Weights of a side that has routed experts in NVFP4, as engines of precision nvfp4.
+NVFP4_EXPERTS = "nvfp4"
 
 _Word = Literal["F32", "I32", "I64"]
 _TYPES: dict[_Word, np.dtype] = {
@@ -49,8 +51,8 @@ class Side(Record):
         name: the engine's or checkpoint's folder name, for people.
         numerics: fields of `formats.numerics.Numerics`.
         activations: dtype that it computed in.
-        weights: int8 or int4 where an engine rounded its weights to codes, the smaller of both; else as the checkpoint
-            has them.
+        weights: int8 or int4 where an engine rounded its weights to codes, the smaller of both; nvfp4 where routed
+            experts are; else as the checkpoint has them.
         quantization: which of them are such codes; None: none.
         layers: [a, b) of the main model that it ran.
         config: the model's config.json.

@@ -45,7 +45,7 @@ def _some(value: str) -> str:
 
 
 #: Forms of the PyTorch model that are measured beside engines.
-FormName = Literal["exact", "fp8", "bf16", "kv_fp8", "kv_bf16", "nvfp4", "kv_nvfp4"]
+FormName = Literal["exact", "fp8", "bf16", "kv_fp8", "kv_bf16", "nvfp4", "nvfp4_experts", "kv_nvfp4"]
 TaskName = Annotated[str, _task]
 _Text = Annotated[str, _some]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from seekforge.common.errors import EngineError, RequestError
 from seekforge.common.requirements import onnxruntime_package
-from seekforge.formats.dump import CHECKPOINT, Dump, DumpWriter, Side
+from seekforge.formats.dump import CHECKPOINT, NVFP4_EXPERTS, Dump, DumpWriter, Side
 from seekforge.formats.engine.manifest import Manifest
 from seekforge.formats.parity_steps import ParitySteps, PlanStep
 from seekforge.formats.step_io import DUMPED_RESULTS, INTERMEDIATE_TENSORS, MTP, TOPK_INDICES, TOPK_INDICES_IN
@@ -37,9 +37,16 @@ def engine_side(manifest: Manifest, name: str) -> Side:
         layers=manifest.layer_range,
         config=manifest.config,
         versions=versions,
-        weights=CHECKPOINT if manifest.quantization is None else manifest.quantization.smallest,
+        weights=_weights(manifest),
         quantization=manifest.quantization,
     )
+
+
+def _weights(manifest: Manifest) -> str:
+    """Return how an engine has its weights, as `Side.weights` says it."""
+    if manifest.quantization is not None:
+        return manifest.quantization.smallest
+    return NVFP4_EXPERTS if manifest.build.get("precision") == NVFP4_EXPERTS else CHECKPOINT
 
 
 def model_size(manifest: Manifest, key: str) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from seekforge.common.errors import ConfigError, OptionError, OutputError
@@ -23,7 +24,7 @@ from seekforge.exporter.parity.sides.transformers import check_installed, write_
 from seekforge.exporter.parity.torch_walks import Walker, sensitivity, without
 from seekforge.exporter.parity.write_self_check import stored_step
 from seekforge.formats.checkpoint.model_config import ModelConfig
-from seekforge.formats.dump import Dump
+from seekforge.formats.dump import NVFP4_EXPERTS, Dump, Side
 from seekforge.formats.engine.manifest import MANIFEST
 from seekforge.formats.numerics import EXACT, NUMERICS, Numerics, numerics_from_dict
 from seekforge.formats.parity_steps import ParitySteps
@@ -55,7 +56,12 @@ def from_engine(engine: Path, options: ParityOptions, work: Path, stages: Say) -
         has_mtp=all("mtp" in one.manifest.graphs for one in sides),
         longest=min(one.manifest.limits.max_model_len for one in sides),
     )
-    settings = Settings(config, numerics_of(options, manifest.numerics), manifest.build.get("activations", "bf16"))
+    settings = Settings(
+        config,
+        numerics_of(options, manifest.numerics),
+        manifest.build.get("activations", "bf16"),
+        nvfp4_experts=manifest.build.get("precision") == NVFP4_EXPERTS,
+    )
     if options.write_self_check:
         _check_storable(side, options, plan)
     (work / "plan.json").write_text(plan.model_dump_json(), encoding="utf-8")
@@ -116,7 +122,7 @@ def _sensitivity(
     """Run each layer alone in the engine's numerics, the others in the reference's (exact, where both are the same)."""
     settings = walker.settings
     start, stop = layers or (0, settings.config.num_hidden_layers)
-    exact = Walker(Settings(settings.config, base, settings.activations), walker.source, walker.name, walker.progress)
+    exact = Walker(replace(settings, numerics=base), walker.source, walker.name, walker.progress)
     return sensitivity(exact, plan, other=other, work=work, layers=range(start, stop))
 
 
@@ -157,12 +163,18 @@ def _two_engines(
             walk.mkdir()
             name = real_path(options.checkpoint).name
             records = Walker(settings, source, name, stages).judge_dump(dumps[0], walk, sides[0].ranks)
-            other = Settings(settings.config, numerics[1], dumps[1].side.activations)  # pyright: ignore
+            other = _settings_of(dumps[1].side, settings.config, numerics[1])
             records += Walker(other, source, name, stages).judge_only(dumps[1], ranks=sides[1].ranks)
             noise = (Dump.open(walk / "noise"), Dump.open(walk / "reference"))
     stages("compare")
     same = numerics[0] == numerics[1]
     return conclude(dumps[0], dumps[1], noise, records, same=same, max_kl=options.max_kl, notes=notes, num_runs=2)
+
+
+def _settings_of(side: Side, config: ModelConfig, numerics: Numerics) -> Settings:
+    """Return how PyTorch computes beside the maker of a dump: with its types and its weights."""
+    nvfp4 = side.weights == NVFP4_EXPERTS
+    return Settings(config, numerics, side.activations, nvfp4_experts=nvfp4)  # pyright: ignore
 
 
 def from_dumps(folders: Sequence[Path], options: ParityOptions, work: Path, stages: Say) -> Result:
@@ -177,7 +189,7 @@ def from_dumps(folders: Sequence[Path], options: ParityOptions, work: Path, stag
         raise OptionError("one --from-dump needs --checkpoint, or a second --from-dump to compare with")
     (work / "plan.json").write_text(judged.plan.model_dump_json(), encoding="utf-8")
     config = ModelConfig.parse(judged.side.config, str(folders[0]))
-    settings = Settings(config, numerics_of(options, judged.side.numerics), judged.side.activations)  # pyright: ignore
+    settings = _settings_of(judged.side, config, numerics_of(options, judged.side.numerics))
     records: list[OpRecord] = []
     noise: Noise | None = None
     notes: list[str] = []

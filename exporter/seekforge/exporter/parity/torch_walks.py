@@ -17,7 +17,7 @@ from seekforge.exporter.parity.sides.rank_dump import RankDump
 from seekforge.exporter.parity.sides.torch_reference import Reference
 from seekforge.exporter.parity.sides.torch_streams import NOISE_POINTS, Stream
 from seekforge.exporter.tolerances import PERTURBATION, PERTURBATION_BF16
-from seekforge.formats.dump import Dump, DumpWriter, Side
+from seekforge.formats.dump import CHECKPOINT, NVFP4_EXPERTS, Dump, DumpWriter, Side
 from seekforge.formats.numerics import Numerics, numerics_from_dict
 from seekforge.formats.parity_steps import ParitySteps, step_inputs
 from seekforge.formats.step_io import INTERMEDIATE_TENSORS
@@ -38,6 +38,7 @@ def torch_side(settings: Settings, name: str, layers: tuple[int, int]) -> Side:
         layers=layers,
         config=settings.config.model_dump(mode="json"),
         versions={"torch": importlib.metadata.version("torch")},
+        weights=NVFP4_EXPERTS if settings.nvfp4_experts else CHECKPOINT,
     )
 
 

@@ -14,7 +14,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-def _values(rows: Tensor, scale: Tensor) -> Tensor:
+def nvfp4_values(rows: Tensor, scale: Tensor) -> Tensor:
     """Return the values [E, N, K] f32 of NVFP4 rows [E, N, 9 K / 16] int8 and what multiplies their 128×128 blocks."""
     values = torch.from_numpy(from_rows(rows.cpu().numpy())).to(rows.device)
     return values * scale.repeat_interleave(FP8_BLOCK, 1).repeat_interleave(FP8_BLOCK, 2)
@@ -44,7 +44,7 @@ def moe_experts(
     Source: HF inference/model.py, `MoE.forward`.
     """
     if w13.shape[-1] != x.shape[-1]:
-        w13, w2 = _values(w13, w13_scale), _values(w2, w2_scale)
+        w13, w2 = nvfp4_values(w13, w13_scale), nvfp4_values(w2, w2_scale)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in expert_ids[expert_ids >= 0].unique().tolist():
         rows, column = torch.nonzero(expert_ids == expert, as_tuple=True)

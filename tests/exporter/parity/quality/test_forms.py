@@ -13,7 +13,7 @@ from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings
-from seekforge.exporter.parity.quality.forms import FORMS
+from seekforge.exporter.parity.quality.forms import FORMS, WeightSizes
 from seekforge.exporter.parity.quality.torch_run import run_rows
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
@@ -58,6 +58,26 @@ def test_nvfp4_weights_are_the_checkpoints_rounded_along_k(checkpoint: Path, con
         assert torch.equal(layers["1"].mlp.gate.weight, exact["1"].mlp.gate.weight)
 
 
+def test_nvfp4_experts_are_what_engines_make_of_fp8_blocks_and_nothing_else_changes(
+    checkpoint: Path, config: ModelConfig
+) -> None:
+    with Checkpoint.open(checkpoint) as source:
+        layers = FORMS["nvfp4_experts"].session(config, source).module().layers
+        exact = TorchSession(Settings(config, EXACT), source).module().layers
+        parts = [f"model.layers.2.mlp.experts.3.{name}_proj.weight" for name in ("gate", "up")]
+        stored = np.concatenate([source.tensor(name) for name in parts])
+        scales = np.concatenate([source.tensor(f"{name}_scale_inv") for name in parts])
+    steps = nvfp4.second_scales(scales).repeat(128, 0).repeat(128, 1)
+    w13 = nvfp4.from_rows(nvfp4.rows_of_fp8(stored)) * steps
+    assert np.array_equal(layers["2"].mlp.experts.w13[3], w13)
+    changed = {
+        name
+        for (name, a), (_, b) in zip(layers.named_parameters(), exact.named_parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed == {f"{layer}.mlp.experts.{name}" for layer in (1, 2) for name in ("w13", "w2")}
+
+
 def test_caches_hold_what_their_form_can_hold(checkpoint: Path, config: ModelConfig) -> None:
     rank = config.kv_lora_rank
     with Checkpoint.open(checkpoint) as source:
@@ -77,7 +97,9 @@ def test_bytes_are_those_of_the_layouts(config: ModelConfig) -> None:
     assert bytes_of["exact"] == 4 * (128 + 64 + 128) * 4 and bytes_of["kv_bf16"] * 2 == bytes_of["exact"]
     assert bytes_of["fp8"] == bytes_of["kv_fp8"] == 4 * (128 + 4 + 2 * 64 + 132)
     assert bytes_of["kv_nvfp4"] == 4 * (128 * 0.5625 + 2 * 64 + 132)
-    assert FORMS["exact"].weight_bytes(1600, 30, 4) == 1634 and FORMS["nvfp4"].weight_bytes(1600, 30, 4) == 930
+    sizes = WeightSizes(fp8=1600, experts=800, others=30, scales=4)
+    assert FORMS["exact"].weight_bytes(sizes) == 1634 and FORMS["nvfp4"].weight_bytes(sizes) == 930
+    assert FORMS["nvfp4_experts"].weight_bytes(sizes) == 1634 - 800 * 7 / 16
 
 
 def test_layers_that_share_an_indexers_choice_cache_no_keys_of_it() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from seekforge.exporter.models.shared.layers import LinearF32, Mlp, SumRanks, weight
 from seekforge.exporter.models.shared.settings import Settings
 from seekforge.formats.numerics import FP8_BLOCK
+from seekforge.formats.quantization.nvfp4 import row_bytes
 from seekforge.plugins.moe_experts.op import moe_experts
 from seekforge.plugins.moe_route.op import moe_route
 
@@ -26,7 +27,7 @@ class Gate(LinearF32):
 
 
 class Experts(nn.Module):
-    """Stacked expert weights: w13 [E, gate | up, hidden], w2 [E, hidden, inter]."""
+    """Stacked expert weights: w13 [E, gate | up, hidden], w2 [E, hidden, inter]; or rows of NVFP4, int8."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -35,9 +36,11 @@ class Experts(nn.Module):
         hidden = config.hidden_size
         experts, inter = settings.rank.n_routed_experts, settings.rank.moe_intermediate_size
         h, i = hidden // FP8_BLOCK, inter // FP8_BLOCK
-        self.w13 = weight(experts, 2 * inter, hidden, dtype=settings.weight_dtype)
+        nvfp4 = settings.nvfp4_experts
+        dtype = torch.int8 if nvfp4 else settings.weight_dtype
+        self.w13 = weight(experts, 2 * inter, row_bytes(hidden) if nvfp4 else hidden, dtype=dtype)
         self.w13_scale = weight(experts, 2 * i, h, dtype=torch.float32)
-        self.w2 = weight(experts, hidden, inter, dtype=settings.weight_dtype)
+        self.w2 = weight(experts, hidden, row_bytes(inter) if nvfp4 else inter, dtype=dtype)
         self.w2_scale = weight(experts, h, i, dtype=torch.float32)
 
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Settings:
         parallelism: how ranks share the model; parameters and graph are those of one of them.
         quantization: which weights are codes, as in an int8 or int4 engine; None: none.
         caches: dtype of the caches; None takes that of the activations.
+        nvfp4_experts: whether routed experts are rows of NVFP4, as in engines of precision nvfp4.
         form: absorbed (what engines run) or naive attention (spec §3.4); only absorbed can be exported.
     """
 
@@ -37,6 +38,7 @@ class Settings:
     parallelism: Parallelism = ONE_RANK
     quantization: Quantization | None = None
     caches: Literal["f32", "bf16"] | None = None
+    nvfp4_experts: bool = False
 
     @property
     def rank(self) -> RankSizes:

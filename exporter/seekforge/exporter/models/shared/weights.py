@@ -14,6 +14,7 @@ from seekforge.common.errors import ProgramError
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import Parameter, Tensor, recipes_of
 from seekforge.exporter.models.shared.model import MtpModel, StepModel
+from seekforge.exporter.models.shared.moe import Experts
 from seekforge.formats.checkpoint.model_config import ModelConfig, RopeScaling
 from seekforge.formats.int_quant import quantized_recipes
 from seekforge.formats.weight_recipes import (
@@ -23,9 +24,12 @@ from seekforge.formats.weight_recipes import (
     evaluate,
     expert_map,
     hadamard_table,
+    nvfp4_rows,
+    nvfp4_scales,
     rope_table,
     vocab_start,
 )
+from seekforge.plugins.moe_experts.reference import nvfp4_values
 from seekforge.plugins.quant import dequantize_weight
 from seekforge.plugins.torch_ops import DTYPE_NAMES
 
@@ -33,6 +37,10 @@ from seekforge.plugins.torch_ops import DTYPE_NAMES
 _COPY = "checked equal when weights are read, stored once"
 #: Most bytes of f32 that `widen_weights` makes of one module: layers of 671B stay as they are.
 WIDE_BYTES = 512 << 20
+
+
+#: Ends of the names of what has rows of NVFP4 where settings say so.
+_EXPERTS = (".experts.w13", ".experts.w2")
 
 
 def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
@@ -71,6 +79,10 @@ def recipes(model: StepModel | MtpModel) -> dict[str, Recipe]:
         table |= made(family.mtp_parameters(), family.layer_tensors(config, layer), f"model.layers.{layer}.", "")
     if model.settings.quantization is not None:
         table = quantized_recipes(table, model.settings.quantization)
+    if model.settings.nvfp4_experts:
+        table |= {name: nvfp4_rows(recipe) for name, recipe in table.items() if name.endswith(_EXPERTS)}
+        scales = tuple(f"{name}_scale" for name in _EXPERTS)
+        table |= {name: nvfp4_scales(recipe) for name, recipe in table.items() if name.endswith(scales)}
     result = {}
     for name, parameter in model.named_parameters():
         recipe = table.get(name)
@@ -101,20 +113,22 @@ def load_weights(model: StepModel | MtpModel, source: TensorSource) -> None:
 def widen_weights(module: nn.Module) -> None:
     """Dequantize the FP8 weights of a module once, and not in each of its products; none if all take too much memory.
 
-    Nothing else changes, to the bit: the products make the same values of FP8 weights whenever they are called, and
-    take f32 weights, whose scales are 1, as they are.
+    Nothing else changes, to the bit: the products make the same values of FP8 weights, and of rows of NVFP4, whenever
+    they are called, and take f32 weights, whose scales are 1, as they are.
     """
     narrow = [
         (owner, name, weight)
         for owner in module.modules()
         for name, weight in owner.named_parameters(recurse=False)
-        if weight.dtype == torch.float8_e4m3fn
+        if weight.dtype == torch.float8_e4m3fn or (isinstance(owner, Experts) and weight.dtype == torch.int8)
     ]
     if sum(weight.numel() * torch.float32.itemsize for _, _, weight in narrow) > WIDE_BYTES:
         return
     for owner, name, weight in narrow:
         scale = owner.get_parameter(f"{name}_scale")
-        if weight.dim() == 2:
+        if weight.dtype == torch.int8:
+            wide = nvfp4_values(weight, scale)
+        elif weight.dim() == 2:
             wide = dequantize_weight(weight, scale)
         else:  # of experts
             wide = torch.stack([dequantize_weight(*pair) for pair in zip(weight, scale, strict=True)])

@@ -18,6 +18,7 @@ from seekforge.exporter.parity.compare.metrics import row_errors
 from seekforge.exporter.parity.engine_copy import DENSE_PART
 from seekforge.exporter.parity.sides.rank_dump import RankDump
 from seekforge.exporter.parity.sides.torch_streams import Judged
+from seekforge.formats.quantization import nvfp4
 
 _LOGITS: Final = "logits"
 Rows = Callable[[np.ndarray], np.ndarray]
@@ -116,8 +117,12 @@ def _weights_of(module: nn.Module, place: int, num_ranks: int, *, is_dealt: bool
     parameter = getattr(module, "w2" if has_experts else "weight")
     whole: Tensor = parameter.data
     axis = 0 if has_experts and is_dealt else whole.dim() - 1
-    size = whole.shape[axis] // num_ranks
+    width = whole.shape[axis]
     part = torch.zeros(whole.shape, dtype=torch.float32).to(whole.dtype)
+    if isinstance(module, Experts) and whole.dtype == torch.int8 and axis:  # rows of NVFP4: scales stand behind codes
+        width = width * nvfp4.BLOCK // 2 // nvfp4.row_bytes(nvfp4.BLOCK)
+        part[..., width:] = whole[..., width:]
+    size = width // num_ranks
     part.narrow(axis, place * size, size).copy_(whole.narrow(axis, place * size, size))
     parameter.data = part
     try:

@@ -21,7 +21,7 @@ from seekforge.common.requirements import own_version
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.exporter.parity.inputs import check_config, open_source
-from seekforge.exporter.parity.quality.forms import FORMS
+from seekforge.exporter.parity.quality.forms import FORMS, WeightSizes
 from seekforge.exporter.parity.quality.recall import Choices, Recall, measure_recall
 from seekforge.exporter.parity.quality.torch_run import run_rows
 from seekforge.exporter.quality import EncodedTasks, encode, run_engine
@@ -200,18 +200,19 @@ def _open(folder: Path, name: str) -> _Engine:
     return _Engine(folder, manifest, name)
 
 
-def _sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Return values in FP8, bytes of other weights, bytes of scales."""
-    fp8 = others = scales = 0
+def _sizes(checkpoint: Checkpoint) -> WeightSizes:
+    """Return what a checkpoint holds."""
+    fp8 = experts = others = scales = 0
     for name in checkpoint.names:
         info = checkpoint.info(name)
         if info.dtype == "f8e4m3":
             fp8 += info.num_bytes
+            experts += info.num_bytes if ".mlp.experts." in name else 0
         elif name.endswith("_scale_inv"):
             scales += info.num_bytes
         else:
             others += info.num_bytes
-    return fp8, others, scales
+    return WeightSizes(fp8, experts, others, scales)
 
 
 def _watched(rows: Sequence[RunRow], index_topk: int | None) -> list[int]:
@@ -234,12 +235,11 @@ def _measure_form(
     source: TensorSource,
     encoded: EncodedTasks,
     ends: tuple[int, ...],
-    sizes: tuple[int, int, int],
+    sizes: WeightSizes,
     stages: Stages,
 ) -> QualityEntry:
     form = FORMS[name]
     completions, nll_sums = run_rows(form.session(config, source), encoded.rows, ends, say=stages.update)
-    fp8, others, scales = sizes
     return QualityEntry(
         name=name,
         kind="reference",
@@ -248,7 +248,7 @@ def _measure_form(
         numerics=form.numerics.name,
         weights=form.weights,
         caches=form.caches,
-        weight_bytes=form.weight_bytes(fp8, others, scales),
+        weight_bytes=form.weight_bytes(sizes),
         cache_bytes_per_token=form.cache_bytes(config),
         tasks=encoded.score(completions, nll_sums, ends),
     )

@@ -27,6 +27,23 @@ from seekforge.plugins.quant import INDEX_KEY_BYTES, dequantize_weight, latent_r
 
 
 @dataclass(frozen=True)
+class WeightSizes:
+    """What a checkpoint holds.
+
+    Attributes:
+        fp8: values in FP8.
+        experts: those of them that are of routed experts.
+        others: bytes of those in other types, without scales.
+        scales: bytes of the scales of FP8 values.
+    """
+
+    fp8: int
+    experts: int
+    others: int
+    scales: int
+
+
+@dataclass(frozen=True)
 class Form:
     """How the PyTorch model computes.
 
@@ -35,19 +52,22 @@ class Form:
         numerics: roundings of the model's own.
         activations: dtype of activations.
         caches: how caches are stored.
-        weights: how the weights are that a checkpoint has in FP8.
+        weights: how the weights are that a checkpoint has in FP8; nvfp4_experts: routed experts in NVFP4, as engines
+            for Blackwell hold them.
     """
 
     does: str
     numerics: Numerics = EXACT
     activations: Literal["f32", "bf16"] = "f32"
     caches: Literal["f32", "bf16", "fp8", "nvfp4"] = "f32"
-    weights: Literal["fp8", "nvfp4"] = "fp8"
+    weights: Literal["fp8", "nvfp4", "nvfp4_experts"] = "fp8"
 
     def session(self, config: ModelConfig, source: TensorSource) -> TorchSession:
         """Return the model in this form; `source` must stay open."""
         dtype = self.caches if self.caches == "bf16" else None
-        return _FormSession(self, Settings(config, self.numerics, self.activations, caches=dtype), source)
+        experts = self.weights == "nvfp4_experts"
+        settings = Settings(config, self.numerics, self.activations, caches=dtype, nvfp4_experts=experts)
+        return _FormSession(self, settings, source)
 
     def cache_bytes(self, config: ModelConfig) -> float:
         """Return the bytes of one cached token, over all layers and the MTP layer."""
@@ -55,15 +75,12 @@ class Form:
         layers = range(config.num_hidden_layers + (config.mtp_layer is not None))
         return sum(_CACHE_BYTES[self.caches](config, caches(config, layer)) for layer in layers)
 
-    def weight_bytes(self, num_fp8: int, num_others: int, num_scales: int) -> float:
-        """Return the bytes of all weights.
-
-        Args:
-            num_fp8: values that the checkpoint has in FP8.
-            num_others: bytes of those that it has in other types, without scales.
-            num_scales: bytes of the scales of FP8 values.
-        """
-        return num_fp8 * nvfp4.BITS / 8 + num_others if self.weights == "nvfp4" else num_fp8 + num_scales + num_others
+    def weight_bytes(self, sizes: WeightSizes) -> float:
+        """Return the bytes of all weights."""
+        if self.weights == "nvfp4":
+            return sizes.fp8 * nvfp4.BITS / 8 + sizes.others
+        saved = sizes.experts * (1 - nvfp4.BITS / 8) if self.weights == "nvfp4_experts" else 0
+        return sizes.fp8 + sizes.scales + sizes.others - saved
 
 
 FORMS: Final[dict[FormName, Form]] = {
@@ -73,6 +90,7 @@ FORMS: Final[dict[FormName, Form]] = {
     "kv_fp8": Form("FP8 caches", numerics=replace(EXACT, kv_fp8=True, hadamard=True, indexer_fp8=True), caches="fp8"),
     "kv_bf16": Form("BF16 caches", caches="bf16"),
     "nvfp4": Form("NVFP4 weights (reference, no engine)", weights="nvfp4"),
+    "nvfp4_experts": Form("NVFP4 routed experts, as engines of precision nvfp4 hold them", weights="nvfp4_experts"),
     "kv_nvfp4": Form(
         "NVFP4 latent cache, FP8 indexer keys (reference, no engine)",
         numerics=replace(EXACT, hadamard=True, indexer_fp8=True),
