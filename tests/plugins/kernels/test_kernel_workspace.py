@@ -128,7 +128,7 @@ def candidates(op: str, fixed: dict[str, Any], largest: Sizes) -> list[Sizes]:
     """The sizes among which an operator's plans are greediest, found by trying and not by its own arithmetic."""
     b, q, mb = largest["B"], largest["Q"], largest["MB"]
     most = {64, *(128 // splits for splits in range(1, 9))}  # rows up to which calls are split into so many parts
-    if op == "DsaAttention":  # parts are as many as take the least waves
+    if op in ("DsaAttention", "MlaAttention"):  # each number of rows has parts of its own
         most = set(range(1, 129))
     rows = [(x, min(q, n // x)) for x in range(1, min(b, 128) + 1) for n in most if n >= x]
     if op in ("BlockFp8Linear", "Bf16Linear"):  # each number of tiles has splits of its own
