@@ -22,8 +22,9 @@ from tests.support.served import alive
 
 PYTHON = os.environ.get("SEEKFORGE_RAY_PYTHON") or (sys.executable if importlib.util.find_spec("ray") else "")
 ABSENT = "ray is not installed; SEEKFORGE_RAY_PYTHON names a Python with it"
-#: Commands of processes that belong to an engine.
-_OURS = ("server.engine_process", "seekforge.runtime.ray.rank", "ranks.worker")
+#: Words in the commands of an engine's process, and of another rank's.
+ENGINE, RANK = "server.engine_process", "seekforge.runtime.ray.rank"
+_OURS = (ENGINE, RANK, "ranks.worker")
 #: Starts nodes with so many cores each, says where they are, and waits to be ended.
 _NODES = """
 import signal, sys
@@ -57,7 +58,7 @@ class Served:
 
     def replicas(self) -> list[int]:
         """Return the actors that have an engine's process below them."""
-        return sorted({parent_of(pid) for pid in self.processes(_OURS[0])} - {0})
+        return sorted({parent_of(pid) for pid in self.processes(ENGINE)} - {0})
 
     def processes(self, word: str) -> list[int]:
         """Return the processes that are there and whose command has a word."""

@@ -19,13 +19,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason=ABSENT)]
 PROMPTS = [[5 + i, 9, 20 + 3 * i, 7] for i in range(4)]
 #: Starts a head, puts a Serve config to its dashboard, and says so when all of it runs.
 _HEAD = """
-import json, signal, subprocess, sys, time
+import json, signal, subprocess, sys, tempfile, time
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 config, port, dashboard, agent = sys.argv[1:]
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 words = ["--head", "--block", "--num-cpus", "4", "--port", port, "--dashboard-port", dashboard]
 words += ["--dashboard-agent-listen-port", agent, "--min-worker-port", "0", "--max-worker-port", "0"]
+folder = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)  # nobody else looks for a cluster there
+words += ["--temp-dir", folder.name]
 head = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", "start", *words], stdout=sys.stderr)
 address = f"http://127.0.0.1:{dashboard}/api/serve/applications/"
 def asked(method, body=None):
@@ -48,6 +50,7 @@ try:
 finally:
     head.terminate()
     head.wait(30)
+    folder.cleanup()
 """
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.rank_engines import rank_engine
-from tests.support.ray_served import ABSENT, PYTHON, serving, variables_of
+from tests.support.ray_served import ABSENT, ENGINE, PYTHON, RANK, serving, variables_of
 from tests.support.replicas import Load, check_after_kill, completion, expected_texts, wait_until
 
 from seekforge.formats.parallelism import Parallelism
@@ -18,7 +18,6 @@ from seekforge.formats.parallelism import Parallelism
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason=ABSENT)]
 PROMPTS = [[5 + i, 9, 20 + 3 * i, 7] for i in range(8)]
 MODEL = "toy"
-ENGINE, RANK = "server.engine_process", "seekforge.runtime.ray.rank"
 
 
 def test_a_replica_that_is_killed_under_load_loses_what_was_on_it(toy_engine: Path, tmp_path: Path) -> None:

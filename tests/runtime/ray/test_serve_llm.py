@@ -8,14 +8,19 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import yaml
-from tests.support.ray_served import running
+from tests.support.rank_engines import rank_engine
+from tests.support.ray_served import RANK, Served, running
 from tests.support.replicas import Load, check_after_kill, completion, expected_texts, free_port, wait_until
+
+from seekforge.formats.parallelism import Parallelism
 
 PYTHON = os.environ.get("SEEKFORGE_RAY_LLM_PYTHON", "")
 pytestmark = [
@@ -34,7 +39,7 @@ os.dup2(2, 1)  # vLLM speaks on stdout
 import ray, yaml
 from ray import serve
 (application,) = yaml.safe_load(open(sys.argv[1]))["applications"]
-ray.init(num_cpus=8, include_dashboard=False)
+ray.init("local", num_cpus=8, include_dashboard=False)
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 module, _, name = application["import_path"].partition(":")
 app = getattr(importlib.import_module(module), name)(application["args"])
@@ -49,7 +54,7 @@ finally:
 """
 
 
-def shown_config(engine: Path) -> dict[str, Any]:
+def shown_config(engine: Path, num_replicas: int = 2) -> dict[str, Any]:
     """Return the Serve config that docs/deploy.md shows, of another engine."""
     page = (Path(__file__).parents[3] / "docs/deploy.md").read_text(encoding="utf-8")
     shown = page.partition("### Ray Serve LLM")[2].partition("```yaml\n")[2].partition("```")[0]
@@ -57,17 +62,25 @@ def shown_config(engine: Path) -> dict[str, Any]:
     (llm_config,) = config["applications"][0]["args"]["llm_configs"]
     assert llm_config["model_loading_config"]["model_id"] == MODEL
     llm_config["model_loading_config"]["model_source"] = str(engine)
-    llm_config["engine_kwargs"] |= {"max_model_len": 2048, "kv_cache_memory": 1 << 22}
+    llm_config["engine_kwargs"] |= {"max_model_len": 256, "kv_cache_memory": 1 << 22}
+    llm_config["deployment_config"]["num_replicas"] = num_replicas
     return config
+
+
+@contextmanager
+def serving(config: dict[str, Any], tmp_path: Path) -> Iterator[Served]:
+    """Serve what a Serve config says."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with running([PYTHON, "-c", _SERVE, str(path), str(free_port())], tmp_path) as served:
+        yield served
 
 
 def test_replicas_answer_openais_client_and_one_that_is_killed_loses_what_was_on_it(
     chat_engine: Path, tmp_path: Path
 ) -> None:
     texts = expected_texts(chat_engine, PROMPTS)
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(shown_config(chat_engine)), encoding="utf-8")
-    with running([PYTHON, "-c", _SERVE, str(config), str(free_port())], tmp_path) as served:
+    with serving(shown_config(chat_engine), tmp_path) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
         assert [model.id for model in client.models.list()] == [MODEL]
         for prompt, text in zip(PROMPTS, texts, strict=True):
@@ -106,3 +119,26 @@ def test_replicas_answer_openais_client_and_one_that_is_killed_loses_what_was_on
             load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
         failed = check_after_kill(load.answers, texts, killed)
         assert len(failed) <= load.num_clients
+
+
+def test_a_rank_of_a_replica_is_on_its_bundle_and_one_that_is_lost_ends_the_replica(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    engine = rank_engine(tiny_checkpoint, Parallelism(tp=2), tmp_path_factory)
+    prompts, max_tokens = PROMPTS[:2], 8
+    texts = expected_texts(engine, prompts, max_tokens)
+    with serving(shown_config(engine, num_replicas=1), tmp_path) as served:
+
+        def answers() -> list[str]:
+            try:
+                return [completion(served.url, MODEL, prompt, max_tokens) for prompt in prompts]
+            except OSError:  # until Ray has noticed, or while the next replica loads
+                return []
+
+        assert answers() == texts
+        (first,) = served.replicas()
+        (rank,) = served.processes(RANK)
+        os.kill(rank, signal.SIGKILL)
+        wait_until(lambda: first not in served.replicas(), 60)
+        wait_until(lambda: answers() == texts, 120)
+        assert len(served.replicas()) == len(served.processes(RANK)) == 1

@@ -85,8 +85,9 @@ def ray(
             "drain_s": drain_timeout,
         }
     )
+    # without an address Ray would look for a cluster of this machine, which may have ended
     ray_library.init(
-        address=address, log_to_driver=not (quiet or as_json), include_dashboard=None if address else False
+        address=address or "local", log_to_driver=not (quiet or as_json), include_dashboard=None if address else False
     )
     try:
         serve.start(http_options={"host": host, "port": port})
