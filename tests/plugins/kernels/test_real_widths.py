@@ -7,6 +7,10 @@ minute, and is marked slow).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,7 @@ from tests.support.kernel_cases import packed_index, packed_latents
 from torch import Tensor
 
 from seekforge.exporter.checkpoint.presets import load_preset
+from seekforge.formats.quantization.nvfp4 import row_bytes, rows_of_fp8
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.kernels.launch_plan import statics_of
 from seekforge.plugins.kernels.sizes import operators
@@ -22,16 +27,17 @@ from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.testing import Case, Draw
 
 SIZES = operators(load_preset("full").config)
+NVFP4_SIZES = operators(load_preset("full").config, nvfp4_experts=True)
 
 
-def check(case: Case, *, changed: tuple[str, ...] = ()) -> None:
+def check(case: Case, *, changed: tuple[str, ...] = (), sizes: Mapping[str, Any] = SIZES, sm: int = 90) -> None:
     """Run a case that has the model's statics (all but `changed`), and compare; then a result that is 1 % off."""
     statics = statics_of(case.op, case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs))
-    wanted = statics_of(case.op, SIZES[case.op])
+    wanted = statics_of(case.op, sizes[case.op])
     assert {name: v for name, v in statics.items() if name not in changed} == {
         name: v for name, v in wanted.items() if name not in changed
     }
-    got, want = interpret(case.op, case.inputs, case.attrs, sm=90), case.expected()
+    got, want = interpret(case.op, case.inputs, case.attrs, sm=sm), case.expected()
     right, error = judge(case, got, want)
     assert right, error
     if case.op not in ("DsaCacheWrite", "DsaIndexer"):
@@ -155,6 +161,20 @@ def experts_case(inner: int, chosen: tuple[int, ...]) -> Case:
 
 def test_experts_but_for_their_inner_width() -> None:
     check(experts_case(128, (255, 3)), changed=("I2",))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of a gate far below 0
+def test_experts_in_nvfp4_but_for_their_inner_width() -> None:
+    chosen = (255, 3)
+    case = experts_case(128, chosen)
+    inputs = list(case.inputs)
+    for index in (3, 5):
+        rows = torch.zeros(*inputs[index].shape[:2], row_bytes(inputs[index].shape[2]), dtype=torch.int8)
+        for expert in chosen:
+            values = inputs[index][expert].view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+            rows[expert] = torch.from_numpy(rows_of_fp8(values))
+        inputs[index] = rows
+    check(Case("MoeExperts", "nvfp4", tuple(inputs), case.attrs), changed=("I2",), sizes=NVFP4_SIZES, sm=100)
 
 
 @pytest.mark.slow

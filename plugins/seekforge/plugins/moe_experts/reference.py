@@ -15,9 +15,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def nvfp4_values(rows: Tensor, scale: Tensor) -> Tensor:
-    """Return the values [E, N, K] f32 of NVFP4 rows [E, N, 9 K / 16] int8 and what multiplies their 128×128 blocks."""
+    """Return the values [..., N, K] f32 of NVFP4 rows [..., N, 9 K / 16] int8 and what multiplies 128×128 blocks."""
     values = torch.from_numpy(from_rows(rows.cpu().numpy())).to(rows.device)
-    return values * scale.repeat_interleave(FP8_BLOCK, 1).repeat_interleave(FP8_BLOCK, 2)
+    return values * scale.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
 
 
 def moe_experts(
@@ -43,12 +43,14 @@ def moe_experts(
 
     Source: HF inference/model.py, `MoE.forward`.
     """
-    if w13.shape[-1] != x.shape[-1]:
-        w13, w2 = nvfp4_values(w13, w13_scale), nvfp4_values(w2, w2_scale)
+    is_nvfp4 = w13.shape[-1] != x.shape[-1]
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in expert_ids[expert_ids >= 0].unique().tolist():
         rows, column = torch.nonzero(expert_ids == expert, as_tuple=True)
-        hidden = swiglu(block_fp8_linear(x[rows], w13[expert], w13_scale[expert], act_quant))
-        out = block_fp8_linear(hidden, w2[expert], w2_scale[expert], act_quant)
+        gate_up, down = w13[expert], w2[expert]
+        if is_nvfp4:
+            gate_up, down = nvfp4_values(gate_up, w13_scale[expert]), nvfp4_values(down, w2_scale[expert])
+        hidden = swiglu(block_fp8_linear(x[rows], gate_up, w13_scale[expert], act_quant))
+        out = block_fp8_linear(hidden, down, w2_scale[expert], act_quant)
         y[rows] += out.float() * expert_weights[rows, column, None]
     return y
