@@ -18,8 +18,9 @@ from seekforge.formats.step_io import ROW_RESULTS, StepInputs
 
 #: Tokens that a part has at least. Two parts in two stages are worth it where half of the tokens take less than two
 #: thirds of the time; below that, reading the experts twice costs more than idle stages. By the forecast of `plan` for
-#: the 671B model on H200 (tp 8, ep, pp 2) 256 sequences at 8K of context take 1.3 times as long in two parts, 1,024
-#: as long, and 0.85 at 64K. Two stages of `tiny` on two busy cores broke even with parts of 128 (2026-12-01).
+#: the 671B model on H200 (tp 8, ep, pp 2) 256 sequences at 8K of context take a quarter longer in two parts, 1,024
+#: as long, and at 64K 0.85 of the time. Two stages of `tiny` on two busy cores broke even at parts of 128
+#: (2026-12-01).
 LEAST_TOKENS: Final = 512
 
 
