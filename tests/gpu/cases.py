@@ -17,6 +17,8 @@ from tests.support.kernel_cases import (
 from torch import Tensor
 
 from seekforge.common.errors import SeekforgeError
+from seekforge.formats.quantization import nvfp4
+from seekforge.formats.targets import NVFP4_SM
 from seekforge.plugins.kernels.launch_plan import statics_of
 from seekforge.plugins.quant import fake_quantize
 from seekforge.plugins.registry import WITH_KERNELS
@@ -53,6 +55,7 @@ class Real:
         statics: what its kernels are compiled for.
         target: what a kernel should reach here, a judgement that no GPU has confirmed yet, or nothing.
         anchor: a published figure for this shape or the nearest one, with the GPU and the source, or nothing.
+        first_sm: the first SM that has kernels of it.
     """
 
     op: str
@@ -61,6 +64,7 @@ class Real:
     make: Callable[[], Case]
     target: str = ""
     anchor: str = ""
+    first_sm: int = 0
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}"
@@ -197,18 +201,25 @@ _EXPERT_ANCHORS: Final = {128: (6.36, 12.5), 2048: (9.5, 19.8)}
 _EXPERT_TARGETS: Final = {256: "<= 5500 us", 2048: "<= 9000 us"}
 
 
-def experts(tokens: int) -> Real:
-    """All 256 experts on one GPU."""
+def experts(tokens: int, *, in_nvfp4: bool = False) -> Real:
+    """All 256 experts on one GPU, in FP8 or NVFP4."""
     statics = {"E": 256, "TOPK": 8, "H": 7168, "I2": 4096, "W13": 7168, "act_quant": "ue8m0"}
+    if in_nvfp4:
+        statics["W13"] = nvfp4.row_bytes(7168)
 
     def make() -> Case:
         draw = Draw(tokens)
         ids = torch.stack([draw.order(256)[:8] for _ in range(tokens)]).int()
-        w13, w2 = draw.fp8(4096, 7168).repeat(256, 1, 1), draw.fp8(7168, 2048).repeat(256, 1, 1)
+        w13, w2 = draw.fp8(4096, 7168), draw.fp8(7168, 2048)
         scales = draw.weight_scale(256, 32, 56), draw.weight_scale(256, 56, 16)  # experts differ by their scales
+        if in_nvfp4:
+            w13, w2 = (torch.from_numpy(nvfp4.rows_of_fp8(one.view(torch.uint8).numpy())) for one in (w13, w2))
+        w13, w2 = w13.repeat(256, 1, 1), w2.repeat(256, 1, 1)
         inputs = (draw.normal(tokens, 7168).bfloat16(), ids, draw.uniform(tokens, 8), w13, scales[0], w2, scales[1])
         return Case("MoeExperts", "real", inputs, {"act_quant": "ue8m0"})
 
+    if in_nvfp4:
+        return Real("MoeExperts", f"T={tokens} NVFP4", statics, make, first_sm=NVFP4_SM)
     target = _EXPERT_TARGETS.get(tokens, ">= 70 % of copy bandwidth" if tokens <= 32 else "")
     anchor = ""
     if tokens in _EXPERT_ANCHORS:
@@ -271,5 +282,5 @@ def real_cases() -> list[Real]:
     found += [indexer(1, 32768), indexer(32, 32768), indexer(1, 131072), indexer(64, 9344), indexer(1, 32768, 512)]
     found += [attention(1, 1), attention(64, 1), attention(128, 2), attention(1, 512)]
     found += [dense_attention(1, 1, 32768), dense_attention(64, 1, 4096), dense_attention(1, 512, 4096)]
-    found += [experts(t) for t in (1, 32, 128, 256, 2048)]
+    found += [experts(t) for t in (1, 32, 128, 256, 2048)] + [experts(t, in_nvfp4=True) for t in (1, 32, 2048)]
     return found

@@ -121,7 +121,7 @@ def test_every_real_case_has_a_plan_and_kernels() -> None:
     assert len({str(one) for one in found}) == len(found)
     for one in found:
         statics = statics_of(one.op, one.statics)
-        for sm in (80, 90, 120):
+        for sm in (80, 90, 120)[2 if one.first_sm else 0 :]:
             assert op_kernels(one.op).variants(statics, sm)
 
 
@@ -144,6 +144,21 @@ def test_a_small_real_case_is_drawn_as_described(real: gpu_cases.Real) -> None:
     part, got = gpu_cases.judged_part(case, case.expected())
     for ours, theirs in zip(got, part.expected(), strict=True):
         assert judge(part, (ours,) * len(got), (theirs,) * len(got))[0] if len(got) == 1 else ours.equal(theirs)
+
+
+def test_each_sm_gets_kernels_of_the_cases_that_it_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(gpu_check, "tiny_cases", list)
+    monkeypatch.setattr(gpu_check, "real_cases", lambda: [gpu_cases.experts(1), gpu_cases.experts(1, in_nvfp4=True)])
+    monkeypatch.setattr(
+        gpu_check.aot,
+        "tasks",
+        lambda sizes, sms, providers: asked.extend((sms[0], one["W13"]) for one in sizes.values()) or [],
+    )
+    monkeypatch.setattr(gpu_check.aot, "build", lambda work, out, *, cache, jobs: None)
+    monkeypatch.setattr(gpu_check, "prepare_model", lambda folder, name, sms, *, jobs: None)
+    gpu_check.compile_all(tmp_path, [90, 120], jobs=1)
+    assert asked == [(90, 7168), (120, 7168), (120, 4032)]
 
 
 def test_digests_tell_the_sets_of_kernels_apart() -> None:
@@ -405,12 +420,13 @@ def test_the_benchmark_runs_on_the_pretended_device(
 ) -> None:
     cases = [gpu_cases.route(4), gpu_cases.write(70), gpu_cases.linear(5, 256, 128)]
     write_kernels(tmp_path, cases)
-    monkeypatch.setattr(gpu_check, "real_cases", lambda: cases)
+    monkeypatch.setattr(gpu_check, "real_cases", lambda: [*cases, gpu_cases.experts(1, in_nvfp4=True)])
     results = gpu_check.run_all(HostDevice(), tmp_path, ROOF, tiny=False, real=True, repeats=2)
     assert [one.right for one in results] == [True] * 3
     assert [one.launches for one in results] == [1, 1, 2]
     assert all(one.microseconds == 1000.0 and one.share is not None for one in results)
-    assert "MoeRoute T=4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "MoeRoute T=4" in said and "not checked: MoeExperts T=1 NVFP4 is for SMs from 100 on" in said
     with pytest.raises(EnvironmentFault, match="no kernels for sm89"):
         gpu_check.load(tmp_path, 89)
     with pytest.raises(EnvironmentFault, match=r"index\.json: missing"):

@@ -84,11 +84,15 @@ def route_work(tokens: int, experts: int, top_k: int) -> Work:
     return Work(tokens * (4 * experts + 8 * top_k) + 4 * experts)
 
 
-def experts_work(tokens: int, assignments: int, hit: int, *, hidden: int, inner: int) -> Work:
-    """Both products of the experts that are hit, and rows in and out."""
-    weights = 3 * inner * hidden + 4 * 3 * cdiv(inner, 128) * cdiv(hidden, 128)
+def experts_work(tokens: int, assignments: int, hit: int, *, hidden: int, inner: int, row_bytes: int = 0) -> Work:
+    """Both products of the experts that are hit, and rows in and out; `row_bytes` of `hidden` weights, 0: FP8's.
+
+    Others are multiplied as BF16.
+    """
+    weights = 3 * inner * (row_bytes or hidden) + 4 * 3 * cdiv(inner, 128) * cdiv(hidden, 128)
     rows = tokens * hidden * (2 + 4) + 8 * assignments
-    return Work(hit * weights + rows, 6 * assignments * inner * hidden, "fp8")
+    products = "fp8" if row_bytes in (0, hidden) else "bf16"
+    return Work(hit * weights + rows, 6 * assignments * inner * hidden, products)
 
 
 def work_of(case: Case) -> Work:
@@ -146,4 +150,5 @@ def work_of(case: Case) -> Work:
                 int(chosen.unique().numel()),
                 hidden=bound["H"],
                 inner=bound["I2"] // 2,
+                row_bytes=bound["W13"],
             )
