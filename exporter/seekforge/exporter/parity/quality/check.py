@@ -20,6 +20,8 @@ from seekforge.common.records import Record, finite
 from seekforge.common.requirements import own_version
 from seekforge.exporter.builder.generation import read_generation
 from seekforge.exporter.checkpoint.opened import open_checkpoint
+from seekforge.exporter.models import family_of
+from seekforge.exporter.models.parameters import expert_names
 from seekforge.exporter.parity.inputs import check_config, open_source
 from seekforge.exporter.parity.quality.forms import FORMS, WeightSizes
 from seekforge.exporter.parity.quality.recall import Choices, Recall, measure_recall
@@ -135,7 +137,7 @@ def check_quality(
     """
     stages("read engines and checkpoint")
     with open_checkpoint(checkpoint) as opened:
-        config, sizes = opened.config, _sizes(opened.checkpoint)
+        config, sizes = opened.config, _sizes(opened.checkpoint, opened.config)
     opened_engines = [_open(folder, name) for folder, name in zip(engines, _names(engines), strict=True)]
     longest = config.max_position_embeddings
     for one in opened_engines:
@@ -200,14 +202,27 @@ def _open(folder: Path, name: str) -> _Engine:
     return _Engine(folder, manifest, name)
 
 
-def _sizes(checkpoint: Checkpoint) -> WeightSizes:
+def _routed(config: ModelConfig) -> set[str]:
+    """Return the names of all tensors of routed experts."""
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    tensors = ((layer, one) for layer in layers for one in family_of(config).layer_tensors(config, layer))
+    return {
+        name
+        for layer, tensor in tensors
+        if tensor.sharding == "experts"
+        for name in expert_names(tensor, f"model.layers.{layer}.")
+    }
+
+
+def _sizes(checkpoint: Checkpoint, config: ModelConfig) -> WeightSizes:
     """Return what a checkpoint holds."""
+    routed = _routed(config)
     fp8 = experts = others = scales = 0
     for name in checkpoint.names:
         info = checkpoint.info(name)
         if info.dtype == "f8e4m3":
             fp8 += info.num_bytes
-            experts += info.num_bytes if ".mlp.experts." in name else 0
+            experts += info.num_bytes if name in routed else 0
         elif name.endswith("_scale_inv"):
             scales += info.num_bytes
         else:
