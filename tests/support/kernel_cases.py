@@ -133,6 +133,7 @@ def fake_kernels(op: str, statics: Mapping[str, Scalar], sm: int) -> KernelSet:
             sha256="",
             num_warps=variant.num_warps,
             num_ctas=1,
+            programmatic=False,
             scratch_bytes=0,
             scratch_align=1,
             params=tuple(params),

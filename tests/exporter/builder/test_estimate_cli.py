@@ -124,7 +124,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sizes: dict[str, Any] = {"num_warps": one["warps"], "num_ctas": 1, "scratch_bytes": 0, "scratch_align": 1}
         images[variant.name] = Image(
             variant=variant.name, entry="kernel", cubin=f"{digest[:32]}.cubin", sha256=digest, params=hidden,
-            main_loop=variant.main_loop, driver=13000, resources=used, **sizes,
+            main_loop=variant.main_loop, driver=13000, programmatic=True, resources=used, **sizes,
         )  # fmt: skip
     version = SPECS["DsaAttention"].version
     made = KernelSet("DsaAttention", version, 90, "d" * 64, statics, "made up", images)

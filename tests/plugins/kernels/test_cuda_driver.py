@@ -145,18 +145,32 @@ def test_a_descriptor_with_an_odd_driver_is_damaged(value: object) -> None:
         from_json(odd, where="here")
 
 
-@pytest.mark.parametrize("num_ctas", [1, 2])
-def test_a_launch_is_described_once_in_cudas_own_words(num_ctas: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_ctas", "programmatic", "setting"),
+    [(1, False, ""), (2, False, ""), (1, True, ""), (2, True, ""), (1, True, "0"), (1, False, "1")],
+)
+def test_a_launch_is_described_once_in_cudas_own_words(
+    num_ctas: int, programmatic: bool, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what lets it start before the launch before it has ended, where its kernel waits by itself."""
+    if setting:
+        monkeypatch.setenv(device.PROGRAMMATIC, setting)
     bindings = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     names = ("CUresult", "CUlaunchConfig", "CUlaunchAttribute", "CUlaunchAttributeID", "CUfunction", "CUstream")
+    cluster = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    early = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    read = {
+        cluster: lambda value: (value.clusterDim.x, value.clusterDim.y),
+        early: lambda value: value.programmaticStreamSerializationAllowed,
+    }
     answers, seen = [bindings.CUresult.CUDA_SUCCESS] * 3 + [bindings.CUresult.CUDA_ERROR_LAUNCH_FAILED], []
 
     def launch(config: Any, function: Any, parameters: int, extra: int) -> tuple[Any]:
         grid = config.gridDimX, config.gridDimY, config.gridDimZ
         block = config.blockDimX, config.blockDimY, config.blockDimZ
-        clusters = [(one.id, one.value.clusterDim.x, one.value.clusterDim.y) for one in config.attrs]
-        assert config.numAttrs == len(clusters)
-        seen.append((int(function), parameters, int(config.hStream), grid, block, config.sharedMemBytes, clusters))
+        attributes = [(one.id, read[one.id](one.value)) for one in config.attrs]
+        assert config.numAttrs == len(attributes)
+        seen.append((int(function), parameters, int(config.hStream), grid, block, config.sharedMemBytes, attributes))
         assert extra == 0
         return (answers.pop(0),)
 
@@ -166,10 +180,11 @@ def test_a_launch_is_described_once_in_cudas_own_words(num_ctas: int, monkeypatc
     driver = device.CudaDriver()
     image = next(iter(fake_kernels("MoeRoute", ROUTER, 90).images.values()))
     resources = replace(image.resources, shared_bytes=70_000)
-    image = replace(image, num_warps=8, num_ctas=num_ctas, resources=resources)
+    image = replace(image, num_warps=8, num_ctas=num_ctas, programmatic=programmatic, resources=resources)
     prepared = [driver.prepare(SimpleNamespace(handle=7), image, (n, 5, 6), 0x100 * n) for n in (3, 4)]
     driver.launch(prepared, 0x77)
-    attributes = [(bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, 2, 1)] if num_ctas == 2 else []
+    attributes = [(cluster, (2, 1))] if num_ctas == 2 else []
+    attributes += [(early, 1)] if programmatic and setting != "0" else []
     expected = [(7, 0x100 * n, 0x77, (n * num_ctas, 5, 6), (256, 1, 1), 70_000, attributes) for n in (3, 4)]
     assert seen == expected
     with pytest.raises(EngineError, match="CUDA_ERROR_LAUNCH_FAILED"):

@@ -182,6 +182,7 @@ def test_compiled_again_a_kernel_of_each_tensor_unit_is_as_recorded(
 ) -> None:
     key = ("BlockFp8Linear", sm, kernel)
     made = compiling.submit(_compile, key, tmp_path).result()
+    assert made.images[kernel].programmatic == (sm >= 90)
     assert records([made], tmp_path, cache=tmp_path) == [RECORD[key]]
 
 

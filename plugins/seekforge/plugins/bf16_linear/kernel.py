@@ -12,7 +12,7 @@ splits in order.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16
+from seekforge.plugins.kernels.device_lib import dot_bf16, wait_for_inputs
 
 __all__ = ["add_splits_kernel", "linear_kernel", "narrow_kernel"]
 
@@ -23,6 +23,7 @@ def narrow_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Few out features of y [T, N] f32 for all rows, T <= BLOCK_T; a warp has every `PARTS`-th block along K."""
+    wait_for_inputs()
     t = tl.arange(0, BLOCK_T)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -49,6 +50,7 @@ def linear_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [T, N] f32, or of one split of it: y is [splits, T, N]. x [T, K] and w [N, K] bf16."""
+    wait_for_inputs()
     split = tl.program_id(1)
     tiles_t = tl.cdiv(num_rows, BLOCK_T)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -93,6 +95,7 @@ def linear_kernel(
 @triton.jit
 def add_splits_kernel(part_ptr, y_ptr, num_elements, splits, BLOCK: tl.constexpr):
     """f32 [splits, T·N] -> f32 [T·N]: splits added in order."""
+    wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < num_elements
     total = tl.zeros([BLOCK], tl.float32)

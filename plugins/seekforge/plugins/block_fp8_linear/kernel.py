@@ -12,7 +12,15 @@ waits for a product before it promotes it; another on the same SM multiplies mea
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, quantize_kernel, to_bf16, to_e4m3, ue8m0, widen
+from seekforge.plugins.kernels.device_lib import (
+    dot_bf16,
+    quantize_kernel,
+    to_bf16,
+    to_e4m3,
+    ue8m0,
+    wait_for_inputs,
+    widen,
+)
 
 __all__ = ["combine_splits_kernel", "narrow_kernel", "quantize_kernel", "tile_kernel"]
 
@@ -27,6 +35,7 @@ def narrow_kernel(
 
     a [T, K] e4m3 with scales [T, K/128], or bf16: to be quantized here (QUANTIZE) or not at all (not QUANT).
     """
+    wait_for_inputs()
     tile_n = tl.program_id(0)
     t = tl.arange(0, BLOCK_T)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,6 +86,7 @@ def tile_kernel(
     is scaled, and with half of them two programs of [128, 128] have room on an SM90. Addresses go on by a step in each
     pass, and places inside of a tile have 32 bits: registers are short.
     """
+    wait_for_inputs()
     split = tl.program_id(1)
     tiles_t = tl.cdiv(num_rows, BLOCK_T)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -153,6 +163,7 @@ def _product(a, b, QUANT: tl.constexpr, FP8: tl.constexpr):
 @triton.jit
 def combine_splits_kernel(part_ptr, y_ptr, num_elements, splits, BLOCK: tl.constexpr):
     """f32 [splits, T·N] -> bf16 [T·N]: splits added in order, rounded once."""
+    wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < num_elements
     total = tl.zeros([BLOCK], tl.float32)

@@ -15,7 +15,7 @@ cache to bf16 once (`expand_kernel`), since thousands of rows share it.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, from_e4m3, to_bf16
+from seekforge.plugins.kernels.device_lib import dot_bf16, from_e4m3, to_bf16, wait_for_inputs
 
 
 @triton.jit
@@ -85,6 +85,7 @@ def attend_kernel(
     writes -inf to lse alone. A program's grid: (row, heads x columns, split). It loads its columns of a key first, and
     all of them in tiles of WIDTH; where that is 128 of fp8_ds, scales stay apart from codes.
     """
+    wait_for_inputs()
     TILES: tl.constexpr = C // WIDTH
     PARTS: tl.constexpr = C // COLUMNS
     APART: tl.constexpr = BYTES and WIDTH == 128
@@ -179,6 +180,7 @@ def combine_kernel(
 
     All of them are loaded at once; of a split without keys, whose lse is -inf, nothing else is read.
     """
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -201,6 +203,7 @@ def expand_kernel(
     C: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """fp8_ds records of one sequence of the batch -> bf16 [num_blocks·64, C + R] in logical order. Bound by memory."""
+    wait_for_inputs()
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     table = table_ptr + sequence.to(tl.int64) * num_blocks
     slot, valid = _slots(position, table, num_slots, num_blocks, False)

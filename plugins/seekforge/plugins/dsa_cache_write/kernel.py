@@ -8,7 +8,7 @@ above; four tokens per program keep every access a 16-byte vector and give 32 pr
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import round_to_e4m3, to_bf16, to_e4m3, ue8m0
+from seekforge.plugins.kernels.device_lib import round_to_e4m3, to_bf16, to_e4m3, ue8m0, wait_for_inputs
 
 
 @triton.jit
@@ -18,6 +18,7 @@ def cache_write_kernel(
     KV_FP8: tl.constexpr, INDEX_FP8: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS tokens. A slot outside the pool, -1 first of all, is skipped. Offsets are 64-bit throughout."""
+    wait_for_inputs()
     TILES: tl.constexpr = C // 128
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slot_ptr + row, mask=row < num_tokens, other=-1)

@@ -16,7 +16,16 @@ Scores of keys that a row does not see are never written and never read.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import INTERPRET, dot_bf16, from_e4m3, round_to_e4m3, to_bf16, to_e4m3, ue8m0
+from seekforge.plugins.kernels.device_lib import (
+    INTERPRET,
+    dot_bf16,
+    from_e4m3,
+    round_to_e4m3,
+    to_bf16,
+    to_e4m3,
+    ue8m0,
+    wait_for_inputs,
+)
 
 MAX_FLOAT = tl.constexpr(3.4028234663852886e38)
 
@@ -33,6 +42,7 @@ def scores_kernel(
     Row r of the scores belongs to query row first_row + r; rows are counted over the batch. The first program of some
     rows also clears the counts i32 [last_row - first_row, num_counts] that the selection adds to.
     """
+    wait_for_inputs()
     COLUMNS: tl.constexpr = ROWS * HEADS
     groups = tl.cdiv(rows_per_sequence, ROWS)
     group = tl.program_id(0) + first_row // rows_per_sequence * groups
@@ -157,6 +167,7 @@ def _emit(scores, out, first, last, threshold, want, larger, equals, BLOCK: tl.c
 @triton.jit
 def select_kernel(score_ptr, position_ptr, out_ptr, length_limit, first_row, TOPK, BLOCK: tl.constexpr):
     """score f32 [rows, length_limit] -> out i32 [first_row + rows, TOPK]: ascending positions, then -1."""
+    wait_for_inputs()
     BINS: tl.constexpr = 2048
     local = tl.program_id(0).to(tl.int64)
     length = _length(position_ptr, local + first_row, length_limit)
@@ -205,6 +216,7 @@ def digit_kernel(
     keys have higher digits, above i32 [rows, programs]. Levels 1 and 2 count keys that share the digits of the TOPK-th
     largest, which the first program of a row leaves in state i32 [rows, 4]: (high, still wanted), then (both, wanted).
     """
+    wait_for_inputs()
     BINS: tl.constexpr = 4096
     local = tl.program_id(0).to(tl.int64)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
@@ -262,6 +274,7 @@ def emit_kernel(
 
     A program adds up the counts of its row by itself, CHUNKS programs at a time.
     """
+    wait_for_inputs()
     local = tl.program_id(0).to(tl.int64)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     length = _length(position_ptr, local + first_row, length_limit)

@@ -10,8 +10,24 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+#: Whether kernels are compiled for an SM on which a launch may start before the one before it has ended. The compiler
+#: sets it (`providers/images.py`), in a process that serves one SM.
+PROGRAMMATIC = tl.constexpr(False)
+
+
+@triton.jit
+def wait_for_inputs():
+    """Wait until the launches before this one have ended and written, and let the next one start to do the same.
+
+    Every kernel begins with it, so that each launch has waited for all before it, whichever of them it reads. Where a
+    launch does not start early, it does nothing (programmatic dependent launch).
+    """
+    if PROGRAMMATIC:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -112,6 +128,7 @@ def quantize_kernel(x_ptr, q_ptr, scale_ptr, num_rows, K, ROWS: tl.constexpr, FP
 
     One program: ROWS rows x one block of 128. Bound by memory: 3 bytes per element.
     """
+    wait_for_inputs()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
     valid = row < num_rows

@@ -17,7 +17,7 @@ from seekforge.plugins.operator import TRITON
 from seekforge.plugins.registry import KERNEL_FORMS, SPECS
 
 #: Version of the descriptor file.
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 #: What CUDA takes as arguments of one launch, and the largest file of one kernel, bytes.
 _MOST_ARGUMENT_BYTES: Final = 32_768
@@ -67,6 +67,7 @@ class Image:
         params: the parameters in order, the two hidden ones of Triton's kernels last.
         main_loop: as in `Variant`.
         driver: the CUDA version that a driver must have to load it, 13000 for 13.0 (`cuda_driver.needed_driver`).
+        programmatic: whether it waits by itself for the launches before it, so that it may start before they end.
         resources: registers and the like.
     """
 
@@ -81,6 +82,7 @@ class Image:
     params: tuple[Param, ...]
     main_loop: bool
     driver: int
+    programmatic: bool
     resources: Resources
 
 

@@ -9,6 +9,7 @@ call that comes again sets its addresses and launches. The driver is a small pro
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from seekforge.plugins.registry import FP8_OPS, SPECS
 
 #: Shapes whose calls are kept per launcher, those seen first leaving first; a server sees few.
 MAX_CALLS: Final = 512
+#: Environment variable: 0 lets each launch start only when the one before it has ended, on every SM.
+PROGRAMMATIC: Final = "SEEKFORGE_PROGRAMMATIC_LAUNCH"
 #: Dynamic shared memory that a kernel may use without asking.
 _SHARED_DEFAULT: Final = 48 * 1024
 
@@ -68,6 +71,7 @@ class CudaDriver:
             ) from None
         self._success = self._driver.CUresult.CUDA_SUCCESS
         self._launch_kernel = self._driver.cuLaunchKernelEx
+        self._programmatic = os.environ.get(PROGRAMMATIC) != "0"
 
     def load(self, image: Image, cubin: bytes) -> Any:
         """Load a cubin, compare its parameters with the descriptor, and raise the shared memory limit.
@@ -98,12 +102,20 @@ class CudaDriver:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid[0] * image.num_ctas, grid[1], grid[2]
         config.blockDimX, config.blockDimY, config.blockDimZ = image.num_warps * 32, 1, 1
         config.sharedMemBytes = image.resources.shared_bytes
+        attributes = []
         if image.num_ctas > 1:
             attribute = self._driver.CUlaunchAttribute()
             attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             cluster = attribute.value.clusterDim
             cluster.x, cluster.y, cluster.z = image.num_ctas, 1, 1
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        if image.programmatic and self._programmatic:
+            attribute = self._driver.CUlaunchAttribute()
+            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         # launching takes a kernel that belongs to no context as a function, cast by the caller
         return config, self._driver.CUfunction(int(kernel.handle)), parameters
 

@@ -13,6 +13,10 @@ def has_fp8(sm: int) -> bool:
     return sm >= 89
 
 
+#: The first SM on which a launch may start before the one before it has ended (programmatic dependent launch).
+PROGRAMMATIC_SM: Final = 90
+
+
 def is_datacenter(sm: int) -> bool:
     """Return whether `sm` has wgmma or tcgen05 and some 227 KiB of shared memory per block."""
     return sm in (90, 100, 103)

@@ -14,7 +14,7 @@ of one row are the rows of a tile, and rows that run together read the same keys
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, to_bf16
+from seekforge.plugins.kernels.device_lib import dot_bf16, to_bf16, wait_for_inputs
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def attend_kernel(
 
     out: bf16 [rows, H, C]; PARTIAL: f32 [rows, splits, H, C] and lse (base 2) [rows, splits, H].
     """
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -81,6 +82,7 @@ def combine_kernel(part_ptr, lse_ptr, out_ptr, splits, H: tl.constexpr, C: tl.co
 
     A row has up to 128 parts: one after another they would cost as many waits for memory.
     """
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     column = tl.arange(0, C)

@@ -25,6 +25,7 @@ from seekforge.plugins.kernels.device_lib import (
     to_bf16,
     to_e4m3,
     ue8m0,
+    wait_for_inputs,
     widen,
 )
 
@@ -41,6 +42,7 @@ def _experts(ids_ptr, at, num_assignments, E: tl.constexpr):
 @triton.jit
 def count_kernel(ids_ptr, count_ptr, num_assignments, E: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """ids i32 [A] -> count i32 [A / CHUNK, BINS]: assignments of each expert in each run of CHUNK."""
+    wait_for_inputs()
     chunk = tl.program_id(0)
     expert, ok = _experts(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), num_assignments, E)
     counts = tl.histogram(tl.where(ok, expert, 0), BINS, mask=ok)
@@ -58,6 +60,7 @@ def place_kernel(
     of every expert each tile whose number within it is the program's, modulo the number of programs. A program adds up
     the counts by itself, ROWS runs at a time: that is cheaper than one more launch. One run has no counts before it.
     """
+    wait_for_inputs()
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     bins, lane = tl.arange(0, BINS), tl.arange(0, CHUNK)
     at = chunk * CHUNK + lane
@@ -153,6 +156,7 @@ def up_kernel(
     SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
     """x [T, H] (e4m3 and scales, or bf16), w [E, 2I, H] -> h [A, I] in sorted order, e4m3 and scales, or bf16."""
+    wait_for_inputs()
     tile = tl.program_id(0)
     expert = tl.load(tile_ptr + tile)
     if expert >= 0:
@@ -209,6 +213,7 @@ def down_kernel(
     SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
     """h [A, I] in sorted order, w [E, H, I] -> out bf16 [A, H] in sorted order."""
+    wait_for_inputs()
     tile = tl.program_id(0)
     expert = tl.load(tile_ptr + tile)
     if expert >= 0:
@@ -241,6 +246,7 @@ def down_kernel(
 @triton.jit
 def combine_kernel(out_ptr, place_ptr, weight_ptr, y_ptr, H: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr):
     """y f32 [T, H] = sum over slots, in order, of weight · out[place]; slots without an expert are left out."""
+    wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H

@@ -8,6 +8,8 @@ and a row of NaN still gives TOP_K different experts: an id that is no expert wo
 import triton
 import triton.language as tl
 
+from seekforge.plugins.kernels.device_lib import wait_for_inputs
+
 
 @triton.jit
 def _order(x):
@@ -25,6 +27,7 @@ def route_kernel(
     NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Route ROWS tokens. E and GROUPS are powers of two."""
+    wait_for_inputs()
     SIZE: tl.constexpr = E // GROUPS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < num_tokens

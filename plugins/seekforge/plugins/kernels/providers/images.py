@@ -15,7 +15,7 @@ import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from seekforge.common.errors import EnvironmentFault, TargetError
 from seekforge.common.requirements import install
@@ -25,7 +25,7 @@ from seekforge.plugins.kernels.cuda_driver import needed_driver
 from seekforge.plugins.kernels.kernel_set import Image, Param, Resources, argument_code
 from seekforge.plugins.kernels.launch_plan import Variant
 from seekforge.plugins.kernels.providers.compile import compile_library
-from seekforge.plugins.kernels.sm_limits import occupancy
+from seekforge.plugins.kernels.sm_limits import PROGRAMMATIC_SM, occupancy
 from seekforge.plugins.operator import TRITON
 from seekforge.plugins.registry import SPECS
 
@@ -70,6 +70,7 @@ class _Made:
     num_ctas: int = 1
     shared_bytes: int = 0
     scratch_align: int = 1
+    programmatic: bool = False
 
 
 def _by_nvcc(op: str, variant: Variant, sm: int, provider: str) -> _Made:
@@ -85,6 +86,8 @@ def _by_triton(op: str, variant: Variant, sm: int) -> _Made:
     triton = importlib.import_module("triton")
     backend = importlib.import_module("triton.backends.compiler")
     source_class = importlib.import_module("triton.compiler").ASTSource
+    device_lib: Any = importlib.import_module("seekforge.plugins.kernels.device_lib")
+    device_lib.PROGRAMMATIC = importlib.import_module("triton.language").constexpr(sm >= PROGRAMMATIC_SM)
     function = getattr(importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.kernel"), variant.kernel)
     aligned = [name for name, kind in variant.types.items() if kind.startswith("*")] + list(variant.aligned)
     source = source_class(
@@ -117,7 +120,10 @@ def _by_triton(op: str, variant: Variant, sm: int) -> _Made:
     )
     if fault:
         raise TargetError(f"{where}: {fault}")
-    return _Made(cubin, meta.name, tuple(names), meta.num_warps, meta.num_ctas, meta.shared, meta.global_scratch_align)
+    return _Made(
+        cubin, meta.name, tuple(names), meta.num_warps, meta.num_ctas, meta.shared, meta.global_scratch_align,
+        programmatic="griddepcontrol.wait" in ptx,
+    )  # fmt: skip
 
 
 def _image(where: str, variant: Variant, sm: int, made: _Made) -> tuple[Image, bytes]:
@@ -152,6 +158,7 @@ def _image(where: str, variant: Variant, sm: int, made: _Made) -> tuple[Image, b
         ),
         main_loop=variant.main_loop,
         driver=driver,
+        programmatic=made.programmatic,
         resources=Resources(
             registers, stack, shared,
             round(occupancy(registers=registers, shared_bytes=shared, num_warps=made.num_warps, sm=sm), 3),
