@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import itertools
+import re
 import shutil
 import threading
 import time
@@ -108,6 +109,15 @@ def silent(content: bytes, start: int, stop: int | None) -> Iterable[bytes]:
     return []
 
 
+def dripping_part(content: bytes, start: int, stop: int | None) -> Iterator[bytes]:
+    """Be slow and nothing else: a connection that is lost between two drops is asked for the rest of them.
+
+    The hub's library closes those of all threads when one of them cannot connect, such as what an earlier test left.
+    """
+    head = f"HTTP/1.1 206 Part\r\nContent-Range: bytes {start}-262143/9999999\r\n\r\n"
+    return endless(head.encode(), b" ", 0.1)(content, start, stop)
+
+
 def dripping_head(content: bytes, start: int, stop: int | None) -> Iterator[bytes]:
     for byte in itertools.cycle(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 60):
         yield bytes([byte])
@@ -190,9 +200,7 @@ OF_SHARD: dict[str, tuple[Lie, str]] = {
     "no size, no end": (endless(_HEAD, bytes(1 << 20)), "does not say how large"),
     "a size beyond any disk": (ranged(f"bytes 0-99/{10**18 - 1}", slice(100)), SHARD),
     "zeros": (lambda c, start, stop: [answer("206 Partial Content", bytes(9), "Content-Range: bytes 0-8/9")], SHARD),
-    "a part in drops": (
-        endless(b"HTTP/1.1 206 Part\r\nContent-Range: bytes 0-262143/9999999\r\n\r\n", b" ", 0.1), "comes too slowly"
-    ),
+    "a part in drops": (dripping_part, "comes too slowly"),
 }  # fmt: skip
 
 
@@ -203,6 +211,24 @@ def test_a_lie_about_a_shard_is_one_line(lying: Callable[..., Liar], name: str, 
     line = refusal("export", "owner/name", str(tmp_path / "out"))
     assert said in line and "owner/name" in line
     assert liar.sent < 100 << 20 and not (tmp_path / "out").exists()
+
+
+def test_a_session_that_another_thread_closes_is_no_contradiction(
+    lying: Callable[..., Liar], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def closing(content: bytes, start: int, stop: int | None) -> Iterator[bytes]:
+        for number, piece in enumerate(dripping_part(content, start, stop)):
+            yield piece
+            if start == 0 and number == 2:
+                huggingface_hub.close_session()
+
+    monkeypatch.setattr(hub_files, "_PATIENCE_S", 2.0)
+    liar = lying(closing, SHARD)
+    assert f"{SHARD} comes too slowly" in refusal("export", "owner/name", str(tmp_path / "out"))
+    asked = [re.search(r"(?im)^range: bytes=(\d+)-", head) for head in liar.heads if SHARD in head]
+    assert len(asked) > 1 and asked[-1] is not None and int(asked[-1][1]) > 0, "the rest was asked for"
 
 
 def everything_whole(content: bytes, start: int, stop: int | None) -> Iterable[bytes]:
