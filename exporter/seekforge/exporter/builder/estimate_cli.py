@@ -28,7 +28,7 @@ from seekforge.exporter.checkpoint.presets import known_presets, load_preset
 from seekforge.exporter.checkpoint.source import headers
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.sharding import check_parallelism
-from seekforge.exporter.option_types import MODEL, TARGET
+from seekforge.exporter.option_types import MODEL, TARGET, kernel_precision_option
 from seekforge.exporter.sizing.calls import Call, StepShape, step_calls
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.parallelism import Parallelism
@@ -102,13 +102,7 @@ def config_of(model: str) -> ModelConfig:
     "--model", type=MODEL, default="full", show_default=True, help="A name of configs/models, or a config.json."
 )
 @kv_cache_dtype_option("Format of the caches.", default=DEFAULT_FORMAT)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp8", "nvfp4"]),
-    default="fp8",
-    show_default=True,
-    help="nvfp4: experts in NVFP4, on SMs from 100 on.",
-)
+@kernel_precision_option
 @click.option(
     "--tp", type=Whole(1), default=1, show_default=True, help="Tensor-parallel ranks; sizes are those of one."
 )

@@ -23,7 +23,7 @@ from seekforge.common.cli.terminal import shown, write_json
 from seekforge.common.errors import OptionError, OutputError, TargetError
 from seekforge.exporter.builder import kernel_numbers
 from seekforge.exporter.builder.estimate_cli import check_nvfp4, config_of, estimate
-from seekforge.exporter.option_types import MODEL
+from seekforge.exporter.option_types import MODEL, kernel_precision_option
 from seekforge.plugins.kernels import aot
 from seekforge.plugins.kernels.index import INDEX
 from seekforge.plugins.kernels.kernel_set import KernelSet
@@ -54,13 +54,7 @@ kernels.add_command(estimate)
     "--model", type=MODEL, default="full", show_default=True, help="A name of configs/models, or a config.json."
 )
 @kv_cache_dtype_option("Format of the caches.", default=DEFAULT_FORMAT)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp8", "nvfp4"]),
-    default="fp8",
-    show_default=True,
-    help="nvfp4: experts in NVFP4, on SMs from 100 on.",
-)
+@kernel_precision_option
 @list_option("--op", "only", type=Named("operator", lambda: WITH_KERNELS), help="Only these operators.")
 @list_option(
     "--provider", "providers", type=click.STRING, metavar="OP=NAME,…", help="Kernels of a library (flashinfer)."
