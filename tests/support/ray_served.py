@@ -12,12 +12,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.replicas import free_port, wait_until
+from tests.support.replicas import Load, check_after_kill, free_port, wait_until
 from tests.support.served import alive
 
 PYTHON = os.environ.get("SEEKFORGE_RAY_PYTHON") or (sys.executable if importlib.util.find_spec("ray") else "")
@@ -158,3 +159,20 @@ def running(command: Sequence[str], tmp_path: Path, nodes: Sequence[int] = ()) -
             for pid in left:
                 if alive(pid) and "ray" in command_of(pid):
                     os.kill(pid, signal.SIGKILL)
+
+
+def check_a_killed_replica(served: Served, model: str, prompts: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
+    """Kill one of two replicas under load: what was on it is lost and nothing else, and then both answer again."""
+    wait_until(lambda: len(served.replicas()) == 2)
+    first, second = served.replicas()
+    with Load(served.url, model, prompts) as load:
+        load.until(lambda answers: len(answers) > 20)
+        killed = time.monotonic()
+        os.kill(first, signal.SIGKILL)
+        load.until(lambda answers: sum(answer.began > killed + 5 for answer in answers) > 20)
+        wait_until(lambda: len(now := served.replicas()) == 2 and first not in now, 120)
+        assert second in served.replicas()
+        again = time.monotonic()
+        load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
+    failed = check_after_kill(load.answers, texts, killed)
+    assert len(failed) <= load.num_clients

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from tests.support.rank_engines import rank_engine
-from tests.support.ray_served import ABSENT, ENGINE, PYTHON, RANK, serving, variables_of
-from tests.support.replicas import Load, check_after_kill, completion, expected_texts, wait_until
+from tests.support.ray_served import ABSENT, ENGINE, PYTHON, RANK, check_a_killed_replica, serving, variables_of
+from tests.support.replicas import completion, expected_texts, wait_until
 
 from seekforge.formats.parallelism import Parallelism
 
@@ -26,19 +25,7 @@ def test_a_replica_that_is_killed_under_load_loses_what_was_on_it(toy_engine: Pa
         for prompt, text in zip(PROMPTS, texts, strict=True):
             assert completion(served.url, MODEL, prompt) == text
 
-        wait_until(lambda: len(served.replicas()) == 2)
-        first, second = served.replicas()
-        with Load(served.url, MODEL, PROMPTS) as load:
-            load.until(lambda answers: len(answers) > 20)
-            killed = time.monotonic()
-            os.kill(first, signal.SIGKILL)
-            load.until(lambda answers: sum(answer.began > killed + 5 for answer in answers) > 20)
-            wait_until(lambda: len(now := served.replicas()) == 2 and first not in now, 120)
-            assert second in served.replicas()
-            again = time.monotonic()
-            load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
-        failed = check_after_kill(load.answers, texts, killed)
-        assert len(failed) <= load.num_clients
+        check_a_killed_replica(served, MODEL, PROMPTS, texts)
 
 
 @pytest.mark.parametrize(

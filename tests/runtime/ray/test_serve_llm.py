@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,8 @@ import openai
 import pytest
 import yaml
 from tests.support.rank_engines import rank_engine
-from tests.support.ray_served import RANK, Served, running
-from tests.support.replicas import Load, check_after_kill, completion, expected_texts, free_port, wait_until
+from tests.support.ray_served import RANK, Served, check_a_killed_replica, running
+from tests.support.replicas import completion, expected_texts, free_port, wait_until
 
 from seekforge.formats.parallelism import Parallelism
 
@@ -106,19 +105,7 @@ def test_replicas_answer_openais_client_and_one_that_is_killed_loses_what_was_on
         with pytest.raises(openai.NotFoundError, match="/v1/embeddings"):
             client.embeddings.create(model=MODEL, input="a")
 
-        wait_until(lambda: len(served.replicas()) == 2)
-        first, second = served.replicas()
-        with Load(served.url, MODEL, PROMPTS) as load:
-            load.until(lambda answers: len(answers) > 20)
-            killed = time.monotonic()
-            os.kill(first, signal.SIGKILL)
-            load.until(lambda answers: sum(answer.began > killed + 5 for answer in answers) > 20)
-            wait_until(lambda: len(now := served.replicas()) == 2 and first not in now, 120)
-            assert second in served.replicas()
-            again = time.monotonic()
-            load.until(lambda answers: sum(answer.began > again for answer in answers) > 20)
-        failed = check_after_kill(load.answers, texts, killed)
-        assert len(failed) <= load.num_clients
+        check_a_killed_replica(served, MODEL, PROMPTS, texts)
 
 
 def test_a_rank_of_a_replica_is_on_its_bundle_and_one_that_is_lost_ends_the_replica(
