@@ -74,7 +74,7 @@ class _Call:
         self.launcher = OpLauncher(kernels, case.attrs, cubins, device.driver)
         self.shapes = [tuple(t.shape) for t in case.inputs]
         bound = spec.bind(self.shapes, case.attrs)
-        kinds = {arg.name: DTYPE_NAMES[t.dtype] for arg, t in zip(spec.inputs, case.inputs, strict=True)}
+        kinds = {name: DTYPE_NAMES[t.dtype] for name, t in spec.named(case.inputs).items()}
         self.inputs = [self._put(t.contiguous()) for t in case.inputs]
         by_name = {arg.name: i for i, arg in enumerate(spec.inputs)}
         aliases = dict(spec.aliases)

@@ -98,7 +98,7 @@ def experts_work(tokens: int, assignments: int, hit: int, *, hidden: int, inner:
 def work_of(case: Case) -> Work:
     """Return the work of one call, from its shapes, and where they decide, from its positions and choices."""
     bound: dict[str, Any] = case.spec.bind([tuple(t.shape) for t in case.inputs], case.attrs)
-    inputs = {arg.name: tensor for arg, tensor in zip(case.spec.inputs, case.inputs, strict=True)}
+    inputs = case.spec.named(case.inputs)
     packed = "fp8_ds" in case.attrs.values()
     match case.op:
         case "BlockFp8Linear":

@@ -67,6 +67,38 @@ def test_one_type_variable_has_one_value() -> None:
         write.output_dtypes(types | {"latent_cache": "f32", "index_cache": "f32", "slot_mapping": "i32"})
 
 
+OPTIONAL = OpSpec(
+    name="Optional",
+    version=1,
+    doc="for the test",
+    inputs=(Arg("x", "act", ("*lead", "K"), "rows"),),
+    optional=(Arg("weight", "fp8", ("N", "K"), "a weight"), Arg("bias", "f32", ("N",), "added")),
+    outputs=(Arg("y", "act", ("*lead", "K"), "rows"),),
+    attrs=(),
+)
+
+
+def test_optional_inputs_may_be_left_out_from_the_end() -> None:
+    assert OPTIONAL.bind([(2, 8)], {}) == {"*lead": (2,), "K": 8, "N": 0}
+    assert OPTIONAL.bind([(2, 8), (4, 8)], {})["N"] == 4
+    assert list(OPTIONAL.named(["a", "b"])) == ["x", "weight"]
+    assert OPTIONAL.output_dtypes({"x": "bf16", "weight": "i8"}) == ["bf16"]
+    with pytest.raises(ShapeError, match=r"Optional: weight is \[4, 9\]"):
+        OPTIONAL.bind([(2, 8), (4, 9)], {})
+    with pytest.raises(ShapeError, match="weight is f64"):
+        OPTIONAL.output_dtypes({"x": "bf16", "weight": "f64"})
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_too_few_or_too_many_inputs_are_refused(count: int) -> None:
+    with pytest.raises(ShapeError, match=f"Optional: {count} inputs, expected 1 to 3"):
+        OPTIONAL.bind([(2, 8)] * count, {})
+
+
+def test_torch_and_programs_know_nothing_of_optional_inputs() -> None:
+    assert OPTIONAL.torch_schema() == "(Tensor x) -> Tensor"
+
+
 @pytest.mark.parametrize("attrs", [{}, {"act_quant": "none", "more": 1}, {"act_quant": "e5m2"}])
 def test_attributes_are_checked(attrs: dict[str, object]) -> None:
     with pytest.raises(ShapeError, match="BlockFp8Linear"):
@@ -75,9 +107,10 @@ def test_attributes_are_checked(attrs: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_every_contract_is_consistent(spec: OpSpec) -> None:
-    names = [arg.name for arg in (*spec.inputs, *spec.outputs)]
+    args = (*spec.inputs, *spec.optional, *spec.outputs)
+    names = [arg.name for arg in args]
     assert len(set(names)) == len(names)
-    assert all(isinstance(arg, Arg) and arg.doc for arg in (*spec.inputs, *spec.outputs))
+    assert all(isinstance(arg, Arg) and arg.doc for arg in args)
     assert all(isinstance(attr, Attr) and attr.doc for attr in spec.attrs)
     shapes = {arg.name: (arg.dtype, arg.shape) for arg in (*spec.inputs, *spec.outputs)}
     assert all(shapes[output] == shapes[given] for output, given in spec.aliases)

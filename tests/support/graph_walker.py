@@ -261,12 +261,12 @@ class Walker:
         spec, place = plugin.spec, self.place
         aliases = dict(spec.aliases)
         inputs = {}
-        for arg, tensor in zip(spec.inputs, tensors, strict=True):
+        for name, tensor in spec.named(tensors).items():
             if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
-                inputs[arg.name] = tensor
+                inputs[name] = tensor
                 continue
-            assert arg.name not in aliases.values(), f"{spec.name}: {arg.name} is updated in place, but not aligned"
-            inputs[arg.name] = place.empty(tensor.shape, tensor.dtype).copy_(tensor)
+            assert name not in aliases.values(), f"{spec.name}: {name} is updated in place, but not aligned"
+            inputs[name] = place.empty(tensor.shape, tensor.dtype).copy_(tensor)
         shapes = [tuple(one.shape) for one in inputs.values()]
         kinds = {name: DTYPE_NAMES[one.dtype] for name, one in inputs.items()}
         outputs, fresh = [], []

@@ -33,17 +33,19 @@ def make_schema(spec: OpSpec) -> OpSchema:
     """Return the ONNX schema of an operator, with type and shape inference."""
 
     def formal(arg: Arg) -> OpSchema.FormalParameter:
+        option = OpSchema.FormalParameterOption
+        presence = option.Optional if arg in spec.optional else option.Single
         type_str = arg.dtype if arg.dtype in TYPE_VARIABLES else dtypes.ONNX_TYPES[arg.dtype]
         shape = ", ".join(str(dim) for dim in arg.shape)
-        return OpSchema.FormalParameter(arg.name, type_str, f"[{shape}] {arg.doc}")
+        return OpSchema.FormalParameter(arg.name, type_str, f"[{shape}] {arg.doc}", param_option=presence)
 
-    used = {arg.dtype for arg in spec.inputs} & TYPE_VARIABLES.keys()
+    used = {arg.dtype for arg in (*spec.inputs, *spec.optional)} & TYPE_VARIABLES.keys()
     schema = OpSchema(
         spec.name,
         DOMAIN,
         DOMAIN_VERSION,
         spec.doc,
-        inputs=[formal(arg) for arg in spec.inputs],
+        inputs=[formal(arg) for arg in (*spec.inputs, *spec.optional)],
         outputs=[formal(arg) for arg in spec.outputs],
         type_constraints=[(name, [dtypes.ONNX_TYPES[t] for t in TYPE_VARIABLES[name]], name) for name in sorted(used)],
         attributes=[
@@ -89,11 +91,9 @@ def infer(spec: OpSpec, context: Any) -> None:
             return  # inside a function: known only where it is called
         got = onnx.helper.get_attribute_value(value)
         attrs[attr.name] = _CONVERT[attr.kind](got.decode() if isinstance(got, bytes) else got)
-    names = {
-        arg.name: dtypes.FROM_ONNX.get(t.tensor_type.elem_type, str(t.tensor_type.elem_type))
-        for arg, t in zip(spec.inputs, types, strict=True)
-    }
     try:
+        given = spec.named([t.tensor_type.elem_type for t in types])
+        names = {name: dtypes.FROM_ONNX.get(t, str(t)) for name, t in given.items()}
         spec.check_attrs(attrs)
         bound = spec.bind([[_read(dim) for dim in t.tensor_type.shape.dim] for t in types], attrs)
         results = zip(spec.output_dtypes(names), spec.output_shapes(bound), strict=True)

@@ -17,7 +17,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from seekforge.common.errors import ShapeError
 
@@ -42,6 +42,7 @@ TYPE_VARIABLES: Mapping[str, tuple[str, ...]] = {
 }
 
 Dim = int | str
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class OpSpec:
         name: ONNX op_type. Unique over all domains: parsers look at it alone.
         version: raised when results or signature change.
         aliases: output name -> input name; the runtime binds both to one buffer, torch returns a new tensor.
+        optional: inputs behind `inputs`, which nodes of a GPU build may have: none of them, or the first few. Programs,
+            torch and function bodies know nothing of them. A symbol that no input binds is 0.
     """
 
     name: str
@@ -81,6 +84,22 @@ class OpSpec:
     outputs: tuple[Arg, ...]
     attrs: tuple[Attr, ...]
     aliases: tuple[tuple[str, str], ...] = ()
+    optional: tuple[Arg, ...] = ()
+
+    def named(self, values: Sequence[Value]) -> dict[str, Value]:
+        """Return what stands for each input by its name.
+
+        Args:
+            values: one for each input in order; those of optional inputs may be left out at the end.
+
+        Raises:
+            ShapeError: there are too few or too many.
+        """
+        args = (*self.inputs, *self.optional)
+        if not len(self.inputs) <= len(values) <= len(args):
+            most = f" to {len(args)}" if self.optional else ""
+            raise ShapeError(f"{self.name}: {len(values)} inputs, expected {len(self.inputs)}{most}")
+        return {arg.name: value for arg, value in zip(args, values, strict=False)}
 
     @property
     def torch_name(self) -> str:
@@ -116,19 +135,25 @@ class OpSpec:
         """Match the input shapes with the contract.
 
         Args:
-            shapes: one per input, in order; entries are ints, or symbolic sizes (not compared).
+            shapes: one per input, in order, optional ones may end early; entries are ints, or symbolic sizes (not
+                compared).
             attrs: attribute values, usable in shape expressions.
 
         Returns:
             Symbol -> size, attributes included.
 
         Raises:
-            ShapeError: a rank or a size differs.
+            ShapeError: a rank, a size or the number of inputs differs.
         """
         bound: dict[str, Any] = dict(attrs)
-        for arg, shape in zip(self.inputs, shapes, strict=True):
+        given = self.named(shapes)
+        for arg in (*self.inputs, *self.optional):
             expected = list(arg.shape)
-            shape = list(shape)
+            if arg.name not in given:
+                absent = (dim for dim in expected if isinstance(dim, str) and dim.isidentifier())
+                bound |= {dim: 0 for dim in absent if dim not in bound}
+                continue
+            shape = list(given[arg.name])
             if expected and isinstance(expected[0], str) and expected[0].startswith("*"):
                 lead = len(shape) - len(expected) + 1
                 if lead < 0:
@@ -169,7 +194,9 @@ class OpSpec:
             ShapeError: an input has a dtype that its type does not allow, or one variable has two values.
         """
         variables: dict[str, str] = {}
-        for arg in self.inputs:
+        for arg in (*self.inputs, *self.optional):
+            if arg in self.optional and arg.name not in input_dtypes:
+                continue
             dtype = input_dtypes[arg.name]
             allowed = TYPE_VARIABLES.get(arg.dtype, (arg.dtype,))
             if dtype not in allowed:

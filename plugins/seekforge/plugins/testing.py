@@ -44,7 +44,7 @@ class Case:
     Attributes:
         op: ONNX op_type.
         name: what it probes; unique within the operator.
-        inputs: tensors in the order of the spec; f32 activations and caches, float8 weights.
+        inputs: tensors in the order of the spec, optional ones behind; f32 activations and caches, float8 weights.
         attrs: attribute values.
     """
 
@@ -65,7 +65,8 @@ class Case:
         """Return the case in the dtypes of a specialization; values are rounded where they must be."""
         variables = {"act": how.activations, "kv": how.kv_format}
         inputs = []
-        for arg, tensor in zip(self.spec.inputs, self.inputs, strict=True):
+        args = (*self.spec.inputs, *self.spec.optional)
+        for arg, tensor in zip(args, self.inputs, strict=False):
             if arg.dtype in variables:
                 tensor = tensor.to(TORCH_DTYPES[variables[arg.dtype]])
             elif arg.dtype == "fp8" and how.fp8_storage == "int8":
@@ -76,17 +77,30 @@ class Case:
 
     def expected(self) -> tuple[Tensor, ...]:
         """Return what the reference computes, shapes and dtypes checked against the spec."""
-        importlib.import_module(f"seekforge.plugins.{self.spec.torch_name}.op")
-        result = getattr(torch.ops.seekforge, self.spec.torch_name)(*self.inputs, *self.attrs.values())
+        name = self.spec.torch_name
+        importlib.import_module(f"seekforge.plugins.{name}.op")
+        given = list(self.spec.named(self.inputs).items())
+        required, optional = given[: len(self.spec.inputs)], dict(given[len(self.spec.inputs) :])
+        function = getattr(torch.ops.seekforge, name)
+        if optional:  # torch knows nothing of them
+            function = getattr(importlib.import_module(f"seekforge.plugins.{name}.reference"), name)
+        result = function(*(tensor for _, tensor in required), *self.attrs.values(), **optional)
         return result if isinstance(result, tuple) else (result,)
 
 
 def cases(*ops: str) -> list[Case]:
     """Return the vectors of the operators named (all, if none is), as `pytest.mark.parametrize` takes them."""
-    result: list[Case] = []
-    for op in ops or SPECS:
-        result.extend(importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.vectors").cases())
-    return result
+    return [case for op in ops or SPECS for case in _vectors(op).cases()]
+
+
+def kernel_cases(*ops: str) -> list[Case]:
+    """Return the same, and those with optional inputs, which kernels alone take: `optional_cases` of the vectors."""
+    more = [case for op in ops or SPECS if SPECS[op].optional for case in _vectors(op).optional_cases()]
+    return cases(*ops) + more
+
+
+def _vectors(op: str) -> Any:
+    return importlib.import_module(f"seekforge.plugins.{SPECS[op].torch_name}.vectors")
 
 
 class Draw:
@@ -319,7 +333,7 @@ def run_function(
     """Run an operator's function body in ONNX Runtime, after checking it.
 
     Args:
-        inputs: tensors in the dtypes of `how`, in the order of the spec.
+        inputs: tensors in the dtypes of `how`, in the order of the spec; a body takes no optional ones.
         attrs: attribute values.
         how: what the body is made for; ONNX Runtime computes in f32 activations only.
         library: runs the operator of this library in place of the body, which is then taken out of the model.

@@ -17,6 +17,7 @@ from seekforge.common.errors import EngineError, EnvironmentFault, ShapeError
 from seekforge.common.requirements import install
 from seekforge.plugins.kernels.index import NO_KERNELS, Descriptors
 from seekforge.plugins.kernels.launch_plan import op_kernels
+from seekforge.plugins.operator import Arg, OpSpec
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.tensorrt import library
 from seekforge.plugins.tensorrt.plugin import allowed, make_fields, read_fields, register
@@ -62,11 +63,30 @@ def test_a_missing_or_wrong_field_is_named() -> None:
     ],
 )
 def test_formats_follow_the_spec(types: list[str], pos: int, found: str, expected: bool) -> None:
-    assert allowed(SPECS["BlockFp8Linear"], types, pos, found) is expected
+    assert allowed(SPECS["BlockFp8Linear"], types, pos, 3, found) is expected
 
 
 def test_types_of_both_caches_agree() -> None:
-    assert not allowed(SPECS["DsaCacheWrite"], ["i8", "bf16"], 1, "bf16")
+    assert not allowed(SPECS["DsaCacheWrite"], ["i8", "bf16"], 1, 6, "bf16")
+
+
+@pytest.mark.parametrize(("types", "pos", "found", "expected"), [
+    (["bf16", "i8"], 1, "i8", True),
+    (["bf16", "f32"], 1, "f32", False),
+    (["bf16", "i8"], 2, "bf16", True),
+    (["bf16", "i8"], 2, "i8", False),
+])  # fmt: skip
+def test_formats_of_optional_inputs_are_the_specs_too(types: list[str], pos: int, found: str, expected: bool) -> None:
+    spec = OpSpec(
+        name="Scaled",
+        version=1,
+        doc="for the test",
+        inputs=(Arg("x", "act", ("N",), "values"),),
+        optional=(Arg("codes", "i8", ("N",), "the same as bytes"),),
+        outputs=(Arg("y", "act", ("N",), "values"),),
+        attrs=(),
+    )
+    assert allowed(spec, types, pos, 2, found) is expected
 
 
 def test_kernels_are_found_by_sm_and_digest(tmp_path) -> None:

@@ -31,7 +31,7 @@ def interpret(op: str, inputs: Sequence[Tensor], attrs: Mapping[str, Any], *, sm
 
     Args:
         op: ONNX op_type.
-        inputs: contiguous CPU tensors in the dtypes of a GPU target, in the order of the spec.
+        inputs: contiguous CPU tensors in the dtypes of a GPU target, in the order of the spec, optional ones behind.
         attrs: attribute values.
         sm: whose plan and variants.
 
@@ -42,14 +42,14 @@ def interpret(op: str, inputs: Sequence[Tensor], attrs: Mapping[str, Any], *, sm
         raise EnvironmentFault("set TRITON_INTERPRET=1 before triton is imported")
     spec = SPECS[op]
     bound = spec.bind([tuple(t.shape) for t in inputs], attrs)
-    names = {arg.name: DTYPE_NAMES[t.dtype] for arg, t in zip(spec.inputs, inputs, strict=True)}
+    tensors = {name: t.contiguous() for name, t in spec.named(inputs).items()}
+    names = {name: DTYPE_NAMES[t.dtype] for name, t in tensors.items()}
     kernels = op_kernels(op)
     variants = kernels.variants(statics_of(op, bound), sm)
     plan = kernels.plan(bound, sm)
     check_plan(plan, variants)
     assert plan.workspace_bytes <= kernels.workspace_bytes(bound, sm)
 
-    tensors = {arg.name: t.contiguous() for arg, t in zip(spec.inputs, inputs, strict=True)}
     aliases = dict(spec.aliases)
     outputs = []
     for arg, shape, dtype in zip(spec.outputs, spec.output_shapes(bound), spec.output_dtypes(names), strict=True):

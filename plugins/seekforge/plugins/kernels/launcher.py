@@ -167,8 +167,7 @@ class OpLauncher:
         self._spec.check_attrs(self._attrs)
         self._check(self._attrs)
         self._loaded = {name: driver.load(image, cubins[name]) for name, image in kernels.images.items()}
-        arguments = (*self._spec.inputs, *self._spec.outputs)
-        self._names = (*(arg.name for arg in arguments), WORKSPACE)
+        self._results = (*(arg.name for arg in self._spec.outputs), WORKSPACE)
         self._calls: dict[tuple[tuple[int, ...], ...], _Call] = {}
         self._lock = threading.Lock()
 
@@ -210,7 +209,7 @@ class OpLauncher:
         launches = self.plan(shapes).launches
         images = [self.kernels.images[launch.variant] for launch in launches]
         pairs = [(image, launch.arguments) for image, launch in zip(images, launches, strict=True)]
-        arguments = CallArguments(pairs, self._names)
+        arguments = CallArguments(pairs, (*self._spec.named(shapes), *self._results))
         prepared = [
             self._driver.prepare(self._loaded[launch.variant], image, launch.grid, parameters)
             for launch, image, parameters in zip(launches, images, arguments.parameters, strict=True)

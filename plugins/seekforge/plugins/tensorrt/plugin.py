@@ -200,7 +200,7 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
 
         def get_output_data_types(self, input_types: Any) -> list[Any]:
             with _Reported(self.spec.name, failures):
-                dtypes = {arg.name: names.get(t, str(t)) for arg, t in zip(self.spec.inputs, input_types, strict=True)}
+                dtypes = self.spec.named([names.get(t, str(t)) for t in input_types])
                 return [getattr(trt.DataType, TENSORRT[dtype]) for dtype in self.spec.output_dtypes(dtypes)]
 
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
@@ -219,7 +219,7 @@ def _plugin_class(trt: Any, registration: Registration, *, aliased: bool) -> Any
             if described.format != trt.TensorFormat.LINEAR or described.type not in names:
                 return False
             types = [names.get(in_out[i].desc.type, "") for i in range(min(pos + 1, num_inputs))]
-            return allowed(self.spec, types, pos, names[described.type])
+            return allowed(self.spec, types, pos, num_inputs, names[described.type])
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
             with _Reported(self.spec.name, failures):
@@ -288,25 +288,24 @@ class _Reported:
             self.failures.append(str(error) if self.name in str(error) else f"{self.name}: {error}")
 
 
-def allowed(spec: OpSpec, input_types: Sequence[str], pos: int, dtype: str) -> bool:
+def allowed(spec: OpSpec, input_types: Sequence[str], pos: int, num_inputs: int, dtype: str) -> bool:
     """Return whether tensor `pos` of an operator may have a type.
 
     Args:
         spec: the operator.
         input_types: types of the inputs up to `pos`, or of all of them for an output.
         pos: number of the tensor; inputs come first, then outputs.
+        num_inputs: how many of them are inputs.
         dtype: the type.
     """
-    types = dict(zip((arg.name for arg in spec.inputs), input_types))
     variables: dict[str, str] = {}
-    for arg in spec.inputs[: len(input_types)]:
-        input_type = types[arg.name]
+    for arg, input_type in zip((*spec.inputs, *spec.optional), input_types, strict=False):
         possible = STORED_FP8 if arg.dtype == "fp8" else TYPE_VARIABLES.get(arg.dtype, (arg.dtype,))
         if input_type not in possible or variables.setdefault(arg.dtype, input_type) != input_type:
             return False
-    if pos < len(spec.inputs):
+    if pos < num_inputs:
         return True
-    out = spec.outputs[pos - len(spec.inputs)]
+    out = spec.outputs[pos - num_inputs]
     return dtype == variables.get(out.dtype, out.dtype)
 
 
