@@ -18,6 +18,7 @@ from torch import Tensor
 from seekforge.common.dtypes import FROM_ONNX
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import prepare, wide_weights
+from seekforge.exporter.builder.tensorrt.join_linears import join_linears
 from seekforge.exporter.builder.tensorrt.nvfp4_experts import nvfp4_recipes
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.session import TorchSession
@@ -150,8 +151,9 @@ class Walk:
         sm = kernel_sm(place.sm)
         how = specialization(sm, kv_format)
         digests = {one["op"]: one["digest"] for one in read_index(engine / KERNELS) if one["sm"] == sm}
-        recipes = load_bindings(program)["model"]
-        graph = onnx.load(program / loaded.graphs["model"].file)
+        graphs = {"model": onnx.load(program / loaded.graphs["model"].file)}
+        loaded, graphs, bindings = join_linears(loaded, graphs, load_bindings(program), self.config)
+        graph, recipes = graphs["model"], bindings["model"]
         prepared = prepare(
             graph,
             how,

@@ -36,12 +36,21 @@ def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
     return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
 
 
-def test_the_linears_that_are_counted_are_those_of_the_graph(inputs: Inputs) -> None:
+@pytest.mark.parametrize("joins", [True, False])
+def test_the_linears_that_are_counted_are_those_of_the_graph(inputs: Inputs, joins: bool) -> None:
+    """Joined where they may be, and apart for engines that show what is between them."""
+    if not joins:
+        inputs = open_inputs(inputs.folder, None, joins=False)
     found = set()
     for graph in inputs.graphs.values():
         shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.graph.input}
         found |= {shapes[node.input[1]] for node in graph.graph.node if node.op_type == "BlockFp8Linear"}
-    assert found == set(linear_shapes(inputs.config))
+    config = inputs.config
+    latent, heads = config.q_lora_rank, config.num_attention_heads * config.qk_head_dim
+    indexer = config.index_n_heads * config.index_head_dim
+    apart = {(heads, latent), (indexer, latent)}
+    assert set(linear_shapes(config)) == found | apart | {(heads + indexer, latent)}
+    assert apart.isdisjoint(found) is joins
     narrow = {
         tuple(map(int, inputs.program.graphs[graph].named(name).shape))
         for graph, names in inputs.bf16_linears.items()

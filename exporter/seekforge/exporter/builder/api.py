@@ -355,7 +355,7 @@ def _build_gpu(call: _Call) -> BuildResult:
 
     options, stages = call.options, call.stages
     stages("read program and check")
-    inputs = _open_inputs(call.program, call.checkpoint, stages)
+    inputs = _open_inputs(call.program, call.checkpoint, stages, joins=not options.taps)
     checked = check(inputs, call.target, options)
     if not call.dry_run:
         manifest = build_gpu(inputs, checked, call.out, options=options, force=call.force, progress=stages)
@@ -379,14 +379,14 @@ def _build_gpu(call: _Call) -> BuildResult:
     )
 
 
-def _open_inputs(program: Path, checkpoint: str | None, stages: Stages) -> Inputs:
+def _open_inputs(program: Path, checkpoint: str | None, stages: Stages, *, joins: bool) -> Inputs:
     """Open a program and the headers of its checkpoint; where a repository is kept is not remembered."""
     from seekforge.exporter.builder.tensorrt.check import open_inputs
 
     if checkpoint is None:
-        return open_inputs(program, None)
+        return open_inputs(program, None, joins=joins)
     with headers(checkpoint, say=stages) as folder:
-        inputs = open_inputs(program, folder)
+        inputs = open_inputs(program, folder, joins=joins)
     if parse_repo(checkpoint) is None:
         return inputs
     return replace(inputs, weights=inputs.weights.model_copy(update={"path": None}))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from seekforge.exporter.models.parameters import Parameter, Tensor
+from seekforge.exporter.models.parameters import Parameter, Tensor, joined_name, joins
 from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 
 #: How tensor-parallel ranks divide a point: each has heads or columns of its own ("parts"), columns of gate and of up
@@ -110,6 +110,9 @@ class Family:
     def words(self) -> dict[str, str]:
         """Return module, below its layer or outside layers -> what it is, for messages."""
         kinds = [LayerKind(*kind) for kind in itertools.product((False, True), repeat=2)]
-        layers = [row for kind in kinds for row in self.layer_parameters(kind)]
+        tables = [self.layer_parameters(kind) for kind in kinds]
+        layers = itertools.chain.from_iterable(tables)
         named = {row.module: row.does for row in (*layers, *self.end_parameters(), *self.mtp_parameters())}
+        pairs = (pair for table in tables for pair in joins(table))
+        named |= {joined_name(one, other): f"{one.does} and {other.does}" for one, other in pairs}
         return named | dict(self.places)

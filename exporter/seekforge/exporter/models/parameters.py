@@ -95,6 +95,7 @@ class Parameter:
         op: the operator that multiplies with it as it is in a GPU engine; empty where there is none.
         rows: which rows of each head of `kv_b_proj` a `per_head` parameter takes.
         is_behind: whether only results behind the last layer read it.
+        beside: the linear that multiplies the same value, with which an engine for GPUs has it as one (`joins`).
     """
 
     name: str
@@ -104,6 +105,7 @@ class Parameter:
     op: str = ""
     rows: Literal["keys", "values"] = "keys"
     is_behind: bool = False
+    beside: str = ""
 
     @property
     def module(self) -> str:
@@ -246,6 +248,40 @@ def _per_head(
     per_head = reshape(values, (config.num_attention_heads, size, tensor.shape[1]))
     start, stop = (0, nope) if row.rows == "keys" else (nope, size)
     return split(slice_(per_head, 1, start, stop), 0, parallelism.tp)
+
+
+def joins(parameters: Iterable[Parameter]) -> Iterator[tuple[Parameter, Parameter]]:
+    """Yield the linears of a table that engines for GPUs have as one, in the order in which their rows are stacked.
+
+    Blocks of the second must begin a block of the joined weight: the first has a multiple of 128 rows on each rank, or
+    both stay apart.
+    """
+    named = {one.name: one for one in parameters}
+    yield from ((named[one.beside], one) for one in named.values() if one.beside)
+
+
+def joined_name(first: Parameter, second: Parameter) -> str:
+    """Return the module of the weight that two linears become."""
+    return f"{first.module}_{second.module.rpartition('.')[2]}"
+
+
+def joined_shapes_of(
+    parameters: Sequence[Parameter], tensors: Sequence[Tensor], op: str, parallelism: Parallelism
+) -> dict[tuple[str, ...], tuple[int, int]]:
+    """Return (out features, in features) of the products of an operator on one rank as an engine for GPUs has them.
+
+    Returns:
+        Modules that a weight is of, one or two -> sizes, in the order of the table.
+    """
+    shapes = {one.module: shape for one in parameters for shape in linear_shapes_of([one], tensors, op, parallelism)}
+    result = {(name,): shape for name, shape in shapes.items()}
+    for first, second in joins(parameters):
+        if first.module in shapes and second.module in shapes and shapes[first.module][0] % FP8_BLOCK == 0:
+            n, k = shapes[first.module]
+            pair = (first.module, second.module), (n + shapes[second.module][0], k)
+            result = dict(pair if key == (first.module,) else (key, shape) for key, shape in result.items())
+            del result[(second.module,)]
+    return result
 
 
 def linear_shapes_of(

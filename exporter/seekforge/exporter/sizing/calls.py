@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.parameters import Parameter, Tensor, linear_shapes_of
+from seekforge.exporter.models.parameters import Parameter, Tensor, joined_shapes_of
 from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE, SCRAP_BLOCK, blocks_needed
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
@@ -48,7 +48,7 @@ class Call:
 
     Attributes:
         op: ONNX op_type.
-        what: the parameter that a linear multiplies with, below its layer; empty for other operators.
+        what: the parameter that a linear multiplies with, below its layer, or two of them; empty for other operators.
         bound: sizes and attributes, under the symbols of the spec.
         count: how often the step calls it.
     """
@@ -136,10 +136,14 @@ def _linears(
     parameters: Sequence[Parameter], tensors: Sequence[Tensor], rows: int, parallelism: Parallelism
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield operator, parameter and sizes of each linear among some parameters, in their order."""
-    for parameter in parameters:
-        for op in (BLOCK_FP8_LINEAR, BF16_LINEAR):
-            for n, k in linear_shapes_of([parameter], tensors, op, parallelism):
-                yield op, parameter.module, {"*lead": (rows,), "N": n, "K": k}
+    order = {parameter.module: place for place, parameter in enumerate(parameters)}
+    found = [
+        (order[modules[0]], op, " + ".join(modules), {"*lead": (rows,), "N": n, "K": k})
+        for op in (BLOCK_FP8_LINEAR, BF16_LINEAR)
+        for modules, (n, k) in joined_shapes_of(parameters, tensors, op, parallelism).items()
+    ]
+    for _, op, what, bound in sorted(found, key=lambda one: one[0]):
+        yield op, what, bound
 
 
 def _rest(config: ModelConfig, shape: StepShape, kv_format: str, parallelism: Parallelism) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from seekforge.exporter.models import family_of
-from seekforge.exporter.models.parameters import linear_shapes_of
+from seekforge.exporter.models.parameters import joined_shapes_of, linear_shapes_of
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
@@ -103,7 +103,7 @@ def _step(
 
 
 def linear_shapes(config: ModelConfig, parallelism: Parallelism = ONE_RANK) -> list[tuple[int, int]]:
-    """Return (out features, in features) of each kind of `BlockFp8Linear` in a model, on one rank."""
+    """Return (out features, in features) of each kind of `BlockFp8Linear` of a model, on one rank: joined and apart."""
     return list(_shapes(config, BLOCK_FP8_LINEAR, parallelism))  # pyright: ignore[reportArgumentType] - frozen, so hashable
 
 
@@ -114,10 +114,11 @@ def bf16_linear_shapes(config: ModelConfig, parallelism: Parallelism = ONE_RANK)
 
 @functools.lru_cache(maxsize=256)
 def _shapes(config: ModelConfig, op: str, parallelism: Parallelism) -> tuple[tuple[int, int], ...]:
-    """Return the sizes of the matrices that an operator multiplies with, each once."""
+    """Return the sizes of the matrices that an operator multiplies with, each once, those of joined ones first."""
     family = family_of(config)
     kinds = {config.layer_kind(layer): layer for layer in range(config.num_hidden_layers)}
     tables = [(family.layer_parameters(kind), family.layer_tensors(config, one)) for kind, one in kinds.items()]
     tables.append((family.end_parameters(), tuple(itertools.chain(*family.end_tensors(config)))))
-    shapes = (linear_shapes_of(rows, tensors, op, parallelism) for rows, tensors in tables)
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(shapes)))
+    joined = (joined_shapes_of(rows, tensors, op, parallelism).values() for rows, tensors in tables)
+    apart = (linear_shapes_of(rows, tensors, op, parallelism) for rows, tensors in tables)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable((*joined, *apart))))

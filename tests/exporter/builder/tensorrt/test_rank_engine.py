@@ -21,7 +21,7 @@ from seekforge.exporter.builder.tensorrt.kernels import kernel_tasks
 from seekforge.exporter.program.rank_bindings import rank_bindings
 from seekforge.formats.engine.manifest import Manifest, load_manifest
 from seekforge.formats.parallelism import Parallelism
-from seekforge.formats.program import TensorSpec, load_bindings, load_program
+from seekforge.formats.program import TensorSpec, load_bindings
 from seekforge.formats.targets import load_target
 from seekforge.formats.weight_recipes import for_rank
 
@@ -77,10 +77,11 @@ def test_one_folder_has_the_plans_of_all_ranks(manifest: Manifest) -> None:
 
 def test_every_rank_reads_what_its_program_does(engine: Path, manifest: Manifest, program: Path) -> None:
     assert manifest.ranks is not None
-    bindings, described = load_bindings(engine), load_program(program)
+    bindings, inputs = load_bindings(engine), open_inputs(program, None)
+    described = inputs.program
     for rank in range(4):
         place = ALL.coordinates(rank)
-        expected = rank_bindings(described, load_bindings(program), rank)
+        expected = rank_bindings(described, inputs.bindings, rank)
         for graph in manifest.graphs:
             pieces = manifest.ranks.pieces_of(graph, manifest.plans(graph), place.pp_rank)
             names = {spec.name for one in pieces for spec in one.inputs if spec.role in ("weight", "table")}

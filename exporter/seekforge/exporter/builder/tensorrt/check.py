@@ -24,6 +24,7 @@ from seekforge.exporter.builder.request import (
 )
 from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import wide_weights
+from seekforge.exporter.builder.tensorrt.join_linears import join_linears
 from seekforge.exporter.builder.tensorrt.memory import fullest, memory_refusal, stage_bytes
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
@@ -85,7 +86,7 @@ class Inputs:
     """A program and, if given, its checkpoint; checked.
 
     Attributes:
-        graphs: the program's graphs as its files have them, without weights.
+        program, graphs, bindings: as files have them, without weights, but for linears that were joined.
         read_wide: graph -> BF16 weight inputs that it reads as f32 alone (`prepare.wide_weights`).
         bf16_linears: graph -> those of them that it only multiplies (`bf16_linear_weights`).
     """
@@ -115,8 +116,13 @@ class Inputs:
         return {name: wide - linears.get(name, set()) for name, wide in self.read_wide.items()}
 
 
-def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
+def open_inputs(program_folder: Path, checkpoint_folder: Path | None, *, joins: bool = True) -> Inputs:
     """Read and check a program and the headers of its checkpoint; no weight bytes.
+
+    Args:
+        program_folder: what `export` wrote.
+        checkpoint_folder: what it was exported from; None: not looked at.
+        joins: whether linears that multiply one value become one, which taps between them do not survive.
 
     Raises:
         ProgramError, CheckpointError, ConfigError: damaged, or they do not belong together.
@@ -127,6 +133,8 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None) -> Inputs:
     config = ModelConfig.parse(program.config, str(program_folder / "program.json"))
     read_generation(program_folder, config)
     graphs = {name: read_graph(program_folder, graph) for name, graph in program.graphs.items()}
+    if joins:
+        program, graphs, bindings = join_linears(program, graphs, bindings, config)
     wide = {
         name: wide_weights(graph, [spec.name for spec in program.graphs[name].with_role("weight")])
         for name, graph in graphs.items()

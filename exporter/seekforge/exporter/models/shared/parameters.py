@@ -249,9 +249,9 @@ def mtp_parameters() -> tuple[Parameter, ...]:
     )
 
 
-def linear(name: str, tensors: tuple[str, ...], does: str) -> Parameter:
-    """Return an FP8 linear."""
-    return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR)
+def linear(name: str, tensors: tuple[str, ...], does: str, *, beside: str = "") -> Parameter:
+    """Return an FP8 linear; `beside`: one that multiplies the same value."""
+    return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR, beside=beside)
 
 
 def value(name: str, does: str, tensor: str = "", *, op: str = "", is_behind: bool = False) -> Parameter:

@@ -54,7 +54,12 @@ def _attention_parameters(has_indexer: bool) -> tuple[Parameter, ...]:
         return mla_parameters("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
     return (
         *mla_parameters("self_attn.q_a_proj", "self_attn.indexer.wk", "self_attn.kv_a_proj_with_mqa"),
-        linear("self_attn.indexer.wq_b", ("self_attn.indexer.wq_b",), "the indexer's query projection"),
+        linear(
+            "self_attn.indexer.wq_b",
+            ("self_attn.indexer.wq_b",),
+            "the indexer's query projection",
+            beside="self_attn.q_b_proj",
+        ),
         value("self_attn.indexer.k_norm.weight", "the norm of the indexer's keys"),
         value("self_attn.indexer.k_norm.bias", "the norm of the indexer's keys"),
         value("self_attn.indexer.weights_proj.weight", "the indexer's head weights", op=BF16_LINEAR),
