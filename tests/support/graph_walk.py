@@ -16,10 +16,10 @@ from tests.support.kernel_cases import packed_index, packed_latents
 from torch import Tensor
 
 from seekforge.common.dtypes import FROM_ONNX
-from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import prepare, wide_weights
-from seekforge.exporter.builder.tensorrt.join_linears import join_linears
-from seekforge.exporter.builder.tensorrt.nvfp4_experts import nvfp4_recipes
+from seekforge.exporter.builder.tensorrt.passes.bf16_linears import bf16_linear_weights
+from seekforge.exporter.builder.tensorrt.passes.join_linears import join_linears
+from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import nvfp4_recipes
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.shared.session import TorchSession
 from seekforge.exporter.models.shared.settings import Settings

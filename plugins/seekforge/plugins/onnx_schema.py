@@ -92,8 +92,8 @@ def infer(spec: OpSpec, context: Any) -> None:
         got = onnx.helper.get_attribute_value(value)
         attrs[attr.name] = _CONVERT[attr.kind](got.decode() if isinstance(got, bytes) else got)
     try:
-        given = spec.named([t.tensor_type.elem_type for t in types])
-        names = {name: dtypes.FROM_ONNX.get(t, str(t)) for name, t in given.items()}
+        elements = spec.named([t.tensor_type.elem_type for t in types])
+        names = {name: dtypes.FROM_ONNX.get(t, str(t)) for name, t in elements.items()}
         spec.check_attrs(attrs)
         bound = spec.bind([[_read(dim) for dim in t.tensor_type.shape.dim] for t in types], attrs)
         results = zip(spec.output_dtypes(names), spec.output_shapes(bound), strict=True)

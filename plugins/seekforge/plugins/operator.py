@@ -146,14 +146,14 @@ class OpSpec:
             ShapeError: a rank, a size or the number of inputs differs.
         """
         bound: dict[str, Any] = dict(attrs)
-        given = self.named(shapes)
+        by_name = self.named(shapes)
         for arg in (*self.inputs, *self.optional):
             expected = list(arg.shape)
-            if arg.name not in given:
+            if arg.name not in by_name:
                 absent = (dim for dim in expected if isinstance(dim, str) and dim.isidentifier())
                 bound |= {dim: 0 for dim in absent if dim not in bound}
                 continue
-            shape = list(given[arg.name])
+            shape = list(by_name[arg.name])
             if expected and isinstance(expected[0], str) and expected[0].startswith("*"):
                 lead = len(shape) - len(expected) + 1
                 if lead < 0:

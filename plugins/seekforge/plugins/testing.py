@@ -79,12 +79,12 @@ class Case:
         """Return what the reference computes, shapes and dtypes checked against the spec."""
         name = self.spec.torch_name
         importlib.import_module(f"seekforge.plugins.{name}.op")
-        given = list(self.spec.named(self.inputs).items())
-        required, optional = given[: len(self.spec.inputs)], dict(given[len(self.spec.inputs) :])
+        count = len(self.spec.inputs)
+        optional = dict(list(self.spec.named(self.inputs).items())[count:])
         function = getattr(torch.ops.seekforge, name)
         if optional:  # torch knows nothing of them
             function = getattr(importlib.import_module(f"seekforge.plugins.{name}.reference"), name)
-        result = function(*(tensor for _, tensor in required), *self.attrs.values(), **optional)
+        result = function(*self.inputs[:count], *self.attrs.values(), **optional)
         return result if isinstance(result, tuple) else (result,)
 
 

@@ -137,12 +137,12 @@ def _linears(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield operator, parameter and sizes of each linear among some parameters, in their order."""
     order = {parameter.module: place for place, parameter in enumerate(parameters)}
-    found = [
+    linears = [
         (order[modules[0]], op, " + ".join(modules), {"*lead": (rows,), "N": n, "K": k})
         for op in (BLOCK_FP8_LINEAR, BF16_LINEAR)
         for modules, (n, k) in joined_shapes_of(parameters, tensors, op, parallelism).items()
     ]
-    for _, op, what, bound in sorted(found, key=lambda one: one[0]):
+    for _, op, what, bound in sorted(linears, key=lambda one: one[0]):
         yield op, what, bound
 
 

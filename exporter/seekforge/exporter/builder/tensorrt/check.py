@@ -22,10 +22,10 @@ from seekforge.exporter.builder.request import (
     fit_limits,
     read_graph,
 )
-from seekforge.exporter.builder.tensorrt.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.graph import wide_weights
-from seekforge.exporter.builder.tensorrt.join_linears import join_linears
 from seekforge.exporter.builder.tensorrt.memory import fullest, memory_refusal, stage_bytes
+from seekforge.exporter.builder.tensorrt.passes.bf16_linears import bf16_linear_weights
+from seekforge.exporter.builder.tensorrt.passes.join_linears import join_linears
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.formats.checkpoint.model_config import ModelConfig

@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto, helper, inliner
 
 from seekforge.common.dtypes import FROM_TENSORRT
-from seekforge.exporter.builder.tensorrt.bf16_linears import use_bf16_linear
-from seekforge.exporter.builder.tensorrt.nvfp4_experts import use_nvfp4
-from seekforge.exporter.builder.tensorrt.rope import write_out_rope
+from seekforge.exporter.builder.tensorrt.passes.bf16_linears import use_bf16_linear
+from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import use_nvfp4
+from seekforge.exporter.builder.tensorrt.passes.rope import write_out_rope
 from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.taps import name_taps, tap_shape
 from seekforge.formats.checkpoint.model_config import ModelConfig

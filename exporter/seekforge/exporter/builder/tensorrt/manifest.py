@@ -18,7 +18,7 @@ from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs
 from seekforge.exporter.builder.tensorrt.compiler import Compiled
 from seekforge.exporter.builder.tensorrt.graph import Prepared
 from seekforge.exporter.builder.tensorrt.kernels import count_images, kernel_files, min_drivers, sources_of
-from seekforge.exporter.builder.tensorrt.nvfp4_experts import nvfp4_recipes
+from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import nvfp4_recipes
 from seekforge.formats import weight_digests
 from seekforge.formats.engine.manifest import Audit, PluginUse
 from seekforge.formats.engine.ranks import Ranks

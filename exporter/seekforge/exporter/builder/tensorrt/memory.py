@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from seekforge.common.dtypes import itemsize
-from seekforge.exporter.builder.tensorrt.nvfp4_experts import expert_weights
+from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import expert_weights
 from seekforge.exporter.builder.tensorrt.profiles import largest_step, spanning
 from seekforge.exporter.models import family_of
 from seekforge.exporter.program.rank_bindings import stage_reads

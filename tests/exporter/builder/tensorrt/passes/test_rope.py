@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 from tests.support.ort_session import open_session
 
-from seekforge.exporter.builder.tensorrt.rope import write_out_rope
+from seekforge.exporter.builder.tensorrt.passes.rope import write_out_rope
 
 
 @pytest.mark.parametrize("interleaved", [0, 1])

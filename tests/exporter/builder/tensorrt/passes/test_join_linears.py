@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from seekforge.exporter.builder.tensorrt.check import Inputs, open_inputs
 from seekforge.exporter.builder.tensorrt.diagnostics import place
-from seekforge.exporter.builder.tensorrt.join_linears import join_linears
+from seekforge.exporter.builder.tensorrt.passes.join_linears import join_linears
 from seekforge.exporter.checkpoint.new import new_checkpoint
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.safetensors import Checkpoint

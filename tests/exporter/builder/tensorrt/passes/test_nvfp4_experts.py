@@ -16,7 +16,7 @@ from seekforge.exporter.builder.options import BuildOptions
 from seekforge.exporter.builder.tensorrt.build import build_gpu
 from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, check, open_inputs
 from seekforge.exporter.builder.tensorrt.kernels import kernel_tasks
-from seekforge.exporter.builder.tensorrt.nvfp4_experts import expert_weights
+from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import expert_weights
 from seekforge.exporter.program.export import export
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.engine.manifest import load_manifest
