@@ -139,7 +139,7 @@ def fake_kernels(op: str, statics: Mapping[str, Scalar], sm: int) -> KernelSet:
             params=tuple(params),
             main_loop=variant.main_loop,
             driver=12000,
-            resources=Resources(32, 0, 0, 1.0),
+            resources=Resources(32, 0, 0, 0, 1.0),
         )
     return KernelSet(op, SPECS[op].version, sm, "0" * 64, dict(statics), "none", images)
 

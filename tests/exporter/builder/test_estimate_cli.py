@@ -119,7 +119,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         one, cubin = recorded[variant.name], variant.name.encode()
         digest = hashlib.sha256(cubin).hexdigest()
         (cache / f"{digest[:32]}.cubin").write_bytes(cubin)
-        used = Resources(one["registers"], one["spill_bytes"], one["shared_bytes"], one["occupancy"])
+        used = Resources(
+            **{name: one[name] for name in ("registers", "shared_bytes", "occupancy")},
+            stack_bytes=one["spill_bytes"],
+            tensor_columns=0,
+        )
         hidden = tuple(Param("", "*u8", 8 * i, 8) for i in range(2))
         sizes: dict[str, Any] = {"num_warps": one["warps"], "num_ctas": 1, "scratch_bytes": 0, "scratch_align": 1}
         images[variant.name] = Image(
@@ -144,7 +148,7 @@ def test_kernels_of_a_folder_are_read(store: Path) -> None:
     assert part["tensor_flops_ratio"] == pytest.approx(4 * 104 * 4096 / (2 * 64 * 32 * (512 + 64 + 256)))
     assert part["roofs_us"]["issue"] == pytest.approx((500 - 204 + 2 * 204) / 1830, abs=0.001)
     table = run("--sm", "90", *ATTENTION, "--kernels", str(store)).stdout
-    assert "2 × 204: 104 tensor, 100 integer" in table and "255/176/96" in table
+    assert "2 × 204: 104 tensor, 100 integer" in table and "255/248/96" in table
 
 
 def _descriptor(store: Path) -> Path:

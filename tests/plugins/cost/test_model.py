@@ -33,7 +33,9 @@ BODY = Body(
     kinds={"tensor": 4, "integer": 50, "global": 6, "sync": 4}, barriers=2, waits=False, copies=True, tensor=TILE
 )
 CODE = Code(100, TILE, 0, 0, None, bodies=(BODY,), kinds={"tensor": 4, "integer": 96})
-KERNEL = Kernel(Resources(registers=128, stack_bytes=0, shared_bytes=100_000, occupancy=0.25), 8, 3, CODE)
+KERNEL = Kernel(
+    Resources(registers=128, stack_bytes=0, shared_bytes=100_000, tensor_columns=0, occupancy=0.25), 8, 3, CODE
+)
 
 
 def test_each_roof_by_hand() -> None:
@@ -51,6 +53,12 @@ def test_each_roof_by_hand() -> None:
     assert found.roofs.path == pytest.approx((600 + instructions * 2 + tensor + 10 * 2 * 30) * 1e-9)
     assert (found.bound, found.seconds) == ("memory", found.roofs.memory)
     assert found.tensor_flops_ratio == 1.0
+
+
+@pytest.mark.parametrize(("columns", "resident"), [(0, 2), (256, 2), (257, 1), (512, 1)])
+def test_programs_share_tensor_memory(columns: int, resident: int) -> None:
+    kernel = replace(KERNEL, resources=replace(KERNEL.resources, tensor_columns=columns))
+    assert estimate(WORK, kernel, CARD).blocks_per_sm == resident
 
 
 def test_a_pipeline_that_is_too_short_waits_for_memory() -> None:

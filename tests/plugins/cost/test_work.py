@@ -353,4 +353,4 @@ def test_main_loops_multiply_whole_tiles_and_no_product_thrice() -> None:
     twice = {(op, kernel) for (op, _, kernel), ratio in ratios.items() if ratio > 1.001}
     sparse = {("DsaAttention", "attend"), ("DsaAttention", "part"), ("DsaAttention", "attend-expanded")}
     assert twice == sparse | {("MlaAttention", "attend"), ("MlaAttention", "part")}
-    assert ratios["DsaAttention", 100, "part"] == pytest.approx(104 / 68), "scores are computed twice"
+    assert ratios["DsaAttention", 89, "part"] == pytest.approx(104 / 68), "scores are computed twice"

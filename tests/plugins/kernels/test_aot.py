@@ -91,14 +91,14 @@ def test_unknown_sms_and_sizes_are_refused() -> None:
     ("changed", "fault"),
     [
         ({"shared_bytes": 2**18}, "shared memory"),
-        ({"tmem": 576}, "only traps"),
+        ({"tensor_columns": 576}, "only traps"),
         ({"ptx": "\ttrap;\n"}, "only traps"),
         ({"scratch": 256}, "global scratch"),
         ({"profile": 1}, "profile scratch"),
     ],
 )
 def test_kernels_that_could_not_run_are_refused(changed: dict, fault: str) -> None:
-    good = {"ptx": "ret;", "sm": 90, "shared_bytes": 1000, "tmem": 0, "scratch": 0, "profile": 0}
+    good = {"ptx": "ret;", "sm": 90, "shared_bytes": 1000, "tensor_columns": 0, "scratch": 0, "profile": 0}
     assert unrunnable(**good) == ""
     assert fault in unrunnable(**(good | changed))
 

@@ -60,7 +60,7 @@ def _kinds(one: Record) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("heads", "sm", "instruction"), [(16, 90, "HMMA"), (17, 90, "HGMMA"), (17, 100, "HMMA"), (17, 120, "HMMA")]
+    ("heads", "sm", "instruction"), [(16, 90, "HMMA"), (17, 90, "HGMMA"), (17, 100, "UTCHMMA"), (17, 120, "HMMA")]
 )
 def test_few_heads_need_no_wide_products(heads: int, sm: int, instruction: str) -> None:
     statics = {"H": heads, "C": 512, "R": 64, "kv_format": "fp8_ds"}
@@ -89,7 +89,7 @@ def test_every_kernel_with_products_has_tensor_instructions_in_a_main_loop_that_
         (("DsaIndexer", 121, "scores-4"), "QMMA"),
         (("DsaAttention", 89, "attend"), "HMMA"),
         (("DsaAttention", 90, "part"), "HGMMA"),
-        (("DsaAttention", 100, "part"), "HMMA"),
+        (("DsaAttention", 100, "part"), "UTCHMMA"),
         (("DsaAttention", 90, "attend-expanded"), "HGMMA"),
         (("DsaAttention", 103, "attend-expanded"), "UTCHMMA"),
         (("MlaAttention", 120, "attend"), "HMMA"),

@@ -23,7 +23,7 @@ from seekforge.plugins.operator import TRITON
 #: Most tokens of a step, and most keys of a sequence, that are estimated: grids of larger ones would not be launched.
 MOST_TOKENS, MOST_CONTEXT = 1 << 20, 1 << 22
 #: Of a kernel that is not compiled: one program at a time.
-_UNKNOWN: Final = Resources(registers=255, stack_bytes=0, shared_bytes=0, occupancy=0.0)
+_UNKNOWN: Final = Resources(registers=255, stack_bytes=0, shared_bytes=0, tensor_columns=0, occupancy=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +159,8 @@ def _check(image: Image, descriptor: Path, sm: int) -> None:
     read_cubin(descriptor, image)
     used = image.resources
     fits = 0 < used.registers <= 255 and image.num_warps <= 32
-    if not fits or used.occupancy != round(
-        occupancy(registers=used.registers, shared_bytes=used.shared_bytes, num_warps=image.num_warps, sm=sm), 3
-    ):
+    held = {"registers": used.registers, "shared_bytes": used.shared_bytes, "tensor_columns": used.tensor_columns}
+    if not fits or used.occupancy != round(occupancy(**held, num_warps=image.num_warps, sm=sm), 3):
         raise EngineError(
             f"{descriptor}: {image.variant} has {used.registers} registers, {used.shared_bytes} bytes of shared memory "
             f"and {image.num_warps} warps, which do not give an occupancy of {used.occupancy:g}; "

@@ -116,7 +116,13 @@ def estimate(work: Work, kernel: Kernel, card: Card) -> Estimate:
     used = kernel.resources
     resident = max(
         1,
-        blocks_per_sm(registers=used.registers, shared_bytes=used.shared_bytes, num_warps=kernel.num_warps, sm=card.sm),
+        blocks_per_sm(
+            registers=used.registers,
+            shared_bytes=used.shared_bytes,
+            num_warps=kernel.num_warps,
+            sm=card.sm,
+            tensor_columns=used.tensor_columns,
+        ),
     )
     busiest = cdiv(work.programs, card.num_sms)
     program = _program(work, kernel, card)

@@ -144,6 +144,10 @@ def attend_kernel(
                     k += (tl.load(at_tile[:, None] + column[None, :], mask=valid[:, None], other=0.0),)
                 s = dot_bf16(q[t], tl.trans(k[t]), s) if t > 0 else dot_bf16(q[t], tl.trans(k[t]))
             s = dot_bf16(q_pe, tl.trans(k_pe), s)
+        if BLOCK_H >= 64:
+            # what a reduction gives is moved to the scores' layout, what loads give would be loaded there once more
+            marks = valid[:, None] & (tl.arange(0, 4) >= 0)[None, :]
+            valid = tl.max(marks.to(tl.int32), 1) > 0
         s = tl.where(valid[None, :], s * scale_log2, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
-from seekforge.plugins.kernels.sm_limits import has_fp8
+from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
 from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, Tile, choose_tile, take_parts
 from seekforge.plugins.operator import cdiv
 
@@ -55,14 +55,15 @@ class Cut:
 def choose_cut(heads: int, c: int, sm: int, *, from_bytes: bool) -> Cut:
     """Return how rows of so many heads are cut.
 
-    wgmma takes 64 rows, and sums of [64, 512] leave no registers for a tile of keys; sums of half of the columns do,
-    and for a second program on the SM, which multiplies while the first waits for its keys or widens them. Scores are
-    computed twice for it. Of few heads there are programs for twice the SMs so.
+    wgmma and tcgen05 take 64 rows, and sums of [64, 512] leave no room for a tile of keys in registers, or for a second
+    program in tensor memory; sums of half of the columns do, and a second program on the SM multiplies while the first
+    waits for its keys or widens them. Scores are computed twice for it. Of few heads there are programs for twice the
+    SMs so. Keys that need no widening have all columns on SM100, where sums stay in tensor memory.
     """
     if heads <= 16:
         tile = choose_tile(heads, sm, from_bytes=from_bytes)
         return Cut(tile, min(c, 256), 2) if from_bytes else Cut(tile, c)
-    if sm == 90:
+    if sm == 90 or (from_bytes and is_datacenter(sm)):
         return Cut(Tile(64, 32, 4, 1), min(c, 256), 2)
     return Cut(choose_tile(heads, sm, from_bytes=from_bytes), c)
 

@@ -9,8 +9,6 @@ from seekforge.plugins.latent_attention import flops_per_key
 from seekforge.plugins.operator import KernelForm, Operator, Products, RankModel, Step, Taps
 
 _NARROW = "bytes are widened by hand; smaller tiles spill more"
-_WIDE = "64 heads, which tcgen05 needs, keep [64, 512] sums; whether 32 without a stack is faster needs a GPU"
-_HEADS = "32 heads: tcgen05 needs 64 rows, and widened bytes take their registers"
 _HALF = "scores, weights and tiles of keys beside sums of [64, 256]; by the model worth it, for an SM runs two programs"
 
 
@@ -55,13 +53,11 @@ OPERATOR = Operator(
         known_spills={
             ("part", 80): (16, _NARROW),
             ("attend", 80): (32, _NARROW),
-            ("part", 90): (176, _HALF),
-            ("attend", 90): (208, _HALF),
-            ("attend-expanded", 90): (64, _HALF),
-            ("attend-expanded", 100): (8, _WIDE),
-            ("attend-expanded", 103): (8, _WIDE),
+            ("part", 90): (248, _HALF),
+            ("attend", 90): (264, _HALF),
+            ("attend-expanded", 90): (40, _HALF),
         },
-        known_mma_sync={(variant, sm): _HEADS for variant in ("attend", "part") for sm in (100, 103)},
+        known_mma_sync={},
         libraries={},
     ),
 )

@@ -17,7 +17,7 @@ from seekforge.plugins.operator import TRITON
 from seekforge.plugins.registry import KERNEL_FORMS, SPECS
 
 #: Version of the descriptor file.
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 #: What CUDA takes as arguments of one launch, and the largest file of one kernel, bytes.
 _MOST_ARGUMENT_BYTES: Final = 32_768
@@ -42,12 +42,14 @@ class Resources:
         registers: how many a thread has.
         stack_bytes: bytes of stack per thread; more than 0 nearly always means spilled registers.
         shared_bytes: dynamic shared memory per block.
-        occupancy: resident warps over the most an SM holds, from the three above.
+        tensor_columns: columns of tensor memory per block.
+        occupancy: resident warps over the most an SM holds, from the numbers above.
     """
 
     registers: int
     stack_bytes: int
     shared_bytes: int
+    tensor_columns: int
     occupancy: float
 
 
@@ -181,6 +183,8 @@ def _check_image(image: Image) -> None:
         raise ValueError(f"{image.variant} has sizes out of range")
     if not 0 <= image.resources.shared_bytes < 1 << 20:
         raise ValueError(f"{image.variant} has shared_bytes {image.resources.shared_bytes}")
+    if not 0 <= image.resources.tensor_columns < 1 << 10:
+        raise ValueError(f"{image.variant} has tensor_columns {image.resources.tensor_columns}")
 
 
 def read_kernels(path: Path) -> KernelSet:

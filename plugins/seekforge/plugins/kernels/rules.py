@@ -7,11 +7,8 @@ from typing import Final
 
 from seekforge.plugins.kernels import sass
 from seekforge.plugins.kernels.launch_plan import Variant
-from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT, is_datacenter
+from seekforge.plugins.kernels.sm_limits import SHARED_LIMIT, TENSOR_COLUMNS, is_datacenter
 from seekforge.plugins.registry import KERNEL_FORMS
-
-#: Columns of tensor memory on SM100 and SM103; above it Triton writes a kernel that only traps.
-TMEM_COLUMNS: Final = 512
 
 #: (op, variant, SM) -> most bytes of stack that a kernel may have, and why.
 KNOWN_SPILLS: Final[dict[tuple[str, str, int], tuple[int, str]]] = {
@@ -49,12 +46,13 @@ def tensor_instruction(op: str, variant: Variant, sm: int) -> str:
     return {sass.MMA_SYNC: "{}MMA", sass.WGMMA: "{}GMMA", sass.TCGEN05: "UTC{}MMA"}[unit].format(letter)
 
 
-def unrunnable(ptx: str, *, sm: int, shared_bytes: int, tmem: int, scratch: int, profile: int) -> str:
+def unrunnable(ptx: str, *, sm: int, shared_bytes: int, tensor_columns: int, scratch: int, profile: int) -> str:
     """Return why a compiled kernel could not run, or nothing. Triton reports none of these."""
     if shared_bytes > SHARED_LIMIT[sm]:
         return f"{shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}; use smaller tiles"
-    if tmem > TMEM_COLUMNS or re.search(r"^\s*trap;", ptx, re.M):
-        return f"the compiled body only traps (tensor memory {tmem} of {TMEM_COLUMNS} columns); use smaller tiles"
+    if tensor_columns > TENSOR_COLUMNS or re.search(r"^\s*trap;", ptx, re.M):
+        columns = f"tensor memory {tensor_columns} of {TENSOR_COLUMNS} columns"
+        return f"the compiled body only traps ({columns}); use smaller tiles"
     if scratch:
         return f"it asks for {scratch} bytes of global scratch per block, which no launcher gives; use plain pointers"
     if profile:

@@ -38,18 +38,26 @@ _REGISTERS_PER_SM, _REGISTER_UNIT, _SYSTEM_SHARED = 65_536, 256, 1024
 SCHEDULERS, SHARED_BYTES_PER_CLOCK, L2_BYTES_PER_CLOCK = 4, 128, 64
 
 
-def blocks_per_sm(*, registers: int, shared_bytes: int, num_warps: int, sm: int) -> int:
+#: Columns of tensor memory of an SM that has tcgen05.
+TENSOR_COLUMNS: Final = 512
+
+
+def blocks_per_sm(*, registers: int, shared_bytes: int, num_warps: int, sm: int, tensor_columns: int = 0) -> int:
     """Return how many blocks an SM holds at once; 0 when one does not fit.
 
-    Registers are given to warps in units of 256; each block costs 1 KiB of shared memory beside its own.
+    Registers are given to warps in units of 256; each block costs 1 KiB of shared memory beside its own. A block that
+    asks for more columns of tensor memory than others left waits.
     """
     per_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS_PER_SM // (per_warp * num_warps)
     by_shared = _SHARED_PER_SM[sm] // (shared_bytes + _SYSTEM_SHARED)
-    return min(by_registers, by_shared, _WARPS_PER_SM[sm] // num_warps, _BLOCKS_PER_SM[sm])
+    by_columns = TENSOR_COLUMNS // tensor_columns if tensor_columns else _BLOCKS_PER_SM[sm]
+    return min(by_registers, by_shared, by_columns, _WARPS_PER_SM[sm] // num_warps, _BLOCKS_PER_SM[sm])
 
 
-def occupancy(*, registers: int, shared_bytes: int, num_warps: int, sm: int) -> float:
+def occupancy(*, registers: int, shared_bytes: int, num_warps: int, sm: int, tensor_columns: int = 0) -> float:
     """Return resident warps as a share of the most that an SM holds; 0 when a block does not fit."""
-    blocks = blocks_per_sm(registers=registers, shared_bytes=shared_bytes, num_warps=num_warps, sm=sm)
+    blocks = blocks_per_sm(
+        registers=registers, shared_bytes=shared_bytes, num_warps=num_warps, sm=sm, tensor_columns=tensor_columns
+    )
     return blocks * num_warps / _WARPS_PER_SM[sm]

@@ -69,6 +69,7 @@ class _Made:
     num_warps: int
     num_ctas: int = 1
     shared_bytes: int = 0
+    tensor_columns: int = 0
     scratch_align: int = 1
     programmatic: bool = False
 
@@ -110,19 +111,20 @@ def _by_triton(op: str, variant: Variant, sm: int) -> _Made:
     declared = entry.group(1).count(".param") if entry else -1
     if len(names) != declared:
         raise TargetError(f"{where}: {len(names)} parameters expected, PTX has {declared}")
+    tensor_columns = getattr(meta, "tmem_size", 0) or 0
     fault = rules.unrunnable(
         ptx,
         sm=sm,
         shared_bytes=meta.shared,
-        tmem=getattr(meta, "tmem_size", 0) or 0,
+        tensor_columns=tensor_columns,
         scratch=meta.global_scratch_size,
         profile=meta.profile_scratch_size,
     )
     if fault:
         raise TargetError(f"{where}: {fault}")
     return _Made(
-        cubin, meta.name, tuple(names), meta.num_warps, meta.num_ctas, meta.shared, meta.global_scratch_align,
-        programmatic="griddepcontrol.wait" in ptx,
+        cubin, meta.name, tuple(names), meta.num_warps, meta.num_ctas, meta.shared, tensor_columns,
+        meta.global_scratch_align, programmatic="griddepcontrol.wait" in ptx,
     )  # fmt: skip
 
 
@@ -142,7 +144,9 @@ def _image(where: str, variant: Variant, sm: int, made: _Made) -> tuple[Image, b
         driver = needed_driver(made.cubin)
     except TargetError as error:
         raise TargetError(f"{where}: {error}") from None
-    sha256, shared = hashlib.sha256(made.cubin).hexdigest(), made.shared_bytes
+    sha256 = hashlib.sha256(made.cubin).hexdigest()
+    held = {"registers": registers, "shared_bytes": made.shared_bytes, "tensor_columns": made.tensor_columns}
+    resident = occupancy(**held, num_warps=made.num_warps, sm=sm)
     image = Image(
         variant=variant.name,
         entry=made.entry,
@@ -153,17 +157,13 @@ def _image(where: str, variant: Variant, sm: int, made: _Made) -> tuple[Image, b
         scratch_bytes=0,
         scratch_align=made.scratch_align,
         params=tuple(
-            Param(name, kind, offset, size)
-            for (name, kind), (offset, size) in zip(made.signature, layout, strict=True)
+            Param(name, kind, offset, size) for (name, kind), (offset, size) in zip(made.signature, layout, strict=True)
         ),
         main_loop=variant.main_loop,
         driver=driver,
         programmatic=made.programmatic,
-        resources=Resources(
-            registers, stack, shared,
-            round(occupancy(registers=registers, shared_bytes=shared, num_warps=made.num_warps, sm=sm), 3),
-        ),
-    )  # fmt: skip
+        resources=Resources(**held, stack_bytes=stack, occupancy=round(resident, 3)),
+    )
     return image, made.cubin
 
 
