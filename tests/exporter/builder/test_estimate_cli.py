@@ -30,7 +30,7 @@ def run(*arguments: str) -> Result:
 def test_shapes_alone_as_a_table_and_as_json() -> None:
     table = run("--sm", "90", *ATTENTION, "--counts-only")
     assert table.exit_code == 0, table.stderr
-    assert "part" in table.stdout and "combine" in table.stdout and "122 launches" in table.stdout
+    assert "part" in table.stdout and "combine-32" in table.stdout and "122 launches" in table.stdout
     assert "a model, no measurement; code from none" in table.stdout
     said = json.loads(run("--target", "h100", *ATTENTION, "--counts-only", "--json").stdout)
     part, combine = said["launches"]
@@ -148,7 +148,7 @@ def test_kernels_of_a_folder_are_read(store: Path) -> None:
     assert part["tensor_flops_ratio"] == pytest.approx(4 * 104 * 4096 / (2 * 64 * 32 * (512 + 64 + 256)))
     assert part["roofs_us"]["issue"] == pytest.approx((500 - 204 + 2 * 204) / 1830, abs=0.001)
     table = run("--sm", "90", *ATTENTION, "--kernels", str(store)).stdout
-    assert "2 × 204: 104 tensor, 100 integer" in table and "255/248/96" in table
+    assert "2 × 204: 104 tensor, 100 integer" in table and "255/72/100" in table
 
 
 def _descriptor(store: Path) -> Path:

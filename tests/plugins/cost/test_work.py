@@ -156,7 +156,7 @@ def test_the_indexer_scores_nothing_for_rows_that_take_all_they_see() -> None:
 
 def test_attention_in_decode() -> None:
     found = works("DsaAttention", B=1, Q=1, MB=512, TOPK=2048)
-    part, combine = found["part"], found["combine"]
+    part, combine = found["part"], found["combine-32"]
     # 128 heads by 64, columns by 256, 64 steps of 32 keys in 32 splits
     assert part.programs == 2 * 2 * 32 and part.passes == (2,)
     assert part.read_bytes == 2048 * 656 + 128 * 576 * 2 + 2048 * 4
@@ -169,11 +169,14 @@ def test_attention_in_decode() -> None:
     assert (combine.read_bytes, combine.written_bytes) == (part.written_bytes, 128 * 512 * 2)
     assert combine.loaded_bytes == 32 * 128 * (512 + 4) * 4, "four programs of 128 columns, each of which reads sums"
     assert combine.programs == 128 * 4 and combine.passes == ()
+    few = works("DsaAttention", B=32, Q=1, MB=512, TOPK=2048)["combine-4"]
+    assert few.programs == 32 * 128, "two parts, of all 512 columns in one program"
+    assert few.read_bytes == few.loaded_bytes == 32 * 2 * 128 * (512 + 1) * 4
 
 
 def test_attention_works_on_the_keys_that_a_row_has() -> None:
     found = works("DsaAttention", load=Load(context=300), B=1, Q=1, MB=5, TOPK=2048)
-    part, combine = found["part"], found["combine"]
+    part, combine = found["part"], found["combine-32"]
     assert part.flops == 2 * 300 * 128 * 1088 and part.read_bytes == 300 * 656 + 128 * 576 * 2 + 2048 * 4
     assert part.programs == 4 * 32 and part.passes == (1,), "10 steps are the share of 10 splits"
     assert part.written_bytes == combine.read_bytes == 128 * (10 * 512 + 32) * 4

@@ -110,16 +110,20 @@ def test_columns_are_shared(
     assert close(got, want) and not close(got, want.float() * 1.01)
 
 
-@pytest.mark.parametrize(("count", "used"), [(0, 0), (1, 1), (32, 1), (100, 4), (270, 5)])
-def test_splits_share_the_keys_that_there_are_and_others_do_nothing(count: int, used: int) -> None:
+@pytest.mark.parametrize(
+    ("splits", "count", "used"),
+    [(8, 0, 0), (8, 1, 1), (8, 32, 1), (8, 100, 4), (8, 270, 5), (3, 100, 2), (4, 270, 3), (20, 270, 9)],
+)
+def test_splits_share_the_keys_that_there_are_and_others_do_nothing(splits: int, count: int, used: int) -> None:
     """The parts of splits without keys are neither written nor read: here they stay NaN."""
-    splits, heads, width, topk = 8, 4, 128, 270
+    heads, width, topk = 4, 128, 270
     case = random_case(b=1, q=1, heads=heads, topk=topk, visible=300, seed=count)
     q, q_pe, cache, table, indices = case.inputs
     indices[0, 0] = -1
     indices[0, 0, :count] = torch.arange(count)
     variants = launch.variants({"H": heads, "C": width, "R": 64, "kv_format": "fp8_ds"}, 90)
-    part, combine = (next(one for one in variants if one.name == name) for name in ("part", "combine"))
+    wanted = "part", f"combine-{next(most for most in (4, 8, 32) if splits <= most)}"
+    part, combine = (next(one for one in variants if one.name == name) for name in wanted)
     parts, sums = torch.full((splits, heads, width), torch.nan), torch.full((splits, heads), torch.nan)
     sizes = {"num_slots": cache.shape[0] * 64, "num_blocks": table.shape[1], "TOPK": topk, "first_row": 0}
     sizes |= {"rows_per_sequence": 1, "splits": splits, "scale_log2": SCALE * LOG2_E}

@@ -35,7 +35,7 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     longest = [cdiv(cdiv(keys, tile.block_n), splits) for keys in chosen]  # steps of the first split, which has most
     used = rows // bound["Q"] * sum(cdiv(cdiv(keys, tile.block_n), n) for keys, n in zip(chosen, longest, strict=True))
     parts = 4 * heads * (used * c + rows * splits)
-    if launch.variant == "combine":
+    if launch.variant.startswith("combine"):
         return Work(
             read_bytes=parts,
             written_bytes=2 * rows * heads * c,

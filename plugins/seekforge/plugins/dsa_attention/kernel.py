@@ -2,10 +2,10 @@
 
 One program: one query row x BLOCK_H heads x COLUMNS of the latent x one split of the chosen positions. A position goes
 through the block table to a slot, whose record (656 bytes for V3.2) is read as e4m3, scales and bf16, widened to bf16
-tiles, and serves as key and as value. Where registers are scarce, scales are not multiplied with the tiles, but with
-scores and with the weights of the values: fewer products, and one rounding less. Softmax in base 2, f32; the product
-with the values has bf16 weights and f32 sums. -1 anywhere, and whatever lies outside the pool, is no key: such rows are
-loaded as 0, so what lies in unused slots never enters.
+tiles, and serves as key and as value. Where tensor memory or registers are scarce (APART), scales are not multiplied
+with the tiles, but with scores and with the weights of the values: fewer products, and one rounding less. Softmax in
+base 2, f32; the product with the values has bf16 weights and f32 sums. -1 anywhere, and whatever lies outside the pool,
+is no key: such rows are loaded as 0, so what lies in unused slots never enters.
 A program first looks for the last place of its row that holds a position, and splits cut what lies before it: behind it
 there is nothing to do, which in a short context is most of TOPK. Decode is bound by latency and by the widening of
 bytes, so positions are split over programs and a second launch combines them; long prompts first expand each sequence's
@@ -62,13 +62,13 @@ def _places(topk_ptr, TOPK, BLOCK: tl.constexpr):
 
 @triton.jit
 def _codes(record, column, valid, FP8: tl.constexpr):
-    """Return bf16 [rows, columns] of the codes of fp8_ds records, without their scales; 0 where not valid."""
+    """Return f32 [rows, columns] of the codes of fp8_ds records, without their scales; 0 where not valid."""
     at = record[:, None] + column[None, :]
     if FP8:
         code = tl.load(at.to(tl.pointer_type(tl.float8e4nv)), mask=valid[:, None], other=0.0)
     else:
         code = tl.load(at, mask=valid[:, None], other=0)
-    return to_bf16(from_e4m3(code, FP8))
+    return from_e4m3(code, FP8)
 
 
 @triton.jit
@@ -77,18 +77,18 @@ def attend_kernel(
     num_slots, num_blocks, TOPK, first_row, rows_per_sequence, splits, scale_log2,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     BYTES: tl.constexpr, FP8: tl.constexpr, PARTIAL: tl.constexpr, LINEAR: tl.constexpr, BLOCK_K: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """q bf16 [rows, H, C], q_pe [rows, H, R], topk i32 [rows, TOPK] -> out.
 
     out: bf16 [rows, H, C]; PARTIAL: f32 [rows, splits, H, C] and lse (base 2) [rows, splits, H]. A split without keys
     writes -inf to lse alone. A program's grid: (row, heads x columns, split). It loads its columns of a key first, and
-    all of them in tiles of WIDTH; where that is 128 of fp8_ds, scales stay apart from codes.
+    all of them in tiles of WIDTH: of fp8_ds, 128, which have one scale, or all.
     """
     wait_for_inputs()
     TILES: tl.constexpr = C // WIDTH
     PARTS: tl.constexpr = C // COLUMNS
-    APART: tl.constexpr = BYTES and WIDTH == 128
+    SCALED: tl.constexpr = BYTES and WIDTH == 128
     SUMS: tl.constexpr = COLUMNS // WIDTH
     row = tl.program_id(0).to(tl.int64) + first_row
     split = tl.program_id(2)
@@ -126,18 +126,23 @@ def attend_kernel(
         k_pe = tl.load(ropes[:, None] + rope[None, :], mask=valid[:, None], other=0.0)
         k = ()
         scale = ()
-        if APART:
+        if SCALED:
             tile = tl.arange(0, TILES)[None, :]
             scale_at = (record + C).to(tl.pointer_type(tl.float32))[:, None] + (first + tile) % TILES
             scales = tl.load(scale_at, mask=valid[:, None], other=0.0)
+            for t in tl.static_range(TILES):
+                scale += (tl.sum(tl.where(tile == t, scales, 0.0), 1),)
+        if APART:
             s = dot_bf16(q_pe, tl.trans(k_pe))
             for t in tl.static_range(TILES):
-                k += (_codes(record + (first + t) % TILES * WIDTH, column, valid, FP8),)
-                scale += (tl.sum(tl.where(tile == t, scales, 0.0), 1),)
+                k += (to_bf16(_codes(record + (first + t) % TILES * WIDTH, column, valid, FP8)),)
                 s += dot_bf16(q[t], tl.trans(k[t])) * scale[t][None, :]
         else:
             for t in tl.static_range(TILES):
-                if BYTES:
+                if SCALED:
+                    codes = _codes(record + (first + t) % TILES * WIDTH, column, valid, FP8)
+                    k += (to_bf16(codes * scale[t][:, None]),)
+                elif BYTES:
                     k += (_latents(record, column, valid, C, FP8),)
                 else:
                     at_tile = record + (first + t) % TILES * WIDTH

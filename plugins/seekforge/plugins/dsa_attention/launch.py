@@ -22,8 +22,10 @@ MAX_SPLITS: Final = 32
 #: SMs of the GPU that parts are counted for, an H100, and steps of keys that a program takes beside its own: to find
 #: the end of its row, to load queries, to leave its part to be combined.
 _SMS, _STEPS_BESIDE = 132, 2
-#: Chosen positions that a program looks at at a time, and columns of one program that combines.
-_BLOCK_K, _COMBINE_BLOCK = 2048, 128
+#: Chosen positions that a program looks at at a time.
+_BLOCK_K: Final = 2048
+#: Of the kernels that combine parts: the most parts that one loads at once -> columns of a program.
+_COMBINE: Final = {4: 512, 8: 256, MAX_SPLITS: 128}
 #: Query rows per sequence from which its cache is expanded to bf16 once.
 EXPAND_ROWS: Final = 256
 _EXPAND_POSITIONS: Final = 4
@@ -98,6 +100,12 @@ def _most_parts(batch: int, queries: int, programs: int, topk: int, block_n: int
     return max((n * parts for n, parts in splits.items() if parts > 1), default=0)
 
 
+def _combine(splits: int, c: int) -> tuple[str, int]:
+    """Return the kernel that combines so many parts of c columns, and the columns of its programs."""
+    most = min(one for one in _COMBINE if splits <= one)
+    return f"combine-{most}", min(c, _COMBINE[most])
+
+
 def check(statics: Mapping[str, Any]) -> None:
     """Refuse what the kernels cannot do."""
     if statics["kv_format"] == "f32":
@@ -113,6 +121,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     def attend(name: str, *, bytes_: bool, partial: bool, linear: bool) -> Variant:
         cut = choose_cut(statics["H"], statics["C"], sm, from_bytes=bytes_)
         tile = cut.tile
+        width = _WIDTH if cut.columns < statics["C"] else cut.columns
         types = {
             "q_ptr": "*bf16",
             "q_pe_ptr": "*bf16",
@@ -138,7 +147,9 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "LINEAR": linear,
             "BLOCK_K": _BLOCK_K,
             "COLUMNS": cut.columns,
-            "WIDTH": _WIDTH if cut.columns < statics["C"] else cut.columns,
+            "WIDTH": width,
+            # beside wgmma, registers are shorter without the scales than with products of them
+            "APART": bytes_ and width == _WIDTH and not (sm == 90 and tile.block_h == 64),
         }
         return Variant(
             name, "attend_kernel", types, constants,
@@ -149,8 +160,10 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         attend(name, bytes_=from_bytes, partial=p, linear=False) for name, p in (("attend", False), ("part", True))
     ]
     types = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32"}
-    constants = {"H": statics["H"], "C": statics["C"], "SPLITS": MAX_SPLITS, "BLOCK_C": _COMBINE_BLOCK}
-    result.append(Variant("combine", "combine_kernel", types, constants))
+    for splits in _COMBINE:
+        name, columns = _combine(splits, statics["C"])
+        constants = {"H": statics["H"], "C": statics["C"], "SPLITS": splits, "BLOCK_C": columns}
+        result.append(Variant(name, "combine_kernel", types, constants))
     if from_bytes:
         types = {
             "cache_ptr": "*u8",
@@ -232,7 +245,8 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
             "out_ptr": Buffer("o_latent"),
             "splits": splits,
         }
-        launches.append(Launch("combine", (rows, heads, bound["C"] // _COMBINE_BLOCK), arguments))
+        name, columns = _combine(splits, bound["C"])
+        launches.append(Launch(name, (rows, heads, bound["C"] // columns), arguments))
     return LaunchPlan(tuple(launches), workspace.size)
 
 

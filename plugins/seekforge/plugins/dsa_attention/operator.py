@@ -53,8 +53,8 @@ OPERATOR = Operator(
         known_spills={
             ("part", 80): (16, _NARROW),
             ("attend", 80): (32, _NARROW),
-            ("part", 90): (248, _HALF),
-            ("attend", 90): (264, _HALF),
+            ("part", 90): (72, _HALF),
+            ("attend", 90): (64, _HALF),
             ("attend-expanded", 90): (40, _HALF),
         },
         known_mma_sync={},
