@@ -72,6 +72,7 @@ class Real:
 
 #: op -> inputs that have the rows, and the axis of the rows in them and in the output.
 _ROWS: Final[dict[str, tuple[tuple[int, ...], int]]] = {
+    "AddRmsNormQuantize": ((0, 2), 0),
     "BlockFp8Linear": ((0,), 0),
     "Bf16Linear": ((0,), 0),
     "DsaIndexer": ((0, 1, 4), 1),
@@ -114,6 +115,18 @@ def linear(rows: int, n: int, k: int) -> Real:
         if (n, k) in _LINEAR_ANCHORS:
             anchor = f"{_LINEAR_ANCHORS[n, k]} TFLOPS at 4096 rows, H800, DeepGEMM PR 74"
     return Real("BlockFp8Linear", f"T={rows} {n}x{k}", {"act_quant": "ue8m0"}, make, target, anchor)
+
+
+def norm(rows: int, width: int) -> Real:
+    """A sum of two streams, normed and quantized."""
+
+    def make() -> Case:
+        draw = Draw(rows)
+        x, residual = (draw.normal(rows, width).bfloat16() for _ in range(2))
+        return Case("AddRmsNormQuantize", "real", (x, draw.normal(width), residual), {"epsilon": 1e-6})
+
+    target = "<= 3 us" if rows <= 64 else ">= 60 % of copy bandwidth"
+    return Real("AddRmsNormQuantize", f"T={rows} {width}", {}, make, target)
 
 
 def bf16_linear(rows: int, n: int, k: int) -> Real:
@@ -275,7 +288,7 @@ def latent_write(tokens: int) -> Real:
 def real_cases() -> list[Real]:
     """Return the shapes of DeepSeek-V3.2 that have a published anchor, a target or a clear floor."""
     found = [linear(t, n, k) for n, k in ((2112, 7168), (24576, 1536), (7168, 16384)) for t in (1, 32, 4096)]
-    found += [linear(4096, 7168, 2048)]
+    found += [linear(4096, 7168, 2048)] + [norm(t, 7168) for t in (1, 32, 2048)] + [norm(1, 1536)]
     found += [bf16_linear(t, 129280, 7168) for t in (1, 32)] + [bf16_linear(t, 256, 7168) for t in (1, 32, 2048)]
     found += [write(t) for t in (1, 256, 8192)] + [route(t) for t in (1, 256, 8192)]
     found += [latent_write(t) for t in (1, 256, 8192)]

@@ -12,10 +12,13 @@ from torch import Tensor
 from seekforge.exporter.parity.compare.metrics import expert_gaps
 from seekforge.exporter.parity.compare.selections import FLOOR_EXPERTS
 from seekforge.plugins.dsa_indexer.reference import index_scores
+from seekforge.plugins.quant import quantize
 from seekforge.plugins.testing import Case, calc_diff, equal_bits, same_selection
 
 #: calc_diff that a product of FP8 blocks may have: tensor cores add less exactly than f32 (spec §5.2).
 PRODUCT_TOLERANCE: Final = 1e-5
+#: calc_diff of a norm in bf16: sums in another order, and single values that round otherwise.
+NORM_TOLERANCE: Final = 1e-6
 
 
 def judge(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[bool, str]:
@@ -24,6 +27,8 @@ def judge(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[bo
         first = 1 if got[0].dtype == torch.int8 else 64
         same = all(equal_bits(a[first:], b[first:]) for a, b in zip(got, want, strict=True))
         return same, "bytes equal" if same else "bytes differ"
+    if case.op == "AddRmsNormQuantize":
+        return _judge_norm(got, want)
     if case.op == "MoeRoute":
         return _judge_route(case.inputs, case.attrs, got, want)
     if case.op == "DsaIndexer":
@@ -37,6 +42,18 @@ def judge(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[bo
     diff = calc_diff(x[finite], y[finite]) if torch.equal(finite, x.isfinite()) else math.inf
     limit = 5e-6 if case.op in ("DsaAttention", "MlaAttention") else PRODUCT_TOLERANCE
     return diff <= limit, f"diff {diff:.1e} of {limit:.0e}"
+
+
+def _judge_norm(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[bool, str]:
+    """Judge a norm by its values, and its codes as those of the values that it gave: one may round otherwise."""
+    total, y, codes, scale = got
+    wanted, scales = quantize(y)
+    if not equal_bits(total, want[0]):
+        return False, "another sum"
+    if not (equal_bits(codes, wanted.view(torch.int32)) and equal_bits(scale, scales)):
+        return False, "codes of other values"
+    diff = calc_diff(y.double(), want[1].double())
+    return diff <= NORM_TOLERANCE, f"diff {diff:.1e} of {NORM_TOLERANCE:.0e}"
 
 
 def _judge_route(

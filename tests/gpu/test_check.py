@@ -25,6 +25,7 @@ from tests.gpu.work import (
     experts_work,
     indexer_work,
     linear_work,
+    norm_work,
     route_work,
     work_of,
     write_work,
@@ -129,6 +130,7 @@ SMALL = [
     gpu_cases.route(4),
     gpu_cases.write(70),
     gpu_cases.linear(2, 256, 128),
+    gpu_cases.norm(3, 256),
     gpu_cases.bf16_linear(2, 256, 128),
     gpu_cases.attention(1, 1, 16),
     gpu_cases.indexer(1, 128, 70),
@@ -193,6 +195,8 @@ def test_every_provider_that_can_be_compiled_is_checked(monkeypatch: pytest.Monk
         # 2·T·N·K and N·K + 2·T·(K + N) with the scales; 2.2 KB a token; 1.1 KB a token
         (linear_work(1, 2112, 7168), 15.16, 0.0303),
         (linear_work(4096, 24576, 1536), 251.7, 309.2),
+        # two streams in, two values and a byte out, a scale for 128 of them, and the weight
+        (norm_work(2048, 7168, adds=True), 132.6, 0),
         # 2·N·K of the weight, 2·T·K in, 4·T·N out: the head of one token, the router of a prompt
         (bf16_linear_work(1, 129280, 7168), 1853.9, 1.853),
         (bf16_linear_work(2048, 256, 7168), 35.13, 7.516),
@@ -219,7 +223,7 @@ def test_work_of_a_case_counts_what_is_there() -> None:
     by_name = {str(case): case for case in gpu_cases.tiny_cases()}
     for case in by_name.values():
         found = work_of(case)
-        multiplies = case.op not in ("DsaCacheWrite", "MlaCacheWrite", "MoeRoute", "DsaIndexer")
+        multiplies = case.op not in ("AddRmsNormQuantize", "DsaCacheWrite", "MlaCacheWrite", "MoeRoute", "DsaIndexer")
         assert found.num_bytes >= 0 and (not multiplies or found.products is not None)
     case = gpu_cases.attention(1, 1, 16).make()
     whole = work_of(case)

@@ -35,6 +35,11 @@ def bf16_linear_work(rows: int, n: int, k: int) -> Work:
     return Work(2 * n * k + rows * (4 * n + 2 * k), 2 * rows * n * k, "bf16")
 
 
+def norm_work(rows: int, width: int, *, adds: bool) -> Work:
+    """x, and what is added, bf16 [rows, width] -> sum and norm in bf16, and the norm as codes and scales."""
+    return Work(rows * (2 * width * (2 if adds else 1) + 4 * width + width + 4 * (width // 128)) + 4 * width)
+
+
 def write_work(tokens: int, *, latent: int, rope: int, index: int, kv_format: str) -> Work:
     """Latent, rotary key and indexer key (`index` 0: none) in bf16, and a slot, into the caches."""
     if kv_format == "fp8_ds":
@@ -101,6 +106,8 @@ def work_of(case: Case) -> Work:
     inputs = case.spec.named(case.inputs)
     packed = "fp8_ds" in case.attrs.values()
     match case.op:
+        case "AddRmsNormQuantize":
+            return norm_work(inputs["x"].numel() // bound["H"], bound["H"], adds=bound["R"] > 0)
         case "BlockFp8Linear":
             return linear_work(inputs["x"].numel() // bound["K"], bound["N"], bound["K"])
         case "Bf16Linear":

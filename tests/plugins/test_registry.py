@@ -30,7 +30,16 @@ from seekforge.plugins.operator import (
     Taps,
     load,
 )
-from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, CACHE_OPS, FP8_OPS, KERNEL_FORMS, OPERATORS, SPECS
+from seekforge.plugins.registry import (
+    ADD_RMS_NORM_QUANTIZE,
+    BF16_LINEAR,
+    BLOCK_FP8_LINEAR,
+    CACHE_OPS,
+    FP8_OPS,
+    KERNEL_FORMS,
+    OPERATORS,
+    SPECS,
+)
 
 ROOTS = [Path(__file__).parents[2] / root for root in ("exporter", "plugins", "runtime")]
 PLUGINS = Path(seekforge.plugins.__path__[0])
@@ -123,7 +132,7 @@ def test_names_of_taps_of_one_program_are_different(absent: str) -> None:
 
 def symbols(spec: OpSpec) -> set[str]:
     """Return the sizes and attributes that `bind` gives."""
-    dims = {dim for arg in spec.inputs for dim in arg.shape if isinstance(dim, str)}
+    dims = {dim for arg in (*spec.inputs, *spec.optional) for dim in arg.shape if isinstance(dim, str)}
     return {dim for dim in dims if dim.removeprefix("*").isidentifier()} | {attr.name for attr in spec.attrs}
 
 
@@ -151,7 +160,8 @@ def test_exceptions_are_of_kernels_that_there_are(op: str) -> None:
 def test_groups_follow_from_the_contracts() -> None:
     assert FP8_OPS == ("BlockFp8Linear", "MoeExperts")
     assert CACHE_OPS == ("DsaCacheWrite", "DsaIndexer", "DsaAttention", "MlaCacheWrite", "MlaAttention")
-    assert [op for op, operator in OPERATORS.items() if not operator.in_programs] == [BF16_LINEAR]
+    by_builds = [op for op, operator in OPERATORS.items() if not operator.in_programs]
+    assert by_builds == [ADD_RMS_NORM_QUANTIZE, BF16_LINEAR]
     for op in FP8_OPS:
         assert OPERATORS[op].products is not None, "what precision is about multiplies"
     assert all(OPERATORS[op].taps != NO_TAPS for op in CACHE_OPS)

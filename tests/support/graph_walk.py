@@ -37,7 +37,7 @@ from seekforge.plugins.kernels.launcher import KernelFolder
 from seekforge.plugins.kernels.sizes import operators
 from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.quant import latent_record_bytes
-from seekforge.plugins.registry import BF16_LINEAR, SPECS
+from seekforge.plugins.registry import OPERATORS, SPECS
 from seekforge.plugins.testing import Case, calc_diff
 
 KvFormat = Literal["bf16", "fp8_ds"]
@@ -52,7 +52,7 @@ def kernel_ops(program: Program, kv_format: KvFormat, *, nvfp4_experts: bool = F
     """Return op_type -> sizes and attributes of the kernels that a program's engines need."""
     config = ModelConfig.parse(program.config, "program")
     needed = operators(config, kv_format=kv_format, numerics=program.numerics, nvfp4_experts=nvfp4_experts)
-    return {op: bound for op, bound in needed.items() if op in program.ops or op == BF16_LINEAR}
+    return {op: bound for op, bound in needed.items() if op in program.ops or not OPERATORS[op].in_programs}
 
 
 def specialization(sm: int, kv_format: KvFormat) -> Specialization:

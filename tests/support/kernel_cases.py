@@ -17,7 +17,7 @@ from seekforge.plugins.kernels.launch_plan import Buffer, Scalar, op_kernels
 from seekforge.plugins.operator import OpSpec, evaluate_dim
 from seekforge.plugins.quant import pack_latent, quantize
 from seekforge.plugins.registry import SPECS
-from seekforge.plugins.testing import Case, calc_diff, cases
+from seekforge.plugins.testing import Case, calc_diff, kernel_cases
 
 #: FlashMLA's values are normal / 10 and its absolute error 1e-3; ours are normal.
 ABSOLUTE, RELATIVE, DIFF = 1e-2, 2.01 / 128, 5e-6
@@ -27,7 +27,7 @@ HOW = Specialization("bf16", "float8", "bf16", "trt")
 
 def gpu_cases(op: str) -> list[Case]:
     """Return the vectors of an operator with bf16 activations and caches."""
-    return [case.typed(HOW) for case in cases(op)]
+    return [case.typed(HOW) for case in kernel_cases(op)]
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -146,7 +146,11 @@ def fake_kernels(op: str, statics: Mapping[str, Scalar], sm: int) -> KernelSet:
 
 def input_shapes(spec: OpSpec, bound: Mapping[str, Any]) -> list[tuple[int, ...]]:
     """Return the shapes of an operator's inputs by sizes and attributes under the symbols of its spec."""
-    sizes = [[evaluate_dim(dim, bound) for dim in arg.shape] for arg in spec.inputs]
+    bound_before = {dim for arg in spec.inputs for dim in arg.shape}
+    own = [[dim for dim in arg.shape if str(dim).isidentifier() and dim not in bound_before] for arg in spec.optional]
+    last = max((i for i, dims in enumerate(own) if dims and all(bound.get(dim) for dim in dims)), default=-1)
+    first = spec.optional[: last + 1]  # optional inputs that have sizes of their own, and those before them
+    sizes = [[evaluate_dim(dim, bound) for dim in arg.shape] for arg in (*spec.inputs, *first)]
     return [tuple(n for one in shape for n in (one if isinstance(one, tuple) else (one,))) for shape in sizes]
 
 

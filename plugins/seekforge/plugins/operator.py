@@ -401,8 +401,8 @@ class Operator:
 
     Attributes:
         spec: its contract.
-        in_programs: whether exported programs have it. If not, a build for GPUs puts it in place of a product with a
-            weight, and lists it under the name of that weight.
+        in_programs: whether exported programs have it. If not, a build for GPUs puts it in place of standard operators;
+            products are listed under the name of their weight.
         body: `module:function` that makes its ONNX function from the attributes and the specialization.
         inlined_limits: what TensorRT takes of that function.
         inlined_weights: how the function stores FP8 weights for TensorRT: float8 where the target has it, or always

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from seekforge.plugins.add_rms_norm_quantize.operator import OPERATOR as _ADD_RMS_NORM_QUANTIZE
 from seekforge.plugins.bf16_linear.operator import OPERATOR as _BF16_LINEAR
 from seekforge.plugins.block_fp8_linear.operator import OPERATOR as _BLOCK_FP8_LINEAR
 from seekforge.plugins.dsa_attention.operator import OPERATOR as _DSA_ATTENTION
@@ -23,6 +24,7 @@ from seekforge.plugins.sum_ranks.operator import OPERATOR as _SUM_RANKS
 OPERATORS: Final[dict[str, Operator]] = {
     operator.spec.name: operator
     for operator in (
+        _ADD_RMS_NORM_QUANTIZE,
         _BLOCK_FP8_LINEAR,
         _BF16_LINEAR,
         _DSA_CACHE_WRITE,
@@ -56,5 +58,7 @@ FP8_OPS: Final = tuple(op for op, spec in SPECS.items() if spec.has_input_of("fp
 CACHE_OPS: Final = tuple(op for op, spec in SPECS.items() if spec.has_input_of("kv"))
 #: The linear of FP8 weights, which tables of parameters name.
 BLOCK_FP8_LINEAR: Final = _BLOCK_FP8_LINEAR.spec.name
+#: The operator that a GPU build puts in place of norms whose results FP8 linears read; programs have none.
+ADD_RMS_NORM_QUANTIZE: Final = _ADD_RMS_NORM_QUANTIZE.spec.name
 #: The operator that a GPU build puts in place of products of BF16 weights with f32 results; programs have none.
 BF16_LINEAR: Final = _BF16_LINEAR.spec.name

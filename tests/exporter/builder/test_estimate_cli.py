@@ -79,7 +79,7 @@ def test_slices_of_a_long_prompt_that_need_no_scores_are_rows_too() -> None:
         (("--sm", "90", "--shape", "queries=9,context=8"), "context is 8, expected at least the 9 queries"),
         (("--sm", "90", "--shape", "batch=1M,queries=2,context=4"), "are more than a step has"),
         (("--sm", "90", "--tp", "3"), "--tp 3"),
-        (("--sm", "90", "--op", "Softmax"), "calls none of Softmax; operators are BlockFp8Linear"),
+        (("--sm", "90", "--op", "Softmax"), "calls none of Softmax; operators are AddRmsNormQuantize"),
         (("--sm", "90", "--model", "tiny-v3", "--op", "DsaAttention"), "tiny-v3 calls none of DsaAttention"),
         (("--sm", "90", "--model", "tiny-v3", "--counts-only"), "caches of a deepseek_v3 model are bf16 on GPUs"),
         (("--sm", "90", "--kernels", "/nowhere"), "'/nowhere' does not exist"),

@@ -15,7 +15,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.checkpoint.safetensors import Checkpoint
 from seekforge.formats.program import load_bindings, load_program
 from seekforge.formats.weight_recipes import tensors_of
-from seekforge.plugins.registry import BF16_LINEAR, SPECS
+from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, SPECS
 
 GRAPHS = ("model", "mtp")
 AXES = {
@@ -76,10 +76,10 @@ def test_nodes_carry_their_namespace_and_share_one_function(
 ) -> None:
     model = onnx.load(program / f"{graph}.onnx")
     custom = [node for node in model.graph.node if node.domain == "seekforge"]
-    # a program of one rank has no collective, sparse attention no dense one, and only a GPU build puts Bf16Linear in
+    # a program of one rank has no collective, sparse attention no dense one, and only GPU builds put two of them in
     assert (
         {node.op_type for node in custom}
-        == set(SPECS) - {"SumRanks", BF16_LINEAR, "MlaCacheWrite", "MlaAttention"}
+        == set(SPECS) - {"SumRanks", ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, "MlaCacheWrite", "MlaAttention"}
         == {function.name for function in model.functions}
     )
     for node in custom:

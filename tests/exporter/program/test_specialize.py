@@ -13,7 +13,7 @@ from seekforge.exporter.program.specialize import specialize
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import CANONICAL, Specialization
-from seekforge.plugins.registry import BF16_LINEAR, SPECS
+from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, SPECS
 
 CPU = Specialization(activations="f32", fp8_storage="float8", kv_format="f32", bodies="ort")
 PORTABLE = Specialization(activations="bf16", fp8_storage="int8", kv_format="bf16", bodies="trt")
@@ -88,5 +88,5 @@ def test_what_is_no_program_is_refused(tiny_config: ModelConfig) -> None:
 def test_every_operator_but_the_collective_that_of_gpu_builds_and_dense_attention_is_used_by_one_rank(
     canonical: onnx.ModelProto,
 ) -> None:
-    others = {"SumRanks", BF16_LINEAR, "MlaCacheWrite", "MlaAttention"}
+    others = {"SumRanks", ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, "MlaCacheWrite", "MlaAttention"}
     assert {node.op_type for node in canonical.graph.node if node.domain} == set(SPECS) - others

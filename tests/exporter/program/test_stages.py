@@ -82,7 +82,11 @@ def test_stages_compute_what_the_whole_computes(
     tiny_programs: dict[str, Path], numerics: str, layers_per_stage: int
 ) -> None:
     parts, places = check_stages(tiny_programs[numerics], layers_per_stage)
-    assert len(places) == min(len(parts) - 1, 2), "one value goes on, and two places are used in turns"
+    assert len(places) == 2 * min(len(parts) - 1, 2), "two values go on, and two places of each are used in turns"
+    for part in parts[1:]:
+        adds = next(node for node in part.graph.node if node.op_type == "Add")
+        casts = {node.output[0]: node.input[0] for node in part.graph.node if node.op_type == "Cast"}
+        assert all(casts[name].startswith("intermediate.") for name in adds.input), "what the first norm adds up"
 
 
 @pytest.mark.slow
@@ -90,7 +94,7 @@ def test_a_choice_that_later_layers_share_is_handed_on(tmp_path: Path) -> None:
     new_checkpoint(tmp_path / "checkpoint", "glm5-tiny")
     export(tmp_path / "checkpoint", tmp_path / "program", numerics=EXACT)
     parts, places = check_stages(tmp_path / "program", 1)
-    assert len(places) == 3, "the stream in two places in turns, and the choice, which both full layers use in turns"
+    assert len(places) == 5, "both streams in two places in turns, and the choice, which both full layers use in turns"
     choosing, sharing, again = parts[1], parts[2], parts[3]
     given = {value.name: value.type.tensor_type.elem_type for value in choosing.graph.output}
     (place,) = [name for name, kind in given.items() if "intermediate" in name and kind == onnx.TensorProto.INT32]

@@ -15,7 +15,7 @@ from seekforge.plugins.block_fp8_linear import launch
 from seekforge.plugins.block_fp8_linear.reference import block_fp8_linear
 from seekforge.plugins.kernels.interpreter import interpret
 from seekforge.plugins.linear_tile import Form, Tile
-from seekforge.plugins.quant import dequantize_weight, fake_quantize
+from seekforge.plugins.quant import dequantize_weight, fake_quantize, quantize
 from seekforge.plugins.testing import Case, Draw, calc_diff, equal_bits
 
 #: Against the dequantized product, both rounded to bf16 (spec §11.2). A bent scale (1 %) is at 5e-5.
@@ -40,8 +40,21 @@ def test_equals_the_reference(case: Case, sm: int) -> None:
     (got,) = interpret(case.op, case.inputs, case.attrs, sm=sm)
     (want,) = case.expected()
     assert close(got, want)
-    x, weight, scale = case.inputs
-    assert not close(got, block_fp8_linear(x, weight, scale * 1.01, case.attrs["act_quant"]))
+    x, weight, scale, *codes = case.inputs
+    (bent,) = replace(case, inputs=(x, weight, scale * 1.01, *codes)).expected()
+    assert not close(got, bent)
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 33, 70, 130])
+def test_rows_that_are_quantized_already_give_the_same_bits(rows: int, sm: int) -> None:
+    """And `x` is not read: it holds no numbers here."""
+    draw = Draw(rows)
+    x, weight, scale = draw.normal(rows, 256).bfloat16(), draw.fp8(192, 256), draw.weight_scale(2, 2)
+    codes, x_scale = quantize(x)
+    inputs = (torch.full_like(x, torch.nan), weight, scale, codes.view(torch.int32), x_scale)
+    (got,) = interpret("BlockFp8Linear", inputs, {"act_quant": "ue8m0"}, sm=sm)
+    assert equal_bits(got, run(x, weight, scale, sm=sm))
 
 
 @pytest.mark.parametrize("sm", [90, 100])

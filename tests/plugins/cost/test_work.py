@@ -49,11 +49,30 @@ def test_a_linear_of_few_rows() -> None:
 
 def test_a_linear_of_two_rows_quantizes_them_itself() -> None:
     found = works("BlockFp8Linear", **{"*lead": (2, 1), "N": 7168, "K": 2048})
-    assert list(found) == ["narrow-2x32"]
-    product = found["narrow-2x32"]
+    assert list(found) == ["narrow-2x32-quantize"]
+    product = found["narrow-2x32-quantize"]
     assert product.programs == 224 and product.passes == (4,)
     assert product.read_bytes == 2 * 2048 * 2 + 7168 * 2048 + 56 * 16 * 4, "rows as BF16"
     assert product.loaded_bytes == 224 * (2 * 2 + 32) * 2048
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(2, "narrow-2x32"), (16, "narrow-16x32"), (128, "tile-64x128")])
+def test_a_linear_of_quantized_rows_quantizes_nothing(rows: int, kernel: str) -> None:
+    found = works("BlockFp8Linear", **{"*lead": (rows,), "N": 7168, "K": 2048, "KB": 16})
+    assert "quantize" not in found and {"combine"} >= found.keys() - {kernel, f"{kernel}-split"}
+    product = found[kernel] if kernel in found else found[f"{kernel}-split"]
+    assert product.read_bytes == rows * (2048 + 16 * 4) + 7168 * 2048 + 56 * 16 * 4, "rows as codes and scales"
+
+
+def test_a_norm_is_read_once_and_written_thrice() -> None:
+    sizes = {"*lead": (4, 8), "H": 7168, "epsilon": 1e-6}
+    adds = works("AddRmsNormQuantize", **sizes, R=7168)["norm-64"]
+    assert adds.programs == 32 and adds.flops == 0
+    assert adds.read_bytes == 32 * 2 * 7168 * 2 + 7168 * 4
+    assert adds.loaded_bytes == 32 * (2 * 7168 * 2 + 7168 * 4), "each program reads the weight"
+    assert adds.written_bytes == 32 * (2 * 7168 * 2 + 7168 + 56 * 4)
+    alone = works("AddRmsNormQuantize", **sizes, R=0)["norm-64"]
+    assert adds.read_bytes - alone.read_bytes == 32 * 7168 * 2
 
 
 def test_a_linear_of_a_few_hundred_rows_is_split() -> None:

@@ -33,7 +33,10 @@ def shapes_of(op: str, fixed: dict[str, Any], sizes: Sizes) -> tuple[Shapes, dic
         case "BlockFp8Linear":
             n, k = f["N"], f["K"]
             lead = (b, q) if f["axes"] == 2 else (b * q,)
-            return [(*lead, k), (n, k), (cdiv(n, 128), k // 128)], {"act_quant": f["act_quant"]}
+            codes = [(*lead, k // 4), (*lead, k // 128)] if f["act_quant"] == "ue8m0" and f["codes"] else []
+            return [(*lead, k), (n, k), (cdiv(n, 128), k // 128), *codes], {"act_quant": f["act_quant"]}
+        case "AddRmsNormQuantize":
+            return [(b, q, f["H"]), (f["H"],), *([(b, q, f["H"])] if f["adds"] else [])], {"epsilon": 1e-6}
         case "Bf16Linear":
             return [(*((b, q) if f["axes"] == 2 else (b * q,)), f["K"]), (f["N"], f["K"])], {}
         case "DsaIndexer":
@@ -63,12 +66,14 @@ def shapes_of(op: str, fixed: dict[str, Any], sizes: Sizes) -> tuple[Shapes, dic
 
 
 FIXED = {
+    "AddRmsNormQuantize": st.fixed_dictionaries({"H": _128, "adds": st.booleans()}),
     "BlockFp8Linear": st.fixed_dictionaries(
         {
             "N": st.one_of(st.integers(1, 700), st.integers(700, 40_000)),
             "K": _128,
             "axes": st.sampled_from([1, 2]),
             "act_quant": st.sampled_from(["ue8m0", "none"]),
+            "codes": st.booleans(),
         }
     ),
     "Bf16Linear": st.fixed_dictionaries(

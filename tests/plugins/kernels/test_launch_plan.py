@@ -122,11 +122,12 @@ def test_the_driver_gets_what_the_plan_says_for_every_operator_and_shape(sm: int
             kernels = fake_kernels(call.op, statics_of(call.op, call.bound), sm)
             attrs = {attr.name: call.bound[attr.name] for attr in spec.attrs}
             ops[call.op] = OpLauncher(kernels, attrs, dict.fromkeys(kernels.images, b""), driver)
-        names = [*(arg.name for arg in (*spec.inputs, *spec.outputs)), WORKSPACE]
+        shapes = input_shapes(spec, call.bound)
+        names = [*spec.named(shapes), *(arg.name for arg in spec.outputs), WORKSPACE]
         addresses = {name: (1 + turn) * 2**40 + i * 2**32 for i, name in enumerate(names)}
         first, last = [addresses[name] for name in names[:-1]], addresses[WORKSPACE]
-        num_inputs, driver.launched[:] = len(spec.inputs), []
-        ops[call.op].enqueue(input_shapes(spec, call.bound), first[:num_inputs], first[num_inputs:], last, turn)
+        num_inputs, driver.launched[:] = len(shapes), []
+        ops[call.op].enqueue(shapes, first[:num_inputs], first[num_inputs:], last, turn)
         images = ops[call.op].kernels.images
         assert driver.launched == [
             (one.variant, one.grid, pack_arguments(images[one.variant], one.arguments, addresses), turn)

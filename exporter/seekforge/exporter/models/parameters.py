@@ -92,10 +92,11 @@ class Parameter:
             dequantized. `experts`: FP8 matrices of all routed experts stacked, each of them of one or more by rows.
         tensors: modules or names of `Tensor`s, in the order in which their rows are stacked.
         does: what it is, for people.
-        op: the operator that multiplies with it as it is in a GPU engine; empty where there is none.
+        op: the operator that multiplies with it, or norms with it, as it is in a GPU engine; empty where there is none.
         rows: which rows of each head of `kv_b_proj` a `per_head` parameter takes.
         is_behind: whether only results behind the last layer read it.
         beside: the linear that multiplies the same value, with which an engine for GPUs has it as one (`joins`).
+        norm: the norm whose result an FP8 linear or the experts multiply, which an engine for GPUs quantizes with it.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Parameter:
     rows: Literal["keys", "values"] = "keys"
     is_behind: bool = False
     beside: str = ""
+    norm: str = ""
 
     @property
     def module(self) -> str:

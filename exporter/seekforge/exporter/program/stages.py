@@ -2,9 +2,10 @@
 
 A stage is what a layer range exported alone would be, but nothing is rounded in between: whatever the later layers
 read of the earlier ones is handed over as it is. Values that belong to no layer (clamped positions, RoPE rows) are
-computed again in every stage that reads them, and so are casts of what is handed over: the residual stream goes from
-layer to layer as one value. It lies in numbered places, and a place is used again when its value has been read for the
-last time: a chain of layers needs two, however long it is.
+computed again in every stage that reads them, and so are casts of what is handed over. What a layer's first norm adds
+up goes from layer to layer as one value where it has the type of activations, else as the two values that are added:
+they are no more bytes, and a build can make one operator of sum and norm. Values lie in numbered places, and a place is
+used again when its value has been read for the last time: a chain of layers needs two of each, however long it is.
 """
 
 from __future__ import annotations
@@ -46,6 +47,32 @@ def cut(model: onnx.ModelProto, ranges: Sequence[tuple[int, int]]) -> list[onnx.
     return [whole.stage(number) for number in range(len(ranges))]
 
 
+def _with_sums(graph: onnx.GraphProto, where: Sequence[int]) -> list[int]:
+    """Put what a layer's first norm adds up, two values cast to f32, into the segment of the norm."""
+    result = list(where)
+    number = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    readers: dict[str, list[int]] = {}
+    for i, node in enumerate(graph.node):
+        for name in dict.fromkeys(node.input):
+            readers.setdefault(name, []).append(i)
+    for i, node in enumerate(graph.node):
+        total = number.get(node.input[0]) if node.op_type == "RMSNormalization" else None
+        if total is None or where[i] in (BEFORE, AFTER) or where[total] >= where[i]:
+            continue
+        adds = graph.node[total]
+        casts = [number.get(name) for name in adds.input]
+        others = [one for one in readers[adds.output[0]] if one != i]
+        if adds.op_type == "Add" and all(
+            one is not None and graph.node[one].op_type == "Cast" for one in (*casts, *others)
+        ):
+            alone = [one for one in casts if one is not None and readers[graph.node[one].output[0]] == [total]]
+            for one in (total, *alone, *others):
+                result[one] = where[i]
+    for i, node in enumerate(graph.node):
+        result[i] = max((result[i], *(result[number[name]] for name in node.input if name in number)))
+    return result
+
+
 class _Whole:
     """The graph, looked through once: what each stage has, reads and hands on."""
 
@@ -60,7 +87,7 @@ class _Whole:
         self._nodes: list[list[onnx.NodeProto]] = [[] for _ in starts]
         self._stage_of: dict[str, int] = {}
         self._casts: dict[str, onnx.NodeProto] = {}
-        for node, segment in zip(graph.node, segments(graph), strict=True):
+        for node, segment in zip(graph.node, _with_sums(graph, segments(graph)), strict=True):
             if segment == BEFORE:
                 self._outside.append(node)
                 continue

@@ -12,11 +12,12 @@ from typing import Any, Final
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import Parameter, Tensor, joined_shapes_of
 from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.paged_cache import BLOCK_SIZE, SCRAP_BLOCK, blocks_needed
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.plugins.kernels.sizes import operators
 from seekforge.plugins.operator import RankModel, Step
-from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
+from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
 
 #: Operators of each part of a layer, in the order in which it calls them; linears stand in the family's table.
 _LATENT_WRITE: Final = "MlaCacheWrite"
@@ -135,13 +136,26 @@ def _count(
 def _linears(
     parameters: Sequence[Parameter], tensors: Sequence[Tensor], rows: int, parallelism: Parallelism
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield operator, parameter and sizes of each linear among some parameters, in their order."""
+    """Yield operator, parameter and sizes of each linear and its norm among some parameters, in their order."""
     order = {parameter.module: place for place, parameter in enumerate(parameters)}
+    norms = {parameter.module: parameter.norm for parameter in parameters}
     linears = [
-        (order[modules[0]], op, " + ".join(modules), {"*lead": (rows,), "N": n, "K": k})
+        (
+            order[modules[0]],
+            op,
+            " + ".join(modules),
+            {"*lead": (rows,), "N": n, "K": k} | ({"KB": k // FP8_BLOCK} if norms[modules[0]] else {}),
+        )
         for op in (BLOCK_FP8_LINEAR, BF16_LINEAR)
         for modules, (n, k) in joined_shapes_of(parameters, tensors, op, parallelism).items()
     ]
+    widths = {tensor.name: tensor.shape[0] for tensor in tensors}
+    for one in parameters:
+        if one.op == ADD_RMS_NORM_QUANTIZE and one.name in norms.values():
+            width = widths[one.name]
+            added = 0 if one.name.startswith("self_attn.") else width  # a norm inside of the attention adds nothing
+            bound = {"*lead": (rows,), "H": width, "R": added, "epsilon": 1.0}
+            linears.append((order[one.module], ADD_RMS_NORM_QUANTIZE, one.module, bound))
     for _, op, what, bound in sorted(linears, key=lambda one: one[0]):
         yield op, what, bound
 

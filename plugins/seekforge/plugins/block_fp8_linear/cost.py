@@ -30,7 +30,7 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
             passes=(tile.splits,),
         )
     programs = math.prod(launch.grid)
-    quantized = quant and not quantizes(tile, bound["act_quant"])
+    quantized = quant and not quantizes(tile, bound)
     x_bytes, x_value = (rows * (k + 4 * (k // 128)), 1) if quantized else (2 * rows * k, 2)
     return Work(
         read_bytes=x_bytes + n * k + 4 * cdiv(n, 128) * (k // 128),

@@ -64,9 +64,9 @@ def _quant(values: Mapping[str, Any]) -> bool:
     return values["act_quant"] == "ue8m0"
 
 
-def _variant(tile: Tile, partial: bool) -> str:
-    """Return the name of a tile's kernel: one of splits writes its parts in FP32."""
-    return tile.name + ("-split" if partial else "")
+def _variant(tile: Tile, *, partial: bool, in_place: bool) -> str:
+    """Return the name of a tile's kernel: one of splits writes its parts in FP32, few rows may be quantized in it."""
+    return tile.name + ("-split" if partial else "-quantize" if in_place else "")
 
 
 def check(statics: Mapping[str, Any]) -> None:
@@ -75,9 +75,14 @@ def check(statics: Mapping[str, Any]) -> None:
         raise ShapeError(f"BlockFp8Linear: act_quant is {statics['act_quant']}, kernels take ue8m0 and none")
 
 
-def quantizes(tile: Tile, act_quant: str) -> bool:
+def is_quantized(bound: Mapping[str, Any]) -> bool:
+    """Return whether the rows of a call are quantized already."""
+    return bound.get("KB", 0) > 0
+
+
+def quantizes(tile: Tile, bound: Mapping[str, Any]) -> bool:
     """Return whether the product quantizes its rows itself."""
-    return act_quant == "ue8m0" and tile.block_t <= QUANTIZE_IN_PLACE
+    return _quant(bound) and tile.block_t <= QUANTIZE_IN_PLACE and not is_quantized(bound)
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
@@ -89,9 +94,10 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         result.append(quantizer(sm))
     narrow = [_narrow(block_t, block_n) for block_t in _narrow_rows(sm) for block_n in (16, 32)]
     large = [form.tile for form in _forms(SPLIT_ROWS, sm, quant=quant)]
-    cuts = [(tile, False) for tile in narrow] + [(tile, partial) for tile in large for partial in (False, True)]
-    for tile, partial in cuts:
-        in_place = quantizes(tile, statics["act_quant"])
+    cuts = [(tile, False, False) for tile in narrow]
+    cuts += [(tile, False, True) for tile in narrow if quantizes(tile, statics)]
+    cuts += [(tile, partial, False) for tile in large for partial in (False, True)]
+    for tile, partial, in_place in cuts:
         types = {
             "a_ptr": code if quant and not in_place else "*bf16",
             "a_scale_ptr": "*fp32",
@@ -114,7 +120,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             constants |= {"COLUMNS": columns, "GROUP": GROUP, "PARTIAL": partial}
         result.append(
             Variant(
-                _variant(tile, partial), kernel, types, constants, aligned=("K",),
+                _variant(tile, partial=partial, in_place=in_place), kernel, types, constants, aligned=("K",),
                 num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
             )
         )  # fmt: skip
@@ -164,7 +170,9 @@ def _scratch(bound: Mapping[str, Any], rows: int, sm: int) -> _Scratch:
     n, k = bound["N"], bound["K"]
     workspace, tile = Workspace(), choose_tile(rows, n, k, sm, quant=_quant(bound))
     launch, a, a_scale = None, Buffer("x"), Buffer("weight_scale")  # scales of x are read of quantized rows alone
-    if _quant(bound) and not quantizes(tile, bound["act_quant"]):
+    if is_quantized(bound):
+        a, a_scale = Buffer("x_codes"), Buffer("x_scale")
+    elif _quant(bound) and not quantizes(tile, bound):
         launch, a, a_scale = quantize(a, rows, k, workspace)
     parts = workspace.take(4 * tile.splits * rows * n) if tile.splits > 1 else None
     return _Scratch(tile, workspace.size, launch, a, a_scale, parts)
@@ -174,6 +182,8 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return one to three launches."""
     rows, n, k = math.prod(bound["*lead"]), bound["N"], bound["K"]
     check_rules("BlockFp8Linear", RULES, bound)
+    if is_quantized(bound) and (bound["KB"] != k // 128 or not _quant(bound)):
+        raise ShapeError(f"BlockFp8Linear: x_scale has {bound['KB']} blocks and act_quant is {bound['act_quant']}")
     if rows == 0 or n == 0:
         return LaunchPlan(())
     scratch = _scratch(bound, rows, sm)
@@ -191,7 +201,8 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     }
     if tile.parts == 1:
         arguments["splits"] = tile.splits
-    launches.append(Launch(_variant(tile, tile.splits > 1), tile.grid(rows, n), arguments))
+    kernel = _variant(tile, partial=tile.splits > 1, in_place=quantizes(tile, bound))
+    launches.append(Launch(kernel, tile.grid(rows, n), arguments))
     if scratch.parts is not None:
         sums: dict[str, Buffer | int | float] = {
             "part_ptr": scratch.parts,

@@ -49,10 +49,11 @@ OPERATOR = Operator(
         step_sizes=step_sizes,
         known_spills={("narrow-64x32", 80): (8, "two registers, stored and loaded outside of the main loop")},
         known_mma_sync={
-            (f"narrow-{rows}x{features}", sm): FEW_FEATURES
+            (f"narrow-{rows}x{features}{form}", sm): FEW_FEATURES
             for sm, most in ((90, 64), (100, 32), (103, 32))
             for rows in (2, 4, 16, 32, 64)
             for features in (16, 32)
+            for form in (("", "-quantize") if rows <= 4 else ("",))
             if rows <= most
         },
         libraries={},

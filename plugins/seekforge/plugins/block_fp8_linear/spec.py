@@ -14,6 +14,10 @@ SPEC = OpSpec(
         Arg("weight", "fp8", ("N", "K"), "e4m3, out features by in features"),
         Arg("weight_scale", "f32", ("cdiv(N, 128)", "cdiv(K, 128)"), "multiplies to recover"),
     ),
+    optional=(
+        Arg("x_codes", "i32", ("*lead", "K // 4"), "bytes of e4m3, four to a word: x quantized; x is not read then"),
+        Arg("x_scale", "f32", ("*lead", "KB"), "their scales; KB is K / 128"),
+    ),
     outputs=(Arg("y", "act", ("*lead", "N"), "rounded once from the f32 sum"),),
     attrs=(Attr("act_quant", "str", "ue8m0: quantize x to e4m3 per 128 with power-of-two scales", ("ue8m0", "none")),),
 )

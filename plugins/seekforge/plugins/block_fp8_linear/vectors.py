@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seekforge.plugins.quant import quantize
 from seekforge.plugins.testing import Case, Draw
 
 #: Block maxima on both sides of a change of scale (spec §13.1), at the floor, below it, and huge.
@@ -43,6 +44,22 @@ def cases() -> list[Case]:
             {"act_quant": "none"},
         )
     )
+    return result
+
+
+def optional_cases() -> list[Case]:
+    """Return vectors whose rows are quantized already; what `x` holds besides does not count."""
+    draw = Draw(2)
+    result: list[Case] = []
+    for name, rows, k, out_features in (
+        ("codes-of-one-token", (1, 1), 256, 128),
+        ("codes-of-four", (4,), 384, 192),
+        ("codes-of-many", (3, 7), 256, 320),
+    ):
+        weight, scale = draw.fp8(out_features, k), draw.weight_scale(-(-out_features // 128), k // 128)
+        codes, x_scale = quantize(draw.normal(*rows, k))
+        inputs = (torch.full((*rows, k), torch.nan), weight, scale, codes.view(torch.int32), x_scale)
+        result.append(Case("BlockFp8Linear", name, inputs, {"act_quant": "ue8m0"}))
     return result
 
 

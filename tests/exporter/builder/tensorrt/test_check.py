@@ -175,6 +175,6 @@ def test_a_dry_run_says_what_it_would_build_and_builds_nothing(tiny_programs: di
     arguments = [str(tiny_programs["fp8"]), str(tmp_path / "x"), "--target", "rtx5090", "--dry-run", "--json"]
     result = CliRunner().invoke(build_command, arguments)
     said = json.loads(result.stdout)
-    assert said["plugins"].keys() == {*load_program(tiny_programs["fp8"]).ops, "Bf16Linear"}
+    assert said["plugins"].keys() == {*load_program(tiny_programs["fp8"]).ops, "AddRmsNormQuantize", "Bf16Linear"}
     assert said["sms"] == [120]
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ def test_operators_are_named_or_left_to_the_cost_model() -> None:
     ("texts", "words"),
     [
         (["flashinfer"], "'flashinfer' is no choice of kernels, expected OPERATOR=PROVIDER or auto"),
-        (["Softmax=flashinfer"], "'Softmax' has no kernels; operators are BlockFp8Linear"),
+        (["Softmax=flashinfer"], "'Softmax' has no kernels; operators are AddRmsNormQuantize"),
         (["DsaAttention=flashinfer"], "DsaAttention has no kernels of provider 'flashinfer'; it has triton, or auto"),
         (["MoeRoute=cutlass"], "it has triton, flashinfer, or auto"),
         (["MoeRoute=triton", "MoeRoute=flashinfer"], "MoeRoute is given the providers triton and flashinfer"),

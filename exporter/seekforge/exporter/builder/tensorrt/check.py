@@ -24,6 +24,7 @@ from seekforge.exporter.builder.request import (
 )
 from seekforge.exporter.builder.tensorrt.graph import wide_weights
 from seekforge.exporter.builder.tensorrt.memory import fullest, memory_refusal, stage_bytes
+from seekforge.exporter.builder.tensorrt.passes.add_norms import fusible_norms
 from seekforge.exporter.builder.tensorrt.passes.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.passes.join_linears import join_linears
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
@@ -40,7 +41,7 @@ from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.contracts import refusals
 from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
 from seekforge.plugins.operator import evaluate_dim
-from seekforge.plugins.registry import BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS
+from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS
 from seekforge.plugins.sum_ranks.spec import SPEC as SUM_RANKS
 from seekforge.plugins.tensorrt.library import installed_version, large_tensor_fault
 
@@ -102,12 +103,13 @@ class Inputs:
 
     @property
     def ops(self) -> dict[str, int]:
-        """op_type -> nodes of an engine, in the order of the registry: the program's, and one for each bf16 linear.
+        """op_type -> nodes of an engine, in the order of the registry: the program's, and those that a build puts in.
 
         Sums over ranks are left out: they are layers of TensorRT's own, whatever is a plugin.
         """
         counts = {op: use.num_nodes for op, use in self.program.ops.items() if op != SUM_RANKS.name}
         counts[BF16_LINEAR] = sum(map(len, self.bf16_linears.values()))
+        counts[ADD_RMS_NORM_QUANTIZE] = sum(len(fusible_norms(graph)) for graph in self.graphs.values())
         return {op: counts[op] for op in SPECS if counts.get(op)}
 
     def wide(self, plugins: Collection[str]) -> dict[str, set[str]]:

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, inliner
 
 from seekforge.common.dtypes import FROM_TENSORRT
+from seekforge.exporter.builder.tensorrt.passes.add_norms import use_norms
 from seekforge.exporter.builder.tensorrt.passes.bf16_linears import use_bf16_linear
 from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import use_nvfp4
 from seekforge.exporter.builder.tensorrt.passes.rope import write_out_rope
@@ -21,7 +22,7 @@ from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN
-from seekforge.plugins.registry import SPECS
+from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BLOCK_FP8_LINEAR, SPECS
 from seekforge.plugins.sum_ranks.collective import to_collectives
 from seekforge.plugins.tensorrt.plugin import KERNEL_DIGEST, OP_VERSION, PRODUCTS
 
@@ -83,6 +84,8 @@ def prepare(
     if nvfp4_experts:
         use_nvfp4(specialized)
     names = tuple(name_taps(specialized)) if taps else ()
+    if {ADD_RMS_NORM_QUANTIZE, BLOCK_FP8_LINEAR}.issubset(plugins):
+        use_norms(specialized)
     collectives = to_collectives(specialized)
     counts = Counter(node.op_type for node in specialized.graph.node if node.domain == DOMAIN)
     operators = onnx.ModelProto()

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from seekforge.exporter.models.parameters import EXPERT, Draw, Parameter, Tensor
 from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
-from seekforge.plugins.registry import BF16_LINEAR, BLOCK_FP8_LINEAR
+from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, BLOCK_FP8_LINEAR
 
 #: Kind of weight (`int_quant.kind_of`) -> the smallest codes that an int4 engine stores it in, f32 for those that stay.
 #: Those that are int8 are a small part of the weights. Measured on DeepSeek-V3.2's `tiny`: with all in int4, the
@@ -186,14 +186,23 @@ def _norm(name: str, size: int) -> Tensor:
 
 # --- program --------------------------------------------------------------------------------------------------
 
+#: The norms of a layer whose results FP8 linears multiply.
+_INPUT, _POST_ATTENTION = "input_layernorm.weight", "post_attention_layernorm.weight"
+QUERY_NORM: Final = "self_attn.q_a_layernorm.weight"
+
 
 def mla_parameters(*fused: str) -> tuple[Parameter, ...]:
     """Return the parameters of multi-head latent attention; `fused`: modules that are one product of the input."""
     kv_b = ("self_attn.kv_b_proj",)
     return (
-        linear("self_attn.qkv_a_proj", fused, "the joint projection to query and key latents"),
-        value("self_attn.q_a_layernorm.weight", "the norm of the query latent"),
-        linear("self_attn.q_b_proj", ("self_attn.q_b_proj",), "the projection from the query latent to heads"),
+        linear("self_attn.qkv_a_proj", fused, "the joint projection to query and key latents", norm=_INPUT),
+        value(QUERY_NORM, "the norm of the query latent", op=ADD_RMS_NORM_QUANTIZE),
+        linear(
+            "self_attn.q_b_proj",
+            ("self_attn.q_b_proj",),
+            "the projection from the query latent to heads",
+            norm=QUERY_NORM,
+        ),
         value("self_attn.kv_a_layernorm.weight", "the norm of the key latent"),
         Parameter("self_attn.w_uk", "per_head", kv_b, "the attention", rows="keys"),
         Parameter("self_attn.w_uv", "per_head", kv_b, "the attention", rows="values"),
@@ -204,9 +213,9 @@ def mla_parameters(*fused: str) -> tuple[Parameter, ...]:
 def layer_parameters(kind: LayerKind, *, attention: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
     """Return the parameters of a layer; `attention`: those of its attention."""
     return (
-        value("input_layernorm.weight", "the norm before the attention"),
+        value(_INPUT, "the norm before the attention", op=ADD_RMS_NORM_QUANTIZE),
         *attention,
-        value("post_attention_layernorm.weight", "the norm before the MLP"),
+        value(_POST_ATTENTION, "the norm before the MLP", op=ADD_RMS_NORM_QUANTIZE),
         *(_moe_parameters() if kind.is_moe else _mlp_parameters("mlp", "the dense MLP's")),
     )
 
@@ -214,7 +223,7 @@ def layer_parameters(kind: LayerKind, *, attention: tuple[Parameter, ...]) -> tu
 def _mlp_parameters(prefix: str, whose: str) -> tuple[Parameter, ...]:
     gate_up = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
     return (
-        linear(f"{prefix}.gate_up_proj", gate_up, f"{whose} gate and up projection"),
+        linear(f"{prefix}.gate_up_proj", gate_up, f"{whose} gate and up projection", norm=_POST_ATTENTION),
         linear(f"{prefix}.down_proj", (f"{prefix}.down_proj",), f"{whose} down projection"),
     )
 
@@ -249,9 +258,9 @@ def mtp_parameters() -> tuple[Parameter, ...]:
     )
 
 
-def linear(name: str, tensors: tuple[str, ...], does: str, *, beside: str = "") -> Parameter:
-    """Return an FP8 linear; `beside`: one that multiplies the same value."""
-    return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR, beside=beside)
+def linear(name: str, tensors: tuple[str, ...], does: str, *, norm: str = "", beside: str = "") -> Parameter:
+    """Return an FP8 linear; `norm`: whose result it multiplies; `beside`: a linear that multiplies the same value."""
+    return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR, beside=beside, norm=norm)
 
 
 def value(name: str, does: str, tensor: str = "", *, op: str = "", is_behind: bool = False) -> Parameter:

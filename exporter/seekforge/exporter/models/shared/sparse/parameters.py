@@ -58,6 +58,7 @@ def _attention_parameters(has_indexer: bool) -> tuple[Parameter, ...]:
             "self_attn.indexer.wq_b",
             ("self_attn.indexer.wq_b",),
             "the indexer's query projection",
+            norm=shared.QUERY_NORM,
             beside="self_attn.q_b_proj",
         ),
         value("self_attn.indexer.k_norm.weight", "the norm of the indexer's keys"),
