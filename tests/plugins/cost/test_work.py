@@ -218,12 +218,14 @@ def test_attention_of_a_long_prompt() -> None:
 def test_dense_attention_in_decode() -> None:
     found = works("MlaAttention", B=1, Q=1, MB=512)
     part, combine = found["part"], found["combine"]
-    assert part.programs == 2 * 128 and part.passes == (8,)  # 128 heads by 64, 1,024 steps of 32 keys in 128 parts
+    # 128 heads by 64, columns by 256, 1,024 steps of 32 keys in 128 parts
+    assert part.programs == 2 * 2 * 128 and part.passes == (8,)
     assert part.read_bytes == 32768 * 1152 + 128 * 576 * 2 + 8 + 512 * 4
     assert part.written_bytes == 128 * 128 * (512 + 1) * 4
-    assert part.loaded_bytes == 2 * (32768 * 1152 + 1024 * 4) + 128 * (128 * 576 * 2 + 2 * 8)
+    queries = 2 * 128 * 128 * 576 * 2  # of all columns, for the scores of each half
+    assert part.loaded_bytes == 4 * (32768 * 1152 + 1024 * 4 + 128 * 8) + queries
     assert part.flops == 2 * 32768 * 128 * (512 + 512 + 64) and part.products == "bf16"
-    assert part.pass_flops == 2 * 64 * 32 * (512 + 512 + 64)
+    assert part.pass_flops == 2 * 64 * 32 * (512 + 64 + 256)
     assert (combine.read_bytes, combine.written_bytes) == (part.written_bytes, 128 * 512 * 2)
     assert combine.programs == 128 and combine.passes == (8, 8), "16 parts at a time"
 
@@ -234,7 +236,7 @@ def test_dense_attention_of_a_prompt_reads_the_keys_of_a_sequence_once() -> None
     assert found.read_bytes == 2 * 4096 * 1152 + 1024 * (128 * 576 * 2 + 8) + 2 * 64 * 4
     assert found.written_bytes == 1024 * 128 * 512 * 2
     assert found.flops == 2 * 2 * seen * 128 * 1088 and found.passes == (128,)
-    assert found.programs == 1024 * 2 and found.loaded_bytes > 2 * 2 * seen * 1152, "each row by 2 blocks of heads"
+    assert found.programs == 1024 * 2 * 2 and found.loaded_bytes > 4 * 2 * seen * 1152, "two of heads, two of columns"
 
 
 def test_routing() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from seekforge.formats.paged_cache import latent_row_bytes
 from seekforge.plugins.cost.work import Load, Work, visible_keys
-from seekforge.plugins.dsa_attention.launch import choose_cut
 from seekforge.plugins.kernels.launch_plan import Launch
+from seekforge.plugins.latent_tile import choose_cut
 from seekforge.plugins.operator import cdiv
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from seekforge.common.errors import ShapeError
 from seekforge.plugins.kernels.constraints import check_rules
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
-from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
-from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, Tile, choose_tile, take_parts
+from seekforge.plugins.kernels.sm_limits import has_fp8
+from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, WIDTH, choose_cut, take_parts
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
@@ -29,45 +28,6 @@ _COMBINE: Final = {4: 512, 8: 256, MAX_SPLITS: 128}
 #: Query rows per sequence from which its cache is expanded to bf16 once.
 EXPAND_ROWS: Final = 256
 _EXPAND_POSITIONS: Final = 4
-
-
-#: Columns of a tile of keys where the columns are shared: those that fp8_ds has one scale of.
-_WIDTH: Final = 128
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a row is cut over programs.
-
-    Attributes:
-        tile: heads and positions of a step.
-        columns: columns of the latent that a program sums values of; it scores its keys with all of them.
-        per_sm: programs that an SM runs at a time.
-    """
-
-    tile: Tile
-    columns: int
-    per_sm: int = 1
-
-    def programs(self, heads: int, c: int) -> int:
-        """Return the programs that share the heads and columns of a row and see all of its keys."""
-        return cdiv(heads, self.tile.block_h) * (c // self.columns)
-
-
-def choose_cut(heads: int, c: int, sm: int, *, from_bytes: bool) -> Cut:
-    """Return how rows of so many heads are cut.
-
-    wgmma and tcgen05 take 64 rows, and sums of [64, 512] leave no room for a tile of keys in registers, or for a second
-    program in tensor memory; sums of half of the columns do, and a second program on the SM multiplies while the first
-    waits for its keys or widens them. Scores are computed twice for it. Of few heads there are programs for twice the
-    SMs so. Keys that need no widening have all columns on SM100, where sums stay in tensor memory.
-    """
-    if heads <= 16:
-        tile = choose_tile(heads, sm, from_bytes=from_bytes)
-        return Cut(tile, min(c, 256), 2) if from_bytes else Cut(tile, c)
-    if sm == 90 or (from_bytes and is_datacenter(sm)):
-        return Cut(Tile(64, 32, 4, 1), min(c, 256), 2)
-    return Cut(choose_tile(heads, sm, from_bytes=from_bytes), c)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +81,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     def attend(name: str, *, bytes_: bool, partial: bool, linear: bool) -> Variant:
         cut = choose_cut(statics["H"], statics["C"], sm, from_bytes=bytes_)
         tile = cut.tile
-        width = _WIDTH if cut.columns < statics["C"] else cut.columns
+        width = WIDTH if cut.columns < statics["C"] else cut.columns
         types = {
             "q_ptr": "*bf16",
             "q_pe_ptr": "*bf16",
@@ -149,7 +109,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "COLUMNS": cut.columns,
             "WIDTH": width,
             # beside wgmma, registers are shorter without the scales than with products of them
-            "APART": bytes_ and width == _WIDTH and not (sm == 90 and tile.block_h == 64),
+            "APART": bytes_ and width == WIDTH and not (sm == 90 and tile.block_h == 64),
         }
         return Variant(
             name, "attend_kernel", types, constants,

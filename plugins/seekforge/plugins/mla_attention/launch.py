@@ -9,7 +9,7 @@ from seekforge.common.errors import ShapeError
 from seekforge.formats.paged_cache import BLOCK_SIZE
 from seekforge.plugins.kernels.constraints import check_rules
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace
-from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, choose_tile, most_parts, take_parts
+from seekforge.plugins.latent_tile import LOG2_E, MAX_PARTS, RULES, WIDTH, choose_cut, most_parts, take_parts
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("H", "C", "R", "kv_format")
@@ -36,7 +36,8 @@ def check(statics: Mapping[str, Any]) -> None:
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     """Return attend, whole and in parts, and combine."""
     sizes = {name: statics[name] for name in ("H", "C", "R")}
-    tile = choose_tile(statics["H"], sm, from_bytes=False)
+    cut = choose_cut(statics["H"], statics["C"], sm, from_bytes=False)
+    tile = cut.tile
 
     def attend(name: str, *, partial: bool) -> Variant:
         types = {
@@ -54,6 +55,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
             "scale_log2": "fp32",
         }
         constants = sizes | {"BLOCK_H": tile.block_h, "BLOCK_N": tile.block_n, "PARTIAL": partial}
+        constants |= {"COLUMNS": cut.columns, "WIDTH": WIDTH if cut.columns < statics["C"] else cut.columns}
         return Variant(
             name, "attend_kernel", types, constants,
             num_warps=tile.num_warps, num_stages=tile.num_stages, main_loop=True,
@@ -67,7 +69,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     """Return scratch for the parts of few rows."""
-    block_n = choose_tile(bound["H"], sm, from_bytes=False).block_n
+    block_n = choose_cut(bound["H"], bound["C"], sm, from_bytes=False).tile.block_n
     most_splits = min(MAX_PARTS, cdiv(bound["MB"] * BLOCK_SIZE, block_n))
     workspace = Workspace()
     take_parts(bound, most_parts(bound["B"], bound["Q"], most_splits), workspace)
@@ -80,8 +82,8 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     rows = b * q
     if rows == 0 or heads == 0:
         return LaunchPlan(())
-    tile = choose_tile(heads, sm, from_bytes=False)
-    splits = choose_splits(rows, bound["MB"], tile.block_n)
+    cut = choose_cut(heads, bound["C"], sm, from_bytes=False)
+    splits = choose_splits(rows, bound["MB"], cut.tile.block_n)
     part, lse = Buffer("o_latent"), Buffer("o_latent")  # lse is not written by the whole variant
     workspace = Workspace()
     if splits > 1:
@@ -100,7 +102,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         "splits": splits,
         "scale_log2": bound["scale"] * LOG2_E,
     }
-    launches = [Launch("part" if splits > 1 else "attend", (rows, cdiv(heads, tile.block_h), splits), arguments)]
+    launches = [Launch("part" if splits > 1 else "attend", (rows, cut.programs(heads, bound["C"]), splits), arguments)]
     if splits > 1:
         arguments = {"part_ptr": part, "lse_ptr": lse, "out_ptr": Buffer("o_latent"), "splits": splits}
         launches.append(Launch("combine", (rows, heads, 1), arguments))
