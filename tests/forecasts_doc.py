@@ -74,9 +74,15 @@ def table() -> list[list[str]]:
     rows: list[list[str]] = []
     for series in PUBLISHED:
         for number, (batch, theirs) in enumerate(series.step_ms.items()):
-            ours = forecast_ms(series, batch)
+            ours = round(forecast_ms(series, batch), 1)
             rows.append(
-                [series.who if number == 0 else "", str(batch), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}"]
+                [
+                    series.who if number == 0 else "",
+                    str(batch),
+                    f"{theirs:.1f}",
+                    f"{ours:.1f}",
+                    f"{theirs / ours:.1f}",
+                ]
             )
     return rows
 

@@ -160,7 +160,8 @@ def test_fp8_caches_and_products_are_as_near_as_pytorch_is_to_itself(rig: Rig) -
     found = walk.step(step)
     assert found.within(noise, NUM_LAYERS), (found, noise)
     entries = {entry for entry, _ in walk.place.driver.launches}
-    assert {"quantize_kernel", "cache_write_kernel", "scores_kernel", "attend_kernel", "route_kernel"} <= entries
+    assert {"norm_kernel", "cache_write_kernel", "scores_kernel", "attend_kernel", "route_kernel"} <= entries
+    assert "narrow_up_kernel" in entries and "place_kernel" not in entries
 
 
 def test_sm80_reads_int8_bytes_through_the_stand_in_module(rig: Rig) -> None:

@@ -246,7 +246,20 @@ def test_routing() -> None:
     )
 
 
-def test_experts_of_one_token() -> None:
+def test_experts_of_a_few_tokens_are_not_grouped() -> None:
+    up, down = works("MoeExperts", T=2).values()
+    hit = round(experts_hit(256, 8, 2))
+    assert up.programs == 16 * 128 and up.passes == (14,), "16 gate and 16 up rows of each assignment; 4 blocks a pass"
+    assert up.read_bytes == hit * (4096 * 7168 + 32 * 56 * 4) + 2 * 7168 * 2, "rows in BF16, quantized in place"
+    assert up.loaded_bytes == 16 * 128 * (2 * 16 + 2) * 7168 and up.written_bytes == 16 * 2048 * 2
+    assert up.flops == 2 * 16 * 4096 * 7168 and up.pass_flops == 2 * 2 * 16 * 512
+    assert down.programs == 2 * 448 and down.passes == (8 * 4,), "all eight experts of a token, one after another"
+    assert down.read_bytes == hit * (7168 * 2048 + 16 * 56 * 4) + 16 * 2048 * 2 + 8 * 16
+    assert down.written_bytes == 2 * 7168 * 4 and down.flops == up.flops // 2
+
+
+def test_experts_of_one_token_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_kernels("MoeExperts"), "few_tokens", lambda sm: 0)
     found = works("MoeExperts", T=1)
     place, up, down, combine = (found[name] for name in ("place", "up-16", "down-16", "combine"))
     assert place.programs == 1 and place.passes == (0, 1, 1), "no counts of others; a tile of each; one tile too many"
@@ -276,7 +289,8 @@ def test_experts_of_many_tokens_and_of_ranks() -> None:
     assert whole["up-128"].flops == 8 * shared["up-128"].flops
 
 
-def test_experts_in_nvfp4_read_nine_sixteenths_and_multiply_in_bf16() -> None:
+def test_experts_in_nvfp4_read_nine_sixteenths_and_multiply_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_kernels("MoeExperts"), "few_tokens", lambda sm: 0)
     found = works("MoeExperts", sm=100, T=1, W13=4032)
     up, down, fp8 = found["up-nvfp4-16"], found["down-nvfp4-16"], works("MoeExperts", sm=100, T=1)
     assert up.programs == 8 * 16 and up.passes == (56,) and up.products == down.products == "bf16"

@@ -46,15 +46,23 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=["grouped", "narrow"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both forms, whatever the number of tokens."""
+    most = 0 if request.param == "grouped" else 1000
+    monkeypatch.setattr(launch, "few_tokens", lambda sm: most)
+    return request.param
+
+
 @pytest.mark.parametrize(("case", "sm"), CASES)
-def test_equals_the_reference(case: Case, sm: int) -> None:
+def test_equals_the_reference(case: Case, sm: int, form: str) -> None:
     got, (want,) = run(case, sm=sm), case.expected()
     assert calc_diff(got, want) <= TOLERANCE
     assert calc_diff(got * 1.01, want) > TOLERANCE
 
 
 @pytest.mark.parametrize("index", [2, 4, 6])
-def test_bent_weights_and_scales_are_noticed(index: int) -> None:
+def test_bent_weights_and_scales_are_noticed(index: int, form: str) -> None:
     case = next(c for c in gpu_cases("MoeExperts") if c.name == "one-token-ue8m0")
     inputs = list(case.inputs)
     inputs[index] = inputs[index] * 1.01
@@ -138,7 +146,7 @@ def test_every_tile(block_m: int, sm: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert calc_diff(run(case, sm=sm), case.expected()[0]) <= TOLERANCE
 
 
-def test_ids_that_are_no_expert_add_nothing() -> None:
+def test_ids_that_are_no_expert_add_nothing(form: str) -> None:
     case = random_case(4, 3, seed=1)
     ids = case.inputs[1]
     ids[0, 1], ids[2], ids[3, 0] = -1, torch.tensor([-1, 6, 2**31 - 1]), -(2**31)
@@ -150,7 +158,7 @@ def test_ids_that_are_no_expert_add_nothing() -> None:
     assert (got[2] == 0).all()
 
 
-def test_an_expert_twice_in_a_row_counts_twice() -> None:
+def test_an_expert_twice_in_a_row_counts_twice(form: str) -> None:
     case = random_case(2, 2, seed=2)
     case.inputs[1][0] = 3
     got = run(case)
@@ -166,7 +174,7 @@ def test_slices_of_tokens_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
     assert equal_bits(run(case), whole)
 
 
-def test_rows_do_not_depend_on_the_batch() -> None:
+def test_rows_do_not_depend_on_the_batch(form: str) -> None:
     case = random_case(6, 2, seed=4)
     got = run(case)
     x, ids, weights, *rest = case.inputs
@@ -187,6 +195,16 @@ def test_the_sum_is_in_slot_order_to_the_bit() -> None:
             if place[t, j] >= 0:
                 want[t] += out[int(place[t, j])].float() * weights[t, j]
     assert equal_bits(y, want)
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_few_tokens_are_as_good_as_many(sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks along K that no part of the warps shares evenly, and sums beside those of the grouped form."""
+    case = random_case(3, 2, seed=8, hidden=640)
+    few = run(case, sm=sm)
+    assert calc_diff(few, case.expected()[0]) <= TOLERANCE
+    monkeypatch.setattr(launch, "few_tokens", lambda sm: 0)
+    assert calc_diff(few, run(case, sm=sm)) <= TOLERANCE
 
 
 def group(

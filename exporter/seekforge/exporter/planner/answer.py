@@ -144,7 +144,7 @@ def memory_of(config: ModelConfig, parallelism: Parallelism, work: Workload, que
         precision=question.precision,
         kv_format=question.kv_format,
         mtp=question.mtp,
-        kernels=ANY_KERNELS if target is None else Kernels(target.sms),
+        kernels=ANY_KERNELS if target is None else Kernels(target.sms, nvfp4_experts=question.precision == "nvfp4"),
         steps=None if target is None else _largest_steps(target, parallelism, work),
     )
 

@@ -32,11 +32,13 @@ class Kernels:
         sms: SMs for which they are compiled.
         act_quant: what the program's numerics say of activations.
         inlined: op_types that run as standard operators instead.
+        nvfp4_experts: whether experts have their weights in NVFP4.
     """
 
     sms: tuple[int, ...] = SMS
     act_quant: str = "ue8m0"
     inlined: frozenset[str] = frozenset()
+    nvfp4_experts: bool = False
 
 
 #: Whatever the GPU, with the numerics of the official reference.
@@ -82,6 +84,7 @@ def _step(
         numerics={"act_quant": kernels.act_quant, "kv_fp8": fp8_caches, "indexer_fp8": fp8_caches},
         kv_format=kv_format,
         parallelism=parallelism,
+        nvfp4_experts=kernels.nvfp4_experts,
     )
     step = Step(
         batch=batch,

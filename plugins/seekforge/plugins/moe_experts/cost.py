@@ -11,7 +11,8 @@ from seekforge.plugins.block_fp8_linear.cost import quantize_work
 from seekforge.plugins.cost.work import Load, Work, experts_hit
 from seekforge.plugins.kernels.launch_plan import Launch, next_power_of_two
 from seekforge.plugins.kernels.sm_limits import has_fp8
-from seekforge.plugins.moe_experts.launch import CHUNK, COUNTS, SLICE_TOKENS, choose_tile, is_nvfp4
+from seekforge.plugins.linear_tile import PARTS
+from seekforge.plugins.moe_experts.launch import CHUNK, COUNTS, NARROW_ROWS, SLICE_TOKENS, choose_tile, is_nvfp4
 from seekforge.plugins.operator import cdiv
 
 
@@ -30,6 +31,8 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     tokens = _tokens(launch, bound, sm)
     if launch.variant == "quantize":
         return quantize_work(launch, tokens, hidden)
+    if launch.variant.startswith("narrow"):
+        return _narrow(launch, tokens, bound, sm, load)
     nvfp4 = is_nvfp4(bound)
     block_m = choose_tile(tokens * top_k, experts, sm, nvfp4=nvfp4).block_m
     share = _share(tokens, bound, load, block_m)
@@ -65,6 +68,39 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     )
 
 
+def _narrow(launch: Launch, tokens: int, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
+    """Return what a product of few tokens does; programs of assignments to other ranks do nothing."""
+    hidden, inner = bound["H"], bound["I2"] // 2
+    share = _share(tokens, bound, load, NARROW_ROWS)
+    products = "fp8" if bound["act_quant"] == "ue8m0" and has_fp8(sm) else "bf16"
+    flops, x_bytes, h_bytes = 2 * share.assignments * inner * hidden, 2 * tokens * hidden, 2 * share.assignments * inner
+    weights = share.hit * (inner * hidden + 4 * (inner // 128) * (hidden // 128))
+    pass_flops = 2 * NARROW_ROWS * 128 * PARTS
+    if launch.variant == "narrow-up":
+        programs = share.assignments * (inner // NARROW_ROWS)
+        return Work(
+            read_bytes=2 * weights + x_bytes,
+            written_bytes=h_bytes,
+            loaded_bytes=programs * (2 * NARROW_ROWS + 2) * hidden,  # gate rows, up rows, and a row in BF16
+            programs=programs,
+            flops=2 * flops,
+            pass_flops=2 * pass_flops,
+            products=products,
+            passes=(cdiv(hidden // 128, PARTS),),
+        )
+    programs = tokens * (hidden // NARROW_ROWS)
+    return Work(
+        read_bytes=weights + h_bytes + 8 * tokens * bound["TOPK"],
+        written_bytes=4 * tokens * hidden,
+        loaded_bytes=share.assignments * (hidden // NARROW_ROWS) * (NARROW_ROWS + 2) * inner,
+        programs=programs,
+        flops=flops,
+        pass_flops=pass_flops,
+        products=products,
+        passes=(cdiv(share.assignments, tokens) * cdiv(inner // 128, PARTS),),
+    )
+
+
 def _grouping(launch: Launch, assignments: int, experts: int, share: _Share) -> Work:
     """Return what counting or placing the assignments of a slice does."""
     bins, runs = next_power_of_two(experts), launch.grid[0]
@@ -92,6 +128,8 @@ def _tokens(launch: Launch, bound: Mapping[str, Any], sm: int) -> int:
         return int(launch.arguments["num_assignments"]) // bound["TOPK"]  # pyright: ignore[reportArgumentType]
     if launch.variant == "combine":
         return launch.grid[0]
+    if launch.variant.startswith("narrow"):
+        return bound["T"]
     if launch.variant == "quantize":
         return int(launch.arguments["num_rows"])  # pyright: ignore[reportArgumentType]
     experts, full = bound["E"], min(bound["T"], SLICE_TOKENS)

@@ -9,6 +9,10 @@ else is in the batch. Bound by reading the weights of the experts that are hit: 
 Few rows per expert (`SWAP`): weight rows are the M side. An id outside [0, E) is no assignment: it sorts nowhere and
 adds nothing.
 
+Few tokens seldom share an expert, so nothing is grouped: `narrow_up_kernel` has one assignment and a few rows of its
+expert, `narrow_down_kernel` a token and a few rows of each of its experts, which it adds in slot order. All of K is in
+one program, a part in each warp, and rows are quantized as they are read. Two launches instead of five.
+
 NVFP4 weights (`NVFP4`) are bytes, a row of K values its K / 2 bytes of codes and behind them its K / 16 e4m3 scales.
 A code times its scale has six significant bits, so bf16 holds it exactly: products are those of bf16, with FP8 rows
 widened, and nothing but f32 sums rounds. The scale of a 128×128 block multiplies those as an FP8 weight's does.
@@ -29,7 +33,16 @@ from seekforge.plugins.kernels.device_lib import (
     widen,
 )
 
-__all__ = ["combine_kernel", "count_kernel", "down_kernel", "place_kernel", "quantize_kernel", "up_kernel"]
+__all__ = [
+    "combine_kernel",
+    "count_kernel",
+    "down_kernel",
+    "narrow_down_kernel",
+    "narrow_up_kernel",
+    "place_kernel",
+    "quantize_kernel",
+    "up_kernel",
+]
 
 
 @triton.jit
@@ -257,3 +270,116 @@ def combine_kernel(out_ptr, place_ptr, weight_ptr, y_ptr, H: tl.constexpr, TOPK:
             weight = tl.load(weight_ptr + token * TOPK + slot)
             total += tl.load(out_ptr + place * H + column, mask=inside, other=0.0).to(tl.float32) * weight
     tl.store(y_ptr + token * H + column, total, mask=inside)
+
+
+@triton.jit
+def _blocks(first, K: tl.constexpr, PARTS: tl.constexpr):
+    """Return (blocks of 128 values along K, a part each; whether they are inside): blocks outside are the first one."""
+    block = first + tl.arange(0, PARTS)
+    inside = block < K // 128
+    return tl.where(inside, block, 0), inside
+
+
+@triton.jit
+def _values(x_at, block, QUANT: tl.constexpr, FP8: tl.constexpr):
+    """Return blocks [PARTS] of a bf16 row, [PARTS, 128, 1], quantized (QUANT) or as they are, and their scales."""
+    x = tl.load(x_at + block[:, None] * 128 + tl.arange(0, 128)[None, :])
+    scale = tl.full(block.shape, 1.0, tl.float32)
+    if QUANT:
+        value = x.to(tl.float32)
+        scale, inverse = ue8m0(tl.max(tl.abs(value), 1))
+        x = to_e4m3(value * inverse[:, None], FP8)
+        if FP8:
+            x = x.to(tl.float8e4nv, bitcast=True)
+    return x[:, :, None], scale
+
+
+@triton.jit
+def _narrow_product(x, weight_at, block, K: tl.constexpr, ROWS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr):
+    """Blocks [PARTS] of ROWS weight rows of K values at `weight_at`, times x [PARTS, 128, 1] -> [PARTS, ROWS, 1]."""
+    at = weight_at + tl.arange(0, ROWS)[None, :, None] * K + tl.arange(0, 128)[None, None, :]
+    weight = tl.load(at + block[:, None, None] * 128)
+    if QUANT and FP8:
+        product = tl.dot(weight, x)
+    else:
+        product = dot_bf16(widen(weight, FP8), widen(x, FP8))
+    return product
+
+
+@triton.jit
+def _narrow_up(
+    x_at, weight_at, scale_at, h_at,
+    H: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    QUANT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Write ROWS values of h at `h_at`: of gate rows at `weight_at`, and of up rows INNER rows behind them."""
+    gate = tl.zeros([PARTS, ROWS, 1], tl.float32)
+    up = tl.zeros([PARTS, ROWS, 1], tl.float32)
+    up_scale_at = scale_at + (INNER // 128) * (H // 128)
+    for first in range(0, H // 128, PARTS):
+        block, inside = _blocks(first, H, PARTS)
+        x, scale = _values(x_at, block, QUANT, FP8)
+        scale = tl.where(inside, scale, 0.0)
+        gate_scale = scale * tl.load(scale_at + block)
+        up_scale = scale * tl.load(up_scale_at + block)
+        gate += _narrow_product(x, weight_at, block, H, ROWS, QUANT, FP8) * gate_scale[:, None, None]
+        up += _narrow_product(x, weight_at + INNER * H, block, H, ROWS, QUANT, FP8) * up_scale[:, None, None]
+    g = round_bf16(tl.sum(gate, 0))
+    h = g / (1.0 + tl.exp(-g)) * round_bf16(tl.sum(up, 0))
+    tl.store(h_at + tl.arange(0, ROWS)[:, None], to_bf16(h))
+
+
+@triton.jit
+def _narrow_down(
+    h_at, weight_at, scale_at,
+    INNER: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Return ROWS values of an expert's row, [ROWS, 1], rounded to bf16, still as f32."""
+    acc = tl.zeros([PARTS, ROWS, 1], tl.float32)
+    for first in range(0, INNER // 128, PARTS):
+        block, inside = _blocks(first, INNER, PARTS)
+        h, scale = _values(h_at, block, QUANT, FP8)
+        scale = tl.where(inside, scale, 0.0) * tl.load(scale_at + block)
+        acc += _narrow_product(h, weight_at, block, INNER, ROWS, QUANT, FP8) * scale[:, None, None]
+    return round_bf16(tl.sum(acc, 0))
+
+
+@triton.jit
+def narrow_up_kernel(
+    x_ptr, ids_ptr, w_ptr, w_scale_ptr, h_ptr,
+    E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """x bf16 [T, H], w [E, 2I, H] -> h bf16 [A, I]: ROWS gate rows and the matching up rows of one assignment."""
+    wait_for_inputs()
+    assignment, first = tl.program_id(0), tl.program_id(1) * ROWS
+    expert = tl.load(ids_ptr + assignment)
+    if (expert >= 0) & (expert < E):
+        row = expert.to(tl.int64) * (2 * INNER) + first
+        _narrow_up(
+            x_ptr + (assignment // TOPK) * H, w_ptr + row * H, w_scale_ptr + row // 128 * (H // 128),
+            h_ptr + assignment * INNER + first, H, INNER, ROWS, PARTS, QUANT, FP8,
+        )  # fmt: skip
+
+
+@triton.jit
+def narrow_down_kernel(
+    h_ptr, ids_ptr, weight_ptr, w_ptr, w_scale_ptr, y_ptr,
+    E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """h bf16 [A, I], w [E, H, I] -> y f32 [T, H]: ROWS columns of one token, summed over its slots in order."""
+    wait_for_inputs()
+    first, token = tl.program_id(0) * ROWS, tl.program_id(1)
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for slot in range(TOPK):
+        assignment = token * TOPK + slot
+        expert = tl.load(ids_ptr + assignment)
+        if (expert >= 0) & (expert < E):
+            row = expert.to(tl.int64) * H + first
+            out = _narrow_down(
+                h_ptr + assignment * INNER, w_ptr + row * INNER, w_scale_ptr + row // 128 * (INNER // 128),
+                INNER, ROWS, PARTS, QUANT, FP8,
+            )  # fmt: skip
+            total += out * tl.load(weight_ptr + assignment)
+    tl.store(y_ptr + token * H + first + tl.arange(0, ROWS)[:, None], total)

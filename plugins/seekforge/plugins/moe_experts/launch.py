@@ -1,4 +1,7 @@
-"""Launches of `MoeExperts`: group, quantize, up, down, combine; in slices of tokens so that scratch stays bounded."""
+"""Launches of `MoeExperts`: group, quantize, up, down, combine; in slices of tokens so that scratch stays bounded.
+
+Few tokens: up and down alone, which do the rest themselves.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from seekforge.plugins.block_fp8_linear.launch import quantize, quantizer
 from seekforge.plugins.kernels.constraints import between, check_rules, multiple, rule
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, next_power_of_two
 from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
+from seekforge.plugins.linear_tile import PARTS
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("E", "TOPK", "H", "I2", "W13", "act_quant")
@@ -32,6 +36,8 @@ CHUNK: Final = 256
 COLUMNS, COUNTS = 64, 8192
 #: Columns of one program of the sum.
 COMBINE_BLOCK: Final = 1024
+#: Rows of an expert's weight that a program of few tokens has (and as many up rows).
+NARROW_ROWS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,14 @@ def choose_tile(assignments: int, experts: int, sm: int, *, nvfp4: bool = False)
     return known[min(wanted, max(known))]
 
 
+def few_tokens(sm: int) -> int:
+    """Return the most tokens that are not grouped; with more, programs do more in all than grouping costs.
+
+    On SM80, which widens bytes by hand, each program of a token does that for itself.
+    """
+    return 8 if has_fp8(sm) else 4
+
+
 def check(statics: Mapping[str, Any]) -> None:
     """Refuse what the kernels cannot do."""
     check_rules("MoeExperts", RULES, statics)
@@ -90,7 +104,7 @@ def _product(name: str, tile: Tile, statics: Mapping[str, Any]) -> str:
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
-    """Return the quantizer, the grouping, both products for every tile, and the sum."""
+    """Return the quantizer, the grouping, both products for every tile, the sum, and products of few tokens."""
     quant, fp8, nvfp4 = statics["act_quant"] == "ue8m0", has_fp8(sm), is_nvfp4(statics)
     if nvfp4 and sm < NVFP4_SM:
         raise TargetError(f"MoeExperts: sm {sm} takes no NVFP4 weights, SMs from {NVFP4_SM} on do; build with FP8 ones")
@@ -136,7 +150,21 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     types = {"out_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "y_ptr": "*fp32"}
     constants = {"H": statics["H"], "TOPK": statics["TOPK"], "BLOCK": COMBINE_BLOCK}
     result.append(Variant("combine", "combine_kernel", types, constants))
-    return tuple(result)
+    return (*result, *(() if nvfp4 else _narrow_variants(statics, sm)))
+
+
+def _narrow_variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, Variant]:
+    quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
+    constants = {"E": statics["E"], "H": statics["H"], "INNER": statics["I2"] // 2, "TOPK": statics["TOPK"]}
+    constants |= {"ROWS": NARROW_ROWS, "PARTS": PARTS, "QUANT": quant, "FP8": fp8}
+    weights = {"w_ptr": "*fp8e4nv" if fp8 else "*u8", "w_scale_ptr": "*fp32"}
+    up = {"x_ptr": "*bf16", "ids_ptr": "*i32"} | weights | {"h_ptr": "*bf16"}
+    down = {"h_ptr": "*bf16", "ids_ptr": "*i32", "weight_ptr": "*fp32"} | weights | {"y_ptr": "*fp32"}
+    loop: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "main_loop": True}
+    return (
+        Variant("narrow-up", "narrow_up_kernel", up, constants, **loop),
+        Variant("narrow-down", "narrow_down_kernel", down, constants, **loop),
+    )
 
 
 @dataclass(frozen=True)
@@ -167,17 +195,25 @@ def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Sc
 
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
-    """Return the scratch of one slice: it grows with the tokens up to `SLICE_TOKENS`."""
-    tokens = min(bound["T"], SLICE_TOKENS)
+    """Return the scratch of one slice, which grows with the tokens up to `SLICE_TOKENS`, or of few tokens."""
+    tokens, most_few = min(bound["T"], SLICE_TOKENS), 0 if is_nvfp4(bound) else few_tokens(sm)
+    few = _narrow_plan(bound | {"T": min(tokens, most_few)}).workspace_bytes
+    if tokens <= most_few:
+        return few
     workspace = Workspace()
     _scratch(bound, tokens, workspace)
     if bound["act_quant"] == "ue8m0":
         quantize(Buffer("x"), tokens, bound["H"], workspace)
-    return workspace.size
+    return max(workspace.size, few)
 
 
 def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
-    """Return four to six launches per slice of tokens: rows are quantized or not, assignments fill one run or more."""
+    """Return two launches for few tokens, else four to six per slice of tokens.
+
+    Six where rows are quantized, and assignments fill more than one run.
+    """
+    if 0 < bound["T"] <= few_tokens(sm) and not is_nvfp4(bound):
+        return _narrow_plan(bound)
     launches: list[Launch] = []
     size = 0
     for first in range(0, bound["T"], SLICE_TOKENS):
@@ -185,6 +221,32 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
         launches += _slice_plan(bound, first, min(SLICE_TOKENS, bound["T"] - first), sm, workspace)
         size = max(size, workspace.size)
     return LaunchPlan(tuple(launches), size)
+
+
+def _narrow_plan(bound: Mapping[str, Any]) -> LaunchPlan:
+    tokens, hidden, inner = bound["T"], bound["H"], bound["I2"] // 2
+    assignments, workspace = tokens * bound["TOPK"], Workspace()
+    h = workspace.take(2 * assignments * inner)
+    up: dict[str, Buffer | int | float] = {
+        "x_ptr": Buffer("x"),
+        "ids_ptr": Buffer("expert_ids"),
+        "w_ptr": Buffer("w13"),
+        "w_scale_ptr": Buffer("w13_scale"),
+        "h_ptr": h,
+    }
+    down: dict[str, Buffer | int | float] = {
+        "h_ptr": h,
+        "ids_ptr": Buffer("expert_ids"),
+        "weight_ptr": Buffer("expert_weights"),
+        "w_ptr": Buffer("w2"),
+        "w_scale_ptr": Buffer("w2_scale"),
+        "y_ptr": Buffer("y"),
+    }
+    launches = (
+        Launch("narrow-up", (assignments, inner // NARROW_ROWS, 1), up),
+        Launch("narrow-down", (hidden // NARROW_ROWS, tokens, 1), down),
+    )
+    return LaunchPlan(launches, workspace.size)
 
 
 def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, workspace: Workspace) -> list[Launch]:

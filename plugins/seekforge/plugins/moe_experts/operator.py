@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from seekforge.formats.quantization.nvfp4 import row_bytes
+from seekforge.plugins.linear_tile import FEW_FEATURES
 from seekforge.plugins.moe_experts.spec import FOLDED, SPEC
 from seekforge.plugins.operator import FoldedForm, KernelForm, Operator, Products, RankModel, Step, Taps
 
@@ -76,7 +77,7 @@ OPERATOR = Operator(
             ("up-128", 100): (136, _TWO),
             ("up-128", 103): (136, _TWO),
         },
-        known_mma_sync={},
+        known_mma_sync={(f"narrow-{name}", sm): FEW_FEATURES for name in ("up", "down") for sm in (90, 100, 103)},
         libraries={},
     ),
 )

@@ -106,7 +106,10 @@ def _stage_bytes(
                 Workload(limits.max_model_len, limits.max_batch_size),
                 target.kv_format,
                 kernels=Kernels(
-                    target.sms, inputs.program.numerics["act_quant"], frozenset(inputs.ops.keys() - set(plugins))
+                    target.sms,
+                    inputs.program.numerics["act_quant"],
+                    frozenset(inputs.ops.keys() - set(plugins)),
+                    target.nvfp4_experts,
                 ),
                 steps=steps,
             ).values()
