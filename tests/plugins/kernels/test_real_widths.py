@@ -21,9 +21,9 @@ from torch import Tensor
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.formats.quantization.nvfp4 import row_bytes, rows_of_fp8
 from seekforge.plugins.kernels.interpreter import interpret
-from seekforge.plugins.kernels.launch_plan import statics_of
+from seekforge.plugins.kernels.launch_plan import op_kernels, statics_of
 from seekforge.plugins.kernels.sizes import operators
-from seekforge.plugins.quant import fake_quantize
+from seekforge.plugins.quant import fake_quantize, quantize
 from seekforge.plugins.testing import Case, Draw
 
 SIZES = operators(load_preset("full").config)
@@ -49,6 +49,22 @@ def test_linear() -> None:
     draw = Draw(0)
     inputs = (draw.normal(2, 7168).bfloat16(), draw.fp8(192, 7168), draw.weight_scale(2, 56))
     check(Case("BlockFp8Linear", "real", inputs, {"act_quant": "ue8m0"}))
+
+
+def test_linear_of_quantized_rows() -> None:
+    draw = Draw(1)
+    codes, scale = quantize(draw.normal(2, 7168))
+    weight = draw.fp8(192, 7168), draw.weight_scale(2, 56)
+    x = torch.full((2, 7168), torch.nan).bfloat16()
+    check(Case("BlockFp8Linear", "codes", (x, *weight, codes.view(torch.int32), scale), {"act_quant": "ue8m0"}))
+
+
+@pytest.mark.parametrize(("width", "adds"), [(7168, True), (1536, False)])
+def test_norm(width: int, adds: bool) -> None:
+    draw = Draw(2)
+    x, residual = (draw.normal(3, width).bfloat16() for _ in range(2))
+    inputs = (x, draw.normal(width), *((residual,) if adds else ()))
+    check(Case("AddRmsNormQuantize", "real", inputs, {"epsilon": 1e-6}))
 
 
 def test_router() -> None:
@@ -159,7 +175,9 @@ def experts_case(inner: int, chosen: tuple[int, ...]) -> Case:
     return Case("MoeExperts", f"inner-{inner}", inputs, {"act_quant": "ue8m0"})
 
 
-def test_experts_but_for_their_inner_width() -> None:
+@pytest.mark.parametrize("most_few", [8, 0], ids=["few", "grouped"])
+def test_experts_but_for_their_inner_width(most_few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_kernels("MoeExperts"), "few_tokens", lambda sm: most_few)
     check(experts_case(128, (255, 3)), changed=("I2",))
 
 
@@ -178,5 +196,7 @@ def test_experts_in_nvfp4_but_for_their_inner_width() -> None:
 
 
 @pytest.mark.slow
-def test_experts() -> None:
+@pytest.mark.parametrize("most_few", [8, 0], ids=["few", "grouped"])
+def test_experts(most_few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_kernels("MoeExperts"), "few_tokens", lambda sm: most_few)
     check(experts_case(2048, (131,)))

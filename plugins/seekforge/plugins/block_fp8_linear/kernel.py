@@ -1,10 +1,10 @@
 """FP8 block linear: y = x · Wᵀ with one f32 promotion per 128 along K (spec §5.2).
 
 Few tokens (`narrow_kernel`): the weight bounds the time, so each program streams 16 or 32 of its rows whole, a part of
-K in each warp, which gives every SM work with one launch and no sum afterwards. Up to four rows it quantizes itself;
-more are quantized first (`quantize_kernel`, shared), so once however many programs read them. Many tokens
-(`tile_kernel`): square tiles, rows in groups of 8 for L2. Where tiles are fewer than SMs have room for, K is cut into
-splits, so that every SM streams a part of the weight; another launch adds these in order and rounds.
+K in each warp, which gives every SM work with one launch and no sum afterwards. Rows that are not quantized yet it
+quantizes itself, up to four; more are quantized first (`quantize_kernel`, shared), so once however many programs read
+them. Many tokens (`tile_kernel`): square tiles, rows in groups of 8 for L2. Where tiles are fewer than SMs have room
+for, K is cut into splits, so that every SM streams a part of the weight; another launch adds these in order and rounds.
 Each 128 block starts from a zero accumulator: that is the promotion; the tensor core's own sum is less exact. A program
 waits for a product before it promotes it; another on the same SM multiplies meanwhile.
 """

@@ -197,7 +197,7 @@ def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Sc
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     """Return the scratch of one slice, which grows with the tokens up to `SLICE_TOKENS`, or of few tokens."""
     tokens, most_few = min(bound["T"], SLICE_TOKENS), 0 if is_nvfp4(bound) else few_tokens(sm)
-    few = _narrow_plan(bound | {"T": min(tokens, most_few)}).workspace_bytes
+    few = _narrow_plan({**bound, "T": min(tokens, most_few)}).workspace_bytes
     if tokens <= most_few:
         return few
     workspace = Workspace()
