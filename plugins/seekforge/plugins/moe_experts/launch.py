@@ -196,11 +196,11 @@ def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Sc
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     """Return the scratch of one slice, which grows with the tokens up to `SLICE_TOKENS`, or of few tokens."""
-    tokens, most_few = min(bound["T"], SLICE_TOKENS), 0 if is_nvfp4(bound) else few_tokens(sm)
-    few = _narrow_plan({**bound, "T": min(tokens, most_few)}).workspace_bytes
-    if tokens <= most_few:
+    most_few = 0 if is_nvfp4(bound) else few_tokens(sm)
+    few = _narrow_plan({**bound, "T": min(bound["T"], most_few)}).workspace_bytes
+    if bound["T"] <= most_few:
         return few
-    workspace = Workspace()
+    tokens, workspace = min(bound["T"], SLICE_TOKENS), Workspace()
     _scratch(bound, tokens, workspace)
     if bound["act_quant"] == "ue8m0":
         quantize(Buffer("x"), tokens, bound["H"], workspace)
