@@ -97,6 +97,7 @@ class Parameter:
         is_behind: whether only results behind the last layer read it.
         beside: the linear that multiplies the same value, with which an engine for GPUs has it as one (`joins`).
         norm: the norm whose result an FP8 linear or the experts multiply, which an engine for GPUs quantizes with it.
+        adds: whether it norms the sum of the two streams.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Parameter:
     is_behind: bool = False
     beside: str = ""
     norm: str = ""
+    adds: bool = False
 
     @property
     def module(self) -> str:

@@ -153,8 +153,7 @@ def _linears(
     for one in parameters:
         if one.op == ADD_RMS_NORM_QUANTIZE and one.name in norms.values():
             width = widths[one.name]
-            added = 0 if one.name.startswith("self_attn.") else width  # a norm inside of the attention adds nothing
-            bound = {"*lead": (rows,), "H": width, "R": added, "epsilon": 1.0}
+            bound = {"*lead": (rows,), "H": width, "R": width if one.adds else 0, "epsilon": 1.0}
             linears.append((order[one.module], ADD_RMS_NORM_QUANTIZE, one.module, bound))
     for _, op, what, bound in sorted(linears, key=lambda one: one[0]):
         yield op, what, bound

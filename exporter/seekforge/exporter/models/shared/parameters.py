@@ -213,9 +213,9 @@ def mla_parameters(*fused: str) -> tuple[Parameter, ...]:
 def layer_parameters(kind: LayerKind, *, attention: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
     """Return the parameters of a layer; `attention`: those of its attention."""
     return (
-        value(_INPUT, "the norm before the attention", op=ADD_RMS_NORM_QUANTIZE),
+        value(_INPUT, "the norm before the attention", op=ADD_RMS_NORM_QUANTIZE, adds=True),
         *attention,
-        value(_POST_ATTENTION, "the norm before the MLP", op=ADD_RMS_NORM_QUANTIZE),
+        value(_POST_ATTENTION, "the norm before the MLP", op=ADD_RMS_NORM_QUANTIZE, adds=True),
         *(_moe_parameters() if kind.is_moe else _mlp_parameters("mlp", "the dense MLP's")),
     )
 
@@ -263,6 +263,8 @@ def linear(name: str, tensors: tuple[str, ...], does: str, *, norm: str = "", be
     return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR, beside=beside, norm=norm)
 
 
-def value(name: str, does: str, tensor: str = "", *, op: str = "", is_behind: bool = False) -> Parameter:
+def value(
+    name: str, does: str, tensor: str = "", *, op: str = "", is_behind: bool = False, adds: bool = False
+) -> Parameter:
     """Return a parameter that is a tensor as it is, of the same name if none is given."""
-    return Parameter(name, "value", (tensor or name,), does, op, is_behind=is_behind)
+    return Parameter(name, "value", (tensor or name,), does, op, is_behind=is_behind, adds=adds)
