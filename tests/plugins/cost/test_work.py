@@ -357,7 +357,7 @@ def _tiles() -> dict[tuple[str, int, str], float]:
         "DsaIndexer": [{"B": 1, "Q": q, "MB": 512} for q in (1, 2, 64)],
         "DsaAttention": [{"B": b, "Q": q, "MB": 512, "TOPK": 2048} for b, q in ((1, 1), (128, 1), (1, 512))],
         "MlaAttention": [{"B": b, "Q": 1, "MB": 512} for b in (1, 128)],
-        "MoeExperts": [{"T": tokens} for tokens in (1, 512, 2048)],
+        "MoeExperts": [{"T": tokens} for tokens in (9, 512, 2048)],
     }
     nvfp4 = [sizes | {"W13": 4032} for sizes in shapes["MoeExperts"]]
     return {

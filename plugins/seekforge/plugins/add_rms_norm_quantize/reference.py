@@ -21,7 +21,7 @@ def add_rms_norm_quantize(
     Returns:
         total and y [..., H], dtype of `x`; codes [..., H / 4] int32, four bytes of e4m3 each; scale [..., H / 128] f32.
 
-    Source: spec §3.1 (the norm sees the unrounded sum) and §5.1.
+    Source: spec §3.1 (the norm sees the unrounded sum) and spec §5.1.
     """
     wide = x.float() if residual is None else x.float() + residual.float()
     y = F.rms_norm(wide, (x.shape[-1],), weight, epsilon).to(x.dtype)
