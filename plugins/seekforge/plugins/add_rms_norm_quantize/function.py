@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 
 from seekforge.plugins.add_rms_norm_quantize.spec import SPEC
-from seekforge.plugins.functions.builder import Attrs, Text, cast, onnx_type
+from seekforge.plugins.functions.builder import Attrs, Text, cast, onnx_type, scale_blocks
 from seekforge.plugins.functions.specialization import Specialization
 
 _EXPONENTS = np.arange(-6, 9)
@@ -30,25 +30,12 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
 """)
     text.add(f"y = {'Identity' if act == 'f32' else f'Cast<to = {onnx_type(act)}>'}(y_wide)")
     rounded = cast(text, "y", "y_rounded", to="f32", from_=act)
+    scaled, scales = scale_blocks(text, rounded, "q_")
     text.add(f"""
   lead = Shape<start = 0, end = -1>(x)
-  split = Concat<axis = 0>(lead, {text.ints(-1)}, {text.ints(128)})
-  blocks = Reshape({rounded}, split)
-  magnitude = Abs(blocks)
-  largest = ReduceMax<keepdims = 1>(magnitude, {text.ints(-1)})
-  floored = Max(largest, {text.f32(1e-4)})
-  share = Mul(floored, {text.f32(0.002232142857142857)})
-""")
-    powers = np.exp2(np.arange(-40, 121)).astype(np.float32)
-    text.add(f"""
-  share_axis = Unsqueeze(share, {text.ints(-1)})
-  below = Less({text.table(powers)}, share_axis)
-  below_count = Cast<to = {onnx_type("i64")}>(below)
-  scale_place = ReduceSum<keepdims = 0>(below_count, {text.ints(-1)})
-  scale_each = Gather<axis = 0>({text.table(powers)}, scale_place)
-  scale = Squeeze(scale_each, {text.ints(-1)})
-  scaled = Div(magnitude, scale_each)
-  kept = Min(scaled, {text.f32(448.0)})
+  per_row = Concat<axis = 0>(lead, {text.ints(-1)})
+  scale = Reshape({scales}, per_row)
+  kept = Abs({scaled})
   kept_axis = Unsqueeze(kept, {text.ints(-1)})
   reached = LessOrEqual({text.table(np.exp2(_EXPONENTS[1:]).astype(np.float32))}, kept_axis)
   reached_count = Cast<to = {onnx_type("i64")}>(reached)
@@ -59,7 +46,7 @@ def body(attrs: Attrs, how: Specialization) -> onnx.FunctionProto:
   mantissa = Cast<to = {onnx_type("i64")}>(mantissa_wide)
   eights = Mul(exponent, {text.i64(8)})
   byte = Add(eights, mantissa)
-  is_negative = Less(blocks, {text.f32(0.0)})
+  is_negative = Less({scaled}, {text.f32(0.0)})
   sign = Cast<to = {onnx_type("i64")}>(is_negative)
   high = Mul(sign, {text.i64(128)})
   unsigned = Add(byte, high)

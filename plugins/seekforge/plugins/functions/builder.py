@@ -151,11 +151,6 @@ def paged_slots(text: Text, out: str) -> None:
 def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str:
     """Round `x` [..., K] to e4m3 with a power-of-two scale per 128 values and back (spec §5.1).
 
-    The scale is 2^ceil(log2(amax / 448)). A logarithm only guesses the exponent (it is off by one on some
-    exact powers of two); comparisons with a table of powers then settle it. The table also holds the reciprocals,
-    so every product is exact. |x / scale| is at most 448 (1/448 in f32 is a little too large), so nothing
-    has to be clamped.
-
     Args:
         x: name of the tensor, K a multiple of 128.
         p: prefix of the names made here.
@@ -165,14 +160,35 @@ def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str
     Returns:
         Name of the result, same shape and dtype.
     """
+    scaled, scale = scale_blocks(text, cast(text, x, f"{p}f", to="f32", from_=dtype), p)
+    if bodies == "ort":
+        text.add(f"{p}q8 = Cast<to = {onnx_type('f8e4m3')}>({scaled})")
+        text.add(f"{p}q = Cast<to = {onnx_type('f32')}>({p}q8)")
+    else:
+        _round_to_e4m3(text, scaled, f"{p}q", f"{p}m")
+    text.add(f"{p}qs = Mul({p}q, {scale})")
+    text.add(f"{p}y = Reshape({p}qs, {p}shape)")
+    return cast(text, f"{p}y", f"{p}yb", to=dtype, from_="f32")
+
+
+def scale_blocks(text: Text, x: str, p: str) -> tuple[str, str]:
+    """Divide each block of 128 values of `x` [..., K] f32 by its power-of-two scale (spec §5.1).
+
+    The scale is 2^ceil(log2(amax / 448)). A logarithm only guesses the exponent (it is off by one on some
+    exact powers of two); comparisons with a table of powers then settle it. The table also holds the reciprocals,
+    so every product is exact. |x / scale| is at most 448 (1/448 in f32 is a little too large), so nothing
+    has to be clamped.
+
+    Returns:
+        Names of the values over their scales, [blocks, 128], and of the scales, [blocks, 1].
+    """
     exponents = np.arange(_SCALE_MIN - 1, _SCALE_MAX + 2)
     powers = text.table(np.exp2(exponents).astype(np.float32))
     inverse = text.table(np.exp2(-exponents).astype(np.float32))
     last = len(exponents) - 2
-    xf = cast(text, x, f"{p}f", to="f32", from_=dtype)
     text.add(f"""
-  {p}shape = Shape({xf})
-  {p}b = Reshape({xf}, {text.ints(-1, _BLOCK)})
+  {p}shape = Shape({x})
+  {p}b = Reshape({x}, {text.ints(-1, _BLOCK)})
   {p}abs = Abs({p}b)
   {p}amax = ReduceMax<keepdims = 1>({p}abs, {text.ints(-1)})
   {p}floored = Max({p}amax, {text.f32(_AMAX_FLOOR)})
@@ -197,14 +213,7 @@ def fake_quantize(text: Text, x: str, p: str, *, dtype: str, bodies: str) -> str
   {p}r = Gather({inverse}, {p}e)
   {p}v = Mul({p}b, {p}r)
 """)
-    if bodies == "ort":
-        text.add(f"{p}q8 = Cast<to = {onnx_type('f8e4m3')}>({p}v)")
-        text.add(f"{p}q = Cast<to = {onnx_type('f32')}>({p}q8)")
-    else:
-        _round_to_e4m3(text, f"{p}v", f"{p}q", f"{p}m")
-    text.add(f"{p}qs = Mul({p}q, {p}s)")
-    text.add(f"{p}y = Reshape({p}qs, {p}shape)")
-    return cast(text, f"{p}y", f"{p}yb", to=dtype, from_="f32")
+    return f"{p}v", f"{p}s"
 
 
 def _round_to_e4m3(text: Text, v: str, out: str, p: str) -> None:
