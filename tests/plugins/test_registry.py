@@ -132,7 +132,7 @@ def test_names_of_taps_of_one_program_are_different(absent: str) -> None:
 
 def symbols(spec: OpSpec) -> set[str]:
     """Return the sizes and attributes that `bind` gives."""
-    dims = {dim for arg in (*spec.inputs, *spec.optional) for dim in arg.shape if isinstance(dim, str)}
+    dims = {dim for arg in spec.all_inputs for dim in arg.shape if isinstance(dim, str)}
     return {dim for dim in dims if dim.removeprefix("*").isidentifier()} | {attr.name for attr in spec.attrs}
 
 

@@ -39,13 +39,13 @@ def make_schema(spec: OpSpec) -> OpSchema:
         shape = ", ".join(str(dim) for dim in arg.shape)
         return OpSchema.FormalParameter(arg.name, type_str, f"[{shape}] {arg.doc}", param_option=presence)
 
-    used = {arg.dtype for arg in (*spec.inputs, *spec.optional)} & TYPE_VARIABLES.keys()
+    used = {arg.dtype for arg in spec.all_inputs} & TYPE_VARIABLES.keys()
     schema = OpSchema(
         spec.name,
         DOMAIN,
         DOMAIN_VERSION,
         spec.doc,
-        inputs=[formal(arg) for arg in (*spec.inputs, *spec.optional)],
+        inputs=[formal(arg) for arg in spec.all_inputs],
         outputs=[formal(arg) for arg in spec.outputs],
         type_constraints=[(name, [dtypes.ONNX_TYPES[t] for t in TYPE_VARIABLES[name]], name) for name in sorted(used)],
         attributes=[

@@ -86,6 +86,11 @@ class OpSpec:
     aliases: tuple[tuple[str, str], ...] = ()
     optional: tuple[Arg, ...] = ()
 
+    @property
+    def all_inputs(self) -> tuple[Arg, ...]:
+        """The inputs, optional ones behind."""
+        return (*self.inputs, *self.optional)
+
     def named(self, values: Sequence[Value]) -> dict[str, Value]:
         """Return what stands for each input by its name.
 
@@ -95,7 +100,7 @@ class OpSpec:
         Raises:
             ShapeError: there are too few or too many.
         """
-        args = (*self.inputs, *self.optional)
+        args = self.all_inputs
         if not len(self.inputs) <= len(values) <= len(args):
             most = f" to {len(args)}" if self.optional else ""
             raise ShapeError(f"{self.name}: {len(values)} inputs, expected {len(self.inputs)}{most}")
@@ -147,7 +152,7 @@ class OpSpec:
         """
         bound: dict[str, Any] = dict(attrs)
         by_name = self.named(shapes)
-        for arg in (*self.inputs, *self.optional):
+        for arg in self.all_inputs:
             expected = list(arg.shape)
             if arg.name not in by_name:
                 absent = (dim for dim in expected if isinstance(dim, str) and dim.isidentifier())
@@ -194,7 +199,7 @@ class OpSpec:
             ShapeError: an input has a dtype that its type does not allow, or one variable has two values.
         """
         variables: dict[str, str] = {}
-        for arg in (*self.inputs, *self.optional):
+        for arg in self.all_inputs:
             if arg in self.optional and arg.name not in input_dtypes:
                 continue
             dtype = input_dtypes[arg.name]

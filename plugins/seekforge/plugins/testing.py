@@ -65,7 +65,7 @@ class Case:
         """Return the case in the dtypes of a specialization; values are rounded where they must be."""
         variables = {"act": how.activations, "kv": how.kv_format}
         inputs = []
-        args = (*self.spec.inputs, *self.spec.optional)
+        args = self.spec.all_inputs
         for arg, tensor in zip(args, self.inputs, strict=False):
             if arg.dtype in variables:
                 tensor = tensor.to(TORCH_DTYPES[variables[arg.dtype]])

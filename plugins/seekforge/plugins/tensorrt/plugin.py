@@ -299,7 +299,7 @@ def allowed(spec: OpSpec, input_types: Sequence[str], pos: int, num_inputs: int,
         dtype: the type.
     """
     variables: dict[str, str] = {}
-    for arg, input_type in zip((*spec.inputs, *spec.optional), input_types, strict=False):
+    for arg, input_type in zip(spec.all_inputs, input_types, strict=False):
         possible = STORED_FP8 if arg.dtype == "fp8" else TYPE_VARIABLES.get(arg.dtype, (arg.dtype,))
         if input_type not in possible or variables.setdefault(arg.dtype, input_type) != input_type:
             return False
