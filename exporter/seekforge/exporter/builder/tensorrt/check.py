@@ -90,6 +90,7 @@ class Inputs:
         program, graphs, bindings: as files have them, without weights, but for linears that were joined.
         read_wide: graph -> BF16 weight inputs that it reads as f32 alone (`prepare.wide_weights`).
         bf16_linears: graph -> those of them that it only multiplies (`bf16_linear_weights`).
+        num_norms: norms of all graphs that a build can make one operator (`fusible_norms`).
     """
 
     folder: Path
@@ -97,6 +98,7 @@ class Inputs:
     graphs: dict[str, onnx.ModelProto]
     read_wide: dict[str, set[str]]
     bf16_linears: dict[str, set[str]]
+    num_norms: int
     bindings: dict[str, dict[str, Recipe]]
     config: ModelConfig
     weights: WeightSource
@@ -109,7 +111,7 @@ class Inputs:
         """
         counts = {op: use.num_nodes for op, use in self.program.ops.items() if op != SUM_RANKS.name}
         counts[BF16_LINEAR] = sum(map(len, self.bf16_linears.values()))
-        counts[ADD_RMS_NORM_QUANTIZE] = sum(len(fusible_norms(graph)) for graph in self.graphs.values())
+        counts[ADD_RMS_NORM_QUANTIZE] = self.num_norms
         return {op: counts[op] for op in SPECS if counts.get(op)}
 
     def wide(self, plugins: Collection[str]) -> dict[str, set[str]]:
@@ -142,8 +144,9 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None, *, joins: 
         for name, graph in graphs.items()
     }
     linears = {name: bf16_linear_weights(graph, wide[name]) for name, graph in graphs.items()}
+    norms = sum(len(fusible_norms(graph)) for graph in graphs.values())
     nowhere = WeightSource(path=None, index_digest=None)
-    inputs = Inputs(program_folder, program, graphs, wide, linears, bindings, config, nowhere)
+    inputs = Inputs(program_folder, program, graphs, wide, linears, norms, bindings, config, nowhere)
     if checkpoint_folder is None:
         return inputs
     with open_checkpoint(checkpoint_folder) as opened:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, inliner
 from seekforge.common.dtypes import FROM_TENSORRT
 from seekforge.exporter.builder.tensorrt.passes.add_norms import use_norms
 from seekforge.exporter.builder.tensorrt.passes.bf16_linears import use_bf16_linear
+from seekforge.exporter.builder.tensorrt.passes.nodes import widens
 from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import use_nvfp4
 from seekforge.exporter.builder.tensorrt.passes.rope import write_out_rope
 from seekforge.exporter.program.specialize import specialize
@@ -115,7 +116,7 @@ def wide_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
     cast: set[str] = set()
     otherwise: set[str] = set()
     for node in graph.node:
-        (cast if _casts_to_f32(node) and node.output[0] not in results else otherwise).update(node.input)
+        (cast if widens(node) and node.output[0] not in results else otherwise).update(node.input)
     return bf16.intersection(weights, cast) - otherwise
 
 
@@ -146,10 +147,6 @@ def widen_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
         if value.name in wide:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     return wide
-
-
-def _casts_to_f32(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Cast" and next(a.i for a in node.attribute if a.name == "to") == TensorProto.FLOAT
 
 
 def debug_specs(taps: Mapping[str, str]) -> tuple[TensorSpec, ...]:

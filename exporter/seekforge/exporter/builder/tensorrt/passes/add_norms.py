@@ -7,19 +7,21 @@ gets its codes and scales. Values keep their names, so whoever else reads them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from seekforge.exporter.builder.tensorrt.passes.nodes import casts, import_domain, readers_of, set_nodes, widens
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.plugins.add_rms_norm_quantize.launch import MOST
 from seekforge.plugins.add_rms_norm_quantize.spec import SPEC
 from seekforge.plugins.block_fp8_linear.spec import SPEC as LINEAR
+from seekforge.plugins.functions.attach import read_attrs
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
-from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION
+from seekforge.plugins.operator import DOMAIN
 
 #: Operators whose rows may be quantized already: they get codes and scales behind their other inputs.
 _READERS = {LINEAR.name: len(LINEAR.inputs)}
@@ -60,21 +62,18 @@ class _Graph:
         self.results = {value.name for value in graph.output}
         self.constants = {one.name: one for one in graph.initializer}
         self.makers = {name: node for node in graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in dict.fromkeys(node.input):
-                self.readers.setdefault(name, []).append(node)
+        self.readers = readers_of(graph)
 
     def narrow(self, name: str) -> str:
         """Return what a value in f32 is the cast of, or nothing."""
         node = self.makers.get(name)
-        return node.input[0] if node is not None and _casts(node, TensorProto.FLOAT) else ""
+        return node.input[0] if node is not None and widens(node) else ""
 
     def norm(self, node: onnx.NodeProto) -> Norm | None:
         """Return what becomes of an `RMSNormalization`, or None where its surroundings are others."""
         name, weight = node.input[0], node.input[1]
         weight = weight if weight in self.inputs else self.narrow(weight)
-        if weight not in self.inputs or _attribute(node, "axis", -1) != -1:
+        if weight not in self.inputs or read_attrs(node).get("axis", -1) != -1:
             return None
         width = self.inputs[weight].type.tensor_type.shape.dim[0].dim_value
         if width % FP8_BLOCK or not 0 < width <= MOST:
@@ -83,13 +82,13 @@ class _Graph:
         if add is not None and add.op_type == "Add":
             streams = [self.narrow(one) for one in add.input]
             others = [one for one in self.readers[name] if one is not node]
-            if name in self.results or not all(_casts(one, TensorProto.BFLOAT16) for one in others) or len(others) > 1:
+            if name in self.results or not all(casts(one, TensorProto.BFLOAT16) for one in others) or len(others) > 1:
                 return None
             total = others[0].output[0] if others else ""
         else:
             add = None
         rounded = self.readers.get(node.output[0], [])
-        if not all(streams) or len(rounded) != 1 or not _casts(rounded[0], TensorProto.BFLOAT16):
+        if not all(streams) or len(rounded) != 1 or not casts(rounded[0], TensorProto.BFLOAT16):
             return None
         y = rounded[0].output[0]
         linears = tuple(self._linears(y, width))
@@ -147,12 +146,10 @@ def use_norms(model: onnx.ModelProto) -> None:
             nodes.append(node)
         if output in reshapes:
             nodes += _reshapes(reshapes[output], output)
-    del graph.node[:]
-    graph.node.extend(_read(nodes, {value.name for value in graph.output}))
+    set_nodes(graph, nodes, unread=("Cast",))
     widths = {size for norm in reshapes.values() for size in _widths(norm)}
     graph.initializer.extend(numpy_helper.from_array(np.array([-1, n], np.int64), _rows(n)) for n in sorted(widths))
-    if not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    import_domain(model)
 
 
 def _name(norm: Norm) -> str:
@@ -176,7 +173,7 @@ def _node(norm: Norm) -> onnx.NodeProto:
         [norm.total or f"{name}.total", norm.y, f"{name}.codes", f"{name}.scale"],
         name=name,
         domain=DOMAIN,
-        epsilon=_attribute(norm.node, "epsilon", 1e-5),
+        epsilon=read_attrs(norm.node).get("epsilon", 1e-5),
         **{PLUGIN_NAMESPACE: DOMAIN},
     )
 
@@ -189,33 +186,12 @@ def _reshapes(norm: Norm, output: str) -> Iterator[onnx.NodeProto]:
         yield helper.make_node("Reshape", [value, _rows(width)], [made], name=f"{_name(norm)}/{what}")
 
 
-def _read(nodes: list[onnx.NodeProto], results: set[str]) -> list[onnx.NodeProto]:
-    """Leave out casts whose results nobody reads, the last ones first."""
-    read, kept = set(results), []
-    for node in reversed(nodes):
-        if node.op_type == "Cast" and node.output[0] not in read:
-            continue
-        read.update(node.input)
-        kept.append(node)
-    return kept[::-1]
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
-    values: Mapping[str, float] = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-    return values.get(name, default)
-
-
-def _casts(node: onnx.NodeProto, to: int) -> bool:
-    return node.op_type == "Cast" and [one.i for one in node.attribute if one.name == "to"] == [to]
-
-
 def _quantizes(node: onnx.NodeProto, reshape: onnx.NodeProto | None, y: str = "") -> bool:
     """Whether a node quantizes a value as its rows, and has not been given them quantized yet."""
     value = y if reshape is None else reshape.output[0]
-    quant = [one.s for one in node.attribute if one.name == "act_quant"]
     return (
         node.domain == DOMAIN
         and len(node.input) == _READERS.get(node.op_type)
         and node.input[0] == value
-        and quant == [b"ue8m0"]
+        and read_attrs(node)["act_quant"] == "ue8m0"
     )

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
+from seekforge.exporter.builder.tensorrt.passes.nodes import import_domain, readers_of, set_nodes, widens
 from seekforge.plugins.bf16_linear.spec import SPEC
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
-from seekforge.plugins.operator import DOMAIN, DOMAIN_VERSION
+from seekforge.plugins.operator import DOMAIN
 
 
 def bf16_linear_weights(model: onnx.ModelProto, weights: Collection[str]) -> set[str]:
@@ -24,7 +25,7 @@ def bf16_linear_weights(model: onnx.ModelProto, weights: Collection[str]) -> set
         model: canonical, or specialized with bf16 activations.
         weights: BF16 inputs that are cast to f32 wherever they are read (`prepare.wide_weights`).
     """
-    readers, results = _readers(model), {value.name for value in model.graph.output}
+    readers, results = readers_of(model.graph), {value.name for value in model.graph.output}
     makers = {name: node for node in model.graph.node for name in node.output}
     linears = set()
     for weight in weights:
@@ -36,7 +37,7 @@ def bf16_linear_weights(model: onnx.ModelProto, weights: Collection[str]) -> set
             and inside.isdisjoint(results)
             and all(_swaps(one) for one in columns)
             and all(one.op_type == "MatMul" and one.input[0] not in inside for one in products)
-            and all(_widens(makers.get(one.input[0])) for one in products)
+            and all(widens(makers.get(one.input[0])) for one in products)
         ):
             linears.add(weight)
     return linears
@@ -67,41 +68,10 @@ def use_bf16_linear(model: onnx.ModelProto, weights: Collection[str]) -> None:
             **{PLUGIN_NAMESPACE: DOMAIN},
         )
         node.CopyFrom(made)
-    _drop_unread(graph)
-    if not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Remove casts and transposes whose results nobody reads, the last ones first."""
-    read = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if node.op_type in ("Cast", "Transpose") and node.output[0] not in read:
-            continue
-        read.update(node.input)
-        kept.append(node)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-
-
-def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
+    set_nodes(graph, graph.node, unread=("Cast", "Transpose"))
+    import_domain(model)
 
 
 def _swaps(node: onnx.NodeProto) -> bool:
     """Whether a node turns rows into columns."""
     return node.op_type == "Transpose" and [list(a.ints) for a in node.attribute if a.name == "perm"] == [[1, 0]]
-
-
-def _widens(node: onnx.NodeProto | None) -> bool:
-    """Whether a node casts to f32; in a graph of bf16 activations that is from bf16."""
-    return (
-        node is not None
-        and node.op_type == "Cast"
-        and [a.i for a in node.attribute if a.name == "to"] == [TensorProto.FLOAT]
-    )

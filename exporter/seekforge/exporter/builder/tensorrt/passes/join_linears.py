@@ -21,6 +21,7 @@ from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.program import GraphIO, OpUse, Program, layer_of
 from seekforge.formats.weight_recipes import Recipe, concat
+from seekforge.plugins.functions.attach import read_attrs
 from seekforge.plugins.operator import DOMAIN
 from seekforge.plugins.registry import BLOCK_FP8_LINEAR
 
@@ -87,15 +88,16 @@ def _pairs(model: onnx.ModelProto, config: ModelConfig) -> Iterator[_Pair]:
         for one, other in joins(family_of(config).layer_parameters(config.layer_kind(layer))):
             prefix = f"layers.{layer}."
             first, second = (linears.get(f"{prefix}{parameter.name}.weight") for parameter in (one, other))
-            if first is None or second is None or first.input[0] != second.input[0] or _attrs(first) != _attrs(second):
+            if (
+                first is None
+                or second is None
+                or first.input[0] != second.input[0]
+                or read_attrs(first) != read_attrs(second)
+            ):
                 continue
             rows = shapes[first.input[1]][0].dim_value, shapes[second.input[1]][0].dim_value
             if rows[0] % FP8_BLOCK == 0:
                 yield _Pair(first, second, prefix + joined_name(one, other), rows)
-
-
-def _attrs(node: onnx.NodeProto) -> dict[str, object]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def _joined(model: onnx.ModelProto, pairs: Sequence[_Pair]) -> onnx.ModelProto:
