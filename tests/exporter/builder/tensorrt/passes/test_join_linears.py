@@ -90,7 +90,17 @@ def test_what_files_have_is_not_changed(apart: Inputs) -> None:
     assert apart.graphs["model"].SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize("fault", ["another value", "no whole block", "another rounding"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "another value",
+        "no whole block",
+        "another rounding",
+        "one scale of both",
+        "a scale that is computed",
+        "a weight that another reads",
+    ],
+)
 def test_what_is_not_alike_stays_apart(apart: Inputs, fault: str) -> None:
     graph = onnx.ModelProto()
     graph.CopyFrom(apart.graphs["model"])
@@ -99,6 +109,12 @@ def test_what_is_not_alike_stays_apart(apart: Inputs, fault: str) -> None:
         second.input[0] = "hidden"
     elif fault == "another rounding":
         next(one for one in second.attribute if one.name == "act_quant").s = b"none"
+    elif fault == "one scale of both":
+        second.input[2] = first.input[2]
+    elif fault == "a scale that is computed":
+        second.input[2] = "computed"
+    elif fault == "a weight that another reads":
+        graph.graph.node.append(onnx.helper.make_node("Identity", [first.input[1]], ["more"], "more"))
     else:
         value = next(one for one in graph.graph.input if one.name == first.input[1])
         value.type.tensor_type.shape.dim[0].dim_value -= 64

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from seekforge.exporter.builder.tensorrt.passes.nodes import readers_of
 from seekforge.exporter.models import family_of
 from seekforge.exporter.models.parameters import joined_name, joins
 from seekforge.exporter.program.graph_io import tensor_spec
@@ -76,12 +77,18 @@ def join_linears(
 
 
 def _pairs(model: onnx.ModelProto, config: ModelConfig) -> Iterator[_Pair]:
-    """Yield the nodes that the family's table joins, where they read one value and the first ends with a block."""
+    """Yield the nodes that the family's table joins, where they read one value and the first ends with a block.
+
+    A weight, or a scale, that anything else reads stays what it is.
+    """
     shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    readers = readers_of(model.graph)
     linears = {
         node.input[1]: node
         for node in model.graph.node
-        if node.domain == DOMAIN and node.op_type == BLOCK_FP8_LINEAR and node.input[1] in shapes
+        if node.domain == DOMAIN
+        and node.op_type == BLOCK_FP8_LINEAR
+        and all(name in shapes and len(readers[name]) == 1 for name in node.input[1:3])
     }
     layers = dict.fromkeys(layer for layer in map(layer_of, linears) if layer is not None)
     for layer in layers:
