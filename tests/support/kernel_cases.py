@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -14,7 +15,7 @@ from torch import Tensor
 from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.kernel_set import Image, KernelSet, Param, Resources, argument_code
 from seekforge.plugins.kernels.launch_plan import Buffer, Scalar, op_kernels
-from seekforge.plugins.operator import OpSpec, evaluate_dim
+from seekforge.plugins.operator import Arg, OpSpec, evaluate_dim
 from seekforge.plugins.quant import pack_latent, quantize
 from seekforge.plugins.registry import SPECS
 from seekforge.plugins.testing import Case, calc_diff, kernel_cases
@@ -146,12 +147,17 @@ def fake_kernels(op: str, statics: Mapping[str, Scalar], sm: int) -> KernelSet:
 
 def input_shapes(spec: OpSpec, bound: Mapping[str, Any]) -> list[tuple[int, ...]]:
     """Return the shapes of an operator's inputs by sizes and attributes under the symbols of its spec."""
-    bound_before = {dim for arg in spec.inputs for dim in arg.shape}
-    own = [[dim for dim in arg.shape if str(dim).isidentifier() and dim not in bound_before] for arg in spec.optional]
+    bound_before = {name for arg in spec.inputs for name in _symbols(arg)}
+    own = [_symbols(arg) - bound_before for arg in spec.optional]
     last = max((i for i, dims in enumerate(own) if dims and all(bound.get(dim) for dim in dims)), default=-1)
     first = spec.optional[: last + 1]  # optional inputs that have sizes of their own, and those before them
     sizes = [[evaluate_dim(dim, bound) for dim in arg.shape] for arg in (*spec.inputs, *first)]
     return [tuple(n for one in shape for n in (one if isinstance(one, tuple) else (one,))) for shape in sizes]
+
+
+def _symbols(arg: Arg) -> set[str]:
+    """Return the symbols of a tensor's sizes."""
+    return {name for dim in arg.shape for name in re.findall(r"[A-Za-z]\w*", str(dim))} - {"cdiv"}
 
 
 def pack_arguments(image: Image, arguments: Mapping[str, Buffer | int | float], addresses: Mapping[str, int]) -> bytes:

@@ -77,7 +77,7 @@ def test_a_forecast_counts_what_nvfp4_reads(goal: Literal["latency", "throughput
     asked = {"target": "b200", "contexts": 8192, "batch_size": 32, "num_gpus": 8, "goal": goal}
     fp8, nvfp4 = plan("full", precision=("fp8", "nvfp4"), **asked).rankings
     assert nvfp4[0].forecast.kernels < fp8[0].forecast.kernels
-    assert nvfp4[0].forecast.launches == fp8[0].forecast.launches
+    assert nvfp4[0].forecast.launches > fp8[0].forecast.launches, "the shared expert, in FP8, is apart"
 
 
 @pytest.mark.parametrize("preset", ["full", "v3-full", "glm5-full"])

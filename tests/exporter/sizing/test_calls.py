@@ -41,8 +41,8 @@ def test_every_operator_of_a_step_is_called_once_a_layer(full: ModelConfig) -> N
         counts[call.op] += call.count
     assert counts == {
         "AddRmsNormQuantize": 61 * 3,  # before the attention, of its query latent, and before the MLP
-        # three of the attention, where both that read the query latent are one; two of the MLP or of the shared expert
-        "BlockFp8Linear": 61 * 3 + 61 * 2,
+        # three of the attention, where both that read the query latent are one; two of a dense MLP
+        "BlockFp8Linear": 61 * 3 + 3 * 2,
         "Bf16Linear": 61 + 58 + 1,  # head weights of the indexer, routers, head
         "DsaCacheWrite": 61,
         "DsaIndexer": 61,
@@ -51,14 +51,24 @@ def test_every_operator_of_a_step_is_called_once_a_layer(full: ModelConfig) -> N
         "MoeExperts": 58,
     }
     moe = [call for call in calls if call.count in (58, 61)]
-    assert launches([Call(one.op, one.what, one.bound, 1) for one in moe]) == 21
+    assert launches([Call(one.op, one.what, one.bound, 1) for one in moe]) == 19
 
 
-def test_experts_in_nvfp4_change_their_call_alone(full: ModelConfig) -> None:
+def test_experts_in_nvfp4_change_their_call_and_have_no_shared_one_among_them(full: ModelConfig) -> None:
     fp8 = step_calls(full, StepShape(1, 1, 32768), kv_format="fp8_ds")
     nvfp4 = step_calls(full, StepShape(1, 1, 32768), kv_format="fp8_ds", nvfp4_experts=True)
-    changed = [(a, b) for a, b in zip(fp8, nvfp4, strict=True) if a != b]
-    assert [(a.op, b.bound["W13"]) for a, b in changed] == [("MoeExperts", 7168 * 9 // 16)]
+    (before,), changed = [one for one in fp8 if one not in nvfp4], [one for one in nvfp4 if one not in fp8]
+    assert [one.what or one.op for one in changed] == [
+        "mlp.shared_experts.gate_up_proj", "mlp.shared_experts.down_proj", "MoeExperts",
+    ]  # fmt: skip
+    assert changed[2].bound == dict(before.bound) | {"W13": 7168 * 9 // 16, "S2": 0} and before.bound["S2"] == 4096
+
+
+def test_ranks_that_share_experts_have_a_narrower_shared_one_among_them(full: ModelConfig) -> None:
+    calls = step_calls(full, StepShape(1, 1, 4096), kv_format="fp8_ds", parallelism=Parallelism(tp=8, ep=True))
+    (experts,) = (call for call in calls if call.op == "MoeExperts")
+    assert (experts.bound["E"], experts.bound["I2"], experts.bound["S2"]) == (32, 4096, 512)
+    assert not any("shared_experts" in call.what for call in calls)
 
 
 def test_the_products_are_those_of_the_model_but_for_what_tensorrt_runs(full: ModelConfig) -> None:

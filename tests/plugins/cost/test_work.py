@@ -258,6 +258,29 @@ def test_experts_of_a_few_tokens_are_not_grouped() -> None:
     assert down.written_bytes == 2 * 7168 * 4 and down.flops == up.flops // 2
 
 
+@pytest.mark.parametrize(("tokens", "up", "down"), [(2, "narrow-up", "narrow-down"), (300, "up-64", "down-64")])
+def test_a_shared_expert_is_work_of_every_token(tokens: int, up: str, down: str) -> None:
+    """As wide as the others, and an eighth of it as of a rank that shares it."""
+    alone = works("MoeExperts", T=tokens, HB=56)
+    for width in (2048, 256):
+        both = works("MoeExperts", T=tokens, HB=56, S2=2 * width)
+        assert both[up].flops - alone[up].flops == 2 * tokens * 2 * width * 7168
+        assert both[down].flops - alone[down].flops == 2 * tokens * width * 7168
+        # its weights, and of `down` its rows too
+        assert both[up].read_bytes - alone[up].read_bytes == 2 * width * 7168 + 2 * width // 128 * 56 * 4
+        h = tokens * 2 * width if tokens < 9 else tokens * (width + width // 128 * 4)
+        assert both[down].read_bytes - alone[down].read_bytes == width * 7168 + width // 128 * 56 * 4 + h
+        more = tokens * width // 16 if tokens < 9 else -(-tokens // 64) * width // 128
+        assert both[up].programs - alone[up].programs == more
+
+
+def test_quantized_rows_of_experts_are_read_as_they_are() -> None:
+    up = works("MoeExperts", T=2, HB=56)["narrow-up"]
+    hit = round(experts_hit(256, 8, 2))
+    assert up.read_bytes == hit * (4096 * 7168 + 32 * 56 * 4) + 2 * (7168 + 56 * 4)
+    assert "quantize" not in works("MoeExperts", T=300, HB=56)
+
+
 def test_experts_of_one_token_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_kernels("MoeExperts"), "few_tokens", lambda sm: 0)
     found = works("MoeExperts", T=1)

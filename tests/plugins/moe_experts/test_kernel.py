@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -61,12 +63,33 @@ def test_equals_the_reference(case: Case, sm: int, form: str) -> None:
     assert calc_diff(got * 1.01, want) > TOLERANCE
 
 
-@pytest.mark.parametrize("index", [2, 4, 6])
-def test_bent_weights_and_scales_are_noticed(index: int, form: str) -> None:
-    case = next(c for c in gpu_cases("MoeExperts") if c.name == "one-token-ue8m0")
-    inputs = list(case.inputs)
-    inputs[index] = inputs[index] * 1.01
-    assert calc_diff(run(case), moe_experts(*inputs, **case.attrs)) > TOLERANCE  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(
+    ("name", "bent"),
+    [
+        ("one-token-ue8m0", "expert_weights"),
+        ("one-token-ue8m0", "w13_scale"),
+        ("one-token-ue8m0", "w2_scale"),
+        ("codes", "x_scale"),
+        ("narrower-shared", "shared_w13_scale"),
+        ("narrower-shared", "shared_w2_scale"),
+    ],
+)
+def test_bent_weights_and_scales_are_noticed(name: str, bent: str, form: str) -> None:
+    case = next(c for c in gpu_cases("MoeExperts") if c.name == name)
+    inputs = case.spec.named(case.inputs)
+    inputs[bent] = inputs[bent] * 1.01
+    assert calc_diff(run(case), replace(case, inputs=tuple(inputs.values())).expected()[0]) > TOLERANCE
+
+
+def test_a_shared_expert_is_a_linear_more_to_the_bit(form: str) -> None:
+    """As an engine has it that keeps it apart: its rows in bf16, added in f32 to those of the routed ones."""
+    case = next(c for c in gpu_cases("MoeExperts") if c.name == "shared-of-many")
+    inputs = case.spec.named(case.inputs)
+    routed = run(replace(case, inputs=case.inputs[:9]))
+    ids = torch.zeros(len(routed), 1, dtype=torch.int32)
+    weights = [inputs[f"shared_{name}"][None] for name in ("w13", "w13_scale", "w2", "w2_scale")]
+    alone = (inputs["x"], ids, torch.ones(len(routed), 1), *weights, *case.inputs[7:9])
+    assert equal_bits(run(case), routed + run(replace(case, inputs=alone)))
 
 
 def random_case(tokens: int, top_k: int, *, experts: int = 6, seed: int = 0, hidden: int = 128) -> Case:
@@ -186,15 +209,17 @@ def test_rows_do_not_depend_on_the_batch(form: str) -> None:
 
 def test_the_sum_is_in_slot_order_to_the_bit() -> None:
     draw = Draw(6)
-    out, place = draw.normal(7, 128).bfloat16(), torch.tensor([[3, 0, 6], [1, -1, 2]], dtype=torch.int32)
-    weights, y = draw.normal(2, 3), torch.full((2, 128), torch.nan)
-    combine_kernel[(2, 1, 1)](out, place, weights, y, H=128, TOPK=3, BLOCK=1024)
+    out, place = draw.normal(8, 128).bfloat16(), torch.tensor([[3, 0, 5], [1, -1, 2]], dtype=torch.int32)
+    weights = draw.normal(2, 3)
     want = torch.zeros(2, 128)
     for t in range(2):
         for j in range(3):
             if place[t, j] >= 0:
                 want[t] += out[int(place[t, j])].float() * weights[t, j]
-    assert equal_bits(y, want)
+    for shared in (0, 128):  # its rows are behind those of six assignments
+        y = torch.full((2, 128), torch.nan)
+        combine_kernel[(2, 1, 1)](out, place, weights, y, shared, H=128, TOPK=3, BLOCK=1024)
+        assert equal_bits(y, want + out[6:].float() if shared else want)
 
 
 @pytest.mark.parametrize("sm", [80, 90])

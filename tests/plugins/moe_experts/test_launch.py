@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seekforge.common.errors import ShapeError, TargetError
-from seekforge.plugins.kernels.launch_plan import check_plan, statics_of
+from seekforge.plugins.kernels.launch_plan import Buffer, check_plan, statics_of
 from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.moe_experts.launch import choose_tile, plan, variants, workspace_bytes
 
@@ -36,12 +36,12 @@ def test_plans_name_compiled_variants_and_fit_their_workspace(tokens: int, quant
 @pytest.mark.parametrize("sm", SMS)
 @pytest.mark.parametrize("quant", ["ue8m0", "none"])
 def test_few_tokens_take_two_launches(quant: str, sm: int) -> None:
-    most = 4 if sm == 80 else 8
+    most, up = 4 if sm == 80 else 8, "narrow-up-quantize" if quant == "ue8m0" else "narrow-up"
     for tokens in range(1, most + 1):
         bound = V32 | {"T": tokens, "act_quant": quant}
         found = plan(bound, sm)
         check_plan(found, variants(V32 | {"act_quant": quant}, sm))
-        assert [one.variant for one in found.launches] == ["narrow-up", "narrow-down"]
+        assert [one.variant for one in found.launches] == [up, "narrow-down"]
         assert [one.grid for one in found.launches] == [(8 * tokens, 128, 1), (448, tokens, 1)]
         assert found.workspace_bytes <= workspace_bytes(bound, sm)
     assert len(plan(V32 | {"T": most + 1, "act_quant": quant}, sm).launches) >= 4
@@ -56,6 +56,46 @@ def test_grouping_has_a_program_for_each_256_assignments() -> None:
     by_name = {one.variant: one for one in plan(V32 | {"T": 2048}, 90).launches}
     assert by_name["count"].grid == by_name["place"].grid == (64, 1, 1)
     assert [one.variant for one in plan(V32 | {"T": 32}, 90).launches][:2] == ["place", "quantize"]
+
+
+SHARED = {"HB": 56, "S2": 4096}
+
+
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize("tokens", [1, 9, 257, 2049])
+@pytest.mark.parametrize("rank", [{}, {"E": 32, "S2": 512}])
+def test_a_shared_expert_and_quantized_rows_take_no_launch_more(tokens: int, rank: dict, sm: int) -> None:
+    alone, bound = V32 | {"T": tokens}, V32 | SHARED | {"T": tokens} | rank
+    found = plan(bound, sm)
+    check_plan(found, variants(V32 | ({"E": 32} if rank else {}), sm))
+    assert found.workspace_bytes <= workspace_bytes(bound, sm)
+    quantizers = sum(one.variant == "quantize" for one in plan(alone, sm).launches)
+    assert len(found.launches) == len(plan(alone, sm).launches) - quantizers
+    read = {place.name for one in found.launches for place in one.arguments.values() if isinstance(place, Buffer)}
+    assert {"x_codes", "x_scale", "shared_w13", "shared_w2_scale"} <= read and "x" not in read
+
+
+def test_rows_of_a_shared_expert_stand_behind_all_others() -> None:
+    up, down = (one.grid for one in plan(V32 | SHARED | {"T": 3}, 90).launches)
+    assert up == (27, 128, 1) and down == (448, 3, 1)
+    by_name = {one.variant: one for one in plan(V32 | SHARED | {"T": 32}, 90).launches}
+    most = by_name["place"].arguments["max_tiles"]
+    assert most == 256 // 16 + 256 and by_name["up-16"].grid == (most + 2, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"S2": 8192}, "a shared expert of width 4096 beside FP8 ones of 2048"),
+        ({"S2": 384}, "a shared expert of width 192 beside FP8"),
+        ({"W13": 4032}, "a shared expert of width 2048 beside NVFP4 ones"),
+        ({"HB": 55}, "x_scale has 55 blocks"),
+        ({"act_quant": "none"}, "act_quant is none"),
+    ],
+)
+def test_other_shared_experts_and_rows_are_refused(changed: dict, fault: str) -> None:
+    with pytest.raises(ShapeError, match=fault):
+        plan(V32 | SHARED | {"T": 1} | changed, 100)
 
 
 NVFP4 = V32 | {"W13": 4032}

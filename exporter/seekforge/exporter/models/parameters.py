@@ -98,6 +98,8 @@ class Parameter:
         beside: the linear that multiplies the same value, with which an engine for GPUs has it as one (`joins`).
         norm: the norm whose result an FP8 linear or the experts multiply, which an engine for GPUs quantizes with it.
         adds: whether it norms the sum of the two streams.
+        shared: whether it is a linear of the shared expert, which an engine for GPUs can have as one more of the routed
+            ones (`moe_experts.operator.shared_size`).
     """
 
     name: str
@@ -110,6 +112,7 @@ class Parameter:
     beside: str = ""
     norm: str = ""
     adds: bool = False
+    shared: bool = False
 
     @property
     def module(self) -> str:

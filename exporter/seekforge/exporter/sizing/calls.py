@@ -16,6 +16,7 @@ from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.paged_cache import BLOCK_SIZE, SCRAP_BLOCK, blocks_needed
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
 from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
 from seekforge.plugins.operator import RankModel, Step
 from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
 
@@ -23,7 +24,7 @@ from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, BLOCK
 _LATENT_WRITE: Final = "MlaCacheWrite"
 _WITH_INDEXER, _WITHOUT_INDEXER = ("DsaCacheWrite", "DsaIndexer", "DsaAttention"), (_LATENT_WRITE, "DsaAttention")
 _DENSE = (_LATENT_WRITE, "MlaAttention")
-_MOE = ("MoeRoute", "MoeExperts")
+_MOE = ("MoeRoute", MOE_EXPERTS.name)
 #: Attributes that say how numbers come out, not how many there are.
 _ANY_SCALE = {"scale": 1.0}
 
@@ -101,9 +102,11 @@ def layer_calls(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield op_type, parameter (of linears) and sizes of each call in one layer; arguments as of `step_calls`."""
     sizes = operators(config, kv_format=kv_format, parallelism=parallelism, nvfp4_experts=nvfp4_experts)
-    rest = _rest(config, shape, kv_format, parallelism)
+    rest = _rest(config, shape, kv_format, parallelism, nvfp4_experts=nvfp4_experts)
     family, kind = family_of(config), config.layer_kind(layer)
     rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layer)
+    if rest[MOE_EXPERTS.name]["S2"]:  # the shared expert is one more of the routed ones
+        rows = tuple(one for one in rows if not one.shared)
     for op, what, bound in _linears(rows, tensors, shape.batch * shape.queries, parallelism):
         yield op, what, sizes[op] | bound
     sparse = _WITH_INDEXER if kind.has_indexer else _WITHOUT_INDEXER
@@ -138,13 +141,13 @@ def _linears(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield operator, parameter and sizes of each linear and its norm among some parameters, in their order."""
     order = {parameter.module: place for place, parameter in enumerate(parameters)}
-    norms = {parameter.module: parameter.norm for parameter in parameters}
+    norms = {parameter.module: parameter.norm for parameter in parameters if parameter.norm}
     linears = [
         (
             order[modules[0]],
             op,
             " + ".join(modules),
-            {"*lead": (rows,), "N": n, "K": k} | ({"KB": k // FP8_BLOCK} if norms[modules[0]] else {}),
+            {"*lead": (rows,), "N": n, "K": k} | ({"KB": k // FP8_BLOCK} if modules[0] in norms else {}),
         )
         for op in (BLOCK_FP8_LINEAR, BF16_LINEAR)
         for modules, (n, k) in joined_shapes_of(parameters, tensors, op, parallelism).items()
@@ -159,7 +162,9 @@ def _linears(
         yield op, what, bound
 
 
-def _rest(config: ModelConfig, shape: StepShape, kv_format: str, parallelism: Parallelism) -> dict[str, dict[str, Any]]:
+def _rest(
+    config: ModelConfig, shape: StepShape, kv_format: str, parallelism: Parallelism, *, nvfp4_experts: bool
+) -> dict[str, dict[str, Any]]:
     """Return op_type -> sizes of the step, of operators that are no linears."""
     blocks = blocks_needed(shape.context)
     step = Step(
@@ -171,7 +176,13 @@ def _rest(config: ModelConfig, shape: StepShape, kv_format: str, parallelism: Pa
         bf16_linears=(),
     )
     numerics = {"act_quant": "ue8m0", "kv_fp8": True, "indexer_fp8": True}
-    model = RankModel(config=config, numerics=numerics, kv_format=kv_format, parallelism=parallelism)
+    model = RankModel(
+        config=config,
+        numerics=numerics,
+        kv_format=kv_format,
+        parallelism=parallelism,
+        nvfp4_experts=nvfp4_experts,
+    )
     pool = shape.batch * blocks + SCRAP_BLOCK + 1
     rows = (pool if kv_format == "fp8_ds" else pool * BLOCK_SIZE,)
     caches = {"*latent": rows, "*index": rows}

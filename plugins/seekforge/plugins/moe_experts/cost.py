@@ -12,7 +12,15 @@ from seekforge.plugins.cost.work import Load, Work, experts_hit
 from seekforge.plugins.kernels.launch_plan import Launch, next_power_of_two
 from seekforge.plugins.kernels.sm_limits import has_fp8
 from seekforge.plugins.linear_tile import PARTS
-from seekforge.plugins.moe_experts.launch import CHUNK, COUNTS, NARROW_ROWS, SLICE_TOKENS, choose_tile, is_nvfp4
+from seekforge.plugins.moe_experts.launch import (
+    CHUNK,
+    COUNTS,
+    NARROW_ROWS,
+    choose_tile,
+    is_nvfp4,
+    is_quantized,
+    shared_inner,
+)
 from seekforge.plugins.operator import cdiv
 
 
@@ -28,7 +36,7 @@ class _Share:
 def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     """Return what grouping, quantizing, either product or the sum does, for one slice of tokens."""
     hidden, inner, top_k, experts = bound["H"], bound["I2"] // 2, bound["TOPK"], bound["E"]
-    tokens = _tokens(launch, bound, sm)
+    tokens = _tokens(launch, bound)
     if launch.variant == "quantize":
         return quantize_work(launch, tokens, hidden)
     if launch.variant.startswith("narrow"):
@@ -39,29 +47,35 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     if launch.variant in ("count", "place"):
         return _grouping(launch, tokens * top_k, experts, share)
     name = launch.variant.partition("-")[0]
+    shared, shared_tokens = shared_inner(bound), tokens if shared_inner(bound) else 0
     if name == "combine":
         return Work(
-            read_bytes=2 * share.assignments * hidden + 8 * tokens * top_k,
+            read_bytes=2 * (share.assignments + shared_tokens) * hidden + 8 * tokens * top_k,
             written_bytes=4 * tokens * hidden,
-            loaded_bytes=2 * share.assignments * hidden,
+            loaded_bytes=2 * (share.assignments + shared_tokens) * hidden,
             programs=math.prod(launch.grid),
         )
     quant = bound["act_quant"] == "ue8m0"
     value = 1 if quant else 2
     products = "fp8" if quant and has_fp8(sm) and not nvfp4 else "bf16"
-    h_bytes = share.assignments * (value * inner + (4 * (inner // 128) if quant else 0))
+    h_values = share.assignments * inner + shared_tokens * shared
+    h_bytes = h_values * value + (4 * (h_values // 128) if quant else 0)
     columns, depth = (inner // 128, hidden) if name == "up" else (hidden // 128, inner)
+    shared_columns, shared_depth = (shared // 128, hidden) if name == "up" else (hidden // 128, shared)
     both = 2 if name == "up" else 1  # gate and up
     row_bytes = depth * bound["W13"] // hidden  # of a weight's row
     weights = share.hit * both * (columns * 128 * row_bytes + 4 * columns * (depth // 128))
-    programs = share.tiles * columns
-    x_bytes = min(tokens, share.assignments) * (value * hidden + (4 * (hidden // 128) if quant else 0))
+    weights += both * (hidden * shared + 4 * (hidden // 128) * (shared // 128))
+    programs, shared_programs = share.tiles * columns, cdiv(shared_tokens, block_m) * shared_columns
+    x_rows = tokens if shared_tokens else min(tokens, share.assignments)
+    x_bytes = x_rows * (value * hidden + (4 * (hidden // 128) if quant else 0))
     return Work(
         read_bytes=weights + (x_bytes if name == "up" else h_bytes),
-        written_bytes=h_bytes if name == "up" else 2 * share.assignments * hidden,
-        loaded_bytes=programs * (value * block_m * depth + 128 * both * row_bytes),
-        programs=programs,
-        flops=2 * both * share.assignments * inner * hidden,
+        written_bytes=h_bytes if name == "up" else 2 * (share.assignments + shared_tokens) * hidden,
+        loaded_bytes=programs * (value * block_m * depth + 128 * both * row_bytes)
+        + shared_programs * (value * block_m + 128 * both) * shared_depth,
+        programs=programs + shared_programs,
+        flops=2 * both * h_values * hidden,
         pass_flops=2 * both * block_m * 128 * 128,
         products=products,
         passes=(depth // 128,),
@@ -70,34 +84,36 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
 
 def _narrow(launch: Launch, tokens: int, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     """Return what a product of few tokens does; programs of assignments to other ranks do nothing."""
-    hidden, inner = bound["H"], bound["I2"] // 2
+    hidden, inner, shared = bound["H"], bound["I2"] // 2, shared_inner(bound)
     share = _share(tokens, bound, load, NARROW_ROWS)
     products = "fp8" if bound["act_quant"] == "ue8m0" and has_fp8(sm) else "bf16"
-    flops, x_bytes, h_bytes = 2 * share.assignments * inner * hidden, 2 * tokens * hidden, 2 * share.assignments * inner
+    h_values = share.assignments * inner + (tokens * shared if shared else 0)
+    value = hidden + 4 * (hidden // 128) if is_quantized(bound) else 2 * hidden  # bytes of a row
     weights = share.hit * (inner * hidden + 4 * (inner // 128) * (hidden // 128))
+    weights += shared * hidden + 4 * (shared // 128) * (hidden // 128)
     pass_flops = 2 * NARROW_ROWS * 128 * PARTS
-    if launch.variant == "narrow-up":
-        programs = share.assignments * (inner // NARROW_ROWS)
+    if launch.variant.startswith("narrow-up"):
+        programs = h_values // NARROW_ROWS
         return Work(
-            read_bytes=2 * weights + x_bytes,
-            written_bytes=h_bytes,
-            loaded_bytes=programs * (2 * NARROW_ROWS + 2) * hidden,  # gate rows, up rows, and a row in BF16
+            read_bytes=2 * weights + tokens * value,
+            written_bytes=2 * h_values,
+            loaded_bytes=programs * (2 * NARROW_ROWS * hidden + value),  # gate rows, up rows, and the row itself
             programs=programs,
-            flops=2 * flops,
+            flops=4 * h_values * hidden,
             pass_flops=2 * pass_flops,
             products=products,
             passes=(cdiv(hidden // 128, PARTS),),
         )
-    programs = tokens * (hidden // NARROW_ROWS)
+    of_token = cdiv(share.assignments, tokens)
     return Work(
-        read_bytes=weights + h_bytes + 8 * tokens * bound["TOPK"],
+        read_bytes=weights + 2 * h_values + 8 * tokens * bound["TOPK"],
         written_bytes=4 * tokens * hidden,
-        loaded_bytes=share.assignments * (hidden // NARROW_ROWS) * (NARROW_ROWS + 2) * inner,
-        programs=programs,
-        flops=flops,
+        loaded_bytes=h_values * (hidden // NARROW_ROWS) * (NARROW_ROWS + 2),
+        programs=tokens * (hidden // NARROW_ROWS),
+        flops=2 * h_values * hidden,
         pass_flops=pass_flops,
         products=products,
-        passes=(cdiv(share.assignments, tokens) * cdiv(inner // 128, PARTS),),
+        passes=(of_token * cdiv(inner // 128, PARTS) + cdiv(shared // 128, PARTS),),
     )
 
 
@@ -122,24 +138,13 @@ def _grouping(launch: Launch, assignments: int, experts: int, share: _Share) -> 
     )
 
 
-def _tokens(launch: Launch, bound: Mapping[str, Any], sm: int) -> int:
-    """Return the tokens of the slice that a launch belongs to; all slices but the last are full."""
+def _tokens(launch: Launch, bound: Mapping[str, Any]) -> int:
+    """Return the tokens of the slice that a launch belongs to."""
     if "num_assignments" in launch.arguments:
         return int(launch.arguments["num_assignments"]) // bound["TOPK"]  # pyright: ignore[reportArgumentType]
-    if launch.variant == "combine":
-        return launch.grid[0]
-    if launch.variant.startswith("narrow"):
-        return bound["T"]
     if launch.variant == "quantize":
         return int(launch.arguments["num_rows"])  # pyright: ignore[reportArgumentType]
-    experts, full = bound["E"], min(bound["T"], SLICE_TOKENS)
-    block_m, most_tiles = int(launch.variant.rpartition("-")[2]), launch.arguments["max_tiles"]
-    for tokens in (full, bound["T"] % SLICE_TOKENS):
-        assignments = tokens * bound["TOPK"]
-        is_tile = choose_tile(assignments, experts, sm, nvfp4=is_nvfp4(bound)).block_m == block_m
-        if is_tile and most_tiles == cdiv(assignments, block_m) + min(experts, assignments):
-            return tokens
-    raise AssertionError(f"{launch.variant} with {most_tiles} tiles is of no slice of {bound['T']} tokens")
+    return launch.grid[1 if launch.variant == "narrow-down" else 0]
 
 
 def _share(tokens: int, bound: Mapping[str, Any], load: Load, block_m: int) -> _Share:

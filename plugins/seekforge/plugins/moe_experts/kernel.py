@@ -11,7 +11,12 @@ adds nothing.
 
 Few tokens seldom share an expert, so nothing is grouped: `narrow_up_kernel` has one assignment and a few rows of its
 expert, `narrow_down_kernel` a token and a few rows of each of its experts, which it adds in slot order. All of K is in
-one program, a part in each warp, and rows are quantized as they are read. Two launches instead of five.
+one program, a part in each warp, and rows that do not come quantized are quantized as they are read. Two launches
+instead of five.
+
+A shared expert, whose weights are two tensors of their own, has every token, and weight 1. Its rows stand behind all
+assignments and its tiles behind theirs, so nothing sorts them; it is added last. It may be narrower than the others, as
+where ranks share it and not them, and its rows have the others' stride all the same.
 
 NVFP4 weights (`NVFP4`) are bytes, a row of K values its K / 2 bytes of codes and behind them its K / 16 e4m3 scales.
 A code times its scale has six significant bits, so bf16 holds it exactly: products are those of bf16, with FP8 rows
@@ -120,7 +125,7 @@ def _e2m1(code):
 
 
 @triton.jit
-def _nvfp4(row_at, block, K: tl.constexpr):
+def _nvfp4(row_at, block, K):
     """Return block `block` of 128 columns of NVFP4 rows [128] at `row_at`, [128, 128] bf16, exact."""
     byte = tl.load(row_at[:, None] + block * 64 + tl.arange(0, 64)[None, :]).to(tl.int32)
     scale_at = row_at[:, None] + (K // 2) + block * 8 + tl.arange(0, 8)[None, :]
@@ -130,12 +135,12 @@ def _nvfp4(row_at, block, K: tl.constexpr):
 
 
 @triton.jit
-def _weight(at, row_at, block, K: tl.constexpr, NVFP4: tl.constexpr):
-    """Return block `block` of 128 columns of weight rows [128]: as they are at `at`, or made of NVFP4 at `row_at`."""
+def _weight(tile, rows, block, K, NVFP4: tl.constexpr):
+    """Return block `block` of 128 columns of weight rows that begin at `tile` + `rows` [128]: as they are, or NVFP4."""
     if NVFP4:
-        weight = _nvfp4(row_at, block, K)
+        weight = _nvfp4(tile + rows, block, K)
     else:
-        weight = tl.load(at + block * 128)
+        weight = tl.load(tile + block * 128 + (rows[:, None] + tl.arange(0, 128)[None, :]))
     return weight
 
 
@@ -163,30 +168,48 @@ def _product(rows, weight, acc_scale, SWAP: tl.constexpr, QUANT: tl.constexpr, F
 
 
 @triton.jit
+def _tile(tile_ptr, max_tiles, num_assignments, TOPK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return (expert or -1, first row, end of the rows, whether the shared expert's) of the program's tile."""
+    tile = tl.program_id(0)
+    routed = tile < max_tiles
+    expert = tl.load(tile_ptr + tile, mask=routed, other=0)
+    shared_first = num_assignments + (tile - max_tiles) * BLOCK_M
+    first = tl.load(tile_ptr + max_tiles + tile, mask=routed, other=shared_first)
+    shared_end = num_assignments + num_assignments // TOPK
+    end = tl.load(tile_ptr + 2 * max_tiles + tile, mask=routed, other=shared_end)
+    return expert, first, end, tile >= max_tiles
+
+
+@triton.jit
 def up_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, h_ptr, h_scale_ptr, order_ptr, tile_ptr, max_tiles,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, shared_ptr, shared_scale_ptr, h_ptr, h_scale_ptr, order_ptr, tile_ptr,
+    max_tiles, num_assignments, shared_inner,
     H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
     SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
-    """x [T, H] (e4m3 and scales, or bf16), w [E, 2I, H] -> h [A, I] in sorted order, e4m3 and scales, or bf16."""
+    """x [T, H] (e4m3 and scales, or bf16), w [E, 2I, H] -> h [A, I] in sorted order, e4m3 and scales, or bf16.
+
+    With a shared [2S, H], S = `shared_inner` <= I, h has T rows more.
+    """
     wait_for_inputs()
-    tile = tl.program_id(0)
-    expert = tl.load(tile_ptr + tile)
-    if expert >= 0:
-        row = tl.load(tile_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
-        ok = row < tl.load(tile_ptr + 2 * max_tiles + tile)
-        token = (tl.load(order_ptr + row, mask=ok, other=0) // TOPK).to(tl.int64)
-        n = tl.program_id(1) * 128 + tl.arange(0, 128)
-        k = tl.arange(0, 128)
-        x_at = x_ptr + token[:, None] * H + k[None, :]
+    expert, first, end, is_shared = _tile(tile_ptr, max_tiles, num_assignments, TOPK, BLOCK_M)
+    inner = tl.where(is_shared, shared_inner, INNER)
+    if (expert >= 0) & (tl.program_id(1) * 128 < inner):
+        row = first + tl.arange(0, BLOCK_M)
+        ok = row < end
+        assignment = tl.load(order_ptr + row, mask=ok & (row < num_assignments), other=0)
+        token = tl.where(ok & is_shared, row - num_assignments, assignment // TOPK)
+        n, k = tl.arange(0, 128), tl.arange(0, 128)
+        x_at = (token[:, None] * H + k[None, :]).to(tl.uint32)
         ROW: tl.constexpr = 9 * H // 16 if NVFP4 else H  # bytes
-        gate_row = w_ptr + expert.to(tl.int64) * (2 * INNER * ROW) + n * ROW
-        up_row = gate_row + INNER * ROW
-        gate_at = gate_row[:, None] + k[None, :]
-        up_at = up_row[:, None] + k[None, :]
-        x_scale_at = x_scale_ptr + token * (H // 128)
-        gate_scale_at = w_scale_ptr + (expert * (2 * INNER // 128) + tl.program_id(1)) * (H // 128)
-        up_scale_at = gate_scale_at + (INNER // 128) * (H // 128)
+        rows = (n * ROW).to(tl.uint32)
+        gate_tile = tl.where(is_shared, shared_ptr, w_ptr + expert.to(tl.int64) * (2 * INNER * ROW))
+        gate_tile += tl.program_id(1) * (128 * ROW)
+        up_tile = gate_tile + inner * ROW
+        x_scale_at = (token * (H // 128)).to(tl.uint32)
+        gate_scale_at = tl.where(is_shared, shared_scale_ptr, w_scale_ptr + expert * (2 * INNER // 128) * (H // 128))
+        gate_scale_at += tl.program_id(1) * (H // 128)
+        up_scale_at = gate_scale_at + inner // 128 * (H // 128)
         if SWAP:
             gate = tl.zeros([128, BLOCK_M], tl.float32)
             up = tl.zeros([128, BLOCK_M], tl.float32)
@@ -194,23 +217,27 @@ def up_kernel(
             gate = tl.zeros([BLOCK_M, 128], tl.float32)
             up = tl.zeros([BLOCK_M, 128], tl.float32)
         for block in range(H // 128):
-            x = tl.load(x_at + block * 128)
+            x = tl.load(x_ptr + block * 128 + x_at)
             gate_scale = tl.load(gate_scale_at + block)
             up_scale = tl.load(up_scale_at + block)
             if QUANT:
-                x_scale = tl.load(x_scale_at + block)
+                x_scale = tl.load(x_scale_ptr + block + x_scale_at)
                 gate_scale = x_scale * gate_scale
                 up_scale = x_scale * up_scale
-            gate_weight = _weight(gate_at, gate_row, block, H, NVFP4)
+            gate_weight = _weight(gate_tile, rows, block, H, NVFP4)
             gate += _product(x, gate_weight, gate_scale, SWAP, QUANT, FP8, NVFP4)
-            up_weight = _weight(up_at, up_row, block, H, NVFP4)
+            up_weight = _weight(up_tile, rows, block, H, NVFP4)
             up += _product(x, up_weight, up_scale, SWAP, QUANT, FP8, NVFP4)
         if SWAP:
             gate = tl.trans(gate)
             up = tl.trans(up)
+        # looked up once more, so that nothing of it takes registers in the loop
+        _, first, end, _ = _tile(tile_ptr, max_tiles, num_assignments, TOPK, BLOCK_M)
+        row = first + tl.arange(0, BLOCK_M)
+        ok = row < end
         gate = round_bf16(gate)
         h = round_bf16(gate / (1.0 + tl.exp(-gate)) * round_bf16(up))
-        at = row[:, None].to(tl.int64) * INNER + n[None, :]
+        at = row[:, None].to(tl.int64) * INNER + tl.program_id(1) * 128 + n[None, :]
         if QUANT:
             scale, inverse = ue8m0(tl.max(tl.abs(h), 1))
             tl.store(h_ptr + at, to_e4m3(h * inverse[:, None], FP8), mask=ok[:, None])
@@ -221,44 +248,53 @@ def up_kernel(
 
 @triton.jit
 def down_kernel(
-    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tile_ptr, max_tiles,
-    H: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr,
+    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, shared_ptr, shared_scale_ptr, out_ptr, tile_ptr,
+    max_tiles, num_assignments, shared_inner,
+    H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
     SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
-    """h [A, I] in sorted order, w [E, H, I] -> out bf16 [A, H] in sorted order."""
+    """h [A, I] in sorted order, w [E, H, I] -> out bf16 [A, H] in sorted order; with a shared [H, S], T rows more."""
     wait_for_inputs()
-    tile = tl.program_id(0)
-    expert = tl.load(tile_ptr + tile)
+    expert, first, end, is_shared = _tile(tile_ptr, max_tiles, num_assignments, TOPK, BLOCK_M)
     if expert >= 0:
-        row = tl.load(tile_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
-        ok = row < tl.load(tile_ptr + 2 * max_tiles + tile)
-        safe = tl.where(ok, row, 0).to(tl.int64)  # sorted row 0 exists: there is a tile
-        n = tl.program_id(1) * 128 + tl.arange(0, 128)
-        k = tl.arange(0, 128)
-        h_at = h_ptr + safe[:, None] * INNER + k[None, :]
+        inner = tl.where(is_shared, shared_inner, INNER)
+        row = first + tl.arange(0, BLOCK_M)
+        ok = row < end
+        safe = tl.where(ok, row, first)
+        n, k = tl.arange(0, 128), tl.arange(0, 128)
+        h_at = (safe[:, None] * INNER + k[None, :]).to(tl.uint32)
         ROW: tl.constexpr = 9 * INNER // 16 if NVFP4 else INNER  # bytes
-        w_row = w_ptr + expert.to(tl.int64) * (H * ROW) + n * ROW
-        w_at = w_row[:, None] + k[None, :]
+        row_bytes = 9 * inner // 16 if NVFP4 else inner
+        rows = (n * row_bytes).to(tl.uint32)
+        w_tile = tl.where(is_shared, shared_ptr, w_ptr + expert.to(tl.int64) * (H * ROW))
+        w_tile += tl.program_id(1) * (128 * row_bytes)
         h_scale_at = h_scale_ptr + safe * (INNER // 128)
-        w_scale_at = w_scale_ptr + (expert * (H // 128) + tl.program_id(1)) * (INNER // 128)
+        w_scale_at = tl.where(is_shared, shared_scale_ptr, w_scale_ptr + expert * (H // 128) * (INNER // 128))
+        w_scale_at += tl.program_id(1) * (inner // 128)
         if SWAP:
             acc = tl.zeros([128, BLOCK_M], tl.float32)
         else:
             acc = tl.zeros([BLOCK_M, 128], tl.float32)
-        for block in range(INNER // 128):
+        for block in range(inner // 128):
             scale = tl.load(w_scale_at + block)
             if QUANT:
                 scale = tl.load(h_scale_at + block) * scale
-            h = tl.load(h_at + block * 128)
-            acc += _product(h, _weight(w_at, w_row, block, INNER, NVFP4), scale, SWAP, QUANT, FP8, NVFP4)
+            h = tl.load(h_ptr + block * 128 + h_at)
+            acc += _product(h, _weight(w_tile, rows, block, inner, NVFP4), scale, SWAP, QUANT, FP8, NVFP4)
         if SWAP:
             acc = tl.trans(acc)
-        tl.store(out_ptr + row[:, None].to(tl.int64) * H + n[None, :], to_bf16(acc), mask=ok[:, None])
+        out_at = row[:, None].to(tl.int64) * H + tl.program_id(1) * 128 + n[None, :]
+        tl.store(out_ptr + out_at, to_bf16(acc), mask=ok[:, None])
 
 
 @triton.jit
-def combine_kernel(out_ptr, place_ptr, weight_ptr, y_ptr, H: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr):
-    """y f32 [T, H] = sum over slots, in order, of weight · out[place]; slots without an expert are left out."""
+def combine_kernel(
+    out_ptr, place_ptr, weight_ptr, y_ptr, shared_inner, H: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y f32 [T, H] = sum over slots, in order, of weight · out[place], and the shared expert's row, if there is one.
+
+    Slots without an expert are left out.
+    """
     wait_for_inputs()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -269,11 +305,14 @@ def combine_kernel(out_ptr, place_ptr, weight_ptr, y_ptr, H: tl.constexpr, TOPK:
         if place >= 0:
             weight = tl.load(weight_ptr + token * TOPK + slot)
             total += tl.load(out_ptr + place * H + column, mask=inside, other=0.0).to(tl.float32) * weight
+    if shared_inner > 0:
+        place = tl.num_programs(0).to(tl.int64) * TOPK + token
+        total += tl.load(out_ptr + place * H + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * H + column, total, mask=inside)
 
 
 @triton.jit
-def _blocks(first, K: tl.constexpr, PARTS: tl.constexpr):
+def _blocks(first, K, PARTS: tl.constexpr):
     """Return (blocks of 128 values along K, a part each; whether they are inside): blocks outside are the first one."""
     block = first + tl.arange(0, PARTS)
     inside = block < K // 128
@@ -281,21 +320,23 @@ def _blocks(first, K: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _values(x_at, block, QUANT: tl.constexpr, FP8: tl.constexpr):
-    """Return blocks [PARTS] of a bf16 row, [PARTS, 128, 1], quantized (QUANT) or as they are, and their scales."""
+def _values(x_at, scale_at, block, QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr):
+    """Return blocks [PARTS] of a row, [PARTS, 128, 1], and their scales: e4m3, or bf16 that is quantized or is not."""
     x = tl.load(x_at + block[:, None] * 128 + tl.arange(0, 128)[None, :])
     scale = tl.full(block.shape, 1.0, tl.float32)
-    if QUANT:
+    if QUANTIZE:
         value = x.to(tl.float32)
         scale, inverse = ue8m0(tl.max(tl.abs(value), 1))
         x = to_e4m3(value * inverse[:, None], FP8)
         if FP8:
             x = x.to(tl.float8e4nv, bitcast=True)
+    elif QUANT:
+        scale = tl.load(scale_at + block)
     return x[:, :, None], scale
 
 
 @triton.jit
-def _narrow_product(x, weight_at, block, K: tl.constexpr, ROWS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr):
+def _narrow_product(x, weight_at, block, K, ROWS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr):
     """Blocks [PARTS] of ROWS weight rows of K values at `weight_at`, times x [PARTS, 128, 1] -> [PARTS, ROWS, 1]."""
     at = weight_at + tl.arange(0, ROWS)[None, :, None] * K + tl.arange(0, 128)[None, None, :]
     weight = tl.load(at + block[:, None, None] * 128)
@@ -308,22 +349,22 @@ def _narrow_product(x, weight_at, block, K: tl.constexpr, ROWS: tl.constexpr, QU
 
 @triton.jit
 def _narrow_up(
-    x_at, weight_at, scale_at, h_at,
-    H: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    QUANT: tl.constexpr, FP8: tl.constexpr,
+    x_at, x_scale_at, weight_at, scale_at, h_at, inner,
+    H: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Write ROWS values of h at `h_at`: of gate rows at `weight_at`, and of up rows INNER rows behind them."""
+    """Write ROWS values of h at `h_at`: of gate rows at `weight_at`, and of up rows `inner` rows behind them."""
     gate = tl.zeros([PARTS, ROWS, 1], tl.float32)
     up = tl.zeros([PARTS, ROWS, 1], tl.float32)
-    up_scale_at = scale_at + (INNER // 128) * (H // 128)
+    up_at, up_scale_at = weight_at + inner * H, scale_at + inner // 128 * (H // 128)
     for first in range(0, H // 128, PARTS):
         block, inside = _blocks(first, H, PARTS)
-        x, scale = _values(x_at, block, QUANT, FP8)
+        x, scale = _values(x_at, x_scale_at, block, QUANT, QUANTIZE, FP8)
         scale = tl.where(inside, scale, 0.0)
         gate_scale = scale * tl.load(scale_at + block)
         up_scale = scale * tl.load(up_scale_at + block)
         gate += _narrow_product(x, weight_at, block, H, ROWS, QUANT, FP8) * gate_scale[:, None, None]
-        up += _narrow_product(x, weight_at + INNER * H, block, H, ROWS, QUANT, FP8) * up_scale[:, None, None]
+        up += _narrow_product(x, up_at, block, H, ROWS, QUANT, FP8) * up_scale[:, None, None]
     g = round_bf16(tl.sum(gate, 0))
     h = g / (1.0 + tl.exp(-g)) * round_bf16(tl.sum(up, 0))
     tl.store(h_at + tl.arange(0, ROWS)[:, None], to_bf16(h))
@@ -331,55 +372,71 @@ def _narrow_up(
 
 @triton.jit
 def _narrow_down(
-    h_at, weight_at, scale_at,
-    INNER: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
-):  # fmt: skip
+    h_at, weight_at, scale_at, inner, ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr
+):
     """Return ROWS values of an expert's row, [ROWS, 1], rounded to bf16, still as f32."""
     acc = tl.zeros([PARTS, ROWS, 1], tl.float32)
-    for first in range(0, INNER // 128, PARTS):
-        block, inside = _blocks(first, INNER, PARTS)
-        h, scale = _values(h_at, block, QUANT, FP8)
+    for first in range(0, inner // 128, PARTS):
+        block, inside = _blocks(first, inner, PARTS)
+        h, scale = _values(h_at, scale_at, block, QUANT, QUANT, FP8)
         scale = tl.where(inside, scale, 0.0) * tl.load(scale_at + block)
-        acc += _narrow_product(h, weight_at, block, INNER, ROWS, QUANT, FP8) * scale[:, None, None]
+        acc += _narrow_product(h, weight_at, block, inner, ROWS, QUANT, FP8) * scale[:, None, None]
     return round_bf16(tl.sum(acc, 0))
 
 
 @triton.jit
 def narrow_up_kernel(
-    x_ptr, ids_ptr, w_ptr, w_scale_ptr, h_ptr,
-    E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+    x_ptr, x_scale_ptr, ids_ptr, w_ptr, w_scale_ptr, shared_ptr, shared_scale_ptr, h_ptr, num_assignments, shared_inner,
+    E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """x bf16 [T, H], w [E, 2I, H] -> h bf16 [A, I]: ROWS gate rows and the matching up rows of one assignment."""
+    """x [T, H], w [E, 2I, H] -> h bf16 [A, I]: ROWS gate rows and the matching up rows of one assignment.
+
+    x is e4m3 with scales, or bf16 that is quantized here (QUANTIZE) or not at all (not QUANT). With a shared [2S, H],
+    S = `shared_inner` <= I, h has T rows more.
+    """
     wait_for_inputs()
     assignment, first = tl.program_id(0), tl.program_id(1) * ROWS
-    expert = tl.load(ids_ptr + assignment)
-    if (expert >= 0) & (expert < E):
-        row = expert.to(tl.int64) * (2 * INNER) + first
+    is_shared = assignment >= num_assignments
+    expert = tl.load(ids_ptr + assignment, mask=assignment < num_assignments, other=0)
+    inner = tl.where(is_shared, shared_inner, INNER)
+    if (expert >= 0) & (expert < E) & (first < inner):
+        token = tl.where(is_shared, assignment - num_assignments, assignment // TOPK)
+        row = expert.to(tl.int64) * (2 * INNER)
+        weight_at = tl.where(is_shared, shared_ptr, w_ptr + row * H) + first * H
+        scale_at = tl.where(is_shared, shared_scale_ptr, w_scale_ptr + row // 128 * (H // 128))
         _narrow_up(
-            x_ptr + (assignment // TOPK) * H, w_ptr + row * H, w_scale_ptr + row // 128 * (H // 128),
-            h_ptr + assignment * INNER + first, H, INNER, ROWS, PARTS, QUANT, FP8,
+            x_ptr + token * H, x_scale_ptr + token * (H // 128), weight_at, scale_at + first // 128 * (H // 128),
+            h_ptr + assignment * INNER + first, inner, H, ROWS, PARTS, QUANT, QUANTIZE, FP8,
         )  # fmt: skip
 
 
 @triton.jit
 def narrow_down_kernel(
-    h_ptr, ids_ptr, weight_ptr, w_ptr, w_scale_ptr, y_ptr,
+    h_ptr, ids_ptr, weight_ptr, w_ptr, w_scale_ptr, shared_ptr, shared_scale_ptr, y_ptr, shared_inner,
     E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """h bf16 [A, I], w [E, H, I] -> y f32 [T, H]: ROWS columns of one token, summed over its slots in order."""
+    """h bf16 [A, I], w [E, H, I] -> y f32 [T, H]: ROWS columns of one token, summed over its slots in order.
+
+    A shared [H, S], S = `shared_inner` <= I, is one more slot behind them, whose weight is 1.
+    """
     wait_for_inputs()
     first, token = tl.program_id(0) * ROWS, tl.program_id(1)
     total = tl.zeros([ROWS, 1], tl.float32)
-    for slot in range(TOPK):
+    for slot in range(TOPK + tl.minimum(shared_inner, 1)):
+        is_shared = slot >= TOPK
         assignment = token * TOPK + slot
-        expert = tl.load(ids_ptr + assignment)
+        expert = tl.load(ids_ptr + assignment, mask=slot < TOPK, other=0)
         if (expert >= 0) & (expert < E):
-            row = expert.to(tl.int64) * H + first
+            inner = tl.where(is_shared, shared_inner, INNER)
+            row = expert.to(tl.int64) * H
+            weight_at = tl.where(is_shared, shared_ptr, w_ptr + row * INNER) + first * inner
+            scale_at = tl.where(is_shared, shared_scale_ptr, w_scale_ptr + row // 128 * (INNER // 128))
+            h_row = tl.where(is_shared, tl.num_programs(1) * TOPK + token, assignment)
             out = _narrow_down(
-                h_ptr + assignment * INNER, w_ptr + row * INNER, w_scale_ptr + row // 128 * (INNER // 128),
-                INNER, ROWS, PARTS, QUANT, FP8,
+                h_ptr + h_row * INNER, weight_at, scale_at + first // 128 * (inner // 128),
+                inner, ROWS, PARTS, QUANT, FP8,
             )  # fmt: skip
-            total += out * tl.load(weight_ptr + assignment)
+            total += out * tl.load(weight_ptr + assignment, mask=slot < TOPK, other=1.0)
     tl.store(y_ptr + token * H + first + tl.arange(0, ROWS)[:, None], total)

@@ -1,11 +1,12 @@
 """Launches of `MoeExperts`: group, quantize, up, down, combine; in slices of tokens so that scratch stays bounded.
 
-Few tokens: up and down alone, which do the rest themselves.
+Few tokens: up and down alone, which do the rest themselves. Rows that come quantized are not quantized again. A shared
+expert is more rows of the same launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from seekforge.plugins.kernels.constraints import between, check_rules, multiple
 from seekforge.plugins.kernels.launch_plan import Buffer, Launch, LaunchPlan, Variant, Workspace, next_power_of_two
 from seekforge.plugins.kernels.sm_limits import has_fp8, is_datacenter
 from seekforge.plugins.linear_tile import PARTS
+from seekforge.plugins.moe_experts.spec import takes_shared
 from seekforge.plugins.operator import cdiv
 
 STATICS: Final = ("E", "TOPK", "H", "I2", "W13", "act_quant")
@@ -93,6 +95,16 @@ def check(statics: Mapping[str, Any]) -> None:
         raise ShapeError(f"MoeExperts: rows of w13 have {statics['W13']} bytes, kernels take {taken}")
 
 
+def is_quantized(bound: Mapping[str, Any]) -> bool:
+    """Return whether the rows of a call are quantized already."""
+    return bound.get("HB", 0) > 0
+
+
+def shared_inner(bound: Mapping[str, Any]) -> int:
+    """Return the width of the shared expert of a call; 0 without one."""
+    return bound.get("S2", 0) // 2
+
+
 def is_nvfp4(statics: Mapping[str, Any]) -> bool:
     """Return whether weights are NVFP4."""
     return statics["W13"] != statics["H"]
@@ -111,7 +123,9 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     code = "*fp8e4nv" if fp8 else "*u8"
     weights = "*u8" if nvfp4 else code
     rows = code if quant else "*bf16"
-    sizes = {"H": statics["H"], "INNER": statics["I2"] // 2}
+    sizes = {"H": statics["H"], "INNER": statics["I2"] // 2, "TOPK": statics["TOPK"]}
+    both, aligned = _weights(weights), ("shared_inner",)
+    counts = {"max_tiles": "i32", "num_assignments": "i32", "shared_inner": "i32"}
     result = [quantizer(sm)] if quant else []
     bins = next_power_of_two(statics["E"])
     grouping = {"E": statics["E"], "BINS": bins, "CHUNK": CHUNK}
@@ -126,45 +140,43 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
         types = {
             "x_ptr": rows,
             "x_scale_ptr": "*fp32",
-            "w_ptr": weights,
-            "w_scale_ptr": "*fp32",
+            **both,
             "h_ptr": "*u8" if quant else "*bf16",
             "h_scale_ptr": "*fp32",
             "order_ptr": "*i32",
             "tile_ptr": "*i32",
-            "max_tiles": "i32",
+            **counts,
         }
         loop: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "main_loop": True}
-        constants = sizes | {"TOPK": statics["TOPK"]} | flags
-        result.append(Variant(_product("up", tile, statics), "up_kernel", types, constants, **loop))
-        types = {
-            "h_ptr": rows,
-            "h_scale_ptr": "*fp32",
-            "w_ptr": weights,
-            "w_scale_ptr": "*fp32",
-            "out_ptr": "*bf16",
-            "tile_ptr": "*i32",
-            "max_tiles": "i32",
-        }
-        result.append(Variant(_product("down", tile, statics), "down_kernel", types, sizes | flags, **loop))
-    types = {"out_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "y_ptr": "*fp32"}
+        constants = sizes | flags
+        result.append(Variant(_product("up", tile, statics), "up_kernel", types, constants, aligned, **loop))
+        types = {"h_ptr": rows, "h_scale_ptr": "*fp32", **both, "out_ptr": "*bf16", "tile_ptr": "*i32", **counts}
+        result.append(Variant(_product("down", tile, statics), "down_kernel", types, constants, aligned, **loop))
+    types = {"out_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "y_ptr": "*fp32", "shared_inner": "i32"}
     constants = {"H": statics["H"], "TOPK": statics["TOPK"], "BLOCK": COMBINE_BLOCK}
     result.append(Variant("combine", "combine_kernel", types, constants))
     return (*result, *(() if nvfp4 else _narrow_variants(statics, sm)))
 
 
-def _narrow_variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, Variant]:
+def _weights(kind: str) -> dict[str, str]:
+    """Return the types of pointers to a product's weights: those of the experts, and of the shared one."""
+    return {"w_ptr": kind, "w_scale_ptr": "*fp32", "shared_ptr": kind, "shared_scale_ptr": "*fp32"}
+
+
+def _narrow_variants(statics: Mapping[str, Any], sm: int) -> Iterator[Variant]:
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
-    constants = {"E": statics["E"], "H": statics["H"], "INNER": statics["I2"] // 2, "TOPK": statics["TOPK"]}
-    constants |= {"ROWS": NARROW_ROWS, "PARTS": PARTS, "QUANT": quant, "FP8": fp8}
-    weights = {"w_ptr": "*fp8e4nv" if fp8 else "*u8", "w_scale_ptr": "*fp32"}
-    up = {"x_ptr": "*bf16", "ids_ptr": "*i32"} | weights | {"h_ptr": "*bf16"}
-    down = {"h_ptr": "*bf16", "ids_ptr": "*i32", "weight_ptr": "*fp32"} | weights | {"y_ptr": "*fp32"}
-    loop: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "main_loop": True}
-    return (
-        Variant("narrow-up", "narrow_up_kernel", up, constants, **loop),
-        Variant("narrow-down", "narrow_down_kernel", down, constants, **loop),
-    )
+    code = "*fp8e4nv" if fp8 else "*u8"
+    sizes = {"E": statics["E"], "H": statics["H"], "INNER": statics["I2"] // 2, "TOPK": statics["TOPK"]}
+    constants = sizes | {"ROWS": NARROW_ROWS, "PARTS": PARTS, "QUANT": quant, "FP8": fp8}
+    loop: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "main_loop": True, "aligned": ("shared_inner",)}
+    for in_place in (False, True) if quant else (False,):
+        rows = {"x_ptr": code if quant and not in_place else "*bf16", "x_scale_ptr": "*fp32", "ids_ptr": "*i32"}
+        types = rows | _weights(code) | {"h_ptr": "*bf16", "num_assignments": "i32", "shared_inner": "i32"}
+        name = "narrow-up-quantize" if in_place else "narrow-up"
+        yield Variant(name, "narrow_up_kernel", types, constants | {"QUANTIZE": in_place}, **loop)
+    types = {"h_ptr": "*bf16", "ids_ptr": "*i32", "weight_ptr": "*fp32"} | _weights(code)
+    types |= {"y_ptr": "*fp32", "shared_inner": "i32"}
+    yield Variant("narrow-down", "narrow_down_kernel", types, constants, **loop)
 
 
 @dataclass(frozen=True)
@@ -180,6 +192,7 @@ class _Scratch:
 
 def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Scratch:
     assignments, inner = tokens * bound["TOPK"], bound["I2"] // 2
+    rows = assignments + (tokens if shared_inner(bound) else 0)
     most_tiles = cdiv(assignments, 16) + min(bound["E"], assignments)
     quant = bound["act_quant"] == "ue8m0"
     runs = cdiv(assignments, CHUNK)
@@ -188,9 +201,9 @@ def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Sc
         order=workspace.take(4 * assignments),
         place=workspace.take(4 * assignments),
         tiles=workspace.take(3 * 4 * most_tiles),
-        h=workspace.take(assignments * inner * (1 if quant else 2)),
-        h_scale=workspace.take(4 * assignments * (inner // 128)),
-        out=workspace.take(2 * assignments * bound["H"]),
+        h=workspace.take(rows * inner * (1 if quant else 2)),
+        h_scale=workspace.take(4 * rows * (inner // 128)),
+        out=workspace.take(2 * rows * bound["H"]),
     )
 
 
@@ -202,7 +215,7 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
         return few
     tokens, workspace = min(bound["T"], SLICE_TOKENS), Workspace()
     _scratch(bound, tokens, workspace)
-    if bound["act_quant"] == "ue8m0":
+    if bound["act_quant"] == "ue8m0" and not is_quantized(bound):
         quantize(Buffer("x"), tokens, bound["H"], workspace)
     return max(workspace.size, few)
 
@@ -210,8 +223,9 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
 def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     """Return two launches for few tokens, else four to six per slice of tokens.
 
-    Six where rows are quantized, and assignments fill more than one run.
+    Six where rows are to be quantized, and assignments fill more than one run.
     """
+    _check_optional(bound)
     if 0 < bound["T"] <= few_tokens(sm) and not is_nvfp4(bound):
         return _narrow_plan(bound)
     launches: list[Launch] = []
@@ -223,28 +237,50 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     return LaunchPlan(tuple(launches), size)
 
 
+def _check_optional(bound: Mapping[str, Any]) -> None:
+    """Refuse quantized rows and a shared expert that are not what the kernels take."""
+    blocks, inner, shared = bound.get("HB", 0), bound["I2"] // 2, shared_inner(bound)
+    if blocks and (blocks != bound["H"] // 128 or bound["act_quant"] != "ue8m0"):
+        raise ShapeError(f"MoeExperts: x_scale has {blocks} blocks and act_quant is {bound['act_quant']}")
+    if bound.get("S2", 0) and (is_nvfp4(bound) or not takes_shared(inner, shared)):
+        form = "NVFP4" if is_nvfp4(bound) else "FP8"
+        raise ShapeError(
+            f"MoeExperts: a shared expert of width {shared} beside {form} ones of {inner}, kernels take a multiple of "
+            "128, at most the width of the others, and FP8"
+        )
+
+
+def _of(weight: str, bound: Mapping[str, Any]) -> dict[str, Buffer | int | float]:
+    """Return the arguments for a product's weights; without a shared expert its pointers are never read."""
+    shared = f"shared_{weight}" if shared_inner(bound) else weight
+    pointers = {"w_ptr": weight, "w_scale_ptr": f"{weight}_scale"}
+    pointers |= {"shared_ptr": shared, "shared_scale_ptr": f"{shared}_scale"}
+    return {name: Buffer(tensor) for name, tensor in pointers.items()} | {"shared_inner": shared_inner(bound)}
+
+
 def _narrow_plan(bound: Mapping[str, Any]) -> LaunchPlan:
     tokens, hidden, inner = bound["T"], bound["H"], bound["I2"] // 2
     assignments, workspace = tokens * bound["TOPK"], Workspace()
-    h = workspace.take(2 * assignments * inner)
+    rows = assignments + (tokens if shared_inner(bound) else 0)
+    h = workspace.take(2 * rows * inner)
+    in_place = bound["act_quant"] == "ue8m0" and not is_quantized(bound)
     up: dict[str, Buffer | int | float] = {
-        "x_ptr": Buffer("x"),
+        "x_ptr": Buffer("x_codes" if is_quantized(bound) else "x"),
+        "x_scale_ptr": Buffer("x_scale" if is_quantized(bound) else "w13_scale"),  # others have none to read
         "ids_ptr": Buffer("expert_ids"),
-        "w_ptr": Buffer("w13"),
-        "w_scale_ptr": Buffer("w13_scale"),
         "h_ptr": h,
+        "num_assignments": assignments,
     }
     down: dict[str, Buffer | int | float] = {
         "h_ptr": h,
         "ids_ptr": Buffer("expert_ids"),
         "weight_ptr": Buffer("expert_weights"),
-        "w_ptr": Buffer("w2"),
-        "w_scale_ptr": Buffer("w2_scale"),
         "y_ptr": Buffer("y"),
     }
+    name = "narrow-up-quantize" if in_place else "narrow-up"
     launches = (
-        Launch("narrow-up", (assignments, inner // NARROW_ROWS, 1), up),
-        Launch("narrow-down", (hidden // NARROW_ROWS, tokens, 1), down),
+        Launch(name, (rows, inner // NARROW_ROWS, 1), up | _of("w13", bound)),
+        Launch("narrow-down", (hidden // NARROW_ROWS, tokens, 1), down | _of("w2", bound)),
     )
     return LaunchPlan(launches, workspace.size)
 
@@ -268,39 +304,43 @@ def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, work
         "max_tiles": max_tiles,
         "block_m": tile.block_m,
     }
+    shared_tiles = cdiv(tokens, tile.block_m) if shared_inner(bound) else 0
     launches = [Launch("count", (runs, 1, 1), counting)] if runs > 1 else []
     launches.append(Launch("place", (runs, 1, 1), counting | placing))
     x, x_scale = Buffer("x", 2 * first * hidden), Buffer("w13_scale")  # unquantized rows have no scales to read
-    if bound["act_quant"] == "ue8m0":
+    if is_quantized(bound):
+        x, x_scale = Buffer("x_codes", first * hidden), Buffer("x_scale", 4 * first * (hidden // 128))
+    elif bound["act_quant"] == "ue8m0":
         launch, x, x_scale = quantize(x, tokens, hidden, workspace)
         launches.append(launch)
     up: dict[str, Buffer | int | float] = {
         "x_ptr": x,
         "x_scale_ptr": x_scale,
-        "w_ptr": Buffer("w13"),
-        "w_scale_ptr": Buffer("w13_scale"),
         "h_ptr": scratch.h,
         "h_scale_ptr": scratch.h_scale,
         "order_ptr": scratch.order,
         "tile_ptr": scratch.tiles,
         "max_tiles": max_tiles,
+        "num_assignments": assignments,
     }
-    launches.append(Launch(_product("up", tile, bound), (max_tiles, inner // 128, 1), up))
+    grid = max_tiles + shared_tiles, inner // 128, 1
+    launches.append(Launch(_product("up", tile, bound), grid, up | _of("w13", bound)))
     down: dict[str, Buffer | int | float] = {
         "h_ptr": scratch.h,
         "h_scale_ptr": scratch.h_scale,
-        "w_ptr": Buffer("w2"),
-        "w_scale_ptr": Buffer("w2_scale"),
         "out_ptr": scratch.out,
         "tile_ptr": scratch.tiles,
         "max_tiles": max_tiles,
+        "num_assignments": assignments,
     }
-    launches.append(Launch(_product("down", tile, bound), (max_tiles, hidden // 128, 1), down))
+    grid = max_tiles + shared_tiles, hidden // 128, 1
+    launches.append(Launch(_product("down", tile, bound), grid, down | _of("w2", bound)))
     combine: dict[str, Buffer | int | float] = {
         "out_ptr": scratch.out,
         "place_ptr": scratch.place,
         "weight_ptr": Buffer("expert_weights", 4 * first * top_k),
         "y_ptr": Buffer("y", 4 * first * hidden),
+        "shared_inner": shared_inner(bound),
     }
     launches.append(Launch("combine", (tokens, cdiv(hidden, COMBINE_BLOCK), 1), combine))
     return launches

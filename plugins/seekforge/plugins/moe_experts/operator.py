@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.quantization.nvfp4 import row_bytes
 from seekforge.plugins.linear_tile import FEW_FEATURES
-from seekforge.plugins.moe_experts.spec import FOLDED, SPEC
+from seekforge.plugins.moe_experts.spec import FOLDED, SPEC, takes_shared
 from seekforge.plugins.operator import FoldedForm, KernelForm, Operator, Products, RankModel, Step, Taps
 
 if TYPE_CHECKING:
@@ -29,15 +30,33 @@ def static_sizes(model: RankModel) -> dict[str, Any]:
     }
 
 
+def shared_size(model: RankModel) -> int:
+    """Return the rows of the gate and up projection of the shared expert that an engine has as one more expert, or 0.
+
+    It has so where rows come quantized, as a norm gives them, and weights are of one form.
+    """
+    sizes = model.sizes
+    if model.nvfp4_experts or model.numerics["act_quant"] != "ue8m0":
+        return 0
+    fits = takes_shared(sizes.moe_intermediate_size, sizes.shared_intermediate_size)
+    return 2 * sizes.shared_intermediate_size if fits else 0
+
+
 def step_sizes(model: RankModel, step: Step) -> list[dict[str, Any]]:
-    """Return the sizes of a step."""
-    return [{"T": step.expert_tokens}]
+    """Return the sizes of a step of an engine: a norm quantizes the rows (`AddRmsNormQuantize`)."""
+    blocks = model.config.hidden_size // FP8_BLOCK if model.numerics["act_quant"] == "ue8m0" else 0
+    return [{"T": step.expert_tokens, "HB": blocks, "S2": shared_size(model)}]
 
 
 def flops(shapes: Mapping[str, Sequence[int]], config: ModelConfig, keys: int) -> float:
-    """Return the FLOPs of the experts that one token chooses; of a rank that has some of them, in the mean."""
-    per_expert = 1.5 * shapes["w13"][1] * shapes["w2"][1]  # rows of gate, up and hidden size: rows may be NVFP4
-    return 2.0 * config.num_experts_per_tok * per_expert * shapes["w13"][0] / config.n_routed_experts
+    """Return the FLOPs of the experts that one token chooses; of a rank that has some of them, in the mean.
+
+    Those of a shared expert that is one more of them come on top.
+    """
+    hidden = shapes["w2"][1]  # of w13, rows may be NVFP4
+    routed = config.num_experts_per_tok * shapes["w13"][1] * shapes["w13"][0] / config.n_routed_experts
+    shared = shapes["shared_w13"][0] if "shared_w13" in shapes else 0
+    return 2.0 * 1.5 * hidden * (routed + shared)
 
 
 def in_plugin(attrs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Literal["fp8", "bf16"]:
@@ -72,12 +91,14 @@ OPERATOR = Operator(
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={
-            ("up-64", 80): (88, _NARROW),
-            ("up-128", 90): (64, _TWO),
-            ("up-128", 100): (136, _TWO),
-            ("up-128", 103): (136, _TWO),
+            ("up-64", 80): (112, _NARROW),
+            ("up-128", 90): (32, _TWO),
+            ("up-128", 100): (144, _TWO),
+            ("up-128", 103): (144, _TWO),
         },
-        known_mma_sync={(f"narrow-{name}", sm): FEW_FEATURES for name in ("up", "down") for sm in (90, 100, 103)},
+        known_mma_sync={
+            (f"narrow-{name}", sm): FEW_FEATURES for name in ("up", "up-quantize", "down") for sm in (90, 100, 103)
+        },
         libraries={},
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seekforge.plugins.quant import quantize
 from seekforge.plugins.testing import Case, Draw
 
 _H, _I, _E = 256, 128, 6
@@ -49,4 +50,43 @@ def cases() -> list[Case]:
     add("zero-and-large-tokens", random_ids(3, 2), x=x)
     # expert parallelism: −1 marks an expert of another rank, and the last token has none here
     add("experts-of-other-ranks", torch.tensor([[-1, 0], [3, -1], [2, 5], [-1, -1]]))
+    return result
+
+
+def optional_cases() -> list[Case]:
+    """Return vectors whose rows are quantized already, and with a shared expert; what `x` holds besides does not count.
+
+    The shared expert is as wide as the others, or narrower; one of a rank that has no other work.
+    """
+    draw = Draw(7)
+    result: list[Case] = []
+    for name, tokens, inner, shared in (
+        ("codes", 3, 128, 0),
+        ("codes-of-many", 21, 128, 0),
+        ("shared-of-one-token", 1, 128, 128),
+        ("shared-of-many", 21, 128, 128),
+        ("narrower-shared", 5, 384, 128),
+        ("shared-alone", 2, 256, 256),
+    ):
+        ids = torch.stack([draw.order(_E)[:2] for _ in range(tokens)]).to(torch.int32)
+        codes, x_scale = quantize(draw.normal(tokens, _H))
+        inputs = [
+            torch.full((tokens, _H), torch.nan),
+            torch.full_like(ids, -1) if name == "shared-alone" else ids,
+            draw.uniform(tokens, 2, low=0.05, high=1.0),
+            draw.fp8(_E, 2 * inner, _H),
+            draw.weight_scale(_E, 2 * inner // 128, _H // 128),
+            draw.fp8(_E, _H, inner),
+            draw.weight_scale(_E, _H // 128, inner // 128),
+            codes.view(torch.int32),
+            x_scale,
+        ]
+        if shared:
+            inputs += [
+                draw.fp8(2 * shared, _H),
+                draw.weight_scale(2 * shared // 128, _H // 128),
+                draw.fp8(_H, shared),
+                draw.weight_scale(_H // 128, shared // 128),
+            ]
+        result.append(Case("MoeExperts", name, tuple(inputs), {"act_quant": "ue8m0"}))
     return result

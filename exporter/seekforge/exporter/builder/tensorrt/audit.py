@@ -71,7 +71,7 @@ def products(
             if node.op_type == "Cast":
                 types[node.output[0]] = next(a.i for a in node.attribute if a.name == "to")
         elif operator is not None and operator.products is not None:
-            inputs = dict(zip((arg.name for arg in operator.spec.inputs), node.input))
+            inputs = dict(zip((arg.name for arg in operator.spec.all_inputs), node.input))
             known = {name: shapes[value] for name, value in inputs.items() if value in shapes}
             what = node.op_type if operator.in_programs else _kind(inputs["weight"])
             form: Form = "plugin" if node.op_type in plugins else "inlined"

@@ -27,6 +27,7 @@ from seekforge.exporter.builder.tensorrt.memory import fullest, memory_refusal, 
 from seekforge.exporter.builder.tensorrt.passes.add_norms import fusible_norms
 from seekforge.exporter.builder.tensorrt.passes.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.passes.join_linears import join_linears
+from seekforge.exporter.builder.tensorrt.passes.shared_experts import shared_experts
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -41,7 +42,15 @@ from seekforge.plugins.functions.specialization import Specialization
 from seekforge.plugins.kernels.contracts import refusals
 from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
 from seekforge.plugins.operator import evaluate_dim
-from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, CACHE_OPS, FP8_OPS, OPERATORS, SPECS
+from seekforge.plugins.registry import (
+    ADD_RMS_NORM_QUANTIZE,
+    BF16_LINEAR,
+    BLOCK_FP8_LINEAR,
+    CACHE_OPS,
+    FP8_OPS,
+    OPERATORS,
+    SPECS,
+)
 from seekforge.plugins.sum_ranks.spec import SPEC as SUM_RANKS
 from seekforge.plugins.tensorrt.library import installed_version, large_tensor_fault
 
@@ -59,6 +68,7 @@ class GpuBuild:
         oversize: more is expected than there is.
         wide: graph -> weight inputs that the engine holds in f32.
         bf16_linears: graph -> weight inputs whose products are `Bf16Linear` plugins.
+        num_nodes: op_type -> nodes of the engine, plugins or inlined.
     """
 
     target: TargetConfig
@@ -70,6 +80,7 @@ class GpuBuild:
     oversize: bool
     wide: dict[str, set[str]]
     bf16_linears: dict[str, set[str]]
+    num_nodes: dict[str, int]
 
     @property
     def limits(self) -> Limits:
@@ -91,6 +102,7 @@ class Inputs:
         read_wide: graph -> BF16 weight inputs that it reads as f32 alone (`prepare.wide_weights`).
         bf16_linears: graph -> those of them that it only multiplies (`bf16_linear_weights`).
         num_norms: norms of all graphs that a build can make one operator (`fusible_norms`).
+        num_shared: shared experts of all graphs that it can make one more of the routed ones (`shared_experts`).
     """
 
     folder: Path
@@ -99,13 +111,14 @@ class Inputs:
     read_wide: dict[str, set[str]]
     bf16_linears: dict[str, set[str]]
     num_norms: int
+    num_shared: int
     bindings: dict[str, dict[str, Recipe]]
     config: ModelConfig
     weights: WeightSource
 
     @property
     def ops(self) -> dict[str, int]:
-        """op_type -> nodes of an engine, in the order of the registry: the program's, and those that a build puts in.
+        """op_type -> nodes of the program and those that a build can put in, in the order of the registry.
 
         Sums over ranks are left out: they are layers of TensorRT's own, whatever is a plugin.
         """
@@ -126,7 +139,8 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None, *, joins: 
     Args:
         program_folder: what `export` wrote.
         checkpoint_folder: what it was exported from; None: not looked at.
-        joins: whether linears that multiply one value become one, which taps between them do not survive.
+        joins: whether linears that multiply one value become one, and a shared expert one more of the routed ones,
+            which taps between them do not survive.
 
     Raises:
         ProgramError, CheckpointError, ConfigError: damaged, or they do not belong together.
@@ -145,8 +159,9 @@ def open_inputs(program_folder: Path, checkpoint_folder: Path | None, *, joins: 
     }
     linears = {name: bf16_linear_weights(graph, wide[name]) for name, graph in graphs.items()}
     norms = sum(len(fusible_norms(graph)) for graph in graphs.values())
+    shared = sum(len(shared_experts(graph)) for graph in graphs.values()) if joins else 0
     nowhere = WeightSource(path=None, index_digest=None)
-    inputs = Inputs(program_folder, program, graphs, wide, linears, norms, bindings, config, nowhere)
+    inputs = Inputs(program_folder, program, graphs, wide, linears, norms, shared, bindings, config, nowhere)
     if checkpoint_folder is None:
         return inputs
     with open_checkpoint(checkpoint_folder) as opened:
@@ -202,7 +217,15 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
         oversize=oversize,
         wide=inputs.wide(plugins),
         bf16_linears=inputs.bf16_linears if BF16_LINEAR in plugins else {},
+        num_nodes=_num_nodes(inputs, target, plugins),
     )
+
+
+def _num_nodes(inputs: Inputs, target: TargetConfig, plugins: Collection[str]) -> dict[str, int]:
+    counts = inputs.ops
+    if {ADD_RMS_NORM_QUANTIZE, BLOCK_FP8_LINEAR, MOE_EXPERTS.name}.issubset(plugins) and not target.nvfp4_experts:
+        counts[BLOCK_FP8_LINEAR] -= 2 * inputs.num_shared
+    return counts
 
 
 def _kept_refusal(target: TargetConfig, config: ModelConfig) -> str:

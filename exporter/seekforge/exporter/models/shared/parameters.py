@@ -220,11 +220,12 @@ def layer_parameters(kind: LayerKind, *, attention: tuple[Parameter, ...]) -> tu
     )
 
 
-def _mlp_parameters(prefix: str, whose: str) -> tuple[Parameter, ...]:
-    gate_up = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+def _mlp_parameters(prefix: str, whose: str, *, shared: bool = False) -> tuple[Parameter, ...]:
+    gate_up, down = (f"{prefix}.gate_proj", f"{prefix}.up_proj"), (f"{prefix}.down_proj",)
+    does = f"{whose} gate and up projection"
     return (
-        linear(f"{prefix}.gate_up_proj", gate_up, f"{whose} gate and up projection", norm=_POST_ATTENTION),
-        linear(f"{prefix}.down_proj", (f"{prefix}.down_proj",), f"{whose} down projection"),
+        linear(f"{prefix}.gate_up_proj", gate_up, does, norm=_POST_ATTENTION, shared=shared),
+        linear(f"{prefix}.down_proj", down, f"{whose} down projection", shared=shared),
     )
 
 
@@ -233,9 +234,9 @@ def _moe_parameters() -> tuple[Parameter, ...]:
     return (
         value("mlp.gate.weight", "the router", op=BF16_LINEAR),
         value("mlp.gate.e_score_correction_bias", "the router"),
-        Parameter("mlp.experts.w13", "experts", (gate, up), "the routed experts"),
+        Parameter("mlp.experts.w13", "experts", (gate, up), "the routed experts", norm=_POST_ATTENTION),
         Parameter("mlp.experts.w2", "experts", (down,), "the routed experts"),
-        *_mlp_parameters("mlp.shared_experts", "the shared expert's"),
+        *_mlp_parameters("mlp.shared_experts", "the shared expert's", shared=True),
     )
 
 
@@ -258,9 +259,11 @@ def mtp_parameters() -> tuple[Parameter, ...]:
     )
 
 
-def linear(name: str, tensors: tuple[str, ...], does: str, *, norm: str = "", beside: str = "") -> Parameter:
+def linear(
+    name: str, tensors: tuple[str, ...], does: str, *, norm: str = "", beside: str = "", shared: bool = False
+) -> Parameter:
     """Return an FP8 linear; `norm`: whose result it multiplies; `beside`: a linear that multiplies the same value."""
-    return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR, beside=beside, norm=norm)
+    return Parameter(name, "linear", tensors, does, BLOCK_FP8_LINEAR, beside=beside, norm=norm, shared=shared)
 
 
 def value(

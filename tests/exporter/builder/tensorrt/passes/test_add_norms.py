@@ -14,6 +14,7 @@ from seekforge.exporter.builder.tensorrt.graph import prepare
 from seekforge.exporter.builder.tensorrt.passes.add_norms import fusible_norms, use_norms
 from seekforge.exporter.program.stages import cut
 from seekforge.formats.targets import load_target
+from seekforge.plugins.registry import SPECS
 
 OP = "AddRmsNormQuantize"
 
@@ -142,5 +143,5 @@ def test_a_graph_without_such_norms_is_left_alone(inputs: Inputs) -> None:
         if node.op_type == "RMSNormalization":
             node.op_type = "Other"
     before = graph.SerializeToString(deterministic=True)
-    use_norms(graph)
+    use_norms(graph, readers=SPECS)
     assert graph.SerializeToString(deterministic=True) == before

@@ -7,7 +7,7 @@ gets its codes and scales. Values keep their names, so whoever else reads them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,12 @@ from seekforge.plugins.add_rms_norm_quantize.launch import MOST
 from seekforge.plugins.add_rms_norm_quantize.spec import SPEC
 from seekforge.plugins.block_fp8_linear.spec import SPEC as LINEAR
 from seekforge.plugins.functions.attach import read_attrs
+from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN
 
 #: Operators whose rows may be quantized already: they get codes and scales behind their other inputs.
-_READERS = {LINEAR.name: len(LINEAR.inputs)}
+_READERS = {spec.name: len(spec.inputs) for spec in (LINEAR, MOE_EXPERTS)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Norm:
         y: its result in the type of activations.
         total: the sum in that type, or empty where nobody reads it.
         add: the `Add` before it, or None.
-        readers: linears that read the result, each with what lies between: nothing, or a reshape to rows.
+        readers: linears and experts that read the result, each with what lies between: nothing, or a reshape to rows.
     """
 
     node: onnx.NodeProto
@@ -91,11 +92,13 @@ class _Graph:
         if not all(streams) or len(rounded) != 1 or not casts(rounded[0], TensorProto.BFLOAT16):
             return None
         y = rounded[0].output[0]
-        linears = tuple(self._linears(y, width))
+        quantizing = tuple(self._quantizing(y, width))
+        if not any(reader.op_type == LINEAR.name for reader, _ in quantizing):
+            return None
         residual = streams[1] if add is not None else ""
-        return Norm(node, streams[0], residual, weight, width, y, total, add, linears) if linears else None
+        return Norm(node, streams[0], residual, weight, width, y, total, add, quantizing)
 
-    def _linears(self, y: str, width: int) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto | None]]:
+    def _quantizing(self, y: str, width: int) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto | None]]:
         for reader in self.readers.get(y, []):
             if reader.op_type == "Reshape" and self._to_rows(reader, width):
                 yield from ((one, reader) for one in self.readers.get(reader.output[0], []) if _quantizes(one, reader))
@@ -118,11 +121,12 @@ def fusible_norms(model: onnx.ModelProto) -> list[Norm]:
     return [norm for norm in norms if norm is not None]
 
 
-def use_norms(model: onnx.ModelProto) -> None:
-    """Put `AddRmsNormQuantize` in place of norms, and give its codes to the linears that read them; changed in place.
+def use_norms(model: onnx.ModelProto, *, readers: Collection[str]) -> None:
+    """Put `AddRmsNormQuantize` in place of norms, and give its codes to those that quantize rows; changed in place.
 
     Args:
         model: specialized graph whose norms have f32 weights (`graph.widen_weights`).
+        readers: op_types that take quantized rows: plugins, for nothing else does.
     """
     norms = [norm for norm in fusible_norms(model) if norm.node.input[1] == norm.weight]
     if not norms:
@@ -132,6 +136,8 @@ def use_norms(model: onnx.ModelProto) -> None:
     reshapes: dict[str, Norm] = {}
     for norm in norms:
         for reader, reshape in norm.readers:
+            if reader.op_type not in readers:
+                continue
             last = f".{reshape.output[0]}" if reshape is not None else ""
             reader.input.extend([f"{_name(norm)}.codes{last}", f"{_name(norm)}.scale{last}"])
             if reshape is not None:
