@@ -14,10 +14,12 @@ from tests.benchmarks.builder import (
     target_of,
     wanted,
 )
+from tests.support.build_options import gpu_options
 
-from seekforge.exporter.builder.tensorrt.check import Inputs, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
 from seekforge.exporter.program.export import export
 from seekforge.formats.numerics import NUMERICS
+from seekforge.formats.targets import load_target
 
 
 def test_the_full_program_is_inlined_only_alone() -> None:
@@ -64,7 +66,8 @@ def two_layers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def check_measured(inputs: Inputs, rows: Sequence[Row]) -> None:
     """The rows of plans add up to that of the build, the last one."""
     *plans, whole = rows
-    assert sum(row.runs * row.plugin_layers for row in plans) == whole.plugin_layers == sum(inputs.ops.values())
+    num_nodes = check(inputs, load_target("rtx5090"), gpu_options(kernels=False)).num_nodes
+    assert sum(row.runs * row.plugin_layers for row in plans) == whole.plugin_layers == sum(num_nodes.values())
     assert whole.cpu_seconds >= sum(row.cpu_seconds for row in plans)
     assert max(row.peak_gib for row in plans) <= whole.peak_gib
     assert all(row.plan_mb > 0 and row.peak_gib > 0 and not row.fault for row in rows)

@@ -255,7 +255,8 @@ def _of(weight: str, bound: Mapping[str, Any]) -> dict[str, Buffer | int | float
     shared = f"shared_{weight}" if shared_inner(bound) else weight
     pointers = {"w_ptr": weight, "w_scale_ptr": f"{weight}_scale"}
     pointers |= {"shared_ptr": shared, "shared_scale_ptr": f"{shared}_scale"}
-    return {name: Buffer(tensor) for name, tensor in pointers.items()} | {"shared_inner": shared_inner(bound)}
+    arguments: dict[str, Buffer | int | float] = {name: Buffer(tensor) for name, tensor in pointers.items()}
+    return arguments | {"shared_inner": shared_inner(bound)}
 
 
 def _narrow_plan(bound: Mapping[str, Any]) -> LaunchPlan:
