@@ -305,13 +305,13 @@ class Products:
     Attributes:
         flops: (shapes of the inputs that are weights by name, config, keys that a token sees) -> FLOPs of one decoded
             token, 2 per multiply and add.
-        in_plugin: (attributes, shapes of the inputs that are weights by name) -> dtype in which the kernels multiply
+        in_plugin: (attributes, shapes of the inputs that are weights by name) -> dtype of the factors in the kernels
             where the target multiplies FP8.
         inlined: dtype in which the standard operators multiply that TensorRT gets in place of the plugin.
     """
 
     flops: Callable[[Mapping[str, Sequence[int]], ModelConfig, int], float]
-    in_plugin: Callable[[Mapping[str, Any], Mapping[str, Sequence[int]]], Literal["fp8", "bf16"]]
+    in_plugin: Callable[[Mapping[str, Any], Mapping[str, Sequence[int]]], Literal["fp8", "f16", "bf16"]]
     inlined: Literal["bf16", "f32"]
 
 

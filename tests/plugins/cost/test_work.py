@@ -312,16 +312,27 @@ def test_experts_of_many_tokens_and_of_ranks() -> None:
     assert whole["up-128"].flops == 8 * shared["up-128"].flops
 
 
-def test_experts_in_nvfp4_read_nine_sixteenths_and_multiply_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_in_nvfp4_read_nine_sixteenths_and_multiply_in_f16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_kernels("MoeExperts"), "few_tokens", lambda sm: 0)
     found = works("MoeExperts", sm=100, T=1, W13=4032)
     up, down, fp8 = found["up-nvfp4-16"], found["down-nvfp4-16"], works("MoeExperts", sm=100, T=1)
-    assert up.programs == 8 * 16 and up.passes == (56,) and up.products == down.products == "bf16"
+    assert up.programs == 8 * 16 and up.passes == (56,) and up.products == down.products == "f16"
     assert up.read_bytes == 8 * (4096 * 7168 * 9 // 16 + 32 * 56 * 4) + 7168 + 56 * 4
     assert up.loaded_bytes == up.programs * (16 * 7168 + 256 * 4032)
     assert down.read_bytes == 8 * (7168 * 2048 * 9 // 16 + 56 * 16 * 4) + 8 * (2048 + 16 * 4)
     for name, one in (("up-16", up), ("down-16", down)):
         assert (one.flops, one.written_bytes) == (fp8[name].flops, fp8[name].written_bytes)
+
+
+def test_a_few_tokens_of_experts_in_nvfp4_are_not_grouped_either() -> None:
+    few, fp8 = works("MoeExperts", sm=100, T=2, HB=56, W13=4032), works("MoeExperts", sm=100, T=2, HB=56)
+    hit = round(experts_hit(256, 8, 2))
+    for name, values in (("up", 4096 * 7168), ("down", 2048 * 7168)):
+        one, other = few[f"narrow-{name}-nvfp4"], fp8[f"narrow-{name}"]
+        assert other.read_bytes - one.read_bytes == hit * values * 7 // 16
+        assert other.loaded_bytes - one.loaded_bytes == 16 * values * 7 // 16
+        assert (one.programs, one.flops, one.passes) == (other.programs, other.flops, other.passes)
+        assert (one.products, other.products) == ("f16", "fp8")
 
 
 @pytest.mark.parametrize(("sm", "w13"), [(90, 7168), (100, 4032)])

@@ -110,8 +110,12 @@ def test_nvfp4_plans_are_those_of_fp8_weights_with_other_products(tokens: int, q
     made = variants(NVFP4 | {"act_quant": quant}, sm)
     check_plan(found, made)
     assert found.workspace_bytes <= workspace_bytes(bound, sm)
-    if tokens > 8:  # fewer are not grouped where weights are FP8
-        assert workspace_bytes(bound, sm) == workspace_bytes(bound | {"W13": 7168}, sm)
+    fp8 = bound | {"W13": 7168}
+    assert workspace_bytes(bound, sm) == workspace_bytes(fp8, sm)
+    names = [one.variant.replace("-nvfp4", "") for one in found.launches]
+    assert names[:2] == [one.variant for one in plan(fp8, sm).launches][:2] and len(names) == len(
+        plan(fp8, sm).launches
+    )
     assert {one.types["w_ptr"] for one in made if one.main_loop} == {"*u8"}
     assert all(one.constants["NVFP4"] for one in made if one.main_loop)
 

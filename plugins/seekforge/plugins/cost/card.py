@@ -31,7 +31,7 @@ class Card:
     has_fp8: bool
 
     def flops_per_clock(self, products: str) -> float:
-        """Return the dense rate of one SM for factors of `products`, bf16 or fp8."""
+        """Return the dense rate of one SM for factors of `products`: fp8, or bf16 and f16, whose rates are the same."""
         return self.bf16_flops_per_clock * (2 if products == "fp8" and self.has_fp8 else 1)
 
 

@@ -50,7 +50,7 @@ class Work:
     programs: int
     flops: int = 0
     pass_flops: int = 0
-    products: Literal["fp8", "bf16"] | None = None
+    products: Literal["fp8", "f16", "bf16"] | None = None
     passes: tuple[int, ...] = ()
 
     @property

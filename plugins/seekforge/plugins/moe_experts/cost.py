@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from seekforge.plugins.block_fp8_linear.cost import quantize_work
 from seekforge.plugins.cost.work import Load, Work, experts_hit
@@ -57,7 +57,7 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
         )
     quant = bound["act_quant"] == "ue8m0"
     value = 1 if quant else 2
-    products = "fp8" if quant and has_fp8(sm) and not nvfp4 else "bf16"
+    products = _factors(bound, sm)
     h_values = share.assignments * inner + shared_tokens * shared
     h_bytes = h_values * value + (4 * (h_values // 128) if quant else 0)
     columns, depth = (inner // 128, hidden) if name == "up" else (hidden // 128, inner)
@@ -82,14 +82,22 @@ def work(launch: Launch, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     )
 
 
+def _factors(bound: Mapping[str, Any], sm: int) -> Literal["fp8", "f16", "bf16"]:
+    """Return the dtype of both factors of a product."""
+    if bound["act_quant"] != "ue8m0" or not has_fp8(sm):
+        return "bf16"
+    return "f16" if is_nvfp4(bound) else "fp8"
+
+
 def _narrow(launch: Launch, tokens: int, bound: Mapping[str, Any], sm: int, load: Load) -> Work:
     """Return what a product of few tokens does; programs of assignments to other ranks do nothing."""
     hidden, inner, shared = bound["H"], bound["I2"] // 2, shared_inner(bound)
     share = _share(tokens, bound, load, NARROW_ROWS)
-    products = "fp8" if bound["act_quant"] == "ue8m0" and has_fp8(sm) else "bf16"
+    products = _factors(bound, sm)
     h_values = share.assignments * inner + (tokens * shared if shared else 0)
     value = hidden + 4 * (hidden // 128) if is_quantized(bound) else 2 * hidden  # bytes of a row
-    weights = share.hit * (inner * hidden + 4 * (inner // 128) * (hidden // 128))
+    row_bytes, down_bytes = bound["W13"], inner * bound["W13"] // hidden  # of a weight's row
+    weights = share.hit * (inner * row_bytes + 4 * (inner // 128) * (hidden // 128))
     weights += shared * hidden + 4 * (shared // 128) * (hidden // 128)
     pass_flops = 2 * NARROW_ROWS * 128 * PARTS
     if launch.variant.startswith("narrow-up"):
@@ -97,7 +105,7 @@ def _narrow(launch: Launch, tokens: int, bound: Mapping[str, Any], sm: int, load
         return Work(
             read_bytes=2 * weights + tokens * value,
             written_bytes=2 * h_values,
-            loaded_bytes=programs * (2 * NARROW_ROWS * hidden + value),  # gate rows, up rows, and the row itself
+            loaded_bytes=programs * (2 * NARROW_ROWS * row_bytes + value),  # gate rows, up rows, and the row itself
             programs=programs,
             flops=4 * h_values * hidden,
             pass_flops=2 * pass_flops,
@@ -108,7 +116,7 @@ def _narrow(launch: Launch, tokens: int, bound: Mapping[str, Any], sm: int, load
     return Work(
         read_bytes=weights + 2 * h_values + 8 * tokens * bound["TOPK"],
         written_bytes=4 * tokens * hidden,
-        loaded_bytes=h_values * (hidden // NARROW_ROWS) * (NARROW_ROWS + 2),
+        loaded_bytes=h_values * (hidden // NARROW_ROWS) * (NARROW_ROWS * down_bytes // inner + 2),
         programs=tokens * (hidden // NARROW_ROWS),
         flops=2 * h_values * hidden,
         pass_flops=pass_flops,
@@ -144,7 +152,7 @@ def _tokens(launch: Launch, bound: Mapping[str, Any]) -> int:
         return int(launch.arguments["num_assignments"]) // bound["TOPK"]  # pyright: ignore[reportArgumentType]
     if launch.variant == "quantize":
         return int(launch.arguments["num_rows"])  # pyright: ignore[reportArgumentType]
-    return launch.grid[1 if launch.variant == "narrow-down" else 0]
+    return launch.grid[1 if launch.variant.startswith("narrow-down") else 0]
 
 
 def _share(tokens: int, bound: Mapping[str, Any], load: Load, block_m: int) -> _Share:

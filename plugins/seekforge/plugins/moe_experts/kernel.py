@@ -19,14 +19,16 @@ assignments and its tiles behind theirs, so nothing sorts them; it is added last
 where ranks share it and not them, and its rows have the others' stride all the same.
 
 NVFP4 weights (`NVFP4`) are bytes, a row of K values its K / 2 bytes of codes and behind them its K / 16 e4m3 scales.
-A code times its scale has six significant bits, so bf16 holds it exactly: products are those of bf16, with FP8 rows
-widened, and nothing but f32 sums rounds. The scale of a 128×128 block multiplies those as an FP8 weight's does.
+A code times its scale has six significant bits and is 2^-10 to 2688, so f16 holds it exactly, as it does e4m3 rows:
+products are those of f16, and nothing but f32 sums rounds. Rows that are not quantized are bf16, which holds those
+weights too. The scale of a 128×128 block multiplies sums as an FP8 weight's does.
 """
 
 import triton
 import triton.language as tl
 
 from seekforge.plugins.kernels.device_lib import (
+    INTERPRET,
     dot_bf16,
     from_e4m3,
     quantize_kernel,
@@ -125,23 +127,66 @@ def _e2m1(code):
 
 
 @triton.jit
-def _nvfp4(row_at, block, K):
-    """Return block `block` of 128 columns of NVFP4 rows [128] at `row_at`, [128, 128] bf16, exact."""
-    byte = tl.load(row_at[:, None] + block * 64 + tl.arange(0, 64)[None, :]).to(tl.int32)
-    scale_at = row_at[:, None] + (K // 2) + block * 8 + tl.arange(0, 8)[None, :]
-    scale = from_e4m3(tl.load(scale_at), False)
-    values = tl.reshape(tl.join(_e2m1(byte & 15), _e2m1(byte >> 4)), [128, 8, 16])
-    return tl.reshape(to_bf16(values * scale[:, :, None]), [128, 128])
+def _times_scale(byte, scale):
+    """Return (low, high) f16: the e2m1 codes of bytes [.., N] times their e4m3 scales, bytes of the same shape; exact.
+
+    The GPU widens both codes of a byte by one instruction; four bytes that share a register share a scale.
+    """
+    if INTERPRET:
+        code, factor = byte.to(tl.int32), from_e4m3(scale, False)
+        low = (_e2m1(code & 15) * factor).to(tl.float16)
+        high = (_e2m1(code >> 4) * factor).to(tl.float16)
+    else:
+        both = tl.inline_asm_elementwise(
+            """{
+            .reg .b8 code<4>;
+            .reg .b16 first, rest;
+            .reg .b32 scale, value<4>;
+            mov.b32 {first, rest}, $5;
+            cvt.rn.f16x2.e4m3x2 scale, first;
+            mov.b32 {code0, code1, code2, code3}, $4;
+            cvt.rn.f16x2.e2m1x2 value0, code0;
+            cvt.rn.f16x2.e2m1x2 value1, code1;
+            cvt.rn.f16x2.e2m1x2 value2, code2;
+            cvt.rn.f16x2.e2m1x2 value3, code3;
+            mul.rn.f16x2 $0, value0, scale;
+            mul.rn.f16x2 $1, value1, scale;
+            mul.rn.f16x2 $2, value2, scale;
+            mul.rn.f16x2 $3, value3, scale;
+            }""",
+            "=r,=r,=r,=r,r,r", [byte, scale], dtype=tl.uint32, is_pure=True, pack=4,
+        )  # fmt: skip
+        low = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        high = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return low, high
 
 
 @triton.jit
-def _weight(tile, rows, block, K, NVFP4: tl.constexpr):
+def _nvfp4(row_at, block, K: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """Return blocks `block` of 128 columns of NVFP4 rows at `row_at`, both [PARTS, ROWS] or less: as many f16, exact."""
+    byte = tl.load((row_at + block * 64)[:, :, None] + tl.arange(0, 64)[None, None, :])
+    scale = tl.load((row_at + block * 8)[:, :, None] + K // 2 + tl.arange(0, 8)[None, None, :])
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, :, None], [PARTS, ROWS, 8, 8]), [PARTS, ROWS, 64])
+    low, high = _times_scale(byte, scale)
+    return tl.reshape(tl.join(low, high), [PARTS, ROWS, 128])
+
+
+@triton.jit
+def _weight(tile, rows, block, K: tl.constexpr, NVFP4: tl.constexpr):
     """Return block `block` of 128 columns of weight rows that begin at `tile` + `rows` [128]: as they are, or NVFP4."""
     if NVFP4:
-        weight = _nvfp4(tile + rows, block, K)
+        weight = tl.reshape(_nvfp4((tile + rows)[None, :], block, K, 1, 128), [128, 128])
     else:
         weight = tl.load(tile + block * 128 + (rows[:, None] + tl.arange(0, 128)[None, :]))
     return weight
+
+
+@triton.jit
+def _dot_f16(a, b):
+    """Matrix product of f16 operands with f32 sums."""
+    if INTERPRET:  # products of f16 are exact in f32
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b)
 
 
 @triton.jit
@@ -152,6 +197,11 @@ def _product(rows, weight, acc_scale, SWAP: tl.constexpr, QUANT: tl.constexpr, F
             part = tl.dot(weight, tl.trans(rows))
         else:
             part = tl.dot(rows, tl.trans(weight))
+    elif QUANT and NVFP4:
+        if SWAP:
+            part = _dot_f16(weight, tl.trans(rows.to(tl.float16)))
+        else:
+            part = _dot_f16(rows.to(tl.float16), tl.trans(weight))
     else:
         if SWAP:
             part = dot_bf16(widen(weight, FP8), tl.trans(widen(rows, FP8)))
@@ -264,7 +314,7 @@ def down_kernel(
         n, k = tl.arange(0, 128), tl.arange(0, 128)
         h_at = (safe[:, None] * INNER + k[None, :]).to(tl.uint32)
         ROW: tl.constexpr = 9 * INNER // 16 if NVFP4 else INNER  # bytes
-        row_bytes = 9 * inner // 16 if NVFP4 else inner
+        row_bytes = ROW if NVFP4 else inner  # a shared expert is not NVFP4
         rows = (n * row_bytes).to(tl.uint32)
         w_tile = tl.where(is_shared, shared_ptr, w_ptr + expert.to(tl.int64) * (H * ROW))
         w_tile += tl.program_id(1) * (128 * row_bytes)
@@ -280,7 +330,7 @@ def down_kernel(
             if QUANT:
                 scale = tl.load(h_scale_at + block) * scale
             h = tl.load(h_ptr + block * 128 + h_at)
-            acc += _product(h, _weight(w_tile, rows, block, inner, NVFP4), scale, SWAP, QUANT, FP8, NVFP4)
+            acc += _product(h, _weight(w_tile, rows, block, INNER, NVFP4), scale, SWAP, QUANT, FP8, NVFP4)
         if SWAP:
             acc = tl.trans(acc)
         out_at = row[:, None].to(tl.int64) * H + tl.program_id(1) * 128 + n[None, :]
@@ -336,14 +386,27 @@ def _values(x_at, scale_at, block, QUANT: tl.constexpr, QUANTIZE: tl.constexpr, 
 
 
 @triton.jit
-def _narrow_product(x, weight_at, block, K, ROWS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr):
-    """Blocks [PARTS] of ROWS weight rows of K values at `weight_at`, times x [PARTS, 128, 1] -> [PARTS, ROWS, 1]."""
-    at = weight_at + tl.arange(0, ROWS)[None, :, None] * K + tl.arange(0, 128)[None, None, :]
-    weight = tl.load(at + block[:, None, None] * 128)
-    if QUANT and FP8:
-        product = tl.dot(weight, x)
+def _narrow_product(
+    x, weight_at, pitch, block, K: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
+):  # fmt: skip
+    """Blocks [PARTS] of ROWS weight rows `pitch` apart at `weight_at`, times x [PARTS, 128, 1] -> [PARTS, ROWS, 1].
+
+    K: values of a row of NVFP4.
+    """
+    row_at = weight_at + tl.arange(0, ROWS)[None, :] * pitch
+    if NVFP4:
+        weight = _nvfp4(row_at, block[:, None], K, PARTS, ROWS)
+        if QUANT:
+            product = _dot_f16(weight, x.to(tl.float16))
+        else:
+            product = dot_bf16(to_bf16(weight.to(tl.float32)), x)
     else:
-        product = dot_bf16(widen(weight, FP8), widen(x, FP8))
+        weight = tl.load(row_at[:, :, None] + (block[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]))
+        if QUANT and FP8:
+            product = tl.dot(weight, x)
+        else:
+            product = dot_bf16(widen(weight, FP8), widen(x, FP8))
     return product
 
 
@@ -351,20 +414,23 @@ def _narrow_product(x, weight_at, block, K, ROWS: tl.constexpr, QUANT: tl.conste
 def _narrow_up(
     x_at, x_scale_at, weight_at, scale_at, h_at, inner,
     H: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr,
+    QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS values of h at `h_at`: of gate rows at `weight_at`, and of up rows `inner` rows behind them."""
     gate = tl.zeros([PARTS, ROWS, 1], tl.float32)
     up = tl.zeros([PARTS, ROWS, 1], tl.float32)
-    up_at, up_scale_at = weight_at + inner * H, scale_at + inner // 128 * (H // 128)
+    PITCH: tl.constexpr = 9 * H // 16 if NVFP4 else H
+    up_at, up_scale_at = weight_at + inner * PITCH, scale_at + inner // 128 * (H // 128)
     for first in range(0, H // 128, PARTS):
         block, inside = _blocks(first, H, PARTS)
         x, scale = _values(x_at, x_scale_at, block, QUANT, QUANTIZE, FP8)
         scale = tl.where(inside, scale, 0.0)
         gate_scale = scale * tl.load(scale_at + block)
         up_scale = scale * tl.load(up_scale_at + block)
-        gate += _narrow_product(x, weight_at, block, H, ROWS, QUANT, FP8) * gate_scale[:, None, None]
-        up += _narrow_product(x, up_at, block, H, ROWS, QUANT, FP8) * up_scale[:, None, None]
+        product = _narrow_product(x, weight_at, PITCH, block, H, ROWS, PARTS, QUANT, FP8, NVFP4)
+        gate += product * gate_scale[:, None, None]
+        product = _narrow_product(x, up_at, PITCH, block, H, ROWS, PARTS, QUANT, FP8, NVFP4)
+        up += product * up_scale[:, None, None]
     g = round_bf16(tl.sum(gate, 0))
     h = g / (1.0 + tl.exp(-g)) * round_bf16(tl.sum(up, 0))
     tl.store(h_at + tl.arange(0, ROWS)[:, None], to_bf16(h))
@@ -372,15 +438,17 @@ def _narrow_up(
 
 @triton.jit
 def _narrow_down(
-    h_at, weight_at, scale_at, inner, ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr
-):
+    h_at, weight_at, scale_at, pitch, inner, INNER: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
+):  # fmt: skip
     """Return ROWS values of an expert's row, [ROWS, 1], rounded to bf16, still as f32."""
     acc = tl.zeros([PARTS, ROWS, 1], tl.float32)
     for first in range(0, inner // 128, PARTS):
         block, inside = _blocks(first, inner, PARTS)
         h, scale = _values(h_at, scale_at, block, QUANT, QUANT, FP8)
         scale = tl.where(inside, scale, 0.0) * tl.load(scale_at + block)
-        acc += _narrow_product(h, weight_at, block, inner, ROWS, QUANT, FP8) * scale[:, None, None]
+        product = _narrow_product(h, weight_at, pitch, block, INNER, ROWS, PARTS, QUANT, FP8, NVFP4)
+        acc += product * scale[:, None, None]
     return round_bf16(tl.sum(acc, 0))
 
 
@@ -388,7 +456,7 @@ def _narrow_down(
 def narrow_up_kernel(
     x_ptr, x_scale_ptr, ids_ptr, w_ptr, w_scale_ptr, shared_ptr, shared_scale_ptr, h_ptr, num_assignments, shared_inner,
     E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr,
+    QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
     """x [T, H], w [E, 2I, H] -> h bf16 [A, I]: ROWS gate rows and the matching up rows of one assignment.
 
@@ -403,11 +471,12 @@ def narrow_up_kernel(
     if (expert >= 0) & (expert < E) & (first < inner):
         token = tl.where(is_shared, assignment - num_assignments, assignment // TOPK)
         row = expert.to(tl.int64) * (2 * INNER)
-        weight_at = tl.where(is_shared, shared_ptr, w_ptr + row * H) + first * H
+        PITCH: tl.constexpr = 9 * H // 16 if NVFP4 else H  # bytes of a weight row
+        weight_at = tl.where(is_shared, shared_ptr, w_ptr + row * PITCH) + first * PITCH
         scale_at = tl.where(is_shared, shared_scale_ptr, w_scale_ptr + row // 128 * (H // 128))
         _narrow_up(
             x_ptr + token * H, x_scale_ptr + token * (H // 128), weight_at, scale_at + first // 128 * (H // 128),
-            h_ptr + assignment * INNER + first, inner, H, ROWS, PARTS, QUANT, QUANTIZE, FP8,
+            h_ptr + assignment * INNER + first, inner, H, ROWS, PARTS, QUANT, QUANTIZE, FP8, NVFP4,
         )  # fmt: skip
 
 
@@ -415,7 +484,7 @@ def narrow_up_kernel(
 def narrow_down_kernel(
     h_ptr, ids_ptr, weight_ptr, w_ptr, w_scale_ptr, shared_ptr, shared_scale_ptr, y_ptr, shared_inner,
     E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOPK: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr,
 ):  # fmt: skip
     """h bf16 [A, I], w [E, H, I] -> y f32 [T, H]: ROWS columns of one token, summed over its slots in order.
 
@@ -431,12 +500,14 @@ def narrow_down_kernel(
         if (expert >= 0) & (expert < E):
             inner = tl.where(is_shared, shared_inner, INNER)
             row = expert.to(tl.int64) * H
-            weight_at = tl.where(is_shared, shared_ptr, w_ptr + row * INNER) + first * inner
+            PITCH: tl.constexpr = 9 * INNER // 16 if NVFP4 else INNER
+            pitch = PITCH if NVFP4 else inner  # a shared expert is not NVFP4
+            weight_at = tl.where(is_shared, shared_ptr, w_ptr + row * PITCH) + first * pitch
             scale_at = tl.where(is_shared, shared_scale_ptr, w_scale_ptr + row // 128 * (INNER // 128))
             h_row = tl.where(is_shared, tl.num_programs(1) * TOPK + token, assignment)
             out = _narrow_down(
                 h_ptr + h_row * INNER, weight_at, scale_at + first // 128 * (inner // 128),
-                inner, ROWS, PARTS, QUANT, FP8,
+                pitch, inner, INNER, ROWS, PARTS, QUANT, FP8, NVFP4,
             )  # fmt: skip
             total += out * tl.load(weight_ptr + assignment, mask=slot < TOPK, other=1.0)
     tl.store(y_ptr + token * H + first + tl.arange(0, ROWS)[:, None], total)

@@ -155,7 +155,7 @@ def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
     types = {"out_ptr": "*bf16", "place_ptr": "*i32", "weight_ptr": "*fp32", "y_ptr": "*fp32", "shared_inner": "i32"}
     constants = {"H": statics["H"], "TOPK": statics["TOPK"], "BLOCK": COMBINE_BLOCK}
     result.append(Variant("combine", "combine_kernel", types, constants))
-    return (*result, *(() if nvfp4 else _narrow_variants(statics, sm)))
+    return (*result, *_narrow_variants(statics, sm))
 
 
 def _weights(kind: str) -> dict[str, str]:
@@ -165,18 +165,19 @@ def _weights(kind: str) -> dict[str, str]:
 
 def _narrow_variants(statics: Mapping[str, Any], sm: int) -> Iterator[Variant]:
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
-    code = "*fp8e4nv" if fp8 else "*u8"
+    code, nvfp4 = "*fp8e4nv" if fp8 else "*u8", is_nvfp4(statics)
+    weights, form = _weights("*u8" if nvfp4 else code), "-nvfp4" if nvfp4 else ""
     sizes = {"E": statics["E"], "H": statics["H"], "INNER": statics["I2"] // 2, "TOPK": statics["TOPK"]}
-    constants = sizes | {"ROWS": NARROW_ROWS, "PARTS": PARTS, "QUANT": quant, "FP8": fp8}
+    constants = sizes | {"ROWS": NARROW_ROWS, "PARTS": PARTS, "QUANT": quant, "FP8": fp8, "NVFP4": nvfp4}
     loop: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "main_loop": True, "aligned": ("shared_inner",)}
     for in_place in (False, True) if quant else (False,):
         rows = {"x_ptr": code if quant and not in_place else "*bf16", "x_scale_ptr": "*fp32", "ids_ptr": "*i32"}
-        types = rows | _weights(code) | {"h_ptr": "*bf16", "num_assignments": "i32", "shared_inner": "i32"}
-        name = "narrow-up-quantize" if in_place else "narrow-up"
+        types = rows | weights | {"h_ptr": "*bf16", "num_assignments": "i32", "shared_inner": "i32"}
+        name = f"narrow-up{form}{'-quantize' if in_place else ''}"
         yield Variant(name, "narrow_up_kernel", types, constants | {"QUANTIZE": in_place}, **loop)
-    types = {"h_ptr": "*bf16", "ids_ptr": "*i32", "weight_ptr": "*fp32"} | _weights(code)
+    types = {"h_ptr": "*bf16", "ids_ptr": "*i32", "weight_ptr": "*fp32"} | weights
     types |= {"y_ptr": "*fp32", "shared_inner": "i32"}
-    yield Variant("narrow-down", "narrow_down_kernel", types, constants, **loop)
+    yield Variant(f"narrow-down{form}", "narrow_down_kernel", types, constants, **loop)
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,8 @@ def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Sc
 
 def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
     """Return the scratch of one slice, which grows with the tokens up to `SLICE_TOKENS`, or of few tokens."""
-    most_few = 0 if is_nvfp4(bound) else few_tokens(sm)
-    few = _narrow_plan({**bound, "T": min(bound["T"], most_few)}).workspace_bytes
-    if bound["T"] <= most_few:
+    few = _narrow_plan({**bound, "T": min(bound["T"], few_tokens(sm))}).workspace_bytes
+    if bound["T"] <= few_tokens(sm):
         return few
     tokens, workspace = min(bound["T"], SLICE_TOKENS), Workspace()
     _scratch(bound, tokens, workspace)
@@ -226,7 +226,7 @@ def plan(bound: Mapping[str, Any], sm: int) -> LaunchPlan:
     Six where rows are to be quantized, and assignments fill more than one run.
     """
     _check_optional(bound)
-    if 0 < bound["T"] <= few_tokens(sm) and not is_nvfp4(bound):
+    if 0 < bound["T"] <= few_tokens(sm):
         return _narrow_plan(bound)
     launches: list[Launch] = []
     size = 0
@@ -278,10 +278,12 @@ def _narrow_plan(bound: Mapping[str, Any]) -> LaunchPlan:
         "weight_ptr": Buffer("expert_weights"),
         "y_ptr": Buffer("y"),
     }
-    name = "narrow-up-quantize" if in_place else "narrow-up"
+    form = "-nvfp4" if is_nvfp4(bound) else ""
     launches = (
-        Launch(name, (rows, inner // NARROW_ROWS, 1), up | _of("w13", bound)),
-        Launch("narrow-down", (hidden // NARROW_ROWS, tokens, 1), down | _of("w2", bound)),
+        Launch(
+            f"narrow-up{form}{'-quantize' if in_place else ''}", (rows, inner // NARROW_ROWS, 1), up | _of("w13", bound)
+        ),
+        Launch(f"narrow-down{form}", (hidden // NARROW_ROWS, tokens, 1), down | _of("w2", bound)),
     )
     return LaunchPlan(launches, workspace.size)
 

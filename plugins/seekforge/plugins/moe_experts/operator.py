@@ -59,10 +59,10 @@ def flops(shapes: Mapping[str, Sequence[int]], config: ModelConfig, keys: int) -
     return 2.0 * 1.5 * hidden * (routed + shared)
 
 
-def in_plugin(attrs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Literal["fp8", "bf16"]:
-    """Return the dtype in which kernels multiply: BF16 unquantized rows and NVFP4 weights, which FP8 does not hold."""
+def in_plugin(attrs: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Literal["fp8", "f16", "bf16"]:
+    """Return the dtype of the factors in kernels: BF16 with rows that are not quantized, F16 with NVFP4 weights."""
     is_nvfp4 = shapes["w13"][2] != shapes["w2"][1]
-    return "bf16" if is_nvfp4 or attrs["act_quant"] != "ue8m0" else "fp8"
+    return "bf16" if attrs["act_quant"] != "ue8m0" else "f16" if is_nvfp4 else "fp8"
 
 
 OPERATOR = Operator(
@@ -98,6 +98,11 @@ OPERATOR = Operator(
         },
         known_mma_sync={
             (f"narrow-{name}", sm): FEW_FEATURES for name in ("up", "up-quantize", "down") for sm in (90, 100, 103)
+        }
+        | {
+            (f"narrow-{name}", sm): FEW_FEATURES
+            for name in ("up-nvfp4", "up-nvfp4-quantize", "down-nvfp4")
+            for sm in (100, 103)
         },
         libraries={},
     ),

@@ -77,7 +77,8 @@ def products(
             form: Form = "plugin" if node.op_type in plugins else "inlined"
             dtype = operator.products.inlined
             if form == "plugin":
-                dtype = precision if operator.products.in_plugin(read_attrs(node), known) == "fp8" else "bf16"
+                dtype = operator.products.in_plugin(read_attrs(node), known)
+                dtype = precision if dtype == "fp8" else dtype
             counted.append(Product(what, form, dtype, operator.products.flops(known, config, context)))
         elif node.op_type == "MatMul":
             name = next((name for name in node.input if name in source), None)
@@ -107,21 +108,21 @@ def shares(counted: Iterable[Product]) -> tuple[Share, ...]:
     )
 
 
-def require_precision(audited: Iterable[Share], option: str, expected: str, in_bf16: Collection[str] = ()) -> None:
+def require_precision(audited: Iterable[Share], option: str, expected: str, in_16_bits: Collection[str] = ()) -> None:
     """Refuse an engine whose products of FP8 weights are less than was asked for.
 
     Args:
         audited: the shares of the audit.
         option: the precision, as the user said it.
         expected: what that means on the target: bf16 where it has no FP8 units.
-        in_bf16: operators that multiply in BF16 by what was asked.
+        in_16_bits: operators that multiply in F16 by what was asked.
 
     Raises:
         EngineError: some run in another precision; the message says which and how much.
     """
     if expected != "fp8":
         return
-    less = [one for one in audited if one.what in FP8_OPS and one.what not in in_bf16 and one.precision != "fp8"]
+    less = [one for one in audited if one.what in FP8_OPS and one.what not in in_16_bits and one.precision != "fp8"]
     if less:
         share = sum(one.share for one in less)
         names = " and ".join(dict.fromkeys(f"{one.what} ({one.form})" for one in less))

@@ -89,7 +89,9 @@ def build_gpu(
                 _digest_weights(inputs, Path(inputs.weights.path), folder, advance)
         progress("audit, write")
         audited = make_audit(inputs, checked, made)
-        audit.require_precision(audited.products, f"--precision {target.precision}", target.products, checked.in_bf16)
+        audit.require_precision(
+            audited.products, f"--precision {target.precision}", target.products, checked.in_16_bits
+        )
         engine = engine_parts(inputs, checked, options, folder, made, audited, digests)
         manifest = write_engine(folder, engine, program_folder=inputs.folder, program=program, config=inputs.config)
     parts.drop()

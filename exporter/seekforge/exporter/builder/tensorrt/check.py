@@ -88,8 +88,8 @@ class GpuBuild:
         return self.target.limits
 
     @property
-    def in_bf16(self) -> tuple[str, ...]:
-        """Operators of FP8 weights whose plugins multiply in BF16, since they have others here."""
+    def in_16_bits(self) -> tuple[str, ...]:
+        """Operators of FP8 weights whose plugins multiply in F16, since they have others here."""
         return (MOE_EXPERTS.name,) if self.target.nvfp4_experts else ()
 
 
