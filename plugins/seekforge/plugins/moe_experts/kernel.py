@@ -163,7 +163,7 @@ def _times_scale(byte, scale):
 
 @triton.jit
 def _nvfp4(row_at, block, K: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return blocks `block` of 128 columns of NVFP4 rows at `row_at`, both [PARTS, ROWS] or less: as many f16, exact."""
+    """Return blocks `block` of 128 columns of NVFP4 rows at `row_at`, both [PARTS, ROWS] or less: as many exact f16."""
     byte = tl.load((row_at + block * 64)[:, :, None] + tl.arange(0, 64)[None, None, :])
     scale = tl.load((row_at + block * 8)[:, :, None] + K // 2 + tl.arange(0, 8)[None, None, :])
     scale = tl.reshape(tl.broadcast_to(scale[:, :, :, None], [PARTS, ROWS, 8, 8]), [PARTS, ROWS, 64])

@@ -111,7 +111,7 @@ def test_an_engine_reads_rows_and_says_so(engine: Path, one_layer: Inputs) -> No
     assert manifest.plugins["MoeExperts"].num_layers == 1
     assert manifest.audit is not None and (manifest.audit.asked, manifest.audit.got) == ("nvfp4", "fp8")
     products = {one.what: (one.form, one.precision) for one in manifest.audit.products}
-    assert products["MoeExperts"] == ("plugin", "bf16") and products["BlockFp8Linear"] == ("plugin", "fp8")
+    assert products["MoeExperts"] == ("plugin", "f16") and products["BlockFp8Linear"] == ("plugin", "fp8")
     experts = {weight for weight, _ in expert_weights(one_layer.graphs["model"])}
     before = {spec.name: spec for spec in one_layer.program.graphs["model"].inputs}
     after = {spec.name: spec for spec in manifest.graphs["model"].inputs}
