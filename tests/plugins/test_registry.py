@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import seekforge.plugins
 from seekforge.exporter.checkpoint.presets import load_preset
 from seekforge.formats.numerics import FP8
 from seekforge.formats.parallelism import ONE_RANK
+from seekforge.formats.targets import NVFP4_SM
 from seekforge.plugins.kernels.launch_plan import op_kernels
 from seekforge.plugins.kernels.sm_limits import SMS
 from seekforge.plugins.operator import (
@@ -151,8 +153,9 @@ def test_sizes_stand_under_symbols_of_the_contract_and_are_enough_for_scratch(op
 
 @pytest.mark.parametrize("op", KERNEL_FORMS)
 def test_exceptions_are_of_kernels_that_there_are(op: str) -> None:
-    form = KERNEL_FORMS[op]
-    variants = {(one.name, sm) for sm in SMS for one in op_kernels(op).variants(form.static_sizes(MODEL), sm)}
+    form, nvfp4 = KERNEL_FORMS[op], replace(MODEL, nvfp4_experts=True)
+    models = [(MODEL, sm) for sm in SMS] + [(nvfp4, sm) for sm in SMS if sm >= NVFP4_SM]
+    variants = {(one.name, sm) for of, sm in models for one in op_kernels(op).variants(form.static_sizes(of), sm)}
     assert form.known_spills.keys() <= variants
     assert form.known_mma_sync.keys() <= variants
 

@@ -72,6 +72,23 @@ def test_a_pipeline_that_is_too_short_waits_for_memory() -> None:
     assert alone - two == pytest.approx(10 * (600 - (600 / 2 - 28)) * 1e-9), "28 clocks are busy"
 
 
+def test_loads_beside_a_pipeline_are_waited_for() -> None:
+    """However long a pass is busy: 128 + 640 clocks here, and 600 clocks more for scales."""
+    waits = replace(KERNEL, code=replace(CODE, bodies=(replace(BODY, waits=True),)))
+    more = estimate(WORK, waits, CARD).roofs.path - estimate(WORK, KERNEL, CARD).roofs.path
+    assert more == pytest.approx(10 * 600 * 1e-9)
+
+
+@pytest.mark.parametrize(("programs", "each"), [(100, 1), (200, 2), (500, 5)])
+def test_in_turn_programs_of_an_sm_do_not_overlap(programs: int, each: int) -> None:
+    one = estimate(replace(WORK, read_bytes=0, loaded_bytes=0), KERNEL, CARD)
+    found = estimate(replace(WORK, read_bytes=0, loaded_bytes=0, programs=programs), KERNEL, CARD)
+    assert found.seconds_in_turn == pytest.approx(each * one.roofs.path)
+    assert found.roofs.path == pytest.approx(-(-each // 2) * one.roofs.path), "two at a time"
+    plain = estimate(replace(WORK, read_bytes=0, loaded_bytes=0, programs=programs, flops=0), KERNEL, CARD)
+    assert plain.seconds_in_turn == plain.seconds, "only of those that multiply"
+
+
 @pytest.mark.parametrize(
     ("bent", "roof"),
     [

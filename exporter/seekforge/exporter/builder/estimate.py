@@ -185,7 +185,6 @@ def assumptions() -> dict[str, Any]:
         "memory_share": model.MEMORY_SHARE,
         "tensor_share": model.TENSOR_SHARE,
         "memory_clocks": model.MEMORY_CLOCKS,
-        "l2_clocks": model.L2_CLOCKS,
         "barrier_clocks": model.BARRIER_CLOCKS,
         "replay_gap_us": model.REPLAY_GAP_S * 1e6,
     }
@@ -194,6 +193,7 @@ def assumptions() -> dict[str, Any]:
 def step_json(listed: Sequence[Row]) -> dict[str, Any]:
     """Return the sum over all launches of a step: kernels' time, gaps between them, and each operator's part."""
     launches = sum(row.count for row in listed)
+    in_turn = sum(row.count * row.estimate.seconds_in_turn * 1e6 for row in listed)
     by_operator: dict[str, float] = {}
     for row in listed:
         by_operator[row.op] = by_operator.get(row.op, 0.0) + row.count * row.estimate.seconds * 1e6
@@ -203,6 +203,7 @@ def step_json(listed: Sequence[Row]) -> dict[str, Any]:
         "kernels_us": round(kernels, 1),
         "gaps_us": round(gaps, 1),
         "total_us": round(kernels + gaps, 1),
+        "total_us_in_turn": round(in_turn + gaps, 1),
         "by_operator_us": {op: round(value, 1) for op, value in by_operator.items()},
     }
 
@@ -223,6 +224,7 @@ def _launch_json(row: Row) -> dict[str, Any]:
         "waves": judged.waves if row.kernel else None,
         "roofs_us": {name: round(value * 1e6, 3) for name, value in vars(judged.roofs).items()},
         "us": round(judged.seconds * 1e6, 3),
+        "us_in_turn": round(judged.seconds_in_turn * 1e6, 3),
         "bound": judged.bound,
         "tensor_flops_ratio": None if judged.tensor_flops_ratio is None else round(judged.tensor_flops_ratio, 3),
         "code": None,
@@ -252,7 +254,7 @@ def _launch_json(row: Row) -> dict[str, Any]:
 
 def table(listed: Sequence[Row]) -> Table:
     """Return one row per launch."""
-    numbers = ("×", "programs", "waves", "MB", "GFLOP", "reg/stack/KiB", "µs")
+    numbers = ("×", "programs", "waves", "MB", "GFLOP", "reg/stack/KiB", "µs", "in turn")
     columns = [Column("operator"), Column("kernel"), *(Column(name, "number") for name in numbers)]
     result = Table([*columns, Column("bound"), Column("main loop, instructions of a warp")], lines=True)
     for row in listed:
@@ -267,6 +269,7 @@ def table(listed: Sequence[Row]) -> Table:
             f"{row.work.flops / 1e9:.2f}" if row.work.flops else "",
             f"{used.registers}/{used.stack_bytes}/{used.shared_bytes / 1024:.0f}" if used else "–",
             f"{row.estimate.seconds * 1e6:.1f}",
+            f"{row.estimate.seconds_in_turn * 1e6:.1f}",
             row.estimate.bound,
             loop_text(row),
         )
@@ -295,5 +298,6 @@ def summary(listed: Sequence[Row]) -> str:
     parts = ", ".join(f"{op} {value:,.0f}" for op, value in step["by_operator_us"].items())
     return (
         f"step: {step['total_us']:,.0f} µs = {step['kernels_us']:,.0f} in kernels + {step['gaps_us']:,.0f} between "
-        f"{step['launches']:,} launches; µs by operator: {parts}"
+        f"{step['launches']:,} launches; {step['total_us_in_turn']:,.0f} µs if programs of an SM did not overlap; "
+        f"µs by operator: {parts}"
     )

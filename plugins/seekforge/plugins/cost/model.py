@@ -4,8 +4,10 @@ The model is simple, and each assumption is a name here. A program does one thin
 instructions, waits for its tensor instructions, and waits for what it loads; nothing of one program overlaps, since no
 kernel here has warps of different tasks. Programs that share an SM overlap perfectly. A launch takes as long as the
 slowest of its roofs: memory, L2, and on the SM with most programs the tensor unit, the schedulers, and the path of one
-program after another. No cache holds anything of an earlier launch. Nothing here was fitted to a measurement of these
-kernels, for there is none; docs/kernels.md says how far the model is from what others found.
+program after another. No cache holds anything of an earlier launch. No measurement of these kernels exists. What others
+measured of theirs, compiled here and judged by the same model, decided how long loads beside a pipeline are waited for;
+it comes nearer to programs of an SM in turn than to programs that overlap, so an estimate has both times
+(`tests/benchmarks/peers.py`, docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -34,9 +36,8 @@ MEMORY_SHARE, TENSOR_SHARE = 0.9, 0.8
 #: Share of the dense rate that mma.sync reaches where wgmma or tcgen05 exist: 62 % on SM90 ("Dissecting the NVIDIA
 #: Hopper Architecture through Microbenchmarking", 2025); on SM100 and SM103 what an SM90 would reach (assumed).
 MMA_SYNC_SHARE: Final[dict[int, float]] = {90: 0.62, 100: 0.31, 103: 0.31}
-#: Clocks from a load to its value, from memory and from L2 (the same paper, rounded), and of one barrier of a block
-#: (assumed).
-MEMORY_CLOCKS, L2_CLOCKS, BARRIER_CLOCKS = 600, 270, 30
+#: Clocks from a load to its value, from memory (the same paper, rounded), and of one barrier of a block (assumed).
+MEMORY_CLOCKS, BARRIER_CLOCKS = 600, 30
 #: Passes of a loop whose loads are in flight together where the compiler cut it into copies of its body.
 CUT_PASSES: Final = 4
 #: Seconds between the end of a launch and the start of one that depends on it, in a replayed CUDA graph (published
@@ -99,6 +100,7 @@ class Estimate:
         tensor_flops_ratio: FLOPs of tensor instructions over those of the tile, in one pass of the main loop; more than
             1 where a product is done twice. None where instructions do not say their shape.
         seconds: time between the launch's start and its end, without the gap before it.
+        seconds_in_turn: the same if the programs of an SM that multiply did not overlap, but followed one another.
         bound: name of the slowest roof.
     """
 
@@ -108,6 +110,7 @@ class Estimate:
     instructions: int
     tensor_flops_ratio: float | None
     seconds: float
+    seconds_in_turn: float
     bound: str
 
 
@@ -144,6 +147,7 @@ def estimate(work: Work, kernel: Kernel, card: Card) -> Estimate:
         instructions=program.instructions,
         tensor_flops_ratio=flops_ratio(work, kernel),
         seconds=seconds,
+        seconds_in_turn=max(seconds, program.path * busiest / card.clock_hz) if work.flops else seconds,
         bound=bound,
     )
 
@@ -199,14 +203,16 @@ def _program(work: Work, kernel: Kernel, card: Card) -> _Program:
 def _waits(body: sass.Body, kernel: Kernel, busy: float) -> float:
     """Return the clocks that a pass of `busy` clocks waits beside them.
 
-    Loads into registers alone are waited for in the pass. A pipeline has `num_stages` - 1 passes of loads in flight,
-    and what is loaded into registers beside it (scales) comes from L2 while the pass runs.
+    Loads into registers that a pass uses (scales) are waited for in it, also beside a pipeline: of the peers' kernels
+    that have one program on an SM this gives the times that were measured, and hiding them gives half. Those for a
+    later pass, and a pipeline's, which has `num_stages` - 1 passes of loads in flight, are waited for behind it.
     """
-    barriers = body.barriers * BARRIER_CLOCKS
+    waits = float(MEMORY_CLOCKS) if body.waits else 0.0
+    if body.ahead:
+        waits = max(waits, MEMORY_CLOCKS - busy)
     if body.copies and kernel.num_stages > 1:
-        needed = max(MEMORY_CLOCKS / (kernel.num_stages - 1), L2_CLOCKS if body.waits else 0)
-        return max(0.0, needed - busy) + barriers
-    return (MEMORY_CLOCKS if body.waits else 0) + barriers
+        waits = max(waits, MEMORY_CLOCKS / (kernel.num_stages - 1) - busy)
+    return waits + body.barriers * BARRIER_CLOCKS
 
 
 def _tensor_clocks(instructions: Mapping[str, int], flops: float, work: Work, kernel: Kernel, card: Card) -> float:

@@ -20,6 +20,11 @@ MMA_SYNC, WGMMA, TCGEN05 = "mma.sync", "wgmma", "tcgen05"
 _TENSOR: Final = re.compile(r"(?P<memory>UTC)?[BDHIOQ](?P<group>G)?MMA(?=\.|$)")
 _LABEL: Final = re.compile(r"(\.L\w+):")
 _INSTRUCTION: Final = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_REGISTER: Final = re.compile(r"\bR(\d+)\b")
+_WIDE: Final = re.compile(r"\.(64|128|256)(?=\.|$)")
+#: Operands whose first is a register that is written, as all but stores, jumps and compares to predicates have.
+_WRITES: Final = re.compile(r"R\d+\b|RZ\b")
+_STORES: Final = frozenset("ST STG STS STSM STL STAS RED REDG LDGSTS".split())
 _TARGET: Final = re.compile(r"`\(([^)]+)\)")
 
 #: Kind of instruction -> the names that it has before the first dot; whatever is in none of them is INTEGER.
@@ -69,7 +74,8 @@ class Body:
     Attributes:
         kinds: kind of instruction (`KINDS`) -> how many one pass has; those with none are left out.
         barriers: barriers of the whole block among them.
-        waits: whether it loads into registers from global memory.
+        waits: whether it loads into registers from global memory what the same pass uses.
+        ahead: whether it loads so what a later pass uses.
         copies: whether it copies from global to shared memory while it goes on.
         tensor: tensor instruction with its shape and types -> how many.
     """
@@ -79,6 +85,7 @@ class Body:
     waits: bool
     copies: bool
     tensor: Mapping[str, int]
+    ahead: bool = False
 
     @property
     def instructions(self) -> int:
@@ -169,10 +176,12 @@ def _bodies(code: _Listing) -> Iterator[Body]:
     ]
     for body in sorted((one for one in loops if not any(other < one for other in loops)), key=min):
         opcodes = [code.opcodes[i] for i in sorted(body) if code.opcodes[i] != "NOP"]
+        used = [code.uses_in(i, body) for i in body if bases[i] in ("LD", "LDG")]
         yield Body(
             kinds=_counted(opcodes),
             barriers=sum(bases[i] == "BAR" for i in body),
-            waits=any(bases[i] in ("LD", "LDG") for i in body),
+            waits=any(used),
+            ahead=not all(used),
             copies=any(bases[i] in ("LDGSTS", "UBLKCP", "UTMALDG") for i in body),
             tensor=dict(sorted(Counter(opcode for opcode in opcodes if tensor_kind(opcode)).items())),
         )
@@ -224,6 +233,25 @@ class _Listing:
         if base == "CALL" and operands.startswith("`(.L"):  # a jump inside the kernel; others return
             return [self._target(operands), i + 1]
         return [i + 1]
+
+    def uses_in(self, load: int, body: Collection[int]) -> bool:
+        """Whether a later instruction of a loop's pass, in the order of addresses, reads what `load` gives.
+
+        One that writes a register first ends its use; how many registers an operand has is told by the load alone.
+        """
+        wide, first = _WIDE.search(self.opcodes[load]), _REGISTER.search(self._operands[load])
+        width = int(wide[1]) // 32 if wide else 1
+        if first is None:
+            return False
+        live = {int(first[1]) + i for i in range(width)}
+        for i in sorted(one for one in body if one > load):
+            registers = [int(number) for number in _REGISTER.findall(self._operands[i])]
+            stores = self.opcodes[i].split(".")[0] in _STORES or not _WRITES.match(self._operands[i])
+            if live.intersection(registers if stores else registers[1:]):
+                return True
+            if not stores and registers:
+                live.discard(registers[0])
+        return False
 
     def _target(self, operands: str) -> int:
         match = _TARGET.search(operands)

@@ -49,7 +49,7 @@ def made(
     flashinfer()
 
     def make(layout: list[tuple[int, int]] = LAYOUT, used: dict[str, tuple[int, int, int]] | None = None) -> KernelSet:
-        monkeypatch.setattr(images, "_inspect", lambda cubin: (layout, used or {ENTRY: (32, 0, 0)}))
+        monkeypatch.setattr(images, "inspect_cubin", lambda cubin: (layout, used or {ENTRY: (32, 0, 0)}))
         monkeypatch.setattr(images, "needed_driver", lambda cubin: 13000)
         (task,) = aot.tasks({"MoeRoute": SIZES}, [90], FLASHINFER)
         return aot._compile_task(task, tmp_path / "cache")

@@ -130,7 +130,7 @@ def _by_triton(op: str, variant: Variant, sm: int) -> _Made:
 
 def _image(where: str, variant: Variant, sm: int, made: _Made) -> tuple[Image, bytes]:
     """Return the record of a cubin, checked: it takes the arguments of its variant, and asks for nothing else."""
-    layout, used = _inspect(made.cubin)
+    layout, used = inspect_cubin(made.cubin)
     sizes = [struct.calcsize("<" + argument_code(Param(name, kind, 0, 1))) for name, kind in made.signature]
     got = [size for _, size in layout]
     if got != sizes:
@@ -167,7 +167,7 @@ def _image(where: str, variant: Variant, sm: int, made: _Made) -> tuple[Image, b
     return image, made.cubin
 
 
-def _inspect(cubin: bytes) -> tuple[list[tuple[int, int]], dict[str, tuple[int, int, int]]]:
+def inspect_cubin(cubin: bytes) -> tuple[list[tuple[int, int]], dict[str, tuple[int, int, int]]]:
     """Return what a cubin says of itself.
 
     Returns:
