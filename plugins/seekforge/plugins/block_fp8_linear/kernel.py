@@ -26,6 +26,14 @@ __all__ = ["combine_splits_kernel", "narrow_kernel", "quantize_kernel", "tile_ke
 
 
 @triton.jit
+def _blocks(first, blocks, PARTS: tl.constexpr):
+    """Return (blocks along K, a part each; whether they are inside): blocks outside are the first one."""
+    block = first + tl.arange(0, PARTS)
+    inside = block < blocks
+    return tl.where(inside, block, 0), inside
+
+
+@triton.jit
 def narrow_kernel(
     a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, y_ptr, num_rows, N, K,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
@@ -50,13 +58,18 @@ def narrow_kernel(
     w_scale_at = w_scale_ptr + (tile_n * BLOCK_N // 128).to(tl.int64) * blocks
 
     acc = tl.zeros([PARTS, BLOCK_N, BLOCK_T], tl.float32)
+    block, _ = _blocks(0, blocks, PARTS)
+    w_scale = tl.load(w_scale_at + block)
+    if QUANT and not QUANTIZE:
+        a_scale = tl.load(a_scale_at + block[:, None])
     for first in range(0, blocks, PARTS):
-        block = first + tl.arange(0, PARTS)
-        in_k = block < blocks
-        block = tl.where(in_k, block, 0)
+        block, in_k = _blocks(first, blocks, PARTS)
+        ahead, _ = _blocks(first + PARTS, blocks, PARTS)
         a = tl.load(a_at + block[:, None, None] * 128)
         w = tl.load(w_at + block[:, None, None] * 128)
-        scale = tl.where(in_k, tl.load(w_scale_at + block), 0.0)[:, None]
+        # scales are loaded a pass ahead, else each pass would wait for them
+        scale = tl.where(in_k, w_scale, 0.0)[:, None]
+        w_scale = tl.load(w_scale_at + ahead)
         if QUANTIZE:
             x = a.to(tl.float32)
             row_scale, inverse = ue8m0(tl.max(tl.abs(x), 2))
@@ -65,7 +78,8 @@ def narrow_kernel(
             if FP8:
                 a = a.to(tl.float8e4nv, bitcast=True)
         elif QUANT:
-            scale = tl.load(a_scale_at + block[:, None]) * scale
+            scale = a_scale * scale
+            a_scale = tl.load(a_scale_at + ahead[:, None])
         acc += _product(w, tl.permute(a, (0, 2, 1)), QUANT, FP8) * scale[:, None, :]
     y = tl.trans(tl.sum(acc, 0))
     tl.store(y_ptr + t[:, None] * N + n[None, :], to_bf16(y), mask=t_ok[:, None] & n_ok[None, :])
@@ -118,16 +132,22 @@ def tile_kernel(
     end = tl.minimum(start + per_split, blocks)
     a_tile += start * 128
     w_tile += start * 128
-    a_scale_tile += start
-    w_scale_tile += start
     sums = ()
     for _ in tl.static_range(PARTS):
         sums += (tl.zeros([BLOCK_T, COLUMNS], tl.float32),)
-    for _ in range(start, end):
+    ahead = tl.minimum(start, blocks - 1)  # the last split may have nothing to do
+    w_scale = tl.load(w_scale_tile + ahead)
+    if QUANT:
+        a_scale = tl.load(a_scale_tile + ahead + a_scale_at)
+    for block in range(start, end):
         a = tl.load(a_tile + a_at)
-        scale = tl.load(w_scale_tile)
+        # scales are loaded a pass ahead, else each pass would wait for them
+        ahead = tl.minimum(block + 1, end - 1)
+        scale = w_scale
+        w_scale = tl.load(w_scale_tile + ahead)
         if QUANT:
-            scale = tl.load(a_scale_tile + a_scale_at) * scale
+            scale = a_scale * scale
+            a_scale = tl.load(a_scale_tile + ahead + a_scale_at)
         added = ()  # a tuple that is carried over the loop is made anew
         for part in tl.static_range(PARTS):
             w = tl.load(w_tile + w_at[part])
@@ -140,8 +160,6 @@ def tile_kernel(
         sums = added
         a_tile += 128
         w_tile += 128
-        a_scale_tile += 1
-        w_scale_tile += 1
     y_tile = y_ptr + (split * num_rows + first_t).to(tl.int64) * N + first_n
     for part in tl.static_range(PARTS):
         of_part = part * COLUMNS + n

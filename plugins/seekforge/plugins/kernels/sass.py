@@ -237,7 +237,8 @@ class _Listing:
     def uses_in(self, load: int, body: Collection[int]) -> bool:
         """Whether a later instruction of a loop's pass, in the order of addresses, reads what `load` gives.
 
-        One that writes a register first ends its use; how many registers an operand has is told by the load alone.
+        One that writes a register first ends its use, and one that moves it is none: compilers move what they carry to
+        the next pass at the end of this one. How many registers an operand has is told by the load alone.
         """
         wide, first = _WIDE.search(self.opcodes[load]), _REGISTER.search(self._operands[load])
         width = int(wide[1]) // 32 if wide else 1
@@ -248,7 +249,10 @@ class _Listing:
             registers = [int(number) for number in _REGISTER.findall(self._operands[i])]
             stores = self.opcodes[i].split(".")[0] in _STORES or not _WRITES.match(self._operands[i])
             if live.intersection(registers if stores else registers[1:]):
-                return True
+                if not self.opcodes[i].startswith(("MOV", "IMAD.MOV")):
+                    return True
+                live.add(registers[0])
+                continue
             if not stores and registers:
                 live.discard(registers[0])
         return False

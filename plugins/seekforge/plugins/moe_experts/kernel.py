@@ -266,14 +266,19 @@ def up_kernel(
         else:
             gate = tl.zeros([BLOCK_M, 128], tl.float32)
             up = tl.zeros([BLOCK_M, 128], tl.float32)
+        next_gate_scale, next_up_scale = tl.load(gate_scale_at), tl.load(up_scale_at)
+        if QUANT:
+            next_x_scale = tl.load(x_scale_ptr + x_scale_at)
         for block in range(H // 128):
             x = tl.load(x_ptr + block * 128 + x_at)
-            gate_scale = tl.load(gate_scale_at + block)
-            up_scale = tl.load(up_scale_at + block)
+            # scales are loaded a pass ahead, else each pass would wait for them
+            ahead = tl.minimum(block + 1, H // 128 - 1)
+            gate_scale, up_scale = next_gate_scale, next_up_scale
+            next_gate_scale, next_up_scale = tl.load(gate_scale_at + ahead), tl.load(up_scale_at + ahead)
             if QUANT:
-                x_scale = tl.load(x_scale_ptr + block + x_scale_at)
-                gate_scale = x_scale * gate_scale
-                up_scale = x_scale * up_scale
+                gate_scale = next_x_scale * gate_scale
+                up_scale = next_x_scale * up_scale
+                next_x_scale = tl.load(x_scale_ptr + ahead + x_scale_at)
             gate_weight = _weight(gate_tile, rows, block, H, NVFP4)
             gate += _product(x, gate_weight, gate_scale, SWAP, QUANT, FP8, NVFP4)
             up_weight = _weight(up_tile, rows, block, H, NVFP4)
@@ -325,10 +330,16 @@ def down_kernel(
             acc = tl.zeros([128, BLOCK_M], tl.float32)
         else:
             acc = tl.zeros([BLOCK_M, 128], tl.float32)
+        next_scale = tl.load(w_scale_at)
+        if QUANT:
+            next_h_scale = tl.load(h_scale_at)
         for block in range(inner // 128):
-            scale = tl.load(w_scale_at + block)
+            ahead = tl.minimum(block + 1, inner // 128 - 1)
+            scale = next_scale
+            next_scale = tl.load(w_scale_at + ahead)
             if QUANT:
-                scale = tl.load(h_scale_at + block) * scale
+                scale = next_h_scale * scale
+                next_h_scale = tl.load(h_scale_at + ahead)
             h = tl.load(h_ptr + block * 128 + h_at)
             acc += _product(h, _weight(w_tile, rows, block, INNER, NVFP4), scale, SWAP, QUANT, FP8, NVFP4)
         if SWAP:
@@ -370,8 +381,8 @@ def _blocks(first, K, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _values(x_at, scale_at, block, QUANT: tl.constexpr, QUANTIZE: tl.constexpr, FP8: tl.constexpr):
-    """Return blocks [PARTS] of a row, [PARTS, 128, 1], and their scales: e4m3, or bf16 that is quantized or is not."""
+def _values(x_at, block, QUANTIZE: tl.constexpr, FP8: tl.constexpr):
+    """Return blocks [PARTS] of a row, [PARTS, 128, 1], and scales: as they are and 1, or bf16 that is quantized."""
     x = tl.load(x_at + block[:, None] * 128 + tl.arange(0, 128)[None, :])
     scale = tl.full(block.shape, 1.0, tl.float32)
     if QUANTIZE:
@@ -380,8 +391,6 @@ def _values(x_at, scale_at, block, QUANT: tl.constexpr, QUANTIZE: tl.constexpr, 
         x = to_e4m3(value * inverse[:, None], FP8)
         if FP8:
             x = x.to(tl.float8e4nv, bitcast=True)
-    elif QUANT:
-        scale = tl.load(scale_at + block)
     return x[:, :, None], scale
 
 
@@ -421,12 +430,21 @@ def _narrow_up(
     up = tl.zeros([PARTS, ROWS, 1], tl.float32)
     PITCH: tl.constexpr = 9 * H // 16 if NVFP4 else H
     up_at, up_scale_at = weight_at + inner * PITCH, scale_at + inner // 128 * (H // 128)
+    ahead, _ = _blocks(0, H, PARTS)
+    next_gate_scale, next_up_scale = tl.load(scale_at + ahead), tl.load(up_scale_at + ahead)
+    if QUANT and not QUANTIZE:
+        next_x_scale = tl.load(x_scale_at + ahead)
     for first in range(0, H // 128, PARTS):
         block, inside = _blocks(first, H, PARTS)
-        x, scale = _values(x_at, x_scale_at, block, QUANT, QUANTIZE, FP8)
+        x, scale = _values(x_at, block, QUANTIZE, FP8)
+        # scales are loaded a pass ahead, else each pass would wait for them
+        ahead, _ = _blocks(first + PARTS, H, PARTS)
+        if QUANT and not QUANTIZE:
+            scale = next_x_scale
+            next_x_scale = tl.load(x_scale_at + ahead)
         scale = tl.where(inside, scale, 0.0)
-        gate_scale = scale * tl.load(scale_at + block)
-        up_scale = scale * tl.load(up_scale_at + block)
+        gate_scale, up_scale = scale * next_gate_scale, scale * next_up_scale
+        next_gate_scale, next_up_scale = tl.load(scale_at + ahead), tl.load(up_scale_at + ahead)
         product = _narrow_product(x, weight_at, PITCH, block, H, ROWS, PARTS, QUANT, FP8, NVFP4)
         gate += product * gate_scale[:, None, None]
         product = _narrow_product(x, up_at, PITCH, block, H, ROWS, PARTS, QUANT, FP8, NVFP4)
@@ -443,10 +461,14 @@ def _narrow_down(
 ):  # fmt: skip
     """Return ROWS values of an expert's row, [ROWS, 1], rounded to bf16, still as f32."""
     acc = tl.zeros([PARTS, ROWS, 1], tl.float32)
+    ahead, _ = _blocks(0, inner, PARTS)
+    next_scale = tl.load(scale_at + ahead)
     for first in range(0, inner // 128, PARTS):
         block, inside = _blocks(first, inner, PARTS)
-        h, scale = _values(h_at, scale_at, block, QUANT, QUANT, FP8)
-        scale = tl.where(inside, scale, 0.0) * tl.load(scale_at + block)
+        h, scale = _values(h_at, block, QUANT, FP8)
+        scale = tl.where(inside, scale, 0.0) * next_scale
+        ahead, _ = _blocks(first + PARTS, inner, PARTS)
+        next_scale = tl.load(scale_at + ahead)
         product = _narrow_product(h, weight_at, pitch, block, INNER, ROWS, PARTS, QUANT, FP8, NVFP4)
         acc += product * scale[:, None, None]
     return round_bf16(tl.sum(acc, 0))

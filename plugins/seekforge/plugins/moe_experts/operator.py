@@ -91,10 +91,10 @@ OPERATOR = Operator(
         static_sizes=static_sizes,
         step_sizes=step_sizes,
         known_spills={
-            ("up-64", 80): (112, _NARROW),
+            ("up-64", 80): (168, _NARROW),
             ("up-128", 90): (32, _TWO),
-            ("up-128", 100): (144, _TWO),
-            ("up-128", 103): (144, _TWO),
+            ("up-128", 100): (168, _TWO),
+            ("up-128", 103): (168, _TWO),
         },
         known_mma_sync={
             (f"narrow-{name}", sm): FEW_FEATURES for name in ("up", "up-quantize", "down") for sm in (90, 100, 103)
