@@ -79,6 +79,17 @@ def test_loads_beside_a_pipeline_are_waited_for() -> None:
     assert more == pytest.approx(10 * 600 * 1e-9)
 
 
+@pytest.mark.parametrize(("tensor", "waits"), [(TILE, 0.0), ({}, 600 - 128)])
+def test_loads_for_a_later_pass_are_waited_for_behind_this_one(tensor: dict[str, int], waits: float) -> None:
+    """128 clocks of instructions hide as much, and 640 of tensor instructions besides the rest."""
+    body = replace(BODY, tensor=tensor, copies=False)
+    plain = replace(KERNEL, code=replace(CODE, bodies=(body,)))
+    ahead = replace(KERNEL, code=replace(CODE, bodies=(replace(body, ahead=True),)))
+    work = WORK if tensor else replace(WORK, flops=0, pass_flops=0, products=None)
+    more = estimate(work, ahead, CARD).roofs.path - estimate(work, plain, CARD).roofs.path
+    assert more == pytest.approx(10 * waits * 1e-9, abs=1e-15)
+
+
 @pytest.mark.parametrize(("programs", "each"), [(100, 1), (200, 2), (500, 5)])
 def test_in_turn_programs_of_an_sm_do_not_overlap(programs: int, each: int) -> None:
     one = estimate(replace(WORK, read_bytes=0, loaded_bytes=0), KERNEL, CARD)

@@ -113,7 +113,7 @@ def test_without_quantized_rows_products_are_bf16() -> None:
     assert tensor_instruction("BlockFp8Linear", variant, 90) == "HGMMA"
 
 
-TILE = ("BlockFp8Linear", 90, "tile-128x128")
+TILE = ("BlockFp8Linear", 90, "tile-64x128")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ TILE = ("BlockFp8Linear", 90, "tile-128x128")
         (TILE, {"spill_bytes": 8}, "8 bytes of stack, 0 known"),
         (TILE, {"spill_stores": 1, "spill_loads": 2}, "spills, 1 stores and 2 loads"),
         (("Bf16Linear", 90, "add-splits"), {"spill_bytes": 16}, "16 bytes of stack, 0 known"),
-        (("MoeExperts", 90, "up-128"), {"spill_bytes": 40}, "40 bytes of stack, 32 known"),
+        (("MoeExperts", 90, "up-128"), {"spill_bytes": 24}, "24 bytes of stack, 16 known"),
     ],
 )
 def test_each_new_fault_is_named(key: tuple[str, int, str], changed: dict, said: str) -> None:

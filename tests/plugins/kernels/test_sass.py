@@ -220,3 +220,28 @@ def test_innermost_loops_are_told_by_kind_whether_they_multiply_or_not() -> None
     assert (second.barriers, second.waits, second.copies) == (0, False, True)
     assert sum(code.kinds.values()) == code.instructions
     assert sass.from_json(sass.to_json(code)) == code
+
+
+@pytest.mark.parametrize(
+    ("loop", "waits"),
+    [
+        (("LDG.E R8, [R2.64]", "FMUL R9, R8, R3"), True),
+        (("FMUL R9, R8, R3", "LDG.E R8, [R2.64]"), False),
+        (("LDG.E R8, [R2.64]", "FMUL R9, R10, R3"), False),
+        # carried to the next pass by a move at the end of this one
+        (("FMUL R9, R12, R3", "LDG.E R8, [R2.64]", "IMAD.MOV.U32 R12, RZ, RZ, R8"), False),
+        (("LDG.E R8, [R2.64]", "MOV R12, R8", "FMUL R9, R12, R3"), True),
+        # written before it is read
+        (("LDG.E R8, [R2.64]", "MOV R8, R4", "FMUL R9, R8, R3"), False),
+        # the third of four registers; what is stored is read
+        (("LDG.E.128 R8, [R2.64]", "FMUL R9, R10, R3"), True),
+        (("LDG.E.64 R8, [R2.64]", "FMUL R7, R10, R3"), False),
+        (("LDG.E R8, [R2.64]", "STS [R4], R8"), True),
+        (("LDG.E R8, [R2.64]", "FSETP.GT.AND P1, PT, R8, RZ, PT"), True),
+        (("LDG.E R8, [R2.64]", "LDG.E R9, [R2.64+0x4]", "FMUL R9, R9, R3"), True),
+    ],
+)
+def test_what_a_pass_loads_for_itself_it_waits_for(loop: tuple[str, ...], waits: bool) -> None:
+    (body,) = sass.read(listing("\n".join([".L_x_0:", *loop, "@P0 BRA `(.L_x_0)", "EXIT"]))).bodies
+    loads = sum(line.startswith("LDG") for line in loop)
+    assert (body.waits, body.ahead) == (waits, not waits or loads > 1)

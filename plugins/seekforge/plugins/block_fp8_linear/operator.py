@@ -10,6 +10,8 @@ from seekforge.plugins.block_fp8_linear.spec import FOLDED, SPEC
 from seekforge.plugins.linear_tile import FEW_FEATURES
 from seekforge.plugins.operator import NO_TAPS, FoldedForm, KernelForm, Operator, Products, RankModel, Step
 
+_AHEAD = "scales of the next pass beside two programs' sums on an SM; by the model worth it"
+
 
 def static_sizes(model: RankModel) -> dict[str, Any]:
     """Return what the kernels are compiled for; they take any weight."""
@@ -47,7 +49,10 @@ OPERATOR = Operator(
         cost="seekforge.plugins.block_fp8_linear.cost",
         static_sizes=static_sizes,
         step_sizes=step_sizes,
-        known_spills={("narrow-64x32", 80): (8, "two registers, stored and loaded outside of the main loop")},
+        known_spills={
+            ("tile-128x128", 90): (16, _AHEAD),
+            ("tile-128x128-split", 90): (8, _AHEAD),
+        },
         known_mma_sync={
             (f"narrow-{rows}x{features}{form}", sm): FEW_FEATURES
             for sm, most in ((90, 64), (100, 32), (103, 32))

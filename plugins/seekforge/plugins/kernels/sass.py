@@ -22,9 +22,9 @@ _LABEL: Final = re.compile(r"(\.L\w+):")
 _INSTRUCTION: Final = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _REGISTER: Final = re.compile(r"\bR(\d+)\b")
 _WIDE: Final = re.compile(r"\.(64|128|256)(?=\.|$)")
-#: Operands whose first is a register that is written, as all but stores, jumps and compares to predicates have.
-_WRITES: Final = re.compile(r"R\d+\b|RZ\b")
-_STORES: Final = frozenset("ST STG STS STSM STL STAS RED REDG LDGSTS".split())
+#: A register that is written: the first operand of all but these, of jumps, and of compares to predicates.
+_WRITTEN: Final = re.compile(r"R(\d+)\b")
+_STORES: Final = frozenset(("ST", "STG", "STS", "STSM", "STL", "STAS", "RED", "REDG", "LDGSTS"))
 _TARGET: Final = re.compile(r"`\(([^)]+)\)")
 
 #: Kind of instruction -> the names that it has before the first dot; whatever is in none of them is INTEGER.
@@ -240,21 +240,20 @@ class _Listing:
         One that writes a register first ends its use, and one that moves it is none: compilers move what they carry to
         the next pass at the end of this one. How many registers an operand has is told by the load alone.
         """
-        wide, first = _WIDE.search(self.opcodes[load]), _REGISTER.search(self._operands[load])
-        width = int(wide[1]) // 32 if wide else 1
+        wide, first = _WIDE.search(self.opcodes[load]), _WRITTEN.match(self._operands[load])
         if first is None:
             return False
-        live = {int(first[1]) + i for i in range(width)}
+        live = {int(first[1]) + i for i in range(int(wide[1]) // 32 if wide else 1)}
         for i in sorted(one for one in body if one > load):
-            registers = [int(number) for number in _REGISTER.findall(self._operands[i])]
-            stores = self.opcodes[i].split(".")[0] in _STORES or not _WRITES.match(self._operands[i])
-            if live.intersection(registers if stores else registers[1:]):
-                if not self.opcodes[i].startswith(("MOV", "IMAD.MOV")):
+            opcode, operands = self.opcodes[i], self._operands[i]
+            written = None if opcode.split(".")[0] in _STORES else _WRITTEN.match(operands)
+            sources = _REGISTER.findall(operands[written.end() :] if written else operands)
+            if live.intersection(map(int, sources)):
+                if written is None or not opcode.startswith(("MOV", "IMAD.MOV")):
                     return True
-                live.add(registers[0])
-                continue
-            if not stores and registers:
-                live.discard(registers[0])
+                live.add(int(written[1]))
+            elif written is not None:
+                live.discard(int(written[1]))
         return False
 
     def _target(self, operands: str) -> int:

@@ -92,7 +92,7 @@ OPERATOR = Operator(
         step_sizes=step_sizes,
         known_spills={
             ("up-64", 80): (168, _NARROW),
-            ("up-128", 90): (32, _TWO),
+            ("up-128", 90): (16, _TWO),
             ("up-128", 100): (168, _TWO),
             ("up-128", 103): (168, _TWO),
         },
