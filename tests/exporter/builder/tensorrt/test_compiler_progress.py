@@ -109,7 +109,8 @@ def test_progress_of_a_real_build_rises_to_its_end(
     inputs, options, bar = open_inputs(tiny_programs["fp8"], tiny_checkpoint), gpu_options(kernels=False), Bar()
     planned = check(inputs, load_target("rtx4090"), options)
     build_gpu(inputs, planned, tmp_path / "engine", options=options, force=False, progress=bar)
-    (seen,) = bar.seen
+    seen, digested = bar.seen
+    assert digested == sorted(digested) and digested[-1] == 1.0, "weights are digested behind it"
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
     assert seen[-2] > 0.9, "it was near its end before the end was called"

@@ -16,7 +16,7 @@ from seekforge.common.errors import EngineError, SeekforgeError
 from seekforge.common.system import child_environment
 from seekforge.common.temporary import temporary_folder
 from seekforge.exporter.builder.options import CompilerOptions
-from seekforge.exporter.builder.tensorrt.diagnostics import explain, too_tight
+from seekforge.exporter.builder.tensorrt.diagnostics import explain, size_text, too_tight
 from seekforge.plugins.tensorrt.library import Flavour
 
 #: Input name -> smallest, typical and largest shape.
@@ -212,4 +212,7 @@ def _run(
     if failed:
         raise EngineError(f"{explain(last['messages'], alike)} (log: {log})")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    raise EngineError(f"the compiler crashed ({how}) in stage {stage!r}; its last words are in {log}")
+    hint = ""
+    if workspace_bytes is not None:
+        hint = f", with --workspace {size_text(workspace_bytes)}, which may be too small: pass more, or leave it out"
+    raise EngineError(f"the compiler crashed ({how}) in stage {stage!r}{hint}; its last words are in {log}")

@@ -70,10 +70,14 @@ def too_tight(lines: Iterable[str], workspace_bytes: int, alike: int = 0) -> str
     if not said:
         return None
     layer = _first_place(said, alike)
-    unit = next((unit for unit, size in _UNITS.items() if workspace_bytes % size == 0), "")
-    size = f"{workspace_bytes // _UNITS.get(unit, 1)}{unit}"
     where = "" if layer is None else f" for {layer}"
-    return f"--workspace {size} is too small{where}: pass more, or leave it out"
+    return f"--workspace {size_text(workspace_bytes)} is too small{where}: pass more, or leave it out"
+
+
+def size_text(workspace_bytes: int) -> str:
+    """Return a size as `--workspace` takes it."""
+    unit = next((unit for unit, size in _UNITS.items() if workspace_bytes % size == 0), "")
+    return f"{workspace_bytes // _UNITS.get(unit, 1)}{unit}"
 
 
 def _first_place(lines: Iterable[str], alike: int) -> str | None:
