@@ -15,7 +15,7 @@ from seekforge.formats.checkpoint.model_config import LayerKind, ModelConfig
 from seekforge.formats.numerics import FP8_BLOCK
 from seekforge.formats.paged_cache import BLOCK_SIZE, SCRAP_BLOCK, blocks_needed
 from seekforge.formats.parallelism import ONE_RANK, Parallelism
-from seekforge.plugins.kernels.sizes import operators
+from seekforge.plugins.kernels.sizes import operators, rank_model, static_sizes
 from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
 from seekforge.plugins.operator import RankModel, Step
 from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BF16_LINEAR, BLOCK_FP8_LINEAR, KERNEL_FORMS
@@ -101,8 +101,8 @@ def layer_calls(
     nvfp4_experts: bool = False,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield op_type, parameter (of linears) and sizes of each call in one layer; arguments as of `step_calls`."""
-    sizes = operators(config, kv_format=kv_format, parallelism=parallelism, nvfp4_experts=nvfp4_experts)
-    rest = _rest(config, shape, kv_format, parallelism, nvfp4_experts=nvfp4_experts)
+    model = rank_model(config, kv_format=kv_format, parallelism=parallelism, nvfp4_experts=nvfp4_experts)
+    sizes, rest = static_sizes(model), _rest(model, shape)
     family, kind = family_of(config), config.layer_kind(layer)
     rows, tensors = family.layer_parameters(kind), family.layer_tensors(config, layer)
     if rest[MOE_EXPERTS.name]["S2"]:  # the shared expert is one more of the routed ones
@@ -162,9 +162,7 @@ def _linears(
         yield op, what, bound
 
 
-def _rest(
-    config: ModelConfig, shape: StepShape, kv_format: str, parallelism: Parallelism, *, nvfp4_experts: bool
-) -> dict[str, dict[str, Any]]:
+def _rest(model: RankModel, shape: StepShape) -> dict[str, dict[str, Any]]:
     """Return op_type -> sizes of the step, of operators that are no linears."""
     blocks = blocks_needed(shape.context)
     step = Step(
@@ -175,15 +173,7 @@ def _rest(
         fp8_linears=(),
         bf16_linears=(),
     )
-    numerics = {"act_quant": "ue8m0", "kv_fp8": True, "indexer_fp8": True}
-    model = RankModel(
-        config=config,
-        numerics=numerics,
-        kv_format=kv_format,
-        parallelism=parallelism,
-        nvfp4_experts=nvfp4_experts,
-    )
     pool = shape.batch * blocks + SCRAP_BLOCK + 1
-    rows = (pool if kv_format == "fp8_ds" else pool * BLOCK_SIZE,)
+    rows = (pool if model.kv_format == "fp8_ds" else pool * BLOCK_SIZE,)
     caches = {"*latent": rows, "*index": rows}
     return {op: one | caches | _ANY_SCALE for op, form in KERNEL_FORMS.items() for one in form.step_sizes(model, step)}
