@@ -100,6 +100,11 @@ def is_quantized(bound: Mapping[str, Any]) -> bool:
     return bound.get("HB", 0) > 0
 
 
+def quantizes(bound: Mapping[str, Any]) -> bool:
+    """Return whether a call has to quantize its rows."""
+    return bound["act_quant"] == "ue8m0" and not is_quantized(bound)
+
+
 def shared_inner(bound: Mapping[str, Any]) -> int:
     """Return the width of the shared expert of a call; 0 without one."""
     return bound.get("S2", 0) // 2
@@ -113,6 +118,11 @@ def is_nvfp4(statics: Mapping[str, Any]) -> bool:
 def _product(name: str, tile: Tile, statics: Mapping[str, Any]) -> str:
     """Return the variant of the product `name` with a tile; its rows stand behind the last hyphen."""
     return f"{name}{'-nvfp4' if is_nvfp4(statics) else ''}-{tile.block_m}"
+
+
+def _narrow(name: str, statics: Mapping[str, Any], *, in_place: bool = False) -> str:
+    """Return the variant of the product `name` for few tokens; rows may be quantized in it."""
+    return f"narrow-{name}{'-nvfp4' if is_nvfp4(statics) else ''}{'-quantize' if in_place else ''}"
 
 
 def variants(statics: Mapping[str, Any], sm: int) -> tuple[Variant, ...]:
@@ -166,18 +176,18 @@ def _weights(kind: str) -> dict[str, str]:
 def _narrow_variants(statics: Mapping[str, Any], sm: int) -> Iterator[Variant]:
     quant, fp8 = statics["act_quant"] == "ue8m0", has_fp8(sm)
     code, nvfp4 = "*fp8e4nv" if fp8 else "*u8", is_nvfp4(statics)
-    weights, form = _weights("*u8" if nvfp4 else code), "-nvfp4" if nvfp4 else ""
+    weights = _weights("*u8" if nvfp4 else code)
     sizes = {"E": statics["E"], "H": statics["H"], "INNER": statics["I2"] // 2, "TOPK": statics["TOPK"]}
     constants = sizes | {"ROWS": NARROW_ROWS, "PARTS": PARTS, "QUANT": quant, "FP8": fp8, "NVFP4": nvfp4}
     loop: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "main_loop": True, "aligned": ("shared_inner",)}
     for in_place in (False, True) if quant else (False,):
         rows = {"x_ptr": code if quant and not in_place else "*bf16", "x_scale_ptr": "*fp32", "ids_ptr": "*i32"}
         types = rows | weights | {"h_ptr": "*bf16", "num_assignments": "i32", "shared_inner": "i32"}
-        name = f"narrow-up{form}{'-quantize' if in_place else ''}"
+        name = _narrow("up", statics, in_place=in_place)
         yield Variant(name, "narrow_up_kernel", types, constants | {"QUANTIZE": in_place}, **loop)
     types = {"h_ptr": "*bf16", "ids_ptr": "*i32", "weight_ptr": "*fp32"} | weights
     types |= {"y_ptr": "*fp32", "shared_inner": "i32"}
-    yield Variant(f"narrow-down{form}", "narrow_down_kernel", types, constants, **loop)
+    yield Variant(_narrow("down", statics), "narrow_down_kernel", types, constants, **loop)
 
 
 @dataclass(frozen=True)
@@ -191,9 +201,13 @@ class _Scratch:
     out: Buffer
 
 
+def _rows(bound: Mapping[str, Any], tokens: int) -> int:
+    """Return the rows between both products: one of each assignment, and of each token for a shared expert."""
+    return tokens * (bound["TOPK"] + (1 if shared_inner(bound) else 0))
+
+
 def _scratch(bound: Mapping[str, Any], tokens: int, workspace: Workspace) -> _Scratch:
-    assignments, inner = tokens * bound["TOPK"], bound["I2"] // 2
-    rows = assignments + (tokens if shared_inner(bound) else 0)
+    assignments, inner, rows = tokens * bound["TOPK"], bound["I2"] // 2, _rows(bound, tokens)
     most_tiles = cdiv(assignments, 16) + min(bound["E"], assignments)
     quant = bound["act_quant"] == "ue8m0"
     runs = cdiv(assignments, CHUNK)
@@ -215,7 +229,7 @@ def workspace_bytes(bound: Mapping[str, Any], sm: int) -> int:
         return few
     tokens, workspace = min(bound["T"], SLICE_TOKENS), Workspace()
     _scratch(bound, tokens, workspace)
-    if bound["act_quant"] == "ue8m0" and not is_quantized(bound):
+    if quantizes(bound):
         quantize(Buffer("x"), tokens, bound["H"], workspace)
     return max(workspace.size, few)
 
@@ -262,9 +276,8 @@ def _of(weight: str, bound: Mapping[str, Any]) -> dict[str, Buffer | int | float
 def _narrow_plan(bound: Mapping[str, Any]) -> LaunchPlan:
     tokens, hidden, inner = bound["T"], bound["H"], bound["I2"] // 2
     assignments, workspace = tokens * bound["TOPK"], Workspace()
-    rows = assignments + (tokens if shared_inner(bound) else 0)
+    rows = _rows(bound, tokens)
     h = workspace.take(2 * rows * inner)
-    in_place = bound["act_quant"] == "ue8m0" and not is_quantized(bound)
     up: dict[str, Buffer | int | float] = {
         "x_ptr": Buffer("x_codes" if is_quantized(bound) else "x"),
         "x_scale_ptr": Buffer("x_scale" if is_quantized(bound) else "w13_scale"),  # others have none to read
@@ -278,12 +291,10 @@ def _narrow_plan(bound: Mapping[str, Any]) -> LaunchPlan:
         "weight_ptr": Buffer("expert_weights"),
         "y_ptr": Buffer("y"),
     }
-    form = "-nvfp4" if is_nvfp4(bound) else ""
+    up_name = _narrow("up", bound, in_place=quantizes(bound))
     launches = (
-        Launch(
-            f"narrow-up{form}{'-quantize' if in_place else ''}", (rows, inner // NARROW_ROWS, 1), up | _of("w13", bound)
-        ),
-        Launch(f"narrow-down{form}", (hidden // NARROW_ROWS, tokens, 1), down | _of("w2", bound)),
+        Launch(up_name, (rows, inner // NARROW_ROWS, 1), up | _of("w13", bound)),
+        Launch(_narrow("down", bound), (hidden // NARROW_ROWS, tokens, 1), down | _of("w2", bound)),
     )
     return LaunchPlan(launches, workspace.size)
 
@@ -313,7 +324,7 @@ def _slice_plan(bound: Mapping[str, Any], first: int, tokens: int, sm: int, work
     x, x_scale = Buffer("x", 2 * first * hidden), Buffer("w13_scale")  # unquantized rows have no scales to read
     if is_quantized(bound):
         x, x_scale = Buffer("x_codes", first * hidden), Buffer("x_scale", 4 * first * (hidden // 128))
-    elif bound["act_quant"] == "ue8m0":
+    elif quantizes(bound):
         launch, x, x_scale = quantize(x, tokens, hidden, workspace)
         launches.append(launch)
     up: dict[str, Buffer | int | float] = {
