@@ -27,7 +27,7 @@ from seekforge.exporter.builder.tensorrt.memory import fullest, memory_refusal, 
 from seekforge.exporter.builder.tensorrt.passes.add_norms import fusible_norms
 from seekforge.exporter.builder.tensorrt.passes.bf16_linears import bf16_linear_weights
 from seekforge.exporter.builder.tensorrt.passes.join_linears import join_linears
-from seekforge.exporter.builder.tensorrt.passes.shared_experts import shared_experts
+from seekforge.exporter.builder.tensorrt.passes.shared_experts import NEEDS, shared_experts
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, spanning
 from seekforge.exporter.checkpoint.opened import open_checkpoint
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -223,7 +223,7 @@ def check(inputs: Inputs, target: TargetConfig, options: BuildOptions) -> GpuBui
 
 def _num_nodes(inputs: Inputs, target: TargetConfig, plugins: Collection[str]) -> dict[str, int]:
     counts = inputs.ops
-    if {ADD_RMS_NORM_QUANTIZE, BLOCK_FP8_LINEAR, MOE_EXPERTS.name}.issubset(plugins) and not target.nvfp4_experts:
+    if NEEDS.issubset(plugins) and not target.nvfp4_experts:
         counts[BLOCK_FP8_LINEAR] -= 2 * inputs.num_shared
     return counts
 

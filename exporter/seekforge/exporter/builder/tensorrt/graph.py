@@ -15,14 +15,13 @@ from seekforge.exporter.builder.tensorrt.passes.bf16_linears import use_bf16_lin
 from seekforge.exporter.builder.tensorrt.passes.nodes import widens
 from seekforge.exporter.builder.tensorrt.passes.nvfp4_experts import use_nvfp4
 from seekforge.exporter.builder.tensorrt.passes.rope import write_out_rope
-from seekforge.exporter.builder.tensorrt.passes.shared_experts import use_shared_experts
+from seekforge.exporter.builder.tensorrt.passes.shared_experts import NEEDS, use_shared_experts
 from seekforge.exporter.program.specialize import specialize
 from seekforge.exporter.program.taps import name_taps, tap_shape
 from seekforge.formats.checkpoint.model_config import ModelConfig
 from seekforge.formats.program import TensorSpec
 from seekforge.plugins.functions.attach import attach
 from seekforge.plugins.functions.specialization import Specialization
-from seekforge.plugins.moe_experts.spec import SPEC as MOE_EXPERTS
 from seekforge.plugins.onnx_schema import PLUGIN_NAMESPACE
 from seekforge.plugins.operator import DOMAIN
 from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE, BLOCK_FP8_LINEAR, SPECS
@@ -89,8 +88,8 @@ def prepare(
     names = tuple(name_taps(specialized)) if taps else ()
     if {ADD_RMS_NORM_QUANTIZE, BLOCK_FP8_LINEAR}.issubset(plugins):
         use_norms(specialized, readers=plugins)
-        if MOE_EXPERTS.name in plugins and not taps:
-            use_shared_experts(specialized)
+    if NEEDS.issubset(plugins) and not taps:
+        use_shared_experts(specialized)
     collectives = to_collectives(specialized)
     counts = Counter(node.op_type for node in specialized.graph.node if node.domain == DOMAIN)
     operators = onnx.ModelProto()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import onnx
 from onnx import TensorProto
@@ -17,10 +18,13 @@ from seekforge.plugins.block_fp8_linear.spec import SPEC as LINEAR
 from seekforge.plugins.functions.attach import read_attrs
 from seekforge.plugins.moe_experts.spec import SPEC, takes_shared
 from seekforge.plugins.operator import DOMAIN
+from seekforge.plugins.registry import ADD_RMS_NORM_QUANTIZE
 
 #: Inputs of both operators behind which a node has quantized rows, codes and scales.
 _INPUTS, _LINEAR_INPUTS = len(SPEC.inputs), len(LINEAR.inputs)
 _ROWS = 2
+#: Operators that have to be plugins: norms give quantized rows, and what becomes one node was one of each.
+NEEDS: Final = frozenset((ADD_RMS_NORM_QUANTIZE, LINEAR.name, SPEC.name))
 
 
 @dataclass(frozen=True)
