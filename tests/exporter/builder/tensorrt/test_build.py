@@ -53,11 +53,6 @@ QUIET = Stages(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
-    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
 def one_layer(tiny_checkpoint: Path, tiny_layers: dict[str, Path]) -> Inputs:
     """The first MoE layer alone."""
     return open_inputs(tiny_layers["fp8"], tiny_checkpoint)

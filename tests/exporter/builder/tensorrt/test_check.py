@@ -25,11 +25,6 @@ from seekforge.plugins.registry import SPECS
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 
-@pytest.fixture(scope="module")
-def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
-    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
-
-
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [

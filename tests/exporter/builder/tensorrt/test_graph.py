@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
 import onnx
@@ -14,7 +13,7 @@ from seekforge.common.dtypes import itemsize
 from seekforge.common.errors import EngineError
 from seekforge.exporter.builder.tensorrt import audit
 from seekforge.exporter.builder.tensorrt import manifest as gpu_manifest
-from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, check
 from seekforge.exporter.builder.tensorrt.diagnostics import place
 from seekforge.exporter.builder.tensorrt.graph import prepare, widen_weights
 from seekforge.formats.checkpoint.model_config import ModelConfig
@@ -22,11 +21,6 @@ from seekforge.formats.engine.manifest import Share
 from seekforge.formats.targets import load_target
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
-    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")

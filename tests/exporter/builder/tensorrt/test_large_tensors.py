@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from pathlib import Path
 
 import pytest
 from tests.support.build_options import gpu_options
 
 from seekforge.common.errors import TargetError
-from seekforge.exporter.builder.tensorrt.check import Inputs, check, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs, check
 from seekforge.formats.targets import load_target
 from seekforge.plugins.tensorrt.library import large_tensor_fault
 
 W13 = "layers.1.mlp.experts.w13"
 OPTIONS = gpu_options(allow_oversize=True, kernels=False)
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
-    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
 
 
 def with_shape(inputs: Inputs, name: str, shape: tuple[int | str, ...]) -> Inputs:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
-from seekforge.exporter.builder.tensorrt.check import Inputs, open_inputs
+from seekforge.exporter.builder.tensorrt.check import Inputs
 from seekforge.exporter.builder.tensorrt.memory import expected_bytes
 from seekforge.exporter.builder.tensorrt.profiles import axis_bounds, largest_step, pool_blocks, spanning
 from seekforge.exporter.sizing.memory import Workload, activation_bytes, scratch_bytes
 from seekforge.formats.parallelism import Parallelism
 from seekforge.formats.targets import all_targets, load_target
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
-    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
 
 
 def test_profiles_keep_the_limits(inputs: Inputs) -> None:

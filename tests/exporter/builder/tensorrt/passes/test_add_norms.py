@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
-from tests.support.build_options import gpu_options
+from tests.support.prepared_graph import prepared
 
-from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, check, open_inputs
-from seekforge.exporter.builder.tensorrt.graph import prepare
+from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, open_inputs
 from seekforge.exporter.builder.tensorrt.passes.add_norms import fusible_norms, use_norms
 from seekforge.exporter.program.stages import cut
-from seekforge.formats.targets import load_target
 from seekforge.plugins.registry import SPECS
 
 OP = "AddRmsNormQuantize"
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
-    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def planned(inputs: Inputs) -> GpuBuild:
-    return check(inputs, load_target("h200"), gpu_options())
-
-
-def prepared(
-    inputs: Inputs, planned: GpuBuild, graph: onnx.ModelProto, *, taps: bool = False, name: str = "model"
-) -> onnx.ModelProto:
-    return prepare(
-        graph,
-        planned.how,
-        inputs.config,
-        plugins=planned.plugins,
-        products="fp8",
-        digests={},
-        taps=taps,
-        weights=planned.wide[name],
-        bf16_linears=planned.bf16_linears[name],
-    ).model
 
 
 def norms(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -50,16 +20,16 @@ def norms(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 
 def test_every_norm_before_fp8_linears_is_one_node(inputs: Inputs, planned: GpuBuild) -> None:
-    found = norms(prepared(inputs, planned, inputs.graphs["model"]))
+    found = norms(prepared(inputs, planned, inputs.graphs["model"]).model)
     kinds = ("input_layernorm", "self_attn.q_a_layernorm", "post_attention_layernorm")
     assert found.keys() == {f"layers.{layer}.{kind}" for layer in range(4) for kind in kinds}
     adds = {name for name, node in found.items() if len(node.input) == 3}
     assert adds == {name for name in found if "self_attn" not in name} - {"layers.0.input_layernorm"}
-    assert inputs.ops[OP] == len(found) + len(norms(prepared(inputs, planned, inputs.graphs["mtp"], name="mtp")))
+    assert inputs.ops[OP] == len(found) + len(norms(prepared(inputs, planned, inputs.graphs["mtp"], name="mtp").model))
 
 
 def test_each_linear_that_reads_a_norm_gets_its_codes(inputs: Inputs, planned: GpuBuild) -> None:
-    model = prepared(inputs, planned, inputs.graphs["model"])
+    model = prepared(inputs, planned, inputs.graphs["model"]).model
     makers = {name: node for node in model.graph.node for name in node.output}
     rows = {one.name: numpy_helper.to_array(one).tolist() for one in model.graph.initializer}
     linears = {n.input[1]: n for n in model.graph.node if n.op_type == "BlockFp8Linear"}
@@ -81,7 +51,7 @@ def test_each_linear_that_reads_a_norm_gets_its_codes(inputs: Inputs, planned: G
 
 def test_a_plan_of_one_layer_has_its_first_norm_too(inputs: Inputs, planned: GpuBuild) -> None:
     for layer, graph in enumerate(cut(inputs.graphs["model"], [(i, i + 1) for i in range(4)])):
-        found = norms(prepared(inputs, planned, graph))
+        found = norms(prepared(inputs, planned, graph).model)
         assert len(found) == 3
         given = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
         streams = [name for name in found[f"layers.{layer}.input_layernorm"].input if name.startswith("intermediate")]
@@ -91,7 +61,7 @@ def test_a_plan_of_one_layer_has_its_first_norm_too(inputs: Inputs, planned: Gpu
 
 def test_taps_see_what_they_saw(inputs: Inputs, planned: GpuBuild) -> None:
     apart = open_inputs(inputs.folder, None, joins=False)
-    model = prepared(apart, planned, apart.graphs["model"], taps=True)
+    model = prepared(apart, planned, apart.graphs["model"], taps=True).model
     made = {name for node in model.graph.node for name in node.output}
     assert {"attn_norm.1", "mlp_norm.0", "q_a_norm.2", "residual.3", "hidden_states.2", "attn_out.1"} <= made
     assert len(norms(model)) == 12

@@ -2,58 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 import onnx
 import pytest
 from onnx import helper
 from tests.support.build_options import gpu_options
+from tests.support.prepared_graph import prepared
 
 from seekforge.exporter.builder.tensorrt.check import GpuBuild, Inputs, check, open_inputs
-from seekforge.exporter.builder.tensorrt.graph import Prepared, prepare
 from seekforge.exporter.builder.tensorrt.passes.shared_experts import shared_experts
 from seekforge.formats.targets import load_target
 
 MOE, LINEAR = "MoeExperts", "BlockFp8Linear"
 #: Layers of the model with experts; the first has a dense MLP.
 LAYERS = (1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_programs: dict[str, Path], tiny_checkpoint: Path) -> Inputs:
-    return open_inputs(tiny_programs["fp8"], tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def planned(inputs: Inputs) -> GpuBuild:
-    return check(inputs, load_target("h200"), gpu_options())
-
-
-def prepared(
-    inputs: Inputs,
-    planned: GpuBuild,
-    graph: onnx.ModelProto,
-    *,
-    name: str = "model",
-    plugins: Collection[str] | None = None,
-    taps: bool = False,
-    nvfp4_experts: bool = False,
-) -> Prepared:
-    plugins = planned.plugins if plugins is None else plugins
-    return prepare(
-        graph,
-        replace(planned.how, fp8_storage="float8" if MOE in plugins else "int8"),
-        inputs.config,
-        plugins=plugins,
-        products="fp8",
-        digests={},
-        taps=taps,
-        weights=planned.wide[name],
-        bf16_linears=planned.bf16_linears[name],
-        nvfp4_experts=nvfp4_experts,
-    )
 
 
 def experts(model: onnx.ModelProto) -> dict[int, onnx.NodeProto]:
@@ -98,7 +61,8 @@ def test_a_plan_counts_the_nodes_of_the_engine(inputs: Inputs, planned: GpuBuild
 def test_a_plan_counts_them_where_an_operator_is_inlined(inputs: Inputs, planned: GpuBuild, without: str) -> None:
     """Codes come from the norms' plugin, and the experts' takes them: without either, all is as in the program."""
     plugins = [op for op in planned.plugins if op != without]
-    made = prepared(inputs, planned, inputs.graphs["model"], plugins=plugins)
+    how = planned.how if MOE in plugins else replace(planned.how, fp8_storage="int8")  # a loop takes no float8
+    made = prepared(inputs, planned, inputs.graphs["model"], how=how, plugins=plugins)
     kept = [node for node in made.operators.graph.node if node.op_type == LINEAR and "shared_experts" in node.input[1]]
     assert len(kept) == 2 * len(LAYERS)
     assert all(len(node.input) <= 9 for node in experts(made.operators).values())
