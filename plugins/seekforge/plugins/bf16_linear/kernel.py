@@ -12,7 +12,7 @@ splits in order.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, wait_for_inputs
+from seekforge.plugins.kernels.device_lib import dot_f32, wait_for_inputs
 
 __all__ = ["add_splits_kernel", "linear_kernel", "narrow_kernel"]
 
@@ -39,7 +39,7 @@ def narrow_kernel(
         at = tl.where(in_k, block[:, None, None], 0) * BLOCK_K
         x = tl.load(x_at + at)
         w = tl.load(w_at + at)
-        acc += tl.where(in_k, dot_bf16(w, tl.permute(x, (0, 2, 1))), 0.0)
+        acc += tl.where(in_k, dot_f32(w, tl.permute(x, (0, 2, 1))), 0.0)
     y = tl.trans(tl.sum(acc, 0))
     tl.store(y_ptr + t[:, None] * N + n[None, :], y, mask=t_ok[:, None] & n_ok[None, :])
 
@@ -81,9 +81,9 @@ def linear_kernel(
         x = tl.load(x_at + block * BLOCK_K)
         w = tl.load(w_at + block * BLOCK_K)
         if SWAP:
-            acc = dot_bf16(w, tl.trans(x), acc)
+            acc = dot_f32(w, tl.trans(x), acc)
         else:
-            acc = dot_bf16(x, tl.trans(w), acc)
+            acc = dot_f32(x, tl.trans(w), acc)
     if SWAP:
         acc = tl.trans(acc)
     # inside a tile 32 bits are enough for N < 2^24: 64 bits a value would spill beside the sums

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from seekforge.plugins.kernels.device_lib import (
-    dot_bf16,
+    dot_f32,
+    k_blocks,
     quantize_kernel,
     to_bf16,
     to_e4m3,
@@ -23,14 +24,6 @@ from seekforge.plugins.kernels.device_lib import (
 )
 
 __all__ = ["combine_splits_kernel", "narrow_kernel", "quantize_kernel", "tile_kernel"]
-
-
-@triton.jit
-def _blocks(first, blocks, PARTS: tl.constexpr):
-    """Return (blocks along K, a part each; whether they are inside): blocks outside are the first one."""
-    block = first + tl.arange(0, PARTS)
-    inside = block < blocks
-    return tl.where(inside, block, 0), inside
 
 
 @triton.jit
@@ -58,13 +51,13 @@ def narrow_kernel(
     w_scale_at = w_scale_ptr + (tile_n * BLOCK_N // 128).to(tl.int64) * blocks
 
     acc = tl.zeros([PARTS, BLOCK_N, BLOCK_T], tl.float32)
-    block, _ = _blocks(0, blocks, PARTS)
+    block, _ = k_blocks(0, blocks, PARTS)
     w_scale = tl.load(w_scale_at + block)
     if QUANT and not QUANTIZE:
         a_scale = tl.load(a_scale_at + block[:, None])
     for first in range(0, blocks, PARTS):
-        block, in_k = _blocks(first, blocks, PARTS)
-        ahead, _ = _blocks(first + PARTS, blocks, PARTS)
+        block, in_k = k_blocks(first, blocks, PARTS)
+        ahead, _ = k_blocks(first + PARTS, blocks, PARTS)
         a = tl.load(a_at + block[:, None, None] * 128)
         w = tl.load(w_at + block[:, None, None] * 128)
         # scales are loaded a pass ahead, else each pass would wait for them
@@ -175,7 +168,7 @@ def tile_kernel(
 def _product(a, b, QUANT: tl.constexpr, FP8: tl.constexpr):
     if QUANT and FP8:
         return tl.dot(a, b)
-    return dot_bf16(widen(a, FP8), widen(b, FP8))
+    return dot_f32(widen(a, FP8), widen(b, FP8))
 
 
 @triton.jit

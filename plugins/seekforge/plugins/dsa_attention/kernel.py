@@ -15,7 +15,7 @@ cache to bf16 once (`expand_kernel`), since thousands of rows share it.
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, from_e4m3, to_bf16, wait_for_inputs
+from seekforge.plugins.kernels.device_lib import dot_f32, from_e4m3, to_bf16, wait_for_inputs
 
 
 @triton.jit
@@ -133,10 +133,10 @@ def attend_kernel(
             for t in tl.static_range(TILES):
                 scale += (tl.sum(tl.where(tile == t, scales, 0.0), 1),)
         if APART:
-            s = dot_bf16(q_pe, tl.trans(k_pe))
+            s = dot_f32(q_pe, tl.trans(k_pe))
             for t in tl.static_range(TILES):
                 k += (to_bf16(_codes(record + (first + t) % TILES * WIDTH, column, valid, FP8)),)
-                s += dot_bf16(q[t], tl.trans(k[t])) * scale[t][None, :]
+                s += dot_f32(q[t], tl.trans(k[t])) * scale[t][None, :]
         else:
             for t in tl.static_range(TILES):
                 if SCALED:
@@ -147,8 +147,8 @@ def attend_kernel(
                 else:
                     at_tile = record + (first + t) % TILES * WIDTH
                     k += (tl.load(at_tile[:, None] + column[None, :], mask=valid[:, None], other=0.0),)
-                s = dot_bf16(q[t], tl.trans(k[t]), s) if t > 0 else dot_bf16(q[t], tl.trans(k[t]))
-            s = dot_bf16(q_pe, tl.trans(k_pe), s)
+                s = dot_f32(q[t], tl.trans(k[t]), s) if t > 0 else dot_f32(q[t], tl.trans(k[t]))
+            s = dot_f32(q_pe, tl.trans(k_pe), s)
         if BLOCK_H >= 64:
             # what a reduction gives is moved to the scores' layout, what loads give would be loaded there once more
             marks = valid[:, None] & (tl.arange(0, 4) >= 0)[None, :]
@@ -162,7 +162,7 @@ def attend_kernel(
         sums = ()  # a tuple that is carried over the loop is made anew
         for t in tl.static_range(SUMS):
             share = to_bf16(p * scale[t][None, :] if APART else p)
-            sums += (dot_bf16(share, k[t], acc[t] * alpha[:, None]),)
+            sums += (dot_f32(share, k[t], acc[t] * alpha[:, None]),)
         acc = sums
         m = m_new
     any_key = total != 0.0  # also true for NaN, which must stay visible

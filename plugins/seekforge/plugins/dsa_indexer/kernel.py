@@ -18,7 +18,7 @@ import triton.language as tl
 
 from seekforge.plugins.kernels.device_lib import (
     INTERPRET,
-    dot_bf16,
+    dot_f32,
     from_e4m3,
     round_to_e4m3,
     to_bf16,
@@ -94,10 +94,10 @@ def scores_kernel(
                         wrong = tl.max(tl.where(tl.abs(k8.to(tl.float32)) > 448.0, 1, 0), 1)
                         s = tl.where(wrong[:, None] > 0, float("nan"), s)
                 else:
-                    s = dot_bf16(to_bf16(from_e4m3(k8, FP8)), tl.trans(q8))
+                    s = dot_f32(to_bf16(from_e4m3(k8, FP8)), tl.trans(q8))
             else:
                 k = tl.load(cache_ptr + (block * 64 + key)[:, None] * 128 + lane[None, :])
-                s = dot_bf16(k, tl.trans(q8))
+                s = dot_f32(k, tl.trans(q8))
             s = tl.where(s <= 0.0, 0.0, s) * weight[None, :]  # not a maximum: NaN must stay
             score = tl.sum(tl.reshape(s, [64, ROWS, HEADS]), 2)
             if BYTES:

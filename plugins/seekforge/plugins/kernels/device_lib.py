@@ -95,11 +95,19 @@ def round_bf16(x):
 
 
 @triton.jit
-def dot_bf16(a, b, acc=None):
-    """Matrix product of bf16 operands with f32 sums."""
-    if INTERPRET:  # products of bf16 are exact in f32
+def dot_f32(a, b, acc=None):
+    """Matrix product of bf16 or f16 operands with f32 sums."""
+    if INTERPRET:  # products of both are exact in f32
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def k_blocks(first, blocks, PARTS: tl.constexpr):
+    """Return (blocks along K from `first`, a part each; whether they are inside): blocks outside are the first one."""
+    block = first + tl.arange(0, PARTS)
+    inside = block < blocks
+    return tl.where(inside, block, 0), inside
 
 
 @triton.jit

@@ -15,7 +15,7 @@ leave no registers (SM90), a program has half of the columns, and scores with al
 import triton
 import triton.language as tl
 
-from seekforge.plugins.kernels.device_lib import dot_bf16, to_bf16, wait_for_inputs
+from seekforge.plugins.kernels.device_lib import dot_f32, to_bf16, wait_for_inputs
 
 
 @triton.jit
@@ -70,10 +70,10 @@ def attend_kernel(
             at_tile = record + (first_tile + t) % TILES * WIDTH
             k += (tl.load(at_tile[:, None] + column[None, :], mask=valid[:, None], other=0.0),)
             if t == 0:
-                s = dot_bf16(q[t], tl.trans(k[t]))
+                s = dot_f32(q[t], tl.trans(k[t]))
             else:
-                s = dot_bf16(q[t], tl.trans(k[t]), s)
-        s = dot_bf16(q_pe, tl.trans(k_pe), s)
+                s = dot_f32(q[t], tl.trans(k[t]), s)
+        s = dot_f32(q_pe, tl.trans(k_pe), s)
         if BLOCK_H >= 64:  # else the table would be loaded once more, in the layout of scores
             marks = valid[:, None] & (tl.arange(0, 4) >= 0)[None, :]
             valid = tl.max(marks.to(tl.int32), 1) > 0
@@ -85,7 +85,7 @@ def attend_kernel(
         total = total * alpha + tl.sum(p, 1)
         sums = ()  # a tuple that is carried over the loop is made anew
         for t in tl.static_range(SUMS):
-            sums += (dot_bf16(to_bf16(p), k[t], acc[t] * alpha[:, None]),)
+            sums += (dot_f32(to_bf16(p), k[t], acc[t] * alpha[:, None]),)
         acc = sums
         m = m_new
     any_key = total != 0.0  # also true for NaN, which must stay visible

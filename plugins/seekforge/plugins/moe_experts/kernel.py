@@ -29,8 +29,9 @@ import triton.language as tl
 
 from seekforge.plugins.kernels.device_lib import (
     INTERPRET,
-    dot_bf16,
+    dot_f32,
     from_e4m3,
+    k_blocks,
     quantize_kernel,
     round_bf16,
     to_bf16,
@@ -182,31 +183,32 @@ def _weight(tile, rows, block, K: tl.constexpr, NVFP4: tl.constexpr):
 
 
 @triton.jit
-def _dot_f16(a, b):
-    """Matrix product of f16 operands with f32 sums."""
-    if INTERPRET:  # products of f16 are exact in f32
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b)
+def _factors(rows, weight, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr):
+    """Return both factors of a product in one type, exact: e4m3 as they are, f16 beside NVFP4 weights, or bf16."""
+    if QUANT and NVFP4:
+        rows = rows.to(tl.float16)
+    elif not (QUANT and FP8):
+        rows = widen(rows, FP8)
+        weight = widen(weight, FP8)
+    return rows, weight
+
+
+@triton.jit
+def _dot(a, b):
+    """Matrix product with f32 sums of two factors of one type."""
+    if a.dtype == tl.float8e4nv:
+        return tl.dot(a, b)
+    return dot_f32(a, b)
 
 
 @triton.jit
 def _product(rows, weight, acc_scale, SWAP: tl.constexpr, QUANT: tl.constexpr, FP8: tl.constexpr, NVFP4: tl.constexpr):
     """One 128 block of rows [M, 128] · weight [128, 128]ᵀ, scaled; transposed when SWAP. acc_scale: [M] or a scalar."""
-    if QUANT and FP8 and not NVFP4:
-        if SWAP:
-            part = tl.dot(weight, tl.trans(rows))
-        else:
-            part = tl.dot(rows, tl.trans(weight))
-    elif QUANT and NVFP4:
-        if SWAP:
-            part = _dot_f16(weight, tl.trans(rows.to(tl.float16)))
-        else:
-            part = _dot_f16(rows.to(tl.float16), tl.trans(weight))
+    rows, weight = _factors(rows, weight, QUANT, FP8, NVFP4)
+    if SWAP:
+        part = _dot(weight, tl.trans(rows))
     else:
-        if SWAP:
-            part = dot_bf16(widen(weight, FP8), tl.trans(widen(rows, FP8)))
-        else:
-            part = dot_bf16(widen(rows, FP8), tl.trans(widen(weight, FP8)))
+        part = _dot(rows, tl.trans(weight))
     if QUANT:
         if SWAP:
             part = part * acc_scale[None, :]
@@ -373,14 +375,6 @@ def combine_kernel(
 
 
 @triton.jit
-def _blocks(first, K, PARTS: tl.constexpr):
-    """Return (blocks of 128 values along K, a part each; whether they are inside): blocks outside are the first one."""
-    block = first + tl.arange(0, PARTS)
-    inside = block < K // 128
-    return tl.where(inside, block, 0), inside
-
-
-@triton.jit
 def _values(x_at, block, QUANTIZE: tl.constexpr, FP8: tl.constexpr):
     """Return blocks [PARTS] of a row, [PARTS, 128, 1], and scales: as they are and 1, or bf16 that is quantized."""
     x = tl.load(x_at + block[:, None] * 128 + tl.arange(0, 128)[None, :])
@@ -406,17 +400,10 @@ def _narrow_product(
     row_at = weight_at + tl.arange(0, ROWS)[None, :] * pitch
     if NVFP4:
         weight = _nvfp4(row_at, block[:, None], K, PARTS, ROWS)
-        if QUANT:
-            product = _dot_f16(weight, x.to(tl.float16))
-        else:
-            product = dot_bf16(to_bf16(weight.to(tl.float32)), x)
     else:
         weight = tl.load(row_at[:, :, None] + (block[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]))
-        if QUANT and FP8:
-            product = tl.dot(weight, x)
-        else:
-            product = dot_bf16(widen(weight, FP8), widen(x, FP8))
-    return product
+    x, weight = _factors(x, weight, QUANT, FP8, NVFP4)
+    return _dot(weight, x)
 
 
 @triton.jit
@@ -430,15 +417,15 @@ def _narrow_up(
     up = tl.zeros([PARTS, ROWS, 1], tl.float32)
     PITCH: tl.constexpr = 9 * H // 16 if NVFP4 else H
     up_at, up_scale_at = weight_at + inner * PITCH, scale_at + inner // 128 * (H // 128)
-    ahead, _ = _blocks(0, H, PARTS)
+    ahead, _ = k_blocks(0, H // 128, PARTS)
     next_gate_scale, next_up_scale = tl.load(scale_at + ahead), tl.load(up_scale_at + ahead)
     if QUANT and not QUANTIZE:
         next_x_scale = tl.load(x_scale_at + ahead)
     for first in range(0, H // 128, PARTS):
-        block, inside = _blocks(first, H, PARTS)
+        block, inside = k_blocks(first, H // 128, PARTS)
         x, scale = _values(x_at, block, QUANTIZE, FP8)
         # scales are loaded a pass ahead, else each pass would wait for them
-        ahead, _ = _blocks(first + PARTS, H, PARTS)
+        ahead, _ = k_blocks(first + PARTS, H // 128, PARTS)
         if QUANT and not QUANTIZE:
             scale = next_x_scale
             next_x_scale = tl.load(x_scale_at + ahead)
@@ -461,13 +448,13 @@ def _narrow_down(
 ):  # fmt: skip
     """Return ROWS values of an expert's row, [ROWS, 1], rounded to bf16, still as f32."""
     acc = tl.zeros([PARTS, ROWS, 1], tl.float32)
-    ahead, _ = _blocks(0, inner, PARTS)
+    ahead, _ = k_blocks(0, inner // 128, PARTS)
     next_scale = tl.load(scale_at + ahead)
     for first in range(0, inner // 128, PARTS):
-        block, inside = _blocks(first, inner, PARTS)
+        block, inside = k_blocks(first, inner // 128, PARTS)
         h, scale = _values(h_at, block, QUANT, FP8)
         scale = tl.where(inside, scale, 0.0) * next_scale
-        ahead, _ = _blocks(first + PARTS, inner, PARTS)
+        ahead, _ = k_blocks(first + PARTS, inner // 128, PARTS)
         next_scale = tl.load(scale_at + ahead)
         product = _narrow_product(h, weight_at, pitch, block, INNER, ROWS, PARTS, QUANT, FP8, NVFP4)
         acc += product * scale[:, None, None]
