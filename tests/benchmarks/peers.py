@@ -125,9 +125,13 @@ def extracted(source: str, name: str) -> str:
     """Return a module that has one function of `source` and what Triton needs beside it.
 
     Raises:
-        SystemExit: there is no such function.
+        SystemExit: there is no such function, or the source is no Python.
     """
-    for node in ast.parse(source).body:
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        sys.exit(f"the source is no Python: {error}; SGLang 0.5.23 has {name} in {SOURCE}")
+    for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == name and node.decorator_list:
             lines = source.splitlines()[node.decorator_list[0].lineno - 1 : node.end_lineno]
             return "\n".join(["import triton", "import triton.language as tl", "", "", *lines, ""])
@@ -198,7 +202,10 @@ def _source(given: Path | None) -> str:
         if spec is None or not spec.submodule_search_locations:
             sys.exit("sglang is not installed; pip install --no-deps sglang==0.5.23, or give --source FILE")
         given = Path(spec.submodule_search_locations[0]) / SOURCE
-    return given.read_text(encoding="utf-8")
+    try:
+        return given.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{given}: cannot be read ({error}); give --source FILE with {KERNEL}")
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ def test_one_function_is_taken_of_a_source_and_nothing_is_run() -> None:
     assert module.endswith(f"@triton.jit\ndef {KERNEL}(a, b):\n    pass\n") and "ValueError" not in module
     with pytest.raises(SystemExit, match=f"no function {KERNEL} in the source"):
         extracted("x = 1", KERNEL)
+    with pytest.raises(SystemExit, match="the source is no Python: "):
+        extracted("x = = 1", KERNEL)
 
 
 def test_programs_in_turn_take_as_long_as_there_are_of_them() -> None:
